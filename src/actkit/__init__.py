@@ -1,0 +1,1 @@
+"""actkit: profile, change and prove the activations of any PyTorch model."""

@@ -1,0 +1,160 @@
+"""Walks a model block by block: the hidden states that enter each block, of the original and of the edited model.
+
+One forward pass per batch records how each block is called (masks, rotary tables, sizes) and what enters the first
+block. From then on block k runs alone, on the outputs of block k - 1. That a block's output *is* the next block's
+input is checked on the first batch; where it is not (something happens between blocks), the inputs are taken from
+passes over the whole prefix instead, which is slower and is said so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actkit.core.anatomy import Anatomy
+from actkit.core.hooks import BatchContext, arguments, forward, hooked
+
+
+@dataclass(frozen=True)
+class Call:
+    """One recorded call of a module: its arguments and which of its tokens are real.
+
+    context: token mask and keys of the batch (see core/hooks.py).
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    context: BatchContext
+
+    def replay(self, module: nn.Module) -> Tensor:
+        """The (first) output of `module` on these arguments, without gradients."""
+        with torch.no_grad():
+            output = module(*self.args, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden states that the block was called with."""
+        return self.args[0] if self.args else self.kwargs["hidden_states"]
+
+    def with_hidden(self, hidden: Tensor) -> Call:
+        """The same call on other hidden states."""
+        if self.args:
+            return replace(self, args=(hidden, *self.args[1:]))
+        return replace(self, kwargs={**self.kwargs, "hidden_states": hidden})
+
+
+class _StopForward(Exception):
+    """Ends a forward pass once the wanted inputs are seen."""
+
+
+class Walk:
+    """The calls of each block on calibration batches, for the streams 'original' and 'edited'.
+
+    Blocks must be visited in order: `calls(k, stream)`; then `following` before the edits for the original stream, after
+    them for the edited one; then `move`.
+    """
+
+    def __init__(self, anatomy: Anatomy, batches: Sequence[Any], track: Callable[..., Iterable[Any]]) -> None:
+        self.anatomy = anatomy
+        self.batches = batches
+        self.track = track
+        self.whole_model = len(anatomy.blocks) == 1 and anatomy.blocks[0].path == ""
+        self.chained = True
+        self.seconds_per_pass = 0.0
+        self._calls: dict[str, list[Call]] = {}  # stream -> per batch, the call of the block it has reached
+        self._prototypes: list[list[Call]] = []  # per batch, per block: the call without its hidden states
+        self._originals: list[list[Tensor]] = []  # per batch, per block: kept only where the chain is broken
+
+    def start(self, streams: Iterable[str]) -> None:
+        """The one pass over the whole model."""
+        paths = [block.path for block in self.anatomy.blocks]
+        first: list[Call] = []
+        for index, (batch, context) in enumerate(self.track(list(self._contexts()), "Recording how the blocks are called")):
+            seen = self._record(batch, context, paths)
+            if index == 0 and not self.whole_model:
+                self.chained = self._is_chain(seen)
+            first.append(seen[0])
+            if not self.chained:
+                self._originals.append([call.hidden for call in seen])
+            self._prototypes.append([call.with_hidden(torch.empty(0)) if not self.whole_model else call for call in seen])
+        for stream in streams:
+            self._calls[stream] = list(first)
+
+    def _contexts(self) -> Iterable[tuple[Any, BatchContext]]:
+        row = 0
+        for index, batch in enumerate(self.batches):
+            context = BatchContext.of(batch, first_row=row, documents=_documents(self.batches, index))
+            row += context.batch_size
+            yield batch, context
+
+    def _record(self, batch: Any, context: BatchContext, paths: list[str]) -> list[Call]:
+        if self.whole_model:
+            args, kwargs = arguments(self.anatomy.model, batch)
+            return [Call(args, kwargs, context)]
+        seen: dict[str, Call] = {}
+
+        def keep(path: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                seen[path] = Call(args, {key: value for key, value in kwargs.items()}, context)
+
+            return hook
+
+        with hooked(self.anatomy.model, before={path: keep(path) for path in paths}):
+            forward(self.anatomy.model, batch)
+        return [seen[path] for path in paths]
+
+    def _is_chain(self, seen: list[Call]) -> bool:
+        """Whether, on these calls, each block's output equals the next block's input."""
+        for block, call, following in zip(self.anatomy.blocks, seen, seen[1:], strict=False):
+            if not torch.equal(call.replay(block.module), following.hidden):
+                return False
+        return True
+
+    def calls(self, k: int, stream: str) -> list[Call]:
+        """Block k's calls, one per batch, with the hidden states of the stream."""
+        return self._calls[stream]
+
+    def following(self, k: int, stream: str) -> list[Call]:
+        """What block k + 1 will be called with: block k, as it stands now, run over the stream."""
+        if k + 1 >= len(self.anatomy.blocks):
+            return []
+        if not self.chained:
+            return self._from_prefix(k + 1, stream)
+        module = self.anatomy.model.get_submodule(self.anatomy.blocks[k].path)
+        return [
+            prototype[k + 1].with_hidden(call.replay(module))
+            for prototype, call in zip(self._prototypes, self._calls[stream], strict=True)
+        ]
+
+    def move(self, stream: str, calls: list[Call]) -> None:
+        """Go on to the next block of a stream."""
+        self._calls[stream] = calls
+
+    def _from_prefix(self, k: int, stream: str) -> list[Call]:
+        if stream == "original":
+            return [prototype[k].with_hidden(kept[k]) for prototype, kept in zip(self._prototypes, self._originals, strict=True)]
+        path = self.anatomy.blocks[k].path
+        calls: list[Call] = []
+        for batch, context in self._contexts():
+            found: list[Call] = []
+
+            def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], found=found, context=context) -> None:  # noqa: ANN001
+                found.append(Call(args, dict(kwargs), context))
+                raise _StopForward
+
+            with hooked(self.anatomy.model, before={path: stop}):
+                try:
+                    forward(self.anatomy.model, batch)
+                except _StopForward:
+                    calls.append(found[0])
+        return calls
+
+
+def _documents(batches: Any, index: int) -> Tensor | None:
+    documents = getattr(batches, "document_ids", None)
+    return None if documents is None else documents[index]

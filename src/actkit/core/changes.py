@@ -1,0 +1,96 @@
+"""What was changed on a model, kept on the model itself, and the way back to the files it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from actkit.core.transform import Transform
+
+CHANGES, SOURCE = "actkit_changes", "actkit_source"
+
+
+@dataclass(frozen=True)
+class Changes:
+    """The edits on a model in their JSON form, the recipe that made them, and the architecture row they were made on.
+
+    transforms: the recipe's transforms; of a loaded checkpoint only those whose methods are installed.
+    """
+
+    edits: list[dict[str, Any]] = field(default_factory=list)
+    recipe: list[dict[str, Any]] = field(default_factory=list)
+    architecture: str = ""
+    transforms: tuple[Transform, ...] = ()
+    base_class: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """The folder that a model was loaded from, and the state of its tensors then.
+
+    tensors: name -> (address, version counter); an in-place change raises the counter, a replaced tensor the address.
+    """
+
+    name: str
+    tensors: dict[str, tuple[int, int]]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str, model: nn.Module, **options: Any) -> Source:
+        return cls(name, _fingerprint(model), options)
+
+    def untouched(self, model: nn.Module) -> bool:
+        """Whether every tensor is as it was when the model was loaded."""
+        return self.tensors == _fingerprint(model)
+
+
+def _fingerprint(model: nn.Module) -> dict[str, tuple[int, int]]:
+    return {name: (tensor.data_ptr(), tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def of(model: nn.Module) -> Changes | None:
+    """The changes on a model, or None for one that actkit has not changed."""
+    return model.__dict__.get(CHANGES)
+
+
+def source(model: nn.Module) -> Source | None:
+    """Where the model was loaded from, if `actkit.load` did."""
+    return model.__dict__.get(SOURCE)
+
+
+def record(
+    model: nn.Module, edits: list[dict[str, Any]], transforms: Sequence[Transform], architecture: str
+) -> Changes | None:
+    """Add edits to a model's changes; returns what was recorded before. A transformers model changes its class with
+    it, so that `save_pretrained` writes an actkit folder and never a plain config over changed weights."""
+    before = of(model)
+    known = before or Changes(architecture=architecture)
+    restore(
+        model,
+        Changes(
+            edits=known.edits + edits,
+            recipe=known.recipe + [{t.name: t.model_dump(mode="json")} for t in transforms],
+            architecture=known.architecture,
+            transforms=known.transforms + tuple(transforms),
+            base_class=known.base_class,
+        ),
+    )
+    return before
+
+
+def restore(model: nn.Module, changes: Changes | None) -> None:
+    """Set a model's record to `changes`; None makes it a plain model again."""
+    from transformers import PreTrainedModel
+
+    from actkit.core import pretrained
+
+    if changes is None:
+        model.__dict__.pop(CHANGES, None)
+    else:
+        model.__dict__[CHANGES] = changes
+    if isinstance(model, PreTrainedModel):
+        pretrained.set_changed(model, changes is not None and bool(changes.edits))

@@ -1,0 +1,459 @@
+"""Save and load: a changed model is its base architecture, a list of edits, and a strict set of tensors.
+
+A folder holds `actkit.json` (schema, edits, recipe, files), the weights in `actkit-*.safetensors`, and for a
+transformers model its config and whatever stood beside the original weights (tokenizer, chat template, generation
+config, processor, pooling). Writing goes to a temporary folder that is renamed at the end, so that a killed or failed
+save leaves the old checkpoint whole. No pickle; names in a file resolve only among installed classes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from actkit.core import changes
+from actkit.core.changes import Changes, Source
+from actkit.core.edits import get_module, replay, tied_names
+from actkit.core.errors import ActkitError, CheckpointError, EditError, RecipeError
+from actkit.core.machine import versions
+from actkit.core.memory import format_bytes, parse_bytes
+
+SCHEMA = 1
+MANIFEST = "actkit.json"
+WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".onnx", ".msgpack", ".gguf", ".index.json")
+NOT_COPIED = ("config.json", "README.md", MANIFEST, "training.json")
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    card: str | None = None,
+    results: dict[str, Any] | None = None,
+    max_shard: int | str = "4GB",
+) -> Path:
+    """Write a model to a folder that `load` reads back exactly.
+
+    A transformers model that actkit has not changed is written in transformers' own format. overwrite: replace an
+    existing folder (only once the new one is complete). card: text of README.md. results: measured numbers, kept in
+    actkit.json. Raises CheckpointError where the folder exists, the disk is full, or a kernel freed the weights.
+    """
+    folder = Path(folder)
+    _recover(folder)
+    if folder.exists() and not overwrite:
+        raise CheckpointError(f"folder: {folder} exists already; choose another one, or pass overwrite=True (--overwrite).")
+    _check_space(model, folder)
+    with _complete_or_nothing(folder) as temporary:
+        _copy_companions(model, temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        plain = changes.of(model) is None and _is_pretrained(model)
+        if plain:
+            model.save_pretrained(temporary)  # type: ignore[operator]
+        else:
+            _write(model, temporary, parse_bytes(max_shard), results or {})
+        if card is not None:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+    return folder
+
+
+def _write(model: nn.Module, folder: Path, max_shard: int, results: dict[str, Any]) -> None:
+    known = changes.of(model) or Changes()
+    tensors, tied = _tensors(model)
+    files = _write_shards(tensors, folder, max_shard)
+    manifest: dict[str, Any] = {
+        "schema": SCHEMA,
+        "base_class": None,
+        "model_class": type(model).__name__,
+        "architecture": known.architecture,
+        "edits": known.edits,
+        "recipe": known.recipe,
+        "tied": tied,
+        "files": files,
+        "results": results,
+        "versions": versions(),
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    if _is_pretrained(model):
+        base = getattr(type(model), "actkit_base", type(model))
+        manifest["base_class"] = base.__name__
+        config = model.config.to_dict()  # type: ignore[union-attr, operator]
+        config["architectures"] = [type(model).__name__]
+        config.pop("_name_or_path", None)
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str), encoding="utf-8")
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(folder)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+
+
+def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The persistent tensors, each once, and alias -> name for those that are tied."""
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_meta:
+            raise CheckpointError(f"save: {name} is on the meta device and has no values; load the weights first.")
+        same = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+        if same in first:
+            tied[name] = first[same]
+            continue
+        first[same] = name
+        tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors, tied
+
+
+def _write_shards(tensors: dict[str, Tensor], folder: Path, max_shard: int) -> dict[str, dict[str, Any]]:
+    """Write the tensors to as many files as needed; returns file -> its size and its tensors."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if size and size + tensor.nbytes > max_shard:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    files: dict[str, dict[str, Any]] = {}
+    for index, shard in enumerate(shards, start=1):
+        file = folder / f"actkit-{index:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: tensor.clone() if _is_view(tensor) else tensor for name, tensor in shard.items()}, file)
+        files[file.name] = {"bytes": file.stat().st_size, "tensors": sorted(shard)}
+    return files
+
+
+def _is_view(tensor: Tensor) -> bool:
+    return tensor.nbytes != tensor.untyped_storage().nbytes()
+
+
+def _copy_companions(model: nn.Module, folder: Path) -> None:
+    """Copy what stood beside the original weights: tokenizer, templates, processor, pooling modules."""
+    origin = changes.source(model)
+    source = Path(origin.options.get("files", origin.name)) if origin else None
+    if source is None or not source.is_dir():
+        return
+    for path in sorted(source.iterdir()):
+        if path.name in NOT_COPIED or path.name.endswith(WEIGHTS_SUFFIXES) or path.name.startswith((".", "actkit-", "__")):
+            continue
+        if path.is_dir():
+            small = all(not p.name.endswith(WEIGHTS_SUFFIXES) for p in path.rglob("*"))
+            if small and path.name[:1].isdigit():  # sentence-transformers' numbered module folders
+                shutil.copytree(path, folder / path.name)
+        elif path.suffix in (".json", ".txt", ".jinja", ".model", ".vocab", ".merges", ".tiktoken"):
+            shutil.copy2(path, folder / path.name)
+
+
+@contextmanager
+def _complete_or_nothing(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` if nothing goes wrong, and leaves no trace otherwise."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for stale in folder.parent.glob(f".{folder.name}.saving-*"):  # of saves that were killed
+        if not _alive(int(stale.name.rpartition("-")[2])):
+            shutil.rmtree(stale, ignore_errors=True)
+    temporary = folder.parent / f".{folder.name}.saving-{os.getpid()}"
+    previous = _previous(folder)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        if folder.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            folder.rename(previous)
+        temporary.rename(folder)
+        shutil.rmtree(previous, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"save: {folder} could not be written ({error}); nothing was changed there. Free some space or choose "
+            f"another folder, then save again."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        _recover(folder)
+
+
+def _previous(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.previous"
+
+
+def _recover(folder: Path) -> None:
+    """Put the old folder back where a save was killed between its two renames."""
+    if not folder.exists() and _previous(folder).is_dir():
+        _previous(folder).rename(folder)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _check_space(model: nn.Module, folder: Path) -> None:
+    parent = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    needed = sum(tensor.nbytes for tensor in _tensors(model)[0].values())
+    free = shutil.disk_usage(parent).free
+    if free < needed * 1.01 + 2**20:
+        raise CheckpointError(f"save: {folder} needs {format_bytes(needed)}, {format_bytes(free)} are free there; free some space.")
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+def load(
+    source: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    base: Callable[[], nn.Module] | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Load a model in evaluation mode from a local folder or a hub id; every key must match.
+
+    dtype: default as stored; scales and thresholds of changed layers keep float32. base: builds the unchanged model,
+    for a checkpoint of one's own nn.Module. trust_remote_code: run code that a hub repository brings; off unless asked.
+    Raises CheckpointError naming the file or the keys.
+    """
+    folder = _resolve(source)
+    dtype = _dtype(dtype)
+    if (folder / MANIFEST).exists():
+        model = _load_changed(folder, base)
+        if dtype is not None:
+            model = model.to(dtype)
+    elif (folder / "config.json").exists():
+        model = _load_pretrained(folder, dtype, trust_remote_code)
+    else:
+        raise CheckpointError(f"{source}: the folder holds neither {MANIFEST} nor config.json, so it is no checkpoint.")
+    model = model.to(device).eval()
+    options: dict[str, Any] = {"device": str(device), "dtype": None if dtype is None else str(dtype).removeprefix("torch.")}
+    if base is None:
+        model.__dict__[changes.SOURCE] = Source.of(str(folder), model, **options, trust_remote_code=trust_remote_code)
+    return model
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The content of a folder's actkit.json. Raises CheckpointError where it is missing, malformed or newer."""
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: there is no {MANIFEST}; it is not a folder that actkit saved.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); the folder is damaged, save the model again.") from error
+    schema = manifest.get("schema")
+    if not isinstance(schema, int):
+        raise CheckpointError(f"{path}: it states no schema; the folder is damaged, save the model again.")
+    if schema > SCHEMA:
+        raise CheckpointError(f"{path}: schema {schema} is newer than this actkit reads ({SCHEMA}); upgrade actkit.")
+    return manifest
+
+
+def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer beside a model. Raises CheckpointError where there is none."""
+    from transformers import AutoTokenizer
+
+    folder = _resolve(source)
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")):
+        raise CheckpointError(f"tokenizer: {folder} has none; give text as token batches, or use --data random.")
+    if (folder / MANIFEST).exists() and (folder / "tokenizer.json").exists():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def _load_changed(folder: Path, base: Callable[[], nn.Module] | None) -> nn.Module:
+    manifest = read_manifest(folder)
+    tensors = _read_tensors(folder, manifest)
+    if manifest["base_class"] is not None:
+        model = _build_pretrained(folder, manifest)
+    elif base is None:
+        raise CheckpointError(
+            f"{folder}: it holds a {manifest['model_class']}, which is not a transformers model; "
+            f"pass base=, a function that builds the unchanged model."
+        )
+    else:
+        model = base()
+    try:
+        replay(model, manifest["edits"])
+    except (EditError, RecipeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: the edits do not fit {type(model).__name__}: {error}") from error
+    _fill(model, tensors, manifest["tied"], folder)
+    changes.restore(
+        model,
+        Changes(
+            manifest["edits"], manifest["recipe"], manifest["architecture"], _transforms(manifest["recipe"]), manifest["base_class"]
+        ),
+    )
+    return model
+
+
+def _build_pretrained(folder: Path, manifest: dict[str, Any]) -> nn.Module:
+    """The unchanged transformers model of the right shape, on the CPU (so that rotary tables are computed), unfilled."""
+    from transformers.initialization import no_init_weights
+
+    from actkit.core import pretrained
+
+    base = pretrained.class_by_name(manifest["base_class"])
+    pretrained.model_class(base)
+    config_dict = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config_dict["model_type"] = pretrained.base_type(config_dict["model_type"])
+    implementation = config_dict.pop("_attn_implementation", None)
+    config = base.config_class.from_dict(config_dict)
+    if implementation:
+        config._attn_implementation = implementation
+    with no_init_weights():
+        model = base(config)
+    generation = folder / "generation_config.json"
+    if generation.exists() and getattr(model, "generation_config", None) is not None:
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, facts in manifest["files"].items():
+        path = folder / name
+        if not path.exists():
+            raise CheckpointError(f"{path}: the file is missing; copy the folder again, or save the model again.")
+        if path.stat().st_size != facts["bytes"]:
+            raise CheckpointError(
+                f"{path}: it has {path.stat().st_size} bytes, {MANIFEST} says {facts['bytes']}; "
+                f"the file is truncated or was changed. Copy the folder again, or save the model again."
+            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: not readable ({error}); copy the folder again, or save the model again.") from error
+    return tensors
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], tied: dict[str, str], folder: Path) -> None:
+    """Give a model its tensors; every name, shape and tie must agree."""
+    expected = model.state_dict(keep_vars=True)
+    given = set(tensors) | set(tied)
+    problems = [f"missing {name}" for name in sorted(set(expected) - given)]
+    problems += [f"unexpected {name}" for name in sorted(given - set(expected))]
+    for name, tensor in tensors.items():
+        if name in expected and expected[name].shape != tensor.shape:
+            problems.append(f"{name} is {tuple(tensor.shape)} in the file and {tuple(expected[name].shape)} in the model")
+    if problems:
+        raise CheckpointError(f"{folder}: the weights do not fit the model: {'; '.join(problems[:10])}.")
+    for name, tensor in tensors.items():
+        _assign(model, name, tensor, expected[name])
+    for alias, name in tied.items():
+        parent, _, leaf = alias.rpartition(".")
+        source, _, source_leaf = name.rpartition(".")
+        setattr(get_module(model, parent), leaf, getattr(get_module(model, source), source_leaf))
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor, old: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module = get_module(model, parent)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=old.requires_grad and tensor.is_floating_point())
+    else:
+        module._buffers[leaf] = tensor
+
+
+def _load_pretrained(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool) -> nn.Module:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    names = getattr(config, "architectures", None) or []
+    cls = getattr(transformers, names[0], None) if names else None
+    if cls is None:
+        remote = bool(getattr(config, "auto_map", None))
+        if remote and not trust_remote_code:
+            raise CheckpointError(f"{folder}: its model class is code in the repository; pass trust_remote_code=True if you trust it.")
+        cls = transformers.AutoModelForCausalLM if remote else transformers.AutoModel
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder}: it holds no *.safetensors file; actkit reads no pickle, convert the weights first.")
+    try:
+        extra = {"trust_remote_code": True} if trust_remote_code else {}
+        model, info = cls.from_pretrained(
+            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **extra
+        )
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder}: its weights are not readable ({error}); copy or download the folder again.") from error
+    tied = set(tied_names(model))
+    missing = sorted(set(info["missing_keys"]) - tied)
+    unexpected = sorted(k for k in info["unexpected_keys"] if not k.endswith((".position_ids", "rotary_emb.inv_freq")))
+    mismatched = sorted(str(k[0]) for k in info["mismatched_keys"])
+    problems = [f"{what}: {', '.join(keys[:8])}" for what, keys in
+                (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)) if keys]  # fmt: skip
+    if problems:
+        raise CheckpointError(f"{folder}: the weights do not fit {type(model).__name__}; {'; '.join(problems)}.")
+    return model
+
+
+def _resolve(source: str | Path) -> Path:
+    """The local folder of a checkpoint; a hub id is downloaded (safetensors and small files only)."""
+    path = Path(source)
+    _recover(path)
+    if path.is_dir():
+        return path
+    text = str(source)
+    if path.is_file() or text.startswith(("/", ".", "~")) or text.count("/") != 1:
+        raise CheckpointError(f"model: there is no folder {text!r}; give a folder, a hub id (owner/name) or an embedded model.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "*/config.json"]
+        return Path(snapshot_download(text, allow_patterns=patterns, etag_timeout=5))
+    except Exception as error:  # the client raises a different type for each way in which a network can fail
+        raise CheckpointError(
+            f"model: {text!r} is no local folder and could not be fetched from the hub ({type(error).__name__}). "
+            f"Check the id and the network, or give a local folder."
+        ) from error
+
+
+def _transforms(recipe: list[dict[str, Any]]) -> tuple[Any, ...]:
+    from actkit.core.transform import Recipe
+
+    known = []
+    for entry in recipe:
+        try:
+            known += list(Recipe.parse({"actkit": 1, "transforms": [entry]}))
+        except ActkitError:  # a method that is not installed here: the model loads all the same, its edits are known
+            continue
+    return tuple(known)
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype.removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"dtype: {dtype!r} was given, allowed are float32, bfloat16 and float16.")
+    return found
+
+
+def _is_pretrained(model: nn.Module) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)

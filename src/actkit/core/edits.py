@@ -1,0 +1,204 @@
+"""Edits: the unit that is applied, undone, saved and replayed at load.
+
+A changed model is its base architecture plus an ordered list of edits. Values live in the weights file; what is
+listed is structure only: which module stands where (a registered name and JSON arguments, never an import path) and
+which settings of the config differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actkit.core import registry
+from actkit.core.errors import EditError
+
+
+@dataclass(frozen=True, eq=False)
+class Replace:
+    """Put `module` at `path`. The module must offer `spec()` and `from_spec()` and be registered by name."""
+
+    path: str
+    module: nn.Module
+
+
+@dataclass(frozen=True, eq=False)
+class Set:
+    """Give the parameter or buffer `parameter` the values of `tensor` (same shape and dtype)."""
+
+    parameter: str
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class Configure:
+    """Set `model.config.key` (an attention implementation, `hidden_act`, a cache class) to a JSON value."""
+
+    key: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Not an edit: says that `path` is left as it is, and why. Ends up in the report."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Note:
+    """Not an edit: something worth reading about `path` (a search's outcome). Ends up in the report."""
+
+    path: str
+    text: str
+
+
+Edit = Replace | Set | Configure
+Undo = Callable[[], None]
+
+
+def get_module(model: nn.Module, path: str) -> nn.Module:
+    """The submodule at `path` ('' is the model). Raises EditError where there is none."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise EditError(f"path: the model has no module {path!r}; list them with model.named_modules().") from error
+
+
+def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at `path`."""
+    if not path:
+        raise EditError("path: the model itself ('') cannot be replaced; name one of its submodules.")
+    parent, _, name = path.rpartition(".")
+    setattr(get_module(model, parent), name, module)
+
+
+def get_tensor(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer `name`. Raises EditError where there is none."""
+    parent, _, leaf = name.rpartition(".")
+    tensor = getattr(get_module(model, parent), leaf, None)
+    if not isinstance(tensor, Tensor):
+        raise EditError(f"parameter: the model has no parameter or buffer {name!r}; list them with state_dict().")
+    return tensor
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """For every parameter name that shares its tensor with an earlier name: that earlier name, and the reverse."""
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            tied[name] = first[id(parameter)]
+            tied[first[id(parameter)]] = name
+        first.setdefault(id(parameter), name)
+    return tied
+
+
+def apply_edit(model: nn.Module, edit: Edit, *, remember: bool = True) -> Undo | None:
+    """Apply one edit in place.
+
+    remember: keep what is needed to undo it and return the function that does, else None.
+    Raises EditError for an unknown path, a wrong shape or dtype, or one side of tied parameters.
+    """
+    if isinstance(edit, Configure):
+        return _configure(model, edit)
+    if isinstance(edit, Set):
+        return _set(model, edit, remember)
+    if isinstance(edit, Replace):
+        return _replace(model, edit, remember)
+    raise EditError(f"edit: {type(edit).__name__} was given, allowed are Replace, Set and Configure.")
+
+
+@contextmanager
+def temporarily(model: nn.Module, edits: Iterable[Edit]) -> Iterator[nn.Module]:
+    """with temporarily(model, edits): measure. The edits are undone at the end, also after an exception."""
+    undos: list[Undo] = []
+    try:
+        for edit in edits:
+            undo = apply_edit(model, edit)
+            if undo is not None:
+                undos.append(undo)
+        yield model
+    finally:
+        for undo in reversed(undos):
+            undo()
+
+
+def describe(edit: Edit) -> dict[str, Any]:
+    """The JSON form of an edit, as a checkpoint keeps it."""
+    if isinstance(edit, Replace):
+        return {"replace": edit.path, "module": registry.module_name(type(edit.module)), "spec": edit.module.spec()}  # type: ignore[operator]
+    if isinstance(edit, Set):
+        return {"set": edit.parameter}
+    return {"configure": edit.key, "value": edit.value}
+
+
+def replay(model: nn.Module, described: list[dict[str, Any]]) -> None:
+    """Give a freshly built base model the structure that a list of described edits leads to; values come later."""
+    for entry in described:
+        if "replace" in entry:
+            path = entry["replace"]
+            factory = registry.module_class(entry["module"])
+            set_module(model, path, factory.from_spec(entry["spec"], get_module(model, path)))  # type: ignore[attr-defined]
+        elif "configure" in entry:
+            _configure(model, Configure(entry["configure"], entry["value"]))
+        elif "set" not in entry:
+            raise EditError(f"edit: {entry!r} is none of replace, set, configure; the checkpoint may be newer than actkit.")
+
+
+def _configure(model: nn.Module, edit: Configure) -> Undo:
+    config = getattr(model, "config", None)
+    if config is None:
+        raise EditError(f"configure: {edit.key!r} was to be set, but {type(model).__name__} has no config.")
+    if edit.key == "attn_implementation":  # the model dispatches on it, so it has its own setter
+        before = config._attn_implementation
+        model.set_attn_implementation(edit.value)  # type: ignore[operator]
+        return lambda: model.set_attn_implementation(before)  # type: ignore[operator]
+    if not hasattr(config, edit.key):
+        raise EditError(f"configure: the config has no key {edit.key!r}; see model.config.to_dict().")
+    before = getattr(config, edit.key)
+    setattr(config, edit.key, edit.value)
+    return lambda: setattr(config, edit.key, before)
+
+
+def _set(model: nn.Module, edit: Set, remember: bool) -> Undo | None:
+    tensor = get_tensor(model, edit.parameter)
+    if tensor.shape != edit.tensor.shape or tensor.dtype != edit.tensor.dtype:
+        raise EditError(
+            f"set {edit.parameter}: the model holds {tensor.dtype} {tuple(tensor.shape)}, "
+            f"the edit {edit.tensor.dtype} {tuple(edit.tensor.shape)}; both must agree."
+        )
+    _refuse_tied(model, edit.parameter)
+    before = tensor.detach().clone() if remember else None
+    with torch.no_grad():
+        tensor.copy_(edit.tensor)
+
+    def undo() -> None:
+        with torch.no_grad():
+            tensor.copy_(before)  # type: ignore[arg-type]
+
+    return undo if remember else None
+
+
+def _replace(model: nn.Module, edit: Replace, remember: bool) -> Undo | None:
+    old = get_module(model, edit.path)
+    registry.module_name(type(edit.module))  # an unregistered module could be applied but never loaded again
+    for name, _ in old.named_parameters():
+        _refuse_tied(model, f"{edit.path}.{name}")
+    set_module(model, edit.path, edit.module)
+    return (lambda: set_module(model, edit.path, old)) if remember else None
+
+
+def _refuse_tied(model: nn.Module, name: str) -> None:
+    partner = tied_names(model).get(name)
+    if partner is not None:
+        raise EditError(
+            f"{name} is tied to {partner}: changing one side would change the other too or break the tie. "
+            f"Leave it out of the transform, or untie the two in the model first (tie_word_embeddings=False)."
+        )

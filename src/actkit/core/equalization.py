@@ -1,0 +1,103 @@
+"""Where a scale per channel can move: out of what produces a tensor, into the linear layers that read it.
+
+Dividing the producer's channels by s and multiplying the consumers' columns by s leaves the function as it is
+(SmoothQuant, AWQ). Where a pair looks possible but is not, the set is listed with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from actkit.core.parts import Attention, Block, Linear, Mlp, Norm, is_linear
+
+
+@dataclass(frozen=True)
+class EqualizationSet:
+    """A producer and all its consumers.
+
+    producer: a norm, a linear layer, or the path of an activation (which then needs a scale of its own); None where
+    it is outside the block. producer_rows: the part of the producer's output rows that is meant, None for all.
+    inspect: path of the module whose output shows the damage of quantizing the consumers. refused: why no scale can
+    move here, or None.
+    """
+
+    producer: Norm | Linear | str | None
+    producer_rows: tuple[int, int] | None
+    consumers: tuple[Linear, ...]
+    inspect: str
+    refused: str | None = None
+
+
+def equalization_sets(block: Block) -> tuple[EqualizationSet, ...]:
+    """The sets of a block, in the order of computation; none for traced models."""
+    tied = _shared_parameters(block.root)
+    return tuple(_with_known_layers(found, tied) for found in _sets(block))
+
+
+def _sets(block: Block) -> Iterator[EqualizationSet]:
+    if block.attention is not None:
+        yield EqualizationSet(block.attention.norm, None, block.attention.inputs, block.attention.path)
+        yield _value_to_output(block.attention)
+    if block.mlp is not None:
+        yield EqualizationSet(block.mlp.norm, None, block.mlp.inputs, block.mlp.path)
+        yield _up_to_down(block.mlp, block.root)
+    if block.experts is not None:
+        experts = block.experts
+        consumers = tuple(linear for mlp in experts.members for linear in mlp.inputs)
+        yield EqualizationSet(experts.norm, None, consumers, experts.path, "the router reads the norm's output too")
+        bent = experts.row.limit is not None or experts.row.up_offset != 0
+        clamped = "up is clamped or shifted before it is multiplied" if bent else None
+        for mlp in experts.members:
+            yield replace(_up_to_down(mlp, block.root), refused=clamped)
+
+
+def _value_to_output(attention: Attention) -> EqualizationSet:
+    refused = None
+    if attention.key_value_heads != attention.heads:
+        refused = (
+            f"grouped-query attention: {attention.heads} heads read {attention.key_value_heads} value heads, "
+            f"so the channels of value and output do not match"
+        )
+    producer, rows = attention.value, None
+    if attention.query_key_value is not None:
+        producer, third = attention.query_key_value, attention.query_key_value.out_features // 3
+        rows = (2 * third, 3 * third)
+    return EqualizationSet(producer, rows, (attention.output,), attention.output.path, refused)
+
+
+def _up_to_down(mlp: Mlp, root: nn.Module) -> EqualizationSet:
+    # up is a factor of down's input in a gated MLP; otherwise only ReLU lets a positive scale pass
+    passes = mlp.gated or isinstance(root.get_submodule(mlp.activation), nn.ReLU)
+    return EqualizationSet(mlp.up if passes else mlp.activation, None, (mlp.down,), mlp.down.path)
+
+
+def _with_known_layers(found: EqualizationSet, tied: set[int]) -> EqualizationSet:
+    refused = found.refused or _refused(found, tied)
+    return replace(found, refused=refused)
+
+
+def _refused(found: EqualizationSet, tied: set[int]) -> str | None:
+    if found.producer is None:
+        return "post-norm: the norm that produces this input is outside the block, and the residual stream reads it"
+    if isinstance(found.producer, Norm):
+        if found.producer.feeds_residual:
+            return "post-norm: the residual stream reads the norm's output too"
+        if getattr(found.producer.module, "weight", None) is None:
+            return "the norm has no weight that could take the scale"
+    linears = [part for part in (found.producer, *found.consumers) if isinstance(part, Linear)]
+    for linear in linears:
+        if not is_linear(linear.module):
+            return f"{linear.path} is a {type(linear.module).__name__}, which actkit does not read as a linear layer"
+    for part in (found.producer, *found.consumers):
+        if not isinstance(part, str) and any(id(p) in tied for p in part.module.parameters()):
+            return f"{part.path} is shared with another part of the model"
+    return None
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """The ids of parameters that the model holds under more than one name."""
+    seen: set[int] = set()
+    return {id(p) for _, p in model.named_parameters(remove_duplicate=False) if id(p) in seen or seen.add(id(p))}  # type: ignore[func-returns-value]

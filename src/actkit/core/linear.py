@@ -1,0 +1,386 @@
+"""ActLinear: the one linear layer that methods make, y = W select(x) + bias + correction(x).
+
+Three slots that stack: `weight` (dense, or integer codes with scales), `select` (which inputs to read) and
+`correction` (low rank). A method fills a slot and leaves the others as they are, so a sparsity method over a
+quantizer is still one module, and whatever runs or exports models knows this module only.
+
+The logical layout is the state that is saved. `pack()` builds the input-major buffer that the sparse kernel reads; it
+is never saved. With gradients, with more than two rows or without `pack()` the layer computes in plain torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from actkit.core.quantizer import QuantizationGrid, pack_nibbles, unpack_nibbles
+
+KERNEL_ROWS = 2  # above it a dense product wins: two independent masks at 50 % already need 75 % of the weight
+
+
+class KeepsDtype(nn.Module):
+    """A module whose buffers keep their dtype under `.to(dtype)`, `.half()` and the like; devices still move."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsDtype:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+# -- the weight slot ---------------------------------------------------------------------------------------------------
+
+
+class DenseWeight(nn.Module):
+    """A weight kept as it is. tensor: Parameter [out, in]."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        if not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=tensor.requires_grad)
+        self.tensor = tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.tensor.shape[0], self.tensor.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.nbytes
+
+    def dequantize(self) -> Tensor:
+        """The weight [out, in]."""
+        return self.tensor
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": "dense"}
+
+
+class IntegerWeight(KeepsDtype):
+    """Codes and scales of a quantized weight.
+
+    codes: uint8 [out, in], or [out, ceil(in / 2)] with two codes per byte for 4 bits and less. scale: float32 and
+    zero: uint8 or None, shaped as `QuantizationGrid.quantize` returns them. dtype: what `dequantize` returns.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+    def __init__(
+        self, grid: QuantizationGrid, shape: tuple[int, int], codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.grid, self.shape, self.dtype = grid, shape, dtype
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero)
+
+    @classmethod
+    def quantize(cls, weight: Tensor, grid: QuantizationGrid) -> IntegerWeight:
+        """Round a weight [out, in] to the grid. Raises ValueError where the groups do not fit."""
+        weight = weight.detach()
+        codes, scale, zero = grid.quantize(weight)
+        if grid.bits <= 4:
+            codes = pack_nibbles(codes)
+        return cls(grid, (weight.shape[0], weight.shape[1]), codes, scale, zero, weight.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in (self.codes, self.scale, self.zero) if buffer is not None)
+
+    def dequantize(self) -> Tensor:
+        """The weight [out, in] in the dtype of the layer."""
+        codes = unpack_nibbles(self.codes, self.shape[1]) if self.grid.bits <= 4 else self.codes
+        return self.grid.dequantize(codes, self.scale, self.zero).to(self.dtype)
+
+    def spec(self) -> dict[str, Any]:
+        grid = self.grid
+        return {
+            "kind": "integer",
+            "bits": grid.bits,
+            "group_size": grid.group_size,
+            "group_axis": grid.group_axis,
+            "symmetric": grid.symmetric,
+        }
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerWeight:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # codes stay; the layer computes in the new dtype
+        super()._apply(fn, recurse)
+        return self
+
+
+WeightStorage = DenseWeight | IntegerWeight
+
+
+def _weight_from_spec(spec: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype) -> WeightStorage:
+    if spec["kind"] == "dense":
+        return DenseWeight(torch.empty(shape, dtype=dtype))
+    if spec["kind"] == "integer":
+        grid = QuantizationGrid(spec["bits"], spec["group_size"], spec["group_axis"], spec["symmetric"])
+        return IntegerWeight.quantize(torch.zeros(shape, dtype=dtype), grid)
+    raise ValueError(f"weight kind: {spec['kind']!r} was given, allowed are 'dense' and 'integer'.")
+
+
+# -- the select slot ---------------------------------------------------------------------------------------------------
+
+
+class Selection(KeepsDtype):
+    """Which inputs are read: those with a large |x| * score. score: float32 [in], or None for 1."""
+
+    score: Tensor | None
+
+    def __init__(self, score: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("score", None if score is None else score.detach().float())
+
+    def scored(self, x: Tensor) -> Tensor:
+        """|x| * score in float32 (16-bit products under- and overflow), shape of x."""
+        magnitude = x.detach().float().abs()
+        return magnitude if self.score is None else magnitude * self.score
+
+    def mask(self, x: Tensor) -> Tensor:
+        """Which entries of x [..., in] are kept: bool, shape of x. NaN is kept, so that it is seen."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] with what is not selected set to zero."""
+        return torch.where(self.mask(x), x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+    def spec(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class Threshold(Selection):
+    """Keeps input i where |x_i| * score_i > threshold."""
+
+    threshold: Tensor
+
+    def __init__(self, threshold: float, score: Tensor | None = None) -> None:
+        super().__init__(score)
+        if not threshold >= 0:
+            raise ValueError(f"threshold: {threshold} was given; it is a magnitude, give 0 or more.")
+        self.register_buffer("threshold", torch.tensor(float(threshold), dtype=torch.float32))
+
+    def mask(self, x: Tensor) -> Tensor:
+        return ~(self.scored(x) <= self.threshold)
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": "threshold", "score": self.score is not None}
+
+
+class TopK(Selection):
+    """Keeps the k inputs of each row with the largest |x_i| * score_i; of equal ones the first."""
+
+    def __init__(self, k: int, score: Tensor | None = None) -> None:
+        super().__init__(score)
+        if k < 0:
+            raise ValueError(f"k: {k} was given; give 0 or more.")
+        self.k = k
+
+    def mask(self, x: Tensor) -> Tensor:
+        order = self.scored(x).argsort(dim=-1, descending=True, stable=True)[..., : self.k]
+        return torch.zeros_like(x, dtype=torch.bool).scatter_(-1, order, True)
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": "top_k", "k": self.k, "score": self.score is not None}
+
+
+def _selection_from_spec(spec: dict[str, Any], in_features: int) -> Selection:
+    score = torch.ones(in_features) if spec["score"] else None
+    if spec["kind"] == "threshold":
+        return Threshold(0.0, score)
+    if spec["kind"] == "top_k":
+        return TopK(spec["k"], score)
+    raise ValueError(f"select kind: {spec['kind']!r} was given, allowed are 'threshold' and 'top_k'.")
+
+
+# -- the correction slot -----------------------------------------------------------------------------------------------
+
+
+class LowRank(nn.Module):
+    """Adds left @ right @ x. left: [out, rank], right: [rank, in]. of: 'all' inputs, or only the 'dropped' ones."""
+
+    def __init__(self, left: Tensor, right: Tensor, of: Literal["all", "dropped"] = "all") -> None:
+        super().__init__()
+        if left.shape[1] != right.shape[0]:
+            raise ValueError(f"left {tuple(left.shape)} and right {tuple(right.shape)} do not share a rank.")
+        self.left, self.right, self.of = nn.Parameter(left), nn.Parameter(right), of
+
+    @property
+    def nbytes(self) -> int:
+        return self.left.nbytes + self.right.nbytes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        return F.linear(F.linear(x, self.right), self.left)
+
+    def spec(self) -> dict[str, Any]:
+        return {"rank": self.left.shape[1], "of": self.of}
+
+
+# -- the layer ---------------------------------------------------------------------------------------------------------
+
+
+class ActLinear(nn.Module):
+    """A linear layer with three slots: y = W select(x) + bias + correction(x).
+
+    Input [..., in], output [..., out]. Raises ValueError where the slots do not fit each other.
+    """
+
+    def __init__(
+        self,
+        weight: WeightStorage,
+        bias: Tensor | None = None,
+        select: Selection | None = None,
+        correction: LowRank | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        if select is not None and select.score is not None and select.score.shape != (self.in_features,):
+            raise ValueError(f"select: its score has shape {tuple(select.score.shape)}, the layer {self.in_features} inputs.")
+        if correction is not None:
+            shape = (correction.left.shape[0], correction.right.shape[1])
+            if shape != (self.out_features, self.in_features):
+                raise ValueError(f"correction: it maps {shape[::-1]}, the layer {(self.in_features, self.out_features)}.")
+        self.weight = weight
+        self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+        self.select = select
+        self.correction = correction
+        self._packed: Any = None
+
+    @classmethod
+    def of(
+        cls,
+        linear: Any,
+        *,
+        weight: WeightStorage | None = None,
+        select: Selection | None = None,
+        correction: LowRank | None = None,
+    ) -> ActLinear:
+        """A changed copy of a linear layer; slots that are not given stay as the layer had them.
+
+        linear: an anatomy's Linear, nn.Linear, transformers' Conv1D or ActLinear. Dense weights and biases are shared
+        with the source, not copied.
+        """
+        module = linear if isinstance(linear, nn.Module) else linear.module
+        if isinstance(module, ActLinear):
+            weight = module.weight if weight is None else weight  # type: ignore[assignment]
+            select = module.select if select is None else select
+            correction = module.correction if correction is None else correction
+        elif weight is None:
+            tensor = module.weight
+            is_linear = isinstance(module, nn.Linear)
+            weight = DenseWeight(tensor if is_linear else nn.Parameter(tensor.t(), requires_grad=tensor.requires_grad))  # type: ignore[operator, arg-type]
+        return cls(weight, module.bias, select, correction).train(module.training)  # type: ignore[arg-type]
+
+    def dequantized(self) -> Tensor:
+        """The weight [out, in] that is multiplied, in the layer's dtype."""
+        return self.weight.dequantize()
+
+    def dense(self) -> nn.Linear:
+        """A plain nn.Linear with the dequantized weight; raises ValueError where a select or correction would be lost."""
+        if self.select is not None or self.correction is not None:
+            raise ValueError("dense(): a plain linear layer cannot hold this layer's select or correction slot.")
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.dequantized().detach(), requires_grad=False)
+        linear.bias = self.bias
+        return linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._packed is not None and not torch.is_grad_enabled() and x.numel() <= KERNEL_ROWS * self.in_features:
+            return self._decode(x)
+        selected = x if self.select is None else self.select(x)
+        y = F.linear(selected, self.dequantized(), self.bias)
+        if self.correction is not None:
+            y = y + self.correction(x if self.correction.of == "all" else x - selected)
+        return y
+
+    # -- decoding through the kernel
+
+    def pack(self) -> bool:
+        """Build the kernel's buffer (a second copy of the weight). Returns whether the kernel can serve this layer."""
+        from actkit import kernels
+
+        can = (
+            isinstance(self.weight, DenseWeight)
+            and isinstance(self.select, Threshold | TopK)
+            and self.correction is None
+            and self.weight.dtype in (torch.float32, torch.bfloat16)
+            and self.weight.tensor.device.type == "cpu"
+        )
+        self._packed = kernels.pack(self.dequantized().detach()) if can else None
+        return can
+
+    def unpack(self) -> None:
+        """Drop the kernel's buffer; the layer computes in plain torch again."""
+        self._packed = None
+
+    def _decode(self, x: Tensor) -> Tensor:
+        from actkit import kernels
+
+        select = self.select
+        if isinstance(select, Threshold):
+            chosen: dict[str, Any] = {"threshold": float(select.threshold)}
+        else:
+            chosen = {"k": select.k}  # type: ignore[union-attr]
+        return kernels.sparse_linear(x, self._packed, score=select.score, bias=self.bias, **chosen)  # type: ignore[union-attr]
+
+    # -- cost
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that the weight and the correction take in storage."""
+        return self.weight.nbytes + (0 if self.correction is None else self.correction.nbytes)
+
+    def bytes_per_token(self, density: float = 1.0) -> float:
+        """Weight bytes read for one token when a share `density` of the inputs is active."""
+        score = 0 if self.select is None or self.select.score is None else self.select.score.nbytes
+        return self.weight.nbytes * density + (0 if self.correction is None else self.correction.nbytes) + score
+
+    # -- checkpoints
+
+    def spec(self) -> dict[str, Any]:
+        """The JSON arguments from which `from_spec` rebuilds the layer's structure."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "dtype": str(self.weight.dtype).removeprefix("torch."),
+            "bias": None if self.bias is None else str(self.bias.dtype).removeprefix("torch."),
+            "weight": self.weight.spec(),
+            "select": None if self.select is None else self.select.spec(),
+            "correction": None if self.correction is None else self.correction.spec(),
+        }
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], original: nn.Module | None = None) -> ActLinear:
+        """A layer of the right structure whose values come from a weights file."""
+        dtype = getattr(torch, spec["dtype"])
+        shape = (spec["out_features"], spec["in_features"])
+        bias = None if spec["bias"] is None else torch.empty(shape[0], dtype=getattr(torch, spec["bias"]))
+        select = None if spec["select"] is None else _selection_from_spec(spec["select"], shape[1])
+        correction = None
+        if spec["correction"] is not None:
+            rank = spec["correction"]["rank"]
+            left, right = torch.empty(shape[0], rank, dtype=dtype), torch.empty(rank, shape[1], dtype=dtype)
+            correction = LowRank(left, right, spec["correction"]["of"])
+        return cls(_weight_from_spec(spec["weight"], shape, dtype), bias, select, correction)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def pack_for_decode(model: nn.Module) -> int:
+    """Build the kernel buffers of every ActLinear that the sparse kernel can serve; returns how many."""
+    return sum(module.pack() for module in model.modules() if isinstance(module, ActLinear))

@@ -1,0 +1,238 @@
+"""The parts of a model that methods handle: linear layers, norms, attention, MLP, experts, and the block around them.
+
+All are handles: they hold a module and its full path, copy nothing, and describe the model as it is when they are
+made. After edits, `Anatomy.block(i)` reads the block again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from actkit.core.architectures import ExpertsRow, Role
+from actkit.core.errors import CoverageError
+from actkit.core.linear import ActLinear
+from actkit.core.sites import Site, Tap
+
+LinearRole = Literal["query", "key", "value", "query_key_value", "output", "gate", "up", "down", "layer"]
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is a linear layer that actkit can read: nn.Linear, transformers' Conv1D or ActLinear.
+
+    Subclasses of nn.Linear that keep their weight packed (bitsandbytes) are not.
+    """
+    if isinstance(module, nn.Linear):
+        return module.weight.shape == (module.out_features, module.in_features)
+    return isinstance(module, Conv1D | ActLinear)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of the model. expert: its index where the layer belongs to an expert."""
+
+    path: str
+    role: LinearRole
+    module: nn.Module = field(repr=False)
+    expert: int | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in]: the parameter itself, transposed view for Conv1D, dequantized for ActLinear.
+
+        Raises CoverageError for a module that actkit does not read as a linear layer.
+        """
+        if isinstance(self.module, ActLinear):
+            return self.module.dequantized()
+        if not is_linear(self.module):
+            raise CoverageError(
+                f"{self.path}: a {type(self.module).__name__} stands here, whose weight actkit does not read. "
+                f"Leave it out, or undo what replaced the linear layer."
+            )
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return weight.t() if isinstance(self.module, Conv1D) else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out], or None."""
+        return getattr(self.module, "bias", None)
+
+    @property
+    def in_features(self) -> int:
+        return self.module.nx if isinstance(self.module, Conv1D) else self.module.in_features  # type: ignore[return-value]
+
+    @property
+    def out_features(self) -> int:
+        return self.module.nf if isinstance(self.module, Conv1D) else self.module.out_features  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class LinearInput:
+    """Linear layers that read one and the same tensor, the one at `site`."""
+
+    site: Site
+    linears: tuple[Linear, ...]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm. role: what reads it. offset: added to its weight before use (1 in Gemma). feeds_residual: post-norm."""
+
+    path: str
+    module: nn.Module = field(repr=False)
+    role: Role = "other"
+    offset: float = 0.0
+    feeds_residual: bool = False
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention: query, key and value, or query_key_value, whose output rows are their contiguous thirds.
+
+    norm: what its input comes from, None where that is outside the block (post-norm).
+    """
+
+    path: str
+    module: nn.Module = field(repr=False)
+    query: Linear | None
+    key: Linear | None
+    value: Linear | None
+    query_key_value: Linear | None
+    output: Linear
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    norm: Norm | None
+
+    @property
+    def inputs(self) -> tuple[Linear, ...]:
+        """The layers that read `attention.input`."""
+        return tuple(x for x in (self.query, self.key, self.value, self.query_key_value) if x is not None)
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """down(activation(up)), or down(activation(gate) * up) where gated. activation: path of the nonlinearity."""
+
+    path: str
+    module: nn.Module = field(repr=False)
+    gate: Linear | None
+    up: Linear
+    down: Linear
+    activation: str
+    norm: Norm | None
+
+    @property
+    def gated(self) -> bool:
+        return self.gate is not None
+
+    @property
+    def inputs(self) -> tuple[Linear, ...]:
+        """The layers that read `mlp.input`."""
+        return (self.up,) if self.gate is None else (self.gate, self.up)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A choice of MLPs. module: 3-D parameters, or the ExpertList they were opened as; then `members` are its MLPs.
+
+    router: path of the module that chooses. norm: what feeds router and experts. row: how the parameters are stored.
+    """
+
+    path: str
+    module: nn.Module = field(repr=False)
+    router: str
+    count: int
+    members: tuple[Mlp, ...]
+    norm: Norm | None
+    row: ExpertsRow = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Traced models: first -> nonlinearity -> second, with nothing but norms, sums and reshapes between.
+
+    first, second: a Linear, or the path of a convolution. nonlinearity: the path of its module, or the name of the
+    function ('relu').
+    """
+
+    first: Linear | str
+    nonlinearity: str
+    second: Linear | str
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block. path: full path in the model ('' is the whole model, as a traced model is one block)."""
+
+    index: int
+    path: str
+    module: nn.Module = field(repr=False)
+    attention: Attention | None
+    mlp: Mlp | None
+    experts: Experts | None
+    norms: tuple[Norm, ...]
+    other: tuple[LinearInput, ...] = ()
+    chains: tuple[Chain, ...] = ()
+    root: nn.Module = field(default=None, repr=False, compare=False)  # type: ignore[assignment]
+    taps: Mapping[Site, Tap] = field(default_factory=dict, repr=False, compare=False)
+    _originals: Mapping[str, nn.Module] | None = field(default=None, repr=False, compare=False)
+
+    def linear_inputs(self) -> tuple[LinearInput, ...]:
+        """The tensors that linear layers read, in the order of computation, each with its layers.
+
+        Layers of a kind that actkit does not read are left out; `coverage()` names them.
+        """
+        return tuple(_readable(self._linear_inputs()))
+
+    def _linear_inputs(self) -> Iterator[LinearInput]:
+        if self.attention is not None:
+            yield LinearInput(Site("attention.input", self.index), self.attention.inputs)
+            yield LinearInput(Site("attention.mixed", self.index), (self.attention.output,))
+        for expert, mlp in self.mlps():
+            yield LinearInput(Site("mlp.input", self.index, expert), mlp.inputs)
+            yield LinearInput(Site("mlp.hidden", self.index, expert), (mlp.down,))
+        yield from self.other
+
+    def mlps(self) -> tuple[tuple[int | None, Mlp], ...]:
+        """The block's MLP with None, or its opened experts with their indices."""
+        if self.mlp is not None:
+            return ((None, self.mlp),)
+        return () if self.experts is None else tuple(enumerate(self.experts.members))
+
+    def linears(self) -> tuple[Linear, ...]:
+        """All linear layers that actkit can read, those of opened experts included."""
+        return tuple(linear for inputs in self.linear_inputs() for linear in inputs.linears)
+
+    def sites(self) -> tuple[Site, ...]:
+        """The sites that can be read now (attention.weights only where the implementation forms them)."""
+        return tuple(site for site in self.taps if site.name != "attention.weights" or forms_weights(self.root))
+
+    def original(self, path: str) -> nn.Module:
+        """The module at `path` (full path) as it was before the run; before any edit, the module itself."""
+        if self._originals is not None and path in self._originals:
+            return self._originals[path]
+        return self.root.get_submodule(path)
+
+
+def _readable(groups: Iterator[LinearInput]) -> Iterator[LinearInput]:
+    for group in groups:
+        linears = tuple(linear for linear in group.linears if is_linear(linear.module))
+        if linears:
+            yield LinearInput(group.site, linears)
+
+
+def attention_implementation(model: nn.Module) -> str | None:
+    """The name of the attention implementation of a transformers model."""
+    config: Any = getattr(model, "config", None)
+    return getattr(config, "_attn_implementation", None)
+
+
+def forms_weights(model: nn.Module) -> bool:
+    """Whether the model's attention forms its weights, so that they can be read."""
+    return attention_implementation(model) == "eager"

@@ -1,0 +1,124 @@
+"""Changed transformers models: a subclass of the model's own class, with a `model_type` of its own.
+
+`LlamaForCausalLM` becomes `ActkitLlamaForCausalLM` with the model type `actkit_llama`: transformers without actkit
+refuses that type instead of initialising weights that it does not understand. The subclass builds the base
+architecture, replays the edits, and loads strictly. Keys are those of the model in memory, so transformers' weight
+conversions (made for hub checkpoints of the base types) do not apply to it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from actkit.core.errors import CheckpointError
+
+PREFIX = "actkit_"
+
+
+def base_type(model_type: str) -> str:
+    """The transformers model type behind a changed one: 'actkit_llama' -> 'llama'."""
+    return model_type.removeprefix(PREFIX)
+
+
+class ChangedModel:
+    """What the subclass of a changed transformers model adds: loading and saving in actkit's own format."""
+
+    actkit_base: type[PreTrainedModel]
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *args: Any, config: Any = None, dtype: Any = None, **kwargs: Any) -> Any:
+        """Load an actkit folder strictly. Raises CheckpointError for keys that are missing, unexpected or mismatched."""
+        from actkit.core import checkpoint
+
+        loading_info = kwargs.pop("output_loading_info", False)
+        dtype = kwargs.pop("torch_dtype", dtype)
+        _refuse({name: value for name, value in kwargs.items() if value and name in ("device_map", "quantization_config", "state_dict")})
+        model = checkpoint.load(folder, dtype=None if dtype == "auto" else dtype)
+        empty = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        return (model, empty) if loading_info else model
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write an actkit folder. Raises CheckpointError where the folder holds anything else."""
+        from actkit.core import checkpoint
+
+        _refuse({name: value for name, value in kwargs.items() if value and name in ("push_to_hub", "variant", "state_dict")})
+        folder = Path(save_directory)
+        replaceable = folder.is_dir() and (not any(folder.iterdir()) or (folder / checkpoint.MANIFEST).exists())
+        checkpoint.save(self, folder, overwrite=replaceable)  # type: ignore[arg-type]
+
+
+def _refuse(options: dict[str, Any]) -> None:
+    if options:
+        raise CheckpointError(
+            f"{', '.join(options)}: not supported for a model that actkit changed. Load it as it is "
+            f"(actkit.load(folder, device=..., dtype=...)), or save it with actkit.save."
+        )
+
+
+@cache
+def config_class(base: type) -> type:
+    """The config class of changed models over `base`, registered with AutoConfig."""
+    name = f"{PREFIX}{base.model_type}"  # type: ignore[attr-defined]
+    changed = type(f"Actkit{base.__name__}", (base,), {"model_type": name, "__module__": __name__})
+    AutoConfig.register(name, changed, exist_ok=True)
+    return changed
+
+
+@cache
+def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The changed subclass of a transformers model class, registered with every Auto class that knows the base."""
+    config = config_class(base.config_class)
+    # transformers reads the source of the class's module to choose the experts' implementation: it must be the base's.
+    namespace = {"config_class": config, "actkit_base": base, "__module__": base.__module__}
+    changed = type(f"Actkit{base.__name__}", (ChangedModel, base), namespace)
+    for name in dir(transformers):
+        if name.startswith("AutoModel"):
+            auto = getattr(transformers, name)
+            mapping = getattr(auto, "_model_mapping", None)
+            known = None if mapping is None else mapping.get(base.config_class, None)
+            if base is known or (isinstance(known, tuple) and base in known):
+                auto.register(config, changed, exist_ok=True)
+    return changed
+
+
+def set_changed(model: PreTrainedModel, changed: bool) -> None:
+    """Make a transformers model an instance of its changed class, or of its own again."""
+    base = getattr(type(model), "actkit_base", type(model))
+    base_config = base.config_class
+    model.__class__ = model_class(base) if changed else base
+    model.config.__class__ = config_class(base_config) if changed else base_config
+
+
+def class_by_name(name: str) -> type[PreTrainedModel]:
+    """A model class of transformers by its name (never an import path). Raises CheckpointError for another name."""
+    found = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise CheckpointError(f"base_class: {name!r} is not a model class of transformers {transformers.__version__}.")
+    return found
+
+
+def register(model_types: tuple[str, ...]) -> None:
+    """Register the changed classes of some base model types, so that transformers' Auto classes load them."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    for model_type in model_types:
+        if model_type in CONFIG_MAPPING:
+            base = CONFIG_MAPPING[model_type]
+            config_class(base)
+            for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForMaskedLM",
+                         "AutoModelForImageClassification", "AutoModel"):  # fmt: skip
+                known = getattr(transformers, name)._model_mapping.get(base, None)
+                for cls in known if isinstance(known, tuple) else (known,):
+                    if cls is not None:
+                        model_class(cls)
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether a module is a transformers model."""
+    return isinstance(model, PreTrainedModel)

@@ -1,0 +1,111 @@
+"""Round-to-nearest integer grids for weight matrices, with the conventions stated.
+
+One scale (and, if asymmetric, one zero point) serves a group of `group_size` consecutive weights, counted along the
+inputs of a row (`group_axis="input"`, the usual choice) or along the outputs of a column (`"output"`). With b bits:
+
+    asymmetric   scale = max(max(w) - min(w), 1e-5) / (2^b - 1),  zero = clamp(-round(min(w) / scale), 0, 2^b - 1)
+    symmetric    scale = max(max|w|, 1e-5) / (2^(b-1) - 1),       zero = 2^(b-1)
+    code = clamp(round(w / scale) + zero, 0, 2^b - 1),            w' = (code - zero) * scale
+
+The asymmetric form is that of llm-awq: zero is *not* forced into [min, max]. Rounding is half to even.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+SMALLEST_RANGE = 1e-5
+
+GroupAxis = Literal["input", "output"]
+
+
+@dataclass(frozen=True)
+class QuantizationGrid:
+    """Bits, groups and symmetry of an integer grid.
+
+    bits: 2 to 8. group_size: weights per scale; -1 takes the whole row (or column).
+    """
+
+    bits: int
+    group_size: int = -1
+    group_axis: GroupAxis = "input"
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits: {self.bits} was given, allowed are 2 to 8.")
+        if self.group_size != -1 and self.group_size < 1:
+            raise ValueError(f"group_size: {self.group_size} was given; give a positive number, or -1 for a whole row.")
+        if self.group_axis not in ("input", "output"):
+            raise ValueError(f"group_axis: {self.group_axis!r} was given, allowed are 'input' and 'output'.")
+
+    @property
+    def levels(self) -> int:
+        """The largest code, 2^bits - 1."""
+        return 2**self.bits - 1
+
+    def fits(self, out_features: int, in_features: int) -> str | None:
+        """Why a weight [out_features, in_features] cannot be cut into these groups, or None."""
+        length = in_features if self.group_axis == "input" else out_features
+        if self.group_size != -1 and length % self.group_size:
+            return (
+                f"group_size: {self.group_size} does not divide the {length} {self.group_axis}s; "
+                f"choose a divisor of {length}, or -1 for whole rows"
+            )
+        return None
+
+    def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes and parameters of a weight [out, in].
+
+        Returns codes uint8 [out, in], scale float32 and zero uint8, both [out, groups] for groups along the input
+        and [groups, in] along the output; zero is None when symmetric. Raises ValueError where the groups do not fit.
+        """
+        groups = self._grouped(weight.float())  # [rows, groups, group_size], rows = the axis that is not grouped
+        if self.symmetric:
+            scale = groups.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_RANGE) / (2 ** (self.bits - 1) - 1)
+            zero = torch.full_like(scale, 2 ** (self.bits - 1))
+        else:
+            low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+            scale = (high - low).clamp(min=SMALLEST_RANGE) / self.levels
+            zero = (-torch.round(low / scale)).clamp(0, self.levels)
+        codes = (torch.round(groups / scale) + zero).clamp(0, self.levels)
+        codes = codes.flatten(1).to(torch.uint8)
+        scale, zero = scale.squeeze(-1), zero.squeeze(-1).to(torch.uint8)
+        if self.group_axis == "output":
+            codes, scale, zero = codes.t().contiguous(), scale.t().contiguous(), zero.t().contiguous()
+        return codes, scale, None if self.symmetric else zero
+
+    def dequantize(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """The weight float32 [out, in] that codes and parameters stand for."""
+        dim = 1 if self.group_axis == "input" else 0
+        repeats = codes.shape[dim] // scale.shape[dim]
+        offset = float(2 ** (self.bits - 1)) if zero is None else zero.float().repeat_interleave(repeats, dim)
+        return (codes.float() - offset) * scale.repeat_interleave(repeats, dim)
+
+    def fake(self, weight: Tensor) -> Tensor:
+        """Quantize and dequantize: float32 [out, in]."""
+        return self.dequantize(*self.quantize(weight))
+
+    def _grouped(self, weight: Tensor) -> Tensor:
+        reason = self.fits(*weight.shape)
+        if reason:
+            raise ValueError(reason + ".")
+        rows = weight if self.group_axis == "input" else weight.t()
+        size = rows.shape[1] if self.group_size == -1 else self.group_size
+        return rows.reshape(rows.shape[0], -1, size)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Two codes below 16 per byte: uint8 [out, in] -> uint8 [out, ceil(in / 2)], the first in the low half."""
+    if codes.shape[1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def unpack_nibbles(packed: Tensor, in_features: int) -> Tensor:
+    """The inverse of `pack_nibbles`: uint8 [out, in_features]."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)[:, :in_features]

@@ -1,0 +1,158 @@
+"""Reads one block of a model as its architecture's row describes it, with a tap for every site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from actkit.core.architectures import Architecture, AttentionRow, ExpertsRow, MlpRow
+from actkit.core.errors import CoverageError
+from actkit.core.experts import ExpertList
+from actkit.core.parts import Attention, Block, Experts, Linear, LinearRole, Mlp, Norm
+from actkit.core.sites import Site, Tap
+
+
+class BlockReader:
+    """Reads one block as its row describes it."""
+
+    def __init__(self, model: nn.Module, row: Architecture, index: int, path: str) -> None:
+        self.model, self.row, self.index, self.path = model, row, index, path
+        self.taps: dict[Site, Tap] = {}
+
+    def read(self, originals: Mapping[str, nn.Module] | None) -> Block:
+        """The block as the model holds it now."""
+        row = self.row
+        norms = tuple(
+            Norm(self._full(norm.path), self._module(norm.path), norm.role, norm.offset, norm.feeds_residual)
+            for norm in row.norms
+        )
+        feeding = {norm.role: norm for norm in norms}
+        if row.attention is not None:
+            heads = [path for path in (row.attention.query_norm, row.attention.key_norm) if path is not None]
+            norms += tuple(Norm(self._full(path), self._module(path)) for path in heads)
+        self._tap("block.input", self.path, "input")
+        attention = None if row.attention is None else self._attention(row.attention, feeding.get("attention"))
+        mlp = None if row.mlp is None else self._mlp(row.mlp, feeding.get("mlp"))
+        experts = None if row.experts is None else self._experts(row.experts, feeding.get("mlp"))
+        self._tap("block.output", self.path, "output")
+        module = submodule(self.model, self.path, row)
+        return Block(
+            self.index,
+            self.path,
+            module,
+            attention,
+            mlp,
+            experts,
+            norms,
+            root=self.model,
+            taps=self.taps,
+            _originals=originals,
+        )
+
+    def _full(self, path: str) -> str:
+        return f"{self.path}.{path}"
+
+    def _module(self, path: str) -> nn.Module:
+        return submodule(self.model, self._full(path), self.row)
+
+    def _linear(self, path: str, role: LinearRole, expert: int | None = None) -> Linear:
+        return Linear(self._full(path), role, self._module(path), expert)
+
+    def _optional(self, path: str | None, role: LinearRole) -> Linear | None:
+        return None if path is None else self._linear(path, role)
+
+    def _tap(
+        self, name: str, path: str, where: Any, index: int = 0, *, of_expert: int | None = None, **settings: Any
+    ) -> None:
+        self.taps[Site(name, self.index, of_expert)] = Tap(path, where, index, **settings)
+
+    def _attention(self, row: AttentionRow, norm: Norm | None) -> Attention:
+        config: Any = self.model.config
+        heads = getattr(config, self.row.heads)
+        key_value_heads = getattr(config, self.row.key_value_heads, None) or heads
+        output = self._linear(row.output, "output")
+        attention = Attention(
+            self._full(row.path),
+            self._module(row.path),
+            self._optional(row.query, "query"),
+            self._optional(row.key, "key"),
+            self._optional(row.value, "value"),
+            self._optional(row.query_key_value, "query_key_value"),
+            output,
+            heads,
+            key_value_heads,
+            output.in_features // heads,
+            norm,
+        )
+        self._tap("attention.input", attention.inputs[0].path, "input")
+        self._head_taps(row, attention)
+        self._tap("attention.weights", attention.path, "output", 1, layout="weights")
+        self._tap("attention.mixed", output.path, "input")
+        self._tap("attention.output", self._full(row.added or row.path), "output")
+        return attention
+
+    def _head_taps(self, row: AttentionRow, attention: Attention) -> None:
+        fused, width = attention.query_key_value, attention.heads * attention.head_dim
+        layers, norms = (attention.query, attention.key, attention.value), (row.query_norm, row.key_norm, None)
+        for i, (name, layer, norm) in enumerate(zip(("query", "key", "value"), layers, norms, strict=True)):
+            source = layer or fused
+            assert source is not None
+            settings: dict[str, Any] = {"heads": attention.heads if name == "query" else attention.key_value_heads}
+            if fused is not None:
+                settings["columns"] = (i * width, (i + 1) * width)
+            if row.rotary and name != "value":
+                settings |= {"rotary": True, "attention": attention.path}
+            path = source.path if norm is None else self._full(norm)
+            self._tap(f"attention.{name}", path, "output", layout="heads", **settings)
+
+    def _mlp(self, row: MlpRow, norm: Norm | None) -> Mlp:
+        gate, up, down = self._optional(row.gate, "gate"), self._linear(row.up, "up"), self._linear(row.down, "down")
+        self._module(row.activation)
+        mlp = Mlp(self._full(row.path), self._module(row.path), gate, up, down, self._full(row.activation), norm)
+        self._mlp_taps(mlp, self._full(row.added or row.path))
+        return mlp
+
+    def _mlp_taps(self, mlp: Mlp, added: str, **settings: Any) -> None:
+        self._tap("mlp.input", mlp.inputs[0].path, "input", **settings)
+        self._tap("mlp.preactivation", mlp.activation, "input", **settings)
+        if mlp.gated:
+            self._tap("mlp.gate", mlp.activation, "output", **settings)
+        self._tap("mlp.hidden", mlp.down.path, "input", **settings)
+        self._tap("mlp.output", added, "output", **settings)
+
+    def _experts(self, row: ExpertsRow, norm: Norm | None) -> Experts:
+        module, path, router = self._module(row.path), self._full(row.path), self._full(row.router)
+        self._module(row.router)
+        self._tap("mlp.input", self._full(row.module), "input")
+        self._tap("router.logits", router, "output", layout="flat")
+        members: tuple[Mlp, ...] = ()
+        if isinstance(module, ExpertList):
+            members = tuple(self._expert(f"{row.path}.{e}", e) for e in range(len(module)))
+            count = len(module)
+        else:
+            stacked = getattr(module, row.down, None)
+            if stacked is None or stacked.dim() != 3:
+                kind = type(module).__name__
+                raise CoverageError(f"{path}: a {kind} without the 3-D parameter {row.down!r} stands here.")
+            count = stacked.shape[0]
+        self._tap("mlp.output", self._full(row.module), "output")
+        return Experts(path, module, router, count, members, norm, row)
+
+    def _expert(self, path: str, e: int) -> Mlp:
+        gate, up, down = (self._linear(f"{path}.{role}", role, e) for role in ("gate", "up", "down"))
+        mlp = Mlp(self._full(path), self._module(path), gate, up, down, self._full(f"{path}.activation"), None)
+        self._mlp_taps(mlp, mlp.path, layout="flat", of_expert=e, expert=mlp.path)
+        return mlp
+
+
+def submodule(model: nn.Module, path: str, row: Architecture) -> nn.Module:
+    """The module at a full path. Raises CoverageError where the model does not fit the row."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise CoverageError(
+            f"{type(model).__name__}: the row {row.name!r} expects a module at {path!r}, and there is none. "
+            f"Register a row that describes this model (register_architecture)."
+        ) from error

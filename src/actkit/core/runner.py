@@ -1,0 +1,371 @@
+"""The recipe runner: checks, plans, then walks the model block by block and applies the edits of each transform.
+
+Inside a block the transforms run in recipe order: observe, edit, and the next one observes the edited block. Coverage,
+memory and time are known before work starts (`core/plan.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actkit.core import changes
+from actkit.core.anatomy import Anatomy, Block, Site, anatomy
+from actkit.core.blockwise import Call, Walk
+from actkit.core.capture import observe
+from actkit.core.edits import (
+    Configure,
+    Edit,
+    Note,
+    Replace,
+    Skip,
+    Undo,
+    apply_edit,
+    describe,
+    get_module,
+    get_tensor,
+    set_module,
+    temporarily,
+)
+from actkit.core.errors import DataError, EditError, NonFiniteError, UnsupportedModelError
+from actkit.core.experts import ExpertList
+from actkit.core.hooks import evaluating, forward, hooked, refuse_compiled_or_sharded
+from actkit.core.plan import Plan, make_plan
+from actkit.core.progress import track
+from actkit.core.statistics import Statistic
+from actkit.core.transform import Recipe, Transform
+
+UNDO_MODES = ("source", "memory", "off")
+
+
+@dataclass
+class Report:
+    """What a run did. changed: (path, method) rows; skipped: (path, method, reason) rows; notes: what else was said."""
+
+    recipe: dict[str, Any]
+    plan: Plan
+    changed: list[tuple[str, str]] = field(default_factory=list)
+    skipped: list[tuple[str, str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Applied:
+    """A changed model, the edits that made it (their JSON form), and the report."""
+
+    model: nn.Module
+    edits: list[dict[str, Any]]
+    report: Report
+    _undo: Callable[[], None] | None = None
+
+    def undo(self) -> nn.Module:
+        """Take all edits back, bit for bit. Raises EditError where undo was switched off or is done already."""
+        if self._undo is None:
+            raise EditError("undo: nothing is left to undo with (undo='off', or undone already); load the original model.")
+        self._undo()
+        self._undo = None
+        return self.model
+
+
+class Seen:
+    """What calibration saw of one block: statistics by site, and recorded calls of its submodules."""
+
+    def __init__(self, walk: Walk | None, block: Block, stream: str, statistics: dict[Site, Statistic]) -> None:
+        self._walk, self._block, self._stream, self._statistics = walk, block, stream, statistics
+
+    def __getitem__(self, site: Site) -> Any:
+        return self._statistics[site]
+
+    @property
+    def block_calls(self) -> list[Call]:
+        """The block's own calls on its stream: replay them to evaluate the whole block."""
+        if self._walk is None:
+            raise DataError("block_calls: this transform ran without data; declare Tags(needs_data=True).")
+        return self._walk.calls(self._block.index, self._stream)
+
+    def trial(self, edits: Iterable[Edit]) -> AbstractContextManager[nn.Module]:
+        """with seen.trial(edits): replay calls on the block with those edits; they are undone at the end."""
+        if self._walk is None:
+            raise DataError("trial: this transform ran without data; declare Tags(needs_data=True).")
+        return temporarily(self._walk.anatomy.model, edits)
+
+    def calls(self, path: str, *, stream: str | None = None, max_tokens: int | None = None) -> list[Call]:
+        """The calls that the module at `path` gets when the block, *as it stands now*, runs on its inputs.
+
+        stream: 'original' or 'edited' inputs of the block; default as the transform declares. max_tokens: record no
+        further batch after that many tokens. `call.replay(module)` runs a module on them.
+        """
+        if self._walk is None:
+            raise DataError("calls: this transform ran without data; declare Tags(needs_data=True).")
+        model = self._walk.anatomy.model
+        recorded: list[Call] = []
+        tokens = 0
+        for call in self._walk.calls(self._block.index, stream or self._stream):
+
+            def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call = call) -> None:
+                kwargs = {key: value for key, value in kwargs.items() if "past_key_value" not in key}
+                recorded.append(Call(args, kwargs, call.context))
+
+            with hooked(model, before={path: keep}):
+                call.replay(get_module(model, self._block.path))
+            tokens += call.context.tokens
+            if max_tokens is not None and tokens >= max_tokens:
+                break
+        return recorded
+
+
+class Trial:
+    """Tries edits over the whole model and takes them back: for transforms that search in `plan`."""
+
+    def __init__(self, view: Anatomy, batches: Sequence[Any]) -> None:
+        self.anatomy, self.model, self.batches = view, view.model, batches
+
+    def __call__(self, edits: Iterable[Edit]) -> AbstractContextManager[nn.Module]:
+        """with trial(edits) as model: measure; the edits are undone at the end, also after an exception."""
+        return temporarily(self.model, edits)
+
+    def outputs(self) -> Iterator[Tensor]:
+        """The model's first output on each calibration batch: logits or hidden states."""
+        with evaluating(self.model):
+            for batch in self.batches:
+                yield first_tensor(forward(self.model, batch))
+
+
+def first_tensor(output: Any) -> Tensor:
+    """Logits where a model gives them, else its first output tensor."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    return logits if logits is not None else output[0]
+
+
+def apply(
+    model: nn.Module,
+    recipe: Any,
+    data: Iterable[Any] | None = None,
+    *,
+    inplace: bool = True,
+    undo: str | None = None,
+    min_coverage: float = 0.5,
+    max_memory: int | str | None = None,
+    progress: bool = True,
+) -> Applied:
+    """Apply a recipe to a model.
+
+    data: calibration batches (dicts of the model's keywords, or tensors). inplace: change `model` itself, else a copy.
+    undo: 'source' reads what was changed from the folder the model came from (the default where `actkit.load` loaded
+    it and nothing was changed since), 'memory' keeps the old tensors, 'off' keeps nothing. min_coverage: least share
+    of the parameters inside blocks that each transform must touch. max_memory: hard cap for calibration, bytes or
+    '2GB'. Raises RecipeError, DataError, CoverageError, MemoryLimitError, NonFiniteError or UnsupportedModelError
+    before work starts; where something fails midway the model is restored (unless undo is 'off').
+    """
+    started = time.perf_counter()
+    recipe = Recipe.of(recipe)
+    if undo is not None and undo not in UNDO_MODES:
+        raise ValueError(f"undo: {undo!r} was given, allowed are {', '.join(UNDO_MODES)}.")
+    check_model(model)
+    known = changes.of(model)
+    recipe.check(earlier=known.transforms if known else ())
+    transforms = [transform for transform in recipe if transform != type(transform).identity()]
+    batches = _batches(transforms, data)
+    if not inplace:
+        model = copy.deepcopy(model)
+    view = anatomy(model, batches[0] if batches else None)
+    plan = make_plan(view, transforms, batches, min_coverage=min_coverage, max_memory=max_memory)
+    report = Report(recipe.dump(), plan)
+    report.notes += [f"{type(t).__name__} is at its identity setting: nothing to change" for t in recipe if t not in transforms]
+    mode = _undo_mode(model, undo, report)
+    run = _Run(view, transforms, batches, mode, report, progress)
+    try:
+        with evaluating(model):
+            run.plan_transforms()
+            run.walk()
+    except BaseException:
+        run.rollback()
+        raise
+    before = changes.record(model, run.described, run.transforms, view.architecture)
+    report.seconds = time.perf_counter() - started
+
+    def take_back() -> None:
+        changes.restore(model, before)
+        run.rollback()
+
+    return Applied(model, run.described, report, None if mode == "off" else take_back)
+
+
+class _Run:
+    """One pass of a list of transforms over a model."""
+
+    def __init__(
+        self, view: Anatomy, transforms: list[Transform], batches: list[Any], mode: str, report: Report, progress: bool
+    ) -> None:
+        self.view, self.model, self.transforms, self.batches = view, view.model, transforms, batches
+        self.mode, self.report, self.progress = mode, report, progress
+        self.described: list[dict[str, Any]] = []
+        self.undos: list[Undo] = []
+
+    def plan_transforms(self) -> None:
+        trial = Trial(self.view, self.batches)
+        self.transforms = [transform.plan(trial, self.batches) for transform in self.transforms]
+
+    def walk(self) -> None:
+        needed = {t.tags.stream for t in self.transforms if t.tags.needs_data}
+        streams = [s for s in ("original", "edited") if s in needed or "both" in needed]
+        walk = Walk(self.view, self.batches, self._track) if streams else None
+        if walk is not None:
+            walk.start(streams)
+            if not walk.chained:
+                self.report.notes.append(
+                    "a block's output is not the next block's input in this model: the inputs of each block were taken "
+                    "from passes over the whole prefix (slower, same result)"
+                )
+        for index in self._track(range(len(self.view.blocks)), "Changing block by block"):
+            following = {"original": walk.following(index, "original")} if walk and "original" in streams else {}
+            originals = self._open_experts(self.view.block(index))
+            for transform in self.transforms:
+                self._apply_one(transform, index, walk, originals)
+            self._close_experts(self.view.block(index))
+            if walk is not None and "edited" in streams:
+                following["edited"] = walk.following(index, "edited")
+            for stream, calls in following.items():
+                walk.move(stream, calls)  # type: ignore[union-attr]
+
+    def _apply_one(self, transform: Transform, index: int, walk: Walk | None, originals: dict[str, nn.Module]) -> None:
+        block = self.view.block(index, originals)
+        stream = "original" if transform.tags.stream == "original" else "edited"
+        wanted = dict(transform.observe(block))
+        if wanted and walk is None:
+            raise DataError(f"{type(transform).__name__}: it observes activations; declare Tags(needs_data=True).")
+        statistics: dict[Site, Statistic] = {}
+        if wanted and walk is not None:
+            with observe(self.view, wanted) as observer:
+                module = get_module(self.model, block.path)
+                for call in walk.calls(index, stream):
+                    observer.begin(call.context, call.kwargs)
+                    call.replay(module)
+            statistics = observer.statistics
+        seen = Seen(walk if transform.tags.needs_data else None, block, stream, statistics)
+        for edit in transform.edit(block, seen):
+            if isinstance(edit, Skip):
+                self.report.skipped.append((edit.path, type(transform).__name__, edit.reason))
+                continue
+            if isinstance(edit, Note):
+                self.report.notes.append(f"{edit.path}: {edit.text}")
+                continue
+            if isinstance(edit, Replace):
+                originals.setdefault(edit.path, get_module(self.model, edit.path))
+            self._apply_edit(edit)
+            where = edit.path if isinstance(edit, Replace) else getattr(edit, "parameter", getattr(edit, "key", ""))
+            self.report.changed.append((where, type(transform).__name__))
+
+    def _apply_edit(self, edit: Edit) -> None:
+        undo = apply_edit(self.model, edit, remember=self.mode == "memory")
+        if undo is not None:
+            self.undos.append(undo)
+        self.described.append(describe(edit))
+
+    def _open_experts(self, block: Block) -> dict[str, nn.Module]:
+        """Experts in 3-D parameters become an ExpertList of views, so that their layers can be seen and replaced."""
+        experts = block.experts
+        if experts is not None and not isinstance(experts.module, ExpertList):
+            self._apply_edit(Replace(experts.path, ExpertList.of(experts.module, experts.row)))
+            self._opened = (experts.path, experts.module, len(self.described))
+        else:
+            self._opened = None
+        return {}
+
+    def _close_experts(self, block: Block) -> None:
+        """Nothing inside was replaced: the 3-D parameters stand again."""
+        if self._opened is None:
+            return
+        path, module, mark = self._opened
+        if not any(str(e.get("replace", e.get("set", ""))).startswith(path + ".") for e in self.described[mark:]):
+            set_module(self.model, path, module)
+            del self.described[mark - 1]
+
+    def rollback(self) -> None:
+        """Restore the model: from memory, or from its source."""
+        if self.mode == "memory":
+            for undo in reversed(self.undos):
+                undo()
+        elif self.mode == "source" and self.described:
+            _restore_from_source(self.model, self.described)
+
+    def _track(self, items: Any, description: str) -> Iterable[Any]:
+        return track(items, description, enabled=self.progress)
+
+
+def _restore_from_source(model: nn.Module, described: list[dict[str, Any]]) -> None:
+    """Take what the edits touched from a fresh load of the model's source."""
+    from actkit.core.checkpoint import load
+
+    origin = changes.source(model)
+    assert origin is not None
+    fresh = load(origin.name, **origin.options)
+    restored: set[str] = set()
+    for entry in described:
+        path = entry.get("replace")
+        if path is not None and not any(path == done or path.startswith(done + ".") for done in restored):
+            set_module(model, path, get_module(fresh, path))
+            restored.add(path)
+        elif "set" in entry and not any(entry["set"].startswith(done + ".") for done in restored):
+            with torch.no_grad():
+                get_tensor(model, entry["set"]).copy_(get_tensor(fresh, entry["set"]))
+        elif "configure" in entry:
+            apply_edit(model, _configured(fresh, entry["configure"]), remember=False)
+    model.__dict__[changes.SOURCE] = changes.Source.of(origin.name, model, **origin.options)
+
+
+def _configured(model: nn.Module, key: str) -> Edit:
+    return Configure(key, getattr(model.config, "_attn_implementation" if key == "attn_implementation" else key))
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that cannot be read or changed: compiled, sharded, on the meta device, NaN or Inf in a tensor.
+
+    Raises UnsupportedModelError or NonFiniteError, naming the parameter.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: {type(model).__name__} was given; give a torch.nn.Module, or load one with actkit.load.")
+    refuse_compiled_or_sharded(model)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_meta:
+            raise UnsupportedModelError(f"model: {name} is on the meta device and has no values; load the weights first.")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise NonFiniteError(f"model: {name} holds NaN or Inf; mend the weights first.")
+
+
+def _batches(transforms: Sequence[Transform], data: Iterable[Any] | None) -> Any:
+    """The batches as a sequence; DataError where a transform needs some and there are none."""
+    batches = [] if data is None else data if isinstance(data, Sequence) else list(data)
+    needy = next((t for t in transforms if t.tags.needs_data), None)
+    if needy is not None and not len(batches):
+        given = "none was given" if data is None else "0 batches were given"
+        raise DataError(f"data: {type(needy).__name__} calibrates on data and {given}; pass batches, or text through actkit.apply.")
+    return batches
+
+
+def _undo_mode(model: nn.Module, undo: str | None, report: Report) -> str:
+    origin = changes.source(model)
+    usable = origin is not None and changes.of(model) is None and origin.untouched(model)
+    if undo == "source" and not usable:
+        reason = "it was not loaded by actkit.load" if origin is None else "its tensors were changed since it was loaded"
+        raise ValueError(f"undo: 'source' was given, but {reason}; use 'memory'.")
+    if undo is None:
+        undo = "source" if usable else "memory"
+        if origin is not None and not usable:
+            report.notes.append("the model was changed since it was loaded: undo keeps the old tensors in memory")
+    return undo
+
+

@@ -1,0 +1,155 @@
+"""What a streaming statistic is: it reads rows as they come, in bounded memory, and merges with others of its kind."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 20  # values handled at a time, so that temporary float64 and index tensors stay small
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which tokens the rows are. documents, positions: int64 [n]; the same keys in whatever batch or shard."""
+
+    documents: Tensor
+    positions: Tensor
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, chosen: Any) -> Rows:
+        return Rows(self.documents[chosen], self.positions[chosen])
+
+
+class Statistic(ABC):
+    """A streaming, mergeable summary of the activations at a site.
+
+    Constructor arguments are its settings, kept as attributes of the same name; its state starts empty. A subclass
+    names its settings, makes its state (`_zeros`), reads rows into it (`_update`) and adds another's (`_merge`).
+    """
+
+    _settings: ClassVar[tuple[str, ...]] = ()
+    count: int = 0  # rows seen
+    channels: int | None = None  # known from the first rows on
+    _device: torch.device  # where the state lives
+
+    def update(self, x: Tensor, rows: Rows | None = None) -> None:
+        """Read x [n, channels]. rows: its keys, needed by `Sample` only.
+
+        Raises ValueError where x is not a float matrix, or its channels do not match earlier rows or the settings.
+        """
+        if x.dim() != 2 or not x.is_floating_point():
+            raise ValueError(f"x: {x.dtype} of shape {list(x.shape)} was given; give float rows [n, channels].")
+        if rows is not None and len(rows) != len(x):
+            raise ValueError(f"rows: {len(rows)} keys were given for {len(x)} rows; give one per row.")
+        if self.channels is None:
+            self._start(x.shape[1], x.device)
+        elif self.channels != x.shape[1]:
+            raise ValueError(f"x: {x.shape[1]} channels were given, earlier rows had {self.channels}.")
+        size = max(1, CHUNK // max(1, x.shape[1]))
+        for start in range(0, len(x), size):
+            chosen = slice(start, start + size)
+            part = x[chosen].detach().to(self._device)
+            self._update(part, None if rows is None else rows[chosen])
+            self.count += len(part)
+
+    def merge(self, other: Self) -> Self:
+        """Add what `other` has seen; returns self.
+
+        Raises TypeError for another kind of statistic, ValueError for other settings or another number of channels.
+        """
+        if type(other) is not type(self):
+            raise TypeError(f"merge: {type(other).__name__} was given, give another {type(self).__name__}.")
+        if not self.matches(other):
+            raise ValueError(f"merge: {other!r} has other settings than {self!r}; merge statistics with equal ones.")
+        if other.channels is None:
+            return self
+        if self.channels is None:
+            return self.load_state(other.state())
+        if self.channels != other.channels:
+            raise ValueError(f"merge: {other.channels} channels were given, this one has {self.channels}.")
+        self._merge(other)
+        self.count += other.count
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {name: getattr(self, name) for name in self._settings}
+
+    def matches(self, other: Statistic) -> bool:
+        """Whether the two are of one kind and have equal settings."""
+        if type(other) is not type(self):
+            return False
+        mine, theirs = self.settings(), other.settings()
+        return all(_equal(mine[name], theirs[name]) for name in mine)
+
+    def empty(self) -> Self:
+        """A fresh one with the same settings."""
+        return type(self)(**self.settings())
+
+    def memory(self, channels: int) -> int:
+        """Bytes that the state takes for so many channels."""
+        return sum(tensor.nbytes for tensor in self._zeros(channels, torch.device("meta")).values())
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of all that was accumulated, and `count`; without the settings."""
+        tensors = {} if self.channels is None else {name: getattr(self, f"_{name}").clone() for name in self._fields}
+        return {"count": torch.tensor(self.count), "channels": torch.tensor(self.channels or 0), **tensors}
+
+    def load_state(self, state: dict[str, Tensor]) -> Self:
+        """Take over what `state()` gave; returns self. Raises ValueError where it is of another kind of statistic."""
+        fields = [name for name in state if name not in ("count", "channels")]
+        if fields and set(fields) != set(self._fields):
+            needed = ", ".join(self._fields)
+            raise ValueError(f"state: it holds {', '.join(fields)}; {type(self).__name__} needs {needed}.")
+        self.count = int(state["count"])
+        self.channels = int(state["channels"]) if fields else None
+        for name in fields:
+            setattr(self, f"_{name}", state[name].clone())
+            self._device = state[name].device
+        return self
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{k}={_short(v)}" for k, v in self.settings().items() if v is not None)
+        return f"<{type(self).__name__}({settings}): {self.count} rows x {self.channels or 0} channels>"
+
+    @property
+    def _fields(self) -> tuple[str, ...]:
+        return tuple(self._zeros(0, torch.device("meta")))
+
+    def _start(self, channels: int, device: torch.device) -> None:
+        self.channels = channels
+        self._device = torch.device("cpu") if device.type == "mps" else device  # Apple's GPUs have no float64
+        for name, tensor in self._zeros(channels, self._device).items():
+            setattr(self, f"_{name}", tensor)
+
+    def _needs_rows(self) -> None:
+        if self.count == 0:
+            raise ValueError(f"{type(self).__name__}: it has seen no rows yet; record activations first.")
+
+    @abstractmethod
+    def _zeros(self, channels: int, device: torch.device) -> dict[str, Tensor]:
+        """The empty state: name -> tensor; each becomes the attribute _name."""
+
+    @abstractmethod
+    def _update(self, x: Tensor, rows: Rows | None) -> None:
+        """Add rows [n, channels], n >= 1; `count` still is that of the rows before."""
+
+    @abstractmethod
+    def _merge(self, other: Self) -> None:
+        """Add the state of another one with equal settings and channels."""
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and bool(torch.equal(a, b.to(a.device)))
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b)
+
+
+def _short(value: Any) -> str:
+    return f"tensor{list(value.shape)}" if isinstance(value, Tensor) else getattr(value, "__qualname__", repr(value))

@@ -1,0 +1,219 @@
+"""The Transform contract and the recipe: what a method is, and how methods are listed, checked and stacked.
+
+A transform is a frozen pydantic model, so that a YAML recipe and a Python call are checked alike. The runner
+(`core/runner.py`) asks it per block: what do you want to see (`observe`), which edits follow (`edit`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from actkit.core import registry
+from actkit.core.anatomy import Block, Linear, Site
+from actkit.core.edits import Edit, Note, Skip
+from actkit.core.errors import RecipeError
+from actkit.core.statistics import Statistic
+
+if TYPE_CHECKING:
+    from actkit.core.runner import Seen, Trial
+
+RECIPE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Tags:
+    """What a transform declares about itself; the runner and `actkit.testing.check_transform` go by it.
+
+    slot: the slot of ActLinear that it fills ('weight', 'select', 'correction'); two that fill the same one conflict.
+    needs_data: calibration batches are required. stream: hidden states it calibrates on, of the original or of the
+    edited model, or both. changes_function: 'exact' edits keep the outputs to rounding. keeps_inputs: its edits leave
+    what the next transform observes inside the block as it was, so that the two share a forward pass. records_calls:
+    it replays recorded calls (they count in the memory plan). passes: forward passes over the data it costs, for the
+    time estimate. compiles, exports: the changed model runs under torch.compile and torch.export.
+    """
+
+    slot: Literal["weight", "select", "correction"] | None = None
+    needs_data: bool = False
+    stream: Literal["original", "edited", "both"] = "edited"
+    changes_function: Literal["exact", "approximate"] = "approximate"
+    keeps_inputs: bool = False
+    records_calls: bool = False
+    passes: float = 1.0
+    compiles: bool = True
+    exports: bool = True
+
+
+class Transform(BaseModel):
+    """Changes a trained model once, from what calibration saw; produces edits. Subclasses set `tags`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    tags: ClassVar[Tags] = Tags()
+
+    @property
+    def name(self) -> str:
+        """The registered name. Raises RecipeError where the class is not registered."""
+        return registry.method_name(type(self))
+
+    @property
+    def label(self) -> str:
+        """A short text for tables: the name and the settings that differ from the defaults."""
+        given = ", ".join(f"{key}={value}" for key, value in self.model_dump(exclude_defaults=True).items())
+        return f"{type(self).__name__}({given})"
+
+    def plan(self, trial: Trial, data: Sequence[Any]) -> Self:
+        """Settings that need the whole model (a budget, a global search). The default returns itself."""
+        return self
+
+    def targets(self, block: Block) -> Iterable[Linear]:
+        """The linear layers it means to change: for the coverage report."""
+        return block.linears()
+
+    def observe(self, block: Block) -> Mapping[Site, Statistic]:
+        """Which statistics it needs of this block."""
+        return {}
+
+    def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
+        """The edits of this block; each is applied as it is yielded, so the code after a yield sees it done."""
+        raise NotImplementedError
+
+    def conflicts(self, earlier: Transform) -> str | None:
+        """Why it may not follow `earlier`, or None. The default refuses the same method, or the same slot, twice."""
+        if type(earlier) is type(self):
+            return f"{type(self).__name__} was applied already; undo it first, or load the original model"
+        if self.tags.slot is not None and earlier.tags.slot == self.tags.slot:
+            return f"both fill the {self.tags.slot} slot of the layers; undo the first one, or use only one of them"
+        return None
+
+    @classmethod
+    def identity(cls) -> Self | None:
+        """The setting that changes nothing, where there is one."""
+        return None
+
+
+class Recipe:
+    """An ordered list of transforms with their settings; YAML on disk.
+
+        actkit: 1
+        transforms:
+          - awq: {bits: 4, group_size: 64}
+          - wina: {sparsity: 0.5}
+    """
+
+    def __init__(self, transforms: Iterable[Transform]) -> None:
+        self.transforms = tuple(transforms)
+
+    @classmethod
+    def of(cls, source: Recipe | Transform | Iterable[Transform] | Mapping[str, Any] | str | Path) -> Recipe:
+        """A recipe from itself, one transform, a list, a mapping in the YAML form, a YAML file, or 'awq,wina'.
+
+        Raises RecipeError naming the unknown method or setting, or the value out of bounds.
+        """
+        if isinstance(source, Recipe):
+            return source
+        if isinstance(source, Transform):
+            return cls([source])
+        if isinstance(source, Mapping):
+            return cls.parse(source)
+        if isinstance(source, Path) or (isinstance(source, str) and source.endswith((".yaml", ".yml"))):
+            return cls.load(source)
+        if isinstance(source, str):
+            return cls.parse({"actkit": RECIPE_VERSION, "transforms": [name.strip() for name in source.split(",")]})
+        transforms = list(source)
+        for item in transforms:
+            if not isinstance(item, Transform):
+                raise RecipeError(f"recipe: {type(item).__name__} was given in the list, allowed are transforms.")
+        return cls(transforms)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a YAML file. Raises RecipeError for a missing or malformed one."""
+        path = Path(path)
+        if not path.is_file():
+            raise RecipeError(f"recipe: there is no file {path}.")
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise RecipeError(f"recipe: {path} is not valid YAML: {error}") from error
+        return cls.parse(content)
+
+    @classmethod
+    def parse(cls, content: Any) -> Recipe:
+        """A recipe from the content of its YAML form."""
+        if not isinstance(content, Mapping) or not isinstance(content.get("transforms"), list):
+            raise RecipeError("recipe: expected the keys `actkit: 1` and `transforms:` with a list of methods.")
+        extra = set(content) - {"actkit", "transforms"}
+        if extra:
+            raise RecipeError(f"recipe: unknown key {', '.join(sorted(map(str, extra)))}; allowed are actkit and transforms.")
+        if content.get("actkit") != RECIPE_VERSION:
+            raise RecipeError(f"recipe: version {content.get('actkit')!r} was given, this actkit reads `actkit: {RECIPE_VERSION}`.")
+        return cls([_transform(entry) for entry in content["transforms"]])
+
+    def dump(self) -> dict[str, Any]:
+        """The content of the YAML form; every setting is written, defaults too."""
+        return {"actkit": RECIPE_VERSION, "transforms": [{t.name: t.model_dump(mode="json")} for t in self.transforms]}
+
+    def save(self, path: str | Path) -> Path:
+        """Write the YAML form."""
+        path = Path(path)
+        path.write_text(yaml.safe_dump(self.dump(), sort_keys=False), encoding="utf-8")
+        return path
+
+    def check(self, earlier: Sequence[Transform] = ()) -> None:
+        """Raise RecipeError where a transform may not follow one before it (in the recipe or already on the model)."""
+        if not self.transforms:
+            raise RecipeError("recipe: it lists no transform; give at least one.")
+        before = list(earlier)
+        for transform in self.transforms:
+            for previous in before:
+                reason = transform.conflicts(previous)
+                if reason:
+                    raise RecipeError(f"{type(transform).__name__} cannot follow {type(previous).__name__}: {reason}.")
+            before.append(transform)
+
+    @property
+    def label(self) -> str:
+        return " + ".join(transform.label for transform in self.transforms)
+
+    def __iter__(self):  # noqa: ANN204
+        return iter(self.transforms)
+
+    def __len__(self) -> int:
+        return len(self.transforms)
+
+    def __repr__(self) -> str:
+        return f"Recipe({self.label})"
+
+
+def _transform(entry: Any) -> Transform:
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, Mapping) or len(entry) != 1:
+        raise RecipeError(f"recipe: {entry!r} was given; each entry is one method, as in `- awq: {{bits: 4}}`.")
+    name, settings = next(iter(entry.items()))
+    cls = registry.method_class(str(name))
+    if not (isinstance(cls, type) and issubclass(cls, Transform)):
+        raise RecipeError(f"recipe: {name!r} is not a transform.")
+    try:
+        return cls(**(settings or {}))
+    except ValidationError as error:
+        raise RecipeError(f"recipe: {name}: {_explain(error, cls)}") from error
+    except TypeError as error:
+        raise RecipeError(f"recipe: {name}: the settings are {settings!r}; give a mapping of names to values.") from error
+
+
+def _explain(error: ValidationError, cls: type[Transform]) -> str:
+    """pydantic's complaints as one sentence each: setting, what was given, what is allowed."""
+    parts = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "settings"
+        if item["type"] == "extra_forbidden":
+            parts.append(f"{where}: no such setting; allowed are {', '.join(cls.model_fields)}")
+        else:
+            parts.append(f"{where}: {item['input']!r} was given; {item['msg'][0].lower()}{item['msg'][1:]}")
+    return "; ".join(parts) + "."

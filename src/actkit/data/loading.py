@@ -1,0 +1,375 @@
+"""`load_data`: one way from a source (embedded text, a file, a folder, batches, `random`) to checked batches."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actkit.core.errors import DataError
+from actkit.core.progress import track
+from actkit.data.batches import Batch, Batches, is_tokens, main_input
+from actkit.data.images import digits
+from actkit.data.inputs import as_batch, context_length, input_shape, is_causal, vocabulary_size
+from actkit.data.text import BOUNDS, SPLITS, Split, check_split, documents, sentences, split_of
+
+DEFAULT_LENGTH = 512
+_RANDOM_SEQUENCES = 32
+_IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"})
+_SOURCES = "a .txt or .jsonl file, a folder of images, an iterable of batches or 'random'"
+
+Row = tuple[list[int], list[int]]  # token ids, and the document of each
+
+
+def load_data(
+    source: str | Path | Iterable[Batch] | None,
+    model: nn.Module,
+    tokenizer: Any = None,
+    *,
+    sequences: int | None = None,
+    length: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    split: Split | None = None,
+    pack: bool | None = None,
+) -> Batches:
+    """Batches that the model can be called with.
+
+    source: None for the embedded data (text through the tokenizer: documents for causal models, sentences for encoders;
+    the digits for models of 8 x 8 images), a .txt file (one text), a .jsonl file (objects with a field `text`, one
+    document each), a folder of images, an iterable of batches (dicts, tensors or tuples, used as they are) or "random".
+    tokenizer: the model's own; for a folder of images an image processor, whose mean and standard deviation are used
+    (0.5 each without one).
+    sequences: how many rows, all where None (32 for random); fewer in the source is an error.
+    length: tokens per row; None is the model's context, at most 512. seed: order of the documents, and random values.
+    split: which part of the source; None is `calibration` for embedded data and all of yours. Your files are cut like
+    the embedded text, 84 / 4 / 4 / 8 %: by a hash of each document or file name, a .txt by position.
+    pack: concatenate the documents with the end-of-text token between and cut them in rows (default for causal models).
+    Otherwise every document is a row, a longer one is cut in windows; what is short is padded under `attention_mask`.
+
+    Raises DataError (a ValueError) for data that are missing, empty, too few, too long for the context or outside the
+    vocabulary, and ImportError where pillow or scikit-learn is needed and missing.
+    """
+    if split is not None:
+        check_split(split)
+    for name, value in (("sequences", sequences), ("length", length), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise DataError(f"{name}={value} was given; it must be at least 1.")
+    context = context_length(model)
+    if length is not None and context is not None and length > context:
+        raise DataError(
+            f"length={length} is more than the model's context of {context} tokens; give at most {context}."
+        )
+    length = length or min(DEFAULT_LENGTH, context or DEFAULT_LENGTH)
+
+    if isinstance(source, str) and source == "random":
+        return _random(model, sequences or _RANDOM_SEQUENCES, length, batch_size, seed, split)
+    if source is not None and not isinstance(source, str | Path):
+        return _given(source, model, context, sequences, split)
+    if source is None and tokenizer is None and input_shape(model) == (1, 8, 8):
+        return _digits(model, sequences, batch_size, seed, split or "calibration")
+    path = None if source is None else Path(source)
+    if path is not None and not path.exists():
+        raise DataError(f"source={str(source)!r} does not exist; give {_SOURCES}.")
+    if path is not None and path.is_dir():
+        return _images(path, model, tokenizer, sequences, batch_size, seed, split)
+    if path is not None and path.suffix not in (".txt", ".jsonl"):
+        raise DataError(f"source={str(source)!r} is a file of an unknown kind; give {_SOURCES}.")
+    if tokenizer is None:
+        raise DataError(
+            "tokenizer: text was asked for and there is none; pass the model's, or token batches, or use --data random."
+        )
+
+    causal = is_causal(model)
+    pack = causal if pack is None else pack
+    if path is None:
+        split = split or "calibration"
+        texts = [document.text for document in documents(split)] if causal else sentences(split)
+        description = f"embedded {'text' if causal else 'sentences'}, {split} split"
+    else:
+        texts = _read(path, split)
+        description = path.name + (f", {split} split" if split else "")
+    random.Random(seed).shuffle(texts)
+    rows = _packed(texts, tokenizer, length, sequences) if pack else _windows(texts, tokenizer, length, sequences)
+    if path is not None and path.suffix == ".txt":
+        # One text has no documents to resample: its rows stand in for them.
+        rows = [(ids, [index] * len(ids)) for index, (ids, _) in enumerate(rows)]
+    rows = _take(rows, sequences, f"rows of up to {length} tokens", description)
+    batches = _padded(rows, batch_size, _pad_id(tokenizer))
+    _check_tokens(batches, model, context)
+    return _batches(batches, f"{description}, {len(rows)} rows of up to {length} tokens")
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path, split: Split | None) -> list[str]:
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"source={str(path)!r} is not UTF-8 text ({error}); convert it.") from error
+    if path.suffix == ".txt":
+        if split is not None:
+            bounds = (0.0, *BOUNDS)
+            index = SPLITS.index(split)
+            content = content[int(bounds[index] * len(content)) : int(bounds[index + 1] * len(content))]
+        return [content] if content.strip() else _nothing(path, split)
+    texts = []
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise DataError(
+                f'{path}, line {number}: not a JSON object with a field "text" ({error}); correct the line.'
+            ) from error
+        if not isinstance(text, str):
+            raise DataError(f'{path}, line {number}: "text" is a {type(text).__name__}; it must be a string.')
+        if text.strip() and (split is None or split_of(text) == split):
+            texts.append(text)
+    return texts or _nothing(path, split)
+
+
+def _nothing(path: Path, split: Split | None) -> Any:
+    part = f"nothing for split={split!r}" if split else "no text"
+    raise DataError(f"source={str(path)!r} holds {part}; give a longer file{', or no split' if split else ''}.")
+
+
+def _encode(text: str, tokenizer: Any, special: bool) -> list[int]:
+    # `verbose=False`: the text is cut below, so the warning that it is longer than the context would be wrong.
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+def _packed(texts: Iterable[str], tokenizer: Any, length: int, sequences: int | None) -> list[Row]:
+    """Rows of one stream: end-of-text, document, end-of-text, document ...; what ends a document belongs to it."""
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    ids: list[int] = [] if end is None else [end]
+    owners = [0] * len(ids)
+    for index, text in enumerate(track(texts, "Reading the text")):
+        if sequences is not None and len(ids) >= sequences * length:
+            break
+        tokens = _encode(text, tokenizer, special=True)
+        if end is not None and (not tokens or tokens[-1] != end):
+            tokens.append(end)
+        ids += tokens
+        owners += [index] * len(tokens)
+    return [(ids[at : at + length], owners[at : at + length]) for at in range(0, len(ids), length)]
+
+
+def _windows(texts: Iterable[str], tokenizer: Any, length: int, sequences: int | None) -> list[Row]:
+    """Rows of one document each, with the tokenizer's own special tokens in every window."""
+    special = _encode("", tokenizer, special=True)
+    # Where the tokenizer puts its marks: [CLS] text [SEP], <bos> text, text </s>.
+    probe, bare = _encode("a", tokenizer, special=True), _encode("a", tokenizer, special=False)
+    before = next((at for at in range(len(probe)) if probe[at : at + len(bare)] == bare), 0)
+    prefix, suffix = special[:before], special[before:]
+    size = length - len(special)
+    if size < 1:
+        raise DataError(
+            f"length={length} leaves no room beside the tokenizer's {len(special)} special tokens; give more."
+        )
+    rows: list[Row] = []
+    for index, text in enumerate(track(texts, "Reading the text")):
+        if sequences is not None and len(rows) >= sequences:
+            break
+        tokens = _encode(text, tokenizer, special=False)
+        for at in range(0, len(tokens), size):
+            ids = [*prefix, *tokens[at : at + size], *suffix]
+            rows.append((ids, [index] * len(ids)))
+    return rows
+
+
+def _take(rows: Sequence[Any], sequences: int | None, what: str, description: str) -> list[Any]:
+    if not rows:
+        raise DataError(f"data: {description} is empty; give at least one of: {what}.")
+    if sequences is not None and len(rows) < sequences:
+        raise DataError(
+            f"sequences={sequences} was given, but {description} holds {len(rows)} {what}; give at most {len(rows)}."
+        )
+    return list(rows[:sequences])
+
+
+def _pad_id(tokenizer: Any) -> int:
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+
+
+def _padded(rows: Sequence[Row], batch_size: int, pad: int) -> list[tuple[Batch, Tensor]]:
+    found = []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        longest = max(len(ids) for ids, _ in part)
+        batch = {
+            "input_ids": torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in part]),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in part]),
+        }
+        found.append((batch, torch.tensor([owners + [-1] * (longest - len(owners)) for _, owners in part])))
+    return found
+
+
+# --- images, random values, given batches ----------------------------------------------------------------------------
+
+
+def _digits(model: nn.Module, sequences: int | None, batch_size: int, seed: int, split: Split) -> Batches:
+    images, labels = digits(split)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = torch.tensor(_take(order, sequences, "images", f"the digits, {split} split"))
+    return _image_batches(
+        model, images[chosen], labels[chosen], batch_size, f"digits, {split} split, {len(chosen)} images"
+    )
+
+
+def _images(
+    folder: Path,
+    model: nn.Module,
+    processor: Any,
+    sequences: int | None,
+    batch_size: int,
+    seed: int,
+    split: Split | None,
+) -> Batches:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError(
+            f"source={str(folder)!r} is a folder of images, which needs pillow; pip install pillow."
+        ) from error
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGES)
+    if split is not None:
+        files = [path for path in files if split_of(path.relative_to(folder).as_posix()) == split]
+    random.Random(seed).shuffle(files)
+    files = _take(files, sequences, f"images ({', '.join(sorted(_IMAGES))})", f"the folder {folder}")
+    shape = input_shape(model)
+    if shape is None or len(shape) != 3:
+        raise DataError(
+            "source: a folder of images was given, but the model states no image size (config.image_size, or "
+            "input_shape = (channels, height, width)); pass batches of tensors."
+        )
+    channels, height, width = shape
+    mean, deviation = (
+        torch.tensor(getattr(processor, name, None) or [0.5] * channels).view(-1, 1, 1)
+        for name in ("image_mean", "image_std")
+    )
+    images = []
+    for file in track(files, "Reading the images"):
+        with Image.open(file) as opened:
+            picture = opened.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BICUBIC)
+        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, -1)
+        images.append((pixels.permute(2, 0, 1).float() / 255 - mean) / deviation)
+    # Folder names are labels only where the model itself knows them; anything else would be a guess.
+    known = getattr(getattr(model, "config", None), "label2id", None) or {}
+    labels = [known.get(file.parent.name) for file in files]
+    targets = torch.tensor(labels) if None not in labels else None
+    return _image_batches(model, torch.stack(images), targets, batch_size, f"{folder.name}, {len(files)} images")
+
+
+def _image_batches(
+    model: nn.Module, images: Tensor, labels: Tensor | None, batch_size: int, description: str
+) -> Batches:
+    found: list[tuple[Batch, Tensor]] = []
+    for at in range(0, len(images), batch_size):
+        batch = as_batch(model, "pixel_values", images[at : at + batch_size])
+        if labels is not None and isinstance(batch, dict):
+            batch["labels"] = labels[at : at + batch_size]
+        found.append((batch, torch.arange(at, min(at + batch_size, len(images)))))
+    return _batches(found, description)
+
+
+def _random(model: nn.Module, sequences: int, length: int, batch_size: int, seed: int, split: Split | None) -> Batches:
+    # Another split is other data, also where the data are random.
+    generator = torch.Generator().manual_seed(seed * len(SPLITS) + SPLITS.index(split or "calibration"))
+    shape, vocabulary = input_shape(model), vocabulary_size(model)
+    make: Callable[[int], Batch]
+    if shape is not None:
+
+        def make(count: int) -> Batch:
+            return as_batch(model, "pixel_values", torch.rand(count, *shape, generator=generator))
+
+        what = f"values of shape {list(shape)}"
+    elif vocabulary is not None:
+
+        def make(count: int) -> Batch:
+            ids = torch.randint(vocabulary, (count, length), generator=generator)
+            batch = as_batch(model, "input_ids", ids)
+            return {**batch, "attention_mask": torch.ones_like(ids)} if isinstance(batch, dict) else batch
+
+        what = f"rows of {length} tokens"
+    else:
+        raise DataError(
+            "source='random': the model states neither a vocabulary (config.vocab_size) nor an input shape "
+            "(config.image_size, input_shape); pass an iterable of batches."
+        )
+    sizes = [min(batch_size, sequences - at) for at in range(0, sequences, batch_size)]
+    return Batches([make(size) for size in sizes], description=f"random, {sequences} {what}")
+
+
+def _given(
+    source: Iterable[Batch], model: nn.Module, context: int | None, sequences: int | None, split: Split | None
+) -> Batches:
+    if split is not None:
+        raise DataError(
+            f"split={split!r}: batches cannot be split by document; pass other batches for each split, and no split."
+        )
+    if isinstance(source, Mapping | Tensor):
+        source = [source]
+    documents_given = getattr(source, "document_ids", None)
+    description = getattr(source, "description", "given batches")
+    given = source if isinstance(source, Batches) else Batches(list(source), documents_given, description)
+    if sequences is not None:
+        _take(range(given.rows), sequences, "rows", given.description)
+        given = _first_rows(given, sequences)
+    _check_tokens(list(zip(given.items, given.document_ids)), model, context)
+    return given
+
+
+def _first_rows(batches: Batches, count: int) -> Batches:
+    items: list[Batch] = []
+    ids: list[Tensor] = []
+    for batch, owners in zip(batches.items, batches.document_ids):
+        size = len(main_input(batch))
+
+        def cut(value: Any, size: int = size, keep: int = count) -> Any:
+            return value[:keep] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+
+        if isinstance(batch, Mapping):
+            items.append({key: cut(value) for key, value in batch.items()})
+        else:
+            items.append(tuple(map(cut, batch)) if isinstance(batch, tuple) else cut(batch))
+        ids.append(owners[:count])
+        count -= size
+        if count <= 0:
+            break
+    return Batches(items, ids, batches.description)
+
+
+def _check_tokens(pairs: Sequence[tuple[Batch, Tensor]], model: nn.Module, context: int | None) -> None:
+    vocabulary = vocabulary_size(model)
+    for batch, _ in pairs:
+        ids = main_input(batch)
+        if not is_tokens(ids):
+            continue
+        if ids.numel() == 0:
+            raise DataError(f"data: a batch of shape {list(ids.shape)} holds no token; leave it out.")
+        if context is not None and ids.shape[1] > context:
+            raise DataError(f"data: rows of {ids.shape[1]} tokens, but the model's context is {context}; cut them.")
+        low, high = int(ids.min()), int(ids.max())
+        if vocabulary is not None and not 0 <= low <= high < vocabulary:
+            raise DataError(
+                f"model and tokenizer vocabulary mismatch: the data hold token {high if high >= vocabulary else low}, "
+                f"the model embeds 0 to {vocabulary - 1}; use the model's own tokenizer."
+            )
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if mask is not None and mask.dim() == 2 and mask.shape != ids.shape:
+            raise DataError(
+                f"attention_mask: shape {list(mask.shape)}, but input_ids has {list(ids.shape)}; make them equal."
+            )
+
+
+def _batches(pairs: Sequence[tuple[Batch, Tensor]], description: str) -> Batches:
+    """Batches of (batch, document ids) pairs."""
+    return Batches([batch for batch, _ in pairs], [ids for _, ids in pairs], description)

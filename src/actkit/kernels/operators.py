@@ -1,0 +1,185 @@
+"""The operators `actkit::sparse_linear`, `actkit::compact` and `actkit::active_linear`, and their Python face.
+
+`sparse_linear` is one call for one layer; `compact` and `active_linear` are its two halves, for layers that share an
+input. They run in Numba, or in plain torch where Numba cannot be imported, without gradients: for training compute
+F.linear on the masked input. They are opaque to torch.compile and torch.export, which see the shapes only.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actkit.kernels import reference
+from actkit.kernels.active_set import ActiveSet, check_input, selection
+from actkit.kernels.packing import WEIGHT_DTYPES, PackedWeight
+
+
+def sparse_linear(
+    x: Tensor | ActiveSet,
+    packed: PackedWeight,
+    score: Tensor | None = None,
+    threshold: float | None = None,
+    k: int | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """y = W select(x) + bias, reading the weights of the selected inputs only. Returns [..., out] in x's dtype.
+
+    x: float32, bfloat16 or float16 [..., in] with at most 2 rows, each with its own selection; or the ActiveSet that
+    `compact` made of it, then without score, threshold and k. packed: from `pack`. bias: [out]. score, threshold, k: as
+    in `compact`; every input where none is given. Sums are taken in float32, in a fixed order. Inputs that are not
+    selected count as absent, so a NaN or Inf among their weights is not seen.
+
+    Raises ValueError for arguments outside of this and RuntimeError where a gradient would be needed.
+    """
+    if not isinstance(x, ActiveSet):
+        threshold, k = selection(threshold, k, score)
+        return torch.ops.actkit.sparse_linear.default(x, packed.buffer, score, threshold, k, bias, packed.out_features)
+    if score is not None or threshold is not None or k is not None:
+        raise ValueError("score, threshold, k: x is an ActiveSet, whose inputs are already selected; leave them out.")
+    y = torch.ops.actkit.active_linear(x.indices, x.values, x.counts, packed.buffer, bias, packed.out_features)
+    return y.to(x.dtype).view(*x.shape[:-1], packed.out_features)
+
+
+@cache
+def _engine() -> Any:
+    """The module that computes: Numba's kernels, or the reference."""
+    try:
+        from actkit.kernels import numba_cpu
+    except ImportError as error:
+        warnings.warn(
+            f"Numba cannot be imported ({error}); the sparse kernels run in plain torch, which is slower than a dense "
+            "product. Install numba.",
+            stacklevel=2,
+        )
+        return reference
+    return numba_cpu
+
+
+def _check_gradient(*tensors: Tensor | None) -> None:
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(
+            "sparse_linear: an argument requires a gradient, and the kernels have none; call it under torch.no_grad(), "
+            "or compute torch.nn.functional.linear on the masked input."
+        )
+
+
+def _check_packed(in_features: int, packed: Tensor, bias: Tensor | None, out_features: int) -> None:
+    if packed.dim() != 3 or packed.dtype not in WEIGHT_DTYPES or not packed.is_contiguous():
+        raise ValueError(
+            f"packed: {packed.dtype} {tuple(packed.shape)} was given; give the buffer of actkit.kernels.pack(weight)."
+        )
+    if packed.shape[1] != in_features:
+        raise ValueError(f"x: it has {in_features} inputs, the packed weight {packed.shape[1]}.")
+    if not 0 < out_features <= packed.shape[0] * packed.shape[2]:
+        raise ValueError(f"out_features: {out_features} was given, packed holds {packed.shape[0] * packed.shape[2]}.")
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias: shape {tuple(bias.shape)} was given; the layer has {out_features} outputs.")
+
+
+def _check_active(indices: Tensor, values: Tensor, counts: Tensor) -> None:
+    """The compiled kernel does not check bounds, so that an index outside of the weight must not reach it."""
+    rows, width = indices.shape
+    sound = (
+        (indices.dtype, values.dtype, counts.dtype) == (torch.int32, torch.float32, torch.int32)
+        and values.shape == indices.shape
+        and counts.shape == (rows,)
+        and all(0 <= count <= width for count in counts.tolist())
+        and (indices.numel() == 0 or (indices.min() >= 0 and indices.max() < width))
+    )
+    if not sound:
+        raise ValueError("indices, values, counts: they are no active set of this width; make them with compact(x).")
+
+
+def _rows(x: Tensor, score: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """x [rows, in] and score, checked, contiguous and without a graph."""
+    check_input(x, score)
+    _check_gradient(x, score)
+    if score is not None:
+        score = _plain(score.float())
+    return _plain(x).view(-1, x.shape[-1]), score
+
+
+def _plain(x: Tensor) -> Tensor:
+    """x, contiguous and without a graph; behind cold caches a call into torch costs 10 microseconds, hence the ifs."""
+    x = x.detach() if x.requires_grad else x
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def _compact(x: Tensor, score: Tensor | None, threshold: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    return _engine().compact(*_rows(x, score), threshold, k)
+
+
+def _active_linear(
+    indices: Tensor, values: Tensor, counts: Tensor, packed: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    """float32 [rows, out_features]."""
+    _check_active(indices, values, counts)
+    _check_packed(indices.shape[-1], packed, bias, out_features)
+    _check_gradient(values, packed, bias)
+    y = _engine().active_linear(indices, values, counts, _plain(packed))[:, :out_features]
+    return y.contiguous() if bias is None else y + _plain(bias)
+
+
+def _sparse_linear(
+    x: Tensor, packed: Tensor, score: Tensor | None, threshold: float, k: int, bias: Tensor | None, out_features: int
+) -> Tensor:
+    rows, score = _rows(x, score)
+    _check_packed(rows.shape[-1], packed, bias, out_features)
+    _check_gradient(packed, bias)
+    bias = None if bias is None else _plain(bias)
+    y = _engine().sparse_linear(rows, score, threshold, k, _plain(packed), bias, out_features)
+    return y.to(x.dtype).view(*x.shape[:-1], out_features)
+
+
+# -- registration: plain functions, a third of the call overhead of torch.library.custom_op ----------------------------
+
+
+def _fake_compact(x: Tensor, score: Tensor | None, threshold: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    check_input(x, score)
+    shape = (x.shape[:-1].numel(), x.shape[-1])
+    indices = x.new_empty(shape, dtype=torch.int32)
+    return indices, x.new_empty(shape, dtype=torch.float32), indices.new_empty(shape[:1])
+
+
+def _fake_active_linear(
+    indices: Tensor, values: Tensor, counts: Tensor, packed: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    _check_packed(indices.shape[-1], packed, bias, out_features)
+    return values.new_empty(indices.shape[0], out_features)
+
+
+def _fake_sparse_linear(
+    x: Tensor, packed: Tensor, score: Tensor | None, threshold: float, k: int, bias: Tensor | None, out_features: int
+) -> Tensor:
+    check_input(x, score)
+    _check_packed(x.shape[-1], packed, bias, out_features)
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _register(schema: str, kernel: Any, fake: Any) -> None:
+    name = "actkit::" + schema.partition("(")[0]
+    torch.library.define(name, schema.removeprefix(schema.partition("(")[0]), tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(name, "CPU", kernel)
+    torch.library.register_fake(name, fake)
+
+
+_register(
+    "compact(Tensor x, Tensor? score, float threshold, int k) -> (Tensor, Tensor, Tensor)", _compact, _fake_compact
+)
+_register(
+    "active_linear(Tensor indices, Tensor values, Tensor counts, Tensor packed, Tensor? bias, SymInt out_features)"
+    " -> Tensor",
+    _active_linear,
+    _fake_active_linear,
+)
+_register(
+    "sparse_linear(Tensor x, Tensor packed, Tensor? score, float threshold, int k, Tensor? bias, SymInt out_features)"
+    " -> Tensor",
+    _sparse_linear,
+    _fake_sparse_linear,
+)

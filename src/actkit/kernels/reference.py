@@ -1,0 +1,54 @@
+"""What the kernels compute, in plain torch: the oracle of the tests, and the way without Numba.
+
+    y[o] = sum over active j of float32(W[o, j]) * x_j
+
+Cost: a copy of the active rows in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from actkit.kernels.packing import in_order
+
+
+def mask(x: Tensor, score: Tensor | None, threshold: float, k: int) -> Tensor:
+    """The active inputs of x float32 [rows, in]: bool [rows, in]. A negative threshold or k is unused."""
+    scored = x.abs() if score is None else x.abs() * score
+    if k >= 0:
+        order = scored.argsort(dim=-1, descending=True, stable=True)[:, :k]
+        return torch.zeros_like(x, dtype=torch.bool).scatter_(-1, order, True)
+    if threshold >= 0:
+        return ~(scored <= threshold)
+    return torch.ones_like(x, dtype=torch.bool)
+
+
+def compact(x: Tensor, score: Tensor | None, threshold: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x [rows, in]: active indices int32 and values float32 [rows, in], zero-filled; their counts int32 [rows]."""
+    x = x.float()
+    active = mask(x, score, threshold, k)
+    indices = torch.zeros(x.shape, dtype=torch.int32)
+    values = torch.zeros(x.shape)
+    for row, keep in enumerate(active):
+        chosen = keep.nonzero()[:, 0]
+        indices[row, : len(chosen)] = chosen.int()
+        values[row, : len(chosen)] = x[row, chosen]
+    return indices, values, active.sum(-1, dtype=torch.int32)
+
+
+def active_linear(indices: Tensor, values: Tensor, counts: Tensor, packed: Tensor) -> Tensor:
+    """The product with a packed weight [n_tiles, in, tile]: float32 [rows, n_tiles * tile]."""
+    out = torch.zeros(len(counts), packed.shape[0] * packed.shape[2])
+    for row, count in enumerate(counts.tolist()):
+        rows = in_order(packed[:, indices[row, :count].long()]).float()
+        out[row] = (values[row, :count] @ rows).flatten()
+    return out
+
+
+def sparse_linear(
+    x: Tensor, score: Tensor | None, threshold: float, k: int, packed: Tensor, bias: Tensor | None, out_features: int
+) -> Tensor:
+    """Both of the above, the bias added: [rows, out_features]."""
+    y = active_linear(*compact(x, score, threshold, k), packed)[:, :out_features]
+    return (y if bias is None else y + bias).to(x.dtype)

@@ -1,0 +1,21 @@
+"""What to do with a model: its profile, and what the profile suggests."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from actkit.optimize.profile import Finding as Finding
+    from actkit.optimize.profile import Profile as Profile
+
+# `profile`, the function, shares its name with its module, so it is not read lazily here: the import system would put
+# the module in its place. Use `actkit.profile`, or `from actkit.optimize.profile import profile`.
+_HOMES = {"Finding": "profile", "Profile": "profile"}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

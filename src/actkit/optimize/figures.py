@@ -1,0 +1,185 @@
+"""How results of this package are shown: a rich table for the terminal, plotly figures for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+    from actkit.optimize.profile import Profile, SiteProfile, WeightProfile
+
+LONGEST_TABLE = 60  # rows; a longer one has a row per name instead, with medians over its sites
+ABOUT_SITES = """
+Activations. active: share not 0; >1 %: share above 1 % of the scale (the 99.9th percentile of |x|);
+dead: channels always 0; outliers: channels that reach above 6 times the median one; median: of |x|;
+kurtosis: 3 is a bell curve; rank: effective, share of the channels; int8, int4: dB left by rounding
+with one scale; !: massive (above 100, and above 1000 times the median).
+"""
+ABOUT_WEIGHTS = "\nWeights. dB left by rounding to nearest in groups of 64 inputs (*: whole rows).\n"
+# One colour per site in every panel (Okabe and Ito's, told apart by colour-blind readers).
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
+
+
+def profile_table(profile: Profile) -> Table:
+    """Sites, weights, findings and notes, one below the other, for 100 columns."""
+    page = Table.grid()
+    page.add_row(Text(f"{profile.model} ({profile.architecture}), {profile.rows:,} tokens or images", style="bold"))
+    page.add_row(ABOUT_SITES)
+    page.add_row(_sites(profile.sites))
+    if profile.weights:
+        page.add_row(ABOUT_WEIGHTS)
+        page.add_row(_weights(profile.weights))
+    for finding in profile.findings:
+        where = Text.assemble("\n", (finding.site, "bold"), f": {finding.what}\n  -> {finding.suggestion}")
+        page.add_row(where)
+    if profile.notes:
+        page.add_row(Group("", *(Text(f"note: {note}", style="dim") for note in profile.notes)))
+    return page
+
+
+def _plain(first: str, columns: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(first, overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _sites(sites: Sequence[SiteProfile]) -> Table:
+    columns = ("active", ">1 %", "dead", "outliers", "median", "max/median", "kurtosis", "rank", "int8", "int4")
+    groups, label = [[site] for site in sites], "site, by block"
+    if len(groups) > LONGEST_TABLE:
+        label = "site, medians"
+        names = dict.fromkeys(site.name for site in sites)
+        groups = [[site for site in sites if site.name == name] for name in names]
+    table = _plain(label, columns)
+    previous = None
+    for group in groups:
+        first = group[0]
+        if len(group) == 1 and previous is not None and first.block != previous:
+            table.add_section()
+        previous = first.block
+        name = first.site.removeprefix("blocks.") if len(group) == 1 else f"{first.name} ({len(group)})"
+        table.add_row(name, *_cells(group))
+    return table
+
+
+def _cells(group: Sequence[SiteProfile]) -> list[str]:
+    def cell(read: Callable[[SiteProfile], float | None], form: str) -> str:
+        numbers = [number for number in map(read, group) if number is not None]
+        return format(median(numbers), form) if numbers else "-"
+
+    return [
+        cell(lambda s: s.density, ".0%"),
+        cell(lambda s: s.above_one_percent, ".0%"),
+        cell(lambda s: len(s.dead), ".0f"),
+        cell(lambda s: len(s.outliers), ".0f"),
+        cell(lambda s: s.median, ".2g"),
+        cell(lambda s: s.ratio, ",.0f") + ("!" if any(s.massive for s in group) else ""),
+        cell(lambda s: s.kurtosis_median, ".1f"),
+        cell(lambda s: s.rank_share, ".0%"),
+        cell(lambda s: s.int8_snr, ".1f"),
+        cell(lambda s: s.int4_snr, ".1f"),
+    ]
+
+
+def _weights(weights: Sequence[WeightProfile]) -> Table:
+    table = _plain("role", ("layers", "int8 worst", "int8 median", "int4 worst", "int4 median"))
+    for role in dict.fromkeys(weight.role for weight in weights):
+        group = [weight for weight in weights if weight.role == role]
+        cells = []
+        for numbers in ([w.int8_snr for w in group], [w.int4_snr for w in group]):
+            known = [number for number in numbers if number is not None]
+            cells += [f"{min(known):.1f}", f"{median(known):.1f}"] if known else ["-", "-"]
+        table.add_row(role + "*" * any(w.group_size == -1 for w in group), str(len(group)), *cells)
+    return table
+
+
+def profile_figure(profile: Profile) -> Figure:
+    """Six panels over the blocks (over the layers of a traced model), a line per site.
+
+    Raises ImportError where plotly is missing.
+    """
+    subplots = _plotly()
+    panels: list[tuple[str, Callable[[SiteProfile], float | None]]] = [
+        ("Values above 1 % of the scale (%)", lambda s: 100 * s.above_one_percent),
+        ("Largest |x| over median |x|", lambda s: s.ratio),
+        ("Outlier channels", lambda s: len(s.outliers)),
+        ("Effective rank (% of channels)", lambda s: None if s.rank_share is None else 100 * s.rank_share),
+        ("Activations, int8, one scale (dB)", lambda s: s.int8_snr),
+    ]
+    last = "Weights, int4, groups of 64 (dB)"
+    figure = subplots.make_subplots(rows=2, cols=3, subplot_titles=[*(title for title, _ in panels), last])
+    names = list(dict.fromkeys(site.name for site in profile.sites))
+    for number, (_, read) in enumerate(panels):
+        for name, colour in zip(names, COLOURS, strict=False):
+            points = [(_where(s), read(s)) for s in profile.sites if s.name == name]
+            _line(figure, number, points, name=name, colour=colour, legend="legend", first=number == 0)
+    roles = list(dict.fromkeys(weight.role for weight in profile.weights))
+    for role, colour in zip(roles, COLOURS, strict=False):
+        weights = [(w.path if role == "layer" else w.block, w.int4_snr) for w in profile.weights if w.role == role]
+        _line(figure, len(panels), weights, name=role, colour=colour, legend="legend2", first=True)
+    figure.update_yaxes(rangemode="tozero")
+    figure.update_yaxes(type="log", row=1, col=2)
+    blocks = any(site.block is not None for site in profile.sites)
+    figure.update_xaxes(title_text="block" if blocks else None, dtick=None if not blocks else _step(profile))
+    legends: dict[str, Any] = {
+        "legend": {"orientation": "h", "y": -0.14, "title": {"text": "activations  "}},
+        "legend2": {"orientation": "h", "y": -0.22, "title": {"text": "weights  "}},
+    }
+    title = f"{profile.model}: {profile.rows:,} tokens or images"
+    return figure.update_layout(template="plotly_white", height=720, title=title, margin={"b": 140}, **legends)
+
+
+def _plotly() -> Any:
+    try:
+        from plotly import subplots
+    except ImportError as error:
+        raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+    return subplots
+
+
+def _where(site: SiteProfile) -> int | str:
+    return site.site.partition(":")[2] if site.block is None else site.block
+
+
+def _line(
+    figure: Any,
+    panel: int,
+    points: Sequence[tuple[int | str, float | None]],
+    *,
+    name: str,
+    colour: str,
+    legend: str,
+    first: bool,
+) -> None:
+    """One line in a panel; several points of one block (experts) become their median."""
+    by_place: dict[int | str, list[float]] = {}
+    for place, number in points:
+        by_place.setdefault(place, []).extend([] if number is None else [number])
+    values = [median(numbers) if numbers else None for numbers in by_place.values()]
+    figure.add_scatter(
+        x=list(by_place),
+        y=values,
+        mode="lines+markers",
+        name=name,
+        line={"color": colour},
+        legend=legend,
+        legendgroup=f"{legend}:{name}",
+        showlegend=first,
+        row=panel // 3 + 1,
+        col=panel % 3 + 1,
+    )
+
+
+def _step(profile: Profile) -> int:
+    """Ticks at whole blocks, about eight of them."""
+    return max(1, (1 + max(site.block or 0 for site in profile.sites)) // 8)

@@ -1,0 +1,365 @@
+"""profile(model, batches): what the activations of a model look like, and which methods that suggests.
+
+One recorded pass. How each number is defined stands at its field (`SiteProfile`, `WeightProfile`); what counts as
+unusual stands in the constants below, with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import log10
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from actkit.core.anatomy import Anatomy, Block, Linear, Site, equalization_sets
+from actkit.core.anatomy import anatomy as read_anatomy
+from actkit.core.capture import record
+from actkit.core.edits import Replace, temporarily
+from actkit.core.errors import DataError
+from actkit.core.experts import ExpertList
+from actkit.core.hooks import BatchContext
+from actkit.core.memory import parse_bytes
+from actkit.core.quantizer import QuantizationGrid
+from actkit.core.statistics import AbsMax, Density, Moments, Quantiles, Sample, Spectrum, Statistic
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+    from rich.table import Table
+
+SITES = ("block.output", "attention.input", "attention.mixed", "mlp.input", "mlp.gate", "mlp.hidden", "layer.input")
+SAMPLED = 1 << 19  # values kept per site (2 MiB), for the error of rounding; 64 to 2048 rows
+WIDEST_SPECTRUM = 4096  # channels; beyond it X^T X alone takes more than 128 MiB and its eigenvalues minutes
+SPECTRUM_BUDGET = 1 << 30  # bytes for X^T X over all sites, where max_memory says nothing
+GROUP = 64
+OUTLIER = 6.0  # times the median channel: LLM.int8() calls an activation an outlier from magnitude 6 on
+MASSIVE, MASSIVE_RATIO = 100.0, 1000.0  # Sun et al. 2024: |x| > 100 and > 1000 x the median
+SPARSE = 50.0  # per cent of zeros from which skipping them pays for the bookkeeping
+FEW = 0.1  # up to this share of channels, outliers set the scale and make all others look small: no call for sparsity
+LOW_RANK = 0.25
+INT8_POOR = 20.0  # dB: an error of 10 % of the signal; a bell curve with one int8 scale leaves about 40
+INT4_POOR = 18.0  # dB: a bell curve in groups of 64 leaves 20.5
+
+
+@dataclass(frozen=True)
+class SiteProfile:
+    """The activations x at one site: [rows, channels], padding left out.
+
+    density: share of |x| > 0. above_one_percent: share of |x| above 1 % of `scale`, the 99.9th percentile of |x|.
+    dead: channels that were 0 on every row. largest, at channel `largest_channel`; ratio: largest / median |x|, None
+    where the median is 0. massive: largest > 100 and ratio > 1000. outliers: channels whose largest |x| exceeds 6
+    times that of the median channel. kurtosis_median, kurtosis_max: over channels (3 is a bell curve; None where all
+    are constant). effective_rank: exp of the entropy of the singular values, None where not measured. int8_snr,
+    int4_snr: dB left by rounding to nearest, symmetric, one scale for the tensor (from `largest`), on a sample of rows;
+    None where rounding is exact. thresholds: for 25, 50 and 70 % of the values, the |x| that they do not exceed.
+    read_by: paths of the linear layers that read x. scalable: whether a scale per channel can move out of x (awq).
+    """
+
+    site: str
+    name: str
+    block: int | None
+    rows: int
+    channels: int
+    density: float
+    above_one_percent: float
+    scale: float
+    dead: tuple[int, ...]
+    largest: float
+    largest_channel: int
+    median: float
+    ratio: float | None
+    massive: bool
+    outliers: tuple[int, ...]
+    kurtosis_median: float | None
+    kurtosis_max: float | None
+    effective_rank: float | None
+    int8_snr: float | None
+    int4_snr: float | None
+    thresholds: dict[str, float]
+    read_by: tuple[str, ...]
+    scalable: bool
+
+    @property
+    def rank_share(self) -> float | None:
+        """Effective rank over channels."""
+        return None if self.effective_rank is None else self.effective_rank / self.channels
+
+
+@dataclass(frozen=True)
+class WeightProfile:
+    """One linear layer: dB left by rounding its weight to nearest, asymmetric, in groups of group_size inputs (-1:
+    whole rows, where 64 does not divide them)."""
+
+    path: str
+    role: str
+    block: int
+    group_size: int
+    int8_snr: float | None
+    int4_snr: float | None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What stands out, where, and what it suggests. value: the number in `what`, the smallest where it is a range."""
+
+    site: str
+    what: str
+    value: float
+    suggestion: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What `profile` saw. rows: tokens, or images (a site may have several rows of each: patches, pixels).
+    notes: what was not measured, and why.
+    """
+
+    model: str
+    architecture: str
+    rows: int
+    sites: tuple[SiteProfile, ...]
+    weights: tuple[WeightProfile, ...]
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...]
+
+    def table(self) -> Table:
+        """Sites, weights and findings for a terminal of 100 columns or more."""
+        from actkit.optimize.figures import profile_table
+
+        return profile_table(self)
+
+    def figure(self) -> Figure:
+        """Six panels over the blocks. Raises ImportError where plotly (the extra `report`) is missing."""
+        from actkit.optimize.figures import profile_figure
+
+        return profile_figure(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
+        return asdict(self)
+
+
+def profile(
+    model: nn.Module,
+    batches: Sequence[Any],
+    *,
+    anatomy: Anatomy | None = None,
+    max_memory: int | str | None = None,
+    progress: bool = True,
+) -> Profile:
+    """Profile the activations of a model on batches (dicts of its keywords, or tensors), in one pass.
+
+    max_memory: cap for the statistics, bytes or '2GB'; spectra are left out first, and noted. Experts are opened for
+    the pass and closed after it. Raises DataError without batches, CoverageError where the model cannot be read,
+    MemoryLimitError above the cap, NonFiniteError where an activation is NaN or infinite.
+    """
+    if isinstance(batches, Tensor | Mapping):
+        raise DataError(f"batches: one {type(batches).__name__} was given; give a list of batches: [batch].")
+    batches = batches if isinstance(batches, Sequence) else list(batches)
+    if not len(batches):
+        raise DataError("batches: none were given; give at least one.")
+    view = anatomy or read_anatomy(model, batches[0])
+    closed = [b.experts for b in view.blocks if b.experts and not isinstance(b.experts.module, ExpertList)]
+    with temporarily(view.model, [Replace(e.path, ExpertList.of(e.module, e.row)) for e in closed]):
+        blocks = [view.block(block.index) for block in view.blocks]
+        read_by = _readers(blocks)
+        free = {e.consumers[0].path for b in blocks for e in equalization_sets(b) if e.consumers and not e.refused}
+        widths = {site: width for block in blocks for site, width in _widths(view, block).items()}
+        wanted, notes = _statistics(widths, None if max_memory is None else parse_bytes(max_memory))
+        seen = record(view.model, wanted, batches, anatomy=view, max_memory=max_memory, progress=progress)
+        if seen.unseen:
+            notes.append(f"no token reached {', '.join(map(str, seen.unseen))}")
+        reached = [site for site in wanted if site not in seen.unseen]
+        sites = tuple(_site(site, seen[site], read_by.get(site, ()), free) for site in reached)
+        weights = tuple(_weight(linear, block.index) for block in blocks for linear in block.linears())
+    rows = sum(BatchContext.of(batch).tokens for batch in batches)
+    findings = find(sites, weights)
+    return Profile(type(view.model).__name__, view.architecture, rows, sites, weights, findings, tuple(notes))
+
+
+def snr(x: Tensor, rounded: Tensor) -> float | None:
+    """Signal-to-noise ratio in dB, 10 log10(sum x^2 / sum (x - rounded)^2); None where either sum is 0."""
+    signal, noise = float(x.double().square().sum()), float((x.double() - rounded.double()).square().sum())
+    return 10 * log10(signal / noise) if signal and noise else None
+
+
+def _readers(blocks: Iterable[Block]) -> dict[Site, tuple[str, ...]]:
+    """The linear layers that read each site; those of all experts for the block's mlp.input."""
+    found: dict[Site, tuple[str, ...]] = {}
+    for block in blocks:
+        for inputs in block.linear_inputs():
+            site = Site("mlp.input", block.index) if inputs.site.name == "mlp.input" else inputs.site
+            found[site] = (*found.get(site, ()), *(linear.path for linear in inputs.linears))
+    return found
+
+
+def _widths(view: Anatomy, block: Block) -> dict[Site, int]:
+    """The sites to watch in a block, with their numbers of channels."""
+    widths = {inputs.site: inputs.linears[0].in_features for inputs in block.linear_inputs()}
+    hidden = next(iter(widths.values()), 0)  # the first linear layer reads the residual stream
+    found: dict[Site, int] = {}
+    for site in dict.fromkeys(view.canonical(site) for site in block.sites()):
+        if site.name not in SITES or (site.name == "mlp.input" and site.expert is not None):
+            continue  # what an expert reads is some rows of the block's mlp.input
+        if site.name == "layer.input" and site not in widths:  # a convolution, or the head
+            module: Any = view.model.get_submodule(site.path or "")
+            found[site] = getattr(module, "in_channels", getattr(module, "in_features", hidden))
+        elif site.name == "mlp.gate":
+            found[site] = widths[Site("mlp.hidden", site.block, site.expert)]
+        else:
+            found[site] = widths.get(site, hidden)
+    return found
+
+
+def _statistics(widths: Mapping[Site, int], cap: int | None) -> tuple[dict[Site, list[Statistic]], list[str]]:
+    """What to record at each site; spectra, narrow sites first, as long as there is room. Then what is left out."""
+    wanted: dict[Site, list[Statistic]] = {
+        site: [AbsMax(), Moments(), Density(), Quantiles(), Sample(min(2048, max(64, SAMPLED // width)))]
+        for site, width in widths.items()
+    }
+    others = sum(statistic.memory(widths[site]) for site, several in wanted.items() for statistic in several)
+    budget = SPECTRUM_BUDGET if cap is None else cap - others
+    notes, without = [], []
+    for site, width in sorted(widths.items(), key=lambda item: item[1]):
+        budget -= Spectrum().memory(width)
+        if width > WIDEST_SPECTRUM or budget < 0:
+            without.append(str(site))
+        else:
+            wanted[site].append(Spectrum())
+    if without:
+        listed = ", ".join(without[:4]) + (f" and {len(without) - 4} more" if len(without) > 4 else "")
+        notes.append(
+            f"effective rank not measured at {listed}: more than {WIDEST_SPECTRUM} channels, or past the memory"
+        )
+    return wanted, notes
+
+
+def _site(site: Site, seen: Sequence[Any], read_by: tuple[str, ...], free: Container[str]) -> SiteProfile:
+    absmax, moments, density, quantiles, sample, *spectrum = seen
+    values = absmax.value.float()
+    largest, middle, scale = float(absmax.overall), float(quantiles.quantile(0.5)), float(quantiles.quantile(0.999))
+    channel = float(values.median())
+    kurtosis = moments.kurtosis[torch.isfinite(moments.kurtosis)]
+    ratio = largest / middle if middle else None
+    rows = sample.rows.float()
+    return SiteProfile(
+        site=str(site),
+        name=site.name,
+        block=site.block,
+        rows=int(density.count),
+        channels=len(values),
+        density=float(density.density),
+        above_one_percent=1 - float(quantiles.cdf(0.01 * scale)) if scale else 0.0,
+        scale=scale,
+        dead=_indices(values == 0),
+        largest=largest,
+        largest_channel=int(values.argmax()),
+        median=middle,
+        ratio=ratio,
+        massive=ratio is not None and largest > MASSIVE and ratio > MASSIVE_RATIO,
+        outliers=_indices(values > OUTLIER * channel) if channel else (),
+        kurtosis_median=float(kurtosis.median()) if len(kurtosis) else None,
+        kurtosis_max=float(kurtosis.max()) if len(kurtosis) else None,
+        effective_rank=float(spectrum[0].effective_rank) if spectrum and largest else None,
+        int8_snr=_activation_snr(rows, largest, 8),
+        int4_snr=_activation_snr(rows, largest, 4),
+        thresholds={f"{share:.0%}": float(quantiles.quantile(share)) for share in (0.25, 0.5, 0.7)},
+        read_by=read_by,
+        scalable=any(path in free for path in read_by),
+    )
+
+
+def _indices(mask: Tensor) -> tuple[int, ...]:
+    return tuple(mask.nonzero().flatten().tolist())
+
+
+def _activation_snr(rows: Tensor, largest: float, bits: int) -> float | None:
+    """One symmetric scale for all: the largest |x| of all rows goes in beside the sample, so that it sets the scale."""
+    grid = QuantizationGrid(bits, symmetric=True)
+    rounded = grid.fake(torch.cat((rows.flatten(), rows.new_tensor([largest])))[None])[0, :-1]
+    return snr(rows.flatten(), rounded)
+
+
+def _weight(linear: Linear, block: int) -> WeightProfile:
+    weight = linear.weight.detach().float()
+    size = -1 if weight.shape[1] % GROUP else GROUP
+    int8, int4 = (snr(weight, QuantizationGrid(bits, size).fake(weight)) for bits in (8, 4))
+    return WeightProfile(linear.path, linear.role, block, size, int8, int4)
+
+
+def _remarks(s: SiteProfile) -> Iterator[tuple[str, float, str]]:
+    """What stands out at one site: (what, number, suggestion), with {} for the number where the text wants it."""
+    zeros, small = 100 * (1 - s.density), 100 * (1 - s.above_one_percent)
+    if s.massive and s.ratio:
+        advice = "round weights only (rtn, awq): one scale for these activations loses everything else"
+        yield "massive activations, {} times the median", s.ratio, advice
+    if not s.read_by:
+        return
+    if zeros >= SPARSE:
+        yield "{} % of the values are exactly 0", zeros, "input sparsity is nearly free there: try teal or wina at {} %"
+    elif small >= SPARSE and not 0 < len(s.outliers) <= FEW * s.channels:
+        advice = "input sparsity should cost little there: try teal or wina at {} %, and measure the loss"
+        yield "{} % of the values are below 1 % of the scale", small, advice
+    if s.dead:
+        advice = "teal and wina skip them for nothing; profile more data before calling them dead for good"
+        yield "channels never active on the {rows} rows seen: {}", len(s.dead), advice
+    if s.outliers:
+        advice = "awq before rounding to 4 bits" if s.scalable else "rtn at 8 bits: awq cannot move a scale from there"
+        yield "outlier channels, above 6 times the median one: {} ({outliers})", len(s.outliers), advice
+    if s.int8_snr is not None and s.int8_snr < INT8_POOR:
+        advice = "keep these activations in floating point; rtn and awq round weights only"
+        yield "one int8 scale for the tensor leaves {} dB", s.int8_snr, advice
+    if s.rank_share is not None and s.rank_share < LOW_RANK and s.rows >= s.channels:
+        advice = "few directions carry it; worth knowing, but no registered method makes use of that yet"
+        yield "effective rank is {} % of the channels", 100 * s.rank_share, advice
+
+
+def find(sites: Sequence[SiteProfile], weights: Sequence[WeightProfile]) -> tuple[Finding, ...]:
+    """What stands out, in words, from the first block on; what several blocks have in common is one finding."""
+    groups: dict[tuple[str, str, str], list[tuple[SiteProfile, float]]] = {}
+    for site in sites:
+        name = site.site if site.block is None else f"experts' {site.name}" if ".experts." in site.site else site.name
+        for what, number, suggestion in _remarks(site):
+            groups.setdefault((what, suggestion, name), []).append((site, number))
+    findings = []
+    for (what, suggestion, name), found in groups.items():
+        numbers = [number for _, number in found]
+        outliers = sorted({channel for site, _ in found for channel in site.outliers})
+        listed = ", ".join(map(str, outliers[:8])) + ", ..." * (len(outliers) > 8)
+        text = what.format(spread(numbers), rows=spread([site.rows for site, _ in found]), outliers=listed)
+        advice = suggestion.format(int(min(*numbers, 90) // 10 * 10))
+        findings.append(Finding(name + in_blocks(site.block for site, _ in found), text, float(min(numbers)), advice))
+    findings += _about_weights(weights)
+    return tuple(findings) or (Finding("the whole model", "nothing unusual", 0.0, "no method suggests itself"),)
+
+
+def _about_weights(weights: Sequence[WeightProfile]) -> list[Finding]:
+    hard = [w for w in weights if w.int4_snr is not None and w.int4_snr < INT4_POOR]
+    if not hard:
+        return []
+    numbers = [w.int4_snr for w in hard if w.int4_snr is not None]
+    roles = ", ".join(dict.fromkeys(w.role for w in hard))
+    where = f"weights of {roles}" + in_blocks(w.block for w in hard)
+    what = f"4 bits in groups of {GROUP} leave {spread(numbers)} dB; a bell curve would leave 20"
+    return [Finding(where, what, min(numbers), "rtn at 8 bits, or awq at 4")]
+
+
+def spread(numbers: Sequence[float]) -> str:
+    """'12', or '12-40': the range of several numbers, to three digits."""
+    texts = [f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}" for number in (min(numbers), max(numbers))]
+    return "-".join(dict.fromkeys(texts))
+
+
+def in_blocks(blocks: Iterable[int | None]) -> str:
+    """' of blocks 0-3, 5', or '' where the sites have no block."""
+    indices = sorted({block for block in blocks if block is not None})
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    listed = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return f" of block{'s' * (len(indices) > 1)} {listed}" if indices else ""

@@ -1,0 +1,1 @@
+"""Quantization: weights (and later activations) in fewer bits."""

