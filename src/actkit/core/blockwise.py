@@ -55,8 +55,8 @@ class _StopForward(Exception):
 class Walk:
     """The calls of each block on calibration batches, for the streams 'original' and 'edited'.
 
-    Blocks must be visited in order: `calls(k, stream)`; then `following` before the edits for the original stream, after
-    them for the edited one; then `move`.
+    Blocks must be visited in order: `calls(k, stream)`; then `following` before the edits for the original stream,
+    after them for the edited one; then `move`.
     """
 
     def __init__(self, anatomy: Anatomy, batches: Sequence[Any], track: Callable[..., Iterable[Any]]) -> None:
@@ -74,14 +74,18 @@ class Walk:
         """The one pass over the whole model."""
         paths = [block.path for block in self.anatomy.blocks]
         first: list[Call] = []
-        for index, (batch, context) in enumerate(self.track(list(self._contexts()), "Recording how the blocks are called")):
+        for index, (batch, context) in enumerate(
+            self.track(list(self._contexts()), "Recording how the blocks are called")
+        ):
             seen = self._record(batch, context, paths)
             if index == 0 and not self.whole_model:
                 self.chained = self._is_chain(seen)
             first.append(seen[0])
             if not self.chained:
                 self._originals.append([call.hidden for call in seen])
-            self._prototypes.append([call.with_hidden(torch.empty(0)) if not self.whole_model else call for call in seen])
+            self._prototypes.append(
+                [call.with_hidden(torch.empty(0)) if not self.whole_model else call for call in seen]
+            )
         for stream in streams:
             self._calls[stream] = list(first)
 
@@ -100,7 +104,7 @@ class Walk:
 
         def keep(path: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                seen[path] = Call(args, {key: value for key, value in kwargs.items()}, context)
+                seen[path] = Call(args, dict(kwargs), context)
 
             return hook
 
@@ -137,13 +141,18 @@ class Walk:
 
     def _from_prefix(self, k: int, stream: str) -> list[Call]:
         if stream == "original":
-            return [prototype[k].with_hidden(kept[k]) for prototype, kept in zip(self._prototypes, self._originals, strict=True)]
+            return [
+                prototype[k].with_hidden(kept[k])
+                for prototype, kept in zip(self._prototypes, self._originals, strict=True)
+            ]
         path = self.anatomy.blocks[k].path
         calls: list[Call] = []
         for batch, context in self._contexts():
             found: list[Call] = []
 
-            def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], found=found, context=context) -> None:  # noqa: ANN001
+            def stop(
+                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], found=found, context=context
+            ) -> None:
                 found.append(Call(args, dict(kwargs), context))
                 raise _StopForward
 

@@ -57,7 +57,9 @@ def save(
     folder = Path(folder)
     _recover(folder)
     if folder.exists() and not overwrite:
-        raise CheckpointError(f"folder: {folder} exists already; choose another one, or pass overwrite=True (--overwrite).")
+        raise CheckpointError(
+            f"folder: {folder} exists already; choose another one, or pass overwrite=True (--overwrite)."
+        )
     _check_space(model, folder)
     with _complete_or_nothing(folder) as temporary:
         _copy_companions(model, temporary)
@@ -149,7 +151,11 @@ def _copy_companions(model: nn.Module, folder: Path) -> None:
     if source is None or not source.is_dir():
         return
     for path in sorted(source.iterdir()):
-        if path.name in NOT_COPIED or path.name.endswith(WEIGHTS_SUFFIXES) or path.name.startswith((".", "actkit-", "__")):
+        if (
+            path.name in NOT_COPIED
+            or path.name.endswith(WEIGHTS_SUFFIXES)
+            or path.name.startswith((".", "actkit-", "__"))
+        ):
             continue
         if path.is_dir():
             small = all(not p.name.endswith(WEIGHTS_SUFFIXES) for p in path.rglob("*"))
@@ -215,7 +221,9 @@ def _check_space(model: nn.Module, folder: Path) -> None:
     needed = sum(tensor.nbytes for tensor in _tensors(model)[0].values())
     free = shutil.disk_usage(parent).free
     if free < needed * 1.01 + 2**20:
-        raise CheckpointError(f"save: {folder} needs {format_bytes(needed)}, {format_bytes(free)} are free there; free some space.")
+        raise CheckpointError(
+            f"save: {folder} needs {format_bytes(needed)}, {format_bytes(free)} are free there; free some space."
+        )
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
@@ -246,7 +254,10 @@ def load(
     else:
         raise CheckpointError(f"{source}: the folder holds neither {MANIFEST} nor config.json, so it is no checkpoint.")
     model = model.to(device).eval()
-    options: dict[str, Any] = {"device": str(device), "dtype": None if dtype is None else str(dtype).removeprefix("torch.")}
+    options: dict[str, Any] = {
+        "device": str(device),
+        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+    }
     if base is None:
         model.__dict__[changes.SOURCE] = Source.of(str(folder), model, **options, trust_remote_code=trust_remote_code)
     return model
@@ -260,7 +271,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder}: there is no {MANIFEST}; it is not a folder that actkit saved.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); the folder is damaged, save the model again.") from error
+        raise CheckpointError(
+            f"{path}: not readable as JSON ({error}); the folder is damaged, save the model again."
+        ) from error
     schema = manifest.get("schema")
     if not isinstance(schema, int):
         raise CheckpointError(f"{path}: it states no schema; the folder is damaged, save the model again.")
@@ -274,7 +287,9 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> An
     from transformers import AutoTokenizer
 
     folder = _resolve(source)
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")):
+    if not any(
+        (folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
+    ):
         raise CheckpointError(f"tokenizer: {folder} has none; give text as token batches, or use --data random.")
     if (folder / MANIFEST).exists() and (folder / "tokenizer.json").exists():
         from transformers import PreTrainedTokenizerFast
@@ -303,19 +318,23 @@ def _load_changed(folder: Path, base: Callable[[], nn.Module] | None) -> nn.Modu
     changes.restore(
         model,
         Changes(
-            manifest["edits"], manifest["recipe"], manifest["architecture"], _transforms(manifest["recipe"]), manifest["base_class"]
+            manifest["edits"],
+            manifest["recipe"],
+            manifest["architecture"],
+            _transforms(manifest["recipe"]),
+            manifest["base_class"],
         ),
     )
     return model
 
 
 def _build_pretrained(folder: Path, manifest: dict[str, Any]) -> nn.Module:
-    """The unchanged transformers model of the right shape, on the CPU (so that rotary tables are computed), unfilled."""
+    """The unchanged transformers model of the right shape, unfilled; on the CPU, so that rotary tables are computed."""
     from transformers.initialization import no_init_weights
 
     from actkit.core import pretrained
 
-    base = pretrained.class_by_name(manifest["base_class"])
+    base: Any = pretrained.class_by_name(manifest["base_class"])
     pretrained.model_class(base)
     config_dict = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config_dict["model_type"] = pretrained.base_type(config_dict["model_type"])
@@ -348,7 +367,9 @@ def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
             with safe_open(path, framework="pt") as file:
                 tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: not readable ({error}); copy the folder again, or save the model again.") from error
+            raise CheckpointError(
+                f"{path}: not readable ({error}); copy the folder again, or save the model again."
+            ) from error
     return tensors
 
 
@@ -360,7 +381,9 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], tied: dict[str, str], fo
     problems += [f"unexpected {name}" for name in sorted(given - set(expected))]
     for name, tensor in tensors.items():
         if name in expected and expected[name].shape != tensor.shape:
-            problems.append(f"{name} is {tuple(tensor.shape)} in the file and {tuple(expected[name].shape)} in the model")
+            problems.append(
+                f"{name} is {tuple(tensor.shape)} in the file and {tuple(expected[name].shape)} in the model"
+            )
     if problems:
         raise CheckpointError(f"{folder}: the weights do not fit the model: {'; '.join(problems[:10])}.")
     for name, tensor in tensors.items():
@@ -389,23 +412,30 @@ def _load_pretrained(folder: Path, dtype: torch.dtype | None, trust_remote_code:
     if cls is None:
         remote = bool(getattr(config, "auto_map", None))
         if remote and not trust_remote_code:
-            raise CheckpointError(f"{folder}: its model class is code in the repository; pass trust_remote_code=True if you trust it.")
+            raise CheckpointError(
+                f"{folder}: its model class is code in the repository; pass trust_remote_code=True if you trust it."
+            )
         cls = transformers.AutoModelForCausalLM if remote else transformers.AutoModel
     if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{folder}: it holds no *.safetensors file; actkit reads no pickle, convert the weights first.")
+        raise CheckpointError(
+            f"{folder}: it holds no *.safetensors file; actkit reads no pickle, convert the weights first."
+        )
     try:
         extra = {"trust_remote_code": True} if trust_remote_code else {}
-        model, info = cls.from_pretrained(
+        loaded: Any = cls.from_pretrained(
             folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **extra
         )
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder}: its weights are not readable ({error}); copy or download the folder again.") from error
+        raise CheckpointError(
+            f"{folder}: its weights are not readable ({error}); copy or download the folder again."
+        ) from error
+    model, info = loaded
     tied = set(tied_names(model))
     missing = sorted(set(info["missing_keys"]) - tied)
     unexpected = sorted(k for k in info["unexpected_keys"] if not k.endswith((".position_ids", "rotary_emb.inv_freq")))
     mismatched = sorted(str(k[0]) for k in info["mismatched_keys"])
-    problems = [f"{what}: {', '.join(keys[:8])}" for what, keys in
-                (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)) if keys]  # fmt: skip
+    found = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
+    problems = [f"{what}: {', '.join(keys[:8])}" for what, keys in found.items() if keys]
     if problems:
         raise CheckpointError(f"{folder}: the weights do not fit {type(model).__name__}; {'; '.join(problems)}.")
     return model
@@ -419,7 +449,9 @@ def _resolve(source: str | Path) -> Path:
         return path
     text = str(source)
     if path.is_file() or text.startswith(("/", ".", "~")) or text.count("/") != 1:
-        raise CheckpointError(f"model: there is no folder {text!r}; give a folder, a hub id (owner/name) or an embedded model.")
+        raise CheckpointError(
+            f"model: there is no folder {text!r}; give a folder, a hub id (owner/name) or an embedded model."
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -447,7 +479,9 @@ def _transforms(recipe: list[dict[str, Any]]) -> tuple[Any, ...]:
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
-    found = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype.removeprefix("torch."))
+    found = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(
+        dtype.removeprefix("torch.")
+    )
     if found is None:
         raise ValueError(f"dtype: {dtype!r} was given, allowed are float32, bfloat16 and float16.")
     return found

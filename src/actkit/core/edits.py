@@ -149,7 +149,9 @@ def replay(model: nn.Module, described: list[dict[str, Any]]) -> None:
         elif "configure" in entry:
             _configure(model, Configure(entry["configure"], entry["value"]))
         elif "set" not in entry:
-            raise EditError(f"edit: {entry!r} is none of replace, set, configure; the checkpoint may be newer than actkit.")
+            raise EditError(
+                f"edit: {entry!r} is none of replace, set, configure; the checkpoint may be newer than actkit."
+            )
 
 
 def _configure(model: nn.Module, edit: Configure) -> Undo:

@@ -33,8 +33,8 @@ def hooked(
         for path, hook in (before or {}).items():
             handle = model.get_submodule(path).register_forward_pre_hook(_silent_before(hook), with_kwargs=True)
             handles.callback(handle.remove)
-        for path, hook in (after or {}).items():
-            handle = model.get_submodule(path).register_forward_hook(_silent_after(hook), with_kwargs=True)
+        for path, reader in (after or {}).items():
+            handle = model.get_submodule(path).register_forward_hook(_silent_after(reader), with_kwargs=True)
             handles.callback(handle.remove)
         yield
 
@@ -59,11 +59,13 @@ def refuse_compiled_or_sharded(model: nn.Module) -> None:
         kind = type(module).__name__
         if kind == "OptimizedModule":
             raise UnsupportedModelError(
-                f"model: {name or 'it'} comes from torch.compile, where hooks do not fire. Transform first, compile after."
+                f"model: {name or 'it'} comes from torch.compile, where hooks do not fire. "
+                f"Transform first, compile after."
             )
         if kind.startswith("FSDP") or kind == "FullyShardedDataParallel":
             raise UnsupportedModelError(
-                f"model: {name or 'it'} is sharded ({kind}), so its weights are in pieces. Transform first, shard after."
+                f"model: {name or 'it'} is sharded ({kind}), so its weights are in pieces. "
+                f"Transform first, shard after."
             )
 
 
@@ -89,7 +91,9 @@ def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, 
     if not isinstance(batch, Mapping):
         args = batch if isinstance(batch, tuple) else (batch,)
         return tuple(item.to(device) if isinstance(item, Tensor) else item for item in args), {}
-    kwargs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items() if key != "labels"}
+    kwargs = {
+        key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items() if key != "labels"
+    }
     if getattr(getattr(model, "config", None), "use_cache", None) is not None:
         kwargs["use_cache"] = False
     return (), kwargs
@@ -136,7 +140,9 @@ class BatchContext:
         rows = torch.arange(first_row, first_row + size)
         if documents is None:
             documents = rows if length is None else rows[:, None].expand(size, length)
-        positions = torch.zeros(size, dtype=torch.int64) if length is None else torch.arange(length).expand(size, length)
+        positions = (
+            torch.zeros(size, dtype=torch.int64) if length is None else torch.arange(length).expand(size, length)
+        )
         return cls(size, length, mask, documents, positions)
 
 
@@ -151,4 +157,7 @@ def _main_input(batch: Any) -> Tensor:
     item = batch[0] if isinstance(batch, tuple) and batch else batch
     if isinstance(item, Tensor):
         return item
-    raise DataError(f"data: a batch is a {type(batch).__name__}; give a tensor, a tuple of tensors or a dict of the model's keywords.")
+    raise DataError(
+        f"data: a batch is a {type(batch).__name__}; give a tensor, a tuple of tensors or a dict of the model's "
+        f"keywords."
+    )

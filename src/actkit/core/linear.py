@@ -79,7 +79,13 @@ class IntegerWeight(KeepsDtype):
     zero: Tensor | None
 
     def __init__(
-        self, grid: QuantizationGrid, shape: tuple[int, int], codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype
+        self,
+        grid: QuantizationGrid,
+        shape: tuple[int, int],
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.grid, self.shape, self.dtype = grid, shape, dtype
@@ -249,11 +255,15 @@ class ActLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         if select is not None and select.score is not None and select.score.shape != (self.in_features,):
-            raise ValueError(f"select: its score has shape {tuple(select.score.shape)}, the layer {self.in_features} inputs.")
+            raise ValueError(
+                f"select: its score has shape {tuple(select.score.shape)}, the layer {self.in_features} inputs."
+            )
         if correction is not None:
             shape = (correction.left.shape[0], correction.right.shape[1])
             if shape != (self.out_features, self.in_features):
-                raise ValueError(f"correction: it maps {shape[::-1]}, the layer {(self.in_features, self.out_features)}.")
+                raise ValueError(
+                    f"correction: it maps {shape[::-1]}, the layer {(self.in_features, self.out_features)}."
+                )
         self.weight = weight
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
         self.select = select
@@ -290,12 +300,12 @@ class ActLinear(nn.Module):
         return self.weight.dequantize()
 
     def dense(self) -> nn.Linear:
-        """A plain nn.Linear with the dequantized weight; raises ValueError where a select or correction would be lost."""
+        """A plain nn.Linear with the dequantized weight. Raises ValueError where select or correction would be lost."""
         if self.select is not None or self.correction is not None:
             raise ValueError("dense(): a plain linear layer cannot hold this layer's select or correction slot.")
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.dequantized().detach(), requires_grad=False)
-        linear.bias = self.bias
+        linear.bias = self.bias  # type: ignore[assignment]
         return linear
 
     def forward(self, x: Tensor) -> Tensor:

@@ -76,15 +76,19 @@ def make_plan(
         what, size = max(memory, key=lambda row: row[1])
         raise MemoryLimitError(
             f"max_memory: the plan needs {format_bytes(plan.bytes)} beside the model, the cap is "
-            f"{format_bytes(parse_bytes(max_memory))}. Largest is {what} with {format_bytes(size)}: give fewer or shorter "
-            f"calibration sequences, or a higher cap."
+            f"{format_bytes(parse_bytes(max_memory))}. Largest is {what} with {format_bytes(size)}: give fewer or "
+            f"shorter calibration sequences, or a higher cap."
         )
     return plan
 
 
 def _coverage(view: Anatomy, transforms: Sequence[Transform]) -> tuple[dict[str, float], list[tuple[str, str]]]:
     report = view.coverage()
-    inside = {row.parameter: row.numel for row in report.rows if row.where in ("linear", "experts", "norm", "bias", "uncovered")}
+    inside = {
+        row.parameter: row.numel
+        for row in report.rows
+        if row.where in ("linear", "experts", "norm", "bias", "uncovered")
+    }
     total = sum(inside.values()) or 1
     experts = sum(row.numel for row in report.rows if row.where == "experts")
     coverage: dict[str, float] = {}
@@ -105,7 +109,9 @@ def _coverage(view: Anatomy, transforms: Sequence[Transform]) -> tuple[dict[str,
     return coverage, untouched
 
 
-def _cost(view: Anatomy, transforms: Sequence[Transform], batches: Sequence[Any]) -> tuple[list[tuple[str, int]], float]:
+def _cost(
+    view: Anatomy, transforms: Sequence[Transform], batches: Sequence[Any]
+) -> tuple[list[tuple[str, int]], float]:
     needy = [t for t in transforms if t.tags.needs_data]
     if not needy or not len(batches):
         return [], 0.0
@@ -119,7 +125,9 @@ def _cost(view: Anatomy, transforms: Sequence[Transform], batches: Sequence[Any]
     count = 2 if "both" in streams else len(streams)
     memory: list[tuple[str, int]] = []
     if not (len(view.blocks) == 1 and block.path == ""):
-        memory.append((f"hidden states ({count} stream{'s' * (count > 1)}, old and new)", 2 * count * tokens * hidden * size))
+        memory.append(
+            (f"hidden states ({count} stream{'s' * (count > 1)}, old and new)", 2 * count * tokens * hidden * size)
+        )
     statistics = max(
         (sum(s.memory(_channels(view, block, site)) for site, s in t.observe(block).items()) for t in needy), default=0
     )

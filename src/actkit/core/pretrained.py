@@ -32,22 +32,41 @@ class ChangedModel:
     actkit_base: type[PreTrainedModel]
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *args: Any, config: Any = None, dtype: Any = None, **kwargs: Any) -> Any:
-        """Load an actkit folder strictly. Raises CheckpointError for keys that are missing, unexpected or mismatched."""
+    def from_pretrained(
+        cls, folder: str | Path, *args: Any, config: Any = None, dtype: Any = None, **kwargs: Any
+    ) -> Any:
+        """Load an actkit folder strictly. Raises CheckpointError for missing, unexpected or mismatched keys."""
         from actkit.core import checkpoint
 
         loading_info = kwargs.pop("output_loading_info", False)
         dtype = kwargs.pop("torch_dtype", dtype)
-        _refuse({name: value for name, value in kwargs.items() if value and name in ("device_map", "quantization_config", "state_dict")})
+        _refuse(
+            {
+                name: value
+                for name, value in kwargs.items()
+                if value and name in ("device_map", "quantization_config", "state_dict")
+            }
+        )
         model = checkpoint.load(folder, dtype=None if dtype == "auto" else dtype)
-        empty = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        empty: dict[str, Any] = {
+            "missing_keys": set(),
+            "unexpected_keys": set(),
+            "mismatched_keys": set(),
+            "error_msgs": [],
+        }
         return (model, empty) if loading_info else model
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Write an actkit folder. Raises CheckpointError where the folder holds anything else."""
         from actkit.core import checkpoint
 
-        _refuse({name: value for name, value in kwargs.items() if value and name in ("push_to_hub", "variant", "state_dict")})
+        _refuse(
+            {
+                name: value
+                for name, value in kwargs.items()
+                if value and name in ("push_to_hub", "variant", "state_dict")
+            }
+        )
         folder = Path(save_directory)
         replaceable = folder.is_dir() and (not any(folder.iterdir()) or (folder / checkpoint.MANIFEST).exists())
         checkpoint.save(self, folder, overwrite=replaceable)  # type: ignore[arg-type]
@@ -62,16 +81,16 @@ def _refuse(options: dict[str, Any]) -> None:
 
 
 @cache
-def config_class(base: type) -> type:
+def config_class(base: Any) -> type:
     """The config class of changed models over `base`, registered with AutoConfig."""
-    name = f"{PREFIX}{base.model_type}"  # type: ignore[attr-defined]
+    name = f"{PREFIX}{base.model_type}"
     changed = type(f"Actkit{base.__name__}", (base,), {"model_type": name, "__module__": __name__})
     AutoConfig.register(name, changed, exist_ok=True)
     return changed
 
 
 @cache
-def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def model_class(base: Any) -> type[PreTrainedModel]:
     """The changed subclass of a transformers model class, registered with every Auto class that knows the base."""
     config = config_class(base.config_class)
     # transformers reads the source of the class's module to choose the experts' implementation: it must be the base's.
@@ -89,8 +108,8 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 def set_changed(model: PreTrainedModel, changed: bool) -> None:
     """Make a transformers model an instance of its changed class, or of its own again."""
-    base = getattr(type(model), "actkit_base", type(model))
-    base_config = base.config_class
+    base: Any = getattr(type(model), "actkit_base", type(model))
+    base_config: Any = base.config_class
     model.__class__ = model_class(base) if changed else base
     model.config.__class__ = config_class(base_config) if changed else base_config
 
@@ -109,7 +128,7 @@ def register(model_types: tuple[str, ...]) -> None:
 
     for model_type in model_types:
         if model_type in CONFIG_MAPPING:
-            base = CONFIG_MAPPING[model_type]
+            base: Any = CONFIG_MAPPING[model_type]
             config_class(base)
             for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForMaskedLM",
                          "AutoModelForImageClassification", "AutoModel"):  # fmt: skip

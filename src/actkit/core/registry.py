@@ -33,13 +33,17 @@ def _load(group: str, name: str) -> Any:
     if name not in entries:
         near = difflib.get_close_matches(name, entries, n=3)
         hint = f" Did you mean {', '.join(near)}?" if near else ""
-        raise RecipeError(f"{group.split('.')[1]}: {name!r} is not known.{hint} Known are {', '.join(entries) or 'none'}.")
+        raise RecipeError(
+            f"{group.split('.')[1]}: {name!r} is not known.{hint} Known are {', '.join(entries) or 'none'}."
+        )
     entry = entries[name]
     try:
         return entry.load()
     except Exception as error:
         package = entry.dist.name if entry.dist else "unknown"
-        raise RecipeError(f"{group}: {name!r} ({entry.value}, of the package {package}) does not import: {error}") from error
+        raise RecipeError(
+            f"{group}: {name!r} ({entry.value}, of the package {package}) does not import: {error}"
+        ) from error
 
 
 def method_names() -> list[str]:
@@ -73,6 +77,6 @@ def _name_of(group: str, cls: type) -> str:
         if entry.value == target:
             return name
     raise RecipeError(
-        f"{cls.__name__} is not registered: add `name = \"{target}\"` to the entry-point group {group} of its package, "
+        f'{cls.__name__} is not registered: add `name = "{target}"` to the entry-point group {group} of its package, '
         f"so that recipes and checkpoints can name it."
     )

@@ -72,7 +72,9 @@ class Applied:
     def undo(self) -> nn.Module:
         """Take all edits back, bit for bit. Raises EditError where undo was switched off or is done already."""
         if self._undo is None:
-            raise EditError("undo: nothing is left to undo with (undo='off', or undone already); load the original model.")
+            raise EditError(
+                "undo: nothing is left to undo with (undo='off', or undone already); load the original model."
+            )
         self._undo()
         self._undo = None
         return self.model
@@ -184,7 +186,9 @@ def apply(
     view = anatomy(model, batches[0] if batches else None)
     plan = make_plan(view, transforms, batches, min_coverage=min_coverage, max_memory=max_memory)
     report = Report(recipe.dump(), plan)
-    report.notes += [f"{type(t).__name__} is at its identity setting: nothing to change" for t in recipe if t not in transforms]
+    report.notes += [
+        f"{type(t).__name__} is at its identity setting: nothing to change" for t in recipe if t not in transforms
+    ]
     mode = _undo_mode(model, undo, report)
     run = _Run(view, transforms, batches, mode, report, progress)
     try:
@@ -214,6 +218,7 @@ class _Run:
         self.mode, self.report, self.progress = mode, report, progress
         self.described: list[dict[str, Any]] = []
         self.undos: list[Undo] = []
+        self._opened: tuple[str, nn.Module, int] | None = None
 
     def plan_transforms(self) -> None:
         trial = Trial(self.view, self.batches)
@@ -337,11 +342,15 @@ def check_model(model: nn.Module) -> None:
     Raises UnsupportedModelError or NonFiniteError, naming the parameter.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: {type(model).__name__} was given; give a torch.nn.Module, or load one with actkit.load.")
+        raise TypeError(
+            f"model: {type(model).__name__} was given; give a torch.nn.Module, or load one with actkit.load."
+        )
     refuse_compiled_or_sharded(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_meta:
-            raise UnsupportedModelError(f"model: {name} is on the meta device and has no values; load the weights first.")
+            raise UnsupportedModelError(
+                f"model: {name} is on the meta device and has no values; load the weights first."
+            )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NonFiniteError(f"model: {name} holds NaN or Inf; mend the weights first.")
 
@@ -352,7 +361,9 @@ def _batches(transforms: Sequence[Transform], data: Iterable[Any] | None) -> Any
     needy = next((t for t in transforms if t.tags.needs_data), None)
     if needy is not None and not len(batches):
         given = "none was given" if data is None else "0 batches were given"
-        raise DataError(f"data: {type(needy).__name__} calibrates on data and {given}; pass batches, or text through actkit.apply.")
+        raise DataError(
+            f"data: {type(needy).__name__} calibrates on data and {given}; pass batches, or text through actkit.apply."
+        )
     return batches
 
 
@@ -360,12 +371,12 @@ def _undo_mode(model: nn.Module, undo: str | None, report: Report) -> str:
     origin = changes.source(model)
     usable = origin is not None and changes.of(model) is None and origin.untouched(model)
     if undo == "source" and not usable:
-        reason = "it was not loaded by actkit.load" if origin is None else "its tensors were changed since it was loaded"
+        reason = (
+            "it was not loaded by actkit.load" if origin is None else "its tensors were changed since it was loaded"
+        )
         raise ValueError(f"undo: 'source' was given, but {reason}; use 'memory'.")
     if undo is None:
         undo = "source" if usable else "memory"
         if origin is not None and not usable:
             report.notes.append("the model was changed since it was loaded: undo keeps the old tensors in memory")
     return undo
-
-

@@ -99,10 +99,10 @@ class Transform(BaseModel):
 class Recipe:
     """An ordered list of transforms with their settings; YAML on disk.
 
-        actkit: 1
-        transforms:
-          - awq: {bits: 4, group_size: 64}
-          - wina: {sparsity: 0.5}
+    actkit: 1
+    transforms:
+      - awq: {bits: 4, group_size: 64}
+      - wina: {sparsity: 0.5}
     """
 
     def __init__(self, transforms: Iterable[Transform]) -> None:
@@ -149,9 +149,13 @@ class Recipe:
             raise RecipeError("recipe: expected the keys `actkit: 1` and `transforms:` with a list of methods.")
         extra = set(content) - {"actkit", "transforms"}
         if extra:
-            raise RecipeError(f"recipe: unknown key {', '.join(sorted(map(str, extra)))}; allowed are actkit and transforms.")
+            raise RecipeError(
+                f"recipe: unknown key {', '.join(sorted(map(str, extra)))}; allowed are actkit and transforms."
+            )
         if content.get("actkit") != RECIPE_VERSION:
-            raise RecipeError(f"recipe: version {content.get('actkit')!r} was given, this actkit reads `actkit: {RECIPE_VERSION}`.")
+            raise RecipeError(
+                f"recipe: version {content.get('actkit')!r} was given, this actkit reads `actkit: {RECIPE_VERSION}`."
+            )
         return cls([_transform(entry) for entry in content["transforms"]])
 
     def dump(self) -> dict[str, Any]:
@@ -180,7 +184,7 @@ class Recipe:
     def label(self) -> str:
         return " + ".join(transform.label for transform in self.transforms)
 
-    def __iter__(self):  # noqa: ANN204
+    def __iter__(self):
         return iter(self.transforms)
 
     def __len__(self) -> int:
@@ -204,7 +208,9 @@ def _transform(entry: Any) -> Transform:
     except ValidationError as error:
         raise RecipeError(f"recipe: {name}: {_explain(error, cls)}") from error
     except TypeError as error:
-        raise RecipeError(f"recipe: {name}: the settings are {settings!r}; give a mapping of names to values.") from error
+        raise RecipeError(
+            f"recipe: {name}: the settings are {settings!r}; give a mapping of names to values."
+        ) from error
 
 
 def _explain(error: ValidationError, cls: type[Transform]) -> str:

@@ -121,7 +121,9 @@ def search_scale(
         for linear, weight in zip(consumers, before, strict=True):
             linear.weight.data.copy_(weight)
     if best is None:
-        raise NonFiniteError(f"{consumers[0].path}: every ratio gives a NaN or Inf error; check the calibration activations.")
+        raise NonFiniteError(
+            f"{consumers[0].path}: every ratio gives a NaN or Inf error; check the calibration activations."
+        )
     return best[2], best[1], losses
 
 
@@ -169,7 +171,7 @@ def fold(block: Block, group: EqualizationSet, scale: Tensor) -> list[Edit]:
         edits.append(_set_weight(producer, producer.weight.detach().float() / rows[:, None]))
         if producer.bias is not None:
             edits.append(Set(f"{producer.path}.bias", (producer.bias.detach().float() / rows).to(producer.bias.dtype)))
-    else:
+    elif producer is not None:
         edits.append(Replace(producer, ScaledActivation(get_module(block.root, producer), scale)))
     edits += [_set_weight(linear, linear.weight.detach().float() * scale) for linear in group.consumers]
     return edits
@@ -220,9 +222,14 @@ def _rows(calls: list[Call], tokens: int) -> Tensor:
     return stacked[:: max(1, stacked.shape[0] // tokens)][:tokens]
 
 
-def saliency_mask(mean_abs: Tensor, weight: Tensor, share: float = 0.01, by: Literal["activation", "weight", "random"] = "activation",
-                  seed: int = 0) -> Tensor:  # fmt: skip
-    """The `share` of input channels to keep exact, by mean |x| [in], by the column norm of weight [out, in], or at random.
+def saliency_mask(
+    mean_abs: Tensor,
+    weight: Tensor,
+    share: float = 0.01,
+    by: Literal["activation", "weight", "random"] = "activation",
+    seed: int = 0,
+) -> Tensor:
+    """The `share` of input channels to keep exact: by mean |x| [in], by column norm of weight [out, in], or at random.
 
     Returns bool [in]. This is the paper's observation, not part of the method.
     """

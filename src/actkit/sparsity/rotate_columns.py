@@ -53,7 +53,9 @@ class RotateColumns(Transform):
 
     def conflicts(self, earlier: Transform) -> str | None:
         if earlier.tags.slot is not None:
-            return "it changes the inputs of the layers, so what was calibrated on them would no longer hold; rotate first"
+            return (
+                "it changes the inputs of the layers, so what was calibrated on them would no longer hold; rotate first"
+            )
         return super().conflicts(earlier)
 
     def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
@@ -77,7 +79,9 @@ class RotateColumns(Transform):
             if part is None or part.norm is None:
                 continue
             first = part.query_key_value or part.key if part is block.attention else part.gate or part.up  # type: ignore[union-attr]
-            inputs = next(i for i in block.linear_inputs() if first is not None and first.path in {x.path for x in i.linears})
+            inputs = next(
+                i for i in block.linear_inputs() if first is not None and first.path in {x.path for x in i.linears}
+            )
             refused = "the norm also feeds the residual stream" if part.norm.feeds_residual else None
             found.append((inputs, part.norm.path, refused))
         return found

@@ -32,7 +32,7 @@ LARGEST = 0.95  # no projection is driven above it: its output would be noise
 
 @dataclass(frozen=True)
 class MaskGroup:
-    """Linear layers that share one mask: where their input is observed, and the score of its channels ([in] or None)."""
+    """Linear layers that share one mask: where their input is observed, the score of its channels ([in] or None)."""
 
     site: Site
     linears: tuple[Linear, ...]
@@ -93,7 +93,8 @@ class Teal(Transform):
 
     def _edits(self, group: MaskGroup, share: float, seen: Seen) -> list[Edit]:
         return [
-            Replace(linear.path, ActLinear.of(linear, select=self._selection(group, share, seen))) for linear in group.linears
+            Replace(linear.path, ActLinear.of(linear, select=self._selection(group, share, seen)))
+            for linear in group.linears
         ]
 
     def _selection(self, group: MaskGroup, share: float, seen: Seen) -> Selection:
