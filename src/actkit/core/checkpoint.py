@@ -32,6 +32,7 @@ from actkit.core.memory import format_bytes, parse_bytes
 SCHEMA = 1
 MANIFEST = "actkit.json"
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".onnx", ".msgpack", ".gguf", ".index.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
 NOT_COPIED = ("config.json", "README.md", MANIFEST, "training.json")
 
 
@@ -243,8 +244,8 @@ def load(
     for a checkpoint of one's own nn.Module. trust_remote_code: run code that a hub repository brings; off unless asked.
     Raises CheckpointError naming the file or the keys.
     """
-    folder = _resolve(source)
-    dtype = _dtype(dtype)
+    folder = resolve(source)
+    dtype = parse_dtype(dtype)
     if (folder / MANIFEST).exists():
         model = _load_changed(folder, base)
         if dtype is not None:
@@ -286,16 +287,19 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> An
     """The tokenizer beside a model. Raises CheckpointError where there is none."""
     from transformers import AutoTokenizer
 
-    folder = _resolve(source)
-    if not any(
-        (folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
-    ):
+    folder = resolve(source)
+    if not has_tokenizer(folder):
         raise CheckpointError(f"tokenizer: {folder} has none; give text as token batches, or use --data random.")
     if (folder / MANIFEST).exists() and (folder / "tokenizer.json").exists():
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast.from_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds the files of a tokenizer."""
+    return any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
 def _load_changed(folder: Path, base: Callable[[], nn.Module] | None) -> nn.Module:
@@ -441,8 +445,11 @@ def _load_pretrained(folder: Path, dtype: torch.dtype | None, trust_remote_code:
     return model
 
 
-def _resolve(source: str | Path) -> Path:
-    """The local folder of a checkpoint; a hub id is downloaded (safetensors and small files only)."""
+def resolve(source: str | Path) -> Path:
+    """The local folder of a checkpoint; a hub id is downloaded (safetensors and small files only).
+
+    Raises CheckpointError where there is no such folder or the hub does not give it.
+    """
     path = Path(source)
     _recover(path)
     if path.is_dir():
@@ -476,7 +483,8 @@ def _transforms(recipe: list[dict[str, Any]]) -> tuple[Any, ...]:
     return tuple(known)
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype from its name. Raises ValueError for another name."""
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     found = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(

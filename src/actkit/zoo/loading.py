@@ -1,0 +1,71 @@
+"""`load`: one way to every model: a name of the zoo, a local folder, or a hub id.
+
+A zoo name wins over a folder of the same name; write `./swiglu` for the folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from actkit import zoo
+from actkit.core import checkpoint
+from actkit.core.errors import CheckpointError
+from actkit.zoo.cnn import DigitsCNN
+
+Source = str | Path
+
+# Models in plain torch whose changed folders load without `base=`, by class name.
+OWN_CLASSES: dict[str, Callable[[], nn.Module]] = {"DigitsCNN": DigitsCNN}
+
+
+def load(
+    source: Source,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    base: Callable[[], nn.Module] | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Load a model in evaluation mode; every key must match.
+
+    source: a zoo name (`actkit.zoo.names()`), a local folder or a hub id (safetensors only). dtype: as stored where
+    None (the zoo's own models are stored in bf16). base: builds the unchanged model, for a folder that `actkit.save`
+    wrote of one's own nn.Module. trust_remote_code: run code that a hub repository brings; off unless asked for.
+    Raises CheckpointError naming the file, the keys, or what is not there.
+    """
+    folder = locate(source)
+    if source == "cnn":
+        return zoo.load("cnn", dtype=checkpoint.parse_dtype(dtype) or torch.bfloat16).to(device)
+    if base is None and (folder / checkpoint.MANIFEST).exists():
+        base = OWN_CLASSES.get(checkpoint.read_manifest(folder)["model_class"])
+    return checkpoint.load(folder, device=device, dtype=dtype, base=base, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer beside a model. Raises CheckpointError where there is none."""
+    return checkpoint.load_tokenizer(locate(source), trust_remote_code=trust_remote_code)
+
+
+def find_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any | None:
+    """The tokenizer beside a model, or None where its folder holds none."""
+    folder = locate(source)
+    if not checkpoint.has_tokenizer(folder):
+        return None
+    return checkpoint.load_tokenizer(folder, trust_remote_code=trust_remote_code)
+
+
+def locate(source: Source) -> Path:
+    """The local folder of a source; a hub id is downloaded. Raises CheckpointError where there is none."""
+    if isinstance(source, str) and source in zoo.names():
+        return zoo.path(source)
+    try:
+        return checkpoint.resolve(source)
+    except CheckpointError as error:
+        if isinstance(source, str) and "/" not in source:
+            raise CheckpointError(f"{error} Embedded models are {', '.join(zoo.names())}.") from error
+        raise
