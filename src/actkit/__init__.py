@@ -1,1 +1,79 @@
-"""actkit: profile, change and prove the activations of any PyTorch model."""
+"""actkit: profile, change and prove the activations of any PyTorch model.
+
+    import actkit
+
+    model = actkit.load("swiglu")                                   # a zoo name, a folder or a hub id
+    applied = actkit.apply(model, "awq,wina")                       # calibrated on the embedded text
+    print(actkit.evaluate(model, against="swiglu").table())
+    actkit.save(model, "smaller")
+
+Every verb of the command line is a function here. Names are read on first use, so that `import actkit` costs little.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from actkit.catalogue import papers as papers
+    from actkit.claims import reproduce as reproduce
+    from actkit.core.anatomy import Site as Site
+    from actkit.core.anatomy import anatomy as anatomy
+    from actkit.core.capture import live as live
+    from actkit.core.capture import record as record
+    from actkit.core.checkpoint import save as save
+    from actkit.core.errors import ActkitError as ActkitError
+    from actkit.core.linear import ActLinear as ActLinear
+    from actkit.core.proof import prove as prove
+    from actkit.core.swap import swap as swap
+    from actkit.core.transform import Recipe as Recipe
+    from actkit.core.transform import Transform as Transform
+    from actkit.data import load_data as load_data
+    from actkit.search.search import optimize as optimize
+    from actkit.verbs import apply as apply
+    from actkit.verbs import evaluate as evaluate
+    from actkit.verbs import generate as generate
+    from actkit.verbs import profile as profile
+    from actkit.verbs import show as show
+    from actkit.verbs import train as train
+    from actkit.zoo.loading import load as load
+    from actkit.zoo.loading import load_tokenizer as load_tokenizer
+
+_HOMES = {
+    "ActLinear": "core.linear",
+    "ActkitError": "core.errors",
+    "Recipe": "core.transform",
+    "Site": "core.anatomy",
+    "Transform": "core.transform",
+    "anatomy": "core.anatomy",
+    "apply": "verbs",
+    "evaluate": "verbs",
+    "generate": "verbs",
+    "live": "core.capture",
+    "load": "zoo.loading",
+    "load_data": "data",
+    "load_tokenizer": "zoo.loading",
+    "optimize": "search.search",
+    "papers": "catalogue",
+    "profile": "verbs",
+    "prove": "core.proof",
+    "record": "core.capture",
+    "reproduce": "claims",
+    "save": "core.checkpoint",
+    "show": "verbs",
+    "swap": "core.swap",
+    "train": "verbs",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -85,15 +85,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call that a batch stands for: a dict gives keywords (labels dropped), anything else the one argument.
 
-    Tensors are moved to the device of the model; a decoder is told not to keep a cache.
+    Tensors are moved to the device of the model, floats (images, features) to its dtype; a decoder is told not to keep
+    a cache.
     """
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.empty(0))
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(first.device, first.dtype) if value.is_floating_point() else value.to(first.device)
+
     if not isinstance(batch, Mapping):
-        args = batch if isinstance(batch, tuple) else (batch,)
-        return tuple(item.to(device) if isinstance(item, Tensor) else item for item in args), {}
-    kwargs = {
-        key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items() if key != "labels"
-    }
+        return tuple(map(move, batch if isinstance(batch, tuple) else (batch,))), {}
+    kwargs = {key: move(value) for key, value in batch.items() if key != "labels"}
     if getattr(getattr(model, "config", None), "use_cache", None) is not None:
         kwargs["use_cache"] = False
     return (), kwargs

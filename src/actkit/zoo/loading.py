@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from actkit import zoo
-from actkit.core import checkpoint
+from actkit.core import changes, checkpoint
 from actkit.core.errors import CheckpointError
 from actkit.zoo.cnn import DigitsCNN
 
@@ -69,3 +69,25 @@ def locate(source: Source) -> Path:
         if isinstance(source, str) and "/" not in source:
             raise CheckpointError(f"{error} Embedded models are {', '.join(zoo.names())}.") from error
         raise
+
+
+def open_model(
+    model: nn.Module | Source,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    base: Callable[[], nn.Module] | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, Any | None]:
+    """A model and its tokenizer (None where there is none), from a source as in `load`, or the model itself.
+
+    A model in memory is taken as it is; its tokenizer is that of the folder it was loaded from.
+    Raises ValueError where device, dtype or base are given for a model in memory.
+    """
+    if not isinstance(model, nn.Module):
+        loaded = load(model, device=device, dtype=dtype, base=base, trust_remote_code=trust_remote_code)
+        return loaded, find_tokenizer(model, trust_remote_code=trust_remote_code)
+    if str(device) != "cpu" or dtype is not None or base is not None:
+        raise ValueError("device, dtype, base: the model is in memory already; move it yourself, with model.to(...).")
+    origin = changes.source(model)
+    return model, None if origin is None else find_tokenizer(origin.name, trust_remote_code=trust_remote_code)
