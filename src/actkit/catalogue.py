@@ -20,9 +20,12 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actkit.core.errors import ActkitError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 FAMILIES = {
     "functions": "Functions",
@@ -210,6 +213,52 @@ def _listed(names: Any) -> str:
     return ", ".join(names if isinstance(names, dict | tuple | map) else sorted(names))
 
 
+def table(entries: Collection[Paper]) -> Table:
+    """The papers for a terminal, and how many have which status."""
+    from rich.table import Table
+
+    counts = ", ".join(f"{sum(entry.status == status for entry in entries)} {status}" for status in STATUSES)
+    found = Table(title=f"{len(entries)} papers: {counts}", title_justify="left")
+    for heading in ("slug", "paper", "family", "kind", "status"):
+        found.add_column(heading, no_wrap=heading in ("slug", "family"))
+    for entry in entries:
+        name = f"{entry.short} ({entry.year})"
+        found.add_row(entry.slug, name, entry.family, ", ".join(entry.kind), _status(entry))
+    return found
+
+
+def details(entry: Paper) -> Table:
+    """One paper in full, with the recorded outcome of its claims."""
+    from rich.table import Table
+
+    found = Table(show_header=False, title=entry.title, title_justify="left", box=None, padding=(0, 2))
+    rows = {
+        "slug": entry.slug,
+        "year": str(entry.year),
+        "family": entry.family,
+        "kind": ", ".join(entry.kind),
+        "paper": entry.url,
+        "reference code": entry.reference,
+        "what it does": entry.summary,
+        "entry point": entry.entry,
+        "unsure": entry.unsure,
+        "status": _status(entry),
+    }
+    for name, text in rows.items():
+        if text:
+            found.add_row(name, text)
+    evidence = entry.evidence
+    for claim in evidence["claims"] if evidence else ():
+        found.add_row("holds" if claim["passed"] else "does not hold", f"{claim['statement']}\n{claim['here']}")
+    return found
+
+
+def _status(entry: Paper) -> str:
+    if entry.status != "working":
+        return entry.status
+    return f"working: {entry.passed} of {entry.passed + entry.failed} claims hold"
+
+
 def readme_table() -> str:
     """A Markdown table per family: slug, title and year, kind, status with the outcome of the claims."""
     parts = []
@@ -222,10 +271,7 @@ def readme_table() -> str:
 
 def _row(entry: Paper) -> str:
     title = f"[{entry.title}]({entry.url})" if entry.url else entry.title
-    status = entry.status
-    if status == "working":
-        status += f": {entry.passed} of {entry.passed + entry.failed} claims hold"
-    return f"| `{entry.slug}` | {title} ({entry.year}) | {', '.join(entry.kind)} | {status} |"
+    return f"| `{entry.slug}` | {title} ({entry.year}) | {', '.join(entry.kind)} | {_status(entry)} |"
 
 
 def document() -> str:

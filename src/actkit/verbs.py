@@ -7,11 +7,9 @@ the verbs (`core.runner.apply`, `core.evaluation.evaluate` ...), which take mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import nn
 
 from actkit.core.architectures import find_architecture

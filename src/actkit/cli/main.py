@@ -1,0 +1,439 @@
+"""The command line: each verb parses, calls one public function and prints what it returns."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from actkit.cli.options import (
+    BatchSize,
+    Data,
+    Device,
+    Dtype,
+    Json,
+    Length,
+    MaxMemory,
+    ModelName,
+    Out,
+    Overwrite,
+    RemoteCode,
+    Seed,
+    Sequences,
+    Threads,
+)
+
+app = typer.Typer(
+    name="actkit",
+    help="Profile, change and prove the activations of any PyTorch model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def main() -> None:
+    """Run the command line. What actkit refuses ends with one line on standard error and the exit code 1."""
+    try:
+        app()
+    except Exception as error:
+        if not _expected(error):
+            raise
+        _print_error(f"error: {error}")
+        sys.exit(1)
+
+
+def _expected(error: Exception) -> bool:
+    """Whether the text of the error tells the user what to do; anything else is a bug and shows its traceback."""
+    from actkit.core.errors import ActkitError
+
+    missing_extra = isinstance(error, ImportError) and "pip install" in str(error)
+    refused = (
+        isinstance(error, ValueError | TypeError) and (type(error).__module__ + _raised_in(error)).find("actkit") >= 0
+    )
+    return isinstance(error, ActkitError) or missing_extra or refused
+
+
+def _raised_in(error: Exception) -> str:
+    """The module whose code raised the error."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+
+
+def _print_error(text: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False).print(text, markup=False)
+
+
+def _set_up(threads: int | None = None, seed: int = 0) -> None:
+    """Threads and seeds of torch; transformers' own bars would stand between ours."""
+    import torch
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+
+
+def _show(result: Any, as_json: bool) -> None:
+    """A result's table on the terminal, or its dictionary as JSON."""
+    if as_json:
+        typer.echo(json.dumps(result if isinstance(result, dict | list) else result.to_dict(), indent=2, default=str))
+        return
+    from rich.console import Console
+
+    Console(highlight=False).print(result.table())
+
+
+def _note(text: str) -> None:
+    """A line for people, on standard error, so that standard output stays what was asked for."""
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False).print(text, markup=False)
+
+
+@app.command()
+def profile(
+    model: ModelName,
+    data: Data = None,
+    sequences: Sequences = 32,
+    length: Length = None,
+    batch_size: BatchSize = 8,
+    figure: Annotated[Path | None, typer.Option(help="Also write the pictures to this HTML file.")] = None,
+    max_memory: MaxMemory = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    trust_remote_code: RemoteCode = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Show what the activations look like, and which methods that suggests."""
+    _set_up(threads, seed)
+    from actkit import verbs
+
+    if figure is not None and figure.exists() and not overwrite:
+        raise ValueError(f"figure: {figure} exists already; choose another file, or pass --overwrite.")
+    result = verbs.profile(
+        model,
+        data,
+        sequences=sequences,
+        length=length,
+        batch_size=batch_size,
+        max_memory=max_memory,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+    )
+    _show(result, as_json)
+    if figure is not None:
+        result.figure().write_html(figure)
+        _note(f"pictures: {figure}")
+
+
+@app.command()
+def optimize(
+    model: ModelName,
+    out: Out = Path("actkit-report"),
+    data: Data = None,
+    max_loss: Annotated[
+        float, typer.Option(min=0, help="Largest loss of quality that is accepted, as a share.")
+    ] = 0.02,
+    max_recipes: Annotated[int, typer.Option(min=1, max=12, help="How many recipes to try at most.")] = 12,
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="Try these instead: YAML files or names like 'awq,wina'. Repeatable.")
+    ] = None,
+    speed: Annotated[bool, typer.Option(help="Measure speed and memory in fresh processes.")] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what the journal in --out holds.")] = False,
+    max_memory: MaxMemory = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    trust_remote_code: RemoteCode = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Search for a cheaper model that is as good: measured, proved, saved, or refused with the reasons."""
+    _set_up(threads, seed)
+    import actkit
+
+    try:
+        result = actkit.optimize(
+            model,
+            out=out,
+            data=data,
+            max_loss=max_loss,
+            max_recipes=max_recipes,
+            recipes=recipe,
+            speed=speed,
+            resume=resume,
+            max_memory=max_memory,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            overwrite=overwrite,
+        )
+    except KeyboardInterrupt:
+        _note(f"stopped. What was measured is in {out / 'journal.jsonl'}; go on with the same command and --resume.")
+        raise typer.Exit(130) from None
+    _show(result, as_json)
+    if not as_json:
+        _note(f"report: {out / 'index.html'}")
+
+
+@app.command()
+def apply(
+    model: ModelName,
+    recipe: Annotated[str, typer.Option(help="A YAML file, or names like 'awq,wina'.")],
+    out: Out,
+    data: Data = None,
+    sequences: Sequences = 32,
+    length: Length = 256,
+    batch_size: BatchSize = 8,
+    min_coverage: Annotated[
+        float, typer.Option(min=0, max=1, help="Least share of the parameters in blocks that a transform must touch.")
+    ] = 0.5,
+    proof: Annotated[bool, typer.Option(help="Load what was saved in a fresh process and compare.")] = True,
+    max_memory: MaxMemory = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    trust_remote_code: RemoteCode = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Apply a recipe, save the changed model and prove that it loads as it was."""
+    _set_up(threads, seed)
+    from actkit import verbs
+
+    result = verbs.apply_and_save(
+        model,
+        recipe,
+        out,
+        data,
+        sequences=sequences,
+        length=length,
+        batch_size=batch_size,
+        min_coverage=min_coverage,
+        proof=proof,
+        max_memory=max_memory,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+        note=None if as_json else _note,
+    )
+    _show(result, as_json)
+
+
+@app.command()
+def train(
+    model: ModelName,
+    out: Out,
+    data: Data = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(help="A training rule, such as 'activation_penalty:weight=1e-4'. Repeatable."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 200,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 1e-4,
+    accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimizer step.")] = 1,
+    sequences: Sequences = None,
+    length: Length = 256,
+    batch_size: BatchSize = 8,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the state kept in --out.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    threads: Threads = None,
+    seed: Seed = 0,
+    trust_remote_code: RemoteCode = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a model, under training rules if any, with a validation split, and save the best of it."""
+    _set_up(threads, seed)
+    from actkit import verbs
+
+    try:
+        result = verbs.train(
+            model,
+            data,
+            out=out,
+            rules=rule or (),
+            steps=steps,
+            learning_rate=learning_rate,
+            accumulation=accumulation,
+            sequences=sequences,
+            length=length,
+            batch_size=batch_size,
+            resume=resume,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            overwrite=overwrite,
+        )
+    except KeyboardInterrupt:
+        _note(f"stopped. The state is kept in {out}; go on with the same command and --resume.")
+        raise typer.Exit(130) from None
+    _show(result, as_json)
+
+
+@app.command()
+def evaluate(
+    model: ModelName,
+    against: Annotated[str | None, typer.Option(help="The original to compare with: name, folder or hub id.")] = None,
+    data: Data = None,
+    sequences: Sequences = None,
+    length: Length = None,
+    batch_size: BatchSize = 8,
+    speed: Annotated[bool, typer.Option(help="Also measure speed and memory in fresh processes.")] = False,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt, for speed.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode, for speed.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Rows decoded at a time, for speed.")] = 1,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Measure quality, cost, and with --speed also speed and memory, with intervals."""
+    _set_up(threads, seed)
+    from actkit import verbs
+
+    result = verbs.evaluate(
+        model,
+        data,
+        against=against,
+        sequences=sequences,
+        length=length,
+        batch_size=batch_size,
+        speed=speed,
+        prompt=prompt,
+        new_tokens=new_tokens,
+        batch=batch,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+    )
+    _show(result, as_json)
+
+
+@app.command()
+def generate(
+    model: ModelName,
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Choose among the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Choose among the likeliest of this share.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text. Repeatable.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Write text with a language model, as it comes."""
+    _set_up(threads, seed)
+    from actkit import verbs
+
+    pieces = verbs.generate(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop=tuple(stop or ()),
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+    )
+    if as_json:
+        _show({"prompt": prompt, "text": "".join(pieces)}, True)
+        return
+    for piece in pieces:
+        typer.echo(piece, nl=False)
+    typer.echo()
+
+
+@app.command()
+def show(
+    model: ModelName,
+    data: Data = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a model is: its parts, its coverage, and what actkit changed on it."""
+    _set_up()
+    from actkit import verbs
+
+    _show(verbs.show(model, data, device=device, dtype=dtype, trust_remote_code=trust_remote_code), as_json)
+
+
+@app.command()
+def papers(
+    slug: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,
+    family: Annotated[str | None, typer.Option(help="Only this family, such as sparsity.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Only this kind, such as transform.")] = None,
+    status: Annotated[str | None, typer.Option(help="working, built or planned.")] = None,
+    year: Annotated[int | None, typer.Option(help="Year of the first public version.")] = None,
+    text: Annotated[str | None, typer.Option(help="Words that must occur in names or summary.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the catalogue of papers."""
+    from actkit import catalogue
+
+    found = (
+        [catalogue.paper(slug)]
+        if slug
+        else catalogue.papers(family=family, kind=kind, status=status, year=year, text=text)
+    )
+    if as_json:
+        _show([entry.to_dict() for entry in found], True)
+        return
+    from rich.console import Console
+
+    Console(highlight=False).print(catalogue.details(found[0]) if slug else catalogue.table(found))
+
+
+@app.command()
+def reproduce(
+    slug: Annotated[str, typer.Argument(help="The paper's slug, as in: actkit papers.")],
+    record: Annotated[bool, typer.Option("--record", help="Keep the outcome as the paper's evidence.")] = False,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Run a paper's claims as experiments: what it says, what it measures here, and whether that holds."""
+    _set_up(threads)
+    import actkit
+
+    outcome = actkit.reproduce(slug, record=record)
+    _show(outcome, as_json)
+
+
+if __name__ == "__main__":
+    main()

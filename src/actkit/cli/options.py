@@ -1,0 +1,28 @@
+"""The options that several verbs share, each with one meaning and one help text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelName = Annotated[
+    str, typer.Argument(help="An embedded model (swiglu, relu, minilm, vit, cnn), a folder, a hub id.")
+]
+Data = Annotated[
+    str | None,
+    typer.Option(help="A .txt or .jsonl file, a folder of images, or 'random'. Default: the embedded data."),
+]
+Sequences = Annotated[int | None, typer.Option(min=1, help="How many rows of data.")]
+Length = Annotated[int | None, typer.Option(min=1, help="Tokens per row. Default: the model's context, at most 512.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows per forward pass.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: as stored.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the processor. Default: torch's choice.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")]
+MaxMemory = Annotated[str | None, typer.Option(help="Hard cap for calibration beside the model, such as 2GB.")]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a hub repository brings.")]
+Out = Annotated[Path, typer.Option(help="The folder to write.")]
