@@ -52,9 +52,11 @@ __all__ = [
     "Tap",
     "anatomy",
     "equalization_sets",
+    "has_row",
     "is_linear",
     "read_tap",
     "register_architecture",
+    "unread",
 ]
 
 
@@ -70,6 +72,20 @@ def anatomy(model: nn.Module, example: Any = None) -> Anatomy:
     if row is not None:
         return _Described(model, row)
     return _Traced(model, _trace(model, example))
+
+
+def unread(model: nn.Module) -> Anatomy:
+    """A model as one block without parts: for what goes by modules alone, on a model that there is no row for.
+
+    Raises UnsupportedModelError for a compiled or sharded model.
+    """
+    refuse_compiled_or_sharded(model)
+    return _Unread(model, 1)
+
+
+def has_row(model: nn.Module) -> bool:
+    """Whether the model's architecture has a row, so that its anatomy needs no example."""
+    return find_architecture(getattr(getattr(model, "config", None), "model_type", None)) is not None
 
 
 def _trace(model: nn.Module, example: Any) -> Trace:
@@ -175,6 +191,17 @@ class Anatomy:
 
     def __repr__(self) -> str:
         return f"Anatomy({type(self.model).__name__}, architecture={self.architecture!r}, blocks={len(self.blocks)})"
+
+
+class _Unread(Anatomy):
+    """The whole model is one block without parts."""
+
+    architecture = "unread"
+
+    def block(self, index: int, originals: Mapping[str, nn.Module] | None = None) -> Block:
+        if index != 0:
+            raise IndexError(f"block: {index} was given; a model that was not read is one block, 0.")
+        return Block(0, "", self.model, None, None, None, (), root=self.model, _originals=originals)
 
 
 class _Traced(Anatomy):

@@ -94,6 +94,8 @@ def _coverage(view: Anatomy, transforms: Sequence[Transform]) -> tuple[dict[str,
     coverage: dict[str, float] = {}
     touched_by_any: set[str] = set()
     for transform in transforms:
+        if not transform.tags.parts:
+            continue
         touched: set[str] = set()
         for block in view.blocks:
             for linear in transform.targets(block):

@@ -35,7 +35,9 @@ class Tags:
     edited model, or both. changes_function: 'exact' edits keep the outputs to rounding. keeps_inputs: its edits leave
     what the next transform observes inside the block as it was, so that the two share a forward pass. records_calls:
     it replays recorded calls (they count in the memory plan). passes: forward passes over the data it costs, for the
-    time estimate. compiles, exports: the changed model runs under torch.compile and torch.export.
+    time estimate. compiles, exports: the changed model runs under torch.compile and torch.export. parts: it goes by the
+    parts of the anatomy; False for one that goes by modules alone and changes no weights, so that it works on a model
+    that cannot be read and no coverage is asked of it.
     """
 
     slot: Literal["weight", "select", "correction"] | None = None
@@ -47,6 +49,7 @@ class Tags:
     passes: float = 1.0
     compiles: bool = True
     exports: bool = True
+    parts: bool = True
 
 
 class Transform(BaseModel):
@@ -206,14 +209,14 @@ def _transform(entry: Any) -> Transform:
     try:
         return cls(**(settings or {}))
     except ValidationError as error:
-        raise RecipeError(f"recipe: {name}: {_explain(error, cls)}") from error
+        raise RecipeError(f"recipe: {name}: {explain(error, cls)}") from error
     except TypeError as error:
         raise RecipeError(
             f"recipe: {name}: the settings are {settings!r}; give a mapping of names to values."
         ) from error
 
 
-def _explain(error: ValidationError, cls: type[Transform]) -> str:
+def explain(error: ValidationError, cls: type[BaseModel]) -> str:
     """pydantic's complaints as one sentence each: setting, what was given, what is allowed."""
     parts = []
     for item in error.errors():
