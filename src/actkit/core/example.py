@@ -1,0 +1,149 @@
+"""Fixed inputs for a model: the same rows for the same seed, in this process and in a fresh one.
+
+What a model takes (tokens of a vocabulary, images, features) is read off its configuration or its first layer, so that
+a reload can be compared and a speed be measured without any data.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actkit.core.errors import DataError
+from actkit.core.linear import ActLinear
+
+LONGEST = 64  # tokens of a fixed sequence, unless told otherwise
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model can be called with.
+
+    vocabulary: how many tokens it embeds, None where it takes none. context: its longest sequence, None where its
+    configuration states none. shape: of one image or feature vector, None where it takes tokens or does not say.
+    keywords: the names its call knows among input_ids, attention_mask and pixel_values. causal: it predicts the next
+    token.
+    """
+
+    vocabulary: int | None
+    context: int | None
+    shape: tuple[int, ...] | None
+    keywords: tuple[str, ...]
+    causal: bool
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Inputs:
+        """Read off a model."""
+        vocabulary = _vocabulary(model)
+        parameters = inspect.signature(model.forward).parameters.values()
+        anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        named = {p.name for p in parameters}
+        keys = ("input_ids", "attention_mask", "pixel_values")
+        keywords = tuple(key for key in keys if key in named or (anything and key != "attention_mask"))
+        can_generate: Any = getattr(model, "can_generate", None)
+        causal = vocabulary is not None and can_generate is not None and bool(can_generate())
+        return cls(vocabulary, _context(model), None if vocabulary else _shape(model), keywords, causal)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Inputs:
+        """What `to_dict` wrote, also after a way through JSON."""
+        shape = content["shape"]
+        return cls(**{**content, "shape": shape and tuple(shape), "keywords": tuple(content["keywords"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def batch(self, rows: int = 2, length: int | None = None, seed: int = 0) -> Any:
+        """Fixed random rows, on the CPU.
+
+        {"input_ids": int64 [rows, length], "attention_mask": ones}, or uniform values in [0, 1) of the shape
+        [rows, *shape], by keyword where the model's call knows it. length: of the sequences, min(64, context) where
+        None. Raises ValueError beyond the context, DataError where the model does not say what it takes.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        if self.vocabulary is not None:
+            length = min(LONGEST, self.context or LONGEST) if length is None else length
+            if self.context is not None and length > self.context:
+                raise ValueError(f"length: {length} tokens were asked for, the model's context is {self.context}.")
+            ids = torch.randint(self.vocabulary, (rows, length), generator=generator)
+            if "input_ids" not in self.keywords:
+                return ids
+            masked = "attention_mask" in self.keywords
+            return {"input_ids": ids, **({"attention_mask": torch.ones_like(ids)} if masked else {})}
+        if self.shape is None:
+            raise DataError(
+                "batch: the model does not say what it takes (no vocabulary, image size or input_shape); pass batch=, "
+                "one batch that it can be called with."
+            )
+        values = torch.rand((rows, *self.shape), generator=generator)
+        return {"pixel_values": values} if "pixel_values" in self.keywords else values
+
+
+def fit_dtype(batch: Any, dtype: torch.dtype) -> Any:
+    """The batch with its float tensors in the model's dtype: images are float32, the weights may be 16-bit."""
+    if isinstance(batch, Tensor):
+        return batch.to(dtype) if batch.is_floating_point() else batch
+    if isinstance(batch, tuple):
+        return tuple(fit_dtype(item, dtype) for item in batch)
+    return {key: fit_dtype(value, dtype) for key, value in batch.items()} if isinstance(batch, Mapping) else batch
+
+
+def main_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype that most bytes of the floating parameters have; float32 without any."""
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _context(model: nn.Module) -> int | None:
+    config = _text_config(model)
+    for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx"):
+        value = getattr(config, key, None)
+        if isinstance(value, int) and value > 0:
+            # RoBERTa's kin count positions from the padding token's id on.
+            return value - (config.pad_token_id or 0) - 1 if "roberta" in getattr(config, "model_type", "") else value
+    return None
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    find: Any = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = None if find is None else find()
+    except NotImplementedError:  # a transformers model without tokens
+        embedding = None
+    count = getattr(embedding, "num_embeddings", None) or getattr(_text_config(model), "vocab_size", None)
+    if count is None:
+        first = _first_layer(model)
+        count = first.num_embeddings if isinstance(first, nn.Embedding) else None
+    return count
+
+
+def _shape(model: nn.Module) -> tuple[int, ...] | None:
+    stated: Any = getattr(model, "input_shape", None)
+    if isinstance(stated, tuple | list):
+        return tuple(int(size) for size in stated)
+    config: Any = getattr(model, "config", None)
+    size = getattr(config, "image_size", None)
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        return getattr(config, "num_channels", 3), height, width
+    first = _first_layer(model) if config is None else None
+    features = getattr(first, "in_features", None)  # nn.Linear or what replaced it
+    return None if features is None else (int(features),)
+
+
+def _first_layer(model: nn.Module) -> nn.Module | None:
+    owners = (m for m in model.modules() if isinstance(m, ActLinear) or any(True for _ in m.parameters(recurse=False)))
+    return next(owners, None)
