@@ -80,6 +80,7 @@ def test_perplexity_is_that_of_transformers_loss_on_one_document():
     ids = torch.randint(VOCABULARY, (1, 20), generator=torch.Generator().manual_seed(3))
     loss = float(model(input_ids=ids, labels=ids).loss.detach())
     found = measure_quality(model, Batches([{"input_ids": ids}]))
+    assert measure_quality(model, {"input_ids": ids}).metrics == measure_quality(model, ids).metrics == found.metrics
     assert found.metrics["perplexity"].value == pytest.approx(math.exp(loss), rel=1e-5)
     assert (found.task, found.documents, found.tokens, found.loss) == ("language", 1, 19, None)
     # One document says nothing about others.
@@ -106,6 +107,19 @@ def test_language_metrics_by_hand(monkeypatch, chunk):
     ratios = [math.exp((d[1] - d[2]) / d[0]) for d in per_document.values()]
     ratio = found.metrics["perplexity_ratio"]
     assert (ratio.low, ratio.high) == (pytest.approx(min(ratios), rel=1e-4), pytest.approx(max(ratios), rel=1e-4))
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-2, 1.0, 200.0])
+def test_small_and_large_divergences(size):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(1, 40, 1000, generator=generator)
+    changed = logits + size * torch.randn(1, 40, 1000, generator=generator)
+    found = measure_quality(
+        Logits(changed), [torch.arange(40)[None]], reference=Logits(logits), task="language"
+    ).metrics["kl"]
+    p, q = (each[:, :-1].double().log_softmax(-1) for each in (logits, changed))
+    expected = float((p.exp() * (p - q)).sum(-1).mean())
+    assert found.value == pytest.approx(expected, rel=5e-3 if size == 1e-3 else 1e-4)
 
 
 def test_padding_on_either_side_counts_nothing():

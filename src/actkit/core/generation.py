@@ -41,7 +41,7 @@ def generate(
     An empty prompt starts from the token that begins a text. temperature: 0 takes the likeliest token; above 0 tokens
     are drawn, reproducibly by `seed`, from the top_k likeliest or the smallest set that holds a share top_p (both: of
     the top_k). stop: texts that end it and are not returned, or token ids. It also ends at the model's or tokenizer's
-    end of a text, or after max_new_tokens.
+    end of a text, or after max_new_tokens. Nothing else of a generation config (penalties, bad words) is applied.
 
     Raises DataError where prompt and new tokens exceed the model's context or the prompt does not fit its vocabulary,
     ValueError for a setting out of bounds, UnsupportedModelError for a model that generates nothing, and
