@@ -61,7 +61,7 @@ def select_inputs(model: nn.Module, threshold: float) -> nn.Module:
 
 def noisy() -> nn.Module:
     """A factory that writes to the stdout of its process, from Python and from below it."""
-    print("from Python")
+    sys.stdout.write("from Python\n")
     os.write(1, b"from below\n")
     return DigitsCNN()
 
@@ -255,7 +255,7 @@ def test_names_that_a_fresh_process_can_import() -> None:
     assert import_name(DigitsCNN) == "actkit.zoo.cnn:DigitsCNN"
     assert import_name("a.b:c") == "a.b:c"
     for bad in ("a.b", "a.b:", ":c", "a.b:c.d"):
-        with pytest.raises(ValueError, match="base: .* was given; write"):
+        with pytest.raises(ValueError, match=r"base: .* was given; write"):
             import_name(bad)
     with pytest.raises(ValueError, match="cannot be imported by a fresh process"):
         import_name(lambda: nn.Linear(1, 1))

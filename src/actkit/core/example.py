@@ -102,6 +102,16 @@ def main_dtype(model: nn.Module) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
+def unsaved_dtypes(model: nn.Module) -> dict[str, str]:
+    """The dtypes of float buffers that no checkpoint holds (rotary tables), by name: a reload computes them anew."""
+    found = {}
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name in module._non_persistent_buffers_set and buffer.is_floating_point():
+                found[f"{path}.{name}" if path else name] = str(buffer.dtype).removeprefix("torch.")
+    return found
+
+
 def _text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -112,7 +112,8 @@ class FreshProcess:
 
         decode: build the sparse kernel's buffers (`pack`). base: for a folder of one's own nn.Module, what builds the
         unchanged model: 'package.module:function', or a function or class that can be imported by its name.
-        Returns model_class, dtype, threads, attention (the implementation), inputs (`Inputs.to_dict`), weight_bytes,
+        Returns model_class, dtype, threads, attention (the implementation), unsaved (`unsaved_dtypes`), inputs
+        (`Inputs.to_dict`), weight_bytes,
         packed (layers that decode through the kernel), seconds, and load_peak_bytes (None where unknown).
         """
         self.loaded = {}
@@ -332,7 +333,7 @@ class _Worker:
         self, folder: str, dtype: str | None, decode: bool, base: str | None, device: str, trust_remote_code: bool
     ) -> dict[str, Any]:
         from actkit.core.checkpoint import load
-        from actkit.core.example import Inputs, main_dtype
+        from actkit.core.example import Inputs, main_dtype, unsaved_dtypes
         from actkit.core.parts import attention_implementation
         from actkit.core.plan import parameter_bytes
 
@@ -353,6 +354,7 @@ class _Worker:
             "dtype": str(main_dtype(model)).removeprefix("torch."),
             "threads": torch.get_num_threads(),
             "attention": attention_implementation(model),
+            "unsaved": unsaved_dtypes(model),
             "inputs": Inputs.of(model).to_dict(),
             "weight_bytes": parameter_bytes(model),
             "packed": self.pack()["packed"] if decode else 0,
