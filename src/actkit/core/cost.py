@@ -1,0 +1,365 @@
+"""What a model costs: bytes it holds, bytes it reads per token, bytes on disk, and the density behind the second.
+
+Decoding reads every weight once per token, so the bytes touched are what its time follows. Counted here per token
+(per example where there are no tokens), as the layers stand:
+
+    embedding: one row.   linear layer: all of it, biases included; the head too, also where tied to the embedding
+    ActLinear with a selection: weight * density + its scores + correction + bias
+    convolution, norm, any other parameter: once, however many positions it serves
+    experts: only those that were chosen, each by the share of the tokens that it got (3-D experts of a family that no
+    architecture row describes count in full)
+
+The density is measured, not assumed: hooks on the layers count which inputs their selections keep, padding left out.
+It is averaged over tokens; overall, a layer counts by its weight's bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from actkit.core.anatomy import Anatomy, Site
+from actkit.core.anatomy import anatomy as read_anatomy
+from actkit.core.architectures import find_architecture
+from actkit.core.capture import observe, opened_experts
+from actkit.core.errors import DataError
+from actkit.core.experts import ExpertList
+from actkit.core.hooks import BatchContext, evaluating, forward
+from actkit.core.linear import ActLinear, TopK
+from actkit.core.progress import track
+from actkit.core.statistics import Density, Rows
+
+LOW, HIGH = 0.05, 0.95
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One linear layer with a selection, or one module that holds other weights.
+
+    weight_bytes: what it holds. density: share of its inputs that are read, None where it selects none or that was not
+    measured; density_p05, density_p95: percentiles over tokens. share: of the tokens that reach it, below 1 for
+    experts. bytes_per_token: None where the density is unknown.
+    """
+
+    path: str
+    weight_bytes: int
+    bytes_per_token: float | None
+    dense_bytes_per_token: float
+    density: float | None = None
+    density_p05: float | None = None
+    density_p95: float | None = None
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What `measure_cost` found.
+
+    weight_bytes: of all parameters and buffers that are saved, and of the sparse kernel's copies, each memory once.
+    bytes_per_token: weight bytes touched per decoded token (per example without tokens); None where a selection's
+    density is not known. dense_bytes_per_token: the same with every selection reading all. density: share of the inputs
+    that selections read, weighted by weight bytes; None without selections. density_p05, density_p95: percentiles over
+    tokens of a token's own density. disk_bytes: of all files of the folder, or None. layers: what it is made of.
+    """
+
+    weight_bytes: int
+    bytes_per_token: float | None
+    dense_bytes_per_token: float
+    density: float | None
+    density_p05: float | None
+    density_p95: float | None
+    disk_bytes: int | None
+    layers: tuple[LayerCost, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
+        return asdict(self)
+
+
+def measure_cost(
+    model: nn.Module, batches: Iterable[Any] | None = None, *, folder: str | Path | None = None, progress: bool = True
+) -> Cost:
+    """Count what a model holds and reads.
+
+    batches: real inputs (dicts of the model's keywords; attention_mask tells padding), needed for the density of
+    thresholds and for how often each expert is chosen; without them a top-k's density is k / inputs, a threshold's is
+    unknown, and experts are chosen equally often. folder: the saved model, for the bytes on disk.
+    Raises DataError for 0 batches or a folder that is not there, NonFiniteError for NaN at a selection's input,
+    CoverageError where the model selects inputs and its anatomy cannot be read.
+    """
+    disk = None if folder is None else folder_bytes(folder)
+    weights = _resident_bytes(model)
+    if batches is not None:
+        batches = [batches] if isinstance(batches, Mapping | Tensor) else list(batches)
+        if not batches:
+            raise DataError("batches: 0 batches were given; pass at least one dict of the model's keywords.")
+    with ExitStack() as stack:
+        view = _view(model, batches)
+        if view is not None:
+            stack.enter_context(opened_experts(view))
+        selecting = {path: m for path, m in _layers(model) if isinstance(m, ActLinear) and m.select is not None}
+        seen = _Seen() if batches is None else _measure(model, view, selecting, batches, progress)
+        layers = tuple(_cost_of(path, module, model, selecting, seen) for path, module in _layers(model))
+    touched = [layer.bytes_per_token for layer in layers]
+    overall, low, high = seen.spread()
+    if batches is None and selecting:
+        overall = _known_density(selecting)
+    return Cost(
+        weights,
+        None if None in touched else sum(size for size in touched if size is not None),
+        sum(layer.dense_bytes_per_token for layer in layers),
+        overall,
+        low,
+        high,
+        disk,
+        layers,
+    )
+
+
+def folder_bytes(folder: str | Path) -> int:
+    """Bytes of all files of a saved model. Raises DataError where there is no such folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"folder: there is no folder {folder}; give the one that the model was saved to.")
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+# -- what is held ------------------------------------------------------------------------------------------------------
+
+
+def _resident_bytes(model: nn.Module) -> int:
+    """Bytes of memory that the saved tensors and the kernel's buffers lie in; where they share it, once."""
+    tensors = list(model.state_dict(keep_vars=True).values())
+    tensors += [m._packed.buffer for m in model.modules() if isinstance(m, ActLinear) and m._packed is not None]
+    spans: list[tuple[str, int, int]] = []
+    meta: dict[int, int] = {}
+    for tensor in tensors:
+        if not tensor.numel():
+            continue
+        if tensor.is_meta:  # no memory, so no address
+            meta[id(tensor)] = tensor.nbytes
+            continue
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        start = tensor.data_ptr()
+        spans.append((str(tensor.device), start, start + (last + 1) * tensor.element_size()))
+    total, device, end = sum(meta.values()), "", 0
+    for where, start, stop in sorted(spans):
+        if where != device:
+            device, end = where, 0
+        total += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+# -- what is read ------------------------------------------------------------------------------------------------------
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module that holds weights of its own, and every ActLinear as a whole."""
+    inside: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if path.startswith(inside):
+            continue
+        if isinstance(module, ActLinear):
+            inside += (f"{path}." if path else "",)
+            yield path, module
+        elif _own_bytes(module):
+            yield path, module
+
+
+def _own_bytes(module: nn.Module) -> int:
+    """Bytes of the parameters and of the saved float buffers (a norm's running statistics) of this module alone."""
+    tensors: list[Tensor] = list(module.parameters(recurse=False))
+    left_out = module._non_persistent_buffers_set
+    named = module.named_buffers(recurse=False)
+    tensors += [buffer for name, buffer in named if name not in left_out and buffer.is_floating_point()]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _cost_of(
+    path: str, module: nn.Module, model: nn.Module, selecting: Mapping[str, nn.Module], seen: _Seen
+) -> LayerCost:
+    share = seen.share(path, model)
+    if not isinstance(module, ActLinear):
+        size = _own_bytes(module)
+        rows = module.num_embeddings if isinstance(module, nn.Embedding) else 1
+        return LayerCost(path, size, size / rows * share, size / rows * share, share=share)
+    bias = 0 if module.bias is None else module.bias.nbytes
+    dense = module.weight_bytes + bias
+    size = dense + sum(buffer.nbytes for buffer in module.select.buffers()) if module.select is not None else dense
+    if path not in selecting:
+        return LayerCost(path, size, dense * share, dense * share, share=share)
+    density, low, high = seen.density(path, module)
+    read = None if density is None else (module.bytes_per_token(density) + bias) * share
+    if share == 0:
+        read = 0.0
+    return LayerCost(path, size, read, dense * share, density, low, high, share)
+
+
+def _known_density(selecting: Mapping[str, ActLinear]) -> float | None:
+    """Without data: of the layers by weight bytes, where all of them are top-k."""
+    weights = [layer.weight.nbytes for layer in selecting.values()]
+    shares = [_top_k_density(layer) for layer in selecting.values()]
+    if None in shares:
+        return None
+    return sum(size * (share or 0.0) for size, share in zip(weights, shares, strict=True)) / sum(weights)
+
+
+def _top_k_density(layer: ActLinear) -> float | None:
+    select = layer.select
+    return min(select.k, layer.in_features) / layer.in_features if isinstance(select, TopK) else None
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+class _Tally:
+    """Sums over layers of one token's bytes: what its selections kept, and what they chose from."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Rows, Tensor, float]] = []
+        self.kept: list[Tensor] = []
+        self.all: list[Tensor] = []
+
+    def add(self, rows: Rows, shares: Tensor, size: float) -> None:
+        """rows: keys of n tokens. shares: float64 [n], of the layer's inputs that each keeps. size: weight bytes."""
+        self._parts.append((rows, shares.cpu(), size))
+
+    def close_batch(self) -> None:
+        """Join the layers' rows by token."""
+        if not self._parts:
+            return
+        keys = torch.cat([torch.stack((rows.documents, rows.positions), 1).cpu() for rows, _, _ in self._parts])
+        shares = torch.cat([shares for _, shares, _ in self._parts])
+        sizes = torch.cat([torch.full_like(shares, size) for _, shares, size in self._parts])
+        distinct, index = keys.unique(dim=0, return_inverse=True)
+        zeros = torch.zeros(len(distinct), dtype=torch.float64)
+        self.kept.append(zeros.index_add(0, index, shares * sizes))
+        self.all.append(zeros.index_add(0, index, sizes))
+        self._parts.clear()
+
+
+class _Reads(Density):
+    """Density of a layer's inputs under its selection, told to the tally token by token.
+
+    path: of the layer, so that layers which share an input and a selection still count one by one.
+    """
+
+    _settings = ("active", "tally", "size", "path")  # type: ignore[assignment]
+
+    def __init__(self, active: Callable[[Tensor], Tensor], tally: _Tally, size: float, path: str) -> None:
+        super().__init__(active)
+        self.tally, self.size, self.path = tally, size, path
+
+    def _update(self, x: Tensor, rows: Rows | None) -> None:
+        assert rows is not None and self.active is not None
+        mask = self.active(x)
+        kept = mask.sum(1)
+        self._per_channel += mask.sum(0)
+        self._per_row += torch.bincount(kept, minlength=x.shape[1] + 1)
+        self.tally.add(rows, kept.double() / x.shape[1], self.size)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the batches showed. tokens: real ones. reads: by path of the layer. experts: (path of the experts, index) ->
+    tokens that were sent there; None without data."""
+
+    tokens: int = 0
+    reads: Mapping[str, Density] | None = None
+    experts: Mapping[str, int] | None = None
+    tally: _Tally | None = None
+
+    def density(self, path: str, layer: ActLinear) -> tuple[float | None, float | None, float | None]:
+        """Mean, 5th and 95th percentile over tokens of the share that a layer reads."""
+        if self.reads is None:
+            return _top_k_density(layer), None, None
+        found = self.reads[path]
+        return (found.density, found.spread(LOW), found.spread(HIGH)) if found.count else (None, None, None)
+
+    def share(self, path: str, model: nn.Module) -> float:
+        """The share of the tokens that reach a module: below 1 inside an expert."""
+        parts = path.split(".")
+        for depth in range(len(parts)):
+            experts = model.get_submodule(".".join(parts[:depth]))
+            if isinstance(experts, ExpertList) and depth < len(parts):
+                if self.experts is None:
+                    return _chosen(model) / len(experts)
+                return self.experts[".".join(parts[: depth + 1])] / self.tokens
+        return 1.0
+
+    def spread(self) -> tuple[float | None, float | None, float | None]:
+        """The density over all layers: overall, and percentiles of a token's own."""
+        if self.tally is None or not self.tally.kept:
+            return None, None, None
+        kept, every = torch.cat(self.tally.kept), torch.cat(self.tally.all)
+        low, high = np.quantile((kept / every).numpy(), (LOW, HIGH), method="inverted_cdf")
+        return float(kept.sum() / every.sum()), float(low), float(high)
+
+
+def _chosen(model: nn.Module) -> int:
+    """How many experts a token is sent to."""
+    config: Any = getattr(model, "config", None)
+    for key in ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k"):
+        value = getattr(config, key, None)
+        if isinstance(value, int):
+            return value
+    raise DataError(
+        "batches: the configuration does not say how many experts a token is sent to, so it must be measured; "
+        "pass batches."
+    )
+
+
+def _view(model: nn.Module, batches: Sequence[Any] | None) -> Anatomy | None:
+    """The anatomy, where it is needed: for experts, and to tell padding at the inputs of selections."""
+    row = find_architecture(getattr(getattr(model, "config", None), "model_type", None))
+    if row is not None:
+        return read_anatomy(model)
+    selects = any(isinstance(m, ActLinear) and m.select is not None for m in model.modules())
+    if batches is None or not selects:
+        return None
+    return read_anatomy(model, batches[0])
+
+
+def _measure(
+    model: nn.Module,
+    view: Anatomy | None,
+    selecting: Mapping[str, ActLinear],
+    batches: Sequence[Any],
+    progress: bool,
+) -> _Seen:
+    """Run the batches and count. Nothing is run where there is nothing to count."""
+    tally = _Tally()
+    wanted: dict[Site, Any] = {}
+    for path, layer in selecting.items():
+        if layer.select is not None:
+            wanted[Site("layer.input", path=path)] = _Reads(layer.select.mask, tally, float(layer.weight.nbytes), path)
+    members: dict[str, Site] = {}
+    for block in () if view is None else (view.block(index) for index in range(len(view.blocks))):
+        for expert, mlp in block.mlps():
+            if expert is not None:
+                members[mlp.path] = Site("mlp.input", block.index, expert)
+    wanted |= dict.fromkeys(members.values(), Density())
+    tokens = 0
+    if not wanted or view is None:
+        return _Seen(sum(BatchContext.of(batch).tokens for batch in batches), {}, {}, tally)
+    with evaluating(model), observe(view, wanted) as observer:
+        row = 0
+        for batch in track(batches, "Measuring the density", enabled=progress):
+            context = BatchContext.of(batch, first_row=row)
+            row += context.batch_size
+            tokens += context.tokens
+            observer.begin(context)
+            forward(model, batch)
+            tally.close_batch()
+    found = observer.statistics
+    reads = {path: found[Site("layer.input", path=path)] for path in selecting}
+    experts = {path: found[site].count for path, site in members.items()}
+    return _Seen(tokens, reads, experts, tally)
