@@ -183,7 +183,7 @@ def measure_quality(
     if task == "embedding" and reference is None:
         raise DataError(
             "reference: none was given, and the quality of an encoder is how close its embeddings are to those of the "
-            "original; pass the original as reference=."
+            "original; pass the original as reference= (--against)."
         )
     if isinstance(batches, Mapping | Tensor):
         batches = [batches]
