@@ -1,0 +1,195 @@
+"""Speeds: the arithmetic and the order of the rounds against scripted processes, and one real run of two folders."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from actkit.core import changes, speed
+from actkit.core.checkpoint import save
+from actkit.core.edits import Replace, apply_edit, describe
+from actkit.core.errors import DataError, MemoryLimitError
+from actkit.core.example import Inputs
+from actkit.core.linear import ActLinear, Threshold
+from actkit.core.speed import measure_speed, median, weight_file_bytes
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    where = tmp_path_factory.mktemp("speed")
+    sparse = llama()
+    edits = []
+    for index in range(2):
+        path = f"model.layers.{index}.mlp.down_proj"
+        edit = Replace(path, ActLinear.of(sparse.get_submodule(path), select=Threshold(0.01)))
+        apply_edit(sparse, edit)
+        edits.append(describe(edit))
+    changes.record(sparse, edits, (), "test")
+    return {"original": save(llama(), where / "original"), "sparse": save(sparse, where / "sparse")}
+
+
+class Scripted:
+    """Stands for FreshProcess: `rates` says what each round of a folder measures."""
+
+    takes: ClassVar[Inputs] = Inputs(50, 64, None, ("input_ids",), causal=True)
+    rates: ClassVar[dict[str, list[float]]] = {}
+    calls: ClassVar[list[tuple[str, tuple[int, ...], int]]] = []
+    open: ClassVar[int] = 0
+
+    def __init__(self, threads: int | None = None) -> None:
+        self.threads = threads or 7
+
+    def __enter__(self) -> Scripted:
+        type(self).open += 1
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        type(self).open -= 1
+
+    def load(self, folder: Path, dtype: Any = None, **_: Any) -> dict[str, Any]:
+        self.name, self.round = folder.name, 0
+        return {"inputs": self.takes.to_dict(), "threads": self.threads, "dtype": dtype or "float32"}
+
+    def pack(self) -> int:
+        return 3
+
+    def _next(self, shape: tuple[int, ...], new_tokens: int) -> float:
+        self.calls.append((self.name, shape, new_tokens))
+        self.round += 1
+        return self.rates[self.name][self.round - 1]
+
+    def time_decode(self, input_ids: Tensor, new_tokens: int) -> dict[str, Any]:
+        rate = self._next(tuple(input_ids.shape), new_tokens)
+        return {"tokens_per_second": rate, "first_token_seconds": 10 / rate}
+
+    def time_forward(self, batch: Any) -> float:
+        values = batch if isinstance(batch, Tensor) else next(iter(batch.values()))
+        return 1 / self._next(tuple(values.shape), 0)
+
+    def memory(self) -> dict[str, int]:
+        return {"peak_bytes": 1000 + self.round}
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Path]:
+    monkeypatch.setattr(speed, "FreshProcess", Scripted)
+    monkeypatch.setattr(Scripted, "calls", [])
+    rates = {"a": [1e9, 10.0, 20.0, 40.0], "b": [1e-9, 11.0, 24.0, 44.0], "c": [5.0, 5.0, 5.0, 5.0]}
+    monkeypatch.setattr(Scripted, "rates", rates)
+    for name in rates:
+        (tmp_path / name).mkdir()
+    return {name: tmp_path / name for name in rates}
+
+
+def test_rounds_rotate_and_ratios_are_paired(scripted: dict[str, Path]) -> None:
+    found = measure_speed(scripted, batch=2, prompt=9, new_tokens=4, rounds=3, dtype="bfloat16", progress=False)
+    order = [name for name, _, _ in Scripted.calls]
+    rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert rounds == ["cab", "abc", "bca", "cab"]  # a warm-up, then each begins once
+    assert {(shape, new) for _, shape, new in Scripted.calls} == {((2, 9), 4)}
+    assert list(found) == ["a", "b", "c"] and Scripted.open == 0
+    a, b, c = found.values()
+    assert a.ratio is None and (a.rate.value, b.rate.value, c.rate.value) == (20, 24, 5)
+    assert b.ratio is not None and c.ratio is not None
+    assert b.ratio.value == pytest.approx(1.1)  # the median of 1.1, 1.2, 1.1, not 24 / 20
+    assert c.ratio.value == 0.25 and (c.ratio.low, c.ratio.high) == (0.125, 0.5)
+    assert (c.rate.low, c.rate.high) == (5, 5)
+    assert a.first_token_seconds is not None and a.first_token_seconds.value == 0.5
+    assert (a.kind, a.unit, a.rounds, a.threads, a.dtype, a.packed) == ("decode", "tokens/s", 3, 7, "bfloat16", 3)
+    assert (a.batch, a.prompt, a.new_tokens, a.peak_bytes) == (2, 9, 4, 1004)
+    content = b.to_dict()
+    assert content["ratio"] == b.ratio.to_dict() and content["unit"] == "tokens/s" and len(content) == 13
+
+
+def test_models_that_do_not_decode(scripted: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    for takes, unit, prompt, shape in (
+        (Inputs(50, 64, None, ("input_ids", "attention_mask"), causal=False), "sequences/s", 9, (4, 9)),
+        (Inputs(None, None, (1, 8, 8), ("pixel_values",), causal=False), "examples/s", 0, (4, 1, 8, 8)),
+    ):
+        monkeypatch.setattr(Scripted, "takes", takes)
+        Scripted.calls.clear()
+        found = measure_speed({"a": scripted["a"]}, batch=4, prompt=9, rounds=3, threads=2, progress=False)["a"]
+        assert (found.kind, found.unit, found.prompt, found.new_tokens) == ("forward", unit, prompt, 0)
+        assert found.rate.value == pytest.approx(4 * 20) and found.first_token_seconds is None and found.packed == 0
+        assert Scripted.calls == [("a", shape, 0)] * 4 and found.threads == 2
+
+
+def test_the_interval_against_every_possible_resample() -> None:
+    values = np.array([3.0, 1.0, 7.0, 4.0, 20.0])
+    medians = np.sort([np.median(draw) for draw in itertools.product(values, repeat=len(values))])
+    found = median(values)
+    assert found.value == 4
+    assert (found.low, found.high) == tuple(np.quantile(medians, [0.025, 0.975]))
+    one = median(values[:1])
+    assert (one.value, one.low, one.high) == (3, -np.inf, np.inf)
+
+
+def test_settings_out_of_bounds(scripted: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for settings in ({"batch": 0}, {"prompt": 0}, {"new_tokens": 1}, {"rounds": 0}):
+        name, value = next(iter(settings.items()))
+        with pytest.raises(ValueError, match=f"{name}: {value} was given; give {2 if name == 'new_tokens' else 1}"):
+            measure_speed(scripted, progress=False, **settings)
+    with pytest.raises(ValueError, match="folders: none were given"):
+        measure_speed({})
+    with pytest.raises(DataError, match=r"'x' is .*, where there is no folder"):
+        measure_speed({"x": tmp_path / "none"})
+    with pytest.raises(ValueError, match=r"60 \+ 32 tokens were asked for, the model's context is 64"):
+        measure_speed(scripted, prompt=60, progress=False)
+    assert Scripted.open == 0 and Scripted.calls == []
+
+    class Mixed(Scripted):
+        def load(self, folder: Path, dtype: Any = None, **options: Any) -> dict[str, Any]:
+            encoder = Inputs(50, 64, None, ("input_ids",), causal=False)
+            return super().load(folder, dtype) | ({"inputs": encoder.to_dict()} if folder.name == "b" else {})
+
+    monkeypatch.setattr(speed, "FreshProcess", Mixed)
+    with pytest.raises(ValueError, match=r"'b': 'forward'.* cannot be compared"):
+        measure_speed(scripted, prompt=8, new_tokens=4, progress=False)
+
+
+def test_weights_that_do_not_fit_are_refused_before_anything_starts(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a process was started")
+
+    stored = sum(parameter.nbytes for parameter in llama().parameters())
+    assert weight_file_bytes(folders["original"]) == stored
+    assert weight_file_bytes(folders["sparse"]) == stored + 2 * 4  # two thresholds
+    assert weight_file_bytes(folders["original"], "bfloat16") == stored  # both lie in memory while it loads
+    monkeypatch.setattr(speed, "FreshProcess", refuse)
+    with pytest.raises(MemoryLimitError, match=r"2 processes side by side need about 900 MB, 500 MB are free"):
+        measure_speed(folders, max_memory=500 * 10**6, progress=False)
+
+
+def test_two_folders_side_by_side(folders: dict[str, Path]) -> None:
+    found = measure_speed(folders, prompt=16, new_tokens=4, rounds=2, threads=1, progress=False)
+    original, sparse = found["original"], found["sparse"]
+    for measured in (original, sparse):
+        assert (measured.kind, measured.dtype, measured.threads, measured.rounds) == ("decode", "float32", 1, 2)
+        assert 0 < measured.rate.low <= measured.rate.value <= measured.rate.high
+        assert measured.first_token_seconds is not None and measured.first_token_seconds.value > 0
+        assert measured.peak_bytes > 10**8
+    assert (original.packed, sparse.packed) == (0, 2)
+    assert original.ratio is None and sparse.ratio is not None and sparse.ratio.low > 0
