@@ -8,6 +8,7 @@ passes over the whole prefix instead, which is slower and is said so.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.anatomy import Anatomy
-from actkit.core.hooks import BatchContext, arguments, forward, hooked
+from actkit.core.errors import UnsupportedModelError
+from actkit.core.hooks import BatchContext, arguments, first_tensor, forward, hooked
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,7 @@ class Call:
     def replay(self, module: nn.Module) -> Tensor:
         """The (first) output of `module` on these arguments, without gradients."""
         with torch.no_grad():
-            output = module(*self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+            return first_tensor(module(*self.args, **self.kwargs))
 
     @property
     def hidden(self) -> Tensor:
@@ -65,7 +66,8 @@ class Walk:
         self.track = track
         self.whole_model = len(anatomy.blocks) == 1 and anatomy.blocks[0].path == ""
         self.chained = True
-        self.seconds_per_pass = 0.0
+        self.seconds = 0.0  # of the first batch's pass through the model
+        self._first: list[Call] = []  # per batch, the call of the first block
         self._calls: dict[str, list[Call]] = {}  # stream -> per batch, the call of the block it has reached
         self._prototypes: list[list[Call]] = []  # per batch, per block: the call without its hidden states
         self._originals: list[list[Tensor]] = []  # per batch, per block: kept only where the chain is broken
@@ -77,7 +79,9 @@ class Walk:
         for index, (batch, context) in enumerate(
             self.track(list(self._contexts()), "Recording how the blocks are called")
         ):
+            started = time.perf_counter()
             seen = self._record(batch, context, paths)
+            self.seconds = self.seconds or time.perf_counter() - started
             if index == 0 and not self.whole_model:
                 self.chained = self._is_chain(seen)
             first.append(seen[0])
@@ -86,6 +90,7 @@ class Walk:
             self._prototypes.append(
                 [call.with_hidden(torch.empty(0)) if not self.whole_model else call for call in seen]
             )
+        self._first = first
         for stream in streams:
             self._calls[stream] = list(first)
 
@@ -104,12 +109,23 @@ class Walk:
 
         def keep(path: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if path in seen:
+                    raise UnsupportedModelError(
+                        f"model: the block {path} runs several times in one pass, so its inputs are not those of one "
+                        f"place; such a model is not changed block by block."
+                    )
                 seen[path] = Call(args, dict(kwargs), context)
 
             return hook
 
         with hooked(self.anatomy.model, before={path: keep(path) for path in paths}):
             forward(self.anatomy.model, batch)
+        for path in paths:
+            if path not in seen:
+                raise UnsupportedModelError(
+                    f"model: the block {path} does not run when the model is called on this batch, so nothing can be "
+                    f"seen there; give batches that reach all blocks."
+                )
         return [seen[path] for path in paths]
 
     def _is_chain(self, seen: list[Call]) -> bool:
@@ -118,6 +134,31 @@ class Walk:
             if not torch.equal(call.replay(block.module), following.hidden):
                 return False
         return True
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The streams that the walk was started with."""
+        return tuple(self._calls)
+
+    def bytes(self, streams: Iterable[str]) -> dict[str, int]:
+        """What the walk holds at its peak with these streams, by what it is; after `start`, for its batches."""
+        if self.whole_model:
+            return {}
+        streams = list(streams)
+        hidden = sum(call.hidden.nbytes for call in self._first)
+        kept = sum(state.nbytes for states in self._originals for state in states) if "original" in streams else 0
+        tensors = {
+            id(tensor): tensor.nbytes
+            for calls in self._prototypes
+            for call in calls
+            for tensor in _tensors([call.args, call.kwargs])
+        }
+        plural = "s" * (len(streams) > 1)
+        held = {
+            f"hidden states ({len(streams)} stream{plural}, old and new)": 2 * len(streams) * hidden,
+            "masks and rotary tables": sum(tensors.values()),
+        }
+        return held if self.chained else {**held, "hidden states of all blocks (no chain)": kept}
 
     def calls(self, k: int, stream: str) -> list[Call]:
         """Block k's calls, one per batch, with the hidden states of the stream."""
@@ -138,6 +179,7 @@ class Walk:
     def move(self, stream: str, calls: list[Call]) -> None:
         """Go on to the next block of a stream."""
         self._calls[stream] = calls
+        self._first = []
 
     def _from_prefix(self, k: int, stream: str) -> list[Call]:
         if stream == "original":
@@ -167,3 +209,14 @@ class Walk:
 def _documents(batches: Any, index: int) -> Tensor | None:
     documents = getattr(batches, "document_ids", None)
     return None if documents is None else documents[index]
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    """All tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))

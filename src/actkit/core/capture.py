@@ -26,6 +26,7 @@ from actkit.core.hooks import (
     After,
     BatchContext,
     Before,
+    check_batch,
     evaluating,
     forward,
     hooked,
@@ -432,18 +433,13 @@ def _view(model: nn.Module, anatomy: Anatomy | None, example: Any) -> Anatomy:
 def _contexts(
     model: nn.Module, batches: Iterable[Any], documents: Sequence[Tensor] | None
 ) -> Iterator[tuple[Any, BatchContext]]:
-    """Each batch with what its rows are. Raises DataError for sequences beyond the model's context."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    """Each batch with what its rows are. Raises DataError where the model cannot be called with it."""
     row = 0
     for index, batch in enumerate(batches):
         if documents is not None and index >= len(documents):
             raise DataError(f"document_ids: {len(documents)} tensors were given for more batches; give one per batch.")
         context = BatchContext.of(batch, first_row=row, documents=None if documents is None else documents[index])
-        if limit is not None and context.length is not None and context.length > limit:
-            raise DataError(
-                f"calibration data: a batch has sequences of {context.length} tokens, the model's context "
-                f"(config.max_position_embeddings) is {limit}; cut them."
-            )
+        check_batch(model, batch)
         row += context.batch_size
         yield batch, context
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -33,23 +35,42 @@ class Source:
     """The folder that a model was loaded from, and the state of its tensors then.
 
     tensors: name -> (address, version counter); an in-place change raises the counter, a replaced tensor the address.
+    options: what `load` was told. files: name -> (bytes, time of change) of the weights and settings in the folder.
     """
 
     name: str
     tensors: dict[str, tuple[int, int]]
     options: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, name: str, model: nn.Module, **options: Any) -> Source:
-        return cls(name, _fingerprint(model), options)
+        return cls(name, _fingerprint(model), options, _stamp(name))
 
     def untouched(self, model: nn.Module) -> bool:
         """Whether every tensor is as it was when the model was loaded."""
         return self.tensors == _fingerprint(model)
 
+    def unchanged(self) -> bool:
+        """Whether the folder still holds the files that the model was loaded from."""
+        return self.files == _stamp(self.name)
+
+    def rebound(self, model: nn.Module) -> Source:
+        """The same source for a model whose tensors hold the same values again, or for a copy of it."""
+        return replace(self, tensors=_fingerprint(model))
+
 
 def _fingerprint(model: nn.Module) -> dict[str, tuple[int, int]]:
     return {name: (tensor.data_ptr(), tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()}
+
+
+def _stamp(folder: str) -> dict[str, tuple[int, int]]:
+    kinds = (".safetensors", "config.json", "actkit.json")
+    try:
+        found = [path for path in Path(folder).iterdir() if path.name.endswith(kinds)]
+        return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in found}
+    except OSError:
+        return {}
 
 
 def of(model: nn.Module) -> Changes | None:
@@ -60,6 +81,15 @@ def of(model: nn.Module) -> Changes | None:
 def source(model: nn.Module) -> Source | None:
     """Where the model was loaded from, if `actkit.load` did."""
     return model.__dict__.get(SOURCE)
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy, which can be undone from the same files as the model."""
+    duplicate = copy.deepcopy(model)
+    origin = source(model)
+    if origin is not None and origin.untouched(model):
+        duplicate.__dict__[SOURCE] = origin.rebound(duplicate)
+    return duplicate
 
 
 def record(

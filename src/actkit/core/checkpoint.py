@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 
 from actkit.core import changes
 from actkit.core.changes import Changes, Source
-from actkit.core.edits import get_module, replay, tied_names
-from actkit.core.errors import ActkitError, CheckpointError, EditError, RecipeError
+from actkit.core.edits import describe_module, get_module, replay, tied_names
+from actkit.core.errors import ActkitError, CheckpointError
 from actkit.core.machine import versions
 from actkit.core.memory import format_bytes, parse_bytes
 
@@ -48,25 +49,31 @@ def save(
     card: str | None = None,
     results: dict[str, Any] | None = None,
     max_shard: int | str = "4GB",
+    keep_others: bool = False,
 ) -> Path:
     """Write a model to a folder that `load` reads back exactly.
 
     A transformers model that actkit has not changed is written in transformers' own format. overwrite: replace an
-    existing folder (only once the new one is complete). card: text of README.md. results: measured numbers, kept in
-    actkit.json. Raises CheckpointError where the folder exists, the disk is full, or a kernel freed the weights.
+    existing checkpoint (only once the new one is complete). card: text of README.md. results: measured numbers, kept in
+    actkit.json. keep_others: of a replaced folder, keep the files that are not the model's (a tokenizer).
+    Raises CheckpointError where the folder exists, is no checkpoint, the disk is full, or a tensor has no values.
     """
     folder = Path(folder)
-    _recover(folder)
-    if folder.exists() and not overwrite:
+    check_target(folder, overwrite=overwrite)
+    if folder.exists() and not _replaceable(folder):
         raise CheckpointError(
-            f"folder: {folder} exists already; choose another one, or pass overwrite=True (--overwrite)."
+            f"folder: {folder} holds something else than a checkpoint, which overwriting would delete; "
+            f"choose another folder, or remove this one yourself."
         )
     _check_space(model, folder)
-    with _complete_or_nothing(folder) as temporary:
+    with complete_or_nothing(folder) as temporary:
         _copy_companions(model, temporary)
+        if keep_others and folder.exists():
+            _copy_others(folder, temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        plain = changes.of(model) is None and _is_pretrained(model)
+        known = changes.of(model)
+        plain = _is_pretrained(model) and (known is None or not known.edits)
         if plain:
             model.save_pretrained(temporary)  # type: ignore[operator]
         else:
@@ -74,6 +81,34 @@ def save(
         if card is not None:
             (temporary / "README.md").write_text(card, encoding="utf-8")
     return folder
+
+
+def check_target(folder: str | Path, *, overwrite: bool = False) -> None:
+    """Raise CheckpointError where a folder exists and is not to be replaced; ask before long work, not after it."""
+    folder = Path(folder)
+    recover(folder)
+    if folder.exists() and not overwrite:
+        raise CheckpointError(
+            f"folder: {folder} exists already; choose another one, or pass overwrite=True (--overwrite)."
+        )
+
+
+def _replaceable(folder: Path) -> bool:
+    """Whether a folder is empty or a checkpoint, so that replacing it deletes nothing else."""
+    if not folder.is_dir():
+        return False
+    return not any(folder.iterdir()) or any((folder / name).exists() for name in (MANIFEST, "config.json"))
+
+
+def _copy_others(folder: Path, temporary: Path) -> None:
+    for path in folder.iterdir():
+        own = path.name in (MANIFEST, "config.json", "generation_config.json") or path.name.endswith(WEIGHTS_SUFFIXES)
+        if own or path.name.startswith("."):
+            continue
+        if path.is_dir():
+            shutil.copytree(path, temporary / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copy2(path, temporary / path.name)
 
 
 def _write(model: nn.Module, folder: Path, max_shard: int, results: dict[str, Any]) -> None:
@@ -85,7 +120,7 @@ def _write(model: nn.Module, folder: Path, max_shard: int, results: dict[str, An
         "base_class": None,
         "model_class": type(model).__name__,
         "architecture": known.architecture,
-        "edits": known.edits,
+        "edits": _current(model, known.edits),
         "recipe": known.recipe,
         "tied": tied,
         "files": files,
@@ -99,11 +134,32 @@ def _write(model: nn.Module, folder: Path, max_shard: int, results: dict[str, An
         config = model.config.to_dict()  # type: ignore[union-attr, operator]
         config["architectures"] = [type(model).__name__]
         config.pop("_name_or_path", None)
+        config["dtype"] = str(model.dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str), encoding="utf-8")
         generation = getattr(model, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(folder)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+
+
+def _current(model: nn.Module, edits: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The edits with the specs of the modules as they are now: the model may have got another dtype since."""
+    current: list[dict[str, Any]] = []
+    later: list[str] = []  # paths that a later edit replaces
+    for edit in reversed(edits):
+        path = edit.get("replace")
+        if path is not None:
+            if not any(path == other or path.startswith(other + ".") for other in later):
+                described = describe_module(get_module(model, path))
+                if described["module"] != edit["module"]:
+                    raise CheckpointError(
+                        f"save: a {described['module']} stands at {path}, where the edits put a {edit['module']}; "
+                        f"change the model through actkit.apply only."
+                    )
+                edit = {"replace": path, **described}
+            later.append(path)
+        current.append(edit)
+    return current[::-1]
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -167,25 +223,29 @@ def _copy_companions(model: nn.Module, folder: Path) -> None:
 
 
 @contextmanager
-def _complete_or_nothing(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` if nothing goes wrong, and leaves no trace otherwise."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for stale in folder.parent.glob(f".{folder.name}.saving-*"):  # of saves that were killed
-        if not _alive(int(stale.name.rpartition("-")[2])):
-            shutil.rmtree(stale, ignore_errors=True)
-    temporary = folder.parent / f".{folder.name}.saving-{os.getpid()}"
+def complete_or_nothing(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` if nothing goes wrong, and leaves no trace otherwise.
+
+    Raises CheckpointError where the disk does not take it.
+    """
+    folder = folder.resolve()  # of a link, the folder that it points to is replaced
+    marker = f".{folder.name}.saving-"
+    temporary = folder.parent / f"{marker}{os.getpid()}-{uuid4().hex[:8]}"
     previous = _previous(folder)
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for stale in folder.parent.iterdir():  # of saves that were killed
+            if stale.name.startswith(marker) and not _alive(stale.name.removeprefix(marker).partition("-")[0]):
+                shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir()
         yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+        for path in (*temporary.rglob("*"), temporary):
+            _flush(path)
         if folder.exists():
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
         temporary.rename(folder)
+        _flush(folder.parent)
         shutil.rmtree(previous, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
@@ -194,32 +254,45 @@ def _complete_or_nothing(folder: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        _recover(folder)
+        recover(folder)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk, so that the rename never arrives there before its content."""
+    if os.name != "posix" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _previous(folder: Path) -> Path:
     return folder.parent / f".{folder.name}.previous"
 
 
-def _recover(folder: Path) -> None:
+def recover(folder: Path) -> None:
     """Put the old folder back where a save was killed between its two renames."""
     if not folder.exists() and _previous(folder).is_dir():
         _previous(folder).rename(folder)
 
 
-def _alive(pid: int) -> bool:
+def _alive(pid: str) -> bool:
+    """Whether the process runs, whose number a temporary folder's name holds; a name of another kind is left alone."""
     try:
-        os.kill(pid, 0)
+        os.kill(int(pid), 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (ValueError, OverflowError, PermissionError):
         return True
     return True
 
 
 def _check_space(model: nn.Module, folder: Path) -> None:
     parent = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    needed = sum(tensor.nbytes for tensor in _tensors(model)[0].values())
+    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict(keep_vars=True).values()}
+    needed = sum(sizes.values())
     free = shutil.disk_usage(parent).free
     if free < needed * 1.01 + 2**20:
         raise CheckpointError(
@@ -249,7 +322,7 @@ def load(
     if (folder / MANIFEST).exists():
         model = _load_changed(folder, base)
         if dtype is not None:
-            model = model.to(dtype)
+            _cast(model, dtype)
     elif (folder / "config.json").exists():
         model = _load_pretrained(folder, dtype, trust_remote_code)
     else:
@@ -264,23 +337,50 @@ def load(
     return model
 
 
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Another dtype for the weights. Buffers that are not saved (rotary tables) keep theirs, as transformers does."""
+    kept = [
+        (module, name, module._buffers[name])
+        for module in model.modules()
+        for name in module._non_persistent_buffers_set
+    ]
+    model.to(dtype)
+    for module, name, buffer in kept:
+        module._buffers[name] = buffer
+    if _is_pretrained(model):
+        model.config.dtype = dtype  # type: ignore[union-attr]
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The content of a folder's actkit.json. Raises CheckpointError where it is missing, malformed or newer."""
     path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: there is no {MANIFEST}; it is not a folder that actkit saved.")
+    manifest = _read_json(path)
+    schema = manifest.get("schema")
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise CheckpointError(f"{path}: schema {schema} is newer than this actkit reads ({SCHEMA}); upgrade actkit.")
+    kinds = {"schema": int, "model_class": str, "architecture": str, "edits": list, "recipe": list, "tied": dict,
+             "files": dict, "results": dict}  # fmt: skip
+    wrong = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
+    wrong += [] if isinstance(manifest.get("base_class"), str | None) else ["base_class"]
+    wrong += [f"files: {name}" for name in manifest.get("files", {}) if Path(name).name != name] if not wrong else []
+    if wrong or not isinstance(schema, int) or schema < 1:
+        what = ", ".join(wrong or ["schema"])
+        raise CheckpointError(f"{path}: {what} is missing or malformed; the folder is damaged, save the model again.")
+    return manifest
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: there is no {MANIFEST}; it is not a folder that actkit saved.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: not readable as JSON ({error}); the folder is damaged, save the model again."
         ) from error
-    schema = manifest.get("schema")
-    if not isinstance(schema, int):
-        raise CheckpointError(f"{path}: it states no schema; the folder is damaged, save the model again.")
-    if schema > SCHEMA:
-        raise CheckpointError(f"{path}: schema {schema} is newer than this actkit reads ({SCHEMA}); upgrade actkit.")
-    return manifest
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: it holds no JSON object; the folder is damaged, save the model again.")
+    return content
 
 
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -305,18 +405,20 @@ def has_tokenizer(folder: Path) -> bool:
 def _load_changed(folder: Path, base: Callable[[], nn.Module] | None) -> nn.Module:
     manifest = read_manifest(folder)
     tensors = _read_tensors(folder, manifest)
-    if manifest["base_class"] is not None:
+    if base is not None:
+        model = base()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"base: it gave a {type(model).__name__}; give a function that builds the unchanged model.")
+    elif manifest["base_class"] is not None:
         model = _build_pretrained(folder, manifest)
-    elif base is None:
+    else:
         raise CheckpointError(
             f"{folder}: it holds a {manifest['model_class']}, which is not a transformers model; "
             f"pass base=, a function that builds the unchanged model."
         )
-    else:
-        model = base()
     try:
         replay(model, manifest["edits"])
-    except (EditError, RecipeError, KeyError, TypeError, ValueError) as error:
+    except (ActkitError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: the edits do not fit {type(model).__name__}: {error}") from error
     _fill(model, tensors, manifest["tied"], folder)
     changes.restore(
@@ -340,14 +442,17 @@ def _build_pretrained(folder: Path, manifest: dict[str, Any]) -> nn.Module:
 
     base: Any = pretrained.class_by_name(manifest["base_class"])
     pretrained.model_class(base)
-    config_dict = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config_dict["model_type"] = pretrained.base_type(config_dict["model_type"])
-    implementation = config_dict.pop("_attn_implementation", None)
-    config = base.config_class.from_dict(config_dict)
-    if implementation:
-        config._attn_implementation = implementation
-    with no_init_weights():
-        model = base(config)
+    settings = _read_json(folder / "config.json")
+    settings["model_type"] = pretrained.base_type(str(settings.get("model_type", "")))
+    try:
+        config = base.config_class.from_dict(settings)
+        with no_init_weights():
+            model = base(config)
+    except Exception as error:  # each config class checks its values in its own way
+        raise CheckpointError(
+            f"{folder / 'config.json'}: no {base.__name__} can be built from it ({error}); copy the folder again, or "
+            f"save the model again."
+        ) from error
     generation = folder / "generation_config.json"
     if generation.exists() and getattr(model, "generation_config", None) is not None:
         from transformers import GenerationConfig
@@ -360,17 +465,19 @@ def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, facts in manifest["files"].items():
         path = folder / name
-        if not path.exists():
+        if not path.is_file():
             raise CheckpointError(f"{path}: the file is missing; copy the folder again, or save the model again.")
-        if path.stat().st_size != facts["bytes"]:
+        size = facts.get("bytes") if isinstance(facts, dict) else None
+        if path.stat().st_size != size:
             raise CheckpointError(
-                f"{path}: it has {path.stat().st_size} bytes, {MANIFEST} says {facts['bytes']}; "
+                f"{path}: it has {path.stat().st_size} bytes, {MANIFEST} says {size}; "
                 f"the file is truncated or was changed. Copy the folder again, or save the model again."
             )
         try:
             with safe_open(path, framework="pt") as file:
-                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+                # copied, because a tensor at an odd place of the file rounds differently (and runs slower)
+                tensors |= {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
             raise CheckpointError(
                 f"{path}: not readable ({error}); copy the folder again, or save the model again."
             ) from error
@@ -388,6 +495,11 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], tied: dict[str, str], fo
             problems.append(
                 f"{name} is {tuple(tensor.shape)} in the file and {tuple(expected[name].shape)} in the model"
             )
+        elif name in expected and not _same_kind(tensor.dtype, expected[name].dtype):
+            problems.append(f"{name} is {tensor.dtype} in the file and {expected[name].dtype} in the model")
+    problems += [
+        f"{alias} is tied to {name}, which is not in the file" for alias, name in tied.items() if name not in tensors
+    ]
     if problems:
         raise CheckpointError(f"{folder}: the weights do not fit the model: {'; '.join(problems[:10])}.")
     for name, tensor in tensors.items():
@@ -396,6 +508,11 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], tied: dict[str, str], fo
         parent, _, leaf = alias.rpartition(".")
         source, _, source_leaf = name.rpartition(".")
         setattr(get_module(model, parent), leaf, getattr(get_module(model, source), source_leaf))
+
+
+def _same_kind(given: torch.dtype, expected: torch.dtype) -> bool:
+    """Floats may be stored in another width; codes and indices may not."""
+    return given == expected or (given.is_floating_point and expected.is_floating_point)
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor, old: Tensor) -> None:
@@ -410,7 +527,13 @@ def _assign(model: nn.Module, name: str, tensor: Tensor, old: Tensor) -> None:
 def _load_pretrained(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool) -> nn.Module:
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: transformers {transformers.__version__} does not read it ({error}); copy or "
+            f"download the folder again, or install a transformers that knows the model."
+        ) from error
     names = getattr(config, "architectures", None) or []
     cls = getattr(transformers, names[0], None) if names else None
     if cls is None:
@@ -429,7 +552,7 @@ def _load_pretrained(folder: Path, dtype: torch.dtype | None, trust_remote_code:
         loaded: Any = cls.from_pretrained(
             folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **extra
         )
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(
             f"{folder}: its weights are not readable ({error}); copy or download the folder again."
         ) from error
@@ -451,7 +574,7 @@ def resolve(source: str | Path) -> Path:
     Raises CheckpointError where there is no such folder or the hub does not give it.
     """
     path = Path(source)
-    _recover(path)
+    recover(path)
     if path.is_dir():
         return path
     text = str(source)
@@ -459,15 +582,26 @@ def resolve(source: str | Path) -> Path:
         raise CheckpointError(
             f"model: there is no folder {text!r}; give a folder, a hub id (owner/name) or an embedded model."
         )
-    from huggingface_hub import snapshot_download
+    return _download(text)
 
+
+def _download(name: str) -> Path:
+    """The snapshot of a hub model. One attempt: without a network it fails at once."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "*/config.json"]
     try:
-        patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "*/config.json"]
-        return Path(snapshot_download(text, allow_patterns=patterns, etag_timeout=5))
+        return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=5))
     except Exception as error:  # the client raises a different type for each way in which a network can fail
+        why = f"the download failed ({type(error).__name__}: {error})"
+        if isinstance(error, LocalEntryNotFoundError):
+            why = "the hub cannot be reached from here, and no earlier download is kept"
+        elif isinstance(error, RepositoryNotFoundError | HFValidationError):
+            why = "the hub has no such model, or it asks for a login"
         raise CheckpointError(
-            f"model: {text!r} is no local folder and could not be fetched from the hub ({type(error).__name__}). "
-            f"Check the id and the network, or give a local folder."
+            f"model: there is no folder {name!r}, and {why}. Check the id and the network, or give a local folder or "
+            f"an embedded model."
         ) from error
 
 

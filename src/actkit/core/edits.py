@@ -7,6 +7,7 @@ which settings of the config differ.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from actkit.core import registry
 from actkit.core.errors import EditError
+from actkit.core.linear import ActLinear
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +63,7 @@ class Note:
 
 Edit = Replace | Set | Configure
 Undo = Callable[[], None]
+Shared = dict[int, list[str]]
 
 
 def get_module(model: nn.Module, path: str) -> nn.Module:
@@ -80,10 +83,11 @@ def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def get_tensor(model: nn.Module, name: str) -> Tensor:
-    """The parameter or buffer `name`. Raises EditError where there is none."""
+    """The parameter or buffer `name`, one that a checkpoint keeps. Raises EditError where there is none."""
     parent, _, leaf = name.rpartition(".")
-    tensor = getattr(get_module(model, parent), leaf, None)
-    if not isinstance(tensor, Tensor):
+    module = get_module(model, parent)
+    tensor = module._parameters.get(leaf, module._buffers.get(leaf))
+    if tensor is None or leaf in module._non_persistent_buffers_set:
         raise EditError(f"parameter: the model has no parameter or buffer {name!r}; list them with state_dict().")
     return tensor
 
@@ -100,18 +104,27 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return tied
 
 
-def apply_edit(model: nn.Module, edit: Edit, *, remember: bool = True) -> Undo | None:
+def shared_parameters(model: nn.Module) -> Shared:
+    """The names of each parameter that has several, by the parameter's `id`."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {key: same for key, same in names.items() if len(same) > 1}
+
+
+def apply_edit(model: nn.Module, edit: Edit, *, remember: bool = True, shared: Shared | None = None) -> Undo | None:
     """Apply one edit in place.
 
-    remember: keep what is needed to undo it and return the function that does, else None.
+    remember: keep what is needed to undo it and return the function that does, else None. shared: what
+    `shared_parameters(model)` gave, for whoever applies many edits; read off the model where None.
     Raises EditError for an unknown path, a wrong shape or dtype, or one side of tied parameters.
     """
     if isinstance(edit, Configure):
         return _configure(model, edit)
     if isinstance(edit, Set):
-        return _set(model, edit, remember)
+        return _set(model, edit, remember, shared)
     if isinstance(edit, Replace):
-        return _replace(model, edit, remember)
+        return _replace(model, edit, remember, shared)
     raise EditError(f"edit: {type(edit).__name__} was given, allowed are Replace, Set and Configure.")
 
 
@@ -119,9 +132,10 @@ def apply_edit(model: nn.Module, edit: Edit, *, remember: bool = True) -> Undo |
 def temporarily(model: nn.Module, edits: Iterable[Edit]) -> Iterator[nn.Module]:
     """with temporarily(model, edits): measure. The edits are undone at the end, also after an exception."""
     undos: list[Undo] = []
+    shared = shared_parameters(model)
     try:
         for edit in edits:
-            undo = apply_edit(model, edit)
+            undo = apply_edit(model, edit, shared=shared)
             if undo is not None:
                 undos.append(undo)
         yield model
@@ -133,10 +147,20 @@ def temporarily(model: nn.Module, edits: Iterable[Edit]) -> Iterator[nn.Module]:
 def describe(edit: Edit) -> dict[str, Any]:
     """The JSON form of an edit, as a checkpoint keeps it."""
     if isinstance(edit, Replace):
-        return {"replace": edit.path, "module": registry.module_name(type(edit.module)), "spec": edit.module.spec()}  # type: ignore[operator]
+        return {"replace": edit.path, **describe_module(edit.module)}
     if isinstance(edit, Set):
         return {"set": edit.parameter}
-    return {"configure": edit.key, "value": edit.value}
+    if isinstance(edit, Configure):
+        return {"configure": edit.key, "value": edit.value}
+    raise EditError(f"edit: {type(edit).__name__} was given, allowed are Replace, Set and Configure.")
+
+
+def describe_module(module: nn.Module) -> dict[str, Any]:
+    """The registered name and the spec of a module. Raises EditError or RecipeError where it has none."""
+    name = registry.module_name(type(module))
+    if not (hasattr(module, "spec") and hasattr(module, "from_spec")):
+        raise EditError(f"module: {type(module).__name__} lacks spec() or from_spec(), so it could never be loaded.")
+    return {"module": name, "spec": module.spec()}  # type: ignore[operator]
 
 
 def replay(model: nn.Module, described: list[dict[str, Any]]) -> None:
@@ -164,19 +188,23 @@ def _configure(model: nn.Module, edit: Configure) -> Undo:
         return lambda: model.set_attn_implementation(before)  # type: ignore[operator]
     if not hasattr(config, edit.key):
         raise EditError(f"configure: the config has no key {edit.key!r}; see model.config.to_dict().")
+    if not _is_json(edit.value):
+        kind = type(edit.value).__name__
+        raise EditError(f"configure {edit.key}: a {kind} was given; give a JSON value, which a checkpoint can keep.")
     before = getattr(config, edit.key)
     setattr(config, edit.key, edit.value)
     return lambda: setattr(config, edit.key, before)
 
 
-def _set(model: nn.Module, edit: Set, remember: bool) -> Undo | None:
+def _set(model: nn.Module, edit: Set, remember: bool, shared: Shared | None) -> Undo | None:
     tensor = get_tensor(model, edit.parameter)
     if tensor.shape != edit.tensor.shape or tensor.dtype != edit.tensor.dtype:
         raise EditError(
             f"set {edit.parameter}: the model holds {tensor.dtype} {tuple(tensor.shape)}, "
             f"the edit {edit.tensor.dtype} {tuple(edit.tensor.shape)}; both must agree."
         )
-    _refuse_tied(model, edit.parameter)
+    _refuse_tied(model, [tensor], edit.parameter, shared)
+    _drop_packed(model, edit.parameter)
     before = tensor.detach().clone() if remember else None
     with torch.no_grad():
         tensor.copy_(edit.tensor)
@@ -184,23 +212,44 @@ def _set(model: nn.Module, edit: Set, remember: bool) -> Undo | None:
     def undo() -> None:
         with torch.no_grad():
             tensor.copy_(before)  # type: ignore[arg-type]
+        _drop_packed(model, edit.parameter)
 
     return undo if remember else None
 
 
-def _replace(model: nn.Module, edit: Replace, remember: bool) -> Undo | None:
+def _replace(model: nn.Module, edit: Replace, remember: bool, shared: Shared | None) -> Undo | None:
     old = get_module(model, edit.path)
-    registry.module_name(type(edit.module))  # an unregistered module could be applied but never loaded again
-    for name, _ in old.named_parameters():
-        _refuse_tied(model, f"{edit.path}.{name}")
+    describe(edit)  # a module without a name or a spec could be applied but never loaded again
+    _refuse_tied(model, old.parameters(), edit.path, shared)
     set_module(model, edit.path, edit.module)
     return (lambda: set_module(model, edit.path, old)) if remember else None
 
 
-def _refuse_tied(model: nn.Module, name: str) -> None:
-    partner = tied_names(model).get(name)
-    if partner is not None:
-        raise EditError(
-            f"{name} is tied to {partner}: changing one side would change the other too or break the tie. "
-            f"Leave it out of the transform, or untie the two in the model first (tie_word_embeddings=False)."
-        )
+def _refuse_tied(model: nn.Module, changed: Iterable[Tensor], where: str, shared: Shared | None) -> None:
+    """Raise EditError where a parameter that is to change has another name outside of `where`."""
+    shared = shared_parameters(model) if shared is None else shared
+    for names in (shared.get(id(parameter), []) for parameter in changed) if shared else ():
+        inside = [name for name in names if name == where or name.startswith(where + ".")]
+        outside = [name for name in names if name not in inside]
+        if outside:
+            raise EditError(
+                f"{inside[0]} is tied to {outside[0]}: changing one side would change the other too or break the tie. "
+                f"Leave it out of the transform, or untie the two in the model first (tie_word_embeddings=False)."
+            )
+
+
+def _drop_packed(model: nn.Module, name: str) -> None:
+    """A kernel's copy of a weight does not outlive a change of the weight."""
+    path = name
+    while path:
+        path = path.rpartition(".")[0]
+        module = get_module(model, path)
+        if isinstance(module, ActLinear):
+            module.unpack()
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        return json.loads(json.dumps(value)) == value
+    except (TypeError, ValueError):
+        return False

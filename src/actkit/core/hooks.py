@@ -109,6 +109,36 @@ def forward(model: nn.Module, batch: Any) -> Any:
     return model(*args, **kwargs)
 
 
+def first_tensor(output: Any) -> Tensor:
+    """Logits where a model gives them, else its first output tensor."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    return logits if logits is not None else first_tensor(output[0])
+
+
+def check_batch(model: nn.Module, batch: Any) -> None:
+    """Raise DataError for sequences beyond the model's context, or tokens beyond its vocabulary."""
+    config = getattr(model, "config", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    length = BatchContext.of(batch).length
+    if limit is not None and length is not None and length > limit:
+        raise DataError(
+            f"calibration data: a batch has sequences of {length} tokens, the model's context "
+            f"(config.max_position_embeddings) is {limit}; cut them."
+        )
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    vocabulary = getattr(config, "vocab_size", None)
+    if ids is None or vocabulary is None or not ids.numel():
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocabulary:
+        raise DataError(
+            f"input_ids: token {low if low < 0 else high} was given, the model's vocabulary has 0 to {vocabulary - 1}; "
+            f"these are not the tokens of this model, use the tokenizer that it was trained with."
+        )
+
+
 @dataclass(frozen=True)
 class BatchContext:
     """What the rows of a batch are.

@@ -11,6 +11,7 @@ is never saved. With gradients, with more than two rows or without `pack()` the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import ceil
 from typing import Any, Literal
 
 import torch
@@ -102,6 +103,14 @@ class IntegerWeight(KeepsDtype):
             codes = pack_nibbles(codes)
         return cls(grid, (weight.shape[0], weight.shape[1]), codes, scale, zero, weight.dtype)
 
+    @classmethod
+    def empty(cls, shape: tuple[int, int], grid: QuantizationGrid, dtype: torch.dtype) -> IntegerWeight:
+        """A weight [out, in] of zeros, whose values come from a file. Raises ValueError where the groups do not fit."""
+        codes = torch.zeros(shape[0], ceil(shape[1] / 2) if grid.bits <= 4 else shape[1], dtype=torch.uint8)
+        parameters = grid.parameter_shape(*shape)
+        zero = None if grid.symmetric else torch.zeros(parameters, dtype=torch.uint8)
+        return cls(grid, shape, codes, torch.ones(parameters), zero, dtype)
+
     @property
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in (self.codes, self.scale, self.zero) if buffer is not None)
@@ -135,7 +144,7 @@ def _weight_from_spec(spec: dict[str, Any], shape: tuple[int, int], dtype: torch
         return DenseWeight(torch.empty(shape, dtype=dtype))
     if spec["kind"] == "integer":
         grid = QuantizationGrid(spec["bits"], spec["group_size"], spec["group_axis"], spec["symmetric"])
-        return IntegerWeight.quantize(torch.zeros(shape, dtype=dtype), grid)
+        return IntegerWeight.empty(shape, grid, dtype)
     raise ValueError(f"weight kind: {spec['kind']!r} was given, allowed are 'dense' and 'integer'.")
 
 
@@ -254,6 +263,8 @@ class ActLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        if bias is not None and bias.shape != (self.out_features,):
+            raise ValueError(f"bias: it has shape {tuple(bias.shape)}, the layer {self.out_features} outputs.")
         if select is not None and select.score is not None and select.score.shape != (self.in_features,):
             raise ValueError(
                 f"select: its score has shape {tuple(select.score.shape)}, the layer {self.in_features} inputs."
@@ -282,9 +293,14 @@ class ActLinear(nn.Module):
         """A changed copy of a linear layer; slots that are not given stay as the layer had them.
 
         linear: an anatomy's Linear, nn.Linear, transformers' Conv1D or ActLinear. Dense weights and biases are shared
-        with the source, not copied.
+        with the source, not copied. Raises ValueError where a slot does not fit the layer.
         """
         module = linear if isinstance(linear, nn.Module) else linear.module
+        if weight is not None:
+            stored = tuple(module.weight.shape)  # type: ignore[union-attr, arg-type]
+            expected = stored if isinstance(module, nn.Linear | ActLinear) else stored[::-1]
+            if tuple(weight.shape) != expected:
+                raise ValueError(f"weight: {tuple(weight.shape)} was given, the layer has {expected}.")
         if isinstance(module, ActLinear):
             weight = module.weight if weight is None else weight  # type: ignore[assignment]
             select = module.select if select is None else select
@@ -346,6 +362,15 @@ class ActLinear(nn.Module):
         else:
             chosen = {"k": select.k}  # type: ignore[union-attr]
         return kernels.sparse_linear(x, self._packed, score=select.score, bias=self.bias, **chosen)  # type: ignore[union-attr]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ActLinear:
+        self.unpack()  # the buffer is of the weight as it was: another dtype or device needs another
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args, **kwargs)
 
     # -- cost
 

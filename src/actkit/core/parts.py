@@ -214,7 +214,10 @@ class Block:
         return tuple(site for site in self.taps if site.name != "attention.weights" or forms_weights(self.root))
 
     def original(self, path: str) -> nn.Module:
-        """The module at `path` (full path) as it was before the run; before any edit, the module itself."""
+        """The module that stood at `path` (full path) before the run replaced it; else the module itself.
+
+        What was set in it before that is in it: a scale that was folded into it belongs to what it computes now.
+        """
         if self._originals is not None and path in self._originals:
             return self._originals[path]
         return self.root.get_submodule(path)

@@ -1,22 +1,25 @@
 """What a recipe will touch, hold in memory and take in time: known before work starts.
 
 Coverage counts the parameters inside blocks; stem and head are left alone by design and reported. Memory counts what
-calibration holds beside the model: hidden states of each stream, statistics, recorded calls. Time is one timed
-forward pass of the first batch, times the passes that the transforms need.
+calibration holds beside the model: hidden states of each stream, masks, statistics, recorded calls. Time is one timed
+forward pass of one batch, times the passes that the transforms need. Both are measured on the batch with the longest
+sequences.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 
 from torch import nn
 
-from actkit.core.anatomy import Anatomy
+from actkit.core.anatomy import Anatomy, Block, Site
+from actkit.core.blockwise import Walk
+from actkit.core.capture import opened_experts
 from actkit.core.errors import CoverageError, MemoryLimitError
-from actkit.core.hooks import BatchContext, evaluating, forward
+from actkit.core.hooks import BatchContext, evaluating
 from actkit.core.memory import format_bytes, parse_bytes
 from actkit.core.transform import Transform
 
@@ -62,90 +65,98 @@ def make_plan(
     """Plan a run. Raises CoverageError below `min_coverage` and MemoryLimitError above `max_memory`."""
     if not 0 <= min_coverage <= 1:
         raise ValueError(f"min_coverage: {min_coverage} was given; it is a share, give 0 to 1.")
-    coverage, untouched = _coverage(view, transforms)
-    for name, share in coverage.items():
-        if share < min_coverage:
-            reasons = "; ".join(f"{parameter}: {reason}" for parameter, reason in untouched[:8]) or "see coverage()"
-            raise CoverageError(
-                f"coverage: {name} would touch {share:.0%} of the parameters inside blocks, below min_coverage="
-                f"{min_coverage:.0%}. Left alone: {reasons}. Lower min_coverage if that is what you want."
-            )
-    memory, seconds = _cost(view, transforms, batches)
+    cap = None if max_memory is None else parse_bytes(max_memory)
+    with opened_experts(view):  # so that a transform says which of their layers it means
+        coverage, untouched = _coverage(view, transforms)
+        for name, share in coverage.items():
+            if share < min_coverage:
+                reasons = "; ".join(f"{parameter}: {reason}" for parameter, reason in untouched[:8]) or "see coverage()"
+                raise CoverageError(
+                    f"coverage: {name} would touch {share:.0%} of the parameters inside blocks, below min_coverage="
+                    f"{min_coverage:.0%}. Left alone: {reasons}. Lower min_coverage if that is what you want."
+                )
+        memory, seconds = _cost(view, transforms, batches)
     plan = Plan(coverage, untouched, memory, seconds)
-    if max_memory is not None and plan.bytes > parse_bytes(max_memory):
+    if cap is not None and plan.bytes > cap:
         what, size = max(memory, key=lambda row: row[1])
         raise MemoryLimitError(
-            f"max_memory: the plan needs {format_bytes(plan.bytes)} beside the model, the cap is "
-            f"{format_bytes(parse_bytes(max_memory))}. Largest is {what} with {format_bytes(size)}: give fewer or "
-            f"shorter calibration sequences, or a higher cap."
+            f"max_memory: the plan needs {format_bytes(plan.bytes)} beside the model, the cap is {format_bytes(cap)}; "
+            f"largest is {what} with {format_bytes(size)}. Give less calibration data, or a higher cap."
         )
     return plan
 
 
 def _coverage(view: Anatomy, transforms: Sequence[Transform]) -> tuple[dict[str, float], list[tuple[str, str]]]:
     report = view.coverage()
+    blocks = [view.block(block.index) for block in view.blocks]
     inside = {
         row.parameter: row.numel
         for row in report.rows
-        if row.where in ("linear", "experts", "norm", "bias", "uncovered")
+        if row.where not in ("stem", "head") and any(_within(row.parameter, block.path) for block in blocks)
     }
     total = sum(inside.values()) or 1
-    experts = sum(row.numel for row in report.rows if row.where == "experts")
     coverage: dict[str, float] = {}
     touched_by_any: set[str] = set()
     for transform in transforms:
         if not transform.tags.parts:
             continue
-        touched: set[str] = set()
-        for block in view.blocks:
-            for linear in transform.targets(block):
-                touched |= {f"{linear.path}.{name}" for name, _ in linear.module.named_parameters()}
-        share = sum(size for name, size in inside.items() if name in touched)
-        coverage[type(transform).__name__] = (share + experts) / total
+        paths = {f"{linear.path}.weight" for block in blocks for linear in transform.targets(block)}
+        touched = {name for name in inside if name in paths or name.removesuffix(".tensor") in paths}
+        coverage[type(transform).__name__] = sum(inside[name] for name in touched) / total
         touched_by_any |= touched
     untouched = [
-        (row.parameter, row.reason or row.where)
+        (row.parameter, row.reason or _OUTSIDE.get(row.where, row.where))
         for row in report.rows
-        if row.parameter not in touched_by_any and row.where != "experts"
+        if row.parameter not in touched_by_any
     ]
     return coverage, untouched
+
+
+_OUTSIDE = {"linear": "linear layer that the recipe does not aim at", "experts": "experts that could not be opened"}
+
+
+def _within(name: str, path: str) -> bool:
+    return path == "" or name.startswith(path + ".")
 
 
 def _cost(
     view: Anatomy, transforms: Sequence[Transform], batches: Sequence[Any]
 ) -> tuple[list[tuple[str, int]], float]:
+    """What the walk holds, measured on the batch with the longest sequences, and the time of its pass."""
     needy = [t for t in transforms if t.tags.needs_data]
     if not needy or not len(batches):
         return [], 0.0
-    tokens = sum(BatchContext.of(batch).batch_size * (BatchContext.of(batch).length or 1) for batch in batches)
-    block = view.blocks[0]
-    linears = block.linears()
-    size = next((parameter.element_size() for parameter in view.model.parameters()), 4)
-    hidden = linears[0].in_features if linears else 0
-    widest = max((linear.in_features for linear in linears), default=0)
-    streams = {t.tags.stream for t in needy}
-    count = 2 if "both" in streams else len(streams)
-    memory: list[tuple[str, int]] = []
-    if not (len(view.blocks) == 1 and block.path == ""):
-        memory.append(
-            (f"hidden states ({count} stream{'s' * (count > 1)}, old and new)", 2 * count * tokens * hidden * size)
-        )
+    tokens = [context.batch_size * (context.length or 1) for context in map(BatchContext.of, batches)]
+    longest = max(range(len(batches)), key=lambda index: BatchContext.of(batches[index]).length or 1)
+    scale = sum(tokens) / tokens[longest]
+    streams = {s for t in needy for s in (("original", "edited") if t.tags.stream == "both" else (t.tags.stream,))}
+    walk = Walk(view, [batches[longest]], lambda items, text: items)
+    with evaluating(view.model):
+        walk.start(sorted(streams))
+    memory = [(what, ceil(size * scale)) for what, size in walk.bytes(streams).items() if size]
+    block = view.block(0)
     statistics = max(
-        (sum(s.memory(_channels(view, block, site)) for site, s in t.observe(block).items()) for t in needy), default=0
+        (sum(s.memory(_channels(block, site)) for site, s in t.observe(block).items()) for t in needy), default=0
     )
     if statistics:
         memory.append(("statistics of one block", statistics))
     if any(t.tags.records_calls for t in needy):
-        memory.append(("recorded calls of one module", tokens * widest * size))
-    with evaluating(view.model):
-        started = time.perf_counter()
-        forward(view.model, batches[0])
-        one = time.perf_counter() - started
-    passes = 1 + count + sum(t.tags.passes for t in needy)
-    return memory, one * len(batches) * passes
+        size = next((parameter.element_size() for parameter in view.model.parameters()), 4)
+        widest = max((linear.in_features for linear in block.linears()), default=0)
+        rows = sum(tokens) if walk.whole_model else ceil(_rows(walk) * scale)
+        copies = size + 2 * 4  # as recorded, and two copies in float32 to compute with
+        memory.append(("recorded calls of one module", rows * widest * copies))
+    passes = 1 + len(streams) + sum(t.tags.passes for t in needy)
+    return memory, walk.seconds * scale * passes
 
 
-def _channels(view: Anatomy, block: Any, site: Any) -> int:
+def _rows(walk: Walk) -> int:
+    """The rows of hidden states that enter a block: tokens, or the patches of images."""
+    stream = next(iter(walk.streams))
+    return sum(call.hidden.numel() // call.hidden.shape[-1] for call in walk.calls(0, stream))
+
+
+def _channels(block: Block, site: Site) -> int:
     for inputs in block.linear_inputs():
         if inputs.site == site:
             return inputs.linears[0].in_features

@@ -57,7 +57,8 @@ class ChangedModel:
         return (model, empty) if loading_info else model
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write an actkit folder. Raises CheckpointError where the folder holds anything else."""
+        """Write an actkit folder; files beside the model's own (a tokenizer) stay. Raises CheckpointError where the
+        folder holds a plain model or something else. max_shard_size: as in transformers."""
         from actkit.core import checkpoint
 
         _refuse(
@@ -67,9 +68,12 @@ class ChangedModel:
                 if value and name in ("push_to_hub", "variant", "state_dict")
             }
         )
+        if not kwargs.get("is_main_process", True):
+            return
         folder = Path(save_directory)
         replaceable = folder.is_dir() and (not any(folder.iterdir()) or (folder / checkpoint.MANIFEST).exists())
-        checkpoint.save(self, folder, overwrite=replaceable)  # type: ignore[arg-type]
+        shard = kwargs.get("max_shard_size", "4GB")
+        checkpoint.save(self, folder, overwrite=replaceable, keep_others=True, max_shard=shard)  # type: ignore[arg-type]
 
 
 def _refuse(options: dict[str, Any]) -> None:

@@ -58,6 +58,15 @@ class QuantizationGrid:
             )
         return None
 
+    def parameter_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """The shape of scale and zero for a weight [out, in]. Raises ValueError where the groups do not fit."""
+        reason = self.fits(out_features, in_features)
+        if reason:
+            raise ValueError(reason + ".")
+        if self.group_axis == "input":
+            return out_features, 1 if self.group_size == -1 else in_features // self.group_size
+        return 1 if self.group_size == -1 else out_features // self.group_size, in_features
+
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes and parameters of a weight [out, in].
 

@@ -6,18 +6,17 @@ memory and time are known before work starts (`core/plan.py`).
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from actkit.core import changes
-from actkit.core.anatomy import Anatomy, Block, Site, anatomy
+from actkit.core.anatomy import Anatomy, Block, Site, anatomy, has_row, unread
 from actkit.core.blockwise import Call, Walk
 from actkit.core.capture import observe
 from actkit.core.edits import (
@@ -25,6 +24,7 @@ from actkit.core.edits import (
     Edit,
     Note,
     Replace,
+    Shared,
     Skip,
     Undo,
     apply_edit,
@@ -32,11 +32,12 @@ from actkit.core.edits import (
     get_module,
     get_tensor,
     set_module,
+    shared_parameters,
     temporarily,
 )
 from actkit.core.errors import DataError, EditError, NonFiniteError, UnsupportedModelError
 from actkit.core.experts import ExpertList
-from actkit.core.hooks import evaluating, forward, hooked, refuse_compiled_or_sharded
+from actkit.core.hooks import check_batch, evaluating, first_tensor, forward, hooked, refuse_compiled_or_sharded
 from actkit.core.plan import Plan, make_plan
 from actkit.core.progress import track
 from actkit.core.statistics import Statistic
@@ -87,6 +88,9 @@ class Seen:
         self._walk, self._block, self._stream, self._statistics = walk, block, stream, statistics
 
     def __getitem__(self, site: Site) -> Any:
+        if site not in self._statistics:
+            names = ", ".join(map(str, self._statistics)) or "none"
+            raise KeyError(f"site: {site} was not observed; `observe` asked for {names}.")
         return self._statistics[site]
 
     @property
@@ -106,25 +110,43 @@ class Seen:
         """The calls that the module at `path` gets when the block, *as it stands now*, runs on its inputs.
 
         stream: 'original' or 'edited' inputs of the block; default as the transform declares. max_tokens: record no
-        further batch after that many tokens. `call.replay(module)` runs a module on them.
+        further batch after that many tokens. `call.replay(module)` runs a module on them. Inside an expert, the mask of
+        a call is [rows]: which of the tokens sent there are real.
         """
         if self._walk is None:
             raise DataError("calls: this transform ran without data; declare Tags(needs_data=True).")
         model = self._walk.anatomy.model
+        expert = self._expert_around(path)
         recorded: list[Call] = []
+        sent: list[Tensor] = []  # to the expert around `path`: flat indices of the tokens
         tokens = 0
         for call in self._walk.calls(self._block.index, stream or self._stream):
 
+            def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                sent[:] = [args[1]]
+
             def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call = call) -> None:
                 kwargs = {key: value for key, value in kwargs.items() if "past_key_value" not in key}
-                recorded.append(Call(args, kwargs, call.context))
+                args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)  # a block may work in place
+                context = call.context
+                if expert is not None and context.mask is not None:
+                    context = replace(context, mask=context.mask.flatten()[sent[0]])
+                recorded.append(Call(args, kwargs, context))
 
-            with hooked(model, before={path: keep}):
+            with hooked(model, before={path: keep} if expert is None else {expert: enter, path: keep}):
                 call.replay(get_module(model, self._block.path))
             tokens += call.context.tokens
             if max_tokens is not None and tokens >= max_tokens:
                 break
         return recorded
+
+    def _expert_around(self, path: str) -> str | None:
+        """The path of the expert that holds the module at `path`, if one does."""
+        experts = self._block.experts
+        if experts is None or not path.startswith(experts.path + "."):
+            return None
+        expert = f"{experts.path}.{path.removeprefix(experts.path + '.').partition('.')[0]}"
+        return None if path == expert else expert
 
 
 class Trial:
@@ -144,14 +166,6 @@ class Trial:
                 yield first_tensor(forward(self.model, batch))
 
 
-def first_tensor(output: Any) -> Tensor:
-    """Logits where a model gives them, else its first output tensor."""
-    if isinstance(output, Tensor):
-        return output
-    logits = getattr(output, "logits", None)
-    return logits if logits is not None else output[0]
-
-
 def apply(
     model: nn.Module,
     recipe: Any,
@@ -162,6 +176,7 @@ def apply(
     min_coverage: float = 0.5,
     max_memory: int | str | None = None,
     progress: bool = True,
+    announce: Callable[[str], None] | None = None,
 ) -> Applied:
     """Apply a recipe to a model.
 
@@ -169,8 +184,9 @@ def apply(
     undo: 'source' reads what was changed from the folder the model came from (the default where `actkit.load` loaded
     it and nothing was changed since), 'memory' keeps the old tensors, 'off' keeps nothing. min_coverage: least share
     of the parameters inside blocks that each transform must touch. max_memory: hard cap for calibration, bytes or
-    '2GB'. Raises RecipeError, DataError, CoverageError, MemoryLimitError, NonFiniteError or UnsupportedModelError
-    before work starts; where something fails midway the model is restored (unless undo is 'off').
+    '2GB'. announce: called with each line of the plan (coverage, memory, time) before work starts.
+    Raises RecipeError, DataError, CoverageError, MemoryLimitError, NonFiniteError or UnsupportedModelError before work
+    starts; where something fails midway the model is restored (unless undo is 'off').
     """
     started = time.perf_counter()
     recipe = Recipe.of(recipe)
@@ -181,29 +197,41 @@ def apply(
     recipe.check(earlier=known.transforms if known else ())
     transforms = [transform for transform in recipe if transform != type(transform).identity()]
     batches = _batches(transforms, data)
+    for batch in batches:
+        check_batch(model, batch)
     if not inplace:
-        model = copy.deepcopy(model)
-    view = anatomy(model, batches[0] if batches else None)
+        model = changes.copy_of(model)
+    parts = has_row(model) or any(transform.tags.parts for transform in transforms)
+    view = anatomy(model, batches[0] if batches else None) if parts else unread(model)
     plan = make_plan(view, transforms, batches, min_coverage=min_coverage, max_memory=max_memory)
+    if announce is not None:
+        for line in plan.lines():
+            announce(line)
     report = Report(recipe.dump(), plan)
     report.notes += [
         f"{type(t).__name__} is at its identity setting: nothing to change" for t in recipe if t not in transforms
     ]
     mode = _undo_mode(model, undo, report)
     run = _Run(view, transforms, batches, mode, report, progress)
+    before = changes.of(model)
     try:
         with evaluating(model):
             run.plan_transforms()
             run.walk()
+        run.finish()
     except BaseException:
-        run.rollback()
+        run.give_up()
         raise
-    before = changes.record(model, run.described, run.transforms, view.architecture)
+    after = changes.of(model)
     report.seconds = time.perf_counter() - started
 
     def take_back() -> None:
-        changes.restore(model, before)
+        if changes.of(model) is not after:
+            raise EditError(
+                "undo: the model was changed again since; undo the later change first, or load the original model."
+            )
         run.rollback()
+        changes.restore(model, before)
 
     return Applied(model, run.described, report, None if mode == "off" else take_back)
 
@@ -218,6 +246,11 @@ class _Run:
         self.mode, self.report, self.progress = mode, report, progress
         self.described: list[dict[str, Any]] = []
         self.undos: list[Undo] = []
+        self._training = {path: module.training for path, module in view.model.named_modules()}
+        self._frozen: set[str] = set()  # parameters of replaced modules that did not require gradients
+        self._shared: Shared = {}
+        origin = changes.source(view.model)
+        self._origin = origin if origin is not None and origin.untouched(view.model) else None
         self._opened: tuple[str, nn.Module, int] | None = None
 
     def plan_transforms(self) -> None:
@@ -237,10 +270,11 @@ class _Run:
                 )
         for index in self._track(range(len(self.view.blocks)), "Changing block by block"):
             following = {"original": walk.following(index, "original")} if walk and "original" in streams else {}
-            originals = self._open_experts(self.view.block(index))
+            self._open_experts(self.view.block(index))
+            originals: dict[str, nn.Module] = {}
             for transform in self.transforms:
                 self._apply_one(transform, index, walk, originals)
-            self._close_experts(self.view.block(index))
+            self._close_experts()
             if walk is not None and "edited" in streams:
                 following["edited"] = walk.following(index, "edited")
             for stream, calls in following.items():
@@ -248,6 +282,7 @@ class _Run:
 
     def _apply_one(self, transform: Transform, index: int, walk: Walk | None, originals: dict[str, nn.Module]) -> None:
         block = self.view.block(index, originals)
+        self._shared = shared_parameters(self.model)
         stream = "original" if transform.tags.stream == "original" else "edited"
         wanted = dict(transform.observe(block))
         if wanted and walk is None:
@@ -275,22 +310,26 @@ class _Run:
             self.report.changed.append((where, type(transform).__name__))
 
     def _apply_edit(self, edit: Edit) -> None:
-        undo = apply_edit(self.model, edit, remember=self.mode == "memory")
+        description = describe(edit)
+        if isinstance(edit, Replace):
+            old = get_module(self.model, edit.path)
+            self._frozen |= {f"{edit.path}.{name}" for name, p in old.named_parameters() if not p.requires_grad}
+        undo = apply_edit(self.model, edit, remember=self.mode == "memory", shared=self._shared)
         if undo is not None:
             self.undos.append(undo)
-        self.described.append(describe(edit))
+        self.described.append(description)
 
-    def _open_experts(self, block: Block) -> dict[str, nn.Module]:
+    def _open_experts(self, block: Block) -> None:
         """Experts in 3-D parameters become an ExpertList of views, so that their layers can be seen and replaced."""
         experts = block.experts
-        if experts is not None and not isinstance(experts.module, ExpertList):
+        self._opened = None
+        wanted = any(transform.tags.parts for transform in self.transforms)
+        if wanted and experts is not None and not isinstance(experts.module, ExpertList):
+            self._shared = shared_parameters(self.model)
             self._apply_edit(Replace(experts.path, ExpertList.of(experts.module, experts.row)))
             self._opened = (experts.path, experts.module, len(self.described))
-        else:
-            self._opened = None
-        return {}
 
-    def _close_experts(self, block: Block) -> None:
+    def _close_experts(self) -> None:
         """Nothing inside was replaced: the 3-D parameters stand again."""
         if self._opened is None:
             return
@@ -298,6 +337,21 @@ class _Run:
         if not any(str(e.get("replace", e.get("set", ""))).startswith(path + ".") for e in self.described[mark:]):
             set_module(self.model, path, module)
             del self.described[mark - 1]
+        self._opened = None
+
+    def finish(self) -> None:
+        """New modules get the mode of those whose place they took, and the model its record of the changes."""
+        self._keep_modes()
+        if self.transforms:  # at identity settings alone the model stays a plain one
+            changes.record(self.model, self.described, self.transforms, self.view.architecture)
+
+    def give_up(self) -> None:
+        """Something failed: restore the model, or where undo is off record what was done, so that saving is right."""
+        if self.mode == "off":
+            self._close_experts()
+            self.finish()
+        else:
+            self.rollback()
 
     def rollback(self) -> None:
         """Restore the model: from memory, or from its source."""
@@ -305,31 +359,54 @@ class _Run:
             for undo in reversed(self.undos):
                 undo()
         elif self.mode == "source" and self.described:
-            _restore_from_source(self.model, self.described)
+            assert self._origin is not None
+            _restore_from_source(self.model, self.described, self._origin)
+            for name, parameter in self.model.named_parameters():
+                if name in self._frozen:
+                    parameter.requires_grad_(False)
+            self._keep_modes()
+        if self._origin is not None:  # the tensors hold what the files hold again
+            self.model.__dict__[changes.SOURCE] = self._origin.rebound(self.model)
+
+    def _keep_modes(self) -> None:
+        modules = dict(self.model.named_modules())
+        for path in {entry["replace"] for entry in self.described if "replace" in entry} & modules.keys():
+            modules[path].train(self._training.get(path, self.model.training))
 
     def _track(self, items: Any, description: str) -> Iterable[Any]:
         return track(items, description, enabled=self.progress)
 
 
-def _restore_from_source(model: nn.Module, described: list[dict[str, Any]]) -> None:
-    """Take what the edits touched from a fresh load of the model's source."""
+def _restore_from_source(model: nn.Module, described: list[dict[str, Any]], origin: changes.Source) -> None:
+    """Take what the edits touched from a fresh load of the model's source.
+
+    Raises EditError where the files are no longer those that the model was loaded from.
+    """
     from actkit.core.checkpoint import load
 
-    origin = changes.source(model)
-    assert origin is not None
+    if not origin.unchanged():
+        raise EditError(
+            f"undo: {origin.name} was changed since the model was loaded from it, so it cannot be undone from there; "
+            f"load the original model, or apply with undo='memory'."
+        )
     fresh = load(origin.name, **origin.options)
     restored: set[str] = set()
-    for entry in described:
-        path = entry.get("replace")
-        if path is not None and not any(path == done or path.startswith(done + ".") for done in restored):
+
+    def covered(name: str) -> bool:
+        return any(name == path or name.startswith(path + ".") for path in restored)
+
+    # Modules first, outer ones before inner ones: a tensor that was set may have been replaced since, and then comes
+    # back with its module.
+    for path in sorted({entry["replace"] for entry in described if "replace" in entry}, key=len):
+        if not covered(path):
             set_module(model, path, get_module(fresh, path))
             restored.add(path)
-        elif "set" in entry and not any(entry["set"].startswith(done + ".") for done in restored):
+    for entry in described:
+        if "set" in entry and not covered(entry["set"]):
             with torch.no_grad():
                 get_tensor(model, entry["set"]).copy_(get_tensor(fresh, entry["set"]))
         elif "configure" in entry:
             apply_edit(model, _configured(fresh, entry["configure"]), remember=False)
-    model.__dict__[changes.SOURCE] = changes.Source.of(origin.name, model, **origin.options)
 
 
 def _configured(model: nn.Module, key: str) -> Edit:
@@ -357,6 +434,10 @@ def check_model(model: nn.Module) -> None:
 
 def _batches(transforms: Sequence[Transform], data: Iterable[Any] | None) -> Any:
     """The batches as a sequence; DataError where a transform needs some and there are none."""
+    if isinstance(data, str | bytes):
+        raise DataError("data: a text was given; pass batches, or give the text to actkit.apply, which makes them.")
+    if isinstance(data, Mapping | Tensor):
+        data = [data]
     batches = [] if data is None else data if isinstance(data, Sequence) else list(data)
     needy = next((t for t in transforms if t.tags.needs_data), None)
     if needy is not None and not len(batches):
@@ -369,14 +450,19 @@ def _batches(transforms: Sequence[Transform], data: Iterable[Any] | None) -> Any
 
 def _undo_mode(model: nn.Module, undo: str | None, report: Report) -> str:
     origin = changes.source(model)
-    usable = origin is not None and changes.of(model) is None and origin.untouched(model)
-    if undo == "source" and not usable:
-        reason = (
-            "it was not loaded by actkit.load" if origin is None else "its tensors were changed since it was loaded"
-        )
+    reason = None
+    if origin is None:
+        reason = "it was not loaded by actkit.load from a folder of its own"
+    elif (known := changes.of(model)) is not None and known.edits:
+        reason = "actkit changed it already"
+    elif not origin.untouched(model):
+        reason = "its tensors were changed since it was loaded"
+    elif not origin.unchanged():
+        reason = f"the files in {origin.name} were changed since it was loaded"
+    if undo == "source" and reason is not None:
         raise ValueError(f"undo: 'source' was given, but {reason}; use 'memory'.")
     if undo is None:
-        undo = "source" if usable else "memory"
-        if origin is not None and not usable:
-            report.notes.append("the model was changed since it was loaded: undo keeps the old tensors in memory")
+        undo = "source" if reason is None else "memory"
+        if origin is not None and reason is not None:
+            report.notes.append(f"undo keeps the old tensors in memory, not in the model's folder: {reason}")
     return undo

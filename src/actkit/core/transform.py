@@ -127,6 +127,10 @@ class Recipe:
             return cls.load(source)
         if isinstance(source, str):
             return cls.parse({"actkit": RECIPE_VERSION, "transforms": [name.strip() for name in source.split(",")]})
+        if not isinstance(source, Iterable):
+            raise RecipeError(
+                f"recipe: a {type(source).__name__} was given; give transforms, names as 'awq,wina', or a YAML file."
+            )
         transforms = list(source)
         for item in transforms:
             if not isinstance(item, Transform):
@@ -141,7 +145,7 @@ class Recipe:
             raise RecipeError(f"recipe: there is no file {path}.")
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise RecipeError(f"recipe: {path} is not valid YAML: {error}") from error
         return cls.parse(content)
 
@@ -207,7 +211,7 @@ def _transform(entry: Any) -> Transform:
     if not (isinstance(cls, type) and issubclass(cls, Transform)):
         raise RecipeError(f"recipe: {name!r} is not a transform.")
     try:
-        return cls(**(settings or {}))
+        return cls(**({} if settings is None else settings))
     except ValidationError as error:
         raise RecipeError(f"recipe: {name}: {explain(error, cls)}") from error
     except TypeError as error:

@@ -1,0 +1,335 @@
+"""ActLinear's slots and their stacks against the sums written out in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from actkit.core.linear import (
+    ActLinear,
+    DenseWeight,
+    IntegerWeight,
+    KeepsDtype,
+    LowRank,
+    Threshold,
+    TopK,
+    pack_for_decode,
+)
+from actkit.core.quantizer import QuantizationGrid
+
+OUT, IN, RANK = 9, 14, 3
+GRIDS = {
+    "dense": None,
+    "int8": QuantizationGrid(8, 7),
+    "int4": QuantizationGrid(4, -1),
+    "int3_outputs": QuantizationGrid(3, 3, "output"),
+    "int4_symmetric": QuantizationGrid(4, 2, "input", True),
+}
+SELECTS = ("none", "threshold", "scored_threshold", "top_k", "scored_top_k")
+CORRECTIONS = ("none", "all", "dropped")
+
+
+def source(bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(IN, OUT, bias=bias, dtype=dtype)
+
+
+def score() -> Tensor:
+    return torch.rand(IN, generator=torch.Generator().manual_seed(3)) + 0.1
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, IN, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def selection(kind: str):
+    if kind == "none":
+        return None
+    weights = score() if kind.startswith("scored") else None
+    return Threshold(0.6, weights) if kind.endswith("threshold") else TopK(5, weights)
+
+
+def mask_by_hand(kind: str, x: np.ndarray) -> np.ndarray:
+    """Which inputs are kept, row by row."""
+    rank = np.abs(x) * (score().numpy() if kind.startswith("scored") else np.float32(1))
+    if kind == "none":
+        return np.ones(x.shape, bool)
+    if kind.endswith("threshold"):
+        return rank > np.float32(0.6)
+    kept = np.zeros(x.shape, bool)
+    for row in np.ndindex(x.shape[:-1]):
+        kept[row][np.argsort(-rank[row], kind="stable")[:5]] = True
+    return kept
+
+
+def low_rank(of: str) -> LowRank | None:
+    generator = torch.Generator().manual_seed(2)
+    parts = torch.randn(OUT, RANK, generator=generator), torch.randn(RANK, IN, generator=generator)
+    return None if of == "none" else LowRank(*parts, of=of)  # type: ignore[arg-type]
+
+
+def layer(weight: str = "dense", select: str = "none", correction: str = "none", bias: bool = True) -> ActLinear:
+    linear = source(bias)
+    grid = GRIDS[weight]
+    stored = None if grid is None else IntegerWeight.quantize(linear.weight, grid)
+    return ActLinear.of(linear, weight=stored, select=selection(select), correction=low_rank(correction))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("select", SELECTS)
+@pytest.mark.parametrize("weight", GRIDS)
+def test_every_stack_of_slots(weight, select, correction, bias):
+    changed, x = layer(weight, select, correction, bias), inputs(2, 5)
+    linear, grid = source(bias), GRIDS[weight]
+    w = (linear.weight if grid is None else grid.fake(linear.weight)).detach().double().numpy()
+    exact = x.double().numpy()
+    kept = np.where(mask_by_hand(select, x.numpy()), exact, 0)
+    expected = kept @ w.T
+    if bias:
+        expected = expected + linear.bias.detach().double().numpy()
+    if correction != "none":
+        part = low_rank(correction)
+        left, right = part.left.detach().double().numpy(), part.right.detach().double().numpy()
+        expected = expected + (exact if correction == "all" else exact - kept) @ right.T @ left.T
+    with torch.no_grad():
+        np.testing.assert_allclose(changed(x).double().numpy(), expected, rtol=1e-5, atol=1e-5)
+    rebuilt = ActLinear.from_spec(changed.spec())
+    assert {k: (v.shape, v.dtype) for k, v in rebuilt.state_dict().items()} == {
+        k: (v.shape, v.dtype) for k, v in changed.state_dict().items()
+    }
+    rebuilt.load_state_dict(changed.state_dict())
+    assert rebuilt.spec() == changed.spec()
+    with torch.no_grad():
+        assert torch.equal(rebuilt(x), changed(x))
+
+
+@pytest.mark.parametrize("select", SELECTS[1:])
+def test_masks(select):
+    x = inputs(3, 4)
+    np.testing.assert_array_equal(selection(select).mask(x).numpy(), mask_by_hand(select, x.numpy()))
+
+
+def test_threshold_is_strict_and_keeps_nan():
+    x = torch.tensor([[0.5, -0.5, 0.5000001, float("nan"), float("inf"), 0.0]])
+    assert Threshold(0.5).mask(x)[0].tolist() == [False, False, True, True, True, False]
+    assert Threshold(0.0).mask(x)[0].tolist() == [True, True, True, True, True, False]
+    assert torch.isnan(Threshold(0.5)(x)[0, 3])
+
+
+def test_top_k_takes_the_first_of_equal_ones():
+    x = torch.tensor([[1.0, -2.0, 2.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0], [float("nan"), 1, 9, 8, 7]])
+    assert TopK(3).mask(x).tolist() == [
+        [True, True, True, False, False],
+        [True, True, True, False, False],
+        [True, False, True, True, False],
+    ]
+    assert not TopK(0).mask(x).any()
+    assert TopK(99).mask(x).all()
+
+
+def test_scores_do_not_underflow_in_half_precision():
+    x = torch.full((1, 2), 1e-4, dtype=torch.float16)
+    select = Threshold(5e-9, torch.tensor([1e-4, 1e-5]))  # the products 1e-8 and 1e-9 are zero in float16
+    assert select.mask(x)[0].tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("select", SELECTS[1:])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_packed_equals_plain(rows, select, dtype):
+    changed = ActLinear.of(source(dtype=dtype), select=selection(select))
+    x = inputs(rows, dtype=dtype)
+    with torch.no_grad():
+        plain = changed(x)
+        assert changed.pack()
+        packed = changed(x)
+        assert packed.dtype == dtype
+        assert packed.shape == plain.shape
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(packed, plain, rtol=tolerance, atol=tolerance)
+        exact = torch.where(changed.select.mask(x), x, 0).double() @ changed.dequantized().double().t()
+        torch.testing.assert_close(packed.double(), exact + changed.bias.double(), rtol=tolerance, atol=tolerance)
+        three = inputs(3, dtype=dtype)
+        assert torch.equal(changed(three), ActLinear.of(changed)(three))  # too many rows for the kernel
+    grown = inputs(rows, dtype=dtype).requires_grad_()
+    changed(grown).sum().backward()  # with gradients it computes in torch
+    assert grown.grad is not None
+    changed.unpack()
+    with torch.no_grad():
+        assert torch.equal(changed(x), plain)
+
+
+def test_what_cannot_be_packed():
+    assert not layer("int4", "threshold").pack()
+    assert not layer("dense", "none").pack()
+    assert not layer("dense", "threshold", "all").pack()
+    model = nn.Sequential(layer(select="threshold"), nn.ReLU(), layer("int4"), layer(select="top_k"))
+    assert pack_for_decode(model) == 2
+
+
+def test_a_packed_copy_does_not_outlive_the_weight():
+    x = inputs(1)
+    other = {name: value + 1 for name, value in layer(select="threshold").state_dict().items()}
+    for change in (lambda m: m.load_state_dict(other), lambda m: m.to(torch.bfloat16), lambda m: m.double()):
+        changed = layer(select="threshold")
+        changed.pack()
+        change(changed)
+        expected = copy.deepcopy(changed)
+        expected.unpack()
+        with torch.no_grad():
+            given = x.to(changed.weight.dtype)
+            assert torch.equal(changed(given), expected(given))
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("select", ["none", "scored_threshold", "top_k"])
+def test_gradients(select, correction):
+    changed, x = layer("dense", select, correction).double(), inputs(4, dtype=torch.float64).requires_grad_()
+    upstream = torch.randn(4, OUT, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    (changed(x) * upstream).sum().backward()
+    mask = torch.from_numpy(mask_by_hand(select, x.detach().float().numpy())).double()
+    w, g, exact = source().weight.detach().double(), upstream.double(), x.detach().double()
+    by_input = (g @ w) * mask
+    if correction != "none":
+        part = low_rank(correction)
+        left, right = part.left.detach().double(), part.right.detach().double()
+        seen = torch.ones_like(mask) if correction == "all" else 1 - mask
+        by_input = by_input + (g @ left @ right) * seen
+        torch.testing.assert_close(changed.correction.left.grad.double(), g.t() @ ((exact * seen) @ right.t()))
+        torch.testing.assert_close(changed.correction.right.grad.double(), (g @ left).t() @ (exact * seen))
+    torch.testing.assert_close(x.grad.double(), by_input)
+    torch.testing.assert_close(changed.weight.tensor.grad.double(), g.t() @ (exact * mask))
+    torch.testing.assert_close(changed.bias.grad.double(), g.sum(0))
+
+
+def test_gradient_of_a_quantized_layer_goes_to_its_input():
+    changed, x = layer("int4"), inputs(2).requires_grad_()
+    changed(x).sum().backward()
+    expected = GRIDS["int4"].fake(source().weight).detach().double().sum(0).expand(2, IN)
+    torch.testing.assert_close(x.grad.double(), expected)
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("weight", ["dense", "int4", "int8"])
+def test_dtype_changes_leave_scales_and_thresholds(weight, cast):
+    changed = layer(weight, "scored_threshold", "all")
+    before = {name: tensor.clone() for name, tensor in changed.named_buffers()}
+    changed.to(cast)
+    for name, buffer in changed.named_buffers():
+        assert buffer.dtype == before[name].dtype, name
+        assert torch.equal(buffer, before[name]), name
+    x = inputs(3, dtype=cast)
+    assert changed.dequantized().dtype == cast
+    assert changed(x).dtype == cast
+    assert changed.correction.left.dtype == changed.bias.dtype == cast
+    assert changed.spec()["dtype"] == str(cast).removeprefix("torch.")
+
+
+def test_keeps_dtype_inside_a_model():
+    class Scale(KeepsDtype):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+            self.register_buffer("scale", torch.tensor([1 / 3]))
+            self.register_buffer("nothing", None)
+
+    model = nn.Sequential(Scale()).half()
+    assert model[0].inner.weight.dtype == torch.float16
+    assert torch.equal(model[0].scale, torch.tensor([1 / 3]))
+    assert model.to("meta")[0].scale.is_meta
+
+
+def test_weights_and_biases_are_shared_not_copied():
+    linear = source()
+    changed = ActLinear.of(linear, select=Threshold(0.1))
+    assert changed.weight.tensor is linear.weight
+    assert changed.bias is linear.bias
+    again = ActLinear.of(changed, correction=low_rank("all"))
+    assert again.weight is changed.weight
+    assert again.select is changed.select
+    tied = nn.ModuleDict({"head": changed, "embedding": nn.Embedding(OUT, IN)})
+    tied["embedding"].weight = linear.weight
+    with torch.no_grad():
+        tied["embedding"].weight.fill_(1.0)
+    assert (changed.dequantized() == 1).all()
+
+
+def test_conv1d():
+    torch.manual_seed(0)
+    conv = Conv1D(OUT, IN)  # weight [in, out]
+    changed, x = ActLinear.of(conv), inputs(2, 3)
+    exact = x.double() @ conv.weight.detach().double() + conv.bias.detach().double()
+    torch.testing.assert_close(changed(x).double(), exact, rtol=1e-5, atol=1e-5)
+    assert (changed.in_features, changed.out_features) == (IN, OUT)
+    assert changed.weight.tensor.data_ptr() == conv.weight.data_ptr()
+    dense = changed.dense()
+    assert isinstance(dense, nn.Linear)
+    torch.testing.assert_close(dense(x).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight", GRIDS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_dense(weight, bias):
+    changed = layer(weight, bias=bias)
+    plain, x = changed.dense(), inputs(3)
+    assert torch.equal(plain.weight, changed.dequantized())
+    with torch.no_grad():
+        assert torch.equal(plain(x), changed(x))
+    for full in (layer(weight, "top_k"), layer(weight, "none", "all")):
+        with pytest.raises(ValueError, match="cannot hold"):
+            full.dense()
+
+
+def test_mode_and_gradient_flags_are_those_of_the_source():
+    linear = source().eval()
+    linear.weight.requires_grad_(False)
+    changed = ActLinear.of(linear)
+    assert not changed.training
+    assert not changed.weight.tensor.requires_grad
+    assert changed.bias.requires_grad
+
+
+def test_bytes():
+    assert layer("dense").weight_bytes == OUT * IN * 4
+    # codes half a byte each (rows padded to whole bytes), one float32 scale and one zero point per row
+    assert layer("int4").weight_bytes == OUT * ((IN + 1) // 2) + OUT * (4 + 1)
+    assert layer("int8").weight_bytes == OUT * IN + OUT * 2 * (4 + 1)
+    assert layer("dense", "none", "all").weight_bytes == (OUT * IN + RANK * (OUT + IN)) * 4
+    assert layer("dense", "scored_threshold").bytes_per_token(0.5) == OUT * IN * 4 * 0.5 + IN * 4
+
+
+def test_empty_weight_has_the_shapes_of_a_quantized_one():
+    for grid in (g for g in GRIDS.values() if g is not None):
+        real, empty = IntegerWeight.quantize(source().weight, grid), IntegerWeight.empty((OUT, IN), grid, torch.float32)
+        assert {k: (v.shape, v.dtype) for k, v in real.state_dict().items()} == {
+            k: (v.shape, v.dtype) for k, v in empty.state_dict().items()
+        }
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: Threshold(-1.0), "threshold: -1.0 was given"),
+        (lambda: Threshold(float("nan")), "threshold: nan was given"),
+        (lambda: TopK(-1), "k: -1 was given"),
+        (lambda: LowRank(torch.zeros(4, 2), torch.zeros(3, 4)), "do not share a rank"),
+        (lambda: ActLinear.of(source(), select=Threshold(0.1, torch.ones(IN + 1))), "select: its score has shape"),
+        (lambda: ActLinear.of(source(), correction=LowRank(torch.zeros(4, 2), torch.zeros(2, IN))), "correction"),
+        (lambda: ActLinear.of(source(), weight=DenseWeight(torch.zeros(IN, OUT))), "weight: .* was given"),
+        (lambda: ActLinear(DenseWeight(torch.zeros(OUT, IN)), torch.zeros(IN)), "bias: it has shape"),
+        (lambda: ActLinear.from_spec({**layer().spec(), "weight": {"kind": "fp1"}}), "weight kind: 'fp1'"),
+        (
+            lambda: ActLinear.from_spec({**layer().spec(), "select": {"kind": "coin", "score": False}}),
+            "select kind: 'coin'",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()

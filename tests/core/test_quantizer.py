@@ -1,0 +1,133 @@
+"""Codes, scales and zero points bit for bit against the formulas written out in NumPy float32, group by group."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from actkit.core.quantizer import QuantizationGrid, pack_nibbles, unpack_nibbles
+
+
+def by_hand(weight: np.ndarray, bits: int, size: int, axis: str, symmetric: bool):
+    """Codes, scales, zeros and the values they stand for, one group at a time."""
+    rows = weight if axis == "input" else weight.T
+    size = rows.shape[1] if size == -1 else size
+    levels, half = 2**bits - 1, 2 ** (bits - 1)
+    groups = rows.shape[1] // size
+    codes, back = np.zeros(rows.shape, np.uint8), np.zeros(rows.shape, np.float32)
+    scales, zeros = np.zeros((rows.shape[0], groups), np.float32), np.zeros((rows.shape[0], groups), np.uint8)
+    for r in range(rows.shape[0]):
+        for g in range(groups):
+            part = slice(g * size, (g + 1) * size)
+            w = rows[r, part]
+            if symmetric:
+                scale = max(np.abs(w).max(), np.float32(1e-5)) / np.float32(half - 1)
+                zero = np.float32(half)
+            else:
+                scale = max(w.max() - w.min(), np.float32(1e-5)) / np.float32(levels)
+                zero = np.clip(-np.rint(w.min() / scale), 0, levels)
+            code = np.clip(np.rint(w / scale) + zero, 0, levels)
+            codes[r, part], scales[r, g], zeros[r, g] = code, scale, zero
+            back[r, part] = (code - zero) * scale
+    return [x if axis == "input" else np.ascontiguousarray(x.T) for x in (codes, scales, zeros, back)]
+
+
+@pytest.mark.parametrize("bits", [8, 5, 4, 3, 2])
+@pytest.mark.parametrize("axis", ["input", "output"])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("shape", "size"), [((12, 20), -1), ((12, 24), 4), ((7, 9), -1), ((15, 21), 3), ((5, 5), 1)])
+def test_codes_are_those_of_the_formula(bits, axis, symmetric, shape, size):
+    rng = np.random.default_rng(bits)
+    weight = rng.standard_normal(shape, dtype=np.float32)
+    weight[0, 0] *= 50  # an outlier
+    weight[2] = 0.0  # a row without range
+    weight[3] = np.abs(weight[3])  # all of one sign: the zero point is clamped
+    weight[4] = -np.abs(weight[4])
+    grid = QuantizationGrid(bits, size, axis, symmetric)
+    codes, scale, zero = grid.quantize(torch.from_numpy(weight))
+    expected = by_hand(weight, bits, size, axis, symmetric)
+    assert (codes.dtype, scale.dtype) == (torch.uint8, torch.float32)
+    np.testing.assert_array_equal(codes.numpy(), expected[0])
+    np.testing.assert_array_equal(scale.numpy(), expected[1])
+    assert tuple(scale.shape) == grid.parameter_shape(*shape)
+    if symmetric:
+        assert zero is None
+    else:
+        np.testing.assert_array_equal(zero.numpy(), expected[2])
+    np.testing.assert_array_equal(grid.dequantize(codes, scale, zero).numpy(), expected[3])
+    np.testing.assert_array_equal(grid.fake(torch.from_numpy(weight)).numpy(), expected[3])
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_rounding_is_half_to_even(symmetric):
+    # scale 1 exactly, so that halves are ties: symmetric 4 bits from max 7, asymmetric 4 bits from the range 15
+    weight = torch.tensor([[7.0, 0.5, 1.5, 2.5, -0.5, -1.5]] if symmetric else [[15.0, 0.5, 1.5, 2.5, 3.5, 0.0]])
+    grid = QuantizationGrid(4, symmetric=symmetric)
+    expected = [7.0, 0.0, 2.0, 2.0, 0.0, -2.0] if symmetric else [15.0, 0.0, 2.0, 2.0, 4.0, 0.0]
+    assert grid.fake(weight)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("axis", ["input", "output"])
+def test_the_error_is_at_most_half_a_step(bits, axis):
+    weight = torch.randn(16, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weight[:, ::8], weight[:, 1::8] = weight[:, ::8].abs(), -weight[:, 1::8].abs()  # each group has both signs
+    weight = weight if axis == "input" else weight.t()
+    grid = QuantizationGrid(bits, 8, axis)
+    scale = grid.quantize(weight)[1].double().repeat_interleave(8, 1 if axis == "input" else 0)
+    error = (grid.fake(weight).double() - weight).abs()
+    # the zero point is rounded too, so the ends of the range may lie another half step outside
+    assert (error <= scale * 1.0001).all()
+    assert (error <= scale * 0.5001).double().mean() > 0.9
+
+
+def test_quantizing_the_rounded_weight_again_changes_nothing():
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    grid = QuantizationGrid(4, 8, symmetric=True)
+    once = grid.fake(weight)
+    assert torch.equal(grid.fake(once), once)
+
+
+def test_bfloat16_is_computed_in_float32():
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    grid = QuantizationGrid(4, 8)
+    assert torch.equal(grid.fake(weight), grid.fake(weight.float()))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (4, 8), (5, 1)])
+def test_nibbles(shape):
+    codes = torch.randint(0, 16, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    packed = pack_nibbles(codes)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (shape[0], (shape[1] + 1) // 2)
+    for row in range(shape[0]):
+        for column in range(shape[1]):
+            assert (int(packed[row, column // 2]) >> (4 * (column % 2))) & 15 == int(codes[row, column])
+    assert torch.equal(unpack_nibbles(packed, shape[1]), codes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"bits": 1}, r"bits: 1 was given, allowed are 2 to 8"),
+        ({"bits": 9}, r"bits: 9"),
+        ({"bits": 4, "group_size": 0}, r"group_size: 0 was given"),
+        ({"bits": 4, "group_size": -2}, r"group_size: -2"),
+        ({"bits": 4, "group_axis": "rows"}, r"group_axis: 'rows' was given, allowed are"),
+    ],
+)
+def test_bad_settings(settings, text):
+    with pytest.raises(ValueError, match=text):
+        QuantizationGrid(**settings)
+
+
+@pytest.mark.parametrize(("axis", "length"), [("input", 20), ("output", 12)])
+def test_groups_that_do_not_fit(axis, length):
+    grid = QuantizationGrid(4, 8, axis)
+    reason = grid.fits(12, 20)
+    assert reason is not None
+    assert f"8 does not divide the {length} {axis}s" in reason
+    for call in (lambda: grid.quantize(torch.zeros(12, 20)), lambda: grid.parameter_shape(12, 20)):
+        with pytest.raises(ValueError, match="group_size"):
+            call()
