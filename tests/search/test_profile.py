@@ -31,7 +31,7 @@ from actkit.catalogue import papers
 from actkit.core import registry
 from actkit.core.errors import DataError, MemoryLimitError
 from actkit.core.statistics import AbsMax, Density, Moments, Quantiles, Sample, Spectrum
-from actkit.optimize.profile import (
+from actkit.search.profile import (
     SITES,
     Finding,
     Profile,
@@ -352,7 +352,7 @@ def test_spectra_are_left_out_within_a_small_memory_and_that_is_said():
 
 
 def test_wide_sites_have_no_spectrum(monkeypatch):
-    monkeypatch.setattr("actkit.optimize.profile.WIDEST_SPECTRUM", 40)
+    monkeypatch.setattr("actkit.search.profile.WIDEST_SPECTRUM", 40)
     seen = profile(build("llama"), batches("llama"), progress=False)
     assert {site.name for site in seen.sites if site.effective_rank is None} == {"mlp.gate", "mlp.hidden"}
     assert "effective rank not measured at" in seen.notes[0]
@@ -361,7 +361,7 @@ def test_wide_sites_have_no_spectrum(monkeypatch):
 
 
 def test_a_long_table_has_medians_over_blocks(monkeypatch):
-    monkeypatch.setattr("actkit.optimize.figures.LONGEST_TABLE", 8)
+    monkeypatch.setattr("actkit.search.figures.LONGEST_TABLE", 8)
     text = printed(profile(build("llama"), batches("llama"), progress=False))
     assert "mlp.hidden (2)" in text and "0.mlp.hidden" not in text
 

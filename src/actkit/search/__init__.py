@@ -6,11 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from actkit.optimize.profile import Finding as Finding
-    from actkit.optimize.profile import Profile as Profile
+    from actkit.search.profile import Finding as Finding
+    from actkit.search.profile import Profile as Profile
 
 # `profile`, the function, shares its name with its module, so it is not read lazily here: the import system would put
-# the module in its place. Use `actkit.profile`, or `from actkit.optimize.profile import profile`.
+# the module in its place. Use `actkit.profile`, or `from actkit.search.profile import profile`.
 _HOMES = {"Finding": "profile", "Profile": "profile"}
 __all__ = list(_HOMES)
 

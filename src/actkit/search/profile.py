@@ -126,13 +126,13 @@ class Profile:
 
     def table(self) -> Table:
         """Sites, weights and findings for a terminal of 100 columns or more."""
-        from actkit.optimize.figures import profile_table
+        from actkit.search.figures import profile_table
 
         return profile_table(self)
 
     def figure(self) -> Figure:
         """Six panels over the blocks. Raises ImportError where plotly (the extra `report`) is missing."""
-        from actkit.optimize.figures import profile_figure
+        from actkit.search.figures import profile_figure
 
         return profile_figure(self)
 

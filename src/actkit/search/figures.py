@@ -14,7 +14,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from actkit.optimize.profile import Profile, SiteProfile, WeightProfile
+    from actkit.search.profile import Profile, SiteProfile, WeightProfile
 
 LONGEST_TABLE = 60  # rows; a longer one has a row per name instead, with medians over its sites
 ABOUT_SITES = """
