@@ -7,41 +7,242 @@ the verbs (`core.runner.apply`, `core.evaluation.evaluate` ...), which take mode
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from actkit.core import changes, runner
 from actkit.core.architectures import find_architecture
-from actkit.core.checkpoint import MANIFEST, read_manifest
+from actkit.core.checkpoint import MANIFEST, check_target, read_manifest, save
+from actkit.core.errors import ActkitError, DataError
+from actkit.core.memory import format_bytes
 from actkit.core.summary import Summary, summarise
+from actkit.core.transform import Recipe
 from actkit.data import Batches, Split, load_data
-from actkit.zoo.loading import locate, open_model
+from actkit.zoo.loading import OWN_CLASSES, locate, open_model
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from actkit.core.evaluation import Evaluation
+    from actkit.core.proof import Proof
+    from actkit.core.training import Trained
+    from actkit.search.profile import Profile
 
 Model = nn.Module | str | Path
+OPENING = ("device", "dtype", "base", "trust_remote_code")  # options of `open_model`
+READING = ("sequences", "length", "batch_size", "seed")  # options of `load_data`
 
 
-def open_data(
-    data: Any,
-    model: nn.Module,
-    tokenizer: Any,
-    split: Split,
+def open_data(data: Any, model: nn.Module, tokenizer: Any, split: Split, **options: Any) -> Batches:
+    """Batches for a verb: the `split` of the embedded data, or all that the user gave. options: as in `load_data`."""
+    return load_data(data, model, tokenizer, split=split if data is None else None, **options)
+
+
+def profile(model: Model, data: Any = None, *, max_memory: int | str | None = None, **options: Any) -> Profile:
+    """What the activations of a model look like, and which methods that suggests.
+
+    options: of `open_model` and `load_data`. Raises what these and `search.profile.profile` raise.
+    """
+    from actkit.search.profile import profile as measure
+
+    opening, reading = _sorted(options)
+    opened, tokenizer = open_model(model, **opening)
+    return measure(opened, open_data(data, opened, tokenizer, "calibration", **reading), max_memory=max_memory)
+
+
+def apply(
+    model: Model,
+    recipe: Any,
+    data: Any = None,
     *,
-    sequences: int | None = None,
-    length: int | None = None,
-    batch_size: int = 8,
+    inplace: bool = True,
+    undo: str | None = None,
+    min_coverage: float = 0.5,
+    max_memory: int | str | None = None,
+    progress: bool = True,
+    announce: Callable[[str], None] | None = None,
+    **options: Any,
+) -> runner.Applied:
+    """Apply a recipe: transforms, their names, or a YAML file.
+
+    Data are read only where a transform calibrates (None: the embedded calibration split). options: of `open_model` and
+    `load_data`; everything else, and what is raised, as in `core.runner.apply`.
+    """
+    opening, reading = _sorted(options)
+    recipe = Recipe.of(recipe)
+    opened, tokenizer = open_model(model, **opening)
+    batches = None
+    described = find_architecture(getattr(getattr(opened, "config", None), "model_type", None)) is not None
+    if data is not None or not described or any(transform.tags.needs_data for transform in recipe):
+        batches = open_data(data, opened, tokenizer, "calibration", **reading)
+    return runner.apply(
+        opened,
+        recipe,
+        batches,
+        inplace=inplace,
+        undo=undo,
+        min_coverage=min_coverage,
+        max_memory=max_memory,
+        progress=progress,
+        announce=announce,
+    )
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A changed model on disk: what the run did, and the proof that the folder loads as the model was."""
+
+    folder: Path
+    disk_bytes: int
+    report: runner.Report
+    proof: Proof | None
+
+    def table(self) -> Table:
+        """What changed, what was left alone and why, and whether it reloads."""
+        from rich.table import Table
+
+        found = Table(show_header=False, title=f"{self.folder}", title_justify="left", box=None, padding=(0, 2))
+        methods = dict.fromkeys(method for _, method in self.report.changed)
+        for method in methods:
+            found.add_row(method, f"{sum(m == method for _, m in self.report.changed)} edits")
+        for path, method, reason in self.report.skipped:
+            found.add_row(method, f"left {path} alone: {reason}")
+        for note in self.report.notes:
+            found.add_row("note", note)
+        found.add_row("on disk", format_bytes(self.disk_bytes))
+        found.add_row("time", f"{self.report.seconds:.1f} s")
+        found.add_row("proof", "not asked for" if self.proof is None else self.proof.describe())
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
+        proof = None if self.proof is None else self.proof.to_dict()
+        return {
+            "folder": str(self.folder),
+            "disk_bytes": self.disk_bytes,
+            "report": self.report.to_dict(),
+            "proof": proof,
+        }
+
+
+def apply_and_save(
+    model: Model,
+    recipe: Any,
+    out: str | Path,
+    data: Any = None,
+    *,
+    overwrite: bool = False,
+    proof: bool = True,
+    base: Callable[[], nn.Module] | None = None,
+    **options: Any,
+) -> Saved:
+    """Apply a recipe, save the model to `out`, and prove in a fresh process that the folder loads as the model was.
+
+    base: for one's own nn.Module, what builds the unchanged model. options: as in `apply`. Raises what `apply`, `save`
+    and `prove` raise, and ActkitError where the proof fails (the folder is left for inspection).
+    """
+    from actkit.core.cost import folder_bytes
+    from actkit.core.proof import prove
+
+    check_target(out, overwrite=overwrite)
+    if not isinstance(model, nn.Module):
+        options["base"] = base
+    applied = apply(model, recipe, data, undo="off", **options)
+    folder = save(applied.model, out, overwrite=overwrite)
+    proved = prove(applied.model, folder, base=base or OWN_CLASSES.get(type(applied.model).__name__)) if proof else None
+    if proved is not None and not proved.passed:
+        raise ActkitError(f"proof: {proved.describe()}. The folder does not hold the model that was saved; report it.")
+    return Saved(folder, folder_bytes(folder), applied.report, proved)
+
+
+def evaluate(
+    model: Model,
+    data: Any = None,
+    *,
+    against: Model | None = None,
+    speed: bool = False,
+    prompt: int = 128,
+    new_tokens: int = 32,
+    batch: int = 1,
+    rounds: int = 5,
+    threads: int | None = None,
+    **options: Any,
+) -> Evaluation:
+    """Measure a model, and against an original how far it is from it: quality, cost, and speed where asked for.
+
+    data: None for the embedded test split, which no calibration and no search saw. speed: in fresh processes, of a
+    batch of rows with a prompt and new tokens. options: of `open_model` and `load_data`. Raises what these and
+    `core.evaluation.evaluate` raise.
+    """
+    from actkit.core.evaluation import evaluate as measure
+
+    opening, reading = _sorted(options)
+    opened, tokenizer = open_model(model, **opening)
+    original = None
+    if against is not None:
+        original, others = open_model(against, **opening)
+        tokenizer = tokenizer or others
+    batches = open_data(data, opened, tokenizer, "test", **reading)
+    base = opening.get("base") or OWN_CLASSES.get(type(opened).__name__)
+    with ExitStack() as stack:
+        return measure(
+            opened,
+            batches,
+            reference=original,
+            folder=_folder(model, opened, stack, speed),
+            reference_folder=None if against is None or original is None else _folder(against, original, stack, speed),
+            speed=speed,
+            batch=batch,
+            prompt=prompt,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            threads=threads,
+            dtype=opening.get("dtype"),
+            base=base,
+            trust_remote_code=bool(opening.get("trust_remote_code")),
+            seed=reading.get("seed", 0),
+        )
+
+
+def generate(
+    model: Model,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     seed: int = 0,
-) -> Batches:
-    """Batches for a verb: the `split` of the embedded data, or all of what the user gave."""
-    return load_data(
-        data,
-        model,
+    stop: tuple[str, ...] = (),
+    tokenizer: Any = None,
+    **options: Any,
+) -> Iterator[str]:
+    """Text that goes on from the prompt, piece by piece. options: of `open_model`.
+
+    Raises DataError without a tokenizer, and what `core.generation.generate` raises.
+    """
+    from actkit.core.generation import generate as write
+
+    opened, found = open_model(model, **options)
+    tokenizer = tokenizer or found
+    if tokenizer is None:
+        raise DataError("tokenizer: the model has none beside it; pass tokenizer=, or choose a language model.")
+    return write(
+        opened,
         tokenizer,
-        sequences=sequences,
-        length=length,
-        batch_size=batch_size,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
         seed=seed,
-        split=split if data is None else None,
+        stop=stop,
     )
 
 
@@ -55,3 +256,27 @@ def show(model: Model, data: Any = None, **options: Any) -> Summary:
     if find_architecture(getattr(getattr(opened, "config", None), "model_type", None)) is None:
         example = open_data(data, opened, tokenizer, "calibration", sequences=1)[0]
     return summarise(opened, example, results)
+
+
+def _sorted(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of `open_model`, and those of `load_data`. Raises TypeError for any other."""
+    unknown = set(options) - {*OPENING, *READING}
+    if unknown:
+        allowed = ", ".join((*OPENING, *READING))
+        raise TypeError(f"{', '.join(sorted(unknown))}: no such option; allowed are {allowed} besides the named ones.")
+    opening = {name: value for name, value in options.items() if name in OPENING}
+    return opening, {name: value for name, value in options.items() if name in READING}
+
+
+def _folder(model: Model, opened: nn.Module, stack: ExitStack, needed: bool) -> Path | None:
+    """A folder that holds the model: its own, or where one is needed a temporary copy."""
+    folder = None
+    if not isinstance(model, nn.Module):
+        folder = locate(model)
+    elif (origin := changes.source(model)) is not None and changes.of(model) is None and origin.untouched(model):
+        folder = Path(origin.name)
+    loadable = folder is not None and ((folder / MANIFEST).exists() or changes.source(opened) is not None)
+    if not needed or loadable:
+        return folder
+    temporary = stack.enter_context(TemporaryDirectory(prefix="actkit-"))
+    return save(opened, Path(temporary) / "model")

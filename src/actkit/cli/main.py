@@ -236,7 +236,7 @@ def apply(
         seed=seed,
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
-        note=None if as_json else _note,
+        announce=None if as_json else _note,
     )
     _show(result, as_json)
 
