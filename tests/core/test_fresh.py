@@ -127,6 +127,8 @@ def test_own_modules_take_a_factory(worker: FreshProcess, cnn: tuple[nn.Module, 
         for batch in (images, (images,), {"pixel_values": images}):
             torch.testing.assert_close(worker.outputs(batch), expected)
     assert worker.time_forward(images) > 0
+    started = time.perf_counter()
+    assert worker.time_forward(images, at_least=0.1) > 0 and time.perf_counter() - started > 0.1
     with pytest.raises(FreshProcessError, match=r"CheckpointError: .* pass base="):
         worker.load(folder)
 

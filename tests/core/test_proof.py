@@ -140,6 +140,7 @@ def test_other_shapes_fail(worker: FreshProcess, tmp_path: Path) -> None:
     folder = save(BertModel(BertConfig(**SMALL, vocab_size=50)), tmp_path / "bert")
     proof = prove(model, folder, process=worker)
     assert not proof.passed and proof.largest_difference == float("inf")
+    assert proof.to_dict()["largest_difference"] is None  # JSON knows no infinity
     assert proof.reason == "outputs are [2, 32, 50] in memory and [2, 32, 16] reloaded"
 
 

@@ -83,7 +83,8 @@ class Scripted:
         rate = self._next(tuple(input_ids.shape), new_tokens)
         return {"tokens_per_second": rate, "first_token_seconds": 10 / rate}
 
-    def time_forward(self, batch: Any) -> float:
+    def time_forward(self, batch: Any, at_least: float) -> float:
+        assert at_least == speed.FORWARD_SECONDS
         values = batch if isinstance(batch, Tensor) else next(iter(batch.values()))
         return 1 / self._next(tuple(values.shape), 0)
 

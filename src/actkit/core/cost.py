@@ -320,12 +320,10 @@ def _chosen(model: nn.Module) -> int:
 def _view(model: nn.Module, batches: Sequence[Any] | None) -> Anatomy | None:
     """The anatomy, where it is needed: for experts, and to tell padding at the inputs of selections."""
     row = find_architecture(getattr(getattr(model, "config", None), "model_type", None))
-    if row is not None:
-        return read_anatomy(model)
     selects = any(isinstance(m, ActLinear) and m.select is not None for m in model.modules())
-    if batches is None or not selects:
-        return None
-    return read_anatomy(model, batches[0])
+    if row is not None and (row.experts is not None or selects):
+        return read_anatomy(model)
+    return read_anatomy(model, batches[0]) if selects and batches is not None else None
 
 
 def _measure(

@@ -150,9 +150,13 @@ class FreshProcess:
             raise ValueError(f"new_tokens: {new_tokens} was given; give 2 or more, as the first one is timed alone.")
         return self._ask("time_decode", batch=_write_batch(input_ids, self._folder), new_tokens=new_tokens)
 
-    def time_forward(self, batch: Any) -> float:
-        """Seconds of one forward pass over a batch (as in `outputs`), without a cache."""
-        return self._ask("time_forward", batch=_write_batch(batch, self._folder))["seconds"]
+    def time_forward(self, batch: Any, at_least: float = 0.0) -> float:
+        """Seconds of one forward pass over a batch (as in `outputs`), without a cache.
+
+        at_least: repeat until so many seconds have passed and give the mean, as one short pass is mostly noise.
+        """
+        reply = self._ask("time_forward", batch=_write_batch(batch, self._folder), at_least=at_least)
+        return reply["seconds"]
 
     def memory(self) -> dict[str, Any]:
         """Bytes of the whole worker, libraries included.
@@ -405,16 +409,19 @@ class _Worker:
             "tokens": torch.cat(tokens, dim=1).tolist(),
         }
 
-    def time_forward(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def time_forward(self, batch: dict[str, Any], at_least: float) -> dict[str, Any]:
         from actkit.core.hooks import evaluating, forward
 
         model, inputs = self._loaded, _read_batch(batch, self._folder)
         device = _device(model)
+        passes, spent = 0, 0.0
         with evaluating(model):
             started = time.perf_counter()
-            forward(model, inputs)
-            _wait_for(device)
-            return {"seconds": time.perf_counter() - started}
+            while not passes or spent < at_least:
+                forward(model, inputs)
+                _wait_for(device)
+                passes, spent = passes + 1, time.perf_counter() - started
+        return {"seconds": spent / passes}
 
     def memory(self) -> dict[str, Any]:
         peak, method = _peak(self._peak)

@@ -12,6 +12,7 @@ and what was found is recorded, with whether it is bit for bit. NaN fails on eit
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -54,8 +55,10 @@ class Proof:
     threads: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
-        return asdict(self)
+        """Everything, as JSON takes it; None for a number that is not finite."""
+        values = asdict(self)
+        finite = {key: not isinstance(value, float) or math.isfinite(value) for key, value in values.items()}
+        return {key: value if finite[key] else None for key, value in values.items()}
 
     def describe(self) -> str:
         """One line."""
