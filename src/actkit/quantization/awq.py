@@ -14,12 +14,14 @@ the set is rounded without it, and the report says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import ClassVar, Literal
+from collections.abc import Iterable, Iterator, Mapping
+from math import isfinite
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from actkit.core.anatomy import Block, EqualizationSet, Linear, Norm, Site, equalization_sets
 from actkit.core.blockwise import Call
@@ -41,8 +43,9 @@ class Awq(Transform):
     """Activation-aware weight quantization.
 
     bits: 2 to 8. group_size: consecutive inputs per scale, must divide the layer; -1 a whole row. symmetric: no zero
-    point. n_grid: ratios tried. duo_scaling: s = m^r / (w^(1-r) + 1e-4) with the mean relative weight w. clip: search
-    clipping bounds, on clip_tokens tokens. search_tokens: calibration tokens for the search of r, None for all.
+    point. n_grid: scales tried. duo_scaling: s = m^r / (w^(1-r) + 1e-4) with the mean relative weight w. clip: search
+    clipping bounds, on about clip_tokens tokens. search_tokens: stop recording for the search of r after the batch that
+    reaches so many tokens, None for all. Raises ValueError for values out of bounds.
     """
 
     bits: int = Field(4, ge=2, le=8)
@@ -60,9 +63,14 @@ class Awq(Transform):
     def grid(self) -> QuantizationGrid:
         return QuantizationGrid(self.bits, self.group_size, "input", self.symmetric)
 
+    @model_validator(mode="after")
+    def _grid_is_possible(self) -> Self:
+        _ = self.grid  # it refuses a group size of 0
+        return self
+
     def conflicts(self, earlier: Transform) -> str | None:
-        if earlier.tags.slot == "select":
-            return "it rescales the inputs that thresholds and scores were calibrated on; put it first"
+        if earlier.tags.slot in ("select", "correction"):
+            return "it rescales the inputs that thresholds, scores and corrections were made for; put it first"
         return super().conflicts(earlier)
 
     def observe(self, block: Block) -> Mapping[Site, Statistic]:
@@ -72,26 +80,36 @@ class Awq(Transform):
     def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
         sites = {linear.path: inputs.site for inputs in block.linear_inputs() for linear in inputs.linears}
         for group in equalization_sets(block):
-            moments = seen[sites[group.consumers[0].path]]
             if group.refused:
                 yield Note(group.inspect, f"rounded without a scale: {group.refused}")
-            elif not moments.count:
+                continue
+            moments = seen[sites[group.consumers[0].path]]
+            if not moments.count:
                 yield Note(group.inspect, "rounded without a scale: no calibration token reached it")
-            else:
-                calls = seen.calls(group.inspect, max_tokens=self.search_tokens)
-                inspected = get_module(block.root, group.inspect)
-                scale, ratio, losses = search_scale(inspected, group.consumers, calls, moments.mean_abs, self)
-                yield Note(group.inspect, f"ratio {ratio:.2f}, error {losses[0]:.3g} -> {min(losses):.3g}")
-                yield from fold(block, group, scale)
+                continue
+            calls = seen.calls(group.inspect, max_tokens=self.search_tokens)
+            inspected = get_module(block.root, group.inspect)
+            scale, ratio, losses = search_scale(inspected, group.consumers, calls, moments.mean_abs, self)
+            best = min(loss for loss in losses if isfinite(loss))
+            yield Note(group.inspect, f"ratio {ratio:.2f}, error {losses[0]:.3g} -> {best:.3g}")
+            yield from fold(block, group, scale)
+        inputs_of = self._clip_inputs(block, seen) if self.clip else {}  # before the first layer is rounded
         for linear in block.linears():
             weight = linear.weight.detach().float()
-            if self.clip and linear.role not in NOT_CLIPPED:
-                calls = seen.calls(linear.path)
-                if calls:
-                    bound = search_clip(weight, _rows(calls, self.clip_tokens), self.grid)
-                    weight = clamp_groups(weight, bound)
+            if linear.path in inputs_of:
+                weight = clamp_groups(weight, search_clip(weight, inputs_of[linear.path], self.grid))
             quantized = IntegerWeight.quantize(weight.to(linear.weight.dtype), self.grid)
             yield Replace(linear.path, ActLinear.of(linear, weight=quantized))
+
+    def _clip_inputs(self, block: Block, seen: Seen) -> dict[str, Tensor]:
+        """Path -> input rows [tokens, in] of every layer that is clipped, without those that no token reached."""
+        found: dict[str, Tensor] = {}
+        for inputs in block.linear_inputs():
+            paths = [linear.path for linear in inputs.linears if linear.role not in NOT_CLIPPED]
+            calls = seen.calls(paths[0]) if paths else []
+            if calls:
+                found |= dict.fromkeys(paths, _rows(calls, self.clip_tokens))
+        return found
 
 
 def search_scale(
@@ -107,16 +125,12 @@ def search_scale(
     losses: list[float] = []
     best: tuple[float, float, Tensor] | None = None
     try:
-        for step in range(settings.n_grid):
-            ratio = step / settings.n_grid
-            scale = _scale(mean_abs.float(), before, ratio, settings)
+        for ratio, scale in _scales(mean_abs.float(), torch.cat(before).float(), settings):
             for linear, weight in zip(consumers, before, strict=True):
-                rounded = settings.grid.fake(weight.float() * scale) / scale
-                linear.weight.data.copy_(rounded)
-            loss = sum(_squared_error(call, inspected, target) for call, target in zip(calls, targets, strict=True))
-            losses.append(loss / len(calls))
-            if torch.isfinite(torch.tensor(loss)) and (best is None or loss < best[0]):
-                best = (loss, ratio, scale)
+                linear.weight.data.copy_(settings.grid.fake(weight.float() * scale) / scale)
+            losses.append(_mean_squared_error(calls, inspected, targets))
+            if isfinite(losses[-1]) and (best is None or losses[-1] < best[0]):
+                best = (losses[-1], ratio, scale)
     finally:
         for linear, weight in zip(consumers, before, strict=True):
             linear.weight.data.copy_(weight)
@@ -127,11 +141,22 @@ def search_scale(
     return best[2], best[1], losses
 
 
-def _scale(mean_abs: Tensor, weights: list[Tensor], ratio: float, settings: Awq) -> Tensor:
-    scale = mean_abs.pow(ratio).clamp(min=1e-4)
-    if settings.duo_scaling and ratio > 0:
-        relative = _relative_weight(torch.cat(weights).float(), settings.grid)
-        scale = (mean_abs.pow(ratio) / (relative.pow(1 - ratio) + 1e-4)).clamp(min=1e-4)
+def _scales(mean_abs: Tensor, weight: Tensor, settings: Awq) -> Iterator[tuple[float, Tensor]]:
+    """The grid: (ratio, scale [in]), the first scale being 1. weight: the consumers', stacked [out, in]."""
+    if not settings.duo_scaling:
+        for step in range(settings.n_grid):
+            ratio = step / settings.n_grid
+            yield ratio, _normalised(mean_abs.pow(ratio))
+        return
+    yield 0.0, torch.ones_like(mean_abs)
+    relative = _relative_weight(weight, settings.grid)
+    for step in range(settings.n_grid - 1):
+        ratio = step / max(1, settings.n_grid - 2)
+        yield ratio, _normalised(mean_abs.pow(ratio) / (relative.pow(1 - ratio) + 1e-4))
+
+
+def _normalised(scale: Tensor) -> Tensor:
+    scale = scale.clamp(min=1e-4)
     scale = scale / (scale.max() * scale.min()).sqrt()
     return torch.where(torch.isfinite(scale), scale, torch.ones_like(scale))
 
@@ -140,48 +165,59 @@ def _relative_weight(weight: Tensor, grid: QuantizationGrid) -> Tensor:
     """Mean over rows of |w| over the largest |w| of its group: [in]."""
     size = weight.shape[1] if grid.group_size == -1 else grid.group_size
     groups = weight.abs().reshape(weight.shape[0], -1, size)
-    return (groups / groups.amax(-1, keepdim=True).clamp(min=1e-6)).reshape(weight.shape).mean(0)
+    return (groups / (groups.amax(-1, keepdim=True) + 1e-6)).reshape(weight.shape).mean(0)
 
 
-def _squared_error(call: Call, inspected: nn.Module, target: Tensor) -> float:
-    """Mean squared difference over the real tokens of one call."""
-    difference = (call.replay(inspected).float() - target).square()
+def _mean_squared_error(calls: list[Call], inspected: nn.Module, targets: list[Tensor]) -> float:
+    """Mean squared difference over the real tokens of all calls."""
+    total, count = 0.0, 0
+    for call, target in zip(calls, targets, strict=True):
+        difference = _real(call.replay(inspected).float() - target, call)
+        total, count = total + float(difference.square().sum()), count + difference.numel()
+    return total / max(1, count)
+
+
+def _real(x: Tensor, call: Call) -> Tensor:
+    """The rows [n, channels] of x that belong to real tokens."""
     mask = call.context.mask
-    if mask is not None and difference.shape[:2] == mask.shape:
-        difference = difference[mask]
-    return float(difference.mean())
+    known = mask is not None and x.shape[: mask.dim()] == mask.shape
+    return x[mask] if known else x.reshape(-1, x.shape[-1])
 
 
 def fold(block: Block, group: EqualizationSet, scale: Tensor) -> list[Edit]:
-    """The edits that multiply the consumers' columns by `scale` [in] and divide what produces their input by it."""
+    """The edits that multiply the consumers' columns by `scale` [in] and divide what produces their input by it.
+
+    Computed in float64 and rounded once, to the dtype of each weight.
+    """
     edits: list[Edit] = []
-    producer = group.producer
+    producer, scale = group.producer, scale.double()
     if isinstance(producer, Norm):
-        weight = producer.module.weight.detach()  # type: ignore[union-attr, operator]
+        weight: Tensor = producer.module.weight.detach()  # type: ignore[union-attr, operator, assignment]
         # a norm that multiplies by (offset + weight), as Gemma's, keeps its offset
-        folded = (weight.float() + producer.offset) / scale - producer.offset
+        folded = (weight.double() + producer.offset) / scale - producer.offset
         edits.append(Set(f"{producer.path}.weight", folded.to(weight.dtype)))
         bias = getattr(producer.module, "bias", None)
         if bias is not None:
-            edits.append(Set(f"{producer.path}.bias", (bias.detach().float() / scale).to(bias.dtype)))
+            edits.append(Set(f"{producer.path}.bias", (bias.detach().double() / scale).to(bias.dtype)))
     elif isinstance(producer, Linear):
         start, stop = group.producer_rows or (producer.out_features - scale.numel(), producer.out_features)
-        rows = torch.ones(producer.out_features)
+        rows = scale.new_ones(producer.out_features)
         rows[start:stop] = scale
-        edits.append(_set_weight(producer, producer.weight.detach().float() / rows[:, None]))
+        edits.append(_set_weight(producer, producer.weight.detach().double() / rows[:, None]))
         if producer.bias is not None:
-            edits.append(Set(f"{producer.path}.bias", (producer.bias.detach().float() / rows).to(producer.bias.dtype)))
+            edits.append(Set(f"{producer.path}.bias", (producer.bias.detach().double() / rows).to(producer.bias.dtype)))
     elif producer is not None:
         edits.append(Replace(producer, ScaledActivation(get_module(block.root, producer), scale)))
-    edits += [_set_weight(linear, linear.weight.detach().float() * scale) for linear in group.consumers]
+    edits += [_set_weight(linear, linear.weight.detach().double() * scale) for linear in group.consumers]
     return edits
 
 
 def _set_weight(linear: Linear, weight: Tensor) -> Set:
-    """Give a plain layer the weight [out, in], in the orientation in which it stores it."""
-    stored = linear.module.weight  # type: ignore[union-attr]
-    weight = weight if isinstance(linear.module, nn.Linear) else weight.t()
-    return Set(f"{linear.path}.weight", weight.to(stored.dtype).contiguous())  # type: ignore[union-attr, arg-type]
+    """Give a layer with a dense weight the weight [out, in], in the orientation in which it stores it."""
+    weight = weight.to(linear.weight.dtype)
+    if isinstance(linear.module, ActLinear):  # of an exact rewrite; a quantized one would fill the same slot
+        return Set(f"{linear.path}.weight.tensor", weight)
+    return Set(f"{linear.path}.weight", weight.t().contiguous() if isinstance(linear.module, Conv1D) else weight)
 
 
 def search_clip(weight: Tensor, x: Tensor, grid: QuantizationGrid) -> Tensor:
@@ -213,13 +249,9 @@ def clamp_groups(weight: Tensor, bound: Tensor) -> Tensor:
 
 
 def _rows(calls: list[Call], tokens: int) -> Tensor:
-    """About `tokens` evenly spaced real input rows of recorded calls: float32 [n, in]."""
-    rows = []
-    for call in calls:
-        x, mask = call.args[0].detach().float(), call.context.mask
-        rows.append(x[mask] if mask is not None and x.shape[:2] == mask.shape else x.reshape(-1, x.shape[-1]))
-    stacked = torch.cat(rows)
-    return stacked[:: max(1, stacked.shape[0] // tokens)][:tokens]
+    """Evenly spaced real input rows of recorded calls, at least `tokens` where there are so many: float32 [n, in]."""
+    rows = torch.cat([_real(call.args[0].detach().float(), call) for call in calls])
+    return rows[:: max(1, rows.shape[0] // tokens)]
 
 
 def saliency_mask(

@@ -9,9 +9,9 @@ know) or along the output (one scale per input channel and group of outputs).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from actkit.core.anatomy import Block, Site
 from actkit.core.edits import Edit, Note, Replace, Skip
@@ -26,7 +26,7 @@ class RoundToNearest(Transform):
     """Round the weights of linear layers to integers.
 
     bits: 2 to 8. group_size: weights per scale, -1 for a whole row or column; must divide the layer. group_axis: along
-    'input' or 'output'. symmetric: no zero point.
+    'input' or 'output'. symmetric: no zero point. Raises ValueError for values out of bounds.
     """
 
     bits: int = Field(4, ge=2, le=8)
@@ -39,6 +39,11 @@ class RoundToNearest(Transform):
     @property
     def grid(self) -> QuantizationGrid:
         return QuantizationGrid(self.bits, self.group_size, self.group_axis, self.symmetric)
+
+    @model_validator(mode="after")
+    def _grid_is_possible(self) -> Self:
+        _ = self.grid  # it refuses a group size of 0
+        return self
 
     def observe(self, block: Block) -> Mapping[Site, Statistic]:
         refuse_groups(self.grid, block)

@@ -3,9 +3,12 @@
     norm(x) -> (norm without gain)(x) Q,   W -> W diag(gain) Q,   Q = V of the SVD  W diag(gain) = U S V^T
 
 so that W diag(gain) Q = U S has orthogonal columns, for W the key and the gate matrix. The paper rotates the residual
-stream and pays two d x d products at the residual additions; this form is local to a block, keeps ties, holds for
-LayerNorm too, and costs the same: one d x d product per norm (our own rewriting, checked numerically).
+stream and pays two d x d products at the residual additions; this form is local to a block, keeps ties, and costs the
+same: one d x d product per norm. The inputs of the layers, so also the masks, are those of the paper's form.
 With grouped-query attention only kv_dim columns of the key matrix stay non-zero: a gain of the rotation, not of WINA.
+Settled here: for LayerNorm the bias b moves into the layers' biases (+ W b); fused query-key-value, and up where there
+is no gate, are the matrices made orthogonal; norms that feed anything else (post-norm, routers) are left alone. The
+release subtracts the mean of each embedding row while folding, which changes RMSNorm models: not done.
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from actkit.core.anatomy import Block, Linear, LinearInput
-from actkit.core.edits import Edit, Note, Replace, Skip
+from actkit.core.anatomy import Block, Linear, Norm, is_linear
+from actkit.core.edits import Edit, Note, Replace, Set, Skip
 from actkit.core.linear import ActLinear, DenseWeight
 from actkit.core.runner import Seen
 from actkit.core.transform import Tags, Transform
@@ -49,7 +52,7 @@ class RotateColumns(Transform):
     tags: ClassVar[Tags] = Tags(changes_function="exact")
 
     def targets(self, block: Block) -> Iterable[Linear]:
-        return [linear for inputs, _, _ in self._sets(block) for linear in inputs.linears]
+        return [linear for inputs, _, refused in _sets(block) if refused is None for linear in inputs]
 
     def conflicts(self, earlier: Transform) -> str | None:
         if earlier.tags.slot is not None:
@@ -59,29 +62,49 @@ class RotateColumns(Transform):
         return super().conflicts(earlier)
 
     def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
-        for inputs, path, refused in self._sets(block):
-            if refused:
-                yield Skip(path, refused)
+        for inputs, norm, refused in _sets(block):
+            if refused is not None:
+                yield Skip(norm.path if norm is not None else inputs[0].path, refused)
                 continue
-            anchor = next((x for x in inputs.linears if x.role in ("key", "gate")), inputs.linears[0])
-            _, _, vh = torch.linalg.svd(anchor.weight.detach().double(), full_matrices=True)
+            assert norm is not None
+            anchor = next((x for x in inputs if x.role in ("key", "gate")), inputs[0])
+            weight, bias = (getattr(norm.module, name, None) for name in ("weight", "bias"))
+            gain = torch.ones(()).double() if weight is None else weight.detach().double() + norm.offset
+            _, _, vh = torch.linalg.svd(anchor.weight.detach().double() * gain, full_matrices=True)
             rotation = vh.T  # V, [d, d]
-            norm = block.module.get_submodule(path.removeprefix(block.path + "."))
-            yield Replace(path, RotatedNorm(norm, rotation.to(anchor.weight.dtype)))
-            for linear in inputs.linears:
-                rotated = (linear.weight.detach().double() @ rotation).to(linear.weight.dtype)
-                yield Replace(linear.path, ActLinear.of(linear, weight=DenseWeight(rotated)))
+            yield Replace(norm.path, RotatedNorm(norm.module, rotation.to(anchor.weight.dtype)))
+            if weight is not None:
+                yield Set(f"{norm.path}.norm.weight", torch.full_like(weight, 1 - norm.offset))
+            shift = None if bias is None else bias.detach().double().clone()
+            if bias is not None:
+                yield Set(f"{norm.path}.norm.bias", torch.zeros_like(bias))
+            for linear in inputs:
+                yield Replace(linear.path, _rotated(linear, gain, shift, rotation))
 
-    def _sets(self, block: Block) -> list[tuple[LinearInput, str, str | None]]:
-        """The block's inputs that come straight from a norm: (input, path of the norm, why not or None)."""
-        found = []
-        for part in (block.attention, block.mlp):
-            if part is None or part.norm is None:
-                continue
-            first = part.query_key_value or part.key if part is block.attention else part.gate or part.up  # type: ignore[union-attr]
-            inputs = next(
-                i for i in block.linear_inputs() if first is not None and first.path in {x.path for x in i.linears}
-            )
-            refused = "the norm also feeds the residual stream" if part.norm.feeds_residual else None
-            found.append((inputs, part.norm.path, refused))
-        return found
+
+def _rotated(linear: Linear, gain: Tensor, shift: Tensor | None, rotation: Tensor) -> ActLinear:
+    """W diag(gain) Q, with W shift added to the bias; all float64, rounded once."""
+    weight = linear.weight.detach().double()
+    layer = ActLinear.of(linear, weight=DenseWeight((weight * gain @ rotation).to(linear.weight.dtype)))
+    if shift is not None:
+        moved = weight @ shift + (0 if linear.bias is None else linear.bias.detach().double())
+        layer.bias = nn.Parameter(moved.to(linear.weight.dtype), requires_grad=False)
+    return layer
+
+
+def _sets(block: Block) -> list[tuple[tuple[Linear, ...], Norm | None, str | None]]:
+    """The layers that read a norm's output, where there is one, and why it cannot be rotated, or None."""
+    found: list[tuple[tuple[Linear, ...], Norm | None, str | None]] = []
+    for part in (block.attention, block.mlp):
+        if part is None:
+            continue
+        refused = None
+        if part.norm is None or part.norm.feeds_residual:
+            refused = "post-norm: the residual stream reads what these layers read, so it cannot be rotated for them"
+        elif not all(is_linear(linear.module) for linear in part.inputs):
+            refused = "a layer stands here whose weight actkit does not read"
+        found.append((part.inputs, part.norm, refused))
+    if block.experts is not None and block.experts.members:
+        inputs = tuple(linear for mlp in block.experts.members for linear in mlp.inputs)
+        found.append((inputs, block.experts.norm, "the router reads the norm's output too"))
+    return found

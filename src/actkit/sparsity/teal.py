@@ -5,9 +5,10 @@
 Cost: one comparison per input; the weight columns of dropped inputs are not read at decode.
 `allocation="greedy"` is the paper's block-wise greedy search: from all zero, raise the sparsity of the projection that
 harms the block's output least by a step inversely proportional to its size, until the block reaches the target.
-Settled here: the quantile is taken of |x| itself (the release takes it of a signed histogram and assumes symmetry);
-projection sizes come from the shapes (the release's table is wrong for one model); every token is sparse, in prefill
-too (the release leaves the first half of the prompt dense).
+Settled here: layers that share an input share a mask and move together in the greedy search; the quantile is taken of
+|x| itself (the release takes it of a signed histogram and assumes symmetry); projection sizes come from the shapes (the
+release's table is wrong for one model); the greedy error leaves padding out; every token is sparse, in prefill too (the
+release leaves the first half of the prompt dense).
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from actkit.core.anatomy import Block, Linear, Site
 from actkit.core.edits import Edit, Note, Replace, Skip
 from actkit.core.linear import ActLinear, Selection, Threshold, TopK
+from actkit.core.parts import LinearRole
 from actkit.core.runner import Seen
 from actkit.core.statistics import Quantiles, Statistic
 from actkit.core.transform import Tags, Transform
@@ -44,21 +46,28 @@ class Teal(Transform):
 
     sparsity: share of the inputs dropped, in [0, 1); 0 leaves the model as it is. mode: one calibrated threshold per
     input, or the exact top k of each token. allocation: the same share everywhere, or greedy within each block.
-    step: of the greedy search, as share of the largest projection's inputs. skip: roles left dense, for example
-    ("output",). Raises ValueError for values out of bounds.
+    step: of the greedy search, for a matrix of the size of attention's output; others move in inverse proportion to
+    their size. Halving it doubles the cost. skip: roles left dense, for example ("output",).
+    Raises ValueError for values out of bounds.
     """
 
     sparsity: float = Field(0.5, ge=0, lt=1)
     mode: Literal["threshold", "top_k"] = "threshold"
     allocation: Literal["uniform", "greedy"] = "uniform"
     step: float = Field(0.05, gt=0, le=0.5)
-    skip: tuple[str, ...] = ()
+    skip: tuple[LinearRole, ...] = ()
 
     tags: ClassVar[Tags] = Tags(slot="select", needs_data=True, stream="original", keeps_inputs=True)
 
     @classmethod
     def identity(cls) -> Self:
         return cls(sparsity=0.0)
+
+    @model_validator(mode="after")
+    def _greedy_can_reach_it(self) -> Self:
+        if self.allocation == "greedy" and self.sparsity > LARGEST:
+            raise ValueError(f"sparsity: {self.sparsity} was given; greedy allocation goes up to {LARGEST}")
+        return self
 
     def targets(self, block: Block) -> Iterable[Linear]:
         return [linear for linear in block.linears() if linear.role not in self.skip]
@@ -105,7 +114,8 @@ class Teal(Transform):
     def _allocate(self, groups: list[MaskGroup], block: Block, seen: Seen) -> list[float]:
         """Greedy sparsities, one per group, whose weighted mean is `sparsity`."""
         sizes = torch.tensor([float(sum(linear.weight.numel() for linear in group.linears)) for group in groups])
-        weights = sizes / sizes.min()
+        # the release counts the step at the query, which has the shape of attention's output
+        unit = sizes.min() if block.attention is None else block.attention.output.weight.numel()
         calls = seen.block_calls
         module = block.module
         dense = [call.replay(module) for call in calls]
@@ -113,12 +123,15 @@ class Teal(Transform):
         def error(shares: Tensor) -> float:
             edits = [e for g, p in zip(groups, shares.tolist(), strict=True) if p > 0 for e in self._edits(g, p, seen)]
             with seen.trial(edits):
-                return sum(_error(call.replay(module), target) for call, target in zip(calls, dense, strict=True))
+                return sum(
+                    _error(call.replay(module), target, call.context.mask)
+                    for call, target in zip(calls, dense, strict=True)
+                )
 
         shares = torch.zeros(len(groups))
         while (effective := float((shares * sizes).sum() / sizes.sum())) < self.sparsity - 1e-9:
             room = (self.sparsity - effective) * sizes.sum() / sizes  # do not step past the target
-            steps = torch.minimum(self.step / weights * weights.max(), room).clamp(min=1e-6)
+            steps = torch.minimum(self.step * unit / sizes, room).clamp(min=1e-6)
             candidates = []
             for index in range(len(groups)):
                 candidate = shares.clone()
@@ -131,8 +144,17 @@ class Teal(Transform):
         return shares.tolist()
 
 
-def _error(sparse: Tensor, dense: Tensor) -> float:
-    """The release's error: the L2 norm over the last quarter of the positions, averaged over channels and rows."""
+def _error(sparse: Tensor, dense: Tensor, mask: Tensor | None) -> float:
+    """The release's error: the L2 norm over the last quarter of the positions, averaged over channels and rows.
+
+    sparse, dense: [batch, length, channels], or [rows, channels]. mask: bool [batch, length], which tokens are real.
+    """
     difference = (dense - sparse).float()
-    last = max(1, difference.shape[1] // 4) if difference.dim() == 3 else difference.shape[0]
-    return float(difference[:, -last:].norm(dim=1).mean() if difference.dim() == 3 else difference.norm(dim=0).mean())
+    if difference.dim() != 3:
+        return float(difference.norm(dim=0).mean())
+    real = torch.ones_like(difference[..., 0], dtype=torch.bool)
+    if mask is not None and mask.shape == real.shape:
+        real = mask
+    lengths = real.sum(1, keepdim=True)
+    last = real & (real.cumsum(1) > lengths - (lengths // 4).clamp(min=1))
+    return float((difference * last[..., None]).norm(dim=1).mean())

@@ -1,0 +1,6 @@
+"""Checks that methods must pass, and tiny models to run them on: for ours, and for anyone who writes one."""
+
+from actkit.testing.models import tiny_batches, tiny_model
+from actkit.testing.transforms import Check, check_transform
+
+__all__ = ["Check", "check_transform", "tiny_batches", "tiny_model"]

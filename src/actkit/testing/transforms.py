@@ -1,0 +1,543 @@
+"""What every transform must satisfy, one small function per property.
+
+    from actkit.testing import check_transform
+
+    def test_my_method():
+        checks = check_transform(MyMethod(strength=0.5), model, batches)
+
+A property that fails raises AssertionError, which names it. A property that cannot be asked of this transform or this
+model is listed with the reason. The model is never changed: each check works on a copy. "Equal" means bit for bit;
+where a rewrite or a compiler may round differently, that is said and bounded.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from actkit.core import changes, checkpoint
+from actkit.core.anatomy import anatomy
+from actkit.core.edits import tied_names
+from actkit.core.errors import ActkitError, DataError, NonFiniteError, RecipeError, UnsupportedModelError
+from actkit.core.hooks import arguments, evaluating, forward
+from actkit.core.runner import Applied, apply, first_tensor
+from actkit.core.transform import Recipe, Tags, Transform
+
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest value
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+class Process(Protocol):
+    """Another process that loads a saved folder and runs it, such as `actkit.core.fresh.FreshProcess`."""
+
+    def load(self, folder: Any) -> Any: ...
+
+    def outputs(self, batch: Any) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Check:
+    """A property that was asked for. outcome: it 'holds', or it 'does not apply', for the reason given."""
+
+    name: str
+    outcome: Literal["holds", "does not apply"]
+    reason: str = ""
+
+
+class NotApplicable(Exception):
+    """Raised inside a check: the property cannot be asked of this transform or model; the text says why."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all checks share: the transform and copies of the model, before and after it."""
+
+    transform: Transform
+    original: nn.Module
+    batches: Sequence[Any]
+    conflicting: tuple[Transform, ...] = ()
+    fresh: Process | None = None
+    compile_backend: str | None = None
+    export: bool = False
+    repeatable: bool = False
+
+    def model(self) -> nn.Module:
+        """A copy of the original model, to be changed."""
+        return copy.deepcopy(self.original)
+
+    def apply(self, model: nn.Module, recipe: Any = None, batches: Any = None, undo: str = "memory") -> Applied:
+        """Apply the transform (or another recipe) to `model` in place."""
+        recipe = self.transform if recipe is None else recipe
+        batches = self.batches if batches is None else batches
+        return apply(model, recipe, batches, undo=undo, min_coverage=0.0, progress=False)
+
+    @cached_property
+    def changed(self) -> nn.Module:
+        """A model that the transform was applied to; not to be changed."""
+        return self.apply(self.model()).model
+
+    @cached_property
+    def expected(self) -> list[Tensor]:
+        """The outputs of the changed model."""
+        return outputs(self.changed, self.batches)
+
+    @cached_property
+    def before(self) -> list[Tensor]:
+        """The outputs of the original model."""
+        return outputs(self.original, self.batches)
+
+    def refused(self, error: type[Exception], do: Callable[[nn.Module], Any], what: str, names: str = "") -> None:
+        """Assert that `do` raises `error`, with `names` in its text, and leaves the model as it was."""
+        model = self.model()
+        kept = State.of(model)
+        try:
+            do(model)
+        except error as raised:
+            assert names in str(raised), f"{what}: the error does not name {names!r}: {raised}"
+        except Exception as raised:
+            raise AssertionError(f"{what}: {type(raised).__name__}, not {error.__name__}: {raised}") from raised
+        else:
+            raise AssertionError(f"{what}: accepted, {error.__name__} was expected")
+        kept.compare(model, what)
+
+
+def check_transform(
+    transform: Transform,
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    conflicting: Iterable[Transform] = (),
+    fresh: Process | None = None,
+    compile_backend: str | None = None,
+    export: bool = False,
+    repeatable: bool = False,
+) -> list[Check]:
+    """Check everything that a transform promises, on one model.
+
+    transform: at a setting that changes something. model: small, in float32, in evaluation mode, with the attention
+    implementation that its class takes by itself (another one is not saved). batches: calibration batches, which also
+    serve as inputs; the best have padding. conflicting: transforms that it must refuse to follow.
+    fresh: a process that loads saved folders. compile_backend: check torch.compile too ('aot_eager' is fast,
+    'inductor' the real thing). export: check torch.export too. repeatable: it may follow itself.
+    Returns what was checked, and what did not apply and why. Raises AssertionError that starts with the name of the
+    first property that fails.
+    """
+    case = Case(transform, model, list(batches), tuple(conflicting), fresh, compile_backend, export, repeatable)
+    start = State.of(model)
+    found = []
+    for name, check in CHECKS.items():
+        try:
+            check(case)
+        except NotApplicable as reason:
+            found.append(Check(name, "does not apply", str(reason)))
+            continue
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+        except Exception as error:
+            raise AssertionError(f"{name}: {type(error).__name__}: {error}") from error
+        found.append(Check(name, "holds"))
+        start.compare(model, f"{name}: a copy was changed, and the original with it")
+    return found
+
+
+# -- the properties ----------------------------------------------------------------------------------------------------
+
+
+def identity_changes_nothing(case: Case) -> None:
+    """`identity()` makes no edit; run in full, past the runner's short cut, it keeps the outputs to rounding."""
+    identity = type(case.transform).identity()
+    if identity is None:
+        raise NotApplicable("it has no setting that changes nothing")
+    model = case.model()
+    kept = State.of(model)
+    edits = case.apply(model, identity).edits
+    assert not edits, f"it made {len(edits)} edits"
+    kept.compare(model, "at the identity setting")
+    close(outputs(case.apply(case.model(), _forced(identity)).model, case.batches), case.before, "run in full")
+
+
+def same_result_twice(case: Case) -> None:
+    """Two runs on equal models give equal edits, tensors and outputs."""
+    again = case.apply(case.model())
+    assert again.edits == changes_of(case.changed), "the edits differ"
+    State.of(case.changed).compare(again.model, "the second run", modules=False)
+    equal(outputs(again.model, case.batches), case.expected, "the outputs of the second run")
+
+
+def exact_means_exact(case: Case) -> None:
+    """A transform that is tagged 'exact' keeps the outputs to rounding."""
+    if case.transform.tags.changes_function != "exact":
+        raise NotApplicable("it is tagged 'approximate'")
+    close(case.expected, case.before, "the outputs")
+
+
+def save_and_load(case: Case) -> None:
+    """A saved model loads in this process with equal tensors, dtypes, ties and outputs."""
+    with tempfile.TemporaryDirectory() as parent:
+        loaded = checkpoint.load(_saved(case, parent), base=_base(case))
+    State.of(case.changed).compare(loaded, "the loaded model", modules=False)
+    equal(outputs(loaded, case.batches), case.expected, "the outputs of the loaded model")
+
+
+def load_in_fresh_process(case: Case) -> None:
+    """A saved model gives equal outputs in a process that never saw the original."""
+    if case.fresh is None:
+        raise NotApplicable("no process was given (fresh=)")
+    if not checkpoint._is_pretrained(case.original):
+        raise NotApplicable("another process cannot build a model that is not of transformers")
+    with tempfile.TemporaryDirectory() as parent:
+        case.fresh.load(_saved(case, parent))
+        found = [case.fresh.outputs(batch) for batch in case.batches]
+    equal(found, [output.float() for output in case.expected], "the outputs in the other process")
+
+
+def dtype_is_kept(case: Case) -> None:
+    """In float32 and in bfloat16, parameters and outputs keep the model's dtype."""
+    for dtype in (torch.float32, torch.bfloat16):
+        batches = [_to(batch, dtype) for batch in case.batches]
+        model = case.apply(case.model().to(dtype), batches=batches).model
+        for name, parameter in model.named_parameters():
+            wrong = parameter.is_floating_point() and parameter.dtype != dtype
+            assert not wrong, f"{name} is {parameter.dtype} in a {dtype} model"
+        for output in outputs(model, batches):
+            assert output.dtype == dtype, f"the output is {output.dtype} in a {dtype} model"
+            assert torch.isfinite(output).all(), f"the output holds NaN or Inf in a {dtype} model"
+
+
+def ties_are_kept(case: Case) -> None:
+    """Parameters that were one tensor under two names still are."""
+    tied = tied_names(case.original)
+    if not tied:
+        raise NotApplicable("the model ties no parameters")
+    after = tied_names(case.changed)
+    for name, partner in tied.items():
+        assert after.get(name) == partner, f"{name} is no longer tied to {partner}"
+
+
+def undo_is_exact(case: Case) -> None:
+    """`undo()` brings back every tensor, module, setting and output, from memory."""
+    model = case.model()
+    kept = State.of(model)
+    case.apply(model).undo()
+    kept.compare(model, "after undo")
+    equal(outputs(model, case.batches), case.before, "the outputs after undo")
+
+
+def undo_from_source_is_exact(case: Case) -> None:
+    """The same, where the tensors come back from the folder that the model was loaded from."""
+    if not checkpoint._is_pretrained(case.original) or changes.of(case.original) is not None:
+        raise NotApplicable("only an unchanged transformers model can be read again from its folder")
+    with tempfile.TemporaryDirectory() as parent:
+        model = checkpoint.load(checkpoint.save(case.model(), Path(parent) / "source"))
+        kept = State.of(model)
+        case.apply(model, undo="source").undo()
+    kept.compare(model, "after undo", modules=False)
+
+
+def no_hook_is_left(case: Case) -> None:
+    """No module has a hook that it did not have before, after a run and after one that failed."""
+    failed = case.model()
+    _fail_midway(case, failed)
+    for model, when in ((case.changed, "after the run"), (failed, "after a run that failed")):
+        left = _hooks(model) - _hooks(case.original)
+        assert not left, f"{when}: {', '.join(sorted(f'{path}.{kind}' for path, kind in left))}"
+
+
+def failure_restores(case: Case) -> None:
+    """Where something fails after its edits were made, the model is as it was."""
+    model = case.model()
+    kept = State.of(model)
+    _fail_midway(case, model)
+    kept.compare(model, "after a run that failed")
+
+
+def refuses_conflicts(case: Case) -> None:
+    """It refuses to follow itself and the conflicting ones, in one recipe and one after the other; nothing changes."""
+    itself = () if case.repeatable else (case.transform,)
+    if not (itself or case.conflicting):
+        raise NotApplicable("it may follow itself, and no other was given (conflicting=)")
+    for earlier in (*itself, *case.conflicting):
+        name, pair = type(earlier).__name__, [earlier, case.transform]
+        case.refused(RecipeError, partial(case.apply, recipe=pair), f"after {name}", name)
+        model = case.apply(case.model(), earlier).model
+        kept = State.of(model)
+        try:
+            case.apply(model)
+        except RecipeError:
+            kept.compare(model, f"refused on a model with {name}")
+        else:
+            raise AssertionError(f"accepted on a model with {name}")
+
+
+def needs_its_data(case: Case) -> None:
+    """Without batches a transform that needs data raises DataError; one that does not, runs."""
+    if not case.transform.tags.needs_data:
+        _without_data(case, None)
+        return
+    for given in (None, ()):
+        case.refused(DataError, partial(_run, transform=case.transform, data=given), f"data={given}", "data")
+
+
+def bad_weights_are_refused(case: Case) -> None:
+    """NaN in a weight and a model on the meta device are refused, with the parameter's name."""
+    name, _ = next((name, p) for name, p in case.original.named_parameters() if p.is_floating_point())
+    broken = case.model()
+    with torch.no_grad():
+        broken.get_parameter(name).view(-1)[0] = float("nan")
+    unnamed = Case(case.transform, broken, case.batches)
+    unnamed.refused(NonFiniteError, unnamed.apply, "a NaN weight", name)
+    try:
+        case.apply(case.model().to("meta"))
+    except UnsupportedModelError as error:
+        assert "meta" in str(error), f"a model on the meta device: the error does not say so: {error}"
+    else:
+        raise AssertionError("a model on the meta device was accepted")
+
+
+def settings_are_strict(case: Case) -> None:
+    """A recipe comes back from YAML as it was; settings are frozen, unknown ones refused by name."""
+    with tempfile.TemporaryDirectory() as parent:
+        loaded = Recipe.load(Recipe([case.transform]).save(Path(parent) / "recipe.yaml"))
+    assert loaded.transforms == (case.transform,), f"{loaded.transforms} came back from YAML"
+    unknown = {"actkit": 1, "transforms": [{case.transform.name: {"no_such_setting": 1}}]}
+    try:
+        Recipe.parse(unknown)
+    except RecipeError as error:
+        assert "no_such_setting" in str(error), f"the error does not name the unknown setting: {error}"
+    else:
+        raise AssertionError("an unknown setting was accepted")
+    for name in type(case.transform).model_fields:
+        try:
+            setattr(case.transform, name, getattr(case.transform, name))
+        except (ValidationError, TypeError):
+            continue
+        raise AssertionError(f"{name} can be changed; declare the model frozen")
+
+
+def compiles(case: Case) -> None:
+    """The changed model runs under torch.compile(fullgraph=True)."""
+    if case.compile_backend is None:
+        raise NotApplicable("it was not asked for (compile_backend=)")
+    if not case.transform.tags.compiles:
+        raise NotApplicable("its tags say that it does not compile")
+
+    def run(model: nn.Module) -> list[Tensor]:
+        torch.compiler.reset()
+        return outputs(torch.compile(model, fullgraph=True, backend=case.compile_backend), case.batches)  # type: ignore[arg-type]
+
+    _original_first(case, run, "torch.compile")
+    close(run(case.changed), case.expected, "the compiled model")
+
+
+def exports(case: Case) -> None:
+    """The changed model can be exported by torch.export, and the program computes the same."""
+    if not case.export:
+        raise NotApplicable("it was not asked for (export=)")
+    if not case.transform.tags.exports:
+        raise NotApplicable("its tags say that it does not export")
+
+    def run(model: nn.Module) -> list[Tensor]:
+        args, kwargs = arguments(model, case.batches[0])
+        with evaluating(model):
+            program = torch.export.export(model, args, kwargs, strict=False)
+            return [first_tensor(program.module()(*args, **kwargs))]
+
+    _original_first(case, run, "torch.export")
+    close(run(case.changed), case.expected[:1], "the exported program")
+
+
+CHECKS: dict[str, Callable[[Case], None]] = {
+    "the identity setting changes nothing": identity_changes_nothing,
+    "the same result twice": same_result_twice,
+    "exact means exact": exact_means_exact,
+    "save and load": save_and_load,
+    "load in a fresh process": load_in_fresh_process,
+    "the dtype is kept": dtype_is_kept,
+    "ties are kept": ties_are_kept,
+    "undo is exact": undo_is_exact,
+    "undo from the source is exact": undo_from_source_is_exact,
+    "no hook is left behind": no_hook_is_left,
+    "a failed run changes nothing": failure_restores,
+    "what it conflicts with is refused": refuses_conflicts,
+    "missing data are refused": needs_its_data,
+    "broken weights are refused": bad_weights_are_refused,
+    "settings are strict": settings_are_strict,
+    "it compiles": compiles,
+    "it exports": exports,
+}
+
+
+# -- how models are compared -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class State:
+    """A model's tensors (copies), modules, class, config and record of changes at one moment."""
+
+    tensors: dict[str, Tensor]
+    modules: dict[str, nn.Module]
+    kind: type
+    config: dict[str, Any] | None
+    changes: Any
+    trains: dict[str, bool]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> State:
+        tensors = {name: tensor.detach().clone() for name, tensor in _tensors(model)}
+        config: Any = getattr(model, "config", None)
+        return cls(
+            tensors,
+            dict(model.named_modules(remove_duplicate=False)),
+            type(model),
+            copy.deepcopy(config.to_dict()) if hasattr(config, "to_dict") else None,
+            changes.of(model),
+            {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        )
+
+    def compare(self, model: nn.Module, what: str, modules: bool = True) -> None:
+        """Assert that `model` is as this state says. modules: the very same objects, and record, else equal tensors."""
+        now = State.of(model)
+        assert now.tensors.keys() == self.tensors.keys(), (
+            f"{what}: other tensors: {', '.join(sorted(now.tensors.keys() ^ self.tensors.keys())[:4])}"
+        )
+        for name, tensor in self.tensors.items():
+            other = now.tensors[name]
+            assert other.dtype == tensor.dtype, f"{what}: {name} is {other.dtype}, was {tensor.dtype}"
+            assert same_bits(other, tensor), f"{what}: {name} has other values"
+        if modules:
+            for path, module in self.modules.items():
+                assert now.modules.get(path) is module, f"{what}: another module stands at {path!r}"
+            assert now.modules.keys() == self.modules.keys(), f"{what}: there are modules more"
+            assert now.kind is self.kind, f"{what}: it is a {now.kind.__name__}, was a {self.kind.__name__}"
+            assert now.config == self.config, f"{what}: the config differs"
+            assert now.changes == self.changes, f"{what}: the record of changes differs"
+            assert now.trains == self.trains, f"{what}: requires_grad differs"
+
+
+def outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
+    """The main output on each batch, in evaluation mode without gradients."""
+    with evaluating(model):
+        return [first_tensor(forward(model, batch)).detach() for batch in batches]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal shape, dtype and bits; NaN equals NaN of the same bits."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    raw = [x.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for x in (a, b)]
+    return torch.equal(*raw)
+
+
+def equal(found: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
+    """Assert that tensors are equal bit for bit."""
+    for a, b in zip(found, expected, strict=True):
+        assert same_bits(a, b), f"{what} differ by up to {(a.double() - b.double()).abs().max():.3g}"
+
+
+def close(found: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
+    """Assert that tensors are equal to rounding: relative to the largest value, by dtype."""
+    for a, b in zip(found, expected, strict=True):
+        error = float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30))
+        assert error <= ROUNDING[b.dtype], f"{what} differs by {error:.3g} of the largest value"
+
+
+def changes_of(model: nn.Module) -> list[dict[str, Any]]:
+    """The edits on a model in their JSON form."""
+    known = changes.of(model)
+    return [] if known is None else known.edits
+
+
+def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """Parameters and buffers, those that are not saved too (rotary tables), under all their names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _hooks(model: nn.Module) -> set[tuple[str, str]]:
+    return {(path, kind) for path, module in model.named_modules() for kind in HOOKS if getattr(module, kind, None)}
+
+
+# -- how runs are provoked ---------------------------------------------------------------------------------------------
+
+
+class _Failing(Transform):
+    """Raises in the last block, after the edits of the others were made."""
+
+    tags: ClassVar[Tags] = Tags(parts=False)
+    last: int
+
+    @property
+    def name(self) -> str:
+        return "failing"
+
+    def edit(self, block: Any, seen: Any) -> Iterable[Any]:
+        if block.index == self.last:
+            raise _Planned
+        return []
+
+
+class _Planned(Exception):
+    pass
+
+
+def _fail_midway(case: Case, model: nn.Module) -> None:
+    last = len(anatomy(model, case.batches[0]).blocks) - 1
+    try:
+        case.apply(model, [case.transform, _Failing(last=last)])
+    except _Planned:
+        return
+    raise AssertionError("an error inside a later transform was swallowed")
+
+
+def _forced(identity: Transform) -> Transform:
+    """The same settings in a class without an identity, so that the runner does not skip it."""
+    name = identity.name
+    body = {"__module__": __name__, "identity": classmethod(lambda cls: None), "name": property(lambda self: name)}
+    cls = type(type(identity).__name__, (type(identity),), body)
+    return cls(**identity.model_dump())
+
+
+def _run(model: nn.Module, transform: Transform, data: Any) -> Applied:
+    return apply(model, transform, data, undo="memory", min_coverage=0.0, progress=False)
+
+
+def _without_data(case: Case, data: Any) -> None:
+    if hasattr(case.original, "config"):
+        _run(case.model(), case.transform, data)
+        return
+    try:
+        _run(case.model(), case.transform, data)
+    except ActkitError as error:  # such a model is read off one forward pass, so one batch is needed after all
+        assert "example" in str(error), f"without data: {error}"
+
+
+def _saved(case: Case, parent: str) -> Path:
+    return checkpoint.save(case.changed, Path(parent) / "changed")
+
+
+def _base(case: Case) -> Callable[[], nn.Module] | None:
+    return None if checkpoint._is_pretrained(case.original) else case.model
+
+
+def _original_first(case: Case, run: Callable[[nn.Module], Any], what: str) -> None:
+    try:
+        run(case.original)
+    except Exception as error:
+        raise NotApplicable(f"{what} does not take the original model either ({type(error).__name__})") from error
+
+
+def _to(batch: Any, dtype: torch.dtype) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(dtype) if batch.is_floating_point() else batch
+    if isinstance(batch, dict):
+        return {key: _to(value, dtype) for key, value in batch.items()}
+    return tuple(_to(value, dtype) for value in batch) if isinstance(batch, tuple) else batch

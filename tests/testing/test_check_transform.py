@@ -1,0 +1,221 @@
+"""Every registered transform passes on every family, and each kind of broken one is caught by the right property."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar, Self
+
+import pytest
+import torch
+from torch import nn
+
+from actkit.core import registry
+from actkit.core.edits import Edit, Replace
+from actkit.core.fresh import FreshProcess
+from actkit.core.linear import ActLinear, DenseWeight
+from actkit.core.swap import Swap
+from actkit.core.transform import Recipe, Tags, Transform
+from actkit.quantization.awq import Awq
+from actkit.quantization.rtn import RoundToNearest
+from actkit.sparsity.rotate_columns import RotateColumns
+from actkit.sparsity.teal import Teal
+from actkit.sparsity.wina import Wina
+from actkit.testing import Check, check_transform, tiny_batches, tiny_model
+from actkit.testing.models import KINDS
+from actkit.testing.transforms import CHECKS, State
+
+AWQ, RTN = Awq(bits=3, group_size=8, n_grid=4), RoundToNearest(bits=4, group_size=8)
+# registered name -> settings to check, each with what it must refuse to follow; the first one on every family
+SETTINGS: dict[str, list[tuple[Transform, tuple[Transform, ...]]]] = {
+    "teal": [(Teal(sparsity=0.5), (Wina(),)), (Teal(mode="top_k", allocation="greedy", step=0.5), ())],
+    "wina": [(Wina(sparsity=0.5), (Teal(),)), (Wina(mode="top_k", norms="release"), ())],
+    "rotate_columns": [(RotateColumns(), (Wina(), RTN))],
+    "rtn": [(RTN, (AWQ,))],
+    "awq": [(AWQ, (Wina(), RTN))],
+    "swap": [(Swap(where="*", new="relu2"), ())],  # one swap may follow another
+}
+
+
+def outcomes(checks: list[Check]) -> dict[str, str]:
+    return {check.name: check.outcome for check in checks}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", list(SETTINGS))
+def test_registered_transforms_pass(name: str, kind: str) -> None:
+    if name == "rotate_columns" and kind == "mlp":
+        pytest.skip("a plain MLP has no norm in front of its layers")
+    model = tiny_model(kind)
+    for transform, conflicting in SETTINGS[name][: 2 if kind in ("llama", "vit") else 1]:
+        checks = check_transform(
+            transform, model, tiny_batches(kind), conflicting=conflicting, repeatable=name == "swap"
+        )
+        assert [check.name for check in checks] == list(CHECKS)
+        found = outcomes(checks)
+        held = {name for name, outcome in found.items() if outcome == "holds"}
+        assert {"the same result twice", "save and load", "undo is exact", "settings are strict"} <= held
+        assert (found["ties are kept"] == "holds") == (kind in ("llama", "gemma", "gpt2"))
+        assert (found["the identity setting changes nothing"] == "holds") == (name in ("teal", "wina"))
+        assert (found["undo from the source is exact"] == "holds") == (kind != "mlp")
+        assert all(check.reason for check in checks if check.outcome == "does not apply")
+
+
+def test_every_registered_transform_is_in_the_table() -> None:
+    classes = {name: registry.method_class(name) for name in registry.method_names()}
+    transforms = {name for name, cls in classes.items() if isinstance(cls, type) and issubclass(cls, Transform)}
+    assert transforms == set(SETTINGS), "add the new transform to SETTINGS"
+
+
+def test_a_fresh_process_the_compiler_and_the_exporter() -> None:
+    model, batches = tiny_model("llama", num_hidden_layers=1), tiny_batches("llama", lengths=((9, 4),))
+    with FreshProcess() as process:
+        checks = check_transform(
+            Wina(sparsity=0.5), model, batches, fresh=process, compile_backend="aot_eager", export=True
+        )
+    found = outcomes(checks)
+    assert found["load in a fresh process"] == found["it compiles"] == found["it exports"] == "holds"
+
+
+# -- broken transforms -------------------------------------------------------------------------------------------------
+
+
+class Halving(Transform):
+    """A sound one: halves the weights of the linear layers. Only its name is made up, so recipes do not know it."""
+
+    tags: ClassVar[Tags] = Tags(slot="weight")
+    strength: float = 0.5
+
+    @property
+    def name(self) -> str:
+        return "halving"
+
+    def factor(self) -> Any:
+        return self.strength
+
+    def edit(self, block: Any, seen: Any) -> Iterable[Edit]:
+        for linear in block.linears():
+            weight = DenseWeight((linear.weight.detach() * self.factor()).to(linear.weight.dtype))
+            yield Replace(linear.path, ActLinear.of(linear, weight=weight))
+
+
+class Random(Halving):
+    """Draws from the global generator."""
+
+    def factor(self) -> Any:
+        return 1 + torch.rand(())
+
+
+class LeavesHook(Halving):
+    def edit(self, block: Any, seen: Any) -> Iterable[Edit]:
+        block.module.register_forward_hook(lambda module, args, output: None)
+        yield from super().edit(block, seen)
+
+
+class ForgetsUndo(Halving):
+    """Changes weights behind the runner's back."""
+
+    def edit(self, block: Any, seen: Any) -> Iterable[Edit]:
+        block.norms[0].module.weight.data.mul_(2)
+        yield from super().edit(block, seen)
+
+
+class ChangesDtype(Halving):
+    def edit(self, block: Any, seen: Any) -> Iterable[Edit]:
+        for linear in block.linears():
+            weight = DenseWeight(linear.weight.detach().float() * 0.5)
+            yield Replace(linear.path, ActLinear.of(linear, weight=weight))
+
+
+class BreaksTie(Halving):
+    def edit(self, block: Any, seen: Any) -> Iterable[Edit]:
+        block.root.lm_head.weight = nn.Parameter(block.root.lm_head.weight.detach().clone())
+        yield from super().edit(block, seen)
+
+
+class ChangesAtIdentity(Halving):
+    """Says that strength 1 changes nothing, and adds a little all the same."""
+
+    @classmethod
+    def identity(cls) -> Self:
+        return cls(strength=1.0)
+
+    def factor(self) -> Any:
+        return self.strength + 0.01
+
+
+class OnlySaysExact(Halving):
+    tags: ClassVar[Tags] = Tags(changes_function="exact")
+
+
+class KeepsItToItself(Halving):
+    """Changes a plain attribute, which no checkpoint holds."""
+
+    def edit(self, block: Any, seen: Any) -> Iterable[Edit]:
+        block.norms[0].module.variance_epsilon = 0.5
+        yield from super().edit(block, seen)
+
+
+class FollowsAnything(Halving):
+    def conflicts(self, earlier: Transform) -> str | None:
+        return None
+
+
+class NeedsNone(Halving):
+    """Asks for no data, and then reads them."""
+
+    def edit(self, block: Any, seen: Any) -> Iterable[Edit]:
+        _ = seen.block_calls
+        yield from super().edit(block, seen)
+
+
+class HoldsOn(Halving):
+    """Keeps a state between runs: the second one finds the model changed already."""
+
+    runs: ClassVar[list[int]] = []
+
+    def factor(self) -> Any:
+        self.runs.append(1)
+        return 0.5 if len(self.runs) <= 14 else 0.25  # 14 layers in the model
+
+
+@pytest.mark.parametrize(
+    ("broken", "text"),
+    [
+        (Random, "the same result twice: the second run: .* has other values"),
+        (HoldsOn, "the same result twice: the second run: .* has other values"),
+        (LeavesHook, r"no hook is left behind: after the run: model\.layers\.0\._forward_hooks"),
+        (ForgetsUndo, r"undo is exact: after undo: model\.layers\.0\.input_layernorm\.weight has other values"),
+        (ChangesDtype, "the dtype is kept: "),
+        (BreaksTie, "ties are kept: .* is no longer tied"),
+        (ChangesAtIdentity, r"the identity setting changes nothing: run in full differs by"),
+        (OnlySaysExact, "exact means exact: the outputs differs by"),
+        (KeepsItToItself, "save and load: the outputs of the loaded model differ"),
+        (FollowsAnything, "what it conflicts with is refused: after FollowsAnything: accepted"),
+        (NeedsNone, "the same result twice: DataError: block_calls: this transform ran without data"),
+    ],
+)
+def test_broken_transforms_are_caught(broken: type[Transform], text: str) -> None:
+    model = tiny_model("llama")
+    before = State.of(model)
+    with pytest.raises(AssertionError, match=f"^{text}"):
+        check_transform(broken(), model, tiny_batches("llama"))
+    before.compare(model, "the model that was checked")
+
+
+def test_a_sound_one_only_lacks_its_entry_point() -> None:
+    with pytest.raises(AssertionError, match=r"^settings are strict: RecipeError: methods: 'halving' is not known"):
+        check_transform(Halving(), tiny_model("llama"), tiny_batches("llama"))
+
+
+def test_mutable_settings_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loose(Teal):
+        model_config = {"frozen": False, "extra": "ignore"}  # noqa: RUF012
+
+        @property
+        def name(self) -> str:
+            return "teal"
+
+    monkeypatch.setattr(registry, "method_class", lambda name: Loose)
+    with pytest.raises(AssertionError, match=r"^settings are strict: an unknown setting was accepted"):
+        check_transform(Loose(), tiny_model("mlp"), tiny_batches("mlp"))
+    assert isinstance(Recipe.parse({"actkit": 1, "transforms": ["teal"]}).transforms[0], Loose)
