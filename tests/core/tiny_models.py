@@ -75,13 +75,19 @@ class ConvNet(nn.Module):
 
 
 class LooseChain(LlamaForCausalLM):
-    """A llama in which something happens between the blocks: block 1 gets its input doubled."""
+    """A llama in which something happens between two blocks."""
 
     def __init__(self) -> None:
         super().__init__(LlamaConfig(**DECODER))
-        self.model.layers[1].register_forward_pre_hook(
-            lambda module, args, kwargs: ((args[0] * 2, *args[1:]), kwargs), with_kwargs=True
-        )
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> Any:
+        hidden, length = self.model.embed_tokens(input_ids), input_ids.shape[1]
+        angles = self.model.rotary_emb(hidden, torch.arange(length)[None])
+        mask = torch.ones(length, length).tril().bool() & attention_mask.bool()[:, None, None]
+        for index, block in enumerate(self.model.layers):
+            hidden = block(hidden, attention_mask=mask, position_embeddings=angles)
+            hidden = hidden * 2 if index == 0 else hidden
+        return self.lm_head(self.model.norm(hidden))
 
 
 def batches(kind: str, *, padding: bool = True) -> list[Any]:

@@ -60,7 +60,7 @@ def save(
     """
     folder = Path(folder)
     check_target(folder, overwrite=overwrite)
-    if folder.exists() and not _replaceable(folder):
+    if folder.exists() and not replaceable(folder):
         raise CheckpointError(
             f"folder: {folder} holds something else than a checkpoint, which overwriting would delete; "
             f"choose another folder, or remove this one yourself."
@@ -93,7 +93,7 @@ def check_target(folder: str | Path, *, overwrite: bool = False) -> None:
         )
 
 
-def _replaceable(folder: Path) -> bool:
+def replaceable(folder: Path) -> bool:
     """Whether a folder is empty or a checkpoint, so that replacing it deletes nothing else."""
     if not folder.is_dir():
         return False

@@ -1,0 +1,156 @@
+"""The hidden states of a walk are those of plain forward passes, whatever blocks return and whatever lies between."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import KINDS, batches, build, run
+from torch import Tensor, nn
+
+from actkit.core.anatomy import anatomy
+from actkit.core.blockwise import Call, Walk
+from actkit.core.errors import UnsupportedModelError
+from actkit.core.hooks import BatchContext, evaluating
+
+
+def quiet(items: Any, description: str) -> Any:
+    return items
+
+
+def block_inputs(model: nn.Module, paths: list[str], given: list[Any]) -> list[list[Tensor]]:
+    """What enters each block in plain forward passes: [block][batch]."""
+    found: dict[str, list[Tensor]] = {path: [] for path in paths}
+
+    def keep(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            found[path].append((args[0] if args else kwargs["hidden_states"]).detach().clone())
+
+        return hook
+
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(keep(path), with_kwargs=True) for path in found if path
+    ]
+    for batch in given:
+        run(model, batch)
+    for handle in handles:
+        handle.remove()
+    return [found[path] for path in paths]
+
+
+def edit(model: nn.Module, path: str) -> None:
+    with torch.no_grad():
+        for parameter in model.get_submodule(path).parameters():
+            parameter.mul_(1.1)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "loose"])
+def test_both_streams(kind):
+    model, given = build(kind), batches("llama" if kind == "loose" else kind)
+    view = anatomy(model)
+    paths = [block.path for block in view.blocks]
+    original = block_inputs(build(kind), paths, given)
+    walk = Walk(view, given, quiet)
+    with evaluating(model):
+        walk.start(("original", "edited"))
+        assert walk.chained == (kind != "loose")
+        for index, path in enumerate(paths):
+            edited = block_inputs(model, paths, given)  # the blocks before this one are edited, the others do not count
+            for stream, expected in (("original", original), ("edited", edited)):
+                for call, hidden in zip(walk.calls(index, stream), expected[index], strict=True):
+                    assert torch.equal(call.hidden, hidden)
+                    assert not call.hidden.requires_grad
+            following = walk.following(index, "original")
+            edit(model, path)
+            walk.move("edited", walk.following(index, "edited"))
+            walk.move("original", following)
+    assert walk.calls(len(paths), "edited") == []
+
+
+class Block(nn.Module):
+    """Returns a tuple, takes its hidden states by keyword, and works on them in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, *, hidden_states: Tensor, scale: float) -> tuple[Tensor, str]:
+        return hidden_states + self.linear(hidden_states) * scale, "something else"
+
+
+class Own(nn.Module):
+    def __init__(self, order: tuple[int, ...] = (0, 1, 2)) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+        self.order = order
+
+    def forward(self, x: Tensor) -> Tensor:
+        for scale, index in enumerate(self.order, start=1):
+            x = self.layers[index](hidden_states=x, scale=float(scale))[0]
+        return x
+
+
+def view_of(model: Own) -> Any:
+    blocks = [
+        SimpleNamespace(index=i, path=f"layers.{i}", module=module, linears=tuple)
+        for i, module in enumerate(model.layers)
+    ]
+    return SimpleNamespace(model=model, blocks=blocks)
+
+
+def test_blocks_that_return_tuples_and_take_keywords():
+    torch.manual_seed(0)
+    model, given = Own(), [torch.randn(2, 4), torch.randn(3, 4)]
+    expected = block_inputs(model, [f"layers.{i}" for i in range(3)], given)
+    walk = Walk(view_of(model), given, quiet)
+    walk.start(["original"])  # without no_grad around it: the walk itself must keep no graph
+    assert walk.chained
+    for index in range(3):
+        calls = walk.calls(index, "original")
+        assert [call.kwargs["scale"] for call in calls] == [index + 1.0] * 2
+        for call, hidden in zip(calls, expected[index], strict=True):
+            assert torch.equal(call.hidden, hidden)
+            assert call.hidden.grad_fn is None
+        walk.move("original", walk.following(index, "original"))
+
+
+@pytest.mark.parametrize(("order", "text"), [((0, 1, 1), r"layers\.1 runs several"), ((0, 2), r"layers\.1 does not")])
+def test_blocks_that_do_not_run_once_are_refused(order, text):
+    with pytest.raises(UnsupportedModelError, match=text):
+        Walk(view_of(Own(order)), [torch.randn(2, 4)], quiet).start(["original"])
+
+
+def test_replay_takes_what_a_whole_model_returns():
+    for kind in ("llama", "mlp"):
+        model, batch = build(kind), batches(kind)[0]
+        args, kwargs = ((), batch) if kind == "llama" else ((batch,), {})
+        call = Call(args, kwargs, BatchContext.of(batch))
+        assert torch.equal(call.replay(model), run(model, batch))
+
+
+def test_other_hidden_states_in_the_same_call():
+    context = BatchContext.of(torch.zeros(2, 4))
+    by_position = Call((torch.zeros(2), "mask"), {"a": 1}, context).with_hidden(torch.ones(2))
+    by_name = Call((), {"hidden_states": torch.zeros(2), "a": 1}, context).with_hidden(torch.ones(2))
+    assert by_position.args[1] == "mask"
+    assert by_name.kwargs["a"] == 1
+    assert by_position.hidden.sum() == by_name.hidden.sum() == 2
+
+
+@pytest.mark.parametrize("kind", ["llama", "vit", "loose", "mlp"])
+def test_bytes_are_what_the_walk_holds(kind):
+    model, given = build(kind), batches("llama" if kind == "loose" else kind, padding=False)
+    walk = Walk(anatomy(model, given[0]), given, quiet)
+    with evaluating(model):
+        walk.start(["original", "edited"])
+    held = walk.bytes(["original", "edited"])
+    if kind == "mlp":
+        assert held == {}  # the batches themselves are the calls
+        return
+    hidden = sum(
+        x.nbytes for x in block_inputs(model, ["vit.layers.0" if kind == "vit" else "model.layers.0"], given)[0]
+    )
+    assert held["hidden states (2 streams, old and new)"] == 4 * hidden
+    assert held.get("hidden states of all blocks (no chain)") == (3 * hidden if kind == "loose" else None)

@@ -1,0 +1,464 @@
+"""What transforms are shown, and that models are restored, against plain forward passes and snapshots."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from test_blockwise import block_inputs
+from tiny_models import KINDS, LAYERS, batches, build, run, snapshot
+from torch import Tensor, nn
+
+from actkit.core import changes, checkpoint, registry
+from actkit.core.anatomy import Block, Site, anatomy
+from actkit.core.edits import Note, Replace, Set, Skip
+from actkit.core.errors import CoverageError, DataError, EditError, MemoryLimitError
+from actkit.core.experts import ExpertList
+from actkit.core.linear import ActLinear, IntegerWeight
+from actkit.core.quantizer import QuantizationGrid
+from actkit.core.runner import Seen, apply
+from actkit.core.statistics import Moments
+from actkit.core.transform import Recipe, Tags, Transform
+
+
+class Round(Transform):
+    """Rounds the layers of some blocks to 4 bits, and moves a norm's weight: one of each edit that has values."""
+
+    only: int | None = None
+    tags: ClassVar[Tags] = Tags(slot="weight")
+
+    def edit(self, block: Block, seen: Seen) -> Iterator[Any]:
+        if self.only is not None and block.index != self.only:
+            return
+        for norm in block.norms[:1]:
+            yield Set(f"{norm.path}.weight", norm.module.weight * 1.5)
+        for linear in block.linears():
+            if isinstance(linear.module, nn.Linear):  # in place first, as AWQ does
+                yield Set(f"{linear.path}.weight", linear.weight.detach() * 0.5)
+            stored = IntegerWeight.quantize(linear.weight, QuantizationGrid(4, -1))
+            yield Replace(linear.path, ActLinear.of(linear, weight=stored))
+        yield Note(block.path, "rounded")
+
+
+class Spy(Transform):
+    """Keeps what it was shown and changes nothing."""
+
+    tags: ClassVar[Tags] = Tags(needs_data=True, stream="edited")
+    log: ClassVar[list[dict[str, Any]]] = []
+    path: str | None = None  # of a layer inside the block, whose calls are recorded
+    max_tokens: int | None = None
+    weigh: bool = False  # log only which tensors are held then, by address
+
+    def conflicts(self, earlier: Transform) -> str | None:
+        return None
+
+    def observe(self, block: Block) -> dict[Site, Any]:
+        return {inputs.site: Moments() for inputs in block.linear_inputs()}
+
+    def edit(self, block: Block, seen: Seen) -> Iterator[Any]:
+        entry: dict[str, Any] = {
+            "name": type(self).__name__,
+            "block": block.index,
+            "hidden": [call.hidden for call in seen.block_calls] if block.path else None,
+            "moments": {site: seen[site] for site in self.observe(block)},
+        }
+        if self.path is not None:
+            full = f"{block.path}.{self.path}" if block.path else self.path
+            entry["calls"] = seen.calls(full, max_tokens=self.max_tokens)
+            entry["outputs"] = [call.replay(block.root.get_submodule(full)) for call in entry["calls"]]
+        if self.weigh:
+            tensors = [x for x in gc.get_objects() if isinstance(x, Tensor)]
+            entry = {"held": {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}}
+        self.log.append(entry)
+        yield Skip(block.path, "only looked at")
+
+
+class SpyOriginal(Spy):
+    tags: ClassVar[Tags] = Tags(needs_data=True, stream="original")
+
+
+class SpyBoth(Spy):
+    tags: ClassVar[Tags] = Tags(needs_data=True, stream="both", records_calls=True)
+
+
+class Fail(Transform):
+    """Fails in the last block, after whatever came before."""
+
+    def edit(self, block: Block, seen: Seen) -> Iterator[Any]:
+        if block.path == "" or block.index == LAYERS - 1:
+            yield Set("no_such_parameter", torch.zeros(1))
+
+
+NAMES = {"round": Round, "spy": Spy, "spy_original": SpyOriginal, "spy_both": SpyBoth, "fail": Fail}
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transforms above are known by name, as those of an installed package are."""
+    real = registry._entries
+    own = {
+        name: EntryPoint(name, f"{cls.__module__}:{cls.__qualname__}", registry.METHODS) for name, cls in NAMES.items()
+    }
+    monkeypatch.setattr(registry, "_entries", lambda group: real(group) | (own if group == registry.METHODS else {}))
+    Spy.log.clear()
+
+
+ALL = (*KINDS, "mlp", "conv", "loose")
+SPIED = {  # a layer of each kind whose calls are recorded
+    "llama": "mlp.down_proj",
+    "gpt2": "mlp.c_proj",
+    "bert": "output.dense",
+    "vit": "mlp.fc2",
+    "mixtral": "mlp.experts.1.down",
+    "mlp": "middle",
+    "conv": "hidden",
+    "loose": "self_attn.o_proj",
+}
+
+
+def given(kind: str) -> list[Any]:
+    return batches("llama" if kind == "loose" else kind)
+
+
+def changed(model: nn.Module, kind: str, recipe: Any, **settings: Any) -> Any:
+    return apply(model, recipe, given(kind), **{"min_coverage": 0.0, "progress": False, **settings})
+
+
+def layer_inputs(model: nn.Module, path: str, batch: Any) -> Tensor:
+    found: list[Tensor] = []
+    handle = model.get_submodule(path).register_forward_pre_hook(lambda m, args: found.append(args[0].clone()))
+    run(model, batch)
+    handle.remove()
+    return found[0]
+
+
+# -- what transforms are shown -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ALL if kind not in ("mlp", "conv")])
+def test_the_streams_are_those_of_plain_passes(kind):
+    model, data = build(kind), given(kind)
+    paths = [block.path for block in anatomy(model).blocks]
+    original = block_inputs(build(kind), paths, data)
+    applied = changed(model, kind, [SpyOriginal(), Round(), Spy()])
+    edited = block_inputs(model, paths, data)  # of the model as it is at the end
+    for entry in Spy.log:
+        expected = original if entry["name"] == "SpyOriginal" else edited
+        for hidden, plain in zip(entry["hidden"], expected[entry["block"]], strict=True):
+            assert torch.equal(hidden, plain), entry["name"]
+            assert hidden.grad_fn is None
+    assert len(Spy.log) == 2 * len(paths)
+    assert not torch.equal(original[-1][0], edited[-1][0])
+    said = any("not the next block's input" in note for note in applied.report.notes)
+    assert said == (kind == "loose")
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_recorded_calls_are_those_of_the_module(kind):
+    model = build(kind)
+    changed(model, kind, [SpyOriginal(path=SPIED[kind])])
+    plain = build(kind)
+    view = anatomy(plain, given(kind)[0])
+    for entry in Spy.log:
+        block = view.block(entry["block"])
+        path = f"{block.path}.{SPIED[kind]}" if block.path else SPIED[kind]
+        if kind == "mixtral":
+            experts = block.experts
+            plain.get_submodule(block.path).mlp.experts = ExpertList.of(experts.module, experts.row)
+        assert len(entry["calls"]) == 2
+        for call, output, batch in zip(entry["calls"], entry["outputs"], given(kind), strict=True):
+            expected = layer_inputs(plain, path, batch)
+            assert torch.equal(call.args[0], expected)
+            module = plain.get_submodule(path)
+            assert torch.equal(output, module(expected).detach())
+            assert output.grad_fn is None
+
+
+def test_recorded_calls_end_where_they_are_told_to():
+    changed(build("llama"), "llama", [Spy(path="mlp.up_proj", max_tokens=12)])  # the first batch has exactly 12
+    assert [len(entry["calls"]) for entry in Spy.log] == [1, 1, 1]
+    Spy.log.clear()
+    changed(build("llama"), "llama", [Spy(path="mlp.up_proj", max_tokens=13)])
+    assert [len(entry["calls"]) for entry in Spy.log] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "mixtral"])
+def test_padding_is_left_out_of_the_statistics(kind):
+    real = sum(int(batch["attention_mask"].sum()) for batch in given(kind))
+    changed(build(kind), kind, [Spy()])
+    for entry in Spy.log:
+        counts = {site: moments.count for site, moments in entry["moments"].items()}
+        assert {n for site, n in counts.items() if site.expert is None} == {real}
+        if kind == "mixtral":  # each token goes to two experts
+            assert sum(n for site, n in counts.items() if site.name == "mlp.hidden") == 2 * real
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+def test_traced_models(kind):
+    model, data = build(kind), given(kind)
+    changed(model, kind, [Round(), Spy()])
+    (entry,) = Spy.log
+    for site, moments in entry["moments"].items():
+        rows = torch.cat([layer_inputs(model, site.path, batch) for batch in data]).double()
+        assert moments.count == len(rows)
+        torch.testing.assert_close(torch.as_tensor(moments.mean).double(), rows.mean(0), rtol=1e-5, atol=1e-6)
+    assert isinstance(model.hidden if kind == "conv" else model.middle, ActLinear)
+
+
+def test_a_trial_inside_and_before_the_run_is_taken_back():
+    class Searching(Round):
+        def plan(self, trial: Any, data: Any) -> Any:
+            before = snapshot(trial.model)
+            with trial([Set("model.norm.weight", torch.zeros(16))]):
+                assert all((output == 0).all() for output in trial.outputs())
+            assert snapshot(trial.model) == before
+            return self.model_copy(update={"only": 1})
+
+        def edit(self, block: Block, seen: Seen) -> Iterator[Any]:
+            before = snapshot(block.root)
+            with seen.trial([Set(f"{block.norms[0].path}.weight", torch.zeros(16))]):
+                assert snapshot(block.root) != before
+            assert snapshot(block.root) == before
+            yield from super().edit(block, seen)
+
+        tags: ClassVar[Tags] = Tags(needs_data=True)
+        name: ClassVar[str] = "round"  # type: ignore[assignment]
+
+    applied = changed(build("llama"), "llama", [Searching()])
+    assert {path.split(".")[2] for path, _ in applied.report.changed} == {"1"}
+
+
+# -- restoring ---------------------------------------------------------------------------------------------------------
+
+
+def training(kind: str) -> Any:
+    """A model with flags of its own: in training mode, with a frozen parameter."""
+    model = build(kind).train()
+    model.get_parameter(next(name for name, _ in model.named_parameters() if "weight" in name)).requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_undo_from_memory(kind):
+    model = training(kind)
+    before, modules = snapshot(model), dict(model.named_modules())
+    outputs = [run(model.eval(), batch) for batch in given(kind)]
+    model.train()
+    applied = changed(model, kind, [Round(), Spy()], undo="memory")
+    assert model.training
+    assert all(module.training for module in model.modules())
+    assert any(not torch.equal(run(model.eval(), b), y) for b, y in zip(given(kind), outputs, strict=True))
+    model.train()
+    assert applied.undo() is model
+    assert snapshot(model) == before
+    assert dict(model.named_modules()) == modules
+    assert changes.of(model) is None
+    with pytest.raises(EditError, match="undone already"):
+        applied.undo()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_undo_from_the_source(kind, tmp_path):
+    model = checkpoint.load(checkpoint.save(build(kind), tmp_path / "source")).train()
+    frozen = next(name for block in anatomy(model).blocks[:1] for name, _ in block.module.named_parameters(block.path))
+    model.get_parameter(frozen).requires_grad_(False)
+    before = snapshot(model)
+    applied = changed(model, kind, [Round(), Spy()])  # the source is the default
+    assert applied._undo is not None
+    assert snapshot(model) != before
+    assert not applied.report.notes or not any("memory" in note for note in applied.report.notes)
+    applied.undo()
+    assert snapshot(model) == before
+    again = changed(model, kind, [Round()], undo="source")  # the model counts as its files again
+    again.undo()
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("mode", ["memory", "source"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral", "conv", "mlp"])
+def test_an_error_midway_restores_the_model(kind, mode, tmp_path):
+    if mode == "source":
+        if kind in ("conv", "mlp"):
+            pytest.skip("it has no folder")
+        model = checkpoint.load(checkpoint.save(build(kind), tmp_path / "source"))
+    else:
+        model = build(kind)
+    before = snapshot(model)
+    with pytest.raises(EditError, match="no_such_parameter"):
+        changed(model, kind, [Round(), Spy(), Fail()], undo=mode)
+    assert snapshot(model) == before
+    assert changes.of(model) is None
+    assert type(model) is type(build(kind))
+
+
+def test_an_error_with_undo_off_leaves_a_model_that_says_what_was_done(tmp_path):
+    model = build("mixtral")
+    with pytest.raises(EditError, match="no_such_parameter"):
+        changed(model, "mixtral", [Round(only=1), Fail()], undo="off")
+    assert not isinstance(model.model.layers[0].mlp.experts, ExpertList)
+    assert isinstance(model.model.layers[1].mlp.experts, ExpertList)
+    loaded = checkpoint.load(checkpoint.save(model, tmp_path / "half"))
+    for batch in given("mixtral"):
+        assert torch.equal(run(loaded, batch), run(model, batch))
+
+
+def test_undo_off():
+    applied = changed(build("llama"), "llama", [Round()], undo="off")
+    with pytest.raises(EditError, match="undo='off'"):
+        applied.undo()
+    with pytest.raises(ValueError, match="undo: 'never' was given, allowed are source, memory, off"):
+        changed(build("llama"), "llama", [Round()], undo="never")
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_runs_on_top_of_each_other_are_undone_in_order(kind):
+    model = build(kind)
+    states = [snapshot(model)]
+    first = changed(model, kind, "rtn" if kind == "none" else [Round()])
+    states.append(snapshot(model))
+    second = changed(model, kind, "teal", min_coverage=0.5)
+    assert isinstance(next(m for m in model.modules() if isinstance(m, ActLinear)).weight, IntegerWeight)
+    with pytest.raises(EditError, match="changed again since"):
+        first.undo()
+    second.undo()
+    assert snapshot(model) == states[1]
+    assert [next(iter(entry)) for entry in changes.of(model).recipe] == ["round"]
+    first.undo()
+    assert snapshot(model) == states[0]
+    assert type(model) is type(build(kind))
+
+
+def test_a_later_run_that_fails_leaves_the_earlier_one():
+    for kind in ("llama", "mixtral"):
+        model = build(kind)
+        changed(model, kind, [Round()])
+        before, record = snapshot(model), changes.of(model)
+        with pytest.raises(EditError):
+            changed(model, kind, [*Recipe.of("teal"), Fail()])
+        assert snapshot(model) == before
+        assert changes.of(model) is record
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "mlp"])
+def test_on_a_copy(kind, tmp_path):
+    model = build(kind)
+    if kind == "llama":
+        model = checkpoint.load(checkpoint.save(model, tmp_path / "source"))
+    before = snapshot(model)
+    applied = changed(model, kind, [Round()], inplace=False)
+    assert applied.model is not model
+    assert snapshot(model) == before
+    assert changes.of(model) is None
+    assert snapshot(applied.model) != before
+    assert applied.report.notes == [f"{block.path}: rounded" for block in anatomy(model, given(kind)[0]).blocks]
+    assert snapshot(applied.undo()) == before
+
+
+def test_the_source_must_be_as_it_was(tmp_path):
+    folder = checkpoint.save(build("llama"), tmp_path / "source")
+    model = checkpoint.load(folder)
+    applied = changed(model, "llama", [Round()])
+    checkpoint.save(model, folder, overwrite=True)
+    state = snapshot(model)
+    with pytest.raises(EditError, match="was changed since the model was loaded"):
+        applied.undo()
+    assert snapshot(model) == state
+    assert changes.of(model) is not None
+
+    model = checkpoint.load(checkpoint.save(build("llama"), tmp_path / "other"))
+    with torch.no_grad():
+        model.model.norm.weight.add_(1)
+    with pytest.raises(ValueError, match="its tensors were changed since"):
+        changed(model, "llama", [Round()], undo="source")
+    with pytest.raises(ValueError, match="not loaded by actkit"):
+        changed(build("llama"), "llama", [Round()], undo="source")
+    before = snapshot(model)
+    applied = changed(model, "llama", [Round()])
+    assert any("undo keeps the old tensors in memory" in note for note in applied.report.notes)
+    applied.undo()
+    assert snapshot(model) == before
+
+
+# -- what a run says and refuses ---------------------------------------------------------------------------------------
+
+
+def test_the_report():
+    model = build("llama")
+    applied = changed(model, "llama", [Round(only=0), Spy()])
+    rounded = [path for path, method in applied.report.changed if method == "Round"]
+    assert rounded[0] == "model.layers.0.input_layernorm.weight"
+    assert {p.removesuffix(".weight") for p in rounded[1:]} == {b.path for b in anatomy(model).block(0).linears()}
+    assert ("model.layers.2", "Spy", "only looked at") in applied.report.skipped
+    assert applied.report.recipe["transforms"][0] == {"round": {"only": 0}}
+    assert applied.report.to_dict()["seconds"] > 0
+    assert [edit.get("replace", edit.get("set")) for edit in applied.edits] == [p for p, _ in applied.report.changed]
+    assert changes.of(model).edits == applied.edits
+
+
+def test_the_identity_setting_changes_nothing():
+    model = build("llama")
+    before, cls = snapshot(model), type(model)
+    applied = apply(model, Recipe.parse({"actkit": 1, "transforms": [{"teal": {"sparsity": 0.0}}]}), progress=False)
+    assert snapshot(model) == before
+    assert type(model) is cls
+    assert applied.edits == []
+    assert "identity" in applied.report.notes[0]
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_experts_and_layers_that_nothing_touched_stand_as_before(kind):
+    model = build(kind)
+    before, modules = snapshot(model), dict(model.named_modules())
+    applied = changed(model, kind, [Spy()])
+    assert snapshot(model) == before
+    assert dict(model.named_modules()) == modules
+    assert applied.edits == []
+
+
+@pytest.mark.parametrize("kind", ["llama", "loose", "vit", "mixtral"])
+def test_max_memory_is_a_hard_cap(kind):
+    gc.collect()
+    before = {x.untyped_storage().data_ptr() for x in gc.get_objects() if isinstance(x, Tensor)}
+    model, recipe = build(kind), [SpyBoth(path=SPIED[kind], weigh=True)]
+    before |= {x.untyped_storage().data_ptr() for x in model.state_dict().values()}
+    plan = changed(model, kind, recipe).report.plan
+    assert plan.bytes > 0
+    for entry in Spy.log:
+        held = sum(size for address, size in entry["held"].items() if address not in before)
+        assert held <= plan.bytes + 4096, "the run held more than the plan says"
+    changed(build(kind), kind, recipe, max_memory=plan.bytes)
+    model = build(kind)
+    state = snapshot(model)
+    Spy.log.clear()
+    with pytest.raises(MemoryLimitError, match=r"max_memory: the plan needs .* the cap is .* largest is .* Give less"):
+        changed(model, kind, recipe, max_memory=plan.bytes - 1)
+    assert snapshot(model) == state
+    assert Spy.log == []
+
+
+def test_min_coverage():
+    model = build("llama")
+    before = snapshot(model)
+    # of a block's parameters: attention 16 * (16 + 8 + 8 + 16), MLP 3 * 16 * 32, norms 2 * 16
+    share = 3 * 16 * 32 / (16 * 48 + 3 * 16 * 32 + 32)
+    recipe = {"actkit": 1, "transforms": [{"teal": {"skip": ["query", "key", "value", "output"]}}]}
+    with pytest.raises(CoverageError, match=f"Teal would touch {share:.0%} .* min_coverage=90%.*Lower min_coverage"):
+        changed(model, "llama", recipe, min_coverage=0.9)
+    assert snapshot(model) == before
+    plan = changed(model, "llama", recipe, min_coverage=0.5).report.plan
+    assert plan.coverage["Teal"] == pytest.approx(share)
+    with pytest.raises(ValueError, match=r"min_coverage: 1\.5 was given; it is a share"):
+        changed(build("llama"), "llama", recipe, min_coverage=1.5)
+
+
+def test_one_batch_may_be_given_without_a_list():
+    batch = given("llama")[0]
+    assert apply(build("llama"), "teal", batch, progress=False).edits
+    assert apply(build("mlp"), "teal", given("mlp")[0], progress=False).edits
+    assert apply(build("llama"), "teal", iter(given("llama")), progress=False).edits
+    with pytest.raises(DataError, match="a text was given"):
+        apply(build("llama"), "teal", "some text", progress=False)
