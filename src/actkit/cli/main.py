@@ -200,8 +200,8 @@ def apply(
     recipe: Annotated[str, typer.Option(help="A YAML file, or names like 'awq,wina'.")],
     out: Out,
     data: Data = None,
-    sequences: Sequences = 32,
-    length: Length = 256,
+    sequences: Sequences = 16,
+    length: Length = None,
     batch_size: BatchSize = 8,
     min_coverage: Annotated[
         float, typer.Option(min=0, max=1, help="Least share of the parameters in blocks that a transform must touch.")
@@ -254,7 +254,7 @@ def train(
     learning_rate: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 1e-4,
     accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimizer step.")] = 1,
     sequences: Sequences = None,
-    length: Length = 256,
+    length: Length = None,
     batch_size: BatchSize = 8,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the state kept in --out.")] = False,
     device: Device = "cpu",

@@ -84,7 +84,7 @@ class Evaluation:
         return found
 
     def table(self) -> Table:
-        """Quality, then cost and speed beside the original's, then how it was measured; for 100 columns."""
+        """Quality, then cost and speed beside the original's, then how it was measured."""
         from rich.table import Table
         from rich.text import Text
 

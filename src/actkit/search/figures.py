@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from actkit.search.profile import Profile, SiteProfile, WeightProfile
 
 LONGEST_TABLE = 60  # rows; a longer one has a row per name instead, with medians over its sites
-ABOUT_SITES = """
-Activations. active: share not 0; >1 %: share above 1 % of the scale (the 99.9th percentile of |x|);
-dead: channels always 0; outliers: channels that reach above 6 times the median one; median: of |x|;
-kurtosis: 3 is a bell curve; rank: effective, share of the channels; int8, int4: dB left by rounding
-with one scale; !: massive (above 100, and above 1000 times the median).
-"""
+ABOUT_SITES = (
+    "\nActivations. active: share not 0; >1 %: share above 1 % of the scale (the 99.9th percentile of |x|); dead: "
+    "channels always 0; outliers: channels that reach above 6 times the median one; median: of |x|; kurtosis: 3 is a "
+    "bell curve; rank: effective, share of the channels; int8, int4: dB left by rounding with one scale; !: massive "
+    "(above 100, and above 1000 times the median).\n"
+)
 ABOUT_WEIGHTS = "\nWeights. dB left by rounding to nearest in groups of 64 inputs (*: whole rows).\n"
 # One colour per site in every panel (Okabe and Ito's, told apart by colour-blind readers).
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999")
 
 
 def profile_table(profile: Profile) -> Table:
-    """Sites, weights, findings and notes, one below the other, for 100 columns."""
+    """Sites, weights, findings and notes, one below the other, for 80 columns."""
     page = Table.grid()
     page.add_row(Text(f"{profile.model} ({profile.architecture}), {profile.rows:,} tokens or images", style="bold"))
     page.add_row(ABOUT_SITES)
@@ -46,15 +46,15 @@ def profile_table(profile: Profile) -> Table:
 
 
 def _plain(first: str, columns: Sequence[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column(first, overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
+    table.add_column(first, overflow="fold", min_width=17)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
 def _sites(sites: Sequence[SiteProfile]) -> Table:
-    columns = ("active", ">1 %", "dead", "outliers", "median", "max/median", "kurtosis", "rank", "int8", "int4")
+    columns = ("active", ">1 %", "dead", "out-\nliers", "median", "max/\nmedian", "kur-\ntosis", "rank", "int8", "int4")
     groups, label = [[site] for site in sites], "site, by block"
     if len(groups) > LONGEST_TABLE:
         label = "site, medians"

@@ -125,7 +125,7 @@ class Profile:
     notes: tuple[str, ...]
 
     def table(self) -> Table:
-        """Sites, weights and findings for a terminal of 100 columns or more."""
+        """Sites, weights and findings for a terminal."""
         from actkit.search.figures import profile_table
 
         return profile_table(self)

@@ -1,0 +1,133 @@
+"""The verbs from the command line, on a small random model with a real tokenizer."""
+
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import actkit
+from actkit.cli.main import main
+
+RECIPE = {"actkit": 1, "transforms": [{"rtn": {"bits": 8, "group_size": 32}}, {"wina": {"sparsity": 0.4}}]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    path = tmp_path_factory.mktemp("models") / "random"
+    LlamaForCausalLM(config).save_pretrained(path)
+    actkit.load_tokenizer("swiglu").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line in this process: exit code, standard output, standard error."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["actkit", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as ended:
+            code = ended.code or 0
+        out, err = capsys.readouterr()
+        return code, out, " ".join(err.split())
+
+    return call
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    return path
+
+
+def test_apply_saves_what_show_and_evaluate_read(run, folder, recipe, tmp_path):
+    out = tmp_path / "changed"
+    code, text, err = run(
+        "apply", folder, "--recipe", recipe, "--out", out, "--sequences", 4, "--length", 32, "--json", "--no-proof"
+    )
+    assert code == 0, err
+    result = json.loads(text)
+    assert len(result["report"]["changed"]) == 2 * 7 * 2 and result["proof"] is None
+    code, text, err = run("show", out, "--json")
+    shown = json.loads(text)
+    assert code == 0 and [next(iter(entry)) for entry in shown["recipe"]] == ["rtn", "wina"]
+    assert shown["linears"] == {"8-bit, groups of 32 along the input, inputs selected by threshold": 14}
+    code, text, err = run("evaluate", out, "--against", folder, "--sequences", 4, "--length", 32, "--json")
+    assert code == 0, err
+    measured = json.loads(text)
+    assert measured["quality"]["metrics"]["kl"]["value"] > 0
+    assert measured["cost"]["bytes_per_token"] < measured["original_cost"]["bytes_per_token"]
+    assert measured["cost"]["density"] == pytest.approx(0.6, abs=0.1)
+    code, text, _ = run("generate", out, "The", "--max-new-tokens", 5, "--json")
+    assert code == 0 and isinstance(json.loads(text)["text"], str)
+
+
+def test_the_plan_is_told_before_work(run, folder, recipe, tmp_path):
+    code, _, err = run(
+        "apply", folder, "--recipe", recipe, "--out", tmp_path / "a", "--sequences", 2, "--length", 16, "--no-proof"
+    )
+    assert code == 0 and "touches" in err and "memory beside the model" in err and "time: about" in err
+
+
+def test_profile(run, folder):
+    code, text, err = run("profile", folder, "--sequences", 2, "--length", 32, "--json")
+    assert code == 0, err
+    assert {"sites", "weights", "findings"} <= set(json.loads(text))
+    code, text, _ = run("profile", folder, "--sequences", 2, "--length", 32)
+    assert code == 0 and "mlp.hidden" in text
+
+
+def test_papers(run):
+    code, text, _ = run("papers", "--family", "sparsity", "--json")
+    assert code == 0 and "wina" in [entry["slug"] for entry in json.loads(text)]
+    code, text, _ = run("papers", "wina")
+    assert code == 0 and "2505.19427" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["show", "nothing-here"], "there is no folder 'nothing-here'; give a folder, a hub id"),
+        (["show", "owner/name"], "Check the id and the network, or give a local folder"),
+        (["apply", "FOLDER", "--recipe", "awk", "--out", "OUT"], "'awk' is not known. Did you mean awq"),
+        (["apply", "FOLDER", "--recipe", "nothing.yaml", "--out", "OUT"], "there is no file nothing.yaml"),
+        (["apply", "FOLDER", "--recipe", "rtn", "--out", "FOLDER"], "exists already"),
+        (["apply", "FOLDER", "--recipe", "rtn", "--out", "OUT"], "does not divide"),
+        (["apply", "FOLDER", "--recipe", "wina", "--out", "OUT", "--length", "512"], "context of 64 tokens"),
+        (["apply", "FOLDER", "--recipe", "wina", "--out", "OUT", "--data", "no.txt"], "'no.txt' does not exist"),
+        (["apply", "FOLDER", "--recipe", "wina", "--out", "OUT", "--length", "32", "--max-memory", "1KB"], "max_memory"),
+        (["evaluate", "FOLDER", "--dtype", "int3"], "allowed are float32, bfloat16 and float16"),
+        (["generate", "vit", "Hello"], "tokenizer"),
+        (["papers", "--family", "nothing"], "family: 'nothing' is not known"),
+        (["reproduce", "nothing"], "'nothing' is not in the catalogue"),
+        (["reproduce", "cats"], "cats"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_1(run, folder, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    filled = [{"FOLDER": folder, "OUT": tmp_path / "out"}.get(argument, argument) for argument in arguments]
+    code, text, err = run(*filled)
+    assert (code, text) == (1, "") and words in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_option_is_a_usage_error(run):
+    code, _, err = run("apply", "swiglu", "--recipe", "awq")
+    assert code == 2 and "--out" in err

@@ -1,0 +1,60 @@
+"""The command line is frozen: a new, renamed or dropped option must change this table too."""
+
+import pytest
+from typer.main import get_command
+
+from actkit.cli.main import app
+
+DATA = {"--data", "--sequences", "--length", "--batch-size"}
+MODEL = {"--device", "--dtype", "--trust-remote-code"}
+RUN = {"--threads", "--seed", "--json"}
+WRITE = {"--out", "--overwrite"}
+
+OPTIONS = {
+    "profile": DATA | MODEL | RUN | {"--figure", "--overwrite", "--max-memory"},
+    "optimize": MODEL
+    | RUN
+    | WRITE
+    | {"--data", "--max-loss", "--max-recipes", "--recipe", "--speed", "--no-speed", "--resume", "--max-memory"},
+    "apply": DATA
+    | MODEL
+    | RUN
+    | WRITE
+    | {"--recipe", "--min-coverage", "--proof", "--no-proof", "--max-memory"},
+    "train": DATA
+    | MODEL
+    | RUN
+    | WRITE
+    | {"--rule", "--steps", "--learning-rate", "--accumulation", "--resume"},
+    "evaluate": DATA | MODEL | RUN | {"--against", "--speed", "--no-speed", "--prompt", "--new-tokens", "--batch"},
+    "generate": MODEL | RUN | {"--max-new-tokens", "--temperature", "--top-k", "--top-p", "--stop"},
+    "show": MODEL | {"--data", "--json"},
+    "papers": {"--family", "--kind", "--status", "--year", "--text", "--json"},
+    "reproduce": {"--record", "--threads", "--json"},
+}
+
+
+def commands():
+    return get_command(app).commands
+
+
+def test_the_verbs():
+    assert set(commands()) == set(OPTIONS)
+
+
+@pytest.mark.parametrize("verb", OPTIONS)
+def test_the_options(verb):
+    found = {
+        name
+        for parameter in commands()[verb].params
+        for name in (*parameter.opts, *parameter.secondary_opts)
+        if name.startswith("--") and name != "--help"
+    }
+    assert found == OPTIONS[verb]
+
+
+@pytest.mark.parametrize("verb", OPTIONS)
+def test_every_option_explains_itself(verb):
+    command = commands()[verb]
+    assert command.help
+    assert all(getattr(parameter, "help", None) for parameter in command.params)
