@@ -443,6 +443,9 @@ def _build_pretrained(folder: Path, manifest: dict[str, Any]) -> nn.Module:
     base: Any = pretrained.class_by_name(manifest["base_class"])
     pretrained.model_class(base)
     settings = _read_json(folder / "config.json")
+    for edit in reversed(manifest["edits"]):
+        if isinstance(edit, dict) and "before" in edit:  # the base model is built as it was, then replayed
+            settings[edit.get("configure")] = edit["before"]
     settings["model_type"] = pretrained.base_type(str(settings.get("model_type", "")))
     try:
         config = base.config_class.from_dict(settings)
@@ -550,7 +553,12 @@ def _load_pretrained(folder: Path, dtype: torch.dtype | None, trust_remote_code:
     try:
         extra = {"trust_remote_code": True} if trust_remote_code else {}
         loaded: Any = cls.from_pretrained(
-            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **extra
+            folder,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **extra,
         )
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(

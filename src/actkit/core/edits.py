@@ -65,6 +65,8 @@ Edit = Replace | Set | Configure
 Undo = Callable[[], None]
 Shared = dict[int, list[str]]
 
+ATTENTION = "attn_implementation"  # a setting that is no entry of the config
+
 
 def get_module(model: nn.Module, path: str) -> nn.Module:
     """The submodule at `path` ('' is the model). Raises EditError where there is none."""
@@ -144,14 +146,17 @@ def temporarily(model: nn.Module, edits: Iterable[Edit]) -> Iterator[nn.Module]:
             undo()
 
 
-def describe(edit: Edit) -> dict[str, Any]:
-    """The JSON form of an edit, as a checkpoint keeps it."""
+def describe(edit: Edit, model: nn.Module | None = None) -> dict[str, Any]:
+    """The JSON form of an edit, as a checkpoint keeps it. model: before the edit, whose setting is kept with the new
+    one, so that loading builds the same base model and only then changes the setting."""
     if isinstance(edit, Replace):
         return {"replace": edit.path, **describe_module(edit.module)}
     if isinstance(edit, Set):
         return {"set": edit.parameter}
     if isinstance(edit, Configure):
-        return {"configure": edit.key, "value": edit.value}
+        before = getattr(getattr(model, "config", None), edit.key, None)
+        kept = {"before": before} if model is not None and edit.key != ATTENTION and _is_json(before) else {}
+        return {"configure": edit.key, "value": edit.value, **kept}
     raise EditError(f"edit: {type(edit).__name__} was given, allowed are Replace, Set and Configure.")
 
 
@@ -182,7 +187,7 @@ def _configure(model: nn.Module, edit: Configure) -> Undo:
     config = getattr(model, "config", None)
     if config is None:
         raise EditError(f"configure: {edit.key!r} was to be set, but {type(model).__name__} has no config.")
-    if edit.key == "attn_implementation":  # the model dispatches on it, so it has its own setter
+    if edit.key == ATTENTION:  # the model dispatches on it, so it has its own setter
         before = config._attn_implementation
         model.set_attn_implementation(edit.value)  # type: ignore[operator]
         return lambda: model.set_attn_implementation(before)  # type: ignore[operator]

@@ -141,7 +141,7 @@ WeightStorage = DenseWeight | IntegerWeight
 
 def _weight_from_spec(spec: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype) -> WeightStorage:
     if spec["kind"] == "dense":
-        return DenseWeight(torch.empty(shape, dtype=dtype))
+        return DenseWeight(nn.Parameter(torch.empty(shape, dtype=dtype)))
     if spec["kind"] == "integer":
         grid = QuantizationGrid(spec["bits"], spec["group_size"], spec["group_axis"], spec["symmetric"])
         return IntegerWeight.empty(shape, grid, dtype)
@@ -403,7 +403,9 @@ class ActLinear(nn.Module):
         """A layer of the right structure whose values come from a weights file."""
         dtype = getattr(torch, spec["dtype"])
         shape = (spec["out_features"], spec["in_features"])
-        bias = None if spec["bias"] is None else torch.empty(shape[0], dtype=getattr(torch, spec["bias"]))
+        bias = None
+        if spec["bias"] is not None:
+            bias = nn.Parameter(torch.empty(shape[0], dtype=getattr(torch, spec["bias"])))
         select = None if spec["select"] is None else _selection_from_spec(spec["select"], shape[1])
         correction = None
         if spec["correction"] is not None:

@@ -310,7 +310,7 @@ class _Run:
             self.report.changed.append((where, type(transform).__name__))
 
     def _apply_edit(self, edit: Edit) -> None:
-        description = describe(edit)
+        description = describe(edit, self.model)
         if isinstance(edit, Replace):
             old = get_module(self.model, edit.path)
             self._frozen |= {f"{edit.path}.{name}" for name, p in old.named_parameters() if not p.requires_grad}
