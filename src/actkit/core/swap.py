@@ -1,7 +1,8 @@
 """Swap the activation functions of a model: `swap(model, "silu", "relu")`.
 
 A transform like any other, so that it stands in recipes, is undone, saved and loaded; `swap` is its short form. The
-function of a model changes with it, so it is usually followed by training (`core/training.py`).
+function of a model changes with it, so it is usually followed by training (`core/training.py`). What is calibrated on
+the *original* model (most transforms) should come in a run of its own, after the swap and the training.
 Where all activations that a transformers config names (`hidden_act`, `activation_function`) change to one that it
 can name, the config says so too.
 """
@@ -19,8 +20,9 @@ from transformers.activations import ACT2FN
 from actkit.core import registry
 from actkit.core.activations import CONFIG_NAMES, FUNCTIONS, Activation, is_activation, name_of
 from actkit.core.anatomy import Block, Linear
-from actkit.core.edits import Configure, Edit, Note, Replace, Skip, get_module
+from actkit.core.edits import Configure, Edit, Note, Replace, Skip
 from actkit.core.errors import EditError, RecipeError
+from actkit.core.experts import ExpertList
 from actkit.core.runner import Applied, Seen, Trial, apply
 from actkit.core.transform import Tags, Transform, explain
 
@@ -44,7 +46,7 @@ class Swap(Transform):
 
     tags: ClassVar[Tags] = Tags(parts=False)
     _factory: Callable[[], nn.Module] | None = PrivateAttr(default=None)
-    _places: dict[str, int] = PrivateAttr(default_factory=dict)  # path -> block it is replaced with
+    _places: dict[str, tuple[int, nn.Module]] = PrivateAttr(default_factory=dict)  # path -> its block, what is there
     _last: list[Configure | Note] = PrivateAttr(default_factory=list)  # after the last block
     _made: dict[int, tuple[nn.Module, nn.Module]] = PrivateAttr(default_factory=dict)  # id of an old module -> old, new
 
@@ -100,9 +102,9 @@ class Swap(Transform):
         blocks = trial.anatomy.blocks
         planned = self.model_copy()
         planned._made, planned._places = {}, {}
-        for path in chosen:
+        for path, module in chosen.items():
             inside = (block.index for block in blocks if block.path == "" or path.startswith(block.path + "."))
-            planned._places[path] = next(inside, 0)
+            planned._places[path] = (next(inside, 0), module)
         planned._last = list(self._configured(trial.model, set(chosen)))
         return planned
 
@@ -116,12 +118,12 @@ class Swap(Transform):
 
     def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
         """The block's own activations, so that the blocks before it are calibrated first; the rest with block 0."""
-        for path in [path for path, index in self._places.items() if index == block.index]:
-            del self._places[path]
-            old = get_module(block.root, path)
+        for path in [path for path, (index, _) in self._places.items() if index == block.index]:
+            old = self._places.pop(path)[1]
             if id(old) not in self._made:
                 self._made[id(old)] = (old, self._fresh(old))
-            yield Replace(path, self._made[id(old)][1].train(old.training))
+            for now in _paths_of(old, path, block.root):
+                yield Replace(now, self._made[id(old)][1].train(old.training))
         if not self._places:
             yield from self._last
             self._made, self._last = {}, []
@@ -194,6 +196,21 @@ def _checked(cls: type[Swap], **settings: Any) -> Any:
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every path with its module; one that stands at several paths comes with each."""
     return model.named_modules(remove_duplicate=False)
+
+
+def _paths_of(module: nn.Module, path: str, model: nn.Module) -> list[str]:
+    """Where a module that was at `path` stands now. Raises EditError where it stands nowhere."""
+    now = dict(_modules(model))
+    if now.get(path) is module:
+        return [path]
+    parent = path.rpartition(".")[0]
+    experts = now.get(parent)
+    if isinstance(experts, ExpertList):  # opened for another transform: each expert has a copy
+        return [f"{parent}.{index}.activation" for index in range(len(experts))]
+    found = [other for other, each in now.items() if each is module]  # wrapped by another transform
+    if not found:
+        raise EditError(f"where: {path} was replaced by another transform of the recipe; swap before it.")
+    return found
 
 
 def _matches(entry: str, path: str, module: nn.Module) -> bool:

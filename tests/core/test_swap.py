@@ -1,0 +1,319 @@
+"""Swapped activation functions: which ones, undone, saved and loaded; against models built with the other function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+from transformers.activations import ACT2FN
+
+from actkit.core import changes, checkpoint
+from actkit.core.activations import CONFIG_NAMES, FUNCTIONS, Activation, is_activation, name_of
+from actkit.core.errors import EditError, RecipeError
+from actkit.core.folding import ScaledActivation
+from actkit.core.runner import apply
+from actkit.core.swap import Swap, swap
+from actkit.core.transform import Recipe
+from actkit.quantization.rtn import RoundToNearest
+from actkit.sparsity.teal import Teal
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+IDS = torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))
+
+
+def llama(act: str = "silu") -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=1, hidden_act=act, initializer_range=0.3)).eval()
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        output = model(IDS)
+    return output.logits if hasattr(output, "logits") else output[0]
+
+
+class Net(nn.Module):
+    """A user's own model: one activation under two names, one inside a Sequential, one of her own class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+        self.first = self.again = nn.ReLU()
+        self.tail = nn.Sequential(nn.GELU(), nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.again(self.layers[1](self.first(self.layers[0](x))))
+        return self.tail(self.layers[2](x))
+
+
+# -- the functions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_those_of_torch_and_transformers(name: str) -> None:
+    x = torch.linspace(-6, 6, 101, dtype=torch.float64)
+    closed = {
+        "elu": torch.where(x > 0, x, x.exp() - 1),
+        "gelu": x * (1 + torch.erf(x / 2**0.5)) / 2,
+        "gelu_tanh": x / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
+        "hardswish": x * (x + 3).clamp(0, 6) / 6,
+        "identity": x,
+        "leaky_relu": torch.where(x > 0, x, 0.01 * x),
+        "mish": x * torch.tanh(torch.log1p(x.exp())),
+        "relu": x.clamp(min=0),
+        "relu2": x.clamp(min=0) ** 2,
+        "selu": 1.0507009873554805 * torch.where(x > 0, x, 1.6732632423543772 * (x.exp() - 1)),
+        "sigmoid": 1 / (1 + (-x).exp()),
+        "silu": x / (1 + (-x).exp()),
+        "softplus": torch.log1p(x.exp()),
+        "tanh": (x.exp() - (-x).exp()) / (x.exp() + (-x).exp()),
+    }[name]
+    module = Activation(name)
+    assert torch.allclose(module(x), closed, rtol=1e-9, atol=1e-12)
+    assert name_of(module) == name and is_activation(module)
+    rebuilt = Activation.from_spec(module.spec())
+    assert torch.equal(rebuilt(x), module(x)) and name in repr(module)
+    if name in CONFIG_NAMES:
+        theirs = ACT2FN[CONFIG_NAMES[name]]
+        assert torch.allclose(theirs(x.float()), module(x.float()), rtol=1e-5, atol=1e-6)
+        assert name_of(theirs) == name
+
+
+def test_names_hold_only_at_the_settings_of_the_table() -> None:
+    assert name_of(nn.GELU()) == "gelu" and name_of(nn.GELU(approximate="tanh")) == "gelu_tanh"
+    assert name_of(nn.LeakyReLU()) == "leaky_relu" and name_of(nn.LeakyReLU(0.2)) is None
+    assert name_of(nn.ELU(2.0)) is None and name_of(nn.Softplus(2)) is None
+    assert name_of(nn.Linear(1, 1)) is None and not is_activation(nn.Linear(1, 1)) and not is_activation(nn.Identity())
+    assert is_activation(nn.PReLU()) and name_of(nn.PReLU()) is None
+    with pytest.raises(ValueError, match="allowed are"):
+        Activation("swoosh")
+
+
+# -- what is replaced --------------------------------------------------------------------------------------------------
+
+
+def test_all_of_a_transformers_model_and_its_config(tmp_path: Path) -> None:
+    """The swapped model equals one that transformers builds with that function; saved, loaded, undone bit for bit."""
+    model, before = llama(), logits(llama())
+    reference = llama("relu")
+    applied = swap(model, "silu", "relu")
+    assert torch.allclose(logits(model), logits(reference), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(logits(model), before, atol=1e-3)
+    assert model.config.hidden_act == "relu" and applied.edits[-1]["configure"] == "hidden_act"
+    checkpoint.save(model, tmp_path / "changed")
+    loaded = checkpoint.load(tmp_path / "changed")
+    assert torch.equal(logits(loaded), logits(model)) and loaded.config.hidden_act == "relu"
+    assert isinstance(loaded.model.layers[1].mlp.act_fn, Activation)
+    applied.undo()
+    assert torch.equal(logits(model), before) and model.config.hidden_act == "silu"
+    assert type(model) is LlamaForCausalLM and changes.of(model) is None
+
+
+def test_undo_from_the_source(tmp_path: Path) -> None:
+    checkpoint.save(llama(), tmp_path / "plain")
+    model = checkpoint.load(tmp_path / "plain")
+    before = logits(model)
+    applied = swap(model, "silu", "gelu", undo="source")
+    applied.undo()
+    assert torch.equal(logits(model), before) and model.config.hidden_act == "silu"
+
+
+def test_part_of_a_model_leaves_the_config_alone() -> None:
+    model = llama()
+    applied = swap(model, "model.layers.0.*", "relu2")
+    assert isinstance(model.model.layers[0].mlp.act_fn, Activation)
+    assert not isinstance(model.model.layers[1].mlp.act_fn, Activation)
+    assert model.config.hidden_act == "silu"
+    assert any("hidden_act" in note and "1 activations still are" in note for note in applied.report.notes)
+    swap(model, "silu", "relu2")  # the rest: now the config can follow, as nothing is silu any more
+    assert model.config.hidden_act == "relu2"
+
+
+def test_a_function_that_transformers_cannot_name() -> None:
+    model = llama()
+    applied = swap(model, "silu", "softplus")
+    assert model.config.hidden_act == "silu" and any("no name" in note for note in applied.report.notes)
+
+
+def gpt2(act: str) -> nn.Module:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2, activation_function=act))
+
+
+def bert(act: str) -> nn.Module:
+    return BertForMaskedLM(BertConfig(**SMALL, hidden_act=act, initializer_range=0.3))
+
+
+def mixtral(act: str) -> nn.Module:
+    settings = {"num_key_value_heads": 1, "num_local_experts": 2, "initializer_range": 0.3, "hidden_act": act}
+    return MixtralForCausalLM(MixtralConfig(**SMALL, **settings))
+
+
+@pytest.mark.parametrize(
+    ("build", "old", "key"),
+    [(gpt2, "gelu_new", "activation_function"), (bert, "gelu", "hidden_act"), (mixtral, "silu", "hidden_act")],
+)
+def test_other_architectures(build: Any, old: str, key: str, tmp_path: Path) -> None:
+    """BERT's head has one of its own outside the blocks; Mixtral's experts are 3-D parameters around one module."""
+    torch.manual_seed(0)
+    model = build(old).eval()
+    torch.manual_seed(0)
+    reference = build("relu").eval()
+    before = logits(model)
+    applied = swap(model, old, "relu")
+    assert torch.allclose(logits(model), logits(reference), rtol=1e-5, atol=1e-5)
+    assert getattr(model.config, key) == "relu" and not torch.allclose(logits(model), before, atol=1e-4)
+    checkpoint.save(model, tmp_path / "changed")
+    assert torch.equal(logits(checkpoint.load(tmp_path / "changed")), logits(model))
+    applied.undo()
+    assert torch.equal(logits(model), before)
+
+
+def test_tanh_of_the_pooler_is_not_the_config() -> None:
+    model = BertModel(BertConfig(**SMALL)).eval()
+    swap(model, "tanh", "identity")
+    assert model.config.hidden_act == "gelu" and isinstance(model.pooler.activation, Activation)
+
+
+def test_any_module_without_data(tmp_path: Path) -> None:
+    """By class; an activation that stands at two paths gets one successor, and the folder loads."""
+    model, x = Net(), torch.randn(5, 4)
+    with torch.no_grad():
+        before = model(x)
+        hidden = F.silu(model.layers[1](F.silu(model.layers[0](x))))
+        expected = model.tail(model.layers[2](hidden))
+    applied = swap(model, nn.ReLU, "silu")
+    assert model.first is model.again and isinstance(model.first, Activation) and isinstance(model.tail[0], nn.GELU)
+    assert torch.equal(model(x), expected)
+    checkpoint.save(model, tmp_path / "net")
+    assert torch.equal(checkpoint.load(tmp_path / "net", base=Net)(x), expected)
+    assert torch.equal(applied.undo()(x), before) and model.first is model.again
+
+
+def test_copies_and_factories(tmp_path: Path) -> None:
+    model, x = Net(), torch.randn(5, 4)
+    made: list[nn.Module] = []
+
+    def factory() -> nn.Module:
+        made.append(ScaledActivation(Activation("relu"), torch.tensor([1.0, 2.0, 4.0, 8.0])))
+        return made[-1]
+
+    copy = swap(model, ["relu", "gelu"], factory, inplace=False).model
+    assert isinstance(model.first, nn.ReLU) and isinstance(copy.first, ScaledActivation)
+    assert copy.first is copy.again and copy.first is not copy.tail[0]
+    with torch.no_grad():
+        scale = torch.tensor([1.0, 2.0, 4.0, 8.0])
+        hidden = model.layers[0](x).relu() / scale
+        hidden = model.layers[2](model.layers[1](hidden).relu() / scale).relu() / scale
+        assert torch.equal(copy(x), model.tail[1](hidden))
+
+
+# -- as a transform ----------------------------------------------------------------------------------------------------
+
+
+def test_in_recipes() -> None:
+    recipe = Recipe.parse(
+        {
+            "actkit": 1,
+            "transforms": [{"swap": {"where": "silu", "new": "relu"}}, {"rtn": {"bits": 8, "group_size": -1}}],
+        }
+    )
+    assert recipe.transforms[0] == Swap(where=("silu",), new="relu")
+    assert Recipe.parse(recipe.dump()).transforms == recipe.transforms
+    model = llama()
+    applied = apply(model, recipe, progress=False)
+    assert {method for _, method in applied.report.changed} == {"Swap", "RoundToNearest"}
+    assert [next(iter(entry)) for entry in changes.of(model).recipe] == ["swap", "rtn"]  # type: ignore[union-attr]
+    applied.undo()
+    for settings, message in (
+        ({"where": (), "new": "relu"}, "where"),
+        ({"where": "silu", "new": "swoosh"}, "swoosh"),
+        ({"where": "silu", "new": {"module": "activation"}}, "spec"),
+        ({"where": "silu", "new": {"module": "nothing", "spec": {}}}, "nothing"),
+        ({"where": "silu"}, "new"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            Recipe.parse({"actkit": 1, "transforms": [{"swap": settings}]})
+
+
+def test_a_module_by_its_registered_name() -> None:
+    model = llama()
+    apply(model, Swap(where=("silu",), new={"module": "activation", "spec": {"name": "mish"}}), progress=False)
+    assert torch.allclose(logits(model), logits(llama("mish")), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("build", [llama, mixtral])
+def test_stacked_with_a_quantizer(build: Any, tmp_path: Path) -> None:
+    """Also inside experts, which the quantizer opens: their activation then stands at other paths."""
+    models = []
+    for act in ("silu", "relu"):
+        torch.manual_seed(0)
+        models.append(build(act).eval())
+    swapped, built = models
+    rounding = RoundToNearest(bits=8, group_size=-1)
+    apply(swapped, [Swap(where=("silu",), new="relu"), rounding], progress=False)
+    apply(built, [rounding], progress=False)
+    assert torch.allclose(logits(swapped), logits(built), rtol=1e-5, atol=1e-5)
+    checkpoint.save(swapped, tmp_path / "changed")
+    assert torch.equal(logits(checkpoint.load(tmp_path / "changed")), logits(swapped))
+
+
+def test_thresholds_that_were_calibrated_before_are_refused() -> None:
+    with pytest.raises(RecipeError, match="swap first"):
+        Recipe([Teal(sparsity=0.3), Swap(where=("silu",), new="relu")]).check()
+    Recipe([Swap(where=("silu",), new="relu"), Teal(sparsity=0.3), Swap(where=("relu",), new="relu2")][:2]).check()
+
+
+@pytest.mark.parametrize(
+    ("where", "new", "error", "message"),
+    [
+        ("gelu", "relu", EditError, "activation modules of this model are silu"),
+        ("silu", "swoosh", RecipeError, "swoosh"),
+        (nn.PReLU, "relu", EditError, "no PReLU"),
+        ("model.layers.0.mlp.up_proj", "relu", EditError, "no activation function"),
+        ("lm_*", "relu", EditError, "matches no activation"),
+        (["silu", "tanh"], "relu", EditError, "'tanh' matches"),
+        ("silu", nn.ReLU, RecipeError, "not registered"),
+        ("silu", Activation("relu"), TypeError, "a function that makes"),
+        ("silu", lambda: 3, TypeError, "it made a int"),
+        ([], "relu", RecipeError, "empty"),
+    ],
+)
+def test_bad_input(where: Any, new: Any, error: type[Exception], message: str) -> None:
+    model = llama()
+    before = logits(model)
+    with pytest.raises(error, match=message):
+        swap(model, where, new)
+    assert torch.equal(logits(model), before) and changes.of(model) is None
+
+
+def test_a_shared_activation_with_parameters_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.PReLU(), nn.Linear(2, 2))
+    model.append(model[1])
+    with pytest.raises(EditError, match="tied"):
+        swap(model, nn.PReLU, "relu")
+    assert isinstance(model[1], nn.PReLU) and model[1] is model[3]
+    single = nn.Sequential(nn.Linear(2, 2), nn.PReLU())
+    swap(single, "prelu", "leaky_relu")
+    assert name_of(single[1]) == "leaky_relu"
