@@ -445,7 +445,7 @@ def _build_pretrained(folder: Path, manifest: dict[str, Any]) -> nn.Module:
     settings = _read_json(folder / "config.json")
     for edit in reversed(manifest["edits"]):
         if isinstance(edit, dict) and "before" in edit:  # the base model is built as it was, then replayed
-            settings[edit.get("configure")] = edit["before"]
+            settings[str(edit.get("configure"))] = edit["before"]
     settings["model_type"] = pretrained.base_type(str(settings.get("model_type", "")))
     try:
         config = base.config_class.from_dict(settings)

@@ -122,7 +122,10 @@ def class_by_name(name: str) -> type[PreTrainedModel]:
     """A model class of transformers by its name (never an import path). Raises CheckpointError for another name."""
     found = getattr(transformers, name, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        raise CheckpointError(f"base_class: {name!r} is not a model class of transformers {transformers.__version__}.")
+        raise CheckpointError(
+            f"base_class: {name!r} is not a model class of transformers {transformers.__version__}; install one that "
+            f"has it, or for a class of your own pass base=, a function that builds the unchanged model."
+        )
     return found
 
 

@@ -1,0 +1,166 @@
+"""What a recipe touches, counted again by hand, and the memory and time that it says it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from tiny_models import HIDDEN, INNER, LAYERS, batches, build, snapshot
+from torch import nn
+
+from actkit.core.anatomy import Block, Linear, Site, anatomy
+from actkit.core.errors import CoverageError, MemoryLimitError
+from actkit.core.experts import ExpertList
+from actkit.core.linear import ActLinear, IntegerWeight
+from actkit.core.plan import Plan, make_plan, parameter_bytes
+from actkit.core.quantizer import QuantizationGrid
+from actkit.core.statistics import Gram, Moments
+from actkit.core.transform import Tags, Transform
+
+EXPERTS = 4
+ATTENTION = HIDDEN * (2 * HIDDEN + 2 * HIDDEN // 2)  # query, output; key and value have half the heads
+GATED = 3 * HIDDEN * INNER
+NORMS, ROUTER = 2 * HIDDEN, EXPERTS * HIDDEN
+
+
+class Everything(Transform):
+    pass
+
+
+class OnlyAttention(Transform):
+    def targets(self, block: Block) -> Iterable[Linear]:
+        return [linear for linear in block.linears() if linear.role in ("query", "key", "value", "output")]
+
+
+class OnlyDownOfExperts(Transform):
+    def targets(self, block: Block) -> Iterable[Linear]:
+        return [linear for linear in block.linears() if linear.role == "down"]
+
+
+class Observing(Transform):
+    tags: ClassVar[Tags] = Tags(needs_data=True, stream="both", passes=3)
+
+    def observe(self, block: Block) -> dict[Site, Any]:
+        return {Site("mlp.hidden", block.index): Gram(), Site("mlp.input", block.index): Moments()}
+
+
+def plan(model: nn.Module, transform: Transform, given: Any = (), **settings: Any) -> Plan:
+    return make_plan(
+        anatomy(model, given[0] if len(given) else None), [transform], given, **{"min_coverage": 0, **settings}
+    )
+
+
+def test_coverage_of_a_dense_model():
+    total = ATTENTION + GATED + NORMS
+    assert plan(build("llama"), Everything()).coverage == {"Everything": pytest.approx((ATTENTION + GATED) / total)}
+    found = plan(build("llama"), OnlyAttention())
+    assert found.coverage == {"OnlyAttention": pytest.approx(ATTENTION / total)}
+    names = dict(found.untouched)
+    touched = {name for name, _ in build("llama").named_parameters() if "self_attn" in name}
+    assert names.keys() == {name for name, _ in build("llama").named_parameters()} - touched
+    assert names["lm_head.weight"] == "head"
+    assert names["model.norm.weight"] == "head"
+    assert names["model.embed_tokens.weight"] == "stem"
+    assert names["model.layers.0.input_layernorm.weight"] == "norm"
+    assert names["model.layers.1.mlp.up_proj.weight"] == "linear layer that the recipe does not aim at"
+
+
+def test_experts_count_only_where_they_are_aimed_at():
+    total = ATTENTION + EXPERTS * GATED + NORMS + ROUTER
+    model = build("mixtral")
+    before = snapshot(model)
+    for transform, touched in (
+        (Everything(), ATTENTION + EXPERTS * GATED),
+        (OnlyAttention(), ATTENTION),
+        (OnlyDownOfExperts(), EXPERTS * HIDDEN * INNER),
+    ):
+        assert plan(model, transform).coverage == {type(transform).__name__: pytest.approx(touched / total)}
+    untouched = dict(plan(model, OnlyAttention()).untouched)
+    assert untouched["model.layers.0.mlp.gate.weight"].startswith("router")
+    assert untouched["model.layers.2.mlp.experts.3.up.weight"] == "linear layer that the recipe does not aim at"
+    assert snapshot(model) == before
+    assert not any(isinstance(module, ExpertList) for module in model.modules())
+    with pytest.raises(CoverageError, match="OnlyAttention would touch"):
+        plan(model, OnlyAttention(), min_coverage=0.5)
+    assert snapshot(model) == before
+
+
+def test_biases_of_touched_layers_are_not_weights():
+    weights = HIDDEN * (4 * HIDDEN + 2 * INNER)
+    biases = 3 * HIDDEN + HIDDEN + INNER + HIDDEN
+    share = weights / (weights + biases + 2 * NORMS)
+    assert plan(build("gpt2"), Everything()).coverage["Everything"] == pytest.approx(share)
+
+
+@pytest.mark.parametrize("rounded", [True, False])
+def test_changed_layers_count_as_before(rounded):
+    model = build("llama")
+    expected = plan(model, Everything()).coverage
+    for linear in [linear for block in anatomy(model).blocks for linear in block.linears()]:
+        stored = IntegerWeight.quantize(linear.weight, QuantizationGrid(4, -1)) if rounded else None
+        parent, _, name = linear.path.rpartition(".")
+        setattr(model.get_submodule(parent), name, ActLinear.of(linear, weight=stored))
+    assert plan(model, Everything()).coverage == expected
+
+
+def test_convolutions_count_against_the_share():
+    given = batches("conv")
+    dense = (4 * 64 * INNER) + INNER * 10
+    total = dense + INNER + 10 + 4 * 9 + 4
+    found = plan(build("conv"), Everything(), given)
+    assert found.coverage == {"Everything": pytest.approx(dense / total)}
+    assert ("conv.weight", "convolution: not a linear layer") in found.untouched
+
+
+def test_memory_by_hand():
+    given = batches("llama", padding=False)
+    tokens = 2 * 6 + 2 * 7
+    found = dict(plan(build("llama"), Observing(), given).memory)
+    # measured on the longest batch and scaled, so at least the true number
+    hidden = 4 * tokens * HIDDEN * 4
+    assert found["hidden states (2 streams, old and new)"] == pytest.approx(hidden, abs=16)
+    assert found["statistics of one block"] == Gram().memory(INNER) + Moments().memory(HIDDEN)
+    assert plan(build("llama"), Everything(), given).memory == []
+    assert plan(build("llama"), Everything(), given).seconds == 0
+
+
+def test_time_is_counted_in_passes(monkeypatch):
+    given = batches("llama", padding=False)
+    ticks = iter(range(1000))
+    monkeypatch.setattr("actkit.core.blockwise.time.perf_counter", lambda: float(next(ticks)))
+    # a pass of the longest batch (14 of 26 tokens) takes 1 tick; 1 to record, 2 streams, 3 of the transform
+    assert plan(build("llama"), Observing(), given).seconds == pytest.approx(26 / 14 * (1 + 2 + 3))
+
+
+def test_the_cap():
+    given = batches("llama")
+    needed = plan(build("llama"), Observing(), given).bytes
+    assert plan(build("llama"), Observing(), given, max_memory=needed).bytes == needed
+    with pytest.raises(MemoryLimitError, match="the cap is 1 KB; largest is"):
+        plan(build("llama"), Observing(), given, max_memory="1KB")
+    for wrong in ("many", -1, "3 bananas"):
+        with pytest.raises(ValueError, match=r"memory: .* was given; give bytes"):
+            plan(build("llama"), Everything(), max_memory=wrong)
+
+
+def test_in_words():
+    rows = [("a.weight", "norm"), ("b.weight", "norm"), ("c.weight", "head")]
+    lines = Plan({"Awq": 0.987}, rows, [("hidden states", 2_000_000), ("statistics", 500_000)], 12.3).lines()
+    assert lines == [
+        "Awq touches 99% of the parameters inside blocks",
+        "left alone: 2 parameters (norm)",
+        "left alone: 1 parameter (head)",
+        "memory beside the model: 2.5 MB (hidden states 2 MB, statistics 500 KB)",
+        "time: about 12 s",
+    ]
+    assert Plan().lines() == []
+
+
+def test_parameter_bytes_count_ties_once():
+    model = build("llama", tie_word_embeddings=True)
+    per_block = ATTENTION + GATED + NORMS
+    assert parameter_bytes(model) == 4 * (LAYERS * per_block + 50 * HIDDEN + HIDDEN)
+    layer = ActLinear.of(nn.Linear(8, 4), weight=IntegerWeight.quantize(torch.ones(4, 8), QuantizationGrid(4)))
+    assert parameter_bytes(layer) == 4 * 4 + 4 * (4 + 1) + 4 * 4
