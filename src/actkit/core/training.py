@@ -294,6 +294,9 @@ class _Run:
         self.rules.after_step((self.step + 1) / settings.steps)
         self.optimizer.zero_grad()
         self.step += 1
+        if accelerator.num_processes > 1:
+            sums = accelerator.reduce(torch.tensor([total_loss, total_penalty], device=norm.device), "sum")
+            total_loss, total_penalty = float(sums[0]), float(sums[1]) / accelerator.num_processes
         penalties = total_penalty if penalised else None
         self.history.append(TrainingStep(self.step, total_loss, penalties, learning_rate, float(norm)))
 
@@ -407,6 +410,7 @@ class _Run:
         """Undo what accelerate did to the model for several processes."""
         if self.called is not self.model:
             self.accelerator.unwrap_model(self.called, keep_fp32_wrapper=False)
+            self.model.__dict__.pop("forward", None)  # of mixed precision; the class's own shows again
 
     def finish(self, keep: Keep, seconds: float) -> Trained:
         """The result, with the weights that are to be kept in the model."""
