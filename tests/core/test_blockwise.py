@@ -123,6 +123,9 @@ def test_blocks_that_do_not_run_once_are_refused(order, text):
 
 
 def test_replay_takes_what_a_whole_model_returns():
+    for output in ({"states": torch.ones(2)}, [torch.ones(2)], (torch.ones(2), None), ([torch.ones(2)],)):
+        call = Call((), {}, BatchContext.of(torch.zeros(1, 1)))
+        assert call.replay(lambda output=output: output).sum() == 2
     for kind in ("llama", "mlp"):
         model, batch = build(kind), batches(kind)[0]
         args, kwargs = ((), batch) if kind == "llama" else ((batch,), {})

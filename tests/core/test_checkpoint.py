@@ -375,6 +375,8 @@ def test_overwriting_through_a_link(old):
     save(build("mlp"), link, overwrite=True)
     assert link.is_symlink()
     assert equal(load_own(folder), build("mlp"), "mlp")
+    folder.rename(checkpoint._previous(folder))  # killed between the two renames
+    assert equal(load_own(link), build("mlp"), "mlp")
 
 
 def failing(original: Any, after: int, error: OSError) -> Any:

@@ -118,7 +118,7 @@ class Walk:
 
             return hook
 
-        with hooked(self.anatomy.model, before={path: keep(path) for path in paths}):
+        with torch.no_grad(), hooked(self.anatomy.model, before={path: keep(path) for path in paths}):
             forward(self.anatomy.model, batch)
         for path in paths:
             if path not in seen:
@@ -198,7 +198,7 @@ class Walk:
                 found.append(Call(args, dict(kwargs), context))
                 raise _StopForward
 
-            with hooked(self.anatomy.model, before={path: stop}):
+            with torch.no_grad(), hooked(self.anatomy.model, before={path: stop}):
                 try:
                     forward(self.anatomy.model, batch)
                 except _StopForward:

@@ -274,6 +274,7 @@ def _previous(folder: Path) -> Path:
 
 def recover(folder: Path) -> None:
     """Put the old folder back where a save was killed between its two renames."""
+    folder = folder.resolve()  # a link's target, as in `complete_or_nothing`
     if not folder.exists() and _previous(folder).is_dir():
         _previous(folder).rename(folder)
 

@@ -114,7 +114,9 @@ def first_tensor(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
     logits = getattr(output, "logits", None)
-    return logits if logits is not None else first_tensor(output[0])
+    if logits is not None:
+        return logits
+    return first_tensor(next(iter(output.values())) if isinstance(output, Mapping) else output[0])
 
 
 def check_batch(model: nn.Module, batch: Any) -> None:

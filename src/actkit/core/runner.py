@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from actkit.core import changes
 from actkit.core.anatomy import Anatomy, Block, Site, anatomy, has_row, unread
 from actkit.core.blockwise import Call, Walk
-from actkit.core.capture import observe
+from actkit.core.capture import observe, opened_experts
 from actkit.core.edits import (
     Configure,
     Edit,
@@ -255,7 +255,8 @@ class _Run:
 
     def plan_transforms(self) -> None:
         trial = Trial(self.view, self.batches)
-        self.transforms = [transform.plan(trial, self.batches) for transform in self.transforms]
+        with opened_experts(self.view):  # so that their layers can be tried too
+            self.transforms = [transform.plan(trial, self.batches) for transform in self.transforms]
 
     def walk(self) -> None:
         needed = {t.tags.stream for t in self.transforms if t.tags.needs_data}
