@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -255,8 +255,12 @@ class _Run:
 
     def plan_transforms(self) -> None:
         trial = Trial(self.view, self.batches)
-        with opened_experts(self.view):  # so that their layers can be tried too
-            self.transforms = [transform.plan(trial, self.batches) for transform in self.transforms]
+        planned = []
+        for transform in self.transforms:
+            # opened, so that the layers of experts can be tried too; one that goes by modules sees them as they are
+            with opened_experts(self.view) if transform.tags.parts else nullcontext():
+                planned.append(transform.plan(trial, self.batches))
+        self.transforms = planned
 
     def walk(self) -> None:
         needed = {t.tags.stream for t in self.transforms if t.tags.needs_data}
