@@ -210,6 +210,53 @@ def evaluate(
         )
 
 
+def train(
+    model: Model,
+    data: Any = None,
+    *,
+    out: str | Path | None = None,
+    rules: Any = (),
+    validation: Any = None,
+    steps: int = 200,
+    learning_rate: float = 1e-4,
+    accumulation: int = 1,
+    resume: bool = False,
+    overwrite: bool = False,
+    **options: Any,
+) -> Trained:
+    """Fine-tune a model, under training rules if any; the weights kept are those of the least validation loss.
+
+    data: None for the embedded train split, validated on the search split, so that the test split stays unseen; a file
+    or folder is cut the same way; batches need `validation`. rules: as in `core.rules.parse_rules`. options: of
+    `open_model` (dtype float32 where none is given) and `load_data`. Raises what these and `core.training.train` raise.
+    """
+    from actkit.core.training import train as run
+
+    opening, reading = _sorted(options)
+    if not isinstance(model, nn.Module) and opening.get("dtype") is None:
+        opening["dtype"] = "float32"  # small updates vanish in 16 bits
+    opened, tokenizer = open_model(model, **opening)
+    named = data is None or isinstance(data, str | Path)
+    if not named and validation is None:
+        raise DataError(
+            "validation: batches were given without any to validate on; pass validation=, held-out batches."
+        )
+    held_out = {name: value for name, value in reading.items() if name != "sequences"}
+    return run(
+        opened,
+        load_data(data, opened, tokenizer, split="train" if named else None, **reading),
+        validation=load_data(data, opened, tokenizer, split="search", **held_out) if validation is None else validation,
+        steps=steps,
+        learning_rate=learning_rate,
+        rules=rules,
+        gradient_accumulation=accumulation,
+        seed=reading.get("seed", 0),
+        out=out,
+        resume=resume,
+        overwrite=overwrite,
+    )
+
+
 def generate(
     model: Model,
     prompt: str,

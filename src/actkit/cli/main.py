@@ -265,7 +265,7 @@ def train(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a model, under training rules if any, with a validation split, and save the best of it."""
+    """Fine-tune a model, under training rules if any. Kept is the least validation loss, or what the rules ask for."""
     _set_up(threads, seed)
     from actkit import verbs
 
