@@ -90,9 +90,7 @@ for kind, auto in json.loads(sys.argv[2]).items():
         except Exception as error:
             found["refused"][f"{kind} {name}"] = f"{type(error).__name__}: {error}"
 assert "actkit" not in sys.modules
-from actkit.core import pretrained
-from actkit.core.architectures import known_model_types
-pretrained.register(known_model_types())
+import actkit.core.pretrained
 sys.path.insert(0, sys.argv[3])
 from tiny_models import batches, run
 for kind, auto in json.loads(sys.argv[2]).items():

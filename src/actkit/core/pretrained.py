@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
+from actkit.core.architectures import known_model_types
 from actkit.core.errors import CheckpointError
 
 PREFIX = "actkit_"
@@ -84,11 +85,24 @@ def _refuse(options: dict[str, Any]) -> None:
         )
 
 
+class ChangedConfig:
+    """What the config of a changed model adds: the model classes are made when a config is first read from a file, as
+    that is when an Auto class is about to look for them; importing all of them would take seconds."""
+
+    actkit_base: Any
+
+    @classmethod
+    def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        _register_models(cls.actkit_base)
+        return super().from_dict(*args, **kwargs)  # type: ignore[misc]
+
+
 @cache
 def config_class(base: Any) -> type:
     """The config class of changed models over `base`, registered with AutoConfig."""
     name = f"{PREFIX}{base.model_type}"
-    changed = type(f"Actkit{base.__name__}", (base,), {"model_type": name, "__module__": __name__})
+    namespace = {"model_type": name, "actkit_base": base, "__module__": __name__}
+    changed = type(f"Actkit{base.__name__}", (ChangedConfig, base), namespace)
     AutoConfig.register(name, changed, exist_ok=True)
     return changed
 
@@ -129,22 +143,31 @@ def class_by_name(name: str) -> type[PreTrainedModel]:
     return found
 
 
+@cache
+def _register_models(base: Any) -> None:
+    """Make the changed classes over a config class, for every Auto class that has one for it."""
+    for name in dir(transformers):
+        if name.startswith("AutoModel"):
+            mapping = getattr(getattr(transformers, name), "_model_mapping", None)
+            known = None if mapping is None else mapping.get(base, None)
+            for cls in known if isinstance(known, tuple) else (known,):
+                if cls is not None:
+                    model_class(cls)
+
+
 def register(model_types: tuple[str, ...]) -> None:
-    """Register the changed classes of some base model types, so that transformers' Auto classes load them."""
+    """Make changed models of some base model types known to transformers' Auto classes."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     for model_type in model_types:
         if model_type in CONFIG_MAPPING:
             base: Any = CONFIG_MAPPING[model_type]
             config_class(base)
-            for name in ("AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModelForMaskedLM",
-                         "AutoModelForImageClassification", "AutoModel"):  # fmt: skip
-                known = getattr(transformers, name)._model_mapping.get(base, None)
-                for cls in known if isinstance(known, tuple) else (known,):
-                    if cls is not None:
-                        model_class(cls)
 
 
 def is_pretrained(model: nn.Module) -> bool:
     """Whether a module is a transformers model."""
     return isinstance(model, PreTrainedModel)
+
+
+register(known_model_types())
