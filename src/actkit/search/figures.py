@@ -1,8 +1,9 @@
-"""How results of this package are shown: a rich table for the terminal, plotly figures for the report."""
+"""How results of this package are shown on the terminal, and the profile as a plotly figure."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import isfinite
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,15 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from actkit.core.quality import Estimate
+from actkit.search.measured import Candidate
+from actkit.search.verdict import disk_share, ratio_of, read_share, times
+
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
     from actkit.search.profile import Profile, SiteProfile, WeightProfile
+    from actkit.search.search import Optimization
 
 LONGEST_TABLE = 60  # rows; a longer one has a row per name instead, with medians over its sites
 ABOUT_SITES = (
@@ -183,3 +189,59 @@ def _line(
 def _step(profile: Profile) -> int:
     """Ticks at whole blocks, about eight of them."""
     return max(1, (1 + max(site.block or 0 for site in profile.sites)) // 8)
+
+
+def optimization_table(result: Optimization) -> Group:
+    """The verdict, then every candidate with what it gives and why it pays or not; for 100 columns."""
+    verdict = result.verdict
+    said = [Text(f"  {line}") for line in (verdict.speed, verdict.memory, verdict.disk, verdict.quality)]
+    table = _plain("candidate", ("loss, test split", "disk", "read/token", "speed"))
+    table.add_column("", overflow="fold")
+    for candidate in (result.original, *result.candidates):
+        judgement = None if candidate is result.original else verdict.of(candidate.name)
+        best = judgement is not None and verdict.best == candidate.name
+        words = ""
+        if judgement is not None:
+            words = ("pays, best" if best else "pays") if judgement.pays else judgement.against[0]
+        mark = "* " if candidate.name in result.front else "  "
+        cells = _candidate_cells(candidate, result)
+        table.add_row(f"{mark}{candidate.name}", *cells, words, style="bold" if best else "")
+    headline = Text(verdict.headline, style="bold green" if verdict.pays else "bold yellow")
+    star = Text("* on the front: nothing else is as good in everything and better in something", style="dim")
+    return Group(headline, *said, Text(""), table, Text(""), star, *_afterwards(result))
+
+
+def _candidate_cells(candidate: Candidate, result: Optimization) -> list[str]:
+    if candidate.failed is not None or candidate.loss is None:
+        return ["failed", "-", "-", "-"]
+    disk, read = disk_share(candidate, result.original), read_share(candidate, result.original)
+    ratio = ratio_of(candidate)
+    return [
+        interval(candidate.loss, ".1%"),
+        "-" if disk is None else f"{disk:.0%}",
+        "-" if read is None else f"{read:.0%}",
+        "-" if ratio is None else interval(ratio, ".2f"),
+    ]
+
+
+def _afterwards(result: Optimization) -> list[Text]:
+    """The speed at the larger shape, the best model's folder, what was left out."""
+    lines = []
+    if result.speed_row is not None:
+        for row in result.speed_row.rows:
+            if row.ratio is not None:
+                what = f"at 0.5B parameters (random weights: speed only) with {row.share:.0%} of the inputs dropped"
+                lines.append(Text(f"{what}: {times(row.ratio)} as fast"))
+    if result.best is not None and result.proof is not None:
+        lines.append(Text(f"saved: {result.proof.describe()}"))
+    lines += [Text(f"not tried: {each.what}: {each.reason}", style="dim") for each in result.left_out]
+    lines += [Text(f"note: {note}", style="dim") for note in result.notes]
+    return [Text(""), *lines] if lines else []
+
+
+def interval(estimate: Estimate, form: str) -> str:
+    """'0.5% (0.3% to 0.7%)', without the interval where it is not known."""
+    value = f"{estimate.value:{form}}"
+    if not (isfinite(estimate.low) and isfinite(estimate.high)):
+        return value
+    return f"{value} ({estimate.low:{form}} to {estimate.high:{form}})"

@@ -1,0 +1,67 @@
+"""The model card of the best model: what it is, what was measured, on what, and how to make it again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import yaml
+
+from actkit.core.memory import format_bytes
+from actkit.search.measured import Candidate
+from actkit.search.verdict import disk_share, times
+
+if TYPE_CHECKING:
+    from actkit.search.search import Optimization
+
+
+def model_card(result: Optimization, best: Candidate) -> str:
+    """The text of README.md."""
+    original, info = result.original, result.machine
+    rows = [(name.replace("_", " "), estimate.text()) for name, estimate in best.metrics.items()]
+    if best.loss is not None:
+        rows.append(("loss", best.loss.text(".2%")))
+    for label, mine, other in (
+        ("on disk", best.disk_bytes, original.disk_bytes),
+        ("weights in memory", best.weight_bytes, original.weight_bytes),
+        ("weights read per token", best.bytes_per_token, original.bytes_per_token),
+    ):
+        if mine is not None and other:
+            rows.append((label, f"{format_bytes(mine)} ({mine / other:.1%} of the original's {format_bytes(other)})"))
+    if best.density is not None:
+        rows.append(("inputs read where some are chosen", f"{best.density:.1%}"))
+    if best.speed is not None and best.speed.ratio is not None:
+        rate, ratio = best.speed.rate, best.speed.ratio
+        rows.append(("speed", f"{rate.value:.4g} {best.speed.unit}, {times(ratio)} the original's"))
+    share = disk_share(best, original)
+    lines = "\n".join(f"| {label} | {text} |" for label, text in rows)
+    recipe = yaml.safe_dump(best.methods.dump(), sort_keys=False)
+    test = result.data["test"]
+    return f"""---
+library_name: actkit
+base_model: {result.name}
+---
+
+# {result.name}, {best.name}
+
+Made by `actkit optimize`{"" if share is None else f": {share:.0%} of the original's disk"}.
+It needs `import actkit` to load; without it, loading fails instead of giving wrong weights.
+
+```python
+import actkit
+
+model = actkit.load("path/to/this/folder")
+```
+
+| measured on the test split | value, 95 % interval |
+|---|---|
+{lines}
+
+Data: {test["data"]}.
+Machine: {info["processor"]}, {info["cores"]} cores, {info["capability"]}, {info["threads"]} threads.
+Versions: {", ".join(f"{name} {version}" for name, version in result.versions.items())}.
+
+## Recipe
+
+```yaml
+{recipe}```
+"""

@@ -1,0 +1,151 @@
+"""The journal of a search: one JSON line per finished measurement, on the disk before the next one begins.
+
+The first line says what the measurements depend on (model, data, settings, versions, machine); a search resumes only
+where that is the same. A line is written in one piece and flushed to the disk, so that after Ctrl-C, kill -9 or a power
+cut every line is whole, save perhaps the last, which is then dropped and measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from actkit.core.errors import ActkitError
+
+SCHEMA = 1
+
+
+class JournalError(ActkitError):
+    """A journal that cannot be read, or is of another search."""
+
+
+class Journal:
+    """The lines of one search. entries: what was measured, oldest first; notes: what was mended while reading."""
+
+    def __init__(self, path: Path, entries: list[dict[str, Any]], notes: list[str]) -> None:
+        self.path, self.entries, self.notes = path, entries, notes
+
+    @classmethod
+    def start(cls, path: str | Path, header: Mapping[str, Any]) -> Self:
+        """A new journal; what stood at `path` is replaced."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+        journal = cls(path, [], [])
+        journal._write({"kind": "header", "schema": SCHEMA, **header})
+        _flush_folder(path.parent)
+        return journal
+
+    @classmethod
+    def resume(cls, path: str | Path, header: Mapping[str, Any]) -> Self:
+        """Go on with a journal. A torn last line is cut off, and noted.
+
+        Raises JournalError where there is none, a line inside is damaged, or the header is of another search; the text
+        names what differs.
+        """
+        path = Path(path)
+        lines, notes = _read(path)
+        if not lines:
+            raise JournalError(f"resume: {path} holds no whole line; start again with overwrite=True (--overwrite).")
+        found, *entries = lines
+        if found.get("kind") != "header" or found.get("schema") != SCHEMA:
+            raise JournalError(
+                f"resume: {path} begins with {found.get('kind')!r} of schema {found.get('schema')!r}, this actkit "
+                f"writes 'header' of schema {SCHEMA}; start again with overwrite=True (--overwrite)."
+            )
+        differing = differences(found, json.loads(json.dumps({"kind": "header", "schema": SCHEMA, **header})))
+        if differing:
+            raise JournalError(
+                f"resume: {path} is of another search: {'; '.join(differing)}. Give what was given then, or start "
+                f"again with overwrite=True (--overwrite)."
+            )
+        return cls(path, entries, notes)
+
+    def add(self, kind: str, **content: Any) -> None:
+        """Write one measurement, and wait until it is on the disk."""
+        entry = {"kind": kind, **content}
+        self._write(entry)
+        self.entries.append(json.loads(json.dumps(entry)))
+
+    def find(self, kind: str) -> list[dict[str, Any]]:
+        """The entries of one kind, oldest first."""
+        return [entry for entry in self.entries if entry["kind"] == kind]
+
+    def _write(self, entry: Mapping[str, Any]) -> None:
+        line = json.dumps(entry, allow_nan=False).encode() + b"\n"
+        with self.path.open("ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """All whole lines; a torn last one is cut off the file."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise JournalError(f"resume: {path} cannot be read ({error}); start without resume (--resume).") from error
+    whole, _, torn = content.rpartition(b"\n")
+    notes = []
+    if torn:
+        notes.append(f"the last line of {path.name} was torn ({len(torn)} bytes without an end) and was dropped")
+        with path.open("r+b") as file:
+            file.truncate(len(content) - len(torn))
+            os.fsync(file.fileno())
+    lines = []
+    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+        try:
+            entry = json.loads(line)
+            lines.append(entry)
+            known = isinstance(entry, dict) and isinstance(entry.get("kind"), str)
+        except ValueError:
+            known = False
+        if not known:
+            raise JournalError(
+                f"resume: line {number} of {path} is damaged; start again with overwrite=True (--overwrite), or cut "
+                f"the file before that line."
+            )
+    return lines, notes
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any], where: str = "") -> list[str]:
+    """'seed was 0 and is 1': where two JSON objects differ, by dotted name."""
+    texts: list[str] = []
+    for key in dict.fromkeys((*found, *expected)):
+        before, now = found.get(key), expected.get(key)
+        name = f"{where}{key}"
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            texts += differences(before, now, f"{name}.")
+        elif before != now:
+            texts.append(f"{name} was {_short(before)} and is {_short(now)}")
+    return texts
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:24]}..."
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the names, shapes, types and values of all saved tensors, and of the class."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,119 @@
+"""What is known of one candidate: its recipe, why it was tried, and every number measured of it.
+
+Plain values throughout, so that a line of the journal holds all of it and gives all of it back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from actkit.core.cost import Cost
+from actkit.core.proof import Proof
+from actkit.core.quality import Estimate
+from actkit.core.speed import Speed
+from actkit.core.transform import Recipe
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe and what it gave. `original` is one too, with no recipe.
+
+    name: short, unique in a run. recipe: its transforms as in the YAML form. why: what in the profile or the shapes
+    suggests it. failed: why there is nothing to measure, or None. search_loss, loss: on the search and the test split
+    (what max_loss limits, see `Quality.loss`). metrics: of the test split. disk_bytes: of the whole saved folder.
+    weight_bytes: held in memory. bytes_per_token, dense_bytes_per_token, density, density_p05, density_p95: see `Cost`.
+    speed, speed_failed: against the original in fresh processes, or why not. peak_share: peak memory of the process
+    over the original's, measured in the same rounds. proof: of the reload. writes: '' where the generation check
+    passed, the reason where it did not, None where the model writes no text. text: what it wrote after the prompt.
+    coverage: share of the parameters in blocks by method. changed: edits made. skipped: (path, method, reason).
+    seconds: of making and measuring it, without the speed.
+    """
+
+    name: str
+    recipe: list[dict[str, Any]] = field(default_factory=list)
+    why: str = ""
+    failed: str | None = None
+    search_loss: Estimate | None = None
+    loss: Estimate | None = None
+    metrics: dict[str, Estimate] = field(default_factory=dict)
+    disk_bytes: int | None = None
+    weight_bytes: int | None = None
+    bytes_per_token: float | None = None
+    dense_bytes_per_token: float | None = None
+    density: float | None = None
+    density_p05: float | None = None
+    density_p95: float | None = None
+    speed: Speed | None = None
+    speed_failed: str | None = None
+    peak_share: float | None = None
+    proof: Proof | None = None
+    writes: str | None = None
+    text: str | None = None
+    coverage: dict[str, float] = field(default_factory=dict)
+    changed: int = 0
+    skipped: list[list[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def methods(self) -> Recipe:
+        """The recipe as transforms. Raises RecipeError for the original, which has none."""
+        return Recipe.parse({"actkit": 1, "transforms": self.recipe})
+
+    def with_cost(self, cost: Cost) -> Candidate:
+        """The same with what `measure_cost` found."""
+        names = ("disk_bytes", "weight_bytes", "bytes_per_token", "dense_bytes_per_token", "density")
+        found = {name: getattr(cost, name) for name in (*names, "density_p05", "density_p95")}
+        return replace(self, **found)
+
+    def with_speed(self, speed: Speed, original: Speed) -> Candidate:
+        """The same with a speed, and the original's from the same rounds."""
+        return replace(self, speed=speed, speed_failed=None, peak_share=speed.peak_bytes / original.peak_bytes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it; None for what is not known."""
+        return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Candidate:
+        """What `to_dict` gave, also after a way through JSON."""
+        found = {item.name: content[item.name] for item in fields(cls) if item.name in content}
+        for name in ("search_loss", "loss"):
+            found[name] = estimate(found.get(name))
+        found["metrics"] = {name: estimate(value) for name, value in (found.get("metrics") or {}).items()}
+        if found.get("speed") is not None:
+            found["speed"] = speed_from(found["speed"])
+        if found.get("proof") is not None:
+            found["proof"] = Proof(**found["proof"])
+        return cls(**found)
+
+
+def estimate(content: Mapping[str, float | None] | None) -> Estimate | None:
+    """An Estimate from its dictionary, where a bound that is not known is None."""
+    if content is None:
+        return None
+    value, low, high = (content[name] for name in ("value", "low", "high"))
+    return Estimate(
+        math.nan if value is None else value, -math.inf if low is None else low, math.inf if high is None else high
+    )
+
+
+def speed_from(content: Mapping[str, Any]) -> Speed:
+    """A Speed from its dictionary."""
+    names = ("rate", "first_token_seconds", "ratio")
+    return Speed(**{**content, **{name: estimate(content[name]) for name in names}})  # type: ignore[arg-type]
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,506 @@
+"""optimize(model): profile it, try recipes, measure them, and keep the best that pays, or say that nothing pays.
+
+    profile -> at most 12 recipes -> each made, measured, saved, reload-proved -> speeds in fresh processes, in turns
+    with the original -> front -> verdict -> the best saved with a card, and proved once more -> report
+
+Every finished measurement is in OUT/journal.jsonl before the next one begins, so a search that was stopped in any way
+resumes. OUT holds at the end: journal.jsonl, results.json, index.html and, where something pays, best/ and recipe.yaml.
+The other candidates are removed; their recipes are in the report and make them again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from actkit.core import changes, checkpoint
+from actkit.core.anatomy import anatomy
+from actkit.core.errors import ActkitError
+from actkit.core.example import Inputs, main_dtype
+from actkit.core.fresh import import_name
+from actkit.core.machine import machine, versions
+from actkit.core.progress import track
+from actkit.core.proof import Proof, prove
+from actkit.core.runner import check_model
+from actkit.core.speed import Speed, measure_speed
+from actkit.core.summary import summarise
+from actkit.search.cache import last_level_cache
+from actkit.search.candidates import MOST, LeftOut, Proposal, Shapes, given, propose
+from actkit.search.card import model_card
+from actkit.search.front import front, point
+from actkit.search.journal import Journal, model_fingerprint
+from actkit.search.measured import Candidate, speed_from
+from actkit.search.profile import Profile, profile
+from actkit.search.speed_row import SpeedRow, measure_speed_row
+from actkit.search.splits import split_data
+from actkit.search.verdict import Verdict, decide
+from actkit.search.workshop import Workshop, task_for
+from actkit.zoo.loading import OWN_CLASSES, open_model
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+JOURNAL, RESULTS, REPORT, BEST, CANDIDATES, RECIPE = (
+    "journal.jsonl",
+    "results.json",
+    "index.html",
+    "best",
+    "candidates",
+    "recipe.yaml",
+)
+SIDE_BY_SIDE = 4  # candidates timed in turns with one original: each is a process of its own
+ROUNDS = 5
+PROMPT, NEW_TOKENS, BATCH = 128, 32, 8  # of the speed; BATCH for models that run one pass instead of decoding
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """What a search found.
+
+    name: of the model. original: measured like the candidates. candidates: in the order they were tried. left_out:
+    what was not tried, and why. front: names of those that nothing beats, 'original' among them where so. verdict: who
+    pays. best: the folder with the best model, or None; proof: of its reload. speed_row: at a fixed larger shape, or
+    None; speed_row_note: why not. prompt: what the generation check goes on from. coverage: lines of the coverage
+    report. settings, data, machine, versions, notes: how it was measured. seconds: of this run.
+    """
+
+    name: str
+    profile: Profile
+    original: Candidate
+    candidates: tuple[Candidate, ...]
+    left_out: tuple[LeftOut, ...]
+    front: tuple[str, ...]
+    verdict: Verdict
+    best: Path | None
+    proof: Proof | None
+    speed_row: SpeedRow | None
+    speed_row_note: str
+    prompt: str | None
+    coverage: tuple[str, ...]
+    settings: dict[str, Any]
+    data: dict[str, Any]
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    notes: tuple[str, ...]
+    seconds: float
+
+    def candidate(self, name: str) -> Candidate:
+        """A candidate, or the original, by name."""
+        return next(each for each in (self.original, *self.candidates) if each.name == name)
+
+    def table(self) -> Group:
+        """The verdict and all candidates, for a terminal of 100 columns."""
+        from actkit.search.figures import optimization_table
+
+        return optimization_table(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
+        return {
+            "name": self.name,
+            "verdict": self.verdict.to_dict(),
+            "best": None if self.best is None else str(self.best),
+            "front": list(self.front),
+            "original": self.original.to_dict(),
+            "candidates": [candidate.to_dict() for candidate in self.candidates],
+            "left_out": [asdict(each) for each in self.left_out],
+            "proof": None if self.proof is None else self.proof.to_dict(),
+            "speed_row": None if self.speed_row is None else self.speed_row.to_dict(),
+            "speed_row_note": self.speed_row_note,
+            "prompt": self.prompt,
+            "coverage": list(self.coverage),
+            "settings": self.settings,
+            "data": self.data,
+            "machine": self.machine,
+            "versions": self.versions,
+            "notes": list(self.notes),
+            "seconds": self.seconds,
+            "profile": self.profile.to_dict(),
+        }
+
+
+def optimize(
+    model: nn.Module | str | Path,
+    *,
+    out: str | Path = "actkit-report",
+    data: Any = None,
+    max_loss: float = 0.02,
+    max_recipes: int = MOST,
+    recipes: Sequence[Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    speed: bool = True,
+    speed_row: bool | None = None,
+    max_memory: int | str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    base: Callable[[], nn.Module] | None = None,
+    trust_remote_code: bool = False,
+    threads: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Optimization:
+    """Search for a cheaper model that is as good.
+
+    model: a zoo name, a folder, a hub id, or a model in memory (left as it is: candidates are copies). out: the folder
+    to write. data: as in `load_data`; None is the embedded data. max_loss: largest loss of quality, as a share, that
+    the upper bound of its interval may reach. max_recipes: 1 to 12. recipes: try these instead (whatever `Recipe.of`
+    takes). resume: go on with the journal in `out`. overwrite: replace what an earlier search left in `out`.
+    speed: measure speed and memory in fresh processes. speed_row: measure the 0.5B shape (`speed_row.py`); None: where
+    speed is measured and the model is a language model that fits in the cache, so that its own speed says little.
+    max_memory: hard cap for calibration beside the model. base: builds the unchanged model, for one's own nn.Module, by
+    a function that a fresh process can import. threads: torch's number where None.
+
+    Raises ValueError for settings out of bounds or an `out` that exists, DataError for data that do not serve,
+    JournalError where resuming is not possible, ImportError where jinja2 (the extra `report`) is missing, and what
+    loading a model raises; all before the first measurement. What a candidate raises is recorded with it.
+    """
+    started = time.perf_counter()
+    _check_settings(max_loss, max_recipes, seed, threads)
+    _check_report()
+    out = Path(out)
+    _check_out(out, resume=resume, overwrite=overwrite)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if not isinstance(model, nn.Module):
+        options |= {"device": device, "dtype": dtype, "base": base}
+    name = type(model).__name__ if isinstance(model, nn.Module) else str(model)
+    opened, tokenizer = open_model(model, **options)
+    check_model(opened)
+    base = base or OWN_CLASSES.get(type(opened).__name__)
+    _check_base(opened, base)
+    with _threads(threads):
+        known = changes.of(opened)
+        earlier = known.transforms if known else ()
+        proposals = None if recipes is None else given(recipes, earlier)
+        splits = split_data(data, opened, tokenizer, seed=seed)
+        settings: dict[str, Any] = {
+            "seed": seed,
+            "threads": torch.get_num_threads(),
+            "dtype": str(main_dtype(opened)).removeprefix("torch."),
+            "device": str(device),
+            "speed": speed,
+        }
+        header = {
+            "model": {"name": name, "class": type(opened).__name__, "fingerprint": model_fingerprint(opened)},
+            "data": splits.fingerprints(),
+            "settings": settings,
+            "versions": versions(),
+            "machine": {key: machine()[key] for key in ("processor", "cores")},
+        }
+        if overwrite and not resume:
+            _clear(out)
+        again = resume and (out / JOURNAL).exists()
+        journal = Journal.resume(out / JOURNAL, header) if again else Journal.start(out / JOURNAL, header)
+        task, note = task_for(opened, splits)
+        shop = Workshop(opened, tokenizer, task, splits, out / CANDIDATES, base, max_memory, seed, progress)
+        search = _Search(out, name, shop, journal, max_loss, trust_remote_code)
+        search.notes += [note] if note else []
+        try:
+            found = search.run(proposals, max_recipes, earlier, speed=speed, speed_row=speed_row)
+        finally:
+            shop.close()
+    settings |= {"max_loss": max_loss, "max_recipes": max_recipes, "recipes": recipes and [str(r) for r in recipes]}
+    result = replace(found, settings=settings, seconds=time.perf_counter() - started)
+    _write_results(result, out)
+    return result
+
+
+class _Search:
+    """One search, from the profile to the saved best model."""
+
+    def __init__(
+        self, out: Path, name: str, shop: Workshop, journal: Journal, max_loss: float, trust_remote_code: bool
+    ) -> None:
+        self.out, self.name, self.shop, self.journal = out, name, shop, journal
+        self.max_loss, self.trust = max_loss, trust_remote_code
+        self.notes = list(journal.notes)
+        self.cache = last_level_cache()
+
+    def run(
+        self,
+        proposals: list[Proposal] | None,
+        most: int,
+        earlier: Sequence[Any],
+        *,
+        speed: bool,
+        speed_row: bool | None,
+    ) -> Optimization:
+        shop = self.shop
+        view = anatomy(shop.model, shop.splits.calibration[0])
+        seen = profile(
+            shop.model,
+            shop.splits.calibration,
+            anatomy=view,
+            max_memory=shop.max_memory,
+            progress=shop.progress,
+        )
+        shapes = Shapes.of(view)
+        left: list[LeftOut] = []
+        if proposals is None:
+            proposals, left = propose(seen, shapes, most=most, earlier=earlier)
+        else:
+            left = [LeftOut("every recipe of the search", "recipes= was given")]
+            left += [LeftOut(each.name, f"more than max_recipes={most}") for each in proposals[most:]]
+            proposals = proposals[:most]
+        original = self._original()
+        candidates = self._measure(proposals)
+        if speed:
+            original, candidates = self._speeds(original, candidates)
+        row, why_not = self._row(original, speed=speed, wanted=speed_row)
+        verdict = decide(candidates, original, max_loss=self.max_loss, cache=self.cache)
+        points = [point(each) for each in (original, *candidates)]
+        names = [each.name for each in (original, *candidates)]
+        on_front = tuple(names[index] for index in front(points))
+        prompt = shop.prompt()
+        found = Optimization(
+            name=self.name,
+            profile=seen,
+            original=original,
+            candidates=tuple(candidates),
+            left_out=tuple(left),
+            front=on_front,
+            verdict=verdict,
+            best=None,
+            proof=None,
+            speed_row=row,
+            speed_row_note=why_not,
+            prompt=None if prompt is None or shop.tokenizer is None else shop.tokenizer.decode(prompt[0]),
+            coverage=summarise(shop.model, shop.splits.calibration[0]).coverage,
+            settings={},
+            data=shop.splits.to_dict(),
+            machine={**machine(), "last_level_cache": self.cache},
+            versions=versions(),
+            notes=tuple(dict.fromkeys(self.notes)),
+            seconds=0.0,
+        )
+        found = self._keep_best(found)
+        shutil.rmtree(shop.folder, ignore_errors=True)
+        return found
+
+    # -- measuring
+
+    def _original(self) -> Candidate:
+        for entry in self.journal.find("original"):
+            return Candidate.from_dict(entry["measured"])
+        found = self.shop.original()
+        self.journal.add("original", measured=found.to_dict())
+        return found
+
+    def _measure(self, proposals: Sequence[Proposal]) -> list[Candidate]:
+        known = {entry["key"]: Candidate.from_dict(entry["measured"]) for entry in self.journal.find("candidate")}
+        keys = [_key(proposal) for proposal in proposals]
+        todo = [(each, key) for each, key in zip(proposals, keys) if key not in known]
+        for proposal, key in track(todo, "Measuring the candidates", len(todo), self.shop.progress):
+            known[key] = self.shop.measure(proposal)
+            self.journal.add("candidate", key=key, measured=known[key].to_dict())
+        self.shop.close()
+        return [replace(known[key], name=each.name, why=each.why) for each, key in zip(proposals, keys)]
+
+    def _speeds(self, original: Candidate, candidates: list[Candidate]) -> tuple[Candidate, list[Candidate]]:
+        """Speeds of what was measured, a few candidates at a time in turns with the original."""
+        keys = {each.name: _key_of(each) for each in candidates}
+        known = {entry["key"]: entry for entry in self.journal.find("speed")}
+        waiting = [each for each in candidates if each.failed is None and keys[each.name] not in known]
+        groups = [waiting[at : at + SIDE_BY_SIDE] for at in range(0, len(waiting), SIDE_BY_SIDE)]
+        for group in track(groups, "Measuring speeds in fresh processes", len(groups), self.shop.progress):
+            for each, content in self._time(original, group):
+                self.journal.add("speed", key=keys[each.name], **content)
+                known[keys[each.name]] = self.journal.entries[-1]
+        timed = []
+        for each in candidates:
+            entry = known.get(keys[each.name])
+            if entry is not None and entry["speed"] is not None:
+                mine, other = speed_from(entry["speed"]), speed_from(entry["original"])
+                each = each.with_speed(mine, other)
+                original = original if original.speed is not None else replace(original, speed=other)
+            elif entry is not None:
+                each = replace(each, speed_failed=entry["failed"])
+            timed.append(each)
+        return (original if original.speed is None else replace(original, peak_share=1.0)), timed
+
+    def _time(self, original: Candidate, group: Sequence[Candidate]) -> Iterator[tuple[Candidate, dict[str, Any]]]:
+        """Each of a group with its speed, or why there is none; in smaller groups where they do not fit together."""
+        folders = {each.name: self._folder(each) for each in (original, *group)}
+        takes = Inputs.of(self.shop.model)
+        half = (takes.context or PROMPT + NEW_TOKENS) // 2
+        decodes = takes.causal
+        try:
+            speeds: dict[str, Speed] = measure_speed(
+                folders,
+                batch=1 if decodes else BATCH,
+                prompt=max(1, min(PROMPT, half)),
+                new_tokens=max(2, min(NEW_TOKENS, half)),
+                rounds=ROUNDS,
+                base=self.shop.base,
+                trust_remote_code=self.trust,
+                progress=False,
+            )
+        except (ActkitError, ValueError) as error:
+            if len(group) == 1:
+                yield group[0], {"speed": None, "original": None, "failed": str(error)}
+                return
+            middle = len(group) // 2
+            yield from self._time(original, group[:middle])
+            yield from self._time(original, group[middle:])
+            return
+        first = speeds[original.name].to_dict()
+        for each in group:
+            yield each, {"speed": _finite(speeds[each.name].to_dict()), "original": _finite(first), "failed": None}
+
+    def _folder(self, candidate: Candidate) -> Path:
+        folder = self.shop.folder_of(candidate.name)
+        if not folder.is_dir():
+            if candidate.recipe:
+                self.notes.append(f"{candidate.name} was made again to be timed: its folder was gone")
+            return self.shop.make_again(candidate)
+        return folder
+
+    def _row(self, original: Candidate, *, speed: bool, wanted: bool | None) -> tuple[SpeedRow | None, str]:
+        if wanted is None:
+            if not speed:
+                return None, "not measured: speed=False"
+            if self.shop.task != "language":
+                return None, "not measured: it is a language model's, and this model is none"
+            if self.cache is None or (original.weight_bytes or 0) > self.cache:
+                return None, "not measured: this model does not fit in the cache, so its own speed is what counts"
+            wanted = True
+        if not wanted:
+            return None, "not measured: speed_row=False"
+        for entry in self.journal.find("speed_row"):
+            return (None if entry["row"] is None else SpeedRow.from_dict(entry["row"])), entry["note"]
+        try:
+            row = measure_speed_row(seed=self.shop.seed, progress=self.shop.progress)
+        except MemoryError as error:
+            note = f"not measured: {error}"
+            self.journal.add("speed_row", row=None, note=note)
+            return None, note
+        self.journal.add("speed_row", row=_finite(row.to_dict()), note="")
+        return row, ""
+
+    # -- the best
+
+    def _keep_best(self, found: Optimization) -> Optimization:
+        """Save the best with a card in OUT/best, and prove that it loads in a fresh process as it was made."""
+        target = self.out / BEST
+        if found.verdict.best is None:
+            shutil.rmtree(target, ignore_errors=True)
+            (self.out / RECIPE).unlink(missing_ok=True)
+            return found
+        best = found.candidate(found.verdict.best)
+        made = checkpoint.load(self._folder(best), base=self.shop.base)
+        results = {"candidate": best.to_dict(), "original": found.original.to_dict(), "machine": found.machine}
+        checkpoint.save(
+            made,
+            target,
+            tokenizer=self.shop.tokenizer,
+            overwrite=target.exists(),
+            card=model_card(found, best),
+            results=results,
+        )
+        proof = prove(made, target, base=self.shop.base)
+        if not proof.passed:
+            raise ActkitError(f"best: {proof.describe()}. The folder does not hold the model; report it.")
+        best.methods.save(self.out / RECIPE)
+        return replace(found, best=target, proof=proof)
+
+
+def _finite(content: Any) -> Any:
+    """JSON knows no infinity: what is not finite is None already in our dictionaries, or becomes it here."""
+    return json.loads(json.dumps(content), parse_constant=lambda _: None)
+
+
+def _key(proposal: Proposal) -> str:
+    return hashlib.sha256(json.dumps(proposal.recipe.dump()["transforms"]).encode()).hexdigest()
+
+
+def _key_of(candidate: Candidate) -> str:
+    return hashlib.sha256(json.dumps(candidate.recipe).encode()).hexdigest()
+
+
+def _write_results(result: Optimization, out: Path) -> None:
+    """results.json and index.html, each complete or not there."""
+    from actkit.search.report import render
+
+    texts = {RESULTS: json.dumps(_finite(result.to_dict()), indent=1), REPORT: render(result)}
+    for name, text in texts.items():
+        partial = out / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(out / name)
+
+
+# -- before it starts --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    with ExitStack() as stack:
+        if count is not None:
+            stack.callback(torch.set_num_threads, before)
+            torch.set_num_threads(count)
+        yield
+
+
+def _check_settings(max_loss: float, max_recipes: int, seed: int, threads: int | None) -> None:
+    if not 0 <= max_loss < float("inf"):
+        raise ValueError(f"max_loss: {max_loss} was given; give a share of 0 or more, such as 0.02.")
+    if not 1 <= max_recipes <= MOST:
+        raise ValueError(f"max_recipes: {max_recipes} was given, allowed are 1 to {MOST}.")
+    if seed < 0:
+        raise ValueError(f"seed: {seed} was given; give 0 or more.")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads: {threads} was given; give 1 or more.")
+
+
+def _check_report() -> None:
+    """Before hours of work, not after them."""
+    if importlib.util.find_spec("jinja2") is None:
+        raise ImportError("report: jinja2 is missing, with which the report is written; pip install 'actkit[report]'.")
+
+
+def _check_base(model: nn.Module, base: Callable[[], nn.Module] | None) -> None:
+    if base is not None:
+        import_name(base)
+    elif not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"base: {type(model).__name__} is not a transformers model; pass a function that builds it unchanged, in a "
+            f"module that can be imported, so that candidates can be loaded in a fresh process."
+        )
+
+
+def _check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"out: {out} is a file; choose a folder.")
+    if not any(out.iterdir()):
+        return
+    if not (resume or overwrite):
+        raise ValueError(
+            f"out: {out} exists already; choose another folder, pass resume=True (--resume) to go on with its journal, "
+            f"or overwrite=True (--overwrite) to replace it."
+        )
+    if not (out / JOURNAL).is_file():
+        raise ValueError(
+            f"out: {out} holds no {JOURNAL}, so no search left it, and nothing in it is touched; choose another folder."
+        )
+
+
+def _clear(out: Path) -> None:
+    """Remove what a search leaves, and nothing else."""
+    for name in (CANDIDATES, BEST):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in (JOURNAL, RESULTS, REPORT, RECIPE):
+        (out / name).unlink(missing_ok=True)

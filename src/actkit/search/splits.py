@@ -1,0 +1,78 @@
+"""The data of a search, in three parts that share no document: to calibrate, to choose, to report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from actkit.core.errors import DataError
+from actkit.data import Batches, Split, load_data
+from actkit.data.inputs import context_length, vocabulary_size
+
+LENGTH, ROWS = 256, 8  # tokens per row, rows per batch
+CALIBRATION, SEARCH, TEST = 8_192, 12_288, 24_576  # tokens; images and short sentences count by rows, see MOST_ROWS
+MOST_ROWS = {"calibration": 256, "search": 512, "test": 1024}
+RANDOM_ROWS = {"calibration": 16, "search": 16, "test": 32}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """calibration: what transforms and the profile see. search: what chooses. test: what is reported."""
+
+    calibration: Batches
+    search: Batches
+    test: Batches
+
+    def fingerprints(self) -> dict[str, str]:
+        """SHA-256 of each part."""
+        return {name: part.fingerprint for name, part in vars(self).items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What each part is, as JSON takes it."""
+        return {
+            name: {"data": part.description, "rows": part.rows, "tokens": part.tokens, "fingerprint": part.fingerprint}
+            for name, part in vars(self).items()
+        }
+
+
+def split_data(source: Any, model: nn.Module, tokenizer: Any, *, seed: int = 0) -> Splits:
+    """The three parts of a source as in `load_data`: the embedded data and files by their splits, random values by
+    seed, given batches in order (a half, a quarter, a quarter).
+
+    Raises what `load_data` raises, and DataError for fewer than 3 given batches.
+    """
+    length = None
+    if vocabulary_size(model) is not None:
+        length = min(LENGTH, context_length(model) or LENGTH)
+    options: dict[str, Any] = {"length": length, "batch_size": ROWS, "seed": seed}
+    if source is not None and not isinstance(source, str) and not hasattr(source, "__fspath__"):
+        given = load_data(source, model, tokenizer)
+        if len(given) < 3:
+            raise DataError(
+                f"data: {len(given)} batches were given; a search needs at least 3, as it calibrates, chooses and "
+                f"reports on different ones."
+            )
+        last = max(1, len(given) // 4)
+        return Splits(given[: len(given) - 2 * last], given[len(given) - 2 * last : len(given) - last], given[-last:])
+    parts: dict[str, Batches] = {}
+    names: tuple[tuple[Split, int], ...] = (("calibration", CALIBRATION), ("search", SEARCH), ("test", TEST))
+    for name, tokens in names:
+        rows = RANDOM_ROWS[name] if source == "random" else None
+        whole = load_data(source, model, tokenizer, split=name, sequences=rows, **options)
+        parts[name] = _first(whole, tokens, MOST_ROWS[name])
+    return Splits(**parts)
+
+
+def _first(batches: Batches, tokens: int, rows: int) -> Batches:
+    """The first batches, until they hold so many tokens or rows."""
+    for count in range(1, len(batches)):
+        part = batches[:count]
+        if part.tokens >= tokens or part.rows >= rows:
+            return Batches(
+                part.items,
+                part.document_ids,
+                f"{batches.description.rsplit(', ', 1)[0]}, {part.rows} rows, {part.tokens:,} tokens or images",
+            )
+    return batches
