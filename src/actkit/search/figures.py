@@ -241,7 +241,11 @@ def _afterwards(result: Optimization) -> list[Text]:
 
 def interval(estimate: Estimate, form: str) -> str:
     """'0.5% (0.3% to 0.7%)', without the interval where it is not known."""
-    value = f"{estimate.value:{form}}"
-    if not (isfinite(estimate.low) and isfinite(estimate.high)):
-        return value
-    return f"{value} ({estimate.low:{form}} to {estimate.high:{form}})"
+    value, low, high = (_unsigned(f"{number:{form}}") for number in (estimate.value, estimate.low, estimate.high))
+    known = isfinite(estimate.low) and isfinite(estimate.high)
+    return f"{value} ({low} to {high})" if known else value
+
+
+def _unsigned(text: str) -> str:
+    """Without the sign of what is shown as zero: '-0.0%' is '0.0%'."""
+    return text.removeprefix("-") if not text.strip("-0.%") else text

@@ -44,7 +44,7 @@ from actkit.search.journal import Journal, model_fingerprint
 from actkit.search.measured import Candidate, speed_from
 from actkit.search.profile import Profile, profile
 from actkit.search.speed_row import SpeedRow, measure_speed_row
-from actkit.search.splits import split_data
+from actkit.search.splits import ROWS, split_data
 from actkit.search.verdict import Verdict, decide
 from actkit.search.workshop import Workshop, task_for
 from actkit.zoo.loading import OWN_CLASSES, open_model
@@ -191,6 +191,8 @@ def optimize(
             "dtype": str(main_dtype(opened)).removeprefix("torch."),
             "device": str(device),
             "speed": speed,
+            "length": splits.length,
+            "batch_size": ROWS,
         }
         header = {
             "model": {"name": name, "class": type(opened).__name__, "fingerprint": model_fingerprint(opened)},
@@ -211,7 +213,14 @@ def optimize(
             found = search.run(proposals, max_recipes, earlier, speed=speed, speed_row=speed_row)
         finally:
             shop.close()
-    settings |= {"max_loss": max_loss, "max_recipes": max_recipes, "recipes": recipes and [str(r) for r in recipes]}
+    settings |= {
+        "max_loss": max_loss,
+        "max_recipes": max_recipes,
+        "recipes": None if recipes is None else [str(recipe) for recipe in recipes],
+        "data": data if data is None or isinstance(data, str | Path) else "given batches",
+        "given_dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+    }
+    settings["data"] = None if settings["data"] is None else str(settings["data"])
     result = replace(found, settings=settings, seconds=time.perf_counter() - started)
     _write_results(result, out)
     return result

@@ -19,21 +19,27 @@ RANDOM_ROWS = {"calibration": 16, "search": 16, "test": 32}
 
 @dataclass(frozen=True)
 class Splits:
-    """calibration: what transforms and the profile see. search: what chooses. test: what is reported."""
+    """calibration: what transforms and the profile see. search: what chooses. test: what is reported. length: tokens
+    asked for per row, None for images and given batches."""
 
     calibration: Batches
     search: Batches
     test: Batches
+    length: int | None = None
+
+    def parts(self) -> dict[str, Batches]:
+        """The three by name."""
+        return {"calibration": self.calibration, "search": self.search, "test": self.test}
 
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of each part."""
-        return {name: part.fingerprint for name, part in vars(self).items()}
+        return {name: part.fingerprint for name, part in self.parts().items()}
 
     def to_dict(self) -> dict[str, Any]:
         """What each part is, as JSON takes it."""
         return {
             name: {"data": part.description, "rows": part.rows, "tokens": part.tokens, "fingerprint": part.fingerprint}
-            for name, part in vars(self).items()
+            for name, part in self.parts().items()
         }
 
 
@@ -62,7 +68,7 @@ def split_data(source: Any, model: nn.Module, tokenizer: Any, *, seed: int = 0) 
         rows = RANDOM_ROWS[name] if source == "random" else None
         whole = load_data(source, model, tokenizer, split=name, sequences=rows, **options)
         parts[name] = _first(whole, tokens, MOST_ROWS[name])
-    return Splits(**parts)
+    return Splits(**parts, length=length)
 
 
 def _first(batches: Batches, tokens: int, rows: int) -> Batches:

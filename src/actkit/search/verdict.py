@@ -195,7 +195,9 @@ def _headline(
     read = read_share(best, original)
     reads = "" if read is None else f", {read:.0%} of the weight bytes read per token"
     loss = f"a loss of {best.loss.value:.2%} (up to {best.loss.high:.2%})"
-    return f"{best.name} pays: {', '.join(gains)}{reads}, for {loss}."
+    ratio = ratio_of(best)
+    slower = "" if ratio is None or ratio.high >= 1 else f" It is slower, though: {times(ratio)} the original's speed."
+    return f"{best.name} pays: {', '.join(gains)}{reads}, for {loss}.{slower}"
 
 
 def _about_speed(
@@ -235,7 +237,7 @@ def _about_share(what: str, long: str, within: Sequence[Candidate], original: Ca
         return f"{what}: not measured"
     share, smallest = min(shares, key=lambda pair: pair[0])
     if share > SMALLER:
-        return f"{what}: no gain; within the limit on the loss the {long} stay at {share:.0%} or more of the original's"
+        return f"{what}: no gain; within the limit on the loss the {long} is {share:.0%} of the original's at best"
     return f"{what}: down to {share:.0%} of the original's {long}, with {smallest.name}"
 
 

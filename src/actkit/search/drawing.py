@@ -1,0 +1,280 @@
+"""The pictures of the report, as small inline SVG that follows the page's colours and needs no script.
+
+Colours are CSS classes of the page (`templates/report.html`): c0 to c7 for lines, `mark-*` for candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from math import floor, isfinite, log10
+from statistics import median
+from typing import Literal
+
+from actkit.core.quality import Estimate
+from actkit.search.profile import Profile, SiteProfile
+
+Kind = Literal["original", "best", "front", "other"]
+WIDTH, HEIGHT = 560, 400
+LEFT, RIGHT, TOP, BOTTOM = 58, 18, 18, 46
+RADIUS = {"original": 7.0, "best": 8.0, "front": 6.0, "other": 5.0}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One candidate in a picture. share: of the original's bytes. label: what stands beside it; title: on hover."""
+
+    share: float
+    loss: Estimate
+    kind: Kind
+    label: str
+    title: str
+
+
+def scatter(marks: Sequence[Mark], x_title: str, limit: float) -> str:
+    """Loss against a share of bytes, with the intervals of the loss and the limit on it. Losses far beyond the limit
+    stand at the upper edge, with an arrow and their value."""
+    highest = max((m.loss.high if isfinite(m.loss.high) else m.loss.value for m in marks), default=limit)
+    top = max(1.3 * limit, min(1.05 * highest, 5 * limit if limit else 0.1), 1e-4)
+    lowest = min((m.loss.low if isfinite(m.loss.low) else m.loss.value for m in marks), default=0.0)
+    bottom = max(min(0.0, lowest), -top / 2) - 0.06 * top
+    right = max((m.share for m in marks), default=1.0) * 1.06
+    x = _scale(0.0, right, LEFT, WIDTH - RIGHT)
+    y = _scale(bottom, top, HEIGHT - BOTTOM, TOP)
+    parts = [_frame(_ticks(0.0, right), x, _ticks(bottom, top), y, percent=True)]
+    if bottom <= limit <= top:
+        parts.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(limit):.1f}" y2="{y(limit):.1f}"/>')
+        parts.append(f'<text class="limit-text" x="{LEFT + 6}" y="{y(limit) - 5:.1f}">limit {limit:.1%}</text>')
+    taken: list[tuple[float, float, float, float]] = []
+    drawn = sorted(marks, key=lambda mark: list(RADIUS).index(mark.kind), reverse=True)  # the best on top
+    for mark in drawn:
+        cx, cy = x(mark.share), max(TOP, min(HEIGHT - BOTTOM, y(mark.loss.value)))
+        taken.append((cx - 9, cy - 9, cx + 9, cy + 9))
+    for mark in drawn:
+        parts.append(_mark(mark, x, y, taken))
+    parts.append(_titles(x_title, "loss"))
+    return _svg(parts, f"Loss against {x_title}: {len(marks)} models")
+
+
+def _mark(
+    mark: Mark, x: Callable[[float], float], y: Callable[[float], float], taken: list[tuple[float, float, float, float]]
+) -> str:
+    cx, cy = x(mark.share), y(mark.loss.value)
+    beyond = cy < TOP
+    cy = max(TOP + 4, cy)
+    label = f"{mark.label} ▲ {mark.loss.value:.0%}" if beyond else mark.label
+    parts = [f'<g class="mark-{mark.kind}"><title>{escape(mark.title)}</title>']
+    if isfinite(mark.loss.low) and isfinite(mark.loss.high) and not beyond:
+        y1, y2 = min(HEIGHT - BOTTOM, y(mark.loss.low)), max(TOP, y(mark.loss.high))
+        parts.append(f'<line class="interval" x1="{cx:.1f}" x2="{cx:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>')
+    radius = RADIUS[mark.kind]
+    if mark.kind == "original":
+        parts.append(_diamond(cx, cy, radius))
+    else:
+        parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="{radius}"/>')
+    tx, ty, anchor = _place(cx, cy, 6.6 * len(label), taken)
+    parts.append(f'<text x="{tx:.1f}" y="{ty:.1f}" text-anchor="{anchor}">{escape(label)}</text></g>')
+    return "".join(parts)
+
+
+def _diamond(cx: float, cy: float, radius: float) -> str:
+    corners = ((cx, cy - radius), (cx + radius, cy), (cx, cy + radius), (cx - radius, cy))
+    return '<polygon points="' + " ".join(f"{a:.1f},{b:.1f}" for a, b in corners) + '"/>'
+
+
+def _place(
+    cx: float, cy: float, width: float, taken: list[tuple[float, float, float, float]]
+) -> tuple[float, float, str]:
+    """Where a label of that width stands free: beside, above or below its point, and a little further out."""
+    found = None
+    for away in (11, 19, 28, 38):
+        for dx, dy, anchor in ((away, 4, "start"), (-away, 4, "end"), (0, -away, "middle"), (0, away + 9, "middle")):
+            for side in (0, -12, 12):
+                left = cx + dx - {"start": 0, "end": width, "middle": width / 2}[anchor]
+                box = (left, cy + dy + side - 11, left + width, cy + dy + side + 3)
+                inside = box[0] > LEFT and box[2] < WIDTH - 2 and box[1] > 2 and box[3] < HEIGHT - BOTTOM
+                if inside and not any(_overlap(box, other) for other in taken):
+                    taken.append(box)
+                    return cx + dx, cy + dy + side, anchor
+                found = found or ((cx + dx, cy + dy + side, anchor) if inside else None)
+    return found or (cx + 11, cy + 4, "start")
+
+
+def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One row of `bars`."""
+
+    label: str
+    value: Estimate
+    text: str
+
+
+def bars(rows: Sequence[Bar]) -> str:
+    """Horizontal bars with intervals, each with its label above and its text at the end."""
+    width, step, left = 640, 46, 4
+    longest = max((row.value.high if isfinite(row.value.high) else row.value.value for row in rows), default=1.0)
+    x = _scale(0.0, longest, left, width - 210)
+    parts = []
+    for index, row in enumerate(rows):
+        top = 8 + step * index
+        end = x(row.value.value)
+        parts.append(f'<text class="bar-label" x="{left}" y="{top + 9}">{escape(row.label)}</text>')
+        parts.append(
+            f'<rect class="bar{" bar-base" if index == 0 else ""}" x="{left}" y="{top + 15}" width="{end - left:.1f}" '
+            f'height="16" rx="3"/>'
+        )
+        if isfinite(row.value.low) and isfinite(row.value.high):
+            low, high = x(row.value.low), x(row.value.high)
+            parts.append(f'<line class="interval" x1="{low:.1f}" x2="{high:.1f}" y1="{top + 23}" y2="{top + 23}"/>')
+            end = max(end, high)
+        parts.append(f'<text x="{end + 8:.1f}" y="{top + 28}">{escape(row.text)}</text>')
+    return _svg(parts, "Speed: " + "; ".join(f"{row.label}: {row.text}" for row in rows), width, step * len(rows) + 8)
+
+
+# -- the profile -------------------------------------------------------------------------------------------------------
+
+Reader = Callable[[SiteProfile], float | None]
+PANELS: tuple[tuple[str, Reader, bool], ...] = (
+    ("above 1 % of the scale (%)", lambda s: 100 * s.above_one_percent, False),
+    ("largest |x| over the median", lambda s: s.ratio, True),
+    ("outlier channels", lambda s: len(s.outliers), False),
+    ("effective rank (% of channels)", lambda s: None if s.rank_share is None else 100 * s.rank_share, False),
+    ("activations in int8, one scale (dB)", lambda s: s.int8_snr, False),
+)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A small picture of a profile, with its title, and the legend of its lines: (class, name)."""
+
+    title: str
+    svg: str
+    legend: tuple[tuple[str, str], ...]
+
+
+def profile_panels(profile: Profile) -> list[Panel]:
+    """Six panels over the blocks (over the layers of a traced model), a line per site, in the last one per role."""
+    places = list(dict.fromkeys(_place_of(site) for site in profile.sites))
+    names = list(dict.fromkeys(site.name for site in profile.sites))[:8]
+    legend = tuple((f"c{index}", name) for index, name in enumerate(names))
+    panels = []
+    for title, read, logarithmic in PANELS:
+        lines = [
+            _medians((places.index(_place_of(s)), read(s)) for s in profile.sites if s.name == name) for name in names
+        ]
+        panels.append(Panel(title, _lines(lines, title, places, logarithmic), legend))
+    if profile.weights:
+        roles = list(dict.fromkeys(weight.role for weight in profile.weights))[:8]
+        rows = [[w for w in profile.weights if w.role == role] for role in roles]
+        lines = [
+            _medians((w.block if role != "layer" else at, w.int4_snr) for at, w in enumerate(group))
+            for role, group in zip(roles, rows)
+        ]
+        title = "weights in int4, groups of 64 (dB)"
+        wide = [w.path for w in rows[0]] if roles == ["layer"] else sorted({w.block for w in profile.weights})
+        panels.append(Panel(title, _lines(lines, title, wide, False), tuple((f"c{i}", r) for i, r in enumerate(roles))))
+    return panels
+
+
+def _place_of(site: SiteProfile) -> int | str:
+    return site.site.partition(":")[2] if site.block is None else site.block
+
+
+def _medians(points: Iterable[tuple[int, float | None]]) -> list[tuple[int, float]]:
+    found: dict[int, list[float]] = {}
+    for place, value in points:
+        if value is not None and isfinite(value):
+            found.setdefault(place, []).append(value)
+    return [(place, median(values)) for place, values in sorted(found.items())]
+
+
+def _lines(lines: Sequence[list[tuple[int, float]]], title: str, places: Sequence[int | str], logarithmic: bool) -> str:
+    width, height, left, bottom, top = 300, 170, 44, 22, 8
+    values = [value for line in lines for _, value in line if value > 0 or not logarithmic]
+    low, high = (min(values, default=1.0), max(values, default=1.0)) if logarithmic else (0.0, max(values, default=1.0))
+    if logarithmic:
+        low, high = 10.0 ** floor(log10(low)), 10.0 ** (floor(log10(high)) + 1)
+        scale = _scale(log10(low), log10(high), height - bottom, top)
+        ticks = [10.0**power for power in range(round(log10(low)), round(log10(high)) + 1)]
+        ticks = ticks[:: max(1, len(ticks) // 4)]
+
+        def y(value: float) -> float:
+            return scale(log10(max(value, low)))
+    else:
+        low, high = min(low, min(values, default=0.0)), max(high * 1.05, 1e-9)
+        y = _scale(low, high, height - bottom, top)
+        ticks = _ticks(low, high, 4)
+    x = _scale(0, max(1, len(places) - 1), left + 6, width - 10)
+    parts = []
+    for tick in ticks:
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - 4}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        parts.append(
+            f'<text class="tick" x="{left - 5}" y="{y(tick) + 4:.1f}" text-anchor="end">{_number(tick)}</text>'
+        )
+    numbered = all(isinstance(place, int) for place in places)
+    for index in range(0, len(places), max(1, -(-len(places) // 8))):
+        text = str(places[index]) if numbered else str(index + 1)
+        parts.append(
+            f'<text class="tick" x="{x(index):.1f}" y="{height - 6}" text-anchor="middle">{escape(text)}</text>'
+        )
+    for number, line in enumerate(lines):
+        points = [(x(place), y(value)) for place, value in line]
+        if len(points) > 1:
+            path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
+            parts.append(f'<polyline class="line c{number}" points="{path}"/>')
+        parts += [f'<circle class="dot c{number}" cx="{a:.1f}" cy="{b:.1f}" r="2.6"/>' for a, b in points]
+    return _svg(parts, title, width, height)
+
+
+# -- axes --------------------------------------------------------------------------------------------------------------
+
+
+def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    span = (high - low) or 1.0
+    return lambda value: start + (value - low) / span * (end - start)
+
+
+def _ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers from low to high."""
+    raw = (high - low) / about or 1.0
+    power = 10.0 ** floor(log10(raw))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
+    first = -floor(-low / step)
+    return [round(index * step, 12) for index in range(first, floor(high / step + 1e-9) + 1)]
+
+
+def _frame(
+    xs: Sequence[float], x: Callable[[float], float], ys: Sequence[float], y: Callable[[float], float], percent: bool
+) -> str:
+    parts = []
+    for tick in ys:
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        text = f"{100 * tick:g}%" if percent else _number(tick)
+        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{text}</text>')
+    for tick in xs:
+        parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        text = f"{100 * tick:g}%"
+        middle = f'x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle"'
+        parts.append(f'<text class="tick" {middle}>{text}</text>')
+    return "".join(parts)
+
+
+def _titles(x_title: str, y_title: str) -> str:
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    across = f'<text class="axis" x="{middle:.0f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_title)}</text>'
+    up = f'<text class="axis" transform="translate(14 {(HEIGHT - BOTTOM) / 2:.0f}) rotate(-90)" text-anchor="middle">'
+    return f"{across}{up}{escape(y_title)}</text>"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
+
+
+def _svg(parts: Iterable[str], label: str, width: int = WIDTH, height: int = HEIGHT) -> str:
+    opening = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label, quote=True)}">'
+    return opening + "".join(parts) + "</svg>"

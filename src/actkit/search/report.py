@@ -1,0 +1,228 @@
+"""index.html: what a search found, on one page that needs nothing else: no script, no font, no network.
+
+The page is `templates/report.html`; this module gives it words and numbers, so that the template only arranges them.
+"""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from actkit.core.memory import format_bytes
+from actkit.search.drawing import Bar, Kind, Mark, bars, profile_panels, scatter
+from actkit.search.figures import interval
+from actkit.search.measured import Candidate
+from actkit.search.verdict import disk_share, ratio_of, read_share, times
+
+if TYPE_CHECKING:
+    from actkit.search.search import Optimization
+
+
+def render(result: Optimization) -> str:
+    """The page. Raises ImportError where jinja2 (the extra `report`) is missing."""
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+        from markupsafe import Markup
+    except ImportError as error:
+        raise ImportError(
+            "report: jinja2 is missing, with which the report is written; pip install 'actkit[report]'."
+        ) from error
+    environment = Environment(
+        loader=PackageLoader("actkit.search"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html")
+    return page.render(
+        r=result,
+        rows=_rows(result),
+        pictures=[(title, Markup(svg)) for title, svg in _pictures(result)],
+        panels=[(panel.title, Markup(panel.svg), panel.legend) for panel in profile_panels(result.profile)],
+        speed_bars=None if result.speed_row is None else Markup(_speed_bars(result)),
+        densities=_densities(result),
+        writing=_writing(result),
+        recipe=_recipe(result),
+        commands=_commands(result),
+        conditions=_conditions(result),
+        layers=_layers(result),
+        bytes=format_bytes,
+    )
+
+
+def _kind(candidate: Candidate, result: Optimization) -> Kind:
+    if candidate is result.original:
+        return "original"
+    if candidate.name == result.verdict.best:
+        return "best"
+    return "front" if candidate.name in result.front else "other"
+
+
+def _rows(result: Optimization) -> list[dict[str, Any]]:
+    """The table of candidates: a number (as in the pictures), words, and what they rest on."""
+    rows = []
+    for number, candidate in enumerate((result.original, *result.candidates)):
+        kind = _kind(candidate, result)
+        judgement = None if kind == "original" else result.verdict.of(candidate.name)
+        disk, read, ratio = disk_share(candidate, result.original), read_share(candidate, result.original), None
+        if candidate.speed is not None:
+            ratio = ratio_of(candidate)
+        rows.append(
+            {
+                "number": number or "",
+                "kind": kind,
+                "name": candidate.name,
+                "on_front": candidate.name in result.front,
+                "why": candidate.why,
+                "failed": candidate.failed,
+                "metrics": [(name.replace("_", " "), each.text()) for name, each in candidate.metrics.items()],
+                "search_loss": None if candidate.search_loss is None else interval(candidate.search_loss, ".2%"),
+                "loss": None if candidate.loss is None else interval(candidate.loss, ".2%"),
+                "disk": _amount(candidate.disk_bytes, disk),
+                "read": _amount(candidate.bytes_per_token, read),
+                "held": _amount(candidate.weight_bytes, None),
+                "memory": "" if candidate.peak_share is None else f"{candidate.peak_share:.0%}",
+                "rate": "" if candidate.speed is None else f"{candidate.speed.rate.value:.4g} {candidate.speed.unit}",
+                "speed": times(ratio) if ratio is not None else candidate.speed_failed or "",
+                "density": "" if candidate.density is None else f"{candidate.density:.0%}",
+                "pays": judgement is not None and judgement.pays,
+                "gains": () if judgement is None else judgement.gains,
+                "against": () if judgement is None else judgement.against,
+                "proof": None if candidate.proof is None else candidate.proof,
+                "coverage": ", ".join(f"{name} {share:.0%}" for name, share in candidate.coverage.items()),
+                "changed": candidate.changed,
+                "skipped": candidate.skipped,
+                "notes": candidate.notes,
+                "recipe": yaml.safe_dump(candidate.methods.dump(), sort_keys=False) if candidate.recipe else "",
+            }
+        )
+    return rows
+
+
+def _amount(size: float | None, share: float | None) -> str:
+    if size is None:
+        return ""
+    return format_bytes(size) if share is None else f"{format_bytes(size)} ({share:.0%})"
+
+
+def _pictures(result: Optimization) -> list[tuple[str, str]]:
+    """The front: the loss against what is read per token, and against the disk."""
+    found = []
+    for title, share_of in (("weight bytes read per token", read_share), ("bytes on disk", disk_share)):
+        marks = []
+        for number, candidate in enumerate((result.original, *result.candidates)):
+            share = share_of(candidate, result.original)
+            if candidate.loss is None or share is None or candidate.failed is not None:
+                continue
+            label = "original" if number == 0 else str(number)
+            text = f"{candidate.name}: {share:.0%} of the {title}, loss {interval(candidate.loss, '.2%')}"
+            marks.append(Mark(share, candidate.loss, _kind(candidate, result), label, text))
+        if marks:
+            svg = scatter(marks, f"{title}, share of the original's", float(result.settings["max_loss"]))
+            found.append((title, svg))
+    return found
+
+
+def _speed_bars(result: Optimization) -> str:
+    assert result.speed_row is not None
+    rows = []
+    for row in result.speed_row.rows:
+        label = "dense, torch's best path" if not row.share else f"{row.share:.0%} of the inputs dropped, sparse kernel"
+        text = f"{row.tokens_per_second.value:.1f} tokens/s"
+        rows.append(Bar(label, row.tokens_per_second, text if row.ratio is None else f"{text}, {times(row.ratio)}"))
+    return bars(rows)
+
+
+def _densities(result: Optimization) -> list[tuple[str, str, str]]:
+    """Name, achieved density, and its spread over tokens, of the candidates that choose inputs."""
+    found = []
+    for candidate in result.candidates:
+        if candidate.density is None:
+            continue
+        low, high = candidate.density_p05, candidate.density_p95
+        spread = "" if low is None or high is None else f"{low:.1%} to {high:.1%}"
+        found.append((candidate.name, f"{candidate.density:.1%}", spread))
+    return found
+
+
+def _writing(result: Optimization) -> dict[str, Any] | None:
+    """The same prompt gone on with by the original and by the best (or, where nothing pays, the least lossy)."""
+    if result.original.text is None or result.prompt is None:
+        return None
+    written = [
+        candidate for candidate in result.candidates if candidate.text is not None and candidate.loss is not None
+    ]
+    shown = next((candidate for candidate in written if candidate.name == result.verdict.best), None)
+    shown = shown or min(written, key=lambda candidate: candidate.loss.value, default=None)  # type: ignore[union-attr]
+    return {
+        "prompt": result.prompt,
+        "original": result.original.text,
+        "name": None if shown is None else shown.name,
+        "changed": None if shown is None else shown.text,
+        "reason": None if shown is None else shown.writes,
+    }
+
+
+def _recipe(result: Optimization) -> str | None:
+    if result.verdict.best is None:
+        return None
+    return yaml.safe_dump(result.candidate(result.verdict.best).methods.dump(), sort_keys=False)
+
+
+def _commands(result: Optimization) -> list[tuple[str, str]]:
+    """What each command does, and the command."""
+    settings, data = result.settings, result.data["calibration"]
+    name = shlex.quote(result.name)
+    source = "" if settings.get("data") is None else f" --data {shlex.quote(settings['data'])}"
+    stored = "" if settings.get("given_dtype") is None else f" --dtype {settings['given_dtype']}"
+    common = f"{source}{stored} --threads {settings['threads']} --seed {settings['seed']}"
+    found = [
+        (
+            "this search",
+            f"actkit optimize {name} --out again --max-loss {settings['max_loss']:g} "
+            f"--max-recipes {settings['max_recipes']}{common}",
+        )
+    ]
+    if result.verdict.best is not None:
+        length = "" if settings.get("length") is None else f" --length {settings['length']}"
+        rows = f" --sequences {data['rows']}{length} --batch-size {settings['batch_size']}"
+        found.append(("the best model again", f"actkit apply {name} --recipe recipe.yaml --out smaller{rows}{common}"))
+        found.append(("its quality and speed", f"actkit evaluate best --against {name} --speed{source}"))
+    return found
+
+
+def _conditions(result: Optimization) -> list[tuple[str, str]]:
+    """How it was measured: label and words."""
+    info, settings = result.machine, result.settings
+    cache = info.get("last_level_cache")
+    rows = [
+        ("machine", f"{info['processor']}, {info['cores']} cores, {format_bytes(info['memory_bytes'])} memory"),
+        (
+            "vector units",
+            f"{info['capability']}" + ("" if cache is None else f"; last-level cache {format_bytes(cache)}"),
+        ),
+        ("system", info["system"]),
+        ("GPU", info["gpu"] or "none"),
+        ("threads, dtype, seed", f"{settings['threads']}, {settings['dtype']} as stored, {settings['seed']}"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())),
+    ]
+    for name, words in (("calibration", "to calibrate"), ("search", "to choose"), ("test", "to report")):
+        part = result.data[name]
+        rows.append((f"data {words}", f"{part['data']} (SHA-256 {part['fingerprint'][:12]})"))
+    speed = next((c.speed for c in (result.original, *result.candidates) if c.speed is not None), None)
+    if speed is not None:
+        shape = f"{speed.batch} x {speed.prompt} tokens" if speed.prompt else f"{speed.batch} at a time"
+        new = f", then {speed.new_tokens} new ones" if speed.new_tokens else ""
+        rows.append(("speed", f"{speed.kind}: {shape}{new}; {speed.rounds} rounds, in turns with the original"))
+    rows.append(("time", f"{result.seconds:.0f} s in this run"))
+    return rows
+
+
+def _layers(result: Optimization) -> list[tuple[str, str]]:
+    """Of the best: what was left alone, and why."""
+    if result.verdict.best is None:
+        return []
+    return [(path, reason) for path, _, reason in result.candidate(result.verdict.best).skipped]
