@@ -116,9 +116,9 @@ class Bar:
 
 def bars(rows: Sequence[Bar]) -> str:
     """Horizontal bars with intervals, each with its label above and its text at the end."""
-    width, step, left = 640, 46, 4
+    width, step, left = 680, 46, 4
     longest = max((row.value.high if isfinite(row.value.high) else row.value.value for row in rows), default=1.0)
-    x = _scale(0.0, longest, left, width - 210)
+    x = _scale(0.0, longest, left, width - 270)
     parts = []
     for index, row in enumerate(rows):
         top = 8 + step * index
@@ -196,19 +196,7 @@ def _medians(points: Iterable[tuple[int, float | None]]) -> list[tuple[int, floa
 def _lines(lines: Sequence[list[tuple[int, float]]], title: str, places: Sequence[int | str], logarithmic: bool) -> str:
     width, height, left, bottom, top = 300, 170, 44, 22, 8
     values = [value for line in lines for _, value in line if value > 0 or not logarithmic]
-    low, high = (min(values, default=1.0), max(values, default=1.0)) if logarithmic else (0.0, max(values, default=1.0))
-    if logarithmic:
-        low, high = 10.0 ** floor(log10(low)), 10.0 ** (floor(log10(high)) + 1)
-        scale = _scale(log10(low), log10(high), height - bottom, top)
-        ticks = [10.0**power for power in range(round(log10(low)), round(log10(high)) + 1)]
-        ticks = ticks[:: max(1, len(ticks) // 4)]
-
-        def y(value: float) -> float:
-            return scale(log10(max(value, low)))
-    else:
-        low, high = min(low, min(values, default=0.0)), max(high * 1.05, 1e-9)
-        y = _scale(low, high, height - bottom, top)
-        ticks = _ticks(low, high, 4)
+    y, ticks = _vertical(values, logarithmic, height - bottom, top)
     x = _scale(0, max(1, len(places) - 1), left + 6, width - 10)
     parts = []
     for tick in ticks:
@@ -229,6 +217,20 @@ def _lines(lines: Sequence[list[tuple[int, float]]], title: str, places: Sequenc
             parts.append(f'<polyline class="line c{number}" points="{path}"/>')
         parts += [f'<circle class="dot c{number}" cx="{a:.1f}" cy="{b:.1f}" r="2.6"/>' for a, b in points]
     return _svg(parts, title, width, height)
+
+
+def _vertical(
+    values: Sequence[float], logarithmic: bool, start: float, end: float
+) -> tuple[Callable[[float], float], list[float]]:
+    """The axis of a panel: from 0, or over powers of ten; with its ticks."""
+    low, high = min(values, default=1.0), max(values, default=1.0)
+    if logarithmic:
+        first, last = floor(log10(low)), floor(log10(high)) + 1
+        scale = _scale(first, last, start, end)
+        ticks = [10.0**power for power in range(first, last + 1)]
+        return lambda value: scale(log10(max(value, 10.0**first))), ticks[:: max(1, len(ticks) // 4)]
+    low, high = min(0.0, low), max(1.05 * high, 1e-9)
+    return _scale(low, high, start, end), _ticks(low, high, 4)
 
 
 # -- axes --------------------------------------------------------------------------------------------------------------

@@ -192,23 +192,24 @@ def _step(profile: Profile) -> int:
 
 
 def optimization_table(result: Optimization) -> Group:
-    """The verdict, then every candidate with what it gives and why it pays or not; for 100 columns."""
+    """The verdict, then every candidate with what it gives, then why some do not pay; for 80 columns."""
     verdict = result.verdict
     said = [Text(f"  {line}") for line in (verdict.speed, verdict.memory, verdict.disk, verdict.quality)]
-    table = _plain("candidate", ("loss, test split", "disk", "read/token", "speed"))
-    table.add_column("", overflow="fold")
+    table = _plain("candidate", ("loss, test split", "disk", "read", "speed ratio", ""))
+    reasons = []
     for candidate in (result.original, *result.candidates):
-        judgement = None if candidate is result.original else verdict.of(candidate.name)
-        best = judgement is not None and verdict.best == candidate.name
-        words = ""
-        if judgement is not None:
-            words = ("pays, best" if best else "pays") if judgement.pays else judgement.against[0]
+        best = verdict.best == candidate.name
+        word = ""
+        if candidate is not result.original:
+            judgement = verdict.of(candidate.name)
+            word = "best" if best else "pays" if judgement.pays else "failed" if candidate.failed else "no"
+            if not judgement.pays:
+                reasons.append(Text.assemble((candidate.name, "bold"), f": {'; '.join(judgement.against)}"))
         mark = "* " if candidate.name in result.front else "  "
-        cells = _candidate_cells(candidate, result)
-        table.add_row(f"{mark}{candidate.name}", *cells, words, style="bold" if best else "")
+        table.add_row(mark + candidate.name, *_candidate_cells(candidate, result), word, style="bold" if best else "")
     headline = Text(verdict.headline, style="bold green" if verdict.pays else "bold yellow")
-    star = Text("* on the front: nothing else is as good in everything and better in something", style="dim")
-    return Group(headline, *said, Text(""), table, Text(""), star, *_afterwards(result))
+    about = "* on the front; disk, read (weight bytes per token) and speed against the original's; intervals are 95 %"
+    return Group(headline, *said, Text(""), table, Text(f"\n{about}\n", style="dim"), *reasons, *_afterwards(result))
 
 
 def _candidate_cells(candidate: Candidate, result: Optimization) -> list[str]:

@@ -37,9 +37,11 @@ def render(result: Optimization) -> str:
         lstrip_blocks=True,
     )
     page = environment.get_template("report.html")
+    rows = _rows(result)
     return page.render(
         r=result,
-        rows=_rows(result),
+        rows=rows,
+        best=next((row for row in rows if row["kind"] == "best"), None),
         pictures=[(title, Markup(svg)) for title, svg in _pictures(result)],
         panels=[(panel.title, Markup(panel.svg), panel.legend) for panel in profile_panels(result.profile)],
         speed_bars=None if result.speed_row is None else Markup(_speed_bars(result)),
@@ -78,15 +80,18 @@ def _rows(result: Optimization) -> list[dict[str, Any]]:
                 "on_front": candidate.name in result.front,
                 "why": candidate.why,
                 "failed": candidate.failed,
-                "metrics": [(name.replace("_", " "), each.text()) for name, each in candidate.metrics.items()],
+                "metrics": [
+                    (name.replace("_", " "), interval(each, ".4g")) for name, each in candidate.metrics.items()
+                ],
+                "level": _level(candidate),
                 "search_loss": None if candidate.search_loss is None else interval(candidate.search_loss, ".2%"),
-                "loss": None if candidate.loss is None else interval(candidate.loss, ".2%"),
+                "loss": _split(None if candidate.loss is None else interval(candidate.loss, ".2%")),
                 "disk": _amount(candidate.disk_bytes, disk),
                 "read": _amount(candidate.bytes_per_token, read),
-                "held": _amount(candidate.weight_bytes, None),
                 "memory": "" if candidate.peak_share is None else f"{candidate.peak_share:.0%}",
                 "rate": "" if candidate.speed is None else f"{candidate.speed.rate.value:.4g} {candidate.speed.unit}",
-                "speed": times(ratio) if ratio is not None else candidate.speed_failed or "",
+                "speed": _split(None if ratio is None else times(ratio)),
+                "speed_failed": candidate.speed_failed,
                 "density": "" if candidate.density is None else f"{candidate.density:.0%}",
                 "pays": judgement is not None and judgement.pays,
                 "gains": () if judgement is None else judgement.gains,
@@ -102,10 +107,21 @@ def _rows(result: Optimization) -> list[dict[str, Any]]:
     return rows
 
 
-def _amount(size: float | None, share: float | None) -> str:
-    if size is None:
-        return ""
-    return format_bytes(size) if share is None else f"{format_bytes(size)} ({share:.0%})"
+def _level(candidate: Candidate) -> str:
+    """The metric that means something without the original."""
+    found = ((name, candidate.metrics.get(name)) for name in ("perplexity", "accuracy"))
+    return next((f"{name} {each.value:.4g}" for name, each in found if each is not None), "")
+
+
+def _split(text: str | None) -> tuple[str, str]:
+    """'0.4% (0.3% to 0.5%)' as its value and its interval."""
+    value, _, rest = (text or "").partition(" (")
+    return value, rest.removesuffix(")")
+
+
+def _amount(size: float | None, share: float | None) -> tuple[str, str]:
+    """A size, and its share of the original's."""
+    return "" if size is None else format_bytes(size), "" if share is None else f"{share:.0%}"
 
 
 def _pictures(result: Optimization) -> list[tuple[str, str]]:

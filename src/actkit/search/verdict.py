@@ -5,9 +5,9 @@ A candidate pays where something is gained and the loss is known to be small:
     gained   the lower bound of its speed ratio exceeds 1.03, or its peak memory or disk is at most 0.9 of the old one
     small    the upper bound of its loss is within max_loss, on the split that chose it and on the one that reports it
 
-and where its folder reloads and, of a language model, it still writes. Of those that pay the best has the largest gain;
-gains within 5 % of each other count as equal, then fewer bytes per token decide, then the smaller loss on the search
-split. The test split may reject a candidate, but never ranks them.
+and where its folder reloads and, of a language model, it still writes. The best is among those that pay with a gain
+within 5 % of the largest one; there the fewest bytes per token decide, then the smaller loss on the search split. The
+test split may reject a candidate, but never ranks them.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def decide(
     """The verdict over all candidates. cache: bytes of the last-level cache, for the words on speed."""
     judged = tuple(judge(candidate, original, max_loss) for candidate in candidates)
     paying = [candidate for candidate, each in zip(candidates, judged) if each.pays]
-    best = min(paying, key=lambda candidate: _rank(candidate, original), default=None)
+    best = _best(paying, original)
     within = [candidate for candidate in candidates if _is_small(candidate, max_loss)]
     return Verdict(
         pays=best is not None,
@@ -164,11 +164,15 @@ def gain(candidate: Candidate, original: Candidate) -> float:
     return max(factors)
 
 
-def _rank(candidate: Candidate, original: Candidate) -> tuple[float, float, float]:
-    steps = round(math.log(gain(candidate, original)) / math.log(EQUAL))
-    read = candidate.bytes_per_token if candidate.bytes_per_token is not None else math.inf
-    loss = math.inf if candidate.search_loss is None else candidate.search_loss.value
-    return -steps, read, loss
+def _best(paying: Sequence[Candidate], original: Candidate) -> Candidate | None:
+    largest = max((gain(candidate, original) for candidate in paying), default=1.0)
+    as_good = [candidate for candidate in paying if gain(candidate, original) * EQUAL >= largest]
+
+    def rank(candidate: Candidate) -> tuple[float, float]:
+        read = candidate.bytes_per_token if candidate.bytes_per_token is not None else math.inf
+        return read, math.inf if candidate.search_loss is None else candidate.search_loss.value
+
+    return min(as_good, key=rank, default=None)
 
 
 # -- words -------------------------------------------------------------------------------------------------------------

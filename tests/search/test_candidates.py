@@ -1,0 +1,111 @@
+"""Which recipes are proposed: groups that divide, no awq where nothing takes a scale, nothing left out in silence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tiny_models
+import torch
+
+from actkit.core import registry
+from actkit.core.anatomy import anatomy
+from actkit.core.errors import RecipeError
+from actkit.core.transform import Recipe
+from actkit.search.candidates import GROUPS, Shapes, given, propose
+from actkit.search.profile import Profile, profile
+
+BATCHES = {
+    "vit": lambda: {"pixel_values": torch.randn(4, 3, 8, 8)},
+    "mlp": lambda: torch.randn(4, 16),
+    "conv": lambda: torch.randn(4, 3, 8, 8),
+}
+
+
+def seen(kind: str, **settings) -> tuple[Profile, Shapes]:
+    model = tiny_models.build(kind, **settings)
+    batch = BATCHES[kind]() if kind in BATCHES else {"input_ids": torch.randint(50, (2, 12))}
+    view = anatomy(model, batch)
+    shapes = Shapes.of(view)
+    assert all("ExpertList" not in type(module).__name__ for module in model.modules())  # closed again
+    return profile(model, [batch], anatomy=view, progress=False), shapes
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "vit", "mixtral"])
+def test_every_family_gets_recipes_that_fit(kind):
+    looked, shapes = seen(kind)
+    found, left = propose(looked, shapes)
+    assert 1 <= len(found) <= 12
+    assert len({each.name for each in found}) == len(found) == len({str(each.recipe.dump()) for each in found})
+    for each in found:
+        each.recipe.check()
+        assert each.why
+        for transform in each.recipe:
+            size, axis = getattr(transform, "group_size", -1), getattr(transform, "group_axis", "input")
+            widths = shapes.inputs if axis == "input" else shapes.outputs
+            assert size == -1 or all(width % size == 0 for width in widths)
+    used = {transform.name for each in found for transform in each.recipe}
+    said = " ".join(each.what for each in left)
+    assert all(name in used or name in said for name in registry.method_names())
+    assert all(each.reason for each in left)
+
+
+def test_awq_is_left_out_with_the_reasons_where_nothing_takes_a_scale():
+    looked, shapes = seen("llama")
+    assert any("awq" in each.name for each in propose(looked, shapes)[0])
+    none = replace(shapes, scalable=0, refused=("post-norm", "grouped"))
+    found, left = propose(looked, none)
+    assert not any("awq" in each.name for each in found)
+    assert any("wina" in each.name and "rtn 4" in each.name for each in found)
+    (reason,) = [each.reason for each in left if each.what == "awq"]
+    assert "post-norm; grouped" in reason
+
+
+@pytest.mark.parametrize(
+    ("inputs", "group"), [((256, 768), 64), ((96, 192), 32), ((48, 80), 16), ((40, 64), -1), ((64,), 64)]
+)
+def test_the_group_is_the_largest_that_divides_all(inputs, group):
+    shapes = Shapes(inputs, inputs, 1, (), ("query",))
+    assert shapes.group == group
+    assert group == -1 or all(width % group == 0 for width in inputs)
+    assert not any(all(width % larger == 0 for width in inputs) for larger in GROUPS if larger > group)
+
+
+def test_zeros_in_the_profile_give_a_recipe_of_their_own():
+    looked, shapes = seen("llama")
+    sites = tuple(replace(s, density=0.13) if s.name == "mlp.hidden" else s for s in looked.sites)
+    found, _ = propose(replace(looked, sites=sites), shapes)
+    (each,) = [each for each in found if each.name == "teal 80% on down"]
+    (teal,) = each.recipe.transforms
+    assert teal.sparsity == 0.8 and set(teal.skip) == set(shapes.roles) - {"down"}
+    assert "exactly 0" in each.why
+
+
+def test_a_cap_says_what_it_left_out():
+    looked, shapes = seen("llama")
+    everything, _ = propose(looked, shapes)
+    found, left = propose(looked, shapes, most=3)
+    assert [each.name for each in found] == [each.name for each in everything[:3]]
+    assert {each.name for each in everything[3:]} <= {each.what for each in left}
+    with pytest.raises(ValueError, match="max_recipes: 13"):
+        propose(looked, shapes, most=13)
+
+
+def test_what_the_model_went_through_already_is_not_tried_again():
+    looked, shapes = seen("llama")
+    found, left = propose(looked, shapes, earlier=Recipe.of("rtn").transforms)
+    assert found and all(transform.name in ("teal", "wina") for each in found for transform in each.recipe)
+    assert any(each.what == "awq 4 bit" and "weight slot" in each.reason for each in left)
+
+
+def test_without_linear_layers_nothing_is_proposed():
+    looked, _ = seen("mlp")
+    found, left = propose(looked, Shapes((), (), 0, (), ()))
+    assert found == [] and "no block of the model has a linear layer" in left[0].reason
+
+
+def test_own_recipes():
+    found = given(["rtn", "wina,rtn", "rtn"])
+    assert [each.name for each in found] == ["rtn", "rtn over wina", "rtn #2"]
+    with pytest.raises(RecipeError):
+        given(["no such method"])

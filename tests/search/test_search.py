@@ -1,0 +1,252 @@
+"""The search from end to end on a tiny random Llama: what it leaves, what it refuses, and resuming after kill -9."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from io import StringIO
+
+import pytest
+import tiny_models
+import torch
+from rich.console import Console
+
+import actkit
+from actkit.core import checkpoint
+from actkit.core.errors import DataError, RecipeError
+from actkit.search import search as module
+from actkit.search.journal import JournalError
+from actkit.search.search import optimize
+from actkit.search.speed_row import SpeedRow, measure_speed_row
+
+SECTIONS = {
+    "verdict",
+    "front",
+    "candidates",
+    "density",
+    "speed-row",
+    "profile",
+    "coverage",
+    "proof",
+    "writing",
+    "conditions",
+    "reproduce",
+}
+HIDDEN, VOCABULARY = 64, 128
+KEPT = {"journal.jsonl", "results.json", "index.html", "recipe.yaml", "best"}
+# Ends itself as kill -9 would, in the middle of writing the third candidate's line.
+KILLED = """
+import os, signal, sys
+from actkit.search import journal, search
+count = 0
+def write(self, entry, write=journal.Journal._write):
+    global count
+    count += entry["kind"] == "candidate"
+    if count == 3:
+        with self.path.open("ab") as file:
+            file.write(b'{"kind": "candidate", "key": "torn')
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, entry)
+journal.Journal._write = write
+search.optimize(sys.argv[1], out=sys.argv[2], data="random", speed=False, max_recipes=5, threads=1, progress=False)
+"""
+
+
+class Page(HTMLParser):
+    """Ids, links, and what would be loaded from elsewhere."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        self.ids |= {given["id"]} if given.get("id") else set()
+        self.links += [given[name] for name in ("href", "src", "srcset", "data", "action") if given.get(name)]
+        assert tag not in ("script", "link", "iframe", "img")
+        if tag not in ("meta", "br", "line", "circle", "rect", "polygon", "polyline"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag in ("line", "circle", "rect", "polygon", "polyline"):
+            return
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "<llama>"  # a name that must be escaped
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    model = tiny_models.build("llama", **sizes)  # large enough that config files do not hide the weights
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def killed(llama, tmp_path_factory):
+    """A search ended by kill -9, and the same search gone on with."""
+    out = tmp_path_factory.mktemp("killed") / "out"
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(llama), str(out)], capture_output=True, timeout=300)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-2000:]
+    before = (out / "journal.jsonl").read_bytes()
+    options = {"data": "random", "speed": False, "max_recipes": 5, "threads": 1, "progress": False}
+    result = optimize(str(llama), out=out, resume=True, **options)
+    return result, out, before, options
+
+
+def test_a_killed_search_goes_on_and_measures_nothing_twice(killed):
+    result, out, before, _ = killed
+    whole = before[: before.rindex(b"\n") + 1]
+    after = (out / "journal.jsonl").read_bytes()
+    assert whole != before and after.startswith(whole)
+    lines = [json.loads(line) for line in after.splitlines()]
+    assert [line["kind"] for line in lines] == ["header", "original", *["candidate"] * 5]
+    assert len({line["key"] for line in lines[2:]}) == 5
+    assert len(result.candidates) == 5
+    assert any("torn" in note for note in result.notes)
+
+
+def test_what_is_left(killed, llama):
+    result, out, *_ = killed
+    assert {path.name for path in out.iterdir()} == KEPT
+    best = result.candidate(result.verdict.best)
+    assert result.best == out / "best" and result.proof.passed
+    manifest = checkpoint.read_manifest(result.best)
+    assert manifest["recipe"] == best.recipe and manifest["results"]["candidate"]["name"] == best.name
+    card = (result.best / "README.md").read_text()
+    assert best.name in card and "```yaml" in card and "Machine:" in card and "torch" in card
+    again = actkit.load(llama)
+    batches = actkit.load_data("random", again, None, split="calibration", sequences=16, length=32)
+    actkit.apply(again, out / "recipe.yaml", batches, progress=False)
+    ids = {"input_ids": torch.arange(12)[None]}
+    with torch.no_grad():
+        assert torch.equal(actkit.load(result.best)(**ids).logits, again(**ids).logits)
+
+
+def test_the_numbers_are_those_of_an_independent_count(killed, llama):
+    result, *_ = killed
+    assert result.original.loss.value == 0 and result.original.disk_bytes > 0
+    for each in result.candidates:
+        assert each.failed is None and each.proof.passed and each.search_loss is not None
+        assert each.loss.low <= each.loss.value <= each.loss.high
+        assert each.writes == ""
+    best = result.candidate(result.verdict.best)
+    assert best.loss.high <= 0.02 and best.search_loss.high <= 0.02
+    assert best.disk_bytes <= 0.9 * result.original.disk_bytes
+    model = actkit.load(llama)
+    expected = sum(p.nbytes for name, p in model.named_parameters() if "embed_tokens" not in name) + HIDDEN * 4
+    assert result.original.bytes_per_token == pytest.approx(expected)
+
+
+def test_the_report_is_one_page_with_all_sections(killed):
+    result, out, *_ = killed
+    page = Page((out / "index.html").read_text())
+    assert not page.open and page.ids >= SECTIONS
+    assert all(link.startswith("https://arxiv.org/abs/") for link in page.links)
+    words = " ".join(page.words)
+    assert result.verdict.headline in words and "<llama>" in words
+    for each in result.candidates:
+        assert each.name in words
+    for each in result.left_out:
+        assert each.reason in words
+    assert "not measured: speed=False" in words
+    content = json.loads((out / "results.json").read_text())
+    assert content["verdict"]["best"] == result.verdict.best and len(content["candidates"]) == 5
+
+
+def test_the_terminal_table_fits_80_columns(killed):
+    console = Console(width=80, file=StringIO())
+    console.print(killed[0].table())
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    assert killed[0].verdict.best in text
+
+
+def test_another_search_does_not_resume_this_one(killed, llama):
+    _, out, _, options = killed
+    with pytest.raises(JournalError, match=r"settings\.seed was 0 and is 1"):
+        optimize(str(llama), out=out, resume=True, **options, seed=1)
+    with pytest.raises(ValueError, match=r"exists already.*--resume.*--overwrite"):
+        optimize(str(llama), out=out, **options)
+    assert (out / "best").is_dir()
+
+
+def test_bad_settings_and_places_are_refused_before_any_work(llama, tmp_path, monkeypatch):
+    def refused(match, error=ValueError, **options):
+        with pytest.raises(error, match=match):
+            optimize(str(llama), **{"out": tmp_path / "out", "data": "random", **options})
+        assert not (tmp_path / "out").exists()
+
+    refused("max_loss: -1", max_loss=-1)
+    refused("max_recipes: 0", max_recipes=0)
+    refused("seed: -1", seed=-1)
+    refused("threads: 0", threads=0)
+    refused("not known", RecipeError, recipes=["nothing"])
+    refused("--data random", DataError, data=None)  # no tokenizer beside the model
+    refused("2 batches were given", DataError, data=[{"input_ids": torch.zeros(1, 4, dtype=torch.int64)}] * 2)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    for options in ({"overwrite": True}, {"resume": True}):
+        refused("nothing in it is touched", out=tmp_path / "mine", **options)
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    refused(r"pip install 'actkit\[report\]'", ImportError)
+
+
+def test_own_models_need_a_way_to_be_built(tmp_path):
+    with pytest.raises(ValueError, match="base: Perceptron is not a transformers model"):
+        optimize(tiny_models.build("mlp"), out=tmp_path / "out", data="random")
+
+
+def test_a_candidate_that_breaks_is_recorded_and_nothing_pays(llama, tmp_path, monkeypatch):
+    """A model in memory, given batches, one recipe that raises: the refusal, in words; the model is as it was."""
+    model = checkpoint.load(llama)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(VOCABULARY, (4, 16), generator=generator)} for _ in range(4)]
+    result = optimize(
+        model,
+        out=tmp_path / "out",
+        data=data,
+        recipes=[{"actkit": 1, "transforms": [{"rtn": {"bits": 4, "group_size": 7}}]}],
+        speed=False,
+        progress=False,
+    )
+    assert not result.verdict.pays and result.best is None and result.front == ("original",)
+    assert "group_size: 7 does not divide the 64 inputs" in result.candidates[0].failed
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"journal.jsonl", "results.json", "index.html"}
+    assert "Nothing pays here" in (tmp_path / "out" / "index.html").read_text()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert type(model).__name__ == "LlamaForCausalLM"
+
+
+def test_the_speed_row_at_a_small_shape():
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 100,
+        "max_position_embeddings": 64,
+    }
+    row = measure_speed_row(shape, rounds=2, progress=False)
+    per_block = 64 * 64 * 2 + 2 * 32 * 64 + 3 * 64 * 128 + 2 * 64
+    assert row.parameters == 2 * per_block + 64 * 100 + 64 and row.weight_bytes == 2 * row.parameters
+    assert [each.share for each in row.rows] == [0.0, 0.5, 0.7]
+    dense, half, most = row.rows
+    assert dense.ratio is None and dense.density is None and half.ratio is not None
+    assert abs(half.density - 0.5) < 0.1 and abs(most.density - 0.3) < 0.1
+    assert "speed only" in row.about
+    assert SpeedRow.from_dict(json.loads(json.dumps(row.to_dict()))) == replace(row)
