@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -141,6 +142,7 @@ def test_the_numbers_are_those_of_an_independent_count(killed, llama):
         assert each.failed is None and each.proof.passed and each.search_loss is not None
         assert each.loss.low <= each.loss.value <= each.loss.high
         assert each.writes == ""
+        assert each.loss.value == pytest.approx(math.expm1(each.metrics["kl"].value), rel=1e-9)  # random tokens
     best = result.candidate(result.verdict.best)
     assert best.loss.high <= 0.02 and best.search_loss.high <= 0.02
     assert best.disk_bytes <= 0.9 * result.original.disk_bytes

@@ -89,9 +89,11 @@ def propose(
     left: list[LeftOut] = list(_about_methods(shapes))
     if not shapes.inputs:
         return [], [LeftOut("every recipe", "no block of the model has a linear layer"), *left]
-    found = []
+    found: list[Proposal] = []
     for name, transforms, why in _ideas(profile, shapes):
         proposal = Proposal(name, Recipe.parse({"actkit": 1, "transforms": transforms}), why)
+        if any(proposal.recipe.dump() == each.recipe.dump() for each in found):
+            continue  # the share of zeros is a level already, and every layer reads such a site
         try:
             proposal.recipe.check(earlier=earlier)
         except ActkitError as error:

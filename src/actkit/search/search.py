@@ -46,7 +46,7 @@ from actkit.search.profile import Profile, profile
 from actkit.search.speed_row import SpeedRow, measure_speed_row
 from actkit.search.splits import ROWS, split_data
 from actkit.search.verdict import Verdict, decide
-from actkit.search.workshop import Workshop, task_for
+from actkit.search.workshop import RANDOM, Workshop, task_for
 from actkit.zoo.loading import OWN_CLASSES, open_model
 
 if TYPE_CHECKING:
@@ -207,8 +207,10 @@ def optimize(
         journal = Journal.resume(out / JOURNAL, header) if again else Journal.start(out / JOURNAL, header)
         task, note = task_for(opened, splits)
         shop = Workshop(opened, tokenizer, task, splits, out / CANDIDATES, base, max_memory, seed, progress)
+        shop.by_divergence = task == "language" and isinstance(data, str) and data == "random"
         search = _Search(out, name, shop, journal, max_loss, trust_remote_code)
         search.notes += [note] if note else []
+        search.notes += [RANDOM] if shop.by_divergence else []
         try:
             found = search.run(proposals, max_recipes, earlier, speed=speed, speed_row=speed_row)
         finally:

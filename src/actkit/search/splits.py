@@ -12,8 +12,9 @@ from actkit.data import Batches, Split, load_data
 from actkit.data.inputs import context_length, vocabulary_size
 
 LENGTH, ROWS = 256, 8  # tokens per row, rows per batch
-CALIBRATION, SEARCH, TEST = 8_192, 12_288, 24_576  # tokens; images and short sentences count by rows, see MOST_ROWS
-MOST_ROWS = {"calibration": 256, "search": 512, "test": 1024}
+CALIBRATION, SEARCH, TEST = 8_192, 12_288, 24_576  # tokens; IMAGES and SENTENCES are rows
+IMAGES = {"calibration": 256, "search": 512, "test": 1024}
+SENTENCES = {"calibration": 128, "search": 160, "test": 320}  # each is a document, so few give a narrow interval
 RANDOM_ROWS = {"calibration": 16, "search": 16, "test": 32}
 
 
@@ -67,7 +68,7 @@ def split_data(source: Any, model: nn.Module, tokenizer: Any, *, seed: int = 0) 
     for name, tokens in names:
         rows = RANDOM_ROWS[name] if source == "random" else None
         whole = load_data(source, model, tokenizer, split=name, sequences=rows, **options)
-        parts[name] = _first(whole, tokens, MOST_ROWS[name])
+        parts[name] = _first(whole, tokens, (IMAGES if length is None else SENTENCES)[name])
     return Splits(**parts, length=length)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -19,12 +20,16 @@ from actkit.core.example import Inputs
 from actkit.core.fresh import FreshProcess
 from actkit.core.generation import GenerationCheck, check_generation
 from actkit.core.proof import prove
-from actkit.core.quality import Task, measure_quality, task_of
+from actkit.core.quality import Estimate, Task, measure_quality, task_of
 from actkit.core.runner import Applied, apply
 from actkit.search.candidates import Proposal
 from actkit.search.measured import Candidate
 from actkit.search.splits import Splits
 
+RANDOM = (
+    "the data are random tokens, on which perplexity says nothing: the loss is exp(KL) - 1 instead, the perplexity "
+    "ratio on text that the original itself would write"
+)
 LEAST_COVERAGE = 0.05  # a recipe may touch little of a model; what it is worth is measured anyway
 PROMPT, CONTINUATION = 16, 32  # tokens of the generation check
 DENSITY_BATCHES = 2
@@ -37,6 +42,7 @@ class Workshop:
     """Holds what all candidates share: the original, its data, and one fresh process for the reload proofs.
 
     folder: where candidates are saved, one folder each. base: builds the unchanged model, for one's own nn.Module.
+    by_divergence: the loss of a language model is exp(KL) - 1, because its data are random tokens (see `RANDOM`).
     """
 
     model: nn.Module
@@ -48,6 +54,7 @@ class Workshop:
     max_memory: int | str | None
     seed: int
     progress: bool
+    by_divergence: bool = False
     _process: FreshProcess | None = None
 
     def close(self) -> None:
@@ -132,11 +139,14 @@ class Workshop:
             )
 
         search, test = measured(self.splits.search), measured(self.splits.test)
+        search_loss, loss = search.loss, test.loss
+        if self.by_divergence:
+            search_loss, loss = _as_ratio(search.metrics["kl"]), _as_ratio(test.metrics["kl"])
         check = self._check(model)
         return replace(
             found,
-            search_loss=search.loss,
-            loss=test.loss,
+            search_loss=search_loss,
+            loss=loss,
             metrics=test.metrics,
             writes=None if check is None else check.reason,
             text=None if check is None else self._text(check),
@@ -166,6 +176,11 @@ class Workshop:
 
     def _text(self, check: GenerationCheck) -> str | None:
         return None if self.tokenizer is None else self.tokenizer.decode(torch.tensor(check.tokens[0]))
+
+
+def _as_ratio(divergence: Estimate) -> Estimate:
+    """exp(KL) - 1, bound by bound."""
+    return Estimate(*(math.expm1(each) for each in (divergence.value, divergence.low, divergence.high)))
 
 
 def task_for(model: nn.Module, splits: Splits) -> tuple[Task, str | None]:
