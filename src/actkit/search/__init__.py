@@ -1,4 +1,4 @@
-"""What to do with a model: its profile, and what the profile suggests."""
+"""What to do with a model: its profile, what that suggests, and the search for a model that pays."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from actkit.search.profile import Finding as Finding
     from actkit.search.profile import Profile as Profile
+    from actkit.search.search import Optimization as Optimization
 
 # `profile`, the function, shares its name with its module, so it is not read lazily here: the import system would put
 # the module in its place. Use `actkit.profile`, or `from actkit.search.profile import profile`.
-_HOMES = {"Finding": "profile", "Profile": "profile"}
+_HOMES = {"Finding": "profile", "Optimization": "search", "Profile": "profile"}
 __all__ = list(_HOMES)
 
 

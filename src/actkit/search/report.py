@@ -214,6 +214,7 @@ def _conditions(result: Optimization) -> list[tuple[str, str]]:
     """How it was measured: label and words."""
     info, settings = result.machine, result.settings
     cache = info.get("last_level_cache")
+    stored = "as stored" if settings.get("given_dtype") is None else "as asked for"
     rows = [
         ("machine", f"{info['processor']}, {info['cores']} cores, {format_bytes(info['memory_bytes'])} memory"),
         (
@@ -222,7 +223,7 @@ def _conditions(result: Optimization) -> list[tuple[str, str]]:
         ),
         ("system", info["system"]),
         ("GPU", info["gpu"] or "none"),
-        ("threads, dtype, seed", f"{settings['threads']}, {settings['dtype']} as stored, {settings['seed']}"),
+        ("threads, dtype, seed", f"{settings['threads']}, {settings['dtype']} {stored}, {settings['seed']}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())),
     ]
     for name, words in (("calibration", "to calibrate"), ("search", "to choose"), ("test", "to report")):

@@ -287,7 +287,9 @@ class _Search:
             proof=None,
             speed_row=row,
             speed_row_note=why_not,
-            prompt=None if prompt is None or shop.tokenizer is None else shop.tokenizer.decode(prompt[0]),
+            prompt=None
+            if prompt is None or shop.tokenizer is None
+            else shop.tokenizer.decode(prompt[0], skip_special_tokens=True),
             coverage=summarise(shop.model, shop.splits.calibration[0]).coverage,
             settings={},
             data=shop.splits.to_dict(),
