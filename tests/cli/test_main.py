@@ -112,7 +112,10 @@ def test_papers(run):
         (["apply", "FOLDER", "--recipe", "rtn", "--out", "OUT"], "does not divide"),
         (["apply", "FOLDER", "--recipe", "wina", "--out", "OUT", "--length", "512"], "context of 64 tokens"),
         (["apply", "FOLDER", "--recipe", "wina", "--out", "OUT", "--data", "no.txt"], "'no.txt' does not exist"),
-        (["apply", "FOLDER", "--recipe", "wina", "--out", "OUT", "--length", "32", "--max-memory", "1KB"], "max_memory"),
+        (
+            ["apply", "FOLDER", "--recipe", "wina", "--out", "OUT", "--length", "32", "--max-memory", "1KB"],
+            "max_memory",
+        ),
         (["evaluate", "FOLDER", "--dtype", "int3"], "allowed are float32, bfloat16 and float16"),
         (["generate", "vit", "Hello"], "tokenizer"),
         (["papers", "--family", "nothing"], "family: 'nothing' is not known"),
