@@ -9,7 +9,7 @@ the twin and on MiniLM (post-norm, so that it has no twin), whose error is the d
 The search of the ratio runs on the first 4,096 calibration tokens, the statistics on all. Perplexities of 7B models and
 the speed of kernels cannot be checked here.
 
-About 5 minutes on two cores.
+About 5 minutes on two idle cores.
 """
 
 from __future__ import annotations

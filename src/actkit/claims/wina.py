@@ -6,7 +6,7 @@ tokens with every token sparse, for both masks, as top-k and with calibrated thr
 rotation that makes columns orthogonal; and the time of the kernel at 4096 -> 11008. Where a mask needs calibration
 (thresholds, greedy), three seeds draw other texts. Averages of benchmarks on 7B models cannot be checked here.
 
-About 5 minutes on two cores.
+About 5 minutes on two idle cores.
 """
 
 from __future__ import annotations
