@@ -172,9 +172,10 @@ def test_recorded_calls_are_those_of_the_module(kind):
         assert len(entry["calls"]) == 2
         for call, output, batch in zip(entry["calls"], entry["outputs"], given(kind), strict=True):
             expected = layer_inputs(plain, path, batch)
-            assert torch.equal(call.args[0], expected)
+            # Equal to rounding: how many rows share a product differs, and with it the order of its sums.
+            torch.testing.assert_close(call.args[0], expected, rtol=1e-5, atol=1e-6)
             module = plain.get_submodule(path)
-            assert torch.equal(output, module(expected).detach())
+            torch.testing.assert_close(output, module(expected).detach(), rtol=1e-5, atol=1e-6)
             assert output.grad_fn is None
 
 

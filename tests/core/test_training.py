@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -245,6 +246,7 @@ def test_schedules() -> None:
 
 def test_mixed_precision_leaves_no_trace() -> None:
     """bf16, then none, in one process; the model's own forward is not replaced."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # transformers' Trainer, in other tests, leaves its own
     for precision in ("bf16", "no"):
         model = llama()
         result = train(
