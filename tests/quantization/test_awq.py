@@ -410,7 +410,8 @@ def test_padding_inside_experts_does_not_count() -> None:
         model = tiny_model("mixtral", num_hidden_layers=1)
         apply(model, Awq(bits=3, group_size=8, n_grid=8), batches, progress=False)
         found.append(dict(model.state_dict().items()))
-    close(list(found[0].values()), list(found[1].values()), "the quantized model")
+    for name, value in found[0].items():  # the order of sums differs with the rows that padding is sent along with
+        (close if value.is_floating_point() else equal)([value], [found[1][name]], name)
 
 
 def test_a_saved_stack_loads_and_computes_the_same(tmp_path: Any) -> None:
