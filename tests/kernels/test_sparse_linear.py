@@ -6,12 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import check
 
 from actkit.kernels import ActiveSet, PackedWeight, compact, operators, pack, sparse_linear
 
 DTYPES = [torch.float32, torch.bfloat16]
-TOLERANCE = 2e-6  # of sum |w| |x|: float32 accumulation
-SMALLEST = 1e-42  # what denormal products may lose
 
 
 @pytest.fixture
@@ -20,16 +19,6 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-def check(y, x, weight, keep, bias=None):
-    """Compare float32 y [rows, out] with the float64 product of the stored weight [out, in] and the kept inputs."""
-    x, weight = torch.where(keep, x.double(), 0.0), weight.double()
-    exact, size = x @ weight.t(), x.abs() @ weight.abs().t()
-    if bias is not None:
-        exact, size = exact + bias.double(), size + bias.double().abs()
-    assert y.dtype == torch.float32
-    assert ((y.double() - exact).abs() <= TOLERANCE * size + SMALLEST).all()
 
 
 @settings(deadline=None, max_examples=60)
@@ -218,12 +207,17 @@ def test_indices_beyond_the_weight_are_refused():
 
 
 def test_a_forked_process_is_told_to_spawn(monkeypatch):
-    from actkit.kernels import numba_cpu
+    from actkit.kernels import process
 
     sparse_linear(torch.ones(24), PACKED)
-    monkeypatch.setattr(numba_cpu, "_started_in", os.getpid() + 1)
+    monkeypatch.setattr(process, "_started_in", os.getpid() + 1)
     with pytest.raises(RuntimeError, match="spawn"):
         sparse_linear(torch.ones(24), PACKED)
+
+
+def forget_engines():
+    for cached in (operators.engine, operators._has_numba):
+        cached.cache_clear()
 
 
 def test_without_numba_plain_torch_computes_after_one_warning(monkeypatch):
@@ -232,7 +226,7 @@ def test_without_numba_plain_torch_computes_after_one_warning(monkeypatch):
     sets = [compact(x, threshold=0.5), compact(x, k=5)]
     monkeypatch.setitem(sys.modules, "actkit.kernels.numba_cpu", None)
     monkeypatch.delattr("actkit.kernels.numba_cpu")
-    operators._engine.cache_clear()
+    forget_engines()
     try:
         with pytest.warns(UserWarning, match="Install numba") as caught:
             found = [sparse_linear(x, BFLOAT, threshold=0.5), sparse_linear(x, PACKED, k=5)]
@@ -242,7 +236,7 @@ def test_without_numba_plain_torch_computes_after_one_warning(monkeypatch):
             assert all(torch.equal(a, b) for a, b in zip(ours[:3], plain[:3]))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     finally:
-        operators._engine.cache_clear()
+        forget_engines()
 
 
 def test_numba_is_imported_and_the_environment_touched_only_on_use():

@@ -1,15 +1,30 @@
-"""Activation-sparse kernels: read only the weights of the inputs that count.
+"""Activation-sparse and low-bit kernels: read only the weights of the inputs that count, in as few bits as they have.
 
     packed = pack(weight)                                  once per layer
     y = sparse_linear(x, packed, threshold=0.1)            one layer, one or two tokens
     active = compact(x, threshold=0.1)                     or once for q, k and v ...
     q, k, v = (sparse_linear(active, packed) for packed in (q_proj, k_proj, v_proj))
 
+    packed = pack_quantized(codes, scale, bits=4, ...)     the same for integer weights
+    y = quantized_linear(x, packed, threshold=0.1)
+
 Importing this registers the operators under `torch.ops.actkit`; Numba is imported when a kernel first runs.
 """
 
 from actkit.kernels.active_set import ActiveSet, compact
-from actkit.kernels.operators import sparse_linear
+from actkit.kernels.operators import dense_linear, sparse_linear
 from actkit.kernels.packing import PackedWeight, pack
+from actkit.kernels.quantized import QuantizedWeight, pack_quantized
+from actkit.kernels.quantized_operators import quantized_linear
 
-__all__ = ["ActiveSet", "PackedWeight", "compact", "pack", "sparse_linear"]
+__all__ = [
+    "ActiveSet",
+    "PackedWeight",
+    "QuantizedWeight",
+    "compact",
+    "dense_linear",
+    "pack",
+    "pack_quantized",
+    "quantized_linear",
+    "sparse_linear",
+]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 UNUSED = -1  # a threshold or k that is not asked for; with both unused every input is active
 MOST_ROWS = 2  # two independent masks at 50 % already need 75 % of the weight; above, a dense product wins
+MOST_DENSE_ROWS = 8  # a dense kernel keeps the sums of all rows in the L1 cache
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -63,14 +64,16 @@ def selection(threshold: float | None, k: int | None, score: Tensor | None) -> t
     return (UNUSED if threshold is None else float(threshold)), (UNUSED if k is None else k)
 
 
-def check_input(x: Tensor, score: Tensor | None) -> None:
-    """Raise ValueError where x [..., in] or score [in] cannot be compacted."""
+def check_input(x: Tensor, score: Tensor | None, dense: bool = False) -> None:
+    """Raise ValueError where x [..., in] or score [in] cannot be compacted, or x cannot enter a dense product."""
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: shape {tuple(x.shape)} was given; give [..., in_features], not empty.")
     if x.dtype not in INPUT_DTYPES:
         raise ValueError(f"x: {x.dtype} was given; allowed are float32, bfloat16 and float16.")
     rows = x.shape[:-1].numel()
-    if rows > MOST_ROWS:
+    if dense and rows > MOST_DENSE_ROWS:
+        raise ValueError(f"x: it has {rows} rows, the kernel takes at most {MOST_DENSE_ROWS}; use a matrix product.")
+    if not dense and rows > MOST_ROWS:
         raise ValueError(f"x: it has {rows} rows, the sparse kernel takes at most {MOST_ROWS}; use a dense product.")
     if score is not None and score.shape != x.shape[-1:]:
         raise ValueError(f"score: shape {tuple(score.shape)} was given; give [{x.shape[-1]}], as x has.")

@@ -1,21 +1,23 @@
-"""The operators `actkit::sparse_linear`, `actkit::compact` and `actkit::active_linear`, and their Python face.
+"""The operators `actkit::sparse_linear`, `compact`, `active_linear` and `dense_linear`, and their Python face.
 
 `sparse_linear` is one call for one layer; `compact` and `active_linear` are its two halves, for layers that share an
-input. They run in Numba, or in plain torch where Numba cannot be imported, without gradients: for training compute
-F.linear on the masked input. They are opaque to torch.compile and torch.export, which see the shapes only.
+input; `dense_linear` reads everything, once for up to eight rows. They run in Numba, or in plain torch where Numba
+cannot be imported, without gradients: for training compute F.linear on the masked input. They are opaque to
+torch.compile and torch.export, which see the shapes only.
 """
 
 from __future__ import annotations
 
 import warnings
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from actkit.kernels import reference
-from actkit.kernels.active_set import ActiveSet, check_input, selection
+from actkit.kernels.active_set import UNUSED, ActiveSet, check_input, selection
 from actkit.kernels.packing import WEIGHT_DTYPES, PackedWeight
 
 
@@ -45,26 +47,39 @@ def sparse_linear(
     return y.to(x.dtype).view(*x.shape[:-1], packed.out_features)
 
 
+def dense_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """y = W x + bias for x [..., in] with at most 8 rows, reading the weight once. Returns [..., out] in x's dtype.
+
+    packed, bias, the sums and what is raised: as in `sparse_linear`.
+    """
+    return torch.ops.actkit.dense_linear.default(x, packed.buffer, bias, packed.out_features)
+
+
 @cache
-def _engine() -> Any:
-    """The module that computes: Numba's kernels, or the reference."""
+def engine(name: str = "numba_cpu") -> Any:
+    """The module that computes: one with Numba's kernels, or the reference."""
+    return import_module(f"actkit.kernels.{name}") if _has_numba() else reference
+
+
+@cache
+def _has_numba() -> bool:
     try:
-        from actkit.kernels import numba_cpu
+        import_module("actkit.kernels.numba_cpu")
     except ImportError as error:
         warnings.warn(
             f"Numba cannot be imported ({error}); the sparse kernels run in plain torch, which is slower than a dense "
             "product. Install numba.",
-            stacklevel=2,
+            stacklevel=3,
         )
-        return reference
-    return numba_cpu
+        return False
+    return True
 
 
-def _check_gradient(*tensors: Tensor | None) -> None:
+def check_gradient(*tensors: Tensor | None) -> None:
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise RuntimeError(
-            "sparse_linear: an argument requires a gradient, and the kernels have none; call it under torch.no_grad(), "
-            "or compute torch.nn.functional.linear on the masked input."
+            "actkit.kernels: an argument requires a gradient, and the kernels have none; call them under "
+            "torch.no_grad(), or compute torch.nn.functional.linear on the masked input."
         )
 
 
@@ -81,7 +96,7 @@ def _check_packed(in_features: int, packed: Tensor, bias: Tensor | None, out_fea
         raise ValueError(f"bias: shape {tuple(bias.shape)} was given; the layer has {out_features} outputs.")
 
 
-def _check_active(indices: Tensor, values: Tensor, counts: Tensor) -> None:
+def check_active(indices: Tensor, values: Tensor, counts: Tensor) -> None:
     """The compiled kernel does not check bounds, so that an index outside of the weight must not reach it."""
     rows, width = indices.shape
     sound = (
@@ -95,44 +110,57 @@ def _check_active(indices: Tensor, values: Tensor, counts: Tensor) -> None:
         raise ValueError("indices, values, counts: they are no active set of this width; make them with compact(x).")
 
 
-def _rows(x: Tensor, score: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def rows_of(x: Tensor, score: Tensor | None, dense: bool = False) -> tuple[Tensor, Tensor | None]:
     """x [rows, in] and score, checked, contiguous and without a graph."""
-    check_input(x, score)
-    _check_gradient(x, score)
+    check_input(x, score, dense)
+    check_gradient(x, score)
     if score is not None:
-        score = _plain(score.float())
-    return _plain(x).view(-1, x.shape[-1]), score
+        score = plain(score.float())
+    return plain(x).view(-1, x.shape[-1]), score
 
 
-def _plain(x: Tensor) -> Tensor:
+def plain(x: Tensor) -> Tensor:
     """x, contiguous and without a graph; behind cold caches a call into torch costs 10 microseconds, hence the ifs."""
     x = x.detach() if x.requires_grad else x
     return x if x.is_contiguous() else x.contiguous()
 
 
 def _compact(x: Tensor, score: Tensor | None, threshold: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    return _engine().compact(*_rows(x, score), threshold, k)
+    return engine().compact(*rows_of(x, score), threshold, k)
 
 
 def _active_linear(
     indices: Tensor, values: Tensor, counts: Tensor, packed: Tensor, bias: Tensor | None, out_features: int
 ) -> Tensor:
     """float32 [rows, out_features]."""
-    _check_active(indices, values, counts)
+    check_active(indices, values, counts)
     _check_packed(indices.shape[-1], packed, bias, out_features)
-    _check_gradient(values, packed, bias)
-    y = _engine().active_linear(indices, values, counts, _plain(packed))[:, :out_features]
-    return y.contiguous() if bias is None else y + _plain(bias)
+    check_gradient(values, packed, bias)
+    y = engine().active_linear(indices, values, counts, plain(packed))[:, :out_features]
+    return y.contiguous() if bias is None else y + plain(bias)
 
 
 def _sparse_linear(
     x: Tensor, packed: Tensor, score: Tensor | None, threshold: float, k: int, bias: Tensor | None, out_features: int
 ) -> Tensor:
-    rows, score = _rows(x, score)
+    rows, score = rows_of(x, score)
     _check_packed(rows.shape[-1], packed, bias, out_features)
-    _check_gradient(packed, bias)
-    bias = None if bias is None else _plain(bias)
-    y = _engine().sparse_linear(rows, score, threshold, k, _plain(packed), bias, out_features)
+    check_gradient(packed, bias)
+    bias = None if bias is None else plain(bias)
+    y = engine().sparse_linear(rows, score, threshold, k, plain(packed), bias, out_features)
+    return y.to(x.dtype).view(*x.shape[:-1], out_features)
+
+
+def _dense_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    rows, _ = rows_of(x, None, dense=True)
+    _check_packed(rows.shape[-1], packed, bias, out_features)
+    check_gradient(packed, bias)
+    if len(rows) == 1:  # in one call
+        added = None if bias is None else plain(bias)
+        y = engine().sparse_linear(rows, None, UNUSED, UNUSED, plain(packed), added, out_features)
+    else:
+        y = engine().dense_linear(rows, plain(packed))[:, :out_features]
+        y = y.contiguous() if bias is None else y + plain(bias)
     return y.to(x.dtype).view(*x.shape[:-1], out_features)
 
 
@@ -161,25 +189,37 @@ def _fake_sparse_linear(
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-def _register(schema: str, kernel: Any, fake: Any) -> None:
+def _fake_dense_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    check_input(x, None, dense=True)
+    _check_packed(x.shape[-1], packed, bias, out_features)
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def register(schema: str, kernel: Any, fake: Any) -> None:
+    """Define an operator of the library `actkit` for the CPU."""
     name = "actkit::" + schema.partition("(")[0]
     torch.library.define(name, schema.removeprefix(schema.partition("(")[0]), tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(name, "CPU", kernel)
     torch.library.register_fake(name, fake)
 
 
-_register(
+register(
     "compact(Tensor x, Tensor? score, float threshold, int k) -> (Tensor, Tensor, Tensor)", _compact, _fake_compact
 )
-_register(
+register(
     "active_linear(Tensor indices, Tensor values, Tensor counts, Tensor packed, Tensor? bias, SymInt out_features)"
     " -> Tensor",
     _active_linear,
     _fake_active_linear,
 )
-_register(
+register(
     "sparse_linear(Tensor x, Tensor packed, Tensor? score, float threshold, int k, Tensor? bias, SymInt out_features)"
     " -> Tensor",
     _sparse_linear,
     _fake_sparse_linear,
+)
+register(
+    "dense_linear(Tensor x, Tensor packed, Tensor? bias, SymInt out_features) -> Tensor",
+    _dense_linear,
+    _fake_dense_linear,
 )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from actkit.kernels.packing import in_order
+from actkit.kernels.quantized import Layout, decode, outputs_of
 
 
 def mask(x: Tensor, score: Tensor | None, threshold: float, k: int) -> Tensor:
@@ -51,4 +52,50 @@ def sparse_linear(
 ) -> Tensor:
     """Both of the above, the bias added: [rows, out_features]."""
     y = active_linear(*compact(x, score, threshold, k), packed)[:, :out_features]
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def dense_linear(x: Tensor, packed: Tensor) -> Tensor:
+    """All inputs of x [rows, in]: float32 [rows, n_tiles * tile]."""
+    return (x.float() @ in_order(packed).float()).transpose(0, 1).flatten(1)
+
+
+def quantized_active_linear(
+    indices: Tensor,
+    values: Tensor,
+    counts: Tensor,
+    buffer: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    layout: Layout,
+) -> Tensor:
+    """The product with an integer weight as `quantized.pack_quantized` stores it: float32 [rows, n_tiles * tile]."""
+    out = torch.zeros(len(counts), layout.n_tiles * layout.tile)
+    for row, count in enumerate(counts.tolist()):
+        chosen = indices[row, :count].long()
+        out[row] = (values[row, :count] @ decode(buffer, scale, zero, layout, chosen)).flatten()
+    return out
+
+
+def quantized_dense_linear(
+    x: Tensor, buffer: Tensor, scale: Tensor | None, zero: Tensor | None, layout: Layout
+) -> Tensor:
+    """All inputs of x [rows, in]: float32 [rows, n_tiles * tile]."""
+    return (x.float() @ decode(buffer, scale, zero, layout)).transpose(0, 1).flatten(1)
+
+
+def quantized_linear(
+    x: Tensor,
+    score: Tensor | None,
+    threshold: float,
+    k: int,
+    buffer: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    layout: Layout,
+    bias: Tensor | None,
+) -> Tensor:
+    """Selection, product and bias: [rows, out_features]."""
+    columns = quantized_active_linear(*compact(x, score, threshold, k), buffer, scale, zero, layout)
+    y = outputs_of(columns, layout)
     return (y if bias is None else y + bias).to(x.dtype)

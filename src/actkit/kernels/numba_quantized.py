@@ -1,0 +1,270 @@
+"""The products with integer weights on the CPU: dense and sparse, scales per input or per output.
+
+Groups of outputs: the scale multiplies the input once per group, then a weight is one look-up and one multiply-add.
+
+    out[c] += sum over active j of (x_j * scale[j, c // group]) * (code[j, c] - zero[j, c // group])
+
+Groups of inputs: the inputs of a group are summed unscaled, beside the output; the scale comes at the group's end.
+
+    out[c] += scale[g, c] * sum over active j in g of x_j * (code[j, c] - zero[g, c])
+
+Threads, tiles, order of the sum and prefetch are those of `numba_cpu`. Four rows are read at once, and those ahead are
+asked for a fixed number of bytes early, as a row of codes is short.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import prange
+from torch import Tensor
+
+from actkit.kernels.numba_cpu import array, as_stored, batched, cut_of, run_of, select, widen
+from actkit.kernels.process import LOCK, compiled, follow_torch_threads
+from actkit.kernels.quantized import BLOCK, Layout
+from actkit.kernels.vectors import add_codes, add_scaled_rows, prefetch, row_offsets, row_values, rows_at_once
+
+LINE = 64
+AHEAD = 24 << 10  # bytes between the rows at hand and those that are prefetched
+EMPTY = np.empty((0, 0, 0), np.uint8)
+
+
+@compiled()
+def _distance(together, stride):  # type: ignore[no-untyped-def]
+    """Rows between those at hand and those to prefetch: whole groups of rows that make AHEAD bytes."""
+    return together * max(1, AHEAD // (together * stride))
+
+
+@compiled(parallel=True)
+def multiply_records(weight, indices, values, count, out, shape, zero, batch, pieces, stored):  # type: ignore[no-untyped-def]
+    """Scales in the records. weight: uint8 (4 bits) or int8 (8 bits) [n_tiles, in, record bytes]; indices: int32 [in];
+    values: float32 [batch, in]; out: float32 [batch, n_tiles * tile]; shape: (tile, columns at once, bytes of a block,
+    first byte of the scales, of the zeros); zero: where none are stored. batch, pieces, stored: tuples with an entry
+    per row of values, per scale of a block, and one entry if zeros are stored.
+    """
+    n_tiles, n_in, stride = weight.shape
+    tile, run, block_bytes, scales, zeros = shape
+    width = out.shape[1]
+    together = rows_at_once(weight, batch)
+    distance = _distance(together, stride)
+    for t in prange(n_tiles):
+        first = np.int64(t) * tile
+        start = np.int64(t) * n_in * stride
+        for low in range(0, tile, run):
+            high = min(low + run, tile)
+            out[:, first + low : first + high] = 0
+            for i in range(0, count, together):
+                rows = row_offsets(weight, batch, indices, i, count, start, stride)
+                ahead = row_offsets(weight, batch, indices, i + distance, count, start, stride)
+                x = row_values(weight, batch, values, i, count)
+                for block in range(low // BLOCK, high // BLOCK):
+                    place, piece = block * block_bytes, block * len(pieces)
+                    add_scaled_rows(
+                        out,
+                        first + block * BLOCK,
+                        width,
+                        weight,
+                        rows,
+                        x,
+                        place,
+                        scales + 4 * piece,
+                        zeros + piece,
+                        zero,
+                        pieces,
+                        stored,
+                    )
+                    prefetch(weight, ahead, place)
+                for place in range(scales // LINE * LINE, stride, block_bytes):
+                    prefetch(weight, ahead, place)
+
+
+@compiled(parallel=True)
+def multiply_groups(weight, scale, zeros, indices, values, count, out, shape, zero, batch, stored):  # type: ignore[no-untyped-def]
+    """Scales beside the codes: scale: float32 [n_tiles, groups, tile]; zeros: like weight [n_tiles, groups, record
+    bytes], or empty; shape: (tile, columns at once, bytes of a block, inputs of a group). The rest as above.
+    """
+    n_tiles, n_in, stride = weight.shape
+    tile, run, block_bytes, group = shape
+    groups = scale.shape[1]
+    together = rows_at_once(weight, batch)
+    distance = _distance(together, stride)
+    ends = np.empty(groups, np.int64)  # of each group in the list of active inputs
+    i = 0
+    for g in range(groups):
+        while i < count and indices[i] < (g + 1) * group:
+            i += 1
+        ends[g] = i
+    sums = np.empty((n_tiles, len(batch) * run), np.float32)
+    for t in prange(n_tiles):
+        first = np.int64(t) * tile
+        start = np.int64(t) * n_in * stride
+        own = sums[t]
+        for low in range(0, tile, run):
+            high = min(low + run, tile)
+            span = high - low
+            out[:, first + low : first + high] = 0
+            begin = 0
+            for g in range(groups):
+                end = ends[g]
+                if end == begin:
+                    continue
+                own[:] = 0
+                zeros_at = (np.int64(t) * groups + g) * stride
+                for i in range(begin, end, together):
+                    rows = row_offsets(weight, batch, indices, i, count, start, stride)
+                    ahead = row_offsets(weight, batch, indices, i + distance, count, start, stride)
+                    x = row_values(weight, batch, values, i, end)
+                    for block in range(low // BLOCK, high // BLOCK):
+                        place = block * block_bytes
+                        add_codes(
+                            own,
+                            block * BLOCK - low,
+                            run,
+                            weight,
+                            rows,
+                            x,
+                            place,
+                            zeros,
+                            zeros_at + place,
+                            zero,
+                            stored,
+                        )
+                        prefetch(weight, ahead, place)
+                begin = end
+                factors = scale[t, g, low:high]
+                for b in range(len(batch)):
+                    total = out[b, first + low : first + high]
+                    added = own[b * run : b * run + span]
+                    for c in range(span):
+                        total[c] += factors[c] * added[c]
+
+
+# -- from tensors ------------------------------------------------------------------------------------------------------
+
+
+@compiled()
+def _finish(sums, bias, group, padded, y):  # type: ignore[no-untyped-def]
+    """y = sums + bias, without the padding of groups and rounded. y: float32 or uint16 (bf16) [out]."""
+    for first in range(0, y.size, group):
+        shift = first // group * (padded - group)
+        for i in range(first, min(first + group, y.size)):
+            y[i] = as_stored(sums[i + shift] + widen(bias[i]) if bias.size else sums[i + shift], y)
+
+
+@compiled()
+def _row_records(x, score, cut, ties, weight, shape, zero, pieces, stored, bias, group, padded, y):  # type: ignore[no-untyped-def]
+    """Selection, product, bias and rounding of one row: one call from Python."""
+    indices, values = np.empty(x.size, np.int32), np.empty((1, x.size), np.float32)
+    sums = np.empty((1, weight.shape[0] * shape[0]), np.float32)
+    count = select(x, score, cut, ties, indices, values[0])
+    multiply_records(weight, indices, values, count, sums, shape, zero, (0,), pieces, stored)
+    _finish(sums[0], bias, group, padded, y)
+
+
+@compiled()
+def _row_groups(x, score, cut, ties, weight, scale, zeros, shape, zero, stored, bias, group, padded, y):  # type: ignore[no-untyped-def]
+    indices, values = np.empty(x.size, np.int32), np.empty((1, x.size), np.float32)
+    sums = np.empty((1, weight.shape[0] * shape[0]), np.float32)
+    count = select(x, score, cut, ties, indices, values[0])
+    multiply_groups(weight, scale, zeros, indices, values, count, sums, shape, zero, (0,), stored)
+    _finish(sums[0], bias, group, padded, y)
+
+
+class _Arguments:
+    """A packed weight as the kernels take it."""
+
+    def __init__(self, buffer: Tensor, scale: Tensor | None, zero: Tensor | None, layout: Layout) -> None:
+        self.layout = layout
+        self.dtype = np.uint8 if layout.stored_bits == 4 else np.int8
+        self.weight = buffer.numpy().view(self.dtype)
+        self.zero = np.float32(layout.middle)
+        self.stored = (0,) * layout.zeros
+        self.width = self.weight.shape[0] * layout.tile
+        if layout.by_input:
+            assert scale is not None
+            self.scale = scale.numpy()
+            self.zeros = EMPTY.view(self.dtype) if zero is None else zero.numpy().view(self.dtype)
+
+    def shape(self, batch: int) -> tuple[int, ...]:
+        layout = self.layout
+        common = (layout.tile, run_of(layout.tile, batch, BLOCK), BLOCK * layout.stored_bits // 8)
+        return (*common, layout.group) if layout.by_input else (*common, layout.code_bytes, layout.zeros_at)
+
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        return (0,) * (BLOCK // self.layout.piece)
+
+    def multiply(self, indices: np.ndarray, values: np.ndarray, count: int, out: np.ndarray) -> None:
+        """out float32 [batch, n_tiles * tile] of values float32 [batch, in]."""
+        batch, shape = (0,) * len(values), self.shape(len(values))
+        shared = (indices, values, count, out, shape, self.zero, batch)
+        if self.layout.by_input:
+            multiply_groups(self.weight, self.scale, self.zeros, *shared, self.stored)
+        else:
+            multiply_records(self.weight, *shared, self.pieces, self.stored)
+
+    def row(self, selection: tuple, bias: np.ndarray, y: np.ndarray) -> None:
+        shape, end = self.shape(1), (bias, *self._groups(), y)
+        if self.layout.by_input:
+            _row_groups(*selection, self.weight, self.scale, self.zeros, shape, self.zero, self.stored, *end)
+        else:
+            _row_records(*selection, self.weight, shape, self.zero, self.pieces, self.stored, *end)
+
+    def _groups(self) -> tuple[int, int]:
+        if self.layout.by_input:
+            return self.layout.out_features, self.layout.out_features
+        return self.layout.group, self.layout.padded
+
+
+def quantized_active_linear(
+    indices: Tensor,
+    values: Tensor,
+    counts: Tensor,
+    buffer: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    layout: Layout,
+) -> Tensor:
+    """As `reference.quantized_active_linear`."""
+    chosen, x = indices.contiguous().numpy(), array(values.contiguous())
+    packed = _Arguments(buffer, scale, zero, layout)
+    out = np.empty((len(counts), packed.width), np.float32)
+    with LOCK:
+        follow_torch_threads(buffer.nbytes)
+        for row, count in enumerate(counts.tolist()):
+            packed.multiply(chosen[row], x[row : row + 1], count, out[row : row + 1])
+    return torch.from_numpy(out)
+
+
+def quantized_dense_linear(
+    x: Tensor, buffer: Tensor, scale: Tensor | None, zero: Tensor | None, layout: Layout
+) -> Tensor:
+    """As `reference.quantized_dense_linear`."""
+    values, packed = batched(x), _Arguments(buffer, scale, zero, layout)
+    out = np.empty((len(values), packed.width), np.float32)
+    with LOCK:
+        follow_torch_threads(buffer.nbytes)
+        packed.multiply(np.arange(layout.in_features, dtype=np.int32), values, layout.in_features, out)
+    return torch.from_numpy(out[: len(x)])
+
+
+def quantized_linear(
+    x: Tensor,
+    score: Tensor | None,
+    threshold: float,
+    k: int,
+    buffer: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    layout: Layout,
+    bias: Tensor | None,
+) -> Tensor:
+    """As `reference.quantized_linear`; everything contiguous."""
+    y = torch.empty(len(x), layout.out_features, dtype=torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32)
+    inputs, scores, added, outputs = array(x), array(score), array(bias), array(y)
+    packed = _Arguments(buffer, scale, zero, layout)
+    with LOCK:
+        follow_torch_threads(buffer.nbytes)
+        for row, given in enumerate(inputs):
+            packed.row((given, scores, *cut_of(given, scores, threshold, k)), added, outputs[row])
+    return y

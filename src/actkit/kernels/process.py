@@ -1,0 +1,107 @@
+"""What the compiled kernels share in a process: the compile cache, the lock and the threads.
+
+Imports Numba, so that only the modules with kernels import it, on first use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import torch
+from numba import njit
+
+_CONFIG: Any = numba.config  # untyped in Numba
+SMALL = 1 << 18  # bytes of weight; below, waking a second thread takes longer than its half of the work
+LOCK = threading.Lock()  # one kernel at a time: they share the cores anyway, and not every Numba layer is thread-safe
+_THREADS = threading.local()
+_started_in: int | None = None
+
+
+# -- compiling ---------------------------------------------------------------------------------------------------------
+
+
+def _cache_folder() -> Path:
+    """Named after the sources: Numba watches the file of a kernel, but not those of the functions that it calls."""
+    home = Path.home()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local"))
+    elif sys.platform == "darwin":
+        base = home / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return base / "actkit" / "numba" / hashlib.sha256(sources).hexdigest()[:16]
+
+
+def _choose_cache() -> str | None:
+    """The folder of the compile cache: the one the user chose, or ours; None where none can be written."""
+    if _CONFIG.CACHE_DIR:
+        return str(_CONFIG.CACHE_DIR)
+    try:
+        folder = _cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # no home, or a read-only one: compile in memory, every time
+        return None
+    return str(folder) if os.access(folder, os.W_OK) else None
+
+
+_CACHE = _choose_cache()
+
+
+def compiled(parallel: bool = False) -> Callable[[Any], Any]:
+    """Decorate a kernel: compiled by Numba when it first runs, and kept in the compile cache."""
+
+    def decorate(function: Any) -> Any:
+        before = _CONFIG.CACHE_DIR
+        _CONFIG.CACHE_DIR = _CACHE or before  # our folder is for our kernels only
+        try:
+            return njit(
+                nogil=True, error_model="numpy", boundscheck=False, cache=_CACHE is not None, parallel=parallel
+            )(function)
+        finally:
+            _CONFIG.CACHE_DIR = before
+
+    return decorate
+
+
+# -- threads -----------------------------------------------------------------------------------------------------------
+
+
+def _start() -> None:
+    """Start Numba's threads: the layer `omp`, which shares torch's OpenMP pool where torch was imported first."""
+    global _started_in
+    threads = torch.get_num_threads()
+    if _CONFIG.THREADING_LAYER == "default":
+        try:
+            importlib.import_module("numba.np.ufunc.omppool")
+            _CONFIG.THREADING_LAYER = "omp"
+        except ImportError:
+            warnings.warn("Numba's OpenMP threads are missing here; its tbb or workqueue layer is used.", stacklevel=2)
+    numba.set_num_threads(1)
+    torch.set_num_threads(threads)  # starting Numba's OpenMP layer overwrites torch's number of threads
+    _started_in = os.getpid()
+
+
+def follow_torch_threads(nbytes: int) -> int:
+    """As many threads as torch has; one for a small weight. Returns how many; call it with the lock held."""
+    if _started_in is None:
+        _start()
+    elif _started_in != os.getpid():
+        raise RuntimeError(
+            "actkit.kernels: this process was forked after the kernels ran, and OpenMP does not survive a fork; "
+            "start processes with multiprocessing's 'spawn' method."
+        )
+    threads = 1 if nbytes < SMALL else min(torch.get_num_threads(), _CONFIG.NUMBA_NUM_THREADS)
+    if getattr(_THREADS, "count", None) != threads:  # Numba keeps the number per thread, and so do we: slow to set
+        numba.set_num_threads(threads)
+        _THREADS.count = threads
+    return threads

@@ -1,0 +1,374 @@
+"""The inner loops of the kernels, written as vector IR: the code for one block of columns of a few rows at once.
+
+Written by hand because LLVM would have to prove that output and weight do not overlap before it vectorises by itself.
+The vectors have 8 or 16 floats; a machine with narrower ones gets two or four instructions for each. The stored type
+of a weight says how it is read, and which of its outputs lie in one block:
+
+    float32         32 columns, in order
+    uint16 (bf16)   32 columns in 16 words: columns c (low half) and c + 16 (high half) share a word
+    int8 (8 bits)   128 columns in two times 16 words: columns c, c + 16, c + 32 and c + 48 of each half share a word
+    uint8 (4 bits)  128 columns in 16 words: columns c, c + 16, ... c + 112 share a word, the first in the lowest bits
+
+A code becomes the float of code - zero *exactly*, so that a column of zeros gives zero next to any other. With AVX-512
+the low four bits of a lane pick it from a table of 16 floats, in which the zero is taken off already (vpermps): one
+shift and one look-up per 16 weights. Elsewhere the bits of the code are set into those of 128.0 (4 bits) or 2^23 (8
+bits), and that constant goes together with the zero. Taking it out of whole sums instead costs no less, and three
+digits where large terms cancel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+I8, I32, I64, FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
+LINE = 64  # bytes
+INTO_L2 = 2  # the locality argument of llvm.prefetch (prefetcht1)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a stored type is read. lanes: of a vector; columns, nbytes: of a block; unroll: rows at once."""
+
+    lanes: int
+    columns: int
+    nbytes: int
+    unroll: int
+
+
+FORMATS = {
+    types.float32: Format(8, 32, 128, 8),
+    types.uint16: Format(8, 32, 64, 8),  # 256 bits are a few percent faster here than 512
+    types.int8: Format(16, 128, 128, 4),
+    types.uint8: Format(16, 128, 64, 4),
+}
+
+
+# -- building blocks ---------------------------------------------------------------------------------------------------
+
+
+def _vector(kind: ir.Type, lanes: int) -> ir.VectorType:
+    return ir.VectorType(kind, lanes)
+
+
+def constant(value: float, lanes: int) -> Any:
+    return ir.Constant(_vector(FLOAT, lanes), [float(value)] * lanes)
+
+
+def integers(value: int, lanes: int) -> Any:
+    return ir.Constant(_vector(I32, lanes), [value] * lanes)
+
+
+def splat(builder: Any, value: Any, lanes: int) -> Any:
+    """A vector with the same float in all lanes."""
+    undefined = ir.Constant(_vector(FLOAT, lanes), ir.Undefined)
+    return builder.shuffle_vector(builder.insert_element(undefined, value, I32(0)), undefined, integers(0, lanes))
+
+
+def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    lanes = a.type.count
+    kind = ir.FunctionType(a.type, [a.type] * 3)
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{lanes}f32"), [a, b, c])
+
+
+class Memory:
+    """An array argument of an intrinsic, read and written at byte offsets."""
+
+    def __init__(self, context: Any, builder: Any, kind: Any, array: Any) -> None:
+        self.builder = builder
+        data = context.make_array(kind)(context, builder, array).data
+        self.start = builder.bitcast(data, I8.as_pointer())
+
+    def address(self, offset: Any, pointee: ir.Type) -> Any:
+        return self.builder.bitcast(self.builder.gep(self.start, [offset]), pointee.as_pointer())
+
+    def load(self, offset: Any, kind: ir.Type, align: int = 4) -> Any:
+        return self.builder.load(self.address(offset, kind), align=align)
+
+    def store(self, value: Any, offset: Any) -> None:
+        self.builder.store(value, self.address(offset, value.type), align=4)
+
+
+def _has_permute(context: Any) -> bool:
+    """Whether the code is compiled for a processor with AVX-512."""
+    return "+avx512f" in context.codegen().magic_tuple()[2].split(",")
+
+
+class Block:
+    """The stored words of one block of one row, and the float vectors that they stand for, column by column."""
+
+    def __init__(self, context: Any, memory: Memory, kind: Any, offset: Any) -> None:
+        self.context, self.builder, self.kind = context, memory.builder, kind
+        self.format = FORMATS[kind]
+        lanes, align = self.format.lanes, 2 if kind == types.uint16 else 4
+        loaded = FLOAT if kind == types.float32 else I32
+        places = range(0, self.format.nbytes, 4 * lanes)
+        self.words = [
+            memory.load(memory.builder.add(offset, I64(place)), _vector(loaded, lanes), align) for place in places
+        ]
+
+    def _shifted(self, word: Any, left: int) -> Any:
+        if left == 0:
+            return word
+        shift = self.builder.shl if left > 0 else self.builder.lshr
+        return shift(word, integers(abs(left), self.format.lanes))
+
+    def floats(self, k: int) -> Any:
+        """Columns k * lanes to (k + 1) * lanes of a bf16 or float32 row."""
+        if self.kind == types.float32:
+            return self.words[k]
+        half, word = divmod(k, len(self.words))  # the low halves of all words come first
+        lanes = self.format.lanes
+        bits = self.builder.and_(self.words[word], integers(0xFFFF0000, lanes)) if half else None
+        bits = self._shifted(self.words[word], 16) if bits is None else bits
+        return self.builder.bitcast(bits, _vector(FLOAT, lanes))
+
+    def offset(self, zero: Any) -> Any:
+        """What `codes` needs for a vector of zeros (as floats): the same for all rows and columns with this zero."""
+        if self.kind == types.uint8 and _has_permute(self.context):
+            table = ir.Constant(_vector(FLOAT, 16), [float(code) for code in range(16)])
+            return self.builder.fsub(table, zero)
+        return self.builder.fadd(zero, constant(128.0 if self.kind == types.uint8 else 2.0**23, self.format.lanes))
+
+    def codes(self, k: int, offset: Any) -> Any:
+        """The codes of columns k * 16 to (k + 1) * 16, less the zero that went into `offset`."""
+        if self.kind == types.uint8 and _has_permute(self.context):
+            kind = ir.FunctionType(offset.type, [offset.type, self.words[0].type])
+            permute = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.x86.avx512.permvar.sf.512")
+            return self.builder.call(permute, [offset, self._shifted(self.words[0], -4 * k)])
+        return self.builder.fsub(self.biased(k), offset)
+
+    def biased(self, k: int) -> Any:
+        """The codes of columns k * 16 to (k + 1) * 16 plus a constant: 128 for 4 bits, 2^23 for 8."""
+        lanes = self.format.lanes
+        if self.kind == types.uint8:
+            word, left, mask, one = self.words[0], 16 - 4 * k, 0xF0000, 0x43000000
+        else:
+            word, left, mask, one = self.words[k // 4], -8 * (k % 4), 0xFF, 0x4B000000
+        bits = self.builder.and_(self._shifted(word, left), integers(mask, lanes))
+        return self.builder.bitcast(self.builder.or_(bits, integers(one, lanes)), _vector(FLOAT, lanes))
+
+
+# -- rows and values of a group of active inputs -----------------------------------------------------------------------
+
+
+def unroll(kind: Any, batch: int) -> int:
+    """Rows that are read at once for a batch: all their values stay in registers."""
+    return min(FORMATS[kind].unroll, 8 if batch == 1 else 4)
+
+
+@intrinsic
+def rows_at_once(typingctx, weight, batch):  # type: ignore[no-untyped-def]
+    """How many rows `row_offsets` gives for this weight and batch (a tuple with one entry per row of x)."""
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return I64(unroll(signature.args[0].dtype, signature.args[1].count))
+
+    return types.int64(weight, batch), generate
+
+
+@intrinsic
+def row_offsets(typingctx, weight, batch, indices, i, count, start, stride):  # type: ignore[no-untyped-def]
+    """Bytes at which the active rows from i on begin, start + indices[i + r] * stride; past the last, it again."""
+    rows = unroll(weight.dtype, batch.count)
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _, _, indices, i, count, start, stride = args
+        listed, last = Memory(context, builder, signature.args[2], indices), builder.sub(count, I64(1))
+        offsets = []
+        for r in range(rows):
+            place = builder.add(i, I64(r))
+            place = builder.select(builder.icmp_signed("<", place, last), place, last)
+            index = builder.sext(listed.load(builder.mul(place, I64(4)), I32), I64)
+            offsets.append(builder.add(start, builder.mul(index, stride)))
+        return context.make_tuple(builder, signature.return_type, offsets)
+
+    number = types.int64
+    return types.UniTuple(number, rows)(weight, batch, indices, number, number, number, number), generate
+
+
+@intrinsic
+def row_values(typingctx, weight, batch, values, i, end):  # type: ignore[no-untyped-def]
+    """values[b, i + r] for each b and each row of `row_offsets`, b slowest; 0 at and past end."""
+    rows = unroll(weight.dtype, batch.count)
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _, _, values, i, end = args
+        memory, last = Memory(context, builder, signature.args[2], values), builder.sub(end, I64(1))
+        width = cgutils.unpack_tuple(builder, context.make_array(signature.args[2])(context, builder, values).shape)[1]
+        loaded = []
+        for b in range(batch.count):
+            for r in range(rows):
+                place = builder.add(i, I64(r))
+                inside = builder.icmp_signed("<", place, end)
+                place = builder.add(builder.select(inside, place, last), builder.mul(width, I64(b)))
+                value = memory.load(builder.mul(place, I64(4)), FLOAT)
+                loaded.append(builder.select(inside, value, FLOAT(0.0)))
+        return context.make_tuple(builder, signature.return_type, loaded)
+
+    return types.UniTuple(types.float32, batch.count * rows)(weight, batch, values, types.int64, types.int64), generate
+
+
+@intrinsic
+def prefetch(typingctx, weight, rows, place):  # type: ignore[no-untyped-def]
+    """Ask for the cache lines of one block of some rows, `place` bytes after each begins."""
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+        ask = builder.module.declare_intrinsic("llvm.prefetch", [I8.as_pointer()], kind)
+        memory = Memory(context, builder, signature.args[0], args[0])
+        for row in cgutils.unpack_tuple(builder, args[1]):
+            for line in range(0, FORMATS[signature.args[0].dtype].nbytes, LINE):
+                offset = builder.add(builder.add(row, args[2]), I64(line))
+                builder.call(ask, [memory.address(offset, I8), I32(0), I32(INTO_L2), I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(weight, rows, types.int64), generate
+
+
+# -- products ----------------------------------------------------------------------------------------------------------
+
+
+class Accumulators:
+    """float32 [batch, width] sums of one block: vector k of batch row b."""
+
+    def __init__(self, memory: Memory, first: Any, width: Any, lanes: int) -> None:
+        self.memory, self.first, self.width, self.lanes = memory, first, width, lanes
+
+    def _place(self, b: int, k: int) -> Any:
+        builder = self.memory.builder
+        column = builder.add(self.first, I64(k * self.lanes))
+        return builder.mul(builder.add(column, builder.mul(self.width, I64(b))), I64(4))
+
+    def load(self, b: int, k: int) -> Any:
+        return self.memory.load(self._place(b, k), _vector(FLOAT, self.lanes))
+
+    def store(self, b: int, k: int, value: Any) -> None:
+        self.memory.store(value, self._place(b, k))
+
+
+def _add(builder: Any, sums: Accumulators, k: int, weights: list[Any], x: list[list[Any]]) -> None:
+    """sums[b, k] += sum over r of weights[r] * x[b][r], in this order."""
+    for b, values in enumerate(x):
+        total = sums.load(b, k)
+        for weight, value in zip(weights, values):
+            total = multiply_add(builder, weight, value, total)
+        sums.store(b, k, total)
+
+
+def _per_batch(values: list[Any], rows: int) -> list[list[Any]]:
+    return [values[start : start + rows] for start in range(0, len(values), rows)]
+
+
+@intrinsic
+def add_rows(typingctx, out, first, width, weight, rows, values, place):  # type: ignore[no-untyped-def]
+    """out[first + b * width + c] += sum over r of values[b, r] * weight[rows[r], c] for one block of bf16 or float32.
+
+    place: bytes from the beginning of a row to the block.
+    """
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        out, first, width, weight, rows, values, place = args
+        kind = signature.args[3].dtype
+        form, rows = FORMATS[kind], cgutils.unpack_tuple(builder, rows)
+        memory = Memory(context, builder, signature.args[3], weight)
+        blocks = [Block(context, memory, kind, builder.add(row, place)) for row in rows]
+        x = [splat(builder, value, form.lanes) for value in cgutils.unpack_tuple(builder, values)]
+        sums = Accumulators(Memory(context, builder, signature.args[0], out), first, width, form.lanes)
+        for k in range(form.columns // form.lanes):
+            _add(builder, sums, k, [block.floats(k) for block in blocks], _per_batch(x, len(rows)))
+        return context.get_dummy_value()
+
+    number = types.int64
+    return types.void(out, number, number, weight, rows, values, number), generate
+
+
+@intrinsic
+def add_scaled_rows(typingctx, out, first, width, weight, rows, values, place, scales, zeros, zero, pieces, stored):  # type: ignore[no-untyped-def]
+    """out[first + b * width + c] += sum over r of values[b, r] * (code[rows[r], c] - zero) * scale, for one block.
+
+    pieces: a tuple with one entry per scale of a block. place, scales, zeros: bytes from the beginning of a row to the
+    block's codes (uint8 or int8 weight), scales (float32) and zeros (uint8). stored: a tuple, not empty if the rows
+    hold zeros; otherwise the float `zero` serves all.
+    """
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        out, first, width, weight, rows, values, place, scales, zeros, zero, *_ = args
+        kind = signature.args[3].dtype
+        form, rows = FORMATS[kind], cgutils.unpack_tuple(builder, rows)
+        memory = Memory(context, builder, signature.args[3], weight)
+        blocks = [Block(context, memory, kind, builder.add(row, place)) for row in rows]
+        x = _per_batch(cgutils.unpack_tuple(builder, values), len(rows))
+        sums = Accumulators(Memory(context, builder, signature.args[0], out), first, width, form.lanes)
+        per_piece = form.columns // form.lanes // signature.args[10].count
+        shared = None if signature.args[11].count else blocks[0].offset(splat(builder, zero, form.lanes))
+        # One row of x: its value times the scale, once per row and piece. More: the scaled weight serves all of them.
+        splats = [[splat(builder, value, form.lanes) for value in of_one] for of_one in x] if len(x) > 1 else []
+        for piece in range(signature.args[10].count):
+            scale = [memory.load(builder.add(builder.add(row, scales), I64(4 * piece)), FLOAT) for row in rows]
+            if len(x) == 1:
+                factors = [[splat(builder, builder.fmul(v, s), form.lanes) for v, s in zip(x[0], scale)]]
+            else:
+                factors = splats
+            scale = [splat(builder, s, form.lanes) for s in scale]
+            if shared is None:
+                at = builder.add(zeros, I64(piece))
+                found = [memory.load(builder.add(row, at), I8, 1) for row in rows]
+                floats = [builder.uitofp(byte, FLOAT) for byte in found]
+                offsets = [block.offset(splat(builder, z, form.lanes)) for block, z in zip(blocks, floats)]
+            else:
+                offsets = [shared] * len(rows)
+            for k in range(piece * per_piece, (piece + 1) * per_piece):
+                weights = [block.codes(k, offset) for block, offset in zip(blocks, offsets)]
+                if len(x) > 1:
+                    weights = [builder.fmul(w, s) for w, s in zip(weights, scale)]
+                _add(builder, sums, k, weights, factors)
+        return context.get_dummy_value()
+
+    number = types.int64
+    signature = types.void(
+        out, number, number, weight, rows, values, number, number, number, types.float32, pieces, stored
+    )
+    return signature, generate
+
+
+@intrinsic
+def add_codes(typingctx, out, first, width, weight, rows, values, place, zeros, zeros_at, zero, stored):  # type: ignore[no-untyped-def]
+    """out[first + b * width + c] += sum over r of values[b, r] * (code[rows[r], c] - zero[c]), for one block.
+
+    place: bytes from the beginning of a row to the block's codes (uint8 or int8 weight). zeros: an array like weight,
+    whose block at byte zeros_at holds the zeros of these columns, if the tuple `stored` is not empty; otherwise the
+    float `zero` serves all.
+    """
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        out, first, width, weight, rows, values, place, zeros, zeros_at, zero, _ = args
+        kind = signature.args[3].dtype
+        form, rows = FORMATS[kind], cgutils.unpack_tuple(builder, rows)
+        memory = Memory(context, builder, signature.args[3], weight)
+        blocks = [Block(context, memory, kind, builder.add(row, place)) for row in rows]
+        x = [splat(builder, value, form.lanes) for value in cgutils.unpack_tuple(builder, values)]
+        sums = Accumulators(Memory(context, builder, signature.args[0], out), first, width, form.lanes)
+        shared = own = None
+        if signature.args[10].count:
+            own = Block(context, Memory(context, builder, signature.args[7], zeros), kind, zeros_at)
+        else:
+            shared = blocks[0].offset(splat(builder, zero, form.lanes))
+        plain = blocks[0].offset(constant(0.0, form.lanes))
+        for k in range(form.columns // form.lanes):
+            if own is None:
+                weights = [block.codes(k, shared) for block in blocks]
+            else:
+                zero_here = own.codes(k, plain)
+                weights = [builder.fsub(block.codes(k, plain), zero_here) for block in blocks]
+            _add(builder, sums, k, weights, _per_batch(x, len(rows)))
+        return context.get_dummy_value()
+
+    number = types.int64
+    signature = types.void(out, number, number, weight, rows, values, number, zeros, number, types.float32, stored)
+    return signature, generate
