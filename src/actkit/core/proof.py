@@ -63,7 +63,8 @@ class Proof:
     def describe(self) -> str:
         """One line."""
         verdict = "reloads" if self.passed else "DOES NOT RELOAD"
-        return f"{self.folder} {verdict}: {self.reason} ({self.tokens} tokens, {self.dtype}, {self.seconds:.1f} s)"
+        how = f"{self.tokens} tokens or images, {self.dtype}, {self.seconds:.1f} s"
+        return f"{self.folder} {verdict}: {self.reason} ({how})"
 
 
 def prove(

@@ -3,10 +3,11 @@
     out[t * tile + c] = sum over active j of x_j * float32(buffer[t, j, c])
 
 A thread owns a tile and keeps its float32 outputs in the L1 cache. It takes eight active rows at once, so an
-accumulator is loaded and stored once per eight rows, and while it multiplies them column block by column block it
-prefetches the same columns of the next eight rows into the L2 cache. That is what decides the speed: prefetching whole
-rows at once fills the line buffers and stalls (22 instead of 32 GB/s where nothing is skipped), and without prefetch
-the hardware follows the skipped rows. The order of the sum is fixed: same bits in every run, for any number of threads.
+accumulator is loaded and stored once per eight rows. What decides the speed is how many cache lines are on their way at
+a time, and the processor's window of instructions bounds that: few instructions per line (one masked load for the upper
+halves), and a prefetch of the next few lines of the same rows. Prefetching other rows instead keeps the hardware's own
+prefetchers from learning the rows at hand. The order of the sum is fixed: same bits in every run, for any number of
+threads.
 
 With more than one row of x the product is dense and each row of the weight serves all of them. Eight rows of x have
 eight times the accumulators, so a tile is then taken in runs of columns whose accumulators still fit the L1 cache.
@@ -25,9 +26,10 @@ from torch import Tensor
 
 from actkit.kernels.packing import COLUMNS, WIDEST_TILE
 from actkit.kernels.process import LOCK, compiled, follow_torch_threads
-from actkit.kernels.vectors import add_rows, prefetch, row_offsets, row_values, rows_at_once
+from actkit.kernels.vectors import add_rows, prefetch_once, row_offsets, row_values, rows_at_once
 
 NOTHING = np.empty(0, np.float32)
+AHEAD = 256  # bytes of each row that are asked for early; the processor's own prefetchers do the rest
 BATCHES = (1, 2, 4, 8)  # rows of x that a kernel is compiled for; others are filled up with zeros
 
 
@@ -123,11 +125,10 @@ def multiply_batch(weight, indices, values, count, out, batch, run):  # type: ig
             out[:, first + low : first + high] = 0
             for i in range(0, grouped, together):
                 rows = row_offsets(weight, batch, indices, i, count, start, stride)
-                ahead = row_offsets(weight, batch, indices, i + together, count, start, stride)
                 x = row_values(weight, batch, values, i, count)
                 for column in range(low, high, COLUMNS):
                     add_rows(out, first + column, width, weight, rows, x, column * size)
-                    prefetch(weight, ahead, column * size)  # after: the rows at hand get their line buffers first
+                    prefetch_once(weight, rows, column * size + AHEAD)
             for i in range(grouped, count):  # one by one: a zero instead of a row would make NaN of an Inf
                 last = (start + np.int64(indices[i]) * stride,)
                 for b in range(len(batch)):

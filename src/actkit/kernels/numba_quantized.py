@@ -22,7 +22,7 @@ from torch import Tensor
 from actkit.kernels.numba_cpu import array, as_stored, batched, cut_of, run_of, select, widen
 from actkit.kernels.process import LOCK, compiled, follow_torch_threads
 from actkit.kernels.quantized import BLOCK, Layout
-from actkit.kernels.vectors import add_codes, add_scaled_rows, prefetch, row_offsets, row_values, rows_at_once
+from actkit.kernels.vectors import add_codes, add_scaled_rows, prefetch_ahead, row_offsets, row_values, rows_at_once
 
 LINE = 64
 AHEAD = 24 << 10  # bytes between the rows at hand and those that are prefetched
@@ -73,9 +73,9 @@ def multiply_records(weight, indices, values, count, out, shape, zero, batch, pi
                         pieces,
                         stored,
                     )
-                    prefetch(weight, ahead, place)
+                    prefetch_ahead(weight, ahead, place)
                 for place in range(scales // LINE * LINE, stride, block_bytes):
-                    prefetch(weight, ahead, place)
+                    prefetch_ahead(weight, ahead, place)
 
 
 @compiled(parallel=True)
@@ -129,7 +129,7 @@ def multiply_groups(weight, scale, zeros, indices, values, count, out, shape, ze
                             zero,
                             stored,
                         )
-                        prefetch(weight, ahead, place)
+                        prefetch_ahead(weight, ahead, place)
                 begin = end
                 factors = scale[t, g, low:high]
                 for b in range(len(batch)):

@@ -10,10 +10,10 @@ of a weight says how it is read, and which of its outputs lie in one block:
     uint8 (4 bits)  128 columns in 16 words: columns c, c + 16, ... c + 112 share a word, the first in the lowest bits
 
 A code becomes the float of code - zero *exactly*, so that a column of zeros gives zero next to any other. With AVX-512
-the low four bits of a lane pick it from a table of 16 floats, in which the zero is taken off already (vpermps): one
-shift and one look-up per 16 weights. Elsewhere the bits of the code are set into those of 128.0 (4 bits) or 2^23 (8
-bits), and that constant goes together with the zero. Taking it out of whole sums instead costs no less, and three
-digits where large terms cancel.
+the low four bits of a lane pick it from a table of 16 floats, in which the zero is taken off already (vpermps).
+Elsewhere the bits of the code are set into those of a power of two, and that goes together with the zero; this is done
+without a shift for codes of 4 bits at bit 16 (in 2^7), and of 8 bits at bits 0 and 8 (in 2^23 and 2^15). Taking the
+power out of whole sums instead costs no less, and three digits where large terms cancel.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import llvm_version_info
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 I8, I32, I64, FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 LINE = 64  # bytes
-INTO_L2 = 2  # the locality argument of llvm.prefetch (prefetcht1)
+INTO_L2, ONCE = 2, 0  # the locality argument of llvm.prefetch: prefetcht1, prefetchnta
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Format:
 
 FORMATS = {
     types.float32: Format(8, 32, 128, 8),
-    types.uint16: Format(8, 32, 64, 8),  # 256 bits are a few percent faster here than 512
+    types.uint16: Format(16, 32, 64, 8),
     types.int8: Format(16, 128, 128, 4),
     types.uint8: Format(16, 128, 64, 4),
 }
@@ -94,9 +95,19 @@ class Memory:
         self.builder.store(value, self.address(offset, value.type), align=4)
 
 
-def _has_permute(context: Any) -> bool:
-    """Whether the code is compiled for a processor with AVX-512."""
-    return "+avx512f" in context.codegen().magic_tuple()[2].split(",")
+def _has(context: Any, *features: str) -> bool:
+    """Whether the code is compiled for a processor with these features."""
+    return {f"+{feature}" for feature in features} <= set(context.codegen().magic_tuple()[2].split(","))
+
+
+def _high_halves(memory: Memory, offset: Any) -> Any:
+    """32 bfloat16 from memory with the even ones set to zero: one masked load, where loading and masking are two."""
+    halves, mask = _vector(ir.IntType(16), 32), _vector(ir.IntType(1), 32)
+    address = memory.address(offset, halves)
+    odd, zeros = ir.Constant(mask, [lane % 2 for lane in range(32)]), ir.Constant(halves, [0] * 32)
+    kind = ir.FunctionType(halves, [address.type, mask, halves])
+    load = cgutils.get_or_insert_function(memory.builder.module, kind, "llvm.masked.load.v32i16.p0")
+    return memory.builder.bitcast(memory.builder.call(load, [address, odd, zeros]), _vector(FLOAT, 16))
 
 
 class Block:
@@ -104,6 +115,7 @@ class Block:
 
     def __init__(self, context: Any, memory: Memory, kind: Any, offset: Any) -> None:
         self.context, self.builder, self.kind = context, memory.builder, kind
+        self.memory, self.start = memory, offset
         self.format = FORMATS[kind]
         lanes, align = self.format.lanes, 2 if kind == types.uint16 else 4
         loaded = FLOAT if kind == types.float32 else I32
@@ -122,36 +134,48 @@ class Block:
         """Columns k * lanes to (k + 1) * lanes of a bf16 or float32 row."""
         if self.kind == types.float32:
             return self.words[k]
-        half, word = divmod(k, len(self.words))  # the low halves of all words come first
         lanes = self.format.lanes
-        bits = self.builder.and_(self.words[word], integers(0xFFFF0000, lanes)) if half else None
-        bits = self._shifted(self.words[word], 16) if bits is None else bits
-        return self.builder.bitcast(bits, _vector(FLOAT, lanes))
+        if k == 0:
+            return self.builder.bitcast(self._shifted(self.words[0], 16), _vector(FLOAT, lanes))
+        if llvm_version_info[0] >= 22 and _has(self.context, "avx512bw", "avx512vl"):
+            return _high_halves(self.memory, self.start)
+        return self.builder.bitcast(
+            self.builder.and_(self.words[0], integers(0xFFFF0000, lanes)), _vector(FLOAT, lanes)
+        )
 
-    def offset(self, zero: Any) -> Any:
+    def offsets(self, zero: Any) -> tuple[Any, Any]:
         """What `codes` needs for a vector of zeros (as floats): the same for all rows and columns with this zero."""
-        if self.kind == types.uint8 and _has_permute(self.context):
-            table = ir.Constant(_vector(FLOAT, 16), [float(code) for code in range(16)])
-            return self.builder.fsub(table, zero)
-        return self.builder.fadd(zero, constant(128.0 if self.kind == types.uint8 else 2.0**23, self.format.lanes))
-
-    def codes(self, k: int, offset: Any) -> Any:
-        """The codes of columns k * 16 to (k + 1) * 16, less the zero that went into `offset`."""
-        if self.kind == types.uint8 and _has_permute(self.context):
-            kind = ir.FunctionType(offset.type, [offset.type, self.words[0].type])
-            permute = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.x86.avx512.permvar.sf.512")
-            return self.builder.call(permute, [offset, self._shifted(self.words[0], -4 * k)])
-        return self.builder.fsub(self.biased(k), offset)
-
-    def biased(self, k: int) -> Any:
-        """The codes of columns k * 16 to (k + 1) * 16 plus a constant: 128 for 4 bits, 2^23 for 8."""
         lanes = self.format.lanes
-        if self.kind == types.uint8:
-            word, left, mask, one = self.words[0], 16 - 4 * k, 0xF0000, 0x43000000
+        second = self.builder.fadd(zero, constant(2.0 ** (23 - self._second), lanes))
+        if self._looks_up:
+            table = ir.Constant(_vector(FLOAT, 16), [float(code) for code in range(16)])
+            return self.builder.fsub(table, zero), second
+        return self.builder.fadd(zero, constant(2.0**23, lanes)), second
+
+    def codes(self, k: int, offsets: tuple[Any, Any]) -> Any:
+        """The codes of columns k * 16 to (k + 1) * 16, less the zero that went into `offsets`."""
+        if self.kind == types.uint8:  # columns k and k + 4 share a shift
+            is_second, word, right = k >= 4, self.words[0], 4 * (k % 4)
         else:
-            word, left, mask, one = self.words[k // 4], -8 * (k % 4), 0xFF, 0x4B000000
-        bits = self.builder.and_(self._shifted(word, left), integers(mask, lanes))
-        return self.builder.bitcast(self.builder.or_(bits, integers(one, lanes)), _vector(FLOAT, lanes))
+            is_second, word, right = k % 2 == 1, self.words[k // 4], 16 * (k % 4 // 2)
+        word = self._shifted(word, -right)
+        if self._looks_up and not is_second:
+            kind = ir.FunctionType(offsets[0].type, [offsets[0].type, word.type])
+            permute = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.x86.avx512.permvar.sf.512")
+            return self.builder.call(permute, [offsets[0], word])
+        place, lanes = self._second if is_second else 0, self.format.lanes
+        mask, power = (0xF if self.kind == types.uint8 else 0xFF) << place, (127 + 23 - place) << 23
+        bits = self.builder.or_(self.builder.and_(word, integers(mask, lanes)), integers(power, lanes))
+        return self.builder.fsub(self.builder.bitcast(bits, _vector(FLOAT, lanes)), offsets[int(is_second)])
+
+    @property
+    def _second(self) -> int:
+        """The bit of a word at which a second code is read without a shift."""
+        return 16 if self.kind == types.uint8 else 8
+
+    @property
+    def _looks_up(self) -> bool:
+        return self.kind == types.uint8 and _has(self.context, "avx512f")
 
 
 # -- rows and values of a group of active inputs -----------------------------------------------------------------------
@@ -214,21 +238,27 @@ def row_values(typingctx, weight, batch, values, i, end):  # type: ignore[no-unt
     return types.UniTuple(types.float32, batch.count * rows)(weight, batch, values, types.int64, types.int64), generate
 
 
-@intrinsic
-def prefetch(typingctx, weight, rows, place):  # type: ignore[no-untyped-def]
-    """Ask for the cache lines of one block of some rows, `place` bytes after each begins."""
+def _prefetcher(locality: int) -> Any:
+    @intrinsic
+    def ask_for(typingctx, weight, rows, place):  # type: ignore[no-untyped-def]
+        """Ask for the cache lines of one block of some rows, `place` bytes after each begins."""
 
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
-        ask = builder.module.declare_intrinsic("llvm.prefetch", [I8.as_pointer()], kind)
-        memory = Memory(context, builder, signature.args[0], args[0])
-        for row in cgutils.unpack_tuple(builder, args[1]):
-            for line in range(0, FORMATS[signature.args[0].dtype].nbytes, LINE):
-                offset = builder.add(builder.add(row, args[2]), I64(line))
-                builder.call(ask, [memory.address(offset, I8), I32(0), I32(INTO_L2), I32(1)])
-        return context.get_dummy_value()
+        def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+            ask = builder.module.declare_intrinsic("llvm.prefetch", [I8.as_pointer()], kind)
+            memory = Memory(context, builder, signature.args[0], args[0])
+            for row in cgutils.unpack_tuple(builder, args[1]):
+                for line in range(0, FORMATS[signature.args[0].dtype].nbytes, LINE):
+                    offset = builder.add(builder.add(row, args[2]), I64(line))
+                    builder.call(ask, [memory.address(offset, I8), I32(0), I32(locality), I32(1)])
+            return context.get_dummy_value()
 
-    return types.void(weight, rows, types.int64), generate
+        return types.void(weight, rows, types.int64), generate
+
+    return ask_for
+
+
+prefetch_ahead, prefetch_once = _prefetcher(INTO_L2), _prefetcher(ONCE)
 
 
 # -- products ----------------------------------------------------------------------------------------------------------
@@ -306,7 +336,7 @@ def add_scaled_rows(typingctx, out, first, width, weight, rows, values, place, s
         x = _per_batch(cgutils.unpack_tuple(builder, values), len(rows))
         sums = Accumulators(Memory(context, builder, signature.args[0], out), first, width, form.lanes)
         per_piece = form.columns // form.lanes // signature.args[10].count
-        shared = None if signature.args[11].count else blocks[0].offset(splat(builder, zero, form.lanes))
+        shared = None if signature.args[11].count else blocks[0].offsets(splat(builder, zero, form.lanes))
         # One row of x: its value times the scale, once per row and piece. More: the scaled weight serves all of them.
         splats = [[splat(builder, value, form.lanes) for value in of_one] for of_one in x] if len(x) > 1 else []
         for piece in range(signature.args[10].count):
@@ -320,7 +350,7 @@ def add_scaled_rows(typingctx, out, first, width, weight, rows, values, place, s
                 at = builder.add(zeros, I64(piece))
                 found = [memory.load(builder.add(row, at), I8, 1) for row in rows]
                 floats = [builder.uitofp(byte, FLOAT) for byte in found]
-                offsets = [block.offset(splat(builder, z, form.lanes)) for block, z in zip(blocks, floats)]
+                offsets = [block.offsets(splat(builder, z, form.lanes)) for block, z in zip(blocks, floats)]
             else:
                 offsets = [shared] * len(rows)
             for k in range(piece * per_piece, (piece + 1) * per_piece):
@@ -358,8 +388,8 @@ def add_codes(typingctx, out, first, width, weight, rows, values, place, zeros, 
         if signature.args[10].count:
             own = Block(context, Memory(context, builder, signature.args[7], zeros), kind, zeros_at)
         else:
-            shared = blocks[0].offset(splat(builder, zero, form.lanes))
-        plain = blocks[0].offset(constant(0.0, form.lanes))
+            shared = blocks[0].offsets(splat(builder, zero, form.lanes))
+        plain = blocks[0].offsets(constant(0.0, form.lanes))
         for k in range(form.columns // form.lanes):
             if own is None:
                 weights = [block.codes(k, shared) for block in blocks]
