@@ -11,9 +11,9 @@ Three ratios, all measured interleaved in one run, over more weights than the ca
 Each timed call follows an untimed plain stream, which leaves caches and hardware prefetchers in one state for all: a
 call right after a reader with another prefetch distance takes up to 20 % longer.
 
-The kernel and the pure read are timed alike, as compiled functions over a list of rows. The operator is what a user
-calls: compaction, checks and casts included. Its Python side takes 20 microseconds when warm, but some 400 behind 90 MB
-that have just swept the caches.
+The kernel and the pure read are timed alike, as compiled functions over a list of rows, four layers per call, as a
+decoder crosses them. The operator is what a user calls for one layer: compaction, checks and casts included. Its Python
+side takes 20 microseconds when warm, but some 400 behind 90 MB that have just swept the caches.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from actkit.kernels.packing import allocate
 
 SPARSITIES = (0.0, 0.5, 0.7)
 LANES = 32  # bf16 values in a cache line
+LAYERS = 4  # that one call of a compiled function crosses
 FULL = {"shape": (4096, 11008), "repeats": 60, "of_read": 0.85, "of_dense": {0.5: 1.15, 0.7: 1.7}}
 QUICK = {"shape": (2048, 5504), "repeats": 15, "of_read": 0.75, "of_dense": {0.5: 1.1, 0.7: 1.5}}
 
@@ -125,6 +126,24 @@ def _reader(group: int, locality: int) -> Any:
     return read
 
 
+def _layers(read: Any) -> Any:
+    """The reader over some layers of weights, in one call."""
+
+    @njit(error_model="numpy", boundscheck=False)
+    def read_layers(weights, first, n_tiles, n_in, tile, indices, n, distance, parts, sinks):  # type: ignore[no-untyped-def]
+        for layer in range(first, first + LAYERS):
+            read(weights[layer], n_tiles, n_in, tile, indices, n, distance, parts, sinks)
+
+    return read_layers
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _multiply_layers(weights, first, indices, values, count, sums):  # type: ignore[no-untyped-def]
+    """The kernel over some layers. weights: uint16 [layers, n_tiles, in, tile]."""
+    for layer in range(first, first + LAYERS):
+        multiply(weights[layer], indices, values, count, sums)
+
+
 @njit(parallel=True, error_model="numpy", boundscheck=False)
 def _stream(words, parts, sinks):  # type: ignore[no-untyped-def]
     """Read everything from one end to the other. words: uint64 [n]."""
@@ -146,18 +165,22 @@ def measure(shape: tuple[int, int], repeats: int) -> tuple[list[dict[str, Any]],
     numba.set_num_threads(threads)
     generator = np.random.default_rng(0)
     first = kernels.pack(torch.randn(n_out, n_in).bfloat16())
-    cache = common.last_level_cache()
-    copies = ceil(1.5 * cache / (first.nbytes * (1 - max(SPARSITIES))))
-    copies = min(copies, int(0.5 * psutil.virtual_memory().available / first.nbytes))
-    weights = [first] + [_copy(first) for _ in range(copies - 1)]
-    turn = cycle(range(copies))  # every call reads the weight that was not read for longest
     n_tiles, _, tile = first.buffer.shape
-    flat = [packed.buffer.view(torch.uint16).numpy() for packed in weights]
-    plain = [packed.buffer.view(-1)[: n_in * n_out] for packed in weights]  # the same bytes, as torch lays them out
+    cache = common.last_level_cache()
+    copies = ceil(1.5 * cache / (first.nbytes * (1 - max(SPARSITIES)) * LAYERS)) * LAYERS + LAYERS
+    if copies * first.nbytes > 0.5 * psutil.virtual_memory().available:
+        raise SystemExit(f"{copies} copies of a weight of {first.nbytes:,} bytes do not fit into half of the memory.")
+    buffers = allocate((copies * n_tiles, n_in, tile), torch.bfloat16).view(copies, n_tiles, n_in, tile)
+    buffers.copy_(first.buffer.expand_as(buffers))
+    weights = [kernels.PackedWeight(buffer, n_out) for buffer in buffers]
+    turn = cycle(range(copies))  # every call reads the weight that was not read for longest
+    turns = cycle(range(0, copies, LAYERS))
+    layers = buffers.view(torch.uint16).numpy()
+    plain = [buffer.view(-1)[: n_in * n_out] for buffer in buffers]  # the same bytes, as torch lays them out
     sinks = np.zeros((max(n_tiles, threads), LANES), np.uint16)
     sums = np.zeros(n_tiles * tile, np.float32)
     everything = (np.arange(n_in, dtype=np.int32), generator.standard_normal(n_in, np.float32), n_in)
-    readers = {(group, level): _reader(group, level) for group in (1, 8) for level in (0, 2, 3)}
+    readers = {(group, level): _layers(_reader(group, level)) for group in (1, 8) for level in (0, 2, 3)}
     rows: list[dict[str, Any]] = []
     for sparsity in SPARSITIES:
         kept = round(n_in * (1 - sparsity)) // 8 * 8
@@ -175,14 +198,14 @@ def measure(shape: tuple[int, int], repeats: int) -> tuple[list[dict[str, Any]],
             key: tuple[int, int], distance: int, parts: int, state: dict[str, Any] = state, kept: int = kept
         ) -> Any:
             run = readers[key]
-            return lambda: run(flat[next(turn)], n_tiles, n_in, tile, state["indices"], kept, distance, parts, sinks)
+            return lambda: run(layers, next(turns), n_tiles, n_in, tile, state["indices"], kept, distance, parts, sinks)
 
         variants: dict[str, Any] = {
-            "kernel": lambda s=state: multiply(flat[next(turn)], *s["active"], sums),
-            "own dense": lambda: multiply(flat[next(turn)], *everything, sums),
+            "kernel": lambda s=state: _multiply_layers(layers, next(turns), *s["active"], sums),
+            "own dense": lambda: _multiply_layers(layers, next(turns), *everything, sums),
             "operator": lambda s=state: kernels.sparse_linear(s["x"], weights[next(turn)], threshold=0.0),
             "dense operator": lambda s=state: kernels.sparse_linear(s["x"], weights[next(turn)]),
-            "stream": lambda: _stream(flat[next(turn)].reshape(-1).view(np.uint64), threads, sinks),
+            "stream": lambda: _stream(layers[next(turn)].reshape(-1).view(np.uint64), threads, sinks),
             "F.linear, out x in": lambda s=state: F.linear(s["x"], plain[next(turn)].view(n_out, n_in)),
             "F.linear, in x out": lambda s=state: F.linear(s["x"], plain[next(turn)].view(n_in, n_out).t()),
             "mv, out x in": lambda s=state: torch.mv(plain[next(turn)].view(n_out, n_in), s["x"][0]),
@@ -197,6 +220,9 @@ def measure(shape: tuple[int, int], repeats: int) -> tuple[list[dict[str, Any]],
                         name = f"read {group}, {split}, {distance} ahead into L{4 - level}"
                         variants[name] = read((group, level), distance, parts)
         seconds = common.interleaved(variants, repeats, draw, between=variants["stream"])
+        for name in seconds:
+            if name.startswith(("read", "kernel", "own dense")):
+                seconds[name] = [value / LAYERS for value in seconds[name]]
         yardstick, torchs = _fastest(seconds, "read"), _fastest(seconds, ("F.linear", "mv"))
         kernel, dense, operator = seconds["kernel"], seconds["own dense"], seconds["operator"]
         of_read = common.ratio(seconds[yardstick], kernel)
@@ -219,7 +245,7 @@ def measure(shape: tuple[int, int], repeats: int) -> tuple[list[dict[str, Any]],
                 "operator, x its dense": common.ratio(seconds["dense operator"], operator)["ratio"],
                 "operator, x torch": common.ratio(seconds[torchs], operator)["ratio"],
                 "pure read GB/s": gigabytes / median(seconds[yardstick]),
-                "stream GB/s": flat[0].nbytes / median(seconds["stream"]) / 1e9,
+                "stream GB/s": first.nbytes / median(seconds["stream"]) / 1e9,
                 "pure read": yardstick,
                 "torch": f"{torchs}, {n_in * n_out * 2 / median(seconds[torchs]) / 1e9:.1f} GB/s",
             }
@@ -231,12 +257,6 @@ def measure(shape: tuple[int, int], repeats: int) -> tuple[list[dict[str, Any]],
 def _fastest(seconds: dict[str, list[float]], start: str | tuple[str, ...]) -> str:
     """The variant with the smallest median among those whose name starts so."""
     return min((name for name in seconds if name.startswith(start)), key=lambda name: median(seconds[name]))
-
-
-def _copy(packed: kernels.PackedWeight) -> kernels.PackedWeight:
-    """The same values in other memory."""
-    buffer = allocate(tuple(packed.buffer.shape), packed.dtype)  # type: ignore[arg-type]
-    return kernels.PackedWeight(buffer.copy_(packed.buffer), packed.out_features)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
