@@ -108,33 +108,39 @@ def array(tensor: Tensor | None) -> np.ndarray:
 # -- the product -------------------------------------------------------------------------------------------------------
 
 
+@compiled()
+def multiply_tile(weight, t, indices, values, count, out, batch, run):  # type: ignore[no-untyped-def]
+    """One tile of `multiply_batch`, on the thread that calls it."""
+    _, n_in, tile = weight.shape
+    width, size, stride = out.shape[1], weight.itemsize, tile * weight.itemsize
+    together = rows_at_once(weight, batch)
+    grouped = count // together * together
+    first = np.int64(t) * tile
+    start = np.int64(t) * n_in * stride
+    for low in range(0, tile, run):
+        high = min(low + run, tile)
+        out[:, first + low : first + high] = 0
+        for i in range(0, grouped, together):
+            rows = row_offsets(weight, batch, indices, i, count, start, stride)
+            x = row_values(weight, batch, values, i, count)
+            for column in range(low, high, COLUMNS):
+                add_rows(out, first + column, width, weight, rows, x, column * size)
+                prefetch_once(weight, rows, column * size + AHEAD)
+        for i in range(grouped, count):  # one by one: a zero instead of a row would make NaN of an Inf
+            last = (start + np.int64(indices[i]) * stride,)
+            for b in range(len(batch)):
+                for column in range(low, high, COLUMNS):
+                    place = b * width + first + column
+                    add_rows(out, place, width, weight, last, (values[b, i],), column * size)
+
+
 @compiled(parallel=True)
 def multiply_batch(weight, indices, values, count, out, batch, run):  # type: ignore[no-untyped-def]
     """weight: uint16 (bf16) or float32 [n_tiles, in, tile]; indices: int32 [in]; values: float32 [batch, in]; out:
     float32 [batch, n_tiles * tile]; batch: a tuple with an entry per row of values; run: columns taken at once.
     """
-    n_tiles, n_in, tile = weight.shape
-    width, size, stride = out.shape[1], weight.itemsize, tile * weight.itemsize
-    together = rows_at_once(weight, batch)
-    grouped = count // together * together
-    for t in prange(n_tiles):
-        first = np.int64(t) * tile
-        start = np.int64(t) * n_in * stride
-        for low in range(0, tile, run):
-            high = min(low + run, tile)
-            out[:, first + low : first + high] = 0
-            for i in range(0, grouped, together):
-                rows = row_offsets(weight, batch, indices, i, count, start, stride)
-                x = row_values(weight, batch, values, i, count)
-                for column in range(low, high, COLUMNS):
-                    add_rows(out, first + column, width, weight, rows, x, column * size)
-                    prefetch_once(weight, rows, column * size + AHEAD)
-            for i in range(grouped, count):  # one by one: a zero instead of a row would make NaN of an Inf
-                last = (start + np.int64(indices[i]) * stride,)
-                for b in range(len(batch)):
-                    for column in range(low, high, COLUMNS):
-                        place = b * width + first + column
-                        add_rows(out, place, width, weight, last, (values[b, i],), column * size)
+    for t in prange(weight.shape[0]):
+        multiply_tile(weight, t, indices, values, count, out, batch, run)
 
 
 @compiled()

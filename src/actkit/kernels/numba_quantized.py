@@ -35,6 +35,32 @@ def _distance(together, stride):  # type: ignore[no-untyped-def]
     return together * max(1, AHEAD // (together * stride))
 
 
+@compiled()
+def records_tile(weight, t, indices, values, count, out, shape, zero, batch, pieces, stored):  # type: ignore[no-untyped-def]
+    """One tile of `multiply_records`, on the thread that calls it."""
+    _, n_in, stride = weight.shape
+    tile, run, block_bytes, scales, zeros = shape
+    width = out.shape[1]
+    together = rows_at_once(weight, batch)
+    distance = _distance(together, stride)
+    first = np.int64(t) * tile
+    start = np.int64(t) * n_in * stride
+    for low in range(0, tile, run):
+        high = min(low + run, tile)
+        out[:, first + low : first + high] = 0
+        for i in range(0, count, together):
+            rows = row_offsets(weight, batch, indices, i, count, start, stride)
+            ahead = row_offsets(weight, batch, indices, i + distance, count, start, stride)
+            x = row_values(weight, batch, values, i, count)
+            for block in range(low // BLOCK, high // BLOCK):
+                place, piece = block * block_bytes, block * len(pieces)
+                column, scale_at, zero_at = first + block * BLOCK, scales + 4 * piece, zeros + piece
+                add_scaled_rows(out, column, width, weight, rows, x, place, scale_at, zero_at, zero, pieces, stored)
+                prefetch_ahead(weight, ahead, place)
+            for place in range(scales // LINE * LINE, stride, block_bytes):
+                prefetch_ahead(weight, ahead, place)
+
+
 @compiled(parallel=True)
 def multiply_records(weight, indices, values, count, out, shape, zero, batch, pieces, stored):  # type: ignore[no-untyped-def]
     """Scales in the records. weight: uint8 (4 bits) or int8 (8 bits) [n_tiles, in, record bytes]; indices: int32 [in];
@@ -42,40 +68,48 @@ def multiply_records(weight, indices, values, count, out, shape, zero, batch, pi
     first byte of the scales, of the zeros); zero: where none are stored. batch, pieces, stored: tuples with an entry
     per row of values, per scale of a block, and one entry if zeros are stored.
     """
-    n_tiles, n_in, stride = weight.shape
-    tile, run, block_bytes, scales, zeros = shape
-    width = out.shape[1]
+    for t in prange(weight.shape[0]):
+        records_tile(weight, t, indices, values, count, out, shape, zero, batch, pieces, stored)
+
+
+@compiled()
+def groups_tile(weight, scale, zeros, t, indices, values, count, out, sums, shape, zero, batch, stored):  # type: ignore[no-untyped-def]
+    """One tile of `multiply_groups`, on the thread that calls it. sums: float32 [batch * columns at once]."""
+    _, n_in, stride = weight.shape
+    tile, run, block_bytes, group = shape
+    groups = scale.shape[1]
     together = rows_at_once(weight, batch)
     distance = _distance(together, stride)
-    for t in prange(n_tiles):
-        first = np.int64(t) * tile
-        start = np.int64(t) * n_in * stride
-        for low in range(0, tile, run):
-            high = min(low + run, tile)
-            out[:, first + low : first + high] = 0
-            for i in range(0, count, together):
+    first = np.int64(t) * tile
+    start = np.int64(t) * n_in * stride
+    for low in range(0, tile, run):
+        high = min(low + run, tile)
+        span = high - low
+        out[:, first + low : first + high] = 0
+        end = 0
+        for g in range(groups):
+            begin = end
+            while end < count and indices[end] < (g + 1) * group:
+                end += 1
+            if end == begin:
+                continue
+            sums[:] = 0
+            zeros_at = (np.int64(t) * groups + g) * stride
+            for i in range(begin, end, together):
                 rows = row_offsets(weight, batch, indices, i, count, start, stride)
                 ahead = row_offsets(weight, batch, indices, i + distance, count, start, stride)
-                x = row_values(weight, batch, values, i, count)
+                x = row_values(weight, batch, values, i, end)
                 for block in range(low // BLOCK, high // BLOCK):
-                    place, piece = block * block_bytes, block * len(pieces)
-                    add_scaled_rows(
-                        out,
-                        first + block * BLOCK,
-                        width,
-                        weight,
-                        rows,
-                        x,
-                        place,
-                        scales + 4 * piece,
-                        zeros + piece,
-                        zero,
-                        pieces,
-                        stored,
-                    )
+                    place = block * block_bytes
+                    column, zero_at = block * BLOCK - low, zeros_at + place
+                    add_codes(sums, column, run, weight, rows, x, place, zeros, zero_at, zero, stored)
                     prefetch_ahead(weight, ahead, place)
-                for place in range(scales // LINE * LINE, stride, block_bytes):
-                    prefetch_ahead(weight, ahead, place)
+            factors = scale[t, g, low:high]
+            for b in range(len(batch)):
+                total = out[b, first + low : first + high]
+                added = sums[b * run : b * run + span]
+                for c in range(span):
+                    total[c] += factors[c] * added[c]
 
 
 @compiled(parallel=True)
@@ -83,60 +117,9 @@ def multiply_groups(weight, scale, zeros, indices, values, count, out, shape, ze
     """Scales beside the codes: scale: float32 [n_tiles, groups, tile]; zeros: like weight [n_tiles, groups, record
     bytes], or empty; shape: (tile, columns at once, bytes of a block, inputs of a group). The rest as above.
     """
-    n_tiles, n_in, stride = weight.shape
-    tile, run, block_bytes, group = shape
-    groups = scale.shape[1]
-    together = rows_at_once(weight, batch)
-    distance = _distance(together, stride)
-    ends = np.empty(groups, np.int64)  # of each group in the list of active inputs
-    i = 0
-    for g in range(groups):
-        while i < count and indices[i] < (g + 1) * group:
-            i += 1
-        ends[g] = i
-    sums = np.empty((n_tiles, len(batch) * run), np.float32)
-    for t in prange(n_tiles):
-        first = np.int64(t) * tile
-        start = np.int64(t) * n_in * stride
-        own = sums[t]
-        for low in range(0, tile, run):
-            high = min(low + run, tile)
-            span = high - low
-            out[:, first + low : first + high] = 0
-            begin = 0
-            for g in range(groups):
-                end = ends[g]
-                if end == begin:
-                    continue
-                own[:] = 0
-                zeros_at = (np.int64(t) * groups + g) * stride
-                for i in range(begin, end, together):
-                    rows = row_offsets(weight, batch, indices, i, count, start, stride)
-                    ahead = row_offsets(weight, batch, indices, i + distance, count, start, stride)
-                    x = row_values(weight, batch, values, i, end)
-                    for block in range(low // BLOCK, high // BLOCK):
-                        place = block * block_bytes
-                        add_codes(
-                            own,
-                            block * BLOCK - low,
-                            run,
-                            weight,
-                            rows,
-                            x,
-                            place,
-                            zeros,
-                            zeros_at + place,
-                            zero,
-                            stored,
-                        )
-                        prefetch_ahead(weight, ahead, place)
-                begin = end
-                factors = scale[t, g, low:high]
-                for b in range(len(batch)):
-                    total = out[b, first + low : first + high]
-                    added = own[b * run : b * run + span]
-                    for c in range(span):
-                        total[c] += factors[c] * added[c]
+    sums = np.empty((weight.shape[0], len(batch) * shape[1]), np.float32)
+    for t in prange(weight.shape[0]):
+        groups_tile(weight, scale, zeros, t, indices, values, count, out, sums[t], shape, zero, batch, stored)
 
 
 # -- from tensors ------------------------------------------------------------------------------------------------------
