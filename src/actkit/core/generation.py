@@ -159,8 +159,11 @@ def generate_ids(
     top_p: float | None = None,
     seed: int = 0,
     end: Collection[int] | None = None,
+    decoder: Any = None,
 ) -> Iterator[int]:
     """The tokens that a model writes after some, one by one; settings and errors as in `generate`.
+
+    decoder: what computes the logits (`runtime.decoder.Decoder`); transformers where None.
 
     input_ids: int64 [length] or [1, length]. end: the tokens that end it, which are yielded too; None for those of the
     model (`end_tokens`), () for max_new_tokens in any case. Everything is checked here, before the first is asked for.
@@ -174,15 +177,17 @@ def generate_ids(
             f"token, [length] or [1, length]."
         )
     _check_settings(max_new_tokens, temperature, top_k, top_p)
-    decoder = _Decoder(model)
+    decode = _Decoder(model) if decoder is None else decoder
     _check_fits(model, prompt, max_new_tokens)
     ends = end_tokens(model) if end is None else frozenset(end)
     generator = torch.Generator().manual_seed(seed)
 
     def tokens() -> Iterator[int]:
         new = prompt
+        if decoder is not None:
+            decoder.reset()
         for _ in range(max_new_tokens):
-            logits = decoder(new)
+            logits = decode(new)
             if temperature == 0:
                 token = int(logits.argmax())
             else:

@@ -57,7 +57,7 @@ def _choose_cache() -> str | None:
 _CACHE = _choose_cache()
 
 
-def compiled(parallel: bool = False) -> Callable[[Any], Any]:
+def compiled(parallel: bool = False, fastmath: Any = False, inline: bool = False) -> Callable[[Any], Any]:
     """Decorate a kernel: compiled by Numba when it first runs, and kept in the compile cache."""
 
     def decorate(function: Any) -> Any:
@@ -65,7 +65,13 @@ def compiled(parallel: bool = False) -> Callable[[Any], Any]:
         _CONFIG.CACHE_DIR = _CACHE or before  # our folder is for our kernels only
         try:
             return njit(
-                nogil=True, error_model="numpy", boundscheck=False, cache=_CACHE is not None, parallel=parallel
+                nogil=True,
+                error_model="numpy",
+                boundscheck=False,
+                cache=_CACHE is not None,
+                parallel=parallel,
+                fastmath=fastmath,
+                inline="always" if inline else "never",
             )(function)
         finally:
             _CONFIG.CACHE_DIR = before
@@ -89,6 +95,11 @@ def _start() -> None:
     numba.set_num_threads(1)
     torch.set_num_threads(threads)  # starting Numba's OpenMP layer overwrites torch's number of threads
     _started_in = os.getpid()
+
+
+def most_threads() -> int:
+    """How many threads Numba can run side by side in this process."""
+    return int(_CONFIG.NUMBA_NUM_THREADS)
 
 
 def follow_torch_threads(nbytes: int) -> int:
