@@ -114,6 +114,8 @@ def test_bad_input(monkeypatch):
     decoder = Decoder(model, capacity=4)
     with pytest.raises(DataError, match="holds 4 tokens"):
         decoder([1, 2, 3, 4, 5])
+    with pytest.raises(DataError, match="exceed the cache of 4"):
+        decoder.generate([1, 2], max_new_tokens=3)
     with pytest.raises(DataError, match="embeds 0 to 299"):
         decoder([300])
     monkeypatch.setattr("actkit.runtime.decoder.psutil.virtual_memory", lambda: type("Memory", (), {"available": 10}))

@@ -6,11 +6,11 @@
 The model's layers are packed once, each thread's share apart (`kernels.decode_step` says how it is shared); plain
 layers and ActLinears (integer weights, inputs selected by threshold or top-k) decode alike. The prompt goes through
 dense matrix products in chunks. A block is described by the kind of its attention and of its MLP, and each kind fills
-its stages; others can be added beside `_Attention` and `_GatedMlp`.
+its stages; others can be added beside `_attention` and `_gated_mlp`.
 
 Exactness: everything but the stored weights is float32, the cache too. For bfloat16 weights, the prompt's products
 round their inputs to bfloat16, as the processor's matrix units want it; the decoding step does not.
-Cost: a second copy of the weights, packed; the model itself may be dropped once the decoder is built.
+Cost: a second copy of the weights, packed, beside the model, whose embedding and config are used.
 Left open by the design: attention that is not grouped-query, and MLPs without a gate, are refused by name.
 """
 
@@ -66,8 +66,8 @@ def supports(model: nn.Module) -> str | None:
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return "it is not on the CPU"
     try:
-        for index in range(len(anatomy(model).blocks)):
-            _check_block(model, anatomy(model).blocks[index])
+        for block in anatomy(model).blocks:
+            _check_block(model, block)
     except UnsupportedModelError as error:
         return str(error)
     return None
@@ -85,7 +85,6 @@ def _check_block(model: nn.Module, block: Block) -> None:
             f"{', '.join(ACTIVATIONS)}"
         )
     for linear in block.linears():
-        part_of(linear.module, outputs=range(0), inputs=None) if isinstance(linear.module, nn.Linear) else None
         if isinstance(linear.module, ActLinear) and linear.module.correction is not None:
             raise UnsupportedModelError(f"{linear.path}: it has a low-rank correction")
 
@@ -252,7 +251,7 @@ class Decoder:
         if not 1 <= self.threads <= most_threads():
             raise ValueError(f"threads: {threads} was given; give 1 to {most_threads()}, which can run side by side.")
         self.model, self.position = model, 0
-        blocks = [anatomy(model).blocks[index] for index in range(config.num_hidden_layers)]
+        blocks = list(anatomy(model).blocks)
         first = blocks[0].attention
         assert first is not None
         self.size, self.hidden = first.head_dim, config.hidden_size
@@ -329,7 +328,16 @@ class Decoder:
         seed: int = 0,
         end: Collection[int] | None = None,
     ) -> Iterator[int]:
-        """The tokens that follow a prompt, one by one, from an empty cache; as `core.generation.generate_ids`."""
+        """The tokens that follow a prompt, one by one, from an empty cache; as `core.generation.generate_ids`.
+
+        Raises DataError before the first token where prompt and new tokens exceed the cache.
+        """
+        length = torch.as_tensor(input_ids).numel()
+        if length + max_new_tokens > self.capacity:
+            raise DataError(
+                f"max_new_tokens: {max_new_tokens} after a prompt of {length} tokens exceed the cache of "
+                f"{self.capacity}; ask for fewer, or build the decoder with a larger capacity."
+            )
         return generate_ids(
             self.model,
             input_ids,
