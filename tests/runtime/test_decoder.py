@@ -1,5 +1,7 @@
 """The decoder against transformers' own forward pass."""
 
+import threading
+
 import pytest
 import torch
 from transformers import (
@@ -38,10 +40,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
     "tied": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True, hidden_act="relu")),
     "llama3 rope": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=LLAMA3)),
+    "linear rope": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=LINEAR)),
+    "yarn rope": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=YARN)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=5)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=32)),
@@ -89,6 +95,27 @@ def test_changed_layers():
     decoder = Decoder(model)
     torch.testing.assert_close(stepped(decoder), reference(model), rtol=1e-4, atol=1e-4)
     assert decoder.density == pytest.approx(0.6, abs=0.1)
+
+
+def test_the_largest_inputs_of_all_threads():
+    model = made("llama")
+    apply(model, [Teal(sparsity=0.4, mode="top_k")], [{"input_ids": IDS}], progress=False)
+    decoder = Decoder(model)
+    torch.testing.assert_close(stepped(decoder), reference(model), rtol=1e-4, atol=1e-4)
+    decoder.reset()
+    torch.testing.assert_close(decoder(IDS[0].tolist()), reference(model)[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_two_decoders_in_two_threads():
+    decoders, found = [Decoder(made("llama")) for _ in range(2)], {}
+    workers = [
+        threading.Thread(target=lambda n=n: found.update({n: stepped(decoders[n])})) for n in range(len(decoders))
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert torch.equal(found[0], found[1])
 
 
 def test_the_order_of_sums_is_fixed():
