@@ -19,7 +19,8 @@ from llvmlite import ir
 from numba import carray, prange, types
 from numba.extending import intrinsic
 
-from actkit.kernels.numba_cpu import multiply_tile, select
+from actkit.kernels.numba_cpu import multiply_tile, select, widen
+from actkit.kernels.numba_integer import group_dots, record_dots
 from actkit.kernels.numba_quantized import groups_tile, records_tile
 from actkit.kernels.process import compiled
 from actkit.kernels.quantized import BLOCK
@@ -42,7 +43,8 @@ LAYER_FIELDS = 21
 
 class Formats(NamedTuple):
     """Which formats occur: None for those that do not, which then are not compiled. Records and groups of integers:
-    the tuples of `multiply_records` for pieces and stored zeros."""
+    the tuples of `multiply_records` for pieces and stored zeros. fixed: not None where
+    integer weights meet activations in fixed point."""
 
     float32: Any
     bfloat16: Any
@@ -52,20 +54,23 @@ class Formats(NamedTuple):
     int4_groups: Any
     records_stored: Any
     groups_stored: Any
+    fixed: Any
 
 
 class Plan(NamedTuple):
     """What is computed.
 
     layers: int64 [threads, layers + 1, LAYER_FIELDS]; products: int64 [products, FIELDS]; thresholds: float32
-    [products]; norms: float32 [layers, 2, hidden]; last_norm: [hidden]; head_norms: float32 [layers, 2, head size] or
-    empty; epsilon: of all norms; rotary: float32 [2, capacity, rotated size]; hidden, size: of the residual stream, of
-    a head; shared_by: query heads per key-value head; scaling: of the attention's scores.
+    [products]; embedding: float32, or uint16 (bf16), [vocabulary, hidden]; norms: float32 [layers, 2, hidden];
+    last_norm: [hidden]; head_norms: float32 [layers, 2, head size] or empty; epsilon: of all norms; rotary: float32
+    [2, capacity, rotated size]; hidden, size: of the residual stream, of a head; shared_by: query heads per key-value
+    head; scaling: of the attention's scores.
     """
 
     layers: np.ndarray
     products: np.ndarray
     thresholds: np.ndarray
+    embedding: np.ndarray
     norms: np.ndarray
     last_norm: np.ndarray
     head_norms: np.ndarray
@@ -81,7 +86,9 @@ class Work(NamedTuple):
     """Memory of a decoder. [threads, ...] each thread's own: residual, normed, indices (int32), values, selected
     values, stage, scores, sums. Shared: partial [2, threads, width], mixed, hidden (all inputs of the output and down
     projections, where a selection ranks all of them), keys and values [layers, key-value heads, capacity, head size],
-    logits, counter, read (float64 [threads, 2]: inputs that were read, of how many, over selecting products)."""
+    logits (float32, the threads' shares one after another), finite (float32 [threads], not finite where a thread's
+    logits are not), counter, read (float64 [threads, 2]: inputs that were read, of how many, over selecting products).
+    The last five: each thread's `numba_integer.Scratch`."""
 
     residual: np.ndarray
     normed: np.ndarray
@@ -97,10 +104,17 @@ class Work(NamedTuple):
     keys: np.ndarray
     cached: np.ndarray
     logits: np.ndarray
+    finite: np.ndarray
     counter: np.ndarray
     read: np.ndarray
+    factors: np.ndarray
+    maxima: np.ndarray
+    units: np.ndarray
+    taken: np.ndarray
+    integer_sums: np.ndarray
 
 
+_ORDERLESS = {"reassoc"}
 _LOOSE = {"reassoc", "contract", "nsz"}  # sums in vector lanes; still the same bits in every run
 
 
@@ -159,6 +173,15 @@ def _squares(x):  # type: ignore[no-untyped-def]
     total = np.float32(0.0)
     for i in range(x.size):
         total += x[i] * x[i]
+    return total
+
+
+@compiled(fastmath=_ORDERLESS)
+def _nothing(x):  # type: ignore[no-untyped-def]
+    """0, or NaN where an entry is not finite."""
+    total = np.float32(0.0)
+    for i in range(x.size):
+        total += x[i] * np.float32(0.0)
     return total
 
 
@@ -221,10 +244,10 @@ def attend(query, keys, values, scaling, scores, out):  # type: ignore[no-untype
 
 
 @compiled()
-def product(row, indices, values, count, out, sums, batch, formats):  # type: ignore[no-untyped-def]
+def product(row, indices, values, count, out, sums, batch, formats, scratch):  # type: ignore[no-untyped-def]
     """All tiles of one matrix on the calling thread. row: int64 [FIELDS]; values: float32 [batch, in]; out: float32
-    [batch, tiles * tile]."""
-    single, half, int8_records, int4_records, int8_groups, int4_groups, records, groups = formats
+    [batch, tiles * tile]; scratch: `numba_integer.Scratch`."""
+    single, half, int8_records, int4_records, int8_groups, int4_groups, records, groups, fixed = formats
     _product(
         row,
         indices,
@@ -241,6 +264,8 @@ def product(row, indices, values, count, out, sums, batch, formats):  # type: ig
         int4_groups,
         records,
         groups,
+        fixed,
+        scratch,
     )
 
 
@@ -261,6 +286,8 @@ def _product(  # type: ignore[no-untyped-def]
     int4_groups,
     records_stored,
     groups_stored,
+    fixed,
+    scratch,
 ):
     """With the formats as arguments: Numba leaves a branch out where an argument is None."""
     kind, tiles, inputs, stride, tile = row[KIND], row[TILES], row[INPUTS], row[STRIDE], row[TILE]
@@ -280,45 +307,73 @@ def _product(  # type: ignore[no-untyped-def]
     if int8_records is not None:  # noqa: SIM102
         if kind == INT8_RECORDS:
             wide = carray(address_of(row[ADDRESS]), (tiles, inputs, stride), np.int8)
-            shape = (tile, run, np.int64(BLOCK), row[SCALES_AT], row[ZEROS_AT])
-            for t in range(tiles):
-                records_tile(
-                    wide, t, indices, values, count, out, shape, zero, batch, int8_records,
-                    records_stored,
-                )  # fmt: skip
+            if fixed is not None:
+                packed = (tile, np.int64(BLOCK), row[SCALES_AT], row[ZEROS_AT])
+                middle = np.int32(row[MIDDLE])
+                for t in range(tiles):
+                    record_dots(wide, t, indices, values, count, out, packed, middle, records_stored, scratch)
+            else:
+                shape = (tile, run, np.int64(BLOCK), row[SCALES_AT], row[ZEROS_AT])
+                for t in range(tiles):
+                    records_tile(
+                        wide, t, indices, values, count, out, shape, zero, batch, int8_records,
+                        records_stored,
+                    )  # fmt: skip
     if int4_records is not None:  # noqa: SIM102
         if kind == INT4_RECORDS:
             narrow = carray(address_of(row[ADDRESS]), (tiles, inputs, stride), np.uint8)
-            shape = (tile, run, np.int64(BLOCK // 2), row[SCALES_AT], row[ZEROS_AT])
-            for t in range(tiles):
-                records_tile(
-                    narrow, t, indices, values, count, out, shape, zero, batch, int4_records,
-                    records_stored,
-                )  # fmt: skip
+            if fixed is not None:
+                packed = (tile, np.int64(BLOCK // 2), row[SCALES_AT], row[ZEROS_AT])
+                middle = np.int32(row[MIDDLE])
+                for t in range(tiles):
+                    record_dots(narrow, t, indices, values, count, out, packed, middle, records_stored, scratch)
+            else:
+                shape = (tile, run, np.int64(BLOCK // 2), row[SCALES_AT], row[ZEROS_AT])
+                for t in range(tiles):
+                    records_tile(
+                        narrow, t, indices, values, count, out, shape, zero, batch, int4_records,
+                        records_stored,
+                    )  # fmt: skip
     if int8_groups is not None:  # noqa: SIM102
         if kind == INT8_GROUPS:
             wide = carray(address_of(row[ADDRESS]), (tiles, inputs, stride), np.int8)
             groups = -(-inputs // row[GROUP])
             scale = carray(address_of(row[SCALES]), (tiles, groups, tile), np.float32)
             zeros = carray(address_of(row[ZEROS]), (tiles, groups, stride), np.int8)
-            shape = (tile, run, np.int64(BLOCK), row[GROUP])
-            for t in range(tiles):
-                groups_tile(
-                    wide, scale, zeros, t, indices, values, count, out, sums[: rows * run], shape, zero, batch,
-                    groups_stored,
-                )  # fmt: skip
+            if fixed is not None:
+                packed = (tile, np.int64(BLOCK), row[GROUP])
+                for t in range(tiles):
+                    group_dots(
+                        wide, scale, zeros, t, indices, values, count, out, packed, zero, groups_stored,
+                        scratch,
+                    )  # fmt: skip
+            else:
+                shape = (tile, run, np.int64(BLOCK), row[GROUP])
+                for t in range(tiles):
+                    groups_tile(
+                        wide, scale, zeros, t, indices, values, count, out, sums[: rows * run], shape, zero, batch,
+                        groups_stored,
+                    )  # fmt: skip
     if int4_groups is not None:  # noqa: SIM102
         if kind == INT4_GROUPS:
             narrow = carray(address_of(row[ADDRESS]), (tiles, inputs, stride), np.uint8)
             groups = -(-inputs // row[GROUP])
             scale = carray(address_of(row[SCALES]), (tiles, groups, tile), np.float32)
             zeros = carray(address_of(row[ZEROS]), (tiles, groups, stride), np.uint8)
-            shape = (tile, run, np.int64(BLOCK // 2), row[GROUP])
-            for t in range(tiles):
-                groups_tile(
-                    narrow, scale, zeros, t, indices, values, count, out, sums[: rows * run], shape, zero, batch,
-                    groups_stored,
-                )  # fmt: skip
+            if fixed is not None:
+                packed = (tile, np.int64(BLOCK // 2), row[GROUP])
+                for t in range(tiles):
+                    group_dots(
+                        narrow, scale, zeros, t, indices, values, count, out, packed, zero, groups_stored,
+                        scratch,
+                    )  # fmt: skip
+            else:
+                shape = (tile, run, np.int64(BLOCK // 2), row[GROUP])
+                for t in range(tiles):
+                    groups_tile(
+                        narrow, scale, zeros, t, indices, values, count, out, sums[: rows * run], shape, zero, batch,
+                        groups_stored,
+                    )  # fmt: skip
     if row[BIAS] != 0:
         width = out.shape[1]
         bias = carray(address_of(row[BIAS]), (width,), np.float32)
@@ -365,6 +420,9 @@ def _stage(place, stage, thread, x, whole, out, plan, work, formats):  # type: i
     """The products of one stage from inputs x into out."""
     first, number = place[2 * stage], place[2 * stage + 1]
     indices, values = work.indices[thread], work.values[thread]
+    scratch = (
+        work.factors[thread], work.maxima[thread], work.units[thread], work.taken[thread], work.integer_sums[thread]
+    )  # fmt: skip
     count = 0
     for p in range(first, first + number):
         row = plan.products[p]
@@ -384,6 +442,7 @@ def _stage(place, stage, thread, x, whole, out, plan, work, formats):  # type: i
             work.sums[thread],
             (0,),
             formats,
+            scratch,
         )
 
 
@@ -391,11 +450,13 @@ def _stage(place, stage, thread, x, whole, out, plan, work, formats):  # type: i
 
 
 @compiled()
-def _run(thread, threads, position, plan, work, formats):  # type: ignore[no-untyped-def]
+def _run(thread, threads, position, token, plan, work, formats):  # type: ignore[no-untyped-def]
     """One thread's part of a token; returns whether all threads came to every meeting."""
     hidden, size, shared_by = plan.hidden, plan.size, plan.shared_by
     x, normed = work.residual[thread][:hidden], work.normed[thread][:hidden]
     stage, scores = work.stage[thread], work.scores[thread]
+    for i in range(hidden):
+        x[i] = widen(plan.embedding[token, i])
     meetings = 0
     for layer in range(plan.norms.shape[0]):
         place = plan.layers[thread, layer]
@@ -465,22 +526,38 @@ def _run(thread, threads, position, plan, work, formats):  # type: ignore[no-unt
     rms_norm(x, plan.last_norm, plan.epsilon, normed)
     place = plan.layers[thread, plan.norms.shape[0]]
     if place[2 * HEAD + 1] > 0:
-        _stage(place, HEAD, thread, normed, normed, work.logits[thread], plan, work, formats)
+        _stage(place, HEAD, thread, normed, normed, stage, plan, work, formats)
+    own = stage[: place[UNITS]]
+    work.logits[place[FIRST_UNIT] : place[FIRST_UNIT] + place[UNITS]] = own
+    work.finite[thread] = _nothing(own)
     return True
 
 
 @compiled(parallel=True)
 def _step(  # type: ignore[no-untyped-def]
-    threads, position, plan, work, single, half, int8_records, int4_records, int8_groups, int4_groups, records, groups
+    threads,
+    position,
+    token,
+    plan,
+    work,
+    single,
+    half,
+    int8_records,
+    int4_records,
+    int8_groups,
+    int4_groups,
+    records,
+    groups,
+    fixed,
 ):
     came = np.zeros(threads, np.uint8)
     for thread in prange(threads):
-        formats = (single, half, int8_records, int4_records, int8_groups, int4_groups, records, groups)
-        came[thread] = _run(thread, threads, position, plan, work, formats)
+        formats = (single, half, int8_records, int4_records, int8_groups, int4_groups, records, groups, fixed)
+        came[thread] = _run(thread, threads, position, token, plan, work, formats)
     return came.all()
 
 
-def step(threads: int, position: int, plan: Plan, work: Work, formats: Formats) -> bool:
-    """One token, whose embedding stands in work.residual of each thread, at a position; leaves work.logits [threads,
-    ...]. Returns whether the threads ran side by side."""
-    return bool(_step(threads, position, plan, work, *formats))
+def step(threads: int, position: int, token: int, plan: Plan, work: Work, formats: Formats) -> bool:
+    """One token at a position; leaves work.logits. Returns whether the threads ran side by side."""
+    work.counter[0] = 0
+    return bool(_step(threads, position, token, plan, work, *formats))

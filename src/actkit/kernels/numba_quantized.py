@@ -14,6 +14,8 @@ asked for a fixed number of bytes early, as a row of codes is short.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from numba import prange
@@ -21,10 +23,11 @@ from torch import Tensor
 
 from actkit.kernels.numba_cpu import array, as_stored, batched, cut_of, run_of, select, widen
 from actkit.kernels.process import LOCK, compiled, follow_torch_threads
-from actkit.kernels.quantized import BLOCK, Layout
+from actkit.kernels.quantized import BLOCK, Layout, QuantizedWeight
 from actkit.kernels.vectors import add_codes, add_scaled_rows, prefetch_ahead, row_offsets, row_values, rows_at_once
 
 LINE = 64
+PARTS = 16  # of the inputs, over threads
 AHEAD = 24 << 10  # bytes between the rows at hand and those that are prefetched
 EMPTY = np.empty((0, 0, 0), np.uint8)
 
@@ -120,6 +123,74 @@ def multiply_groups(weight, scale, zeros, indices, values, count, out, shape, ze
     sums = np.empty((weight.shape[0], len(batch) * shape[1]), np.float32)
     for t in prange(weight.shape[0]):
         groups_tile(weight, scale, zeros, t, indices, values, count, out, sums[t], shape, zero, batch, stored)
+
+
+# -- widened for dense products of many rows ---------------------------------------------------------------------------
+
+
+@compiled(parallel=True)
+def _widen_records(weight, t, low, out, shape, zero, pieces, stored):  # type: ignore[no-untyped-def]
+    """out[i, c] = weight of input i and column low + c of a tile; out: float32 [in, whole blocks]."""
+    _, n_in, stride = weight.shape
+    block_bytes, scales, zeros = shape
+    width = out.shape[1]
+    flat = out.reshape(-1)
+    for part in prange(PARTS):
+        for i in range(n_in * part // PARTS, n_in * (part + 1) // PARTS):
+            flat[i * width : (i + 1) * width] = 0
+            row = ((np.int64(t) * n_in + i) * stride,)
+            for block in range(width // BLOCK):
+                place, piece = (low // BLOCK + block) * block_bytes, (low // BLOCK + block) * len(pieces)
+                add_scaled_rows(
+                    flat, i * width + block * BLOCK, width, weight, row, (np.float32(1.0),), place,
+                    scales + 4 * piece, zeros + piece, zero, pieces, stored,
+                )  # fmt: skip
+
+
+@compiled(parallel=True)
+def _widen_groups(weight, scale, zeros, t, low, out, shape, zero, stored):  # type: ignore[no-untyped-def]
+    _, n_in, stride = weight.shape
+    block_bytes, group = shape
+    width, groups = out.shape[1], scale.shape[1]
+    flat = out.reshape(-1)
+    for part in prange(PARTS):
+        for i in range(n_in * part // PARTS, n_in * (part + 1) // PARTS):
+            row_of = flat[i * width : (i + 1) * width]
+            row_of[:] = 0
+            row = ((np.int64(t) * n_in + i) * stride,)
+            zeros_at = (np.int64(t) * groups + i // group) * stride
+            for block in range(width // BLOCK):
+                place = (low // BLOCK + block) * block_bytes
+                add_codes(
+                    flat, i * width + block * BLOCK, width, weight, row, (np.float32(1.0),), place, zeros,
+                    zeros_at + place, zero, stored,
+                )  # fmt: skip
+            factors = scale[t, i // group, low : low + width]
+            for c in range(width):
+                row_of[c] *= factors[c]
+
+
+def widened_columns(packed: QuantizedWeight, columns: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The weight [in, at most `columns`] piece by piece, over all columns of all tiles, padding included."""
+    layout = packed.layout
+    given = _Arguments(packed.buffer, packed.scale, packed.zero, layout)
+    common = given.shape(1)
+    step = max(BLOCK, columns // BLOCK * BLOCK)
+    memory = torch.empty(layout.in_features * min(step, layout.tile))
+    for t in range(layout.n_tiles):
+        for low in range(0, layout.tile, step):
+            part = memory[: layout.in_features * (min(low + step, layout.tile) - low)].view(layout.in_features, -1)
+            with LOCK:
+                follow_torch_threads(packed.nbytes)
+                if layout.by_input:
+                    grouped = (common[2], layout.group)
+                    _widen_groups(
+                        given.weight, given.scale, given.zeros, t, low, part.numpy(), grouped, given.zero, given.stored
+                    )
+                else:
+                    shape = (common[2], layout.code_bytes, layout.zeros_at)
+                    _widen_records(given.weight, t, low, part.numpy(), shape, given.zero, given.pieces, given.stored)
+            yield part.to(dtype)
 
 
 # -- from tensors ------------------------------------------------------------------------------------------------------

@@ -101,12 +101,12 @@ def tiling(out_features: int, threads: int, itemsize: int) -> tuple[int, int]:
 
 
 def allocate(shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor on huge pages that starts on a cache line.
+    """An uninitialised tensor on huge pages that starts on a cache line, with two more behind it that may be read.
 
     NumPy asks the system for huge pages for every large array, torch does not; without them each skipped row costs a
     page walk.
     """
     nbytes = shape[0] * shape[1] * shape[2] * dtype.itemsize
-    memory = np.empty(nbytes + 64, np.uint8)
+    memory = np.empty(nbytes + 192, np.uint8)
     start = -memory.ctypes.data % 64
     return torch.from_numpy(memory[start : start + nbytes]).view(dtype).view(shape)

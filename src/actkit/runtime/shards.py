@@ -21,43 +21,51 @@ from actkit.core.quantizer import unpack_nibbles
 from actkit.kernels.packing import PackedWeight, pack
 from actkit.kernels.quantized import PIECES, QuantizedWeight, pack_quantized
 
-SMALLEST_PIECE = PIECES[0]
+
+@dataclass(frozen=True)
+class Kind:
+    """How a part of a weight is stored: dtype, of a dense one; or bits, axis, group (outputs or inputs that share a
+    scale) and zeros (whether there are zero points)."""
+
+    dtype: torch.dtype | None = None
+    bits: int = 0
+    axis: str = ""
+    group: int = 0
+    zeros: bool = False
+
+    def joins(self, other: Kind) -> bool:
+        """Whether two parts with the same inputs can become one matrix."""
+        alike = replace(self, group=0) == replace(other, group=0)
+        return alike and (self.axis != "input" or self.group == other.group)
+
+    def joined(self, other: Kind) -> Kind:
+        """That of the matrix: groups of outputs are pieces, which divide each other."""
+        return replace(self, group=min(self.group, other.group))
 
 
 @dataclass(frozen=True)
 class Part:
     """Some rows or columns of a weight. dense: float32 or bfloat16 [out, in]; or codes uint8 [out, in], scale and zero
-    as in `pack_quantized`, bits, axis and group (outputs or inputs that share a scale)."""
+    as in `pack_quantized`."""
 
+    kind: Kind
     dense: Tensor | None = None
     codes: Tensor | None = None
     scale: Tensor | None = None
     zero: Tensor | None = None
-    bits: int = 0
-    axis: str = ""
-    group: int = 0
-
-    @property
-    def outputs(self) -> int:
-        given = self.dense if self.codes is None else self.codes
-        return given.shape[0]  # type: ignore[union-attr]
-
-    @property
-    def kind(self) -> tuple[object, ...]:
-        """What two parts must share to become one matrix."""
-        return (None if self.dense is None else self.dense.dtype, self.bits, self.axis, self.zero is None)
 
     def regrouped(self, group: int) -> Part:
         """With smaller groups, which must divide those there are."""
-        if self.scale is None or group == self.group:
+        if self.scale is None or group == self.kind.group:
             return self
-        times, dim = self.group // group, 0 if self.axis == "output" else 1
+        times, dim = self.kind.group // group, 0 if self.kind.axis == "output" else 1
         zero = None if self.zero is None else self.zero.repeat_interleave(times, dim)
-        return replace(self, scale=self.scale.repeat_interleave(times, dim), zero=zero, group=group)
+        scale = self.scale.repeat_interleave(times, dim)
+        return replace(self, scale=scale, zero=zero, kind=replace(self.kind, group=group))
 
 
-def part_of(module: nn.Module, outputs: range | None = None, inputs: range | None = None) -> Part:
-    """Some outputs or some inputs of a linear layer (nn.Linear or ActLinear without a correction).
+def kind_of(module: nn.Module, outputs: range | None = None, inputs: range | None = None) -> Kind:
+    """How some outputs or some inputs of a linear layer (nn.Linear or ActLinear without a correction) are stored.
 
     Raises UnsupportedModelError for any other module.
     """
@@ -65,79 +73,76 @@ def part_of(module: nn.Module, outputs: range | None = None, inputs: range | Non
         if module.correction is not None:
             raise UnsupportedModelError("model: a layer has a low-rank correction, which the decoder does not compute.")
         if isinstance(module.weight, IntegerWeight):
-            return _integer_part(module.weight, outputs, inputs)
-        weight = module.dequantized().detach()
+            return _integer_kind(module.weight, outputs, inputs)
+        dtype = module.weight.dtype
     elif isinstance(module, nn.Linear):
-        weight = module.weight.detach()
+        dtype = module.weight.dtype
     else:
         raise UnsupportedModelError(
             f"model: a {type(module).__name__} stands where the decoder reads a linear layer; undo what replaced it."
         )
-    return Part(dense=_dense(weight, outputs, inputs))
+    return Kind(_held(dtype))
 
 
-def _dense(weight: Tensor, outputs: range | None, inputs: range | None) -> Tensor:
-    weight = weight if outputs is None else weight[outputs.start : outputs.stop]
-    weight = weight if inputs is None else weight[:, inputs.start : inputs.stop]
-    return weight if weight.dtype == torch.bfloat16 else weight.float()
+def _held(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.bfloat16 else torch.float32
 
 
-def _integer_part(stored: IntegerWeight, outputs: range | None, inputs: range | None) -> Part:
+def _integer_kind(stored: IntegerWeight, outputs: range | None, inputs: range | None) -> Kind:
     grid, (n_out, n_in) = stored.grid, stored.shape
-    outputs, inputs = outputs or range(n_out), inputs or range(n_in)
-    cut, length = (inputs, n_in) if grid.group_axis == "input" else (outputs, n_out)
+    by_input = grid.group_axis == "input"
+    cut, length = (inputs or range(n_in), n_in) if by_input else (outputs or range(n_out), n_out)
     old = length if grid.group_size == -1 else grid.group_size
     ends = list(range(old * (cut.start // old + 1), cut.stop, old))
     group = reduce(gcd, [end - cut.start for end in (*ends, cut.stop)])
-    if grid.group_axis == "output":
+    if not by_input:
         group = next((piece for piece in reversed(PIECES) if group % piece == 0), 0)
         if group == 0:  # groups that no kernel reads: the weight as it is multiplied
-            return Part(dense=_dense(stored.dequantize().detach(), outputs, inputs))
-    codes = unpack_nibbles(stored.codes, n_in) if grid.bits <= 4 else stored.codes
-    codes = codes[outputs.start : outputs.stop, inputs.start : inputs.stop]
-    chosen = torch.arange(cut.start, cut.stop, group) // old
+            return Kind(_held(stored.dtype))
+    return Kind(None, grid.bits, grid.group_axis, group, stored.zero is not None)
+
+
+def part_of(module: nn.Module, outputs: range | None = None, inputs: range | None = None) -> Part:
+    """Some outputs or some inputs of a linear layer, stored as `kind_of` says, which see for what is raised."""
+    kind = kind_of(module, outputs, inputs)
+    if kind.dtype is not None:
+        weight = module.dequantized() if isinstance(module, ActLinear) else module.weight
+        weight = weight.detach()  # type: ignore[union-attr, operator]
+        weight = weight if outputs is None else weight[outputs.start : outputs.stop]
+        weight = weight if inputs is None else weight[:, inputs.start : inputs.stop]
+        return Part(kind, weight.to(kind.dtype))
+    stored: IntegerWeight = module.weight  # type: ignore[assignment]
+    grid, (n_out, n_in) = stored.grid, stored.shape
+    outputs, inputs = outputs or range(n_out), inputs or range(n_in)
+    by_input = grid.group_axis == "input"
+    cut, length = (inputs, n_in) if by_input else (outputs, n_out)
+    old = length if grid.group_size == -1 else grid.group_size
+    codes = stored.codes[outputs.start : outputs.stop]
+    codes = unpack_nibbles(codes, n_in) if grid.bits <= 4 else codes
+    codes = codes[:, inputs.start : inputs.stop]
+    chosen = torch.arange(cut.start, cut.stop, kind.group) // old
 
     def parameters(values: Tensor | None) -> Tensor | None:
         if values is None:
             return None
-        if grid.group_axis == "input":
+        if by_input:
             return values[outputs.start : outputs.stop][:, chosen]
         return values[chosen][:, inputs.start : inputs.stop]
 
-    return Part(None, codes, parameters(stored.scale), parameters(stored.zero), grid.bits, grid.group_axis, group)
+    return Part(kind, None, codes, parameters(stored.scale), parameters(stored.zero))
 
 
-def join(parts: Sequence[Part]) -> list[Part]:
-    """Parts with the same inputs as few matrices as possible, in order: one where all are stored alike."""
-    joined: list[list[Part]] = []
-    for part in parts:
-        if joined and joined[-1][0].kind == part.kind and _same_groups(joined[-1][0], part):
-            joined[-1].append(part)
-        else:
-            joined.append([part])
-    return [_joined(some) for some in joined]
-
-
-def _same_groups(a: Part, b: Part) -> bool:
-    return a.axis != "input" or a.group == b.group
-
-
-def _joined(parts: list[Part]) -> Part:
+def joined(parts: Sequence[Part]) -> Part:
+    """Parts with the same inputs, whose kinds join, as one matrix."""
     if len(parts) == 1:
         return parts[0]
-    if parts[0].dense is not None:
-        return Part(dense=torch.cat([part.dense for part in parts]))  # type: ignore[misc]
-    axis = parts[0].axis
-    group = parts[0].group if axis == "input" else min(part.group for part in parts)  # pieces divide each other
-    parts = [part.regrouped(group) for part in parts]
-    zero = None if parts[0].zero is None else torch.cat([part.zero for part in parts])  # type: ignore[misc]
-    return replace(
-        parts[0],
-        codes=torch.cat([part.codes for part in parts]),  # type: ignore[misc]
-        scale=torch.cat([part.scale for part in parts]),  # type: ignore[misc]
-        zero=zero,
-        group=group,
-    )
+    kind = reduce(Kind.joined, [part.kind for part in parts])
+    if kind.dtype is not None:
+        return Part(kind, torch.cat([part.dense for part in parts]))  # type: ignore[misc]
+    parts = [part.regrouped(kind.group) for part in parts]
+    zero = torch.cat([part.zero for part in parts]) if kind.zeros else None  # type: ignore[misc]
+    codes, scale = torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts])  # type: ignore[misc]
+    return Part(kind, None, codes, scale, zero)
 
 
 def packed(part: Part, piece: int, zeros: bool) -> PackedWeight | QuantizedWeight:
@@ -145,21 +150,21 @@ def packed(part: Part, piece: int, zeros: bool) -> PackedWeight | QuantizedWeigh
     hold zeros."""
     if part.dense is not None:
         return pack(part.dense, threads=1)
-    part = part if part.axis == "input" else part.regrouped(piece)
+    part = part if part.kind.axis == "input" else part.regrouped(piece)
     assert part.codes is not None and part.scale is not None
     zero = part.zero
     if zero is None and zeros:
-        zero = torch.full_like(part.scale, 2 ** (part.bits - 1), dtype=torch.uint8)
+        zero = torch.full_like(part.scale, 2 ** (part.kind.bits - 1), dtype=torch.uint8)
     codes = part.codes
-    if part.bits <= 4:
+    if part.kind.bits <= 4:
         padded = nn.functional.pad(codes, (0, codes.shape[1] % 2))
         codes = padded[:, ::2] | (padded[:, 1::2] << 4)
     return pack_quantized(
         codes,
         part.scale.float().contiguous(),
         zero,
-        bits=part.bits,
-        group_axis=part.axis,  # type: ignore[arg-type]
+        bits=part.kind.bits,
+        group_axis=part.kind.axis,  # type: ignore[arg-type]
         in_features=part.codes.shape[1],
         threads=1,
     )

@@ -1,0 +1,115 @@
+"""The yardstick of the kernels: read the same rows and do nothing with them, in the fastest way found.
+
+A table lists what is to be read: pieces of memory with rows at equal distances, of which some are active. The rows are
+read one by one or eight side by side, with prefetch distances of 0, 8, 16 and 32 rows into the L1 or L2 cache, each
+thread its own pieces or its share of the rows of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from actkit.kernels.team import address_of
+
+ADDRESS, STRIDE, BYTES, FIRST, COUNT, OWNER = range(6)  # fields of a piece; FIRST and COUNT: in the list of rows
+FIELDS = 6
+LINE = 64  # bytes
+I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+INTO = {0: "no prefetch", 2: "into L2", 3: "into L1"}  # the locality argument of llvm.prefetch
+
+
+def _toucher(locality: int) -> Any:
+    """Reads one cache line of each row into a running exclusive or, and prefetches the same line of the rows ahead."""
+
+    @intrinsic
+    def touch(typingctx, sink, memory, rows, ahead, place):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            sink, memory, rows, ahead, place = args
+            line = ir.VectorType(I64, LINE // 8)
+
+            def at(kind, array, offset, pointee):  # type: ignore[no-untyped-def]
+                data = builder.bitcast(context.make_array(kind)(context, builder, array).data, I8.as_pointer())
+                return builder.bitcast(builder.gep(data, [offset]), pointee.as_pointer())
+
+            if locality:
+                kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+                prefetch = builder.module.declare_intrinsic("llvm.prefetch", [I8.as_pointer()], kind)
+                for row in cgutils.unpack_tuple(builder, ahead):
+                    where = at(signature.args[1], memory, builder.add(row, place), I8)
+                    builder.call(prefetch, [where, I32(0), I32(locality), I32(1)])
+            total_at = at(signature.args[0], sink, I64(0), line)
+            total = builder.load(total_at, align=8)
+            for row in cgutils.unpack_tuple(builder, rows):
+                where = at(signature.args[1], memory, builder.add(row, place), line)
+                total = builder.xor(total, builder.load(where, align=8))
+            builder.store(total, total_at, align=8)
+            return context.get_dummy_value()
+
+        return types.void(sink, memory, rows, ahead, types.int64), generate
+
+    return touch
+
+
+@njit(inline="always")
+def _one(listed, i, last, stride):  # type: ignore[no-untyped-def]
+    return (np.int64(listed[min(i, last)]) * stride,)
+
+
+@njit(inline="always")
+def _eight(listed, i, last, stride):  # type: ignore[no-untyped-def]
+    return (
+        np.int64(listed[min(i, last)]) * stride,
+        np.int64(listed[min(i + 1, last)]) * stride,
+        np.int64(listed[min(i + 2, last)]) * stride,
+        np.int64(listed[min(i + 3, last)]) * stride,
+        np.int64(listed[min(i + 4, last)]) * stride,
+        np.int64(listed[min(i + 5, last)]) * stride,
+        np.int64(listed[min(i + 6, last)]) * stride,
+        np.int64(listed[min(i + 7, last)]) * stride,
+    )
+
+
+def reader(group: int, locality: int) -> Any:
+    """A compiled function that reads all pieces. group: rows side by side, 1 or 8."""
+    touch, rows_from = _toucher(locality), _one if group == 1 else _eight
+
+    @njit(parallel=True, error_model="numpy", boundscheck=False)
+    def read(table, listed, distance, threads, share_rows, sinks):  # type: ignore[no-untyped-def]
+        for thread in prange(threads):
+            sink = sinks[thread]
+            for piece in table:
+                if not share_rows and piece[OWNER] != thread:
+                    continue
+                groups = (piece[COUNT] + group - 1) // group
+                low, high = (
+                    (groups * thread // threads, groups * (thread + 1) // threads) if share_rows else (0, groups)
+                )
+                memory = carray(address_of(piece[ADDRESS]), (np.int64(1),), np.uint8)
+                rows = listed[piece[FIRST] : piece[FIRST] + piece[COUNT]]
+                for i in range(low * group, high * group, group):
+                    here = rows_from(rows, i, rows.size - 1, piece[STRIDE])
+                    ahead = rows_from(rows, i + distance, rows.size - 1, piece[STRIDE])
+                    for place in range(0, piece[BYTES], LINE):
+                        touch(sink, memory, here, ahead, place)
+
+    return read
+
+
+def ways(table: np.ndarray, listed: np.ndarray, threads: int) -> Iterator[tuple[str, Callable[[], None]]]:
+    """All ways to read the pieces of `table` int64 [pieces, FIELDS] with row numbers `listed` int32: name, function."""
+    sinks = np.zeros((threads, LINE // 8 * 8), np.uint64)  # lines of their own
+    for group in (1, 8):
+        for locality in INTO:
+            read = reader(group, locality)
+            for distance in (8, 16, 32) if locality else (0,):
+                for share_rows in (False, True) if threads > 1 else (False,):
+                    name = f"{group} at a time, {'rows' if share_rows else 'columns'} shared, "
+                    name += f"{distance} ahead {INTO[locality]}" if locality else INTO[locality]
+                    yield name, lambda r=read, d=distance, s=share_rows: r(table, listed, d, threads, s, sinks)

@@ -1,0 +1,211 @@
+"""What a block of a decoder is made of: which products each thread computes in each stage, and where their outputs go.
+
+A block is described by the kind of its attention and of its MLP; each kind fills its stages of a `Share`, one thread's
+part of the block. Another kind is another function beside `grouped_query` and `gated`, and its stage in
+`kernels.decode_step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from actkit.core.activations import name_of
+from actkit.core.edits import get_module
+from actkit.core.errors import UnsupportedModelError
+from actkit.core.linear import ActLinear, Selection, Threshold
+from actkit.core.parts import Block, Linear
+from actkit.kernels import decode_step as steps
+from actkit.kernels.quantized import BLOCK, PIECES
+from actkit.runtime.shards import Kind, Part, joined, kind_of, part_of
+
+ACTIVATIONS = {
+    "silu": steps.SILU,
+    "relu": steps.RELU,
+    "gelu": steps.GELU,
+    "gelu_tanh": steps.GELU_TANH,
+    "relu2": steps.RELU2,
+}
+
+
+def check(model: nn.Module, block: Block) -> None:
+    """Raise UnsupportedModelError where a block is made of something else."""
+    attention, mlp = block.attention, block.mlp
+    if attention is None or attention.query is None or attention.key is None or attention.value is None:
+        raise UnsupportedModelError(f"{block.path}: its attention has no query, key and value layers of their own")
+    if mlp is None or mlp.gate is None:
+        raise UnsupportedModelError(f"{block.path}: its MLP has no gate")
+    if name_of(get_module(model, mlp.activation)) not in ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"{mlp.activation}: a {type(get_module(model, mlp.activation)).__name__}; the decoder computes "
+            f"{', '.join(ACTIVATIONS)}"
+        )
+    for linear in block.linears():
+        if isinstance(linear.module, ActLinear) and linear.module.correction is not None:
+            raise UnsupportedModelError(f"{linear.path}: it has a low-rank correction")
+
+
+# -- products ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Product:
+    """One matrix of a thread: some outputs, or some inputs, of linear layers that are stored and select alike.
+
+    parts: each layer with its outputs (`by_rows` False) or its inputs (True). kind: how the matrix is stored. at: where
+    its outputs begin among those of the stage. biased: whether the layers' biases belong to this share.
+    """
+
+    parts: tuple[tuple[Linear, range], ...]
+    kind: Kind
+    at: int = 0
+    by_rows: bool = False
+    biased: bool = True
+
+    @property
+    def select(self) -> Selection | None:
+        """What selects the inputs; raises ValueError where the layers no longer agree."""
+        first, *others = (selection_of(linear.module) for linear, _ in self.parts)
+        if not all(same_selection(first, other) for other in others):
+            paths = ", ".join(linear.path for linear, _ in self.parts)
+            raise ValueError(f"{paths}: they were packed as one matrix and select their inputs differently now.")
+        return first
+
+    @property
+    def inputs(self) -> range:
+        linear, cut = self.parts[0]
+        return cut if self.by_rows else range(linear.in_features)
+
+    @property
+    def all_inputs(self) -> int:
+        return self.parts[0][0].in_features
+
+    def part(self) -> Part:
+        """The matrix."""
+        if self.by_rows:
+            (linear, cut), *_ = self.parts
+            return part_of(linear.module, inputs=cut)
+        return joined([part_of(linear.module, outputs=cut) for linear, cut in self.parts])
+
+    def bias(self) -> Tensor | None:
+        """float32 [outputs], or None."""
+        found = [getattr(linear.module, "bias", None) for linear, _ in self.parts]
+        if not self.biased or all(bias is None for bias in found):
+            return None
+        cuts = [range(linear.out_features) if self.by_rows else cut for linear, cut in self.parts]
+        return torch.cat(
+            [
+                torch.zeros(len(cut)) if bias is None else bias.detach().float()[cut.start : cut.stop]
+                for bias, cut in zip(found, cuts)
+            ]
+        )
+
+
+def selection_of(module: nn.Module) -> Selection | None:
+    return module.select if isinstance(module, ActLinear) else None
+
+
+def same_selection(a: Selection | None, b: Selection | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    if a.spec() != b.spec():
+        return False
+    if (a.score is None) != (b.score is None) or (a.score is not None and not torch.equal(a.score, b.score)):  # type: ignore[arg-type]
+        return False
+    return not isinstance(a, Threshold) or torch.equal(a.threshold, b.threshold)  # type: ignore[union-attr, arg-type]
+
+
+def _columns(layers: Sequence[tuple[Linear, range]]) -> tuple[list[Product], list[int]]:
+    """Some outputs of layers that share an input, as few products as possible, and where each layer's begin."""
+    runs: list[list[tuple[Linear, range, Kind]]] = []
+    for linear, cut in layers:
+        kind = kind_of(linear.module, outputs=cut)
+        last = runs[-1][0] if runs else None
+        alike = last is not None and last[2].joins(kind)
+        if alike and same_selection(selection_of(last[0].module), selection_of(linear.module)):  # type: ignore[index]
+            runs[-1].append((linear, cut, kind))
+        else:
+            runs.append([(linear, cut, kind)])
+    products: list[Product] = []
+    places: list[int] = []
+    at = 0
+    for run in runs:
+        kind = run[0][2]
+        for _, _, other in run[1:]:
+            kind = kind.joined(other)
+        products.append(Product(tuple((linear, cut) for linear, cut, _ in run), kind, at))
+        for _, cut, _ in run:
+            places.append(at)
+            at += len(cut)
+        begin = products[-1].at
+        at = begin + -(-(at - begin) // BLOCK) * BLOCK + BLOCK  # a product writes whole tiles
+    return products, places
+
+
+def _rows(linear: Linear, cut: range, first: bool) -> Product:
+    """Some inputs of a layer; the bias belongs to the first thread's share."""
+    return Product(((linear, cut),), kind_of(linear.module, inputs=cut), by_rows=True, biased=first)
+
+
+def share_of(total: int, index: int, count: int, unit: int = 1) -> range:
+    """The part of `total` that belongs to one of `count` threads, in whole units."""
+    units = -(-total // unit)
+    return range(min(total, units * index // count * unit), min(total, units * (index + 1) // count * unit))
+
+
+# -- blocks ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Share:
+    """One thread's part of a block: the products of each stage, and where to find what in their outputs."""
+
+    stages: dict[int, list[Product]] = field(default_factory=dict)
+    places: dict[int, int] = field(default_factory=dict)
+
+
+def grouped_query(share: Share, block: Block, thread: int, threads: int, window: int) -> None:
+    """Grouped-query attention: whole key-value heads with their readers."""
+    attention = block.attention
+    assert attention is not None and attention.query and attention.key and attention.value
+    own, size = share_of(attention.key_value_heads, thread, threads), attention.head_dim
+    readers = attention.heads // attention.key_value_heads
+    queries = range(own.start * readers * size, own.stop * readers * size)
+    keys = range(own.start * size, own.stop * size)
+    products: list[Product] = []
+    places = [0, 0, 0]
+    if own:
+        products, places = _columns([(attention.query, queries), (attention.key, keys), (attention.value, keys)])
+    share.stages[steps.QKV] = products
+    share.stages[steps.OUTPUT] = [_rows(attention.output, queries, thread == 0)] if own else []
+    share.places |= dict(zip((steps.QUERY_AT, steps.KEY_AT, steps.VALUE_AT), places))
+    share.places |= {steps.FIRST_HEAD: own.start, steps.HEADS: len(own), steps.WINDOW: window}
+
+
+def gated(share: Share, block: Block, thread: int, threads: int, activation: int) -> None:
+    """A gated MLP: whole units, in multiples that cut no group of the weights where that can be."""
+    mlp = block.mlp
+    assert mlp is not None and mlp.gate is not None
+    units = mlp.down.in_features
+    unit = BLOCK if units >= 4 * threads * BLOCK else PIECES[0]
+    own = share_of(units, thread, threads, unit)
+    products: list[Product] = []
+    places = [0, 0]
+    if own:
+        products, places = _columns([(mlp.gate, own), (mlp.up, own)])
+    share.stages[steps.GATE_UP] = products
+    share.stages[steps.DOWN] = [_rows(mlp.down, own, thread == 0)] if own else []
+    share.places |= dict(zip((steps.GATE_AT, steps.UP_AT), places))
+    share.places |= {steps.UNITS: len(own), steps.FIRST_UNIT: own.start, steps.ACTIVATION: activation}
+
+
+def head(share: Share, module: nn.Module, thread: int, threads: int) -> None:
+    """The output layer: some words of the vocabulary, whole groups of the weights where that can be."""
+    outputs: int = module.out_features  # type: ignore[assignment]
+    unit = BLOCK if outputs >= 4 * threads * BLOCK else PIECES[0]
+    own = share_of(outputs, thread, threads, unit)
+    share.stages[steps.HEAD] = _columns([(Linear("lm_head", "layer", module), own)])[0] if own else []
+    share.places |= {steps.UNITS: len(own), steps.FIRST_UNIT: own.start}

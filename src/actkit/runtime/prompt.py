@@ -1,0 +1,146 @@
+"""A prompt through a decoder's layers: dense matrix products of many tokens, from the packed weights.
+
+Each token's inputs are selected as in the step. Products take the dtype of the model: in bfloat16 their inputs are
+rounded to it, as the processor's matrix units want it, and integer weights are widened to it, some columns at a time,
+so that they stay in the cache. The rest is float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from actkit.kernels import decode_step as steps
+from actkit.kernels.packing import PackedWeight, in_order
+from actkit.kernels.quantized import outputs_of
+from actkit.runtime.tables import Matrices
+
+COLUMNS = 512  # of an integer weight that are widened at a time: a few megabytes
+
+
+def read_prompt(
+    x: Tensor, begin: int, plan: steps.Plan, work: steps.Work, matrices: Matrices, selections: list[Any]
+) -> None:
+    """Some tokens through all layers, into the cache from `begin` on; leaves the last one's logits in work.logits.
+
+    x: their embeddings [tokens, hidden], in the dtype that products are computed in.
+    """
+    _Prompt(plan, work, matrices, selections, x.dtype).read(x.float(), begin)
+
+
+class _Prompt:
+    def __init__(
+        self, plan: steps.Plan, work: steps.Work, matrices: Matrices, selections: list[Any], dtype: torch.dtype
+    ) -> None:
+        self.plan, self.work, self.matrices, self.selections = plan, work, matrices, selections
+        self.dtype = dtype if dtype == torch.bfloat16 else torch.float32
+
+    def read(self, x: Tensor, begin: int) -> None:
+        plan, end = self.plan, begin + len(x)
+        cos, sin = (torch.from_numpy(table[begin:end]) for table in plan.rotary)
+        ahead = torch.arange(end)[None, :] - torch.arange(begin, end)[:, None]  # [tokens, all]: 0 is itself
+        for layer in range(len(plan.norms)):
+            places = plan.layers[:, layer]
+            window = int(places[0, steps.WINDOW])
+            mask = (ahead <= 0) & (ahead > -window) if window else ahead <= 0
+            stages = self._products(layer, steps.QKV, self._norm(x, plan.norms[layer, 0]))
+            mixed = [self._attend(out, layer, place, begin, mask, cos, sin) for out, place in zip(stages, places)]
+            x = x + self._summed(layer, steps.OUTPUT, torch.cat(mixed, 1))
+            hidden = []
+            for out, place in zip(self._products(layer, steps.GATE_UP, self._norm(x, plan.norms[layer, 1])), places):
+                gate, up = (out[:, place[at] :][:, : place[steps.UNITS]] for at in (steps.GATE_AT, steps.UP_AT))
+                hidden.append(_activate(int(place[steps.ACTIVATION]), gate) * up)
+            x = x + self._summed(layer, steps.DOWN, torch.cat(hidden, 1))
+        last = self._norm(x[-1:], plan.last_norm)
+        places = plan.layers[:, len(plan.norms)]
+        for thread, (out, place) in enumerate(zip(self._products(len(plan.norms), steps.HEAD, last), places)):
+            own = out[0, : place[steps.UNITS]].numpy()
+            self.work.logits[place[steps.FIRST_UNIT] :][: place[steps.UNITS]] = own
+            self.work.finite[thread] = (own * 0).sum()
+
+    def _attend(
+        self, out: Tensor, layer: int, place: np.ndarray, begin: int, mask: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """One thread's heads: [tokens, heads * size]."""
+        plan, work, end = self.plan, self.work, begin + len(out)
+        heads, first = int(place[steps.HEADS]), int(place[steps.FIRST_HEAD])
+        if not heads:
+            return out.new_zeros(len(out), 0)
+        query = self._heads(out, place[steps.QUERY_AT], heads * plan.shared_by, layer, 0, cos, sin)
+        key = self._heads(out, place[steps.KEY_AT], heads, layer, 1, cos, sin)
+        value = self._heads(out, place[steps.VALUE_AT], heads, layer, None, cos, sin)
+        keys = torch.from_numpy(work.keys[layer, first : first + heads, :end])
+        values = torch.from_numpy(work.cached[layer, first : first + heads, :end])
+        keys[:, begin:], values[:, begin:] = key, value
+        mixed = F.scaled_dot_product_attention(
+            query[None], keys[None], values[None], attn_mask=mask, scale=float(plan.scaling), enable_gqa=True
+        )[0]
+        return mixed.transpose(0, 1).reshape(len(out), -1)
+
+    def _norm(self, x: Tensor, weight: np.ndarray) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], torch.from_numpy(weight), float(self.plan.epsilon))
+
+    def _heads(
+        self, out: Tensor, at: int, heads: int, layer: int, norm: int | None, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        """[tokens, ...] to [heads, tokens, size]; where norm (0 query, 1 key) is given, normed and rotated."""
+        size = self.plan.size
+        found = out[:, at : at + heads * size].unflatten(1, (heads, size)).transpose(0, 1)
+        if norm is None:
+            return found
+        if len(self.plan.head_norms):
+            found = self._norm(found, self.plan.head_norms[layer, norm])
+        turned = torch.cat((-found[..., size // 2 :], found[..., : size // 2]), -1)
+        return found * cos + turned * sin
+
+    def _summed(self, layer: int, stage: int, x: Tensor) -> Tensor:
+        outs = self._products(layer, stage, x)
+        return sum((out[:, : self.plan.hidden] for out in outs if out.shape[1]), torch.zeros(1))
+
+    def _products(self, layer: int, stage: int, x: Tensor) -> list[Tensor]:
+        """Each thread's products of a stage: x [tokens, all inputs] to float32 [tokens, width]."""
+        outs = []
+        for first, number in self.plan.layers[:, layer, 2 * stage : 2 * stage + 2].tolist():
+            pieces = [x.new_zeros(len(x), 0)]
+            at = 0
+            for p in range(first, first + number):
+                row, select = self.plan.products[p], self.selections[p]
+                begin = int(row[steps.FIRST_INPUT])
+                own = (x if select is None else select(x))[:, begin : begin + int(row[steps.INPUTS])]
+                pieces += [x.new_zeros(len(x), int(row[steps.OUT_AT]) - at), self._product(p, own)]
+                at = int(row[steps.OUT_AT]) + pieces[-1].shape[1]
+            outs.append(torch.cat(pieces, 1) if len(pieces) > 3 else pieces[-1])
+        return outs
+
+    def _product(self, p: int, x: Tensor) -> Tensor:
+        """One packed matrix times x [tokens, in], the bias added: float32 [tokens, out]."""
+        weight, bias = self.matrices.weights[p], self.matrices.biases[p]
+        if isinstance(weight, PackedWeight):
+            given = x.to(weight.dtype)
+            y = torch.cat([in_order_columns(given @ tile) for tile in weight.buffer], 1)[:, : weight.out_features]
+        else:
+            from actkit.kernels.numba_quantized import widened_columns
+
+            given = x.to(self.dtype)
+            parts = widened_columns(weight, COLUMNS, self.dtype)
+            y = outputs_of(torch.cat([(given @ part).float() for part in parts], 1), weight.layout)
+        return y if bias is None else y + bias[: y.shape[1]]
+
+
+def in_order_columns(y: Tensor) -> Tensor:
+    """Columns of a product with a packed tile, float32 and in the order of the outputs."""
+    return in_order(y).float()
+
+
+def _activate(code: int, x: Tensor) -> Tensor:
+    if code == steps.SILU:
+        return F.silu(x)
+    if code == steps.RELU:
+        return F.relu(x)
+    if code == steps.RELU2:
+        return F.relu(x).square()
+    return F.gelu(x, approximate="none" if code == steps.GELU else "tanh")

@@ -1,0 +1,275 @@
+"""A decoder's weights, packed, and the tables by which the compiled step finds them and everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from actkit.core.linear import Selection, Threshold, TopK
+from actkit.core.parts import Block
+from actkit.core.progress import track
+from actkit.kernels import decode_step as steps
+from actkit.kernels import integer_dots
+from actkit.kernels.numba_integer import scratch
+from actkit.kernels.packing import PackedWeight
+from actkit.kernels.quantized import BLOCK, PIECES, QuantizedWeight
+from actkit.kernels.team import line_padded
+from actkit.runtime.blocks import Product, Share, same_selection
+from actkit.runtime.shards import packed
+
+ACTIVATIONS = ("float32", "int16")  # what integer weights are multiplied with
+LINE = 64  # bytes
+SUMS = 8 * 6144  # of the float kernels with groups of inputs: rows of x times columns
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """The packed matrices, in the order of the step's table: product (None where a thread has no share), weight, and
+    bias float32 [columns], or None."""
+
+    products: tuple[Product | None, ...]
+    weights: tuple[PackedWeight | QuantizedWeight, ...]
+    biases: tuple[Tensor | None, ...]
+    scores: list[Tensor]  # whose addresses are in the table
+
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.nbytes for weight in self.weights)
+
+
+def choose_activations(wanted: str | None, products: Iterable[Product]) -> str:
+    """What integer weights are multiplied with. wanted: None for the best that machine and weights allow.
+
+    Raises ValueError where they do not allow what is wanted.
+    """
+    if wanted is not None and wanted not in ACTIVATIONS:
+        raise ValueError(f"activations: {wanted!r} was given; give {', '.join(ACTIVATIONS)}, or None.")
+    integer = [product.kind for product in products if product.kind.bits]
+    reason = None
+    if not integer:
+        reason = "the model has no integer weights"
+    elif any(kind.axis == "output" and kind.group != BLOCK for kind in integer):
+        reason = f"scales per group of outputs need groups of whole {BLOCK} outputs"
+    elif not integer_dots.available():
+        reason = "this processor has no products of bytes (AVX-512 VNNI)"
+    if wanted in (None, "float32"):
+        return "float32" if wanted or reason else "int16"
+    if reason is not None:
+        raise ValueError(f"activations: {wanted!r} was given, but {reason}; give 'float32', or None.")
+    return str(wanted)
+
+
+def build(
+    layers: Sequence[Sequence[Share]], packed_one: Callable[[int], None], progress: bool = False
+) -> tuple[Matrices, np.ndarray, np.ndarray]:
+    """Pack all products. layers: [layer, thread], the output layer last; packed_one: told each layer that is done.
+
+    Returns the matrices, the table int64 [products, FIELDS] and the layers' table int64 [threads, layers,
+    LAYER_FIELDS].
+    """
+    products = [product for layer in layers for share in layer for stage in share.stages.values() for product in stage]
+    by_output = [product.kind for product in products if product.kind.axis == "output"]
+    piece = min((kind.group for kind in by_output), default=PIECES[-1])
+    zeros = {
+        axis: any(product.kind.zeros for product in products if product.kind.axis == axis)
+        for axis in ("output", "input", "")
+    }
+    found: list[Product | None] = []
+    weights: list[PackedWeight | QuantizedWeight] = []
+    biases: list[Tensor | None] = []
+    rows: list[list[int]] = []
+    places = np.zeros((len(layers[0]), len(layers), steps.LAYER_FIELDS), np.int64)
+    for index, layer in enumerate(track(layers, "Packing the weights", len(layers), progress)):
+        for thread, share in enumerate(layer):
+            for stage, wanted in share.stages.items():
+                places[thread, index, 2 * stage : 2 * stage + 2] = len(rows), len(wanted)
+                own: list[Product | None] = [*wanted] or [None]
+                for product in own:
+                    found.append(product)
+                    if product is None:  # what other threads select still says whether there is a meeting
+                        rows.append([0] * steps.FIELDS)
+                        weights.append(PackedWeight(torch.empty(0, 0, 0), 0))
+                        biases.append(None)
+                        continue
+                    weights.append(packed(product.part(), piece, zeros[product.kind.axis]))
+                    row, bias = _row(weights[-1], product)
+                    rows.append(row)
+                    biases.append(bias)
+            for place, value in share.places.items():
+                places[thread, index, place] = value
+        packed_one(index)
+    return Matrices(tuple(found), tuple(weights), tuple(biases), []), np.array(rows, np.int64), places
+
+
+def _row(weight: PackedWeight | QuantizedWeight, product: Product) -> tuple[list[int], Tensor | None]:
+    row = [0] * steps.FIELDS
+    if isinstance(weight, PackedWeight):
+        tiles, inputs, tile = weight.buffer.shape
+        row[steps.KIND] = steps.BFLOAT16 if weight.dtype == torch.bfloat16 else steps.FLOAT32
+        row[steps.STRIDE] = tile * weight.buffer.element_size()
+    else:
+        layout = weight.layout
+        tiles, inputs, tile = layout.n_tiles, layout.in_features, layout.tile
+        kinds = (steps.INT4_GROUPS, steps.INT8_GROUPS) if layout.by_input else (steps.INT4_RECORDS, steps.INT8_RECORDS)
+        row[steps.KIND] = kinds[layout.stored_bits == 8]
+        row[steps.STRIDE], row[steps.MIDDLE] = layout.record_bytes, layout.middle
+        row[steps.SCALES_AT], row[steps.ZEROS_AT], row[steps.GROUP] = layout.code_bytes, layout.zeros_at, layout.group
+        if layout.by_input:
+            assert weight.scale is not None
+            row[steps.SCALES] = weight.scale.data_ptr()
+            row[steps.ZEROS] = weight.zero.data_ptr() if weight.zero is not None else weight.scale.data_ptr()
+    row[steps.ADDRESS] = weight.buffer.data_ptr()
+    row[steps.TILES], row[steps.INPUTS], row[steps.TILE] = tiles, inputs, tile
+    row[steps.OUT_AT], row[steps.FIRST_INPUT], row[steps.ALL_INPUTS] = (
+        product.at,
+        product.inputs.start,
+        product.all_inputs,
+    )
+    bias = product.bias()
+    if bias is not None:
+        bias = F.pad(bias, (0, tiles * tile - len(bias))).contiguous()
+        row[steps.BIAS] = bias.data_ptr()
+    return row, bias
+
+
+def write_selections(matrices: Matrices, table: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, list[Any]]:
+    """Write into the table how the products' layers select their inputs now; thresholds float32 [products], and the
+    selections.
+
+    Raises ValueError where layers that were packed as one matrix no longer agree.
+    """
+    thresholds = np.zeros(len(table), np.float32)
+    selections: list[Selection | None] = [None if product is None else product.select for product in matrices.products]
+    matrices.scores.clear()
+    for row, select, thread in zip(table, selections, range(len(table))):
+        row[steps.SELECT], row[steps.K], row[steps.SCORE] = steps.DENSE, 0, 0
+        if select is None:
+            continue
+        row[steps.SELECT] = steps.THRESHOLD if isinstance(select, Threshold) else steps.TOP_K
+        row[steps.K] = min(select.k, row[steps.ALL_INPUTS]) if isinstance(select, TopK) else 0
+        if select.score is not None:
+            matrices.scores.append(select.score.detach().float().contiguous().clone())
+            row[steps.SCORE] = matrices.scores[-1].data_ptr()
+        if isinstance(select, Threshold):
+            thresholds[thread] = float(select.threshold)
+    for layer in range(places.shape[1]):
+        for stage in range(steps.HEAD + 1):
+            ranges = [range(first, first + number) for first, number in places[:, layer, 2 * stage : 2 * stage + 2]]
+            for own in ranges:
+                for before, p in pairwise(own):
+                    table[p, steps.SHARES_SELECTION] = same_selection(selections[before], selections[p])
+            kinds = [table[own.start, steps.SELECT] for own in ranges if own]
+            for own in ranges:
+                if not own and kinds:
+                    table[own.start, steps.SELECT] = steps.TOP_K if kinds[0] == steps.TOP_K else steps.DENSE
+    return thresholds, selections
+
+
+def formats(table: np.ndarray, weights: Sequence[PackedWeight | QuantizedWeight], fixed: bool) -> steps.Formats:
+    """Which formats there are, for the compiler."""
+    kinds = set(table[table[:, steps.TILES] > 0][:, steps.KIND].tolist())
+    layouts = [weight.layout for weight in weights if isinstance(weight, QuantizedWeight)]
+    by_output = [layout for layout in layouts if not layout.by_input]
+    pieces = (0,) * (BLOCK // by_output[0].piece) if by_output else ()
+    return steps.Formats(
+        float32=(0,) if steps.FLOAT32 in kinds else None,
+        bfloat16=(0,) if steps.BFLOAT16 in kinds else None,
+        int8_records=pieces if steps.INT8_RECORDS in kinds else None,
+        int4_records=pieces if steps.INT4_RECORDS in kinds else None,
+        int8_groups=(0,) if steps.INT8_GROUPS in kinds else None,
+        int4_groups=(0,) if steps.INT4_GROUPS in kinds else None,
+        records_stored=(0,) * any(layout.zeros for layout in by_output),
+        groups_stored=(0,) * any(layout.zeros for layout in layouts if layout.by_input),
+        fixed=(0,) if fixed else None,
+    )
+
+
+def model_tables(model: nn.Module, blocks: Sequence[Block], capacity: int) -> dict[str, Any]:
+    """What a plan holds beside the products: norms, rotary embedding, sizes.
+
+    Raises ValueError for a capacity at which a dynamic rotary embedding would change.
+    """
+    core: Any = model.get_submodule(model.base_model_prefix)  # type: ignore[arg-type]
+    config: Any = model.config
+    attention = blocks[0].attention
+    assert attention is not None
+
+    def weights(modules: Sequence[Any]) -> np.ndarray:
+        return torch.stack([module.weight.detach().float() for module in modules]).numpy()
+
+    both = [core.layers[block.index] for block in blocks]
+    inner = [each.self_attn for each in both]
+    head_norms = np.empty((0, 2, attention.head_dim), np.float32)
+    if hasattr(inner[0], "q_norm"):
+        head_norms = np.stack([weights([each.q_norm, each.k_norm]) for each in inner])
+    if config.rope_parameters.get("rope_type") == "dynamic":
+        longest = core.rotary_emb.original_max_seq_len
+        if capacity > longest:
+            raise ValueError(
+                f"capacity: {capacity} was given; dynamic rotary scaling changes with the length beyond {longest} "
+                f"tokens, give at most that."
+            )
+    with torch.no_grad():
+        cos, sin = core.rotary_emb(torch.zeros(1), torch.arange(capacity)[None])
+    return {
+        "norms": np.stack([weights([each.input_layernorm, each.post_attention_layernorm]) for each in both]),
+        "last_norm": core.norm.weight.detach().float().numpy().copy(),
+        "head_norms": head_norms,
+        "epsilon": np.float32(config.rms_norm_eps),
+        "rotary": torch.stack((cos[0], sin[0])).float().contiguous().numpy(),
+        "hidden": config.hidden_size,
+        "size": attention.head_dim,
+        "shared_by": attention.heads // attention.key_value_heads,
+        "scaling": np.float32(getattr(inner[0], "scaling", attention.head_dim**-0.5)),
+    }
+
+
+def aligned(shape: tuple[int, ...] | int, dtype: Any) -> np.ndarray:
+    """Zeros that begin on a cache line: a vector that crosses two of them costs two accesses."""
+    count = int(np.prod(shape))
+    whole = np.zeros(count * np.dtype(dtype).itemsize + LINE, np.uint8)
+    start = -whole.ctypes.data % LINE
+    return whole[start : start + count * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
+
+
+def memory(
+    plan: steps.Plan, threads: int, heads: int, key_value_heads: int, capacity: int, vocabulary: int
+) -> steps.Work:
+    """The memory that the step works in, and the key-value cache."""
+    products, layers = plan.products, len(plan.norms)
+    widths = products[:, steps.OUT_AT] + products[:, steps.TILES] * products[:, steps.TILE]
+    width, hidden = line_padded(int(widths.max())), line_padded(plan.hidden)
+    inputs = line_padded(int(max(products[:, steps.INPUTS].max(), plan.hidden)))
+    cache = (layers, key_value_heads, capacity, plan.size)
+    fixed = scratch()
+    return steps.Work(
+        residual=aligned((threads, hidden), np.float32),
+        normed=aligned((threads, hidden), np.float32),
+        indices=aligned((threads, inputs), np.int32),
+        values=aligned((threads, inputs), np.float32),
+        everything=np.arange(inputs, dtype=np.int32),
+        stage=aligned((threads, width), np.float32),
+        scores=aligned((threads, line_padded(capacity)), np.float32),
+        sums=aligned((threads, line_padded(max(int(products[:, steps.TILE].max()), SUMS))), np.float32),
+        partial=aligned((2, threads, width), np.float32),
+        mixed=aligned(heads * plan.size, np.float32),
+        hidden=aligned(int(products[:, steps.ALL_INPUTS].max()), np.float32),
+        keys=aligned(cache, np.float32),
+        cached=aligned(cache, np.float32),
+        logits=aligned(vocabulary, np.float32),
+        finite=aligned(threads, np.float32),
+        counter=aligned(LINE, np.int64),
+        read=np.zeros((threads, 2), np.float64),
+        factors=aligned((threads, fixed.factors.size), fixed.factors.dtype),
+        maxima=aligned((threads, fixed.maxima.size), fixed.maxima.dtype),
+        units=aligned((threads, fixed.units.size), fixed.units.dtype),
+        taken=aligned((threads, fixed.taken.size), fixed.taken.dtype),
+        integer_sums=aligned((threads, fixed.sums.size), fixed.sums.dtype),
+    )
