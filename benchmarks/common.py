@@ -114,9 +114,16 @@ def report(
     rows: list[dict[str, Any]],
     targets: list[dict[str, Any]],
     chosen: argparse.Namespace,
+    *,
+    keep: bool | None = None,
+    show: Callable[[Console, list[dict[str, Any]]], None] | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """Print the result; write it to benchmarks/results after a full run, and where --json says. Returns it."""
+    """Print the result; write it to benchmarks/results after a full run, and where --json says. Returns it.
+
+    keep: whether this is a full run; None: not where --quick was given. show: prints the rows; a table where None.
+    """
+    keep = not chosen.quick if keep is None else keep
     result = {
         "benchmark": name,
         "quick": chosen.quick,
@@ -132,16 +139,16 @@ def report(
         "rows": rows,
     }
     console = Console(stderr=chosen.json == "-", width=None if sys.stdout.isatty() else 140)
-    _show(console, result)
-    if chosen.quick:
+    _show(console, result, show)
+    if not keep:
         full = committed(name)
         if full is None:
             console.print(f"No full run is recorded under benchmarks/results/{name}.json; run without --quick.")
         else:
             console.print(f"\nNot measured now: the full run of {full['date']}, commit {full['commit']}", style="bold")
-            _show(console, full)
+            _show(console, full, show)
     text = json.dumps(result, indent=1) + "\n"
-    if not chosen.quick:
+    if keep:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
     if chosen.json == "-":
@@ -151,33 +158,42 @@ def report(
     return result
 
 
-def _show(console: Console, result: dict[str, Any]) -> None:
+def _show(
+    console: Console, result: dict[str, Any], show: Callable[[Console, list[dict[str, Any]]], None] | None = None
+) -> None:
     where = result["machine"]
     console.print(
         f"{result['benchmark']}: {where['processor']}, {result['threads']} threads, load {result['load']:.1f}, "
         f"torch {result['versions']['torch']}, {result['date']}, commit {result['commit']}"
     )
     rows, targets = result["rows"], result["targets"]
-    if rows and len(rows[0]) > MOST_COLUMNS:  # many fields read better down the page, one column per row
+    if show is not None:
+        show(console, rows)
+        rows = []
+    if rows and len(rows[0]) > max(
+        MOST_COLUMNS, len(rows)
+    ):  # many fields read better down the page, one column per row
         fields = list(rows[0])
-        table = Table(fields[0], *(_cell(row[fields[0]]) for row in rows))
+        table = Table(fields[0], *(cell(row[fields[0]]) for row in rows))
         for field in fields[1:]:
-            table.add_row(field, *(_cell(row.get(field)) for row in rows))
+            table.add_row(field, *(cell(row.get(field)) for row in rows))
         console.print(table)
         rows = []
     for entries in (rows, targets):
         if entries:
             table = Table(*entries[0])
             for entry in entries:
-                table.add_row(*(_cell(value) for value in entry.values()))
+                table.add_row(*(cell(value) for value in entry.values()))
             console.print(table)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "[bold red]no[/]"
+    if value is None:
+        return ""
     if isinstance(value, list):
-        return " to ".join(_cell(item) for item in value)
+        return " to ".join(cell(item) for item in value)
     return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
 
 

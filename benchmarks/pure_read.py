@@ -8,6 +8,7 @@ thread its own pieces or its share of the rows of all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,7 @@ def _eight(listed, i, last, stride):  # type: ignore[no-untyped-def]
     )
 
 
+@cache
 def reader(group: int, locality: int) -> Any:
     """A compiled function that reads all pieces. group: rows side by side, 1 or 8."""
     touch, rows_from = _toucher(locality), _one if group == 1 else _eight

@@ -45,7 +45,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 512,
         "num_hidden_layers": 3,
         "num_attention_heads": 8,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": 8,
         "vocab_size": 2048,
         "max_position_embeddings": 1024,
         "tie_word_embeddings": False,

@@ -26,7 +26,12 @@ from actkit.kernels.process import compiled
 from actkit.kernels.quantized import BLOCK
 from actkit.kernels.team import address_of, meet
 
-FLOAT32, BFLOAT16, INT8_RECORDS, INT4_RECORDS, INT8_GROUPS, INT4_GROUPS = range(6)  # how a matrix is stored
+# How a matrix is stored and multiplied: integers in records (scales per input) or in groups of inputs, with activations
+# in floats, or in fixed point (dots).
+FLOAT32, BFLOAT16 = range(2)
+INT8_RECORDS, INT4_RECORDS, INT8_GROUPS, INT4_GROUPS = range(2, 6)
+INT8_RECORD_DOTS, INT4_RECORD_DOTS, INT8_GROUP_DOTS, INT4_GROUP_DOTS = range(6, 10)
+KINDS = 10
 QKV, OUTPUT, GATE_UP, DOWN, HEAD = range(5)  # the products of a layer, and the last one
 DENSE, THRESHOLD, TOP_K = range(3)  # how inputs are selected
 SILU, RELU, GELU, GELU_TANH, RELU2 = range(5)
@@ -42,9 +47,9 @@ LAYER_FIELDS = 21
 
 
 class Formats(NamedTuple):
-    """Which formats occur: None for those that do not, which then are not compiled. Records and groups of integers:
-    the tuples of `multiply_records` for pieces and stored zeros. fixed: not None where
-    integer weights meet activations in fixed point."""
+    """Which formats occur: None for those that do not, which then are not compiled, else any tuple. pieces: of the
+    records that meet floats, the tuple of `multiply_records`. records_stored, groups_stored: not empty where zeros are
+    stored."""
 
     float32: Any
     bfloat16: Any
@@ -52,9 +57,13 @@ class Formats(NamedTuple):
     int4_records: Any
     int8_groups: Any
     int4_groups: Any
+    int8_record_dots: Any
+    int4_record_dots: Any
+    int8_group_dots: Any
+    int4_group_dots: Any
+    pieces: Any
     records_stored: Any
     groups_stored: Any
-    fixed: Any
 
 
 class Plan(NamedTuple):
@@ -87,8 +96,8 @@ class Work(NamedTuple):
     values, stage, scores, sums. Shared: partial [2, threads, width], mixed, hidden (all inputs of the output and down
     projections, where a selection ranks all of them), keys and values [layers, key-value heads, capacity, head size],
     logits (float32, the threads' shares one after another), finite (float32 [threads], not finite where a thread's
-    logits are not), counter, read (float64 [threads, 2]: inputs that were read, of how many, over selecting products).
-    The last five: each thread's `numba_integer.Scratch`."""
+    logits are not), counter, read (float64 [threads, 3]: bytes of rows that were read, of how many, over selecting
+    products; and over all). The last five: each thread's `numba_integer.Scratch`."""
 
     residual: np.ndarray
     normed: np.ndarray
@@ -244,142 +253,101 @@ def attend(query, keys, values, scaling, scores, out):  # type: ignore[no-untype
 
 
 @compiled()
-def product(row, indices, values, count, out, sums, batch, formats, scratch):  # type: ignore[no-untyped-def]
-    """All tiles of one matrix on the calling thread. row: int64 [FIELDS]; values: float32 [batch, in]; out: float32
-    [batch, tiles * tile]; scratch: `numba_integer.Scratch`."""
-    single, half, int8_records, int4_records, int8_groups, int4_groups, records, groups, fixed = formats
-    _product(
-        row,
-        indices,
-        values,
-        count,
-        out,
-        sums,
-        batch,
-        single,
-        half,
-        int8_records,
-        int4_records,
-        int8_groups,
-        int4_groups,
-        records,
-        groups,
-        fixed,
-        scratch,
-    )
+def product(row, indices, values, count, out, sums, formats, scratch):  # type: ignore[no-untyped-def]
+    """All tiles of one matrix on the calling thread. row: int64 [FIELDS]; values: float32 [1, in]; out: float32
+    [1, tiles * tile]; scratch: `numba_integer.Scratch`."""
+    _product(row, indices, values, count, out, sums, scratch, *formats)
 
 
 @compiled()
 def _product(  # type: ignore[no-untyped-def]
-    row,
-    indices,
-    values,
-    count,
-    out,
-    sums,
-    batch,
-    float32,
-    bfloat16,
-    int8_records,
-    int4_records,
-    int8_groups,
-    int4_groups,
-    records_stored,
-    groups_stored,
-    fixed,
-    scratch,
-):
+    row, indices, values, count, out, sums, scratch,
+    float32, bfloat16, int8_records, int4_records, int8_groups, int4_groups,
+    int8_record_dots, int4_record_dots, int8_group_dots, int4_group_dots, pieces, records_stored, groups_stored,
+):  # fmt: skip
     """With the formats as arguments: Numba leaves a branch out where an argument is None."""
-    kind, tiles, inputs, stride, tile = row[KIND], row[TILES], row[INPUTS], row[STRIDE], row[TILE]
-    rows = len(batch)
-    run = tile if rows == 1 else max(BLOCK, 6144 // rows // BLOCK * BLOCK)
+    kind, shape = row[KIND], (row[TILES], row[INPUTS], row[STRIDE])
+    rows = (row[TILES], row[INPUTS], row[TILE])
     if float32 is not None:  # noqa: SIM102
         if kind == FLOAT32:
-            single = carray(address_of(row[ADDRESS]), (tiles, inputs, tile), np.float32)
-            for t in range(tiles):
-                multiply_tile(single, t, indices, values, count, out, batch, run)
+            _floats(carray(address_of(row[ADDRESS]), rows, np.float32), indices, values, count, out)
     if bfloat16 is not None:  # noqa: SIM102
         if kind == BFLOAT16:
-            half = carray(address_of(row[ADDRESS]), (tiles, inputs, tile), np.uint16)
-            for t in range(tiles):
-                multiply_tile(half, t, indices, values, count, out, batch, run)
-    zero = np.float32(row[MIDDLE])
+            _floats(carray(address_of(row[ADDRESS]), rows, np.uint16), indices, values, count, out)
+    wide = carray(address_of(row[ADDRESS]), shape, np.int8)
+    narrow = carray(address_of(row[ADDRESS]), shape, np.uint8)
     if int8_records is not None:  # noqa: SIM102
         if kind == INT8_RECORDS:
-            wide = carray(address_of(row[ADDRESS]), (tiles, inputs, stride), np.int8)
-            if fixed is not None:
-                packed = (tile, np.int64(BLOCK), row[SCALES_AT], row[ZEROS_AT])
-                middle = np.int32(row[MIDDLE])
-                for t in range(tiles):
-                    record_dots(wide, t, indices, values, count, out, packed, middle, records_stored, scratch)
-            else:
-                shape = (tile, run, np.int64(BLOCK), row[SCALES_AT], row[ZEROS_AT])
-                for t in range(tiles):
-                    records_tile(
-                        wide, t, indices, values, count, out, shape, zero, batch, int8_records,
-                        records_stored,
-                    )  # fmt: skip
+            _records(wide, row, BLOCK, indices, values, count, out, pieces, records_stored)
     if int4_records is not None:  # noqa: SIM102
         if kind == INT4_RECORDS:
-            narrow = carray(address_of(row[ADDRESS]), (tiles, inputs, stride), np.uint8)
-            if fixed is not None:
-                packed = (tile, np.int64(BLOCK // 2), row[SCALES_AT], row[ZEROS_AT])
-                middle = np.int32(row[MIDDLE])
-                for t in range(tiles):
-                    record_dots(narrow, t, indices, values, count, out, packed, middle, records_stored, scratch)
-            else:
-                shape = (tile, run, np.int64(BLOCK // 2), row[SCALES_AT], row[ZEROS_AT])
-                for t in range(tiles):
-                    records_tile(
-                        narrow, t, indices, values, count, out, shape, zero, batch, int4_records,
-                        records_stored,
-                    )  # fmt: skip
+            _records(narrow, row, BLOCK // 2, indices, values, count, out, pieces, records_stored)
+    if int8_record_dots is not None:  # noqa: SIM102
+        if kind == INT8_RECORD_DOTS:
+            _record_dots(wide, row, BLOCK, indices, values, count, out, records_stored, scratch)
+    if int4_record_dots is not None:  # noqa: SIM102
+        if kind == INT4_RECORD_DOTS:
+            _record_dots(narrow, row, BLOCK // 2, indices, values, count, out, records_stored, scratch)
+    groups = (row[TILES], -(-row[INPUTS] // max(1, row[GROUP])), row[TILE])
+    scale = carray(address_of(row[SCALES]), groups, np.float32)
     if int8_groups is not None:  # noqa: SIM102
         if kind == INT8_GROUPS:
-            wide = carray(address_of(row[ADDRESS]), (tiles, inputs, stride), np.int8)
-            groups = -(-inputs // row[GROUP])
-            scale = carray(address_of(row[SCALES]), (tiles, groups, tile), np.float32)
-            zeros = carray(address_of(row[ZEROS]), (tiles, groups, stride), np.int8)
-            if fixed is not None:
-                packed = (tile, np.int64(BLOCK), row[GROUP])
-                for t in range(tiles):
-                    group_dots(
-                        wide, scale, zeros, t, indices, values, count, out, packed, zero, groups_stored,
-                        scratch,
-                    )  # fmt: skip
-            else:
-                shape = (tile, run, np.int64(BLOCK), row[GROUP])
-                for t in range(tiles):
-                    groups_tile(
-                        wide, scale, zeros, t, indices, values, count, out, sums[: rows * run], shape, zero, batch,
-                        groups_stored,
-                    )  # fmt: skip
+            zeros = carray(address_of(row[ZEROS]), (groups[0], groups[1], row[STRIDE]), np.int8)
+            _groups(wide, scale, zeros, row, BLOCK, indices, values, count, out, sums, groups_stored)
     if int4_groups is not None:  # noqa: SIM102
         if kind == INT4_GROUPS:
-            narrow = carray(address_of(row[ADDRESS]), (tiles, inputs, stride), np.uint8)
-            groups = -(-inputs // row[GROUP])
-            scale = carray(address_of(row[SCALES]), (tiles, groups, tile), np.float32)
-            zeros = carray(address_of(row[ZEROS]), (tiles, groups, stride), np.uint8)
-            if fixed is not None:
-                packed = (tile, np.int64(BLOCK // 2), row[GROUP])
-                for t in range(tiles):
-                    group_dots(
-                        narrow, scale, zeros, t, indices, values, count, out, packed, zero, groups_stored,
-                        scratch,
-                    )  # fmt: skip
-            else:
-                shape = (tile, run, np.int64(BLOCK // 2), row[GROUP])
-                for t in range(tiles):
-                    groups_tile(
-                        narrow, scale, zeros, t, indices, values, count, out, sums[: rows * run], shape, zero, batch,
-                        groups_stored,
-                    )  # fmt: skip
+            zeros = carray(address_of(row[ZEROS]), (groups[0], groups[1], row[STRIDE]), np.uint8)
+            _groups(narrow, scale, zeros, row, BLOCK // 2, indices, values, count, out, sums, groups_stored)
+    if int8_group_dots is not None:  # noqa: SIM102
+        if kind == INT8_GROUP_DOTS:
+            zeros = carray(address_of(row[ZEROS]), (groups[0], groups[1], row[STRIDE]), np.int8)
+            _group_dots(wide, scale, zeros, row, BLOCK, indices, values, count, out, groups_stored, scratch)
+    if int4_group_dots is not None:  # noqa: SIM102
+        if kind == INT4_GROUP_DOTS:
+            zeros = carray(address_of(row[ZEROS]), (groups[0], groups[1], row[STRIDE]), np.uint8)
+            _group_dots(narrow, scale, zeros, row, BLOCK // 2, indices, values, count, out, groups_stored, scratch)
     if row[BIAS] != 0:
         width = out.shape[1]
         bias = carray(address_of(row[BIAS]), (width,), np.float32)
-        for b in range(rows):
-            for c in range(width):
-                out[b, c] += bias[c]
+        for c in range(width):
+            out[0, c] += bias[c]
+
+
+@compiled()
+def _floats(weight, indices, values, count, out):  # type: ignore[no-untyped-def]
+    for t in range(weight.shape[0]):
+        multiply_tile(weight, t, indices, values, count, out, (0,), weight.shape[2])
+
+
+@compiled()
+def _records(weight, row, block_bytes, indices, values, count, out, pieces, stored):  # type: ignore[no-untyped-def]
+    shape = (row[TILE], row[TILE], np.int64(block_bytes), row[SCALES_AT], row[ZEROS_AT])
+    for t in range(weight.shape[0]):
+        records_tile(weight, t, indices, values, count, out, shape, np.float32(row[MIDDLE]), (0,), pieces, stored)
+
+
+@compiled()
+def _record_dots(weight, row, block_bytes, indices, values, count, out, stored, scratch):  # type: ignore[no-untyped-def]
+    shape = (row[TILE], np.int64(block_bytes), row[SCALES_AT], row[ZEROS_AT])
+    for t in range(weight.shape[0]):
+        record_dots(weight, t, indices, values, count, out, shape, np.int32(row[MIDDLE]), stored, scratch)
+
+
+@compiled()
+def _groups(weight, scale, zeros, row, block_bytes, indices, values, count, out, sums, stored):  # type: ignore[no-untyped-def]
+    shape = (row[TILE], row[TILE], np.int64(block_bytes), row[GROUP])
+    zero, own = np.float32(row[MIDDLE]), sums[: row[TILE]]
+    for t in range(weight.shape[0]):
+        groups_tile(weight, scale, zeros, t, indices, values, count, out, own, shape, zero, (0,), stored)
+
+
+@compiled()
+def _group_dots(weight, scale, zeros, row, block_bytes, indices, values, count, out, stored, scratch):  # type: ignore[no-untyped-def]
+    shape = (row[TILE], np.int64(block_bytes), row[GROUP])
+    for t in range(weight.shape[0]):
+        group_dots(
+            weight, scale, zeros, t, indices, values, count, out, shape, np.float32(row[MIDDLE]), stored, scratch
+        )
 
 
 @compiled()
@@ -428,6 +396,7 @@ def _stage(place, stage, thread, x, whole, out, plan, work, formats):  # type: i
         row = plan.products[p]
         if row[SHARES_SELECTION] == 0:
             count = select_inputs(row, plan.thresholds[p], x, whole, indices, values, work.everything)
+        work.read[thread, 2] += count * row[TILES] * row[STRIDE]
         if row[SELECT] != DENSE:
             work.read[thread, 0] += count * row[TILES] * row[STRIDE]
             work.read[thread, 1] += x.size * row[TILES] * row[STRIDE]
@@ -440,7 +409,6 @@ def _stage(place, stage, thread, x, whole, out, plan, work, formats):  # type: i
             count,
             out[at : at + width].reshape(1, -1),
             work.sums[thread],
-            (0,),
             formats,
             scratch,
         )
@@ -535,24 +503,16 @@ def _run(thread, threads, position, token, plan, work, formats):  # type: ignore
 
 @compiled(parallel=True)
 def _step(  # type: ignore[no-untyped-def]
-    threads,
-    position,
-    token,
-    plan,
-    work,
-    single,
-    half,
-    int8_records,
-    int4_records,
-    int8_groups,
-    int4_groups,
-    records,
-    groups,
-    fixed,
-):
+    threads, position, token, plan, work,
+    float32, bfloat16, int8_records, int4_records, int8_groups, int4_groups,
+    int8_record_dots, int4_record_dots, int8_group_dots, int4_group_dots, pieces, records_stored, groups_stored,
+):  # fmt: skip
     came = np.zeros(threads, np.uint8)
     for thread in prange(threads):
-        formats = (single, half, int8_records, int4_records, int8_groups, int4_groups, records, groups, fixed)
+        formats = (  # a tuple inside a tuple may not enter a parallel region
+            float32, bfloat16, int8_records, int4_records, int8_groups, int4_groups,
+            int8_record_dots, int4_record_dots, int8_group_dots, int4_group_dots, pieces, records_stored, groups_stored,
+        )  # fmt: skip
         came[thread] = _run(thread, threads, position, token, plan, work, formats)
     return came.all()
 

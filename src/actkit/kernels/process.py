@@ -22,7 +22,6 @@ from numba import njit
 _CONFIG: Any = numba.config  # untyped in Numba
 SMALL = 1 << 18  # bytes of weight; below, waking a second thread takes longer than its half of the work
 LOCK = threading.Lock()  # one kernel at a time: they share the cores anyway, and not every Numba layer is thread-safe
-_THREADS = threading.local()
 _started_in: int | None = None
 
 
@@ -112,7 +111,6 @@ def follow_torch_threads(nbytes: int) -> int:
             "start processes with multiprocessing's 'spawn' method."
         )
     threads = 1 if nbytes < SMALL else min(torch.get_num_threads(), _CONFIG.NUMBA_NUM_THREADS)
-    if getattr(_THREADS, "count", None) != threads:  # Numba keeps the number per thread, and so do we: slow to set
+    if numba.get_num_threads() != threads:  # Numba keeps the number per thread; anyone may have set it
         numba.set_num_threads(threads)
-        _THREADS.count = threads
     return threads

@@ -100,7 +100,7 @@ class Decoder:
         self.threads = min(torch.get_num_threads(), most_threads()) if threads is None else threads
         if not 1 <= self.threads <= most_threads():
             raise ValueError(f"threads: {threads} was given; give 1 to {most_threads()}, which can run side by side.")
-        self.model, self.position = model, 0
+        self.model, self.position, self._steps = model, 0, 0
         blocks = list(anatomy(model).blocks)
         first = blocks[0].attention
         assert first is not None
@@ -123,11 +123,11 @@ class Decoder:
                 for linear in linears:
                     _release(linear)  # type: ignore[arg-type]
 
-        self._matrices, table, places = tables.build(layers, packed_one, progress)
+        self._matrices, table, places = tables.build(layers, self.activations == "int16", packed_one, progress)
         thresholds, self._selections = tables.write_selections(self._matrices, table, places)
         embedded = self.embedding.view(torch.uint16) if self.embedding.dtype == torch.bfloat16 else self.embedding
         self._plan = steps.Plan(places, table, thresholds, embedded.numpy(), **others)
-        self._formats = tables.formats(table, self._matrices.weights, self.activations == "int16")
+        self._formats = tables.formats(table, self._matrices.weights)
         self._work = tables.memory(
             self._plan, self.threads, first.heads, first.key_value_heads, self.capacity, self.vocabulary
         )
@@ -150,12 +150,20 @@ class Decoder:
     @property
     def density(self) -> float | None:
         """Share of the weight bytes of selecting layers that was read by single steps since the last reset."""
-        read, of = self._work.read.sum(0)
+        read, of, _ = self._work.read.sum(0)
         return float(read / of) if of else None
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Bytes of weights that a single step read, the mean since the last reset; scales of groups of inputs too."""
+        if not self._steps:
+            return None
+        shared = sum(weight.nbytes - weight.buffer.nbytes for weight in self._matrices.weights)
+        return float(self._work.read[:, 2].sum()) / self._steps + shared
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self.position = 0
+        self.position = self._steps = 0
         self._work.read[:] = 0
 
     def follow_selections(self) -> None:
@@ -268,6 +276,7 @@ class Decoder:
                 f"threads: {self.threads} threads of the decoder did not run side by side; build it with fewer."
             )
         self.position += 1
+        self._steps += 1
 
     def _read(self, tokens: list[int]) -> None:
         embedded = self.embedding[torch.tensor(tokens)]

@@ -24,6 +24,12 @@ from actkit.kernels.team import line_padded
 from actkit.runtime.blocks import Product, Share, same_selection
 from actkit.runtime.shards import packed
 
+KINDS = {  # by whether scales belong to groups of inputs, and whether activations are in fixed point: 4 bits, 8 bits
+    (False, False): (steps.INT4_RECORDS, steps.INT8_RECORDS),
+    (False, True): (steps.INT4_RECORD_DOTS, steps.INT8_RECORD_DOTS),
+    (True, False): (steps.INT4_GROUPS, steps.INT8_GROUPS),
+    (True, True): (steps.INT4_GROUP_DOTS, steps.INT8_GROUP_DOTS),
+}
 ACTIVATIONS = ("float32", "int16")  # what integer weights are multiplied with
 LINE = 64  # bytes
 SUMS = 8 * 6144  # of the float kernels with groups of inputs: rows of x times columns
@@ -45,38 +51,42 @@ class Matrices:
 
 
 def choose_activations(wanted: str | None, products: Iterable[Product]) -> str:
-    """What integer weights are multiplied with. wanted: None for the best that machine and weights allow.
+    """What integer weights are multiplied with. wanted: None for fixed point where machine and weights allow it.
 
     Raises ValueError where they do not allow what is wanted.
     """
     if wanted is not None and wanted not in ACTIVATIONS:
         raise ValueError(f"activations: {wanted!r} was given; give {', '.join(ACTIVATIONS)}, or None.")
-    integer = [product.kind for product in products if product.kind.bits]
     reason = None
-    if not integer:
-        reason = "the model has no integer weights"
-    elif any(kind.axis == "output" and kind.group != BLOCK for kind in integer):
-        reason = f"scales per group of outputs need groups of whole {BLOCK} outputs"
+    if not any(_takes_dots(product) for product in products):
+        reason = f"the model has no integer weights in groups of inputs, or of whole {BLOCK} outputs per thread"
     elif not integer_dots.available():
         reason = "this processor has no products of bytes (AVX-512 VNNI)"
-    if wanted in (None, "float32"):
-        return "float32" if wanted or reason else "int16"
-    if reason is not None:
-        raise ValueError(f"activations: {wanted!r} was given, but {reason}; give 'float32', or None.")
-    return str(wanted)
+    if wanted is None:
+        return "float32" if reason else "int16"
+    if wanted == "int16" and reason:
+        raise ValueError(f"activations: 'int16' was given, but {reason}; give 'float32', or None.")
+    return wanted
+
+
+def _takes_dots(product: Product) -> bool:
+    """Whether a product can be computed in integers: `kernels.numba_integer` says of which weights."""
+    kind = product.kind
+    return bool(kind.bits) and (kind.axis == "input" or kind.group == BLOCK)
 
 
 def build(
-    layers: Sequence[Sequence[Share]], packed_one: Callable[[int], None], progress: bool = False
+    layers: Sequence[Sequence[Share]], fixed: bool, packed_one: Callable[[int], None], progress: bool = False
 ) -> tuple[Matrices, np.ndarray, np.ndarray]:
-    """Pack all products. layers: [layer, thread], the output layer last; packed_one: told each layer that is done.
+    """Pack all products. layers: [layer, thread], the output layer last; fixed: whether integer weights
+    meet activations in fixed point where they can; packed_one: told each layer that is done.
 
     Returns the matrices, the table int64 [products, FIELDS] and the layers' table int64 [threads, layers,
     LAYER_FIELDS].
     """
     products = [product for layer in layers for share in layer for stage in share.stages.values() for product in stage]
-    by_output = [product.kind for product in products if product.kind.axis == "output"]
-    piece = min((kind.group for kind in by_output), default=PIECES[-1])
+    floats = [product.kind for product in products if not (fixed and _takes_dots(product))]
+    piece = min((kind.group for kind in floats if kind.axis == "output"), default=PIECES[-1])
     zeros = {
         axis: any(product.kind.zeros for product in products if product.kind.axis == axis)
         for axis in ("output", "input", "")
@@ -98,8 +108,9 @@ def build(
                         weights.append(PackedWeight(torch.empty(0, 0, 0), 0))
                         biases.append(None)
                         continue
-                    weights.append(packed(product.part(), piece, zeros[product.kind.axis]))
-                    row, bias = _row(weights[-1], product)
+                    dots = fixed and _takes_dots(product)
+                    weights.append(packed(product.part(), BLOCK if dots else piece, zeros[product.kind.axis]))
+                    row, bias = _row(weights[-1], product, dots)
                     rows.append(row)
                     biases.append(bias)
             for place, value in share.places.items():
@@ -108,7 +119,7 @@ def build(
     return Matrices(tuple(found), tuple(weights), tuple(biases), []), np.array(rows, np.int64), places
 
 
-def _row(weight: PackedWeight | QuantizedWeight, product: Product) -> tuple[list[int], Tensor | None]:
+def _row(weight: PackedWeight | QuantizedWeight, product: Product, dots: bool) -> tuple[list[int], Tensor | None]:
     row = [0] * steps.FIELDS
     if isinstance(weight, PackedWeight):
         tiles, inputs, tile = weight.buffer.shape
@@ -117,8 +128,7 @@ def _row(weight: PackedWeight | QuantizedWeight, product: Product) -> tuple[list
     else:
         layout = weight.layout
         tiles, inputs, tile = layout.n_tiles, layout.in_features, layout.tile
-        kinds = (steps.INT4_GROUPS, steps.INT8_GROUPS) if layout.by_input else (steps.INT4_RECORDS, steps.INT8_RECORDS)
-        row[steps.KIND] = kinds[layout.stored_bits == 8]
+        row[steps.KIND] = KINDS[bool(layout.by_input), dots][layout.stored_bits == 8]
         row[steps.STRIDE], row[steps.MIDDLE] = layout.record_bytes, layout.middle
         row[steps.SCALES_AT], row[steps.ZEROS_AT], row[steps.GROUP] = layout.code_bytes, layout.zeros_at, layout.group
         if layout.by_input:
@@ -172,22 +182,21 @@ def write_selections(matrices: Matrices, table: np.ndarray, places: np.ndarray) 
     return thresholds, selections
 
 
-def formats(table: np.ndarray, weights: Sequence[PackedWeight | QuantizedWeight], fixed: bool) -> steps.Formats:
+def formats(table: np.ndarray, weights: Sequence[PackedWeight | QuantizedWeight]) -> steps.Formats:
     """Which formats there are, for the compiler."""
     kinds = set(table[table[:, steps.TILES] > 0][:, steps.KIND].tolist())
+    floats = [
+        weight.layout
+        for row, weight in zip(table, weights)
+        if row[steps.KIND] in (steps.INT8_RECORDS, steps.INT4_RECORDS) and isinstance(weight, QuantizedWeight)
+    ]
     layouts = [weight.layout for weight in weights if isinstance(weight, QuantizedWeight)]
-    by_output = [layout for layout in layouts if not layout.by_input]
-    pieces = (0,) * (BLOCK // by_output[0].piece) if by_output else ()
+    occurring = [(0,) if kind in kinds else None for kind in range(steps.KINDS)]
     return steps.Formats(
-        float32=(0,) if steps.FLOAT32 in kinds else None,
-        bfloat16=(0,) if steps.BFLOAT16 in kinds else None,
-        int8_records=pieces if steps.INT8_RECORDS in kinds else None,
-        int4_records=pieces if steps.INT4_RECORDS in kinds else None,
-        int8_groups=(0,) if steps.INT8_GROUPS in kinds else None,
-        int4_groups=(0,) if steps.INT4_GROUPS in kinds else None,
-        records_stored=(0,) * any(layout.zeros for layout in by_output),
-        groups_stored=(0,) * any(layout.zeros for layout in layouts if layout.by_input),
-        fixed=(0,) if fixed else None,
+        *occurring,
+        (0,) * (BLOCK // floats[0].piece) if floats else (),
+        (0,) * any(layout.zeros for layout in layouts if not layout.by_input),
+        (0,) * any(layout.zeros for layout in layouts if layout.by_input),
     )
 
 
@@ -266,7 +275,7 @@ def memory(
         logits=aligned(vocabulary, np.float32),
         finite=aligned(threads, np.float32),
         counter=aligned(LINE, np.int64),
-        read=np.zeros((threads, 2), np.float64),
+        read=np.zeros((threads, 3), np.float64),
         factors=aligned((threads, fixed.factors.size), fixed.factors.dtype),
         maxima=aligned((threads, fixed.maxima.size), fixed.maxima.dtype),
         units=aligned((threads, fixed.units.size), fixed.units.dtype),

@@ -1,0 +1,317 @@
+"""Decoding one token after another: actkit's decoder beside transformers, torchao, llama.cpp and OpenVINO.
+
+    make bench                                   # the environment of the peers, and this
+    python benchmarks/decode.py [--quick] [--shape 1.1B] [--json PATH|-]
+
+Random weights at a 1.1B and a 0.5B Llama shape, batch 1, two threads, a prompt of 128 random tokens. Each engine is a
+process of its own, with the environment that suits it (`decode_workers/`); in every round each runs once, in a new
+order, so that whatever disturbs the machine meets all alike. The processes of one round must fit into memory together,
+so there is a group with bf16 weights and one with integer weights; llama.cpp's Q4_0 is in both, and ratios are formed
+inside a group. llama.cpp runs with the better of mapped and unmapped memory, and of one thread and two.
+
+The masks of actkit's sparse rows are as good as random, at about the density they are named after: these rows say how
+fast it is, and nothing on quality, which `actkit optimize` measures. The yardstick is a pure read of the same rows, in
+the same round (`pure_read`). A peer that is not installed is a row that says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import common  # isort: skip
+import argparse
+import ast
+
+from rich.console import Console
+from rich.progress import track
+
+HERE = Path(__file__).parent
+PEERS = HERE.parent / ".venv-bench" / "bin" / "python"
+PROMPT = 128
+FULL = {"shapes": ("1.1B", "0.5B"), "rounds": 7, "tokens": 16}
+QUICK = {"shapes": ("tiny",), "rounds": 3, "tokens": 8}
+SPARSITIES = (0.0, 0.25, 0.5, 0.7)
+REFERENCE = "llama.cpp Q4_0"
+
+
+@dataclass
+class Engine:
+    """A worker process and what was measured of it. rows: label -> settings of its rounds."""
+
+    label: str
+    script: str
+    variant: str
+    rows: dict[str, dict[str, Any]]
+    own: bool = False
+    about: str = ""
+    missing: str = ""
+    loaded: dict[str, Any] = field(default_factory=dict)
+    found: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    yardsticks: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    resident: int = 0
+    process: Any = None
+
+    def start(self, shape: str, threads: int, folder: str) -> None:
+        """Start and load; where that fails, `missing` says why."""
+        python = sys.executable if self.own else str(PEERS)
+        if not Path(python).exists():
+            self.missing = "its environment is not there; run make bench"
+            return
+        script = HERE / "decode_workers" / f"{self.script}.py"
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
+        self.process = subprocess.Popen(
+            [python, str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            env={**environment, **_environment_of(script)},
+            text=True,
+        )
+        try:
+            self.loaded = self.ask("load", shape=shape, variant=self.variant, threads=threads, folder=folder)
+        except RuntimeError as error:
+            self.missing = str(error)
+            self.stop()
+
+    def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
+        self.process.stdin.write(json.dumps({"do": what, **arguments}) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"it died: {self._last_words()}")
+        reply = json.loads(line)
+        if "error" in reply:
+            raise RuntimeError(reply["error"])
+        return reply["ok"]
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def _last_words(self) -> str:
+        self.log.seek(0)
+        return " ".join(self.log.read().decode(errors="replace").split())[-300:]
+
+
+def _environment_of(script: Path) -> dict[str, str]:
+    """The worker's ENVIRONMENT, read from its source, as it cannot be imported here."""
+    for node in ast.parse(script.read_text(encoding="utf-8")).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(getattr(target, "id", None) == "ENVIRONMENT" for target in targets):
+            return ast.literal_eval(node.value)  # type: ignore[attr-defined]
+    return {}
+
+
+def engines(quick: bool) -> list[list[Engine]]:
+    """The groups of engines that are measured together."""
+
+    def llama_cpp(kind: str) -> Engine:
+        label = f"llama.cpp {kind.upper() if kind != 'bf16' else kind}"
+        return Engine(label, "llama_cpp_worker", kind, {label: {}})
+
+    def actkit(kind: str) -> Engine:
+        rows = {
+            f"actkit {kind}, {f'{sparsity:.0%} dropped' if sparsity else 'dense'}": {"sparsity": sparsity}
+            for sparsity in ((0.0, 0.5) if quick else SPARSITIES)
+        }
+        return Engine(f"actkit {kind}", "actkit_worker", kind, rows, own=True)
+
+    def peer(label: str, script: str, variant: str) -> Engine:
+        return Engine(label, script, variant, {label: {}})
+
+    eager = peer("transformers bf16, eager", "torch_worker", "eager")
+    if quick:
+        return [[llama_cpp("q4_0"), eager, actkit("bf16"), actkit("int4")]]
+    bf16 = [
+        llama_cpp("q4_0"),
+        llama_cpp("bf16"),
+        eager,
+        peer("transformers bf16, torch.compile", "torch_worker", "compile"),
+        actkit("bf16"),
+    ]
+    integer = [
+        llama_cpp("q4_0"),
+        llama_cpp("q8_0"),
+        peer("torchao int8", "torch_worker", "int8"),
+        peer("torchao int4", "torch_worker", "int4"),
+        peer("OpenVINO int8", "openvino_worker", "int8"),
+        peer("OpenVINO int4", "openvino_worker", "int4"),
+        actkit("int8"),
+        actkit("int4"),
+    ]
+    return [bf16, integer]
+
+
+def measure_group(group: list[Engine], shape: str, threads: int, rounds: int, tokens: int, folder: str) -> None:
+    """Load all engines of a group, then let them take turns."""
+    console = Console(stderr=True)
+    try:
+        for engine in track(group, f"{shape}: loading", console=console, transient=True):
+            if engine.script == "llama_cpp_worker":
+                _start_best(engine, shape, threads, tokens, folder)
+            else:
+                engine.start(shape, threads, folder)
+        turns = [(engine, label) for engine in group if not engine.missing for label in engine.rows]
+        shuffle = Random(0).shuffle
+        for number in track(range(rounds + 1), f"{shape}: measuring", console=console, transient=True):
+            shuffle(turns)
+            for engine, label in turns:
+                settings = engine.rows[label]
+                measured = engine.ask("round", prompt=PROMPT, tokens=tokens, **settings)
+                if number:  # the first round warms up
+                    engine.found.setdefault(label, []).append(measured)
+                if engine.own:
+                    read = engine.ask("yardstick", **settings)
+                    if number:
+                        engine.yardsticks.setdefault(label, []).append(read)
+        for engine in group:
+            if not engine.missing:
+                engine.resident = engine.ask("memory")["resident_bytes"]
+    finally:
+        for engine in group:
+            engine.stop()
+
+
+def _start_best(engine: Engine, shape: str, threads: int, tokens: int, folder: str) -> None:
+    """llama.cpp with the better of memory mapping on and off, and of one thread and all."""
+    kind = engine.variant
+    rates: dict[tuple[str, int], float] = {}
+    for variant in (kind, f"{kind}-mapped"):
+        engine.variant = variant
+        engine.start(shape, threads, folder)
+        if engine.missing:
+            return
+        for count in sorted({1, threads}):
+            for _ in range(2):  # the first warms up
+                seconds = engine.ask("round", prompt=PROMPT, tokens=2 * tokens, threads=count)["token_seconds"]
+            rates[variant, count] = 1 / median(seconds)
+        engine.stop()
+    engine.variant, count = max(rates, key=lambda found: rates[found])
+    engine.rows = {label: {"threads": count} for label in engine.rows}
+    engine.start(shape, threads, folder)
+    tried = ", ".join(f"{'mapped' if 'mapped' in v else 'read'} {n} thr. {rate:.1f}" for (v, n), rate in rates.items())
+    engine.about = f"tokens/s tried: {tried}; {engine.loaded.get('system', '')}"
+
+
+def rows_of(group: list[Engine], shape: str) -> list[dict[str, Any]]:
+    """One row per engine and setting."""
+    reference = next(engine for engine in group if engine.label == REFERENCE)
+    against = [median(found["token_seconds"]) for found in reference.found.get(REFERENCE, [])]
+    rows = []
+    for engine in group:
+        for label in engine.rows:
+            if engine.missing:
+                rows.append({"shape": shape, "row": label, "missing": engine.missing})
+                continue
+            rounds = engine.found[label]
+            seconds = [median(found["token_seconds"]) for found in rounds]
+            nbytes = rounds[-1].get("bytes_per_token", engine.loaded["bytes_per_token"])
+            row = {
+                "shape": shape,
+                "row": label,
+                "tokens/s": 1 / median(seconds),
+                "deciles": [round(value, 1) for value in common.spread([1 / value for value in seconds])],
+                "first token s": median(found["first_token_seconds"] for found in rounds),
+                "MB/token": nbytes / 1e6,
+                "GB/s": nbytes / median(seconds) / 1e9,
+                "of the pure read": None,
+                "resident GB": engine.resident / 1e9,
+                "x Q4_0": common.ratio(against, seconds)["ratio"] if against else None,
+                "x Q4_0, deciles": common.ratio(against, seconds)["deciles"] if against else None,
+                "density": rounds[-1].get("density"),
+                "seconds": seconds,
+                "about": f"{engine.loaded['about']}{'; ' + engine.about if engine.about else ''}",
+                "versions": engine.loaded["versions"],
+            }
+            if label in engine.yardsticks:
+                reads = [read["seconds"] for read in engine.yardsticks[label]]
+                row["of the pure read"] = common.ratio(reads, seconds)["ratio"]
+                row["pure read GB/s"] = median(read["gigabytes_per_second"] for read in engine.yardsticks[label])
+                row["pure read"] = engine.yardsticks[label][-1]["way"]
+            rows.append(row)
+    return rows
+
+
+def targets_of(rows: list[dict[str, Any]], shape: str) -> list[dict[str, Any]]:
+    """What was set before the run, at one shape; a row that is missing has no target."""
+    by_name = {row["row"]: row for row in rows if row["shape"] == shape and "missing" not in row}
+    found = []
+
+    def compare(name: str, row: str, other: str, bound: float) -> None:
+        if row in by_name and other in by_name:
+            value = median(by_name[other]["seconds"]) / median(by_name[row]["seconds"])
+            found.append(common.target(f"{shape}: {name}", value, at_least=bound))
+
+    for kind in ("bf16", "int8", "int4"):
+        dense = f"actkit {kind}, dense"
+        for row in by_name:
+            if row.startswith(f"actkit {kind}"):
+                value = by_name[row]["of the pure read"]
+                found.append(common.target(f"{shape}: {row}, of the pure read", value, at_least=0.75))
+        compare(f"{kind}, 50 % over own dense", f"actkit {kind}, 50% dropped", dense, 1.15)
+        compare(f"{kind}, 70 % over own dense", f"actkit {kind}, 70% dropped", dense, 1.6)
+    for other, kind, bounds in ((REFERENCE, "int4", (1.0, 1.25, 1.7)), ("llama.cpp bf16", "bf16", (0.8, 1.15, 1.7))):
+        for share, bound in zip(("dense", "50% dropped", "70% dropped"), bounds):
+            compare(f"{kind}, {share}, over {other}", f"actkit {kind}, {share}", other, bound)
+    compare("int4, 50 % over llama.cpp Q4_0, the aim beyond", "actkit int4, 50% dropped", REFERENCE, 2.0)
+    eager = by_name.get("transformers bf16, eager")
+    if eager and "actkit bf16, dense" in by_name:
+        value = eager["first token s"] / by_name["actkit bf16, dense"]["first token s"]
+        found.append(common.target(f"{shape}: prompt of {PROMPT}, bf16, over transformers", value, at_least=1.0))
+    return found
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--quick", action="store_true", help="a tiny shape and few rows, under a minute; no targets")
+    parser.add_argument("--shape", choices=FULL["shapes"], help="only this one; the recorded result is left alone")
+    parser.add_argument("--json", metavar="PATH", help="also write the result to PATH, or to standard output for '-'")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--folder", help="where GGUF files are kept between runs (7 GB); a temporary one otherwise")
+    chosen = parser.parse_args(arguments)
+    setting: dict[str, Any] = QUICK if chosen.quick else FULL
+    shapes = (chosen.shape,) if chosen.shape else setting["shapes"]
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for shape in shapes:
+            for group in engines(chosen.quick):
+                folder = chosen.folder or temporary
+                measure_group(group, shape, chosen.threads, setting["rounds"], setting["tokens"], folder)
+                rows += rows_of(group, shape)
+    targets = [] if chosen.quick else [found for shape in shapes for found in targets_of(rows, shape)]
+    return common.report("decode", rows, targets, chosen, keep=not (chosen.quick or chosen.shape), show=show)
+
+
+def show(console: Console, rows: list[dict[str, Any]]) -> None:
+    """The table of each shape."""
+    from rich.table import Table
+
+    names = ("tokens/s", "deciles", "first token s", "MB/token", "GB/s", "of the pure read", "resident GB", "x Q4_0")
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        table = Table("engine", *names, title=f"{shape} parameters", title_justify="left")
+        for row in rows:
+            if row["shape"] != shape:
+                continue
+            if "missing" in row:
+                table.add_row(row["row"], "missing", row["missing"][:60])
+            else:
+                table.add_row(row["row"], *(common.cell(row[name]) for name in names))
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()
