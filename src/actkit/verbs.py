@@ -268,10 +268,13 @@ def generate(
     seed: int = 0,
     stop: tuple[str, ...] = (),
     tokenizer: Any = None,
+    announce: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Iterator[str]:
     """Text that goes on from the prompt, piece by piece. options: of `open_model`.
 
+    On the CPU a decoder writes where it takes the model, else transformers; announce is told which, and why not a
+    decoder. Each call packs the weights anew: for many texts make a `runtime.decoder.Decoder` once.
     Raises DataError without a tokenizer, and what `core.generation.generate` raises.
     """
     from actkit.core.generation import generate as write
@@ -290,6 +293,8 @@ def generate(
         top_p=top_p,
         seed=seed,
         stop=stop,
+        announce=announce,
+        decode_only=not isinstance(model, nn.Module),
     )
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import actkit
 from actkit.cli.main import main
@@ -76,7 +76,34 @@ def test_apply_saves_what_show_and_evaluate_read(run, folder, recipe, tmp_path):
     assert measured["cost"]["bytes_per_token"] < measured["original_cost"]["bytes_per_token"]
     assert measured["cost"]["density"] == pytest.approx(0.6, abs=0.1)
     code, text, _ = run("generate", out, "The", "--max-new-tokens", 5, "--json")
-    assert code == 0 and isinstance(json.loads(text)["text"], str)
+    written = json.loads(text)
+    assert code == 0 and isinstance(written["text"], str) and written["engine"].startswith("decoder, ")
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("models") / "gpt2"
+    GPT2LMHeadModel(GPT2Config(vocab_size=2048, n_embd=16, n_layer=1, n_head=2, n_positions=64)).save_pretrained(path)
+    actkit.load_tokenizer("swiglu").save_pretrained(path)
+    return path
+
+
+def test_generate_says_which_engine_wrote(run, folder, gpt2):
+    arguments = ("The", "--max-new-tokens", 6, "--threads", 1)
+    code, text, err = run("generate", folder, *arguments)
+    assert code == 0 and "engine: decoder, 1 thread" in err and "engine" not in text
+    code, found, err = run("generate", folder, *arguments, "--json")
+    assert code == 0 and "engine" not in err
+    assert json.loads(found) == {"prompt": "The", "text": text[:-1], "engine": "decoder, 1 thread"}
+    drawn = [run("generate", folder, *arguments, "--temperature", 1.5, "--seed", seed)[1] for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+    why = "transformers (its model_type is 'gpt2'; the decoder takes llama, mistral, qwen2, qwen3)"
+    code, text, err = run("generate", gpt2, *arguments)
+    assert code == 0 and f"engine: {why}" in err and "engine" not in text
+    code, found, _ = run("generate", gpt2, *arguments, "--json")
+    assert code == 0 and json.loads(found) == {"prompt": "The", "text": text[:-1], "engine": why}
 
 
 def test_the_plan_is_told_before_work(run, folder, recipe, tmp_path):
@@ -118,6 +145,8 @@ def test_papers(run):
         ),
         (["evaluate", "FOLDER", "--dtype", "int3"], "allowed are float32, bfloat16 and float16"),
         (["generate", "vit", "Hello"], "tokenizer"),
+        (["generate", "FOLDER", "Hello", "--max-new-tokens", "100"], "exceed the model's context of 64"),
+        (["generate", "FOLDER", "Hello", "--top-k", "3"], "top_k: 3 was given with temperature 0"),
         (["papers", "--family", "nothing"], "family: 'nothing' is not known"),
         (["reproduce", "nothing"], "'nothing' is not in the catalogue"),
         (["reproduce", "cats"], "cats"),

@@ -4,6 +4,7 @@ import io
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_a_model_alone_and_one_that_equals_its_original():
     alone = evaluate(model, data, resamples=50)
     assert alone.quality.loss is None and alone.original_cost is None
     assert alone.generation.passed and alone.generation.agreeing_prefix is None
-    assert "of the original" not in shown(alone)
+    assert "of the original" not in shown(alone) and "speed through" not in shown(alone)
     same = evaluate(model, iter(list(data)), reference=model, resamples=50)
     assert same.quality.loss == Estimate(0, 0, 0) and same.generation.agreeing_prefix == 32
     assert same.cost == same.original_cost and same.fingerprint is None and same.data == "given batches"
@@ -129,7 +130,7 @@ def test_memory_in_a_fresh_process(tmp_path):
 def fake_speed(rate, ratio, peak):
     first = Estimate(0.25 / rate, 0.2 / rate, 0.3 / rate)
     estimate = Estimate(rate, 0.9 * rate, 1.1 * rate)
-    return Speed("decode", "tokens/s", estimate, first, ratio, peak, 1, 16, 8, 2, "float32", 3)
+    return Speed("decode", "tokens/s", estimate, first, ratio, peak, 1, 16, 8, 2, "float32", 3, 0, "decoder")
 
 
 def test_speed_is_timed_in_turns_with_the_original(tmp_path, monkeypatch):
@@ -168,9 +169,12 @@ def test_speed_is_timed_in_turns_with_the_original(tmp_path, monkeypatch):
         "ms to the first token",
         "1.67 (1.33 to 2)",
         "80.0%",
+        "speed through decoder; ",
     ):
         assert part in text, part
-    json.dumps(both.to_dict(), allow_nan=False)
+    assert json.loads(json.dumps(both.to_dict(), allow_nan=False))["speed"]["engine"] == "decoder"
+    other = replace(both, speed=replace(both.speed, engine="transformers", engine_reason="its model_type is 'gpt2'"))
+    assert "speed through transformers (its model_type is 'gpt2'); " in shown(other, 120)
     alone = evaluate(model, data, folder=str(tmp_path / "two"), speed=True, resamples=50)
     assert list(calls.pop()[0]) == ["changed"] and alone.original_speed is None
     assert "150 (135 to 165)" in shown(alone)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from actkit.core import changes
 from actkit.core.checkpoint import save
@@ -138,8 +138,14 @@ def test_decoding_equals_the_whole_sequence_again(worker: FreshProcess, folder: 
     sparse = select_inputs(llama(), 0.2)
     for model, path, packed in ((llama(), folder, 0), (sparse, save(sparse, tmp_path / "sparse"), 4)):
         assert worker.load(path, decode=True)["packed"] == packed
-        assert worker.pack() == packed
+        assert worker.pack() == {
+            "engine": "transformers",
+            "reason": "it was not asked for",
+            "threads": worker.threads,
+            "packed": packed,
+        }
         timed = worker.time_decode(ids, 6)
+        assert timed["engine"] == "transformers"
         sequence: Tensor = ids
         with torch.no_grad():
             for _ in range(6):
@@ -150,6 +156,41 @@ def test_decoding_equals_the_whole_sequence_again(worker: FreshProcess, folder: 
         assert timed["tokens_per_second"] == pytest.approx(2 * 5 / sum(timed["token_seconds"]))
     with pytest.raises(ValueError, match="new_tokens: 1 was given"):
         worker.time_decode(ids, 1)
+
+
+def test_one_row_decodes_through_a_decoder(worker: FreshProcess, folder: Path, tmp_path: Path) -> None:
+    ids = torch.randint(VOCABULARY, (1, 5))
+    sparse = select_inputs(llama(), 0.2)
+    for model, path in ((llama(), folder), (sparse, save(sparse, tmp_path / "sparse"))):
+        worker.load(path, decode=True)
+        packed = worker.pack(capacity=11)
+        assert (packed["engine"], packed["reason"], packed["packed"]) == ("decoder", "", 0)
+        assert 1 <= packed["threads"] <= worker.threads
+        sequence: Tensor = ids
+        with torch.no_grad():
+            for _ in range(6):
+                following = model(input_ids=sequence, use_cache=False).logits[:, -1].argmax(-1)
+                sequence = torch.cat([sequence, following[:, None]], dim=1)
+        for _ in range(2):  # the second round starts anew
+            timed = worker.time_decode(ids, 6)
+            assert timed["engine"] == "decoder" and timed["tokens"] == sequence[:, 5:].tolist()
+            assert timed["first_token_seconds"] > 0 and len(timed["token_seconds"]) == 5
+            assert timed["tokens_per_second"] == pytest.approx(5 / sum(timed["token_seconds"]))
+        assert timed["compiled"] is False  # which is done once
+    assert worker.time_decode(ids.repeat(2, 1), 3)["engine"] == "transformers"
+    with pytest.raises(FreshProcessError, match="capacity: the cache holds 11 tokens"):
+        worker.time_decode(ids, 9)
+    worker.load(folder)
+    assert worker.time_decode(ids, 3)["engine"] == "transformers"  # a load drops the decoder
+
+
+def test_why_there_is_no_decoder(worker: FreshProcess, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=32))
+    worker.load(save(gpt2, tmp_path / "gpt2"))
+    packed = worker.pack(capacity=8)
+    assert packed["engine"] == "transformers" and "its model_type is 'gpt2'" in packed["reason"]
+    assert worker.time_decode(torch.ones(1, 3, dtype=torch.int64), 3)["engine"] == "transformers"
 
 
 def test_the_peak_is_that_since_the_load(worker: FreshProcess, cnn: tuple[nn.Module, Path]) -> None:

@@ -27,9 +27,10 @@ from transformers import (
 )
 
 from actkit import zoo
-from actkit.core import generation
+from actkit.core import decoding, generation
 from actkit.core.errors import DataError, NonFiniteError, UnsupportedModelError
 from actkit.core.generation import check_generation, distribution, end_tokens, generate, generate_ids
+from actkit.runtime.decoder import Decoder
 
 SMALL = {"vocab_size": 61, "bos_token_id": None, "eos_token_id": None, "initializer_range": 0.5}
 LLAMA = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2} | SMALL
@@ -82,9 +83,13 @@ def test_greedy_text_of_the_zoo(swiglu, dtype):
         ids = tokenizer(prompt)["input_ids"]
         expected = peer(model, ids, 40)
         assert list(generate_ids(model, ids, max_new_tokens=40)) == expected
-        pieces = list(generate(model, tokenizer, prompt, max_new_tokens=40))
-        assert "".join(pieces) == tokenizer.decode(expected, skip_special_tokens=True)
+        engine = []
+        pieces = list(generate(model, tokenizer, prompt, max_new_tokens=40, announce=engine.append))
         assert len(pieces) > 5 and all(pieces)
+        assert len(engine) == 1 and engine[0].startswith("decoder, ")
+        if dtype == torch.bfloat16:  # which the decoder rounds less often than transformers
+            expected = list(Decoder(model).generate(ids, max_new_tokens=40))
+        assert "".join(pieces) == tokenizer.decode(expected, skip_special_tokens=True)
 
 
 def test_it_ends_where_transformers_ends():
@@ -318,6 +323,79 @@ def test_a_tokenizer_without_an_end():
     prompt = tokenizer("an end")["input_ids"]
     whole = tokenizer.decode(prompt + ids)
     assert "an end" + "".join(generate(model, tokenizer, "an end", max_new_tokens=20)) == whole
+
+
+# -- through a decoder, and through transformers -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_decoders(monkeypatch):
+    monkeypatch.setattr(decoding.registry, "decoder_names", list)
+
+
+def test_what_is_drawn_does_not_depend_on_the_engine(swiglu, request):
+    model, tokenizer = swiglu
+    settings = [{"temperature": 1.0, "seed": 3}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 1}, {}]
+
+    def write():
+        return ["".join(generate(model, tokenizer, "Return the", max_new_tokens=30, **each)) for each in settings]
+
+    decoded = write()
+    assert len(set(decoded)) == 3
+    request.getfixturevalue("without_decoders")
+    assert write() == decoded
+
+
+def test_the_engine_is_announced_before_the_first_token(swiglu):
+    class Spelled:  # a tokenizer of 61 letters
+        eos_token_id = None
+
+        def __call__(self, text, **_):
+            return {"input_ids": [ord(each) - 64 for each in text]}
+
+        def decode(self, ids, **_):
+            return "".join(chr(each + 64) for each in ids)
+
+    engine = []
+    pieces = generate(small("gpt2"), Spelled(), "AB", max_new_tokens=5, announce=engine.append)
+    assert engine == ["transformers (its model_type is 'gpt2'; the decoder takes llama, mistral, qwen2, qwen3)"]
+    assert "".join(pieces) == Spelled().decode(peer(small("gpt2"), [1, 2], 5))
+    with pytest.raises(DataError, match="context of 64"):
+        generate(small(), Spelled(), "AB", max_new_tokens=63, announce=engine.append)
+    with pytest.raises(UnsupportedModelError, match="does not write text"):
+        generate(nn.Linear(2, 2), Spelled(), "AB", announce=engine.append)
+    assert len(engine) == 1
+
+
+def test_interrupted_inside_the_decoder(swiglu, monkeypatch):
+    model, tokenizer = swiglu
+    whole = "".join(generate(model, tokenizer, "Return the", max_new_tokens=12))
+    calls, call = itertools.count(), Decoder.__call__
+
+    def interrupt(self, new):
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return call(self, new)
+
+    monkeypatch.setattr(Decoder, "__call__", interrupt)
+    found = []
+    with pytest.raises(KeyboardInterrupt):
+        for piece in generate(model, tokenizer, "Return the", max_new_tokens=12):
+            found.append(piece)
+    assert found and whole.startswith("".join(found)) and torch.is_grad_enabled()
+    assert "".join(generate(model, tokenizer, "Return the", max_new_tokens=12)) == whole
+
+
+def test_a_vocabulary_that_is_wider_than_the_embedding_through_a_decoder():
+    model = small()
+    model.lm_head = nn.Linear(24, 80, bias=False)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[70] = model(torch.tensor([[3, 5]]), output_hidden_states=True).hidden_states[-1][0, -1]
+    steps = generate_ids(model, [3, 5], max_new_tokens=4, decoder=Decoder(model))
+    assert next(steps) == 70
+    with pytest.raises(UnsupportedModelError, match="chose token 70, but embeds 0 to 60"):
+        next(steps)
 
 
 # -- the model stays as it was -----------------------------------------------------------------------------------------

@@ -50,29 +50,35 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 class Scripted:
-    """Stands for FreshProcess: `rates` says what each round of a folder measures."""
+    """Stands for FreshProcess: `rates` says what each round of a folder measures, `refused` why a decoder does not take
+    it, and the first round of each folder in `cold` compiles."""
 
     takes: ClassVar[Inputs] = Inputs(50, 64, None, ("input_ids",), causal=True)
     rates: ClassVar[dict[str, list[float]]] = {}
     calls: ClassVar[list[tuple[str, tuple[int, ...], int]]] = []
+    packs: ClassVar[list[tuple[str, int | None]]] = []
+    refused: ClassVar[dict[str, str]] = {}
+    cold: ClassVar[set[str]] = set()
     open: ClassVar[int] = 0
 
     def __init__(self, threads: int | None = None) -> None:
-        self.threads = threads or 7
+        self.threads, self.closed = threads or 7, False
+        Scripted.open += 1
 
-    def __enter__(self) -> Scripted:
-        type(self).open += 1
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        type(self).open -= 1
+    def close(self) -> None:
+        Scripted.open -= not self.closed
+        self.closed = True
 
     def load(self, folder: Path, dtype: Any = None, **_: Any) -> dict[str, Any]:
         self.name, self.round = folder.name, 0
         return {"inputs": self.takes.to_dict(), "threads": self.threads, "dtype": dtype or "float32"}
 
-    def pack(self) -> int:
-        return 3
+    def pack(self, capacity: int | None = None) -> dict[str, Any]:
+        self.packs.append((self.name, capacity))
+        reason = "it was not asked for" if capacity is None else self.refused.get(self.name, "")
+        if reason:
+            return {"engine": "transformers", "reason": reason, "threads": self.threads, "packed": 3}
+        return {"engine": "decoder", "reason": "", "threads": 2, "packed": 0}
 
     def _next(self, shape: tuple[int, ...], new_tokens: int) -> float:
         self.calls.append((self.name, shape, new_tokens))
@@ -81,7 +87,9 @@ class Scripted:
 
     def time_decode(self, input_ids: Tensor, new_tokens: int) -> dict[str, Any]:
         rate = self._next(tuple(input_ids.shape), new_tokens)
-        return {"tokens_per_second": rate, "first_token_seconds": 10 / rate}
+        compiled = self.name in self.cold
+        self.cold.discard(self.name)
+        return {"tokens_per_second": rate, "first_token_seconds": 10 / rate, "compiled": compiled}
 
     def time_forward(self, batch: Any, at_least: float) -> float:
         assert at_least == speed.FORWARD_SECONDS
@@ -95,7 +103,8 @@ class Scripted:
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Path]:
     monkeypatch.setattr(speed, "FreshProcess", Scripted)
-    monkeypatch.setattr(Scripted, "calls", [])
+    for name, empty in (("calls", []), ("packs", []), ("refused", {}), ("cold", set())):
+        monkeypatch.setattr(Scripted, name, empty)
     rates = {"a": [1e9, 10.0, 20.0, 40.0], "b": [1e-9, 11.0, 24.0, 44.0], "c": [5.0, 5.0, 5.0, 5.0]}
     monkeypatch.setattr(Scripted, "rates", rates)
     for name in rates:
@@ -119,8 +128,47 @@ def test_rounds_rotate_and_ratios_are_paired(scripted: dict[str, Path]) -> None:
     assert a.first_token_seconds is not None and a.first_token_seconds.value == 0.5
     assert (a.kind, a.unit, a.rounds, a.threads, a.dtype, a.packed) == ("decode", "tokens/s", 3, 7, "bfloat16", 3)
     assert (a.batch, a.prompt, a.new_tokens, a.peak_bytes) == (2, 9, 4, 1004)
+    assert Scripted.packs == [("a", None), ("b", None), ("c", None)]
+    assert (a.engine, a.engine_reason) == ("transformers", "2 rows at a time, where a decoder takes one")
     content = b.to_dict()
-    assert content["ratio"] == b.ratio.to_dict() and content["unit"] == "tokens/s" and len(content) == 13
+    assert content["ratio"] == b.ratio.to_dict() and content["unit"] == "tokens/s" and len(content) == 15
+    assert (content["engine"], content["engine_reason"]) == ("transformers", a.engine_reason)
+
+
+def test_one_row_goes_through_the_decoder(scripted: dict[str, Path]) -> None:
+    found = measure_speed(scripted, batch=1, prompt=9, new_tokens=4, rounds=3, progress=False)
+    assert Scripted.packs == [("a", 13), ("b", 13), ("c", 13)] and Scripted.open == 0
+    for each in found.values():
+        assert (each.engine, each.engine_reason, each.through, each.threads) == ("decoder", "", "decoder", 2)
+        assert each.packed == 0
+    Scripted.packs.clear()
+    many = measure_speed(scripted, batch=3, prompt=9, new_tokens=4, rounds=3, progress=False)["a"]
+    assert Scripted.packs == [] and (many.packed, many.engine) == (0, "transformers")  # no kernel of ours either
+
+
+def test_a_ratio_never_compares_engines(scripted: dict[str, Path]) -> None:
+    Scripted.refused["b"] = "it has a low-rank correction"
+    found = measure_speed(scripted, batch=1, prompt=9, new_tokens=4, rounds=3, progress=False)
+    assert Scripted.packs == [("a", 13), ("b", 13), ("c", 13), ("a", None), ("b", None), ("c", None)]
+    assert Scripted.open == 0 and {each.engine for each in found.values()} == {"transformers"}
+    assert found["b"].engine_reason == "it has a low-rank correction"
+    for name in "ac":
+        assert found[name].engine_reason == "the decoder does not take 'b': it has a low-rank correction"
+    assert found["a"].through == "transformers (the decoder does not take 'b': it has a low-rank correction)"
+    Scripted.refused.update(a="no", c="no")
+    Scripted.packs.clear()
+    measure_speed(scripted, batch=1, prompt=9, new_tokens=4, rounds=3, progress=False)
+    assert len(Scripted.packs) == 3  # all are alike, so nothing is started again
+
+
+def test_a_process_that_compiled_is_not_measured(scripted: dict[str, Path]) -> None:
+    Scripted.cold |= {"a", "c"}
+    found = measure_speed(scripted, batch=1, prompt=9, new_tokens=4, rounds=3, progress=False)
+    order = "".join(name for name, _, _ in Scripted.calls)
+    assert order == "ccaab" + "abc" + "bca" + "cab" and Scripted.open == 0
+    assert [name for name, _ in Scripted.packs] == ["a", "b", "c", "c", "a"]
+    assert [each.rate.value for each in found.values()] == [20, 24, 5]
+    assert {each.peak_bytes for each in found.values()} == {1004}  # of the process that was measured
 
 
 def test_models_that_do_not_decode(scripted: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +182,7 @@ def test_models_that_do_not_decode(scripted: dict[str, Path], monkeypatch: pytes
         assert (found.kind, found.unit, found.prompt, found.new_tokens) == ("forward", unit, prompt, 0)
         assert found.rate.value == pytest.approx(4 * 20) and found.first_token_seconds is None and found.packed == 0
         assert Scripted.calls == [("a", shape, 0)] * 4 and found.threads == 2
+        assert (found.engine, found.engine_reason, Scripted.packs) == ("torch", "", [])
 
 
 def test_the_interval_against_every_possible_resample() -> None:
@@ -180,8 +229,13 @@ def test_weights_that_do_not_fit_are_refused_before_anything_starts(
     assert weight_file_bytes(folders["sparse"]) == stored + 2 * 4  # two thresholds
     assert weight_file_bytes(folders["original"], "bfloat16") == stored  # both lie in memory while it loads
     monkeypatch.setattr(speed, "FreshProcess", refuse)
-    with pytest.raises(MemoryLimitError, match=r"2 processes side by side need about 900 MB, 500 MB are free"):
+    with pytest.raises(MemoryLimitError, match=r"2 processes side by side need about 1\.1 GB, 500 MB are free"):
         measure_speed(folders, max_memory=500 * 10**6, progress=False)
+    enough = sum(2 * weight_file_bytes(folder) + speed.PROCESS for folder in folders.values())
+    with pytest.raises(AssertionError, match="a process was started"):
+        measure_speed(folders, batch=2, max_memory=enough, progress=False)
+    with pytest.raises(MemoryLimitError):  # one row is decoded by what has to be built first
+        measure_speed(folders, batch=1, max_memory=enough, progress=False)
 
 
 def test_two_folders_side_by_side(folders: dict[str, Path]) -> None:
@@ -192,5 +246,7 @@ def test_two_folders_side_by_side(folders: dict[str, Path]) -> None:
         assert 0 < measured.rate.low <= measured.rate.value <= measured.rate.high
         assert measured.first_token_seconds is not None and measured.first_token_seconds.value > 0
         assert measured.peak_bytes > 10**8
-    assert (original.packed, sparse.packed) == (0, 2)
+        assert (measured.engine, measured.engine_reason, measured.packed) == ("decoder", "", 0)
     assert original.ratio is None and sparse.ratio is not None and sparse.ratio.low > 0
+    two = measure_speed(folders, batch=2, prompt=16, new_tokens=4, rounds=1, threads=1, progress=False)
+    assert (two["original"].packed, two["sparse"].packed, two["sparse"].engine) == (0, 2, "transformers")

@@ -1,5 +1,6 @@
 """The decoder against transformers' own forward pass."""
 
+import os
 import threading
 
 import pytest
@@ -17,8 +18,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from actkit.core.errors import DataError, MemoryLimitError, UnsupportedModelError
+from actkit.core.errors import DataError, MemoryLimitError, NonFiniteError, UnsupportedModelError
+from actkit.core.linear import ActLinear, IntegerWeight
+from actkit.core.quantizer import QuantizationGrid
 from actkit.core.runner import apply
+from actkit.kernels import integer_dots
 from actkit.quantization.rtn import RoundToNearest
 from actkit.runtime.decoder import Decoder
 from actkit.sparsity.teal import Teal
@@ -41,12 +45,14 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
     "tied": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True, hidden_act="relu")),
     "llama3 rope": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=LLAMA3)),
     "linear rope": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=LINEAR)),
+    "dynamic rope": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=DYNAMIC)),
     "yarn rope": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, rope_parameters=YARN)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=5)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
@@ -89,12 +95,114 @@ def test_one_thread():
     torch.testing.assert_close(stepped(Decoder(model, threads=1)), reference(model), rtol=1e-4, atol=1e-4)
 
 
-def test_changed_layers():
-    model = made("llama")
-    apply(model, [RoundToNearest(bits=4, group_size=32), Teal(sparsity=0.4)], [{"input_ids": IDS}], progress=False)
-    decoder = Decoder(model)
-    torch.testing.assert_close(stepped(decoder), reference(model), rtol=1e-4, atol=1e-4)
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2, "num_key_value_heads": 2}
+GRIDS = [  # one per linear layer of two blocks
+    QuantizationGrid(4, 32, "input"),
+    QuantizationGrid(8, 64, "input", symmetric=True),
+    QuantizationGrid(3, -1, "input"),
+    QuantizationGrid(4, 128, "output"),
+    QuantizationGrid(8, 128, "output", symmetric=True),
+    QuantizationGrid(4, 16, "output"),
+    QuantizationGrid(8, 64, "output"),
+    QuantizationGrid(4, 4, "output"),  # groups that no kernel reads
+]
+
+
+@pytest.mark.parametrize(("activations", "most"), [("float32", 1e-5), (None, 1e-4)])
+def test_integer_weights(activations, most):
+    """All formats in one model, with thresholds."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE | WIDE)).eval()
+    apply(model, [Teal(sparsity=0.4)], [{"input_ids": IDS}], progress=False)
+    layers = [layer for layer in model.modules() if isinstance(layer, ActLinear)]
+    for number, layer in enumerate(layers):
+        grid = GRIDS[number % len(GRIDS)]
+        layer.weight = IntegerWeight.quantize(layer.weight.dequantize(), grid)
+    decoder, expected = Decoder(model, activations=activations), reference(model)
+    assert decoder.activations == (activations or ("int16" if integer_dots.available() else "float32"))
+    assert (stepped(decoder) - expected).norm() < most * expected.norm()
     assert decoder.density == pytest.approx(0.6, abs=0.1)
+    decoder.reset()
+    torch.testing.assert_close(decoder(IDS[0].tolist()), expected[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_weights_lose_less_than_in_transformers():
+    """Errors against float32 arithmetic on the same weights."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE | WIDE)).eval().bfloat16()
+    exact = LlamaForCausalLM(model.config).eval()
+    exact.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
+    expected, theirs = reference(exact), reference(model)
+    decoder = Decoder(model)
+    assert (stepped(decoder) - expected).norm() < 0.1 * (theirs - expected).norm()
+    decoder.reset()
+    prompt = (decoder(IDS[0].tolist()) - expected[-1]).norm()
+    assert prompt <= (theirs[-1] - expected[-1]).norm()
+
+
+def test_selections_that_change_after_packing():
+    model = made("llama")
+    apply(model, [Teal(sparsity=0.2)], [{"input_ids": IDS}], progress=False)
+    decoder = Decoder(model)
+    selects = [layer.select for layer in model.modules() if isinstance(layer, ActLinear)]
+    for select in selects:
+        select.threshold.mul_(3)
+    decoder.follow_selections()
+    torch.testing.assert_close(stepped(decoder), reference(model), rtol=1e-4, atol=1e-4)
+    model.model.layers[0].self_attn.q_proj.select.threshold.mul_(2)
+    with pytest.raises(ValueError, match="select their inputs differently"):
+        decoder.follow_selections()
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_model_that_gives_up_its_weights(changed):
+    model = made("tied")
+    if changed:
+        apply(model, [RoundToNearest(bits=4, group_size=32)], progress=False)
+    expected = reference(model)
+    decoder = Decoder(model, decode_only=True)
+    torch.testing.assert_close(stepped(decoder), expected, rtol=1e-4, atol=1e-4)
+    kept = sum(tensor.nbytes for tensor in model.state_dict().values() if not tensor.is_meta)
+    assert kept < 2 * model.get_input_embeddings().weight.nbytes
+
+
+def test_weights_that_are_not_finite():
+    model = made("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3] = float("nan")
+    decoder = Decoder(model)
+    for tokens in ([1], [1, 2, 3, 4]):
+        with pytest.raises(NonFiniteError, match="NaN or Inf after token"):
+            decoder(tokens)
+
+
+def test_an_interrupt_in_mid_stream_leaves_it_usable():
+    decoder = Decoder(made("llama"))
+    expected = list(decoder.generate(IDS[0, :6], max_new_tokens=8, end=()))
+    tokens = decoder.generate(IDS[0, :6], max_new_tokens=8, end=())
+    next(tokens)
+    with pytest.raises(KeyboardInterrupt):
+        tokens.throw(KeyboardInterrupt)
+    assert list(decoder.generate(IDS[0, :6], max_new_tokens=8, end=())) == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore:This process")
+def test_a_fork_after_use_says_what_to_do():
+    decoder = Decoder(made("llama"))
+    decoder([1])
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            decoder([2])
+        except BaseException as error:
+            os.write(writing, str(error).encode())
+        os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    assert b"'spawn'" in os.read(reading, 1000)
+    decoder([2])
 
 
 def test_the_largest_inputs_of_all_threads():
@@ -138,6 +246,10 @@ def test_bad_input(monkeypatch):
         Decoder(model, capacity=65)
     with pytest.raises(ValueError, match="side by side"):
         Decoder(model, threads=1000)
+    with pytest.raises(ValueError, match="float32, int16"):
+        Decoder(model, activations="int4")
+    with pytest.raises(ValueError, match="no integer weights"):
+        Decoder(model, activations="int16")
     decoder = Decoder(model, capacity=4)
     with pytest.raises(DataError, match="holds 4 tokens"):
         decoder([1, 2, 3, 4, 5])

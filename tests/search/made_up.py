@@ -19,7 +19,7 @@ def around(value: float, half: float = 0.0) -> Estimate:
 
 def a_speed(ratio: Estimate | None, peak: int = 100) -> Speed:
     rate = around(50.0 if ratio is None else 50 * ratio.value, 1.0)
-    return Speed("decode", "tokens/s", rate, around(0.1), ratio, peak, 1, 16, 8, 2, "float32", 5)
+    return Speed("decode", "tokens/s", rate, around(0.1), ratio, peak, 1, 16, 8, 2, "float32", 5, 0, "decoder")
 
 
 def a_proof(passed: bool = True) -> Proof:

@@ -14,15 +14,19 @@ from io import StringIO
 import pytest
 import tiny_models
 import torch
+from made_up import a_speed, around
 from rich.console import Console
 
 import actkit
 from actkit.core import checkpoint
 from actkit.core.errors import DataError, RecipeError
 from actkit.search import search as module
+from actkit.search.card import model_card
 from actkit.search.journal import JournalError
+from actkit.search.measured import Candidate
+from actkit.search.report import render
 from actkit.search.search import optimize
-from actkit.search.speed_row import SpeedRow, measure_speed_row
+from actkit.search.speed_row import Row, SpeedRow, measure_speed_row
 
 SECTIONS = {
     "verdict",
@@ -246,9 +250,65 @@ def test_the_speed_row_at_a_small_shape():
     row = measure_speed_row(shape, rounds=2, progress=False)
     per_block = 64 * 64 * 2 + 2 * 32 * 64 + 3 * 64 * 128 + 2 * 64
     assert row.parameters == 2 * per_block + 64 * 100 + 64 and row.weight_bytes == 2 * row.parameters
-    assert [each.share for each in row.rows] == [0.0, 0.5, 0.7]
-    dense, half, most = row.rows
+    assert [(each.share, each.engine) for each in row.rows] == [
+        (0.0, "decoder"),
+        (0.5, "decoder"),
+        (0.7, "decoder"),
+        (0.0, "transformers"),
+    ]
+    dense, half, most, plain = row.rows
     assert dense.ratio is None and dense.density is None and half.ratio is not None
+    assert plain.ratio is not None and plain.density is None and plain.bytes_per_token == dense.bytes_per_token
     assert abs(half.density - 0.5) < 0.1 and abs(most.density - 0.3) < 0.1
     assert "speed only" in row.about
     assert SpeedRow.from_dict(json.loads(json.dumps(row.to_dict()))) == replace(row)
+    content = row.to_dict()
+    for each in content["rows"]:
+        del each["engine"]  # of a journal from before there was a decoder
+    assert {each.engine for each in SpeedRow.from_dict(content).rows} == {"transformers"}
+
+
+def a_row(share, rate, ratio, engine):
+    return Row(share, around(rate), ratio, 1 - share if share else None, 1e9, engine)
+
+
+def test_speeds_are_shown_with_what_they_were_measured_with(killed):
+    rows = (
+        a_row(0.0, 30.0, None, "decoder"),
+        a_row(0.5, 45.0, around(1.5), "decoder"),
+        a_row(0.0, 15.0, around(0.5), "transformers"),
+    )
+    first, second, *others = killed[0].candidates
+    through = replace(a_speed(around(1.1)), engine="transformers", engine_reason="it has a hook")
+    result = replace(
+        killed[0],
+        original=replace(killed[0].original, speed=a_speed(None)),
+        candidates=(
+            first.with_speed(a_speed(around(1.2)), a_speed(None)),
+            second.with_speed(through, through),
+            *others,
+        ),
+        speed_row=SpeedRow(10**9, 2 * 10**9, rows, "bfloat16", 2, 16, 12, 5, 9.0),
+    )
+    console = Console(width=200, file=StringIO())
+    console.print(result.table())
+    page = " ".join(" ".join(Page(render(result)).words).split())
+    text = console.file.getvalue()
+    assert "speed through: decoder" in [line.strip() for line in text.splitlines()]
+    for words in (
+        "speed through: transformers (it has a hook)",
+        "50% of the inputs dropped: 1.50x (1.50 to 1.50) as fast",
+        "dense, through transformers: 0.50x (0.50 to 0.50) as fast",
+    ):
+        assert words in text
+    for words in (
+        "decoder; transformers (it has a hook)",
+        "dense, decoder 30.0 tokens/s",
+        "50% of the inputs dropped, decoder 45.0 tokens/s, 1.50x",
+        "dense, transformers 15.0 tokens/s, 0.50x",
+        "55 tokens/s transformers",  # beside the candidate, as they differ
+    ):
+        assert words in page, words
+    card = model_card(result, result.candidates[0])
+    assert "60 tokens/s through decoder, 1.20x (1.20 to 1.20) the original's" in card
+    assert Candidate.from_dict(result.candidates[1].to_dict()).speed == through

@@ -97,7 +97,7 @@ def _note(text: str) -> None:
     """A line for people, on standard error, so that standard output stays what was asked for."""
     from rich.console import Console
 
-    Console(stderr=True, highlight=False).print(text, markup=False)
+    Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -356,26 +356,31 @@ def generate(
     """Write text with a language model, as it comes."""
     _set_up(threads, seed)
     from actkit import verbs
+    from actkit.core.compiling import compiling
 
-    pieces = verbs.generate(
-        model,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop=tuple(stop or ()),
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
-    )
-    if as_json:
-        _show({"prompt": prompt, "text": "".join(pieces)}, True)
-        return
-    for piece in pieces:
-        typer.echo(piece, nl=False)
-    typer.echo()
+    engine: list[str] = []
+    with compiling(lambda: _note("compiling the kernels for these weights, once on this machine: half a minute")):
+        pieces = verbs.generate(
+            model,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop=tuple(stop or ()),
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            announce=engine.append,
+        )
+        if as_json:
+            _show({"prompt": prompt, "text": "".join(pieces), "engine": engine[0]}, True)
+            return
+        _note(f"engine: {engine[0]}")
+        for piece in pieces:
+            typer.echo(piece, nl=False)
+        typer.echo()
 
 
 @app.command()

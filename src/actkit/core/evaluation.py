@@ -152,6 +152,7 @@ class Evaluation:
             f"{info['processor']}, {info['cores']} cores, {format_bytes(info['memory_bytes'])}, {info['capability']}",
             *([info["gpu"]] if info["gpu"] else []),
             _threads(self.threads),
+            *([] if self.speed is None else [f"speed through {self.speed.through}"]),
             f"torch {self.versions['torch']}, transformers {self.versions['transformers']}",
             f"seed {self.seed}",
             f"{self.seconds:.1f} s",

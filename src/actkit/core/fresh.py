@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import inspect
 import json
 import os
 import selectors
@@ -27,15 +28,18 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from actkit.core.errors import ActkitError, FreshProcessError
+
+if TYPE_CHECKING:
+    from actkit.core.decoding import Decoder
 
 TIMEOUT = 600.0  # seconds that one request may take
 TAIL = 12  # lines of stderr in an error
@@ -128,9 +132,15 @@ class FreshProcess:
         )
         return self.loaded
 
-    def pack(self) -> int:
-        """Build the sparse kernel's buffers, as `load(decode=True)` does; returns for how many layers."""
-        return self._ask("pack")["packed"]
+    def pack(self, capacity: int | None = None) -> dict[str, Any]:
+        """Get the loaded model ready for `time_decode`; another call replaces what was built.
+
+        capacity: tokens of one text, prompt and new ones, for which a decoder is made where one takes the model
+        (`core.decoding`); None for transformers in any case, whose layers then get the sparse kernel's buffers.
+        Returns engine ('decoder' or 'transformers'), reason (why not the decoder, or ''), threads (that it runs with)
+        and packed (layers with buffers of the sparse kernel).
+        """
+        return self._ask("pack", capacity=capacity)
 
     def outputs(self, batch: Any) -> Tensor:
         """The model's logits, or its first output, on one batch: float32, on the CPU.
@@ -143,8 +153,10 @@ class FreshProcess:
     def time_decode(self, input_ids: Tensor, new_tokens: int) -> dict[str, Any]:
         """Decode greedily with a key-value cache. input_ids: int64 [batch, prompt]. new_tokens: 2 or more, per row.
 
-        Returns first_token_seconds (the prompt's pass), token_seconds (one per following step), tokens_per_second (of
-        the following steps, all rows together) and tokens, the chosen ids [batch, new_tokens] as lists.
+        A single row goes through the decoder where `pack` made one. Returns first_token_seconds (the prompt's pass),
+        token_seconds (one per following step), tokens_per_second (of the following steps, all rows together), tokens
+        (the chosen ids [batch, new_tokens] as lists), engine ('decoder' or 'transformers') and compiled: whether
+        kernels were compiled meanwhile, which took time and leaves some 300 MB in the process.
         """
         if new_tokens < 2:
             raise ValueError(f"new_tokens: {new_tokens} was given; give 2 or more, as the first one is timed alone.")
@@ -168,7 +180,7 @@ class FreshProcess:
         return self._ask("memory")
 
     def use_threads(self, threads: int) -> None:
-        """Set the worker's number of threads."""
+        """Set the worker's number of threads; a decoder keeps those it was made with."""
         self._ask("use_threads", threads=threads)
         self.threads = threads
 
@@ -324,6 +336,8 @@ class _Worker:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._model: nn.Module | None = None
+        self._decoder: Decoder | None = None
+        self._kernels = False  # whether decoding runs kernels of ours
         self._before: int | None = None
         self._peak = "ru_maxrss"
 
@@ -341,7 +355,7 @@ class _Worker:
         from actkit.core.parts import attention_implementation
         from actkit.core.plan import parameter_bytes
 
-        self._model = None
+        self._model, self._decoder, self._kernels = None, None, False
         _release_memory()
         self._before = _resident()
         _reset_peak()
@@ -361,15 +375,26 @@ class _Worker:
             "unsaved": unsaved_dtypes(model),
             "inputs": Inputs.of(model).to_dict(),
             "weight_bytes": parameter_bytes(model),
-            "packed": self.pack()["packed"] if decode else 0,
+            "packed": self.pack(None)["packed"] if decode else 0,
             "seconds": seconds,
             "load_peak_bytes": load_peak,
         }
 
-    def pack(self) -> dict[str, Any]:
-        from actkit.core.linear import pack_for_decode
+    def pack(self, capacity: int | None) -> dict[str, Any]:
+        from actkit.core.decoding import Engine, choose_engine
+        from actkit.core.linear import ActLinear, pack_for_decode
 
-        return {"packed": pack_for_decode(self._loaded)}
+        model = self._loaded
+        self._decoder = None
+        for module in model.modules():
+            if isinstance(module, ActLinear):
+                module.unpack()
+        engine = Engine(None, "it was not asked for") if capacity is None else choose_engine(model, capacity=capacity)
+        self._decoder = engine.decoder
+        packed = pack_for_decode(model) if engine.decoder is None else 0
+        self._kernels = packed > 0 or engine.decoder is not None
+        threads = torch.get_num_threads() if engine.decoder is None else engine.decoder.threads
+        return {"engine": engine.name, "reason": engine.reason, "threads": threads, "packed": packed}
 
     def outputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         from actkit.core.hooks import evaluating, forward
@@ -380,25 +405,24 @@ class _Worker:
         return {"file": _write_tensors({"output": output.float()}, self._folder)}
 
     def time_decode(self, batch: dict[str, Any], new_tokens: int) -> dict[str, Any]:
-        import inspect
-
+        from actkit.core.compiling import compiling
         from actkit.core.hooks import evaluating
 
-        model = self._loaded
-        device = _device(model)
+        model, device = self._loaded, _device(self._loaded)
         ids: Tensor = _read_batch(batch, self._folder).to(device)
-        last = "logits_to_keep" in inspect.signature(model.forward).parameters
-        keep = {"logits_to_keep": 1} if last else {}  # nobody needs the logits inside a prompt
-        seconds, tokens = [], []
-        past: Any = None
-        with evaluating(model):
+        decoder = self._decoder if len(ids) == 1 else None
+        step = _steps_of_model(model) if decoder is None else _steps_of_decoder(decoder)
+        seconds, tokens, compiled = [], [], False
+
+        def compiles() -> None:
+            nonlocal compiled
+            compiled = True
+
+        # Where no kernel of ours runs, Numba is not imported: it would count as memory of the model's process.
+        with compiling(compiles) if self._kernels else nullcontext(), evaluating(model):
             for _ in range(new_tokens):
                 started = time.perf_counter()
-                output = model(input_ids=ids, past_key_values=past, use_cache=True, **keep)
-                past = getattr(output, "past_key_values", None)
-                if past is None:
-                    raise ValueError(f"{type(model).__name__} returns no key-value cache; use time_forward instead.")
-                ids = output.logits[:, -1].argmax(-1, keepdim=True)
+                ids = step(ids)
                 _wait_for(device)
                 seconds.append(time.perf_counter() - started)
                 tokens.append(ids)
@@ -407,6 +431,8 @@ class _Worker:
             "token_seconds": seconds[1:],
             "tokens_per_second": len(ids) * len(seconds[1:]) / sum(seconds[1:]),
             "tokens": torch.cat(tokens, dim=1).tolist(),
+            "engine": "transformers" if decoder is None else "decoder",
+            "compiled": compiled,
         }
 
     def time_forward(self, batch: dict[str, Any], at_least: float) -> dict[str, Any]:
@@ -435,6 +461,29 @@ class _Worker:
     def use_threads(self, threads: int) -> dict[str, Any]:
         torch.set_num_threads(threads)
         return {}
+
+
+def _steps_of_model(model: Any) -> Callable[[Tensor], Tensor]:
+    """From a prompt, then from the tokens before, int64 [batch, length], to the likeliest next ones [batch, 1]."""
+    last = "logits_to_keep" in inspect.signature(model.forward).parameters
+    keep = {"logits_to_keep": 1} if last else {}  # nobody needs the logits inside a prompt
+    past: Any = None
+
+    def step(ids: Tensor) -> Tensor:
+        nonlocal past
+        output = model(input_ids=ids, past_key_values=past, use_cache=True, **keep)
+        past = getattr(output, "past_key_values", None)
+        if past is None:
+            raise ValueError(f"{type(model).__name__} returns no key-value cache; use time_forward instead.")
+        return output.logits[:, -1].argmax(-1, keepdim=True)
+
+    return step
+
+
+def _steps_of_decoder(decoder: Decoder) -> Callable[[Tensor], Tensor]:
+    """The same for one row."""
+    decoder.reset()
+    return lambda ids: decoder(ids[0].tolist()).argmax().view(1, 1)
 
 
 def _imported(name: str) -> Callable[[], nn.Module]:

@@ -1,20 +1,22 @@
 """Text from a causal language model, token by token, and a check that a changed model still writes.
 
-One loop over transformers' own key-value cache: the prompt in one forward pass, then a token at a time, so a changed
-layer decodes here as it does anywhere. Nothing about the model is changed while it runs: leave the iterator half read,
-or interrupt it, and the model is as it was.
+One loop over what gives the logits: a decoder (`core.decoding`), or the model's forward pass with transformers' own
+key-value cache: the prompt at once, then a token at a time, so a changed layer decodes here as it does anywhere.
+Nothing about the model is changed while it runs: leave the iterator half read, or interrupt it, and the model is as it
+was.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from actkit.core.decoding import Decoder, choose_engine
 from actkit.core.errors import DataError, NonFiniteError, UnsupportedModelError
 from actkit.core.example import Inputs
 from actkit.core.hooks import evaluating
@@ -35,6 +37,8 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     stop: str | int | Sequence[str | int] = (),
+    decode_only: bool = False,
+    announce: Callable[[str], None] | None = None,
 ) -> Iterator[str]:
     """What a model writes after a prompt, in pieces that are whole characters as soon as they are known.
 
@@ -42,6 +46,10 @@ def generate(
     are drawn, reproducibly by `seed`, from the top_k likeliest or the smallest set that holds a share top_p (both: of
     the top_k). stop: texts that end it and are not returned, or token ids. It also ends at the model's or tokenizer's
     end of a text, or after max_new_tokens. Nothing else of a generation config (penalties, bad words) is applied.
+
+    A decoder writes where one takes the model, else transformers (`core.decoding.choose_engine`); announce is told
+    which, and why. A decoder packs the weights first; with decode_only out of the model, which is then of no other use.
+    For float32 models it writes what transformers writes; for others it rounds elsewhere, so that texts may part.
 
     Raises DataError where prompt and new tokens exceed the model's context or the prompt does not fit its vocabulary,
     ValueError for a setting out of bounds, UnsupportedModelError for a model that generates nothing, and
@@ -53,6 +61,10 @@ def generate(
         raise ValueError("stop: an empty text was given, which is found everywhere; give at least one character.")
     ids = _encode(model, tokenizer, prompt)
     end = end_tokens(model, tokenizer) | {each for each in stops if isinstance(each, int)}
+    _check(model, ids, max_new_tokens, temperature, top_k, top_p)  # before a decoder is built
+    engine = choose_engine(model, capacity=len(ids) + max_new_tokens, decode_only=decode_only)
+    if announce is not None:
+        announce(engine.describe())
     tokens = generate_ids(
         model,
         ids,
@@ -62,6 +74,7 @@ def generate(
         top_p=top_p,
         seed=seed,
         end=end,
+        decoder=engine.decoder,
     )
     return _until(texts, _pieces(tokenizer, ids, (token for token in tokens if token not in end)))
 
@@ -159,14 +172,13 @@ def generate_ids(
     top_p: float | None = None,
     seed: int = 0,
     end: Collection[int] | None = None,
-    decoder: Any = None,
+    decoder: Decoder | None = None,
 ) -> Iterator[int]:
     """The tokens that a model writes after some, one by one; settings and errors as in `generate`.
 
-    decoder: what computes the logits (`runtime.decoder.Decoder`); transformers where None.
-
     input_ids: int64 [length] or [1, length]. end: the tokens that end it, which are yielded too; None for those of the
-    model (`end_tokens`), () for max_new_tokens in any case. Everything is checked here, before the first is asked for.
+    model (`end_tokens`), () for max_new_tokens in any case. decoder: what computes the logits, of this model and with
+    room for all tokens; transformers where None. Everything is checked here, before the first is asked for.
     """
     prompt = torch.as_tensor(input_ids).tolist()
     if len(prompt) == 1 and isinstance(prompt[0], list):
@@ -176,17 +188,21 @@ def generate_ids(
             f"input_ids: shape {list(torch.as_tensor(input_ids).shape)} was given; give one text with at least one "
             f"token, [length] or [1, length]."
         )
-    _check_settings(max_new_tokens, temperature, top_k, top_p)
-    decode = _Decoder(model) if decoder is None else decoder
-    _check_fits(model, prompt, max_new_tokens)
+    _check(model, prompt, max_new_tokens, temperature, top_k, top_p)
+    decode = _Transformers(model) if decoder is None else decoder
+    embedded = Inputs.of(model).vocabulary
     ends = end_tokens(model) if end is None else frozenset(end)
     generator = torch.Generator().manual_seed(seed)
 
     def tokens() -> Iterator[int]:
         new = prompt
-        if decoder is not None:
-            decoder.reset()
+        decode.reset()
         for _ in range(max_new_tokens):
+            if embedded is not None and new[-1] >= embedded:
+                raise UnsupportedModelError(
+                    f"model: it chose token {new[-1]}, but embeds 0 to {embedded - 1}; its output layer is wider than "
+                    f"its embedding, so cut one or extend the other."
+                )
             logits = decode(new)
             if temperature == 0:
                 token = int(logits.argmax())
@@ -220,33 +236,26 @@ def distribution(
     return torch.zeros_like(scaled).scatter_(0, order, chances)
 
 
-class _Decoder:
-    """Logits of the next token, call by call; keeps the cache between calls."""
+class _Transformers:
+    """Logits of the next token by the model's own forward pass, call by call; keeps the cache between calls."""
 
     def __init__(self, model: nn.Module) -> None:
-        can_generate: Any = getattr(model, "can_generate", None)
-        if can_generate is None or not can_generate() or getattr(model.config, "is_encoder_decoder", False):
-            raise UnsupportedModelError(
-                f"model: {type(model).__name__} does not write text; give a causal language model of transformers."
-            )
         self.model = model
         self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        self.embedded = Inputs.of(model).vocabulary
         # The logits of the prompt's other tokens would be the largest tensor of all.
         keep_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.options: dict[str, Any] = {"use_cache": True} | ({"logits_to_keep": 1} if keep_last else {})
         self.training = any(module.training for module in model.modules())
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all tokens."""
         self.cache: Any = None
         self.tokens: list[int] = []
         self.written = 0
 
-    def __call__(self, new: list[int]) -> Tensor:
+    def __call__(self, new: Sequence[int]) -> Tensor:
         """new: the tokens since the last call; returns float32 [vocabulary]."""
-        if self.embedded is not None and self.written and new[-1] >= self.embedded:
-            raise UnsupportedModelError(
-                f"model: it chose token {new[-1]}, but embeds 0 to {self.embedded - 1}; its output layer is wider than "
-                f"its embedding, so cut one or extend the other."
-            )
         self.tokens += new
         ids = new if self.cache is not None else self.tokens  # a model that returns no cache reads all again
         # Around each pass, not around the loop: whoever reads the tokens computes in a mode of his own in between.
@@ -263,6 +272,24 @@ class _Decoder:
                 f"scales of the model, or compute in a wider dtype."
             )
         return logits
+
+
+def _check(
+    model: nn.Module,
+    prompt: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> None:
+    """Raise what `generate` says, before anything is computed."""
+    _check_settings(max_new_tokens, temperature, top_k, top_p)
+    can_generate: Any = getattr(model, "can_generate", None)
+    if can_generate is None or not can_generate() or getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"model: {type(model).__name__} does not write text; give a causal language model of transformers."
+        )
+    _check_fits(model, prompt, max_new_tokens)
 
 
 def _check_settings(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:

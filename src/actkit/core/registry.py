@@ -1,4 +1,4 @@
-"""Names of methods and of saved modules, from the entry-point groups `actkit.methods` and `actkit.modules`.
+"""Names from the entry-point groups `actkit.methods`, `actkit.modules` (saved modules) and `actkit.decoders`.
 
 Our own names and those of third parties are read the same way, lazily: listing names imports nothing, and a plug-in
 that does not import is an error that names it and its package.
@@ -13,7 +13,7 @@ from typing import Any
 
 from actkit.core.errors import RecipeError
 
-METHODS, MODULES = "actkit.methods", "actkit.modules"
+METHODS, MODULES, DECODERS = "actkit.methods", "actkit.modules", "actkit.decoders"
 
 
 @cache
@@ -69,6 +69,16 @@ def module_class(name: str) -> Any:
 def module_name(cls: type) -> str:
     """The registered name of a module class."""
     return _name_of(MODULES, cls)
+
+
+def decoder_names() -> list[str]:
+    """The names of all installed decoders; imports none of them."""
+    return list(_entries(DECODERS))
+
+
+def decoder_class(name: str) -> Any:
+    """The class registered as the decoder `name` (`core.decoding.Decoder` says what it offers). Raises RecipeError."""
+    return _load(DECODERS, name)
 
 
 def _name_of(group: str, cls: type) -> str:

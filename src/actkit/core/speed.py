@@ -2,14 +2,18 @@
 
 A machine drifts (heat, neighbours, clock), so the candidates take turns: in every round each is timed once, and the
 order rotates from round to round. A ratio is formed inside a round, where both saw the same machine, and its interval
-resamples rounds. The first round is a warm-up and is not counted. Language models decode a fixed random prompt with a
-key-value cache; other models run forward passes.
+resamples rounds. The first round is a warm-up and is not counted; a process that compiled kernels in it is replaced by
+a new one, which reads them from the compile cache, so that no memory of the compiler is measured. Language models
+decode a fixed random prompt with a key-value cache; other models run forward passes.
+
+A single text goes through a decoder (`core.decoding`) where one takes every candidate, else all through transformers:
+ratios compare models, never engines.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,8 +31,9 @@ from actkit.core.quality import Estimate
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 FORWARD_SECONDS = 0.2  # of one round, in as many passes as that takes
-PROCESS = 450 * 10**6  # bytes that Python, torch and transformers take in each process
-COPIES = 2  # of the weights: the sparse kernel keeps its own beside them, or a load converts the dtype
+PROCESS = 550 * 10**6  # bytes that Python, torch, transformers and Numba take in each process
+COPIES = 2  # of the weights: what decodes keeps its own beside them, or a load converts the dtype
+BUILDING = 2  # more copies while a decoder is built, one at a time: integer codes are unpacked for it
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,12 @@ class Speed:
     kind: 'decode' or 'forward'. unit: of rate: 'tokens/s' (following tokens, all rows together), 'sequences/s' or
     'examples/s'. rate, first_token_seconds (decode only): median over rounds with its 95 % interval. ratio: rate over
     the first candidate's, paired by round; None for the first itself. peak_bytes: of the whole process since its load
-    ended. batch: rows. prompt: tokens of a prompt or sequence, 0 for examples without tokens. new_tokens: per row, 0
-    for 'forward'. packed: layers that decode through the sparse kernel.
+    ended, so Python and its libraries, the model, and beside it what decodes it, while it is built too: the decoder's
+    packed copy of all weights and its cache, or the sparse kernel's copy of the layers it serves (compiling is left
+    out, except where no compile cache can be written). batch: rows. prompt: tokens of a prompt or sequence, 0 for
+    examples without tokens. new_tokens: per row, 0 for 'forward'. packed: layers that transformers decodes through the
+    sparse kernel. engine: 'decoder' or 'transformers' for 'decode', 'torch' for 'forward', the same for all candidates
+    of a measurement. engine_reason: why it is not the decoder, or ''.
     """
 
     kind: Literal["decode", "forward"]
@@ -55,6 +64,13 @@ class Speed:
     dtype: str
     rounds: int
     packed: int = 0
+    engine: str = "transformers"  # which journals from before there was a decoder do not say
+    engine_reason: str = ""
+
+    @property
+    def through(self) -> str:
+        """The engine in words: 'decoder', or 'transformers (why not the decoder)'."""
+        return f"{self.engine} ({self.engine_reason})" if self.engine_reason else self.engine
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""
@@ -88,20 +104,22 @@ def measure_speed(
     candidates of different kinds, FreshProcessError where a folder does not load or run.
     """
     _check(folders, batch=batch, prompt=prompt, new_tokens=new_tokens, rounds=rounds)
-    _check_memory(folders, dtype, max_memory)
+    _check_memory(folders, dtype, max_memory, builds=batch == 1)
+    options = {"dtype": dtype, "base": base, "trust_remote_code": trust_remote_code}
     with ExitStack() as stack:
-        processes = {name: stack.enter_context(FreshProcess(threads=threads)) for name in folders}
         runners: dict[str, _Runner] = {}
-        for name, process in track(processes.items(), "Loading the candidates", len(processes), progress):
-            loaded = process.load(folders[name], dtype, base=base, trust_remote_code=trust_remote_code)
-            runners[name] = _Runner(process, loaded, batch, prompt, new_tokens)
+        for name, folder in track(folders.items(), "Loading the candidates", len(folders), progress):
+            runners[name] = _Runner(Path(folder), threads, options, batch, prompt, new_tokens)
+            stack.enter_context(closing(runners[name])).start()
         _check_kinds(runners)
+        _share_engine(runners)
         times: dict[str, list[dict[str, float]]] = {name: [] for name in folders}
         for index in track(range(-1, rounds), "Measuring the speed", rounds + 1, progress):
             for name in _rotated(list(folders), index):
-                measured = runners[name].run()
-                if index >= 0:
-                    times[name].append(measured)
+                if index < 0:
+                    runners[name].warm_up()
+                else:
+                    times[name].append(runners[name].run())
         memory = {name: runner.process.memory()["peak_bytes"] for name, runner in runners.items()}
     first = np.array([row["rate"] for row in times[next(iter(folders))]])
     return {
@@ -111,29 +129,63 @@ def measure_speed(
 
 
 class _Runner:
-    """One candidate in its process, with the input that is timed."""
+    """One candidate in a process of its own, with the input that is timed."""
 
-    def __init__(self, process: FreshProcess, loaded: dict[str, Any], batch: int, prompt: int, new_tokens: int) -> None:
-        self.process, self.loaded, self.rows = process, loaded, batch
-        takes = Inputs.from_dict(loaded["inputs"])
-        self.kind: Literal["decode", "forward"] = "decode" if takes.causal else "forward"
-        self.new_tokens = new_tokens if takes.causal else 0
-        self.prompt = prompt if takes.vocabulary is not None else 0
+    process: FreshProcess
+
+    def __init__(
+        self, folder: Path, threads: int | None, options: dict[str, Any], batch: int, prompt: int, new_tokens: int
+    ) -> None:
+        self.folder, self.asked_threads, self.options = folder, threads, options
+        self.rows, self.asked_prompt, self.asked_new = batch, prompt, new_tokens
+        self.without = "" if batch == 1 else f"{batch} rows at a time, where a decoder takes one"
+
+    def start(self) -> None:
+        """Load the candidate in a new process and get it ready to decode."""
+        self.close()
+        self.process = FreshProcess(threads=self.asked_threads)
+        self.loaded = self.process.load(self.folder, **self.options)
+        takes, prompt, new_tokens = Inputs.from_dict(self.loaded["inputs"]), self.asked_prompt, self.asked_new
         if takes.causal and takes.context is not None and prompt + new_tokens > takes.context:
             raise ValueError(
                 f"prompt, new_tokens: {prompt} + {new_tokens} tokens were asked for, the model's context is "
                 f"{takes.context}; lower one of them."
             )
-        self.inputs = fit_dtype(takes.batch(batch, prompt), getattr(torch, loaded["dtype"]))
-        self.packed = process.pack() if takes.causal and batch <= 2 else 0  # with more rows the kernel is not used
+        self.kind: Literal["decode", "forward"] = "decode" if takes.causal else "forward"
+        self.new_tokens = new_tokens if takes.causal else 0
+        self.prompt = prompt if takes.vocabulary is not None else 0
+        self.inputs = fit_dtype(takes.batch(self.rows, prompt), getattr(torch, self.loaded["dtype"]))
+        self.engine = {"engine": "torch", "reason": "", "threads": self.loaded["threads"], "packed": 0}
+        if takes.causal:
+            self.engine |= {"engine": "transformers", "reason": self.without}
+            if self.rows <= 2:  # with more rows no kernel is used
+                found = self.process.pack(None if self.without else prompt + new_tokens)
+                self.engine = found | {"reason": self.without or found["reason"]}
+
+    @property
+    def decodes(self) -> bool:
+        """Whether a decoder was made."""
+        return self.engine["engine"] == "decoder"
+
+    def close(self) -> None:
+        """End the process, where there is one."""
+        if hasattr(self, "process"):
+            self.process.close()
 
     def run(self) -> dict[str, float]:
-        """One round: rate, and first_token_seconds for a decoder."""
+        """One round: rate, first_token_seconds for a decoder, and whether kernels were compiled in it."""
         if self.kind == "forward":
-            return {"rate": self.rows / self.process.time_forward(self.inputs, FORWARD_SECONDS)}
+            return {"rate": self.rows / self.process.time_forward(self.inputs, FORWARD_SECONDS), "compiled": False}
         ids = self.inputs["input_ids"] if isinstance(self.inputs, Mapping) else self.inputs
         timed = self.process.time_decode(ids, self.new_tokens)
-        return {"rate": timed["tokens_per_second"], "first": timed["first_token_seconds"]}
+        first, compiled = timed["first_token_seconds"], timed["compiled"]
+        return {"rate": timed["tokens_per_second"], "first": first, "compiled": compiled}
+
+    def warm_up(self) -> None:
+        """A round that is not counted; in a new process once more where kernels were compiled in it."""
+        if self.run()["compiled"]:
+            self.start()
+            self.run()
 
     def result(self, times: list[dict[str, float]], first: np.ndarray | None, peak: int) -> Speed:
         """first: the first candidate's rates, round by round."""
@@ -149,10 +201,12 @@ class _Runner:
             self.rows,
             self.prompt,
             self.new_tokens,
-            self.loaded["threads"],
+            self.engine["threads"],
             self.loaded["dtype"],
             len(times),
-            self.packed,
+            self.engine["packed"],
+            self.engine["engine"],
+            self.engine["reason"],
         )
 
 
@@ -188,11 +242,14 @@ def _check(folders: Mapping[str, str | Path], **settings: int) -> None:
             raise DataError(f"folders: {name!r} is {str(folder)!r}, where there is no folder; save the model first.")
 
 
-def _check_memory(folders: Mapping[str, str | Path], dtype: torch.dtype | str | None, max_memory: int | None) -> None:
-    """All candidates stay loaded, because a load between two rounds would disturb the others."""
-    needed = {name: COPIES * weight_file_bytes(folder, dtype) + PROCESS for name, folder in folders.items()}
+def _check_memory(
+    folders: Mapping[str, str | Path], dtype: torch.dtype | str | None, max_memory: int | None, builds: bool
+) -> None:
+    """All candidates stay loaded, because a load between two rounds would disturb the others. builds: decoders."""
+    weights = {name: weight_file_bytes(folder, dtype) for name, folder in folders.items()}
+    needed = {name: COPIES * size + PROCESS for name, size in weights.items()}
     free = _available() if max_memory is None else max_memory
-    total = sum(needed.values())
+    total = sum(needed.values()) + (BUILDING * max(weights.values()) if builds else 0)
     if total > free:
         largest = max(needed, key=lambda name: needed[name])
         raise MemoryLimitError(
@@ -243,3 +300,14 @@ def _check_kinds(runners: Mapping[str, _Runner]) -> None:
     kinds = {name: runner.kind for name, runner in runners.items()}
     if len(set(kinds.values())) > 1:
         raise ValueError(f"folders: {kinds} cannot be compared; give models that all decode, or none that does.")
+
+
+def _share_engine(runners: Mapping[str, _Runner]) -> None:
+    """Where a decoder does not take one candidate, all are started again without: nobody's process holds more of it."""
+    refused = {name: runner.engine["reason"] for name, runner in runners.items() if not runner.decodes}
+    if not refused or len(refused) == len(runners):
+        return
+    name, reason = next(iter(refused.items()))
+    for other, runner in runners.items():
+        runner.without = refused.get(other, f"the decoder does not take {name!r}: {reason}")
+        runner.start()

@@ -31,10 +31,10 @@ from actkit.core.architectures import find_architecture
 from actkit.core.edits import get_module
 from actkit.core.errors import DataError, MemoryLimitError, NonFiniteError, UnsupportedModelError
 from actkit.core.generation import generate_ids
+from actkit.core.hooks import refuse_compiled_or_sharded
 from actkit.core.linear import ActLinear
 from actkit.core.memory import format_bytes
 from actkit.core.parts import Block
-from actkit.core.runner import check_model
 from actkit.kernels import decode_step as steps
 from actkit.kernels.process import LOCK, follow_torch_threads, most_threads
 from actkit.runtime import blocks as parts
@@ -91,7 +91,7 @@ class Decoder:
         reason = supports(model)
         if reason is not None:
             raise UnsupportedModelError(f"model: {type(model).__name__} cannot be decoded here: {reason}.")
-        check_model(model)
+        refuse_compiled_or_sharded(model)
         config: Any = model.config
         context = config.max_position_embeddings
         self.capacity = min(context, 4096) if capacity is None else capacity

@@ -191,20 +191,14 @@ def formats(table: np.ndarray, weights: Sequence[PackedWeight | QuantizedWeight]
         if row[steps.KIND] in (steps.INT8_RECORDS, steps.INT4_RECORDS) and isinstance(weight, QuantizedWeight)
     ]
     layouts = [weight.layout for weight in weights if isinstance(weight, QuantizedWeight)]
-    occurring = [(0,) if kind in kinds else None for kind in range(steps.KINDS)]
-    return steps.Formats(
-        *occurring,
-        (0,) * (BLOCK // floats[0].piece) if floats else (),
-        (0,) * any(layout.zeros for layout in layouts if not layout.by_input),
-        (0,) * any(layout.zeros for layout in layouts if layout.by_input),
-    )
+    occurring: list[Any] = [(0,) if kind in kinds else None for kind in range(steps.KINDS)]
+    pieces = (0,) * (BLOCK // floats[0].piece) if floats else ()
+    stored = [(0,) * any(each.zeros for each in layouts if bool(each.by_input) is axis) for axis in (False, True)]
+    return steps.Formats._make([*occurring, pieces, *stored])
 
 
 def model_tables(model: nn.Module, blocks: Sequence[Block], capacity: int) -> dict[str, Any]:
-    """What a plan holds beside the products: norms, rotary embedding, sizes.
-
-    Raises ValueError for a capacity at which a dynamic rotary embedding would change.
-    """
+    """What a plan holds beside the products: norms, rotary embedding, sizes."""
     core: Any = model.get_submodule(model.base_model_prefix)  # type: ignore[arg-type]
     config: Any = model.config
     attention = blocks[0].attention
@@ -218,13 +212,6 @@ def model_tables(model: nn.Module, blocks: Sequence[Block], capacity: int) -> di
     head_norms = np.empty((0, 2, attention.head_dim), np.float32)
     if hasattr(inner[0], "q_norm"):
         head_norms = np.stack([weights([each.q_norm, each.k_norm]) for each in inner])
-    if config.rope_parameters.get("rope_type") == "dynamic":
-        longest = core.rotary_emb.original_max_seq_len
-        if capacity > longest:
-            raise ValueError(
-                f"capacity: {capacity} was given; dynamic rotary scaling changes with the length beyond {longest} "
-                f"tokens, give at most that."
-            )
     with torch.no_grad():
         cos, sin = core.rotary_emb(torch.zeros(1), torch.arange(capacity)[None])
     return {

@@ -31,7 +31,8 @@ def model_card(result: Optimization, best: Candidate) -> str:
         rows.append(("inputs read where some are chosen", f"{best.density:.1%}"))
     if best.speed is not None and best.speed.ratio is not None:
         rate, ratio = best.speed.rate, best.speed.ratio
-        rows.append(("speed", f"{rate.value:.4g} {best.speed.unit}, {times(ratio)} the original's"))
+        through = f"through {best.speed.engine}"
+        rows.append(("speed", f"{rate.value:.4g} {best.speed.unit} {through}, {times(ratio)} the original's"))
     share = disk_share(best, original)
     lines = "\n".join(f"| {label} | {text} |" for label, text in rows)
     recipe = yaml.safe_dump(best.methods.dump(), sort_keys=False)

@@ -226,13 +226,15 @@ def _candidate_cells(candidate: Candidate, result: Optimization) -> list[str]:
 
 
 def _afterwards(result: Optimization) -> list[Text]:
-    """The speed at the larger shape, the best model's folder, what was left out."""
-    lines = []
+    """What the speeds were measured with, the speed at the larger shape, the best model's folder, what was left out."""
+    speeds = [each.speed for each in (result.original, *result.candidates) if each.speed is not None]
+    lines = [Text(f"speed through: {words}") for words in dict.fromkeys(each.through for each in speeds)]
     if result.speed_row is not None:
         for row in result.speed_row.rows:
             if row.ratio is not None:
-                what = f"at 0.5B parameters (random weights: speed only) with {row.share:.0%} of the inputs dropped"
-                lines.append(Text(f"{what}: {times(row.ratio)} as fast"))
+                what = f"{row.share:.0%} of the inputs dropped" if row.share else f"dense, through {row.engine}"
+                about = "at 0.5B parameters (random weights: speed only)"
+                lines.append(Text(f"{about}, {what}: {times(row.ratio)} as fast"))
     if result.best is not None and result.proof is not None:
         lines.append(Text(f"saved: {result.proof.describe()}"))
     lines += [Text(f"not tried: {each.what}: {each.reason}", style="dim") for each in result.left_out]

@@ -17,6 +17,7 @@ from actkit.search.measured import Candidate
 from actkit.search.verdict import disk_share, ratio_of, read_share, times
 
 if TYPE_CHECKING:
+    from actkit.core.speed import Speed
     from actkit.search.search import Optimization
 
 
@@ -66,6 +67,7 @@ def _kind(candidate: Candidate, result: Optimization) -> Kind:
 def _rows(result: Optimization) -> list[dict[str, Any]]:
     """The table of candidates: a number (as in the pictures), words, and what they rest on."""
     rows = []
+    mixed = len({speed.engine for speed in _speeds(result)}) > 1
     for number, candidate in enumerate((result.original, *result.candidates)):
         kind = _kind(candidate, result)
         judgement = None if kind == "original" else result.verdict.of(candidate.name)
@@ -90,6 +92,7 @@ def _rows(result: Optimization) -> list[dict[str, Any]]:
                 "read": _amount(candidate.bytes_per_token, read),
                 "memory": "" if candidate.peak_share is None else f"{candidate.peak_share:.0%}",
                 "rate": "" if candidate.speed is None else f"{candidate.speed.rate.value:.4g} {candidate.speed.unit}",
+                "engine": "" if candidate.speed is None or not mixed else candidate.speed.engine,
                 "speed": _split(None if ratio is None else times(ratio)),
                 "speed_failed": candidate.speed_failed,
                 "density": "" if candidate.density is None else f"{candidate.density:.0%}",
@@ -105,6 +108,10 @@ def _rows(result: Optimization) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _speeds(result: Optimization) -> list[Speed]:
+    return [each.speed for each in (result.original, *result.candidates) if each.speed is not None]
 
 
 def _level(candidate: Candidate) -> str:
@@ -146,10 +153,14 @@ def _speed_bars(result: Optimization) -> str:
     assert result.speed_row is not None
     rows = []
     for row in result.speed_row.rows:
-        label = "dense, torch's best path" if not row.share else f"{row.share:.0%} of the inputs dropped, sparse kernel"
+        label = f"{_drops(row.share)}, {row.engine}"
         text = f"{row.tokens_per_second.value:.1f} tokens/s"
         rows.append(Bar(label, row.tokens_per_second, text if row.ratio is None else f"{text}, {times(row.ratio)}"))
     return bars(rows)
+
+
+def _drops(share: float) -> str:
+    return f"{share:.0%} of the inputs dropped" if share else "dense"
 
 
 def _densities(result: Optimization) -> list[tuple[str, str, str]]:
@@ -229,11 +240,13 @@ def _conditions(result: Optimization) -> list[tuple[str, str]]:
     for name, words in (("calibration", "to calibrate"), ("search", "to choose"), ("test", "to report")):
         part = result.data[name]
         rows.append((f"data {words}", f"{part['data']} (SHA-256 {part['fingerprint'][:12]})"))
-    speed = next((c.speed for c in (result.original, *result.candidates) if c.speed is not None), None)
-    if speed is not None:
+    speeds = _speeds(result)
+    if speeds:
+        speed = speeds[0]
         shape = f"{speed.batch} x {speed.prompt} tokens" if speed.prompt else f"{speed.batch} at a time"
         new = f", then {speed.new_tokens} new ones" if speed.new_tokens else ""
         rows.append(("speed", f"{speed.kind}: {shape}{new}; {speed.rounds} rounds, in turns with the original"))
+        rows.append(("engine of the speed", "; ".join(dict.fromkeys(each.through for each in speeds))))
     rows.append(("time", f"{result.seconds:.0f} s in this run"))
     return rows
 

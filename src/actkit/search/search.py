@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from actkit.core import changes, checkpoint
 from actkit.core.anatomy import anatomy
-from actkit.core.errors import ActkitError
+from actkit.core.errors import ActkitError, MemoryLimitError
 from actkit.core.example import Inputs, main_dtype
 from actkit.core.fresh import import_name
 from actkit.core.machine import machine, versions
@@ -61,6 +61,10 @@ JOURNAL, RESULTS, REPORT, BEST, CANDIDATES, RECIPE = (
     "recipe.yaml",
 )
 SIDE_BY_SIDE = 4  # candidates timed in turns with one original: each is a process of its own
+TWO_ENGINES = (
+    "not every candidate goes through the decoder: a ratio of speeds compares with the original through the same "
+    "engine, so compare candidates of one engine only"
+)
 ROUNDS = 5
 PROMPT, NEW_TOKENS, BATCH = 128, 32, 8  # of the speed; BATCH for models that run one pass instead of decoding
 
@@ -337,10 +341,13 @@ class _Search:
             if entry is not None and entry["speed"] is not None:
                 mine, other = speed_from(entry["speed"]), speed_from(entry["original"])
                 each = each.with_speed(mine, other)
-                original = original if original.speed is not None else replace(original, speed=other)
+                if original.speed is None or (original.speed.engine, other.engine) == ("transformers", "decoder"):
+                    original = replace(original, speed=other)
             elif entry is not None:
                 each = replace(each, speed_failed=entry["failed"])
             timed.append(each)
+        if len({each.speed.engine for each in timed if each.speed is not None}) > 1:
+            self.notes.append(TWO_ENGINES)
         return (original if original.speed is None else replace(original, peak_share=1.0)), timed
 
     def _time(self, original: Candidate, group: Sequence[Candidate]) -> Iterator[tuple[Candidate, dict[str, Any]]]:
@@ -395,7 +402,7 @@ class _Search:
             return (None if entry["row"] is None else SpeedRow.from_dict(entry["row"])), entry["note"]
         try:
             row = measure_speed_row(seed=self.shop.seed, progress=self.shop.progress)
-        except MemoryError as error:
+        except (MemoryError, MemoryLimitError) as error:
             note = f"not measured: {error}"
             self.journal.add("speed_row", row=None, note=note)
             return None, note
