@@ -1,8 +1,9 @@
 """A prompt through a decoder's layers: dense matrix products of many tokens, from the packed weights.
 
-Each token's inputs are selected as in the step. Products take the dtype of the model: in bfloat16 their inputs are
-rounded to it, as the processor's matrix units want it, and integer weights are widened to it, some columns at a time,
-so that they stay in the cache. The rest is float32.
+Each token's inputs are selected as in the step. Products and attention take the dtype of the model: in bfloat16 their
+inputs and outputs are rounded to it, as the processor's matrix units want it and as transformers does, and integer
+weights are widened to it, some columns at a time, so that they stay in the cache. Residual stream and norms are
+float32.
 """
 
 from __future__ import annotations
@@ -47,25 +48,30 @@ class _Prompt:
             places = plan.layers[:, layer]
             window = int(places[0, steps.WINDOW])
             mask = (ahead <= 0) & (ahead > -window) if window else ahead <= 0
-            stages = self._products(layer, steps.QKV, self._norm(x, plan.norms[layer, 0]))
-            mixed = [self._attend(out, layer, place, begin, mask, cos, sin) for out, place in zip(stages, places)]
-            x = x + self._summed(layer, steps.OUTPUT, torch.cat(mixed, 1))
+            plain = begin == 0 and not window
+            normed = [self._norm(x, plan.norms[layer, 0])] * len(places)
+            mixed = [
+                self._attend(out, layer, place, begin, None if plain else mask, cos, sin)
+                for out, place in zip(self._products(layer, steps.QKV, normed), places)
+            ]
+            self._add(x, layer, steps.OUTPUT, mixed)
+            normed = [self._norm(x, plan.norms[layer, 1])] * len(places)
             hidden = []
-            for out, place in zip(self._products(layer, steps.GATE_UP, self._norm(x, plan.norms[layer, 1])), places):
+            for out, place in zip(self._products(layer, steps.GATE_UP, normed), places):
                 gate, up = (out[:, place[at] :][:, : place[steps.UNITS]] for at in (steps.GATE_AT, steps.UP_AT))
-                hidden.append(_activate(int(place[steps.ACTIVATION]), gate) * up)
-            x = x + self._summed(layer, steps.DOWN, torch.cat(hidden, 1))
-        last = self._norm(x[-1:], plan.last_norm)
+                hidden.append(_activate(int(place[steps.ACTIVATION]), gate).mul_(up))
+            self._add(x, layer, steps.DOWN, hidden)
+        last = [self._norm(x[-1:], plan.last_norm)] * len(plan.layers)
         places = plan.layers[:, len(plan.norms)]
         for thread, (out, place) in enumerate(zip(self._products(len(plan.norms), steps.HEAD, last), places)):
-            own = out[0, : place[steps.UNITS]].numpy()
+            own = out[0, : place[steps.UNITS]].float().numpy()
             self.work.logits[place[steps.FIRST_UNIT] :][: place[steps.UNITS]] = own
             self.work.finite[thread] = (own * 0).sum()
 
     def _attend(
-        self, out: Tensor, layer: int, place: np.ndarray, begin: int, mask: Tensor, cos: Tensor, sin: Tensor
+        self, out: Tensor, layer: int, place: np.ndarray, begin: int, mask: Tensor | None, cos: Tensor, sin: Tensor
     ) -> Tensor:
-        """One thread's heads: [tokens, heads * size]."""
+        """One thread's heads: [tokens, heads * size]. mask: None where each token sees all before it."""
         plan, work, end = self.plan, self.work, begin + len(out)
         heads, first = int(place[steps.HEADS]), int(place[steps.FIRST_HEAD])
         if not heads:
@@ -77,12 +83,19 @@ class _Prompt:
         values = torch.from_numpy(work.cached[layer, first : first + heads, :end])
         keys[:, begin:], values[:, begin:] = key, value
         mixed = F.scaled_dot_product_attention(
-            query[None], keys[None], values[None], attn_mask=mask, scale=float(plan.scaling), enable_gqa=True
+            query[None].to(self.dtype),
+            keys[None].to(self.dtype),
+            values[None].to(self.dtype),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=float(plan.scaling),
+            enable_gqa=True,
         )[0]
         return mixed.transpose(0, 1).reshape(len(out), -1)
 
     def _norm(self, x: Tensor, weight: np.ndarray) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], torch.from_numpy(weight), float(self.plan.epsilon))
+        """Normed, in the dtype of the products."""
+        return F.rms_norm(x, x.shape[-1:], torch.from_numpy(weight), float(self.plan.epsilon)).to(self.dtype)
 
     def _heads(
         self, out: Tensor, at: int, heads: int, layer: int, norm: int | None, cos: Tensor, sin: Tensor
@@ -92,48 +105,55 @@ class _Prompt:
         found = out[:, at : at + heads * size].unflatten(1, (heads, size)).transpose(0, 1)
         if norm is None:
             return found
+        found = found.float()
         if len(self.plan.head_norms):
-            found = self._norm(found, self.plan.head_norms[layer, norm])
+            found = self._norm(found, self.plan.head_norms[layer, norm]).float()
         turned = torch.cat((-found[..., size // 2 :], found[..., : size // 2]), -1)
         return found * cos + turned * sin
 
-    def _summed(self, layer: int, stage: int, x: Tensor) -> Tensor:
-        outs = self._products(layer, stage, x)
-        return sum((out[:, : self.plan.hidden] for out in outs if out.shape[1]), torch.zeros(1))
+    def _add(self, x: Tensor, layer: int, stage: int, inputs: list[Tensor]) -> None:
+        """Add the products of a stage, each thread's of its own inputs, to the residual stream."""
+        for out in self._products(layer, stage, inputs):
+            if out.shape[1]:
+                x += out[:, : self.plan.hidden]
 
-    def _products(self, layer: int, stage: int, x: Tensor) -> list[Tensor]:
-        """Each thread's products of a stage: x [tokens, all inputs] to float32 [tokens, width]."""
+    def _products(self, layer: int, stage: int, inputs: list[Tensor]) -> list[Tensor]:
+        """Each thread's products of a stage, [tokens, width]. inputs: what each thread has of them, [tokens, own]; all
+        of them for the stages that read the residual stream."""
         outs = []
-        for first, number in self.plan.layers[:, layer, 2 * stage : 2 * stage + 2].tolist():
-            pieces = [x.new_zeros(len(x), 0)]
+        shared = stage not in (steps.OUTPUT, steps.DOWN)
+        for thread, (first, number) in enumerate(self.plan.layers[:, layer, 2 * stage : 2 * stage + 2].tolist()):
+            pieces: list[Tensor] = []
             at = 0
             for p in range(first, first + number):
-                row, select = self.plan.products[p], self.selections[p]
-                begin = int(row[steps.FIRST_INPUT])
-                own = (x if select is None else select(x))[:, begin : begin + int(row[steps.INPUTS])]
-                pieces += [x.new_zeros(len(x), int(row[steps.OUT_AT]) - at), self._product(p, own)]
-                at = int(row[steps.OUT_AT]) + pieces[-1].shape[1]
-            outs.append(torch.cat(pieces, 1) if len(pieces) > 3 else pieces[-1])
+                row, select, own = self.plan.products[p], self.selections[p], inputs[thread]
+                if select is not None:
+                    begin = int(row[steps.FIRST_INPUT])
+                    own = select(own if shared else torch.cat(inputs, 1))[:, begin : begin + int(row[steps.INPUTS])]
+                gap = int(row[steps.OUT_AT]) - at
+                found = self._product(p, own)
+                pieces += [found.new_zeros(len(own), gap), found] if gap else [found]
+                at += gap + found.shape[1]
+            if not pieces:
+                pieces = [inputs[thread].new_zeros(len(inputs[thread]), 0)]
+            outs.append(torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0])
         return outs
 
     def _product(self, p: int, x: Tensor) -> Tensor:
-        """One packed matrix times x [tokens, in], the bias added: float32 [tokens, out]."""
+        """One packed matrix times x [tokens, in], the bias added: [tokens, out]."""
         weight, bias = self.matrices.weights[p], self.matrices.biases[p]
         if isinstance(weight, PackedWeight):
             given = x.to(weight.dtype)
-            y = torch.cat([in_order_columns(given @ tile) for tile in weight.buffer], 1)[:, : weight.out_features]
+            tiles = [in_order(given @ tile) for tile in weight.buffer]
+            y = (torch.cat(tiles, 1) if len(tiles) > 1 else tiles[0])[:, : weight.out_features].to(self.dtype)
         else:
             from actkit.kernels.numba_quantized import widened_columns
 
             given = x.to(self.dtype)
-            parts = widened_columns(weight, COLUMNS, self.dtype)
-            y = outputs_of(torch.cat([(given @ part).float() for part in parts], 1), weight.layout)
-        return y if bias is None else y + bias[: y.shape[1]]
-
-
-def in_order_columns(y: Tensor) -> Tensor:
-    """Columns of a product with a packed tile, float32 and in the order of the outputs."""
-    return in_order(y).float()
+            y = outputs_of(
+                torch.cat([given @ part for part in widened_columns(weight, COLUMNS, self.dtype)], 1), weight.layout
+            )
+        return y if bias is None else (y + bias[: y.shape[1]]).to(self.dtype)
 
 
 def _activate(code: int, x: Tensor) -> Tensor:
