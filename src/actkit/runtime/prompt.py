@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from actkit.kernels import decode_step as steps
+from actkit.kernels.packing import COLUMNS as BLOCK
 from actkit.kernels.packing import PackedWeight, in_order
 from actkit.kernels.quantized import outputs_of
 from actkit.runtime.tables import Matrices
 
-COLUMNS = 512  # of an integer weight that are widened at a time: a few megabytes
+WIDENED = 512  # of an integer weight that are widened at a time: a few megabytes
 
 
 def read_prompt(
@@ -144,14 +145,16 @@ class _Prompt:
         weight, bias = self.matrices.weights[p], self.matrices.biases[p]
         if isinstance(weight, PackedWeight):
             given = x.to(weight.dtype)
-            tiles = [in_order(given @ tile) for tile in weight.buffer]
+            starts = range(0, weight.out_features, weight.buffer.shape[2])
+            used = [-(-(weight.out_features - start) // BLOCK) * BLOCK for start in starts]  # not the padding of a tile
+            tiles = [in_order(given @ tile[:, :width]) for tile, width in zip(weight.buffer, used)]
             y = (torch.cat(tiles, 1) if len(tiles) > 1 else tiles[0])[:, : weight.out_features].to(self.dtype)
         else:
             from actkit.kernels.numba_quantized import widened_columns
 
             given = x.to(self.dtype)
             y = outputs_of(
-                torch.cat([given @ part for part in widened_columns(weight, COLUMNS, self.dtype)], 1), weight.layout
+                torch.cat([given @ part for part in widened_columns(weight, WIDENED, self.dtype)], 1), weight.layout
             )
         return y if bias is None else (y + bias[: y.shape[1]]).to(self.dtype)
 
