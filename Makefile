@@ -1,10 +1,11 @@
 # make demo   profile, optimize and prove the embedded models; leaves actkit-report/index.html
 # make test   the tests          make lint   ruff, mypy, import-linter
+# make bench  the decoder beside llama.cpp, torchao and OpenVINO (a C++ compiler builds the first; half an hour)
 # make zoo    train the embedded models again (about an hour on two cores)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint zoo clean
+.PHONY: demo test lint bench zoo clean
 
 demo: .venv/.installed
 	$(BIN)/actkit optimize swiglu --out actkit-report --overwrite
@@ -18,6 +19,10 @@ lint: .venv/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+bench: .venv/.installed .venv-bench/.installed
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/decode.py
+
 zoo: .venv/.installed
 	$(BIN)/python scripts/train_zoo.py
 
@@ -28,5 +33,17 @@ zoo: .venv/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[report,zoo,dev]"
 	touch $@
 
+# The peers, whose versions of torch would not go with ours. One that does not install is a row that says so.
+.venv-bench/.installed: constraints.txt
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --upgrade pip
+	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt torch transformers numpy
+	.venv-bench/bin/python -m pip install --quiet --no-deps --editable .
+	-.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt torchao
+	-.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt openvino
+	-.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt gguf
+	-CMAKE_ARGS="-DGGML_NATIVE=ON" .venv-bench/bin/python -m pip install --quiet llama-cpp-python
+	touch $@
+
 clean:
-	rm -rf .venv actkit-report
+	rm -rf .venv .venv-bench actkit-report

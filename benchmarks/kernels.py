@@ -1,24 +1,27 @@
-"""The sparse kernel against the memory: bf16, one token, half and 70 % of the inputs dropped at random.
+"""The kernels against the memory: bf16, int8 and int4 weights, half and 70 % of the inputs dropped at random.
 
     python benchmarks/kernels.py [--quick] [--json PATH|-]
 
 Three ratios, all measured interleaved in one run, over more weights than the caches hold:
-- to the *pure read*: the fastest way found to read the same rows of the same buffer and to do nothing with them, over
-  rows one by one or eight side by side, prefetch distances of 0, 8, 16 and 32 rows into the L1 or L2 cache, and both
-  ways of splitting the rows over the threads. Where nothing is dropped it is itself held against a plain stream;
+- to the *pure read*: the fastest way found to read the same rows of the same buffer and to do nothing with them
+  (`pure_read`). Where nothing is dropped it is itself held against a plain stream;
 - to our own kernel with nothing dropped: this one is the effect of sparsity;
-- to torch's best path over the same bytes, of which the layout is a large part.
+- for bf16, to torch's best path over the same bytes, of which the layout is a large part.
 Each timed call follows an untimed plain stream, which leaves caches and hardware prefetchers in one state for all: a
 call right after a reader with another prefetch distance takes up to 20 % longer.
 
-The kernel and the pure read are timed alike, as compiled functions over a list of rows, four layers per call, as a
-decoder crosses them. The operator is what a user calls for one layer: compaction, checks and casts included. Its Python
-side takes 20 microseconds when warm, but some 400 behind 90 MB that have just swept the caches.
+Kernels and the pure read are timed alike, as compiled functions over a list of rows, four layers per call, as a decoder
+crosses them. Integer weights have a scale per input and group of 128 outputs, and meet activations in fixed point, as
+in the decoder. The operator (bf16) is what a user calls for one layer: compaction, checks and casts included.
+
+The crossover: a sparse product of several rows of x reads each row's inputs apart, a dense one serves all rows with one
+pass. It is printed how many rows, of the two that the operator takes, are still faster sparse.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from itertools import cycle
 from math import ceil
 from pathlib import Path
@@ -31,117 +34,43 @@ import common  # isort: skip  (before torch: it sets how idle threads wait)
 import numba
 import numpy as np
 import psutil
+import pure_read
 import torch
-from llvmlite import ir
-from numba import njit, prange, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import njit, prange
 from torch.nn import functional as F
 
 from actkit import kernels
+from actkit.kernels import integer_dots
 from actkit.kernels.numba_cpu import multiply
-from actkit.kernels.packing import allocate
+from actkit.kernels.numba_integer import multiply_record_dots, scratch
+from actkit.kernels.packing import aligned, allocate
+from actkit.kernels.quantized import BLOCK
 
+KINDS = {"bf16": 16, "int8": 8, "int4": 4}
 SPARSITIES = (0.0, 0.5, 0.7)
-LANES = 32  # bf16 values in a cache line
 LAYERS = 4  # that one call of a compiled function crosses
-FULL = {"shape": (4096, 11008), "repeats": 60, "of_read": 0.85, "of_dense": {0.5: 1.15, 0.7: 1.7}}
-QUICK = {"shape": (2048, 5504), "repeats": 15, "of_read": 0.75, "of_dense": {0.5: 1.1, 0.7: 1.5}}
+BATCHES = (1, 2)  # rows of x that the sparse operator takes; with more, masks leave little to skip
+FULL = {"shape": (4096, 11008), "repeats": 40, "of_read": 0.85, "of_dense": {0.5: 1.15, 0.7: 1.6}}
+QUICK = {"shape": (2048, 5632), "repeats": 10, "of_read": 0.7, "of_dense": {0.5: 1.1, 0.7: 1.5}}
 
 
-# -- the yardstick: read rows, do nothing ------------------------------------------------------------------------------
-
-
-def _toucher(locality: int) -> Any:
-    """Reads one cache line of each row into a running exclusive or, and prefetches the same line of the rows ahead."""
-
-    @intrinsic
-    def touch(typingctx, sink, weight, rows, ahead, column):  # type: ignore[no-untyped-def]
-        def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            sink, weight, rows, ahead, column = args
-            i8, i32, line = ir.IntType(8), ir.IntType(32), ir.VectorType(ir.IntType(16), LANES)
-
-            def address(kind, array, offset, pointee):  # type: ignore[no-untyped-def]
-                data = context.make_array(kind)(context, builder, array).data
-                return builder.bitcast(builder.gep(data, [offset]), pointee.as_pointer())
-
-            if locality:
-                kind = ir.FunctionType(ir.VoidType(), [i8.as_pointer(), i32, i32, i32])
-                prefetch = builder.module.declare_intrinsic("llvm.prefetch", [i8.as_pointer()], kind)
-                for row in cgutils.unpack_tuple(builder, ahead):
-                    place = address(signature.args[1], weight, builder.add(row, column), i8)
-                    builder.call(prefetch, [place, i32(0), i32(locality), i32(1)])
-            total_at = address(signature.args[0], sink, ir.IntType(64)(0), line)
-            total = builder.load(total_at, align=2)
-            for row in cgutils.unpack_tuple(builder, rows):
-                place = address(signature.args[1], weight, builder.add(row, column), line)
-                total = builder.xor(total, builder.load(place, align=2))
-            builder.store(total, total_at, align=2)
-            return context.get_dummy_value()
-
-        return types.void(sink, weight, rows, ahead, types.int64), generate
-
-    return touch
-
-
-@njit(inline="always")
-def _one(indices, i, last, start, tile):  # type: ignore[no-untyped-def]
-    return (start + np.int64(indices[min(i, last)]) * tile,)
-
-
-@njit(inline="always")
-def _eight(indices, i, last, start, tile):  # type: ignore[no-untyped-def]
-    return (
-        start + np.int64(indices[min(i, last)]) * tile,
-        start + np.int64(indices[min(i + 1, last)]) * tile,
-        start + np.int64(indices[min(i + 2, last)]) * tile,
-        start + np.int64(indices[min(i + 3, last)]) * tile,
-        start + np.int64(indices[min(i + 4, last)]) * tile,
-        start + np.int64(indices[min(i + 5, last)]) * tile,
-        start + np.int64(indices[min(i + 6, last)]) * tile,
-        start + np.int64(indices[min(i + 7, last)]) * tile,
-    )
-
-
-def _reader(group: int, locality: int) -> Any:
-    """Reads the active rows of all tiles; `parts` > 1 splits the rows over the threads, otherwise the tiles."""
-    touch, rows_from = _toucher(locality), _one if group == 1 else _eight
-
-    @njit(parallel=True, error_model="numpy", boundscheck=False)
-    def read(weight, n_tiles, n_in, tile, indices, n, distance, parts, sinks):  # type: ignore[no-untyped-def]
-        jobs = parts if parts > 1 else n_tiles
-        for job in prange(jobs):
-            sink = sinks[job]
-            first_tile, last_tile = (0, n_tiles) if parts > 1 else (job, job + 1)
-            groups = n // group
-            low, high = (groups * job // parts, groups * (job + 1) // parts) if parts > 1 else (0, groups)
-            for t in range(first_tile, last_tile):
-                start = np.int64(t) * n_in * tile
-                for i in range(low * group, high * group, group):
-                    rows = rows_from(indices, i, n - 1, start, tile)
-                    ahead = rows_from(indices, i + distance, n - 1, start, tile)
-                    for column in range(0, tile, LANES):
-                        touch(sink, weight, rows, ahead, column)
-
-    return read
-
-
-def _layers(read: Any) -> Any:
-    """The reader over some layers of weights, in one call."""
-
-    @njit(error_model="numpy", boundscheck=False)
-    def read_layers(weights, first, n_tiles, n_in, tile, indices, n, distance, parts, sinks):  # type: ignore[no-untyped-def]
-        for layer in range(first, first + LAYERS):
-            read(weights[layer], n_tiles, n_in, tile, indices, n, distance, parts, sinks)
-
-    return read_layers
+# -- the kernels, over some layers -------------------------------------------------------------------------------------
 
 
 @njit(error_model="numpy", boundscheck=False)
 def _multiply_layers(weights, first, indices, values, count, sums):  # type: ignore[no-untyped-def]
-    """The kernel over some layers. weights: uint16 [layers, n_tiles, in, tile]."""
+    """weights: uint16 [layers, n_tiles, in, tile]."""
     for layer in range(first, first + LAYERS):
         multiply(weights[layer], indices, values, count, sums)
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _dot_layers(weights, first, indices, values, count, out, shape, middle, factors, maxima, units, taken, sums):  # type: ignore[no-untyped-def]
+    """weights: uint8 or int8 [layers, n_tiles, in, record bytes]."""
+    for layer in range(first, first + LAYERS):
+        multiply_record_dots(
+            weights[layer], indices, values, count, out, shape, middle, (), factors, maxima, units, taken, sums
+        )
 
 
 @njit(parallel=True, error_model="numpy", boundscheck=False)
@@ -158,100 +87,156 @@ def _stream(words, parts, sinks):  # type: ignore[no-untyped-def]
 # -- the measurement ---------------------------------------------------------------------------------------------------
 
 
-def measure(shape: tuple[int, int], repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """One row per sparsity, and what was rotated over. shape: inputs, outputs."""
+class Weights:
+    """Copies of one random weight, more than the caches hold, and the kernel over LAYERS of them.
+
+    layers: uint8 [copies, n_tiles, in, row bytes].
+    """
+
+    def __init__(self, kind: str, n_in: int, n_out: int) -> None:
+        self.kind, self.n_in, self.n_out = kind, n_in, n_out
+        if kind == "bf16":
+            buffer = kernels.pack(torch.randn(n_out, n_in).bfloat16()).buffer.view(torch.uint8)
+        else:
+            bits = KINDS[kind]
+            codes = torch.randint(0, 256, (n_out, n_in * bits // 8), dtype=torch.uint8)
+            scale = torch.rand(n_out // BLOCK, n_in) * 0.01
+            packed = kernels.pack_quantized(codes, scale, bits=bits, group_axis="output", in_features=n_in)
+            buffer, self.layout = packed.buffer, packed.layout
+        self.n_tiles, _, self.row_bytes = buffer.shape
+        self.nbytes = buffer.nbytes
+        least = 1.5 * common.last_level_cache() / (self.nbytes * (1 - max(SPARSITIES)) * LAYERS)
+        self.copies = ceil(least) * LAYERS + LAYERS
+        if self.copies * self.nbytes > 0.5 * psutil.virtual_memory().available:
+            raise SystemExit(f"{self.copies} copies of {self.nbytes:,} bytes do not fit into half of the memory.")
+        whole = allocate((self.copies * self.n_tiles, n_in, self.row_bytes), torch.uint8)
+        self.tensor = whole.view(self.copies, self.n_tiles, n_in, self.row_bytes)
+        self.tensor.copy_(buffer.expand_as(self.tensor))
+        self.layers = self.tensor.numpy()
+        self.turns = cycle(range(0, self.copies, LAYERS))
+        if kind == "bf16":
+            self.sums = aligned(self.n_tiles * self.row_bytes // 2, np.float32)
+        else:
+            self.out = aligned((1, self.n_tiles * self.layout.tile), np.float32)
+            self.memory = [aligned((self.n_tiles, part.size), part.dtype) for part in scratch()]
+
+    def kernel(self, indices: np.ndarray, values: np.ndarray, count: int) -> Callable[[], None]:
+        if self.kind == "bf16":
+            words = self.layers.view(np.uint16)
+            return lambda: _multiply_layers(words, next(self.turns), indices, values, count, self.sums)
+        layout, stored = self.layout, self.layers.view(np.uint8 if self.kind == "int4" else np.int8)
+        shape = (layout.tile, BLOCK * layout.stored_bits // 8, layout.code_bytes, layout.zeros_at)
+        x, middle = values.reshape(1, -1), np.int32(layout.middle)
+        return lambda: _dot_layers(stored, next(self.turns), indices, x, count, self.out, shape, middle, *self.memory)
+
+    def reads(self, indices: np.ndarray, threads: int) -> dict[str, Callable[[], None]]:
+        """The ways to read these rows of LAYERS layers."""
+        tables = []
+        for first in range(0, self.copies, LAYERS):
+            pieces = [
+                [self.layers[layer, tile].ctypes.data, self.row_bytes, self.row_bytes, 0, len(indices), tile % threads]
+                for layer in range(first, first + LAYERS)
+                for tile in range(self.n_tiles)
+            ]
+            tables.append(np.array(pieces, np.int64))
+        return {f"read {name}": read for name, read in pure_read.ways(cycle(tables), indices, threads)}
+
+
+def measure(kind: str, shape: tuple[int, int], repeats: int) -> list[dict[str, Any]]:
+    """One row per sparsity. shape: inputs, outputs."""
     n_in, n_out = shape
     threads = torch.get_num_threads()
     numba.set_num_threads(threads)
-    generator = np.random.default_rng(0)
-    first = kernels.pack(torch.randn(n_out, n_in).bfloat16())
-    n_tiles, _, tile = first.buffer.shape
-    cache = common.last_level_cache()
-    copies = ceil(1.5 * cache / (first.nbytes * (1 - max(SPARSITIES)) * LAYERS)) * LAYERS + LAYERS
-    if copies * first.nbytes > 0.5 * psutil.virtual_memory().available:
-        raise SystemExit(f"{copies} copies of a weight of {first.nbytes:,} bytes do not fit into half of the memory.")
-    buffers = allocate((copies * n_tiles, n_in, tile), torch.bfloat16).view(copies, n_tiles, n_in, tile)
-    buffers.copy_(first.buffer.expand_as(buffers))
-    weights = [kernels.PackedWeight(buffer, n_out) for buffer in buffers]
-    turn = cycle(range(copies))  # every call reads the weight that was not read for longest
-    turns = cycle(range(0, copies, LAYERS))
-    layers = buffers.view(torch.uint16).numpy()
-    plain = [buffer.view(-1)[: n_in * n_out] for buffer in buffers]  # the same bytes, as torch lays them out
-    sinks = np.zeros((max(n_tiles, threads), LANES), np.uint16)
-    sums = np.zeros(n_tiles * tile, np.float32)
+    generator, weights = np.random.default_rng(0), Weights(kind, n_in, n_out)
+    turn = cycle(range(weights.copies))  # every call reads the weight that was not read for longest
+    sinks = np.zeros((threads, 32), np.uint16)
     everything = (np.arange(n_in, dtype=np.int32), generator.standard_normal(n_in, np.float32), n_in)
-    readers = {(group, level): _layers(_reader(group, level)) for group in (1, 8) for level in (0, 2, 3)}
     rows: list[dict[str, Any]] = []
     for sparsity in SPARSITIES:
         kept = round(n_in * (1 - sparsity)) // 8 * 8
-        state: dict[str, Any] = {}
-
-        def draw(state: dict[str, Any] = state, kept: int = kept) -> None:
-            state["indices"] = np.sort(generator.permutation(n_in)[:kept]).astype(np.int32)
-            x = torch.zeros(1, n_in)
-            x[0, torch.from_numpy(state["indices"]).long()] = torch.randn(kept).abs() + 0.1
-            state["x"] = x.bfloat16()
-            active = kernels.compact(state["x"], threshold=0.0)
-            state["active"] = (active.indices[0].numpy(), active.values[0].numpy(), kept)
-
-        def read(
-            key: tuple[int, int], distance: int, parts: int, state: dict[str, Any] = state, kept: int = kept
-        ) -> Any:
-            run = readers[key]
-            return lambda: run(layers, next(turns), n_tiles, n_in, tile, state["indices"], kept, distance, parts, sinks)
-
+        indices, values = np.zeros(n_in, np.int32), np.zeros(n_in, np.float32)
+        indices[:kept] = np.sort(generator.permutation(n_in)[:kept])
+        values[:kept] = np.abs(generator.standard_normal(kept)) + 0.1
+        stream = lambda: _stream(weights.layers[next(turn)].reshape(-1).view(np.uint64), threads, sinks)  # noqa: E731
         variants: dict[str, Any] = {
-            "kernel": lambda s=state: _multiply_layers(layers, next(turns), *s["active"], sums),
-            "own dense": lambda: _multiply_layers(layers, next(turns), *everything, sums),
-            "operator": lambda s=state: kernels.sparse_linear(s["x"], weights[next(turn)], threshold=0.0),
-            "dense operator": lambda s=state: kernels.sparse_linear(s["x"], weights[next(turn)]),
-            "stream": lambda: _stream(layers[next(turn)].reshape(-1).view(np.uint64), threads, sinks),
-            "F.linear, out x in": lambda s=state: F.linear(s["x"], plain[next(turn)].view(n_out, n_in)),
-            "F.linear, in x out": lambda s=state: F.linear(s["x"], plain[next(turn)].view(n_in, n_out).t()),
-            "mv, out x in": lambda s=state: torch.mv(plain[next(turn)].view(n_out, n_in), s["x"][0]),
-            "mv, in x out": lambda s=state: torch.mv(plain[next(turn)].view(n_in, n_out).t(), s["x"][0]),
+            "kernel": weights.kernel(indices, values, kept),
+            "own dense": weights.kernel(*everything),
+            "stream": stream,
+            **weights.reads(indices[:kept].copy(), threads),
         }
-        for group in (1, 8):
-            for parts in (1, threads) if threads > 1 else (1,):
-                split = "rows" if parts > 1 else "tiles"
-                variants[f"read {group}, {split}, no prefetch"] = read((group, 0), 0, parts)
-                for distance in (8, 16, 32):
-                    for level in (2, 3):
-                        name = f"read {group}, {split}, {distance} ahead into L{4 - level}"
-                        variants[name] = read((group, level), distance, parts)
-        seconds = common.interleaved(variants, repeats, draw, between=variants["stream"])
+        if kind == "bf16":
+            variants |= _of_torch(weights, indices, values, kept, turn)
+        seconds = common.interleaved(variants, repeats, between=stream)
         for name in seconds:
             if name.startswith(("read", "kernel", "own dense")):
                 seconds[name] = [value / LAYERS for value in seconds[name]]
-        yardstick, torchs = _fastest(seconds, "read"), _fastest(seconds, ("F.linear", "mv"))
-        kernel, dense, operator = seconds["kernel"], seconds["own dense"], seconds["operator"]
-        of_read = common.ratio(seconds[yardstick], kernel)
-        of_dense = common.ratio(dense, kernel)
-        of_torch = common.ratio(seconds[torchs], kernel)
-        gigabytes = kept * n_out * 2 / 1e9
-        rows.append(
-            {
-                "sparsity": sparsity,
-                "kernel ms": median(kernel) * 1e3,
-                "kernel GB/s": gigabytes / median(kernel),
-                "of pure read": of_read["ratio"],
-                "of pure read, deciles": of_read["deciles"],
-                "x own dense": of_dense["ratio"],
-                "x own dense, deciles": of_dense["deciles"],
-                "x torch": of_torch["ratio"],
-                "x torch, deciles": of_torch["deciles"],
-                "operator ms": median(operator) * 1e3,
-                "operator, of pure read": common.ratio(seconds[yardstick], operator)["ratio"],
-                "operator, x its dense": common.ratio(seconds["dense operator"], operator)["ratio"],
-                "operator, x torch": common.ratio(seconds[torchs], operator)["ratio"],
-                "pure read GB/s": gigabytes / median(seconds[yardstick]),
-                "stream GB/s": first.nbytes / median(seconds["stream"]) / 1e9,
-                "pure read": yardstick,
-                "torch": f"{torchs}, {n_in * n_out * 2 / median(seconds[torchs]) / 1e9:.1f} GB/s",
+        yardstick, kernel = _fastest(seconds, "read"), seconds["kernel"]
+        gigabytes = kept * weights.n_tiles * weights.row_bytes / 1e9
+        of_read, of_dense = common.ratio(seconds[yardstick], kernel), common.ratio(seconds["own dense"], kernel)
+        row = {
+            "kernel": f"{kind}, {f'{sparsity:.0%} dropped' if sparsity else 'dense'}",
+            "ms": median(kernel) * 1e3,
+            "GB/s": gigabytes / median(kernel),
+            "of the pure read": of_read["ratio"],
+            "deciles": of_read["deciles"],
+            "x own dense": of_dense["ratio"],
+            "x own dense, deciles": of_dense["deciles"],
+            "pure read GB/s": gigabytes / median(seconds[yardstick]),
+            "stream GB/s": weights.nbytes / median(seconds["stream"]) / 1e9,
+            "pure read": yardstick.removeprefix("read "),
+            "sparsity": sparsity,
+            "copies": weights.copies,
+        }
+        if kind == "bf16":
+            best = _fastest(seconds, ("F.linear", "mv"))
+            row["x torch"] = common.ratio(seconds[best], kernel)["ratio"]
+            row["torch"] = f"{best}, {n_in * n_out * 2 / median(seconds[best]) / 1e9:.1f} GB/s"
+            row["operator ms"] = median(seconds["operator"]) * 1e3
+        rows.append(row)
+    return rows
+
+
+def _of_torch(weights: Weights, indices: np.ndarray, values: np.ndarray, kept: int, turn: Any) -> dict[str, Any]:
+    """torch's dense products over the same bytes, and our operator."""
+    n_in, n_out = weights.n_in, weights.n_out
+    x = torch.zeros(1, n_in)
+    x[0, torch.from_numpy(indices[:kept]).long()] = torch.from_numpy(values[:kept])
+    x = x.bfloat16()
+    buffers = weights.tensor.view(torch.bfloat16)
+    plain = [buffer.reshape(-1)[: n_in * n_out] for buffer in buffers]
+    packed = [kernels.PackedWeight(buffer, n_out) for buffer in buffers]
+    return {
+        "operator": lambda: kernels.sparse_linear(x, packed[next(turn)], threshold=0.0),
+        "F.linear, out x in": lambda: F.linear(x, plain[next(turn)].view(n_out, n_in)),
+        "F.linear, in x out": lambda: F.linear(x, plain[next(turn)].view(n_in, n_out).t()),
+        "mv, out x in": lambda: torch.mv(plain[next(turn)].view(n_out, n_in), x[0]),
+        "mv, in x out": lambda: torch.mv(plain[next(turn)].view(n_in, n_out).t(), x[0]),
+    }
+
+
+def crossover(shape: tuple[int, int], repeats: int) -> list[dict[str, Any]]:
+    """How many rows of x are still faster sparse than dense, by the operators on bf16 weights."""
+    n_in, n_out = shape
+    copies = max(2, ceil(3 * common.last_level_cache() / (2 * n_in * n_out)))
+    packed = [kernels.pack(torch.randn(n_out, n_in).bfloat16()) for _ in range(copies)]
+    turn, found = cycle(range(copies)), []
+    for sparsity in SPARSITIES[1:]:
+        times = {}
+        for batch in BATCHES:
+            x = torch.randn(batch, n_in)
+            x = torch.where(torch.rand(batch, n_in) < sparsity, 0.0, x).bfloat16()
+            variants = {
+                "sparse": lambda x=x: kernels.sparse_linear(x, packed[next(turn)], threshold=0.0),
+                "dense": lambda x=x: kernels.dense_linear(x, packed[next(turn)]),
             }
+            seconds = common.interleaved(variants, repeats)
+            times[batch] = common.ratio(seconds["dense"], seconds["sparse"])["ratio"]
+        faster = [batch for batch, value in times.items() if value > 1]
+        ratios = ", ".join(f"{batch}: {value:.2f}x" for batch, value in times.items())
+        found.append(
+            {"dropped": sparsity, "faster sparse up to rows": max(faster, default=0), "dense over sparse": ratios}
         )
-    rotated = {"copies": copies, "rotated_bytes": copies * first.nbytes, "last_level_cache": cache}
-    return rows, {"shape": f"{n_in} -> {n_out}", "tile": tile, **rotated}
+    return found
 
 
 def _fastest(seconds: dict[str, list[float]], start: str | tuple[str, ...]) -> str:
@@ -262,18 +247,39 @@ def _fastest(seconds: dict[str, list[float]], start: str | tuple[str, ...]) -> s
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     chosen = common.options(__doc__.splitlines()[0], arguments)  # type: ignore[union-attr]
     setting: dict[str, Any] = QUICK if chosen.quick else FULL
+    kinds = [kind for kind in KINDS if kind == "bf16" or integer_dots.available()]
     with torch.no_grad():
-        rows, rotated = measure(setting["shape"], setting["repeats"])
+        rows = [row for kind in kinds for row in measure(kind, setting["shape"], setting["repeats"])]
+        crossings = crossover(setting["shape"], setting["repeats"] // 2)
     targets = []
     for row in rows:
-        share = f"{row['sparsity']:.0%} dropped"
-        targets.append(common.target(f"{share}: of the pure read", row["of pure read"], at_least=setting["of_read"]))
+        name = row["kernel"]
+        targets.append(common.target(f"{name}: of the pure read", row["of the pure read"], at_least=setting["of_read"]))
         if row["sparsity"] in setting["of_dense"]:
             bound = setting["of_dense"][row["sparsity"]]
-            targets.append(common.target(f"{share}: times our own dense", row["x own dense"], at_least=bound))
+            targets.append(common.target(f"{name}: times our own dense", row["x own dense"], at_least=bound))
     checked = rows[0]["pure read GB/s"] / rows[0]["stream GB/s"]
-    targets.append(common.target("the pure read of all rows, of a plain stream", checked, at_least=0.9))
-    return common.report("kernels", rows, targets, chosen, **rotated)
+    targets.append(common.target("bf16: the pure read of all rows, of a plain stream", checked, at_least=0.9))
+    shape = " -> ".join(str(size) for size in setting["shape"])
+    result = common.report("kernels", rows, targets, chosen, show=show, shape=shape, crossover=crossings)
+    for found in crossings:
+        print(
+            f"crossover, bf16, {found['dropped']:.0%} dropped: sparse is faster up to "
+            f"{found['faster sparse up to rows']} rows of x (dense over sparse, {found['dense over sparse']})",
+            file=sys.stderr,
+        )
+    return result
+
+
+def show(console: Any, rows: list[dict[str, Any]]) -> None:
+    """The main columns."""
+    from rich.table import Table
+
+    names = ("kernel", "ms", "GB/s", "of the pure read", "deciles", "x own dense", "pure read GB/s", "x torch")
+    table = Table(*names)
+    for row in rows:
+        table.add_row(*(common.cell(row.get(name)) for name in names))
+    console.print(table)
 
 
 if __name__ == "__main__":

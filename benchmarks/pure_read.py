@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -104,9 +105,15 @@ def reader(group: int, locality: int) -> Any:
     return read
 
 
-def ways(table: np.ndarray, listed: np.ndarray, threads: int) -> Iterator[tuple[str, Callable[[], None]]]:
-    """All ways to read the pieces of `table` int64 [pieces, FIELDS] with row numbers `listed` int32: name, function."""
-    sinks = np.zeros((threads, LINE // 8 * 8), np.uint64)  # lines of their own
+def ways(
+    tables: np.ndarray | Iterator[np.ndarray], listed: np.ndarray, threads: int
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """All ways to read the pieces of a table int64 [pieces, FIELDS] with row numbers `listed` int32: name, function.
+
+    tables: one, or an iterator that gives each call its own.
+    """
+    sinks = np.zeros((threads, LINE // 8), np.uint64)
+    turns = cycle([tables]) if isinstance(tables, np.ndarray) else tables
     for group in (1, 8):
         for locality in INTO:
             read = reader(group, locality)
@@ -114,4 +121,4 @@ def ways(table: np.ndarray, listed: np.ndarray, threads: int) -> Iterator[tuple[
                 for share_rows in (False, True) if threads > 1 else (False,):
                     name = f"{group} at a time, {'rows' if share_rows else 'columns'} shared, "
                     name += f"{distance} ahead {INTO[locality]}" if locality else INTO[locality]
-                    yield name, lambda r=read, d=distance, s=share_rows: r(table, listed, d, threads, s, sinks)
+                    yield name, lambda r=read, d=distance, s=share_rows: r(next(turns), listed, d, threads, s, sinks)

@@ -19,10 +19,14 @@ from pathlib import Path
 from typing import Any
 
 ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}  # the decoder's own threads spin where they meet
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import pure_read
+
+del sys.path[0]  # where kernels.py lies, which transformers would take for the package of that name
 
 import numpy as np
-import pure_read
 import torch
 from protocol import SHAPES, prompt_ids, serve
 from torch import nn

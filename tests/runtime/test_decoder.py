@@ -140,6 +140,15 @@ def test_bfloat16_weights_lose_less_than_in_transformers():
     assert prompt <= (theirs[-1] - expected[-1]).norm()
 
 
+def test_zeros_behind_a_relu_are_not_read():
+    decoder = Decoder(made("tied"))
+    stepped(decoder)
+    dense = Decoder(made("llama"))
+    stepped(dense)
+    assert dense.density is None and 0.2 < decoder.density < 0.8
+    assert decoder.bytes_per_token < dense.bytes_per_token
+
+
 def test_selections_that_change_after_packing():
     model = made("llama")
     apply(model, [Teal(sparsity=0.2)], [{"input_ids": IDS}], progress=False)

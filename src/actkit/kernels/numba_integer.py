@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numba import prange
 
 from actkit.kernels.integer_dots import (
     LIMIT,
@@ -217,3 +218,13 @@ def group_dots(weight, scale, zeros, t, indices, values, count, out, shape, zero
                     parameters * tile + column, zeros, parameters * stride + code_at + block * block_bytes, zero,
                     stored,
                 )  # fmt: skip
+
+
+@compiled(parallel=True)
+def multiply_record_dots(
+    weight, indices, values, count, out, shape, middle, stored, factors, maxima, units, taken, sums
+):  # type: ignore[no-untyped-def]
+    """All tiles of a matrix, over threads. factors ... sums: the arrays of `Scratch`, one row per tile."""
+    for t in prange(weight.shape[0]):
+        memory = (factors[t], maxima[t], units[t], taken[t], sums[t])
+        record_dots(weight, t, indices, values, count, out, shape, middle, stored, memory)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ WEIGHT_DTYPES = (torch.bfloat16, torch.float32)
 HALF = 16
 COLUMNS = 2 * HALF  # a tile is a whole number of such blocks: one cache line of bf16, two of float32
 WIDEST_TILE = 6144  # 24 KB of float32 accumulators
+LINE = 64  # bytes
 PAGE = 4096  # bytes; rows at this distance share their cache sets
 
 
@@ -110,3 +112,11 @@ def allocate(shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
     memory = np.empty(nbytes + 192, np.uint8)
     start = -memory.ctypes.data % 64
     return torch.from_numpy(memory[start : start + nbytes]).view(dtype).view(shape)
+
+
+def aligned(shape: tuple[int, ...] | int, dtype: Any) -> np.ndarray:
+    """Zeros that begin on a cache line: a vector that crosses two of them costs two accesses."""
+    count = int(np.prod(shape))
+    whole = np.zeros(count * np.dtype(dtype).itemsize + LINE, np.uint8)
+    start = -whole.ctypes.data % LINE
+    return whole[start : start + count * np.dtype(dtype).itemsize].view(dtype).reshape(shape)

@@ -56,7 +56,8 @@ class Product:
     """One matrix of a thread: some outputs, or some inputs, of linear layers that are stored and select alike.
 
     parts: each layer with its outputs (`by_rows` False) or its inputs (True). kind: how the matrix is stored. at: where
-    its outputs begin among those of the stage. biased: whether the layers' biases belong to this share.
+    its outputs begin among those of the stage. biased: whether the layers' biases belong to this share. zeros: whether
+    many inputs are exactly 0, which are left out even where nothing selects.
     """
 
     parts: tuple[tuple[Linear, range], ...]
@@ -64,6 +65,7 @@ class Product:
     at: int = 0
     by_rows: bool = False
     biased: bool = True
+    zeros: bool = False
 
     @property
     def select(self) -> Selection | None:
@@ -72,7 +74,7 @@ class Product:
         if not all(same_selection(first, other) for other in others):
             paths = ", ".join(linear.path for linear, _ in self.parts)
             raise ValueError(f"{paths}: they were packed as one matrix and select their inputs differently now.")
-        return first
+        return Threshold(0.0) if first is None and self.zeros else first
 
     @property
     def inputs(self) -> range:
@@ -145,9 +147,9 @@ def _columns(layers: Sequence[tuple[Linear, range]]) -> tuple[list[Product], lis
     return products, places
 
 
-def _rows(linear: Linear, cut: range, first: bool) -> Product:
+def _rows(linear: Linear, cut: range, first: bool, zeros: bool = False) -> Product:
     """Some inputs of a layer; the bias belongs to the first thread's share."""
-    return Product(((linear, cut),), kind_of(linear.module, inputs=cut), by_rows=True, biased=first)
+    return Product(((linear, cut),), kind_of(linear.module, inputs=cut), by_rows=True, biased=first, zeros=zeros)
 
 
 def share_of(total: int, index: int, count: int, unit: int = 1) -> range:
@@ -186,7 +188,8 @@ def grouped_query(share: Share, block: Block, thread: int, threads: int, window:
 
 
 def gated(share: Share, block: Block, thread: int, threads: int, activation: int) -> None:
-    """A gated MLP: whole units, in multiples that cut no group of the weights where that can be."""
+    """A gated MLP: whole units, in multiples that cut no group of the weights where that can be. Behind a ReLU the down
+    projection leaves out the units that are 0, which changes nothing."""
     mlp = block.mlp
     assert mlp is not None and mlp.gate is not None
     units = mlp.down.in_features
@@ -197,7 +200,8 @@ def gated(share: Share, block: Block, thread: int, threads: int, activation: int
     if own:
         products, places = _columns([(mlp.gate, own), (mlp.up, own)])
     share.stages[steps.GATE_UP] = products
-    share.stages[steps.DOWN] = [_rows(mlp.down, own, thread == 0)] if own else []
+    zeros = activation in (steps.RELU, steps.RELU2)
+    share.stages[steps.DOWN] = [_rows(mlp.down, own, thread == 0, zeros)] if own else []
     share.places |= dict(zip((steps.GATE_AT, steps.UP_AT), places))
     share.places |= {steps.UNITS: len(own), steps.FIRST_UNIT: own.start, steps.ACTIVATION: activation}
 

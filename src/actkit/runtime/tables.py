@@ -18,7 +18,7 @@ from actkit.core.progress import track
 from actkit.kernels import decode_step as steps
 from actkit.kernels import integer_dots
 from actkit.kernels.numba_integer import scratch
-from actkit.kernels.packing import PackedWeight
+from actkit.kernels.packing import PackedWeight, aligned
 from actkit.kernels.quantized import BLOCK, PIECES, QuantizedWeight
 from actkit.kernels.team import line_padded
 from actkit.runtime.blocks import Product, Share, same_selection
@@ -31,7 +31,6 @@ KINDS = {  # by whether scales belong to groups of inputs, and whether activatio
     (True, True): (steps.INT4_GROUP_DOTS, steps.INT8_GROUP_DOTS),
 }
 ACTIVATIONS = ("float32", "int16")  # what integer weights are multiplied with
-LINE = 64  # bytes
 SUMS = 8 * 6144  # of the float kernels with groups of inputs: rows of x times columns
 
 
@@ -227,14 +226,6 @@ def model_tables(model: nn.Module, blocks: Sequence[Block], capacity: int) -> di
     }
 
 
-def aligned(shape: tuple[int, ...] | int, dtype: Any) -> np.ndarray:
-    """Zeros that begin on a cache line: a vector that crosses two of them costs two accesses."""
-    count = int(np.prod(shape))
-    whole = np.zeros(count * np.dtype(dtype).itemsize + LINE, np.uint8)
-    start = -whole.ctypes.data % LINE
-    return whole[start : start + count * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
-
-
 def memory(
     plan: steps.Plan, threads: int, heads: int, key_value_heads: int, capacity: int, vocabulary: int
 ) -> steps.Work:
@@ -261,7 +252,7 @@ def memory(
         cached=aligned(cache, np.float32),
         logits=aligned(vocabulary, np.float32),
         finite=aligned(threads, np.float32),
-        counter=aligned(LINE, np.int64),
+        counter=aligned(8, np.int64),
         read=np.zeros((threads, 3), np.float64),
         factors=aligned((threads, fixed.factors.size), fixed.factors.dtype),
         maxima=aligned((threads, fixed.maxima.size), fixed.maxima.dtype),
