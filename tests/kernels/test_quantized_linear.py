@@ -343,7 +343,7 @@ def test_without_numba_plain_torch_computes(monkeypatch):
         ]
 
     expected = results()
-    monkeypatch.setattr(operators, "_has_numba", lambda: False)
+    monkeypatch.setattr(operators, "has_numba", lambda: False)
     operators.engine.cache_clear()
     try:
         assert operators.engine("numba_quantized").__name__ == "actkit.kernels.reference"

@@ -216,7 +216,7 @@ def test_a_forked_process_is_told_to_spawn(monkeypatch):
 
 
 def forget_engines():
-    for cached in (operators.engine, operators._has_numba):
+    for cached in (operators.engine, operators.has_numba):
         cached.cache_clear()
 
 

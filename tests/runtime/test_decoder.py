@@ -147,6 +147,8 @@ def test_zeros_behind_a_relu_are_not_read():
     stepped(dense)
     assert dense.density is None and 0.2 < decoder.density < 0.8
     assert decoder.bytes_per_token < dense.bytes_per_token
+    narrow = made("tied").bfloat16()
+    torch.testing.assert_close(stepped(Decoder(narrow)), reference(narrow.float()), rtol=0.02, atol=0.02)
 
 
 def test_selections_that_change_after_packing():

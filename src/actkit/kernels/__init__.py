@@ -8,23 +8,30 @@
     packed = pack_quantized(codes, scale, bits=4, ...)     the same for integer weights
     y = quantized_linear(x, packed, threshold=0.1)
 
+    packed = pack_rows(weight)                             where outputs are skipped instead, behind a sparse gate
+    y = output_rows(x, packed, active)
+
 Importing this registers the operators under `torch.ops.actkit`; Numba is imported when a kernel first runs.
 """
 
 from actkit.kernels.active_set import ActiveSet, compact
 from actkit.kernels.operators import dense_linear, sparse_linear
+from actkit.kernels.output_rows import PackedRows, output_rows, pack_rows
 from actkit.kernels.packing import PackedWeight, pack
 from actkit.kernels.quantized import QuantizedWeight, pack_quantized
 from actkit.kernels.quantized_operators import quantized_linear
 
 __all__ = [
     "ActiveSet",
+    "PackedRows",
     "PackedWeight",
     "QuantizedWeight",
     "compact",
     "dense_linear",
+    "output_rows",
     "pack",
     "pack_quantized",
+    "pack_rows",
     "quantized_linear",
     "sparse_linear",
 ]

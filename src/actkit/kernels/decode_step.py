@@ -22,6 +22,7 @@ from numba.extending import intrinsic
 from actkit.kernels.numba_cpu import multiply_tile, select, widen
 from actkit.kernels.numba_integer import group_dots, record_dots
 from actkit.kernels.numba_quantized import groups_tile, records_tile
+from actkit.kernels.numba_rows import chosen_dots
 from actkit.kernels.process import compiled
 from actkit.kernels.quantized import BLOCK
 from actkit.kernels.team import address_of, meet
@@ -32,7 +33,7 @@ FLOAT32, BFLOAT16 = range(2)
 INT8_RECORDS, INT4_RECORDS, INT8_GROUPS, INT4_GROUPS = range(2, 6)
 INT8_RECORD_DOTS, INT4_RECORD_DOTS, INT8_GROUP_DOTS, INT4_GROUP_DOTS = range(6, 10)
 KINDS = 10
-QKV, OUTPUT, GATE_UP, DOWN, HEAD = range(5)  # the products of a layer, and the last one
+QKV, OUTPUT, GATE_UP, DOWN, HEAD, UP = range(6)  # the products of a layer; the output layer; up behind a sparse gate
 DENSE, THRESHOLD, TOP_K = range(3)  # how inputs are selected
 SILU, RELU, GELU, GELU_TANH, RELU2 = range(5)
 
@@ -41,9 +42,9 @@ KIND, ADDRESS, TILES, INPUTS, STRIDE, TILE, SCALES_AT, ZEROS_AT, GROUP = range(9
 SCALES, ZEROS, BIAS, OUT_AT, SELECT, K, SCORE, FIRST_INPUT, ALL_INPUTS, SHARES_SELECTION, MIDDLE = range(9, 20)
 FIELDS = 20
 # Fields of a layer and thread, int64: the first product and the number of products of each stage, then places.
-PLACES = 10
-QUERY_AT, KEY_AT, VALUE_AT, GATE_AT, UP_AT, WINDOW, FIRST_HEAD, HEADS, UNITS, FIRST_UNIT, ACTIVATION = range(PLACES, 21)
-LAYER_FIELDS = 21
+PLACES = 12
+QUERY_AT, KEY_AT, VALUE_AT, GATE_AT, UP_AT, WINDOW, FIRST_HEAD, HEADS, UNITS, FIRST_UNIT, ACTIVATION = range(PLACES, 23)
+LAYER_FIELDS = 23
 
 
 class Formats(NamedTuple):
@@ -414,6 +415,38 @@ def _stage(place, stage, thread, x, whole, out, plan, work, formats):  # type: i
         )
 
 
+@compiled()
+def _sparse_up(row, thread, gate, up, x, work, formats):  # type: ignore[no-untyped-def]
+    """up of the units whose gate is above 0, by dot products of their rows; of the others 0."""
+    indices, values = work.indices[thread], work.values[thread]
+    given = work.stage[thread][row[OUT_AT] :][: row[TILE]]
+    count = 0
+    for unit in range(gate.size):
+        indices[count] = unit  # overwritten by the next where it is not kept
+        count += not gate[unit] <= 0
+    given[: x.size] = x
+    given[x.size :] = 0
+    _chosen_dots(row, given, indices, count, values, formats[0], formats[1])
+    up[:] = 0
+    bias = carray(address_of(row[BIAS]), (up.size,), np.float32)
+    for i in range(count):
+        up[indices[i]] = values[i] + bias[indices[i]] if row[BIAS] != 0 else values[i]
+    work.read[thread, 0] += count * row[STRIDE]
+    work.read[thread, 1] += up.size * row[STRIDE]
+    work.read[thread, 2] += count * row[STRIDE]
+
+
+@compiled()
+def _chosen_dots(row, x, indices, count, values, float32, bfloat16):  # type: ignore[no-untyped-def]
+    shape = (row[INPUTS], row[TILE])
+    if float32 is not None:  # noqa: SIM102
+        if row[KIND] == FLOAT32:
+            chosen_dots(carray(address_of(row[ADDRESS]), shape, np.float32), x, indices, 0, count, values)
+    if bfloat16 is not None:  # noqa: SIM102
+        if row[KIND] == BFLOAT16:
+            chosen_dots(carray(address_of(row[ADDRESS]), shape, np.uint16), x, indices, 0, count, values)
+
+
 # -- the step ----------------------------------------------------------------------------------------------------------
 
 
@@ -475,6 +508,8 @@ def _run(thread, threads, position, token, plan, work, formats):  # type: ignore
             _stage(place, GATE_UP, thread, normed, normed, stage, plan, work, formats)
             gate = stage[place[GATE_AT] : place[GATE_AT] + units]
             up = stage[place[UP_AT] : place[UP_AT] + units]
+            if place[2 * UP + 1] > 0:
+                _sparse_up(plan.products[place[2 * UP]], thread, gate, up, normed, work, formats)
             activate(place[ACTIVATION], gate, up, own)
         if plan.products[place[2 * DOWN], SELECT] == TOP_K:
             meetings += threads

@@ -58,11 +58,11 @@ def dense_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) ->
 @cache
 def engine(name: str = "numba_cpu") -> Any:
     """The module that computes: one with Numba's kernels, or the reference."""
-    return import_module(f"actkit.kernels.{name}") if _has_numba() else reference
+    return import_module(f"actkit.kernels.{name}") if has_numba() else reference
 
 
 @cache
-def _has_numba() -> bool:
+def has_numba() -> bool:
     try:
         import_module("actkit.kernels.numba_cpu")
     except ImportError as error:

@@ -99,3 +99,8 @@ def quantized_linear(
     columns = quantized_active_linear(*compact(x, score, threshold, k), buffer, scale, zero, layout)
     y = outputs_of(columns, layout)
     return (y if bias is None else y + bias).to(x.dtype)
+
+
+def output_rows(x: Tensor, buffer: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of a weight as `output_rows.pack_rows` stores it, times x [n, width]: float32 [n, rows]."""
+    return x @ in_order(buffer[rows.long()]).float().t()

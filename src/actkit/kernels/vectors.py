@@ -402,3 +402,43 @@ def add_codes(typingctx, out, first, width, weight, rows, values, place, zeros, 
     number = types.int64
     signature = types.void(out, number, number, weight, rows, values, number, zeros, number, types.float32, stored)
     return signature, generate
+
+
+@intrinsic
+def dot_rows(typingctx, weight, rows, x, width):  # type: ignore[no-untyped-def]
+    """The dot products of some rows with x, as a tuple of floats: one pass over x, sums in the lanes of two vectors.
+
+    weight: bf16 or float32; rows: bytes at which they begin; x: float32 [width], width a whole number of blocks.
+    """
+    count = rows.count
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        weight, rows, x, width = args
+        kind = signature.args[0].dtype
+        form, rows = FORMATS[kind], cgutils.unpack_tuple(builder, rows)
+        vector, vectors = _vector(FLOAT, form.lanes), form.columns // form.lanes
+        memory = Memory(context, builder, signature.args[0], weight)
+        given = Memory(context, builder, signature.args[2], x)
+        # On the stack, which the compiler turns into registers.
+        totals = [cgutils.alloca_once_value(builder, constant(0.0, form.lanes)) for _ in range(count * min(2, vectors))]
+        blocks = builder.sdiv(width, I64(form.columns))
+        with cgutils.for_range(builder, blocks) as loop:
+            place = builder.mul(loop.index, I64(form.nbytes))
+            column = builder.mul(loop.index, I64(4 * form.columns))
+            read = [Block(context, memory, kind, builder.add(row, place)) for row in rows]
+            for k in range(vectors):
+                values = given.load(builder.add(column, I64(4 * form.lanes * k)), vector)
+                for r, block in enumerate(read):
+                    total = totals[2 * r + k % 2]
+                    builder.store(multiply_add(builder, block.floats(k), values, builder.load(total)), total)
+        kind_of_sum = ir.FunctionType(FLOAT, [FLOAT, vector])
+        name = f"llvm.vector.reduce.fadd.v{form.lanes}f32"
+        reduce = cgutils.get_or_insert_function(builder.module, kind_of_sum, name)
+        found = []
+        for r in range(count):
+            both = builder.fadd(builder.load(totals[2 * r]), builder.load(totals[2 * r + 1]))
+            call = builder.call(reduce, [FLOAT(0.0), both], fastmath=("reassoc",))
+            found.append(call)
+        return context.make_tuple(builder, signature.return_type, found)
+
+    return types.UniTuple(types.float32, count)(weight, rows, x, types.int64), generate

@@ -57,7 +57,8 @@ class Product:
 
     parts: each layer with its outputs (`by_rows` False) or its inputs (True). kind: how the matrix is stored. at: where
     its outputs begin among those of the stage. biased: whether the layers' biases belong to this share. zeros: whether
-    many inputs are exactly 0, which are left out even where nothing selects.
+    many inputs are exactly 0, which are left out even where nothing selects. apart: whether each output has its own
+    row, to be skipped behind a sparse gate.
     """
 
     parts: tuple[tuple[Linear, range], ...]
@@ -66,6 +67,7 @@ class Product:
     by_rows: bool = False
     biased: bool = True
     zeros: bool = False
+    apart: bool = False
 
     @property
     def select(self) -> Selection | None:
@@ -74,6 +76,8 @@ class Product:
         if not all(same_selection(first, other) for other in others):
             paths = ", ".join(linear.path for linear, _ in self.parts)
             raise ValueError(f"{paths}: they were packed as one matrix and select their inputs differently now.")
+        if first is not None and self.apart:
+            raise ValueError(f"{self.parts[0][0].path}: it was packed to skip outputs, and selects its inputs now.")
         return Threshold(0.0) if first is None and self.zeros else first
 
     @property
@@ -188,20 +192,34 @@ def grouped_query(share: Share, block: Block, thread: int, threads: int, window:
 
 
 def gated(share: Share, block: Block, thread: int, threads: int, activation: int) -> None:
-    """A gated MLP: whole units, in multiples that cut no group of the weights where that can be. Behind a ReLU the down
-    projection leaves out the units that are 0, which changes nothing."""
+    """A gated MLP: whole units, in multiples that cut no group of the weights where that can be.
+
+    Behind a ReLU the gate is sparse: of the up projection only the rows of units that are not 0 are read, where its
+    weights are floats and nothing selects its inputs, and the down projection leaves out the others. Exact.
+    """
     mlp = block.mlp
     assert mlp is not None and mlp.gate is not None
     units = mlp.down.in_features
     unit = BLOCK if units >= 4 * threads * BLOCK else PIECES[0]
     own = share_of(units, thread, threads, unit)
-    products: list[Product] = []
+    sparse = activation in (steps.RELU, steps.RELU2)
+    stages: dict[int, list[Product]] = {steps.GATE_UP: [], steps.DOWN: [], steps.UP: []}
     places = [0, 0]
     if own:
-        products, places = _columns([(mlp.gate, own), (mlp.up, own)])
-    share.stages[steps.GATE_UP] = products
-    zeros = activation in (steps.RELU, steps.RELU2)
-    share.stages[steps.DOWN] = [_rows(mlp.down, own, thread == 0, zeros)] if own else []
+        up = kind_of(mlp.up.module, outputs=own)
+        apart = sparse and up.dtype is not None and selection_of(mlp.up.module) is None
+        if apart:
+            stages[steps.GATE_UP], _ = _columns([(mlp.gate, own)])
+            last = stages[steps.GATE_UP][-1].at + (len(own) // BLOCK + 2) * BLOCK
+            places = [0, last]
+            after = last + (len(own) // BLOCK + 1) * BLOCK  # where the product's input is laid out
+            stages[steps.UP] = [Product(((mlp.up, own),), up, after, apart=True)]
+        else:
+            stages[steps.GATE_UP], places = _columns([(mlp.gate, own), (mlp.up, own)])
+        stages[steps.DOWN] = [_rows(mlp.down, own, thread == 0, sparse)]
+    if not stages[steps.UP]:
+        del stages[steps.UP]
+    share.stages |= stages
     share.places |= dict(zip((steps.GATE_AT, steps.UP_AT), places))
     share.places |= {steps.UNITS: len(own), steps.FIRST_UNIT: own.start, steps.ACTIVATION: activation}
 

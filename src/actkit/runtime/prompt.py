@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from actkit.kernels import decode_step as steps
+from actkit.kernels.output_rows import PackedRows
 from actkit.kernels.packing import COLUMNS as BLOCK
 from actkit.kernels.packing import PackedWeight, in_order
 from actkit.kernels.quantized import outputs_of
@@ -58,8 +59,10 @@ class _Prompt:
             self._add(x, layer, steps.OUTPUT, mixed)
             normed = [self._norm(x, plan.norms[layer, 1])] * len(places)
             hidden = []
-            for out, place in zip(self._products(layer, steps.GATE_UP, normed), places):
+            rows = self._products(layer, steps.UP, normed)  # of threads that keep the up projection's rows apart
+            for out, place, apart in zip(self._products(layer, steps.GATE_UP, normed), places, rows):
                 gate, up = (out[:, place[at] :][:, : place[steps.UNITS]] for at in (steps.GATE_AT, steps.UP_AT))
+                up = apart if apart.shape[1] else up
                 hidden.append(_activate(int(place[steps.ACTIVATION]), gate).mul_(up))
             self._add(x, layer, steps.DOWN, hidden)
         last = [self._norm(x[-1:], plan.last_norm)] * len(plan.layers)
@@ -131,7 +134,7 @@ class _Prompt:
                 if select is not None:
                     begin = int(row[steps.FIRST_INPUT])
                     own = select(own if shared else torch.cat(inputs, 1))[:, begin : begin + int(row[steps.INPUTS])]
-                gap = int(row[steps.OUT_AT]) - at
+                gap = int(row[steps.OUT_AT]) - at if stage != steps.UP else 0
                 found = self._product(p, own)
                 pieces += [found.new_zeros(len(own), gap), found] if gap else [found]
                 at += gap + found.shape[1]
@@ -149,6 +152,8 @@ class _Prompt:
             used = [-(-(weight.out_features - start) // BLOCK) * BLOCK for start in starts]  # not the padding of a tile
             tiles = [in_order(given @ tile[:, :width]) for tile, width in zip(weight.buffer, used)]
             y = (torch.cat(tiles, 1) if len(tiles) > 1 else tiles[0])[:, : weight.out_features].to(self.dtype)
+        elif isinstance(weight, PackedRows):
+            y = (x.to(weight.buffer.dtype) @ weight.dense().t()).to(self.dtype)
         else:
             from actkit.kernels.numba_quantized import widened_columns
 

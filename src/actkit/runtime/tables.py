@@ -18,12 +18,14 @@ from actkit.core.progress import track
 from actkit.kernels import decode_step as steps
 from actkit.kernels import integer_dots
 from actkit.kernels.numba_integer import scratch
+from actkit.kernels.output_rows import PackedRows, pack_rows
 from actkit.kernels.packing import PackedWeight, aligned
 from actkit.kernels.quantized import BLOCK, PIECES, QuantizedWeight
 from actkit.kernels.team import line_padded
 from actkit.runtime.blocks import Product, Share, same_selection
 from actkit.runtime.shards import packed
 
+Packed = PackedWeight | PackedRows | QuantizedWeight
 KINDS = {  # by whether scales belong to groups of inputs, and whether activations are in fixed point: 4 bits, 8 bits
     (False, False): (steps.INT4_RECORDS, steps.INT8_RECORDS),
     (False, True): (steps.INT4_RECORD_DOTS, steps.INT8_RECORD_DOTS),
@@ -40,7 +42,7 @@ class Matrices:
     bias float32 [columns], or None."""
 
     products: tuple[Product | None, ...]
-    weights: tuple[PackedWeight | QuantizedWeight, ...]
+    weights: tuple[Packed, ...]
     biases: tuple[Tensor | None, ...]
     scores: list[Tensor]  # whose addresses are in the table
 
@@ -91,7 +93,7 @@ def build(
         for axis in ("output", "input", "")
     }
     found: list[Product | None] = []
-    weights: list[PackedWeight | QuantizedWeight] = []
+    weights: list[Packed] = []
     biases: list[Tensor | None] = []
     rows: list[list[int]] = []
     places = np.zeros((len(layers[0]), len(layers), steps.LAYER_FIELDS), np.int64)
@@ -108,7 +110,12 @@ def build(
                         biases.append(None)
                         continue
                     dots = fixed and _takes_dots(product)
-                    weights.append(packed(product.part(), BLOCK if dots else piece, zeros[product.kind.axis]))
+                    part = product.part()
+                    if product.apart:
+                        assert part.dense is not None
+                        weights.append(pack_rows(part.dense))
+                    else:
+                        weights.append(packed(part, BLOCK if dots else piece, zeros[product.kind.axis]))
                     row, bias = _row(weights[-1], product, dots)
                     rows.append(row)
                     biases.append(bias)
@@ -118,11 +125,12 @@ def build(
     return Matrices(tuple(found), tuple(weights), tuple(biases), []), np.array(rows, np.int64), places
 
 
-def _row(weight: PackedWeight | QuantizedWeight, product: Product, dots: bool) -> tuple[list[int], Tensor | None]:
+def _row(weight: Packed, product: Product, dots: bool) -> tuple[list[int], Tensor | None]:
     row = [0] * steps.FIELDS
-    if isinstance(weight, PackedWeight):
-        tiles, inputs, tile = weight.buffer.shape
-        row[steps.KIND] = steps.BFLOAT16 if weight.dtype == torch.bfloat16 else steps.FLOAT32
+    if not isinstance(weight, QuantizedWeight):
+        # Of rows for outputs, the outputs stand where an input-major weight has its inputs.
+        tiles, inputs, tile = weight.buffer.shape if isinstance(weight, PackedWeight) else (1, *weight.buffer.shape)
+        row[steps.KIND] = steps.BFLOAT16 if weight.buffer.dtype == torch.bfloat16 else steps.FLOAT32
         row[steps.STRIDE] = tile * weight.buffer.element_size()
     else:
         layout = weight.layout
@@ -143,7 +151,7 @@ def _row(weight: PackedWeight | QuantizedWeight, product: Product, dots: bool) -
     )
     bias = product.bias()
     if bias is not None:
-        bias = F.pad(bias, (0, tiles * tile - len(bias))).contiguous()
+        bias = F.pad(bias, (0, max(0, tiles * tile - len(bias)))).contiguous()
         row[steps.BIAS] = bias.data_ptr()
     return row, bias
 
@@ -169,7 +177,7 @@ def write_selections(matrices: Matrices, table: np.ndarray, places: np.ndarray) 
         if isinstance(select, Threshold):
             thresholds[thread] = float(select.threshold)
     for layer in range(places.shape[1]):
-        for stage in range(steps.HEAD + 1):
+        for stage in range(steps.UP + 1):
             ranges = [range(first, first + number) for first, number in places[:, layer, 2 * stage : 2 * stage + 2]]
             for own in ranges:
                 for before, p in pairwise(own):
@@ -181,7 +189,7 @@ def write_selections(matrices: Matrices, table: np.ndarray, places: np.ndarray) 
     return thresholds, selections
 
 
-def formats(table: np.ndarray, weights: Sequence[PackedWeight | QuantizedWeight]) -> steps.Formats:
+def formats(table: np.ndarray, weights: Sequence[Packed]) -> steps.Formats:
     """Which formats there are, for the compiler."""
     kinds = set(table[table[:, steps.TILES] > 0][:, steps.KIND].tolist())
     floats = [

@@ -1,0 +1,64 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import TOLERANCE
+
+from actkit.kernels import output_rows, pack_rows, reference
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    out_features=st.integers(1, 80),
+    in_features=st.sampled_from([1, 31, 32, 33, 100, 2048]),
+    rows=st.integers(0, 8),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_equals_the_float64_product(out_features, in_features, rows, dtype, share, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out_features, in_features, generator=generator).to(dtype)
+    x = torch.randn(rows, in_features, generator=generator)
+    chosen = torch.nonzero(torch.rand(out_features, generator=generator) < share)[:, 0].int()
+    packed = pack_rows(weight)
+    assert torch.equal(packed.dense(), weight)
+    y = output_rows(x, packed, chosen)
+    kept = weight.double()[chosen.long()]
+    assert y.shape == (rows, len(chosen)) and y.dtype == torch.float32
+    assert ((y.double() - x.double() @ kept.t()).abs() <= TOLERANCE * (x.double().abs() @ kept.abs().t()) + 1e-42).all()
+    assert torch.equal(y, output_rows(x, packed, chosen))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-40, 1e30, float("inf"), float("nan")])
+def test_unusual_activations(value):
+    packed, x = pack_rows(torch.randn(20, 64)), torch.full((64,), value)
+    rows = torch.arange(20, dtype=torch.int32)
+    expected = reference.output_rows(
+        torch.nn.functional.pad(x, (0, packed.buffer.shape[1] - 64))[None], packed.buffer, rows
+    )[0]
+    smallest = 1e-4 * value if value < float("inf") else 0.0
+    torch.testing.assert_close(output_rows(x, packed, rows), expected, rtol=1e-4, atol=smallest, equal_nan=True)
+
+
+def test_torch_accepts_the_operator():
+    packed = pack_rows(torch.randn(10, 20).bfloat16())
+    arguments = (torch.randn(2, 20), packed.buffer, torch.tensor([3, 1], dtype=torch.int32), 20)
+    torch.library.opcheck(torch.ops.actkit.output_rows.default, arguments)
+
+
+def test_bad_input():
+    packed = pack_rows(torch.randn(4, 8))
+    rows = torch.tensor([0], dtype=torch.int32)
+    with pytest.raises(ValueError, match="has 8 inputs"):
+        output_rows(torch.randn(9), packed, rows)
+    with pytest.raises(ValueError, match="at most 8"):
+        output_rows(torch.randn(9, 8), packed, rows)
+    with pytest.raises(ValueError, match="has 4 outputs"):
+        output_rows(torch.randn(8), packed, torch.tensor([4], dtype=torch.int32))
+    with pytest.raises(ValueError, match="give int32"):
+        output_rows(torch.randn(8), packed, torch.tensor([1]))
+    with pytest.raises(ValueError, match="give float32 or bfloat16"):
+        pack_rows(torch.randn(4, 8).double())
+    with pytest.raises(RuntimeError, match="gradient"):
+        output_rows(torch.randn(8, requires_grad=True), packed, rows)
