@@ -6,8 +6,7 @@
 Random weights at a 1.1B and a 0.5B Llama shape, batch 1, two threads, a prompt of 128 random tokens. Each engine is a
 process of its own, with the environment that suits it (`decode_workers/`); in every round each runs once, in a new
 order, so that whatever disturbs the machine meets all alike. The processes of one round must fit into memory together,
-so there is a group with bf16 weights and one with integer weights; llama.cpp's Q4_0 is in both, and ratios are formed
-inside a group. llama.cpp runs with the better of mapped and unmapped memory, and of one thread and two.
+so there are three groups; llama.cpp's Q4_0 is in each, and ratios are formed inside a group. llama.cpp runs with the better of mapped and unmapped memory, and of one thread and two.
 
 The masks of actkit's sparse rows are as good as random, at about the density they are named after: these rows say how
 fast it is, and nothing on quality, which `actkit optimize` measures. The yardstick is a pure read of the same rows, in
@@ -146,14 +145,17 @@ def engines(quick: bool) -> list[list[Engine]]:
     integer = [
         llama_cpp("q4_0"),
         llama_cpp("q8_0"),
-        peer("torchao int8", "torch_worker", "int8"),
         peer("torchao int4", "torch_worker", "int4"),
-        peer("OpenVINO int8", "openvino_worker", "int8"),
         peer("OpenVINO int4", "openvino_worker", "int4"),
         actkit("int8"),
         actkit("int4"),
     ]
-    return [bf16, integer]
+    others = [
+        llama_cpp("q4_0"),
+        peer("torchao int8", "torch_worker", "int8"),
+        peer("OpenVINO int8", "openvino_worker", "int8"),
+    ]
+    return [bf16, integer, others]
 
 
 def measure_group(group: list[Engine], shape: str, threads: int, rounds: int, tokens: int, folder: str) -> None:

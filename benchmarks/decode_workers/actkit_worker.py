@@ -122,7 +122,7 @@ class Actkit:
         pieces, listed, at = [], [], 0
         self._select(sparsity)
         for layer in range(plan.layers.shape[1]):
-            for stage in range(steps.HEAD + 1):
+            for stage in range(steps.UP + 1):
                 for thread, (first, number) in enumerate(plan.layers[:, layer, 2 * stage : 2 * stage + 2]):
                     for row in plan.products[first : first + number]:
                         inputs, stride = int(row[steps.INPUTS]), int(row[steps.STRIDE])
