@@ -6,7 +6,8 @@
 Random weights at a 1.1B and a 0.5B Llama shape, batch 1, two threads, a prompt of 128 random tokens. Each engine is a
 process of its own, with the environment that suits it (`decode_workers/`); in every round each runs once, in a new
 order, so that whatever disturbs the machine meets all alike. The processes of one round must fit into memory together,
-so there are three groups; llama.cpp's Q4_0 is in each, and ratios are formed inside a group. llama.cpp runs with the better of mapped and unmapped memory, and of one thread and two.
+so there are three groups; llama.cpp's Q4_0 is in each, and ratios are formed inside a group. llama.cpp runs with the
+better of mapped and unmapped memory, and of one thread and two.
 
 The masks of actkit's sparse rows are as good as random, at about the density they are named after: these rows say how
 fast it is, and nothing on quality, which `actkit optimize` measures. The yardstick is a pure read of the same rows, in
