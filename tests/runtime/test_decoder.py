@@ -151,6 +151,21 @@ def test_zeros_behind_a_relu_are_not_read():
     torch.testing.assert_close(stepped(Decoder(narrow)), reference(narrow.float()), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("mode", ["threshold", "top_k"])
+@pytest.mark.parametrize("density", [0, 1])
+def test_nothing_and_everything_selected(mode, density):
+    model = made("llama")
+    apply(model, [Teal(sparsity=0.4, mode=mode)], [{"input_ids": IDS}], progress=False)
+    for layer in model.modules():
+        if isinstance(layer, ActLinear) and mode == "threshold":
+            layer.select.threshold.fill_(0.0 if density else float("inf"))
+        elif isinstance(layer, ActLinear):
+            layer.select.k = layer.in_features if density else 0
+    decoder = Decoder(model)
+    torch.testing.assert_close(stepped(decoder), reference(model), rtol=1e-4, atol=1e-4)
+    assert decoder.density == density
+
+
 def test_selections_that_change_after_packing():
     model = made("llama")
     apply(model, [Teal(sparsity=0.2)], [{"input_ids": IDS}], progress=False)
