@@ -1,10 +1,10 @@
 """PyTorch on the CPU: transformers' Llama, eager, compiled, and with torchao's int8 or int4 weights, compiled.
 
 Settings, the fastest of those tried at 1.1B on two cores with AVX-512: weights frozen into the compiled code, where
-they are packed for their kernels; static caches of few lengths; for int8 the autotuner (27 instead of 23 tokens/s; no
-gain for int4); prompts uncompiled (0.47 s instead of 0.77 for int8). OpenMP's threads spin between the two hundred
-parallel regions of a token: where they sleep at once, int4 falls from 38 to 22 tokens/s. Endless spinning would take a
-core from the peers, so the spinning is limited to less than a millisecond.
+they are packed for their kernels; static caches of few lengths; for int8 the autotuner's own kernels (27 instead of 23
+tokens/s; no gain for int4); prompts uncompiled (0.5 s instead of 0.8 for int8). OpenMP's threads spin between the two
+hundred parallel regions of a token: where they sleep at once, int4 falls from 38 to 22 tokens/s. Endless spinning would
+take a core from the peers, so the spinning is limited to less than a millisecond.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ class Torch:
             from transformers import StaticCache
 
             inductor.freezing = True
+            # The autotuner times candidates on whatever the machine is doing; left to choose, it took the slower one.
+            inductor.max_autotune_gemm_backends = "CPP"
             mode = "max-autotune-no-cudagraphs" if variant == "int8" else None
             self.one = torch.compile(self._step, dynamic=False, fullgraph=True, mode=mode)
             config = self.model.config
