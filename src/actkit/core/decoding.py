@@ -65,7 +65,8 @@ def choose_engine(model: nn.Module, *, capacity: int, decode_only: bool = False)
     """The first registered decoder that takes a model and fits into memory, ready for `capacity` tokens of one text;
     transformers where there is none. decode_only: a decoder may take the weights out of the model.
 
-    Raises RecipeError for a decoder that does not import or says nothing on what it supports.
+    Raises RecipeError for a decoder that does not import or says nothing on what it supports, and with decode_only what
+    a decoder raises after it began to take weights.
     """
     reasons = []
     for name in registry.decoder_names():
@@ -77,6 +78,8 @@ def choose_engine(model: nn.Module, *, capacity: int, decode_only: bool = False)
             try:
                 return Engine(decoder(model, capacity=capacity, decode_only=decode_only))
             except (ActkitError, ValueError) as error:
+                if any(tensor.is_meta for tensor in model.state_dict().values()):
+                    raise  # it has taken weights out of the model, which transformers cannot run any more
                 reason = str(error)
         reasons.append(reason.rstrip("."))
     return Engine(None, "; ".join(dict.fromkeys(reasons)) or "no decoder is installed")

@@ -451,6 +451,31 @@ def _chosen_dots(row, x, indices, count, values, float32, bfloat16):  # type: ig
 
 
 @compiled()
+def _add_shares(stage, owned, thread, threads, layer, own, whole, x, meetings, plan, work, formats):  # type: ignore[no-untyped-def]
+    """Add all threads' shares of a stage that ends in the residual stream to x, in their order.
+
+    owned: the field that says whether a thread has one; own: this thread's inputs of `whole`. Returns the meetings so
+    far, or -1 where a thread did not come.
+    """
+    place, half = plan.layers[thread, layer], np.int64(stage == DOWN)  # of memory that is not read any more
+    if plan.products[place[2 * stage], SELECT] == TOP_K:  # which ranks the inputs of all threads
+        meetings += threads
+        if not meet(work.counter, meetings):
+            return -1
+    if place[owned] > 0:
+        _stage(place, stage, thread, own, whole, work.partial[half, thread], plan, work, formats)
+    meetings += threads
+    if not meet(work.counter, meetings):
+        return -1
+    for other in range(threads):
+        if plan.layers[other, layer, owned] > 0:
+            added = work.partial[half, other]
+            for i in range(x.size):
+                x[i] += added[i]
+    return meetings
+
+
+@compiled()
 def _run(thread, threads, position, token, plan, work, formats):  # type: ignore[no-untyped-def]
     """One thread's part of a token; returns whether all threads came to every meeting."""
     hidden, size, shared_by = plan.hidden, plan.size, plan.shared_by
@@ -485,21 +510,9 @@ def _run(thread, threads, position, token, plan, work, formats):  # type: ignore
                 at = (first * shared_by + reader) * size
                 attend(query, keys, values, plan.scaling, scores[: position + 1 - begin], work.mixed[at : at + size])
         own = work.mixed[first * shared_by * size : (first + heads) * shared_by * size]
-        if plan.products[place[2 * OUTPUT], SELECT] == TOP_K:
-            meetings += threads
-            if not meet(work.counter, meetings):
-                return False
-        partial = work.partial[0, thread]
-        if heads > 0:
-            _stage(place, OUTPUT, thread, own, work.mixed, partial, plan, work, formats)
-        meetings += threads
-        if not meet(work.counter, meetings):
+        meetings = _add_shares(OUTPUT, HEADS, thread, threads, layer, own, work.mixed, x, meetings, plan, work, formats)
+        if meetings < 0:
             return False
-        for other in range(threads):
-            if plan.layers[other, layer, HEADS] > 0:
-                added = work.partial[0, other]
-                for i in range(hidden):
-                    x[i] += added[i]
         # The MLP of this thread's units.
         rms_norm(x, plan.norms[layer, 1], plan.epsilon, normed)
         units, unit = place[UNITS], place[FIRST_UNIT]
@@ -511,21 +524,9 @@ def _run(thread, threads, position, token, plan, work, formats):  # type: ignore
             if place[2 * UP + 1] > 0:
                 _sparse_up(plan.products[place[2 * UP]], thread, gate, up, normed, work, formats)
             activate(place[ACTIVATION], gate, up, own)
-        if plan.products[place[2 * DOWN], SELECT] == TOP_K:
-            meetings += threads
-            if not meet(work.counter, meetings):
-                return False
-        partial = work.partial[1, thread]
-        if units > 0:
-            _stage(place, DOWN, thread, own, work.hidden, partial, plan, work, formats)
-        meetings += threads
-        if not meet(work.counter, meetings):
+        meetings = _add_shares(DOWN, UNITS, thread, threads, layer, own, work.hidden, x, meetings, plan, work, formats)
+        if meetings < 0:
             return False
-        for other in range(threads):
-            if plan.layers[other, layer, UNITS] > 0:
-                added = work.partial[1, other]
-                for i in range(hidden):
-                    x[i] += added[i]
     rms_norm(x, plan.last_norm, plan.epsilon, normed)
     place = plan.layers[thread, plan.norms.shape[0]]
     if place[2 * HEAD + 1] > 0:

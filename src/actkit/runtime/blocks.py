@@ -46,6 +46,16 @@ def check(model: nn.Module, block: Block) -> None:
     for linear in block.linears():
         if isinstance(linear.module, ActLinear) and linear.module.correction is not None:
             raise UnsupportedModelError(f"{linear.path}: it has a low-rank correction")
+        if type(linear.module) is not nn.Linear and not isinstance(linear.module, ActLinear):
+            raise UnsupportedModelError(
+                f"{linear.path} is a {type(linear.module).__name__}, whose forward pass no decoder calls"
+            )
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        norm = get_module(model, f"{block.path}.{name}")
+        if not type(norm).__name__.endswith("RMSNorm"):
+            raise UnsupportedModelError(
+                f"{block.path}.{name} is a {type(norm).__name__}, whose forward pass no decoder calls"
+            )
 
 
 # -- products ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ dense matrix products in chunks (`runtime.prompt`). `runtime.blocks` says what a
 
 Exactness: everything but the stored weights is float32, the cache too, with two exceptions. Integer weights meet
 activations that are rounded to 16 bits, relative to the largest of 128 (unless `activations` says 'float32'). And for
-bfloat16 models the prompt's products round their inputs to bfloat16; the decoding step does not.
+bfloat16 models the prompt's products and attention round to bfloat16, integer weights too; the decoding step does not.
 Cost: a second copy of the weights, packed, beside the model, whose embedding and config are used; with `decode_only`
 the model gives up its own.
 Left open by the design: attention that is not grouped-query, and MLPs without a gate, are refused by name.

@@ -165,7 +165,7 @@ def write_selections(matrices: Matrices, table: np.ndarray, places: np.ndarray) 
     thresholds = np.zeros(len(table), np.float32)
     selections: list[Selection | None] = [None if product is None else product.select for product in matrices.products]
     matrices.scores.clear()
-    for row, select, thread in zip(table, selections, range(len(table))):
+    for number, (row, select) in enumerate(zip(table, selections)):
         row[steps.SELECT], row[steps.K], row[steps.SCORE] = steps.DENSE, 0, 0
         if select is None:
             continue
@@ -175,7 +175,7 @@ def write_selections(matrices: Matrices, table: np.ndarray, places: np.ndarray) 
             matrices.scores.append(select.score.detach().float().contiguous().clone())
             row[steps.SCORE] = matrices.scores[-1].data_ptr()
         if isinstance(select, Threshold):
-            thresholds[thread] = float(select.threshold)
+            thresholds[number] = float(select.threshold)
     for layer in range(places.shape[1]):
         for stage in range(steps.UP + 1):
             ranges = [range(first, first + number) for first, number in places[:, layer, 2 * stage : 2 * stage + 2]]
