@@ -1,18 +1,21 @@
-"""Element-wise activation functions by name: one small module that a checkpoint can hold, and the names of others'.
+"""Activation functions by name: one small module that a checkpoint can hold, and the names of others'; thresholds.
 
 `Activation("relu")` computes what torch or transformers computes under that name. Nothing here has parameters; methods
-with learned functions bring modules of their own.
+with learned functions bring modules of their own, which say by a class attribute `elementwise` that they are activation
+functions: True where each output depends on its own input alone, False where one mixes channels or positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import activations as theirs
+
+from actkit.core.linear import KeepsDtype
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": F.elu,
@@ -95,6 +98,8 @@ _OTHERS = (
 class Activation(nn.Module):
     """The element-wise function `name` of the table FUNCTIONS. Raises ValueError for a name that is not in it."""
 
+    elementwise: ClassVar[bool] = True
+
     def __init__(self, name: str) -> None:
         super().__init__()
         if name not in FUNCTIONS:
@@ -116,6 +121,42 @@ class Activation(nn.Module):
         return self.name
 
 
+class Thresholded(KeepsDtype):
+    """An activation whose small outputs are 0: f(x) where |f(x)| >= threshold, else 0; NaN is kept, so that it is seen.
+
+    base: the activation f. threshold: float32 scalar, a buffer that keeps its dtype. What is kept is not shifted; the
+    gradient is that of f where kept, 0 elsewhere. Over SiLU or GELU this is CATS (2024, arXiv:2404.08763), over ReLU it
+    is FATReLU (Kurtz et al. 2020; ProSparse, arXiv:2402.13516).
+    Raises ValueError for a threshold below 0 or not finite.
+    """
+
+    elementwise: ClassVar[bool] = True
+    threshold: Tensor
+
+    def __init__(self, base: nn.Module, threshold: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= threshold < float("inf"):
+            raise ValueError(f"threshold: {threshold} was given; it is a magnitude, give 0 or more, finite.")
+        self.base = base
+        self.register_buffer("threshold", torch.tensor(float(threshold), dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [...] -> the same shape."""
+        y = self.base(x)
+        return torch.where(y.detach().float().abs() < self.threshold, torch.zeros((), dtype=y.dtype, device=y.device), y)
+
+    def spec(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], original: nn.Module) -> Thresholded:
+        """Around the activation that stands at its place; the threshold comes from the weights file."""
+        return cls(original)
+
+    def extra_repr(self) -> str:
+        return f"threshold={float(self.threshold):.4g}"
+
+
 def name_of(module: nn.Module) -> str | None:
     """The name in the table of what a module computes; None for other functions and other settings.
 
@@ -131,8 +172,9 @@ def name_of(module: nn.Module) -> str | None:
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether a module is an activation function of torch, transformers or the table (nn.Identity is none)."""
+    """Whether a module is an activation function of torch or transformers, or says so by `elementwise` (nn.Identity is
+    none)."""
     if type(module) is nn.Identity:
         return False
-    known = isinstance(module, (Activation, nn.GELU, *_OTHERS)) or type(module) in _CLASSES
+    known = hasattr(type(module), "elementwise") or isinstance(module, (nn.GELU, *_OTHERS)) or type(module) in _CLASSES
     return known or type(module).__module__ == theirs.__name__
