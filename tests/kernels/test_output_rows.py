@@ -5,6 +5,9 @@ from hypothesis import strategies as st
 from oracle import TOLERANCE
 
 from actkit.kernels import output_rows, pack_rows, reference
+from actkit.kernels.numba_cpu import array
+from actkit.kernels.numba_rows import bundled_units
+from actkit.kernels.output_rows import blocks_of, bundle_units
 
 
 @settings(deadline=None, max_examples=60)
@@ -62,3 +65,31 @@ def test_bad_input():
         pack_rows(torch.randn(4, 8).double())
     with pytest.raises(RuntimeError, match="gradient"):
         output_rows(torch.randn(8, requires_grad=True), packed, rows)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    units=st.integers(1, 40),
+    inputs=st.sampled_from([1, 33, 64, 2048]),
+    outputs=st.sampled_from([1, 32, 100, 2048]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    share=st.sampled_from([0.0, 0.3, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_bundled_units_equal_the_float64_product(units, inputs, outputs, dtype, share, seed):
+    generator = torch.Generator().manual_seed(seed)
+    up, down = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((units, inputs), (outputs, units)))
+    x, gate = torch.randn(inputs, generator=generator), torch.randn(units, generator=generator)
+    chosen = torch.nonzero(torch.rand(units, generator=generator) < share)[:, 0].int()
+    bundle = bundle_units(up, down)
+    assert torch.equal(bundle.up(), up) and torch.equal(bundle.down(), down.t())
+    given_x = torch.nn.functional.pad(x, (0, bundle.down_at - inputs)).numpy()
+    out = torch.full((blocks_of(outputs),), 7.0)
+    listed, values = torch.zeros(units, dtype=torch.int32), torch.zeros(units)
+    listed[: len(chosen)], values[: len(chosen)] = chosen, gate[chosen.long()]
+    bundled_units(array(bundle.buffer), given_x, listed.numpy(), values.numpy(), len(chosen), out.numpy())
+    kept, wide = chosen.long(), down.double()[:, chosen.long()]
+    dots, sizes = up.double()[kept] @ x.double(), up.double()[kept].abs() @ x.double().abs()
+    error = (out[:outputs].double() - wide @ (gate.double()[kept] * dots)).abs()
+    assert (error <= 2 * TOLERANCE * (wide.abs() @ (gate.double()[kept].abs() * sizes)) + 1e-42).all()
+    assert (out[outputs:] == 0).all()

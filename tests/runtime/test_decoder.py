@@ -18,8 +18,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from actkit.core.activations import Thresholded
+from actkit.core.edits import set_module
 from actkit.core.errors import DataError, MemoryLimitError, NonFiniteError, UnsupportedModelError
-from actkit.core.linear import ActLinear, IntegerWeight
+from actkit.core.linear import ActLinear, IntegerWeight, LowRank, Threshold
 from actkit.core.quantizer import QuantizationGrid
 from actkit.core.runner import apply
 from actkit.kernels import integer_dots
@@ -149,6 +151,55 @@ def test_zeros_behind_a_relu_are_not_read():
     assert decoder.bytes_per_token < dense.bytes_per_token
     narrow = made("tied").bfloat16()
     torch.testing.assert_close(stepped(Decoder(narrow)), reference(narrow.float()), rtol=0.02, atol=0.02)
+
+
+def cut_gates(model, threshold=0.02):
+    for layer in model.model.layers:
+        layer.mlp.act_fn = Thresholded(layer.mlp.act_fn, threshold)
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "tied"])  # SiLU and ReLU
+def test_thresholded_gates(name):
+    """Units are skipped whose gate is small: up rows and down columns side by side."""
+    model = cut_gates(made(name))
+    decoder, expected = Decoder(model), reference(model)
+    torch.testing.assert_close(stepped(decoder), expected, rtol=1e-4, atol=1e-4)
+    assert 0.1 < decoder.density < 0.5
+    decoder.reset()
+    torch.testing.assert_close(decoder(IDS[0].tolist()), expected[-1], rtol=1e-4, atol=1e-4)
+    model.model.layers[0].mlp.act_fn.threshold.fill_(0.5)
+    decoder.follow_selections()
+    torch.testing.assert_close(stepped(decoder), reference(model), rtol=1e-4, atol=1e-4)
+
+
+def test_thresholded_gates_beside_other_changes():
+    """Nothing is bundled where the down projection selects its inputs; integer up projections stay dense."""
+    model = cut_gates(made("llama"))
+    apply(model, [RoundToNearest(bits=4, group_size=32)], progress=False)
+    model.model.layers[0].mlp.up_proj = made("llama").model.layers[0].mlp.up_proj
+    down = model.model.layers[1].mlp.down_proj
+    model.model.layers[1].mlp.down_proj = ActLinear.of(down, select=Threshold(0.01))
+    decoder, expected = Decoder(model), reference(model)
+    assert (stepped(decoder) - expected).norm() < 1e-4 * expected.norm()
+    decoder.reset()
+    torch.testing.assert_close(decoder(IDS[0].tolist()), expected[-1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("of", ["dropped", "all"])
+@pytest.mark.parametrize("selects", [True, False])
+def test_low_rank_corrections(of, selects):
+    model, generator = made("qwen2"), torch.Generator().manual_seed(3)  # query, key and value have biases
+    for path, linear in list(model.named_modules()):
+        if isinstance(linear, torch.nn.Linear) and "layers" in path:
+            left = 0.2 * torch.randn(linear.out_features, 5, generator=generator)
+            right = 0.2 * torch.randn(5, linear.in_features, generator=generator)
+            select = Threshold(0.3) if selects else None
+            set_module(model, path, ActLinear.of(linear, select=select, correction=LowRank(left, right, of)))
+    decoder, expected = Decoder(model, decode_only=False), reference(model)
+    torch.testing.assert_close(stepped(decoder), expected, rtol=1e-4, atol=1e-4)
+    decoder.reset()
+    torch.testing.assert_close(decoder(IDS[0].tolist()), expected[-1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["threshold", "top_k"])

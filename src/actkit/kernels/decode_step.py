@@ -11,18 +11,16 @@ All is float32 but the stored weights. The order of sums is fixed for a number o
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, prange, types
-from numba.extending import intrinsic
+from numba import carray, prange
 
+from actkit.kernels.decode_math import activate, active_ones, attend, drop_below, nothing, rms_norm, rotate
 from actkit.kernels.numba_cpu import multiply_tile, select, widen
 from actkit.kernels.numba_integer import group_dots, record_dots
 from actkit.kernels.numba_quantized import groups_tile, records_tile
-from actkit.kernels.numba_rows import chosen_dots
+from actkit.kernels.numba_rows import bundled_units, chosen_dots
 from actkit.kernels.process import compiled
 from actkit.kernels.quantized import BLOCK
 from actkit.kernels.team import address_of, meet
@@ -33,18 +31,21 @@ FLOAT32, BFLOAT16 = range(2)
 INT8_RECORDS, INT4_RECORDS, INT8_GROUPS, INT4_GROUPS = range(2, 6)
 INT8_RECORD_DOTS, INT4_RECORD_DOTS, INT8_GROUP_DOTS, INT4_GROUP_DOTS = range(6, 10)
 KINDS = 10
-QKV, OUTPUT, GATE_UP, DOWN, HEAD, UP = range(6)  # the products of a layer; the output layer; up behind a sparse gate
+# The products of a layer; the output layer; behind a sparse gate up alone, or up and down of a unit side by side.
+QKV, OUTPUT, GATE_UP, DOWN, HEAD, UP, UNITS_BUNDLED = range(7)
 DENSE, THRESHOLD, TOP_K = range(3)  # how inputs are selected
-SILU, RELU, GELU, GELU_TANH, RELU2 = range(5)
 
 # Fields of a product, int64. A row of zeros is a product that a thread has no share in.
 KIND, ADDRESS, TILES, INPUTS, STRIDE, TILE, SCALES_AT, ZEROS_AT, GROUP = range(9)
 SCALES, ZEROS, BIAS, OUT_AT, SELECT, K, SCORE, FIRST_INPUT, ALL_INPUTS, SHARES_SELECTION, MIDDLE = range(9, 20)
-FIELDS = 20
+# Where its inputs begin among those of the stage; the two products of a low-rank correction, 0 for none, and of what;
+# outputs of bundled units.
+INPUTS_AT, LOW_RANK, OF_ALL, OUTPUTS = range(20, 24)
+FIELDS = 24
 # Fields of a layer and thread, int64: the first product and the number of products of each stage, then places.
-PLACES = 12
-QUERY_AT, KEY_AT, VALUE_AT, GATE_AT, UP_AT, WINDOW, FIRST_HEAD, HEADS, UNITS, FIRST_UNIT, ACTIVATION = range(PLACES, 23)
-LAYER_FIELDS = 23
+PLACES = 14
+QUERY_AT, KEY_AT, VALUE_AT, GATE_AT, UP_AT, WINDOW, FIRST_HEAD, HEADS, UNITS, FIRST_UNIT, ACTIVATION = range(PLACES, 25)
+LAYER_FIELDS = 25
 
 
 class Formats(NamedTuple):
@@ -71,7 +72,8 @@ class Plan(NamedTuple):
     """What is computed.
 
     layers: int64 [threads, layers + 1, LAYER_FIELDS]; products: int64 [products, FIELDS]; thresholds: float32
-    [products]; embedding: float32, or uint16 (bf16), [vocabulary, hidden]; norms: float32 [layers, 2, hidden];
+    [products]; gates: float32 [layers], below which a gate is 0; embedding: float32, or uint16 (bf16), [vocabulary,
+    hidden]; norms: float32 [layers, 2, hidden];
     last_norm: [hidden]; head_norms: float32 [layers, 2, head size] or empty; epsilon: of all norms; rotary: float32
     [2, capacity, rotated size]; hidden, size: of the residual stream, of a head; shared_by: query heads per key-value
     head; scaling: of the attention's scores.
@@ -80,6 +82,7 @@ class Plan(NamedTuple):
     layers: np.ndarray
     products: np.ndarray
     thresholds: np.ndarray
+    gates: np.ndarray
     embedding: np.ndarray
     norms: np.ndarray
     last_norm: np.ndarray
@@ -97,8 +100,8 @@ class Work(NamedTuple):
     values, stage, scores, sums. Shared: partial [2, threads, width], mixed, hidden (all inputs of the output and down
     projections, where a selection ranks all of them), keys and values [layers, key-value heads, capacity, head size],
     logits (float32, the threads' shares one after another), finite (float32 [threads], not finite where a thread's
-    logits are not), counter, read (float64 [threads, 3]: bytes of rows that were read, of how many, over selecting
-    products; and over all). The last five: each thread's `numba_integer.Scratch`."""
+    logits are not), counter, read (int64 [products]: rows that were read). factor: of low-rank corrections, each
+    thread's own. The last five: each thread's `numba_integer.Scratch`."""
 
     residual: np.ndarray
     normed: np.ndarray
@@ -117,137 +120,12 @@ class Work(NamedTuple):
     finite: np.ndarray
     counter: np.ndarray
     read: np.ndarray
+    factor: np.ndarray
     factors: np.ndarray
     maxima: np.ndarray
     units: np.ndarray
     taken: np.ndarray
     integer_sums: np.ndarray
-
-
-_ORDERLESS = {"reassoc"}
-_LOOSE = {"reassoc", "contract", "nsz"}  # sums in vector lanes; still the same bits in every run
-
-
-# -- element by element ------------------------------------------------------------------------------------------------
-
-
-@intrinsic
-def _from_bits(typingctx, bits):  # type: ignore[no-untyped-def]
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.int32), generate
-
-
-@compiled(inline=True)
-def exponential(x):  # type: ignore[no-untyped-def]
-    """e^x in float32 to two units in the last place, in operations that vectorise."""
-    x = min(max(x, np.float32(-87.0)), np.float32(88.0))
-    n = np.float32(math.floor(x * np.float32(1.4426950408889634) + np.float32(0.5)))
-    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-    p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    return (p * r * r + r + np.float32(1.0)) * _from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
-
-
-@compiled()
-def activate(code, gate, up, out):  # type: ignore[no-untyped-def]
-    """out = f(gate) * up."""
-    one, half = np.float32(1.0), np.float32(0.5)
-    if code == SILU:
-        for i in range(gate.size):
-            out[i] = gate[i] / (one + exponential(-gate[i])) * up[i]
-    elif code == RELU:
-        for i in range(gate.size):
-            out[i] = max(gate[i], np.float32(0.0)) * up[i]
-    elif code == RELU2:
-        for i in range(gate.size):
-            positive = max(gate[i], np.float32(0.0))
-            out[i] = positive * positive * up[i]
-    elif code == GELU:
-        for i in range(gate.size):
-            out[i] = half * gate[i] * (one + np.float32(math.erf(gate[i] * np.float32(0.7071067811865476)))) * up[i]
-    else:
-        for i in range(gate.size):
-            g = gate[i]
-            inner = np.float32(0.7978845608028654) * (g + np.float32(0.044715) * g * g * g)
-            out[i] = half * g * (one + np.float32(math.tanh(inner))) * up[i]
-
-
-@compiled(fastmath=_LOOSE)
-def _squares(x):  # type: ignore[no-untyped-def]
-    total = np.float32(0.0)
-    for i in range(x.size):
-        total += x[i] * x[i]
-    return total
-
-
-@compiled(fastmath=_ORDERLESS)
-def _nothing(x):  # type: ignore[no-untyped-def]
-    """0, or NaN where an entry is not finite."""
-    total = np.float32(0.0)
-    for i in range(x.size):
-        total += x[i] * np.float32(0.0)
-    return total
-
-
-@compiled()
-def rms_norm(x, weight, epsilon, out):  # type: ignore[no-untyped-def]
-    """x over its root mean square, times weight."""
-    scale = np.float32(1.0) / np.sqrt(_squares(x) / np.float32(x.size) + epsilon)
-    for i in range(x.size):
-        out[i] = x[i] * scale * weight[i]
-
-
-@compiled()
-def rotate(x, cos, sin):  # type: ignore[no-untyped-def]
-    """Rotary embedding of one head, in place: entry i is paired with i + half."""
-    half = cos.size // 2
-    for i in range(half):
-        a, b = x[i], x[i + half]
-        x[i] = a * cos[i] - b * sin[i]
-        x[i + half] = b * cos[i + half] + a * sin[i + half]
-
-
-# -- attention ---------------------------------------------------------------------------------------------------------
-
-
-@compiled(fastmath=_LOOSE)
-def _dot(a, b):  # type: ignore[no-untyped-def]
-    total = np.float32(0.0)
-    for i in range(a.size):
-        total += a[i] * b[i]
-    return total
-
-
-@compiled(fastmath=_LOOSE)
-def _softmax(scores):  # type: ignore[no-untyped-def]
-    """In place, not divided by the sum, which is returned."""
-    largest = scores[0]
-    for i in range(scores.size):
-        largest = max(largest, scores[i])
-    total = np.float32(0.0)
-    for i in range(scores.size):
-        scores[i] = exponential(scores[i] - largest)
-        total += scores[i]
-    return total
-
-
-@compiled()
-def attend(query, keys, values, scaling, scores, out):  # type: ignore[no-untyped-def]
-    """One head: query [size]; keys, values [tokens, size]; scores [tokens]; out [size]."""
-    for t in range(len(keys)):
-        scores[t] = _dot(query, keys[t]) * scaling
-    total = _softmax(scores)
-    out[:] = 0
-    for t in range(len(values)):
-        chance, row = scores[t] / total, values[t]
-        for i in range(out.size):
-            out[i] += chance * row[i]
 
 
 # -- products ----------------------------------------------------------------------------------------------------------
@@ -385,8 +263,8 @@ def select_inputs(row, threshold, x, whole, indices, values, everything):  # typ
 
 
 @compiled()
-def _stage(place, stage, thread, x, whole, out, plan, work, formats):  # type: ignore[no-untyped-def]
-    """The products of one stage from inputs x into out."""
+def _stage(place, stage, thread, inputs, whole, out, plan, work, formats):  # type: ignore[no-untyped-def]
+    """The products of one stage from inputs into out."""
     first, number = place[2 * stage], place[2 * stage + 1]
     indices, values = work.indices[thread], work.values[thread]
     scratch = (
@@ -395,45 +273,77 @@ def _stage(place, stage, thread, x, whole, out, plan, work, formats):  # type: i
     count = 0
     for p in range(first, first + number):
         row = plan.products[p]
+        x = inputs[row[INPUTS_AT] : row[INPUTS_AT] + row[INPUTS]]
         if row[SHARES_SELECTION] == 0:
             count = select_inputs(row, plan.thresholds[p], x, whole, indices, values, work.everything)
-        work.read[thread, 2] += count * row[TILES] * row[STRIDE]
-        if row[SELECT] != DENSE:
-            work.read[thread, 0] += count * row[TILES] * row[STRIDE]
-            work.read[thread, 1] += x.size * row[TILES] * row[STRIDE]
-        width = row[TILES] * row[TILE]
-        at = row[OUT_AT]
-        product(
-            row,
-            indices,
-            values[: x.size].reshape(1, -1),
-            count,
-            out[at : at + width].reshape(1, -1),
-            work.sums[thread],
-            formats,
-            scratch,
-        )
+        work.read[p] += count
+        width, at = row[TILES] * row[TILE], row[OUT_AT]
+        own = out[at : at + width].reshape(1, -1)
+        product(row, indices, values[: x.size].reshape(1, -1), count, own, work.sums[thread], formats, scratch)
+        if row[LOW_RANK] > 0:
+            _correct(row, thread, x, count, own, plan, work, formats, scratch)
 
 
 @compiled()
-def _sparse_up(row, thread, gate, up, x, work, formats):  # type: ignore[no-untyped-def]
-    """up of the units whose gate is above 0, by dot products of their rows; of the others 0."""
+def _correct(row, thread, x, count, out, plan, work, formats, scratch):  # type: ignore[no-untyped-def]
+    """Add a low-rank product of all inputs, or of those that were not selected, to a product of the others.
+
+    The selection is taken again by those who share it: indices and values are those of the rest here.
+    """
     indices, values = work.indices[thread], work.values[thread]
-    given = work.stage[thread][row[OUT_AT] :][: row[TILE]]
-    count = 0
-    for unit in range(gate.size):
-        indices[count] = unit  # overwritten by the next where it is not kept
-        count += not gate[unit] <= 0
-    given[: x.size] = x
-    given[x.size :] = 0
-    _chosen_dots(row, given, indices, count, values, formats[0], formats[1])
+    if row[OF_ALL] != 0:
+        indices[: x.size], values[: x.size] = work.everything[: x.size], x
+        count = x.size
+    else:
+        count = _rest(x, indices, values, count)
+    right, left = plan.products[row[LOW_RANK]], plan.products[row[LOW_RANK] + 1]
+    work.read[row[LOW_RANK]] += count
+    work.read[row[LOW_RANK] + 1] += left[INPUTS]
+    width = right[TILES] * right[TILE]
+    inner = work.factor[thread][:width].reshape(1, -1)
+    product(right, indices, values[: x.size].reshape(1, -1), count, inner, work.sums[thread], formats, scratch)
+    rank = left[INPUTS]
+    added = work.factor[thread][width : width + out.shape[1]].reshape(1, -1)
+    product(left, work.everything, inner[:, :rank], rank, added, work.sums[thread], formats, scratch)
+    for c in range(out.shape[1]):
+        out[0, c] += added[0, c]
+
+
+@compiled()
+def _rest(x, indices, values, count):  # type: ignore[no-untyped-def]
+    """In place of the first `count` indices, in order, all others of x; returns how many."""
+    taken = np.zeros(x.size, np.uint8)
+    for i in range(count):
+        taken[indices[i]] = 1
+    n = 0
+    for j in range(x.size):
+        if taken[j] == 0:
+            indices[n] = j
+            values[n] = x[j]
+            n += 1
+    return n
+
+
+@compiled()
+def _given(row, thread, inputs, work):  # type: ignore[no-untyped-def]
+    """The inputs of a product of rows, filled up with zeros to the rows' width."""
+    given, count = work.stage[thread][row[OUT_AT] :][: row[TILE]], row[ALL_INPUTS]
+    given[:count] = inputs[row[INPUTS_AT] : row[INPUTS_AT] + count]
+    given[count:] = 0
+    return given
+
+
+@compiled()
+def _sparse_up(p, thread, gate, up, inputs, plan, work, formats):  # type: ignore[no-untyped-def]
+    """up of the units whose gate is not 0, by dot products of their rows; of the others 0."""
+    row, indices, values = plan.products[p], work.indices[thread], work.values[thread]
+    count = active_ones(gate, indices)
+    _chosen_dots(row, _given(row, thread, inputs, work), indices, count, values, formats[0], formats[1])
     up[:] = 0
     bias = carray(address_of(row[BIAS]), (up.size,), np.float32)
     for i in range(count):
         up[indices[i]] = values[i] + bias[indices[i]] if row[BIAS] != 0 else values[i]
-    work.read[thread, 0] += count * row[STRIDE]
-    work.read[thread, 1] += up.size * row[STRIDE]
-    work.read[thread, 2] += count * row[STRIDE]
+    work.read[p] += count
 
 
 @compiled()
@@ -447,6 +357,31 @@ def _chosen_dots(row, x, indices, count, values, float32, bfloat16):  # type: ig
             chosen_dots(carray(address_of(row[ADDRESS]), shape, np.uint16), x, indices, 0, count, values)
 
 
+@compiled()
+def _bundled(p, thread, gate, inputs, out, plan, work, formats):  # type: ignore[no-untyped-def]
+    """This thread's share of the down projection, of the units whose gate is not 0: each unit's row of the up
+    projection and its column of the down projection lie side by side."""
+    row, indices, values = plan.products[p], work.indices[thread], work.values[thread]
+    count = active_ones(gate, indices)
+    for i in range(count):
+        values[i] = gate[indices[i]]
+    given, share = _given(row, thread, inputs, work), out[: row[OUTPUTS]]
+    _units(row, given, indices, values, count, share, formats[0], formats[1])
+    work.read[p] += count
+
+
+@compiled()
+def _units(row, x, indices, values, count, out, float32, bfloat16):  # type: ignore[no-untyped-def]
+    shape = (row[INPUTS], row[STRIDE] // 4)
+    if float32 is not None:  # noqa: SIM102
+        if row[KIND] == FLOAT32:
+            bundled_units(carray(address_of(row[ADDRESS]), shape, np.float32), x, indices, values, count, out)
+    shape = (row[INPUTS], row[STRIDE] // 2)
+    if bfloat16 is not None:  # noqa: SIM102
+        if row[KIND] == BFLOAT16:
+            bundled_units(carray(address_of(row[ADDRESS]), shape, np.uint16), x, indices, values, count, out)
+
+
 # -- the step ----------------------------------------------------------------------------------------------------------
 
 
@@ -454,15 +389,18 @@ def _chosen_dots(row, x, indices, count, values, float32, bfloat16):  # type: ig
 def _add_shares(stage, owned, thread, threads, layer, own, whole, x, meetings, plan, work, formats):  # type: ignore[no-untyped-def]
     """Add all threads' shares of a stage that ends in the residual stream to x, in their order.
 
-    owned: the field that says whether a thread has one; own: this thread's inputs of `whole`. Returns the meetings so
-    far, or -1 where a thread did not come.
+    owned: the field that says whether a thread has one; own: this thread's inputs of `whole`, for bundled units their
+    gates. Returns the meetings so far, or -1 where a thread did not come.
     """
     place, half = plan.layers[thread, layer], np.int64(stage == DOWN)  # of memory that is not read any more
     if plan.products[place[2 * stage], SELECT] == TOP_K:  # which ranks the inputs of all threads
         meetings += threads
         if not meet(work.counter, meetings):
             return -1
-    if place[owned] > 0:
+    if place[owned] > 0 and stage == DOWN and place[2 * UNITS_BUNDLED + 1] > 0:
+        share, normed = work.partial[half, thread], work.normed[thread]
+        _bundled(place[2 * UNITS_BUNDLED], thread, own, normed, share, plan, work, formats)
+    elif place[owned] > 0:
         _stage(place, stage, thread, own, whole, work.partial[half, thread], plan, work, formats)
     meetings += threads
     if not meet(work.counter, meetings):
@@ -521,9 +459,15 @@ def _run(thread, threads, position, token, plan, work, formats):  # type: ignore
             _stage(place, GATE_UP, thread, normed, normed, stage, plan, work, formats)
             gate = stage[place[GATE_AT] : place[GATE_AT] + units]
             up = stage[place[UP_AT] : place[UP_AT] + units]
+            activate(place[ACTIVATION], gate)
+            if plan.gates[layer] > 0:
+                drop_below(plan.gates[layer], gate)
             if place[2 * UP + 1] > 0:
-                _sparse_up(plan.products[place[2 * UP]], thread, gate, up, normed, work, formats)
-            activate(place[ACTIVATION], gate, up, own)
+                _sparse_up(place[2 * UP], thread, gate, up, normed, plan, work, formats)
+            own[:] = gate
+            if place[2 * UNITS_BUNDLED + 1] == 0:
+                for i in range(units):
+                    own[i] *= up[i]
         meetings = _add_shares(DOWN, UNITS, thread, threads, layer, own, work.hidden, x, meetings, plan, work, formats)
         if meetings < 0:
             return False
@@ -533,7 +477,7 @@ def _run(thread, threads, position, token, plan, work, formats):  # type: ignore
         _stage(place, HEAD, thread, normed, normed, stage, plan, work, formats)
     own = stage[: place[UNITS]]
     work.logits[place[FIRST_UNIT] : place[FIRST_UNIT] + place[UNITS]] = own
-    work.finite[thread] = _nothing(own)
+    work.finite[thread] = nothing(own)
     return True
 
 

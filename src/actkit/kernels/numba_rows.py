@@ -1,4 +1,4 @@
-"""Dot products of chosen rows on the CPU: what `output_rows` computes, in Numba.
+"""Chosen units on the CPU, in Numba: dot products of their rows, and what they add to the outputs of an MLP.
 
     out[i] = sum over c of x[c] * float32(buffer[rows[i], c])
 
@@ -14,8 +14,9 @@ from numba import prange
 from torch import Tensor
 
 from actkit.kernels.numba_cpu import array
+from actkit.kernels.packing import COLUMNS
 from actkit.kernels.process import LOCK, compiled, follow_torch_threads
-from actkit.kernels.vectors import dot_rows, prefetch_once
+from actkit.kernels.vectors import add_rows, dot_rows, prefetch_once, row_offsets, row_values, rows_at_once
 
 TOGETHER = 4
 PARTS = 16  # of the list, over threads
@@ -46,6 +47,40 @@ def chosen_dots(weight, x, rows, first, last, out):  # type: ignore[no-untyped-d
         for r in range(TOGETHER):
             if i + r < last:
                 out[i + r] = found[r]
+
+
+@compiled()
+def bundled_units(weight, x, units, values, count, out):  # type: ignore[no-untyped-def]
+    """out = sum over i < count of values[i] * (row . x) * column, on the calling thread.
+
+    weight: uint16 (bf16) or float32 [all units, width]: a unit's row of the up projection, [x.size], then its column
+    of the down projection, [out.size], each in whole blocks. values: float32, changed; units: int32.
+    """
+    stride, down = weight.shape[1] * weight.itemsize, x.size * weight.itemsize
+    size, batch = weight.itemsize, (0,)
+    together = rows_at_once(weight, batch)
+    out[:] = 0
+    for i in range(0, count, together):
+        for j in range(i, min(i + together, count), TOGETHER):
+            here = _offsets(units, j, count - 1, stride)
+            for place in range(0, stride - down, BLOCK_BYTES):
+                prefetch_once(weight, here, down + place)
+            found = dot_rows(weight, here, x, x.size)
+            for r in range(TOGETHER):
+                if j + r < count:
+                    values[j + r] *= found[r]
+        if i + together <= count:
+            rows = row_offsets(weight, batch, units, i, count, np.int64(down), np.int64(stride))
+            following = row_offsets(weight, batch, units, i + together, count, np.int64(0), np.int64(stride))
+            factors = row_values(weight, batch, values.reshape(1, -1), i, count)
+            for column in range(0, out.size, COLUMNS):
+                add_rows(out, column, out.size, weight, rows, factors, column * size)
+                prefetch_once(weight, following, column * size)
+        else:  # one by one: a zero instead of a row would make NaN of an Inf
+            for j in range(i, count):
+                last = (np.int64(units[j]) * stride + down,)
+                for column in range(0, out.size, COLUMNS):
+                    add_rows(out, column, out.size, weight, last, (values[j],), column * size)
 
 
 @compiled(parallel=True)

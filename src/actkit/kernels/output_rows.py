@@ -52,16 +52,71 @@ def pack_rows(weight: Tensor) -> PackedRows:
     if weight.dtype not in WEIGHT_DTYPES or weight.device.type != "cpu":
         raise ValueError(f"weight: {weight.dtype} on {weight.device}; give float32 or bfloat16 on the CPU.")
     out_features, in_features = weight.shape
-    width = -(-in_features // COLUMNS) * COLUMNS
+    width = blocks_of(in_features)
     if width * weight.element_size() % PAGE == 0:  # rows at this distance share their cache sets
         width += COLUMNS
     buffer = allocate((1, out_features, width), weight.dtype)[0]
-    rows = F.pad(weight.detach(), (0, width - in_features))
-    if weight.dtype == torch.bfloat16:
+    _store(buffer, F.pad(weight.detach(), (0, width - in_features)))
+    return PackedRows(buffer, in_features)
+
+
+@dataclass(frozen=True, eq=False)
+class BundledUnits:
+    """The units of an MLP, each one's row of the up projection and column of the down projection side by side: behind
+    a sparse gate one run of memory per active unit, and one list of them.
+
+    buffer: float32 or bfloat16 [units, width], on the CPU: a row, padded to `down_at`, a column, padded.
+    """
+
+    buffer: Tensor
+    inputs: int
+    outputs: int
+    down_at: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffer, padding included."""
+        return self.buffer.nbytes
+
+    def up(self) -> Tensor:
+        """[units, inputs]"""
+        return in_order(self.buffer[:, : self.down_at])[:, : self.inputs]
+
+    def down(self) -> Tensor:
+        """[units, outputs]: the weight of the down projection, transposed."""
+        width = blocks_of(self.outputs)
+        return in_order(self.buffer[:, self.down_at : self.down_at + width])[:, : self.outputs]
+
+
+def bundle_units(up: Tensor, down: Tensor) -> BundledUnits:
+    """Copy the weights up [units, in] and down [out, units]. Raises ValueError where they do not belong together."""
+    if up.dim() != 2 or down.dim() != 2 or len(up) != down.shape[1] or up.dtype != down.dtype:
+        raise ValueError(
+            f"up {up.dtype} {tuple(up.shape)} and down {down.dtype} {tuple(down.shape)} were given; give "
+            f"[units, in] and [out, units] of one dtype."
+        )
+    inputs, outputs = up.shape[1], down.shape[0]
+    down_at = blocks_of(inputs)
+    width = down_at + blocks_of(outputs)
+    if width * up.element_size() % PAGE == 0:  # rows at this distance share their cache sets
+        width += COLUMNS
+    buffer = allocate((1, len(up), width), up.dtype)[0]
+    both = torch.cat((F.pad(up.detach(), (0, down_at - inputs)), down.detach().t()), 1)
+    _store(buffer, F.pad(both, (0, width - both.shape[1])))
+    return BundledUnits(buffer, inputs, outputs, down_at)
+
+
+def blocks_of(width: int) -> int:
+    """The width in whole blocks of columns."""
+    return -(-width // COLUMNS) * COLUMNS
+
+
+def _store(buffer: Tensor, rows: Tensor) -> None:
+    """Write rows [n, width] in the order in which kernels read them."""
+    if buffer.dtype == torch.bfloat16:
         buffer.unflatten(1, (-1, HALF, 2)).copy_(rows.unflatten(1, (-1, 2, HALF)).transpose(2, 3))
     else:
         buffer.copy_(rows)
-    return PackedRows(buffer, in_features)
 
 
 def output_rows(x: Tensor, packed: PackedRows, rows: Tensor) -> Tensor:

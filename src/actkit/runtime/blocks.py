@@ -8,26 +8,28 @@ part of the block. Another kind is another function beside `grouped_query` and `
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from actkit.core.activations import name_of
+from actkit.core.activations import Thresholded, name_of
 from actkit.core.edits import get_module
 from actkit.core.errors import UnsupportedModelError
-from actkit.core.linear import ActLinear, Selection, Threshold
+from actkit.core.linear import ActLinear, LowRank, Selection, Threshold
 from actkit.core.parts import Block, Linear
+from actkit.kernels import decode_math as functions
 from actkit.kernels import decode_step as steps
 from actkit.kernels.quantized import BLOCK, PIECES
-from actkit.runtime.shards import Kind, Part, joined, kind_of, part_of
+from actkit.runtime.shards import Kind, Part, held, joined, kind_of, part_of
 
 ACTIVATIONS = {
-    "silu": steps.SILU,
-    "relu": steps.RELU,
-    "gelu": steps.GELU,
-    "gelu_tanh": steps.GELU_TANH,
-    "relu2": steps.RELU2,
+    "silu": functions.SILU,
+    "relu": functions.RELU,
+    "gelu": functions.GELU,
+    "gelu_tanh": functions.GELU_TANH,
+    "relu2": functions.RELU2,
 }
 
 
@@ -38,14 +40,12 @@ def check(model: nn.Module, block: Block) -> None:
         raise UnsupportedModelError(f"{block.path}: its attention has no query, key and value layers of their own")
     if mlp is None or mlp.gate is None:
         raise UnsupportedModelError(f"{block.path}: its MLP has no gate")
-    if name_of(get_module(model, mlp.activation)) not in ACTIVATIONS:
+    activation, _ = _function(get_module(model, mlp.activation))
+    if name_of(activation) not in ACTIVATIONS:
         raise UnsupportedModelError(
-            f"{mlp.activation}: a {type(get_module(model, mlp.activation)).__name__}; the decoder computes "
-            f"{', '.join(ACTIVATIONS)}"
+            f"{mlp.activation}: a {type(activation).__name__}; the decoder computes {', '.join(ACTIVATIONS)}"
         )
     for linear in block.linears():
-        if isinstance(linear.module, ActLinear) and linear.module.correction is not None:
-            raise UnsupportedModelError(f"{linear.path}: it has a low-rank correction")
         if type(linear.module) is not nn.Linear and not isinstance(linear.module, ActLinear):
             raise UnsupportedModelError(
                 f"{linear.path} is a {type(linear.module).__name__}, whose forward pass no decoder calls"
@@ -58,6 +58,33 @@ def check(model: nn.Module, block: Block) -> None:
             )
 
 
+@dataclass(frozen=True)
+class Gate:
+    """The activation of a gate. code: of `kernels.decode_math`; threshold: below which it is 0, None where it has none.
+    sparse: whether many gates are exactly 0."""
+
+    code: int
+    threshold: float | None
+
+    @property
+    def sparse(self) -> bool:
+        return self.threshold is not None or self.code in (functions.RELU, functions.RELU2)
+
+
+def gate_of(model: nn.Module, block: Block) -> Gate:
+    """The gate's activation as it is now, of a block that `check` took."""
+    assert block.mlp is not None
+    activation, threshold = _function(get_module(model, block.mlp.activation))
+    return Gate(ACTIVATIONS[str(name_of(activation))], threshold)
+
+
+def _function(module: nn.Module) -> tuple[nn.Module, float | None]:
+    """An activation without its threshold, and the threshold."""
+    if isinstance(module, Thresholded):
+        return module.base, float(module.threshold)
+    return module, None
+
+
 # -- products ----------------------------------------------------------------------------------------------------------
 
 
@@ -68,7 +95,8 @@ class Product:
     parts: each layer with its outputs (`by_rows` False) or its inputs (True). kind: how the matrix is stored. at: where
     its outputs begin among those of the stage. biased: whether the layers' biases belong to this share. zeros: whether
     many inputs are exactly 0, which are left out even where nothing selects. apart: whether each output has its own
-    row, to be skipped behind a sparse gate.
+    row, to be skipped behind a sparse gate. down: of bundled units, the layer that their column is taken from. factor:
+    of the layer's low-rank correction, the one that this is.
     """
 
     parts: tuple[tuple[Linear, range], ...]
@@ -78,10 +106,14 @@ class Product:
     biased: bool = True
     zeros: bool = False
     apart: bool = False
+    down: Linear | None = None
+    factor: Literal["", "right", "left"] = ""
 
     @property
     def select(self) -> Selection | None:
         """What selects the inputs; raises ValueError where the layers no longer agree."""
+        if self.factor:
+            return None
         first, *others = (selection_of(linear.module) for linear, _ in self.parts)
         if not all(same_selection(first, other) for other in others):
             paths = ", ".join(linear.path for linear, _ in self.parts)
@@ -93,14 +125,41 @@ class Product:
     @property
     def inputs(self) -> range:
         linear, cut = self.parts[0]
+        if self.factor == "left":
+            return range(self.all_inputs)
         return cut if self.by_rows else range(linear.in_features)
 
     @property
     def all_inputs(self) -> int:
-        return self.parts[0][0].in_features
+        correction = self.correction
+        return correction.left.shape[1] if correction and self.factor == "left" else self.parts[0][0].in_features
+
+    @property
+    def correction(self) -> LowRank | None:
+        """The low-rank correction of the layer, which then is one alone."""
+        return _correction(self.parts[0][0].module)
+
+    def factors(self) -> tuple[Product, Product] | None:
+        """The two products of the correction, right and left, where there is one."""
+        correction = self.correction
+        if correction is None or self.factor:
+            return None
+        kind = Kind(held(correction.left.dtype))
+        both = replace(self, kind=kind, at=0, biased=False, zeros=False)
+        return replace(both, factor="right"), replace(both, factor="left")
 
     def part(self) -> Part:
         """The matrix."""
+        if self.factor:
+            (_, cut), correction = self.parts[0], self.correction
+            assert correction is not None
+            matrix = (correction.right if self.factor == "right" else correction.left).detach()
+            if self.factor == "right" and self.by_rows:
+                matrix = matrix[:, cut.start : cut.stop]
+            elif self.factor == "left" and not self.by_rows:
+                matrix = matrix[cut.start : cut.stop]
+            assert self.kind.dtype is not None
+            return Part(self.kind, matrix.to(self.kind.dtype))
         if self.by_rows:
             (linear, cut), *_ = self.parts
             return part_of(linear.module, inputs=cut)
@@ -124,6 +183,10 @@ def selection_of(module: nn.Module) -> Selection | None:
     return module.select if isinstance(module, ActLinear) else None
 
 
+def _correction(module: nn.Module) -> LowRank | None:
+    return module.correction if isinstance(module, ActLinear) else None
+
+
 def same_selection(a: Selection | None, b: Selection | None) -> bool:
     if a is None or b is None:
         return a is b
@@ -140,7 +203,8 @@ def _columns(layers: Sequence[tuple[Linear, range]]) -> tuple[list[Product], lis
     for linear, cut in layers:
         kind = kind_of(linear.module, outputs=cut)
         last = runs[-1][0] if runs else None
-        alike = last is not None and last[2].joins(kind)
+        alike = last is not None and last[2].joins(kind) and not _correction(last[0].module)
+        alike = alike and not _correction(linear.module)
         if alike and same_selection(selection_of(last[0].module), selection_of(linear.module)):  # type: ignore[index]
             runs[-1].append((linear, cut, kind))
         else:
@@ -201,37 +265,52 @@ def grouped_query(share: Share, block: Block, thread: int, threads: int, window:
     share.places |= {steps.FIRST_HEAD: own.start, steps.HEADS: len(own), steps.WINDOW: window}
 
 
-def gated(share: Share, block: Block, thread: int, threads: int, activation: int) -> None:
+def gated(share: Share, block: Block, thread: int, threads: int, gate: Gate) -> None:
     """A gated MLP: whole units, in multiples that cut no group of the weights where that can be.
 
-    Behind a ReLU the gate is sparse: of the up projection only the rows of units that are not 0 are read, where its
-    weights are floats and nothing selects its inputs, and the down projection leaves out the others. Exact.
+    Behind a sparse gate only the rows of the up projection are read whose gate is not 0, where its weights are floats
+    and nothing selects its inputs, and the down projection leaves out the others. Where the down projection is stored
+    alike and selects nothing either, a unit's row and column lie side by side. Exact.
     """
     mlp = block.mlp
     assert mlp is not None and mlp.gate is not None
     units = mlp.down.in_features
     unit = BLOCK if units >= 4 * threads * BLOCK else PIECES[0]
     own = share_of(units, thread, threads, unit)
-    sparse = activation in (steps.RELU, steps.RELU2)
-    stages: dict[int, list[Product]] = {steps.GATE_UP: [], steps.DOWN: [], steps.UP: []}
+    stages: dict[int, list[Product]] = {steps.GATE_UP: [], steps.DOWN: [], steps.UP: [], steps.UNITS_BUNDLED: []}
     places = [0, 0]
     if own:
-        up = kind_of(mlp.up.module, outputs=own)
-        apart = sparse and up.dtype is not None and selection_of(mlp.up.module) is None
-        if apart:
+        if gate.sparse and _is_plain(mlp.up.module):
             stages[steps.GATE_UP], _ = _columns([(mlp.gate, own)])
             last = stages[steps.GATE_UP][-1].at + (len(own) // BLOCK + 2) * BLOCK
             places = [0, last]
             after = last + (len(own) // BLOCK + 1) * BLOCK  # where the product's input is laid out
-            stages[steps.UP] = [Product(((mlp.up, own),), up, after, apart=True)]
+            product = Product(((mlp.up, own),), kind_of(mlp.up.module, outputs=own), after, apart=True)
+            if _bundles(mlp.up, mlp.down):
+                stages[steps.UNITS_BUNDLED] = [replace(product, down=mlp.down)]
+            else:
+                stages[steps.UP] = [product]
         else:
             stages[steps.GATE_UP], places = _columns([(mlp.gate, own), (mlp.up, own)])
-        stages[steps.DOWN] = [_rows(mlp.down, own, thread == 0, sparse)]
-    if not stages[steps.UP]:
-        del stages[steps.UP]
+        if not stages[steps.UNITS_BUNDLED]:
+            stages[steps.DOWN] = [_rows(mlp.down, own, thread == 0, gate.sparse)]
+    for stage in (steps.UP, steps.UNITS_BUNDLED):
+        if not stages[stage]:
+            del stages[stage]
     share.stages |= stages
     share.places |= dict(zip((steps.GATE_AT, steps.UP_AT), places))
-    share.places |= {steps.UNITS: len(own), steps.FIRST_UNIT: own.start, steps.ACTIVATION: activation}
+    share.places |= {steps.UNITS: len(own), steps.FIRST_UNIT: own.start, steps.ACTIVATION: gate.code}
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a layer multiplies floats with all of its inputs and adds no correction."""
+    return kind_of(module).dtype is not None and not selection_of(module) and not _correction(module)
+
+
+def _bundles(up: Linear, down: Linear) -> bool:
+    """Whether plain layers are stored alike and add no bias."""
+    plain = _is_plain(up.module) and _is_plain(down.module)
+    return plain and kind_of(up.module) == kind_of(down.module) and up.bias is None and down.bias is None
 
 
 def head(share: Share, module: nn.Module, thread: int, threads: int) -> None:

@@ -25,10 +25,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from actkit.core.activations import name_of
 from actkit.core.anatomy import anatomy
 from actkit.core.architectures import find_architecture
-from actkit.core.edits import get_module
 from actkit.core.errors import DataError, MemoryLimitError, NonFiniteError, UnsupportedModelError
 from actkit.core.generation import generate_ids
 from actkit.core.hooks import refuse_compiled_or_sharded
@@ -126,7 +124,9 @@ class Decoder:
         self._matrices, table, places = tables.build(layers, self.activations == "int16", packed_one, progress)
         thresholds, self._selections = tables.write_selections(self._matrices, table, places)
         embedded = self.embedding.view(torch.uint16) if self.embedding.dtype == torch.bfloat16 else self.embedding
-        self._plan = steps.Plan(places, table, thresholds, embedded.numpy(), **others)
+        self._plan = steps.Plan(
+            layers=places, products=table, thresholds=thresholds, embedding=embedded.numpy(), **others
+        )
         self._formats = tables.formats(table, self._matrices.weights)
         self._work = tables.memory(
             self._plan, self.threads, first.heads, first.key_value_heads, self.capacity, self.vocabulary
@@ -149,9 +149,13 @@ class Decoder:
 
     @property
     def density(self) -> float | None:
-        """Share of the weight bytes of selecting layers that was read by single steps since the last reset."""
-        read, of, _ = self._work.read.sum(0)
-        return float(read / of) if of else None
+        """Share of the weight bytes that was read by single steps since the last reset, of layers that select their
+        inputs or whose outputs are skipped; low-rank corrections are not counted."""
+        table, products = self._plan.products, self._matrices.products
+        skips = [product is not None and product.apart for product in products]
+        chosen = (table[:, steps.SELECT] != steps.DENSE) | np.array(skips)
+        whole = self._steps * (table[:, steps.INPUTS] * self._row_bytes)[chosen].sum()
+        return float((self._work.read * self._row_bytes)[chosen].sum() / whole) if whole else None
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -159,7 +163,12 @@ class Decoder:
         if not self._steps:
             return None
         shared = sum(weight.nbytes - weight.buffer.nbytes for weight in self._matrices.weights)
-        return float(self._work.read[:, 2].sum()) / self._steps + shared
+        return float((self._work.read * self._row_bytes).sum()) / self._steps + shared
+
+    @property
+    def _row_bytes(self) -> np.ndarray:
+        """Of each product: int64 [products]."""
+        return self._plan.products[:, steps.TILES] * self._plan.products[:, steps.STRIDE]
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -167,12 +176,13 @@ class Decoder:
         self._work.read[:] = 0
 
     def follow_selections(self) -> None:
-        """Select inputs as the model's layers do now: their thresholds, numbers and scores were changed in place.
+        """Select as the model's layers and gates do now: their thresholds, numbers and scores were changed in place.
 
         Raises ValueError where layers that were packed as one matrix no longer select alike.
         """
         thresholds, self._selections = tables.write_selections(self._matrices, self._plan.products, self._plan.layers)
         self._plan.thresholds[:] = thresholds
+        self._plan.gates[:] = tables.gates(self.model, anatomy(self.model).blocks)
 
     def __call__(self, new: Sequence[int]) -> Tensor:
         """Logits of the token after some more tokens: float32 [vocabulary].
@@ -260,9 +270,7 @@ class Decoder:
         window = (getattr(config, "sliding_window", None) or 0) if slides else 0
         share = parts.Share()
         parts.grouped_query(share, block, thread, self.threads, window)
-        assert block.mlp is not None
-        activation = parts.ACTIVATIONS[str(name_of(get_module(model, block.mlp.activation)))]
-        parts.gated(share, block, thread, self.threads, activation)
+        parts.gated(share, block, thread, self.threads, parts.gate_of(model, block))
         return share
 
     # -- running

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from actkit.kernels import decode_math as functions
 from actkit.kernels import decode_step as steps
-from actkit.kernels.output_rows import PackedRows
+from actkit.kernels.output_rows import BundledUnits, PackedRows
 from actkit.kernels.packing import COLUMNS as BLOCK
 from actkit.kernels.packing import PackedWeight, in_order
-from actkit.kernels.quantized import outputs_of
+from actkit.kernels.quantized import QuantizedWeight, outputs_of
 from actkit.runtime.tables import Matrices
 
 WIDENED = 512  # of an integer weight that are widened at a time: a few megabytes
@@ -62,8 +63,15 @@ class _Prompt:
             rows = self._products(layer, steps.UP, normed)  # of threads that keep the up projection's rows apart
             for out, place, apart in zip(self._products(layer, steps.GATE_UP, normed), places, rows):
                 gate, up = (out[:, place[at] :][:, : place[steps.UNITS]] for at in (steps.GATE_AT, steps.UP_AT))
-                up = apart if apart.shape[1] else up
-                hidden.append(_activate(int(place[steps.ACTIVATION]), gate).mul_(up))
+                gate = _activate(int(place[steps.ACTIVATION]), gate, float(plan.gates[layer]))
+                bundle = self._bundle(place)
+                if bundle is not None:
+                    up = normed[0].to(bundle.buffer.dtype) @ bundle.up().t()
+                elif apart.shape[1]:
+                    up = apart
+                hidden.append(gate.mul_(up))
+                if bundle is not None:
+                    x += (hidden[-1].to(bundle.buffer.dtype) @ bundle.down()).to(self.dtype)
             self._add(x, layer, steps.DOWN, hidden)
         last = [self._norm(x[-1:], plan.last_norm)] * len(plan.layers)
         places = plan.layers[:, len(plan.norms)]
@@ -71,6 +79,12 @@ class _Prompt:
             own = out[0, : place[steps.UNITS]].float().numpy()
             self.work.logits[place[steps.FIRST_UNIT] :][: place[steps.UNITS]] = own
             self.work.finite[thread] = (own * 0).sum()
+
+    def _bundle(self, place: np.ndarray) -> BundledUnits | None:
+        """The units of a thread that keeps them bundled."""
+        first, number = place[2 * steps.UNITS_BUNDLED : 2 * steps.UNITS_BUNDLED + 2].tolist()
+        weight = self.matrices.weights[first] if number else None
+        return weight if isinstance(weight, BundledUnits) else None
 
     def _attend(
         self, out: Tensor, layer: int, place: np.ndarray, begin: int, mask: Tensor | None, cos: Tensor, sin: Tensor
@@ -131,11 +145,16 @@ class _Prompt:
             at = 0
             for p in range(first, first + number):
                 row, select, own = self.plan.products[p], self.selections[p], inputs[thread]
+                given = own
                 if select is not None:
                     begin = int(row[steps.FIRST_INPUT])
                     own = select(own if shared else torch.cat(inputs, 1))[:, begin : begin + int(row[steps.INPUTS])]
                 gap = int(row[steps.OUT_AT]) - at if stage != steps.UP else 0
                 found = self._product(p, own)
+                if row[steps.LOW_RANK]:
+                    rest = given if row[steps.OF_ALL] else given - own
+                    right, left = int(row[steps.LOW_RANK]), int(row[steps.LOW_RANK]) + 1
+                    found = found + self._product(left, self._product(right, rest))
                 pieces += [found.new_zeros(len(own), gap), found] if gap else [found]
                 at += gap + found.shape[1]
             if not pieces:
@@ -155,6 +174,7 @@ class _Prompt:
         elif isinstance(weight, PackedRows):
             y = (x.to(weight.buffer.dtype) @ weight.dense().t()).to(self.dtype)
         else:
+            assert isinstance(weight, QuantizedWeight)
             from actkit.kernels.numba_quantized import widened_columns
 
             given = x.to(self.dtype)
@@ -164,11 +184,13 @@ class _Prompt:
         return y if bias is None else (y + bias[: y.shape[1]]).to(self.dtype)
 
 
-def _activate(code: int, x: Tensor) -> Tensor:
-    if code == steps.SILU:
-        return F.silu(x)
-    if code == steps.RELU:
-        return F.relu(x)
-    if code == steps.RELU2:
-        return F.relu(x).square()
-    return F.gelu(x, approximate="none" if code == steps.GELU else "tanh")
+def _activate(code: int, x: Tensor, threshold: float) -> Tensor:
+    if code == functions.SILU:
+        y = F.silu(x)
+    elif code == functions.RELU:
+        y = F.relu(x)
+    elif code == functions.RELU2:
+        y = F.relu(x).square()
+    else:
+        y = F.gelu(x, approximate="none" if code == functions.GELU else "tanh")
+    return y.masked_fill_(y.abs() < threshold, 0.0) if threshold > 0 else y

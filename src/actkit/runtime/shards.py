@@ -65,13 +65,11 @@ class Part:
 
 
 def kind_of(module: nn.Module, outputs: range | None = None, inputs: range | None = None) -> Kind:
-    """How some outputs or some inputs of a linear layer (nn.Linear or ActLinear without a correction) are stored.
+    """How some outputs or some inputs of the weight of a linear layer (nn.Linear or ActLinear) are stored.
 
     Raises UnsupportedModelError for any other module.
     """
     if isinstance(module, ActLinear):
-        if module.correction is not None:
-            raise UnsupportedModelError("model: a layer has a low-rank correction, which the decoder does not compute.")
         if isinstance(module.weight, IntegerWeight):
             return _integer_kind(module.weight, outputs, inputs)
         dtype = module.weight.dtype
@@ -81,10 +79,11 @@ def kind_of(module: nn.Module, outputs: range | None = None, inputs: range | Non
         raise UnsupportedModelError(
             f"model: a {type(module).__name__} stands where the decoder reads a linear layer; undo what replaced it."
         )
-    return Kind(_held(dtype))
+    return Kind(held(dtype))
 
 
-def _held(dtype: torch.dtype) -> torch.dtype:
+def held(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the decoder holds floats of a dtype."""
     return dtype if dtype == torch.bfloat16 else torch.float32
 
 
@@ -98,7 +97,7 @@ def _integer_kind(stored: IntegerWeight, outputs: range | None, inputs: range | 
     if not by_input:
         group = next((piece for piece in reversed(PIECES) if group % piece == 0), 0)
         if group == 0:  # groups that no kernel reads: the weight as it is multiplied
-            return Kind(_held(stored.dtype))
+            return Kind(held(stored.dtype))
     return Kind(None, grid.bits, grid.group_axis, group, stored.zero is not None)
 
 

@@ -18,14 +18,14 @@ from actkit.core.progress import track
 from actkit.kernels import decode_step as steps
 from actkit.kernels import integer_dots
 from actkit.kernels.numba_integer import scratch
-from actkit.kernels.output_rows import PackedRows, pack_rows
+from actkit.kernels.output_rows import BundledUnits, PackedRows, blocks_of, bundle_units, pack_rows
 from actkit.kernels.packing import PackedWeight, aligned
 from actkit.kernels.quantized import BLOCK, PIECES, QuantizedWeight
 from actkit.kernels.team import line_padded
-from actkit.runtime.blocks import Product, Share, same_selection
-from actkit.runtime.shards import packed
+from actkit.runtime.blocks import Product, Share, gate_of, same_selection
+from actkit.runtime.shards import packed, part_of
 
-Packed = PackedWeight | PackedRows | QuantizedWeight
+Packed = PackedWeight | PackedRows | BundledUnits | QuantizedWeight
 KINDS = {  # by whether scales belong to groups of inputs, and whether activations are in fixed point: 4 bits, 8 bits
     (False, False): (steps.INT4_RECORDS, steps.INT8_RECORDS),
     (False, True): (steps.INT4_RECORD_DOTS, steps.INT8_RECORD_DOTS),
@@ -96,6 +96,7 @@ def build(
     weights: list[Packed] = []
     biases: list[Tensor | None] = []
     rows: list[list[int]] = []
+    corrections: list[tuple[int, list[tuple[Product, Packed]]]] = []  # the product's number, its factors
     places = np.zeros((len(layers[0]), len(layers), steps.LAYER_FIELDS), np.int64)
     for index, layer in enumerate(track(layers, "Packing the weights", len(layers), progress)):
         for thread, share in enumerate(layer):
@@ -110,19 +111,39 @@ def build(
                         biases.append(None)
                         continue
                     dots = fixed and _takes_dots(product)
-                    part = product.part()
-                    if product.apart:
-                        assert part.dense is not None
-                        weights.append(pack_rows(part.dense))
-                    else:
-                        weights.append(packed(part, BLOCK if dots else piece, zeros[product.kind.axis]))
+                    weights.append(_packed(product, BLOCK if dots else piece, zeros[product.kind.axis]))
                     row, bias = _row(weights[-1], product, dots)
+                    factors = product.factors()
+                    if factors is not None:
+                        corrections.append((len(rows), [(each, _packed(each, piece, False)) for each in factors]))
                     rows.append(row)
                     biases.append(bias)
             for place, value in share.places.items():
                 places[thread, index, place] = value
         packed_one(index)
+    for number, both in corrections:  # behind all stages, whose products stand in a row
+        assert found[number] is not None
+        rows[number][steps.LOW_RANK] = len(rows)
+        rows[number][steps.OF_ALL] = found[number].correction.of == "all"  # type: ignore[union-attr]
+        for factor, weight in both:
+            found.append(factor)
+            weights.append(weight)
+            rows.append(_row(weight, factor, False)[0])
+            biases.append(None)
     return Matrices(tuple(found), tuple(weights), tuple(biases), []), np.array(rows, np.int64), places
+
+
+def _packed(product: Product, piece: int, zeros: bool) -> Packed:
+    part = product.part()
+    if not product.apart:
+        return packed(part, piece, zeros)
+    assert part.dense is not None
+    if product.down is None:
+        return pack_rows(part.dense)
+    (_, units), *_ = product.parts
+    down = part_of(product.down.module, inputs=units)
+    assert down.dense is not None
+    return bundle_units(part.dense, down.dense)
 
 
 def _row(weight: Packed, product: Product, dots: bool) -> tuple[list[int], Tensor | None]:
@@ -132,6 +153,8 @@ def _row(weight: Packed, product: Product, dots: bool) -> tuple[list[int], Tenso
         tiles, inputs, tile = weight.buffer.shape if isinstance(weight, PackedWeight) else (1, *weight.buffer.shape)
         row[steps.KIND] = steps.BFLOAT16 if weight.buffer.dtype == torch.bfloat16 else steps.FLOAT32
         row[steps.STRIDE] = tile * weight.buffer.element_size()
+        if isinstance(weight, BundledUnits):
+            tile, row[steps.OUTPUTS] = weight.down_at, blocks_of(weight.outputs)
     else:
         layout = weight.layout
         tiles, inputs, tile = layout.n_tiles, layout.in_features, layout.tile
@@ -177,11 +200,12 @@ def write_selections(matrices: Matrices, table: np.ndarray, places: np.ndarray) 
         if isinstance(select, Threshold):
             thresholds[number] = float(select.threshold)
     for layer in range(places.shape[1]):
-        for stage in range(steps.UP + 1):
+        for stage in range(steps.UNITS_BUNDLED + 1):
             ranges = [range(first, first + number) for first, number in places[:, layer, 2 * stage : 2 * stage + 2]]
             for own in ranges:
                 for before, p in pairwise(own):
-                    table[p, steps.SHARES_SELECTION] = same_selection(selections[before], selections[p])
+                    kept = table[before, steps.LOW_RANK] == 0  # a correction takes the memory of the selection
+                    table[p, steps.SHARES_SELECTION] = kept and same_selection(selections[before], selections[p])
             kinds = [table[own.start, steps.SELECT] for own in ranges if own]
             for own in ranges:
                 if not own and kinds:
@@ -204,6 +228,11 @@ def formats(table: np.ndarray, weights: Sequence[Packed]) -> steps.Formats:
     return steps.Formats._make([*occurring, pieces, *stored])
 
 
+def gates(model: nn.Module, blocks: Sequence[Block]) -> np.ndarray:
+    """Below which magnitude each block's gate is 0 now: float32 [layers]."""
+    return np.array([gate_of(model, block).threshold or 0.0 for block in blocks], np.float32)
+
+
 def model_tables(model: nn.Module, blocks: Sequence[Block], capacity: int) -> dict[str, Any]:
     """What a plan holds beside the products: norms, rotary embedding, sizes."""
     core: Any = model.get_submodule(model.base_model_prefix)  # type: ignore[arg-type]
@@ -222,6 +251,7 @@ def model_tables(model: nn.Module, blocks: Sequence[Block], capacity: int) -> di
     with torch.no_grad():
         cos, sin = core.rotary_emb(torch.zeros(1), torch.arange(capacity)[None])
     return {
+        "gates": gates(model, blocks),
         "norms": np.stack([weights([each.input_layernorm, each.post_attention_layernorm]) for each in both]),
         "last_norm": core.norm.weight.detach().float().numpy().copy(),
         "head_norms": head_norms,
@@ -240,6 +270,7 @@ def memory(
     """The memory that the step works in, and the key-value cache."""
     products, layers = plan.products, len(plan.norms)
     widths = products[:, steps.OUT_AT] + products[:, steps.TILES] * products[:, steps.TILE]
+    widths = np.append(widths, blocks_of(plan.hidden))  # what bundled units add to
     width, hidden = line_padded(int(widths.max())), line_padded(plan.hidden)
     inputs = line_padded(int(max(products[:, steps.INPUTS].max(), plan.hidden)))
     cache = (layers, key_value_heads, capacity, plan.size)
@@ -255,13 +286,16 @@ def memory(
         sums=aligned((threads, line_padded(max(int(products[:, steps.TILE].max()), SUMS))), np.float32),
         partial=aligned((2, threads, width), np.float32),
         mixed=aligned(heads * plan.size, np.float32),
-        hidden=aligned(int(products[:, steps.ALL_INPUTS].max()), np.float32),
+        hidden=aligned(
+            int((plan.layers[:, :-1, steps.FIRST_UNIT] + plan.layers[:, :-1, steps.UNITS]).max()), np.float32
+        ),
         keys=aligned(cache, np.float32),
         cached=aligned(cache, np.float32),
         logits=aligned(vocabulary, np.float32),
         finite=aligned(threads, np.float32),
         counter=aligned(8, np.int64),
-        read=np.zeros((threads, 3), np.float64),
+        read=np.zeros(len(products), np.int64),
+        factor=aligned((threads, 2 * width), np.float32),
         factors=aligned((threads, fixed.factors.size), fixed.factors.dtype),
         maxima=aligned((threads, fixed.maxima.size), fixed.maxima.dtype),
         units=aligned((threads, fixed.units.size), fixed.units.dtype),
