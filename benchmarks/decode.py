@@ -9,10 +9,9 @@ order, so that whatever disturbs the machine meets all alike. The processes of o
 so there are three groups; llama.cpp's Q4_0 is in each, and ratios are formed inside a group. llama.cpp runs with the
 better of mapped and unmapped memory, and of one thread and two.
 
-The masks of actkit's sparse rows are as good as random. Their thresholds were set on other random tokens and drop up to
-5 points more of the inputs than the row's name says when it decodes; the column `density` is what was read of the
-selecting layers. These rows say how fast it is, and nothing on quality, which `actkit optimize` measures. The yardstick
-is a pure read of the same rows, in the same round (`pure_read`). A peer that is not installed is a row that says so.
+The masks of actkit's sparse rows are as good as random; the column `density` is what was read of the selecting layers.
+These rows say how fast it is, and nothing on quality, which `actkit optimize` measures. The yardstick is a pure read of
+as many rows, in the same round (`pure_read`). A peer that is not installed is a row that says so.
 """
 
 from __future__ import annotations

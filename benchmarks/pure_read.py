@@ -7,9 +7,11 @@ thread its own pieces or its share of the rows of all of them.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import cycle
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -122,3 +124,40 @@ def ways(
                     name = f"{group} at a time, {'rows' if share_rows else 'columns'} shared, "
                     name += f"{distance} ahead {INTO[locality]}" if locality else INTO[locality]
                     yield name, lambda r=read, d=distance, s=share_rows: r(next(turns), listed, d, threads, s, sinks)
+
+
+class Yardstick:
+    """How fast a decoder's reads of its weights can be: rows drawn at random, as many of each piece as it reads.
+
+    decoder: `actkit.runtime.decoder.Decoder`, after some steps. kept: ways that stay in the race after a first look.
+    """
+
+    def __init__(self, decoder: Any, kept: int = 3) -> None:
+        generator = np.random.default_rng(0)
+        pieces, listed, at = [], [], 0
+        for read in decoder.reads():
+            count = round(read.mean)
+            listed.append(np.sort(generator.permutation(read.rows)[:count]).astype(np.int32))
+            pieces.append([read.address, read.row_bytes, read.row_bytes, at, count, read.thread])
+            at += count
+        table = np.array(pieces, np.int64)
+        self.nbytes = float((table[:, BYTES] * table[:, COUNT]).sum())
+        timed = []
+        for name, function in ways(table, np.concatenate(listed), decoder.threads):
+            function()
+            timed.append((_seconds(function, 2), name, function))
+        self.ways = [(name, function) for _, name, function in sorted(timed, key=lambda found: found[0])[:kept]]
+
+    def measure(self, repeats: int = 5) -> dict[str, Any]:
+        """Seconds of the fastest way now (the median of the repeats), gigabytes per second, and its name."""
+        seconds, name = min((_seconds(function, repeats), name) for name, function in self.ways)
+        return {"seconds": seconds, "way": name, "gigabytes_per_second": self.nbytes / seconds / 1e9}
+
+
+def _seconds(function: Callable[[], None], repeats: int) -> float:
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        found.append(time.perf_counter() - start)
+    return median(found)

@@ -27,6 +27,7 @@ from actkit.core.runner import apply
 from actkit.kernels import integer_dots
 from actkit.quantization.rtn import RoundToNearest
 from actkit.runtime.decoder import Decoder
+from actkit.sparsity.spark import Sparkify, spark_lm
 from actkit.sparsity.teal import Teal
 
 SHAPE = {
@@ -184,6 +185,33 @@ def test_thresholded_gates_beside_other_changes():
     assert (stepped(decoder) - expected).norm() < 1e-4 * expected.norm()
     decoder.reset()
     torch.testing.assert_close(decoder(IDS[0].tolist()), expected[-1], rtol=1e-4, atol=1e-4)
+
+
+SPARK = [{"attended": None}, {"density": None, "attended": 5}, {"density": 0.2, "attended": 5}]
+
+
+@pytest.mark.parametrize("settings", SPARK)
+def test_spark(settings):
+    """Neurons, keys, and both chosen by statistical top-k; in steps, as a prompt and as its second part."""
+    torch.manual_seed(0)
+    model = spark_lm(LlamaConfig(**SHAPE), **settings).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.dim() > 1 else 1)
+    decoder, expected = Decoder(model), reference(model)
+    torch.testing.assert_close(stepped(decoder), expected, rtol=1e-5, atol=1e-5)
+    decoder.reset()
+    for end in (12, 20):
+        found = decoder(IDS[0, decoder.position : end].tolist())
+        torch.testing.assert_close(found, expected[end - 1], rtol=1e-5, atol=1e-5)
+
+
+def test_statistical_top_k_of_gated_mlps():
+    model = made("llama")
+    apply(model, [Sparkify(density=0.2, first=1)], min_coverage=0.2, progress=False)
+    decoder, expected = Decoder(model), reference(model)
+    torch.testing.assert_close(stepped(decoder), expected, rtol=1e-5, atol=1e-5)
+    assert decoder.density == pytest.approx(0.2, abs=0.1)
 
 
 @pytest.mark.parametrize("of", ["dropped", "all"])

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from actkit.core import registry
 from actkit.core.errors import ActkitError, RecipeError
 
-# Where the classes of modules come from whose computation a decoder may know.
+# Where the classes of modules come from whose computation a decoder may know. Another class says by an attribute
+# `decodes_as` what it computes, and a decoder whether it knows that (`supports`).
 KNOWN = ("torch.nn.", "transformers.", "actkit.core.linear", "actkit.core.activations")
 
 
@@ -89,7 +90,7 @@ def _own_forward(model: nn.Module) -> str | None:
     """Where a model computes what its weights do not tell, or None."""
     for path, module in model.named_modules():
         where = path or "the model"
-        if not type(module).__module__.startswith(KNOWN):
+        if not type(module).__module__.startswith(KNOWN) and not hasattr(type(module), "decodes_as"):
             return f"{where} is a {type(module).__name__}, whose forward pass no decoder calls"
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         # transformers leaves hooks behind that only record.

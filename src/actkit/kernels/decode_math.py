@@ -156,3 +156,102 @@ def attend(query, keys, values, scaling, scores, out):  # type: ignore[no-untype
         chance, row = scores[t] / total, values[t]
         for i in range(out.size):
             out[i] += chance * row[i]
+
+
+# -- statistical top-k -------------------------------------------------------------------------------------------------
+
+
+@compiled()
+def normal_quantile(p):  # type: ignore[no-untyped-def]
+    """Where the standard normal distribution reaches p, 0 < p < 1, in float64: the rational approximation of Acklam
+    (2003), of relative error 1e-9, and one step of Halley's method."""
+    low = 0.02425
+    if p < low or p > 1 - low:
+        q = math.sqrt(-2 * math.log(min(p, 1 - p)))
+        x = (
+            ((((-7.784894002430293e-03 * q - 3.223964580411365e-01) * q - 2.400758277161838e00) * q
+              - 2.549732539343734e00) * q + 4.374664141464968e00) * q + 2.938163982698783e00
+        ) / (
+            (((7.784695709041462e-03 * q + 3.224671290700398e-01) * q + 2.445134137142996e00) * q
+             + 3.754408661907416e00) * q + 1.0
+        )  # fmt: skip
+        x = x if p < low else -x
+    else:
+        q = p - 0.5
+        r = q * q
+        x = (
+            (((((-3.969683028665376e01 * r + 2.209460984245205e02) * r - 2.759285104469687e02) * r
+               + 1.383577518672690e02) * r - 3.066479806614716e01) * r + 2.506628277459239e00) * q
+        ) / (
+            ((((-5.447609879822406e01 * r + 1.615858368580409e02) * r - 1.556989798598866e02) * r
+              + 6.680131188771972e01) * r - 1.328068155288572e01) * r + 1.0
+        )  # fmt: skip
+    error = 0.5 * math.erfc(-x / math.sqrt(2.0)) - p
+    step = error * math.sqrt(2 * math.pi) * math.exp(x * x / 2)
+    return x - step / (1 + x * step / 2)
+
+
+@compiled()
+def sums(x, out):  # type: ignore[no-untyped-def]
+    """The sum and the sum of squares of x, in float64, into out [2]."""
+    total, squares = 0.0, 0.0
+    for i in range(x.size):
+        value = np.float64(x[i])
+        total += value
+        squares += value * value
+    out[0], out[1] = total, squares
+
+
+@compiled()
+def statistical_cut(total, squares, count, quantile):  # type: ignore[no-untyped-def]
+    """mean + deviation * quantile of `count` values, and whether they are all alike to rounding."""
+    mean = total / count
+    deviation = math.sqrt(max(0.0, squares / count - mean * mean))
+    return mean + deviation * quantile, deviation <= 5e-7 * abs(mean)
+
+
+@compiled()
+def shift_down(cut, x):  # type: ignore[no-untyped-def]
+    """max(x - cut, 0), in place; NaN is kept."""
+    for i in range(x.size):
+        x[i] = np.float32(0.0) if x[i] <= cut else x[i] - cut
+
+
+@compiled()
+def attend_chosen(query, keys, values, r, k, scores, out):  # type: ignore[no-untyped-def]
+    """One head whose first r features choose about k keys by statistical top-k, and the others weigh them.
+
+    query [size]; keys, values [tokens, size]; scores [tokens]; out [size]. Of the other keys no more than r features
+    are read, and no value.
+    """
+    tokens, rest = len(keys), query.size - r
+    first, second = np.float32(1 / math.sqrt(r)), np.float32(1 / math.sqrt(rest))
+    total, squares = 0.0, 0.0
+    for t in range(tokens):
+        score = _dot(query[:r], keys[t, :r]) * first
+        scores[t] = score
+        total += score
+        squares += np.float64(score) * np.float64(score)
+    if tokens > k:
+        cut, alike = statistical_cut(total, squares, tokens, normal_quantile(1 - k / tokens))
+        if not alike:
+            for t in range(tokens):
+                if scores[t] <= np.float32(cut):
+                    scores[t] = -np.inf
+    largest = np.float32(-np.inf)
+    for t in range(tokens):
+        largest = max(largest, scores[t])
+    sum_of = np.float32(0.0)
+    out[:] = 0
+    for t in range(tokens):
+        if scores[t] == -np.inf:
+            continue
+        chance = exponential(scores[t] - largest)
+        sum_of += chance
+        weight = _dot(query[r:], keys[t, r:]) * second
+        gain = max(weight, np.float32(0.0)) + np.float32(math.log1p(math.exp(-abs(weight))))  # softplus
+        row = values[t]
+        for i in range(out.size):
+            out[i] += chance * gain * row[i]
+    for i in range(out.size):
+        out[i] /= sum_of

@@ -16,7 +16,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import carray, prange
 
-from actkit.kernels.decode_math import activate, active_ones, attend, drop_below, nothing, rms_norm, rotate
+from actkit.kernels.decode_math import (
+    activate,
+    active_ones,
+    attend,
+    attend_chosen,
+    drop_below,
+    nothing,
+    rms_norm,
+    rotate,
+    shift_down,
+    statistical_cut,
+    sums,
+)
 from actkit.kernels.numba_cpu import multiply_tile, select, widen
 from actkit.kernels.numba_integer import group_dots, record_dots
 from actkit.kernels.numba_quantized import groups_tile, records_tile
@@ -45,7 +57,9 @@ FIELDS = 24
 # Fields of a layer and thread, int64: the first product and the number of products of each stage, then places.
 PLACES = 14
 QUERY_AT, KEY_AT, VALUE_AT, GATE_AT, UP_AT, WINDOW, FIRST_HEAD, HEADS, UNITS, FIRST_UNIT, ACTIVATION = range(PLACES, 25)
-LAYER_FIELDS = 25
+# All units of an MLP whose gate passes a statistical top-k, else 0; features that choose the keys, and how many keys.
+ALL_UNITS, CHOOSING, KEYS = range(25, 28)
+LAYER_FIELDS = 28
 
 
 class Formats(NamedTuple):
@@ -72,8 +86,8 @@ class Plan(NamedTuple):
     """What is computed.
 
     layers: int64 [threads, layers + 1, LAYER_FIELDS]; products: int64 [products, FIELDS]; thresholds: float32
-    [products]; gates: float32 [layers], below which a gate is 0; embedding: float32, or uint16 (bf16), [vocabulary,
-    hidden]; norms: float32 [layers, 2, hidden];
+    [products]; gates: float32 [layers, 2], below which a gate is 0, and the normal quantile of a statistical top-k
+    before it; embedding: float32, or uint16 (bf16), [vocabulary, hidden]; norms: float32 [layers, 2, hidden];
     last_norm: [hidden]; head_norms: float32 [layers, 2, head size] or empty; epsilon: of all norms; rotary: float32
     [2, capacity, rotated size]; hidden, size: of the residual stream, of a head; shared_by: query heads per key-value
     head; scaling: of the attention's scores.
@@ -101,7 +115,7 @@ class Work(NamedTuple):
     projections, where a selection ranks all of them), keys and values [layers, key-value heads, capacity, head size],
     logits (float32, the threads' shares one after another), finite (float32 [threads], not finite where a thread's
     logits are not), counter, read (int64 [products]: rows that were read). factor: of low-rank corrections, each
-    thread's own. The last five: each thread's `numba_integer.Scratch`."""
+    thread's own; moments: float64 [threads, 8], of gates. The last five: each thread's `numba_integer.Scratch`."""
 
     residual: np.ndarray
     normed: np.ndarray
@@ -121,6 +135,7 @@ class Work(NamedTuple):
     counter: np.ndarray
     read: np.ndarray
     factor: np.ndarray
+    moments: np.ndarray
     factors: np.ndarray
     maxima: np.ndarray
     units: np.ndarray
@@ -414,6 +429,32 @@ def _add_shares(stage, owned, thread, threads, layer, own, whole, x, meetings, p
 
 
 @compiled()
+def _turn(x, cos, sin, choosing):  # type: ignore[no-untyped-def]
+    """Rotary embedding of one head; of its parts apart where some features choose the keys."""
+    if choosing > 0:
+        rotate(x[:choosing], cos[:choosing], sin[:choosing])
+        rotate(x[choosing:], cos[choosing:], sin[choosing:])
+    else:
+        rotate(x, cos, sin)
+
+
+@compiled()
+def _shift_gates(gate, count, quantile, thread, threads, meetings, work):  # type: ignore[no-untyped-def]
+    """Statistical top-k of the gates of all threads, on this thread's, in place; returns the meetings so far, or -1."""
+    sums(gate, work.moments[thread])
+    meetings += threads
+    if not meet(work.counter, meetings):
+        return -1
+    total, squares = 0.0, 0.0
+    for other in range(threads):
+        total += work.moments[other, 0]
+        squares += work.moments[other, 1]
+    cut, alike = statistical_cut(total, squares, count, quantile)
+    shift_down(np.float32(np.inf) if alike else np.float32(cut), gate)
+    return meetings
+
+
+@compiled()
 def _run(thread, threads, position, token, plan, work, formats):  # type: ignore[no-untyped-def]
     """One thread's part of a token; returns whether all threads came to every meeting."""
     hidden, size, shared_by = plan.hidden, plan.size, plan.shared_by
@@ -434,7 +475,7 @@ def _run(thread, threads, position, token, plan, work, formats):  # type: ignore
             key = stage[place[KEY_AT] + head * size : place[KEY_AT] + (head + 1) * size]
             if plan.head_norms.shape[0]:
                 rms_norm(key, plan.head_norms[layer, 1], plan.epsilon, key)
-            rotate(key, cos, sin)
+            _turn(key, cos, sin, place[CHOOSING])
             work.keys[layer, first + head, position] = key
             value = stage[place[VALUE_AT] + head * size : place[VALUE_AT] + (head + 1) * size]
             work.cached[layer, first + head, position] = value
@@ -444,9 +485,13 @@ def _run(thread, threads, position, token, plan, work, formats):  # type: ignore
                 query = stage[place[QUERY_AT] + reader * size : place[QUERY_AT] + (reader + 1) * size]
                 if plan.head_norms.shape[0]:
                     rms_norm(query, plan.head_norms[layer, 0], plan.epsilon, query)
-                rotate(query, cos, sin)
+                _turn(query, cos, sin, place[CHOOSING])
                 at = (first * shared_by + reader) * size
-                attend(query, keys, values, plan.scaling, scores[: position + 1 - begin], work.mixed[at : at + size])
+                mixed, own_scores = work.mixed[at : at + size], scores[: position + 1 - begin]
+                if place[CHOOSING] > 0:
+                    attend_chosen(query, keys, values, place[CHOOSING], place[KEYS], own_scores, mixed)
+                else:
+                    attend(query, keys, values, plan.scaling, own_scores, mixed)
         own = work.mixed[first * shared_by * size : (first + heads) * shared_by * size]
         meetings = _add_shares(OUTPUT, HEADS, thread, threads, layer, own, work.mixed, x, meetings, plan, work, formats)
         if meetings < 0:
@@ -455,13 +500,18 @@ def _run(thread, threads, position, token, plan, work, formats):  # type: ignore
         rms_norm(x, plan.norms[layer, 1], plan.epsilon, normed)
         units, unit = place[UNITS], place[FIRST_UNIT]
         own = work.hidden[unit : unit + units]
+        gate = stage[place[GATE_AT] : place[GATE_AT] + units]
         if units > 0:
             _stage(place, GATE_UP, thread, normed, normed, stage, plan, work, formats)
-            gate = stage[place[GATE_AT] : place[GATE_AT] + units]
+        if place[ALL_UNITS] > 0:
+            meetings = _shift_gates(gate, place[ALL_UNITS], plan.gates[layer, 1], thread, threads, meetings, work)
+            if meetings < 0:
+                return False
+        if units > 0:
             up = stage[place[UP_AT] : place[UP_AT] + units]
             activate(place[ACTIVATION], gate)
-            if plan.gates[layer] > 0:
-                drop_below(plan.gates[layer], gate)
+            if plan.gates[layer, 0] > 0:
+                drop_below(plan.gates[layer, 0], gate)
             if place[2 * UP + 1] > 0:
                 _sparse_up(place[2 * UP], thread, gate, up, normed, plan, work, formats)
             own[:] = gate

@@ -2,14 +2,16 @@
 
 A block is described by the kind of its attention and of its MLP; each kind fills its stages of a `Share`, one thread's
 part of the block. Another kind is another function beside `grouped_query` and `gated`, and its stage in
-`kernels.decode_step`.
+`kernels.decode_step`. A module that computes in a way of its own names its kind by a class attribute `decodes_as`:
+'spark_ffn' (gate_proj of the first r inputs, up_proj of the others, down_proj, act_fn), 'spark_attention' (q_proj,
+k_proj, v_proj, o_proj; of a head r features choose k keys), or, of an activation, 'statistical_top_k' (base, k).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from actkit.core.activations import Thresholded, name_of
 from actkit.core.edits import get_module
 from actkit.core.errors import UnsupportedModelError
 from actkit.core.linear import ActLinear, LowRank, Selection, Threshold
-from actkit.core.parts import Block, Linear
+from actkit.core.parts import Attention, Block, Linear, Mlp
 from actkit.kernels import decode_math as functions
 from actkit.kernels import decode_step as steps
 from actkit.kernels.quantized import BLOCK, PIECES
@@ -33,6 +35,35 @@ ACTIVATIONS = {
 }
 
 
+def described(model: nn.Module, block: Block) -> Block:
+    """The block with attention and MLP also where modules stand that name their kind."""
+    attention, mlp = block.attention, block.mlp
+    at, path = f"{block.path}.self_attn", f"{block.path}.mlp"
+    if kind_named(model, at) == "spark_attention":
+        spark: Any = get_module(model, at)
+        query, key, value, output = (
+            _linear(model, f"{at}.{name}") for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+        )
+        attention = Attention(
+            at, spark, query, key, value, None, output, spark.heads, spark.key_value_heads, spark.head_dim, None
+        )
+    if kind_named(model, path) == "spark_ffn":
+        gate, up, down = (_linear(model, f"{path}.{name}") for name in ("gate_proj", "up_proj", "down_proj"))
+        mlp = Mlp(path, get_module(model, path), gate, up, down, f"{path}.act_fn", None)
+    if attention is block.attention and mlp is block.mlp:
+        return block
+    return replace(block, attention=attention, mlp=mlp, other=())
+
+
+def kind_named(model: nn.Module, path: str) -> str | None:
+    """What the module at a path says that it decodes as."""
+    return getattr(get_module(model, path), "decodes_as", None)
+
+
+def _linear(model: nn.Module, path: str) -> Linear:
+    return Linear(path, "layer", get_module(model, path))
+
+
 def check(model: nn.Module, block: Block) -> None:
     """Raise UnsupportedModelError where a block is made of something else."""
     attention, mlp = block.attention, block.mlp
@@ -40,7 +71,10 @@ def check(model: nn.Module, block: Block) -> None:
         raise UnsupportedModelError(f"{block.path}: its attention has no query, key and value layers of their own")
     if mlp is None or mlp.gate is None:
         raise UnsupportedModelError(f"{block.path}: its MLP has no gate")
-    activation, _ = _function(get_module(model, mlp.activation))
+    for path in (attention.path, mlp.path):
+        if kind_named(model, path) not in (None, "spark_attention", "spark_ffn"):
+            raise UnsupportedModelError(f"{path}: the decoder knows no {kind_named(model, path)}")
+    activation = _function(get_module(model, mlp.activation)).base
     if name_of(activation) not in ACTIVATIONS:
         raise UnsupportedModelError(
             f"{mlp.activation}: a {type(activation).__name__}; the decoder computes {', '.join(ACTIVATIONS)}"
@@ -60,29 +94,37 @@ def check(model: nn.Module, block: Block) -> None:
 
 @dataclass(frozen=True)
 class Gate:
-    """The activation of a gate. code: of `kernels.decode_math`; threshold: below which it is 0, None where it has none.
-    sparse: whether many gates are exactly 0."""
+    """The activation of a gate. base: without what makes it sparse; threshold: below which it is 0, None where it has
+    none; k: of a statistical top-k before it, None where it has none."""
 
-    code: int
-    threshold: float | None
+    base: nn.Module
+    threshold: float | None = None
+    k: float | None = None
+
+    @property
+    def code(self) -> int:
+        """Of `kernels.decode_math`."""
+        return ACTIVATIONS[str(name_of(self.base))]
 
     @property
     def sparse(self) -> bool:
-        return self.threshold is not None or self.code in (functions.RELU, functions.RELU2)
+        """Whether many gates are exactly 0."""
+        chosen = self.threshold is not None or self.k is not None
+        return chosen or self.code in (functions.RELU, functions.RELU2)
 
 
 def gate_of(model: nn.Module, block: Block) -> Gate:
     """The gate's activation as it is now, of a block that `check` took."""
     assert block.mlp is not None
-    activation, threshold = _function(get_module(model, block.mlp.activation))
-    return Gate(ACTIVATIONS[str(name_of(activation))], threshold)
+    return _function(get_module(model, block.mlp.activation))
 
 
-def _function(module: nn.Module) -> tuple[nn.Module, float | None]:
-    """An activation without its threshold, and the threshold."""
+def _function(module: Any) -> Gate:
     if isinstance(module, Thresholded):
-        return module.base, float(module.threshold)
-    return module, None
+        return replace(_function(module.base), threshold=float(module.threshold))
+    if getattr(module, "decodes_as", None) == "statistical_top_k":
+        return Gate(module.base, k=float(module.k))
+    return Gate(module)
 
 
 # -- products ----------------------------------------------------------------------------------------------------------
@@ -96,7 +138,7 @@ class Product:
     its outputs begin among those of the stage. biased: whether the layers' biases belong to this share. zeros: whether
     many inputs are exactly 0, which are left out even where nothing selects. apart: whether each output has its own
     row, to be skipped behind a sparse gate. down: of bundled units, the layer that their column is taken from. factor:
-    of the layer's low-rank correction, the one that this is.
+    of the layer's low-rank correction, the one that this is. inputs_at: where its inputs begin in those of the stage.
     """
 
     parts: tuple[tuple[Linear, range], ...]
@@ -108,6 +150,7 @@ class Product:
     apart: bool = False
     down: Linear | None = None
     factor: Literal["", "right", "left"] = ""
+    inputs_at: int = 0
 
     @property
     def select(self) -> Selection | None:
@@ -197,31 +240,39 @@ def same_selection(a: Selection | None, b: Selection | None) -> bool:
     return not isinstance(a, Threshold) or torch.equal(a.threshold, b.threshold)  # type: ignore[union-attr, arg-type]
 
 
-def _columns(layers: Sequence[tuple[Linear, range]]) -> tuple[list[Product], list[int]]:
-    """Some outputs of layers that share an input, as few products as possible, and where each layer's begin."""
+def _columns(
+    layers: Sequence[tuple[Linear, range]], begins: Sequence[int] | None = None
+) -> tuple[list[Product], list[int]]:
+    """Some outputs of layers that share an input, as few products as possible, and where each layer's begin.
+
+    begins: where in the stage's inputs each layer's begin, where that is not 0 for all.
+    """
+    begins = begins or [0] * len(layers)
     runs: list[list[tuple[Linear, range, Kind]]] = []
-    for linear, cut in layers:
+    firsts: list[int] = []
+    for (linear, cut), begin in zip(layers, begins):
         kind = kind_of(linear.module, outputs=cut)
         last = runs[-1][0] if runs else None
         alike = last is not None and last[2].joins(kind) and not _correction(last[0].module)
-        alike = alike and not _correction(linear.module)
+        alike = alike and not _correction(linear.module) and firsts[-1] == begin
         if alike and same_selection(selection_of(last[0].module), selection_of(linear.module)):  # type: ignore[index]
             runs[-1].append((linear, cut, kind))
         else:
             runs.append([(linear, cut, kind)])
+            firsts.append(begin)
     products: list[Product] = []
     places: list[int] = []
     at = 0
-    for run in runs:
+    for run, begin in zip(runs, firsts):
         kind = run[0][2]
         for _, _, other in run[1:]:
             kind = kind.joined(other)
-        products.append(Product(tuple((linear, cut) for linear, cut, _ in run), kind, at))
+        products.append(Product(tuple((linear, cut) for linear, cut, _ in run), kind, at, inputs_at=begin))
         for _, cut, _ in run:
             places.append(at)
             at += len(cut)
-        begin = products[-1].at
-        at = begin + -(-(at - begin) // BLOCK) * BLOCK + BLOCK  # a product writes whole tiles
+        start = products[-1].at
+        at = start + -(-(at - start) // BLOCK) * BLOCK + BLOCK  # a product writes whole tiles
     return products, places
 
 
@@ -263,6 +314,8 @@ def grouped_query(share: Share, block: Block, thread: int, threads: int, window:
     share.stages[steps.OUTPUT] = [_rows(attention.output, queries, thread == 0)] if own else []
     share.places |= dict(zip((steps.QUERY_AT, steps.KEY_AT, steps.VALUE_AT), places))
     share.places |= {steps.FIRST_HEAD: own.start, steps.HEADS: len(own), steps.WINDOW: window}
+    if getattr(attention.module, "decodes_as", None) == "spark_attention":
+        share.places |= {steps.CHOOSING: attention.module.r, steps.KEYS: attention.module.k}  # type: ignore[dict-item]
 
 
 def gated(share: Share, block: Block, thread: int, threads: int, gate: Gate) -> None:
@@ -274,7 +327,9 @@ def gated(share: Share, block: Block, thread: int, threads: int, gate: Gate) -> 
     """
     mlp = block.mlp
     assert mlp is not None and mlp.gate is not None
-    units = mlp.down.in_features
+    units, begin = mlp.down.in_features, 0
+    if getattr(mlp.module, "decodes_as", None) == "spark_ffn":
+        begin = mlp.gate.in_features  # where the up projection's inputs begin
     unit = BLOCK if units >= 4 * threads * BLOCK else PIECES[0]
     own = share_of(units, thread, threads, unit)
     stages: dict[int, list[Product]] = {steps.GATE_UP: [], steps.DOWN: [], steps.UP: [], steps.UNITS_BUNDLED: []}
@@ -285,13 +340,14 @@ def gated(share: Share, block: Block, thread: int, threads: int, gate: Gate) -> 
             last = stages[steps.GATE_UP][-1].at + (len(own) // BLOCK + 2) * BLOCK
             places = [0, last]
             after = last + (len(own) // BLOCK + 1) * BLOCK  # where the product's input is laid out
-            product = Product(((mlp.up, own),), kind_of(mlp.up.module, outputs=own), after, apart=True)
+            kind = kind_of(mlp.up.module, outputs=own)
+            product = Product(((mlp.up, own),), kind, after, apart=True, inputs_at=begin)
             if _bundles(mlp.up, mlp.down):
                 stages[steps.UNITS_BUNDLED] = [replace(product, down=mlp.down)]
             else:
                 stages[steps.UP] = [product]
         else:
-            stages[steps.GATE_UP], places = _columns([(mlp.gate, own), (mlp.up, own)])
+            stages[steps.GATE_UP], places = _columns([(mlp.gate, own), (mlp.up, own)], (0, begin))
         if not stages[steps.UNITS_BUNDLED]:
             stages[steps.DOWN] = [_rows(mlp.down, own, thread == 0, gate.sparse)]
     for stage in (steps.UP, steps.UNITS_BUNDLED):
@@ -300,6 +356,7 @@ def gated(share: Share, block: Block, thread: int, threads: int, gate: Gate) -> 
     share.stages |= stages
     share.places |= dict(zip((steps.GATE_AT, steps.UP_AT), places))
     share.places |= {steps.UNITS: len(own), steps.FIRST_UNIT: own.start, steps.ACTIVATION: gate.code}
+    share.places |= {steps.ALL_UNITS: 0 if gate.k is None else units}
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -55,8 +55,10 @@ def supports(model: nn.Module) -> str | None:
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return "it is not on the CPU"
     try:
-        for block in anatomy(model).blocks:
+        blocks = _blocks(model)
+        for block in blocks:
             parts.check(model, block)
+        tables.choosing_features(blocks)
     except UnsupportedModelError as error:
         return str(error)
     return None
@@ -99,7 +101,7 @@ class Decoder:
         if not 1 <= self.threads <= most_threads():
             raise ValueError(f"threads: {threads} was given; give 1 to {most_threads()}, which can run side by side.")
         self.model, self.position, self._steps = model, 0, 0
-        blocks = list(anatomy(model).blocks)
+        blocks = _blocks(model)
         first = blocks[0].attention
         assert first is not None
         self._check_memory(model, len(blocks), first.key_value_heads * first.head_dim, decode_only)
@@ -165,6 +167,23 @@ class Decoder:
         shared = sum(weight.nbytes - weight.buffer.nbytes for weight in self._matrices.weights)
         return float((self._work.read * self._row_bytes).sum()) / self._steps + shared
 
+    def reads(self) -> list[tables.Read]:
+        """What a single step reads of the packed weights, piece by piece: for whoever compares it with the memory's
+        speed. Scales of groups of inputs, which lie apart, are left out."""
+        table, places, found = self._plan.products, self._plan.layers, []
+        stages = range(steps.UNITS_BUNDLED + 1)
+        for layer in range(places.shape[1]):
+            for stage in stages:
+                for thread, (first, number) in enumerate(places[:, layer, 2 * stage : 2 * stage + 2].tolist()):
+                    own = list(range(first, first + number))
+                    own += [p + k for p in map(int, table[own, steps.LOW_RANK]) if p for k in (0, 1)]
+                    for p in own:
+                        address, stride, rows = table[p, [steps.ADDRESS, steps.STRIDE, steps.INPUTS]].tolist()
+                        mean = float(self._work.read[p] / max(1, self._steps))
+                        for tile in range(int(table[p, steps.TILES])):
+                            found.append(tables.Read(address + tile * rows * stride, stride, rows, mean, thread))
+        return found
+
     @property
     def _row_bytes(self) -> np.ndarray:
         """Of each product: int64 [products]."""
@@ -182,7 +201,7 @@ class Decoder:
         """
         thresholds, self._selections = tables.write_selections(self._matrices, self._plan.products, self._plan.layers)
         self._plan.thresholds[:] = thresholds
-        self._plan.gates[:] = tables.gates(self.model, anatomy(self.model).blocks)
+        self._plan.gates[:] = tables.gates(self.model, _blocks(self.model))
 
     def __call__(self, new: Sequence[int]) -> Tensor:
         """Logits of the token after some more tokens: float32 [vocabulary].
@@ -302,6 +321,10 @@ class Decoder:
             follow_torch_threads(EVERY_KERNEL)
         finally:
             torch.set_num_threads(before)
+
+
+def _blocks(model: nn.Module) -> list[Block]:
+    return [parts.described(model, block) for block in anatomy(model).blocks]
 
 
 def _release(linear: nn.Module) -> None:

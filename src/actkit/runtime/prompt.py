@@ -42,6 +42,7 @@ class _Prompt:
     ) -> None:
         self.plan, self.work, self.matrices, self.selections = plan, work, matrices, selections
         self.dtype = dtype if dtype == torch.bfloat16 else torch.float32
+        self.choosing = int(plan.layers[0, 0, steps.CHOOSING])
 
     def read(self, x: Tensor, begin: int) -> None:
         plan, end = self.plan, begin + len(x)
@@ -59,14 +60,20 @@ class _Prompt:
             ]
             self._add(x, layer, steps.OUTPUT, mixed)
             normed = [self._norm(x, plan.norms[layer, 1])] * len(places)
-            hidden = []
+            hidden: list[Tensor] = []
             rows = self._products(layer, steps.UP, normed)  # of threads that keep the up projection's rows apart
-            for out, place, apart in zip(self._products(layer, steps.GATE_UP, normed), places, rows):
-                gate, up = (out[:, place[at] :][:, : place[steps.UNITS]] for at in (steps.GATE_AT, steps.UP_AT))
-                gate = _activate(int(place[steps.ACTIVATION]), gate, float(plan.gates[layer]))
+            outs = self._products(layer, steps.GATE_UP, normed)
+            gates = [out[:, place[steps.GATE_AT] :][:, : place[steps.UNITS]] for out, place in zip(outs, places)]
+            if places[0, steps.ALL_UNITS]:
+                gates = _largest(gates, float(plan.gates[layer, 1]))
+            for out, place, apart, gate in zip(outs, places, rows, gates):
+                up = out[:, place[steps.UP_AT] :][:, : place[steps.UNITS]]
+                gate = _activate(int(place[steps.ACTIVATION]), gate, float(plan.gates[layer, 0]))
                 bundle = self._bundle(place)
                 if bundle is not None:
-                    up = normed[0].to(bundle.buffer.dtype) @ bundle.up().t()
+                    first = int(plan.products[place[2 * steps.UNITS_BUNDLED], steps.INPUTS_AT])
+                    given = normed[0][:, first : first + bundle.inputs]
+                    up = given.to(bundle.buffer.dtype) @ bundle.up().t()
                 elif apart.shape[1]:
                     up = apart
                 hidden.append(gate.mul_(up))
@@ -100,6 +107,9 @@ class _Prompt:
         keys = torch.from_numpy(work.keys[layer, first : first + heads, :end])
         values = torch.from_numpy(work.cached[layer, first : first + heads, :end])
         keys[:, begin:], values[:, begin:] = key, value
+        if place[steps.CHOOSING]:
+            mixed = _chosen(query, keys, values, int(place[steps.CHOOSING]), int(place[steps.KEYS]))
+            return mixed.transpose(0, 1).reshape(len(out), -1).to(self.dtype)
         mixed = F.scaled_dot_product_attention(
             query[None].to(self.dtype),
             keys[None].to(self.dtype),
@@ -126,8 +136,10 @@ class _Prompt:
         found = found.float()
         if len(self.plan.head_norms):
             found = self._norm(found, self.plan.head_norms[layer, norm]).float()
-        turned = torch.cat((-found[..., size // 2 :], found[..., : size // 2]), -1)
-        return found * cos + turned * sin
+        first = self.choosing or size
+        turned = [torch.cat((-part[..., part.shape[-1] // 2 :], part[..., : part.shape[-1] // 2]), -1)
+                  for part in found.split((first, size - first), -1)]  # fmt: skip
+        return found * cos + torch.cat(turned, -1) * sin
 
     def _add(self, x: Tensor, layer: int, stage: int, inputs: list[Tensor]) -> None:
         """Add the products of a stage, each thread's of its own inputs, to the residual stream."""
@@ -145,6 +157,8 @@ class _Prompt:
             at = 0
             for p in range(first, first + number):
                 row, select, own = self.plan.products[p], self.selections[p], inputs[thread]
+                if shared:
+                    own = own[:, row[steps.INPUTS_AT] : row[steps.INPUTS_AT] + row[steps.ALL_INPUTS]]
                 given = own
                 if select is not None:
                     begin = int(row[steps.FIRST_INPUT])
@@ -194,3 +208,31 @@ def _activate(code: int, x: Tensor, threshold: float) -> Tensor:
     else:
         y = F.gelu(x, approximate="none" if code == functions.GELU else "tanh")
     return y.masked_fill_(y.abs() < threshold, 0.0) if threshold > 0 else y
+
+
+def _largest(gates: list[Tensor], quantile: float) -> list[Tensor]:
+    """Statistical top-k of the gates of all threads, each [tokens, own units]: max(gate - cut, 0)."""
+    every = torch.cat(gates, 1).float()
+    deviation, mean = torch.std_mean(every, 1, correction=0, keepdim=True)
+    cut = torch.where(deviation <= 5e-7 * mean.abs(), torch.inf, mean + deviation * quantile)
+    return [F.relu(gate.float() - cut).to(gate.dtype) for gate in gates]
+
+
+def _chosen(query: Tensor, keys: Tensor, values: Tensor, r: int, k: int) -> Tensor:
+    """Attention in which the first r features of a head choose about k keys, and the others weigh them.
+
+    query: float32 [heads, tokens, size], the last of the keys' tokens; keys, values: [key-value heads, all, size].
+    """
+    shared_by, tokens, every = len(query) // len(keys), query.shape[1], keys.shape[1]
+    keys, values = keys.repeat_interleave(shared_by, 0), values.repeat_interleave(shared_by, 0)
+    visible = torch.ones(tokens, every, dtype=torch.bool).tril(every - tokens)
+    count = visible.sum(-1, keepdim=True)
+    scores = (query[..., :r] @ keys[..., :r].transpose(1, 2) * r**-0.5).masked_fill(~visible, 0)
+    mean = scores.sum(-1, keepdim=True) / count
+    deviation = ((scores - mean).masked_fill(~visible, 0).square().sum(-1, keepdim=True) / count).sqrt()
+    quantile = torch.special.ndtri((1 - k / count.double()).clamp(min=0)).float()
+    everything = (count <= k) | (deviation <= 5e-7 * mean.abs())
+    cut = torch.where(everything, -torch.inf, mean + deviation * quantile.nan_to_num())
+    chances = scores.masked_fill(~visible | (scores <= cut), -torch.inf).softmax(-1)
+    weights = query[..., r:] @ keys[..., r:].transpose(1, 2) * (query.shape[-1] - r) ** -0.5
+    return (chances * F.softplus(weights)) @ values

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from actkit.core.errors import UnsupportedModelError
 from actkit.core.linear import Selection, Threshold, TopK
 from actkit.core.parts import Block
 from actkit.core.progress import track
@@ -33,7 +34,21 @@ KINDS = {  # by whether scales belong to groups of inputs, and whether activatio
     (True, True): (steps.INT4_GROUP_DOTS, steps.INT8_GROUP_DOTS),
 }
 ACTIVATIONS = ("float32", "int16")  # what integer weights are multiplied with
+SLICE = [steps.INPUTS_AT, steps.INPUTS]  # of the stage's inputs
 SUMS = 8 * 6144  # of the float kernels with groups of inputs: rows of x times columns
+
+
+class Read(NamedTuple):
+    """A piece of a packed weight, and how many of its rows a single step reads, in the mean since the last reset.
+
+    address: of the first row; row_bytes: of one, rows lie side by side; rows: how many there are; thread: which reads.
+    """
+
+    address: int
+    row_bytes: int
+    rows: int
+    mean: float
+    thread: int
 
 
 @dataclass(frozen=True)
@@ -172,6 +187,7 @@ def _row(weight: Packed, product: Product, dots: bool) -> tuple[list[int], Tenso
         product.inputs.start,
         product.all_inputs,
     )
+    row[steps.INPUTS_AT] = product.inputs_at
     bias = product.bias()
     if bias is not None:
         bias = F.pad(bias, (0, max(0, tiles * tile - len(bias)))).contiguous()
@@ -205,6 +221,7 @@ def write_selections(matrices: Matrices, table: np.ndarray, places: np.ndarray) 
             for own in ranges:
                 for before, p in pairwise(own):
                     kept = table[before, steps.LOW_RANK] == 0  # a correction takes the memory of the selection
+                    kept &= (table[before, SLICE] == table[p, SLICE]).all()
                     table[p, steps.SHARES_SELECTION] = kept and same_selection(selections[before], selections[p])
             kinds = [table[own.start, steps.SELECT] for own in ranges if own]
             for own in ranges:
@@ -229,8 +246,41 @@ def formats(table: np.ndarray, weights: Sequence[Packed]) -> steps.Formats:
 
 
 def gates(model: nn.Module, blocks: Sequence[Block]) -> np.ndarray:
-    """Below which magnitude each block's gate is 0 now: float32 [layers]."""
-    return np.array([gate_of(model, block).threshold or 0.0 for block in blocks], np.float32)
+    """What makes each block's gate sparse now, as `steps.Plan` holds it: float32 [layers, 2]."""
+    found = np.zeros((len(blocks), 2), np.float32)
+    for row, block in zip(found, blocks):
+        gate = gate_of(model, block)
+        assert block.mlp is not None
+        if gate.k is not None:
+            row[1] = torch.special.ndtri(torch.tensor(1 - gate.k / block.mlp.down.in_features, dtype=torch.float64))
+        row[0] = gate.threshold or 0.0
+    return found
+
+
+def rotary(model: nn.Module, blocks: Sequence[Block], capacity: int) -> np.ndarray:
+    """Cosine and sine: float32 [2, capacity, rotated size]. Where some features of a head choose the keys, both of its
+    parts turn as heads of their width, one table after the other."""
+    core: Any = model.get_submodule(model.base_model_prefix)  # type: ignore[arg-type]
+    with torch.no_grad():
+        cos, sin = core.rotary_emb(torch.zeros(1), torch.arange(capacity)[None])
+    both = torch.stack((cos[0], sin[0])).float()
+    choosing = choosing_features(blocks)
+    if choosing:
+        size = both.shape[-1]
+        planes = [torch.arange(width // 2) * size // width for width in (choosing, size - choosing)]
+        both = torch.cat([both[..., each].repeat(1, 1, 2) for each in planes], -1)
+    return both.contiguous().numpy()
+
+
+def choosing_features(blocks: Sequence[Block]) -> int:
+    """How many features of a head choose its keys, 0 for ordinary attention. Raises UnsupportedModelError where blocks
+    differ, as they share one rotary table."""
+    found = {getattr(block.attention.module, "r", 0) if block.attention else 0 for block in blocks}
+    if len(found) > 1:
+        raise UnsupportedModelError(
+            f"its blocks choose keys by {', '.join(map(str, sorted(found)))} features of a head"
+        )
+    return int(found.pop())
 
 
 def model_tables(model: nn.Module, blocks: Sequence[Block], capacity: int) -> dict[str, Any]:
@@ -248,15 +298,13 @@ def model_tables(model: nn.Module, blocks: Sequence[Block], capacity: int) -> di
     head_norms = np.empty((0, 2, attention.head_dim), np.float32)
     if hasattr(inner[0], "q_norm"):
         head_norms = np.stack([weights([each.q_norm, each.k_norm]) for each in inner])
-    with torch.no_grad():
-        cos, sin = core.rotary_emb(torch.zeros(1), torch.arange(capacity)[None])
     return {
         "gates": gates(model, blocks),
         "norms": np.stack([weights([each.input_layernorm, each.post_attention_layernorm]) for each in both]),
         "last_norm": core.norm.weight.detach().float().numpy().copy(),
         "head_norms": head_norms,
         "epsilon": np.float32(config.rms_norm_eps),
-        "rotary": torch.stack((cos[0], sin[0])).float().contiguous().numpy(),
+        "rotary": rotary(model, blocks, capacity),
         "hidden": config.hidden_size,
         "size": attention.head_dim,
         "shared_by": attention.heads // attention.key_value_heads,
@@ -296,6 +344,7 @@ def memory(
         counter=aligned(8, np.int64),
         read=np.zeros(len(products), np.int64),
         factor=aligned((threads, 2 * width), np.float32),
+        moments=aligned((threads, 8), np.float64),
         factors=aligned((threads, fixed.factors.size), fixed.factors.dtype),
         maxima=aligned((threads, fixed.maxima.size), fixed.maxima.dtype),
         units=aligned((threads, fixed.units.size), fixed.units.dtype),

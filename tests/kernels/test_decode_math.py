@@ -1,0 +1,32 @@
+"""What a decoding step computes beside products, against scipy and torch in float64."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import ndtri
+
+from actkit.core.activations import FUNCTIONS
+from actkit.kernels import decode_math
+
+
+def test_normal_quantile():
+    shares = np.concatenate([np.linspace(1e-6, 1 - 1e-6, 999), [1e-12, 1e-9, 0.02425, 0.97575, 1 - 1e-9]])
+    found = np.array([decode_math.normal_quantile(share) for share in shares])
+    np.testing.assert_allclose(found, ndtri(shares), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["silu", "relu", "gelu", "gelu_tanh", "relu2"])
+def test_activations(name):
+    x = torch.cat([torch.linspace(-20, 20, 1001), torch.tensor([0.0, 1e-40, -1e-40, 100.0])])
+    found = x.clone()
+    decode_math.activate(getattr(decode_math, name.upper()), found.numpy())
+    torch.testing.assert_close(found.double(), FUNCTIONS[name](x.double()), rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_dropped():
+    x = np.array([-2, -1, -0.5, 0, 0.5, 1, np.nan], np.float32)
+    decode_math.drop_below(np.float32(1.0), x)
+    np.testing.assert_array_equal(x, np.array([-2, -1, 0, 0, 0, 1, np.nan], np.float32))
+    indices = np.zeros(x.size + 1, np.int32)
+    assert decode_math.active_ones(x, indices) == 4
+    assert indices[:4].tolist() == [0, 1, 5, 6]
