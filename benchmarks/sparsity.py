@@ -10,8 +10,10 @@ with as many weights (8 % of the neurons, at most 256 keys). Thresholds are sett
 the row is named by. Masks of random weights are as good as random: these rows say how fast it is, and nothing on
 quality, which `benchmarks/sparsity_quality.py` measures.
 
-of the pure read: the fastest way found to read as many rows of the same memory, over the step's time (`pure_read`).
-selecting: what a step takes longer than the dense one when it selects and keeps everything. The output layer is dense.
+x dense, of the pure read: the dense step before each row and the fastest way found to read as many rows of the same
+memory after it (`pure_read`), over the row's step; medians over the rounds, as the machine's memory changes its speed
+from minute to minute. selecting: what a step takes longer than the dense one, in % of it, when it selects and keeps
+everything. The output layer is dense.
 """
 
 from __future__ import annotations
@@ -68,6 +70,7 @@ class Row:
     decoder: Decoder
     choose: Callable[[], None]
     seconds: list[float] = field(default_factory=list)
+    dense: list[float] = field(default_factory=list)
     reads: list[float] = field(default_factory=list)
     density: float | None = None
     bytes_per_token: float = 0.0
@@ -203,7 +206,7 @@ def rows_to_measure(shape: dict[str, Any], threads: int, console: Console) -> li
 
 
 def measure(rows: list[Row], rounds: int, tokens: int, vocabulary: int, console: Console) -> None:
-    """Every round runs each row and its yardstick once, in a new order; the first warms up."""
+    """Every round runs the dense step, each row and its yardstick once, in a new order; the first warms up."""
     for row in track(rows, "Yardsticks", console=console, transient=True):
         row.run(vocabulary, tokens)
         row.yardstick = pure_read.Yardstick(row.decoder)
@@ -211,34 +214,38 @@ def measure(rows: list[Row], rounds: int, tokens: int, vocabulary: int, console:
     for number in track(range(rounds + 1), "Measuring", console=console, transient=True):
         shuffle(order)
         for row in order:
+            dense = rows[0].run(vocabulary, tokens)
             seconds = row.run(vocabulary, tokens)
             assert row.yardstick is not None
             read = row.yardstick.measure(3)["seconds"]
             if number:
+                row.dense.append(dense)
                 row.seconds.append(seconds)
                 row.reads.append(read)
 
 
 def as_dicts(rows: list[Row]) -> list[dict[str, Any]]:
-    dense = rows[0].seconds
     found = []
     for row in rows:
-        against, read = common.ratio(dense, row.seconds), common.ratio(row.reads, row.seconds)
+        against = [dense / own for dense, own in zip(row.dense, row.seconds)]
+        read = [yardstick / own for yardstick, own in zip(row.reads, row.seconds)]
         keeps = next((x for x in rows if x.label == f"{row.label.split(',')[0]}, keeps everything"), None)
-        extra = None if keeps is None else median(keeps.seconds) - median(dense)
+        extra = None if keeps is None else median(own / dense for dense, own in zip(keeps.dense, keeps.seconds)) - 1
         found.append(
             {
                 "row": row.label,
                 "tokens/s": 1 / median(row.seconds),
                 "deciles": [round(value, 1) for value in common.spread([1 / value for value in row.seconds])],
-                "x dense": against["ratio"],
-                "x dense, deciles": against["deciles"],
+                "x dense": median(against),
+                "x dense, deciles": [round(value, 2) for value in common.spread(against)],
                 "MB/token": row.bytes_per_token / 1e6,
                 "read of what may be skipped": row.density,
-                "of the pure read": read["ratio"],
-                "of it, deciles": read["deciles"],
-                "selecting, ms": None if extra is None else 1e3 * extra,
+                "of the pure read": median(read),
+                "of it, deciles": [round(value, 2) for value in common.spread(read)],
+                "selecting, %": None if extra is None else 100 * extra,
                 "seconds": row.seconds,
+                "dense seconds": row.dense,
+                "pure read seconds": row.reads,
             }
         )
     return found
@@ -275,7 +282,7 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
     """The table."""
     from rich.table import Table
 
-    names = [name for name in rows[0] if name not in ("row", "seconds", "x dense, deciles", "of it, deciles")]
+    names = [name for name in rows[0] if name != "row" and "seconds" not in name]
     table = Table("bf16", *names)
     for row in rows:
         table.add_row(row["row"], *(common.cell(row[name]) for name in names))

@@ -24,6 +24,8 @@ MOST = 12
 LEVELS = (0.25, 0.5)
 GROUPS = (64, 32, 16)
 HIGHEST = 0.9  # of the sparsity taken from zeros that are there anyway
+RULE = "it is a training rule, not a change of a trained model"
+TRAINING = "another activation function changes the model, and pays only after training"
 SEARCHED = 1024  # tokens that awq replays for each of its 20 ratios
 
 
@@ -202,8 +204,15 @@ def _about_methods(shapes: Shapes) -> Iterable[LeftOut]:
     reasons = {
         "rotate_columns": "it adds a product per norm to every token, which only pays beside a sparsity that the "
         "search does not reach; try it with recipes=['rotate_columns,wina']",
-        "swap": "another activation function changes the model, and pays only after training",
-        "activation_penalty": "it is a training rule, not a change of a trained model",
+        "swap": TRAINING,
+        "activation_penalty": RULE,
+        "prosparse": RULE,
+        "cats": "the bytes that this search counts do not see what a gate skips; try it with recipes=['cats']",
+        "r_sparse": "two more products per layer pay only beside more sparsity; try it with recipes=['r_sparse']",
+        "ppl_sparsity": "it needs thousands of tokens to be stable; try it with recipes=['ppl_sparsity']",
+        "fatrelu": "it fits models with ReLU alone, and how much it may drop is yours to choose (`sweep_threshold`)",
+        "top_k_mlp": TRAINING,
+        "sparkify": TRAINING,
     }
     used = {"rtn", "teal", "wina", "awq"}
     yield LeftOut("rtn and awq at 3 bits", "3 bits are stored in 4 here, so they cost quality and save nothing")
