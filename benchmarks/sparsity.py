@@ -10,9 +10,9 @@ with as many weights (8 % of the neurons, at most 256 keys). Thresholds are sett
 the row is named by. Masks of random weights are as good as random: these rows say how fast it is, and nothing on
 quality, which `benchmarks/sparsity_quality.py` measures.
 
-x dense, of the pure read: the dense step before each row and the fastest way found to read as many rows of the same
-memory after it (`pure_read`), over the row's step; medians over the rounds, as the machine's memory changes its speed
-from minute to minute. selecting: what a step takes longer than the dense one, in % of it, when it selects and keeps
+x dense, of the pure read: the dense step just before each step, and just after it a pure read of as many rows of the
+same memory in the fastest way found (`pure_read`), over the step; medians, as the machine's memory changes its speed
+all the time. selecting: what a step takes longer than the dense one, in % of it, when it selects and keeps
 everything. The output layer is dense.
 """
 
@@ -76,19 +76,28 @@ class Row:
     bytes_per_token: float = 0.0
     yardstick: pure_read.Yardstick | None = None
 
-    def run(self, vocabulary: int, tokens: int) -> float:
-        """Seconds of a step, the median over so many."""
+    def begin(self, vocabulary: int) -> int:
+        """Read the prompt; returns the first token."""
         self.choose()
-        decoder, found = self.decoder, []
-        decoder.follow_selections()
-        decoder.reset()
-        token = int(decoder(prompt_ids(PROMPT, vocabulary)).argmax())
+        self.decoder.follow_selections()
+        self.decoder.reset()
+        return int(self.decoder(prompt_ids(PROMPT, vocabulary)).argmax())
+
+    def step(self, token: int) -> tuple[float, int]:
+        """Seconds of a step, and the token after it."""
+        start = time.perf_counter()
+        logits = self.decoder([token])
+        return time.perf_counter() - start, int(logits.argmax())
+
+    def run(self, vocabulary: int, tokens: int) -> None:
+        """Some steps, which show what is read."""
+        token = self.begin(vocabulary)
         for _ in range(tokens):
-            start = time.perf_counter()
-            token = int(decoder([token]).argmax())
-            found.append(time.perf_counter() - start)
-        self.density, self.bytes_per_token = decoder.density, decoder.bytes_per_token or 0.0
-        return median(found)
+            _, token = self.step(token)
+        self.look()
+
+    def look(self) -> None:
+        self.density, self.bytes_per_token = self.decoder.density, self.decoder.bytes_per_token or 0.0
 
 
 class Thresholds:
@@ -206,22 +215,27 @@ def rows_to_measure(shape: dict[str, Any], threads: int, console: Console) -> li
 
 
 def measure(rows: list[Row], rounds: int, tokens: int, vocabulary: int, console: Console) -> None:
-    """Every round runs the dense step, each row and its yardstick once, in a new order; the first warms up."""
+    """In every round each row's steps take turns with the dense ones and its yardstick; the first round warms up."""
     for row in track(rows, "Yardsticks", console=console, transient=True):
         row.run(vocabulary, tokens)
-        row.yardstick = pure_read.Yardstick(row.decoder)
+        row.yardstick = pure_read.Yardstick(row.decoder, kept=1)
     order, shuffle = list(rows), Random(0).shuffle
+    reference = Row("dense", rows[0].decoder, rows[0].choose)
     for number in track(range(rounds + 1), "Measuring", console=console, transient=True):
         shuffle(order)
         for row in order:
-            dense = rows[0].run(vocabulary, tokens)
-            seconds = row.run(vocabulary, tokens)
             assert row.yardstick is not None
-            read = row.yardstick.measure(3)["seconds"]
-            if number:
-                row.dense.append(dense)
-                row.seconds.append(seconds)
-                row.reads.append(read)
+            before = reference.begin(vocabulary)
+            token = before if row is rows[0] else row.begin(vocabulary)
+            for _ in range(tokens):
+                dense, before = reference.step(before)
+                seconds, token = row.step(token)
+                read = row.yardstick.measure(1)["seconds"]
+                if number:
+                    row.dense.append(dense)
+                    row.seconds.append(seconds)
+                    row.reads.append(read)
+            row.look()
 
 
 def as_dicts(rows: list[Row]) -> list[dict[str, Any]]:

@@ -1,4 +1,9 @@
-"""Reads one block of a model as its architecture's row describes it, with a tap for every site."""
+"""Reads one block of a model as its architecture's row describes it, with a tap for every site.
+
+A module that computes in a way of its own where the row has attention or an MLP says so by a class attribute
+`linear_inputs`: pairs of a site's name (None for `layer.input`) and the linear layers inside that read this one tensor.
+Such a part is no Attention or Mlp, so that no method takes it for one; its layers are among `Block.other`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,7 @@ from torch import nn
 from actkit.core.architectures import Architecture, AttentionRow, ExpertsRow, MlpRow
 from actkit.core.errors import CoverageError
 from actkit.core.experts import ExpertList
-from actkit.core.parts import Attention, Block, Experts, Linear, LinearRole, Mlp, Norm
+from actkit.core.parts import Attention, Block, Experts, Linear, LinearInput, LinearRole, Mlp, Norm
 from actkit.core.sites import Site, Tap
 
 
@@ -20,6 +25,7 @@ class BlockReader:
     def __init__(self, model: nn.Module, row: Architecture, index: int, path: str) -> None:
         self.model, self.row, self.index, self.path = model, row, index, path
         self.taps: dict[Site, Tap] = {}
+        self.other: list[LinearInput] = []
 
     def read(self, originals: Mapping[str, nn.Module] | None) -> Block:
         """The block as the model holds it now."""
@@ -33,8 +39,11 @@ class BlockReader:
             heads = [path for path in (row.attention.query_norm, row.attention.key_norm) if path is not None]
             norms += tuple(Norm(self._full(path), self._module(path)) for path in heads)
         self._tap("block.input", self.path, "input")
-        attention = None if row.attention is None else self._attention(row.attention, feeding.get("attention"))
-        mlp = None if row.mlp is None else self._mlp(row.mlp, feeding.get("mlp"))
+        attention, mlp = None, None
+        if row.attention is not None and not self._own(row.attention, "attention"):
+            attention = self._attention(row.attention, feeding.get("attention"))
+        if row.mlp is not None and not self._own(row.mlp, "mlp"):
+            mlp = self._mlp(row.mlp, feeding.get("mlp"))
         experts = None if row.experts is None else self._experts(row.experts, feeding.get("mlp"))
         self._tap("block.output", self.path, "output")
         module = submodule(self.model, self.path, row)
@@ -46,6 +55,7 @@ class BlockReader:
             mlp,
             experts,
             norms,
+            tuple(self.other),
             root=self.model,
             taps=self.taps,
             _originals=originals,
@@ -67,6 +77,22 @@ class BlockReader:
         self, name: str, path: str, where: Any, index: int = 0, *, of_expert: int | None = None, **settings: Any
     ) -> None:
         self.taps[Site(name, self.index, of_expert)] = Tap(path, where, index, **settings)
+
+    def _own(self, row: AttentionRow | MlpRow, name: str) -> bool:
+        """Whether a module stands here that says itself what its linear layers read; then reads those."""
+        declared = getattr(type(self._module(row.path)), "linear_inputs", None)
+        if declared is None:
+            return False
+        self._tap(f"{name}.input", self._full(row.path), "input")
+        for site_name, names in declared:
+            linears = tuple(self._linear(f"{row.path}.{each}", "layer") for each in names)
+            site = Site("layer.input", path=linears[0].path)
+            if site_name is not None:
+                site = Site(site_name, self.index)
+                self._tap(site_name, linears[0].path, "input")
+            self.other.append(LinearInput(site, linears))
+        self._tap(f"{name}.output", self._full(row.added or row.path), "output")
+        return True
 
     def _attention(self, row: AttentionRow, norm: Norm | None) -> Attention:
         config: Any = self.model.config

@@ -112,7 +112,7 @@ class Swap(Transform):
         return ()
 
     def conflicts(self, earlier: Transform) -> str | None:
-        if earlier.tags.slot == "select":
+        if "select" in earlier.tags.slots:
             return "its thresholds were calibrated on activations that the swap would change; swap first"
         return None
 

@@ -24,13 +24,15 @@ if TYPE_CHECKING:
     from actkit.core.runner import Seen, Trial
 
 RECIPE_VERSION = 1
+Slot = Literal["weight", "select", "correction"]
 
 
 @dataclass(frozen=True)
 class Tags:
     """What a transform declares about itself; the runner and `actkit.testing.check_transform` go by it.
 
-    slot: the slot of ActLinear that it fills ('weight', 'select', 'correction'); two that fill the same one conflict.
+    slot: the slot of ActLinear that it fills ('weight', 'select', 'correction'), or several; two transforms that fill
+    the same one conflict. Whoever asks what another one fills reads `slots`, which is always a tuple.
     needs_data: calibration batches are required. stream: hidden states it calibrates on, of the original or of the
     edited model, or both. changes_function: 'exact' edits keep the outputs to rounding. keeps_inputs: its edits leave
     what the next transform observes inside the block as it was, so that the two share a forward pass. records_calls:
@@ -40,7 +42,7 @@ class Tags:
     that cannot be read and no coverage is asked of it.
     """
 
-    slot: Literal["weight", "select", "correction"] | None = None
+    slot: Slot | tuple[Slot, ...] | None = None
     needs_data: bool = False
     stream: Literal["original", "edited", "both"] = "edited"
     changes_function: Literal["exact", "approximate"] = "approximate"
@@ -50,6 +52,11 @@ class Tags:
     compiles: bool = True
     exports: bool = True
     parts: bool = True
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The slots of ActLinear that it fills."""
+        return self.slot if isinstance(self.slot, tuple) else () if self.slot is None else (self.slot,)
 
 
 class Transform(BaseModel):
@@ -89,8 +96,9 @@ class Transform(BaseModel):
         """Why it may not follow `earlier`, or None. The default refuses the same method, or the same slot, twice."""
         if type(earlier) is type(self):
             return f"{type(self).__name__} was applied already; undo it first, or load the original model"
-        if self.tags.slot is not None and earlier.tags.slot == self.tags.slot:
-            return f"both fill the {self.tags.slot} slot of the layers; undo the first one, or use only one of them"
+        shared = [slot for slot in self.tags.slots if slot in earlier.tags.slots]
+        if shared:
+            return f"both fill the {shared[0]} slot of the layers; undo the first one, or use only one of them"
         return None
 
     @classmethod

@@ -69,7 +69,7 @@ class Awq(Transform):
         return self
 
     def conflicts(self, earlier: Transform) -> str | None:
-        if earlier.tags.slot in ("select", "correction"):
+        if {"select", "correction"} & set(earlier.tags.slots):
             return "it rescales the inputs that thresholds, scores and corrections were made for; put it first"
         return super().conflicts(earlier)
 

@@ -119,7 +119,7 @@ class AttachedPenalty(AttachedRule):
         self._activations.clear()
 
     def _measure(self, site: Site, x: Tensor, mask: Tensor | None) -> Tensor:
-        rows, real = _rows(site, self._taps[site], x, mask)
+        rows, real = token_rows(site, self._taps[site], x, mask)
         magnitude = rows.float().abs()
         if self.settings.measure == "l1":
             each = magnitude.mean(-1) if self.settings.reduction == "mean" else magnitude.sum(-1)
@@ -129,7 +129,7 @@ class AttachedPenalty(AttachedRule):
         return each.mean() if real is None else (each * real).sum() / real.sum()
 
 
-def _rows(site: Site, tap: Tap, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def token_rows(site: Site, tap: Tap, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """x as [rows, channels], and which rows are real (float32 [rows]; None where all are)."""
     if tap.layout in ("heads", "weights"):
         x = x.transpose(1, 2).flatten(2)

@@ -55,7 +55,7 @@ class RotateColumns(Transform):
         return [linear for inputs, _, refused in _sets(block) if refused is None for linear in inputs]
 
     def conflicts(self, earlier: Transform) -> str | None:
-        if earlier.tags.slot is not None:
+        if earlier.tags.slots:
             return (
                 "it changes the inputs of the layers, so what was calibrated on them would no longer hold; rotate first"
             )

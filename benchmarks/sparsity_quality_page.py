@@ -1,0 +1,201 @@
+"""The page and the plot of benchmarks/sparsity_quality.py, from its recorded result.
+
+python benchmarks/sparsity_quality_page.py       # writes docs/sparsity/quality.md and quality.svg again
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+from xml.sax.saxutils import escape
+
+import common
+from sparsity_quality import DOCS, METHODS, MODELS, cells
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7")  # Okabe and Ito's
+WIDTH, HEIGHT, LEFT, TOP, GAP = 300, 240, 60, 60, 75  # of a panel and around it, in pixels
+ABOUT = """# Quality at equal bytes: TEAL, WINA, CATS, R-Sparse
+
+How good is a model when a decode step reads only a part of its weights? This table compares the sparsity methods at
+equal bytes on three embedded models, with every token sparse, in prefill too. It is written by
+
+```
+python benchmarks/sparsity_quality.py
+```
+
+(a hub id or a folder of your own model goes into the methods themselves, see their pages; this benchmark is on the
+embedded models, because each of its numbers takes dozens of runs.)
+
+**Bytes** are those of the weights of the blocks' linear layers that one token reads; embedding and head are not
+counted. A weight counts with the share of its inputs, or of its output rows, that are read, and R-Sparse's factors
+count in full. The share is *measured*, token by token. Each method's own setting is solved until the saving on the
+calibration text meets the level of the column; what it saves on the held-out text stands in each cell.
+
+- **TEAL** drops inputs of every linear layer by magnitude, **WINA** by magnitude times the norm of the weight's column
+  (one mask for the layers that share an input), both at one sparsity everywhere.
+- **CATS** drops what the gate of the MLP makes small: rows of the up matrix and columns of the down matrix. Gate and
+  attention are read in full, so it saves at most half here; MiniLM has no gate, so only the down matrix is left.
+- **R-Sparse** sends the small inputs through a low-rank copy of the weight instead of dropping them. *One alpha*: the
+  best of a grid, the same for all layers; *searched*: one per layer, by a small evolutionary search on the calibration
+  text ({evaluations} evaluations of the loss at most; the paper's scale is five times that).
+
+Nothing is trained after the change. Each number is the mean over {seeds} calibration seeds (other texts each), with the
+range; quality is measured on text that neither calibration nor search saw.
+"""
+MEASURES = {
+    "swiglu": "SwiGLU language model: perplexity, lower is better (dense {dense:.2f})",
+    "relu": "ReLU language model, gated: perplexity, lower is better (dense {dense:.2f})",
+    "minilm": "MiniLM, sentence encoder: mean cosine with the original's embeddings, higher is better (dense 1)",
+}
+
+
+def write(result: Mapping[str, Any], folder: Path) -> None:
+    """Write quality.md and quality.svg."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "quality.svg").write_text(plot(result["rows"], result["dense"]), encoding="utf-8")
+    (folder / "quality.md").write_text(page(result), encoding="utf-8")
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """The page in Markdown."""
+    rows, setting = result["rows"], result["setting"]
+    search = setting["search"]
+    evaluations = 7 + search["population"] - 1
+    evaluations += (search["generations"] - 1) * (search["population"] - max(2, search["population"] // 4))
+    parts = [ABOUT.format(evaluations=evaluations, seeds=len(setting["seeds"]))]
+    levels = sorted({row["level"] for row in rows})
+    for model in MODELS:
+        parts.append(f"## {MEASURES[model].format(dense=result['dense'][model])}\n")
+        table = [["method", *(f"{level:.0%} saved" for level in levels)], ["---"] * (1 + len(levels))]
+        parts.append("\n".join(f"| {' | '.join(line)} |" for line in (*table, *cells(rows, model))) + "\n")
+    parts.append("![Quality over measured savings, one panel per model](quality.svg)\n")
+    parts.append("## Does the published order hold?\n")
+    parts.append(
+        "The papers say that WINA is better than TEAL, and R-Sparse better than CATS at equal savings. Counted here "
+        "over runs, each a level and a calibration seed that both methods reach:\n"
+    )
+    head = ["model", "order", "better in", "equal in", "loss of the first against the second, on average"]
+    lines = [head, ["---"] * len(head)]
+    for each in result["order"]:
+        order = f"{each['better']} better than {each['worse']}"
+        wins, change = f"{each['wins']} of {each['runs']} runs", f"{each['mean change of the loss']:+.2%}"
+        lines.append([each["model"], order, wins, str(each["ties"]), change])
+    parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+    parts.append(
+        "The loss is the perplexity, for MiniLM 1 - mean cosine. Savings meet their level within 0.2 points, which "
+        "matters most at the highest one: differences of the loss below half a percent say little.\n"
+    )
+    natural = [row for row in rows if row["outcome"] == "natural"]
+    if natural:
+        saved = mean(row["saved, held-out"] for row in natural)
+        models = " and ".join(dict.fromkeys(row["model"] for row in natural))
+        parts.append(
+            f"On {models}, CATS saves {saved:.0%} without any loss, through zeros that the model has by itself. "
+            f"Runs at lower levels count as not won against it.\n"
+        )
+    parts.append(f"{verdict(result)}\n")
+    held_out = ", ".join(f"{model} {rows[1]}" for model, rows in setting["rows"].items())
+    where = result["machine"]
+    parts.append(
+        f"Rows of held-out text (256 tokens; MiniLM: sentences): {held_out}. Measured on {result['date'][:10]}, "
+        f"{where['processor']}, torch {result['versions']['torch']}; every run is in "
+        f"`benchmarks/results/sparsity_quality.json`, with the settings that were solved for.\n"
+    )
+    return "\n".join(parts)
+
+
+def verdict(result: Mapping[str, Any]) -> str:
+    """Whether each order holds in every run, in some or in none: a sentence each."""
+    sentences = []
+    for better, worse in dict.fromkeys((each["better"], each["worse"]) for each in result["order"]):
+        found = [each for each in result["order"] if (each["better"], each["worse"]) == (better, worse)]
+        wins, runs = sum(each["wins"] for each in found), sum(each["runs"] for each in found)
+        ties = sum(each["ties"] for each in found)
+        whole = [each["model"] for each in found if each["wins"] == each["runs"]]
+        holds = "holds everywhere" if wins == runs else "does not hold" if wins == 0 else "holds in part"
+        text = f"- **{better} better than {worse}: {holds}**, in {wins} of {runs} runs"
+        text += f" ({ties} are equal)" if ties else ""
+        sentences.append(text + (f"; in every run on {' and '.join(whole)}." if whole and wins < runs else "."))
+    return "\n".join(sentences)
+
+
+# -- the plot ----------------------------------------------------------------------------------------------------------
+
+
+def plot(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, float]) -> str:
+    """A panel per model: loss over the saving on held-out text, with the range over seeds."""
+    width = LEFT + len(MODELS) * (WIDTH + GAP)
+    height = TOP + HEIGHT + 55
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        f'font-size="12"><rect width="{width}" height="{height}" fill="white"/>'
+    ]
+    for index, method in enumerate(METHODS):
+        x = LEFT + index * 190
+        parts.append(_line([(x, 18), (x + 24, 18)], COLOURS[index], index) + _text(x + 30, 22, method, "start"))
+    for index, model in enumerate(MODELS):
+        parts.append(_panel(LEFT + index * (WIDTH + GAP), model, [row for row in rows if row["model"] == model], dense))
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def _panel(left: float, model: str, rows: Sequence[Mapping[str, Any]], dense: Mapping[str, float]) -> str:
+    title = "perplexity" if model != "minilm" else "1 - mean cosine with the original"
+    reached = [row for row in rows if row["loss"] is not None]
+    low = dense[model] if model != "minilm" else 0.0
+    # what is far off, such as CATS near its limit, leaves the panel at the top instead of flattening all others
+    high = low + 1.15 * (max(row["loss"] for row in reached if row["method"] != "CATS") - low)
+
+    def point(saved: float, loss: float) -> tuple[float, float]:
+        return left + WIDTH * saved / 0.75, TOP + HEIGHT * (1 - (min(loss, high) - low) / (high - low))
+
+    parts = [
+        f'<rect x="{left}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#888"/>',
+        _text(left + WIDTH / 2, TOP - 10, f"{model}: {title}"),
+        _text(left + WIDTH / 2, TOP + HEIGHT + 40, "weight bytes of the layers saved per token"),
+    ]
+    for share in (0.0, 0.25, 0.5, 0.75):
+        parts.append(_text(left + WIDTH * share / 0.75, TOP + HEIGHT + 18, f"{share:.0%}"))
+    for step in range(5):
+        value = low + (high - low) * step / 4
+        form = ".1f" if model != "minilm" else ".2f"
+        parts.append(_text(left - 6, point(0, value)[1] + 4, f"{value:{form}}", "end"))
+    for index, method in enumerate(METHODS):
+        groups: dict[float, list[Mapping[str, Any]]] = {}
+        for row in reached:
+            if row["method"] == method:
+                groups.setdefault(row["level"], []).append(row)
+        points = [(0.0, low)] if method != "CATS" or model != "relu" else []
+        for level in sorted(groups):
+            saved = mean(row["saved, held-out"] for row in groups[level])
+            losses = [row["loss"] for row in groups[level]]
+            points.append((saved, mean(losses)))
+            ends = [point(saved, min(losses)), point(saved, max(losses))]
+            parts.append(_line(ends, COLOURS[index]))
+        parts.append(_line([point(*each) for each in points], COLOURS[index], index))
+        for x, y in (point(*each) for each in points[1:]):
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{COLOURS[index]}"/>')
+    return "\n".join(parts)
+
+
+def _line(points: Sequence[tuple[float, float]], colour: str, index: int | None = None) -> str:
+    """index: of a method, whose dashes tell lines apart that lie on each other."""
+    dashes = "" if index is None else f' stroke-dasharray="{("none", "7 3", "none", "2 3", "9 3 2 3")[index]}"'
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"{dashes}/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def main() -> None:
+    recorded = common.committed("sparsity_quality")
+    if recorded is None:
+        raise SystemExit("No result is recorded; run python benchmarks/sparsity_quality.py first.")
+    write(recorded, DOCS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""FATReLU: a ReLU whose small outputs are 0 too, put in after training (ProSparse, 2024, arXiv:2402.13516).
+
+    FATReLU_t(z) = z where z >= t, else 0
+
+The last of ProSparse's three steps (`prosparse` has the others): more zeros, no training; what is kept is not shifted.
+The paper takes t = 0.01 for 7B and 13B. The function is older (Kurtz et al. 2020). Here it is
+`core.activations.Thresholded` around the ReLU; it differs from torch.nn.Threshold(t, 0) and from vLLM's kernel at z = t
+alone, which they set to 0 and the paper keeps.
+Cost: one comparison per hidden value; the rows of the up projection and the columns of the down projection of a zero
+need not be read. How to choose t the paper does not say: `sweep_threshold` measures a grid, on text that is neither
+trained on nor used for the final number. ShiftedRelu is the alternative that the paper compares with; its shift is ours
+to choose, as the paper names none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import isfinite
+from statistics import mean
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from actkit.core.activations import Thresholded, name_of
+from actkit.core.anatomy import Block, Linear, anatomy
+from actkit.core.capture import opened_experts, record
+from actkit.core.edits import Edit, Note, Replace, Skip, get_module, temporarily
+from actkit.core.errors import RecipeError, UnsupportedModelError
+from actkit.core.folding import ScaledActivation
+from actkit.core.progress import track
+from actkit.core.quality import measure_quality, task_of
+from actkit.core.runner import Seen
+from actkit.core.statistics import Density
+from actkit.core.transform import Tags, Transform
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+    from rich.table import Table
+
+GRID = (0.005, 0.01, 0.02, 0.03)  # the paper's sweep
+
+
+class ShiftedRelu(nn.Module):
+    """relu(x - shift): 0 below the shift, what is kept is lowered by it. Raises ValueError where it is not finite."""
+
+    elementwise: ClassVar[bool] = True
+
+    def __init__(self, shift: float = 0.1) -> None:
+        super().__init__()
+        if not isfinite(shift):
+            raise ValueError(f"shift: {shift} was given; give a finite number.")
+        self.shift = float(shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [...] -> the same shape."""
+        return F.relu(x - self.shift)
+
+    def spec(self) -> dict[str, Any]:
+        return {"shift": self.shift}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], original: nn.Module | None = None) -> ShiftedRelu:
+        return cls(spec["shift"])
+
+    def extra_repr(self) -> str:
+        return f"shift={self.shift:g}"
+
+
+class FatRelu(Transform):
+    """Set the outputs of every MLP's ReLU below a threshold to 0.
+
+    threshold: in units of the ReLU's output; 0 leaves the model as it is. Of a traced model, the ReLU modules between
+    two layers are changed and other activations are skipped. Raises RecipeError where an MLP's activation is no ReLU.
+    """
+
+    threshold: float = Field(0.01, ge=0, allow_inf_nan=False)
+
+    tags: ClassVar[Tags] = Tags()
+
+    @classmethod
+    def identity(cls) -> Self:
+        return cls(threshold=0.0)
+
+    def targets(self, block: Block) -> Iterable[Linear]:
+        """The linear layers before and after the activations."""
+        found = [linear for _, mlp in block.mlps() for linear in (*mlp.inputs, mlp.down)]
+        ends = [end for chain in block.chains for end in (chain.first, chain.second)]
+        return [*found, *{end.path: end for end in ends if isinstance(end, Linear)}.values()]
+
+    def conflicts(self, earlier: Transform) -> str | None:
+        if "select" in earlier.tags.slots:
+            return "its thresholds were calibrated on activations that FATReLU would change; FATReLU first"
+        return super().conflicts(earlier)
+
+    def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
+        places = relus(block)
+        for chain in block.chains:
+            if chain.nonlinearity not in places:
+                yield Skip(chain.nonlinearity, "no ReLU module")
+        if not places:
+            yield Skip(block.path or "model", "no MLP with a ReLU")
+        for path, relu in places.items():
+            yield Replace(path, Thresholded(relu, self.threshold))
+
+
+def relus(block: Block) -> dict[str, nn.Module]:
+    """path -> ReLU module of the block's MLPs; of a traced block, those between two layers.
+
+    A scale that an equalization divides by stays outermost. Raises RecipeError where an MLP's activation is no ReLU.
+    """
+    found: dict[str, nn.Module] = {}
+    for _, mlp in block.mlps():
+        path = mlp.activation
+        while isinstance(get_module(block.root, path), ScaledActivation):
+            path += ".activation"
+        found[path] = module = get_module(block.root, path)
+        if not _is_relu(module):
+            name = name_of(module)
+            raise RecipeError(
+                f"FatRelu: the activation at {path} is {name or type(module).__name__}, no ReLU; replace it first, "
+                f"swap(model, {name or path!r}, 'relu'), and train."
+            )
+    modules = dict(block.module.named_modules()) if block.chains else {}
+    for chain in block.chains:
+        if _is_relu(modules.get(chain.nonlinearity)):
+            found[chain.nonlinearity] = modules[chain.nonlinearity]
+    return found
+
+
+def _is_relu(module: nn.Module | None) -> bool:
+    return isinstance(module, ShiftedRelu) or (module is not None and name_of(module) == "relu")
+
+
+# -- which threshold ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ThresholdPoint:
+    """threshold; sparsity: share of exact zeros in the hidden values, mean over the MLPs; perplexity."""
+
+    threshold: float
+    sparsity: float
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class ThresholdSweep:
+    """What each threshold gives, rising. original: the model without one."""
+
+    original: ThresholdPoint
+    points: tuple[ThresholdPoint, ...]
+
+    def choose(self, max_loss: float = 0.005) -> ThresholdPoint:
+        """The largest threshold up to which the perplexity never exceeds the original's by more than a share max_loss;
+        the original itself where the first exceeds it. Raises ValueError for a max_loss below 0."""
+        if not max_loss >= 0:
+            raise ValueError(f"max_loss: {max_loss} was given; it is a share of the perplexity, give 0 or more.")
+        chosen = self.original
+        for point in self.points:
+            if point.perplexity > self.original.perplexity * (1 + max_loss):
+                break
+            chosen = point
+        return chosen
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
+        return asdict(self)
+
+    def table(self) -> Table:
+        """A row per threshold: sparsity, perplexity, and the change of it."""
+        from rich import box
+        from rich.table import Table
+
+        table = Table(title="FATReLU thresholds", title_justify="left", box=box.SIMPLE_HEAD)
+        for name in ("threshold", "zeros", "perplexity", "change"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for point in (self.original, *self.points):
+            change = f"{point.perplexity / self.original.perplexity - 1:+.2%}"
+            label = "none" if point is self.original else f"{point.threshold:g}"
+            table.add_row(label, f"{point.sparsity:.2%}", f"{point.perplexity:.2f}", change)
+        return table
+
+    def figure(self) -> Figure:
+        """Perplexity over sparsity, a marker per threshold. Raises ImportError where plotly is missing."""
+        try:
+            from plotly import graph_objects
+        except ImportError as error:
+            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        points = (self.original, *self.points)
+        figure = graph_objects.Figure(
+            graph_objects.Scatter(
+                x=[100 * point.sparsity for point in points],
+                y=[point.perplexity for point in points],
+                text=[f"t = {point.threshold:g}" for point in points],
+                mode="lines+markers",
+            )
+        )
+        figure.update_layout(xaxis_title="zeros in the hidden values (%)", yaxis_title="perplexity")
+        return figure
+
+
+def sweep_threshold(
+    model: nn.Module, batches: Iterable[Any], grid: Sequence[float] = GRID, *, progress: bool = True
+) -> ThresholdSweep:
+    """Zeros and perplexity of a language model under FATReLU at each threshold of a grid; the model stays as it is.
+
+    batches: dicts of the model's keywords, read twice per threshold; not those of the final measurement, where the
+    threshold is chosen by them. grid: thresholds above 0, in any order. Raises ValueError for an empty grid or a
+    threshold out of bounds, RecipeError where an activation is no ReLU, UnsupportedModelError for a model that is no
+    language model or has no MLP that actkit knows.
+    """
+    if not grid or not all(0 < threshold < float("inf") for threshold in grid):
+        raise ValueError(f"grid: {list(grid)} was given; give at least one threshold, each above 0 and finite.")
+    if task_of(model) != "language":
+        raise UnsupportedModelError(f"model: {type(model).__name__} writes no text, so it has no perplexity.")
+    if isinstance(batches, Mapping | Tensor):
+        batches = [batches]
+    batches = batches if isinstance(batches, Sequence) else list(batches)
+    view = anatomy(model)
+    with opened_experts(view):
+        places = {path: relu for block in view.blocks for path, relu in relus(view.block(block.index)).items()}
+        if not places:
+            raise UnsupportedModelError(f"model: no MLP with a ReLU was found in {type(model).__name__}.")
+
+        def measured(threshold: float) -> ThresholdPoint:
+            edits = [Replace(path, Thresholded(relu, threshold)) for path, relu in places.items()]
+            with temporarily(model, edits):
+                seen = record(model, {"mlp.hidden": Density()}, batches, anatomy=view, progress=False)
+                quality = measure_quality(model, batches, task="language", resamples=1, progress=False)
+            zeros = mean(1 - density.density for density in seen.values() if density.count)
+            return ThresholdPoint(threshold, zeros, quality.metrics["perplexity"].value)
+
+        thresholds = [0.0, *sorted(set(grid))]
+        original, *points = map(measured, track(thresholds, "Sweeping thresholds", enabled=progress))
+    return ThresholdSweep(original, tuple(points))

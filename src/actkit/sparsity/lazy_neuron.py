@@ -1,0 +1,174 @@
+"""Top-k Transformer: of each token's hidden values in an MLP only the k largest stay (2022, arXiv:2210.06313).
+
+    f(x) = down( top_k( act(up x) ) )            top_k: all entries of a token but the k largest become 0
+    f(x) = down( top_k( act(gate x) ) * up x )   where the MLP is gated: top-k acts on the gate's output
+
+No new parameters; k = all neurons is the ordinary MLP. A gradient flows only through the entries that are kept. It is
+meant to be in place from the first training step; put into a trained model it changes the function. Where a token has
+fewer than k positive values after a ReLU, its zeros stay zeros.
+Cost: the choice of the k largest per token, here exact. The authors use an operator of TPUs that finds most of them;
+an estimate from mean and variance, which needs no sorting, is the transform `sparkify`. A gain in speed needs a kernel
+that skips the zeros of the down projection.
+Left open by the paper: gated MLPs (here the gate's output, whose zeros are zeros of the product), ties (here the first
+of equal values, so that exactly k survive), and activations other than ReLU, where `by="abs"` keeps by magnitude.
+How few neurons fire without any top-k is measured by `neuron_activity`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import field_validator
+from torch import Tensor, nn
+
+from actkit.core.activations import Activation, is_activation
+from actkit.core.anatomy import Block, Linear
+from actkit.core.edits import Edit, Note, Replace, Skip, get_module
+from actkit.core.errors import RecipeError
+from actkit.core.folding import ScaledActivation
+from actkit.core.runner import Seen
+from actkit.core.transform import Tags, Transform
+
+By = Literal["value", "abs"]
+
+
+class TopKActivation(nn.Module):
+    """An activation of which each token keeps its k largest outputs; the others become 0.
+
+    base: the activation. k: how many of the channels (the last dimension), or as a float their share, in (0, 1].
+    by: what is compared, the outputs or their magnitudes. Of equal outputs the first ones are kept, so that exactly k
+    are; NaN is always kept, so that it is seen.
+    Raises ValueError for a k out of bounds (at the call, where k exceeds the channels) or an unknown `by`.
+    """
+
+    elementwise: ClassVar[bool] = False
+
+    def __init__(self, base: nn.Module, k: int | float, by: By = "value") -> None:
+        super().__init__()
+        if by not in ("value", "abs"):
+            raise ValueError(f"by: {by!r} was given, allowed are 'value' and 'abs'.")
+        self.base, self.k, self.by = base, checked_k(k), by
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., channels] -> the same shape."""
+        y = self.base(x)
+        score = y.detach() if self.by == "value" else y.detach().abs()
+        kept = largest(score, neurons_kept(self.k, y.shape[-1]))
+        return torch.where(kept, y, torch.zeros((), dtype=y.dtype, device=y.device))
+
+    def spec(self) -> dict[str, Any]:
+        return {"k": self.k, "by": self.by}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], original: nn.Module) -> TopKActivation:
+        """Around the activation that stands at its place."""
+        return cls(original, spec["k"], spec["by"])
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, by={self.by!r}"
+
+
+class TopKMlp(Transform):
+    """Keep the k largest hidden values of each token in every MLP; where it is gated, of the gate's output.
+
+    k: an integer is a number of neurons, a float a share of them (the paper's are 0.04 for T5, 0.08 for ViT).
+    activation: 'relu' also replaces the activation by ReLU, as the paper does with GELU; None leaves it. by: 'value' as
+    in the paper, or 'abs', which suits activations with negative outputs. Of a traced model, every activation module
+    between two linear layers is changed. Raises RecipeError where an MLP has fewer than k neurons.
+    """
+
+    k: int | float = 0.0625
+    activation: Literal["relu"] | None = None
+    by: By = "value"
+
+    tags: ClassVar[Tags] = Tags()
+
+    @field_validator("k", mode="before")
+    @classmethod
+    def _in_bounds(cls, k: Any) -> Any:
+        return checked_k(k)
+
+    @classmethod
+    def identity(cls) -> Self:
+        return cls(k=1.0)
+
+    def targets(self, block: Block) -> Iterable[Linear]:
+        """The linear layers before and after the activations."""
+        found = [linear for _, mlp in block.mlps() for linear in (*mlp.inputs, mlp.down)]
+        ends = [end for chain in block.chains for end in (chain.first, chain.second)]
+        return [*found, *{end.path: end for end in ends if isinstance(end, Linear)}.values()]
+
+    def conflicts(self, earlier: Transform) -> str | None:
+        if "select" in earlier.tags.slots:
+            return "its thresholds were calibrated on activations that the top-k would change; top-k first"
+        return super().conflicts(earlier)
+
+    def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
+        places = {mlp.activation: mlp.inputs[0].out_features for _, mlp in block.mlps()}
+        for place in self._traced(block):
+            if isinstance(place, Skip):
+                yield place
+            else:
+                path, neurons = place
+                places[path] = min(neurons, places.get(path, neurons))  # one module may serve several layers
+        if not places:
+            yield Skip(block.path or "model", "no MLP with an activation module")
+        for path, neurons in places.items():
+            if self.k > neurons:
+                raise RecipeError(
+                    f"k: {self.k} was given, the MLP at {path} has {neurons} neurons; give at most that, or a share."
+                )
+            # a scale that an equalization divides by stays outermost, so that the unscaled values are compared
+            while isinstance(get_module(block.root, path), ScaledActivation):
+                path += ".activation"
+            if self.activation is not None:
+                yield Replace(path, Activation(self.activation))
+            yield Replace(path, TopKActivation(get_module(block.root, path), self.k, self.by))
+
+    def _traced(self, block: Block) -> Iterator[tuple[str, int] | Skip]:
+        """Of a traced model: path and neurons of each activation module, or why it is left alone."""
+        modules = dict(block.module.named_modules())
+        for chain in block.chains:
+            module = modules.get(chain.nonlinearity)
+            if not (isinstance(chain.first, Linear) and isinstance(chain.second, Linear)):
+                yield Skip(chain.nonlinearity, "it stands at a convolution, whose channels are not the last dimension")
+            elif module is None or not is_activation(module):
+                yield Skip(chain.nonlinearity, f"before {chain.second.path}: no activation module to put top-k around")
+            else:
+                yield chain.nonlinearity, chain.first.out_features
+
+
+def largest(score: Tensor, k: int) -> Tensor:
+    """Which k entries of each row of score [..., channels] are the largest, of equal ones the first: bool, like score.
+
+    NaN is counted in, beyond k.
+    """
+    smallest = score.topk(k, dim=-1).values[..., -1:]
+    above, equal = score > smallest, score == smallest
+    room = k - above.sum(-1, keepdim=True)
+    return above | (equal & (equal.cumsum(-1) <= room)) | score.isnan()
+
+
+def neurons_kept(k: int | float, channels: int) -> int:
+    """The number that k stands for: itself, or as a float its share of the channels, rounded, at least 1.
+
+    Raises ValueError where it exceeds the channels.
+    """
+    if isinstance(k, float):
+        return max(1, round(k * channels))
+    if k > channels:
+        raise ValueError(f"k: {k} was given for {channels} channels; give at most that, or a share as a float.")
+    return k
+
+
+def checked_k(k: Any) -> int | float:
+    """k as it is. Raises ValueError for anything but an integer from 1 on or a float in (0, 1]."""
+    whole = isinstance(k, int) and not isinstance(k, bool) and k >= 1
+    share = isinstance(k, float) and 0 < k <= 1
+    if not (whole or share):
+        raise ValueError(
+            f"k: {k!r} was given; give a number of neurons from 1 on, or a share of them as a float in (0, 1]."
+        )
+    return k

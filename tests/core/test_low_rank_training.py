@@ -1,0 +1,74 @@
+"""Low-rank training: what is merged is what was trained, and nothing of it stays behind."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from actkit.core.low_rank_training import train_low_rank
+from actkit.core.training import train
+from actkit.testing import tiny_batches, tiny_model
+
+pytest.importorskip("peft")
+
+
+def tuned(kind: str, **settings: Any) -> tuple[Any, Any]:
+    model, batches = settings.pop("model", None) or tiny_model(kind), tiny_batches(kind)
+    defaults: dict[str, Any] = {"roles": ("up", "down"), "rank": 2, "steps": 6, "learning_rate": 1e-2}
+    return model, train_low_rank(model, batches, validation=list(batches), progress=False, **{**defaults, **settings})
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_merged_model_is_the_one_that_was_validated(kind: str) -> None:
+    model, trained = tuned(kind)
+    assert trained.validation < trained.history[0].validation
+    check = train(model, tiny_batches(kind), validation=tiny_batches(kind), steps=1, progress=False)
+    assert check.history[0].validation == pytest.approx(trained.validation, rel=1e-5)
+    assert trained.trainable == 2 * 2 * 2 * (16 + 24)  # layers, matrices, rank, their sides
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_16_bit_model_is_trained_in_float32_and_stays_in_16_bits() -> None:
+    model, _ = tuned("llama", model=tiny_model("llama").bfloat16())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    before = tiny_model("llama").bfloat16()
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before.get_parameter(n))}
+    assert changed == {f"model.layers.{i}.mlp.{n}_proj.weight" for i in (0, 1) for n in ("up", "down")}
+
+
+def test_what_was_frozen_stays_frozen_and_a_failure_leaves_the_model_as_it_was() -> None:
+    model = tiny_model("llama")
+    model.model.embed_tokens.requires_grad_(False)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    modules = dict(model.named_modules())
+    with pytest.raises(ValueError, match="learning_rate"):
+        tuned("llama", model=model, learning_rate=-1.0)
+    assert dict(model.named_modules()) == modules
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "rank: 0 was given"),
+        ({"alpha": 0.0}, "alpha: 0.0 was given"),
+        ({"roles": ("layer",)}, "roles: layer were given; the blocks of this model have down, gate"),
+        ({"roles": ()}, "roles: none were given"),
+        ({"out": "folder"}, "out: adapters are not saved"),
+        ({"model": tiny_model("mixtral")}, "3-D parameters"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tuned("llama", **settings)
+
+
+def test_without_peft_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"pip install 'actkit\[finetune\]'"):
+        tuned("llama")
