@@ -57,7 +57,7 @@ class Sizes:
     trials: int = 1_000_000
     noisy: int = 100_000
     seeds: tuple[int, ...] = (0, 1, 2)
-    rows: int = 800
+    rows: int = 600
     tokens: int = 8000
 
 

@@ -46,7 +46,7 @@ class Sizes:
     seeds: tuple[int, ...] = (0, 1, 2)
     calibration: int = 64
     held_out: int = 130
-    sentences: int = 400
+    sentences: int = 256
     steps: int = 200
     rows: int = 8
     validation: int = 64

@@ -46,6 +46,4 @@ def language_model(
 def text(model: nn.Module, split: Split, rows: int | None, *, seed: int = 0, length: int = LENGTH) -> Batches:
     """Rows of the embedded text in batches of 16; all of the split where rows is None. seed: which documents."""
     tokenizer = zoo.tokenizer("swiglu")
-    return load_data(
-        None, model, tokenizer, sequences=rows, length=length, batch_size=BATCH, seed=seed, split=split
-    )
+    return load_data(None, model, tokenizer, sequences=rows, length=length, batch_size=BATCH, seed=seed, split=split)

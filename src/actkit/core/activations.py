@@ -143,7 +143,9 @@ class Thresholded(KeepsDtype):
     def forward(self, x: Tensor) -> Tensor:
         """x [...] -> the same shape."""
         y = self.base(x)
-        return torch.where(y.detach().float().abs() < self.threshold, torch.zeros((), dtype=y.dtype, device=y.device), y)
+        return torch.where(
+            y.detach().float().abs() < self.threshold, torch.zeros((), dtype=y.dtype, device=y.device), y
+        )
 
     def spec(self) -> dict[str, Any]:
         return {}

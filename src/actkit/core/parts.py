@@ -205,6 +205,12 @@ class Block:
             return ((None, self.mlp),)
         return () if self.experts is None else tuple(enumerate(self.experts.members))
 
+    def around_activations(self) -> tuple[Linear, ...]:
+        """The linear layers of MLPs (of opened experts too), and of a traced block those of its chains, each once."""
+        found = [linear for _, mlp in self.mlps() for linear in (*mlp.inputs, mlp.down)]
+        found += [end for chain in self.chains for end in (chain.first, chain.second) if isinstance(end, Linear)]
+        return tuple({linear.path: linear for linear in found}.values())
+
     def linears(self) -> tuple[Linear, ...]:
         """All linear layers that actkit can read, those of opened experts included."""
         return tuple(linear for inputs in self.linear_inputs() for linear in inputs.linears)

@@ -86,9 +86,7 @@ class Cats(Transform):
 
     def targets(self, block: Block) -> Iterable[Linear]:
         """All layers of the MLPs: the gate decides, the others are read in part."""
-        if self.share(block) == 0:
-            return ()
-        return [linear for _, mlp in block.mlps() for linear in (*mlp.inputs, mlp.down)]
+        return () if self.share(block) == 0 else block.around_activations()
 
     def observe(self, block: Block) -> Mapping[Site, Statistic]:
         if self.share(block) == 0:

@@ -85,10 +85,7 @@ class FatRelu(Transform):
         return cls(threshold=0.0)
 
     def targets(self, block: Block) -> Iterable[Linear]:
-        """The linear layers before and after the activations."""
-        found = [linear for _, mlp in block.mlps() for linear in (*mlp.inputs, mlp.down)]
-        ends = [end for chain in block.chains for end in (chain.first, chain.second)]
-        return [*found, *{end.path: end for end in ends if isinstance(end, Linear)}.values()]
+        return block.around_activations()
 
     def conflicts(self, earlier: Transform) -> str | None:
         if "select" in earlier.tags.slots:
