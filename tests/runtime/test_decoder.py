@@ -187,7 +187,12 @@ def test_thresholded_gates_beside_other_changes():
     torch.testing.assert_close(decoder(IDS[0].tolist()), expected[-1], rtol=1e-4, atol=1e-4)
 
 
-SPARK = [{"attended": None}, {"density": None, "attended": 5}, {"density": 0.2, "attended": 5}]
+SPARK = [
+    {"attended": None},
+    {"density": None, "attended": 5},
+    {"density": None, "attended": 1},  # the threshold is often above all scores
+    {"density": 0.2, "attended": 5},
+]
 
 
 @pytest.mark.parametrize("settings", SPARK)

@@ -226,21 +226,19 @@ def attend_chosen(query, keys, values, r, k, scores, out):  # type: ignore[no-un
     """
     tokens, rest = len(keys), query.size - r
     first, second = np.float32(1 / math.sqrt(r)), np.float32(1 / math.sqrt(rest))
-    total, squares = 0.0, 0.0
+    total, squares, largest = 0.0, 0.0, np.float32(-np.inf)
     for t in range(tokens):
         score = _dot(query[:r], keys[t, :r]) * first
         scores[t] = score
+        largest = max(largest, score)
         total += score
         squares += np.float64(score) * np.float64(score)
     if tokens > k:
         cut, alike = statistical_cut(total, squares, tokens, normal_quantile(1 - k / tokens))
         if not alike:
             for t in range(tokens):
-                if scores[t] <= np.float32(cut):
+                if scores[t] <= np.float32(cut) and scores[t] < largest:  # the largest one always stays
                     scores[t] = -np.inf
-    largest = np.float32(-np.inf)
-    for t in range(tokens):
-        largest = max(largest, scores[t])
     sum_of = np.float32(0.0)
     out[:] = 0
     for t in range(tokens):

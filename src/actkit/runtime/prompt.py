@@ -233,6 +233,8 @@ def _chosen(query: Tensor, keys: Tensor, values: Tensor, r: int, k: int) -> Tens
     quantile = torch.special.ndtri((1 - k / count.double()).clamp(min=0)).float()
     everything = (count <= k) | (deviation <= 5e-7 * mean.abs())
     cut = torch.where(everything, -torch.inf, mean + deviation * quantile.nan_to_num())
-    chances = scores.masked_fill(~visible | (scores <= cut), -torch.inf).softmax(-1)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    dropped = (scores <= cut) & (scores < scores.amax(-1, keepdim=True))  # the largest one always stays
+    chances = scores.masked_fill(dropped, -torch.inf).softmax(-1)
     weights = query[..., r:] @ keys[..., r:].transpose(1, 2) * (query.shape[-1] - r) ** -0.5
     return (chances * F.softplus(weights)) @ values
