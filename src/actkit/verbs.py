@@ -63,7 +63,7 @@ def apply(
     *,
     inplace: bool = True,
     undo: str | None = None,
-    min_coverage: float = 0.5,
+    min_coverage: float | None = None,
     max_memory: int | str | None = None,
     progress: bool = True,
     announce: Callable[[str], None] | None = None,

@@ -149,7 +149,7 @@ def test_papers(run):
         (["generate", "FOLDER", "Hello", "--top-k", "3"], "top_k: 3 was given with temperature 0"),
         (["papers", "--family", "nothing"], "family: 'nothing' is not known"),
         (["reproduce", "nothing"], "'nothing' is not in the catalogue"),
-        (["reproduce", "cats"], "cats"),
+        (["reproduce", "edgemoe"], "edgemoe"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_1(run, folder, tmp_path, monkeypatch, arguments, words):

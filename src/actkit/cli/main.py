@@ -204,8 +204,14 @@ def apply(
     length: Length = None,
     batch_size: BatchSize = 8,
     min_coverage: Annotated[
-        float, typer.Option(min=0, max=1, help="Least share of the parameters in blocks that a transform must touch.")
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Least share of the parameters in blocks that a transform must touch; "
+            "by default what the method itself expects, mostly 0.5.",
+        ),
+    ] = None,
     proof: Annotated[bool, typer.Option(help="Load what was saved in a fresh process and compare.")] = True,
     max_memory: MaxMemory = None,
     device: Device = "cpu",

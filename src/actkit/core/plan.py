@@ -59,21 +59,24 @@ def make_plan(
     transforms: Sequence[Transform],
     batches: Sequence[Any],
     *,
-    min_coverage: float = 0.5,
+    min_coverage: float | None = None,
     max_memory: int | str | None = None,
 ) -> Plan:
-    """Plan a run. Raises CoverageError below `min_coverage` and MemoryLimitError above `max_memory`."""
-    if not 0 <= min_coverage <= 1:
+    """Plan a run. Raises CoverageError below `min_coverage` (where None, below what the transform's tags say) and
+    MemoryLimitError above `max_memory`."""
+    if min_coverage is not None and not 0 <= min_coverage <= 1:
         raise ValueError(f"min_coverage: {min_coverage} was given; it is a share, give 0 to 1.")
     cap = None if max_memory is None else parse_bytes(max_memory)
     with opened_experts(view):  # so that a transform says which of their layers it means
         coverage, untouched = _coverage(view, transforms)
+        declared = {type(transform).__name__: transform.tags.least_coverage for transform in transforms}
         for name, share in coverage.items():
-            if share < min_coverage:
+            least = declared[name] if min_coverage is None else min_coverage
+            if share < least:
                 reasons = "; ".join(f"{parameter}: {reason}" for parameter, reason in untouched[:8]) or "see coverage()"
                 raise CoverageError(
                     f"coverage: {name} would touch {share:.0%} of the parameters inside blocks, below min_coverage="
-                    f"{min_coverage:.0%}. Left alone: {reasons}. Lower min_coverage if that is what you want."
+                    f"{least:.0%}. Left alone: {reasons}. Lower min_coverage if that is what you want."
                 )
         memory, seconds = _cost(view, transforms, batches)
     plan = Plan(coverage, untouched, memory, seconds)

@@ -173,7 +173,7 @@ def apply(
     *,
     inplace: bool = True,
     undo: str | None = None,
-    min_coverage: float = 0.5,
+    min_coverage: float | None = None,
     max_memory: int | str | None = None,
     progress: bool = True,
     announce: Callable[[str], None] | None = None,
@@ -183,8 +183,9 @@ def apply(
     data: calibration batches (dicts of the model's keywords, or tensors). inplace: change `model` itself, else a copy.
     undo: 'source' reads what was changed from the folder the model came from (the default where `actkit.load` loaded
     it and nothing was changed since), 'memory' keeps the old tensors, 'off' keeps nothing. min_coverage: least share
-    of the parameters inside blocks that each transform must touch. max_memory: hard cap for calibration, bytes or
-    '2GB'. announce: called with each line of the plan (coverage, memory, time) before work starts.
+    of the parameters inside blocks that each transform must touch, None for what each declares. max_memory: hard cap
+    for calibration, bytes or '2GB'. announce: called with each line of the plan (coverage, memory, time) before work
+    starts.
     Raises RecipeError, DataError, CoverageError, MemoryLimitError, NonFiniteError or UnsupportedModelError before work
     starts; where something fails midway the model is restored (unless undo is 'off').
     """

@@ -39,7 +39,8 @@ class Tags:
     it replays recorded calls (they count in the memory plan). passes: forward passes over the data it costs, for the
     time estimate. compiles, exports: the changed model runs under torch.compile and torch.export. parts: it goes by the
     parts of the anatomy; False for one that goes by modules alone and changes no weights, so that it works on a model
-    that cannot be read and no coverage is asked of it.
+    that cannot be read and no coverage is asked of it. least_coverage: share of the parameters inside blocks that it
+    touches at least, where the model was read as it is.
     """
 
     slot: Slot | tuple[Slot, ...] | None = None
@@ -52,6 +53,7 @@ class Tags:
     compiles: bool = True
     exports: bool = True
     parts: bool = True
+    least_coverage: float = 0.5
 
     @property
     def slots(self) -> tuple[Slot, ...]:

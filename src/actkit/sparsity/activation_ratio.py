@@ -69,13 +69,15 @@ def activation_ratio(
     value: float = 0.0,
     *,
     calibration: Sequence[Any] | None = None,
+    sample: int = 1024,
     loss: Loss | None = None,
     progress: bool = True,
 ) -> ActivationRatio:
     """Active neurons and perplexity by one criterion.
 
     value: eps for 'fat', the share that is kept for 'topk', the shared CETT for 'cett'; 'zero' takes none.
-    calibration: batches for the thresholds of 'cett', default the same. loss: as in `ppl_sparsity`.
+    calibration: batches for the thresholds of 'cett', default the same; sample: tokens per layer that they are computed
+    from. loss: as in `ppl_sparsity`.
     Raises ValueError for an unknown method or a value out of bounds, DataError for padded batches under 'topk' or a
     model without a loss, CoverageError where there is no MLP, NonFiniteError where the loss is NaN.
     """
@@ -85,7 +87,7 @@ def activation_ratio(
         dense = measure(view, batches, Objective(view.model, loss), {})[0]
         search = None
         if method == "cett":
-            search = SharedCett(view, sequence(calibration or batches), loss=loss, progress=progress)
+            search = SharedCett(view, sequence(calibration or batches), sample=sample, loss=loss, progress=progress)
         return _ratio(view, batches, method, value, dense, loss, search)
 
 
@@ -205,6 +207,7 @@ def pareto(
     grid: Sequence[float] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5),
     *,
     calibration: Sequence[Any] | None = None,
+    sample: int = 1024,
     loss: Loss | None = None,
     progress: bool = True,
 ) -> Pareto:
@@ -212,7 +215,7 @@ def pareto(
 
     grid: shares that each method is set to: 'topk' keeps exactly that, 'fat' and 'cett' get the threshold that keeps it
     on the dense model's states; the share that was measured is in the result. 'zero' is one point. calibration: for
-    these thresholds, default the batches themselves. Raises as `activation_ratio` does.
+    these thresholds, default the batches themselves; sample: tokens per layer of it. Raises as `activation_ratio` does.
     """
     batches = sequence(batches)
     calibration = batches if calibration is None else sequence(calibration)
@@ -224,11 +227,13 @@ def pareto(
     points = []
     with in_float32(model, batches[0]) as view:
         dense = measure(view, batches, Objective(view.model, loss), {})[0]
-        search = SharedCett(view, calibration, loss=loss, progress=progress) if "cett" in methods else None
+        search = (
+            SharedCett(view, calibration, sample=sample, loss=loss, progress=progress) if "cett" in methods else None
+        )
         for method, share in track(wanted, "Measuring perplexities", enabled=progress):
             value = share
             if method == "fat":
-                value = gate_quantile(view, calibration, share)
+                value = gate_quantile(view, calibration, share, sample)
             elif search is not None and method == "cett":
                 value = search.cett_for(share)
             points.append(_ratio(view, batches, method, value, dense, loss, search))

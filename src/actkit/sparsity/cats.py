@@ -54,7 +54,7 @@ class Cats(Transform):
     sparsity: float | dict[int, float] = 0.5
     method: Literal["exact", "histogram"] = "exact"
 
-    tags: ClassVar[Tags] = Tags(needs_data=True, stream="original")
+    tags: ClassVar[Tags] = Tags(needs_data=True, stream="original", least_coverage=0.0)  # blocks may be left out
 
     @field_validator("sparsity")
     @classmethod

@@ -78,7 +78,7 @@ class FatRelu(Transform):
 
     threshold: float = Field(0.01, ge=0, allow_inf_nan=False)
 
-    tags: ClassVar[Tags] = Tags()
+    tags: ClassVar[Tags] = Tags(least_coverage=0.25)
 
     @classmethod
     def identity(cls) -> Self:

@@ -83,7 +83,7 @@ class TopKMlp(Transform):
     activation: Literal["relu"] | None = None
     by: By = "value"
 
-    tags: ClassVar[Tags] = Tags()
+    tags: ClassVar[Tags] = Tags(least_coverage=0.25)
 
     @field_validator("k", mode="before")
     @classmethod

@@ -196,7 +196,7 @@ class Sparkify(Transform):
     density: float = Field(0.05, gt=0, le=1)
     first: int | None = Field(None, ge=1)
 
-    tags: ClassVar[Tags] = Tags()
+    tags: ClassVar[Tags] = Tags(least_coverage=0.0)  # `first` says how many blocks
 
     @classmethod
     def identity(cls) -> Self:

@@ -44,8 +44,8 @@ class PerplexitySparsity(Transform):
     below p the rise may stay, as a share of it. method: 'sort' is exact, 'grid' takes the release's candidates. sample:
     tokens per layer that thresholds are computed from. cett: the shared CETT, found from p where None; given, no loss
     is needed, and 0 leaves the model as it is. thresholds: eps by the path of the output layer, computed where None;
-    what `ppl_sparsity` found may be given. It changes the output layers of MLPs only, so give `apply` a `min_coverage`
-    that allows that. Thresholds are computed before the recipe starts: over a quantizer, apply it in a run of its own.
+    what `ppl_sparsity` found may be given. It changes the output layers of MLPs only. Thresholds are computed before
+    the recipe starts: over a quantizer, apply it in a run of its own.
     Raises ValueError for values out of bounds, DataError for a model without a loss.
     """
 
@@ -56,7 +56,7 @@ class PerplexitySparsity(Transform):
     cett: float | None = Field(None, ge=0, le=1)
     thresholds: dict[str, float] | None = None
 
-    tags: ClassVar[Tags] = Tags(slot="select", needs_data=True, stream="original", passes=12)
+    tags: ClassVar[Tags] = Tags(slot="select", needs_data=True, stream="original", passes=12, least_coverage=0.15)
 
     @classmethod
     def identity(cls) -> Self:
