@@ -12,10 +12,8 @@ from torch import nn
 
 from actkit.core import registry
 from actkit.core.decoding import choose_engine
-from actkit.core.edits import Replace, apply_edit
 from actkit.core.errors import RecipeError
 from actkit.core.generation import generate_ids
-from actkit.core.linear import ActLinear, LowRank
 from actkit.core.runner import apply
 from actkit.sparsity.rotate_columns import RotateColumns
 
@@ -110,12 +108,6 @@ def patched(model: Any) -> None:
     model.model.norm.forward = lambda x: 2 * before(x)
 
 
-def corrected(model: Any) -> None:
-    path = "model.layers.0.mlp.down_proj"
-    slot = LowRank(torch.randn(16, 2), torch.randn(2, 32), "all")
-    apply_edit(model, Replace(path, ActLinear.of(model.get_submodule(path), correction=slot)))
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -124,7 +116,6 @@ def corrected(model: Any) -> None:
         (hooked, "model.layers.0.mlp has a hook, which no decoder calls"),
         (hooked_before, "model.layers.0.mlp has a hook"),
         (patched, "model.norm has another forward pass than its class"),
-        (corrected, "model.layers.0.mlp.down_proj: it has a low-rank correction"),
     ],
 )
 def test_what_no_decoder_computes_goes_through_transformers(change: Any, words: str) -> None:

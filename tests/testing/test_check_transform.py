@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import pytest
@@ -36,6 +37,16 @@ SETTINGS: dict[str, list[tuple[Transform, tuple[Transform, ...]]]] = {
 }
 
 
+ELSEWHERE = {  # those that do not fit every kind of model are checked beside their own tests
+    "cats": "test_cats.py",
+    "fatrelu": "test_fatrelu.py",
+    "ppl_sparsity": "test_sparsing_law.py",
+    "r_sparse": "test_r_sparse.py",
+    "sparkify": "test_spark.py",
+    "top_k_mlp": "test_lazy_neuron.py",
+}
+
+
 def outcomes(checks: list[Check]) -> dict[str, str]:
     return {check.name: check.outcome for check in checks}
 
@@ -63,7 +74,9 @@ def test_registered_transforms_pass(name: str, kind: str) -> None:
 def test_every_registered_transform_is_in_the_table() -> None:
     classes = {name: registry.method_class(name) for name in registry.method_names()}
     transforms = {name for name, cls in classes.items() if isinstance(cls, type) and issubclass(cls, Transform)}
-    assert transforms == set(SETTINGS), "add the new transform to SETTINGS"
+    assert transforms == {*SETTINGS, *ELSEWHERE}, "add the new transform to SETTINGS, or to ELSEWHERE with its tests"
+    folder = Path(__file__).parents[1] / "sparsity"
+    assert all("check_transform(" in (folder / file).read_text(encoding="utf-8") for file in ELSEWHERE.values())
 
 
 def test_a_fresh_process_the_compiler_and_the_exporter() -> None:
