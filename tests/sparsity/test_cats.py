@@ -146,7 +146,7 @@ def test_blocks_by_index() -> None:
     assert list(thresholds(model)) == ["model.layers.1.mlp.act_fn"]
     check_transform(Cats(sparsity={0: 0.4, 1: 0.7}), tiny_model("llama"), batches)  # YAML has texts for keys
     with pytest.raises(CoverageError, match="Cats would touch 30%"):
-        apply(tiny_model("llama"), Cats(sparsity={1: 0.7}), batches, progress=False)
+        apply(tiny_model("llama"), Cats(sparsity={1: 0.7}), batches, min_coverage=0.5, progress=False)
     with pytest.raises(RecipeError, match=r"sparsity: block 2 was named; the model has blocks 0 to 1"):
         apply(tiny_model("llama"), Cats(sparsity={0: 0.5, 1: 0.5, 2: 0.5}), batches, progress=False)
 

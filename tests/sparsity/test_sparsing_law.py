@@ -154,7 +154,8 @@ def test_it_refuses_a_model_without_a_loss_or_an_mlp_by_name() -> None:
     with pytest.raises(CoverageError, match="no MLP was found in TinyMlp"):
         apply(tiny_model("mlp"), PerplexitySparsity(cett=0.1), tiny_batches("mlp"), min_coverage=0.0, progress=False)
     with pytest.raises(CoverageError, match="Lower min_coverage"):
-        apply(tiny_model("llama"), PerplexitySparsity(cett=0.1), tiny_batches("llama"), progress=False)
+        settings = {"min_coverage": 0.5, "progress": False}
+        apply(tiny_model("llama"), PerplexitySparsity(cett=0.1), tiny_batches("llama"), **settings)
 
 
 def test_a_16_bit_model_is_searched_in_float32_and_left_as_it_is() -> None:
