@@ -4,12 +4,12 @@ What is measured: perplexity of the zoo's SwiGLU language model (5 M parameters)
 thresholds from 64 rows of 256 calibration tokens, in three seeds that draw other texts, against the model itself and
 against the same model with ReLU for SiLU at the same share of zeros; the share of zeros that each layer reaches on
 held-out text; 200 steps of low-rank training at 70 %, against the same training of the model with ReLU; and sentence
-embeddings of MiniLM, whose MLPs have no gate. The training takes batches of 8 x 128 tokens in bf16 (the paper's code:
-8 x 1024), so that it takes minutes on one core; the learning rate of each side is the best of three on the validation
-text, in the first seed. Speed is measured in benchmarks/sparsity.py. Averages of tasks on 7B models cannot be checked
-here.
+embeddings of MiniLM, whose MLPs have no gate (of 296 calibration sentences its seeds take 256 each, so they share
+most). The training takes batches of 8 x 128 tokens in bf16 (the paper's code: 8 x 1024), so that it takes minutes on
+one core; the learning rate of each side is the best of three on the validation text, in the first seed. Speed is
+measured in benchmarks/sparsity.py. Averages of tasks on 7B models cannot be checked here.
 
-About 10 minutes on one core.
+About 20 minutes on one core.
 """
 
 from __future__ import annotations
