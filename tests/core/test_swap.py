@@ -23,7 +23,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from actkit.core import changes, checkpoint
-from actkit.core.activations import CONFIG_NAMES, FUNCTIONS, Activation, is_activation, name_of
+from actkit.core.activations import CONFIG_NAMES, FUNCTIONS, Activation, Thresholded, is_activation, name_of
 from actkit.core.errors import EditError, RecipeError
 from actkit.core.folding import ScaledActivation
 from actkit.core.runner import apply
@@ -31,6 +31,7 @@ from actkit.core.swap import Swap, swap
 from actkit.core.transform import Recipe
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.teal import Teal
+from actkit.testing import tiny_model
 
 SMALL: dict[str, Any] = {
     "vocab_size": 40,
@@ -317,3 +318,15 @@ def test_a_shared_activation_with_parameters_is_refused() -> None:
     single = nn.Sequential(nn.Linear(2, 2), nn.PReLU())
     swap(single, "prelu", "leaky_relu")
     assert name_of(single[1]) == "leaky_relu"
+
+
+def test_what_stands_under_a_threshold_is_not_swapped_by_itself() -> None:
+    """The threshold was set for that function; the whole can be named."""
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp.act_fn = Thresholded(Activation("silu"), 0.1)
+    for where in ("silu", "model.layers.0.mlp.act_fn.base"):
+        with pytest.raises(EditError, match="activation modules of this model are Thresholded"):
+            swap(model, where, "relu")
+    swap(model, "*.act_fn", "relu")
+    assert all(name_of(layer.mlp.act_fn) == "relu" for layer in model.model.layers)

@@ -38,7 +38,8 @@ class Swap(Transform):
     pattern of paths ('model.layers.[0-3].*'; patterns match activation functions only). new: the name of a function
     (`core.activations.FUNCTIONS`), the registered name of a module that is made without arguments, or
     {"module": registered name, "spec": its JSON arguments}. A module that stands at several paths gets one successor;
-    where it has parameters, which then are tied, it is refused.
+    where it has parameters, which then are tied, it is refused. What stands inside another activation (the function
+    under a threshold) goes with it and matches nothing by itself.
     """
 
     where: tuple[str, ...]
@@ -140,7 +141,7 @@ class Swap(Transform):
     def _chosen(self, model: nn.Module) -> dict[str, nn.Module]:
         found: dict[str, nn.Module] = {}
         for entry in self.where:
-            matches = {path: module for path, module in _modules(model) if _matches(entry, path, module)}
+            matches = {path: module for path, module in _outermost(model) if _matches(entry, path, module)}
             if not matches:
                 raise EditError(f"where: {entry!r} matches no activation function; {_listed(model)}.")
             found |= matches
@@ -157,7 +158,7 @@ class Swap(Transform):
             value = getattr(config, key, None)
             if not isinstance(value, str) or value not in ACT2FN:
                 continue
-            named = {path for path, module in _modules(model) if _matches(value, path, module)}
+            named = {path for path, module in _outermost(model) if _matches(value, path, module)}
             if not named & chosen:
                 continue
             name = CONFIG_NAMES.get(self.new) if isinstance(self.new, str) else None
@@ -198,6 +199,18 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return model.named_modules(remove_duplicate=False)
 
 
+def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`_modules` without those inside an activation, such as the function under a threshold that was set for it."""
+    inside: set[str] = set()
+    for path, module in _modules(model):
+        if path.rpartition(".")[0] in inside:
+            inside.add(path)
+            continue
+        if is_activation(module):
+            inside.add(path)
+        yield path, module
+
+
 def _paths_of(module: nn.Module, path: str, model: nn.Module) -> list[str]:
     """Where a module that was at `path` stands now. Raises EditError where it stands nowhere."""
     now = dict(_modules(model))
@@ -230,7 +243,7 @@ def _matches(entry: str, path: str, module: nn.Module) -> bool:
 def _listed(model: nn.Module) -> str:
     """What could have been named."""
     names: dict[str, str] = {}
-    for path, module in _modules(model):
+    for path, module in _outermost(model):
         if is_activation(module):
             names.setdefault(name_of(module) or type(module).__name__, path)
     found = ", ".join(f"{name} (first at {path})" for name, path in names.items())
