@@ -365,7 +365,7 @@ def generate(
     from actkit.core.compiling import compiling
 
     engine: list[str] = []
-    with compiling(lambda: _note("compiling the kernels for these weights, once on this machine: half a minute")):
+    with compiling(lambda: _note("compiling the kernels for these weights, once on this machine: about a minute")):
         pieces = verbs.generate(
             model,
             prompt,

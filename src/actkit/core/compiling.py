@@ -1,4 +1,4 @@
-"""Being told when a kernel is compiled: for a decoder that takes half a minute, and 300 MB stay with the process."""
+"""Being told when a kernel is compiled: for a decoder that takes a minute, and 300 MB stay with the process."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def active_ones(x, indices):  # type: ignore[no-untyped-def]
     return count
 
 
-@compiled(fastmath=_LOOSE)
+@compiled(fastmath=_LOOSE, inner=True)
 def _squares(x):  # type: ignore[no-untyped-def]
     total = np.float32(0.0)
     for i in range(x.size):
@@ -94,7 +94,7 @@ def _squares(x):  # type: ignore[no-untyped-def]
     return total
 
 
-@compiled(fastmath=_ORDERLESS)
+@compiled(fastmath=_ORDERLESS, inner=True)
 def nothing(x):  # type: ignore[no-untyped-def]
     """0, or NaN where an entry is not finite."""
     total = np.float32(0.0)
@@ -103,7 +103,7 @@ def nothing(x):  # type: ignore[no-untyped-def]
     return total
 
 
-@compiled()
+@compiled(inner=True)
 def rms_norm(x, weight, epsilon, out):  # type: ignore[no-untyped-def]
     """x over its root mean square, times weight."""
     scale = np.float32(1.0) / np.sqrt(_squares(x) / np.float32(x.size) + epsilon)
@@ -111,7 +111,7 @@ def rms_norm(x, weight, epsilon, out):  # type: ignore[no-untyped-def]
         out[i] = x[i] * scale * weight[i]
 
 
-@compiled()
+@compiled(inner=True)
 def rotate(x, cos, sin):  # type: ignore[no-untyped-def]
     """Rotary embedding of one head, in place: entry i is paired with i + half."""
     half = cos.size // 2
@@ -124,7 +124,7 @@ def rotate(x, cos, sin):  # type: ignore[no-untyped-def]
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 
-@compiled(fastmath=_LOOSE)
+@compiled(fastmath=_LOOSE, inner=True)
 def _dot(a, b):  # type: ignore[no-untyped-def]
     total = np.float32(0.0)
     for i in range(a.size):
@@ -132,7 +132,7 @@ def _dot(a, b):  # type: ignore[no-untyped-def]
     return total
 
 
-@compiled(fastmath=_LOOSE)
+@compiled(fastmath=_LOOSE, inner=True)
 def _softmax(scores):  # type: ignore[no-untyped-def]
     """In place, not divided by the sum, which is returned."""
     largest = scores[0]
@@ -145,7 +145,7 @@ def _softmax(scores):  # type: ignore[no-untyped-def]
     return total
 
 
-@compiled()
+@compiled(inner=True)
 def attend(query, keys, values, scaling, scores, out):  # type: ignore[no-untyped-def]
     """One head: query [size]; keys, values [tokens, size]; scores [tokens]; out [size]."""
     for t in range(len(keys)):
@@ -191,7 +191,7 @@ def normal_quantile(p):  # type: ignore[no-untyped-def]
     return x - step / (1 + x * step / 2)
 
 
-@compiled()
+@compiled(inner=True)
 def sums(x, out):  # type: ignore[no-untyped-def]
     """The sum and the sum of squares of x, in float64, into out [2]."""
     total, squares = 0.0, 0.0
@@ -202,7 +202,7 @@ def sums(x, out):  # type: ignore[no-untyped-def]
     out[0], out[1] = total, squares
 
 
-@compiled()
+@compiled(inner=True)
 def statistical_cut(total, squares, count, quantile):  # type: ignore[no-untyped-def]
     """mean + deviation * quantile of `count` values, and whether they are all alike to rounding."""
     mean = total / count
@@ -210,14 +210,14 @@ def statistical_cut(total, squares, count, quantile):  # type: ignore[no-untyped
     return mean + deviation * quantile, deviation <= 5e-7 * abs(mean)
 
 
-@compiled()
+@compiled(inner=True)
 def shift_down(cut, x):  # type: ignore[no-untyped-def]
     """max(x - cut, 0), in place; NaN is kept."""
     for i in range(x.size):
         x[i] = np.float32(0.0) if x[i] <= cut else x[i] - cut
 
 
-@compiled()
+@compiled(inner=True)
 def attend_chosen(query, keys, values, r, k, scores, out):  # type: ignore[no-untyped-def]
     """One head whose first r features choose about k keys by statistical top-k, and the others weigh them.
 

@@ -146,14 +146,14 @@ class Work(NamedTuple):
 # -- products ----------------------------------------------------------------------------------------------------------
 
 
-@compiled()
+@compiled(inner=True)
 def product(row, indices, values, count, out, sums, formats, scratch):  # type: ignore[no-untyped-def]
     """All tiles of one matrix on the calling thread. row: int64 [FIELDS]; values: float32 [1, in]; out: float32
     [1, tiles * tile]; scratch: `numba_integer.Scratch`."""
     _product(row, indices, values, count, out, sums, scratch, *formats)
 
 
-@compiled()
+@compiled(inner=True)
 def _product(  # type: ignore[no-untyped-def]
     row, indices, values, count, out, sums, scratch,
     float32, bfloat16, int8_records, int4_records, int8_groups, int4_groups,
@@ -207,27 +207,27 @@ def _product(  # type: ignore[no-untyped-def]
             out[0, c] += bias[c]
 
 
-@compiled()
+@compiled(inner=True)
 def _floats(weight, indices, values, count, out):  # type: ignore[no-untyped-def]
     for t in range(weight.shape[0]):
         multiply_tile(weight, t, indices, values, count, out, (0,), weight.shape[2])
 
 
-@compiled()
+@compiled(inner=True)
 def _records(weight, row, block_bytes, indices, values, count, out, pieces, stored):  # type: ignore[no-untyped-def]
     shape = (row[TILE], row[TILE], np.int64(block_bytes), row[SCALES_AT], row[ZEROS_AT])
     for t in range(weight.shape[0]):
         records_tile(weight, t, indices, values, count, out, shape, np.float32(row[MIDDLE]), (0,), pieces, stored)
 
 
-@compiled()
+@compiled(inner=True)
 def _record_dots(weight, row, block_bytes, indices, values, count, out, stored, scratch):  # type: ignore[no-untyped-def]
     shape = (row[TILE], np.int64(block_bytes), row[SCALES_AT], row[ZEROS_AT])
     for t in range(weight.shape[0]):
         record_dots(weight, t, indices, values, count, out, shape, np.int32(row[MIDDLE]), stored, scratch)
 
 
-@compiled()
+@compiled(inner=True)
 def _groups(weight, scale, zeros, row, block_bytes, indices, values, count, out, sums, stored):  # type: ignore[no-untyped-def]
     shape = (row[TILE], row[TILE], np.int64(block_bytes), row[GROUP])
     zero, own = np.float32(row[MIDDLE]), sums[: row[TILE]]
@@ -235,7 +235,7 @@ def _groups(weight, scale, zeros, row, block_bytes, indices, values, count, out,
         groups_tile(weight, scale, zeros, t, indices, values, count, out, own, shape, zero, (0,), stored)
 
 
-@compiled()
+@compiled(inner=True)
 def _group_dots(weight, scale, zeros, row, block_bytes, indices, values, count, out, stored, scratch):  # type: ignore[no-untyped-def]
     shape = (row[TILE], np.int64(block_bytes), row[GROUP])
     for t in range(weight.shape[0]):
@@ -244,7 +244,7 @@ def _group_dots(weight, scale, zeros, row, block_bytes, indices, values, count, 
         )
 
 
-@compiled()
+@compiled(inner=True)
 def _cut(scored, k):  # type: ignore[no-untyped-def]
     """The k-th largest, and how many of those equal to it are kept."""
     cut = np.partition(scored, scored.size - k)[scored.size - k]
@@ -254,7 +254,7 @@ def _cut(scored, k):  # type: ignore[no-untyped-def]
     return cut, k - above
 
 
-@compiled()
+@compiled(inner=True)
 def select_inputs(row, threshold, x, whole, indices, values, everything):  # type: ignore[no-untyped-def]
     """The active ones of a thread's inputs x (a slice of `whole` from row[FIRST_INPUT] on); returns how many."""
     if row[SELECT] == DENSE:
@@ -277,7 +277,7 @@ def select_inputs(row, threshold, x, whole, indices, values, everything):  # typ
     return select(x, score[first : first + x.size] if score.size else score, cut, ties, indices, values)
 
 
-@compiled()
+@compiled(inner=True)
 def _stage(place, stage, thread, inputs, whole, out, plan, work, formats):  # type: ignore[no-untyped-def]
     """The products of one stage from inputs into out."""
     first, number = place[2 * stage], place[2 * stage + 1]
@@ -299,7 +299,7 @@ def _stage(place, stage, thread, inputs, whole, out, plan, work, formats):  # ty
             _correct(row, thread, x, count, own, plan, work, formats, scratch)
 
 
-@compiled()
+@compiled(inner=True)
 def _correct(row, thread, x, count, out, plan, work, formats, scratch):  # type: ignore[no-untyped-def]
     """Add a low-rank product of all inputs, or of those that were not selected, to a product of the others.
 
@@ -318,13 +318,14 @@ def _correct(row, thread, x, count, out, plan, work, formats, scratch):  # type:
     inner = work.factor[thread][:width].reshape(1, -1)
     product(right, indices, values[: x.size].reshape(1, -1), count, inner, work.sums[thread], formats, scratch)
     rank = left[INPUTS]
+    reduced = work.factor[thread][:rank].reshape(1, -1)  # of the layout of all other inputs: another compiles another
     added = work.factor[thread][width : width + out.shape[1]].reshape(1, -1)
-    product(left, work.everything, inner[:, :rank], rank, added, work.sums[thread], formats, scratch)
+    product(left, work.everything, reduced, rank, added, work.sums[thread], formats, scratch)
     for c in range(out.shape[1]):
         out[0, c] += added[0, c]
 
 
-@compiled()
+@compiled(inner=True)
 def _rest(x, indices, values, count):  # type: ignore[no-untyped-def]
     """In place of the first `count` indices, in order, all others of x; returns how many."""
     taken = np.zeros(x.size, np.uint8)
@@ -339,7 +340,7 @@ def _rest(x, indices, values, count):  # type: ignore[no-untyped-def]
     return n
 
 
-@compiled()
+@compiled(inner=True)
 def _given(row, thread, inputs, work):  # type: ignore[no-untyped-def]
     """The inputs of a product of rows, filled up with zeros to the rows' width."""
     given, count = work.stage[thread][row[OUT_AT] :][: row[TILE]], row[ALL_INPUTS]
@@ -348,7 +349,7 @@ def _given(row, thread, inputs, work):  # type: ignore[no-untyped-def]
     return given
 
 
-@compiled()
+@compiled(inner=True)
 def _sparse_up(p, thread, gate, up, inputs, plan, work, formats):  # type: ignore[no-untyped-def]
     """up of the units whose gate is not 0, by dot products of their rows; of the others 0."""
     row, indices, values = plan.products[p], work.indices[thread], work.values[thread]
@@ -361,7 +362,7 @@ def _sparse_up(p, thread, gate, up, inputs, plan, work, formats):  # type: ignor
     work.read[p] += count
 
 
-@compiled()
+@compiled(inner=True)
 def _chosen_dots(row, x, indices, count, values, float32, bfloat16):  # type: ignore[no-untyped-def]
     shape = (row[INPUTS], row[TILE])
     if float32 is not None:  # noqa: SIM102
@@ -372,7 +373,7 @@ def _chosen_dots(row, x, indices, count, values, float32, bfloat16):  # type: ig
             chosen_dots(carray(address_of(row[ADDRESS]), shape, np.uint16), x, indices, 0, count, values)
 
 
-@compiled()
+@compiled(inner=True)
 def _bundled(p, thread, gate, inputs, out, plan, work, formats):  # type: ignore[no-untyped-def]
     """This thread's share of the down projection, of the units whose gate is not 0: each unit's row of the up
     projection and its column of the down projection lie side by side."""
@@ -385,7 +386,7 @@ def _bundled(p, thread, gate, inputs, out, plan, work, formats):  # type: ignore
     work.read[p] += count
 
 
-@compiled()
+@compiled(inner=True)
 def _units(row, x, indices, values, count, out, float32, bfloat16):  # type: ignore[no-untyped-def]
     shape = (row[INPUTS], row[STRIDE] // 4)
     if float32 is not None:  # noqa: SIM102
@@ -400,7 +401,7 @@ def _units(row, x, indices, values, count, out, float32, bfloat16):  # type: ign
 # -- the step ----------------------------------------------------------------------------------------------------------
 
 
-@compiled()
+@compiled(inner=True)
 def _add_shares(stage, owned, thread, threads, layer, own, whole, x, meetings, plan, work, formats):  # type: ignore[no-untyped-def]
     """Add all threads' shares of a stage that ends in the residual stream to x, in their order.
 
@@ -428,7 +429,7 @@ def _add_shares(stage, owned, thread, threads, layer, own, whole, x, meetings, p
     return meetings
 
 
-@compiled()
+@compiled(inner=True)
 def _turn(x, cos, sin, choosing):  # type: ignore[no-untyped-def]
     """Rotary embedding of one head; of its parts apart where some features choose the keys."""
     if choosing > 0:
@@ -438,7 +439,7 @@ def _turn(x, cos, sin, choosing):  # type: ignore[no-untyped-def]
         rotate(x, cos, sin)
 
 
-@compiled()
+@compiled(inner=True)
 def _shift_gates(gate, count, quantile, thread, threads, meetings, work):  # type: ignore[no-untyped-def]
     """Statistical top-k of the gates of all threads, on this thread's, in place; returns the meetings so far, or -1."""
     sums(gate, work.moments[thread])
@@ -454,7 +455,7 @@ def _shift_gates(gate, count, quantile, thread, threads, meetings, work):  # typ
     return meetings
 
 
-@compiled()
+@compiled(inner=True)
 def _run(thread, threads, position, token, plan, work, formats):  # type: ignore[no-untyped-def]
     """One thread's part of a token; returns whether all threads came to every meeting."""
     hidden, size, shared_by = plan.hidden, plan.size, plan.shared_by

@@ -108,7 +108,7 @@ def array(tensor: Tensor | None) -> np.ndarray:
 # -- the product -------------------------------------------------------------------------------------------------------
 
 
-@compiled()
+@compiled(inner=True)
 def multiply_tile(weight, t, indices, values, count, out, batch, run):  # type: ignore[no-untyped-def]
     """One tile of `multiply_batch`, on the thread that calls it."""
     _, n_in, tile = weight.shape

@@ -66,18 +66,18 @@ def scratch() -> Scratch:
     )
 
 
-@compiled()
+@compiled(inner=True)
 def _eight(weight, indices, i, count, start, stride):  # type: ignore[no-untyped-def]
     first = row_offsets(weight, (0,), indices, i, count, start, stride)
     return first + row_offsets(weight, (0,), indices, i + 4, count, start, stride)
 
 
-@compiled()
+@compiled(inner=True)
 def _values(weight, values, i, end):  # type: ignore[no-untyped-def]
     return row_values(weight, (0,), values, i, end) + row_values(weight, (0,), values, i + 4, end)
 
 
-@compiled()
+@compiled(inner=True)
 def _set_units(maxima, units, number, limit, broken):  # type: ignore[no-untyped-def]
     """Units of the largest activations, and in their place what an activation is multiplied by."""
     for p in range(number):
@@ -90,7 +90,7 @@ def _set_units(maxima, units, number, limit, broken):  # type: ignore[no-untyped
             maxima[p] = 0
 
 
-@compiled()
+@compiled(inner=True)
 def _broken(values, count):  # type: ignore[no-untyped-def]
     """0, or NaN where an activation is not finite, which fixed point cannot say."""
     total = np.float32(0.0)
@@ -155,7 +155,7 @@ def record_dots(weight, t, indices, values, count, out, shape, middle, stored, s
                 finish_records(out, column, weight, sums, block * BLOCK, units[block], zero)
 
 
-@compiled()
+@compiled(inner=True)
 def _fix_one(values, begin, end, factors):  # type: ignore[no-untyped-def]
     """Activations begin to end in fixed point, the same for all columns; their unit and their sum."""
     largest_one = np.float32(0.0)

@@ -32,13 +32,13 @@ AHEAD = 24 << 10  # bytes between the rows at hand and those that are prefetched
 EMPTY = np.empty((0, 0, 0), np.uint8)
 
 
-@compiled()
+@compiled(inner=True)
 def _distance(together, stride):  # type: ignore[no-untyped-def]
     """Rows between those at hand and those to prefetch: whole groups of rows that make AHEAD bytes."""
     return together * max(1, AHEAD // (together * stride))
 
 
-@compiled()
+@compiled(inner=True)
 def records_tile(weight, t, indices, values, count, out, shape, zero, batch, pieces, stored):  # type: ignore[no-untyped-def]
     """One tile of `multiply_records`, on the thread that calls it."""
     _, n_in, stride = weight.shape
@@ -75,7 +75,7 @@ def multiply_records(weight, indices, values, count, out, shape, zero, batch, pi
         records_tile(weight, t, indices, values, count, out, shape, zero, batch, pieces, stored)
 
 
-@compiled()
+@compiled(inner=True)
 def groups_tile(weight, scale, zeros, t, indices, values, count, out, sums, shape, zero, batch, stored):  # type: ignore[no-untyped-def]
     """One tile of `multiply_groups`, on the thread that calls it. sums: float32 [batch * columns at once]."""
     _, n_in, stride = weight.shape

@@ -23,7 +23,7 @@ PARTS = 16  # of the list, over threads
 BLOCK_BYTES = 64
 
 
-@compiled()
+@compiled(inner=True)
 def _offsets(rows, i, last, stride):  # type: ignore[no-untyped-def]
     return (
         np.int64(rows[min(i, last)]) * stride,
@@ -33,7 +33,7 @@ def _offsets(rows, i, last, stride):  # type: ignore[no-untyped-def]
     )
 
 
-@compiled()
+@compiled(inner=True)
 def chosen_dots(weight, x, rows, first, last, out):  # type: ignore[no-untyped-def]
     """out[i] for i from first to last, on the calling thread. weight: uint16 (bf16) or float32 [rows, width]; x:
     float32 [width]; rows: int32."""

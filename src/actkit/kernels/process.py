@@ -56,18 +56,26 @@ def _choose_cache() -> str | None:
 _CACHE = _choose_cache()
 
 
-def compiled(parallel: bool = False, fastmath: Any = False, inline: bool = False) -> Callable[[Any], Any]:
-    """Decorate a kernel: compiled by Numba when it first runs, and kept in the compile cache."""
+def compiled(
+    parallel: bool = False, fastmath: Any = False, inline: bool = False, inner: bool = False
+) -> Callable[[Any], Any]:
+    """Decorate a kernel: compiled by Numba when it first runs, and kept in the compile cache.
+
+    inner: only other kernels call it, so that it has no entry from Python and no place in the cache of its own, which
+    saves a sixth of the decoding step's compiling.
+    """
 
     def decorate(function: Any) -> Any:
         before = _CONFIG.CACHE_DIR
         _CONFIG.CACHE_DIR = _CACHE or before  # our folder is for our kernels only
         try:
-            return njit(
+            return njit(  # type: ignore[call-overload]
                 nogil=True,
                 error_model="numpy",
                 boundscheck=False,
-                cache=_CACHE is not None,
+                cache=_CACHE is not None and not inner,
+                no_cpython_wrapper=inner,
+                no_cfunc_wrapper=inner,
                 parallel=parallel,
                 fastmath=fastmath,
                 inline="always" if inline else "never",
