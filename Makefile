@@ -10,8 +10,11 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/actkit optimize swiglu --out actkit-report --overwrite
 
+# The kernels and the decoder run teams of threads, so alone; they leave compiled kernels for the others.
+TEAMS := tests/kernels tests/runtime
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TEAMS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests $(TEAMS:%=--ignore=%) --numprocesses auto --maxprocesses 8 --dist loadfile
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -14,6 +14,9 @@ Kernels and the pure read are timed alike, as compiled functions over a list of 
 crosses them. Integer weights have a scale per input and group of 128 outputs, and meet activations in fixed point, as
 in the decoder. The operator (bf16) is what a user calls for one layer: compaction, checks and casts included.
 
+Inputs that are kept in runs of 2, 4 and 8 neighbours, as units would be after a permutation by co-activation, are timed
+beside the same number at random (`runs`): what such a permutation could gain, before any quality is paid for it.
+
 The crossover: a sparse product of several rows of x reads each row's inputs apart, a dense one serves all rows with one
 pass. It is printed how many rows, of the two that the operator takes, are still faster sparse.
 """
@@ -49,6 +52,7 @@ from actkit.kernels.quantized import BLOCK
 KINDS = {"bf16": 16, "int8": 8, "int4": 4}
 SPARSITIES = (0.0, 0.5, 0.7)
 LAYERS = 4  # that one call of a compiled function crosses
+RUNS = (2, 4, 8)  # neighbours that are kept or dropped together
 BATCHES = (1, 2)  # rows of x that the sparse operator takes; with more, masks leave little to skip
 FULL = {"shape": (4096, 11008), "repeats": 40, "of_read": 0.85, "of_dense": {0.5: 1.15, 0.7: 1.7}}
 QUICK = {"shape": (2048, 5632), "repeats": 10, "of_read": 0.75, "of_dense": {0.5: 1.1, 0.7: 1.5}}
@@ -164,11 +168,13 @@ def measure(kind: str, shape: tuple[int, int], repeats: int) -> list[dict[str, A
             "stream": stream,
             **weights.reads(indices[:kept].copy(), threads),
         }
+        if sparsity:
+            variants |= {f"runs of {n}": weights.kernel(_in_runs(n_in, kept, n, generator), values, kept) for n in RUNS}
         if kind == "bf16":
             variants |= _of_torch(weights, indices, values, kept, turn)
         seconds = common.interleaved(variants, repeats, between=stream)
         for name in seconds:
-            if name.startswith(("read", "kernel", "own dense")):
+            if name.startswith(("read", "kernel", "own dense", "runs")):
                 seconds[name] = [value / LAYERS for value in seconds[name]]
         yardstick, kernel = _fastest(seconds, "read"), seconds["kernel"]
         gigabytes = kept * weights.n_tiles * weights.row_bytes / 1e9
@@ -187,6 +193,8 @@ def measure(kind: str, shape: tuple[int, int], repeats: int) -> list[dict[str, A
             "sparsity": sparsity,
             "copies": weights.copies,
         }
+        if sparsity:
+            row["runs"] = {n: common.ratio(seconds["kernel"], seconds[f"runs of {n}"])["ratio"] for n in RUNS}
         if kind == "bf16":
             best = _fastest(seconds, ("F.linear", "mv"))
             row["x torch"] = common.ratio(seconds[best], kernel)["ratio"]
@@ -194,6 +202,14 @@ def measure(kind: str, shape: tuple[int, int], repeats: int) -> list[dict[str, A
             row["operator ms"] = median(seconds["operator"]) * 1e3
         rows.append(row)
     return rows
+
+
+def _in_runs(n_in: int, kept: int, length: int, generator: np.random.Generator) -> np.ndarray:
+    """int32 [n_in], of which the first `kept` are whole runs of neighbours, in order."""
+    indices = np.zeros(n_in, np.int32)
+    starts = np.sort(generator.permutation(n_in // length)[: kept // length]) * length
+    indices[:kept] = (starts[:, None] + np.arange(length)).reshape(-1)
+    return indices
 
 
 def _of_torch(weights: Weights, indices: np.ndarray, values: np.ndarray, kept: int, turn: Any) -> dict[str, Any]:

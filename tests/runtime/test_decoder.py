@@ -175,7 +175,7 @@ def test_thresholded_gates(name):
 
 
 def test_thresholded_gates_beside_other_changes():
-    """Nothing is bundled where the down projection selects its inputs; integer up projections stay dense."""
+    """Nothing is bundled where the down projection selects its inputs, or the up projection holds integers."""
     model = cut_gates(made("llama"))
     apply(model, [RoundToNearest(bits=4, group_size=32)], progress=False)
     model.model.layers[0].mlp.up_proj = made("llama").model.layers[0].mlp.up_proj
@@ -183,6 +183,20 @@ def test_thresholded_gates_beside_other_changes():
     model.model.layers[1].mlp.down_proj = ActLinear.of(down, select=Threshold(0.01))
     decoder, expected = Decoder(model), reference(model)
     assert (stepped(decoder) - expected).norm() < 1e-4 * expected.norm()
+    decoder.reset()
+    torch.testing.assert_close(decoder(IDS[0].tolist()), expected[-1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("grid", [QuantizationGrid(4, 32, "input"), QuantizationGrid(8, -1, "input", symmetric=True)])
+def test_integer_rows_behind_a_sparse_gate(grid):
+    model = cut_gates(made("llama"))
+    for layer in model.model.layers:
+        up = ActLinear.of(layer.mlp.up_proj)
+        up.weight = IntegerWeight.quantize(up.weight.dequantize(), grid)
+        layer.mlp.up_proj = up
+    decoder, expected = Decoder(model), reference(model)
+    assert (stepped(decoder) - expected).norm() < 1e-5 * expected.norm()
+    assert 0.1 < decoder.density < 0.5
     decoder.reset()
     torch.testing.assert_close(decoder(IDS[0].tolist()), expected[-1], rtol=1e-4, atol=1e-4)
 

@@ -9,7 +9,7 @@
     y = quantized_linear(x, packed, threshold=0.1)
 
     packed = pack_rows(weight)                             where outputs are skipped instead, behind a sparse gate
-    y = output_rows(x, packed, active)
+    y = output_rows(x, packed, active)                     (pack_quantized_rows and quantized_output_rows for integers)
 
 Importing this registers the operators under `torch.ops.actkit`; Numba is imported when a kernel first runs.
 """
@@ -19,19 +19,23 @@ from actkit.kernels.operators import dense_linear, sparse_linear
 from actkit.kernels.output_rows import PackedRows, output_rows, pack_rows
 from actkit.kernels.packing import PackedWeight, pack
 from actkit.kernels.quantized import QuantizedWeight, pack_quantized
-from actkit.kernels.quantized_operators import quantized_linear
+from actkit.kernels.quantized_operators import quantized_linear, quantized_output_rows
+from actkit.kernels.quantized_rows import QuantizedRows, pack_quantized_rows
 
 __all__ = [
     "ActiveSet",
     "PackedRows",
     "PackedWeight",
+    "QuantizedRows",
     "QuantizedWeight",
     "compact",
     "dense_linear",
     "output_rows",
     "pack",
     "pack_quantized",
+    "pack_quantized_rows",
     "pack_rows",
     "quantized_linear",
+    "quantized_output_rows",
     "sparse_linear",
 ]

@@ -29,31 +29,32 @@ from actkit.kernels.decode_math import (
     statistical_cut,
     sums,
 )
-from actkit.kernels.numba_cpu import multiply_tile, select, widen
-from actkit.kernels.numba_integer import group_dots, record_dots
-from actkit.kernels.numba_quantized import groups_tile, records_tile
-from actkit.kernels.numba_rows import bundled_units, chosen_dots
+from actkit.kernels.decode_products import (
+    ALL_INPUTS,
+    BIAS,
+    FIRST_INPUT,
+    FUNCTION,
+    INPUTS,
+    INPUTS_AT,
+    LOW_RANK,
+    OF_ALL,
+    OUT_AT,
+    SCORE,
+    SELECT,
+    SHARES_SELECTION,
+    TILE,
+    TILES,
+    K,
+    call,
+)
+from actkit.kernels.numba_cpu import select, widen
 from actkit.kernels.process import compiled
-from actkit.kernels.quantized import BLOCK
 from actkit.kernels.team import address_of, meet
 
-# How a matrix is stored and multiplied: integers in records (scales per input) or in groups of inputs, with activations
-# in floats, or in fixed point (dots).
-FLOAT32, BFLOAT16 = range(2)
-INT8_RECORDS, INT4_RECORDS, INT8_GROUPS, INT4_GROUPS = range(2, 6)
-INT8_RECORD_DOTS, INT4_RECORD_DOTS, INT8_GROUP_DOTS, INT4_GROUP_DOTS = range(6, 10)
-KINDS = 10
 # The products of a layer; the output layer; behind a sparse gate up alone, or up and down of a unit side by side.
 QKV, OUTPUT, GATE_UP, DOWN, HEAD, UP, UNITS_BUNDLED = range(7)
 DENSE, THRESHOLD, TOP_K = range(3)  # how inputs are selected
 
-# Fields of a product, int64. A row of zeros is a product that a thread has no share in.
-KIND, ADDRESS, TILES, INPUTS, STRIDE, TILE, SCALES_AT, ZEROS_AT, GROUP = range(9)
-SCALES, ZEROS, BIAS, OUT_AT, SELECT, K, SCORE, FIRST_INPUT, ALL_INPUTS, SHARES_SELECTION, MIDDLE = range(9, 20)
-# Where its inputs begin among those of the stage; the two products of a low-rank correction, 0 for none, and of what;
-# outputs of bundled units.
-INPUTS_AT, LOW_RANK, OF_ALL, OUTPUTS = range(20, 24)
-FIELDS = 24
 # Fields of a layer and thread, int64: the first product and the number of products of each stage, then places.
 PLACES = 14
 QUERY_AT, KEY_AT, VALUE_AT, GATE_AT, UP_AT, WINDOW, FIRST_HEAD, HEADS, UNITS, FIRST_UNIT, ACTIVATION = range(PLACES, 25)
@@ -62,32 +63,12 @@ ALL_UNITS, CHOOSING, KEYS = range(25, 28)
 LAYER_FIELDS = 28
 
 
-class Formats(NamedTuple):
-    """Which formats occur: None for those that do not, which then are not compiled, else any tuple. pieces: of the
-    records that meet floats, the tuple of `multiply_records`. records_stored, groups_stored: not empty where zeros are
-    stored."""
-
-    float32: Any
-    bfloat16: Any
-    int8_records: Any
-    int4_records: Any
-    int8_groups: Any
-    int4_groups: Any
-    int8_record_dots: Any
-    int4_record_dots: Any
-    int8_group_dots: Any
-    int4_group_dots: Any
-    pieces: Any
-    records_stored: Any
-    groups_stored: Any
-
-
 class Plan(NamedTuple):
     """What is computed.
 
     layers: int64 [threads, layers + 1, LAYER_FIELDS]; products: int64 [products, FIELDS]; thresholds: float32
     [products]; gates: float32 [layers, 2], below which a gate is 0, and the normal quantile of a statistical top-k
-    before it; embedding: float32, or uint16 (bf16), [vocabulary, hidden]; norms: float32 [layers, 2, hidden];
+    before it; norms: float32 [layers, 2, hidden];
     last_norm: [hidden]; head_norms: float32 [layers, 2, head size] or empty; epsilon: of all norms; rotary: float32
     [2, capacity, rotated size]; hidden, size: of the residual stream, of a head; shared_by: query heads per key-value
     head; scaling: of the attention's scores.
@@ -97,7 +78,6 @@ class Plan(NamedTuple):
     products: np.ndarray
     thresholds: np.ndarray
     gates: np.ndarray
-    embedding: np.ndarray
     norms: np.ndarray
     last_norm: np.ndarray
     head_norms: np.ndarray
@@ -110,13 +90,18 @@ class Plan(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Memory of a decoder. [threads, ...] each thread's own: residual, normed, indices (int32), values, selected
-    values, stage, scores, sums. Shared: partial [2, threads, width], mixed, hidden (all inputs of the output and down
+    """Memory of a decoder.
+
+    [threads, ...] each thread's own: residual, normed, indices (int32), values, selected values, stage, scores. Shared:
+    embedded [hidden], of the token; partial [2, threads, width], mixed, hidden (all inputs of the output and down
     projections, where a selection ranks all of them), keys and values [layers, key-value heads, capacity, head size],
     logits (float32, the threads' shares one after another), finite (float32 [threads], not finite where a thread's
     logits are not), counter, read (int64 [products]: rows that were read). factor: of low-rank corrections, each
-    thread's own; moments: float64 [threads, 8], of gates. The last five: each thread's `numba_integer.Scratch`."""
+    thread's own; moments: float64 [threads, 8], of gates; memory: int64 [threads, 6], each thread's
+    `decode_products.Memory.addresses`.
+    """
 
+    embedded: np.ndarray
     residual: np.ndarray
     normed: np.ndarray
     indices: np.ndarray
@@ -124,7 +109,6 @@ class Work(NamedTuple):
     everything: np.ndarray
     stage: np.ndarray
     scores: np.ndarray
-    sums: np.ndarray
     partial: np.ndarray
     mixed: np.ndarray
     hidden: np.ndarray
@@ -136,112 +120,21 @@ class Work(NamedTuple):
     read: np.ndarray
     factor: np.ndarray
     moments: np.ndarray
-    factors: np.ndarray
-    maxima: np.ndarray
-    units: np.ndarray
-    taken: np.ndarray
-    integer_sums: np.ndarray
+    memory: np.ndarray
 
 
 # -- products ----------------------------------------------------------------------------------------------------------
 
 
 @compiled(inner=True)
-def product(row, indices, values, count, out, sums, formats, scratch):  # type: ignore[no-untyped-def]
-    """All tiles of one matrix on the calling thread. row: int64 [FIELDS]; values: float32 [1, in]; out: float32
-    [1, tiles * tile]; scratch: `numba_integer.Scratch`."""
-    _product(row, indices, values, count, out, sums, scratch, *formats)
-
-
-@compiled(inner=True)
-def _product(  # type: ignore[no-untyped-def]
-    row, indices, values, count, out, sums, scratch,
-    float32, bfloat16, int8_records, int4_records, int8_groups, int4_groups,
-    int8_record_dots, int4_record_dots, int8_group_dots, int4_group_dots, pieces, records_stored, groups_stored,
-):  # fmt: skip
-    """With the formats as arguments: Numba leaves a branch out where an argument is None."""
-    kind, shape = row[KIND], (row[TILES], row[INPUTS], row[STRIDE])
-    rows = (row[TILES], row[INPUTS], row[TILE])
-    if float32 is not None:  # noqa: SIM102
-        if kind == FLOAT32:
-            _floats(carray(address_of(row[ADDRESS]), rows, np.float32), indices, values, count, out)
-    if bfloat16 is not None:  # noqa: SIM102
-        if kind == BFLOAT16:
-            _floats(carray(address_of(row[ADDRESS]), rows, np.uint16), indices, values, count, out)
-    wide = carray(address_of(row[ADDRESS]), shape, np.int8)
-    narrow = carray(address_of(row[ADDRESS]), shape, np.uint8)
-    if int8_records is not None:  # noqa: SIM102
-        if kind == INT8_RECORDS:
-            _records(wide, row, BLOCK, indices, values, count, out, pieces, records_stored)
-    if int4_records is not None:  # noqa: SIM102
-        if kind == INT4_RECORDS:
-            _records(narrow, row, BLOCK // 2, indices, values, count, out, pieces, records_stored)
-    if int8_record_dots is not None:  # noqa: SIM102
-        if kind == INT8_RECORD_DOTS:
-            _record_dots(wide, row, BLOCK, indices, values, count, out, records_stored, scratch)
-    if int4_record_dots is not None:  # noqa: SIM102
-        if kind == INT4_RECORD_DOTS:
-            _record_dots(narrow, row, BLOCK // 2, indices, values, count, out, records_stored, scratch)
-    groups = (row[TILES], -(-row[INPUTS] // max(1, row[GROUP])), row[TILE])
-    scale = carray(address_of(row[SCALES]), groups, np.float32)
-    if int8_groups is not None:  # noqa: SIM102
-        if kind == INT8_GROUPS:
-            zeros = carray(address_of(row[ZEROS]), (groups[0], groups[1], row[STRIDE]), np.int8)
-            _groups(wide, scale, zeros, row, BLOCK, indices, values, count, out, sums, groups_stored)
-    if int4_groups is not None:  # noqa: SIM102
-        if kind == INT4_GROUPS:
-            zeros = carray(address_of(row[ZEROS]), (groups[0], groups[1], row[STRIDE]), np.uint8)
-            _groups(narrow, scale, zeros, row, BLOCK // 2, indices, values, count, out, sums, groups_stored)
-    if int8_group_dots is not None:  # noqa: SIM102
-        if kind == INT8_GROUP_DOTS:
-            zeros = carray(address_of(row[ZEROS]), (groups[0], groups[1], row[STRIDE]), np.int8)
-            _group_dots(wide, scale, zeros, row, BLOCK, indices, values, count, out, groups_stored, scratch)
-    if int4_group_dots is not None:  # noqa: SIM102
-        if kind == INT4_GROUP_DOTS:
-            zeros = carray(address_of(row[ZEROS]), (groups[0], groups[1], row[STRIDE]), np.uint8)
-            _group_dots(narrow, scale, zeros, row, BLOCK // 2, indices, values, count, out, groups_stored, scratch)
+def product(row, indices, values, count, out, memory):  # type: ignore[no-untyped-def]
+    """All tiles of one matrix on the calling thread. row: int64 [FIELDS]; values: float32 [in]; out: float32
+    [tiles * tile]; memory: `decode_products.Memory.addresses`."""
+    call(row[FUNCTION], row, values, indices, values, np.int64(count), out, memory)
     if row[BIAS] != 0:
-        width = out.shape[1]
-        bias = carray(address_of(row[BIAS]), (width,), np.float32)
-        for c in range(width):
-            out[0, c] += bias[c]
-
-
-@compiled(inner=True)
-def _floats(weight, indices, values, count, out):  # type: ignore[no-untyped-def]
-    for t in range(weight.shape[0]):
-        multiply_tile(weight, t, indices, values, count, out, (0,), weight.shape[2])
-
-
-@compiled(inner=True)
-def _records(weight, row, block_bytes, indices, values, count, out, pieces, stored):  # type: ignore[no-untyped-def]
-    shape = (row[TILE], row[TILE], np.int64(block_bytes), row[SCALES_AT], row[ZEROS_AT])
-    for t in range(weight.shape[0]):
-        records_tile(weight, t, indices, values, count, out, shape, np.float32(row[MIDDLE]), (0,), pieces, stored)
-
-
-@compiled(inner=True)
-def _record_dots(weight, row, block_bytes, indices, values, count, out, stored, scratch):  # type: ignore[no-untyped-def]
-    shape = (row[TILE], np.int64(block_bytes), row[SCALES_AT], row[ZEROS_AT])
-    for t in range(weight.shape[0]):
-        record_dots(weight, t, indices, values, count, out, shape, np.int32(row[MIDDLE]), stored, scratch)
-
-
-@compiled(inner=True)
-def _groups(weight, scale, zeros, row, block_bytes, indices, values, count, out, sums, stored):  # type: ignore[no-untyped-def]
-    shape = (row[TILE], row[TILE], np.int64(block_bytes), row[GROUP])
-    zero, own = np.float32(row[MIDDLE]), sums[: row[TILE]]
-    for t in range(weight.shape[0]):
-        groups_tile(weight, scale, zeros, t, indices, values, count, out, own, shape, zero, (0,), stored)
-
-
-@compiled(inner=True)
-def _group_dots(weight, scale, zeros, row, block_bytes, indices, values, count, out, stored, scratch):  # type: ignore[no-untyped-def]
-    shape = (row[TILE], np.int64(block_bytes), row[GROUP])
-    for t in range(weight.shape[0]):
-        group_dots(
-            weight, scale, zeros, t, indices, values, count, out, shape, np.float32(row[MIDDLE]), stored, scratch
-        )
+        bias = carray(address_of(row[BIAS]), (out.size,), np.float32)
+        for c in range(out.size):
+            out[c] += bias[c]
 
 
 @compiled(inner=True)
@@ -278,13 +171,10 @@ def select_inputs(row, threshold, x, whole, indices, values, everything):  # typ
 
 
 @compiled(inner=True)
-def _stage(place, stage, thread, inputs, whole, out, plan, work, formats):  # type: ignore[no-untyped-def]
+def _stage(place, stage, thread, inputs, whole, out, plan, work):  # type: ignore[no-untyped-def]
     """The products of one stage from inputs into out."""
     first, number = place[2 * stage], place[2 * stage + 1]
-    indices, values = work.indices[thread], work.values[thread]
-    scratch = (
-        work.factors[thread], work.maxima[thread], work.units[thread], work.taken[thread], work.integer_sums[thread]
-    )  # fmt: skip
+    indices, values, memory = work.indices[thread], work.values[thread], work.memory[thread]
     count = 0
     for p in range(first, first + number):
         row = plan.products[p]
@@ -292,20 +182,19 @@ def _stage(place, stage, thread, inputs, whole, out, plan, work, formats):  # ty
         if row[SHARES_SELECTION] == 0:
             count = select_inputs(row, plan.thresholds[p], x, whole, indices, values, work.everything)
         work.read[p] += count
-        width, at = row[TILES] * row[TILE], row[OUT_AT]
-        own = out[at : at + width].reshape(1, -1)
-        product(row, indices, values[: x.size].reshape(1, -1), count, own, work.sums[thread], formats, scratch)
+        own = out[row[OUT_AT] : row[OUT_AT] + row[TILES] * row[TILE]]
+        product(row, indices, values, count, own, memory)
         if row[LOW_RANK] > 0:
-            _correct(row, thread, x, count, own, plan, work, formats, scratch)
+            _correct(row, thread, x, count, own, plan, work)
 
 
 @compiled(inner=True)
-def _correct(row, thread, x, count, out, plan, work, formats, scratch):  # type: ignore[no-untyped-def]
+def _correct(row, thread, x, count, out, plan, work):  # type: ignore[no-untyped-def]
     """Add a low-rank product of all inputs, or of those that were not selected, to a product of the others.
 
     The selection is taken again by those who share it: indices and values are those of the rest here.
     """
-    indices, values = work.indices[thread], work.values[thread]
+    indices, values, memory = work.indices[thread], work.values[thread], work.memory[thread]
     if row[OF_ALL] != 0:
         indices[: x.size], values[: x.size] = work.everything[: x.size], x
         count = x.size
@@ -315,14 +204,12 @@ def _correct(row, thread, x, count, out, plan, work, formats, scratch):  # type:
     work.read[row[LOW_RANK]] += count
     work.read[row[LOW_RANK] + 1] += left[INPUTS]
     width = right[TILES] * right[TILE]
-    inner = work.factor[thread][:width].reshape(1, -1)
-    product(right, indices, values[: x.size].reshape(1, -1), count, inner, work.sums[thread], formats, scratch)
-    rank = left[INPUTS]
-    reduced = work.factor[thread][:rank].reshape(1, -1)  # of the layout of all other inputs: another compiles another
-    added = work.factor[thread][width : width + out.shape[1]].reshape(1, -1)
-    product(left, work.everything, reduced, rank, added, work.sums[thread], formats, scratch)
-    for c in range(out.shape[1]):
-        out[0, c] += added[0, c]
+    inner = work.factor[thread][:width]
+    product(right, indices, values, count, inner, memory)
+    added = work.factor[thread][width : width + out.size]
+    product(left, work.everything, inner, left[INPUTS], added, memory)
+    for c in range(out.size):
+        out[c] += added[c]
 
 
 @compiled(inner=True)
@@ -350,59 +237,35 @@ def _given(row, thread, inputs, work):  # type: ignore[no-untyped-def]
 
 
 @compiled(inner=True)
-def _sparse_up(p, thread, gate, up, inputs, plan, work, formats):  # type: ignore[no-untyped-def]
+def _sparse_up(p, thread, gate, up, inputs, plan, work):  # type: ignore[no-untyped-def]
     """up of the units whose gate is not 0, by dot products of their rows; of the others 0."""
-    row, indices, values = plan.products[p], work.indices[thread], work.values[thread]
+    row, indices, found = plan.products[p], work.indices[thread], work.values[thread]
     count = active_ones(gate, indices)
-    _chosen_dots(row, _given(row, thread, inputs, work), indices, count, values, formats[0], formats[1])
+    call(row[FUNCTION], row, _given(row, thread, inputs, work), indices, found, count, found, work.memory[thread])
     up[:] = 0
     bias = carray(address_of(row[BIAS]), (up.size,), np.float32)
     for i in range(count):
-        up[indices[i]] = values[i] + bias[indices[i]] if row[BIAS] != 0 else values[i]
+        up[indices[i]] = found[i] + bias[indices[i]] if row[BIAS] != 0 else found[i]
     work.read[p] += count
 
 
 @compiled(inner=True)
-def _chosen_dots(row, x, indices, count, values, float32, bfloat16):  # type: ignore[no-untyped-def]
-    shape = (row[INPUTS], row[TILE])
-    if float32 is not None:  # noqa: SIM102
-        if row[KIND] == FLOAT32:
-            chosen_dots(carray(address_of(row[ADDRESS]), shape, np.float32), x, indices, 0, count, values)
-    if bfloat16 is not None:  # noqa: SIM102
-        if row[KIND] == BFLOAT16:
-            chosen_dots(carray(address_of(row[ADDRESS]), shape, np.uint16), x, indices, 0, count, values)
-
-
-@compiled(inner=True)
-def _bundled(p, thread, gate, inputs, out, plan, work, formats):  # type: ignore[no-untyped-def]
+def _bundled(p, thread, gate, inputs, out, plan, work):  # type: ignore[no-untyped-def]
     """This thread's share of the down projection, of the units whose gate is not 0: each unit's row of the up
     projection and its column of the down projection lie side by side."""
     row, indices, values = plan.products[p], work.indices[thread], work.values[thread]
     count = active_ones(gate, indices)
     for i in range(count):
         values[i] = gate[indices[i]]
-    given, share = _given(row, thread, inputs, work), out[: row[OUTPUTS]]
-    _units(row, given, indices, values, count, share, formats[0], formats[1])
+    call(row[FUNCTION], row, _given(row, thread, inputs, work), indices, values, count, out, work.memory[thread])
     work.read[p] += count
-
-
-@compiled(inner=True)
-def _units(row, x, indices, values, count, out, float32, bfloat16):  # type: ignore[no-untyped-def]
-    shape = (row[INPUTS], row[STRIDE] // 4)
-    if float32 is not None:  # noqa: SIM102
-        if row[KIND] == FLOAT32:
-            bundled_units(carray(address_of(row[ADDRESS]), shape, np.float32), x, indices, values, count, out)
-    shape = (row[INPUTS], row[STRIDE] // 2)
-    if bfloat16 is not None:  # noqa: SIM102
-        if row[KIND] == BFLOAT16:
-            bundled_units(carray(address_of(row[ADDRESS]), shape, np.uint16), x, indices, values, count, out)
 
 
 # -- the step ----------------------------------------------------------------------------------------------------------
 
 
 @compiled(inner=True)
-def _add_shares(stage, owned, thread, threads, layer, own, whole, x, meetings, plan, work, formats):  # type: ignore[no-untyped-def]
+def _add_shares(stage, owned, thread, threads, layer, own, whole, x, meetings, plan, work):  # type: ignore[no-untyped-def]
     """Add all threads' shares of a stage that ends in the residual stream to x, in their order.
 
     owned: the field that says whether a thread has one; own: this thread's inputs of `whole`, for bundled units their
@@ -415,9 +278,9 @@ def _add_shares(stage, owned, thread, threads, layer, own, whole, x, meetings, p
             return -1
     if place[owned] > 0 and stage == DOWN and place[2 * UNITS_BUNDLED + 1] > 0:
         share, normed = work.partial[half, thread], work.normed[thread]
-        _bundled(place[2 * UNITS_BUNDLED], thread, own, normed, share, plan, work, formats)
+        _bundled(place[2 * UNITS_BUNDLED], thread, own, normed, share, plan, work)
     elif place[owned] > 0:
-        _stage(place, stage, thread, own, whole, work.partial[half, thread], plan, work, formats)
+        _stage(place, stage, thread, own, whole, work.partial[half, thread], plan, work)
     meetings += threads
     if not meet(work.counter, meetings):
         return -1
@@ -456,19 +319,19 @@ def _shift_gates(gate, count, quantile, thread, threads, meetings, work):  # typ
 
 
 @compiled(inner=True)
-def _run(thread, threads, position, token, plan, work, formats):  # type: ignore[no-untyped-def]
+def _run(thread, threads, position, plan, work):  # type: ignore[no-untyped-def]
     """One thread's part of a token; returns whether all threads came to every meeting."""
     hidden, size, shared_by = plan.hidden, plan.size, plan.shared_by
     x, normed = work.residual[thread][:hidden], work.normed[thread][:hidden]
     stage, scores = work.stage[thread], work.scores[thread]
     for i in range(hidden):
-        x[i] = widen(plan.embedding[token, i])
+        x[i] = work.embedded[i]
     meetings = 0
     for layer in range(plan.norms.shape[0]):
         place = plan.layers[thread, layer]
         # Attention of this thread's heads.
         rms_norm(x, plan.norms[layer, 0], plan.epsilon, normed)
-        _stage(place, QKV, thread, normed, normed, stage, plan, work, formats)
+        _stage(place, QKV, thread, normed, normed, stage, plan, work)
         first, heads = place[FIRST_HEAD], place[HEADS]
         cos, sin = plan.rotary[0, position], plan.rotary[1, position]
         begin = max(0, position + 1 - place[WINDOW]) if place[WINDOW] > 0 else 0
@@ -494,7 +357,7 @@ def _run(thread, threads, position, token, plan, work, formats):  # type: ignore
                 else:
                     attend(query, keys, values, plan.scaling, own_scores, mixed)
         own = work.mixed[first * shared_by * size : (first + heads) * shared_by * size]
-        meetings = _add_shares(OUTPUT, HEADS, thread, threads, layer, own, work.mixed, x, meetings, plan, work, formats)
+        meetings = _add_shares(OUTPUT, HEADS, thread, threads, layer, own, work.mixed, x, meetings, plan, work)
         if meetings < 0:
             return False
         # The MLP of this thread's units.
@@ -503,7 +366,7 @@ def _run(thread, threads, position, token, plan, work, formats):  # type: ignore
         own = work.hidden[unit : unit + units]
         gate = stage[place[GATE_AT] : place[GATE_AT] + units]
         if units > 0:
-            _stage(place, GATE_UP, thread, normed, normed, stage, plan, work, formats)
+            _stage(place, GATE_UP, thread, normed, normed, stage, plan, work)
         if place[ALL_UNITS] > 0:
             meetings = _shift_gates(gate, place[ALL_UNITS], plan.gates[layer, 1], thread, threads, meetings, work)
             if meetings < 0:
@@ -514,41 +377,44 @@ def _run(thread, threads, position, token, plan, work, formats):  # type: ignore
             if plan.gates[layer, 0] > 0:
                 drop_below(plan.gates[layer, 0], gate)
             if place[2 * UP + 1] > 0:
-                _sparse_up(place[2 * UP], thread, gate, up, normed, plan, work, formats)
+                _sparse_up(place[2 * UP], thread, gate, up, normed, plan, work)
             own[:] = gate
             if place[2 * UNITS_BUNDLED + 1] == 0:
                 for i in range(units):
                     own[i] *= up[i]
-        meetings = _add_shares(DOWN, UNITS, thread, threads, layer, own, work.hidden, x, meetings, plan, work, formats)
+        meetings = _add_shares(DOWN, UNITS, thread, threads, layer, own, work.hidden, x, meetings, plan, work)
         if meetings < 0:
             return False
     rms_norm(x, plan.last_norm, plan.epsilon, normed)
     place = plan.layers[thread, plan.norms.shape[0]]
     if place[2 * HEAD + 1] > 0:
-        _stage(place, HEAD, thread, normed, normed, stage, plan, work, formats)
+        _stage(place, HEAD, thread, normed, normed, stage, plan, work)
     own = stage[: place[UNITS]]
     work.logits[place[FIRST_UNIT] : place[FIRST_UNIT] + place[UNITS]] = own
     work.finite[thread] = nothing(own)
     return True
 
 
+@compiled()
+def _embed(embedding, token, out):  # type: ignore[no-untyped-def]
+    """Apart from the step, which so is compiled once for embeddings of both kinds."""
+    for i in range(out.size):
+        out[i] = widen(embedding[token, i])
+
+
 @compiled(parallel=True)
-def _step(  # type: ignore[no-untyped-def]
-    threads, position, token, plan, work,
-    float32, bfloat16, int8_records, int4_records, int8_groups, int4_groups,
-    int8_record_dots, int4_record_dots, int8_group_dots, int4_group_dots, pieces, records_stored, groups_stored,
-):  # fmt: skip
+def _step(threads, position, plan, work):  # type: ignore[no-untyped-def]
     came = np.zeros(threads, np.uint8)
     for thread in prange(threads):
-        formats = (  # a tuple inside a tuple may not enter a parallel region
-            float32, bfloat16, int8_records, int4_records, int8_groups, int4_groups,
-            int8_record_dots, int4_record_dots, int8_group_dots, int4_group_dots, pieces, records_stored, groups_stored,
-        )  # fmt: skip
-        came[thread] = _run(thread, threads, position, token, plan, work, formats)
+        came[thread] = _run(thread, threads, position, plan, work)
     return came.all()
 
 
-def step(threads: int, position: int, token: int, plan: Plan, work: Work, formats: Formats) -> bool:
-    """One token at a position; leaves work.logits. Returns whether the threads ran side by side."""
+def step(threads: int, position: int, token: int, embedding: np.ndarray, plan: Plan, work: Work) -> bool:
+    """One token at a position; leaves work.logits. Returns whether the threads ran side by side.
+
+    embedding: float32, or uint16 (bf16), [vocabulary, hidden].
+    """
+    _embed(embedding, token, work.embedded)
     work.counter[0] = 0
-    return bool(_step(threads, position, token, plan, work, *formats))
+    return bool(_step(threads, position, plan, work))

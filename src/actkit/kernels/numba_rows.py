@@ -16,7 +16,9 @@ from torch import Tensor
 from actkit.kernels.numba_cpu import array
 from actkit.kernels.packing import COLUMNS
 from actkit.kernels.process import LOCK, compiled, follow_torch_threads
-from actkit.kernels.vectors import add_rows, dot_rows, prefetch_once, row_offsets, row_values, rows_at_once
+from actkit.kernels.quantized import BLOCK
+from actkit.kernels.quantized_rows import RowLayout
+from actkit.kernels.vectors import add_rows, dot_codes, dot_rows, prefetch_once, row_offsets, row_values, rows_at_once
 
 TOGETHER = 4
 PARTS = 16  # of the list, over threads
@@ -44,6 +46,24 @@ def chosen_dots(weight, x, rows, first, last, out):  # type: ignore[no-untyped-d
         for place in range(0, stride, BLOCK_BYTES):
             prefetch_once(weight, ahead, place)
         found = dot_rows(weight, here, x, width)
+        for r in range(TOGETHER):
+            if i + r < last:
+                out[i + r] = found[r]
+
+
+@compiled(inner=True)
+def chosen_codes(weight, x, rows, first, last, out, shape, zero, pieces, stored):  # type: ignore[no-untyped-def]
+    """As `chosen_dots`, of integer rows as `quantized_rows` stores them: weight uint8 (4 bits) or int8 (8 bits) [rows,
+    row bytes]; x: float32 in whole blocks; shape: (bytes of a block, first byte of the scales, of the zeros); zero:
+    where none are stored. pieces, stored: as in `numba_quantized.multiply_records`."""
+    stride, (block_bytes, scales, zeros) = weight.shape[1], shape
+    blocks = scales // block_bytes
+    for i in range(first, last, TOGETHER):
+        here = _offsets(rows, i, last - 1, stride)
+        ahead = _offsets(rows, i + TOGETHER, last - 1, stride)
+        for place in range(0, stride, block_bytes):
+            prefetch_once(weight, ahead, place)
+        found = dot_codes(weight, here, x, blocks, scales, zeros, zero, pieces, stored)
         for r in range(TOGETHER):
             if i + r < last:
                 out[i + r] = found[r]
@@ -89,6 +109,13 @@ def _chosen(weight, x, rows, out):  # type: ignore[no-untyped-def]
         chosen_dots(weight, x, rows, rows.size * part // PARTS, rows.size * (part + 1) // PARTS, out)
 
 
+@compiled(parallel=True)
+def _chosen_codes(weight, x, rows, out, shape, zero, pieces, stored):  # type: ignore[no-untyped-def]
+    for part in prange(PARTS):
+        first, last = rows.size * part // PARTS, rows.size * (part + 1) // PARTS
+        chosen_codes(weight, x, rows, first, last, out, shape, zero, pieces, stored)
+
+
 def output_rows(x: Tensor, buffer: Tensor, rows: Tensor) -> Tensor:
     """As `reference.output_rows`."""
     weight, given, chosen = array(buffer), x.float().contiguous().numpy(), rows.contiguous().numpy()
@@ -97,4 +124,19 @@ def output_rows(x: Tensor, buffer: Tensor, rows: Tensor) -> Tensor:
         follow_torch_threads(len(chosen) * weight.shape[1] * weight.itemsize)
         for one, found in zip(given, out):
             _chosen(weight, one, chosen, found)
+    return torch.from_numpy(out)
+
+
+def quantized_output_rows(x: Tensor, buffer: Tensor, rows: Tensor, layout: RowLayout) -> Tensor:
+    """As `reference.quantized_output_rows`."""
+    weight = buffer.numpy().view(np.uint8 if layout.stored_bits == 4 else np.int8)
+    padded = torch.nn.functional.pad(x.float(), (0, layout.blocks * BLOCK - layout.in_features))
+    given, chosen = padded.contiguous().numpy(), rows.contiguous().numpy()
+    out = np.empty((len(given), len(chosen)), np.float32)
+    shape = (BLOCK * layout.stored_bits // 8, layout.scales_at, layout.zeros_at)
+    settings = (shape, np.float32(layout.middle), (0,) * (BLOCK // layout.piece), (0,) * layout.zeros)
+    with LOCK:
+        follow_torch_threads(len(chosen) * layout.row_bytes)
+        for one, found in zip(given, out):
+            _chosen_codes(weight, one, chosen, found, *settings)
     return torch.from_numpy(out)

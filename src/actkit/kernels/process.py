@@ -11,13 +11,14 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numba
 import torch
-from numba import njit
+from numba import cfunc, njit
 
 _CONFIG: Any = numba.config  # untyped in Numba
 SMALL = 1 << 18  # bytes of weight; below, waking a second thread takes longer than its half of the work
@@ -54,6 +55,7 @@ def _choose_cache() -> str | None:
 
 
 _CACHE = _choose_cache()
+_ALWAYS: Any = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 
 
 def compiled(
@@ -66,24 +68,39 @@ def compiled(
     """
 
     def decorate(function: Any) -> Any:
-        before = _CONFIG.CACHE_DIR
-        _CONFIG.CACHE_DIR = _CACHE or before  # our folder is for our kernels only
-        try:
+        with _own_cache():
             return njit(  # type: ignore[call-overload]
-                nogil=True,
-                error_model="numpy",
-                boundscheck=False,
                 cache=_CACHE is not None and not inner,
                 no_cpython_wrapper=inner,
                 no_cfunc_wrapper=inner,
                 parallel=parallel,
                 fastmath=fastmath,
                 inline="always" if inline else "never",
+                **_ALWAYS,
             )(function)
-        finally:
-            _CONFIG.CACHE_DIR = before
 
     return decorate
+
+
+def called_by_address(signature: Any) -> Callable[[Any], Any]:
+    """Decorate a kernel that other kernels call by its `.address`, at once compiled or read from the compile cache."""
+
+    def decorate(function: Any) -> Any:
+        with _own_cache():
+            return cfunc(signature, cache=_CACHE is not None, **_ALWAYS)(function)  # type: ignore[call-overload]
+
+    return decorate
+
+
+@contextmanager
+def _own_cache() -> Iterator[None]:
+    """Our folder is for our kernels only."""
+    before = _CONFIG.CACHE_DIR
+    _CONFIG.CACHE_DIR = _CACHE or before
+    try:
+        yield
+    finally:
+        _CONFIG.CACHE_DIR = before
 
 
 # -- threads -----------------------------------------------------------------------------------------------------------

@@ -8,9 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from actkit.kernels import reference
 from actkit.kernels.active_set import ActiveSet, check_input, selection
-from actkit.kernels.operators import check_active, check_gradient, engine, plain, register, rows_of
+from actkit.kernels.operators import check_active, check_gradient, engine, has_numba, plain, register, rows_of
+from actkit.kernels.output_rows import MOST_ROWS
 from actkit.kernels.quantized import Layout, QuantizedWeight, outputs_of
+from actkit.kernels.quantized_rows import QuantizedRows, RowLayout
 
 
 def quantized_linear(
@@ -153,4 +156,57 @@ register(
     f"quantized_active_linear(Tensor indices, Tensor values, Tensor counts, {_PACKED}, Tensor? bias) -> Tensor",
     _quantized_active_linear,
     _fake_quantized_active_linear,
+)
+
+
+# -- chosen outputs --------------------------------------------------------------------------------------------------
+
+
+def quantized_output_rows(x: Tensor, packed: QuantizedRows, rows: Tensor) -> Tensor:
+    """x W[rows].T for x [..., in] with at most 8 rows; rows: int32 [n], any of the outputs. Returns float32 [..., n].
+
+    Sums are taken in float32, in a fixed order. Raises ValueError for arguments outside of this and RuntimeError where
+    a gradient would be needed.
+    """
+    return torch.ops.actkit.quantized_output_rows(x, packed.buffer, rows, list(packed.layout))
+
+
+def _check_rows(x: Tensor, buffer: Tensor, rows: Tensor, layout: RowLayout) -> None:
+    if buffer.dim() != 2 or buffer.dtype != torch.uint8 or buffer.shape[1] != layout.row_bytes:
+        raise ValueError(
+            f"packed: {buffer.dtype} {tuple(buffer.shape)} was given; give what pack_quantized_rows(...) made."
+        )
+    if x.dim() == 0 or x.shape[-1] != layout.in_features:
+        raise ValueError(f"x: shape {tuple(x.shape)} was given; the packed weight has {layout.in_features} inputs.")
+    if x.shape[:-1].numel() > MOST_ROWS:
+        raise ValueError(f"x: it has {x.shape[:-1].numel()} rows, at most {MOST_ROWS} are taken; use a dense product.")
+    if rows.dim() != 1 or rows.dtype != torch.int32:
+        raise ValueError(f"rows: {rows.dtype} {tuple(rows.shape)} was given; give int32 [n].")
+
+
+def _output_rows(x: Tensor, buffer: Tensor, rows: Tensor, layout: list[int]) -> Tensor:
+    stored = RowLayout(*layout)
+    _check_rows(x, buffer, rows, stored)
+    check_gradient(x, buffer)
+    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < len(buffer):  # the kernel checks no bounds
+        raise ValueError(
+            f"rows: {int(rows.min())} to {int(rows.max())} was given; the layer has {len(buffer)} outputs."
+        )
+    given = plain(x).view(-1, stored.in_features).float()
+    if has_numba():
+        from actkit.kernels.numba_rows import quantized_output_rows as compute
+    else:
+        compute = reference.quantized_output_rows
+    return compute(given, plain(buffer), plain(rows), stored).view(*x.shape[:-1], len(rows))
+
+
+def _fake_output_rows(x: Tensor, buffer: Tensor, rows: Tensor, layout: list[int]) -> Tensor:
+    _check_rows(x, buffer, rows, RowLayout(*layout))
+    return x.new_empty(*x.shape[:-1], rows.shape[0], dtype=torch.float32)
+
+
+register(
+    "quantized_output_rows(Tensor x, Tensor packed, Tensor rows, int[] layout) -> Tensor",
+    _output_rows,
+    _fake_output_rows,
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from actkit.kernels.packing import in_order
 from actkit.kernels.quantized import Layout, decode, outputs_of
+from actkit.kernels.quantized_rows import RowLayout, decode_rows
 
 
 def mask(x: Tensor, score: Tensor | None, threshold: float, k: int) -> Tensor:
@@ -104,3 +105,8 @@ def quantized_linear(
 def output_rows(x: Tensor, buffer: Tensor, rows: Tensor) -> Tensor:
     """Some rows of a weight as `output_rows.pack_rows` stores it, times x [n, width]: float32 [n, rows]."""
     return x @ in_order(buffer[rows.long()]).float().t()
+
+
+def quantized_output_rows(x: Tensor, buffer: Tensor, rows: Tensor, layout: RowLayout) -> Tensor:
+    """Some rows of a weight as `quantized_rows.pack_quantized_rows` stores it, times x [n, in]: float32 [n, rows]."""
+    return x @ decode_rows(buffer[rows.long()], layout).t()

@@ -442,3 +442,57 @@ def dot_rows(typingctx, weight, rows, x, width):  # type: ignore[no-untyped-def]
         return context.make_tuple(builder, signature.return_type, found)
 
     return types.UniTuple(types.float32, count)(weight, rows, x, types.int64), generate
+
+
+@intrinsic
+def dot_codes(typingctx, weight, rows, x, blocks, scales, zeros, zero, pieces, stored):  # type: ignore[no-untyped-def]
+    """As `dot_rows`, of rows of integer codes: the sum of (code - zero) * x of a piece of a block, times its scale.
+
+    weight: uint8 or int8; blocks: of 128 inputs; scales, zeros: bytes from the beginning of a row to its scales
+    (float32) and zeros (uint8). pieces, stored, zero: as in `add_scaled_rows`.
+    """
+    count = rows.count
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        weight, rows, x, blocks, scales, zeros, zero, *_ = args
+        kind = signature.args[0].dtype
+        form, rows = FORMATS[kind], cgutils.unpack_tuple(builder, rows)
+        vector, pieces = _vector(FLOAT, form.lanes), signature.args[7].count
+        per_piece = form.columns // form.lanes // pieces
+        memory = Memory(context, builder, signature.args[0], weight)
+        given = Memory(context, builder, signature.args[2], x)
+        totals = [cgutils.alloca_once_value(builder, constant(0.0, form.lanes)) for _ in rows]
+        with cgutils.for_range(builder, blocks) as loop:
+            place = builder.mul(loop.index, I64(form.nbytes))
+            column = builder.mul(loop.index, I64(4 * form.columns))
+            read = [Block(context, memory, kind, builder.add(row, place)) for row in rows]
+            shared = None if signature.args[8].count else read[0].offsets(splat(builder, zero, form.lanes))
+            for piece in range(pieces):
+                number = builder.add(builder.mul(loop.index, I64(pieces)), I64(piece))
+                offsets = [shared] * count
+                if shared is None:
+                    at = builder.add(zeros, number)
+                    bytes_ = [memory.load(builder.add(row, at), I8, 1) for row in rows]
+                    floats = [splat(builder, builder.uitofp(byte, FLOAT), form.lanes) for byte in bytes_]
+                    offsets = [block.offsets(each) for block, each in zip(read, floats)]
+                sums = [constant(0.0, form.lanes)] * count
+                for k in range(piece * per_piece, (piece + 1) * per_piece):
+                    values = given.load(builder.add(column, I64(4 * form.lanes * k)), vector)
+                    sums = [
+                        multiply_add(builder, block.codes(k, offset), values, total)
+                        for block, offset, total in zip(read, offsets, sums)
+                    ]
+                at = builder.add(scales, builder.mul(number, I64(4)))
+                for row, total, found in zip(rows, totals, sums):
+                    scale = splat(builder, memory.load(builder.add(row, at), FLOAT), form.lanes)
+                    builder.store(multiply_add(builder, scale, found, builder.load(total)), total)
+        name = f"llvm.vector.reduce.fadd.v{form.lanes}f32"
+        reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(FLOAT, [FLOAT, vector]), name)
+        found = [builder.call(reduce, [FLOAT(0.0), builder.load(total)], fastmath=("reassoc",)) for total in totals]
+        return context.make_tuple(builder, signature.return_type, found)
+
+    number = types.int64
+    signature = types.UniTuple(types.float32, count)(
+        weight, rows, x, number, number, number, types.float32, pieces, stored
+    )
+    return signature, generate

@@ -24,6 +24,7 @@ from actkit.core.parts import Attention, Block, Linear, Mlp
 from actkit.kernels import decode_math as functions
 from actkit.kernels import decode_step as steps
 from actkit.kernels.quantized import BLOCK, PIECES
+from actkit.kernels.quantized_rows import piece_of
 from actkit.runtime.shards import Kind, Part, held, joined, kind_of, part_of
 
 ACTIVATIONS = {
@@ -321,9 +322,9 @@ def grouped_query(share: Share, block: Block, thread: int, threads: int, window:
 def gated(share: Share, block: Block, thread: int, threads: int, gate: Gate) -> None:
     """A gated MLP: whole units, in multiples that cut no group of the weights where that can be.
 
-    Behind a sparse gate only the rows of the up projection are read whose gate is not 0, where its weights are floats
-    and nothing selects its inputs, and the down projection leaves out the others. Where the down projection is stored
-    alike and selects nothing either, a unit's row and column lie side by side. Exact.
+    Behind a sparse gate only the rows of the up projection are read whose gate is not 0, where nothing selects its
+    inputs and its weights are floats or have groups of inputs, and the down projection leaves out the others. Where
+    both are floats and select nothing, a unit's row and column lie side by side. Exact.
     """
     mlp = block.mlp
     assert mlp is not None and mlp.gate is not None
@@ -335,7 +336,7 @@ def gated(share: Share, block: Block, thread: int, threads: int, gate: Gate) -> 
     stages: dict[int, list[Product]] = {steps.GATE_UP: [], steps.DOWN: [], steps.UP: [], steps.UNITS_BUNDLED: []}
     places = [0, 0]
     if own:
-        if gate.sparse and _is_plain(mlp.up.module):
+        if gate.sparse and _has_rows(mlp.up.module):
             stages[steps.GATE_UP], _ = _columns([(mlp.gate, own)])
             last = stages[steps.GATE_UP][-1].at + (len(own) // BLOCK + 2) * BLOCK
             places = [0, last]
@@ -357,6 +358,17 @@ def gated(share: Share, block: Block, thread: int, threads: int, gate: Gate) -> 
     share.places |= dict(zip((steps.GATE_AT, steps.UP_AT), places))
     share.places |= {steps.UNITS: len(own), steps.FIRST_UNIT: own.start, steps.ACTIVATION: gate.code}
     share.places |= {steps.ALL_UNITS: 0 if gate.k is None else units}
+
+
+def _has_rows(module: nn.Module) -> bool:
+    """Whether a layer can be stored row by row, to skip outputs."""
+    if selection_of(module) or _correction(module):
+        return False
+    kind = kind_of(module)
+    if kind.dtype is not None:
+        return True
+    n_in: int = module.in_features  # type: ignore[assignment]
+    return kind.axis == "input" and piece_of(kind.group, n_in) is not None
 
 
 def _is_plain(module: nn.Module) -> bool:

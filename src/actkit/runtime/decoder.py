@@ -33,7 +33,9 @@ from actkit.core.hooks import refuse_compiled_or_sharded
 from actkit.core.linear import ActLinear
 from actkit.core.memory import format_bytes
 from actkit.core.parts import Block
+from actkit.kernels import decode_products as forms
 from actkit.kernels import decode_step as steps
+from actkit.kernels.numba_cpu import array
 from actkit.kernels.process import LOCK, follow_torch_threads, most_threads
 from actkit.runtime import blocks as parts
 from actkit.runtime import tables
@@ -125,12 +127,9 @@ class Decoder:
 
         self._matrices, table, places = tables.build(layers, self.activations == "int16", packed_one, progress)
         thresholds, self._selections = tables.write_selections(self._matrices, table, places)
-        embedded = self.embedding.view(torch.uint16) if self.embedding.dtype == torch.bfloat16 else self.embedding
-        self._plan = steps.Plan(
-            layers=places, products=table, thresholds=thresholds, embedding=embedded.numpy(), **others
-        )
-        self._formats = tables.formats(table, self._matrices.weights)
-        self._work = tables.memory(
+        self._embedding = array(self.embedding)
+        self._plan = steps.Plan(layers=places, products=table, thresholds=thresholds, **others)
+        self._work, self._memories = tables.memory(
             self._plan, self.threads, first.heads, first.key_value_heads, self.capacity, self.vocabulary
         )
 
@@ -155,8 +154,8 @@ class Decoder:
         inputs or whose outputs are skipped; low-rank corrections are not counted."""
         table, products = self._plan.products, self._matrices.products
         skips = [product is not None and product.apart for product in products]
-        chosen = (table[:, steps.SELECT] != steps.DENSE) | np.array(skips)
-        whole = self._steps * (table[:, steps.INPUTS] * self._row_bytes)[chosen].sum()
+        chosen = (table[:, forms.SELECT] != steps.DENSE) | np.array(skips)
+        whole = self._steps * (table[:, forms.INPUTS] * self._row_bytes)[chosen].sum()
         return float((self._work.read * self._row_bytes)[chosen].sum() / whole) if whole else None
 
     @property
@@ -176,18 +175,18 @@ class Decoder:
             for stage in stages:
                 for thread, (first, number) in enumerate(places[:, layer, 2 * stage : 2 * stage + 2].tolist()):
                     own = list(range(first, first + number))
-                    own += [p + k for p in map(int, table[own, steps.LOW_RANK]) if p for k in (0, 1)]
+                    own += [p + k for p in map(int, table[own, forms.LOW_RANK]) if p for k in (0, 1)]
                     for p in own:
-                        address, stride, rows = table[p, [steps.ADDRESS, steps.STRIDE, steps.INPUTS]].tolist()
+                        address, stride, rows = table[p, [forms.ADDRESS, forms.STRIDE, forms.INPUTS]].tolist()
                         mean = float(self._work.read[p] / max(1, self._steps))
-                        for tile in range(int(table[p, steps.TILES])):
+                        for tile in range(int(table[p, forms.TILES])):
                             found.append(tables.Read(address + tile * rows * stride, stride, rows, mean, thread))
         return found
 
     @property
     def _row_bytes(self) -> np.ndarray:
         """Of each product: int64 [products]."""
-        return self._plan.products[:, steps.TILES] * self._plan.products[:, steps.STRIDE]
+        return self._plan.products[:, forms.TILES] * self._plan.products[:, forms.STRIDE]
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -297,7 +296,7 @@ class Decoder:
     def _step(self, token: int) -> None:
         with LOCK:
             self._follow_threads()
-            came = steps.step(self.threads, self.position, token, self._plan, self._work, self._formats)
+            came = steps.step(self.threads, self.position, token, self._embedding, self._plan, self._work)
         if not came:
             raise RuntimeError(
                 f"threads: {self.threads} threads of the decoder did not run side by side; build it with fewer."

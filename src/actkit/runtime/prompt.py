@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from actkit.kernels import decode_math as functions
+from actkit.kernels import decode_products as forms
 from actkit.kernels import decode_step as steps
 from actkit.kernels.output_rows import BundledUnits, PackedRows
 from actkit.kernels.packing import COLUMNS as BLOCK
 from actkit.kernels.packing import PackedWeight, in_order
 from actkit.kernels.quantized import QuantizedWeight, outputs_of
+from actkit.kernels.quantized_rows import QuantizedRows
 from actkit.runtime.tables import Matrices
 
 WIDENED = 512  # of an integer weight that are widened at a time: a few megabytes
@@ -71,7 +73,7 @@ class _Prompt:
                 gate = _activate(int(place[steps.ACTIVATION]), gate, float(plan.gates[layer, 0]))
                 bundle = self._bundle(place)
                 if bundle is not None:
-                    first = int(plan.products[place[2 * steps.UNITS_BUNDLED], steps.INPUTS_AT])
+                    first = int(plan.products[place[2 * steps.UNITS_BUNDLED], forms.INPUTS_AT])
                     given = normed[0][:, first : first + bundle.inputs]
                     up = given.to(bundle.buffer.dtype) @ bundle.up().t()
                 elif apart.shape[1]:
@@ -158,16 +160,16 @@ class _Prompt:
             for p in range(first, first + number):
                 row, select, own = self.plan.products[p], self.selections[p], inputs[thread]
                 if shared:
-                    own = own[:, row[steps.INPUTS_AT] : row[steps.INPUTS_AT] + row[steps.ALL_INPUTS]]
+                    own = own[:, row[forms.INPUTS_AT] : row[forms.INPUTS_AT] + row[forms.ALL_INPUTS]]
                 given = own
                 if select is not None:
-                    begin = int(row[steps.FIRST_INPUT])
-                    own = select(own if shared else torch.cat(inputs, 1))[:, begin : begin + int(row[steps.INPUTS])]
-                gap = int(row[steps.OUT_AT]) - at if stage != steps.UP else 0
+                    begin = int(row[forms.FIRST_INPUT])
+                    own = select(own if shared else torch.cat(inputs, 1))[:, begin : begin + int(row[forms.INPUTS])]
+                gap = int(row[forms.OUT_AT]) - at if stage != steps.UP else 0
                 found = self._product(p, own)
-                if row[steps.LOW_RANK]:
-                    rest = given if row[steps.OF_ALL] else given - own
-                    right, left = int(row[steps.LOW_RANK]), int(row[steps.LOW_RANK]) + 1
+                if row[forms.LOW_RANK]:
+                    rest = given if row[forms.OF_ALL] else given - own
+                    right, left = int(row[forms.LOW_RANK]), int(row[forms.LOW_RANK]) + 1
                     found = found + self._product(left, self._product(right, rest))
                 pieces += [found.new_zeros(len(own), gap), found] if gap else [found]
                 at += gap + found.shape[1]
@@ -187,6 +189,8 @@ class _Prompt:
             y = (torch.cat(tiles, 1) if len(tiles) > 1 else tiles[0])[:, : weight.out_features].to(self.dtype)
         elif isinstance(weight, PackedRows):
             y = (x.to(weight.buffer.dtype) @ weight.dense().t()).to(self.dtype)
+        elif isinstance(weight, QuantizedRows):
+            y = x.to(self.dtype) @ weight.dense().to(self.dtype).t()
         else:
             assert isinstance(weight, QuantizedWeight)
             from actkit.kernels.numba_quantized import widened_columns

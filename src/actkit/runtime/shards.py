@@ -144,16 +144,11 @@ def joined(parts: Sequence[Part]) -> Part:
     return Part(kind, None, codes, scale, zero)
 
 
-def packed(part: Part, piece: int, zeros: bool) -> PackedWeight | QuantizedWeight:
-    """A part for one thread. piece: outputs per scale of all matrices with groups of outputs; zeros: whether they all
-    hold zeros."""
+def packed(part: Part) -> PackedWeight | QuantizedWeight:
+    """A part for one thread."""
     if part.dense is not None:
         return pack(part.dense, threads=1)
-    part = part if part.kind.axis == "input" else part.regrouped(piece)
     assert part.codes is not None and part.scale is not None
-    zero = part.zero
-    if zero is None and zeros:
-        zero = torch.full_like(part.scale, 2 ** (part.kind.bits - 1), dtype=torch.uint8)
     codes = part.codes
     if part.kind.bits <= 4:
         padded = nn.functional.pad(codes, (0, codes.shape[1] % 2))
@@ -161,7 +156,7 @@ def packed(part: Part, piece: int, zeros: bool) -> PackedWeight | QuantizedWeigh
     return pack_quantized(
         codes,
         part.scale.float().contiguous(),
-        zero,
+        part.zero,
         bits=part.kind.bits,
         group_axis=part.kind.axis,  # type: ignore[arg-type]
         in_features=part.codes.shape[1],

@@ -16,26 +16,20 @@ from actkit.core.errors import UnsupportedModelError
 from actkit.core.linear import Selection, Threshold, TopK
 from actkit.core.parts import Block
 from actkit.core.progress import track
+from actkit.kernels import decode_products as forms
 from actkit.kernels import decode_step as steps
 from actkit.kernels import integer_dots
-from actkit.kernels.numba_integer import scratch
 from actkit.kernels.output_rows import BundledUnits, PackedRows, blocks_of, bundle_units, pack_rows
 from actkit.kernels.packing import PackedWeight, aligned
-from actkit.kernels.quantized import BLOCK, PIECES, QuantizedWeight
+from actkit.kernels.quantized import BLOCK, Layout, QuantizedWeight
+from actkit.kernels.quantized_rows import QuantizedRows, pack_quantized_rows
 from actkit.kernels.team import line_padded
 from actkit.runtime.blocks import Product, Share, gate_of, same_selection
 from actkit.runtime.shards import packed, part_of
 
-Packed = PackedWeight | PackedRows | BundledUnits | QuantizedWeight
-KINDS = {  # by whether scales belong to groups of inputs, and whether activations are in fixed point: 4 bits, 8 bits
-    (False, False): (steps.INT4_RECORDS, steps.INT8_RECORDS),
-    (False, True): (steps.INT4_RECORD_DOTS, steps.INT8_RECORD_DOTS),
-    (True, False): (steps.INT4_GROUPS, steps.INT8_GROUPS),
-    (True, True): (steps.INT4_GROUP_DOTS, steps.INT8_GROUP_DOTS),
-}
+Packed = PackedWeight | PackedRows | QuantizedRows | BundledUnits | QuantizedWeight
 ACTIVATIONS = ("float32", "int16")  # what integer weights are multiplied with
-SLICE = [steps.INPUTS_AT, steps.INPUTS]  # of the stage's inputs
-SUMS = 8 * 6144  # of the float kernels with groups of inputs: rows of x times columns
+SLICE = [forms.INPUTS_AT, forms.INPUTS]  # of the stage's inputs
 
 
 class Read(NamedTuple):
@@ -100,13 +94,6 @@ def build(
     Returns the matrices, the table int64 [products, FIELDS] and the layers' table int64 [threads, layers,
     LAYER_FIELDS].
     """
-    products = [product for layer in layers for share in layer for stage in share.stages.values() for product in stage]
-    floats = [product.kind for product in products if not (fixed and _takes_dots(product))]
-    piece = min((kind.group for kind in floats if kind.axis == "output"), default=PIECES[-1])
-    zeros = {
-        axis: any(product.kind.zeros for product in products if product.kind.axis == axis)
-        for axis in ("output", "input", "")
-    }
     found: list[Product | None] = []
     weights: list[Packed] = []
     biases: list[Tensor | None] = []
@@ -121,16 +108,16 @@ def build(
                 for product in own:
                     found.append(product)
                     if product is None:  # what other threads select still says whether there is a meeting
-                        rows.append([0] * steps.FIELDS)
+                        rows.append([0] * forms.FIELDS)
                         weights.append(PackedWeight(torch.empty(0, 0, 0), 0))
                         biases.append(None)
                         continue
                     dots = fixed and _takes_dots(product)
-                    weights.append(_packed(product, BLOCK if dots else piece, zeros[product.kind.axis]))
+                    weights.append(_packed(product))
                     row, bias = _row(weights[-1], product, dots)
                     factors = product.factors()
                     if factors is not None:
-                        corrections.append((len(rows), [(each, _packed(each, piece, False)) for each in factors]))
+                        corrections.append((len(rows), [(each, _packed(each)) for each in factors]))
                     rows.append(row)
                     biases.append(bias)
             for place, value in share.places.items():
@@ -138,8 +125,8 @@ def build(
         packed_one(index)
     for number, both in corrections:  # behind all stages, whose products stand in a row
         assert found[number] is not None
-        rows[number][steps.LOW_RANK] = len(rows)
-        rows[number][steps.OF_ALL] = found[number].correction.of == "all"  # type: ignore[union-attr]
+        rows[number][forms.LOW_RANK] = len(rows)
+        rows[number][forms.OF_ALL] = found[number].correction.of == "all"  # type: ignore[union-attr]
         for factor, weight in both:
             found.append(factor)
             weights.append(weight)
@@ -148,11 +135,14 @@ def build(
     return Matrices(tuple(found), tuple(weights), tuple(biases), []), np.array(rows, np.int64), places
 
 
-def _packed(product: Product, piece: int, zeros: bool) -> Packed:
+def _packed(product: Product) -> Packed:
     part = product.part()
     if not product.apart:
-        return packed(part, piece, zeros)
-    assert part.dense is not None
+        return packed(part)
+    if part.dense is None:
+        assert part.codes is not None and part.scale is not None
+        kind, scale = part.kind, part.scale.float().contiguous()
+        return pack_quantized_rows(part.codes, scale, part.zero, bits=kind.bits, group=kind.group)
     if product.down is None:
         return pack_rows(part.dense)
     (_, units), *_ = product.parts
@@ -162,37 +152,57 @@ def _packed(product: Product, piece: int, zeros: bool) -> Packed:
 
 
 def _row(weight: Packed, product: Product, dots: bool) -> tuple[list[int], Tensor | None]:
-    row = [0] * steps.FIELDS
-    if not isinstance(weight, QuantizedWeight):
+    row = [0] * forms.FIELDS
+    stored: Any
+    if isinstance(weight, QuantizedRows):
+        rows = weight.layout
+        tiles, inputs, tile = 1, weight.out_features, rows.blocks * BLOCK
+        stored = np.uint8 if rows.stored_bits == 4 else np.int8
+        row[forms.FUNCTION] = forms.address(forms.chosen_code_rows, stored, BLOCK // rows.piece, bool(rows.zeros))
+        row[forms.STRIDE], row[forms.MIDDLE] = rows.row_bytes, rows.middle
+        row[forms.SCALES_AT], row[forms.ZEROS_AT] = rows.scales_at, rows.zeros_at
+    elif not isinstance(weight, QuantizedWeight):
         # Of rows for outputs, the outputs stand where an input-major weight has its inputs.
         tiles, inputs, tile = weight.buffer.shape if isinstance(weight, PackedWeight) else (1, *weight.buffer.shape)
-        row[steps.KIND] = steps.BFLOAT16 if weight.buffer.dtype == torch.bfloat16 else steps.FLOAT32
-        row[steps.STRIDE] = tile * weight.buffer.element_size()
+        stored = np.uint16 if weight.buffer.dtype == torch.bfloat16 else np.float32
+        make = {PackedRows: forms.chosen_rows, BundledUnits: forms.units}.get(type(weight), forms.floats)
+        row[forms.FUNCTION] = forms.address(make, stored)
+        row[forms.STRIDE] = tile * weight.buffer.element_size()
         if isinstance(weight, BundledUnits):
-            tile, row[steps.OUTPUTS] = weight.down_at, blocks_of(weight.outputs)
+            tile, row[forms.OUTPUTS] = weight.down_at, blocks_of(weight.outputs)
     else:
         layout = weight.layout
         tiles, inputs, tile = layout.n_tiles, layout.in_features, layout.tile
-        row[steps.KIND] = KINDS[bool(layout.by_input), dots][layout.stored_bits == 8]
-        row[steps.STRIDE], row[steps.MIDDLE] = layout.record_bytes, layout.middle
-        row[steps.SCALES_AT], row[steps.ZEROS_AT], row[steps.GROUP] = layout.code_bytes, layout.zeros_at, layout.group
+        row[forms.FUNCTION] = _integers(layout, dots)
+        row[forms.STRIDE], row[forms.MIDDLE] = layout.record_bytes, layout.middle
+        row[forms.SCALES_AT], row[forms.ZEROS_AT], row[forms.GROUP] = layout.code_bytes, layout.zeros_at, layout.group
         if layout.by_input:
             assert weight.scale is not None
-            row[steps.SCALES] = weight.scale.data_ptr()
-            row[steps.ZEROS] = weight.zero.data_ptr() if weight.zero is not None else weight.scale.data_ptr()
-    row[steps.ADDRESS] = weight.buffer.data_ptr()
-    row[steps.TILES], row[steps.INPUTS], row[steps.TILE] = tiles, inputs, tile
-    row[steps.OUT_AT], row[steps.FIRST_INPUT], row[steps.ALL_INPUTS] = (
+            row[forms.SCALES] = weight.scale.data_ptr()
+            row[forms.ZEROS] = weight.zero.data_ptr() if weight.zero is not None else weight.scale.data_ptr()
+    row[forms.ADDRESS] = weight.buffer.data_ptr()
+    row[forms.TILES], row[forms.INPUTS], row[forms.TILE] = tiles, inputs, tile
+    row[forms.OUT_AT], row[forms.FIRST_INPUT], row[forms.ALL_INPUTS] = (
         product.at,
         product.inputs.start,
         product.all_inputs,
     )
-    row[steps.INPUTS_AT] = product.inputs_at
+    row[forms.INPUTS_AT] = product.inputs_at
     bias = product.bias()
     if bias is not None:
         bias = F.pad(bias, (0, max(0, tiles * tile - len(bias)))).contiguous()
-        row[steps.BIAS] = bias.data_ptr()
+        row[forms.BIAS] = bias.data_ptr()
     return row, bias
+
+
+def _integers(layout: Layout, dots: bool) -> int:
+    """The address of the function that multiplies with integer weights."""
+    stored = np.uint8 if layout.stored_bits == 4 else np.int8
+    if layout.by_input:
+        return forms.address(forms.groups, stored, bool(layout.zeros), dots)
+    if dots:
+        return forms.address(forms.records_fixed, stored, bool(layout.zeros))
+    return forms.address(forms.records, stored, BLOCK // layout.piece, bool(layout.zeros))
 
 
 def write_selections(matrices: Matrices, table: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, list[Any]]:
@@ -205,14 +215,14 @@ def write_selections(matrices: Matrices, table: np.ndarray, places: np.ndarray) 
     selections: list[Selection | None] = [None if product is None else product.select for product in matrices.products]
     matrices.scores.clear()
     for number, (row, select) in enumerate(zip(table, selections)):
-        row[steps.SELECT], row[steps.K], row[steps.SCORE] = steps.DENSE, 0, 0
+        row[forms.SELECT], row[forms.K], row[forms.SCORE] = steps.DENSE, 0, 0
         if select is None:
             continue
-        row[steps.SELECT] = steps.THRESHOLD if isinstance(select, Threshold) else steps.TOP_K
-        row[steps.K] = min(select.k, row[steps.ALL_INPUTS]) if isinstance(select, TopK) else 0
+        row[forms.SELECT] = steps.THRESHOLD if isinstance(select, Threshold) else steps.TOP_K
+        row[forms.K] = min(select.k, row[forms.ALL_INPUTS]) if isinstance(select, TopK) else 0
         if select.score is not None:
             matrices.scores.append(select.score.detach().float().contiguous().clone())
-            row[steps.SCORE] = matrices.scores[-1].data_ptr()
+            row[forms.SCORE] = matrices.scores[-1].data_ptr()
         if isinstance(select, Threshold):
             thresholds[number] = float(select.threshold)
     for layer in range(places.shape[1]):
@@ -220,29 +230,14 @@ def write_selections(matrices: Matrices, table: np.ndarray, places: np.ndarray) 
             ranges = [range(first, first + number) for first, number in places[:, layer, 2 * stage : 2 * stage + 2]]
             for own in ranges:
                 for before, p in pairwise(own):
-                    kept = table[before, steps.LOW_RANK] == 0  # a correction takes the memory of the selection
+                    kept = table[before, forms.LOW_RANK] == 0  # a correction takes the memory of the selection
                     kept &= (table[before, SLICE] == table[p, SLICE]).all()
-                    table[p, steps.SHARES_SELECTION] = kept and same_selection(selections[before], selections[p])
-            kinds = [table[own.start, steps.SELECT] for own in ranges if own]
+                    table[p, forms.SHARES_SELECTION] = kept and same_selection(selections[before], selections[p])
+            kinds = [table[own.start, forms.SELECT] for own in ranges if own]
             for own in ranges:
                 if not own and kinds:
-                    table[own.start, steps.SELECT] = steps.TOP_K if kinds[0] == steps.TOP_K else steps.DENSE
+                    table[own.start, forms.SELECT] = steps.TOP_K if kinds[0] == steps.TOP_K else steps.DENSE
     return thresholds, selections
-
-
-def formats(table: np.ndarray, weights: Sequence[Packed]) -> steps.Formats:
-    """Which formats there are, for the compiler."""
-    kinds = set(table[table[:, steps.TILES] > 0][:, steps.KIND].tolist())
-    floats = [
-        weight.layout
-        for row, weight in zip(table, weights)
-        if row[steps.KIND] in (steps.INT8_RECORDS, steps.INT4_RECORDS) and isinstance(weight, QuantizedWeight)
-    ]
-    layouts = [weight.layout for weight in weights if isinstance(weight, QuantizedWeight)]
-    occurring: list[Any] = [(0,) if kind in kinds else None for kind in range(steps.KINDS)]
-    pieces = (0,) * (BLOCK // floats[0].piece) if floats else ()
-    stored = [(0,) * any(each.zeros for each in layouts if bool(each.by_input) is axis) for axis in (False, True)]
-    return steps.Formats._make([*occurring, pieces, *stored])
 
 
 def gates(model: nn.Module, blocks: Sequence[Block]) -> np.ndarray:
@@ -314,16 +309,18 @@ def model_tables(model: nn.Module, blocks: Sequence[Block], capacity: int) -> di
 
 def memory(
     plan: steps.Plan, threads: int, heads: int, key_value_heads: int, capacity: int, vocabulary: int
-) -> steps.Work:
-    """The memory that the step works in, and the key-value cache."""
+) -> tuple[steps.Work, list[forms.Memory]]:
+    """The memory that the step works in, and the key-value cache; and what each thread's products work in, which the
+    first holds the addresses of."""
     products, layers = plan.products, len(plan.norms)
-    widths = products[:, steps.OUT_AT] + products[:, steps.TILES] * products[:, steps.TILE]
+    widths = products[:, forms.OUT_AT] + products[:, forms.TILES] * products[:, forms.TILE]
     widths = np.append(widths, blocks_of(plan.hidden))  # what bundled units add to
     width, hidden = line_padded(int(widths.max())), line_padded(plan.hidden)
-    inputs = line_padded(int(max(products[:, steps.INPUTS].max(), plan.hidden)))
+    inputs = line_padded(int(max(products[:, forms.INPUTS].max(), plan.hidden)))
     cache = (layers, key_value_heads, capacity, plan.size)
-    fixed = scratch()
-    return steps.Work(
+    memories = [forms.memory(int(products[:, forms.TILE].max())) for _ in range(threads)]
+    work = steps.Work(
+        embedded=aligned(plan.hidden, np.float32),
         residual=aligned((threads, hidden), np.float32),
         normed=aligned((threads, hidden), np.float32),
         indices=aligned((threads, inputs), np.int32),
@@ -331,7 +328,6 @@ def memory(
         everything=np.arange(inputs, dtype=np.int32),
         stage=aligned((threads, width), np.float32),
         scores=aligned((threads, line_padded(capacity)), np.float32),
-        sums=aligned((threads, line_padded(max(int(products[:, steps.TILE].max()), SUMS))), np.float32),
         partial=aligned((2, threads, width), np.float32),
         mixed=aligned(heads * plan.size, np.float32),
         hidden=aligned(
@@ -345,9 +341,6 @@ def memory(
         read=np.zeros(len(products), np.int64),
         factor=aligned((threads, 2 * width), np.float32),
         moments=aligned((threads, 8), np.float64),
-        factors=aligned((threads, fixed.factors.size), fixed.factors.dtype),
-        maxima=aligned((threads, fixed.maxima.size), fixed.maxima.dtype),
-        units=aligned((threads, fixed.units.size), fixed.units.dtype),
-        taken=aligned((threads, fixed.taken.size), fixed.taken.dtype),
-        integer_sums=aligned((threads, fixed.sums.size), fixed.sums.dtype),
+        memory=np.stack([own.addresses for own in memories]),
     )
+    return work, memories
