@@ -19,7 +19,7 @@ import yaml
 from tiny_models import HIDDEN, VOCABULARY, batches, build, snapshot
 from torch import Tensor, nn
 
-from actkit.core import checkpoint
+from actkit.core import checkpoint, checksums
 from actkit.core.capture import record
 from actkit.core.edits import Replace, Set, apply_edit
 from actkit.core.errors import (
@@ -400,6 +400,7 @@ def test_a_checkpoint_of_a_newer_version(tmp_path):
     folder = checkpoint.save(model, tmp_path / "model")
     manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
     (folder / checkpoint.MANIFEST).write_text(json.dumps({**manifest, "schema": checkpoint.SCHEMA + 1}))
+    checksums.write(folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     for read in (checkpoint.load, checkpoint.read_manifest):
         with pytest.raises(CheckpointError, match=r"schema 2 is newer than this actkit reads \(1\); upgrade actkit"):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import HIDDEN, INNER, KINDS, Perceptron, batches, bits, build, run, snapshot
 from torch import nn
 
-from actkit.core import changes, checkpoint
+from actkit.core import changes, checkpoint, checksums
 from actkit.core.checkpoint import MANIFEST, load, read_manifest, save
 from actkit.core.edits import Configure, Replace, Set, apply_edit, describe, tied_names
 from actkit.core.errors import CheckpointError
@@ -51,6 +51,7 @@ def rewrite(folder: Path, change: Any) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     change(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest))
+    checksums.write(folder)
 
 
 def retensor(folder: Path, change: Any) -> None:
@@ -266,6 +267,9 @@ def test_the_manifest_must_be_right(folder, change, text):
 @pytest.mark.parametrize("name", [MANIFEST, "config.json"])
 def test_damaged_json(folder, name, content):
     (folder / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name}: .*save the model again"):
+        load(folder)
+    (folder / checksums.NAME).unlink()
     with pytest.raises(CheckpointError, match=f"{name}: .*(damaged|save the model again)"):
         load(folder)
 
@@ -276,11 +280,16 @@ def test_truncated_weights(own, keep, tmp_path):
     folder = save(changed("llama") if own else build("llama"), tmp_path / "model")
     (path,) = folder.glob("*.safetensors")
     path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="truncated"):
+        load(folder)
+    (folder / checksums.NAME).unlink()
     with pytest.raises(CheckpointError, match="truncated" if own else "not readable"):
         load(folder)
 
 
 def test_flipped_bytes_in_the_header(folder):
+    """Where nothing tells of the digests; with them every flip is an error (test_damage.py)."""
+    (folder / checksums.NAME).unlink()
     (path,) = folder.glob("*.safetensors")
     whole = path.read_bytes()
     model = load(folder)
@@ -310,9 +319,11 @@ def test_a_folder_that_is_no_checkpoint(tmp_path):
         read_manifest(tmp_path / "empty")
     folder = save(build("llama"), tmp_path / "pickled")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    checksums.write(folder)
     with pytest.raises(CheckpointError, match="reads no pickle"):
         load(folder)
     (folder / "config.json").write_text('{"model_type": "actkit_llama", "architectures": ["ActkitNothing"]}')
+    checksums.write(folder)
     with pytest.raises(CheckpointError, match="pickled"):
         load(folder)
 
@@ -328,6 +339,7 @@ def test_a_plain_folder_is_read_strictly(tmp_path):
         tensors = dict(whole)
         change(tensors)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        checksums.write(folder)
         with pytest.raises(CheckpointError, match=text):
             load(folder)
 

@@ -2,8 +2,9 @@
 
 A folder holds `actkit.json` (schema, edits, recipe, files), the weights in `actkit-*.safetensors`, and for a
 transformers model its config and whatever stood beside the original weights (tokenizer, chat template, generation
-config, processor, pooling). Writing goes to a temporary folder that is renamed at the end, so that a killed or failed
-save leaves the old checkpoint whole. No pickle; names in a file resolve only among installed classes.
+config, processor, pooling); `actkit.sha256` holds the digests of them all, which loading checks. Writing goes to a
+temporary folder that is renamed at the end, so that a killed or failed save leaves the old checkpoint whole. No pickle;
+names in a file resolve only among installed classes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from actkit.core import changes
+from actkit.core import changes, checksums
 from actkit.core.changes import Changes, Source
 from actkit.core.edits import describe_module, get_module, replay, tied_names
 from actkit.core.errors import ActkitError, CheckpointError
@@ -34,6 +35,8 @@ SCHEMA = 1
 MANIFEST = "actkit.json"
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".onnx", ".msgpack", ".gguf", ".index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
+BESIDE = (".txt", ".jinja", ".model", ".vocab", ".merges", ".tiktoken")  # and .json: tokenizers, templates
+SETTINGS = (MANIFEST, "config.json", "generation_config.json")
 NOT_COPIED = ("config.json", "README.md", MANIFEST, "training.json")
 
 
@@ -80,6 +83,7 @@ def save(
             _write(model, temporary, parse_bytes(max_shard), results or {})
         if card is not None:
             (temporary / "README.md").write_text(card, encoding="utf-8")
+        checksums.write(temporary, leave_out=("README.md",))  # a card is there to be edited
     return folder
 
 
@@ -102,7 +106,7 @@ def replaceable(folder: Path) -> bool:
 
 def _copy_others(folder: Path, temporary: Path) -> None:
     for path in folder.iterdir():
-        own = path.name in (MANIFEST, "config.json", "generation_config.json") or path.name.endswith(WEIGHTS_SUFFIXES)
+        own = path.name in (*SETTINGS, checksums.NAME) or path.name.endswith(WEIGHTS_SUFFIXES)
         if own or path.name.startswith("."):
             continue
         if path.is_dir():
@@ -218,7 +222,7 @@ def _copy_companions(model: nn.Module, folder: Path) -> None:
             small = all(not p.name.endswith(WEIGHTS_SUFFIXES) for p in path.rglob("*"))
             if small and path.name[:1].isdigit():  # sentence-transformers' numbered module folders
                 shutil.copytree(path, folder / path.name)
-        elif path.suffix in (".json", ".txt", ".jinja", ".model", ".vocab", ".merges", ".tiktoken"):
+        elif path.suffix in (".json", *BESIDE):
             shutil.copy2(path, folder / path.name)
 
 
@@ -242,11 +246,11 @@ def complete_or_nothing(folder: Path) -> Iterator[Path]:
         for path in (*temporary.rglob("*"), temporary):
             _flush(path)
         if folder.exists():
-            shutil.rmtree(previous, ignore_errors=True)
+            _discard(previous, marker)
             folder.rename(previous)
         temporary.rename(folder)
         _flush(folder.parent)
-        shutil.rmtree(previous, ignore_errors=True)
+        _discard(previous, marker)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"save: {folder} could not be written ({error}); nothing was changed there. Free some space or choose "
@@ -255,6 +259,13 @@ def complete_or_nothing(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         recover(folder)
+
+
+def _discard(folder: Path, marker: str) -> None:
+    """Remove a folder under another name, so that a kill half-way leaves nothing that `recover` would bring back."""
+    if folder.exists():
+        doomed = folder.rename(folder.parent / f"{marker}{os.getpid()}-{uuid4().hex[:8]}")
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:
@@ -316,10 +327,11 @@ def load(
 
     dtype: default as stored; scales and thresholds of changed layers keep float32. base: builds the unchanged model,
     for a checkpoint of one's own nn.Module. trust_remote_code: run code that a hub repository brings; off unless asked.
-    Raises CheckpointError naming the file or the keys.
+    A file that `actkit.sha256` lists must be as it was saved. Raises CheckpointError naming the file or the keys.
     """
     folder = resolve(source)
     dtype = parse_dtype(dtype)
+    checksums.verify(folder, _of_the_model)
     if (folder / MANIFEST).exists():
         model = _load_changed(folder, base)
         if dtype is not None:
@@ -336,6 +348,11 @@ def load(
     if base is None:
         model.__dict__[changes.SOURCE] = Source.of(str(folder), model, **options, trust_remote_code=trust_remote_code)
     return model
+
+
+def _of_the_model(name: str) -> bool:
+    """Whether a file of a saved folder is one that the model is built from (and not its tokenizer's)."""
+    return name in SETTINGS or name.endswith(WEIGHTS_SUFFIXES)
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
@@ -357,6 +374,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{folder}: there is no {MANIFEST}; it is not a folder that actkit saved.")
+    checksums.verify(Path(folder), lambda name: name == MANIFEST)
     manifest = _read_json(path)
     schema = manifest.get("schema")
     if isinstance(schema, int) and schema > SCHEMA:
@@ -391,6 +409,7 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> An
     folder = resolve(source)
     if not has_tokenizer(folder):
         raise CheckpointError(f"tokenizer: {folder} has none; give text as token batches, or use --data random.")
+    checksums.verify(folder, lambda name: not _of_the_model(name))
     if (folder / MANIFEST).exists() and (folder / "tokenizer.json").exists():
         from transformers import PreTrainedTokenizerFast
 
@@ -599,7 +618,7 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "*/config.json"]
+    patterns = ["*.json", "*.safetensors", "*/config.json", checksums.NAME, *(f"*{kind}" for kind in BESIDE)]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=5))
     except Exception as error:  # the client raises a different type for each way in which a network can fail

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -35,6 +34,7 @@ from actkit.core import registry
 from actkit.core.errors import CheckpointError, RecipeError, UnsupportedModelError
 from actkit.core.tensor_files import read_values, write_values
 from actkit.core.transform import explain
+from actkit.core.yaml_files import parse_yaml, read_yaml, shorten
 
 RULES_VERSION = 1
 
@@ -208,12 +208,7 @@ def dump_rules(rules: Iterable[TrainingRule]) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> Any:
-    if not path.is_file():
-        raise RecipeError(f"rules: there is no file {path}.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"rules: {path} is not valid YAML: {error}") from error
+    content = read_yaml(path, "rules")
     if not isinstance(content, Mapping) or "rules" not in content:
         raise RecipeError(f"rules: {path} has no key `rules:`; write `actkit: {RULES_VERSION}` and a list of rules.")
     return content
@@ -225,13 +220,15 @@ def _rule(entry: Any) -> TrainingRule:
     if isinstance(entry, str):
         entry = _from_text(entry)
     if not isinstance(entry, Mapping) or len(entry) != 1:
-        raise RecipeError(f"rules: {entry!r} was given; give a rule, its name, or {{name: settings}}.")
+        raise RecipeError(f"rules: {shorten(repr(entry))} was given; give a rule, its name, or {{name: settings}}.")
     name, settings = next(iter(entry.items()))
     cls = registry.method_class(str(name))
     if not (isinstance(cls, type) and issubclass(cls, TrainingRule)):
         raise RecipeError(f"rules: {name!r} is not a training rule.")
     if not isinstance(settings or {}, Mapping):
-        raise RecipeError(f"rules: {name}: the settings are {settings!r}; give a mapping of names to values.")
+        raise RecipeError(
+            f"rules: {name}: the settings are {shorten(repr(settings))}; give a mapping of names to values."
+        )
     try:
         return cls(**(settings or {}))
     except ValidationError as error:
@@ -242,8 +239,8 @@ def _from_text(text: str) -> dict[str, Any]:
     """'name:setting=value,setting=value', as the command line takes it."""
     name, colon, settings = text.partition(":")
     try:
-        values = yaml.safe_load("{" + settings.replace("=", ": ") + "}") if colon else {}
-    except yaml.YAMLError as error:
+        values = parse_yaml("{" + settings.replace("=", ": ") + "}", "rules", repr(text)) if colon else {}
+    except RecipeError as error:
         raise RecipeError(f"rules: {text!r} was given; write it like 'name:setting=value,setting=value'.") from error
     return {name.strip(): values}
 

@@ -1,4 +1,5 @@
-"""Nested dicts of tensors and JSON values on disk without pickle: a safetensors file and a JSON file in a folder."""
+"""Nested dicts of tensors and JSON values on disk without pickle: a safetensors file and a JSON file in a folder, with
+their digests."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from actkit.core import checksums
 from actkit.core.errors import CheckpointError
 
 TENSOR = "$tensor"  # in the JSON file, {"$tensor": name} stands for a tensor of the other
@@ -30,14 +32,16 @@ def write_values(folder: Path, values: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "tensors.safetensors")
     (folder / "values.json").write_text(text, encoding="utf-8")
+    checksums.write(folder)
 
 
 def read_values(folder: Path) -> dict[str, Any]:
     """The dict that `write_values` wrote. Raises CheckpointError where a file is missing or damaged."""
+    checksums.verify(folder)
     try:
         content = json.loads((folder / "values.json").read_text(encoding="utf-8"))
         return _join(content, load_file(folder / "tensors.safetensors"))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder}: its saved state is not readable ({error}); start the training anew."
         ) from error

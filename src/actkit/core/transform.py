@@ -19,6 +19,7 @@ from actkit.core.anatomy import Block, Linear, Site
 from actkit.core.edits import Edit, Note, Skip
 from actkit.core.errors import RecipeError
 from actkit.core.statistics import Statistic
+from actkit.core.yaml_files import read_yaml, shorten
 
 if TYPE_CHECKING:
     from actkit.core.runner import Seen, Trial
@@ -149,15 +150,8 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Read a YAML file. Raises RecipeError for a missing or malformed one."""
-        path = Path(path)
-        if not path.is_file():
-            raise RecipeError(f"recipe: there is no file {path}.")
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecipeError(f"recipe: {path} is not valid YAML: {error}") from error
-        return cls.parse(content)
+        """Read a YAML file. Raises RecipeError for one that is missing or malformed, or holds tags or anchors."""
+        return cls.parse(read_yaml(Path(path), "recipe"))
 
     @classmethod
     def parse(cls, content: Any) -> Recipe:
@@ -167,11 +161,12 @@ class Recipe:
         extra = set(content) - {"actkit", "transforms"}
         if extra:
             raise RecipeError(
-                f"recipe: unknown key {', '.join(sorted(map(str, extra)))}; allowed are actkit and transforms."
+                f"recipe: unknown key {shorten(', '.join(sorted(map(str, extra))))}; allowed are actkit and transforms."
             )
         if content.get("actkit") != RECIPE_VERSION:
             raise RecipeError(
-                f"recipe: version {content.get('actkit')!r} was given, this actkit reads `actkit: {RECIPE_VERSION}`."
+                f"recipe: version {shorten(repr(content.get('actkit')))} was given, this actkit reads `actkit: "
+                f"{RECIPE_VERSION}`."
             )
         return cls([_transform(entry) for entry in content["transforms"]])
 
@@ -215,7 +210,9 @@ def _transform(entry: Any) -> Transform:
     if isinstance(entry, str):
         entry = {entry: {}}
     if not isinstance(entry, Mapping) or len(entry) != 1:
-        raise RecipeError(f"recipe: {entry!r} was given; each entry is one method, as in `- awq: {{bits: 4}}`.")
+        raise RecipeError(
+            f"recipe: {shorten(repr(entry))} was given; each entry is one method, as in `- awq: {{bits: 4}}`."
+        )
     name, settings = next(iter(entry.items()))
     cls = registry.method_class(str(name))
     if not (isinstance(cls, type) and issubclass(cls, Transform)):
@@ -226,7 +223,7 @@ def _transform(entry: Any) -> Transform:
         raise RecipeError(f"recipe: {name}: {explain(error, cls)}") from error
     except TypeError as error:
         raise RecipeError(
-            f"recipe: {name}: the settings are {settings!r}; give a mapping of names to values."
+            f"recipe: {name}: the settings are {shorten(repr(settings))}; give a mapping of names to values."
         ) from error
 
 
@@ -238,5 +235,7 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> str:
         if item["type"] == "extra_forbidden":
             parts.append(f"{where}: no such setting; allowed are {', '.join(cls.model_fields)}")
         else:
-            parts.append(f"{where}: {item['input']!r} was given; {item['msg'][0].lower()}{item['msg'][1:]}")
+            parts.append(
+                f"{where}: {shorten(repr(item['input']))} was given; {item['msg'][0].lower()}{item['msg'][1:]}"
+            )
     return "; ".join(parts) + "."

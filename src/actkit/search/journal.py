@@ -2,7 +2,8 @@
 
 The first line says what the measurements depend on (model, data, settings, versions, machine); a search resumes only
 where that is the same. A line is written in one piece and flushed to the disk, so that after Ctrl-C, kill -9 or a power
-cut every line is whole, save perhaps the last, which is then dropped and measured again.
+cut every line is whole, save perhaps the last, which is then dropped and measured again. Each line ends with a digest
+of its content, so that a damaged number is an error and no other measurement.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import nn
 
 from actkit.core.errors import ActkitError
 
-SCHEMA = 1
+SCHEMA = 2  # since 2 each line ends with a digest of itself
+DIGEST = "digest"
 
 
 class JournalError(ActkitError):
@@ -60,6 +62,9 @@ class Journal:
                 f"resume: {path} begins with {found.get('kind')!r} of schema {found.get('schema')!r}, this actkit "
                 f"writes 'header' of schema {SCHEMA}; start again with overwrite=True (--overwrite)."
             )
+        for number, entry in enumerate(lines, start=1):
+            if entry.pop(DIGEST, None) != _digest(entry):
+                raise _damaged(path, number)
         differing = differences(found, json.loads(json.dumps({"kind": "header", "schema": SCHEMA, **header})))
         if differing:
             raise JournalError(
@@ -79,7 +84,7 @@ class Journal:
         return [entry for entry in self.entries if entry["kind"] == kind]
 
     def _write(self, entry: Mapping[str, Any]) -> None:
-        line = json.dumps(entry, allow_nan=False).encode() + b"\n"
+        line = json.dumps({**entry, DIGEST: _digest(entry)}, allow_nan=False).encode() + b"\n"
         with self.path.open("ab") as file:
             file.write(line)
             file.flush()
@@ -105,14 +110,23 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             entry = json.loads(line)
             lines.append(entry)
             known = isinstance(entry, dict) and isinstance(entry.get("kind"), str)
-        except ValueError:
+        except (ValueError, RecursionError):
             known = False
         if not known:
-            raise JournalError(
-                f"resume: line {number} of {path} is damaged; start again with overwrite=True (--overwrite), or cut "
-                f"the file before that line."
-            )
+            raise _damaged(path, number)
     return lines, notes
+
+
+def _damaged(path: Path, number: int) -> JournalError:
+    return JournalError(
+        f"resume: line {number} of {path} is damaged; start again with overwrite=True (--overwrite), or cut the file "
+        f"before that line."
+    )
+
+
+def _digest(entry: Mapping[str, Any]) -> str:
+    """Of a line's content; JSON gives back numbers and the order of keys as they were."""
+    return hashlib.sha256(json.dumps(entry).encode()).hexdigest()[:16]
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any], where: str = "") -> list[str]:
