@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from html import escape
 from typing import TYPE_CHECKING
 
 import yaml
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 def model_card(result: Optimization, best: Candidate) -> str:
     """The text of README.md."""
     original, info = result.original, result.machine
-    rows = [(name.replace("_", " "), estimate.text()) for name, estimate in best.metrics.items()]
+    rows = [(_plain(name.replace("_", " ")), estimate.text()) for name, estimate in best.metrics.items()]
     if best.loss is not None:
         rows.append(("loss", best.loss.text(".2%")))
     for label, mine, other in (
@@ -36,13 +38,13 @@ def model_card(result: Optimization, best: Candidate) -> str:
     share = disk_share(best, original)
     lines = "\n".join(f"| {label} | {text} |" for label, text in rows)
     recipe = yaml.safe_dump(best.methods.dump(), sort_keys=False)
-    test = result.data["test"]
+    fence = "`" * max([3, *(1 + len(run) for run in re.findall("`+", recipe))])
+    front = yaml.safe_dump({"library_name": "actkit", "base_model": result.name}, sort_keys=False)
+    test = _plain(result.data["test"]["data"])
     return f"""---
-library_name: actkit
-base_model: {result.name}
----
+{front}---
 
-# {result.name}, {best.name}
+# {_plain(result.name)}, {_plain(best.name)}
 
 Made by `actkit optimize`{"" if share is None else f": {share:.0%} of the original's disk"}.
 It needs `import actkit` to load; without it, loading fails instead of giving wrong weights.
@@ -57,12 +59,17 @@ model = actkit.load("path/to/this/folder")
 |---|---|
 {lines}
 
-Data: {test["data"]}.
-Machine: {info["processor"]}, {info["cores"]} cores, {info["capability"]}, {info["threads"]} threads.
-Versions: {", ".join(f"{name} {version}" for name, version in result.versions.items())}.
+Data: {test}.
+Machine: {_plain(info["processor"])}, {info["cores"]} cores, {info["capability"]}, {info["threads"]} threads.
+Versions: {", ".join(f"{name} {_plain(version)}" for name, version in result.versions.items())}.
 
 ## Recipe
 
-```yaml
-{recipe}```
+{fence}yaml
+{recipe}{fence}
 """
+
+
+def _plain(text: str) -> str:
+    """A name or path as one line of Markdown that is neither HTML nor a link, code or table cell."""
+    return re.sub(r"([\\`\[\]|])", r"\\\1", escape(" ".join(text.split()), quote=False))

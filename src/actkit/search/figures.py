@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from actkit.core.figure_text import all_plain, plain
 from actkit.core.quality import Estimate
 from actkit.search.measured import Candidate
 from actkit.search.verdict import disk_share, ratio_of, read_share, times
@@ -141,7 +142,7 @@ def profile_figure(profile: Profile) -> Figure:
         "legend": {"orientation": "h", "y": -0.14, "title": {"text": "activations  "}},
         "legend2": {"orientation": "h", "y": -0.22, "title": {"text": "weights  "}},
     }
-    title = f"{profile.model}: {profile.rows:,} tokens or images"
+    title = f"{plain(profile.model)}: {profile.rows:,} tokens or images"
     return figure.update_layout(template="plotly_white", height=720, title=title, margin={"b": 140}, **legends)
 
 
@@ -173,10 +174,10 @@ def _line(
         by_place.setdefault(place, []).extend([] if number is None else [number])
     values = [median(numbers) if numbers else None for numbers in by_place.values()]
     figure.add_scatter(
-        x=list(by_place),
+        x=all_plain(by_place),
         y=values,
         mode="lines+markers",
-        name=name,
+        name=plain(name),
         line={"color": colour},
         legend=legend,
         legendgroup=f"{legend}:{name}",

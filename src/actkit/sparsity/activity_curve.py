@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from actkit.core.errors import DataError
+from actkit.core.figure_text import all_plain, plain
 from actkit.core.progress import track
 from actkit.sparsity.neuron_activity import HIDDEN, NeuronActivity, neuron_activity, plotly
 from actkit.zoo import Checkpoint
@@ -51,7 +52,7 @@ class ActivityCurve:
         for name in dict.fromkeys(layer.site for activity in self.points.values() for layer in activity.layers):
             found = [{layer.site: layer.share for layer in self.points[label].layers}.get(name) for label in labels]
             shares = [None if share is None else 100 * share for share in found]
-            figure.add_trace(graphs.Scatter(x=labels, y=shares, name=name, mode="lines+markers"))
+            figure.add_trace(graphs.Scatter(x=all_plain(labels), y=shares, name=plain(name), mode="lines+markers"))
         figure.update_layout(xaxis_title="checkpoint", yaxis_title="neurons on (%)", yaxis_rangemode="tozero")
         return figure
 

@@ -20,6 +20,7 @@ from torch import nn
 from actkit.core.anatomy import Anatomy, Linear, Mlp, Site, anatomy, has_row
 from actkit.core.capture import opened_experts, record
 from actkit.core.errors import CoverageError
+from actkit.core.figure_text import all_plain
 from actkit.core.statistics import Density
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class GateSparsity:
             above.append(layer.zeros_p95 - layer.zeros)
             below.append(layer.zeros - layer.zeros_p05)
         spread = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
-        figure = go.Figure(go.Bar(x=[layer.path for layer in found], y=means, error_y=spread))
+        figure = go.Figure(go.Bar(x=all_plain(layer.path for layer in found), y=means, error_y=spread))
         return figure.update_layout(yaxis={"title": "share of zeros, 90 % of tokens", "tickformat": ".0%"})
 
 

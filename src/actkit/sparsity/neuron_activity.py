@@ -26,6 +26,7 @@ from actkit.core.activations import FUNCTIONS, name_of
 from actkit.core.anatomy import Anatomy, Linear, Site, anatomy
 from actkit.core.capture import opened_experts, record
 from actkit.core.errors import DataError
+from actkit.core.figure_text import all_plain, plain
 from actkit.core.statistics import Density
 
 if TYPE_CHECKING:
@@ -176,11 +177,11 @@ class NeuronActivity:
             "array": [100 * layer.high - share for layer, share in zip(self.layers, shares, strict=True)],
             "arrayminus": [share - 100 * layer.low for layer, share in zip(self.layers, shares, strict=True)],
         }
-        names = [layer.site for layer in self.layers]
+        names = all_plain(layer.site for layer in self.layers)
         figure.add_trace(graphs.Bar(x=names, y=shares, error_y=spread, showlegend=False), row=1, col=1)
         for layer in self.layers:
             sorted_ = (100 * layer.frequency.sort(descending=True).values).tolist()
-            figure.add_trace(graphs.Scatter(y=sorted_, name=layer.site, mode="lines"), row=1, col=2)
+            figure.add_trace(graphs.Scatter(y=sorted_, name=plain(layer.site), mode="lines"), row=1, col=2)
         figure.update_yaxes(rangemode="tozero", row=1, col=1)
         figure.update_yaxes(type="log", row=1, col=2)  # a zero, a dead neuron, is not drawn
         figure.update_xaxes(title_text="neurons, most active first", row=1, col=2)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from actkit.core.capture import record
 from actkit.core.errors import DataError
+from actkit.core.figure_text import plain
 from actkit.core.progress import track
 from actkit.core.statistics import Sample
 from actkit.sparsity.active_dendrites import DendriticSegments, sparse_code
@@ -253,7 +254,7 @@ class ExpectedVsObserved:
         thresholds = list(range(1, self.sites[0].synapses + 1))
         for site in self.sites:
             rates = [site.overlaps.matched(each).value or None for each in thresholds]  # a log axis has no 0
-            figure.add_trace(go.Scatter(x=thresholds, y=rates, name=site.site, mode="lines+markers"))
+            figure.add_trace(go.Scatter(x=thresholds, y=rates, name=plain(site.site), mode="lines+markers"))
         for site in {each.cells: each for each in self.sites}.values():
             rates = [site._theory(each) for each in thresholds]
             dashed = {"dash": "dash", "color": "black"}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from actkit.core.figure_text import all_plain
 from actkit.core.hooks import BatchContext
 from actkit.core.objective import Loss
 from actkit.sparsity.cett import Method
@@ -92,7 +93,7 @@ class PerplexitySparsityResult:
             "array": [max(0, self.per_token[path][2] - ratio) for path, ratio in self.ratios.items()],
             "arrayminus": [max(0, ratio - self.per_token[path][0]) for path, ratio in self.ratios.items()],
         }
-        figure = Figure(Bar(x=list(self.ratios), y=middle, error_y={"type": "data", "symmetric": False, **spread}))
+        figure = Figure(Bar(x=all_plain(self.ratios), y=middle, error_y={"type": "data", "symmetric": False, **spread}))
         return figure.update_yaxes(title=f"active neurons at PPL-{self.p:g}%", tickformat=".0%")
 
 
