@@ -49,7 +49,7 @@ class Picky:
 def installed(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
     """Let these be the decoders that packages have registered."""
     real = registry._entries
-    own = {name: EntryPoint(name, value, registry.DECODERS) for name, value in values.items()}
+    own = {name: (EntryPoint(name, value, registry.DECODERS),) for name, value in values.items()}
     monkeypatch.setattr(registry, "_entries", lambda group: own if group == registry.DECODERS else real(group))
 
 

@@ -101,7 +101,8 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The transforms above are known by name, as those of an installed package are."""
     real = registry._entries
     own = {
-        name: EntryPoint(name, f"{cls.__module__}:{cls.__qualname__}", registry.METHODS) for name, cls in NAMES.items()
+        name: (EntryPoint(name, f"{cls.__module__}:{cls.__qualname__}", registry.METHODS),)
+        for name, cls in NAMES.items()
     }
     monkeypatch.setattr(registry, "_entries", lambda group: real(group) | (own if group == registry.METHODS else {}))
     Spy.log.clear()

@@ -216,7 +216,10 @@ def _transform(entry: Any) -> Transform:
     name, settings = next(iter(entry.items()))
     cls = registry.method_class(str(name))
     if not (isinstance(cls, type) and issubclass(cls, Transform)):
-        raise RecipeError(f"recipe: {name!r} is not a transform.")
+        raise RecipeError(
+            f"recipe: {name!r} ({registry.origin_of_method(str(name))}) is not a transform, and a recipe lists nothing "
+            f"else; a training rule goes to actkit.train(rules=...)."
+        )
     try:
         return cls(**({} if settings is None else settings))
     except ValidationError as error:

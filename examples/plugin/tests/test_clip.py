@@ -1,0 +1,33 @@
+"""Run with: pip install -e . && python -m pytest"""
+
+import pytest
+import torch
+from actkit_clip import Clip, Clipped
+from torch import nn
+
+from actkit.core.runner import apply
+from actkit.testing import check_transform, tiny_batches, tiny_model
+
+
+@pytest.mark.parametrize("kind", ["llama", "vit"])
+def test_it_keeps_what_every_transform_promises(kind):
+    checks = check_transform(Clip(share=0.2), tiny_model(kind), tiny_batches(kind))
+    held = {check.name for check in checks if check.outcome == "holds"}
+    assert {"the identity setting changes nothing", "save and load", "undo is exact", "the dtype is kept"} <= held
+
+
+def test_it_clips():
+    layer = Clipped(nn.Identity(), 1.5)
+    assert layer(torch.tensor([-3.0, -1.0, 0.0, 1.5, 9.0])).tolist() == [-1.5, -1.0, 0.0, 1.5, 1.5]
+
+
+def test_the_limit_is_the_quantile_of_what_the_function_gave():
+    model, batches = tiny_model("vit"), tiny_batches("vit")
+    mlp, seen = model.vit.layers[0].mlp, []
+    handle = mlp.activation_fn.register_forward_hook(lambda module, args, output: seen.append(output.flatten().abs()))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    handle.remove()
+    apply(model, Clip(share=0.25), batches, progress=False)
+    assert float(mlp.activation_fn.limit) == pytest.approx(float(torch.quantile(torch.cat(seen), 0.75)), rel=0.02)
