@@ -49,7 +49,8 @@ def _load(group: str, name: str) -> Any:
     if len(entries[name]) > 1:
         claims = " and by ".join(sorted(map(_origin, entries[name])))
         raise RecipeError(
-            f"{group}: {name!r} is claimed by {claims}; uninstall one of the packages (pip uninstall NAME), or ask its author for another name. All other names work."
+            f"{group}: {name!r} is claimed by {claims}; uninstall one of the packages (pip uninstall NAME), or ask its "
+            f"author for another name. All other names work."
         )
     entry = entries[name][0]
     try:
