@@ -14,6 +14,7 @@ from pathlib import Path
 from actkit import catalogue
 from actkit.catalogue import CatalogueError
 from actkit.claims.outcome import Claim, Outcome, Statement
+from actkit.core.whole_file import write_whole
 
 __all__ = ["Claim", "Outcome", "Statement", "reproduce", "slugs"]
 
@@ -50,17 +51,9 @@ def reproduce(slug: str, *, record: bool = False, progress: bool = True) -> Outc
 
 
 def write(outcome: Outcome, path: Path) -> None:
-    """Write the evidence beside its place and rename it, so that a killed run leaves the old record whole."""
+    """Write the evidence, so that a killed run leaves the old record whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(outcome.to_dict(), indent=1, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, json.dumps(outcome.to_dict(), indent=1, ensure_ascii=False) + "\n")
 
 
 def _name(slug: str) -> str:

@@ -51,6 +51,7 @@ from actkit.core.training_setup import (
     state_folder,
     steps_per_epoch,
 )
+from actkit.core.whole_file import write_whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -208,7 +209,7 @@ def train(
         result = run.finish(keep, time.perf_counter() - started)
     if folder is not None and accelerator.is_main_process:
         checkpoint.save(model, folder, overwrite=True)
-        (folder / RECORD).write_text(json.dumps(result.to_dict(), indent=1), encoding="utf-8")
+        write_whole(folder / RECORD, json.dumps(result.to_dict(), indent=1))
         shutil.rmtree(state_folder(folder), ignore_errors=True)
     return result
 

@@ -19,6 +19,7 @@ from actkit.core.anatomy import Block, Linear, Site
 from actkit.core.edits import Edit, Note, Skip
 from actkit.core.errors import RecipeError
 from actkit.core.statistics import Statistic
+from actkit.core.whole_file import write_whole
 from actkit.core.yaml_files import read_yaml, shorten
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ class Recipe:
     def save(self, path: str | Path) -> Path:
         """Write the YAML form."""
         path = Path(path)
-        path.write_text(yaml.safe_dump(self.dump(), sort_keys=False), encoding="utf-8")
+        write_whole(path, yaml.safe_dump(self.dump(), sort_keys=False))
         return path
 
     def check(self, earlier: Sequence[Transform] = ()) -> None:

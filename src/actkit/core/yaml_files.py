@@ -14,6 +14,7 @@ import yaml
 from actkit.core.errors import RecipeError
 
 LARGEST = 256 * 1024  # bytes: some 4000 layers with a setting each
+MOST = 10_000  # names and values
 DEEPEST = 20  # levels of lists and mappings
 SHOWN = 120  # characters of a value in an error
 
@@ -51,7 +52,7 @@ def shorten(text: str, most: int = SHOWN) -> str:
 class _Plain(yaml.SafeLoader):
     """Refuses what is not plain data where it stands, before anything is built from it."""
 
-    depth = 0
+    depth = nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -61,6 +62,9 @@ class _Plain(yaml.SafeLoader):
             self._refuse(event, f"the tag {event.tag!r}", "write plain names, numbers and texts")
         if self.depth >= DEEPEST:
             self._refuse(event, f"more than {DEEPEST} levels of lists and mappings", "a recipe needs four")
+        self.nodes += 1
+        if self.nodes > MOST:
+            self._refuse(event, f"more than {MOST} names and values", "it is hardly a recipe")
         self.depth += 1
         try:
             return super().compose_node(parent, index)

@@ -36,6 +36,7 @@ from actkit.core.proof import Proof, prove
 from actkit.core.runner import check_model
 from actkit.core.speed import Speed, measure_speed
 from actkit.core.summary import summarise
+from actkit.core.whole_file import write_whole
 from actkit.search.cache import last_level_cache
 from actkit.search.candidates import MOST, LeftOut, Proposal, Shapes, given, propose
 from actkit.search.card import model_card
@@ -455,9 +456,7 @@ def _write_results(result: Optimization, out: Path) -> None:
 
     texts = {RESULTS: json.dumps(_finite(result.to_dict()), indent=1), REPORT: render(result)}
     for name, text in texts.items():
-        partial = out / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(out / name)
+        write_whole(out / name, text)
 
 
 # -- before it starts --------------------------------------------------------------------------------------------------
