@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 from actkit.core import checkpoint, proof
 from actkit.core.errors import CheckpointError
@@ -101,17 +102,20 @@ def kill_saves(count: int, folder: Path, seed: int = 0) -> dict[str, int]:
     period = time.perf_counter() - started
     found = {"old": 0, "new": 0, "none": 0}
 
-    def overwrite() -> None:
+    def overwrite(order: list[nn.Module]) -> None:
         while True:
-            for model in models[::-1]:
+            for model in order:
                 checkpoint.save(model, there, overwrite=True)
 
+    at = 0  # which of the two models is there
     for turn in range(count):
         kind = ("overwrite", "new", "training")[turn % 3]
         delay = generator.uniform(0, 1.6 * period)
         if kind == "overwrite":
-            killed(overwrite, delay)
-            found["old" if states.index(state_of(checkpoint.load(there))) == 0 else "new"] += 1
+            other = [models[1 - at], models[at]]
+            killed(lambda order=other: overwrite(order), delay)
+            before, at = at, states.index(state_of(checkpoint.load(there)))
+            found["old" if at == before else "new"] += 1
         elif kind == "new":
             target = folder / f"new-{turn}"
             killed(lambda target=target: checkpoint.save(models[1], target) and None, delay)
@@ -263,6 +267,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     for name, kill, count in (("save", kill_saves, given.saves), ("search", kill_searches, given.searches)):
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()

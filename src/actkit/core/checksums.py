@@ -17,6 +17,7 @@ from actkit.core.progress import track
 
 NAME = "actkit.sha256"
 LINE = re.compile(r"([0-9a-f]{64})  ([^\\\r\n]+)")
+COPY = "copy the folder again, or save the model again"
 THREADS = 4  # hashing releases Python's lock, so several files are read side by side
 
 
@@ -33,40 +34,43 @@ def write(folder: Path, leave_out: Iterable[str] = ()) -> None:
     (folder / NAME).write_text("".join(lines), encoding="utf-8")
 
 
-def verify(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> None:
-    """Raise CheckpointError for a listed file that is missing or not as it was saved, of those that are `wanted`."""
-    listed = {name: digest for name, digest in _read(folder).items() if wanted(name)}
+def verify(folder: Path, wanted: Callable[[str], bool] = lambda name: True, advice: str = COPY) -> None:
+    """Raise CheckpointError for a listed file that is missing or not as it was saved, of those that are `wanted`.
+
+    advice: what to do then.
+    """
+    listed = {name: digest for name, digest in _read(folder, advice).items() if wanted(name)}
     for name in listed:
         if not (folder / name).is_file():
             raise CheckpointError(
-                f"{folder / name}: the file is missing; copy the folder again, or save the model again. If you removed "
-                f"it yourself, remove its line from {NAME}."
+                f"{folder / name}: the file is missing; {advice}. If you removed it yourself, remove its line from "
+                f"{NAME}."
             )
     for name, digest in zip(listed, _digests([folder / name for name in listed])):
         if digest != listed[name]:
             raise CheckpointError(
                 f"{folder / name}: the file is damaged, truncated or was changed since it was saved (its SHA-256 is "
-                f"{digest[:12]}..., {NAME} says {listed[name][:12]}...); copy the folder again, or save the model "
-                f"again. If you changed it yourself, remove its line from {NAME}."
+                f"{digest[:12]}..., {NAME} says {listed[name][:12]}...); {advice}. If you changed it yourself, remove "
+                f"its line from {NAME}."
             )
 
 
-def _read(folder: Path) -> dict[str, str]:
+def _read(folder: Path, advice: str) -> dict[str, str]:
     path = folder / NAME
     if not path.exists():
         return {}
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not readable ({error}); copy the folder again.") from error
+        raise CheckpointError(f"{path}: not readable ({error}); {advice}.") from error
     found: dict[str, str] = {}
     for line in text.removesuffix("\n").split("\n"):
         match = LINE.fullmatch(line)
         name = PurePosixPath(match[2]) if match else PurePosixPath("/")
         if match is None or name.is_absolute() or ".." in name.parts or match[2] in found or not text.endswith("\n"):
             raise CheckpointError(
-                f"{path}: the line {line[:80]!r} is malformed; the folder is damaged, copy it again or save the model "
-                f"again. Without the file {NAME} a folder is read unchecked."
+                f"{path}: the line {line[:80]!r} is malformed, so the folder is damaged; {advice}. Without the file "
+                f"{NAME} a folder is read unchecked."
             )
         found[match[2]] = match[1]
     return found

@@ -37,7 +37,7 @@ def write_values(folder: Path, values: Mapping[str, Any]) -> None:
 
 def read_values(folder: Path) -> dict[str, Any]:
     """The dict that `write_values` wrote. Raises CheckpointError where a file is missing or damaged."""
-    checksums.verify(folder)
+    checksums.verify(folder, advice="start the training anew")
     try:
         content = json.loads((folder / "values.json").read_text(encoding="utf-8"))
         return _join(content, load_file(folder / "tensors.safetensors"))
