@@ -243,7 +243,7 @@ def kill_searches(count: int, folder: Path, seed: int = 0) -> dict[str, int]:
         again = {"resume": True} if (out / "journal.jsonl").exists() else {"overwrite": True}
         assert summary(optimize(str(source), out=out, **OPTIONS, **again)) == expected
         check_output(out, whole, best)
-        assert (out / "best").is_dir()
+        assert (out / "best").is_dir() and not (out / "candidates").exists()
     return found
 
 

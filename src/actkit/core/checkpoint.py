@@ -233,24 +233,21 @@ def complete_or_nothing(folder: Path) -> Iterator[Path]:
     Raises CheckpointError where the disk does not take it.
     """
     folder = folder.resolve()  # of a link, the folder that it points to is replaced
-    marker = f".{folder.name}.saving-"
-    temporary = folder.parent / f"{marker}{os.getpid()}-{uuid4().hex[:8]}"
+    temporary = _hidden(folder)
     previous = _previous(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for stale in folder.parent.iterdir():  # of saves that were killed
-            if stale.name.startswith(marker) and not _alive(stale.name.removeprefix(marker).partition("-")[0]):
-                shutil.rmtree(stale, ignore_errors=True)
+        _sweep(folder)
         temporary.mkdir()
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
             _flush(path)
         if folder.exists():
-            _discard(previous, marker)
+            _remove(previous, folder)
             folder.rename(previous)
         temporary.rename(folder)
         _flush(folder.parent)
-        _discard(previous, marker)
+        _remove(previous, folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"save: {folder} could not be written ({error}); nothing was changed there. Free some space or choose "
@@ -261,11 +258,31 @@ def complete_or_nothing(folder: Path) -> Iterator[Path]:
         recover(folder)
 
 
-def _discard(folder: Path, marker: str) -> None:
-    """Remove a folder under another name, so that a kill half-way leaves nothing that `recover` would bring back."""
-    if folder.exists():
-        doomed = folder.rename(folder.parent / f"{marker}{os.getpid()}-{uuid4().hex[:8]}")
-        shutil.rmtree(doomed, ignore_errors=True)
+def discard(folder: Path) -> None:
+    """Remove a folder as one step: it is there whole, or not at all. What a kill leaves is hidden, and removed by the
+    next save or `discard` there."""
+    folder = folder.resolve()
+    if folder.parent.is_dir():
+        _remove(folder, folder)
+        _sweep(folder)
+
+
+def _remove(path: Path, folder: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path.rename(_hidden(folder)), ignore_errors=True)
+
+
+def _hidden(folder: Path) -> Path:
+    """A new name beside `folder`, which says whose it is and which process works there."""
+    return folder.parent / f".{folder.name}.saving-{os.getpid()}-{uuid4().hex[:8]}"
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes that were killed left beside `folder`."""
+    marker = f".{folder.name}.saving-"
+    for stale in folder.parent.iterdir():
+        if stale.name.startswith(marker) and not _alive(stale.name.removeprefix(marker).partition("-")[0]):
+            shutil.rmtree(stale, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

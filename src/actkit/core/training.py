@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -174,7 +173,7 @@ def train(
     folder = None if out is None else Path(out)
     check_folder(folder, resume, overwrite)
     if folder is not None and not resume:
-        shutil.rmtree(state_folder(folder), ignore_errors=True)  # of a training that is given up
+        checkpoint.discard(state_folder(folder))  # of a training that is given up
     with ExitStack() as stack:
         accelerator = stack.enter_context(one_accelerator(model, mixed_precision))
         settings = Settings(
@@ -210,7 +209,7 @@ def train(
     if folder is not None and accelerator.is_main_process:
         checkpoint.save(model, folder, overwrite=True)
         write_whole(folder / RECORD, json.dumps(result.to_dict(), indent=1))
-        shutil.rmtree(state_folder(folder), ignore_errors=True)
+        checkpoint.discard(state_folder(folder))
     return result
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -304,7 +303,7 @@ class _Search:
             seconds=0.0,
         )
         found = self._keep_best(found)
-        shutil.rmtree(shop.folder, ignore_errors=True)
+        checkpoint.discard(shop.folder)
         return found
 
     # -- measuring
@@ -416,7 +415,7 @@ class _Search:
         """Save the best with a card in OUT/best, and prove that it loads in a fresh process as it was made."""
         target = self.out / BEST
         if found.verdict.best is None:
-            shutil.rmtree(target, ignore_errors=True)
+            checkpoint.discard(target)
             (self.out / RECIPE).unlink(missing_ok=True)
             return found
         best = found.candidate(found.verdict.best)
@@ -520,6 +519,11 @@ def _check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
 def _clear(out: Path) -> None:
     """Remove what a search leaves, and nothing else."""
     for name in (CANDIDATES, BEST):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in (JOURNAL, RESULTS, REPORT, RECIPE):
+        checkpoint.discard(out / name)
+    for name in (
+        RESULTS,
+        REPORT,
+        RECIPE,
+        JOURNAL,
+    ):  # last what makes it a search's folder
         (out / name).unlink(missing_ok=True)
