@@ -72,6 +72,7 @@ STACK = {"actkit": 1, "transforms": [{"rtn": {"bits": 4, "group_size": 8}}]}
 HEADER = {"settings": {"seed": 0}}
 IDS = torch.ones(2, 4, dtype=torch.long)
 HOST = {"input_ids": IDS}
+ENTRY = "[[paper]]" + catalogue.CATALOGUE.read_text(encoding="utf-8").split("[[paper]]")[1]
 PROOFS: list[Callable[[Place], Any]] = []
 
 
@@ -605,19 +606,7 @@ proof(lambda p: kind_of(nn.Identity(), 1, 1))
 proof(lambda p: sweep_threshold(build("bert"), batches("bert")))
 
 
-@proof
-def no_relu(p: Place) -> None:
-    class Reader(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.head = nn.Embedding(50, 8), nn.Linear(8, 50)
-
-        def forward(self, x: Any) -> Any:
-            return self.head(self.embed(x))
-
-    sweep_threshold(Reader(), [IDS])
-
-
+proof(lambda p: sweep_threshold(build("llama", num_hidden_layers=0), [HOST]))
 proof(lambda p: rules.attached([ProSparse(preset="7b")], build("llama")).__enter__())
 proof(lambda p: outlier_twin(build("mlp")))
 proof(lambda p: outlier_twin(build("bert")))
@@ -751,6 +740,8 @@ proof(
 )
 proof(lambda p: catalogue.load(p.file("[", "papers.toml")))
 proof(lambda p: catalogue.load(p.file("[[paper]]\nslug = 'a'\n", "papers.toml")))
+proof(lambda p: catalogue.load(p.file(ENTRY + "odd = 1\n", "papers.toml")))
+proof(lambda p: catalogue.load(p.file(ENTRY + ENTRY, "papers.toml")))
 
 # -- ImportError, and the others ---------------------------------------------------------------------------------------
 
