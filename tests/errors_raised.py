@@ -786,7 +786,7 @@ def forked(p: Place) -> None:
 def not_side_by_side(p: Place) -> None:
     p.patch.setattr(cpu.steps, "step", lambda *_: False)
     p.patch.setattr(cpu.Decoder, "_follow_threads", lambda self: None)
-    a_decoder(_plan=None, _work=None, _formats=None)._step(1)
+    a_decoder(_plan=None, _work=None, _formats=None, _embedding=None)._step(1)
 
 
 proof(lambda p: record(build("llama"), {"mlp.hidden": Moments()}, [HOST], progress=False)["mlp.input"])
