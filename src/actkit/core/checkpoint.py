@@ -67,7 +67,7 @@ def save(
         )
     _check_space(model, folder)
     with complete_or_nothing(folder) as temporary:
-        _copy_companions(model, temporary)
+        copy_companions(model, temporary)
         if keep_others and folder.exists():
             _copy_others(folder, temporary)
         if tokenizer is not None:
@@ -201,7 +201,7 @@ def _is_view(tensor: Tensor) -> bool:
     return tensor.nbytes != tensor.untyped_storage().nbytes()
 
 
-def _copy_companions(model: nn.Module, folder: Path) -> None:
+def copy_companions(model: nn.Module, folder: Path) -> None:
     """Copy what stood beside the original weights: tokenizer, templates, processor, pooling modules."""
     origin = changes.source(model)
     source = Path(origin.options.get("files", origin.name)) if origin else None

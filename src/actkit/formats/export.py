@@ -1,0 +1,84 @@
+"""`export`: a changed model as a folder that loads without actkit, and a report of what the format could not say."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from actkit.core.checkpoint import check_target, complete_or_nothing, copy_companions, replaceable
+from actkit.core.cost import folder_bytes
+from actkit.core.errors import CheckpointError, ExportError
+from actkit.formats import compressed_tensors
+from actkit.formats.compressed_tensors import Activations
+from actkit.formats.exported import Exported
+from actkit.formats.plain import Plain
+
+FORMATS = {"compressed-tensors": "compressed_tensors", "gguf": "gguf"}  # name -> the package that reads it
+
+
+def export(
+    model: nn.Module,
+    folder: str | Path,
+    format: str = "compressed-tensors",
+    *,
+    activations: Activations | None = None,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    proof: bool = True,
+    max_shard: int | str = "4GB",
+) -> Exported:
+    """Write a model to a folder that others read without actkit.
+
+    format: 'compressed-tensors' (transformers, vLLM) or 'gguf' (llama.cpp). activations: 'int8' to have the reader
+    round activations to 8 bits per token (compressed-tensors over symmetric weights with one scale per row).
+    tokenizer: written beside the weights, into the file for GGUF. overwrite: replace a checkpoint at `folder`. proof:
+    load the folder in a fresh process with transformers alone and compare outputs.
+    Raises ExportError for what the format cannot say (the folder is then not written) or where the proof fails (it is
+    left for inspection), CheckpointError where the folder exists or cannot be written, ImportError without the package
+    that the format needs, ValueError for an unknown format or activations.
+    """
+    folder = Path(folder)
+    _check(format, activations, proof)
+    check_target(folder, overwrite=overwrite)
+    if folder.exists() and not (replaceable(folder) or any(folder.glob("*.gguf"))):
+        raise CheckpointError(f"folder: {folder} holds something else than a model; choose another folder.")
+    plain = Plain.of(model)
+    file = None
+    with complete_or_nothing(folder) as temporary:
+        if format == "gguf":
+            from actkit.formats import gguf_file
+
+            file = f"{folder.resolve().name}.gguf"
+            said = gguf_file.write(plain, temporary / file, tokenizer)
+        else:
+            copy_companions(model, temporary)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+            said = compressed_tensors.write(plain, temporary, activations, max_shard)
+    reading = None
+    if proof:
+        from actkit.formats.reading import compare
+
+        rounded = list(said["quantized"]) if activations is not None else []
+        reading = compare(model, folder, rounded=rounded, gguf_file=file)
+        if not reading.passed:
+            raise ExportError(f"{folder}: {reading.describe()}. The folder is left for inspection; report it.")
+    return Exported(folder, format, disk_bytes=folder_bytes(folder), reading=reading, **said)
+
+
+def _check(format: str, activations: str | None, proof: bool) -> None:
+    if format not in FORMATS:
+        raise ValueError(f"format: {format!r} was given, allowed are {', '.join(FORMATS)}.")
+    if activations not in (None, "int8"):
+        raise ValueError(f"activations: {activations!r} was given, allowed are 'int8' and None.")
+    if activations is not None and format == "gguf":
+        raise ExportError(
+            "activations: GGUF does not say how activations are rounded; llama.cpp decides. Leave it out."
+        )
+    needed = FORMATS[format]
+    if (proof or format == "gguf") and importlib.util.find_spec(needed) is None:
+        instead = "" if format == "gguf" else ", or pass proof=False to write without reading back"
+        raise ImportError(f"format {format!r}: the package {needed} is missing; pip install 'actkit[export]'{instead}.")
