@@ -2,9 +2,8 @@
 
     python -P plain_reader.py JOB.json
 
-JOB holds a list of {"folder", "dtype", "batch", "outputs", "gguf_file"}: batch and outputs are safetensors files. What it
-prints on standard output is one line of JSON: per entry the tensors' largest value, or the error. It never imports
-actkit, and says so if anything it loads did.
+JOB holds a list of {"folder", "dtype", "batch", "outputs", "gguf_file"}; batch and outputs are safetensors files. The
+last line on standard output is JSON: per entry the class that was loaded, or the error. actkit is never imported.
 """
 
 from __future__ import annotations

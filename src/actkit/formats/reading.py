@@ -1,4 +1,4 @@
-"""The proof of an export: transformers alone, in a fresh process without actkit, loads the folder and computes the same.
+"""The proof of an export: in a fresh process without actkit, transformers loads the folder and computes the same.
 
 Compared are the outputs on fixed random rows, as in `core/proof.py`:
 
