@@ -110,10 +110,10 @@ def write(plain: Plain, folder: Path, activations: Activations | None, max_shard
         )
     dense |= dict.fromkeys(plain.other_linears(), "not quantized by the recipe")
     plain.skeleton.save_pretrained(folder, state_dict=tensors, max_shard_size=max_shard)
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
     config["quantization_config"] = quantization_config(schemes, list(dense))
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return {"quantized": quantized, "dense": dense, "notes": _notes(plain, schemes)}
 
 
@@ -124,7 +124,7 @@ def quantization_config(schemes: dict[str, Scheme], ignore: list[str]) -> dict[s
     for index, kind in enumerate(kinds):
         targets = ["Linear"] if len(kinds) == 1 else [path for path, scheme in schemes.items() if scheme == kind]
         groups[f"group_{index}"] = kind.to_dict(targets)
-    found = {
+    found: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "format": kinds[0].format,
         "quantization_status": "compressed",

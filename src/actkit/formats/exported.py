@@ -51,10 +51,10 @@ class Exported:
         found = Table(show_header=False, title=f"{self.folder}, {self.format}", title_justify="left", box=None)
         found.add_column(no_wrap=True)
         found.add_column(overflow="fold")
-        for how, paths in _grouped(self.quantized).items():
-            found.add_row("quantized", Text(f"{_layers(paths)}: {how}"))
-        for why, paths in _grouped(self.dense).items():
-            found.add_row("left dense", Text(f"{_layers(paths)}: {why}"))
+        for line in summary(self.quantized):
+            found.add_row("quantized", Text(line))
+        for line in summary(self.dense):
+            found.add_row("left dense", Text(line))
         for note in self.notes:
             found.add_row("note", Text(note))
         found.add_row("on disk", format_bytes(self.disk_bytes))
@@ -62,11 +62,12 @@ class Exported:
         return found
 
 
-def _grouped(entries: dict[str, str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+def summary(entries: dict[str, str]) -> list[str]:
+    """One line per text, with how many paths have it: '42 layers (first ... last): 4 bits, ...'."""
+    grouped: dict[str, list[str]] = {}
     for path, text in entries.items():
-        found.setdefault(text, []).append(path)
-    return found
+        grouped.setdefault(text, []).append(path)
+    return [f"{_layers(paths)}: {text}" for text, paths in grouped.items()]
 
 
 def _layers(paths: list[str]) -> str:

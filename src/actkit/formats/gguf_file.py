@@ -82,7 +82,7 @@ def write(plain: Plain, path: Path, tokenizer: Any) -> dict[str, Any]:
         layer = plain.layers.get(module)
         if layer is not None and leaf == "weight":
             why = _unsaid(layer.weight)
-            if why is None:
+            if why is None and isinstance(layer.weight, IntegerWeight):
                 stored, error = blocks(layer.weight, order)
                 quantized[module] = f"{stored.kind}, from {_describe(layer.weight)}"
                 worst = max(worst, error)
@@ -96,8 +96,8 @@ def write(plain: Plain, path: Path, tokenizer: Any) -> dict[str, Any]:
             if tensor.dim() == 2:
                 dense[module] = f"{stored.kind}: not quantized by the recipe"
         sizes[stored.kind] = sizes.get(stored.kind, 0) + stored.data.nbytes
-        raw = {} if stored.kind in ("F32", "F16") else {"raw_dtype": gguf.GGMLQuantizationType[stored.kind]}
-        writer.add_tensor(f"{gguf_name(module)}.{leaf}", stored.data, **raw)
+        raw = None if stored.kind in ("F32", "F16") else gguf.GGMLQuantizationType[stored.kind]
+        writer.add_tensor(f"{gguf_name(module)}.{leaf}", stored.data, raw_dtype=raw)
 
     main = max(sizes, key=lambda kind: sizes[kind])
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if main == "F32" else f"MOSTLY_{main}"])

@@ -23,7 +23,7 @@ def read(entry: dict[str, Any]) -> dict[str, Any]:
     extra = {} if entry["gguf_file"] is None else {"gguf_file": entry["gguf_file"]}
     config = transformers.AutoConfig.from_pretrained(entry["folder"], **extra)
     names = config.architectures or []
-    cls = getattr(transformers, names[0]) if names else transformers.AutoModelForCausalLM
+    cls: Any = getattr(transformers, names[0]) if names else transformers.AutoModelForCausalLM
     model, info = cls.from_pretrained(
         entry["folder"],
         dtype=getattr(torch, entry["dtype"]),
