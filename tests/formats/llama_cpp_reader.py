@@ -1,7 +1,7 @@
 """Run by the bench environment's Python: what llama.cpp reads and writes. JOB.json in, JSON on the last line out.
 
-JOB: [{"file", "prompts", "new_tokens"}]; a prompt is a text, or ids. Per file and prompt: the prompt's ids, the greedy ids and text, the logits
-after the prompt, and for each step the gap between the two largest logits.
+JOB: [{"file", "prompts", "new_tokens"}]; a prompt is a text, or ids. Per file and prompt: the prompt's ids, the greedy
+ids and text, the logits after the prompt, and for each step the gap between the two largest logits.
 """
 
 import json

@@ -1,14 +1,15 @@
-"""compressed-tensors: what transformers computes without actkit, in a fresh process, is what the model in memory does."""
+"""compressed-tensors: in a fresh process without actkit, transformers computes what the model in memory does."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -20,13 +21,18 @@ from actkit.core.quantizer import QuantizationGrid
 from actkit.core.runner import apply
 from actkit.formats.compressed_tensors import Scheme, layer_tensors, pack
 from actkit.formats.export import export
-from actkit.formats.reading import expected_outputs, read_back
+from actkit.formats.reading import expected_outputs, try_reading
 from actkit.testing.models import DECODER, HIDDEN, tiny_batches, tiny_model
 
 package = pytest.importorskip("compressed_tensors", reason="the extra 'export' is not installed")
 
 GROUPS = {"bits": 4, "group_size": 8, "symmetric": True}
+ZEROS = {**GROUPS, "symmetric": False}  # of 16 outputs: the package (0.20) fails where one word holds all of them
 ROWS = {"bits": 8, "group_size": -1, "symmetric": True}
+
+
+def recipe(*transforms: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+    return {"actkit": 1, "transforms": [{name: settings} for name, settings in transforms]}
 
 
 def other_model(config: Any, cls: Any, **settings: Any) -> Any:
@@ -46,7 +52,7 @@ def changed(kind: str, method: str, settings: dict[str, Any], **config: Any) -> 
     else:
         model = tiny_model(kind, **config)
     batches = tiny_batches("bert" if kind == "bert" else "llama")
-    return apply(model, [{method: settings}], batches, min_coverage=0.0, progress=False).model
+    return apply(model, recipe((method, settings)), batches, min_coverage=0.0, progress=False).model
 
 
 def mixed() -> Any:
@@ -61,19 +67,25 @@ def mixed() -> Any:
 
 def half() -> Any:
     model = actkit.load("swiglu", dtype="float16")
-    return actkit.apply(model, [{"rtn": {**GROUPS, "group_size": 32}}], progress=False).model
+    return actkit.apply(model, recipe(("rtn", {**GROUPS, "group_size": 32})), progress=False).model
 
 
 def swapped() -> Any:
-    return apply(tiny_model("llama"), [{"swap": {"where": ["silu"], "new": "relu"}}, {"rtn": ROWS}], None).model
+    return apply(
+        tiny_model("llama"),
+        recipe(("swap", {"where": "silu", "new": "relu"}), ("rtn", ROWS)),
+        None,
+        min_coverage=0.0,
+        progress=False,
+    ).model
 
 
 GRID_OUT = QuantizationGrid(4, 8, "output")
 CASES = {  # name -> the model, activations, the share of the largest output by which readers may differ
     "tied": (lambda: changed("llama", "rtn", GROUPS), None, 1e-5),
-    "zero points": (lambda: changed("llama", "awq", {**GROUPS, "symmetric": False}), None, 1e-5),
-    "three bits": (lambda: changed("mistral", "rtn", {**GROUPS, "bits": 3, "symmetric": False}), None, 1e-5),
-    "three bits symmetric": (lambda: changed("mistral", "rtn", {**GROUPS, "bits": 3}), None, 1e-5),
+    "zero points": (lambda: changed("llama", "awq", ZEROS, num_key_value_heads=4), None, 1e-5),
+    "three bits": (lambda: changed("mistral", "rtn", {**GROUPS, "bits": 3}), None, 1e-5),
+    "two bits": (lambda: changed("llama", "rtn", {**ZEROS, "bits": 2}, num_key_value_heads=4), None, 1e-5),
     "biases": (lambda: changed("qwen2", "awq", ROWS), None, 1e-5),
     "mixed": (mixed, None, 1e-5),
     "encoder": (lambda: changed("bert", "rtn", GROUPS), None, 1e-5),
@@ -96,7 +108,21 @@ def exported(tmp_path_factory):
         if activations:
             expected["not rounded"] = expected_outputs(model, batch)
         jobs.append((reports[name].folder, model.dtype, batch, None))
-    return reports, expected, dict(zip(CASES, read_back(jobs), strict=True))
+    jobs.append((damaged(reports["tied"].folder, out / "damaged"), torch.float32, batch, None))
+    found = dict(zip((*CASES, "damaged"), try_reading(jobs), strict=True))
+    assert isinstance(found["damaged"], str)
+    failed = {name: text for name, text in found.items() if isinstance(text, str) and name != "damaged"}
+    assert not failed
+    return reports, expected, found
+
+
+def damaged(folder: Path, copy: Path) -> Path:
+    """A copy that lacks a tensor."""
+    shutil.copytree(folder, copy)
+    tensors = load_file(copy / "model.safetensors")
+    tensors.pop("model.layers.0.mlp.up_proj.weight_packed")
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -220,7 +246,7 @@ class Tiny(nn.Module):
 
 
 def selected() -> Any:
-    stack = [{"rtn": GROUPS}, {"teal": {"sparsity": 0.4}}]
+    stack = recipe(("rtn", GROUPS), ("teal", {"sparsity": 0.4}))
     return apply(tiny_model("llama"), stack, tiny_batches("llama"), min_coverage=0.0, progress=False).model
 
 
@@ -287,18 +313,6 @@ def test_wrong_arguments(tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
-def test_a_damaged_export_is_named(exported, tmp_path):
-    """The reading in a fresh process does notice: another weight, a missing tensor."""
-    from safetensors.torch import save_file
-
-    reports, *_ = exported
-    folder = Path(tmp_path / "damaged")
-    folder.mkdir()
-    for path in reports["tied"].folder.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(folder / "model.safetensors")
-    tensors.pop("model.layers.0.mlp.up_proj.weight_packed")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    batch = {"input_ids": torch.arange(5)[None]}
-    with pytest.raises(ExportError, match="transformers without actkit fails on .*up_proj.weight_packed"):
-        read_back([(folder, torch.float32, batch, None)])
+def test_what_is_damaged_does_not_pass(exported):
+    *_, found = exported
+    assert "up_proj.weight_packed" in found["damaged"]

@@ -40,7 +40,7 @@ class Card:
 
     title: the first heading. library: who loads it ('actkit', 'transformers', 'gguf'). made: a sentence or two of
     Markdown. use: Python that loads it. base_model: what it was made from, by name, or None. task: the hub's name of
-    it, by default what the metrics say. metrics: by name, of the data in `data`. rows: (label, text) of further measured
+    it, by default what the metrics say. metrics: by name, of the data in `data`. rows: (label, text) of further
     numbers. recipe: as a recipe lists it. notes: what else to know, one line each. kept: metadata of the original's
     card. machine: of the measurements, one line.
     """

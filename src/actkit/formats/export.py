@@ -12,7 +12,7 @@ from actkit.core.card import card_of
 from actkit.core.checkpoint import check_target, complete_or_nothing, copy_companions, replaceable
 from actkit.core.cost import folder_bytes
 from actkit.core.errors import CheckpointError, ExportError
-from actkit.formats import compressed_tensors
+from actkit.formats import compressed_tensors, gguf_file
 from actkit.formats.compressed_tensors import Activations
 from actkit.formats.exported import Exported, summary
 from actkit.formats.plain import Plain
@@ -50,12 +50,9 @@ def export(
     folder = Path(folder)
     check(format, folder, activations=activations, overwrite=overwrite, proof=proof)
     plain = Plain.of(model)
-    file = None
+    file = f"{folder.resolve().name}.gguf" if format == "gguf" else None
     with complete_or_nothing(folder) as temporary:
-        if format == "gguf":
-            from actkit.formats import gguf_file
-
-            file = f"{folder.resolve().name}.gguf"
+        if file is not None:
             said = gguf_file.write(plain, temporary / file, tokenizer)
         else:
             copy_companions(model, temporary)
@@ -68,7 +65,10 @@ def export(
         card = card_of(model, evaluation, **_card(model, format, file), notes=notes, **(measured or {}))
         (temporary / "README.md").write_text(card.text(), encoding="utf-8")
     reading = None
-    if proof:
+    unread = None if file is None else gguf_file.unread(plain)
+    if unread is not None:
+        said["notes"] = (*said["notes"], f"not read back: {unread}")
+    elif proof:
         from actkit.formats.reading import compare
 
         rounded = list(said["quantized"]) if activations is not None else []

@@ -224,6 +224,14 @@ def refuse(plain: Plain) -> None:
         raise ExportError(f"dtype: the model is {plain.dtype}; GGUF export writes float32, float16 and bfloat16.")
 
 
+def unread(plain: Plain) -> str | None:
+    """Why transformers' reader of GGUF cannot read a file that llama.cpp reads, or None."""
+    config: Any = plain.skeleton.config
+    if config.model_type == "qwen3" and _head_dim(config) != 128:
+        return "transformers takes 128 channels per head of a qwen3 GGUF, whatever the file says; llama.cpp reads it"
+    return None
+
+
 def _add_settings(writer: Any, config: Any) -> list[str]:
     """The architecture's settings; returns notes."""
     size = _head_dim(config)
