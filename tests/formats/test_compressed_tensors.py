@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -19,6 +20,7 @@ from actkit.core.errors import CheckpointError, ExportError
 from actkit.core.linear import ActLinear, IntegerWeight, LowRank
 from actkit.core.quantizer import QuantizationGrid
 from actkit.core.runner import apply
+from actkit.formats import reading
 from actkit.formats.compressed_tensors import Scheme, layer_tensors, pack
 from actkit.formats.export import export
 from actkit.formats.reading import expected_outputs, try_reading
@@ -235,6 +237,30 @@ def test_files_are_plain(exported):
     assert tensors["model.layers.0.mlp.up_proj.weight_packed"].dtype == torch.int32
     assert tensors["model.layers.0.mlp.up_proj.weight_scale"].dtype == torch.float32
     assert tensors["model.layers.0.mlp.up_proj.weight_shape"].tolist() == [24, 16]
+
+
+def test_the_proof_compares(monkeypatch, tmp_path):
+    """With the outputs of a fresh process given: equal passes, another model's is an error."""
+    model = changed("llama", "rtn", GROUPS)
+    right = expected_outputs(model, reading.Inputs.of(model).batch(reading.ROWS))
+    monkeypatch.setattr(reading, "read_back", lambda cases: [right + 1e-6])
+    report = export(model, tmp_path / "right")
+    assert report.reading.passed and "without actkit computes the same" in report.reading.describe()
+    assert json.dumps(report.to_dict())
+    monkeypatch.setattr(reading, "read_back", lambda cases: [right + 1e-2])
+    with pytest.raises(ExportError, match=r"DOES NOT COMPUTE THE SAME.*left for inspection"):
+        export(model, tmp_path / "wrong")
+    assert (tmp_path / "wrong").is_dir()
+    monkeypatch.setattr(reading, "read_back", lambda cases: [right * torch.nan])
+    with pytest.raises(ExportError, match="differ by up to inf"):
+        export(model, tmp_path / "wrong", overwrite=True)
+
+
+def test_the_card_says_what_is_in_the_folder(exported):
+    reports, *_ = exported
+    card = ModelCard.load(reports["biases"].folder / "README.md")
+    assert card.data.library_name == "transformers" and card.data.tags == ["actkit", "compressed-tensors", "awq"]
+    assert "from transformers import Qwen2ForCausalLM" in card.text and "lm\\_head: not quantized" in card.text
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

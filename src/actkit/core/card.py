@@ -21,6 +21,7 @@ from torch import nn
 
 from actkit.core import changes
 from actkit.core.machine import versions
+from actkit.core.pretrained import is_pretrained
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -128,11 +129,12 @@ def card_of(
     known = changes.of(model)
     recipe = [] if known is None else known.recipe
     methods = list(dict.fromkeys(name for entry in recipe for name in entry))
+    plain = is_pretrained(model) and not (known is not None and known.edits)
     base = base_model(model)
     base_class = getattr(type(model), "actkit_base", type(model)).__name__
     fields: dict[str, Any] = {
         "title": title or ", ".join((base or base_class, *methods)),
-        "library": "actkit" if known is not None and known.edits else "transformers",
+        "library": "transformers" if plain else "actkit",
         "made": made or _made(base_class, methods),
         "use": 'import actkit\n\nmodel = actkit.load("path/to/this/folder")\n',
         "base_model": base,

@@ -142,8 +142,8 @@ def quantization_config(schemes: dict[str, Scheme], ignore: list[str]) -> dict[s
 def layer_tensors(weight: IntegerWeight, scheme: Scheme) -> dict[str, Tensor]:
     """The tensors of one layer by their local names, as the table at the head of this file has them."""
     codes = unpack_nibbles(weight.codes, weight.shape[1]) if weight.grid.bits <= 4 else weight.codes
+    codes, scale = codes.cpu(), weight.scale.cpu().float().contiguous()
     middle = 2 ** (weight.grid.bits - 1)
-    scale = weight.scale.float().contiguous()
     if scheme.format == INTEGER:
         return {"weight": (codes.short() - middle).to(torch.int8), "weight_scale": scale}
     if weight.zero is None:  # symmetric codes mean code - middle, and the reader takes the container's middle
@@ -154,7 +154,7 @@ def layer_tensors(weight: IntegerWeight, scheme: Scheme) -> dict[str, Tensor]:
         "weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
     }
     if weight.zero is not None:
-        found["weight_zero_point"] = pack(weight.zero.t(), scheme.bits).t().contiguous()
+        found["weight_zero_point"] = pack(weight.zero.cpu().t(), scheme.bits).t().contiguous()
     return found
 
 

@@ -140,13 +140,13 @@ def blocks(weight: IntegerWeight, order: Tensor | None = None) -> tuple[Stored, 
     order: of the rows, None where they stay.
     """
     outputs, inputs = weight.shape
-    codes = unpack_nibbles(weight.codes, inputs) if weight.grid.bits <= 4 else weight.codes
+    codes = (unpack_nibbles(weight.codes, inputs) if weight.grid.bits <= 4 else weight.codes).cpu()
     count = inputs // BLOCK
     repeats = count // weight.scale.shape[1]
-    scale = weight.scale.float().repeat_interleave(repeats, 1)  # [out, blocks]
+    scale = weight.scale.cpu().float().repeat_interleave(repeats, 1)  # [out, blocks]
     zero = torch.full_like(scale, 2 ** (weight.grid.bits - 1))
     if weight.zero is not None:
-        zero = weight.zero.float().repeat_interleave(repeats, 1)
+        zero = weight.zero.cpu().float().repeat_interleave(repeats, 1)
     if order is not None:
         codes, scale, zero = codes[order], scale[order], zero[order]
     d = scale.half()
@@ -187,7 +187,7 @@ def _unsaid(weight: WeightStorage) -> str | None:
 
 def _dense(tensor: Tensor, order: Tensor | None, dtype: torch.dtype) -> Stored:
     """A matrix in the model's dtype, a vector in float32 (llama.cpp computes norms and biases so)."""
-    tensor = tensor if order is None else tensor[order]
+    tensor = tensor.cpu() if order is None else tensor.cpu()[order]
     if tensor.dim() < 2 or dtype == torch.float32:
         return Stored("F32", tensor.float().contiguous().numpy())
     if dtype == torch.float16:
