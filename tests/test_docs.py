@@ -1,11 +1,12 @@
-"""The Python of the pages under docs/sparsity runs, in order, as a reader would run it."""
+"""The Python of docs/formats.md and of the pages under docs/sparsity runs, in order, as a reader would run it."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-PAGES = sorted((Path(__file__).parents[1] / "docs" / "sparsity").glob("*.md"))
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = [*sorted((DOCS / "sparsity").glob("*.md")), DOCS / "formats.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -91,6 +91,7 @@ def test_saved_models_have_cards(tmp_path):
     assert before["metrics"] == measured.quality.metrics and before["data"] == measured.quality.data
 
     unmeasured = ModelCard.load(save(load(folder), tmp_path / "again") / "README.md")
+    assert unmeasured.data.base_model == "plain"  # not "changed", from which it was loaded
     assert unmeasured.data.eval_results is None and "not measured" in unmeasured.text
 
 

@@ -130,7 +130,8 @@ def card_of(
     recipe = [] if known is None else known.recipe
     methods = list(dict.fromkeys(name for entry in recipe for name in entry))
     plain = is_pretrained(model) and not (known is not None and known.edits)
-    base = base_model(model)
+    kept = _kept(model)
+    base = kept.pop("base_model", None) or base_model(model)
     base_class = getattr(type(model), "actkit_base", type(model)).__name__
     fields: dict[str, Any] = {
         "title": title or ", ".join((base or base_class, *methods)),
@@ -141,7 +142,7 @@ def card_of(
         "task": next((task for name, task in CLASSES.items() if name in base_class), None),
         "methods": methods,
         "recipe": recipe,
-        "kept": _kept(model),
+        "kept": kept,
     }
     if evaluation is not None:
         quality, info = evaluation.quality, evaluation.machine
@@ -211,7 +212,8 @@ def _made(base_class: str, methods: Iterable[str]) -> str:
 
 
 def _kept(model: nn.Module) -> dict[str, Any]:
-    """Licence and language from the card beside the original, where it has one that reads."""
+    """Licence and language from the card beside the original, where it has one that reads; and where the original is
+    itself a folder that actkit saved, what that one was made from."""
     from huggingface_hub import ModelCard
 
     origin = changes.source(model)
@@ -225,7 +227,8 @@ def _kept(model: nn.Module) -> dict[str, Any]:
         data = ModelCard.load(path, ignore_metadata_errors=True).data
     except (OSError, ValueError, yaml.YAMLError):  # another's card, which need not be well-formed
         return {}
-    return {key: data.get(key) for key in KEPT if data.get(key) is not None}
+    keys = (*KEPT, "base_model") if (path.parent / "actkit.json").exists() else KEPT
+    return {key: data.get(key) for key in keys if data.get(key) is not None}
 
 
 def _rounded(value: float) -> float:
