@@ -42,7 +42,7 @@ def model_card(result: Optimization, best: Candidate) -> str:
         f"`import actkit` to load; without it, loading fails instead of giving wrong weights.",
         use='import actkit\n\nmodel = actkit.load("path/to/this/folder")\n',
         metrics=best.metrics,
-        data=result.data["test"],
+        data=result.data["test"]["data"],
         rows=rows,
         recipe=best.recipe,
         machine=f"{info['processor']}, {info['cores']} cores, {info['capability']}, {info['threads']} threads",
