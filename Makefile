@@ -33,7 +33,7 @@ zoo: .venv/.installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[report,zoo,finetune,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[report,zoo,finetune,export,dev]"
 	touch $@
 
 # The peers, whose versions of torch would not go with ours. One that does not install is a row that says so.

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from actkit.search.search import optimize as optimize
     from actkit.verbs import apply as apply
     from actkit.verbs import evaluate as evaluate
+    from actkit.verbs import export as export
     from actkit.verbs import generate as generate
     from actkit.verbs import profile as profile
     from actkit.verbs import show as show
@@ -49,6 +50,7 @@ _HOMES = {
     "anatomy": "core.anatomy",
     "apply": "verbs",
     "evaluate": "verbs",
+    "export": "verbs",
     "generate": "verbs",
     "live": "core.capture",
     "load": "zoo.loading",

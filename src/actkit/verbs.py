@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from actkit.core.evaluation import Evaluation
     from actkit.core.proof import Proof
     from actkit.core.training import Trained
+    from actkit.formats.exported import Exported
     from actkit.search.profile import Profile
 
 Model = nn.Module | str | Path
@@ -159,6 +160,55 @@ def apply_and_save(
     if proved is not None and not proved.passed:
         raise ActkitError(f"proof: {proved.describe()}. The folder does not hold the model that was saved; report it.")
     return Saved(folder, folder_bytes(folder), applied.report, proved)
+
+
+def export(
+    model: Model,
+    folder: str | Path,
+    format: str = "compressed-tensors",
+    *,
+    activations: Any = None,
+    tokenizer: Any = None,
+    evaluation: Evaluation | None = None,
+    data: Any = None,
+    measure: bool = False,
+    overwrite: bool = False,
+    proof: bool = True,
+    max_shard: int | str = "4GB",
+    **options: Any,
+) -> Exported:
+    """Write a model so that others load it without actkit, and say what the format could not hold (docs/formats.md).
+
+    model: changed, in memory or a folder that actkit saved. format: 'compressed-tensors' (transformers, vLLM) or 'gguf'
+    (llama.cpp). tokenizer: by default the one beside the model. evaluation: what `evaluate` found, for the card; by
+    default what the model's folder says was measured. measure: evaluate it now, on `data` as in `evaluate`. options: of
+    `open_model` and `load_data`; everything else, and what is raised, as in `formats.export.export`.
+    """
+    from actkit.formats.export import check
+    from actkit.formats.export import export as write
+
+    check(format, folder, activations=activations, overwrite=overwrite, proof=proof)
+    opening, reading = _sorted(options)
+    opened, found = open_model(model, **opening)
+    measured = None
+    if evaluation is None and measure:
+        evaluation = evaluate(opened, data, **reading)
+    elif evaluation is None and not isinstance(model, nn.Module) and (locate(model) / MANIFEST).exists():
+        from actkit.core.card import measured_before
+
+        measured = measured_before(read_manifest(locate(model))["results"])
+    return write(
+        opened,
+        folder,
+        format,
+        activations=activations,
+        tokenizer=tokenizer or found,
+        evaluation=evaluation,
+        measured=measured,
+        overwrite=overwrite,
+        proof=proof,
+        max_shard=max_shard,
+    )
 
 
 def evaluate(

@@ -89,6 +89,24 @@ def gpt2(tmp_path_factory):
     return path
 
 
+def test_export_writes_what_others_read(run, folder, recipe, tmp_path):
+    changed = actkit.apply(
+        folder, {"actkit": 1, "transforms": [{"rtn": {"bits": 8, "group_size": 32}}]}, progress=False
+    )
+    actkit.save(changed.model, tmp_path / "changed")
+    code, out, err = run("export", tmp_path / "changed", tmp_path / "out", "--format", "gguf", "--no-proof", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert len(result["dense"]) == 15 and "8 bits with zero points" in result["dense"]["model.layers.0.mlp.up_proj"]
+    assert (tmp_path / "out" / "out.gguf").stat().st_size < result["disk_bytes"]
+    code, out, err = run("export", tmp_path / "changed", tmp_path / "out", "--no-proof", "--overwrite", "--threads", 1)
+    assert code == 0, err
+    assert "14 layers" in out and "lm_head: not quantized" in " ".join(out.split())
+    assert (tmp_path / "out" / "tokenizer.json").exists() and not (tmp_path / "out" / "out.gguf").exists()
+    code, out, err = run("export", folder, tmp_path / "other")
+    assert code == 1 and "nothing on it is quantized; apply rtn or awq first" in err
+
+
 def test_generate_says_which_engine_wrote(run, folder, gpt2):
     arguments = ("The", "--max-new-tokens", 6, "--threads", 1)
     code, text, err = run("generate", folder, *arguments)

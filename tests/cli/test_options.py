@@ -17,6 +17,10 @@ OPTIONS = {
     | WRITE
     | {"--data", "--max-loss", "--max-recipes", "--recipe", "--speed", "--no-speed", "--resume", "--max-memory"},
     "apply": DATA | MODEL | RUN | WRITE | {"--recipe", "--min-coverage", "--proof", "--no-proof", "--max-memory"},
+    "export": DATA
+    | RUN
+    | {"--format", "--activations", "--measure", "--proof", "--no-proof"}
+    | {"--dtype", "--trust-remote-code", "--overwrite"},
     "train": DATA | MODEL | RUN | WRITE | {"--rule", "--steps", "--learning-rate", "--accumulation", "--resume"},
     "evaluate": DATA | MODEL | RUN | {"--against", "--speed", "--no-speed", "--prompt", "--new-tokens", "--batch"},
     "generate": MODEL | RUN | {"--max-new-tokens", "--temperature", "--top-k", "--top-p", "--stop"},

@@ -14,6 +14,7 @@ from io import StringIO
 import pytest
 import tiny_models
 import torch
+from huggingface_hub import ModelCard
 from made_up import a_speed, around
 from rich.console import Console
 
@@ -131,6 +132,9 @@ def test_what_is_left(killed, llama):
     assert manifest["recipe"] == best.recipe and manifest["results"]["candidate"]["name"] == best.name
     card = (result.best / "README.md").read_text()
     assert best.name in card and "```yaml" in card and "Machine:" in card and "torch" in card
+    results = ModelCard(card).data.eval_results
+    assert {result.metric_type for result in results} >= {"perplexity", "kl"}
+    assert {result.dataset_name for result in results} == {manifest["results"]["data"]}
     again = actkit.load(llama)
     batches = actkit.load_data("random", again, None, split="calibration", sequences=16, length=32)
     actkit.apply(again, out / "recipe.yaml", batches, progress=False)

@@ -248,6 +248,52 @@ def apply(
 
 
 @app.command()
+def export(
+    model: ModelName,
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    format: Annotated[
+        str, typer.Option(help="compressed-tensors (transformers, vLLM) or gguf (llama.cpp).")
+    ] = "compressed-tensors",
+    activations: Annotated[
+        str | None, typer.Option(help="'int8': the reader rounds activations to 8 bits per token.")
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Evaluate the model first, for the card.")] = False,
+    data: Data = None,
+    sequences: Sequences = None,
+    length: Length = None,
+    batch_size: BatchSize = 8,
+    proof: Annotated[bool, typer.Option(help="Read it back in a fresh process without actkit and compare.")] = True,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    trust_remote_code: RemoteCode = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write a quantized model so that others load it without actkit; say what the format could not hold."""
+    _set_up(threads, seed)
+    import actkit
+
+    result = actkit.export(
+        model,
+        out,
+        format,
+        activations=activations,
+        measure=measure,
+        data=data,
+        sequences=sequences,
+        length=length,
+        batch_size=batch_size,
+        proof=proof,
+        dtype=dtype,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+    )
+    _show(result, as_json)
+
+
+@app.command()
 def train(
     model: ModelName,
     out: Out,

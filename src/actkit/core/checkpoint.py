@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import torch
@@ -30,6 +30,9 @@ from actkit.core.edits import describe_module, get_module, replay, tied_names
 from actkit.core.errors import ActkitError, CheckpointError
 from actkit.core.machine import versions
 from actkit.core.memory import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from actkit.core.evaluation import Evaluation
 
 SCHEMA = 1
 MANIFEST = "actkit.json"
@@ -50,6 +53,7 @@ def save(
     tokenizer: Any = None,
     overwrite: bool = False,
     card: str | None = None,
+    evaluation: Evaluation | None = None,
     results: dict[str, Any] | None = None,
     max_shard: int | str = "4GB",
     keep_others: bool = False,
@@ -57,8 +61,9 @@ def save(
     """Write a model to a folder that `load` reads back exactly.
 
     A transformers model that actkit has not changed is written in transformers' own format. overwrite: replace an
-    existing checkpoint (only once the new one is complete). card: text of README.md. results: measured numbers, kept in
-    actkit.json. keep_others: of a replaced folder, keep the files that are not the model's (a tokenizer).
+    existing checkpoint (only once the new one is complete). card: text of README.md; by default it says what the model
+    is and what `evaluation` (of `evaluate`) measured. results: further measured numbers, kept in actkit.json.
+    keep_others: of a replaced folder, keep the files that are not the model's (a tokenizer).
     Raises CheckpointError where the folder exists, is no checkpoint, the disk is full, or a tensor has no values.
     """
     folder = Path(folder)
@@ -70,7 +75,7 @@ def save(
         )
     _check_space(model, folder)
     with complete_or_nothing(folder) as temporary:
-        _copy_companions(model, temporary)
+        copy_companions(model, temporary)
         if keep_others and folder.exists():
             _copy_others(folder, temporary)
         if tokenizer is not None:
@@ -80,11 +85,18 @@ def save(
         if plain:
             model.save_pretrained(temporary)  # type: ignore[operator]
         else:
-            _write(model, temporary, parse_bytes(max_shard), results or {})
-        if card is not None:
-            (temporary / "README.md").write_text(card, encoding="utf-8")
+            _write(model, temporary, parse_bytes(max_shard), {**_measured(evaluation), **(results or {})})
+        readme = temporary / "README.md"
+        if card is not None or evaluation is not None or not readme.exists():
+            from actkit.core.card import card_of
+
+            readme.write_text(card_of(model, evaluation).text() if card is None else card, encoding="utf-8")
         checksums.write(temporary, leave_out=("README.md",))  # a card is there to be edited
     return folder
+
+
+def _measured(evaluation: Evaluation | None) -> dict[str, Any]:
+    return {} if evaluation is None else {"evaluation": evaluation.to_dict()}
 
 
 def check_target(folder: str | Path, *, overwrite: bool = False) -> None:
@@ -205,7 +217,7 @@ def _is_view(tensor: Tensor) -> bool:
     return tensor.nbytes != tensor.untyped_storage().nbytes()
 
 
-def _copy_companions(model: nn.Module, folder: Path) -> None:
+def copy_companions(model: nn.Module, folder: Path) -> None:
     """Copy what stood beside the original weights: tokenizer, templates, processor, pooling modules."""
     origin = changes.source(model)
     source = Path(origin.options.get("files", origin.name)) if origin else None

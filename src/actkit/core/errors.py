@@ -27,6 +27,10 @@ class CheckpointError(ActkitError):
     """A folder cannot be written or does not load exactly."""
 
 
+class ExportError(ActkitError):
+    """A format cannot hold the model; the text names what it cannot say."""
+
+
 class FreshProcessError(ActkitError):
     """The fresh process died, took too long or reported an error; the text ends with its last lines."""
 

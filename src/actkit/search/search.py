@@ -421,6 +421,7 @@ class _Search:
         best = found.candidate(found.verdict.best)
         made = checkpoint.load(self._folder(best), base=self.shop.base)
         results = {"candidate": best.to_dict(), "original": found.original.to_dict(), "machine": found.machine}
+        results["data"] = found.data["test"]["data"]
         checkpoint.save(
             made,
             target,

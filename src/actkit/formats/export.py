@@ -1,0 +1,121 @@
+"""`export`: a changed model as a folder that loads without actkit, and a report of what the format could not say."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from actkit.core.card import card_of
+from actkit.core.checkpoint import check_target, complete_or_nothing, copy_companions, replaceable
+from actkit.core.cost import folder_bytes
+from actkit.core.errors import CheckpointError, ExportError
+from actkit.formats import compressed_tensors, gguf_file
+from actkit.formats.compressed_tensors import Activations
+from actkit.formats.exported import Exported, summary
+from actkit.formats.plain import Plain
+
+if TYPE_CHECKING:
+    from actkit.core.evaluation import Evaluation
+
+FORMATS = {"compressed-tensors": "compressed_tensors", "gguf": "gguf"}  # name -> the package that reads it
+
+
+def export(
+    model: nn.Module,
+    folder: str | Path,
+    format: str = "compressed-tensors",
+    *,
+    activations: Activations | None = None,
+    tokenizer: Any = None,
+    evaluation: Evaluation | None = None,
+    measured: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    proof: bool = True,
+    max_shard: int | str = "4GB",
+) -> Exported:
+    """Write a model to a folder that others read without actkit.
+
+    format: 'compressed-tensors' (transformers, vLLM) or 'gguf' (llama.cpp). activations: 'int8' to have the reader
+    round activations to 8 bits per token (compressed-tensors over symmetric weights with one scale per row).
+    tokenizer: written beside the weights, into the file for GGUF. evaluation: what `evaluate` measured of the model,
+    for the card (README.md); measured: the same as fields of a card. overwrite: replace a checkpoint at `folder`.
+    proof: load the folder in a fresh process with transformers alone and compare outputs.
+    Raises ExportError for what the format cannot say (the folder is then not written) or where the proof fails (it is
+    left for inspection), CheckpointError where the folder exists or cannot be written, ImportError without the package
+    that the format needs, ValueError for an unknown format or activations.
+    """
+    folder = Path(folder)
+    check(format, folder, activations=activations, overwrite=overwrite, proof=proof)
+    plain = Plain.of(model)
+    file = f"{folder.resolve().name}.gguf" if format == "gguf" else None
+    with complete_or_nothing(folder) as temporary:
+        if file is not None:
+            said = gguf_file.write(plain, temporary / file, tokenizer)
+        else:
+            copy_companions(model, temporary)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+            said = compressed_tensors.write(plain, temporary, activations, max_shard)
+        notes = [*summary(said["quantized"]), *summary(said["dense"]), *said["notes"]]
+        if activations is not None and (evaluation or measured):
+            notes.append("what was measured is of the model before its activations were rounded")
+        card = card_of(model, evaluation, **_card(model, format, file), notes=notes, **(measured or {}))
+        (temporary / "README.md").write_text(card.text(), encoding="utf-8")
+    reading = None
+    unread = None if file is None else gguf_file.unread(plain)
+    if unread is not None:
+        said["notes"] = (*said["notes"], f"not read back: {unread}")
+    elif proof:
+        from actkit.formats.reading import compare
+
+        rounded = list(said["quantized"]) if activations is not None else []
+        reading = compare(model, folder, rounded=rounded, gguf_file=file)
+        if not reading.passed:
+            raise ExportError(f"{folder}: {reading.describe()}. The folder is left for inspection; report it.")
+    return Exported(folder, format, disk_bytes=folder_bytes(folder), reading=reading, **said)
+
+
+def _card(model: nn.Module, format: str, file: str | None) -> dict[str, Any]:
+    """What the card of an exported model says otherwise than that of a saved one."""
+    base_class = getattr(type(model), "actkit_base", type(model)).__name__
+    if format == "gguf":
+        return {
+            "library": "gguf",
+            "tags": ["gguf"],
+            "made": f"A `{base_class}` written by actkit as GGUF; llama.cpp and what builds on it load it.",
+            "use": f'from llama_cpp import Llama\n\nmodel = Llama("path/to/this/folder/" + {file!r})\n',
+        }
+    return {
+        "library": "transformers",
+        "tags": ["compressed-tensors"],
+        "made": f"A `{base_class}` written by actkit as compressed-tensors; transformers (with the package "
+        f"compressed-tensors) and vLLM load it without actkit.",
+        "use": f"from transformers import {base_class}\n\n"
+        f'model = {base_class}.from_pretrained("path/to/this/folder")\n',
+    }
+
+
+def check(format: str, folder: str | Path, *, activations: str | None, overwrite: bool, proof: bool) -> None:
+    """Raise what `export` would raise before it looks at the model."""
+    if format not in FORMATS:
+        raise ValueError(f"format: {format!r} was given, allowed are {', '.join(FORMATS)}.")
+    if activations not in (None, "int8"):
+        raise ValueError(f"activations: {activations!r} was given, allowed are 'int8' and None.")
+    if activations is not None and format == "gguf":
+        raise ExportError(
+            "activations: GGUF does not say how activations are rounded; llama.cpp decides. Leave it out."
+        )
+    needed = FORMATS[format]
+    if (proof or format == "gguf") and importlib.util.find_spec(needed) is None:
+        instead = "" if format == "gguf" else ", or pass proof=False to write without reading back"
+        raise ImportError(f"format {format!r}: the package {needed} is missing; pip install 'actkit[export]'{instead}.")
+    folder = Path(folder)
+    check_target(folder, overwrite=overwrite)
+    if folder.exists() and not (replaceable(folder) or any(folder.glob("*.gguf"))):
+        raise CheckpointError(
+            f"folder: {folder} holds something else than a model, which overwriting would delete; choose another "
+            f"folder, or remove this one yourself."
+        )

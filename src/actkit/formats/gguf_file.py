@@ -1,0 +1,261 @@
+"""GGUF: Llama-family models as llama.cpp reads them, their integer codes moved over as they are.
+
+A block of 32 inputs in a row, after the source of the package gguf (0.19); d and m are float16:
+
+    Q8_0   d, 32 signed bytes q           w = d q
+    Q4_0   d, 16 bytes of two codes       w = d (q - 8)     the first half of the block in the low halves of the bytes
+    Q4_1   d, m, 16 bytes of two codes    w = d q + m
+
+Groups along the inputs whose size is a multiple of 32 (or whole rows) are such blocks with one scale. What is not is
+written dense. The rows of query and key are reordered for the llama architecture, which rotates neighbouring channels
+where transformers rotates halves.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actkit.core.errors import ExportError
+from actkit.core.linear import DenseWeight, IntegerWeight, WeightStorage
+from actkit.core.pretrained import base_type
+from actkit.core.progress import track
+from actkit.core.quantizer import unpack_nibbles
+from actkit.formats.gguf_tokenizer import add_vocabulary
+from actkit.formats.plain import Plain
+
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # ours -> llama.cpp's
+BLOCK = 32
+DENSE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+IN_BLOCKS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of the file. kind: its type as GGUF calls it. data: bytes uint8 [rows, bytes of a row], or values."""
+
+    kind: str
+    data: np.ndarray
+
+
+def write(plain: Plain, path: Path, tokenizer: Any) -> dict[str, Any]:
+    """Write one GGUF file; returns quantized, dense and notes, as `Exported` has them.
+
+    tokenizer: of transformers, or None for a file that takes token ids only. Raises ExportError for an architecture or
+    a setting that llama.cpp does not compute.
+    """
+    import gguf
+
+    config: Any = plain.skeleton.config
+    refuse(plain)
+    architecture = ARCHITECTURES[config.model_type]
+    writer = gguf.GGUFWriter(path, architecture)
+    notes = [*_add_settings(writer, config), *add_vocabulary(writer, config, tokenizer)]
+    quantized: dict[str, str] = {}
+    dense: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+    worst = 0.0  # relative error of a scale in float16
+
+    names = [name for name in plain.skeleton.state_dict() if not (name == "lm_head.weight" and _tied(config))]
+    for name in track(names, "Writing tensors", len(names)):
+        module, _, leaf = name.rpartition(".")
+        order = row_order(module, config) if architecture == "llama" else None
+        layer = plain.layers.get(module)
+        if layer is not None and leaf == "weight":
+            why = _unsaid(layer.weight)
+            if why is None and isinstance(layer.weight, IntegerWeight):
+                stored, error = blocks(layer.weight, order)
+                quantized[module] = f"{stored.kind}, from {_describe(layer.weight)}"
+                worst = max(worst, error)
+            else:
+                stored = _dense(layer.dequantized().detach(), order, plain.dtype)
+                dense[module] = f"{stored.kind}: {why}"
+        else:
+            tensor = plain.model.get_submodule(module)._parameters[leaf]
+            assert tensor is not None
+            stored = _dense(tensor.detach(), order, plain.dtype)
+            if tensor.dim() == 2:
+                dense[module] = f"{stored.kind}: not quantized by the recipe"
+        sizes[stored.kind] = sizes.get(stored.kind, 0) + stored.data.nbytes
+        raw = None if stored.kind in ("F32", "F16") else gguf.GGMLQuantizationType[stored.kind]
+        writer.add_tensor(f"{gguf_name(module)}.{leaf}", stored.data, raw_dtype=raw)
+
+    main = max(sizes, key=lambda kind: sizes[kind])
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if main == "F32" else f"MOSTLY_{main}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if quantized:
+        notes.append(
+            f"scales are float16 here, up to {worst:.1e} of their value off; llama.cpp also rounds activations to 8 "
+            f"bits where it multiplies them with quantized weights"
+        )
+    return {"quantized": quantized, "dense": dense, "notes": tuple(notes)}
+
+
+def gguf_name(module: str) -> str:
+    """The name of a module's tensors: 'model.layers.3.mlp.up_proj' -> 'blk.3.ffn_up'. Raises ExportError for others."""
+    if module in OUTSIDE:
+        return OUTSIDE[module]
+    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
+    if found is None or found[2] not in IN_BLOCKS:
+        raise ExportError(f"{module}: llama.cpp has no place for it in this architecture; keep the model another way.")
+    return f"blk.{found[1]}.{IN_BLOCKS[found[2]]}"
+
+
+def row_order(module: str, config: Any) -> Tensor | None:
+    """Which row of query or key comes where in the llama architecture; None where rows stay."""
+    leaf = module.rpartition(".")[2]
+    if leaf not in ("q_proj", "k_proj"):
+        return None
+    heads = config.num_attention_heads if leaf == "q_proj" else config.num_key_value_heads
+    size = _head_dim(config)
+    return torch.arange(heads * size).reshape(heads, 2, size // 2).transpose(1, 2).flatten()
+
+
+def blocks(weight: IntegerWeight, order: Tensor | None = None) -> tuple[Stored, float]:
+    """A weight [out, in] in blocks of 32 inputs, and the largest relative error that float16 makes on a scale.
+
+    order: of the rows, None where they stay.
+    """
+    outputs, inputs = weight.shape
+    codes = (unpack_nibbles(weight.codes, inputs) if weight.grid.bits <= 4 else weight.codes).cpu()
+    count = inputs // BLOCK
+    repeats = count // weight.scale.shape[1]
+    scale = weight.scale.cpu().float().repeat_interleave(repeats, 1)  # [out, blocks]
+    zero = torch.full_like(scale, 2 ** (weight.grid.bits - 1))
+    if weight.zero is not None:
+        zero = weight.zero.cpu().float().repeat_interleave(repeats, 1)
+    if order is not None:
+        codes, scale, zero = codes[order], scale[order], zero[order]
+    d = scale.half()
+    error = float(((d.float() - scale).abs() / scale).max())
+    codes = codes.reshape(outputs, count, BLOCK)
+    if weight.grid.bits > 4:
+        values = (codes.short() - zero.short()[..., None]).to(torch.int8)
+        kind, parts = "Q8_0", [_bytes(d), values.numpy().view(np.uint8)]
+    else:
+        if weight.zero is None:
+            codes = codes + (8 - 2 ** (weight.grid.bits - 1))
+        half = (codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4).numpy()
+        kind, parts = "Q4_0", [_bytes(d), half]
+        if weight.zero is not None:
+            kind, parts = "Q4_1", [_bytes(d), _bytes((-zero * d.float()).half()), half]
+    return Stored(kind, np.concatenate(parts, axis=-1).reshape(outputs, -1)), error
+
+
+def _bytes(values: Tensor) -> np.ndarray:
+    """float16 [out, blocks] -> uint8 [out, blocks, 2]."""
+    return values.contiguous().numpy().view(np.uint8).reshape(*values.shape, 2)
+
+
+def _unsaid(weight: WeightStorage) -> str | None:
+    """Why a changed weight has no block type, or None."""
+    if isinstance(weight, DenseWeight):
+        return "its weight is not quantized"
+    grid, (_, inputs) = weight.grid, weight.shape
+    if grid.group_axis == "output":
+        return "its scales are per input channel and group of outputs, and GGUF's blocks lie along the inputs"
+    size = inputs if grid.group_size == -1 else grid.group_size
+    if size % BLOCK:
+        return f"groups of {size} inputs are no multiple of GGUF's blocks of {BLOCK}"
+    if weight.zero is not None and grid.bits == 8:
+        return "GGUF has no block type of 8 bits with zero points"
+    return None
+
+
+def _dense(tensor: Tensor, order: Tensor | None, dtype: torch.dtype) -> Stored:
+    """A matrix in the model's dtype, a vector in float32 (llama.cpp computes norms and biases so)."""
+    tensor = tensor.cpu() if order is None else tensor.cpu()[order]
+    if tensor.dim() < 2 or dtype == torch.float32:
+        return Stored("F32", tensor.float().contiguous().numpy())
+    if dtype == torch.float16:
+        return Stored("F16", tensor.half().contiguous().numpy())
+    return Stored("BF16", tensor.bfloat16().contiguous().view(torch.int16).numpy().view(np.uint8))
+
+
+def _describe(weight: IntegerWeight) -> str:
+    grid = weight.grid
+    groups = "one scale per row" if grid.group_size == -1 else f"groups of {grid.group_size}"
+    return f"{grid.bits} bits, {groups}, {'symmetric' if grid.symmetric else 'with zero points'}"
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+def refuse(plain: Plain) -> None:
+    """Raise ExportError for what llama.cpp would compute another way, naming the setting."""
+    config: Any = plain.skeleton.config
+    kind = base_type(str(config.model_type))
+    if kind not in ARCHITECTURES or not type(plain.skeleton).__name__.endswith("ForCausalLM"):
+        raise ExportError(
+            f"model: GGUF export knows the language models of {', '.join(ARCHITECTURES)}; this is a "
+            f"{type(plain.skeleton).__name__}. Export it as compressed-tensors."
+        )
+    if config.hidden_act not in ("silu", "swish"):
+        raise ExportError(
+            f"hidden_act: the model has {config.hidden_act!r}, and llama.cpp computes silu in these architectures."
+        )
+    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope != "default":
+        raise ExportError(f"rope_type: the model has {rope!r}; GGUF export writes 'default' only.")
+    if plain.dtype not in DENSE:
+        raise ExportError(f"dtype: the model is {plain.dtype}; GGUF export writes float32, float16 and bfloat16.")
+
+
+def unread(plain: Plain) -> str | None:
+    """Why transformers' reader of GGUF cannot read a file that llama.cpp reads, or None."""
+    config: Any = plain.skeleton.config
+    if config.model_type == "qwen3" and _head_dim(config) != 128:
+        return "transformers takes 128 channels per head of a qwen3 GGUF, whatever the file says; llama.cpp reads it"
+    return None
+
+
+def _add_settings(writer: Any, config: Any) -> list[str]:
+    """The architecture's settings; returns notes."""
+    size = _head_dim(config)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    writer.add_rope_dimension_count(size)
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < config.max_position_embeddings:
+        return [f"the model attends to the last {window} tokens only; llama.cpp attends to all in this architecture"]
+    return []
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _tied(config: Any) -> bool:
+    return bool(config.tie_word_embeddings)

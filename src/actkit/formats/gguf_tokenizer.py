@@ -1,0 +1,91 @@
+"""The tokenizer of a GGUF file: byte-level BPE, which llama.cpp splits by a pattern that it knows by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types, as GGUF numbers them
+
+# What tokenizers.json splits by -> llama.cpp's name for the pattern.
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+PATTERNS = {GPT2_PATTERN: "gpt-2", LLAMA3_PATTERN: "llama-bpe", QWEN2_PATTERN: "qwen2"}
+
+
+def add_vocabulary(writer: Any, config: Any, tokenizer: Any) -> list[str]:
+    """Write the tokenizer's tokens, merges and special tokens; returns notes.
+
+    writer: a GGUFWriter. tokenizer: of transformers, or None. Where llama.cpp could not split text as the tokenizer
+    does, nothing of it is written, and the note says why: the file then takes token ids only.
+    """
+    if tokenizer is None:
+        return _without(writer, "the model has none beside it")
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return _without(writer, f"{type(tokenizer).__name__} is no fast tokenizer")
+    content = json.loads(backend.to_str())
+    pattern, why = _pattern(content)
+    if pattern is None:
+        return _without(writer, why)
+    tokens, kinds = _tokens(content, config.vocab_size)
+    if len(tokens) != config.vocab_size:
+        return _without(writer, f"it has {len(tokens)} tokens, the model {config.vocab_size}")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pattern)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    merges = content["model"]["merges"]
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    for add, token in (
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_eos_token_id, tokenizer.eos_token_id),
+        (writer.add_pad_token_id, tokenizer.pad_token_id),
+    ):
+        if token is not None:
+            add(token)
+    writer.add_add_bos_token(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
+    writer.add_add_space_prefix(False)
+    if isinstance(getattr(tokenizer, "chat_template", None), str):
+        writer.add_chat_template(tokenizer.chat_template)
+    return []
+
+
+def _without(writer: Any, why: str) -> list[str]:
+    writer.add_tokenizer_model("no_vocab")
+    return [f"no tokenizer is written ({why}); the file takes token ids only"]
+
+
+def _pattern(content: dict[str, Any]) -> tuple[str | None, str]:
+    """llama.cpp's name of how the tokenizer splits text, or None and why there is none."""
+    model, splits = content["model"], content.get("pre_tokenizer") or {}
+    if model["type"] != "BPE" or model.get("byte_fallback"):
+        return None, f"it is {model['type']}{' with bytes as a fallback' if model.get('byte_fallback') else ''}"
+    normalizer = content.get("normalizer")
+    if normalizer is not None and normalizer["type"] != "NFC":  # NFC leaves text as nearly everyone writes it
+        return None, f"it normalizes text ({normalizer['type']})"
+    steps = splits.get("pretokenizers", [splits])
+    if [step.get("type") for step in steps] == ["ByteLevel"] and steps[0].get("use_regex", True):
+        pattern = GPT2_PATTERN
+    elif [step.get("type") for step in steps] == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
+        pattern = steps[0]["pattern"].get("Regex", "")
+    else:
+        pattern = ""
+    if any(step.get("add_prefix_space") for step in steps):
+        return None, "it puts a space before the text"
+    known = PATTERNS.get(pattern)
+    return known, "it splits text by a pattern that llama.cpp has no known name for"
+
+
+def _tokens(content: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
+    """Texts and types of all ids; ids that the tokenizer leaves free get a name of their own."""
+    found: dict[int, tuple[str, int]] = {index: (text, NORMAL) for text, index in content["model"]["vocab"].items()}
+    for token in content["added_tokens"]:
+        found[token["id"]] = (token["content"], CONTROL if token["special"] else USER_DEFINED)
+    count = max(size, max(found) + 1)
+    rows = [found.get(index, (f"[PAD{index}]", UNUSED)) for index in range(count)]
+    return [text for text, _ in rows], [kind for _, kind in rows]

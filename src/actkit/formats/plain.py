@@ -1,0 +1,156 @@
+"""What a changed model is to transformers without actkit: the class it came from, its layers, and nothing else.
+
+Whatever plain transformers could not compute is refused here by name, so that a format only decides how a weight is
+written. The skeleton is the plain model on the meta device: the list of modules that a reader will build.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from actkit.core import changes
+from actkit.core.activations import Activation, name_of
+from actkit.core.architectures import find_architecture
+from actkit.core.edits import get_module
+from actkit.core.errors import EditError, ExportError
+from actkit.core.hooks import refuse_compiled_or_sharded
+from actkit.core.linear import ActLinear
+from actkit.core.pretrained import base_type
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A model that plain transformers can compute.
+
+    skeleton: the plain model on the meta device, of the changed model's dtype and settings. layers: path -> ActLinear
+    with the weight slot only. transposed: paths of those that stand where the plain model has a Conv1D, whose weight
+    is [in, out].
+    """
+
+    model: PreTrainedModel
+    skeleton: PreTrainedModel
+    layers: dict[str, ActLinear]
+    transposed: frozenset[str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Plain:
+        """Read a model. Raises ExportError naming what plain transformers cannot compute, UnsupportedModelError for a
+        compiled or sharded model."""
+        refuse_compiled_or_sharded(model)
+        if not isinstance(model, PreTrainedModel):
+            raise ExportError(
+                f"model: {type(model).__name__} is no transformers model, and these formats hold no other; "
+                f"keep it with actkit.save."
+            )
+        skeleton = _skeleton(model)
+        _refuse_experts(model)
+        layers: dict[str, ActLinear] = {}
+        transposed = set()
+        for path, plain in skeleton.named_modules():
+            if not path or any(path.startswith(f"{done}.") for done in layers):
+                continue
+            try:
+                module = get_module(model, path)
+            except EditError:
+                raise ExportError(f"{path}: the plain {_name(skeleton)} has it, this model does not.") from None
+            if isinstance(module, ActLinear) and isinstance(plain, nn.Linear | Conv1D):
+                _refuse_slots(path, module, model)
+                layers[path] = module
+                if isinstance(plain, Conv1D):
+                    transposed.add(path)
+            elif type(module) is not type(plain) and not _same_function(module, plain):
+                raise ExportError(
+                    f"{path}: a {type(module).__name__} stands here{_by(model, path)}, the plain {_name(skeleton)} "
+                    f"has a {type(plain).__name__}. No reader without actkit computes it; keep the model with "
+                    f"actkit.save, or leave that transform out."
+                )
+        return cls(model, skeleton, layers, frozenset(transposed))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights that are not quantized."""
+        return self.model.dtype
+
+    def other_linears(self) -> list[str]:
+        """Paths of linear layers of the plain model that nothing was changed on."""
+        return [p for p, m in self.skeleton.named_modules() if isinstance(m, nn.Linear) and p not in self.layers]
+
+    def dense_tensors(self, path: str) -> dict[str, Tensor]:
+        """One layer's weight and bias as the plain model stores them, the weight dequantized."""
+        layer = self.layers[path]
+        weight = layer.dequantized().detach().to(self.dtype)
+        found = {f"{path}.weight": weight.t().contiguous() if path in self.transposed else weight}
+        return found | self.bias(path)
+
+    def bias(self, path: str) -> dict[str, Tensor]:
+        """One layer's bias by its name, or nothing."""
+        bias = self.layers[path].bias
+        return {} if bias is None else {f"{path}.bias": bias.detach()}
+
+    def other_tensors(self) -> dict[str, Tensor]:
+        """All tensors that belong to none of `layers`, by name. Raises ExportError for one without values."""
+        found = {}
+        for name, tensor in self.model.state_dict().items():
+            if any(name.startswith(f"{path}.") for path in self.layers):
+                continue
+            if tensor.is_meta:
+                raise ExportError(f"{name}: it is on the meta device and has no values; load the weights first.")
+            found[name] = tensor
+        return found
+
+
+def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    base: Any = getattr(type(model), "actkit_base", type(model))
+    settings: dict[str, Any] = model.config.to_dict()
+    settings["model_type"] = base_type(str(settings.get("model_type", "")))
+    config = base.config_class.from_dict(settings)
+    with torch.device("meta"):
+        skeleton = base(config).to(model.dtype)
+    if getattr(model, "generation_config", None) is not None:
+        skeleton.generation_config = model.generation_config
+    return skeleton
+
+
+def _refuse_experts(model: PreTrainedModel) -> None:
+    row = find_architecture(getattr(model.config, "model_type", None))
+    if row is not None and row.experts is not None:
+        raise ExportError(
+            f"model: {base_type(model.config.model_type)} keeps its experts in 3-D parameters, which these formats' "
+            f"writers here do not split into layers; keep the model with actkit.save."
+        )
+
+
+def _refuse_slots(path: str, layer: ActLinear, model: nn.Module) -> None:
+    if layer.select is not None:
+        raise ExportError(
+            f"{path}: its inputs are selected ({type(layer.select).__name__}{_by(model, path)}), which changes what "
+            f"the layer computes, and no format outside actkit can say so. Keep the model with actkit.save, or export "
+            f"one to which only the quantization was applied."
+        )
+    if layer.correction is not None:
+        raise ExportError(
+            f"{path}: it has a low-rank correction{_by(model, path)}, which no format outside actkit can say; keep "
+            f"the model with actkit.save."
+        )
+
+
+def _same_function(module: nn.Module, plain: nn.Module) -> bool:
+    """Whether an activation by name stands where the plain model, by its config, computes the same function."""
+    return isinstance(module, Activation) and module.name == name_of(plain)
+
+
+def _by(model: nn.Module, path: str) -> str:
+    """' (from wina)': the methods of the recipe, where there is one to name."""
+    known = changes.of(model)
+    methods = [] if known is None else list(dict.fromkeys(name for entry in known.recipe for name in entry))
+    return f" (recipe: {', '.join(methods)})" if methods else ""
+
+
+def _name(skeleton: nn.Module) -> str:
+    return type(skeleton).__name__

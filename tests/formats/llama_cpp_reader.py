@@ -1,0 +1,43 @@
+"""Run by the bench environment's Python: what llama.cpp reads and writes. JOB.json in, JSON on the last line out.
+
+JOB: [{"file", "prompts", "new_tokens"}]; a prompt is a text, or ids. Per file and prompt: the prompt's ids, the greedy
+ids and text, the logits after the prompt, and for each step the gap between the two largest logits.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from llama_cpp import Llama
+
+F32 = 0  # of the key-value cache, so that only the products differ
+
+
+def read(file: str, prompts: list[str | list[int]], new_tokens: int) -> list[dict[str, object]]:
+    model = Llama(
+        file, n_ctx=256, n_threads=1, n_threads_batch=1, type_k=F32, type_v=F32, verbose=False, logits_all=True
+    )
+    found = []
+    for prompt in prompts:
+        text = isinstance(prompt, str)
+        ids = model.tokenize(prompt.encode(), add_bos=False, special=True) if text else prompt
+        model.reset()
+        model.eval(ids)
+        first = np.array(model.scores[model.n_tokens - 1])
+        written, gaps = [], []
+        logits = first
+        for _ in range(new_tokens):
+            order = np.sort(logits)
+            gaps.append(float(order[-1] - order[-2]))
+            written.append(int(logits.argmax()))
+            model.eval(written[-1:])
+            logits = np.array(model.scores[model.n_tokens - 1])
+        words = model.detokenize(written).decode(errors="replace") if text else ""
+        found.append({"ids": ids, "written": written, "text": words, "logits": first.tolist(), "gaps": gaps})
+    return found
+
+
+if __name__ == "__main__":
+    job = json.loads(Path(sys.argv[1]).read_text())
+    sys.stdout.write("\n" + json.dumps([read(**entry) for entry in job]) + "\n")

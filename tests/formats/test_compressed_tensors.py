@@ -1,0 +1,344 @@
+"""compressed-tensors: in a fresh process without actkit, transformers computes what the model in memory does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import actkit
+from actkit.core.edits import Replace, apply_edit
+from actkit.core.errors import CheckpointError, ExportError
+from actkit.core.linear import ActLinear, IntegerWeight, LowRank
+from actkit.core.quantizer import QuantizationGrid
+from actkit.core.runner import apply
+from actkit.formats import reading
+from actkit.formats.compressed_tensors import Scheme, layer_tensors, pack
+from actkit.formats.export import export
+from actkit.formats.reading import expected_outputs, try_reading
+from actkit.testing.models import DECODER, HIDDEN, tiny_batches, tiny_model
+
+package = pytest.importorskip("compressed_tensors", reason="the extra 'export' is not installed")
+
+GROUPS = {"bits": 4, "group_size": 8, "symmetric": True}
+ZEROS = {**GROUPS, "symmetric": False}  # of 16 outputs: the package (0.20) fails where one word holds all of them
+ROWS = {"bits": 8, "group_size": -1, "symmetric": True}
+
+
+def recipe(*transforms: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+    return {"actkit": 1, "transforms": [{name: settings} for name, settings in transforms]}
+
+
+def other_model(config: Any, cls: Any, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    model = cls(config(**{**DECODER, **settings}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.3).add_(1.0 if "norm" in name else 0.0)
+    return model.eval()
+
+
+def changed(kind: str, method: str, settings: dict[str, Any], **config: Any) -> Any:
+    if kind == "qwen2":  # with biases
+        model = other_model(Qwen2Config, Qwen2ForCausalLM)
+    elif kind == "mistral":
+        model = other_model(MistralConfig, MistralForCausalLM)
+    else:
+        model = tiny_model(kind, **config)
+    batches = tiny_batches("bert" if kind == "bert" else "llama")
+    return apply(model, recipe((method, settings)), batches, min_coverage=0.0, progress=False).model
+
+
+def mixed() -> Any:
+    """Layers of different kinds: 8 bits in one, groups along the outputs in another, a plain copy in a third."""
+    model = changed("llama", "rtn", GROUPS)
+    for path, grid in (("0.self_attn.q_proj", QuantizationGrid(8, 4, "input", True)), ("1.mlp.up_proj", GRID_OUT)):
+        layer = model.get_submodule(f"model.layers.{path}")
+        weight = IntegerWeight.quantize(layer.dequantized(), grid)
+        apply_edit(model, Replace(f"model.layers.{path}", ActLinear.of(layer, weight=weight)))
+    return model
+
+
+def half() -> Any:
+    model = actkit.load("swiglu", dtype="float16")
+    return actkit.apply(model, recipe(("rtn", {**GROUPS, "group_size": 32})), progress=False).model
+
+
+def swapped() -> Any:
+    return apply(
+        tiny_model("llama"),
+        recipe(("swap", {"where": "silu", "new": "relu"}), ("rtn", ROWS)),
+        None,
+        min_coverage=0.0,
+        progress=False,
+    ).model
+
+
+GRID_OUT = QuantizationGrid(4, 8, "output")
+CASES = {  # name -> the model, activations, the share of the largest output by which readers may differ
+    "tied": (lambda: changed("llama", "rtn", GROUPS), None, 1e-5),
+    "zero points": (lambda: changed("llama", "awq", ZEROS, num_key_value_heads=4), None, 1e-5),
+    "three bits": (lambda: changed("mistral", "rtn", {**GROUPS, "bits": 3}), None, 1e-5),
+    "two bits": (lambda: changed("llama", "rtn", {**ZEROS, "bits": 2}, num_key_value_heads=4), None, 1e-5),
+    "biases": (lambda: changed("qwen2", "awq", ROWS), None, 1e-5),
+    "mixed": (mixed, None, 1e-5),
+    "encoder": (lambda: changed("bert", "rtn", GROUPS), None, 1e-5),
+    "swapped": (swapped, None, 1e-5),
+    "half": (half, None, 1e-3),
+    "int8": (lambda: changed("qwen2", "rtn", ROWS), "int8", 1e-5),
+}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Per case: the report, what memory computes, what a fresh process without actkit computes. One process for all."""
+    out = tmp_path_factory.mktemp("exported")
+    reports, expected, jobs = {}, {}, []
+    for name, (make, activations, _) in CASES.items():
+        model = make()
+        reports[name] = export(model, out / name.replace(" ", "-"), activations=activations, proof=False)
+        batch = {"input_ids": torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(3))}
+        expected[name] = expected_outputs(model, batch, list(reports[name].quantized) if activations else ())
+        if activations:
+            expected["not rounded"] = expected_outputs(model, batch)
+        jobs.append((reports[name].folder, model.dtype, batch, None))
+    jobs.append((damaged(reports["tied"].folder, out / "damaged"), torch.float32, batch, None))
+    found = dict(zip((*CASES, "damaged"), try_reading(jobs), strict=True))
+    assert isinstance(found["damaged"], str)
+    failed = {name: text for name, text in found.items() if isinstance(text, str) and name != "damaged"}
+    assert not failed
+    return reports, expected, found
+
+
+def damaged(folder: Path, copy: Path) -> Path:
+    """A copy that lacks a tensor."""
+    shutil.copytree(folder, copy)
+    tensors = load_file(copy / "model.safetensors")
+    tensors.pop("model.layers.0.mlp.up_proj.weight_packed")
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transformers_computes_the_same(exported, name):
+    _, expected, found = exported
+    assert found[name].shape == expected[name].shape
+    largest = float(expected[name].abs().max())
+    assert float((found[name] - expected[name]).abs().max()) <= CASES[name][2] * largest
+    assert largest > 0.1
+
+
+def test_int8_activations_are_rounded(exported):
+    _, expected, found = exported
+    moved = (expected["not rounded"] - found["int8"]).abs().max() / found["int8"].abs().max()
+    assert 1e-3 < float(moved) < 0.1
+
+
+def test_the_report_says_what_is_dense(exported):
+    reports, *_ = exported
+    assert reports["tied"].dense == {"lm_head": "not quantized by the recipe"}
+    assert len(reports["tied"].quantized) == 14
+    assert reports["tied"].quantized["model.layers.0.mlp.up_proj"] == "4 bits, groups of 8 inputs, symmetric"
+    assert reports["three bits"].quantized["model.layers.0.mlp.up_proj"].startswith("3 bits in containers of 4")
+    assert "groups inputs only" in reports["mixed"].dense["model.layers.1.mlp.up_proj"]
+    notes = " ".join(reports["mixed"].notes)
+    assert "q_proj, k_proj, v_proj of model.layers.0.self_attn are one layer" in notes
+    assert "groups of 32, 64, 128 or whole rows, not of 4, 8" in notes
+    assert "rounded by the runtime" in " ".join(reports["int8"].notes)
+
+
+def test_the_config_is_what_readers_expect(exported):
+    """The keys that vLLM's CompressedTensorsConfig reads, and that the package's strict models accept."""
+    reports, *_ = exported
+    configs = {
+        name: json.loads((report.folder / "config.json").read_text())["quantization_config"]
+        for name, report in reports.items()
+    }
+    assert configs["tied"] == {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {
+                    "num_bits": 4,
+                    "type": "int",
+                    "symmetric": True,
+                    "dynamic": False,
+                    "strategy": "group",
+                    "group_size": 8,
+                },
+                "input_activations": None,
+                "output_activations": None,
+                "format": "pack-quantized",
+            }
+        },
+    }
+    inside = configs["int8"]["config_groups"]["group_0"]
+    assert configs["int8"]["format"] == "int-quantized" and inside["weights"]["strategy"] == "channel"
+    assert inside["input_activations"] == {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "dynamic": True,
+        "strategy": "token",
+    }
+    assert len(configs["mixed"]["config_groups"]) == 2
+    assert configs["mixed"]["config_groups"]["group_0"]["targets"] == ["model.layers.0.self_attn.q_proj"]
+    assert set(configs["mixed"]["ignore"]) == {"lm_head", "model.layers.1.mlp.up_proj"}
+    for config in configs.values():
+        strict = {key: value for key, value in config.items() if key != "dequantize"}  # transformers' own key
+        package.quantization.QuantizationConfig.model_validate(strict)
+
+
+@pytest.mark.parametrize(("bits", "shape"), [(4, (6, 16)), (8, (6, 16)), (4, (5, 13)), (8, (3, 7))])
+def test_packing_is_the_packages(bits, shape):
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    codes = torch.randint(2**bits, shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    signed = (codes.short() - 2 ** (bits - 1)).to(torch.int8)
+    assert torch.equal(pack(codes, bits), pack_to_int32(signed, bits))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_package_unpacks_the_weight(bits, symmetric):
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    weight = torch.randn(10, 24, generator=torch.Generator().manual_seed(bits))
+    stored = IntegerWeight.quantize(weight, QuantizationGrid(bits, 8, "input", symmetric))
+    scheme = Scheme.of(stored, None)
+    compressor = BaseCompressor.get_value_from_registry(scheme.format)
+    found = compressor.decompress(
+        layer_tensors(stored, scheme), QuantizationScheme.model_validate(scheme.to_dict(["Linear"]))
+    )
+    assert torch.equal(found["weight"], stored.dequantize())
+
+
+def test_files_are_plain(exported):
+    reports, *_ = exported
+    folder = reports["tied"].folder
+    assert not list(folder.glob("actkit*"))
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+    tensors = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in tensors  # tied
+    assert tensors["model.layers.0.mlp.up_proj.weight_packed"].dtype == torch.int32
+    assert tensors["model.layers.0.mlp.up_proj.weight_scale"].dtype == torch.float32
+    assert tensors["model.layers.0.mlp.up_proj.weight_shape"].tolist() == [24, 16]
+
+
+def test_the_proof_compares(monkeypatch, tmp_path):
+    """With the outputs of a fresh process given: equal passes, another model's is an error."""
+    model = changed("llama", "rtn", GROUPS)
+    right = expected_outputs(model, reading.Inputs.of(model).batch(reading.ROWS))
+    monkeypatch.setattr(reading, "read_back", lambda cases: [right + 1e-6])
+    report = export(model, tmp_path / "right")
+    assert report.reading.passed and "without actkit computes the same" in report.reading.describe()
+    assert json.dumps(report.to_dict())
+    monkeypatch.setattr(reading, "read_back", lambda cases: [right + 1e-2])
+    with pytest.raises(ExportError, match=r"DOES NOT COMPUTE THE SAME.*left for inspection"):
+        export(model, tmp_path / "wrong")
+    assert (tmp_path / "wrong").is_dir()
+    monkeypatch.setattr(reading, "read_back", lambda cases: [right * torch.nan])
+    with pytest.raises(ExportError, match="differ by up to inf"):
+        export(model, tmp_path / "wrong", overwrite=True)
+
+
+def test_the_card_says_what_is_in_the_folder(exported):
+    reports, *_ = exported
+    card = ModelCard.load(reports["biases"].folder / "README.md")
+    assert card.data.library_name == "transformers" and card.data.tags == ["actkit", "compressed-tensors", "awq"]
+    assert "from transformers import Qwen2ForCausalLM" in card.text and "lm\\_head: not quantized" in card.text
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+class Tiny(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def selected() -> Any:
+    stack = recipe(("rtn", GROUPS), ("teal", {"sparsity": 0.4}))
+    return apply(tiny_model("llama"), stack, tiny_batches("llama"), min_coverage=0.0, progress=False).model
+
+
+def corrected() -> Any:
+    model = changed("llama", "rtn", GROUPS)
+    path = "model.layers.0.self_attn.q_proj"
+    correction = LowRank(torch.zeros(HIDDEN, 2), torch.zeros(2, HIDDEN))
+    apply_edit(model, Replace(path, ActLinear.of(model.get_submodule(path), correction=correction)))
+    return model
+
+
+def two_kinds_with_zeros() -> Any:
+    model = changed("llama", "rtn", {**GROUPS, "symmetric": False})
+    path = "model.layers.0.self_attn.q_proj"
+    layer = model.get_submodule(path)
+    weight = IntegerWeight.quantize(layer.dequantized(), QuantizationGrid(8, 8))
+    apply_edit(model, Replace(path, ActLinear.of(layer, weight=weight)))
+    return model
+
+
+REFUSED = {
+    "selection": (selected, {}, r"q_proj: its inputs are selected \(Threshold \(recipe: rtn, teal\)\)"),
+    "correction": (corrected, {}, "q_proj: it has a low-rank correction"),
+    "activation": (lambda: changed("gpt2", "awq", GROUPS), {}, "a ScaledActivation stands here .recipe: awq."),
+    "convolution": (lambda: changed("gpt2", "rtn", GROUPS), {}, "no layer .* written quantized: it is a Conv1D"),
+    "experts": (lambda: changed("mixtral", "rtn", GROUPS), {}, "mixtral keeps its experts in 3-D parameters"),
+    "outputs": (
+        lambda: changed("llama", "rtn", {"bits": 4, "group_size": 8, "group_axis": "output"}),
+        {},
+        "its scales are per input channel and group of outputs",
+    ),
+    "plain": (lambda: tiny_model("llama"), {}, "nothing on it is quantized; apply rtn or awq first"),
+    "module": (Tiny, {}, "Tiny is no transformers model"),
+    "grouped int8": (lambda: changed("llama", "rtn", GROUPS), {"activations": "int8"}, "one scale per row only"),
+    "kinds": (two_kinds_with_zeros, {}, "2 kinds of weights, some with zero points"),
+    "gguf int8": (
+        lambda: changed("llama", "rtn", ROWS),
+        {"activations": "int8", "format": "gguf"},
+        "GGUF does not say",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_format_cannot_say_is_refused_by_name(name, tmp_path):
+    make, options, words = REFUSED[name]
+    with pytest.raises(ExportError, match=words):
+        export(make(), tmp_path / "out", proof=False, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_arguments(tmp_path):
+    model = changed("llama", "rtn", GROUPS)
+    with pytest.raises(ValueError, match="format: 'onnx' was given, allowed are compressed-tensors, gguf"):
+        export(model, tmp_path / "out", "onnx")
+    with pytest.raises(ValueError, match="activations: 'int4' was given, allowed are 'int8' and None"):
+        export(model, tmp_path / "out", activations="int4")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(CheckpointError, match="exists already"):
+        export(model, tmp_path / "mine")
+    with pytest.raises(CheckpointError, match="holds something else than a model"):
+        export(model, tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_what_is_damaged_does_not_pass(exported):
+    *_, found = exported
+    assert "up_proj.weight_packed" in found["damaged"]

@@ -1,0 +1,245 @@
+"""GGUF: three readers that are not ours (the package gguf, transformers, llama.cpp) find the model that was written."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import actkit
+from actkit.core.errors import ExportError
+from actkit.core.linear import IntegerWeight
+from actkit.core.quantizer import QuantizationGrid
+from actkit.core.runner import apply
+from actkit.formats.export import export
+from actkit.formats.gguf_file import blocks
+from actkit.formats.reading import expected_outputs, read_back
+from actkit.testing.models import tiny_model
+
+gguf = pytest.importorskip("gguf", reason="the extra 'export' is not installed")
+
+BENCH = Path(__file__).parents[2] / ".venv-bench" / "bin" / "python"
+READER = Path(__file__).with_name("llama_cpp_reader.py")
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+Q8 = {"bits": 8, "group_size": 32, "symmetric": True}
+Q4 = {"bits": 4, "group_size": 32, "symmetric": True}
+PROMPTS = ["Return the", "The number of elements", "Raised when the child process", "If the file"]
+NEW = 32
+
+
+def random_model(config: Any, cls: Any, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    model = cls(config(**{**SHAPE, **settings}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.2).add_(1.0 if "norm" in name else 0.0)
+    return model.eval()
+
+
+def quantized(model: Any, method: str, settings: dict[str, Any]) -> Any:
+    recipe = {"actkit": 1, "transforms": [{method: settings}]}
+    return apply(model, recipe, None, min_coverage=0.0, progress=False).model
+
+
+ARCHITECTURES = {
+    "llama": lambda: random_model(LlamaConfig, LlamaForCausalLM, head_dim=32),  # heads wider than hidden / heads
+    "mistral": lambda: random_model(MistralConfig, MistralForCausalLM, rope_parameters={"rope_theta": 1e5}),
+    "qwen2": lambda: random_model(Qwen2Config, Qwen2ForCausalLM, tie_word_embeddings=True),  # biases
+    "qwen3": lambda: random_model(
+        Qwen3Config, Qwen3ForCausalLM, head_dim=128
+    ),  # norms of query and key; transformers reads 128 only
+    "llama q8": lambda: quantized(ARCHITECTURES["llama"](), "rtn", Q8),
+    "qwen2 q4_1": lambda: quantized(ARCHITECTURES["qwen2"](), "rtn", {**Q4, "symmetric": False}),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Per architecture: the report, the file, the batch and what memory computes on it."""
+    out = tmp_path_factory.mktemp("gguf")
+    found = {}
+    for name, make in ARCHITECTURES.items():
+        model = make()
+        report = export(model, out / name.replace(" ", "-"), "gguf", proof=False)
+        batch = {"input_ids": torch.randint(64, (1, 12), generator=torch.Generator().manual_seed(2))}
+        (file,) = report.folder.glob("*.gguf")
+        found[name] = (report, file, batch, expected_outputs(model, batch))
+    return found
+
+
+def test_transformers_reads_the_files(files):
+    found = read_back([(file.parent, torch.float32, batch, file.name) for _, file, batch, _ in files.values()])
+    for (name, (*_, expected)), outputs in zip(files.items(), found, strict=True):
+        close = 1e-5 if " " not in name else 5e-3  # quantized: scales in float16
+        assert float((outputs - expected).abs().max()) <= close * float(expected.abs().max()), name
+
+
+def test_llama_cpp_reads_the_files(files):
+    jobs = [
+        {"file": str(file), "prompts": [batch["input_ids"][0].tolist()], "new_tokens": 1}
+        for _, file, batch, _ in files.values()
+    ]
+    for (name, (*_, expected)), (found,) in zip(files.items(), llama_cpp(jobs), strict=True):
+        difference = float((torch.tensor(found["logits"]) - expected[0, -1]).abs().max())
+        close = 1e-4 if " " not in name else 2e-2  # quantized: llama.cpp rounds activations to 8 bits
+        assert difference <= close * float(expected.abs().max()), name
+
+
+@pytest.mark.parametrize(
+    ("bits", "size", "symmetric", "kind"),
+    [
+        (8, 32, True, "Q8_0"),
+        (6, 64, False, "Q8_0"),
+        (4, 32, True, "Q4_0"),
+        (3, -1, True, "Q4_0"),
+        (4, 64, False, "Q4_1"),
+    ],
+)
+def test_the_package_unpacks_the_blocks(bits, size, symmetric, kind):
+    weight = torch.randn(6, 128, generator=torch.Generator().manual_seed(bits)) * 0.1
+    stored = IntegerWeight.quantize(weight, QuantizationGrid(bits, size, "input", symmetric))
+    order = torch.tensor([3, 1, 2, 0, 5, 4])
+    found, error = blocks(stored, order)
+    values = gguf.quants.dequantize(found.data, gguf.GGMLQuantizationType[kind])
+    assert found.kind == kind and error < 2**-11
+    half = stored.scale.half().float()
+    offset = 2 ** (bits - 1) if stored.zero is None else None
+    exact = stored.grid.dequantize(codes(stored), half, stored.zero)[order]
+    if kind == "Q4_1":  # the minimum is a float16 of its own
+        assert np.allclose(values, exact.numpy(), atol=2**-11 * 15 * float(half.max()))
+    else:
+        assert offset is None or np.array_equal(values, exact.numpy())
+        assert np.allclose(values, exact.numpy(), atol=1e-7)
+
+
+def codes(weight: IntegerWeight) -> Tensor:
+    from actkit.core.quantizer import unpack_nibbles
+
+    return unpack_nibbles(weight.codes, weight.shape[1]) if weight.grid.bits <= 4 else weight.codes
+
+
+def test_what_has_no_block_is_dense_and_said(tmp_path):
+    model = quantized(ARCHITECTURES["qwen2"](), "rtn", {"bits": 4, "group_size": 16, "symmetric": True})
+    report = export(model, tmp_path / "dense", "gguf", proof=False)
+    assert not report.quantized
+    why = "F32: groups of 16 inputs are no multiple of GGUF's blocks of 32"
+    assert report.dense["model.layers.0.mlp.up_proj"] == why
+    assert "no tokenizer is written (the model has none beside it)" in report.notes[0]
+    assert "14 layers (model" in _text(report.table())
+
+
+def _text(table: Any) -> str:
+    from rich.console import Console
+
+    console = Console(width=400, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()
+
+
+REFUSED = {
+    "gpt2": (lambda: tiny_model("gpt2"), "knows the language models of llama, mistral, qwen2, qwen3"),
+    "relu": (
+        lambda: random_model(LlamaConfig, LlamaForCausalLM, hidden_act="relu"),
+        "hidden_act: the model has 'relu'",
+    ),
+    "rope": (
+        lambda: random_model(
+            LlamaConfig,
+            LlamaForCausalLM,
+            rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+        ),
+        "rope_type: the model has 'linear'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_llama_cpp_does_not_compute_is_refused_by_name(name, tmp_path):
+    make, words = REFUSED[name]
+    with pytest.raises(ExportError, match=words):
+        export(make(), tmp_path / "out", "gguf", proof=False)
+    assert not (tmp_path / "out").exists()
+
+
+# -- llama.cpp, in the environment of the benchmarks -------------------------------------------------------------------
+
+
+def llama_cpp(jobs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """What llama.cpp reads and writes, per file and prompt. Skips the test where it is not there."""
+    if not BENCH.exists():
+        pytest.skip("llama-cpp-python: there is no .venv-bench; make .venv-bench/.installed builds it")
+    probe = subprocess.run([str(BENCH), "-c", "import llama_cpp"], capture_output=True)
+    if probe.returncode:
+        pytest.skip("llama-cpp-python is not in .venv-bench")
+    job = Path(jobs[0]["file"]).with_suffix(".json")
+    job.write_text(json.dumps(jobs))
+    done = subprocess.run([str(BENCH), str(READER), str(job)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def greedy(model: Any, ids: list[int]) -> tuple[list[int], Tensor]:
+    """The likeliest next tokens, one at a time, and the logits after the prompt."""
+    written: list[int] = []
+    first = torch.empty(0)
+    with torch.no_grad():
+        for step in range(NEW):
+            logits = model(torch.tensor([ids + written])).logits[0, -1]
+            first = logits if step == 0 else first
+            written.append(int(logits.argmax()))
+    return written, first
+
+
+def test_llama_cpp_writes_the_same_text(tmp_path):
+    """Dense float32: equal. Quantized: equal, unless the two likeliest tokens are closer than twice the difference
+    that llama.cpp's own rounding of activations makes."""
+    tokenizer = actkit.load_tokenizer("swiglu")
+    models = {
+        "dense": actkit.load("swiglu", dtype="float32"),
+        "q8": quantized(actkit.load("swiglu", dtype="float32"), "rtn", Q8),
+        "q4": quantized(actkit.load("swiglu", dtype="float32"), "rtn", Q4),
+    }
+    jobs = []
+    for name, model in models.items():
+        folder = export(model, tmp_path / name, "gguf", tokenizer=tokenizer, proof=False).folder
+        jobs.append({"file": str(folder / f"{name}.gguf"), "prompts": PROMPTS, "new_tokens": NEW})
+    equal = 0
+    for (name, model), found in zip(models.items(), llama_cpp(jobs), strict=True):
+        for prompt, theirs in zip(PROMPTS, found, strict=True):
+            ids = tokenizer(prompt)["input_ids"]
+            assert theirs["ids"] == ids
+            written, logits = greedy(model, ids)
+            difference = float((torch.tensor(theirs["logits"]) - logits).abs().max())
+            assert difference <= (1e-4 if name == "dense" else 0.01 * float(logits.abs().max()))
+            if theirs["written"] == written:
+                assert theirs["text"] == tokenizer.decode(written, skip_special_tokens=True)
+                equal += 1
+            else:
+                step = next(i for i in range(NEW) if theirs["written"][i] != written[i])
+                assert name != "dense" and theirs["gaps"][step] < 2 * difference
+    assert equal >= len(models) * len(PROMPTS) - 2
