@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from actkit.core import architectures
-from actkit.core.anatomy import Anatomy, CoverageError, Linear, Site, anatomy, equalization_sets
+from actkit.core.anatomy import CoverageError, Site, anatomy, equalization_sets
 from actkit.core.architectures import known_model_types
 from actkit.core.blockwise import Walk
 from actkit.core.capture import live, opened_experts, record
@@ -24,10 +25,8 @@ from actkit.core.edits import apply_edit
 from actkit.core.fused import PartRows, query_key_value_rows
 from actkit.core.plan import make_plan
 from actkit.core.statistics import Moments
-from actkit.core.transform import Transform
 from actkit.quantization.awq import Awq, fold
 from actkit.quantization.rtn import RoundToNearest
-from actkit.sparsity.rotate_columns import RotateColumns
 from actkit.sparsity.teal import Teal
 from actkit.sparsity.wina import Wina
 from actkit.testing import check_transform, tiny_batches, tiny_model
@@ -273,7 +272,7 @@ def test_every_site_is_what_the_model_computes(case: str, attended: Any) -> None
 
 @pytest.mark.parametrize("case", CASES)
 def test_blocks_run_alone(case: str) -> None:
-    """Masks, windows and rotary tables differ between the layers of some families; each block is called with its own."""
+    """Masks, windows and rotary tables differ between the layers of some families: each block gets its own."""
     model, batches = build(case), given(case)
     view = anatomy(model)
     walk = Walk(view, batches, lambda items, text: items)
@@ -283,7 +282,9 @@ def test_blocks_run_alone(case: str) -> None:
         for batch in batches:
             model(**batch, **({"use_cache": False} if "input_ids" in batch else {}))
         for block in view.blocks:
-            for call, expected in zip(walk.calls(block.index, "original"), list(seen[Site("block.output", block.index)])):
+            for call, expected in zip(
+                walk.calls(block.index, "original"), list(seen[Site("block.output", block.index)])
+            ):
                 assert torch.equal(call.replay(block.module), expected)
             walk.move("original", walk.following(block.index, "original"))
 
@@ -353,7 +354,7 @@ REFUSED: dict[str, list[str | None]] = {
     **dict.fromkeys(("gpt2", "gpt_neox", "gpt_neox, MLP after attention", "opt", "vit", "deit"), FREE),
     "phi3, as many value heads": FREE,
     "olmo2": [RESIDUAL, GROUPED, RESIDUAL, None],
-    **dict.fromkeys(("bert", "roberta", "opt, norms after"), [RESIDUAL, None, RESIDUAL, None]),
+    **{case: [RESIDUAL, None, RESIDUAL, None] for case in ("bert", "roberta", "opt, norms after")},
     "mixtral": [None, GROUPED, ROUTED] + [None] * 4,
     "qwen3_moe": [None, GROUPED, ROUTED] + [None] * 4,
     "gpt_oss": [None, GROUPED, ROUTED] + ["up is clamped or shifted"] * 4,
@@ -380,7 +381,11 @@ def test_scales_move_where_they_can(case: str) -> None:
         assert len(reasons) == len(REFUSED[case])
         for reason, expected in zip(reasons, REFUSED[case], strict=True):
             assert (reason or "").startswith(expected or "") and bool(reason) == bool(expected)
-        torch.testing.assert_close(model(**batch).logits, before, **({"rtol": 1e-4, "atol": 1e-4} if "gemma" in kind else {"rtol": 1e-9, "atol": 1e-10}))
+        torch.testing.assert_close(
+            model(**batch).logits,
+            before,
+            **({"rtol": 1e-4, "atol": 1e-4} if "gemma" in kind else {"rtol": 1e-9, "atol": 1e-10}),
+        )
 
 
 # -- transforms --------------------------------------------------------------------------------------------------------
@@ -390,3 +395,134 @@ def test_scales_move_where_they_can(case: str) -> None:
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_keep_their_promises(name: str, case: str) -> None:
     check_transform(TRANSFORMS[name], build(case), given(case))
+
+
+# -- one more architecture ---------------------------------------------------------------------------------------------
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The known rows; what a test adds is forgotten after it."""
+    known = dict(architectures._rows)
+    monkeypatch.setattr(architectures, "_rows", known)
+    return known
+
+
+def test_the_page_lists_the_rows() -> None:
+    page = (DOCS / "architectures.md").read_text(encoding="utf-8")
+    listed = [
+        (cells[0].strip(), tuple(cells[1].strip().split(", ")))
+        for cells in (line.strip("|").split("|") for line in page.splitlines() if line.startswith("| "))
+    ][1:]
+    assert sorted(listed) == sorted({(row.name, row.model_types) for row in architectures._rows.values()})
+
+
+def test_the_example_of_the_page_is_enough(rows: dict[str, Any]) -> None:
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    section = page[page.index("## Add an architecture") :]
+    block = re.search(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    assert "starcoder2" not in rows
+    exec(compile(block[1], "architecture.md", "exec"), {})
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 2}
+    config = transformers.Starcoder2Config(**sizes, num_attention_heads=HEADS, num_key_value_heads=2)
+    model = transformers.Starcoder2ForCausalLM(config).eval()
+    assert not anatomy(model).coverage().uncovered()
+    check_transform(Wina(sparsity=0.5), model, tiny_batches("llama"))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with one layer for query, key and value, head by head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(HIDDEN, 32), nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.qkv(x).view(*x.shape[:2], 2, 4, 4)  # two groups of two queries, a key and a value
+        query, key, value = both[..., :2, :], both[..., 2:3, :], both[..., 3:, :]
+        weights = torch.einsum("bqghd,bkgod->bghqk", query, key).softmax(-1)
+        return self.out(torch.einsum("bghqk,bkgod->bqghd", weights, value).flatten(2))
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.act, self.down = nn.Linear(HIDDEN, 2 * INNER), nn.SiLU(), nn.Linear(INNER, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.both(x).chunk(2, dim=-1)
+        return self.down(self.act(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.attn, self.second, self.mlp = nn.LayerNorm(HIDDEN), Attention(), nn.LayerNorm(HIDDEN), Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.first(x))
+        return x + self.mlp(self.second(x))
+
+
+class MadeUp(nn.Module):
+    """A class that no library knows: [batch, length, 16] -> [batch, length, 16]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(model_type="made_up", num_attention_heads=HEADS, num_key_value_heads=2)
+        self.blocks, self.last = nn.ModuleList([Block(), Block()]), nn.LayerNorm(HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+def made_up(layout: Any) -> tuple[MadeUp, list[Tensor]]:
+    architectures.register_architecture(
+        architectures.Architecture(
+            name="made_up",
+            model_types=("made_up",),
+            blocks="blocks",
+            stem=(),
+            head=("last",),
+            norms=(architectures.NormRow("first", "attention"), architectures.NormRow("second", "mlp")),
+            attention=architectures.AttentionRow("attn", query_key_value="attn.qkv", layout=layout, output="attn.out"),
+            mlp=architectures.MlpRow("mlp", gate_up="mlp.both", down="mlp.down", activation="mlp.act"),
+        )
+    )
+    torch.manual_seed(0)
+    return MadeUp().eval(), [torch.randn(3, 5, HIDDEN), torch.randn(2, 4, HIDDEN)]
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_class_of_ones_own(name: str, rows: dict[str, Any]) -> None:
+    model, batches = made_up("by_head")
+    check_transform(TRANSFORMS[name], model, batches)
+    with live(model, ["attention.query", "attention.value", "mlp.hidden"], anatomy(model)) as seen:
+        model(batches[0])
+    attention = model.blocks[0].attn
+    both = attention.qkv(model.blocks[0].first(batches[0])).view(3, 5, 2, 4, 4)
+    assert torch.equal(seen["blocks.0.attention.query"][0], both[..., :2, :].flatten(2, 3).transpose(1, 2))
+    assert torch.equal(seen["blocks.0.attention.value"][0], both[..., 3, :].transpose(1, 2))
+
+
+def test_unknown_rows_are_refused(rows: dict[str, Any]) -> None:
+    """Where a row does not say how a fused layer is laid out, nothing is read or moved by guess."""
+    model, _ = made_up(None)
+    view = anatomy(model)
+    assert not {"attention.query", "attention.key", "attention.value"} & {site.name for site in view.blocks[0].sites()}
+    model.config.num_key_value_heads = HEADS  # no grouped-query attention: only the layout is missing
+    refused = equalization_sets(view.block(0))[1].refused
+    assert refused == "which output rows of blocks.0.attn.qkv are the value's is not known"
+
+
+def test_rows_that_do_not_fit_are_refused(rows: dict[str, Any]) -> None:
+    model, _ = made_up("parts")
+    model.config.num_key_value_heads = 1
+    with pytest.raises(CoverageError, match=r"blocks.0.attn.qkv: it has 32 outputs.*4 and 1 heads of 4"):
+        anatomy(model)

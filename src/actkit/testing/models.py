@@ -45,18 +45,31 @@ SETTINGS: dict[str, tuple[str, str, Mapping[str, Any]]] = {
         "Qwen3Moe",
         "CausalLM",
         {
-            **{**DECODER, "head_dim": 4, "mlp_only_layers": [0]},
-            **{"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2},
+            **DECODER,
+            "head_dim": 4,
+            "mlp_only_layers": [0],
+            "moe_intermediate_size": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
         },
     ),
     "gpt_oss": (
         "GptOss",
         "CausalLM",
         {
-            **{**DECODER, **WINDOWS, "head_dim": 4, "num_local_experts": 4, "num_experts_per_tok": 2},
+            **DECODER,
+            **WINDOWS,
+            "head_dim": 4,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
             "rope_parameters": {
-                **{"rope_type": "yarn", "rope_theta": 100.0, "factor": 2.0, "original_max_position_embeddings": 16},
-                **{"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 2.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
             },
         },
     ),
@@ -91,9 +104,7 @@ def tiny_model(kind: str, **changes: Any) -> Any:
     drawn too, so that a forgotten one shows. changes: entries of the config. Raises ValueError for an unknown kind.
     """
     if kind not in (*KINDS, *ARCHITECTURES):
-        raise ValueError(
-            f"kind: {kind!r} was given, allowed are {', '.join(dict.fromkeys((*KINDS, *ARCHITECTURES)))}."
-        )
+        raise ValueError(f"kind: {kind!r} was given, allowed are {', '.join(dict.fromkeys((*KINDS, *ARCHITECTURES)))}.")
     torch.manual_seed(0)
     model: Any = TinyMlp()
     if kind != "mlp":
