@@ -36,13 +36,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{kind: (kind, {}) for kind in ARCHITECTURES},
     "phi3, as many value heads": ("phi3", {"num_key_value_heads": HEADS}),
     "gpt_neox, MLP after attention": ("gpt_neox", {"use_parallel_residual": False}),
+    "deepseek_v3, queries of full rank": ("deepseek_v3", {"q_lora_rank": None, "rope_interleave": False}),
     "opt, norms after": ("opt", {"do_layer_norm_before": False, "activation_function": "gelu"}),
 }
 TRANSFORMS = {
     "teal": Teal(sparsity=0.5),
     "wina": Wina(sparsity=0.5),
     "rtn": RoundToNearest(bits=4, group_size=8),
-    "awq": Awq(bits=3, group_size=8, n_grid=4),
+    "awq": Awq(bits=3, group_size=8, n_grid=2),
 }
 
 
@@ -52,7 +53,7 @@ def build(case: str, **changes: Any) -> Any:
 
 
 def given(case: str) -> list[Any]:
-    return tiny_batches(CASES[case][0])
+    return tiny_batches(CASES[case][0], lengths=((9, 4, 6),))
 
 
 def test_every_model_type_with_a_row_is_in_the_table() -> None:
@@ -135,6 +136,12 @@ class ByHand:
         else:
             self.sites["block.output"] = x + self.mlp(h, "mlp.up_proj", "mlp.down_proj", "mlp.gate_proj")
 
+    def deepseek_v3(self, x: Tensor) -> None:
+        """Query, key and value are not offered: no layer's output is one."""
+        for name in ("query", "key", "value"):
+            del self.sites[f"attention.{name}"]
+        self.llama(x)
+
     def phi3(self, x: Tensor) -> None:
         gate, up = self.W("mlp.gate_up_proj.weight").chunk(2)
         self.state |= {f"{self.path}.gate.weight": gate, f"{self.path}.up.weight": up}
@@ -188,10 +195,15 @@ class ByHand:
         s, oss = self.sites, self.kind == "gpt_oss"
         flat = h.flatten(0, 1)
         logits = s["router.logits"] = self.linear(flat, "mlp.router" if oss else "mlp.gate")
-        top, chosen = (logits if oss else logits.softmax(-1)).topk(self.config.num_experts_per_tok)
+        scores = logits if oss else logits.sigmoid() if self.kind == "deepseek_v3" else logits.softmax(-1)
+        if self.kind == "deepseek_v3":  # the better one of two groups of two experts
+            first, second = scores.chunk(2, dim=-1)
+            worse = (first.sum(-1) < second.sum(-1)).long()[:, None] == torch.tensor([1, 1, 0, 0])
+            scores = scores.masked_fill(worse, 0)
+        top, chosen = scores.topk(self.config.num_experts_per_tok)
         top = top.softmax(-1) if oss else top
         if self.kind == "mixtral" or getattr(self.config, "norm_topk_prob", False):
-            top = top / top.sum(-1, keepdim=True)
+            top = top / top.sum(-1, keepdim=True) * getattr(self.config, "routed_scaling_factor", 1.0)
         gate_up, down = self.W("mlp.experts.gate_up_proj"), self.W("mlp.experts.down_proj")
         result = torch.zeros_like(flat)
         for e in range(len(down)):
@@ -212,6 +224,9 @@ class ByHand:
             result[rows] += part["output"] * top[rows, slots, None]
             s |= {f"experts.{e}.mlp.{name}": value for name, value in part.items()}
         s["mlp.input"], s["mlp.output"] = h, result.reshape(h.shape)
+        if self.kind == "deepseek_v3":
+            gate, up = (self.linear(h, f"mlp.shared_experts.{name}_proj") for name in ("gate", "up"))
+            s["mlp.output"] = s["mlp.output"] + self.linear(self.function(gate) * up, "mlp.shared_experts.down_proj")
         return s["mlp.output"]
 
 
@@ -301,6 +316,7 @@ def test_coverage_and_plans(case: str) -> None:
     assert sum(row.numel for row in coverage.rows) == sum(p.numel() for p in model.parameters())
     left = {row.parameter.partition("layers.")[2].partition(".")[2]: row.reason for row in coverage.uncovered()}
     routers = {"mixtral": ["mlp.gate.weight"], "qwen3_moe": ["mlp.gate.weight"]}
+    routers |= dict.fromkeys((case for case in CASES if "deepseek" in case), routers["mixtral"])
     routers["gpt_oss"] = ["mlp.router.weight", "mlp.router.bias", "self_attn.sinks"]
     assert sorted(left) == sorted(routers.get(case, []))
     assert all(left.values())
@@ -348,6 +364,7 @@ def test_rows_of_fused_layers(heads: int, shared: int) -> None:
 # -- where scales can move ---------------------------------------------------------------------------------------------
 
 GROUPED, RESIDUAL, ROUTED = "grouped-query attention", "post-norm", "the router reads the norm's output too"
+UNKNOWN = "what produces this input is not described"
 FREE = [None, None, None, None]  # attention's input, value to output, the MLP's input, up to down
 REFUSED: dict[str, list[str | None]] = {
     **{case: [None, GROUPED, None, None] for case in CASES},
@@ -358,6 +375,8 @@ REFUSED: dict[str, list[str | None]] = {
     "mixtral": [None, GROUPED, ROUTED] + [None] * 4,
     "qwen3_moe": [None, GROUPED, ROUTED] + [None] * 4,
     "gpt_oss": [None, GROUPED, ROUTED] + ["up is clamped or shifted"] * 4,
+    "deepseek_v3": [ROUTED] + [None] * 4 + [UNKNOWN] * 6,
+    "deepseek_v3, queries of full rank": [ROUTED] + [None] * 4 + [UNKNOWN] * 5,
 }
 
 

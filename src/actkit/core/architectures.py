@@ -55,6 +55,18 @@ class AttentionRow:
 
 
 @dataclass(frozen=True)
+class LayersRow:
+    """A part that computes in a way of its own, of which only the linear layers are described.
+
+    path: its module. linear_inputs: (site, layers) pairs, of the layers that read one tensor: the site's, or with None
+    one that has no name. Layers are named inside the module; those that a model does not have are left out.
+    """
+
+    path: str
+    linear_inputs: tuple[tuple[str | None, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True)
 class MlpRow:
     """An MLP: down(activation(up)), or down(activation(gate) * up).
 
@@ -102,8 +114,9 @@ class ExpertsRow:
 class Architecture:
     """A family. model_types: values of `config.model_type`. heads, key_value_heads: names in the config.
 
-    Where both mlp and experts are given, a block has experts if it has a module at `experts.path`, else the MLP. adapt:
-    (row, config, index) -> the row of that block, for what the configuration decides.
+    Where both mlp and experts are given, a block has experts if it has a module at `experts.path`, else the MLP.
+    shared: what every token goes through beside the experts. adapt: (row, config, index) -> the row of that block, for
+    what the configuration decides.
     """
 
     name: str
@@ -112,9 +125,10 @@ class Architecture:
     stem: tuple[str, ...]
     head: tuple[str, ...]
     norms: tuple[NormRow, ...]
-    attention: AttentionRow | None = None
+    attention: AttentionRow | LayersRow | None = None
     mlp: MlpRow | None = None
     experts: ExpertsRow | None = None
+    shared: LayersRow | None = None
     heads: str = "num_attention_heads"
     key_value_heads: str = "num_key_value_heads"
     adapt: Callable[[Architecture, Any, int], Architecture] | None = None
@@ -162,12 +176,12 @@ LLAMA = Architecture(
     ),
     mlp=MlpRow("mlp", gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj", activation="mlp.act_fn"),
 )
-assert LLAMA.attention is not None and LLAMA.mlp is not None
+assert isinstance(LLAMA.attention, AttentionRow) and LLAMA.mlp is not None
 HEAD_NORMS = replace(LLAMA.attention, query_norm="self_attn.q_norm", key_norm="self_attn.k_norm")
 
 
 def _rotary_where_configured(row: Architecture, config: Any, index: int) -> Architecture:
-    assert row.attention is not None
+    assert isinstance(row.attention, AttentionRow)
     return replace(row, attention=replace(row.attention, rotary=bool(config.no_rope_layers[index])))
 
 
@@ -203,6 +217,31 @@ GPT_OSS = replace(
         alpha="alpha",
         up_offset=1.0,
     ),
+)
+
+
+def _latent_norms_where_configured(row: Architecture, config: Any, index: int) -> Architecture:
+    names = ("kv_a_layernorm",) if config.q_lora_rank is None else ("q_a_layernorm", "kv_a_layernorm")
+    return replace(row, norms=(*row.norms, *(NormRow(f"self_attn.{name}", "other") for name in names)))
+
+
+# Latent attention: queries, and keys and values, go through a narrow layer first; keys are put together of two parts.
+DEEPSEEK_V3 = replace(
+    LLAMA,
+    name="deepseek_v3",
+    model_types=("deepseek_v3",),
+    attention=LayersRow(
+        "self_attn",
+        (
+            ("attention.input", ("q_proj", "q_a_proj", "kv_a_proj_with_mqa")),
+            (None, ("q_b_proj",)),
+            (None, ("kv_b_proj",)),
+            ("attention.mixed", ("o_proj",)),
+        ),
+    ),
+    experts=MIXTRAL.experts,
+    shared=LayersRow("mlp.shared_experts", (("mlp.input", ("gate_proj", "up_proj")), (None, ("down_proj",)))),
+    adapt=_latent_norms_where_configured,
 )
 
 PHI3 = replace(
@@ -362,7 +401,7 @@ VIT = Architecture(
 
 for _row in (
     *(LLAMA, SMOLLM3, QWEN3, PHI3, OLMO2, GEMMA, GEMMA2, GEMMA3),
-    *(MIXTRAL, QWEN3_MOE, GPT_OSS),
+    *(MIXTRAL, QWEN3_MOE, GPT_OSS, DEEPSEEK_V3),
     *(GPT2, GPT_NEOX, OPT, BERT, VIT),
 ):
     register_architecture(_row)

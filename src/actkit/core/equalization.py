@@ -53,6 +53,10 @@ def _sets(block: Block) -> Iterator[EqualizationSet]:
         clamped = "up is clamped or shifted before it is multiplied" if bent else None
         for mlp in experts.members:
             yield replace(_up_to_down(mlp, block.root), refused=clamped)
+    if block.path:
+        for inputs in block.other:
+            unknown = "what produces this input is not described"
+            yield EqualizationSet(None, None, inputs.linears, inputs.linears[0].path, unknown)
 
 
 def _value_to_output(attention: Attention) -> EqualizationSet:

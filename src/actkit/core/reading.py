@@ -2,7 +2,8 @@
 
 A module that computes in a way of its own where the row has attention or an MLP says so by a class attribute
 `linear_inputs`: pairs of a site's name (None for `layer.input`) and the linear layers inside that read this one tensor.
-Such a part is no Attention or Mlp, so that no method takes it for one; its layers are among `Block.other`.
+Such a part is no Attention or Mlp, so that no method takes it for one; its layers are among `Block.other`. A LayersRow
+says the same of a class of another library.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from actkit.core.architectures import Architecture, AttentionRow, ExpertsRow, MlpRow
+from actkit.core.architectures import Architecture, AttentionRow, ExpertsRow, LayersRow, MlpRow
 from actkit.core.errors import CoverageError
 from actkit.core.experts import ExpertList
 from actkit.core.fused import PartRows, query_key_value_rows
@@ -36,16 +37,21 @@ class BlockReader:
             for norm in row.norms
         )
         feeding = {norm.role: norm for norm in norms}
-        if row.attention is not None:
+        if isinstance(row.attention, AttentionRow):
             known = {None, *(norm.path for norm in row.norms)}
             heads = [path for path in (row.attention.query_norm, row.attention.key_norm) if path not in known]
             norms += tuple(Norm(self._full(path), self._module(path)) for path in heads if path is not None)
         self._tap("block.input", self.path, "input")
         attention, mlp, experts = None, None, None
-        if row.attention is not None and not self._own(row.attention, "attention"):
+        if isinstance(row.attention, LayersRow):
+            self._layers(row.attention, "attention")
+            self._tap("attention.weights", self._full(row.attention.path), "output", 1, layout="weights")
+        elif row.attention is not None and not self._own(row.attention, "attention"):
             attention = self._attention(row.attention, feeding.get("attention"))
         if row.experts is not None and (row.mlp is None or self._has(row.experts.path)):
             experts = self._experts(row.experts, feeding.get("mlp"))
+            if row.shared is not None:
+                self._layers(row.shared)
         elif row.mlp is not None and not self._own(row.mlp, "mlp"):
             mlp = self._mlp(row.mlp, feeding.get("mlp"))
         self._tap("block.output", self.path, "output")
@@ -90,18 +96,27 @@ class BlockReader:
     def _own(self, row: AttentionRow | MlpRow, name: str) -> bool:
         """Whether a module stands here that says itself what its linear layers read; then reads those."""
         declared = getattr(type(self._module(row.path)), "linear_inputs", None)
-        if declared is None:
-            return False
-        self._tap(f"{name}.input", self._full(row.path), "input")
-        for site_name, names in declared:
-            linears = tuple(self._linear(f"{row.path}.{each}", "layer") for each in names)
+        if declared is not None:
+            self._layers(LayersRow(row.path, tuple(declared)), name, row.added)
+        return declared is not None
+
+    def _layers(self, row: LayersRow, name: str | None = None, added: str | None = None) -> None:
+        """Read linear layers alone. name: of the part ('attention', 'mlp') where its input and output are sites."""
+        if name is not None:
+            self._tap(f"{name}.input", self._full(row.path), "input")
+        for site_name, names in row.linear_inputs:
+            paths = [f"{row.path}.{each}" for each in names if self._has(f"{row.path}.{each}")]
+            if not paths:
+                continue
+            linears = tuple(self._linear(path, "layer") for path in paths)
             site = Site("layer.input", path=linears[0].path)
             if site_name is not None:
                 site = Site(site_name, self.index)
-                self._tap(site_name, linears[0].path, "input")
+                if site not in self.taps:
+                    self._tap(site_name, linears[0].path, "input")
             self.other.append(LinearInput(site, linears))
-        self._tap(f"{name}.output", self._full(row.added or row.path), "output")
-        return True
+        if name is not None:
+            self._tap(f"{name}.output", self._full(added or row.path), "output")
 
     def _attention(self, row: AttentionRow, norm: Norm | None) -> Attention:
         config: Any = self.model.config
