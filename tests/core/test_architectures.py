@@ -25,8 +25,14 @@ from actkit.core.edits import apply_edit
 from actkit.core.fused import PartRows, query_key_value_rows
 from actkit.core.plan import make_plan
 from actkit.core.statistics import Moments
+from actkit.core.transform import Transform
 from actkit.quantization.awq import Awq, fold
 from actkit.quantization.rtn import RoundToNearest
+from actkit.sparsity.cats import Cats
+from actkit.sparsity.gate_sparsity import gate_sparsity
+from actkit.sparsity.lazy_neuron import TopKMlp
+from actkit.sparsity.rotate_columns import RotateColumns
+from actkit.sparsity.spark import Sparkify
 from actkit.sparsity.teal import Teal
 from actkit.sparsity.wina import Wina
 from actkit.testing import check_transform, tiny_batches, tiny_model
@@ -414,6 +420,18 @@ def test_scales_move_where_they_can(case: str) -> None:
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_keep_their_promises(name: str, case: str) -> None:
     check_transform(TRANSFORMS[name], build(case), given(case))
+
+
+@pytest.mark.parametrize("transform", [Cats(sparsity=0.6), TopKMlp(k=0.25), Sparkify(density=0.2), RotateColumns()])
+def test_other_methods_on_fused_layers(transform: Transform) -> None:
+    check_transform(transform, tiny_model("phi3"), given("phi3"))
+
+
+def test_what_a_gate_skips_of_a_fused_layer() -> None:
+    """Behind a zero of the gate: up's half of the fused layer and the column of down, two of three equal matrices."""
+    (layer, _) = gate_sparsity(tiny_model("phi3", hidden_act="relu"), given("phi3"), progress=False).layers
+    assert 0.2 < layer.zeros < 0.8
+    assert layer.traffic == pytest.approx(1 - layer.zeros * 2 / 3)
 
 
 # -- one more architecture ---------------------------------------------------------------------------------------------
