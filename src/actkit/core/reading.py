@@ -96,9 +96,13 @@ class BlockReader:
     def _own(self, row: AttentionRow | MlpRow, name: str) -> bool:
         """Whether a module stands here that says itself what its linear layers read; then reads those."""
         declared = getattr(type(self._module(row.path)), "linear_inputs", None)
-        if declared is not None:
-            self._layers(LayersRow(row.path, tuple(declared)), name, row.added)
-        return declared is not None
+        if declared is None:
+            return False
+        for _, names in declared:
+            for each in names:
+                self._module(f"{row.path}.{each}")  # what a class declares of itself it has
+        self._layers(LayersRow(row.path, tuple(declared)), name, row.added)
+        return True
 
     def _layers(self, row: LayersRow, name: str | None = None, added: str | None = None) -> None:
         """Read linear layers alone. name: of the part ('attention', 'mlp') where its input and output are sites."""
