@@ -9,7 +9,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +27,7 @@ from actkit import catalogue, claims, verbs, zoo
 from actkit.core import checkpoint, checksums, decoding, evaluation, fresh, generation, registry, rules, training
 from actkit.core.activations import Activation
 from actkit.core.anatomy import Site, anatomy
+from actkit.core.architectures import GPT2, MlpRow
 from actkit.core.capture import plan_memory, record
 from actkit.core.cost import _chosen, folder_bytes
 from actkit.core.edits import Configure, Replace, Set, apply_edit, describe_module, get_module, get_tensor, replay
@@ -36,6 +37,7 @@ from actkit.core.linear import LowRank
 from actkit.core.low_rank_training import train_low_rank
 from actkit.core.objective import Objective
 from actkit.core.quality import measure_quality, task_of
+from actkit.core.reading import BlockReader
 from actkit.core.rows import _Keys, _weights
 from actkit.core.runner import Seen, apply
 from actkit.core.speed import _check_memory, measure_speed
@@ -65,6 +67,7 @@ from actkit.sparsity.pattern_simulation import _halves
 from actkit.sparsity.prosparse import ProSparse
 from actkit.sparsity.r_sparse import RSparse
 from actkit.sparsity.shared_cett import in_float32, measure
+from actkit.testing import tiny_model
 from actkit.zoo.loading import locate, open_model
 from actkit.zoo.outliers import outlier_twin
 
@@ -822,3 +825,16 @@ proof(lambda p: Moments().mean)
 proof(lambda p: LowRank(torch.ones(2, 3), torch.ones(2, 3)))
 proof(lambda p: zoo.load("nothing"))
 proof(lambda p: evaluation.evaluate(build("llama"), [HOST], speed=True))
+
+
+@proof
+def fused_layers_of_other_sizes(p: Place) -> None:
+    model = tiny_model("gpt2")
+    model.config.num_key_value_heads = 2
+    anatomy(model)
+
+
+@proof
+def rows_without_up(p: Place) -> None:
+    row = replace(GPT2, mlp=MlpRow("mlp", down="mlp.c_proj", activation="mlp.act"))
+    BlockReader(tiny_model("gpt2"), row, 0, "transformer.h.0").read(None)

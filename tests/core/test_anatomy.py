@@ -54,6 +54,7 @@ from actkit.core.anatomy import (
 from actkit.core.architectures import LLAMA
 from actkit.core.errors import CoverageError, UnsupportedModelError
 from actkit.core.experts import ExpertList
+from actkit.core.fused import PartRows
 from actkit.core.linear import ActLinear, IntegerWeight, Threshold
 from actkit.core.quantizer import QuantizationGrid
 
@@ -572,7 +573,7 @@ def test_equalization_sets_of_a_gated_model() -> None:
 
 def test_equalization_sets_of_the_other_families() -> None:
     found = sets(CASES["gpt2"]())
-    assert found[1].producer_rows == (2 * HIDDEN, 3 * HIDDEN)
+    assert found[1].producer_rows == PartRows(2 * HIDDEN, HIDDEN)
     assert names(found[3]) == ("transformer.h.0.mlp.act", ["transformer.h.0.mlp.c_proj"], "transformer.h.0.mlp.c_proj")
     assert [x.refused for x in found] == [None] * 4
     relu = sets(randomised(GPT2LMHeadModel(GPT2Config(**GPT2, activation_function="relu"))))
@@ -614,7 +615,7 @@ def move(model: nn.Module, found: EqualizationSet) -> None:
         if getattr(producer.module, "bias", None) is not None:
             producer.module.bias /= scale
     elif isinstance(producer, Linear):
-        rows = slice(*(found.producer_rows or (None, None)))
+        rows = slice(None) if found.producer_rows is None else found.producer_rows.indices()
         producer.weight[rows] /= scale[:, None]
         if producer.bias is not None:
             producer.bias[rows] /= scale

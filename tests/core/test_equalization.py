@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from actkit.core.anatomy import Linear, Norm, anatomy, equalization_sets
 from actkit.core.capture import opened_experts
 from actkit.core.folding import ScaledActivation
+from actkit.core.fused import PartRows
 from actkit.core.linear import ActLinear
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -37,12 +38,13 @@ def move(model: nn.Module, found: Any, scale: Tensor) -> None:
         activation.scale = scale  # the buffer is float32; here everything is float64
         setattr(model.get_submodule(parent), name, activation)
     else:
-        start, stop = found.producer_rows or (0, scale.numel())
+        every = slice(0, scale.numel())
+        chosen = every if found.producer_rows is None else found.producer_rows.indices()
         rows = columns(producer) if isinstance(producer, Linear) else producer.module.weight.data
-        rows[start:stop] /= scale[:, None] if isinstance(producer, Linear) else scale
+        rows[chosen] /= scale[:, None] if isinstance(producer, Linear) else scale
         bias = getattr(producer.module, "bias", None)
         if bias is not None:
-            bias.data[start:stop] /= scale
+            bias.data[chosen] /= scale
     for consumer in found.consumers:
         columns(consumer)[:] *= scale
 
@@ -104,7 +106,7 @@ def test_layers_without_a_weight_to_scale_are_refused():
 def test_producers():
     (first, second, third, fourth) = equalization_sets(anatomy(build("gpt2")).block(0))
     assert isinstance(first.producer, Norm)
-    assert (second.producer.path, second.producer_rows) == ("transformer.h.0.attn.c_attn", (32, 48))
+    assert (second.producer.path, second.producer_rows) == ("transformer.h.0.attn.c_attn", PartRows(32, 16))
     assert isinstance(third.producer, Norm)
     assert fourth.producer == "transformer.h.0.mlp.act"  # gelu: the scale cannot pass it
     relu = equalization_sets(anatomy(build("gpt2", activation_function="relu")).block(0))[3]

@@ -314,7 +314,8 @@ def test_bad_settings_of_a_model() -> None:
 def test_the_anatomy_takes_neither_part_for_an_ordinary_one() -> None:
     view = anatomy(_model())
     block = view.block(1)
-    assert block.attention is None and block.mlp is None and not list(equalization_sets(block))
+    assert block.attention is None and block.mlp is None
+    assert {found.refused for found in equalization_sets(block)} == {"what produces this input is not described"}
     groups = [[linear.path.rpartition(".")[2] for linear in inputs.linears] for inputs in block.linear_inputs()]
     assert groups == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj"], ["up_proj"], ["down_proj"]]
     assert not [row for row in view.coverage().rows if row.where == "uncovered"]

@@ -153,10 +153,14 @@ class Anatomy:
         except AttributeError as error:
             raise ValueError(f"site: the model has no module {site.path!r}; list them with named_modules().") from error
         where: Any = site.name.removeprefix("layer.")
-        for experts in (block.experts for block in self._blocks_around(site.path) if block.experts is not None):
-            if site.path.startswith(experts.path + "."):
+        for block in self._blocks_around(site.path):
+            experts = block.experts
+            if experts is not None and site.path.startswith(experts.path + "."):
                 member = site.path.removeprefix(experts.path + ".").partition(".")[0]
                 return Tap(site.path, where, layout="flat", expert=f"{experts.path}.{member}")
+            for inputs in block.linear_inputs():
+                if inputs.site in block.taps and site.path in (linear.path for linear in inputs.linears):
+                    return Tap(site.path, where, layout=block.taps[inputs.site].layout)
         return Tap(site.path, where, layout=self._layout(site.path, module))
 
     def _layout(self, path: str, module: nn.Module) -> Any:
@@ -274,4 +278,5 @@ class _Described(Anatomy):
 
     def block(self, index: int, originals: Mapping[str, nn.Module] | None = None) -> Block:
         path = f"{self._prefix}{self.row.blocks}.{index}"
-        return BlockReader(self.model, self.row, index, path).read(originals)
+        row = self.row.of_block(self.model.config, index)
+        return BlockReader(self.model, row, index, path).read(originals)

@@ -119,6 +119,8 @@ def _reason(name: str, anatomy: Anatomy) -> str:
         return "embedding: a table, not a linear layer"
     if "Norm" in kind:
         return f"norm that is not described by the row {anatomy.architecture}"
+    if any(block.attention is not None and block.attention.path == path for block in anatomy.blocks):
+        return f"{leaf}: a parameter of the attention itself, not of a layer"
     if anatomy.architecture != "traced":
         return f"{kind} is not described by the row {anatomy.architecture}"
     if is_linear(module):

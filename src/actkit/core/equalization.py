@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from actkit.core.fused import PartRows
 from actkit.core.parts import Attention, Block, Linear, Mlp, Norm, is_linear
 
 
@@ -25,7 +26,7 @@ class EqualizationSet:
     """
 
     producer: Norm | Linear | str | None
-    producer_rows: tuple[int, int] | None
+    producer_rows: PartRows | None
     consumers: tuple[Linear, ...]
     inspect: str
     refused: str | None = None
@@ -52,6 +53,10 @@ def _sets(block: Block) -> Iterator[EqualizationSet]:
         clamped = "up is clamped or shifted before it is multiplied" if bent else None
         for mlp in experts.members:
             yield replace(_up_to_down(mlp, block.root), refused=clamped)
+    if block.path:
+        for inputs in block.other:
+            unknown = "what produces this input is not described"
+            yield EqualizationSet(None, None, inputs.linears, inputs.linears[0].path, unknown)
 
 
 def _value_to_output(attention: Attention) -> EqualizationSet:
@@ -63,15 +68,16 @@ def _value_to_output(attention: Attention) -> EqualizationSet:
         )
     producer, rows = attention.value, None
     if attention.query_key_value is not None:
-        producer, third = attention.query_key_value, attention.query_key_value.out_features // 3
-        rows = (2 * third, 3 * third)
+        producer, rows = attention.query_key_value, attention.value_rows
+        if rows is None:
+            refused = f"which output rows of {producer.path} are the value's is not known"
     return EqualizationSet(producer, rows, (attention.output,), attention.output.path, refused)
 
 
 def _up_to_down(mlp: Mlp, root: nn.Module) -> EqualizationSet:
     # up is a factor of down's input in a gated MLP; otherwise only ReLU lets a positive scale pass
     passes = mlp.gated or isinstance(root.get_submodule(mlp.activation), nn.ReLU)
-    return EqualizationSet(mlp.up if passes else mlp.activation, None, (mlp.down,), mlp.down.path)
+    return EqualizationSet(mlp.up if passes else mlp.activation, mlp.up_rows, (mlp.down,), mlp.down.path)
 
 
 def _with_known_layers(found: EqualizationSet, tied: set[int]) -> EqualizationSet:
@@ -81,7 +87,7 @@ def _with_known_layers(found: EqualizationSet, tied: set[int]) -> EqualizationSe
 
 def _refused(found: EqualizationSet, tied: set[int]) -> str | None:
     if found.producer is None:
-        return "post-norm: the norm that produces this input is outside the block, and the residual stream reads it"
+        return "post-norm: no norm of the block produces this input, it is the residual stream itself"
     if isinstance(found.producer, Norm):
         if found.producer.feeds_residual:
             return "post-norm: the residual stream reads the norm's output too"

@@ -1,7 +1,8 @@
 """Experts kept as 3-D parameters, opened as a list of linear layers that can be seen and replaced one by one.
 
 The layers are views: nothing is copied, and a layer that is not replaced still lives in the memory of the parameter it
-came from.
+came from. Where the list is there to stay and the parameters do not hold rows one after another (transposed,
+interleaved), the layers own copies (`own_rows`): a checkpoint loads them so, and other strides round differently.
 """
 
 from __future__ import annotations
@@ -66,9 +67,10 @@ class ExpertList(nn.ModuleList):
         self.hidden, self.intermediate, self.row = hidden, intermediate, row
 
     @classmethod
-    def of(cls, module: nn.Module, row: ExpertsRow) -> ExpertList:
+    def of(cls, module: nn.Module, row: ExpertsRow, *, own_rows: bool = False) -> ExpertList:
         """Open the 3-D parameters of `module`, stored as `row` says; the layers are views of them.
 
+        own_rows: copies instead of views whose rows are not contiguous.
         Raises ValueError where the parameters do not have the shapes the row promises.
         """
         gate_up, down = _matrices(module, row.gate_up, row), _matrices(module, row.down, row)
@@ -86,7 +88,10 @@ class ExpertList(nn.ModuleList):
         gates, ups = (slice(0, None, 2), slice(1, None, 2)) if row.interleaved else (slice(0, half), slice(half, None))
 
         def layer(weight: Tensor, bias: Tensor | None, e: int, rows: slice) -> nn.Linear:
-            return _view(weight[e, rows], None if bias is None else bias[e, rows], trains)
+            one, shift = weight[e, rows], None if bias is None else bias[e, rows]
+            if own_rows:
+                one, shift = one.contiguous(), None if shift is None else shift.contiguous()
+            return _view(one, shift, trains)
 
         experts = [
             Expert(

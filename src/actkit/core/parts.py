@@ -15,10 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from actkit.core.architectures import ExpertsRow, Role
 from actkit.core.errors import CoverageError
+from actkit.core.fused import PartRows
 from actkit.core.linear import ActLinear
 from actkit.core.sites import Site, Tap
 
-LinearRole = Literal["query", "key", "value", "query_key_value", "output", "gate", "up", "down", "layer"]
+LinearRole = Literal["query", "key", "value", "query_key_value", "output", "gate", "up", "gate_up", "down", "layer"]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -92,9 +93,10 @@ class Norm:
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention: query, key and value, or query_key_value, whose output rows are their contiguous thirds.
+    """Attention: query, key and value, or query_key_value.
 
-    norm: what its input comes from, None where that is outside the block (post-norm).
+    norm: what its input comes from, None where that is outside the block (post-norm). value_rows: which output rows of
+    query_key_value are the value's, None where that is not known (and where value is a layer of its own).
     """
 
     path: str
@@ -108,6 +110,7 @@ class Attention:
     key_value_heads: int
     head_dim: int
     norm: Norm | None
+    value_rows: PartRows | None = None
 
     @property
     def inputs(self) -> tuple[Linear, ...]:
@@ -117,7 +120,10 @@ class Attention:
 
 @dataclass(frozen=True)
 class Mlp:
-    """down(activation(up)), or down(activation(gate) * up) where gated. activation: path of the nonlinearity."""
+    """down(activation(up)), or down(activation(gate) * up) where gated. activation: path of the nonlinearity.
+
+    up_rows: where one layer computes gate and up, it stands as `up` with the role gate_up, and these are up's rows.
+    """
 
     path: str
     module: nn.Module = field(repr=False)
@@ -126,10 +132,16 @@ class Mlp:
     down: Linear
     activation: str
     norm: Norm | None
+    up_rows: PartRows | None = None
 
     @property
     def gated(self) -> bool:
-        return self.gate is not None
+        return self.gate is not None or self.up_rows is not None
+
+    @property
+    def width(self) -> int:
+        """The number of hidden units."""
+        return self.down.in_features
 
     @property
     def inputs(self) -> tuple[Linear, ...]:

@@ -2,7 +2,8 @@
 
 A module that computes in a way of its own where the row has attention or an MLP says so by a class attribute
 `linear_inputs`: pairs of a site's name (None for `layer.input`) and the linear layers inside that read this one tensor.
-Such a part is no Attention or Mlp, so that no method takes it for one; its layers are among `Block.other`.
+Such a part is no Attention or Mlp, so that no method takes it for one; its layers are among `Block.other`. A LayersRow
+says the same of a class of another library.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from actkit.core.architectures import Architecture, AttentionRow, ExpertsRow, MlpRow
+from actkit.core.architectures import Architecture, AttentionRow, ExpertsRow, LayersRow, MlpRow
 from actkit.core.errors import CoverageError
 from actkit.core.experts import ExpertList
-from actkit.core.parts import Attention, Block, Experts, Linear, LinearInput, LinearRole, Mlp, Norm
+from actkit.core.fused import PartRows, query_key_value_rows
+from actkit.core.parts import Attention, Block, Experts, Linear, LinearInput, LinearRole, Mlp, Norm, is_linear
 from actkit.core.sites import Site, Tap
 
 
@@ -35,16 +37,23 @@ class BlockReader:
             for norm in row.norms
         )
         feeding = {norm.role: norm for norm in norms}
-        if row.attention is not None:
-            heads = [path for path in (row.attention.query_norm, row.attention.key_norm) if path is not None]
-            norms += tuple(Norm(self._full(path), self._module(path)) for path in heads)
+        if isinstance(row.attention, AttentionRow):
+            known = {None, *(norm.path for norm in row.norms)}
+            heads = [path for path in (row.attention.query_norm, row.attention.key_norm) if path not in known]
+            norms += tuple(Norm(self._full(path), self._module(path)) for path in heads if path is not None)
         self._tap("block.input", self.path, "input")
-        attention, mlp = None, None
-        if row.attention is not None and not self._own(row.attention, "attention"):
+        attention, mlp, experts = None, None, None
+        if isinstance(row.attention, LayersRow):
+            self._layers(row.attention, "attention")
+            self._tap("attention.weights", self._full(row.attention.path), "output", 1, layout="weights")
+        elif row.attention is not None and not self._own(row.attention, "attention"):
             attention = self._attention(row.attention, feeding.get("attention"))
-        if row.mlp is not None and not self._own(row.mlp, "mlp"):
+        if row.experts is not None and (row.mlp is None or self._has(row.experts.path)):
+            experts = self._experts(row.experts, feeding.get("mlp"))
+            if row.shared is not None:
+                self._layers(row.shared)
+        elif row.mlp is not None and not self._own(row.mlp, "mlp"):
             mlp = self._mlp(row.mlp, feeding.get("mlp"))
-        experts = None if row.experts is None else self._experts(row.experts, feeding.get("mlp"))
         self._tap("block.output", self.path, "output")
         module = submodule(self.model, self.path, row)
         return Block(
@@ -67,6 +76,12 @@ class BlockReader:
     def _module(self, path: str) -> nn.Module:
         return submodule(self.model, self._full(path), self.row)
 
+    def _has(self, path: str) -> bool:
+        module: nn.Module | None = submodule(self.model, self.path, self.row)
+        for name in path.split("."):
+            module = getattr(module, name, None)
+        return module is not None
+
     def _linear(self, path: str, role: LinearRole, expert: int | None = None) -> Linear:
         return Linear(self._full(path), role, self._module(path), expert)
 
@@ -83,61 +98,92 @@ class BlockReader:
         declared = getattr(type(self._module(row.path)), "linear_inputs", None)
         if declared is None:
             return False
-        self._tap(f"{name}.input", self._full(row.path), "input")
-        for site_name, names in declared:
-            linears = tuple(self._linear(f"{row.path}.{each}", "layer") for each in names)
+        for _, names in declared:
+            for each in names:
+                self._module(f"{row.path}.{each}")  # what a class declares of itself it has
+        self._layers(LayersRow(row.path, tuple(declared)), name, row.added)
+        return True
+
+    def _layers(self, row: LayersRow, name: str | None = None, added: str | None = None) -> None:
+        """Read linear layers alone. name: of the part ('attention', 'mlp') where its input and output are sites."""
+        if name is not None:
+            self._tap(f"{name}.input", self._full(row.path), "input")
+        for site_name, names in row.linear_inputs:
+            paths = [f"{row.path}.{each}" for each in names if self._has(f"{row.path}.{each}")]
+            if not paths:
+                continue
+            linears = tuple(self._linear(path, "layer") for path in paths)
             site = Site("layer.input", path=linears[0].path)
             if site_name is not None:
                 site = Site(site_name, self.index)
-                self._tap(site_name, linears[0].path, "input")
+                if site not in self.taps:
+                    self._tap(site_name, linears[0].path, "input")
             self.other.append(LinearInput(site, linears))
-        self._tap(f"{name}.output", self._full(row.added or row.path), "output")
-        return True
+        if name is not None:
+            self._tap(f"{name}.output", self._full(added or row.path), "output")
 
     def _attention(self, row: AttentionRow, norm: Norm | None) -> Attention:
         config: Any = self.model.config
         heads = getattr(config, self.row.heads)
         key_value_heads = getattr(config, self.row.key_value_heads, None) or heads
         output = self._linear(row.output, "output")
+        head_dim = output.in_features // heads
+        fused, rows = self._optional(row.query_key_value, "query_key_value"), None
+        if fused is not None and row.layout is not None:
+            rows = query_key_value_rows(row.layout, heads, key_value_heads, head_dim)
+            if is_linear(fused.module) and fused.out_features != sum(map(len, rows)):
+                raise CoverageError(
+                    f"{fused.path}: it has {fused.out_features} outputs, and the row {self.row.name!r} says that they "
+                    f"are query, key and value of {heads} and {key_value_heads} heads of {head_dim} features each. "
+                    f"Correct the row, or set layout=None where the layout is not known."
+                )
         attention = Attention(
             self._full(row.path),
             self._module(row.path),
             self._optional(row.query, "query"),
             self._optional(row.key, "key"),
             self._optional(row.value, "value"),
-            self._optional(row.query_key_value, "query_key_value"),
+            fused,
             output,
             heads,
             key_value_heads,
-            output.in_features // heads,
+            head_dim,
             norm,
+            None if rows is None else rows[2],
         )
         self._tap("attention.input", attention.inputs[0].path, "input")
-        self._head_taps(row, attention)
+        if fused is None or rows is not None:
+            self._head_taps(row, attention, rows or (None, None, None))
         self._tap("attention.weights", attention.path, "output", 1, layout="weights")
         self._tap("attention.mixed", output.path, "input")
         self._tap("attention.output", self._full(row.added or row.path), "output")
         return attention
 
-    def _head_taps(self, row: AttentionRow, attention: Attention) -> None:
-        fused, width = attention.query_key_value, attention.heads * attention.head_dim
+    def _head_taps(self, row: AttentionRow, attention: Attention, rows: tuple[PartRows | None, ...]) -> None:
         layers, norms = (attention.query, attention.key, attention.value), (row.query_norm, row.key_norm, None)
-        for i, (name, layer, norm) in enumerate(zip(("query", "key", "value"), layers, norms, strict=True)):
-            source = layer or fused
+        for name, layer, norm, columns in zip(("query", "key", "value"), layers, norms, rows, strict=True):
+            source = layer or attention.query_key_value
             assert source is not None
             settings: dict[str, Any] = {"heads": attention.heads if name == "query" else attention.key_value_heads}
-            if fused is not None:
-                settings["columns"] = (i * width, (i + 1) * width)
+            settings["columns"] = columns
             if row.rotary and name != "value":
-                settings |= {"rotary": True, "attention": attention.path}
+                settings |= {"rotary": True, "single_angles": row.single_angles, "attention": attention.path}
+            if norm is not None:
+                settings["heads_first"] = row.heads_first
             path = source.path if norm is None else self._full(norm)
             self._tap(f"attention.{name}", path, "output", layout="heads", **settings)
 
     def _mlp(self, row: MlpRow, norm: Norm | None) -> Mlp:
-        gate, up, down = self._optional(row.gate, "gate"), self._linear(row.up, "up"), self._linear(row.down, "down")
+        gate, down, rows = self._optional(row.gate, "gate"), self._linear(row.down, "down"), None
+        if row.gate_up is not None:
+            up, rows = self._linear(row.gate_up, "gate_up"), PartRows(down.in_features, down.in_features)
+        elif row.up is not None:
+            up = self._linear(row.up, "up")
+        else:
+            raise CoverageError(f"MlpRow: the row {self.row.name!r} names neither up nor gate_up; give one of them.")
         self._module(row.activation)
-        mlp = Mlp(self._full(row.path), self._module(row.path), gate, up, down, self._full(row.activation), norm)
-        self._mlp_taps(mlp, self._full(row.added or row.path))
+        mlp = Mlp(self._full(row.path), self._module(row.path), gate, up, down, self._full(row.activation), norm, rows)
+        self._mlp_taps(mlp, self._full(row.added or row.path), layout="flat" if row.flat else "tokens")
         return mlp
 
     def _mlp_taps(self, mlp: Mlp, added: str, **settings: Any) -> None:

@@ -65,7 +65,8 @@ class _Keys:
     def locate(self, site: Site, shape: tuple[int, ...]) -> tuple[Tensor | None, Rows]:
         """Which rows of a tensor [*shape, channels] are real (None: all), and their keys."""
         b, length = self.batch, self.length
-        if length is not None and shape in ((b, length), (b * length,)):
+        lengths = (*shape[:1], *(n for n in shape[1:] if n > 1))  # one head for all: [batch, 1, length]
+        if length is not None and any(found in ((b, length), (b * length,)) for found in (shape, lengths)):
             real = None if self.mask is None else self.mask.flatten()
             return real, Rows(self.documents.flatten(), self.positions.flatten())
         if shape == (b,):  # one vector per sequence has the key of its first real token

@@ -326,13 +326,13 @@ class _Run:
         self.described.append(description)
 
     def _open_experts(self, block: Block) -> None:
-        """Experts in 3-D parameters become an ExpertList of views, so that their layers can be seen and replaced."""
+        """Experts in 3-D parameters become an ExpertList, so that their layers can be seen and replaced."""
         experts = block.experts
         self._opened = None
         wanted = any(transform.tags.parts for transform in self.transforms)
         if wanted and experts is not None and not isinstance(experts.module, ExpertList):
             self._shared = shared_parameters(self.model)
-            self._apply_edit(Replace(experts.path, ExpertList.of(experts.module, experts.row)))
+            self._apply_edit(Replace(experts.path, ExpertList.of(experts.module, experts.row, own_rows=True)))
             self._opened = (experts.path, experts.module, len(self.described))
 
     def _close_experts(self) -> None:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from actkit.core.fused import PartRows
+
 SITE_NAMES = (
     "block.input",
     "block.output",
@@ -88,9 +90,10 @@ class Tap:
     """How a site is read: at which module's call, which of its tensors, and how that tensor is laid out.
 
     path: the module whose call is watched. index: position or keyword of the argument, or position in an output
-    tuple. columns: this slice of the last dimension (a fused qkv). heads: the last dimension is split into so many
-    heads. rotary: the rotary embedding still has to be applied; its (cos, sin) are the keyword `position_embeddings`
-    of the module at `attention`. expert: path of the expert around the tap; its second argument says which tokens
+    tuple. columns: these of the last dimension (a fused qkv). heads: the last dimension is split into so many heads.
+    heads_first: it is split already, and the heads stand before the positions. rotary: the rotary embedding still has
+    to be applied; its (cos, sin) are the keyword `position_embeddings` of the module at `attention`, with each angle
+    twice, or once where single_angles. expert: path of the expert around the tap; its second argument says which tokens
     (flat indices) the rows are.
 
     layout of the result: tokens [batch, length, channels] (or [batch, channels] where a layer reads one vector per
@@ -103,8 +106,10 @@ class Tap:
     index: int | str = 0
     layout: Layout = "tokens"
     heads: int | None = None
-    columns: tuple[int, int] | None = None
+    columns: PartRows | None = None
+    heads_first: bool = False
     rotary: bool = False
+    single_angles: bool = False
     attention: str | None = None
     expert: str | None = None
 
@@ -118,22 +123,26 @@ def read_tap(
 ) -> Tensor:
     """The tensor of a site, in the tap's layout, from one call of the module at `tap.path`.
 
-    position_embeddings: (cos, sin), each [batch, length, head_dim]; needed where `tap.rotary`.
+    position_embeddings: (cos, sin), each [batch, length, features that are turned] (half as many where
+    `tap.single_angles`); needed where `tap.rotary`.
     Raises ValueError where the call does not hold the tensor.
     """
     value = _argument(tap, args, kwargs) if tap.where == "input" else _output(tap, output)
     if not isinstance(value, Tensor):
         raise ValueError(f"{tap.path}: its {tap.where} {tap.index!r} is a {type(value).__name__}, not a tensor.")
     if tap.columns is not None:
-        value = value[..., tap.columns[0] : tap.columns[1]]
-    if tap.heads is not None:
+        value = tap.columns.of(value)
+    if tap.heads is not None and not tap.heads_first:
         if value.dim() == 3:
             value = value.unflatten(-1, (tap.heads, -1))
         value = value.transpose(1, 2)
     if tap.rotary:
         if position_embeddings is None:
             raise ValueError(f"{tap.path}: give position_embeddings (cos, sin), as {tap.attention} received them.")
-        value = _rotate(value, *position_embeddings)
+        cos, sin = position_embeddings
+        if tap.single_angles:
+            cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+        value = _rotate(value, cos, sin)
     return value
 
 
@@ -152,6 +161,9 @@ def _output(tap: Tap, output: Any) -> Any:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [batch, heads, length, head_dim], turned in the planes (i, i + head_dim / 2)."""
-    low, high = x.chunk(2, dim=-1)
-    return x * cos.unsqueeze(1) + torch.cat((-high, low), dim=-1) * sin.unsqueeze(1)
+    """x [batch, heads, length, head_dim]: its first n features, as many as the tables have, are turned in the planes
+    (i, i + n / 2); the others stay."""
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    low, high = turned.chunk(2, dim=-1)
+    turned = turned * cos.unsqueeze(1) + torch.cat((-high, low), dim=-1) * sin.unsqueeze(1)
+    return torch.cat((turned.to(x.dtype), rest), dim=-1)  # the tables may be wider than the model

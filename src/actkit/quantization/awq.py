@@ -180,8 +180,8 @@ def _mean_squared_error(calls: list[Call], inspected: nn.Module, targets: list[T
 def _real(x: Tensor, call: Call) -> Tensor:
     """The rows [n, channels] of x that belong to real tokens."""
     mask = call.context.mask
-    known = mask is not None and x.shape[: mask.dim()] == mask.shape
-    return x[mask] if known else x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1])  # a layer may be called on [batch * length, channels] too
+    return rows if mask is None or len(rows) != mask.numel() else rows[mask.flatten()]
 
 
 def fold(block: Block, group: EqualizationSet, scale: Tensor) -> list[Edit]:
@@ -200,9 +200,8 @@ def fold(block: Block, group: EqualizationSet, scale: Tensor) -> list[Edit]:
         if bias is not None:
             edits.append(Set(f"{producer.path}.bias", (bias.detach().double() / scale).to(bias.dtype)))
     elif isinstance(producer, Linear):
-        start, stop = group.producer_rows or (producer.out_features - scale.numel(), producer.out_features)
         rows = scale.new_ones(producer.out_features)
-        rows[start:stop] = scale
+        rows[slice(None) if group.producer_rows is None else group.producer_rows.indices(scale.device)] = scale
         edits.append(_set_weight(producer, producer.weight.detach().double() / rows[:, None]))
         if producer.bias is not None:
             edits.append(Set(f"{producer.path}.bias", (producer.bias.detach().double() / rows).to(producer.bias.dtype)))

@@ -71,7 +71,7 @@ def check(model: nn.Module, block: Block) -> None:
     if attention is None or attention.query is None or attention.key is None or attention.value is None:
         raise UnsupportedModelError(f"{block.path}: its attention has no query, key and value layers of their own")
     if mlp is None or mlp.gate is None:
-        raise UnsupportedModelError(f"{block.path}: its MLP has no gate")
+        raise UnsupportedModelError(f"{block.path}: its MLP has no gate in a layer of its own")
     for path in (attention.path, mlp.path):
         if kind_named(model, path) not in (None, "spark_attention", "spark_ffn"):
             raise UnsupportedModelError(f"{path}: the decoder knows no {kind_named(model, path)}")

@@ -38,7 +38,8 @@ from actkit.core.training import Trained
 from actkit.core.transform import Tags, Transform
 from actkit.sparsity.gate_sparsity import gate_site
 
-TUNED: tuple[LinearRole, ...] = ("query", "key", "query_key_value", "gate", "down")  # the paper's, and fused attention
+# the paper's, and the fused layers that hold them
+TUNED: tuple[LinearRole, ...] = ("query", "key", "query_key_value", "gate", "gate_up", "down")
 
 
 class Cats(Transform):

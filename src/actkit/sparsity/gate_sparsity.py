@@ -134,7 +134,8 @@ def _layer(mlp: Mlp, seen: Density) -> LayerSparsity:
     if not seen.count:
         return LayerSparsity(mlp.path, mlp.gated, 0, None, None, None, None)
     zeros = 1 - seen.density
-    skipped = _bytes((mlp.up, mlp.down) if mlp.gated else (mlp.down,)) / _bytes((*mlp.inputs, mlp.down))
+    up = _bytes((mlp.up,)) * mlp.width / mlp.up.out_features if mlp.gated else 0  # its rows of a layer for both
+    skipped = (up + _bytes((mlp.down,))) / _bytes((*mlp.inputs, mlp.down))
     low, high = 1 - seen.spread(0.95), 1 - seen.spread(0.05)
     return LayerSparsity(mlp.path, mlp.gated, seen.count, zeros, low, high, 1 - zeros * skipped)
 

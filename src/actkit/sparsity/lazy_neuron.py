@@ -103,7 +103,7 @@ class TopKMlp(Transform):
         return super().conflicts(earlier)
 
     def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
-        places = {mlp.activation: mlp.inputs[0].out_features for _, mlp in block.mlps()}
+        places = {mlp.activation: mlp.width for _, mlp in block.mlps()}
         for place in self._traced(block):
             if isinstance(place, Skip):
                 yield place

@@ -203,7 +203,7 @@ class Sparkify(Transform):
         return cls(density=1.0)
 
     def targets(self, block: Block) -> Iterable[Linear]:
-        return [linear for _, mlp in self._mlps(block) if mlp.gate is not None for linear in (*mlp.inputs, mlp.down)]
+        return [linear for _, mlp in self._mlps(block) if mlp.gated for linear in (*mlp.inputs, mlp.down)]
 
     def conflicts(self, earlier: Transform) -> str | None:
         if "select" in earlier.tags.slots:
@@ -215,7 +215,7 @@ class Sparkify(Transform):
             return
         for _, mlp in self._mlps(block):
             activation = get_module(block.root, mlp.activation)
-            if mlp.gate is None:
+            if not mlp.gated:
                 yield Skip(mlp.path, "its MLP has no gate")
             elif isinstance(activation, StatisticalTopK):
                 yield Skip(mlp.activation, "it has a statistical top-k already")
@@ -224,7 +224,7 @@ class Sparkify(Transform):
                     mlp.activation, f"a {type(activation).__name__} does not map 0 to 0; swap it for relu or gelu"
                 )
             else:
-                yield Replace(mlp.activation, StatisticalTopK(activation, self.density * mlp.gate.out_features))
+                yield Replace(mlp.activation, StatisticalTopK(activation, self.density * mlp.width))
         if block.index == 0:
             yield Note("model", f"{1 - self.density:.0%} of the neurons are switched off; train it before you use it")
 

@@ -2,46 +2,107 @@
 
 for kind in KINDS:
     check_transform(MyMethod(), tiny_model(kind), tiny_batches(kind))
+
+KINDS has one model of each structure, ARCHITECTURES one of every model type that has a row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GemmaConfig,
-    GemmaForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    ViTConfig,
-    ViTForImageClassification,
-)
 
-KINDS = ("llama", "gemma", "mixtral", "gpt2", "bert", "vit", "mlp")
 HIDDEN, INNER, HEADS, VOCABULARY = 16, 24, 4, 40
-DECODER = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": HIDDEN,
-    "intermediate_size": INNER,
-    "num_hidden_layers": 2,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-}
 ENCODER = {
     "hidden_size": HIDDEN,
     "intermediate_size": INNER,
     "num_hidden_layers": 2,
     "num_attention_heads": HEADS,
 }
+WORDS = {**ENCODER, "vocab_size": VOCABULARY, "max_position_embeddings": 32}
+DECODER = {**WORDS, "num_key_value_heads": 2}
+IMAGES = {**ENCODER, "image_size": 8, "patch_size": 4}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+WINDOWS = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+GPT2 = {"n_embd": HIDDEN, "n_inner": INNER, "n_layer": 2, "n_head": HEADS, "n_positions": 32}
+# kind -> the first word of its classes, what its model is for, its config
+SETTINGS: dict[str, tuple[str, str, Mapping[str, Any]]] = {
+    "llama": ("Llama", "CausalLM", {**DECODER, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", "CausalLM", {**DECODER, "sliding_window": 4}),
+    "qwen2": ("Qwen2", "CausalLM", DECODER),
+    "qwen3": ("Qwen3", "CausalLM", {**DECODER, "head_dim": 8}),
+    "smollm3": ("SmolLM3", "CausalLM", {**DECODER, **SPECIAL, "no_rope_layers": [1, 0]}),
+    "phi3": ("Phi3", "CausalLM", {**DECODER, **SPECIAL, "partial_rotary_factor": 0.5}),
+    "olmo2": ("Olmo2", "CausalLM", {**DECODER, **SPECIAL}),
+    "gemma": ("Gemma", "CausalLM", {**DECODER, "head_dim": 4}),
+    "gemma2": ("Gemma2", "CausalLM", {**DECODER, **WINDOWS, "head_dim": 4}),
+    "gemma3_text": ("Gemma3", "CausalLM", {**DECODER, **WINDOWS, "head_dim": 4}),
+    "mixtral": ("Mixtral", "CausalLM", {**DECODER, "num_local_experts": 4}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        "CausalLM",
+        {
+            **DECODER,
+            "head_dim": 4,
+            "mlp_only_layers": [0],
+            "moe_intermediate_size": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "gpt_oss": (
+        "GptOss",
+        "CausalLM",
+        {
+            **DECODER,
+            **WINDOWS,
+            "head_dim": 4,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 2.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+            },
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        "CausalLM",
+        {
+            **WORDS,
+            "num_key_value_heads": HEADS,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 4,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "first_k_dense_replace": 1,
+            "moe_intermediate_size": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+        },
+    ),
+    "gpt2": ("GPT2", "LMHeadModel", {**GPT2, "vocab_size": VOCABULARY}),
+    "gpt_neox": ("GPTNeoX", "CausalLM", {**WORDS, "rotary_pct": 0.5}),
+    "opt": ("OPT", "CausalLM", {**WORDS, "ffn_dim": INNER}),
+    "bert": ("Bert", "SequenceClassification", {**ENCODER, "vocab_size": VOCABULARY}),
+    "roberta": ("Roberta", "SequenceClassification", {**ENCODER, "vocab_size": VOCABULARY, "pad_token_id": 0}),
+    "vit": ("ViT", "ImageClassification", IMAGES),
+    "deit": ("DeiT", "ImageClassification", IMAGES),
+}
+ARCHITECTURES = tuple(SETTINGS)
+KINDS = ("llama", "gemma", "mixtral", "gpt2", "bert", "vit", "mlp")
 
 
 class TinyMlp(nn.Module):
@@ -58,32 +119,23 @@ class TinyMlp(nn.Module):
 def tiny_model(kind: str, **changes: Any) -> Any:
     """A float32 model in evaluation mode with two blocks ('mlp': two linear layers) and random weights.
 
-    kind: one of KINDS. llama has grouped-query attention and tied embeddings, mlp is traced. Norms and biases are drawn
-    too, so that a forgotten one shows. changes: entries of the config. Raises ValueError for an unknown kind.
+    kind: one of KINDS or ARCHITECTURES (model types). Decoders that can have grouped-query attention, llama also has
+    tied embeddings, mlp is traced; where a family mixes kinds of blocks, the two are one of each. Norms and biases are
+    drawn too, so that a forgotten one shows. changes: entries of the config. Raises ValueError for an unknown kind.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind: {kind!r} was given, allowed are {', '.join(KINDS)}.")
+    if kind not in (*KINDS, *ARCHITECTURES):
+        raise ValueError(f"kind: {kind!r} was given, allowed are {', '.join(dict.fromkeys((*KINDS, *ARCHITECTURES)))}.")
     torch.manual_seed(0)
-    if kind == "llama":  # grouped-query attention, tied embeddings
-        model: Any = LlamaForCausalLM(LlamaConfig(**{**DECODER, "tie_word_embeddings": True, **changes}))
-    elif kind == "gemma":
-        model = GemmaForCausalLM(GemmaConfig(**{**DECODER, "head_dim": 4, **changes}))
-    elif kind == "mixtral":
-        model = MixtralForCausalLM(MixtralConfig(**{**DECODER, "num_local_experts": 4, **changes}))
-    elif kind == "gpt2":
-        sizes = {"vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_inner": INNER, "n_layer": 2, "n_head": HEADS}
-        model = GPT2LMHeadModel(GPT2Config(**{**sizes, "n_positions": 32, **changes}))
-    elif kind == "bert":
-        model = BertForSequenceClassification(BertConfig(**{**ENCODER, "vocab_size": VOCABULARY, **changes}))
-    elif kind == "vit":
-        model = ViTForImageClassification(ViTConfig(**{**ENCODER, "image_size": 8, "patch_size": 4, **changes}))
-    else:
-        model = TinyMlp()
+    model: Any = TinyMlp()
+    if kind != "mlp":
+        name, task, settings = SETTINGS[kind]
+        config = getattr(transformers, f"{name}{'Text' * kind.endswith('_text')}Config")(**{**settings, **changes})
+        model = getattr(transformers, f"{name}{'For' * (kind != 'gpt2')}{task}")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(std=0.3)
             if "norm" in name.lower() or "ln_" in name:
-                parameter.add_(0.0 if name.endswith("bias") or kind == "gemma" else 1.0)
+                parameter.add_(0.0 if name.endswith("bias") or kind.startswith("gemma") else 1.0)
     return model.eval()
 
 
@@ -93,7 +145,7 @@ def tiny_batches(kind: str, *, seed: int = 1, lengths: tuple[tuple[int, ...], ..
     Images and vectors take the number of rows only.
     """
     generator = torch.Generator().manual_seed(seed)
-    if kind == "vit":
+    if kind in ("vit", "deit"):
         return [{"pixel_values": torch.randn(len(rows), 3, 8, 8, generator=generator)} for rows in lengths]
     if kind == "mlp":
         return [torch.randn(8 * len(rows), HIDDEN, generator=generator) for rows in lengths]
