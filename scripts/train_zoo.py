@@ -173,7 +173,7 @@ def optimizer_for(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
 
 
-def rate_at(step: int, steps: int, peak: float) -> float:
+def rate_at(step: float, steps: int, peak: float) -> float:
     """Linear warm-up over 4 % of the steps, then a cosine down to 5 % of the peak."""
     warmup = max(1, steps // 25)
     if step < warmup:
@@ -236,10 +236,10 @@ def train_lm(name: str, arguments: argparse.Namespace) -> None:
         # Measured on one AMX core: 4,700 tokens/s against 2,800 in float32; weights and optimizer stay float32.
         return torch.autocast(device.type, torch.bfloat16)
 
-    def step_once(step: int, steps: int) -> float:
+    def step_once(step: int, rate: float) -> float:
         torch.manual_seed(arguments.seed * 1_000_000 + step)  # dropout: a resumed run draws the same masks
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, steps, LM_RATE)
+            group["lr"] = rate
         batch = rows[step].to(device)
         with autocast():
             total, loss = losses(model, batch)
@@ -254,25 +254,12 @@ def train_lm(name: str, arguments: argparse.Namespace) -> None:
     if not record:
         shutil.rmtree(checkpoints, ignore_errors=True)
         steps = arguments.steps or LM_STEPS
-        if arguments.minutes:
-            probe = optimizer_for(model, 0.0)
-            start = time.perf_counter()
-            for _ in range(5):
-                with autocast():
-                    losses(model, rows[0].to(device))[0].backward()
-                probe.step()
-                probe.zero_grad()
-            steps = max(100, int(arguments.minutes * 60 / ((time.perf_counter() - start) / 5)))
-            torch.manual_seed(arguments.seed)
-            model = build_lm(name).to(device).train()
-            optimizer = optimizer_for(model, LM_RATE)
         record = {
             "model": name,
             "steps": steps,
             "seed": arguments.seed,
             "tokens_per_step": ROWS * LENGTH,
             "train_tokens": rows.tokens,
-            "epochs": round(steps / rows.steps_per_epoch, 2),
             "device": device.type,
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
@@ -287,6 +274,12 @@ def train_lm(name: str, arguments: argparse.Namespace) -> None:
         if 0 < done < record["steps"]:
             load_state(model, optimizer, STATE / f"{name}.safetensors")
     steps, saves = record["steps"], set(checkpoint_steps(record["steps"]))
+    if arguments.minutes and done < steps:
+        record["minutes"] = arguments.minutes
+
+    def schedule(step: int) -> float:
+        """Where on the schedule a step stands, in steps; with --minutes the clock moves it on, if it is faster."""
+        return max(step, steps * record["seconds"] / (60 * record.get("minutes", math.inf)))
 
     def save(step: int, loss: float | None) -> None:
         target = checkpoints / f"step-{step:04d}"
@@ -311,8 +304,11 @@ def train_lm(name: str, arguments: argparse.Namespace) -> None:
         with residual_dropout(model, LM_DROPOUT), Progress() as progress:
             bar = progress.add_task(name, total=steps, completed=done)
             for step in range(done, steps):
+                if schedule(step) >= steps:
+                    steps = record["steps"] = step
+                    break
                 start = time.perf_counter()
-                loss = step_once(step, steps)
+                loss = step_once(step, rate_at(schedule(step), steps, LM_RATE))
                 smooth = loss if smooth is None else 0.95 * smooth + 0.05 * loss
                 record["seconds"] = round(record["seconds"] + time.perf_counter() - start, 3)
                 progress.update(bar, advance=1, description=f"{name} loss {smooth:.3f}")
@@ -320,6 +316,10 @@ def train_lm(name: str, arguments: argparse.Namespace) -> None:
                     print(f"{name} step {step + 1} loss {smooth:.3f} {record['seconds']:.0f} s", flush=True)
                 if step + 1 in saves:
                     save(step + 1, smooth)
+            if record["checkpoints"][-1]["step"] != steps:
+                save(steps, smooth)
+            record["epochs"] = round(steps / rows.steps_per_epoch, 2)
+            journal.write_text(json.dumps(record, indent=1) + "\n")
     shutil.copytree(checkpoints / f"step-{steps:04d}", folder, dirs_exist_ok=True)
     for at in (folder, checkpoints):
         (at / "training.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -576,6 +576,14 @@ def lm_card(record: dict[str, Any]) -> str:
             f"\n- share of the choices per expert and block: {min(map(min, usage)):.1%} to {max(map(max, usage)):.1%} "
             f"(1/{EXPERTS} is {1 / EXPERTS:.1%}; all in `training.json`)"
         )
+    boxed = ""
+    if record["steps"] < LM_STEPS:
+        boxed = f"Trained for {record['steps']} of the {LM_STEPS} steps of `swiglu`"
+        if record.get("minutes"):
+            boxed += f", as the rate fell with the clock over {record['minutes']:g} minutes on a busy machine"
+        boxed += ". "
+        twin = twin.replace("batches and steps", "batches, fewer steps")
+    flags = f" --minutes {record['minutes']:g}" if boxed and record.get("minutes") else ""
     losses = "\n".join(
         f"| {entry['step']} | {entry['tokens']:,} | {entry['train_loss'] or ''} | {entry['held_out_loss']} |"
         for entry in record["checkpoints"]
@@ -597,13 +605,13 @@ before and after each document.
 
 ## Training
 
-{record["steps"]} steps of {record["tokens_per_step"]:,} tokens ({record["epochs"]} epochs, {last["tokens"]:,} tokens),
-AdamW (peak rate {LM_RATE}, warm-up 4 %, cosine to 5 %, betas 0.9 and 0.95, weight decay {WEIGHT_DECAY}), gradient norm
-clipped at 1, dropout {LM_DROPOUT} on what enters the residual stream (training only){balance}, bf16 autocast, seed
-{record["seed"]}, {record["seconds"] / 60:.0f} minutes on {record["device"]} (threads: {record["threads"]}), torch
-{record["torch"]}, {record["date"]}.
+{boxed}{record["steps"]} steps of {record["tokens_per_step"]:,} tokens ({record["epochs"]} epochs,
+{last["tokens"]:,} tokens), AdamW (peak rate {LM_RATE}, warm-up 4 %, cosine to 5 %, betas 0.9 and 0.95, weight decay
+{WEIGHT_DECAY}), gradient norm clipped at 1, dropout {LM_DROPOUT} on what enters the residual stream (training
+only){balance}, bf16 autocast, seed {record["seed"]}, {record["seconds"] / 60:.0f} minutes on {record["device"]}
+(threads: {record["threads"]}), torch {record["torch"]}, {record["date"]}.
 
-Rebuild: `python scripts/train_zoo.py --models {name} --overwrite`.
+Rebuild: `python scripts/train_zoo.py --models {name} --overwrite{flags}`.
 
 ## Measured on the test split
 
@@ -677,7 +685,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--minutes", type=float, help="a language model's rate falls with the clock, and it stops then")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true")

@@ -1,4 +1,4 @@
-"""The Python of the pages under docs/sparsity, and of the page on plug-ins, runs as a reader would run it."""
+"""The Python of the pages under docs/sparsity, and of two more pages, runs as a reader would run it."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = [*sorted((DOCS / "sparsity").glob("*.md")), DOCS / "plug-ins.md"]
+PAGES = [*sorted((DOCS / "sparsity").glob("*.md")), DOCS / "plug-ins.md", DOCS / "compile-and-export.md"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

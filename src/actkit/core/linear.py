@@ -327,9 +327,9 @@ class ActLinear(nn.Module):
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._packed is not None and not torch.is_grad_enabled() and not torch.compiler.is_exporting():
-            if x.numel() <= KERNEL_ROWS * self.in_features:
-                return self._decode(x)
+        plain = self._packed is None or torch.is_grad_enabled() or torch.compiler.is_exporting()
+        if not plain and x.numel() <= KERNEL_ROWS * self.in_features:
+            return self._decode(x)
         selected = x if self.select is None else self.select(x)
         y = F.linear(selected, self.dequantized(), self.bias)
         if self.correction is not None:
