@@ -578,12 +578,13 @@ def lm_card(record: dict[str, Any]) -> str:
         )
     boxed = ""
     if record["steps"] < LM_STEPS:
-        boxed = f"Trained for {record['steps']} of the {LM_STEPS} steps of `swiglu`"
-        if record.get("minutes"):
-            boxed += f", as the rate fell with the clock over {record['minutes']:g} minutes on a busy machine"
-        boxed += ". "
+        boxed = f"Trained for {record['steps']} of the {LM_STEPS} steps of `swiglu`. "
         twin = twin.replace("batches and steps", "batches, fewer steps")
-    flags = f" --minutes {record['minutes']:g}" if boxed and record.get("minutes") else ""
+    if record.get("minutes"):
+        boxed += (
+            f"The rate fell with the clock (`--minutes {record['minutes']:g}`, a busy machine), faster than by steps. "
+        )
+    flags = f" --minutes {record['minutes']:g}" if record.get("minutes") else ""
     losses = "\n".join(
         f"| {entry['step']} | {entry['tokens']:,} | {entry['train_loss'] or ''} | {entry['held_out_loss']} |"
         for entry in record["checkpoints"]
