@@ -39,9 +39,11 @@ CHECKPOINTS = ROOT / "artifacts/zoo/checkpoints"
 STATE = ROOT / "artifacts/zoo/state"
 
 LENGTH, ROWS, VOCABULARY = 512, 8, 2048  # tokens per row, rows per step, tokens of the vocabulary
-MODELS = ["swiglu", "relu", "vit", "cnn", "minilm"]
+FUNCTIONS = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh", "relu": "relu", "mixtral": "silu"}  # language models
+MODELS = [*FUNCTIONS, "vit", "cnn", "minilm"]
 END, PAD = "<|endoftext|>", "<|pad|>"
 LM_STEPS, LM_RATE, LM_DROPOUT, WEIGHT_DECAY = 1600, 2e-3, 0.1, 0.1
+EXPERTS, ACTIVE, BALANCE = 8, 2, 0.01  # experts of a block, those that a token takes, weight of the balancing loss
 
 
 # --- language models -------------------------------------------------------------------------------------------------
@@ -67,25 +69,52 @@ def train_tokenizer() -> Any:
     )
 
 
-def build_lm(activation: str) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def build_lm(name: str) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=256,
-            intermediate_size=768,
-            num_hidden_layers=6,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            max_position_embeddings=LENGTH,
-            tie_word_embeddings=True,
-            hidden_act=activation,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=1,
-        )
+    shared: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 256,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": LENGTH,
+        "tie_word_embeddings": True,
+        "hidden_act": FUNCTIONS[name],
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+    }
+    if name != "mixtral":
+        return LlamaForCausalLM(LlamaConfig(intermediate_size=768, **shared))
+    mixture = MixtralConfig(
+        intermediate_size=256,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=ACTIVE,
+        router_aux_loss_coef=BALANCE,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        **shared,
     )
+    model = MixtralForCausalLM(mixture)
+    model.set_experts_implementation("eager")  # a step takes 1.3 s on one core, with grouped_mm 1.6
+    return model
+
+
+def losses(model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """What is minimised on token ids [n, length], and the cross-entropy in it, in nats per token.
+
+    A mixture of experts adds a load-balancing loss *per block* (1 where all experts are used alike). That of
+    transformers pools the blocks first, so that a block may favour one expert while another block favours the next.
+    """
+    if model.config.model_type != "mixtral":
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        return loss, loss
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    output = model(input_ids=batch, use_cache=False, output_router_logits=True)
+    loss = model.loss_function(output.logits, batch, VOCABULARY)
+    balance = [load_balancing_loss_func((logits,), EXPERTS, ACTIVE) for logits in output.router_logits]
+    return loss + BALANCE * torch.stack(balance).mean() / ACTIVE, loss
 
 
 class Rows:
@@ -119,7 +148,7 @@ def residual_dropout(model: nn.Module, share: float) -> Iterator[None]:
     handles = [
         module.register_forward_hook(drop)
         for name, module in model.named_modules()
-        if name.endswith(("o_proj", "down_proj", "embed_tokens"))
+        if name.endswith(("o_proj", "down_proj", "experts", "embed_tokens"))
     ]
     try:
         yield
@@ -144,7 +173,7 @@ def optimizer_for(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), fused=True)
 
 
-def rate_at(step: int, steps: int, peak: float) -> float:
+def rate_at(step: float, steps: int, peak: float) -> float:
     """Linear warm-up over 4 % of the steps, then a cosine down to 5 % of the peak."""
     warmup = max(1, steps // 25)
     if step < warmup:
@@ -189,7 +218,6 @@ def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, file: Path) -
 
 
 def train_lm(name: str, arguments: argparse.Namespace) -> None:
-    activation = {"swiglu": "silu", "relu": "relu"}[name]
     folder, checkpoints, journal = WEIGHTS / name, CHECKPOINTS / name, STATE / f"{name}.json"
     device = torch.device(arguments.device)
     tokenizer = train_tokenizer()
@@ -201,21 +229,21 @@ def train_lm(name: str, arguments: argparse.Namespace) -> None:
     search = stream[: len(stream) // LENGTH * LENGTH].view(-1, LENGTH)
 
     torch.manual_seed(arguments.seed)
-    model = build_lm(activation).to(device).train()
+    model = build_lm(name).to(device).train()
     optimizer = optimizer_for(model, LM_RATE)
 
     def autocast() -> Any:
         # Measured on one AMX core: 4,700 tokens/s against 2,800 in float32; weights and optimizer stay float32.
         return torch.autocast(device.type, torch.bfloat16)
 
-    def step_once(step: int, steps: int) -> float:
+    def step_once(step: int, rate: float) -> float:
         torch.manual_seed(arguments.seed * 1_000_000 + step)  # dropout: a resumed run draws the same masks
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, steps, LM_RATE)
+            group["lr"] = rate
         batch = rows[step].to(device)
         with autocast():
-            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-        loss.backward()
+            total, loss = losses(model, batch)
+        total.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -226,25 +254,12 @@ def train_lm(name: str, arguments: argparse.Namespace) -> None:
     if not record:
         shutil.rmtree(checkpoints, ignore_errors=True)
         steps = arguments.steps or LM_STEPS
-        if arguments.minutes:
-            probe = optimizer_for(model, 0.0)
-            start = time.perf_counter()
-            for _ in range(5):
-                with autocast():
-                    model(input_ids=rows[0].to(device), labels=rows[0].to(device), use_cache=False).loss.backward()
-                probe.step()
-                probe.zero_grad()
-            steps = max(100, int(arguments.minutes * 60 / ((time.perf_counter() - start) / 5)))
-            torch.manual_seed(arguments.seed)
-            model = build_lm(activation).to(device).train()
-            optimizer = optimizer_for(model, LM_RATE)
         record = {
             "model": name,
             "steps": steps,
             "seed": arguments.seed,
             "tokens_per_step": ROWS * LENGTH,
             "train_tokens": rows.tokens,
-            "epochs": round(steps / rows.steps_per_epoch, 2),
             "device": device.type,
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
@@ -259,6 +274,12 @@ def train_lm(name: str, arguments: argparse.Namespace) -> None:
         if 0 < done < record["steps"]:
             load_state(model, optimizer, STATE / f"{name}.safetensors")
     steps, saves = record["steps"], set(checkpoint_steps(record["steps"]))
+    if arguments.minutes and done < steps:
+        record["minutes"] = arguments.minutes
+
+    def schedule(step: int) -> float:
+        """Where on the schedule a step stands, in steps; with --minutes the clock moves it on, if it is faster."""
+        return max(step, steps * record["seconds"] / (60 * record.get("minutes", math.inf)))
 
     def save(step: int, loss: float | None) -> None:
         target = checkpoints / f"step-{step:04d}"
@@ -283,8 +304,11 @@ def train_lm(name: str, arguments: argparse.Namespace) -> None:
         with residual_dropout(model, LM_DROPOUT), Progress() as progress:
             bar = progress.add_task(name, total=steps, completed=done)
             for step in range(done, steps):
+                if schedule(step) >= steps:
+                    steps = record["steps"] = step
+                    break
                 start = time.perf_counter()
-                loss = step_once(step, steps)
+                loss = step_once(step, rate_at(schedule(step), steps, LM_RATE))
                 smooth = loss if smooth is None else 0.95 * smooth + 0.05 * loss
                 record["seconds"] = round(record["seconds"] + time.perf_counter() - start, 3)
                 progress.update(bar, advance=1, description=f"{name} loss {smooth:.3f}")
@@ -292,6 +316,10 @@ def train_lm(name: str, arguments: argparse.Namespace) -> None:
                     print(f"{name} step {step + 1} loss {smooth:.3f} {record['seconds']:.0f} s", flush=True)
                 if step + 1 in saves:
                     save(step + 1, smooth)
+            if record["checkpoints"][-1]["step"] != steps:
+                save(steps, smooth)
+            record["epochs"] = round(steps / rows.steps_per_epoch, 2)
+            journal.write_text(json.dumps(record, indent=1) + "\n")
     shutil.copytree(checkpoints / f"step-{steps:04d}", folder, dirs_exist_ok=True)
     for at in (folder, checkpoints):
         (at / "training.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -322,6 +350,7 @@ def measure_lm(name: str) -> dict[str, Any]:
         "test_bits_per_byte": round(loss / count * batches.tokens / math.log(2) / size, 3),
         "test_tokens": count,
         "zeros_in_mlp_hidden": zeros,
+        "expert_usage": expert_usage(model, batches[:24]) if name == "mixtral" else None,
         "samples": samples,
     }
 
@@ -337,6 +366,16 @@ def share_of_zeros(model: nn.Module, batch: dict[str, Tensor]) -> float:
     for handle in handles:
         handle.remove()
     return round(float(torch.cat([(x == 0).float().flatten() for x in seen]).mean()), 3)
+
+
+def expert_usage(model: nn.Module, batches: list[dict[str, Tensor]]) -> list[list[float]]:
+    """The share of the choices that fell on each expert, per block; of real tokens, without padding."""
+    counts = torch.zeros(model.config.num_hidden_layers, EXPERTS)
+    for batch in batches:
+        real = batch["attention_mask"].flatten().bool()
+        for at, logits in enumerate(model(**batch, use_cache=False, output_router_logits=True).router_logits):
+            counts[at] += torch.bincount(logits[real].topk(ACTIVE).indices.flatten(), minlength=EXPERTS)
+    return [[round(share, 3) for share in row] for row in (counts / counts.sum(1, keepdim=True)).tolist()]
 
 
 # --- sentence encoder ------------------------------------------------------------------------------------------------
@@ -491,11 +530,7 @@ def measure_classifier(name: str) -> dict[str, Any]:
 def write_card(name: str) -> None:
     """Measures the saved model and writes its record and its model card."""
     folder = WEIGHTS / name
-    families = {
-        "swiglu": (measure_lm, lm_card),
-        "relu": (measure_lm, lm_card),
-        "minilm": (measure_minilm, minilm_card),
-    }
+    families = {**dict.fromkeys(FUNCTIONS, (measure_lm, lm_card)), "minilm": (measure_minilm, minilm_card)}
     measure, make = families.get(name, (measure_classifier, classifier_card))
     if name == "minilm":
         folder.mkdir(parents=True, exist_ok=True)
@@ -524,19 +559,43 @@ def wrapped(text: str) -> str:
 
 def lm_card(record: dict[str, Any]) -> str:
     name, measured, last = record["model"], record["measured"], record["checkpoints"][-1]
-    shown, act = {"swiglu": ("SiLU", "silu"), "relu": ("ReLU", "relu")}[name]
-    zeros = measured["zeros_in_mlp_hidden"]
+    mixture = name == "mixtral"
+    shown = {"silu": "SiLU", "relu": "ReLU", "gelu_pytorch_tanh": "GELU"}[FUNCTIONS[name]]
+    title = f"a small mixture of {EXPERTS} experts" if mixture else f"a small language model with {shown}-gated MLPs"
+    kind, inner = ("Mixtral", f"{EXPERTS} experts of intermediate 256, {ACTIVE} active") if mixture else ("Llama", "")
+    twin = "The twin of `swiglu`: same seed, data, batches and steps." if name == "geglu" else ""
+    balance = (
+        f", load-balancing loss of weight {BALANCE} in each block (Switch Transformer, 2021, arXiv:2101.03961)"
+        if mixture
+        else ""
+    )
+    zeros, usage = measured["zeros_in_mlp_hidden"], measured.get("expert_usage")
     sparse = f"\n- {zeros:.1%} of the values that enter the down projections are zero" if zeros is not None else ""
+    if usage:
+        sparse += (
+            f"\n- share of the choices per expert and block: {min(map(min, usage)):.1%} to {max(map(max, usage)):.1%} "
+            f"(1/{EXPERTS} is {1 / EXPERTS:.1%}; all in `training.json`)"
+        )
+    boxed = ""
+    if record["steps"] < LM_STEPS:
+        boxed = f"Trained for {record['steps']} of the {LM_STEPS} steps of `swiglu`. "
+        twin = twin.replace("batches and steps", "batches, fewer steps")
+    if record.get("minutes"):
+        boxed += (
+            f"The rate fell with the clock (`--minutes {record['minutes']:g}`, a busy machine), faster than by steps. "
+        )
+    flags = f" --minutes {record['minutes']:g}" if record.get("minutes") else ""
     losses = "\n".join(
         f"| {entry['step']} | {entry['tokens']:,} | {entry['train_loss'] or ''} | {entry['held_out_loss']} |"
         for entry in record["checkpoints"]
     )
     samples = "\n\n".join("> " + sample.replace("\n", "\n> ") for sample in measured["samples"])
-    return wrapped(f"""# {name}: a small language model with {shown}-gated MLPs
+    return wrapped(f"""# {name}: {title}
 
-Llama architecture (`LlamaForCausalLM`): hidden 256, intermediate 768, 6 layers, 8 heads, 4 key-value heads, vocabulary
-{VOCABULARY}, tied embeddings, context {LENGTH}, `hidden_act="{act}"`; {record["parameters"]:,} parameters, stored in
-bf16. It exists so that actkit can be tried and tested with no download; it is of no use for writing.
+{kind} architecture (`{kind}ForCausalLM`): hidden 256, {inner or "intermediate 768"}, 6 layers, 8 heads, 4 key-value
+heads, vocabulary {VOCABULARY}, tied embeddings, context {LENGTH}, `hidden_act="{FUNCTIONS[name]}"`;
+{record["parameters"]:,} parameters, stored in bf16. {twin} It exists so that actkit can be tried and tested with no
+download; it is of no use for writing.
 
 ## Data
 
@@ -547,13 +606,13 @@ before and after each document.
 
 ## Training
 
-{record["steps"]} steps of {record["tokens_per_step"]:,} tokens ({record["epochs"]} epochs, {last["tokens"]:,} tokens),
-AdamW (peak rate {LM_RATE}, warm-up 4 %, cosine to 5 %, betas 0.9 and 0.95, weight decay {WEIGHT_DECAY}), gradient norm
-clipped at 1, dropout {LM_DROPOUT} on what enters the residual stream (training only), bf16 autocast, seed
-{record["seed"]}, {record["seconds"] / 60:.0f} minutes on {record["device"]} (threads: {record["threads"]}), torch
-{record["torch"]}, {record["date"]}.
+{boxed}{record["steps"]} steps of {record["tokens_per_step"]:,} tokens ({record["epochs"]} epochs,
+{last["tokens"]:,} tokens), AdamW (peak rate {LM_RATE}, warm-up 4 %, cosine to 5 %, betas 0.9 and 0.95, weight decay
+{WEIGHT_DECAY}), gradient norm clipped at 1, dropout {LM_DROPOUT} on what enters the residual stream (training
+only){balance}, bf16 autocast, seed {record["seed"]}, {record["seconds"] / 60:.0f} minutes on {record["device"]}
+(threads: {record["threads"]}), torch {record["torch"]}, {record["date"]}.
 
-Rebuild: `python scripts/train_zoo.py --models {name} --overwrite`.
+Rebuild: `python scripts/train_zoo.py --models {name} --overwrite{flags}`.
 
 ## Measured on the test split
 
@@ -627,7 +686,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--minutes", type=float, help="a language model's rate falls with the clock, and it stops then")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true")
@@ -635,7 +694,7 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     for name in arguments.models:
-        if name in ("swiglu", "relu"):
+        if name in FUNCTIONS:
             train_lm(name, arguments)
         elif name != "minilm":  # whose weights are not ours
             train_classifier(name, arguments)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = [*sorted((DOCS / "sparsity").glob("*.md")), *(DOCS / f"{name}.md" for name in ("plug-ins", "formats"))]
+PAGES = [*sorted((DOCS / "sparsity").glob("*.md")), *(DOCS / f"{name}.md" for name in ("plug-ins", "formats", "compile-and-export"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

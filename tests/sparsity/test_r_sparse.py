@@ -177,12 +177,6 @@ def test_it_is_a_transform(kind: str) -> None:
     check_transform(RSparse(alpha=0.6), tiny_model(kind), batches, conflicting=conflicting)
 
 
-def test_it_compiles_and_exports() -> None:
-    model, batches = tiny_model("llama"), tiny_batches("llama")
-    found = check_transform(RSparse(alpha=0.6), model, batches, compile_backend="aot_eager", export=True)
-    assert all(check.outcome == "holds" for check in found if check.name in ("compiles", "exports"))
-
-
 def test_a_search_is_saved_and_does_the_same_again(tmp_path) -> None:
     model, batches = tiny_model("llama"), tiny_batches("llama", lengths=((9, 9), (8, 8)))
     apply(model, RSparse(alpha="search", generations=2, population=4), batches, progress=False)

@@ -219,13 +219,7 @@ def test_the_share_that_a_cett_leaves_active() -> None:
 def test_it_satisfies_the_contract(kind: str) -> None:
     transform = PerplexitySparsity(p=0.5) if kind == "llama" else PerplexitySparsity(cett=0.2)
     batches = own_words(kind) if kind == "llama" else tiny_batches(kind)
-    done = check_transform(
-        transform,
-        tiny_model(kind),
-        batches,
-        conflicting=[Wina()],
-        compile_backend="aot_eager" if kind == "llama" else None,
-    )
+    done = check_transform(transform, tiny_model(kind), batches, conflicting=[Wina()])
     assert {check.name for check in done if check.outcome == "holds"} >= {
         "the identity setting changes nothing",
         "save and load",

@@ -12,6 +12,7 @@ from torch import nn
 from actkit import zoo
 from actkit.data import digits, load_data
 
+FUNCTIONS = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh", "relu": "relu", "mixtral": "silu"}
 WEIGHTS = Path(zoo.__file__).parent / "weights"
 
 
@@ -29,10 +30,10 @@ def test_every_model_loads(name):
         assert section in zoo.card(name)
 
 
-@pytest.mark.parametrize("name", ["swiglu", "relu"])
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_language_models_reach_their_cards(name):
     model, tokenizer = zoo.load(name), zoo.tokenizer(name)
-    assert model.config.hidden_act == {"swiglu": "silu", "relu": "relu"}[name]
+    assert model.config.hidden_act == FUNCTIONS[name]
     assert len(tokenizer) == model.config.vocab_size == 2048
     total, count = 0.0, 0
     for batch in load_data(None, model, tokenizer, split="test", sequences=24):
@@ -84,16 +85,36 @@ def test_minilm_without_its_package(monkeypatch):
 
 
 def test_embedded_files_are_small():
-    assert sum(file.stat().st_size for file in WEIGHTS.rglob("*")) < 40e6
+    assert sum(file.stat().st_size for file in WEIGHTS.rglob("*")) < 60e6
     assert not any(file.suffix in (".bin", ".pt", ".pkl", ".pickle") for file in WEIGHTS.rglob("*"))
 
 
-@pytest.mark.parametrize("name", ["swiglu", "relu"])
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_training_records(name):
     record = json.loads((WEIGHTS / name / "training.json").read_text())
     losses = [entry["held_out_loss"] for entry in record["checkpoints"]]
     assert len(losses) == 12 and losses == sorted(losses, reverse=True)
     assert record["checkpoints"][-1]["step"] == record["steps"]
+
+
+def test_geglu_is_the_twin_of_swiglu():
+    twins = [json.loads((WEIGHTS / name / "training.json").read_text()) for name in ("swiglu", "geglu")]
+    for key in ("seed", "tokens_per_step", "train_tokens"):
+        assert twins[0][key] == twins[1][key]
+    assert twins[0]["checkpoints"][0]["sha256"] == twins[1]["checkpoints"][0]["sha256"]  # the untrained models
+
+
+def test_every_expert_of_mixtral_is_used():
+    model, tokenizer = zoo.load("mixtral"), zoo.tokenizer("mixtral")
+    batch = load_data(None, model, tokenizer, sequences=4)[0]
+    with torch.no_grad():
+        logits = model(**batch, output_router_logits=True).router_logits
+    assert len(logits) == 6
+    for scores in logits:
+        share = torch.bincount(scores.topk(2).indices.flatten(), minlength=8) / scores.shape[0] / 2
+        assert share.min() > 0.001 and share.max() < 0.5
+    stated = json.loads((WEIGHTS / "mixtral" / "training.json").read_text())["measured"]["expert_usage"]
+    assert len(stated) == 6 and all(sum(row) == pytest.approx(1, abs=0.01) for row in stated)
 
 
 def test_checkpoints(tmp_path):
@@ -107,13 +128,13 @@ def test_checkpoints(tmp_path):
     assert zoo.checkpoints("relu", tmp_path) == [(3, 12, 5.0, 6.0, folder)]
     with pytest.raises(FileNotFoundError, match=r"train_zoo\.py --models swiglu"):
         zoo.checkpoints("swiglu", tmp_path)
-    with pytest.raises(ValueError, match="relu or swiglu"):
+    with pytest.raises(ValueError, match="geglu, mixtral, relu, swiglu"):
         zoo.checkpoints("vit")
 
 
 def test_unknown_names():
     for function in (zoo.path, zoo.load, zoo.tokenizer, zoo.card):
-        with pytest.raises(ValueError, match="choose one of cnn, minilm"):
+        with pytest.raises(ValueError, match="choose one of cnn, geglu, minilm"):
             function("gpt5")
     with pytest.raises(ValueError, match="has no tokenizer"):
         zoo.tokenizer("vit")

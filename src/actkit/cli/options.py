@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 ModelName = Annotated[
-    str, typer.Argument(help="An embedded model (swiglu, relu, minilm, vit, cnn), a folder, a hub id.")
+    str, typer.Argument(help="An embedded model (swiglu, geglu, relu, mixtral, minilm, vit, cnn), a folder, a hub id.")
 ]
 Data = Annotated[
     str | None,

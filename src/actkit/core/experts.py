@@ -109,14 +109,27 @@ class ExpertList(nn.ModuleList):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k] -> [tokens, hidden].
 
-        An index equal to the number of experts stands for none.
+        An index equal to the number of experts stands for none. Under torch.compile and torch.export each expert
+        computes every token, as the shapes may not depend on what the router chose.
         """
+        if torch.compiler.is_compiling():
+            return self._on_every_token(hidden_states, top_k_index, top_k_weights)
         result = torch.zeros_like(hidden_states)
         for e, expert in enumerate(self):
             rows, slots = torch.where(top_k_index == e)
             if len(rows):
                 weighted = expert(hidden_states[rows], rows) * top_k_weights[rows, slots, None]
                 result.index_add_(0, rows, weighted.to(result.dtype))
+        return result
+
+    def _on_every_token(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        result = torch.zeros_like(hidden_states)
+        rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
+        for e, expert in enumerate(self):
+            chosen = top_k_index == e
+            weighted = expert(hidden_states, rows) * (top_k_weights * chosen).sum(-1, keepdim=True)
+            # where, not a product with 0: what an expert makes of a token that is not its own may be Inf
+            result = result + torch.where(chosen.any(-1, keepdim=True), weighted, 0).to(result.dtype)
         return result
 
     def spec(self) -> dict[str, Any]:

@@ -5,7 +5,8 @@ Three slots that stack: `weight` (dense, or integer codes with scales), `select`
 quantizer is still one module, and whatever runs or exports models knows this module only.
 
 The logical layout is the state that is saved. `pack()` builds the input-major buffer that the sparse kernel reads; it
-is never saved. With gradients, with more than two rows or without `pack()` the layer computes in plain torch.
+is never saved. With gradients, with more than two rows, under torch.export or without `pack()` the layer computes in
+plain torch.
 """
 
 from __future__ import annotations
@@ -280,6 +281,7 @@ class ActLinear(nn.Module):
         self.select = select
         self.correction = correction
         self._packed: Any = None
+        self._packed_threshold = 0.0  # a number: one read from a tensor would break a compiled graph in two
 
     @classmethod
     def of(
@@ -325,7 +327,8 @@ class ActLinear(nn.Module):
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._packed is not None and not torch.is_grad_enabled() and x.numel() <= KERNEL_ROWS * self.in_features:
+        plain = self._packed is None or torch.is_grad_enabled() or torch.compiler.is_exporting()
+        if not plain and x.numel() <= KERNEL_ROWS * self.in_features:
             return self._decode(x)
         selected = x if self.select is None else self.select(x)
         y = F.linear(selected, self.dequantized(), self.bias)
@@ -347,6 +350,8 @@ class ActLinear(nn.Module):
             and self.weight.tensor.device.type == "cpu"
         )
         self._packed = kernels.pack(self.dequantized().detach()) if can else None
+        if can and isinstance(self.select, Threshold):
+            self._packed_threshold = float(self.select.threshold)
         return can
 
     def unpack(self) -> None:
@@ -358,7 +363,7 @@ class ActLinear(nn.Module):
 
         select = self.select
         if isinstance(select, Threshold):
-            chosen: dict[str, Any] = {"threshold": float(select.threshold)}
+            chosen: dict[str, Any] = {"threshold": self._packed_threshold}
         else:
             chosen = {"k": select.k}  # type: ignore[union-attr]
         return kernels.sparse_linear(x, self._packed, score=select.score, bias=self.bias, **chosen)  # type: ignore[union-attr]

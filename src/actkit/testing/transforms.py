@@ -32,6 +32,7 @@ from actkit.core.hooks import arguments, evaluating, forward
 from actkit.core.runner import Applied, apply, first_tensor
 from actkit.core.transform import Recipe, Tags, Transform
 
+COMPILED = 1e-5  # of the largest value, in float32
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest value
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -127,7 +128,8 @@ def check_transform(
     implementation that its class takes by itself (another one is not saved). batches: calibration batches, which also
     serve as inputs; the best have padding. conflicting: transforms that it must refuse to follow.
     fresh: a process that loads saved folders. compile_backend: check torch.compile too ('aot_eager' is fast,
-    'inductor' the real thing). export: check torch.export too. repeatable: it may follow itself.
+    'inductor' the real thing). export: check torch.export too, with any number of rows and tokens where the original
+    model can. repeatable: it may follow itself.
     Returns what was checked, and what did not apply and why. Raises AssertionError that starts with the name of the
     first property that fails.
     """
@@ -324,35 +326,56 @@ def settings_are_strict(case: Case) -> None:
 
 
 def compiles(case: Case) -> None:
-    """The changed model runs under torch.compile(fullgraph=True)."""
+    """The changed model runs under torch.compile(fullgraph=True), on a batch and on a single token."""
     if case.compile_backend is None:
         raise NotApplicable("it was not asked for (compile_backend=)")
     if not case.transform.tags.compiles:
         raise NotApplicable("its tags say that it does not compile")
 
+    batches = [case.batches[0], _smallest(case.batches[0])]
+
     def run(model: nn.Module) -> list[Tensor]:
         torch.compiler.reset()
-        return outputs(torch.compile(model, fullgraph=True, backend=case.compile_backend), case.batches)  # type: ignore[arg-type]
+        # Each shape by itself: to compile for any shape takes four times as long. `exports` asks for that.
+        compiled: Any = torch.compile(model, fullgraph=True, dynamic=False, backend=case.compile_backend)  # type: ignore[arg-type]
+        return outputs(compiled, batches)
 
-    _original_first(case, run, "torch.compile")
-    close(run(case.changed), case.expected, "the compiled model")
+    try:
+        found = run(case.changed)
+    except Exception:
+        _original_too(case, run, "torch.compile")
+        raise
+    close(found, outputs(case.changed, batches), "the compiled model", COMPILED)
 
 
 def exports(case: Case) -> None:
-    """The changed model can be exported by torch.export, and the program computes the same."""
+    """The changed model can be exported by torch.export, and the program computes the same on every batch.
+
+    Rows and tokens are dynamic where the original model can be exported so.
+    """
     if not case.export:
         raise NotApplicable("it was not asked for (export=)")
     if not case.transform.tags.exports:
         raise NotApplicable("its tags say that it does not export")
 
-    def run(model: nn.Module) -> list[Tensor]:
-        args, kwargs = arguments(model, case.batches[0])
+    def run(model: nn.Module, dynamic: bool) -> list[Tensor]:
+        batches = case.batches if dynamic else case.batches[:1]
+        calls = [arguments(model, batch) for batch in batches]
         with evaluating(model):
-            program = torch.export.export(model, args, kwargs, strict=False)
-            return [first_tensor(program.module()(*args, **kwargs))]
+            program = _exported(model, case.batches[0], dynamic)
+            return [first_tensor(program(*args, **kwargs)) for args, kwargs in calls]
 
-    _original_first(case, run, "torch.export")
-    close(run(case.changed), case.expected[:1], "the exported program")
+    try:
+        found = run(case.changed, dynamic=True)
+    except Exception:
+        if _works(partial(run, case.original, dynamic=True)):
+            raise
+        try:
+            found = run(case.changed, dynamic=False)
+        except Exception:
+            _original_too(case, partial(run, dynamic=False), "torch.export")
+            raise
+    close(found, case.expected[: len(found)], "the exported program", COMPILED)
 
 
 CHECKS: dict[str, Callable[[Case], None]] = {
@@ -443,11 +466,12 @@ def equal(found: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> Non
         assert same_bits(a, b), f"{what} differ by up to {(a.double() - b.double()).abs().max():.3g}"
 
 
-def close(found: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
-    """Assert that tensors are equal to rounding: relative to the largest value, by dtype."""
+def close(found: Sequence[Tensor], expected: Sequence[Tensor], what: str, bound: float | None = None) -> None:
+    """Assert that tensors are equal to rounding: relative to the largest value, `bound` or by dtype."""
     for a, b in zip(found, expected, strict=True):
         error = float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30))
-        assert error <= ROUNDING[b.dtype], f"{what} differs by {error:.3g} of the largest value"
+        allowed = ROUNDING[b.dtype] if bound is None else bound
+        assert error <= allowed, f"{what} differs by {error:.3g} of the largest value"
 
 
 def changes_of(model: nn.Module) -> list[dict[str, Any]]:
@@ -528,11 +552,40 @@ def _base(case: Case) -> Callable[[], nn.Module] | None:
     return None if checkpoint._is_pretrained(case.original) else case.model
 
 
-def _original_first(case: Case, run: Callable[[nn.Module], Any], what: str) -> None:
+def _exported(model: nn.Module, batch: Any, dynamic: bool) -> nn.Module:
+    """The exported program of a call on `batch`; dynamic: the number of rows, and of tokens, may be another."""
+    args, kwargs = arguments(model, batch)
+
+    def free(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return None
+        tokens = value.dim() == 2 and not value.is_floating_point()
+        return dict.fromkeys(range(2 if tokens else 1), torch.export.Dim.DYNAMIC)
+
+    shapes: Any = {key: free(value) for key, value in kwargs.items()} if kwargs else tuple(map(free, args))
+    program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes if dynamic else None, strict=False)
+    return program.module()
+
+
+def _works(do: Callable[[], Any]) -> bool:
     try:
-        run(case.original)
-    except Exception as error:
-        raise NotApplicable(f"{what} does not take the original model either ({type(error).__name__})") from error
+        do()
+    except Exception:
+        return False
+    return True
+
+
+def _original_too(case: Case, run: Callable[[nn.Module], Any], what: str) -> None:
+    """Raise NotApplicable where the original model fails as the changed one did."""
+    if not _works(partial(run, case.original)):
+        raise NotApplicable(f"{what} does not take the original model either")
+
+
+def _smallest(batch: Any) -> Any:
+    """The first token of the first row, as decoding begins; of images and vectors the first row."""
+    if isinstance(batch, dict):
+        return {key: value[:1, :1] if value.dim() == 2 else value[:1] for key, value in batch.items()}
+    return batch[:1] if isinstance(batch, Tensor) else tuple(value[:1] for value in batch)
 
 
 def _to(batch: Any, dtype: torch.dtype) -> Any:

