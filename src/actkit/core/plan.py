@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from actkit.core import processes
 from actkit.core.anatomy import Anatomy, Block, Site
 from actkit.core.blockwise import Walk
 from actkit.core.capture import opened_experts
@@ -125,13 +126,15 @@ def _within(name: str, path: str) -> bool:
 def _cost(
     view: Anatomy, transforms: Sequence[Transform], batches: Sequence[Any]
 ) -> tuple[list[tuple[str, int]], float]:
-    """What the walk holds, measured on the batch with the longest sequences, and the time of its pass."""
+    """What the walk holds, measured on the batch with the longest sequences, and the time of its pass; of several
+    processes, for the largest share of the batches."""
     needy = [t for t in transforms if t.tags.needs_data]
     if not needy or not len(batches):
         return [], 0.0
     tokens = [context.batch_size * (context.length or 1) for context in map(BatchContext.of, batches)]
     longest = max(range(len(batches)), key=lambda index: BatchContext.of(batches[index]).length or 1)
-    scale = sum(tokens) / tokens[longest]
+    most = max(sum(tokens[first :: processes.count()]) for first in range(processes.count()))
+    scale = most / tokens[longest]
     streams = {s for t in needy for s in (("original", "edited") if t.tags.stream == "both" else (t.tags.stream,))}
     walk = Walk(view, [batches[longest]], lambda items, text: items)
     with evaluating(view.model):
@@ -146,7 +149,7 @@ def _cost(
     if any(t.tags.records_calls for t in needy):
         size = next((parameter.element_size() for parameter in view.model.parameters()), 4)
         widest = max((linear.in_features for linear in block.linears()), default=0)
-        rows = sum(tokens) if walk.whole_model else ceil(_rows(walk) * scale)
+        rows = most if walk.whole_model else ceil(_rows(walk) * scale)
         copies = size + 2 * 4  # as recorded, and two copies in float32 to compute with
         memory.append(("recorded calls of one module", rows * widest * copies))
     passes = 1 + len(streams) + sum(t.tags.passes for t in needy)
