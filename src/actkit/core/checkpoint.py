@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from actkit.core import changes
+from actkit.core import changes, processes
 from actkit.core.changes import Changes, Source
 from actkit.core.edits import describe_module, get_module, replay, tied_names
 from actkit.core.errors import ActkitError, CheckpointError
@@ -55,10 +55,28 @@ def save(
 
     A transformers model that actkit has not changed is written in transformers' own format. overwrite: replace an
     existing checkpoint (only once the new one is complete). card: text of README.md. results: measured numbers, kept in
-    actkit.json. keep_others: of a replaced folder, keep the files that are not the model's (a tokenizer).
+    actkit.json. keep_others: of a replaced folder, keep the files that are not the model's (a tokenizer). Several
+    processes (`core.processes.together`) all call it; the first one writes, and the others wait for it.
     Raises CheckpointError where the folder exists, is no checkpoint, the disk is full, or a tensor has no values.
     """
     folder = Path(folder)
+    processes.on_first(
+        f"saved to {folder.name}",
+        lambda: _save(model, folder, tokenizer, overwrite, card, results, max_shard, keep_others),
+    )
+    return folder
+
+
+def _save(
+    model: nn.Module,
+    folder: Path,
+    tokenizer: Any,
+    overwrite: bool,
+    card: str | None,
+    results: dict[str, Any] | None,
+    max_shard: int | str,
+    keep_others: bool,
+) -> None:
     check_target(folder, overwrite=overwrite)
     if folder.exists() and not replaceable(folder):
         raise CheckpointError(
@@ -80,7 +98,6 @@ def save(
             _write(model, temporary, parse_bytes(max_shard), results or {})
         if card is not None:
             (temporary / "README.md").write_text(card, encoding="utf-8")
-    return folder
 
 
 def check_target(folder: str | Path, *, overwrite: bool = False) -> None:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from actkit.core import processes
 from actkit.core.anatomy import Anatomy, Site
 from actkit.core.anatomy import anatomy as read_anatomy
 from actkit.core.architectures import find_architecture
@@ -245,6 +246,14 @@ class _Tally:
         self.all.append(zeros.index_add(0, index, sizes))
         self._parts.clear()
 
+    def merge(self) -> None:
+        """Join what several processes tallied."""
+        own = {f"kept {i}": x for i, x in enumerate(self.kept)} | {f"all {i}": x for i, x in enumerate(self.all)}
+        every = [tensors for _, tensors in processes.everyone("densities of tokens", own)]
+        self.kept, self.all = (
+            [x for tensors in every for name, x in tensors.items() if name.startswith(what)] for what in ("kept", "all")
+        )
+
 
 class _Reads(Density):
     """Density of a layer's inputs under its selection, told to the tally token by token.
@@ -350,14 +359,17 @@ def _measure(
         return _Seen(sum(BatchContext.of(batch).tokens for batch in batches), {}, {}, tally)
     with evaluating(model), observe(view, wanted) as observer:
         row = 0
-        for batch in track(batches, "Measuring the density", enabled=progress):
+        for index, batch in enumerate(track(batches, "Measuring the density", enabled=progress)):
             context = BatchContext.of(batch, first_row=row)
             row += context.batch_size
             tokens += context.tokens
-            observer.begin(context)
-            forward(model, batch)
-            tally.close_batch()
+            if processes.mine(index):
+                observer.begin(context)
+                forward(model, batch)
+                tally.close_batch()
     found = observer.statistics
+    processes.merge(found)
+    tally.merge()
     reads = {path: found[Site("layer.input", path=path)] for path in selecting}
     experts = {path: found[site].count for path, site in members.items()}
     return _Seen(tokens, reads, experts, tally)

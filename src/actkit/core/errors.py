@@ -44,4 +44,4 @@ class UnsupportedModelError(ActkitError, TypeError):
 
 
 class ProcessError(ActkitError):
-    """Another of several processes failed, is gone, or went another way."""
+    """Another of several processes failed, is gone, or went another way; or this is not done in several."""

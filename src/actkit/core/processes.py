@@ -38,14 +38,16 @@ PATIENCE = timedelta(days=1)  # a process may be slow; one that died is noticed 
 FAILURE = 2000  # characters sent of an error's text
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Group:
-    """headers: the group that carries tensors on the CPU. nccl: whether tensors on GPUs are sent as they are."""
+    """headers: the group that carries tensors on the CPU. nccl: whether tensors on GPUs are sent as they are. ended:
+    why nothing can be exchanged any more, once an error has ended it."""
 
     rank: int
     count: int
     headers: Any
     nccl: bool
+    ended: str = ""
 
 
 _group: _Group | None = None
@@ -82,6 +84,13 @@ def started_by_torchrun() -> bool:
     return all(name in os.environ for name in needed) and int(os.environ["WORLD_SIZE"]) > 1
 
 
+def refuse(what: str, instead: str) -> None:
+    """Raise ProcessError where torchrun started several processes, for what runs in one; instead: what to do."""
+    if several() or started_by_torchrun():
+        running = count() if several() else os.environ["WORLD_SIZE"]
+        raise ProcessError(f"{what}: it runs in one process, and {running} were started; {instead}.")
+
+
 # -- the scope ---------------------------------------------------------------------------------------------------------
 
 
@@ -107,13 +116,10 @@ def together() -> Iterator[None]:
             return
         try:
             yield
-        except ProcessError:
-            raise  # the others know
-        except SystemExit as end:
-            _begin("the end", error=end if end.code else None)
-            raise
         except BaseException as error:
-            _begin("the end", error=error)
+            done = isinstance(error, SystemExit) and not error.code
+            if not _group.ended:
+                _begin("the end", error=None if done else error)
             raise
         _begin("the end")
     finally:
@@ -216,15 +222,24 @@ def agree(**what: str) -> None:
 
 def on_first(label: str, function: Callable[[], T]) -> T | None:
     """What the function gives, run by the first process alone while the others wait; None in these."""
-    result = function() if is_first() else None
-    if _group is not None:
-        _begin(label)
+    if _group is None:
+        return function()
+    result = None
+    if is_first():
+        try:
+            result = function()
+        except BaseException as error:
+            _begin(label, error=error)
+            raise
+    _begin(label)
     return result
 
 
 def _begin(label: str, *, size: int = 0, error: BaseException | None = None) -> list[int]:
     """Exchange headers; returns what each process says of its size."""
     assert _group is not None
+    if _group.ended:
+        raise ProcessError(_group.ended)
     text = b"" if error is None else f"{type(error).__name__}: {error}"[:FAILURE].encode()
     named = label.encode("ascii", "replace").decode()[:100]
     header = {"failed": error is not None, "label": named, "size": len(text) or size}
@@ -236,17 +251,20 @@ def _begin(label: str, *, size: int = 0, error: BaseException | None = None) -> 
         failed = [source for source, each in enumerate(headers) if each["failed"]]
         texts = [_text(source, text, headers[source]["size"]).decode(errors="replace") for source in failed]
     except RuntimeError as lost:
-        if error is not None:  # it is the reason, and is about to be raised
+        _group.ended = f"another process is gone or does not answer ({lost}); see its own output."
+        if error is not None:  # the reason, which is about to be raised
             return []
-        raise ProcessError(f"another process is gone or does not answer ({lost}); see its own output.") from lost
-    if failed and error is None:
-        raise ProcessError(f"process {failed[0]} failed: {texts[0]}")
-    if not failed and len({each["label"] for each in headers}) > 1:
+        raise ProcessError(_group.ended) from lost
+    if failed:
+        _group.ended = f"process {failed[0]} failed: {texts[0]}"
+    elif len({each["label"] for each in headers}) > 1:
         listed = ", ".join(f"process {source} {each['label']!r}" for source, each in enumerate(headers))
-        raise ProcessError(
+        _group.ended = (
             f"the processes went different ways and exchange different things: {listed}. Inside `together` all must "
             f"make the same calls; what only the first shall do goes after it."
         )
+    if _group.ended and error is None:
+        raise ProcessError(_group.ended)
     return [each["size"] for each in headers]
 
 

@@ -91,9 +91,7 @@ class Awq(Transform):
                 continue
             calls = seen.calls(group.inspect, max_tokens=self.search_tokens)
             inspected = get_module(block.root, group.inspect)
-            scale, ratio, losses = search_scale(
-                inspected, group.consumers, calls, moments.mean_abs, self, seen.total
-            )
+            scale, ratio, losses = search_scale(inspected, group.consumers, calls, moments.mean_abs, self, seen.total)
             best = min(loss for loss in losses if isfinite(loss))
             yield Note(group.inspect, f"ratio {ratio:.2f}, error {losses[0]:.3g} -> {best:.3g}")
             yield from fold(block, group, scale)

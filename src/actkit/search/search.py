@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from actkit.core import changes, checkpoint
+from actkit.core import changes, checkpoint, processes
 from actkit.core.anatomy import anatomy
 from actkit.core.errors import ActkitError, MemoryLimitError
 from actkit.core.example import Inputs, main_dtype
@@ -167,11 +167,17 @@ def optimize(
     max_memory: hard cap for calibration beside the model. base: builds the unchanged model, for one's own nn.Module, by
     a function that a fresh process can import. threads: torch's number where None.
 
-    Raises ValueError for settings out of bounds or an `out` that exists, DataError for data that do not serve,
+    Raises ProcessError in one of several processes (its measurements need the machine to themselves), ValueError for
+    settings out of bounds or an `out` that exists, DataError for data that do not serve,
     JournalError where resuming is not possible, ImportError where jinja2 (the extra `report`) is missing, and what
     loading a model raises; all before the first measurement. What a candidate raises is recorded with it.
     """
     started = time.perf_counter()
+    processes.refuse(
+        "optimize",
+        "it measures speed with the machine to itself: run it without torchrun, or apply and evaluate single recipes "
+        "under torchrun",
+    )
     _check_settings(max_loss, max_recipes, seed, threads)
     _check_report()
     out = Path(out)
