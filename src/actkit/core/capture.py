@@ -34,6 +34,7 @@ from actkit.core.hooks import (
     refuse_compiled_or_sharded,
 )
 from actkit.core.memory import MemoryPlan
+from actkit.core.offload import refuse_offloaded
 from actkit.core.progress import track
 from actkit.core.rows import as_rows, check_finite
 from actkit.core.statistics import Statistic
@@ -287,6 +288,7 @@ def opened_experts(view: Anatomy) -> Iterator[None]:
         for block in view.blocks:
             experts = view.block(block.index).experts
             if experts is not None and not isinstance(experts.module, ExpertList):
+                refuse_offloaded(experts.module, f"{experts.path} holds all experts in one tensor")
                 set_module(view.model, experts.path, ExpertList.of(experts.module, experts.row))
                 stock.append((experts.path, experts.module))
         yield

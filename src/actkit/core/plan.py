@@ -171,7 +171,7 @@ def _channels(block: Block, site: Site) -> int:
 
 def parameter_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, ties counted once."""
-    seen: dict[int, int] = {}
-    for tensor in model.state_dict(keep_vars=True).values():
-        seen[tensor.data_ptr()] = tensor.nbytes
+    seen: dict[Any, int] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        seen[name if tensor.is_meta else tensor.data_ptr()] = tensor.nbytes  # offloaded ones have no address
     return sum(seen.values())

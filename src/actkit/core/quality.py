@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from actkit.core import processes
 from actkit.core.errors import DataError, NonFiniteError, UnsupportedModelError
-from actkit.core.hooks import BatchContext, evaluating, forward
+from actkit.core.hooks import BatchContext, evaluating, forward, refuse_compiled_or_sharded
 from actkit.core.progress import track
 
 if TYPE_CHECKING:
@@ -181,6 +181,9 @@ def measure_quality(
         raise ValueError(f"task: {task!r} was given, allowed are {', '.join(TASKS)}.")
     if resamples < 1:
         raise ValueError(f"resamples: {resamples} was given; give at least 1, best 1000.")
+    for each in (model, reference):
+        if each is not None:
+            refuse_compiled_or_sharded(each)
     task = task or task_of(model)
     if task == "embedding" and reference is None:
         raise DataError(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actkit.core import changes, processes
+from actkit.core import changes, offload, processes
 from actkit.core.anatomy import Anatomy, Block, Site, anatomy, has_row, unread
 from actkit.core.blockwise import Call, Walk
 from actkit.core.capture import observe, opened_experts
@@ -37,7 +37,7 @@ from actkit.core.edits import (
     shared_parameters,
     temporarily,
 )
-from actkit.core.errors import DataError, EditError, NonFiniteError, RecipeError, UnsupportedModelError
+from actkit.core.errors import DataError, EditError, NonFiniteError, RecipeError
 from actkit.core.experts import ExpertList
 from actkit.core.hooks import check_batch, evaluating, first_tensor, forward, hooked, refuse_compiled_or_sharded
 from actkit.core.plan import Plan, make_plan
@@ -206,7 +206,11 @@ class Trial:
         self.anatomy, self.model, self.batches = view, view.model, batches
 
     def __call__(self, edits: Iterable[Edit]) -> AbstractContextManager[nn.Module]:
-        """with trial(edits) as model: measure; the edits are undone at the end, also after an exception."""
+        """with trial(edits) as model: measure; the edits are undone at the end, also after an exception.
+
+        Raises UnsupportedModelError for a model that accelerate offloads.
+        """
+        offload.refuse_offloaded(self.model, "a search tries changes of the whole model at once")
         return temporarily(self.model, edits)
 
     def outputs(self) -> Iterator[Tensor]:
@@ -261,6 +265,7 @@ def apply(
             data=processes.fingerprint(list(batches)),
         )
     if not inplace:
+        offload.refuse_offloaded(model, "inplace=False would copy all its weights into memory")
         model = changes.copy_of(model)
     parts = has_row(model) or any(transform.tags.parts for transform in transforms)
     view = anatomy(model, batches[0] if batches else None) if parts else unread(model)
@@ -341,16 +346,23 @@ class _Run:
                     "from passes over the whole prefix (slower, same result)"
                 )
         for index in self._track(range(len(self.view.blocks)), "Changing block by block"):
-            following = {"original": walk.following(index, "original")} if walk and "original" in streams else {}
-            self._open_experts(self.view.block(index))
-            originals: dict[str, nn.Module] = {}
-            for transform in self.transforms:
-                self._apply_one(transform, index, walk, originals)
-            self._close_experts()
-            if walk is not None and "edited" in streams:
-                following["edited"] = walk.following(index, "edited")
+            weights = any(transform.tags.parts for transform in self.transforms)
+            with offload.onloaded(self.model, self.view.blocks[index].path, weights=weights):
+                following = self._change_block(index, walk, streams)
             for stream, calls in following.items():
                 walk.move(stream, calls)  # type: ignore[union-attr]
+
+    def _change_block(self, index: int, walk: Walk | None, streams: Sequence[str]) -> dict[str, list[Call]]:
+        """Run the transforms on a block; returns the calls of the next one, by stream."""
+        following = {"original": walk.following(index, "original")} if walk and "original" in streams else {}
+        self._open_experts(self.view.block(index))
+        originals: dict[str, nn.Module] = {}
+        for transform in self.transforms:
+            self._apply_one(transform, index, walk, originals)
+        self._close_experts()
+        if walk is not None and "edited" in streams:
+            following["edited"] = walk.following(index, "edited")
+        return following
 
     def _apply_one(self, transform: Transform, index: int, walk: Walk | None, originals: dict[str, nn.Module]) -> None:
         block = self.view.block(index, originals)
@@ -514,10 +526,7 @@ def check_model(model: nn.Module) -> None:
         )
     refuse_compiled_or_sharded(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_meta:
-            raise UnsupportedModelError(
-                f"model: {name} is on the meta device and has no values; load the weights first."
-            )
+        tensor = offload.value_of(model, name, tensor)
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NonFiniteError(f"model: {name} holds NaN or Inf; mend the weights first.")
 

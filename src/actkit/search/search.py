@@ -31,6 +31,7 @@ from actkit.core.errors import ActkitError, MemoryLimitError
 from actkit.core.example import Inputs, main_dtype
 from actkit.core.fresh import import_name
 from actkit.core.machine import machine, versions
+from actkit.core.offload import refuse_offloaded
 from actkit.core.progress import track
 from actkit.core.proof import Proof, prove
 from actkit.core.runner import check_model
@@ -187,6 +188,7 @@ def optimize(
         options |= {"device": device, "dtype": dtype, "base": base}
     name = type(model).__name__ if isinstance(model, nn.Module) else str(model)
     opened, tokenizer = open_model(model, **options)
+    refuse_offloaded(opened, "every candidate is a copy of it in memory")
     check_model(opened)
     base = base or OWN_CLASSES.get(type(opened).__name__)
     _check_base(opened, base)
