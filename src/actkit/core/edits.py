@@ -113,7 +113,7 @@ def shared_parameters(model: nn.Module) -> Shared:
         names.setdefault(id(parameter), []).append(name)
     shared = {key: same for key, same in names.items() if len(same) > 1}
     for same in offload.shared_tensors(model) if offload.is_offloaded(model) else ():
-        shared |= {id(known[name]): same for name in same}  # an object each, while they are elsewhere
+        shared |= {id(known[name]): same for name in same if name in known}  # an object each, while they are elsewhere
     return shared
 
 

@@ -125,19 +125,17 @@ def value_of(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 
 def shared_tensors(model: nn.Module) -> list[list[str]]:
-    """Names of offloaded parameters that are one and the same: by their memory, or by what transformers says."""
-    groups: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        place = place_of(model, name) if parameter.is_meta else None
+    """Names of offloaded tensors that are one and the same: by their memory, or by what transformers says."""
+    state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if tensor.is_meta}
+    groups: dict[Any, list[str]] = {}
+    for name in state:
+        place = place_of(model, name)
         source = None if place is None else _source(place.hook.weights_map, place.name)
-        if isinstance(source, Tensor) and source.numel():
-            groups.setdefault(source.data_ptr(), []).append(name)
+        if source is not None and source.numel():
+            groups.setdefault(_memory(source), []).append(name)
     found = [names for names in groups.values() if len(names) > 1]
-    tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
-    known = dict(model.named_parameters(remove_duplicate=False))
-    for alias, name in tied.items():
-        pair = [known.get(name), known.get(alias)]
-        if all(each is not None and each.is_meta for each in pair) and not any({alias, name} <= {*g} for g in found):
+    for alias, name in (getattr(model, "all_tied_weights_keys", None) or {}).items():  # read from files they look apart
+        if {alias, name} <= state.keys() and not any({alias, name} <= {*names} for names in found):
             found.append([name, alias])
     return found
 
@@ -152,7 +150,7 @@ class _Onloaded:
         self.module, self.hook = module, hook
         device = torch.device(hook.execution_device if hook.execution_device is not None else "cpu")
         for name, old in _held(module, hook).items():
-            _put(module, name, hook.weights_map[name].to(device), old)
+            _put(module, name, hook.weights_map[name].to(device, copy=True), old)  # an edit may change it in place
         self.before = {name: (tensor, tensor._version) for name, tensor in _held(module, hook).items()}
         self.names = {name for name, _ in module.named_buffers()}
         hook.offload = False  # it goes on moving inputs, and leaves the weights alone
@@ -265,9 +263,8 @@ def write(model: nn.Module, name: str, value: Tensor) -> None:
     """Give a parameter or buffer other values, wherever it is."""
     place = place_of(model, name)
     if place is not None and place.hook.offload:
-        place.hook.weights_map = Weights(
-            _stored({place.name: value}, place.hook.weights_map, {}), place.hook.weights_map
-        )
+        own = _stored({place.name: value.clone()}, place.hook.weights_map, {})
+        place.hook.weights_map = Weights(own, place.hook.weights_map)
         return
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
@@ -313,7 +310,7 @@ def _stored(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], known: di
     fresh = {name: x.detach().cpu().contiguous() for name, x in tensors.items() if name not in found}
     folder = _folder(like) if fresh else None
     if folder is None:
-        return {**found, **{name: x.clone() if x is tensors[name] else x for name, x in fresh.items()}}
+        return {**found, **fresh}
     file = folder / f"actkit-{uuid4().hex}.safetensors"
     save_file({name: tensor.clone() for name, tensor in fresh.items()}, file)
     return {**found, **dict.fromkeys(fresh, file)}
