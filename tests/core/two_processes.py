@@ -10,6 +10,7 @@ import copy
 import json
 import sys
 import traceback
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from tiny_models import HIDDEN, VOCABULARY, build
 from torch import nn
 
-from actkit.core import processes
+from actkit.core import processes, registry
 from actkit.core.capture import record
 from actkit.core.checkpoint import load, save
 from actkit.core.cost import measure_cost
@@ -215,6 +216,16 @@ class _Silent(_Careless):
     tags: ClassVar[Tags] = Tags(needs_data=True)
 
 
+def register(*classes: type) -> None:
+    """They are known by name, as those of an installed package are."""
+    real = registry._entries
+    own = {
+        cls.__name__: EntryPoint(cls.__name__, f"{cls.__module__}:{cls.__qualname__}", registry.METHODS)
+        for cls in classes
+    }
+    registry._entries = lambda group: real(group) | (own if group == registry.METHODS else {})  # type: ignore[assignment]
+
+
 def refused(error: type[Exception], words: str, do: Any) -> None:
     try:
         with together():
@@ -263,10 +274,14 @@ def check_errors() -> None:
 
     refused(ProcessError, "went different ways", apart)
     refused(ProcessError, "'the end'", lambda: rank or processes.total("alone", torch.zeros(1)))
+    register(_Careless, _Silent)
     for careless in (_Careless(), _Silent()):
         name = type(careless).__name__
-        # what a transform is called is registered by name, which these are not; the recipe is then never printed
-        refused(RecipeError, name, lambda careless=careless: apply(model, [careless], data, progress=False))
+        refused(
+            RecipeError,
+            f"{name}: it goes by recorded calls",
+            lambda careless=careless: apply(model, [careless], data, progress=False),
+        )
     refused(ValueError, "without torchrun", lambda: evaluate(model, data, folder=".", speed=True, progress=False))
 
 

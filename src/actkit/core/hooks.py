@@ -62,12 +62,12 @@ def refuse_compiled_or_sharded(model: nn.Module) -> None:
         if kind == "OptimizedModule" or module._compiled_call_impl is not None or compiled:
             raise UnsupportedModelError(
                 f"model: {where} is compiled (torch.compile or model.compile()), so hooks do not fire and replaced "
-                f"modules are not seen. Give the model before it was compiled; compile it afterwards."
+                f"modules are not seen. Give the model as it was before: transform first, compile after."
             )
         if kind.startswith("FSDP") or kind == "FullyShardedDataParallel":
             raise UnsupportedModelError(
-                f"model: {where} is sharded ({kind}), so its weights are in pieces. Give the whole model; shard it "
-                f"afterwards. Several processes can share the batches instead (core.processes.together)."
+                f"model: {where} is sharded ({kind}), so its weights are in pieces. Give the whole model: transform "
+                f"first, shard after. Several processes can share the batches instead (core.processes.together)."
             )
         if kind in ("DistributedDataParallel", "DataParallel"):
             raise UnsupportedModelError(f"model: {where} is wrapped in {kind}; give what is inside: its .module.")

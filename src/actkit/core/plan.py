@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from actkit.core import processes
+from actkit.core import offload, processes
 from actkit.core.anatomy import Anatomy, Block, Site
 from actkit.core.blockwise import Walk
 from actkit.core.capture import opened_experts
@@ -141,9 +141,12 @@ def _cost(
         walk.start(sorted(streams))
     memory = [(what, ceil(size * scale)) for what, size in walk.bytes(streams).items() if size]
     block = view.block(0)
-    statistics = max(
-        (sum(s.memory(_channels(block, site)) for site, s in t.observe(block).items()) for t in needy), default=0
-    )
+    with offload.onloaded(view.model, block.path):  # a statistic may be weighted by the layer's weight
+        statistics = max(
+            (sum(s.memory(_channels(block, site)) for site, s in t.observe(block).items()) for t in needy), default=0
+        )
+    if offload.is_offloaded(block.module):
+        memory.append(("weights of one block, brought in place", parameter_bytes(block.module)))
     if statistics:
         memory.append(("statistics of one block", statistics))
     if any(t.tags.records_calls for t in needy):
