@@ -31,7 +31,9 @@ class Weights(Mapping[str, Tensor]):
     """What the hook of a changed module reads: some tensors of its own, the others from the map below it."""
 
     def __init__(self, own: Mapping[str, Source], below: Mapping[str, Tensor] | None = None) -> None:
-        self.own, self.below = dict(own), below or {}
+        self.own, self.below = dict(own), {} if below is None else below
+        if isinstance(below, Weights):
+            self.own, self.below = {**below.own, **self.own}, below.below
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.own:
@@ -319,21 +321,20 @@ def _stored(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], known: di
 def _folder(like: Any) -> Path | None:
     """A folder for what belongs to weights that a map reads from files; None for a map that holds them in memory."""
     prefix = ""
-    while True:
+    while like is not None:
         if isinstance(like, Weights):
             file = next((source for source in like.own.values() if isinstance(source, Path)), None)
             other = next((source[0] for source in like.own.values() if isinstance(source, tuple)), None)
             if file is not None:
                 return file.parent
-            if not like.below and other is None:
-                return None
-            like = like.below or other
+            like = like.below if len(like.below) else other
         elif hasattr(like, "dataset"):  # accelerate's map with a prefix
             prefix, like = like.prefix + prefix, like.dataset
         elif getattr(like, "index", None):  # accelerate's map that reads files, but for what it holds
             return None if any(name.startswith(prefix) for name in like.state_dict) else _temporary(like)
         else:
-            return None
+            break
+    return None
 
 
 _folders: dict[int, Path] = {}  # of maps that read files, until they are gone

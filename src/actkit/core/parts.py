@@ -45,8 +45,8 @@ class Linear:
     def weight(self) -> Tensor:
         """[out, in]: the parameter itself, transposed view for Conv1D, dequantized for ActLinear.
 
-        Raises CoverageError for a module that actkit does not read as a linear layer, UnsupportedModelError for a weight
-        on the meta device, as accelerate's offload leaves it.
+        Raises CoverageError for a module that actkit does not read as a linear layer, UnsupportedModelError for one
+        whose weight is on the meta device, as accelerate's offload leaves it.
         """
         if any(tensor.is_meta for tensor in (*self.module.parameters(), *self.module.buffers())):
             raise UnsupportedModelError(
