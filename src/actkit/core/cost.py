@@ -34,6 +34,7 @@ from actkit.core.errors import DataError
 from actkit.core.experts import ExpertList
 from actkit.core.hooks import BatchContext, evaluating, forward
 from actkit.core.linear import ActLinear, TopK
+from actkit.core.offload import in_place
 from actkit.core.progress import track
 from actkit.core.statistics import Density, Rows
 
@@ -347,7 +348,8 @@ def _measure(
     wanted: dict[Site, Any] = {}
     for path, layer in selecting.items():
         if layer.select is not None:
-            wanted[Site("layer.input", path=path)] = _Reads(layer.select.mask, tally, float(layer.weight.nbytes), path)
+            chooses = in_place(model, f"{path}.select", layer.select).mask
+            wanted[Site("layer.input", path=path)] = _Reads(chooses, tally, float(layer.weight.nbytes), path)
     members: dict[str, Site] = {}
     for block in () if view is None else (view.block(index) for index in range(len(view.blocks))):
         for expert, mlp in block.mlps():

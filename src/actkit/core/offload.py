@@ -8,12 +8,13 @@ modules that took the place of others get a hook like theirs. What was in a file
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from uuid import uuid4
 from weakref import finalize
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from actkit.core.errors import UnsupportedModelError
 
+M = TypeVar("M", bound=nn.Module)
 Source = Tensor | tuple[Mapping[str, Tensor], str] | Path  # a tensor, another map's entry, a file that holds it
 
 
@@ -124,6 +126,18 @@ def value_of(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     if place is None:
         raise UnsupportedModelError(f"model: {name} is on the meta device and has no values; load the weights first.")
     return place.hook.weights_map[place.name].detach().cpu()
+
+
+def in_place(model: nn.Module, path: str, module: M) -> M:
+    """The module at `path` itself, or a copy with its values in place where it is offloaded: for what is read outside
+    of its call. Meant for small ones."""
+    named = [*module.named_parameters(), *module.named_buffers()]
+    if not any(tensor.is_meta for _, tensor in named):
+        return module
+    duplicate, device = copy.deepcopy(module), device_of(model)
+    for name, tensor in named:
+        _put(duplicate, name, value_of(model, f"{path}.{name}", tensor).to(device), tensor)
+    return duplicate
 
 
 def shared_tensors(model: nn.Module) -> list[list[str]]:
