@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from actkit.core import changes, runner
+from actkit.core import changes, processes, runner
 from actkit.core.architectures import find_architecture
 from actkit.core.checkpoint import MANIFEST, check_target, read_manifest, save
 from actkit.core.errors import ActkitError, DataError
@@ -146,17 +146,19 @@ def apply_and_save(
     """Apply a recipe, save the model to `out`, and prove in a fresh process that the folder loads as the model was.
 
     base: for one's own nn.Module, what builds the unchanged model. options: as in `apply`. Raises what `apply`, `save`
-    and `prove` raise, and ActkitError where the proof fails (the folder is left for inspection).
+    and `prove` raise, and ActkitError where the proof fails (the folder is left for inspection). Of several processes
+    the first one saves and proves; the others get no proof.
     """
     from actkit.core.cost import folder_bytes
     from actkit.core.proof import prove
 
-    check_target(out, overwrite=overwrite)
+    processes.on_first("the folder is free", lambda: check_target(out, overwrite=overwrite))
     if not isinstance(model, nn.Module):
         options["base"] = base
     applied = apply(model, recipe, data, undo="off", **options)
     folder = save(applied.model, out, overwrite=overwrite)
-    proved = prove(applied.model, folder, base=base or OWN_CLASSES.get(type(applied.model).__name__)) if proof else None
+    base = base or OWN_CLASSES.get(type(applied.model).__name__)
+    proved = processes.on_first("proof", lambda: prove(applied.model, folder, base=base)) if proof else None
     if proved is not None and not proved.passed:
         raise ActkitError(f"proof: {proved.describe()}. The folder does not hold the model that was saved; report it.")
     return Saved(folder, folder_bytes(folder), applied.report, proved)

@@ -1,9 +1,16 @@
-"""The command line: each verb parses, calls one public function and prints what it returns."""
+"""The command line: each verb parses, calls one public function and prints what it returns.
+
+Under torchrun, profile, apply and evaluate share their batches among the processes, and train its own way; the first
+process prints.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,9 +73,31 @@ def _raised_in(error: Exception) -> str:
 
 
 def _print_error(text: str) -> None:
+    if not _first():  # an error of another process reaches the first one too, and is printed there
+        return
     from rich.console import Console
 
     Console(stderr=True, highlight=False).print(text, markup=False)
+
+
+def _first() -> bool:
+    """Whether this process prints: the only one, or the first of those that torchrun started."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Several processes as one, where torchrun started them."""
+    from actkit.core.processes import together
+
+    with together():
+        yield
+
+
+def _alone(verb: str) -> None:
+    from actkit.core.processes import refuse
+
+    refuse(verb, f"run it without torchrun: actkit {verb} ...")
 
 
 def _set_up(threads: int | None = None, seed: int = 0) -> None:
@@ -85,6 +114,8 @@ def _set_up(threads: int | None = None, seed: int = 0) -> None:
 
 def _show(result: Any, as_json: bool) -> None:
     """A result's table on the terminal, or its dictionary as JSON."""
+    if not _first():
+        return
     if as_json:
         typer.echo(json.dumps(result if isinstance(result, dict | list) else result.to_dict(), indent=2, default=str))
         return
@@ -95,6 +126,8 @@ def _show(result: Any, as_json: bool) -> None:
 
 def _note(text: str) -> None:
     """A line for people, on standard error, so that standard output stays what was asked for."""
+    if not _first():
+        return
     from rich.console import Console
 
     Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
@@ -123,20 +156,21 @@ def profile(
 
     if figure is not None and figure.exists() and not overwrite:
         raise ValueError(f"figure: {figure} exists already; choose another file, or pass --overwrite.")
-    result = verbs.profile(
-        model,
-        data,
-        sequences=sequences,
-        length=length,
-        batch_size=batch_size,
-        max_memory=max_memory,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
-    )
+    with _together():
+        result = verbs.profile(
+            model,
+            data,
+            sequences=sequences,
+            length=length,
+            batch_size=batch_size,
+            max_memory=max_memory,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+        )
     _show(result, as_json)
-    if figure is not None:
+    if figure is not None and _first():
         result.figure().write_html(figure)
         _note(f"pictures: {figure}")
 
@@ -165,6 +199,7 @@ def optimize(
     as_json: Json = False,
 ) -> None:
     """Search for a cheaper model that is as good: measured, proved, saved, or refused with the reasons."""
+    _alone("optimize")
     _set_up(threads, seed)
     import actkit
 
@@ -226,24 +261,25 @@ def apply(
     _set_up(threads, seed)
     from actkit import verbs
 
-    result = verbs.apply_and_save(
-        model,
-        recipe,
-        out,
-        data,
-        sequences=sequences,
-        length=length,
-        batch_size=batch_size,
-        min_coverage=min_coverage,
-        proof=proof,
-        max_memory=max_memory,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
-        overwrite=overwrite,
-        announce=None if as_json else _note,
-    )
+    with _together():
+        result = verbs.apply_and_save(
+            model,
+            recipe,
+            out,
+            data,
+            sequences=sequences,
+            length=length,
+            batch_size=batch_size,
+            min_coverage=min_coverage,
+            proof=proof,
+            max_memory=max_memory,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            overwrite=overwrite,
+            announce=None if as_json else _note,
+        )
     _show(result, as_json)
 
 
@@ -369,23 +405,24 @@ def evaluate(
     _set_up(threads, seed)
     from actkit import verbs
 
-    result = verbs.evaluate(
-        model,
-        data,
-        against=against,
-        sequences=sequences,
-        length=length,
-        batch_size=batch_size,
-        speed=speed,
-        prompt=prompt,
-        new_tokens=new_tokens,
-        batch=batch,
-        device=device,
-        dtype=dtype,
-        threads=threads,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
-    )
+    with _together():
+        result = verbs.evaluate(
+            model,
+            data,
+            against=against,
+            sequences=sequences,
+            length=length,
+            batch_size=batch_size,
+            speed=speed,
+            prompt=prompt,
+            new_tokens=new_tokens,
+            batch=batch,
+            device=device,
+            dtype=dtype,
+            threads=threads,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+        )
     _show(result, as_json)
 
 
@@ -406,6 +443,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Write text with a language model, as it comes."""
+    _alone("generate")
     _set_up(threads, seed)
     from actkit import verbs
     from actkit.core.compiling import compiling
@@ -445,6 +483,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show what a model is: its parts, its coverage, and what actkit changed on it."""
+    _alone("show")
     _set_up()
     from actkit import verbs
 
@@ -485,6 +524,7 @@ def reproduce(
     as_json: Json = False,
 ) -> None:
     """Run a paper's claims as experiments: what it says, what it measures here, and whether that holds."""
+    _alone("reproduce")
     _set_up(threads)
     import actkit
 

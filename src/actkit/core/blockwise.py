@@ -3,7 +3,8 @@
 One forward pass per batch records how each block is called (masks, rotary tables, sizes) and what enters the first
 block. From then on block k runs alone, on the outputs of block k - 1. That a block's output *is* the next block's
 input is checked on the first batch; where it is not (something happens between blocks), the inputs are taken from
-passes over the whole prefix instead, which is slower and is said so.
+passes over the whole prefix instead, which is slower and is said so. Of several processes each walks its share of the
+batches (`core/processes.py`).
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from actkit.core import processes
 from actkit.core.anatomy import Anatomy
 from actkit.core.errors import UnsupportedModelError
 from actkit.core.hooks import BatchContext, arguments, first_tensor, forward, hooked
@@ -42,6 +46,12 @@ class Call:
         """The hidden states that the block was called with."""
         return self.args[0] if self.args else self.kwargs["hidden_states"]
 
+    def real(self, x: Tensor) -> Tensor:
+        """The rows [n, channels] of x, a tensor of this call, that belong to real tokens."""
+        mask = self.context.mask
+        rows = x.reshape(-1, x.shape[-1])  # a layer may be called on [batch * length, channels] too
+        return rows if mask is None or len(rows) != mask.numel() else rows[mask.flatten()]
+
     def with_hidden(self, hidden: Tensor) -> Call:
         """The same call on other hidden states."""
         if self.args:
@@ -56,13 +66,22 @@ class _StopForward(Exception):
 class Walk:
     """The calls of each block on calibration batches, for the streams 'original' and 'edited'.
 
-    Blocks must be visited in order: `calls(k, stream)`; then `following` before the edits for the original stream,
-    after them for the edited one; then `move`.
+    share: the indices of the batches that this process walks, all where None. Blocks must be visited in order:
+    `calls(k, stream)`; then `following` before the edits for the original stream, after them for the edited one; then
+    `move`.
     """
 
-    def __init__(self, anatomy: Anatomy, batches: Sequence[Any], track: Callable[..., Iterable[Any]]) -> None:
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        batches: Sequence[Any],
+        track: Callable[..., Iterable[Any]],
+        share: Sequence[int] | None = None,
+    ) -> None:
         self.anatomy = anatomy
         self.batches = batches
+        self.share = range(len(batches)) if share is None else share
+        self._shared = share is not None
         self.track = track
         self.whole_model = len(anatomy.blocks) == 1 and anatomy.blocks[0].path == ""
         self.chained = True
@@ -76,14 +95,14 @@ class Walk:
         """The one pass over the whole model."""
         paths = [block.path for block in self.anatomy.blocks]
         first: list[Call] = []
-        for index, (batch, context) in enumerate(
-            self.track(list(self._contexts()), "Recording how the blocks are called")
-        ):
+        if not self.share:
+            self.chained = self._all(True)
+        for batch, context in self.track(list(self._contexts()), "Recording how the blocks are called"):
             started = time.perf_counter()
             seen = self._record(batch, context, paths)
             self.seconds = self.seconds or time.perf_counter() - started
-            if index == 0 and not self.whole_model:
-                self.chained = self._is_chain(seen)
+            if not first:
+                self.chained = self._all(self.whole_model or self._is_chain(seen))
             first.append(seen[0])
             if not self.chained:
                 self._originals.append([call.hidden for call in seen])
@@ -94,12 +113,25 @@ class Walk:
         for stream in streams:
             self._calls[stream] = list(first)
 
+    def _all(self, chained: bool) -> bool:
+        """Whether it is so in all processes that share the batches."""
+        if not self._shared:
+            return chained
+        return not int(processes.total("whether the blocks are a chain", torch.tensor(int(not chained))))
+
+    @cached_property
+    def tokens_before(self) -> list[int]:
+        """Per batch, how many real tokens (or images) the batches before it hold, those of other processes included."""
+        return [0, *accumulate(BatchContext.of(batch).tokens for batch in self.batches)]
+
     def _contexts(self) -> Iterable[tuple[Any, BatchContext]]:
+        """The batches of this process; their rows are numbered as among all."""
         row = 0
         for index, batch in enumerate(self.batches):
             context = BatchContext.of(batch, first_row=row, documents=_documents(self.batches, index))
             row += context.batch_size
-            yield batch, context
+            if index in self.share:
+                yield batch, context
 
     def _record(self, batch: Any, context: BatchContext, paths: list[str]) -> list[Call]:
         if self.whole_model:

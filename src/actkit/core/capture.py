@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from actkit.core import processes
 from actkit.core.anatomy import Anatomy, Site, Tap, read_tap
 from actkit.core.anatomy import anatomy as read_anatomy
 from actkit.core.blockwise import Call
@@ -33,6 +34,7 @@ from actkit.core.hooks import (
     refuse_compiled_or_sharded,
 )
 from actkit.core.memory import MemoryPlan
+from actkit.core.offload import refuse_offloaded
 from actkit.core.progress import track
 from actkit.core.rows import as_rows, check_finite
 from actkit.core.statistics import Statistic
@@ -86,7 +88,8 @@ def record(
     ('layer.input:*.down_proj') -> one statistic or a list; each site gets fresh ones with those settings. Sites that
     are one and the same tensor share equal statistics. batches: dicts of the model's keywords (attention_mask
     [batch, length] tells padding, labels are dropped) or single arguments; `batches.document_ids` are used where
-    present, else every row is a document. max_memory: cap for the statistics, bytes or '2GB'.
+    present, else every row is a document. max_memory: cap for the statistics, bytes or '2GB'. Several processes
+    (`core.processes.together`) are given all batches and run their share each; all get the statistics of all batches.
     Raises ValueError for unknown sites, DataError for unusable data, MemoryLimitError before work starts,
     NonFiniteError for NaN or Inf at a site, UnsupportedModelError for a compiled or sharded model.
     """
@@ -108,9 +111,17 @@ def record(
         with evaluating(model), observe(view, sites, equal_lengths=equal) as observer:
             every = chain([first], remaining)
             documents = getattr(batches, "document_ids", None)
-            for batch, context in _contexts(model, track(every, "Recording activations", total, progress), documents):
-                observer.begin(context)
-                forward(model, batch)
+            given = []
+            tracked = track(every, "Recording activations", total, progress)
+            for index, (batch, context) in enumerate(_contexts(model, tracked, documents)):
+                if processes.several():
+                    given.append(processes.fingerprint(batch))
+                if processes.mine(index):
+                    observer.begin(context)
+                    forward(model, batch)
+        if processes.several():
+            processes.agree(model=processes.model_fingerprint(model), data=processes.fingerprint(given))
+            processes.merge(observer.statistics)
     return Observations(observer.statistics, time.perf_counter() - started)
 
 
@@ -277,6 +288,7 @@ def opened_experts(view: Anatomy) -> Iterator[None]:
         for block in view.blocks:
             experts = view.block(block.index).experts
             if experts is not None and not isinstance(experts.module, ExpertList):
+                refuse_offloaded(experts.module, f"{experts.path} holds all experts in one tensor")
                 set_module(view.model, experts.path, ExpertList.of(experts.module, experts.row))
                 stock.append((experts.path, experts.module))
         yield

@@ -24,10 +24,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from actkit.core import changes, checksums
+from actkit.core import changes, checksums, offload, processes
 from actkit.core.changes import Changes, Source
 from actkit.core.edits import describe_module, get_module, replay, tied_names
 from actkit.core.errors import ActkitError, CheckpointError
+from actkit.core.hooks import refuse_compiled_or_sharded
 from actkit.core.machine import versions
 from actkit.core.memory import format_bytes, parse_bytes
 
@@ -64,9 +65,30 @@ def save(
     existing checkpoint (only once the new one is complete). card: text of README.md; by default it says what the model
     is and what `evaluation` (of `evaluate`) measured. results: further measured numbers, kept in actkit.json.
     keep_others: of a replaced folder, keep the files that are not the model's (a tokenizer).
-    Raises CheckpointError where the folder exists, is no checkpoint, the disk is full, or a tensor has no values.
+    Several processes (`core.processes.together`) all call it; the first one writes, and the others wait for it.
+    Raises CheckpointError where the folder exists, is no checkpoint, the disk is full, or a tensor has no values,
+    UnsupportedModelError for a compiled or sharded model.
     """
+    refuse_compiled_or_sharded(model)
     folder = Path(folder)
+    processes.on_first(
+        f"saved to {folder.name}",
+        lambda: _save(model, folder, tokenizer, overwrite, card, evaluation, results, max_shard, keep_others),
+    )
+    return folder
+
+
+def _save(
+    model: nn.Module,
+    folder: Path,
+    tokenizer: Any,
+    overwrite: bool,
+    card: str | None,
+    evaluation: Evaluation | None,
+    results: dict[str, Any] | None,
+    max_shard: int | str,
+    keep_others: bool,
+) -> None:
     check_target(folder, overwrite=overwrite)
     if folder.exists() and not replaceable(folder):
         raise CheckpointError(
@@ -92,7 +114,6 @@ def save(
 
             readme.write_text(card_of(model, evaluation).text() if card is None else card, encoding="utf-8")
         checksums.write(temporary, leave_out=("README.md",))  # a card is there to be edited
-    return folder
 
 
 def _measured(evaluation: Evaluation | None) -> dict[str, Any]:
@@ -130,7 +151,7 @@ def _copy_others(folder: Path, temporary: Path) -> None:
 def _write(model: nn.Module, folder: Path, max_shard: int, results: dict[str, Any]) -> None:
     known = changes.of(model) or Changes()
     tensors, tied = _tensors(model)
-    files = _write_shards(tensors, folder, max_shard)
+    files = _write_shards(model, tensors, folder, max_shard)
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "base_class": None,
@@ -179,23 +200,30 @@ def _current(model: nn.Module, edits: list[dict[str, Any]]) -> list[dict[str, An
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The persistent tensors, each once, and alias -> name for those that are tied."""
+    """The persistent tensors, each once, and alias -> name for those that are tied. Offloaded ones are on the meta
+    device still."""
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
+    offloaded = {name: names[0] for names in offload.shared_tensors(model) for name in names}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_meta:
-            raise CheckpointError(f"save: {name} is on the meta device and has no values; load the weights first.")
-        same = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+            if offload.place_of(model, name) is None:
+                raise CheckpointError(f"save: {name} is on the meta device and has no values; load the weights first.")
+            same: tuple[Any, ...] = (offloaded.get(name, name),)
+        else:
+            same = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else (name,)
         if same in first:
             tied[name] = first[same]
             continue
         first[same] = name
-        tensors[name] = tensor.detach().cpu().contiguous()
+        tensors[name] = tensor.detach() if tensor.is_meta else tensor.detach().cpu().contiguous()
     return tensors, tied
 
 
-def _write_shards(tensors: dict[str, Tensor], folder: Path, max_shard: int) -> dict[str, dict[str, Any]]:
+def _write_shards(
+    model: nn.Module, tensors: dict[str, Tensor], folder: Path, max_shard: int
+) -> dict[str, dict[str, Any]]:
     """Write the tensors to as many files as needed; returns file -> its size and its tensors."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
@@ -208,7 +236,8 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path, max_shard: int) -> d
     files: dict[str, dict[str, Any]] = {}
     for index, shard in enumerate(shards, start=1):
         file = folder / f"actkit-{index:05d}-of-{len(shards):05d}.safetensors"
-        save_file({name: tensor.clone() if _is_view(tensor) else tensor for name, tensor in shard.items()}, file)
+        here = {name: offload.value_of(model, name, tensor).contiguous() for name, tensor in shard.items()}
+        save_file({name: tensor.clone() if _is_view(tensor) else tensor for name, tensor in here.items()}, file)
         files[file.name] = {"bytes": file.stat().st_size, "tensors": sorted(shard)}
     return files
 
@@ -331,9 +360,10 @@ def _alive(pid: str) -> bool:
 
 
 def _check_space(model: nn.Module, folder: Path) -> None:
+    from actkit.core.plan import parameter_bytes
+
     parent = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict(keep_vars=True).values()}
-    needed = sum(sizes.values())
+    needed = parameter_bytes(model)
     free = shutil.disk_usage(parent).free
     if free < needed * 1.01 + 2**20:
         raise CheckpointError(

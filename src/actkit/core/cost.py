@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from actkit.core import processes
 from actkit.core.anatomy import Anatomy, Site
 from actkit.core.anatomy import anatomy as read_anatomy
 from actkit.core.architectures import find_architecture
@@ -33,6 +34,7 @@ from actkit.core.errors import DataError
 from actkit.core.experts import ExpertList
 from actkit.core.hooks import BatchContext, evaluating, forward
 from actkit.core.linear import ActLinear, TopK
+from actkit.core.offload import in_place
 from actkit.core.progress import track
 from actkit.core.statistics import Density, Rows
 
@@ -245,6 +247,14 @@ class _Tally:
         self.all.append(zeros.index_add(0, index, sizes))
         self._parts.clear()
 
+    def merge(self) -> None:
+        """Join what several processes tallied."""
+        own = {f"kept {i}": x for i, x in enumerate(self.kept)} | {f"all {i}": x for i, x in enumerate(self.all)}
+        every = [tensors for _, tensors in processes.everyone("densities of tokens", own)]
+        self.kept, self.all = (
+            [x for tensors in every for name, x in tensors.items() if name.startswith(what)] for what in ("kept", "all")
+        )
+
 
 class _Reads(Density):
     """Density of a layer's inputs under its selection, told to the tally token by token.
@@ -338,7 +348,8 @@ def _measure(
     wanted: dict[Site, Any] = {}
     for path, layer in selecting.items():
         if layer.select is not None:
-            wanted[Site("layer.input", path=path)] = _Reads(layer.select.mask, tally, float(layer.weight.nbytes), path)
+            chooses = in_place(model, f"{path}.select", layer.select).mask
+            wanted[Site("layer.input", path=path)] = _Reads(chooses, tally, float(layer.weight.nbytes), path)
     members: dict[str, Site] = {}
     for block in () if view is None else (view.block(index) for index in range(len(view.blocks))):
         for expert, mlp in block.mlps():
@@ -350,14 +361,17 @@ def _measure(
         return _Seen(sum(BatchContext.of(batch).tokens for batch in batches), {}, {}, tally)
     with evaluating(model), observe(view, wanted) as observer:
         row = 0
-        for batch in track(batches, "Measuring the density", enabled=progress):
+        for index, batch in enumerate(track(batches, "Measuring the density", enabled=progress)):
             context = BatchContext.of(batch, first_row=row)
             row += context.batch_size
             tokens += context.tokens
-            observer.begin(context)
-            forward(model, batch)
-            tally.close_batch()
+            if processes.mine(index):
+                observer.begin(context)
+                forward(model, batch)
+                tally.close_batch()
     found = observer.statistics
+    processes.merge(found)
+    tally.merge()
     reads = {path: found[Site("layer.input", path=path)] for path in selecting}
     experts = {path: found[site].count for path, site in members.items()}
     return _Seen(tokens, reads, experts, tally)

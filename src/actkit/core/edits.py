@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from actkit.core import registry
+from actkit.core import offload, registry
 from actkit.core.errors import EditError
 from actkit.core.linear import ActLinear
 
@@ -109,9 +108,13 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 def shared_parameters(model: nn.Module) -> Shared:
     """The names of each parameter that has several, by the parameter's `id`."""
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    known = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in known.items():
         names.setdefault(id(parameter), []).append(name)
-    return {key: same for key, same in names.items() if len(same) > 1}
+    shared = {key: same for key, same in names.items() if len(same) > 1}
+    for same in offload.shared_tensors(model) if offload.is_offloaded(model) else ():
+        shared |= {id(known[name]): same for name in same if name in known}  # an object each, while they are elsewhere
+    return shared
 
 
 def apply_edit(model: nn.Module, edit: Edit, *, remember: bool = True, shared: Shared | None = None) -> Undo | None:
@@ -210,13 +213,11 @@ def _set(model: nn.Module, edit: Set, remember: bool, shared: Shared | None) -> 
         )
     _refuse_tied(model, [tensor], edit.parameter, shared)
     _drop_packed(model, edit.parameter)
-    before = tensor.detach().clone() if remember else None
-    with torch.no_grad():
-        tensor.copy_(edit.tensor)
+    before = offload.value_of(model, edit.parameter, tensor).detach().clone() if remember else None
+    offload.write(model, edit.parameter, edit.tensor)
 
     def undo() -> None:
-        with torch.no_grad():
-            tensor.copy_(before)  # type: ignore[arg-type]
+        offload.write(model, edit.parameter, before)  # type: ignore[arg-type]
         _drop_packed(model, edit.parameter)
 
     return undo if remember else None
@@ -227,7 +228,12 @@ def _replace(model: nn.Module, edit: Replace, remember: bool, shared: Shared | N
     describe(edit)  # a module without a name or a spec could be applied but never loaded again
     _refuse_tied(model, old.parameters(), edit.path, shared)
     set_module(model, edit.path, edit.module)
-    return (lambda: set_module(model, edit.path, old)) if remember else None
+
+    def undo() -> None:
+        set_module(model, edit.path, old)
+        offload.settle(model, edit.path)
+
+    return undo if remember else None
 
 
 def _refuse_tied(model: nn.Module, changed: Iterable[Tensor], where: str, shared: Shared | None) -> None:

@@ -45,3 +45,7 @@ class NonFiniteError(ActkitError, ValueError):
 
 class UnsupportedModelError(ActkitError, TypeError):
     """The model is in a state that actkit does not change (compiled, sharded, on the meta device)."""
+
+
+class ProcessError(ActkitError):
+    """Another of several processes failed, is gone, or went another way; or this is not done in several."""

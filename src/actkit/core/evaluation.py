@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from actkit.core import processes
 from actkit.core.errors import DataError
 from actkit.core.generation import GenerationCheck, check_generation
 from actkit.core.machine import machine, versions
@@ -189,9 +190,10 @@ def evaluate(
     and the prompts of the generation check. folder: where the model is saved (bytes on disk; needed for what follows).
     process: a FreshProcess to measure memory in: it loads the folder, runs the first batch, and stays open. speed: time
     the folder (and reference_folder, in turns with it) by `measure_speed` with batch, prompt, new_tokens, rounds,
-    threads, dtype, base and trust_remote_code; its peak memory counts where there is no process.
+    threads, dtype, base and trust_remote_code; its peak memory counts where there is no process. Several processes
+    (`core.processes.together`) share the batches of quality and density; all get the whole result.
 
-    Raises what these functions raise, and ValueError for a process or a speed without a folder.
+    Raises what these functions raise, and ValueError for a process or a speed without a folder or in several processes.
     """
     from actkit.core.cost import measure_cost
     from actkit.core.example import main_dtype
@@ -200,6 +202,11 @@ def evaluate(
     if folder is None and (speed or process is not None):
         name = "speed: True" if speed else "process: one"
         raise ValueError(f"{name} was given without folder=; save the model and pass the folder it was saved to.")
+    if processes.several() and (speed or process is not None):
+        raise ValueError(
+            f"speed, process: time and memory are measured with the machine to itself, and {processes.count()} "
+            f"processes share it here; measure them in one, without torchrun."
+        )
     if isinstance(batches, Mapping | Tensor):
         batches = [batches]
     batches = batches if isinstance(batches, Sequence) else list(batches)  # each measurement reads them again

@@ -20,6 +20,7 @@ from actkit.core.decoding import Decoder, choose_engine
 from actkit.core.errors import DataError, NonFiniteError, UnsupportedModelError
 from actkit.core.example import Inputs
 from actkit.core.hooks import evaluating
+from actkit.core.offload import device_of
 
 _UNFINISHED = "�"  # what decoders write for bytes that are no character (yet)
 
@@ -241,7 +242,7 @@ class _Transformers:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        self.device = device_of(model)
         # The logits of the prompt's other tokens would be the largest tensor of all.
         keep_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.options: dict[str, Any] = {"use_cache": True} | ({"logits_to_keep": 1} if keep_last else {})

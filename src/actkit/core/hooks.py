@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.errors import DataError, UnsupportedModelError
+from actkit.core.offload import device_of
 
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 After = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
@@ -54,19 +55,28 @@ def _silent_after(hook: After) -> After:
 
 
 def refuse_compiled_or_sharded(model: nn.Module) -> None:
-    """Raise UnsupportedModelError for a model from torch.compile or under FSDP."""
+    """Raise UnsupportedModelError for a model that is compiled, sharded (FSDP, tensor parallel) or wrapped (DDP)."""
     for name, module in model.named_modules():
-        kind = type(module).__name__
-        if kind == "OptimizedModule":
+        kind, where = type(module).__name__, name or "it"
+        compiled = getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None) is not None
+        if kind == "OptimizedModule" or module._compiled_call_impl is not None or compiled:
             raise UnsupportedModelError(
-                f"model: {name or 'it'} comes from torch.compile, where hooks do not fire. "
-                f"Transform first, compile after."
+                f"model: {where} is compiled (torch.compile or model.compile()), so hooks do not fire and replaced "
+                f"modules are not seen. Give the model as it was before: transform first, compile after."
             )
         if kind.startswith("FSDP") or kind == "FullyShardedDataParallel":
             raise UnsupportedModelError(
-                f"model: {name or 'it'} is sharded ({kind}), so its weights are in pieces. "
-                f"Transform first, shard after."
+                f"model: {where} is sharded ({kind}), so its weights are in pieces. Give the whole model: transform "
+                f"first, shard after. Several processes can share the batches instead (core.processes.together)."
             )
+        if kind in ("DistributedDataParallel", "DataParallel"):
+            raise UnsupportedModelError(f"model: {where} is wrapped in {kind}; give what is inside: its .module.")
+        for parameter, tensor in module._parameters.items():
+            if type(tensor).__name__ == "DTensor":
+                raise UnsupportedModelError(
+                    f"model: {parameter} of {where} is in pieces over several processes (a DTensor, as tensor "
+                    f"parallelism makes them). Load the whole model."
+                )
 
 
 @contextmanager
@@ -89,11 +99,12 @@ def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, 
     a cache.
     """
     first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.empty(0))
+    device = first.device if first.device.type != "meta" else device_of(model)
 
     def move(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return value.to(first.device, first.dtype) if value.is_floating_point() else value.to(first.device)
+        return value.to(device, first.dtype) if value.is_floating_point() else value.to(device)
 
     if not isinstance(batch, Mapping):
         return tuple(map(move, batch if isinstance(batch, tuple) else (batch,))), {}

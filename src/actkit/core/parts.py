@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from actkit.core.architectures import ExpertsRow, Role
-from actkit.core.errors import CoverageError
+from actkit.core.errors import CoverageError, UnsupportedModelError
 from actkit.core.fused import PartRows
 from actkit.core.linear import ActLinear
 from actkit.core.sites import Site, Tap
@@ -46,8 +46,14 @@ class Linear:
     def weight(self) -> Tensor:
         """[out, in]: the parameter itself, transposed view for Conv1D, dequantized for ActLinear.
 
-        Raises CoverageError for a module that actkit does not read as a linear layer.
+        Raises CoverageError for a module that actkit does not read as a linear layer, UnsupportedModelError for one
+        whose weight is on the meta device, as accelerate's offload leaves it.
         """
+        if any(tensor.is_meta for tensor in (*self.module.parameters(), *self.module.buffers())):
+            raise UnsupportedModelError(
+                f"{self.path}: its weight is read here, and is not in place: accelerate offloads it, or it was never "
+                f"loaded. Load the model without offload for this (without device_map, or with enough max_memory)."
+            )
         if isinstance(self.module, ActLinear):
             return self.module.dequantized()
         if not is_linear(self.module):

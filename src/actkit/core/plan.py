@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from actkit.core import offload, processes
 from actkit.core.anatomy import Anatomy, Block, Site
 from actkit.core.blockwise import Walk
 from actkit.core.capture import opened_experts
@@ -125,28 +126,33 @@ def _within(name: str, path: str) -> bool:
 def _cost(
     view: Anatomy, transforms: Sequence[Transform], batches: Sequence[Any]
 ) -> tuple[list[tuple[str, int]], float]:
-    """What the walk holds, measured on the batch with the longest sequences, and the time of its pass."""
+    """What the walk holds, measured on the batch with the longest sequences, and the time of its pass; of several
+    processes, for the largest share of the batches."""
     needy = [t for t in transforms if t.tags.needs_data]
     if not needy or not len(batches):
         return [], 0.0
     tokens = [context.batch_size * (context.length or 1) for context in map(BatchContext.of, batches)]
     longest = max(range(len(batches)), key=lambda index: BatchContext.of(batches[index]).length or 1)
-    scale = sum(tokens) / tokens[longest]
+    most = max(sum(tokens[first :: processes.count()]) for first in range(processes.count()))
+    scale = most / tokens[longest]
     streams = {s for t in needy for s in (("original", "edited") if t.tags.stream == "both" else (t.tags.stream,))}
     walk = Walk(view, [batches[longest]], lambda items, text: items)
     with evaluating(view.model):
         walk.start(sorted(streams))
     memory = [(what, ceil(size * scale)) for what, size in walk.bytes(streams).items() if size]
     block = view.block(0)
-    statistics = max(
-        (sum(s.memory(_channels(block, site)) for site, s in t.observe(block).items()) for t in needy), default=0
-    )
+    with offload.onloaded(view.model, block.path):  # a statistic may be weighted by the layer's weight
+        statistics = max(
+            (sum(s.memory(_channels(block, site)) for site, s in t.observe(block).items()) for t in needy), default=0
+        )
+    if offload.is_offloaded(block.module):
+        memory.append(("weights of one block, brought in place", parameter_bytes(block.module)))
     if statistics:
         memory.append(("statistics of one block", statistics))
     if any(t.tags.records_calls for t in needy):
         size = next((parameter.element_size() for parameter in view.model.parameters()), 4)
         widest = max((linear.in_features for linear in block.linears()), default=0)
-        rows = sum(tokens) if walk.whole_model else ceil(_rows(walk) * scale)
+        rows = most if walk.whole_model else ceil(_rows(walk) * scale)
         copies = size + 2 * 4  # as recorded, and two copies in float32 to compute with
         memory.append(("recorded calls of one module", rows * widest * copies))
     passes = 1 + len(streams) + sum(t.tags.passes for t in needy)
@@ -168,7 +174,7 @@ def _channels(block: Block, site: Site) -> int:
 
 def parameter_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, ties counted once."""
-    seen: dict[int, int] = {}
-    for tensor in model.state_dict(keep_vars=True).values():
-        seen[tensor.data_ptr()] = tensor.nbytes
+    seen: dict[Any, int] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        seen[name if tensor.is_meta else tensor.data_ptr()] = tensor.nbytes  # offloaded ones have no address
     return sum(seen.values())

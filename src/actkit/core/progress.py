@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Sized
 from threading import Lock, Timer
 from typing import TypeVar
 
+from actkit.core import processes
+
 Item = TypeVar("Item")
 
 DELAY = 2.0  # seconds before a bar is shown
@@ -15,13 +17,14 @@ _shown = Lock()  # one bar at a time: what runs inside a shown one stays quiet
 def track(iterable: Iterable[Item], description: str, total: int | None = None, enabled: bool = True) -> Iterator[Item]:
     """Yield the items of `iterable` while a bar counts them.
 
-    total: how many there are, where `len(iterable)` does not say. Nothing is shown where stderr is no terminal.
+    total: how many there are, where `len(iterable)` does not say. Nothing is shown where stderr is no terminal, and by
+    the first of several processes only.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    if not (enabled and console.is_terminal):
+    if not (enabled and console.is_terminal and processes.is_first()):
         yield from iterable
         return
     if total is None and isinstance(iterable, Sized):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from actkit.core.example import Inputs, fit_dtype, main_dtype, unsaved_dtypes
 from actkit.core.fresh import Base, FreshProcess
 from actkit.core.hooks import BatchContext, evaluating, forward
+from actkit.core.offload import device_of
 from actkit.core.parts import attention_implementation
 from actkit.core.runner import first_tensor
 
@@ -96,7 +97,11 @@ def prove(
             stack.callback(process.use_threads, process.threads)
             process.use_threads(threads)
         name = str(dtype).removeprefix("torch.")
-        options: dict[str, Any] = {"base": base, "trust_remote_code": trust_remote_code, "device": str(_device(model))}
+        options: dict[str, Any] = {
+            "base": base,
+            "trust_remote_code": trust_remote_code,
+            "device": str(device_of(model)),
+        }
         loaded = process.load(folder, **options)
         if loaded["dtype"] != name:
             loaded = process.load(folder, dtype, **options)
@@ -162,7 +167,3 @@ def _other_path(model: nn.Module, loaded: dict[str, Any]) -> str:
         if reloaded.get(name, dtype) != dtype:
             return f"{name}, which is not saved, is {dtype} in memory and {reloaded[name]} reloaded"
     return "sums are rounded in another order there"
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

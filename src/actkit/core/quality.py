@@ -2,7 +2,8 @@
 
 Every token goes through the model as it stands, also where a runtime would treat the prompt otherwise: what is measured
 is what decoding does. Model and reference run batch by batch side by side, and only sums per document are kept
-(negative log-likelihoods, divergences, hits and how many of each). The intervals resample documents: of one resample
+(negative log-likelihoods, divergences, hits and how many of each); several processes each measure their share of the
+batches and exchange these sums. The intervals resample documents: of one resample
 the sums of model and reference go together, so what both find hard cancels (a paired bootstrap).
 """
 
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from actkit.core import processes
 from actkit.core.errors import DataError, NonFiniteError, UnsupportedModelError
-from actkit.core.hooks import BatchContext, evaluating, forward
+from actkit.core.hooks import BatchContext, evaluating, forward, refuse_compiled_or_sharded
 from actkit.core.progress import track
 
 if TYPE_CHECKING:
@@ -179,6 +181,9 @@ def measure_quality(
         raise ValueError(f"task: {task!r} was given, allowed are {', '.join(TASKS)}.")
     if resamples < 1:
         raise ValueError(f"resamples: {resamples} was given; give at least 1, best 1000.")
+    for each in (model, reference):
+        if each is not None:
+            refuse_compiled_or_sharded(each)
     task = task or task_of(model)
     if task == "embedding" and reference is None:
         raise DataError(
@@ -188,14 +193,20 @@ def measure_quality(
     if isinstance(batches, Mapping | Tensor):
         batches = [batches]
     measure = {"language": _language, "embedding": _embedding, "classification": _classification}[task]
-    found: list[tuple[Tensor, Tensor]] = []
+    found: dict[str, Tensor] = {}  # by what it holds and the batch
+    given: list[str] = []
     names: list[str] = []
     with ExitStack() as stack:
         for each in (model, reference):
             if each is not None:
                 stack.enter_context(evaluating(each))
         total = len(batches) if isinstance(batches, Sized) else None
-        for batch, documents in track(_with_documents(batches), "Measuring quality", total, enabled=progress):
+        tracked = track(_with_documents(batches), "Measuring quality", total, enabled=progress)
+        for index, (batch, documents) in enumerate(tracked):
+            if processes.several():
+                given.append(processes.fingerprint((batch, documents)))
+            if not processes.mine(index):
+                continue
             output = _output(model, batch, task)
             other = None if reference is None else output if reference is model else _output(reference, batch, task)
             if other is not None and other.shape != output.shape:
@@ -205,10 +216,18 @@ def measure_quality(
                 )
             owners, sums = measure(output, other, batch, documents)
             names = list(sums)
-            found.append(_per_document(owners, torch.stack([sums[name] for name in names], dim=1)))
+            found[f"owners {index}"], found[f"totals {index}"] = _per_document(
+                owners, torch.stack([sums[name] for name in names], dim=1)
+            )
+    if processes.several():
+        processes.agree(model=processes.model_fingerprint(model), data=processes.fingerprint(given))
+        for named, others in processes.everyone("sums of documents", found, about=names):
+            found |= others
+            names = names or named
     if not found:
         raise DataError("batches: 0 were given; give at least one.")
-    owners, totals = _per_document(*(torch.cat(parts) for parts in zip(*found)))
+    order = sorted(int(key.split()[1]) for key in found if key.startswith("owners"))  # that of one process
+    owners, totals = _per_document(*(torch.cat([found[f"{what} {i}"] for i in order]) for what in ("owners", "totals")))
     if not len(owners):
         what = "two tokens in a row" if task == "language" else "anything to measure"
         raise DataError(f"batches: no document has {what} (padding and label {IGNORED} left out); give other data.")

@@ -1,7 +1,8 @@
 """The recipe runner: checks, plans, then walks the model block by block and applies the edits of each transform.
 
 Inside a block the transforms run in recipe order: observe, edit, and the next one observes the edited block. Coverage,
-memory and time are known before work starts (`core/plan.py`).
+memory and time are known before work starts (`core/plan.py`). Of several processes (`core/processes.py`) each runs its
+share of the batches; statistics are merged before a transform sees them, so that all make the same edits.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from actkit.core import changes
+from actkit.core import changes, offload, processes
 from actkit.core.anatomy import Anatomy, Block, Site, anatomy, has_row, unread
 from actkit.core.blockwise import Call, Walk
 from actkit.core.capture import observe, opened_experts
@@ -35,7 +37,7 @@ from actkit.core.edits import (
     shared_parameters,
     temporarily,
 )
-from actkit.core.errors import DataError, EditError, NonFiniteError, UnsupportedModelError
+from actkit.core.errors import DataError, EditError, NonFiniteError, RecipeError
 from actkit.core.experts import ExpertList
 from actkit.core.hooks import check_batch, evaluating, first_tensor, forward, hooked, refuse_compiled_or_sharded
 from actkit.core.plan import Plan, make_plan
@@ -82,10 +84,17 @@ class Applied:
 
 
 class Seen:
-    """What calibration saw of one block: statistics by site, and recorded calls of its submodules."""
+    """What calibration saw of one block: statistics by site, and recorded calls of its submodules.
 
-    def __init__(self, walk: Walk | None, block: Block, stream: str, statistics: dict[Site, Statistic]) -> None:
-        self._walk, self._block, self._stream, self._statistics = walk, block, stream, statistics
+    Of several processes each has the calls of its own batches, which may be none; statistics, `rows` and what goes
+    through `total` are those of all.
+    """
+
+    def __init__(
+        self, walk: Walk | None, block: Block, transform: Transform, statistics: dict[Site, Statistic] | None = None
+    ) -> None:
+        self._walk, self._block, self._statistics = walk, block, statistics or {}
+        self._transform, self._stream = transform, stream_of(transform)
 
     def __getitem__(self, site: Site) -> Any:
         if site not in self._statistics:
@@ -96,15 +105,42 @@ class Seen:
     @property
     def block_calls(self) -> list[Call]:
         """The block's own calls on its stream: replay them to evaluate the whole block."""
-        if self._walk is None:
-            raise DataError("block_calls: this transform ran without data; declare Tags(needs_data=True).")
-        return self._walk.calls(self._block.index, self._stream)
+        walk = self._walked("block_calls")
+        check_shares(self._transform)
+        return walk.calls(self._block.index, self._stream)
 
     def trial(self, edits: Iterable[Edit]) -> AbstractContextManager[nn.Module]:
         """with seen.trial(edits): replay calls on the block with those edits; they are undone at the end."""
-        if self._walk is None:
-            raise DataError("trial: this transform ran without data; declare Tags(needs_data=True).")
-        return temporarily(self._walk.anatomy.model, edits)
+        return temporarily(self._walked("trial").anatomy.model, edits)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of what each process computed from its calls (errors, counts): a tensor of the same shape in all.
+
+        What a transform chooses by calls goes through here, so that all processes choose alike; it then declares
+        `Tags(sums_calls=True)`.
+        """
+        return processes.total(f"a total of {type(self._transform).__name__} in {self._block.path}", values)
+
+    def rows(self, path: str, tokens: int) -> Tensor | None:
+        """Evenly spaced real input rows of the module at `path`, of all batches: float32 [n, in], n >= `tokens` where
+        there are so many. None where no token reaches it."""
+        walk = self._walked("rows")
+        own: dict[int, list[Tensor]] = {}  # by batch
+        for index, call in self._recorded(path, None, None):
+            own.setdefault(index, []).append(call.real(call.args[0].detach().float()))
+        counts = torch.zeros(len(walk.batches) + 1, dtype=torch.int64)
+        for index, parts in own.items():
+            counts[index] = sum(map(len, parts))
+        counts[-1] = len(own)
+        *each, reached = self.total(counts).tolist()
+        if not reached:
+            return None
+        step, before = max(1, sum(each) // tokens), [0, *accumulate(each)]
+        # of all rows in the order of the batches, those whose number is a multiple of the step
+        taken = {str(index): torch.cat(parts)[-before[index] % step :: step] for index, parts in own.items()}
+        found = {int(i): x for _, sent in processes.everyone(f"rows of {path}", taken) for i, x in sent.items()}
+        device = next(get_module(walk.anatomy.model, path).parameters()).device
+        return torch.cat([found[index].to(device) for index in sorted(found)])
 
     def calls(self, path: str, *, stream: str | None = None, max_tokens: int | None = None) -> list[Call]:
         """The calls that the module at `path` gets when the block, *as it stands now*, runs on its inputs.
@@ -112,33 +148,47 @@ class Seen:
         stream: 'original' or 'edited' inputs of the block; default as the transform declares. max_tokens: record no
         further batch after that many tokens. `call.replay(module)` runs a module on them. Inside an expert, the mask of
         a call is [rows]: which of the tokens sent there are real.
+        Raises RecipeError in several processes, where the transform does not declare `sums_calls`.
         """
-        if self._walk is None:
-            raise DataError("calls: this transform ran without data; declare Tags(needs_data=True).")
-        model = self._walk.anatomy.model
+        check_shares(self._transform)
+        return [call for _, call in self._recorded(path, stream, max_tokens)]
+
+    def _recorded(self, path: str, stream: str | None, max_tokens: int | None) -> list[tuple[int, Call]]:
+        """Calls, each with the index of its batch."""
+        walk = self._walked("calls")
+        model = walk.anatomy.model
         expert = self._expert_around(path)
-        recorded: list[Call] = []
+        recorded: list[tuple[int, Call]] = []
         sent: list[Tensor] = []  # to the expert around `path`: flat indices of the tokens
-        tokens = 0
-        for call in self._walk.calls(self._block.index, stream or self._stream):
+        for index, call in zip(walk.share, walk.calls(self._block.index, stream or self._stream), strict=True):
+            if max_tokens is not None and walk.tokens_before[index] >= max_tokens:
+                break
 
             def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 sent[:] = [args[1]]
 
-            def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], call: Call = call) -> None:
+            def keep(
+                module: nn.Module,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                call: Call = call,
+                index: int = index,
+            ) -> None:
                 kwargs = {key: value for key, value in kwargs.items() if "past_key_value" not in key}
                 args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)  # a block may work in place
                 context = call.context
                 if expert is not None and context.mask is not None:
                     context = replace(context, mask=context.mask.flatten()[sent[0]])
-                recorded.append(Call(args, kwargs, context))
+                recorded.append((index, Call(args, kwargs, context)))
 
             with hooked(model, before={path: keep} if expert is None else {expert: enter, path: keep}):
                 call.replay(get_module(model, self._block.path))
-            tokens += call.context.tokens
-            if max_tokens is not None and tokens >= max_tokens:
-                break
         return recorded
+
+    def _walked(self, what: str) -> Walk:
+        if self._walk is None:
+            raise DataError(f"{what}: this transform ran without data; declare Tags(needs_data=True).")
+        return self._walk
 
     def _expert_around(self, path: str) -> str | None:
         """The path of the expert that holds the module at `path`, if one does."""
@@ -156,7 +206,11 @@ class Trial:
         self.anatomy, self.model, self.batches = view, view.model, batches
 
     def __call__(self, edits: Iterable[Edit]) -> AbstractContextManager[nn.Module]:
-        """with trial(edits) as model: measure; the edits are undone at the end, also after an exception."""
+        """with trial(edits) as model: measure; the edits are undone at the end, also after an exception.
+
+        Raises UnsupportedModelError for a model that accelerate offloads.
+        """
+        offload.refuse_offloaded(self.model, "a search tries changes of the whole model at once")
         return temporarily(self.model, edits)
 
     def outputs(self) -> Iterator[Tensor]:
@@ -185,7 +239,8 @@ def apply(
     it and nothing was changed since), 'memory' keeps the old tensors, 'off' keeps nothing. min_coverage: least share
     of the parameters inside blocks that each transform must touch, None for what each declares. max_memory: hard cap
     for calibration, bytes or '2GB'. announce: called with each line of the plan (coverage, memory, time) before work
-    starts.
+    starts. Several processes (`core.processes.together`) are given the same model and all batches; each runs its share,
+    and all end with the same edits.
     Raises RecipeError, DataError, CoverageError, MemoryLimitError, NonFiniteError or UnsupportedModelError before work
     starts; where something fails midway the model is restored (unless undo is 'off').
     """
@@ -200,7 +255,17 @@ def apply(
     batches = _batches(transforms, data)
     for batch in batches:
         check_batch(model, batch)
+    if processes.several():
+        for transform in transforms:
+            if transform.tags.records_calls:
+                check_shares(transform)
+        processes.agree(
+            recipe=repr(recipe.dump()),
+            model=processes.model_fingerprint(model),
+            data=processes.fingerprint(list(batches)),
+        )
     if not inplace:
+        offload.refuse_offloaded(model, "inplace=False would copy all its weights into memory")
         model = changes.copy_of(model)
     parts = has_row(model) or any(transform.tags.parts for transform in transforms)
     view = anatomy(model, batches[0] if batches else None) if parts else unread(model)
@@ -212,6 +277,11 @@ def apply(
     report.notes += [
         f"{type(t).__name__} is at its identity setting: nothing to change" for t in recipe if t not in transforms
     ]
+    if 0 < len(batches) < processes.count():
+        idle = processes.count() - len(batches)
+        report.notes.append(
+            f"{len(batches)} batches for {processes.count()} processes: {idle} had nothing to run; give smaller batches"
+        )
     mode = _undo_mode(model, undo, report)
     run = _Run(view, transforms, batches, mode, report, progress)
     before = changes.of(model)
@@ -266,7 +336,8 @@ class _Run:
     def walk(self) -> None:
         needed = {t.tags.stream for t in self.transforms if t.tags.needs_data}
         streams = [s for s in ("original", "edited") if s in needed or "both" in needed]
-        walk = Walk(self.view, self.batches, self._track) if streams else None
+        share = [index for index in range(len(self.batches)) if processes.mine(index)] if processes.several() else None
+        walk = Walk(self.view, self.batches, self._track, share) if streams else None
         if walk is not None:
             walk.start(streams)
             if not walk.chained:
@@ -275,21 +346,28 @@ class _Run:
                     "from passes over the whole prefix (slower, same result)"
                 )
         for index in self._track(range(len(self.view.blocks)), "Changing block by block"):
-            following = {"original": walk.following(index, "original")} if walk and "original" in streams else {}
-            self._open_experts(self.view.block(index))
-            originals: dict[str, nn.Module] = {}
-            for transform in self.transforms:
-                self._apply_one(transform, index, walk, originals)
-            self._close_experts()
-            if walk is not None and "edited" in streams:
-                following["edited"] = walk.following(index, "edited")
+            weights = any(transform.tags.parts for transform in self.transforms)
+            with offload.onloaded(self.model, self.view.blocks[index].path, weights=weights):
+                following = self._change_block(index, walk, streams)
             for stream, calls in following.items():
                 walk.move(stream, calls)  # type: ignore[union-attr]
+
+    def _change_block(self, index: int, walk: Walk | None, streams: Sequence[str]) -> dict[str, list[Call]]:
+        """Run the transforms on a block; returns the calls of the next one, by stream."""
+        following = {"original": walk.following(index, "original")} if walk and "original" in streams else {}
+        self._open_experts(self.view.block(index))
+        originals: dict[str, nn.Module] = {}
+        for transform in self.transforms:
+            self._apply_one(transform, index, walk, originals)
+        self._close_experts()
+        if walk is not None and "edited" in streams:
+            following["edited"] = walk.following(index, "edited")
+        return following
 
     def _apply_one(self, transform: Transform, index: int, walk: Walk | None, originals: dict[str, nn.Module]) -> None:
         block = self.view.block(index, originals)
         self._shared = shared_parameters(self.model)
-        stream = "original" if transform.tags.stream == "original" else "edited"
+        stream = stream_of(transform)
         wanted = dict(transform.observe(block))
         if wanted and walk is None:
             raise DataError(f"{type(transform).__name__}: it observes activations; declare Tags(needs_data=True).")
@@ -301,7 +379,8 @@ class _Run:
                     observer.begin(call.context, call.kwargs)
                     call.replay(module)
             statistics = observer.statistics
-        seen = Seen(walk if transform.tags.needs_data else None, block, stream, statistics)
+            processes.merge(statistics)
+        seen = Seen(walk if transform.tags.needs_data else None, block, transform, statistics)
         for edit in transform.edit(block, seen):
             if isinstance(edit, Skip):
                 self.report.skipped.append((edit.path, type(transform).__name__, edit.reason))
@@ -383,6 +462,23 @@ class _Run:
         return track(items, description, enabled=self.progress)
 
 
+def stream_of(transform: Transform) -> str:
+    """The stream that a transform observes."""
+    return "original" if transform.tags.stream == "original" else "edited"
+
+
+def check_shares(transform: Transform) -> None:
+    """Raise RecipeError where a transform goes by recorded calls, of which several processes have a share each, and
+    does not say that it adds up what it computes from them."""
+    if processes.several() and not transform.tags.sums_calls:
+        name = type(transform).__name__
+        raise RecipeError(
+            f"{name}: it goes by recorded calls, and each of the {processes.count()} processes has only a share of "
+            f"them; run it in one process, without torchrun. Its author can add up with seen.total what it computes "
+            f"from calls, and declare Tags(sums_calls=True)."
+        )
+
+
 def _restore_from_source(model: nn.Module, described: list[dict[str, Any]], origin: changes.Source) -> None:
     """Take what the edits touched from a fresh load of the model's source.
 
@@ -430,10 +526,7 @@ def check_model(model: nn.Module) -> None:
         )
     refuse_compiled_or_sharded(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_meta:
-            raise UnsupportedModelError(
-                f"model: {name} is on the meta device and has no values; load the weights first."
-            )
+        tensor = offload.value_of(model, name, tensor)
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NonFiniteError(f"model: {name} holds NaN or Inf; mend the weights first.")
 

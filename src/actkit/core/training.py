@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from actkit.core import checkpoint
-from actkit.core.errors import CheckpointError, NonFiniteError
+from actkit.core import checkpoint, processes
+from actkit.core.errors import CheckpointError, NonFiniteError, ProcessError
 from actkit.core.hooks import evaluating
 from actkit.core.objective import Loss, Objective, mask_of, parameter_groups
+from actkit.core.offload import refuse_offloaded
 from actkit.core.progress import track
 from actkit.core.rules import AttachedRules, attached, parse_rules
 from actkit.core.runner import check_model
@@ -161,12 +162,16 @@ def train(
     batch), a mean over the batch; batches then count equally. out: folder for state and result; an interrupted
     training (Ctrl-C, a kill) goes on with the same call and resume=True. overwrite: replace what is in `out`.
 
-    Raises ValueError for settings out of bounds or 16-bit parameters, DataError for data that cannot be used,
+    Raises ValueError for settings out of bounds or 16-bit parameters, UnsupportedModelError for a model that is
+    compiled, sharded or offloaded, ProcessError inside `core.processes.together`, DataError for unusable data,
     NonFiniteError where loss or gradient is NaN or Inf (naming the step), CheckpointError where `out` holds something
     else or its state is of another training, and what the rules raise.
     """
     started = time.perf_counter()
     rules = parse_rules(rules)
+    if processes.several():
+        raise ProcessError("train: it shares its batches out by itself; call it under torchrun, outside of `together`.")
+    refuse_offloaded(model, "training changes all weights in place")
     check_model(model)
     check_parameters(model)
     training, held_out = sequences(model, batches, validation)

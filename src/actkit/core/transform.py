@@ -38,11 +38,12 @@ class Tags:
     needs_data: calibration batches are required. stream: hidden states it calibrates on, of the original or of the
     edited model, or both. changes_function: 'exact' edits keep the outputs to rounding. keeps_inputs: its edits leave
     what the next transform observes inside the block as it was, so that the two share a forward pass. records_calls:
-    it replays recorded calls (they count in the memory plan). passes: forward passes over the data it costs, for the
-    time estimate. compiles, exports: the changed model runs under torch.compile and torch.export. parts: it goes by the
-    parts of the anatomy; False for one that goes by modules alone and changes no weights, so that it works on a model
-    that cannot be read and no coverage is asked of it. least_coverage: share of the parameters inside blocks that it
-    touches at least, where the model was read as it is.
+    it replays recorded calls (they count in the memory plan). sums_calls: what it computes from recorded calls it adds
+    up with `seen.total`, so that it may run in several processes, each of which has a share of the calls. passes:
+    forward passes over the data it costs, for the time estimate. compiles, exports: the changed model runs under
+    torch.compile and torch.export. parts: it goes by the parts of the anatomy; False for one that goes by modules alone
+    and changes no weights, so that it works on a model that cannot be read and no coverage is asked of it.
+    least_coverage: share of the parameters inside blocks that it touches at least, where the model was read as it is.
     """
 
     slot: Slot | tuple[Slot, ...] | None = None
@@ -51,6 +52,7 @@ class Tags:
     changes_function: Literal["exact", "approximate"] = "approximate"
     keeps_inputs: bool = False
     records_calls: bool = False
+    sums_calls: bool = False
     passes: float = 1.0
     compiles: bool = True
     exports: bool = True

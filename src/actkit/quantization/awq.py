@@ -14,8 +14,8 @@ the set is rounded without it, and the report says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from math import isfinite
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import inf, isfinite
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -57,7 +57,9 @@ class Awq(Transform):
     clip_tokens: int = Field(512, ge=1)
     search_tokens: int | None = Field(None, ge=1)
 
-    tags: ClassVar[Tags] = Tags(slot="weight", needs_data=True, stream="original", records_calls=True, passes=24)
+    tags: ClassVar[Tags] = Tags(
+        slot="weight", needs_data=True, stream="original", records_calls=True, sums_calls=True, passes=24
+    )
 
     @property
     def grid(self) -> QuantizationGrid:
@@ -89,7 +91,7 @@ class Awq(Transform):
                 continue
             calls = seen.calls(group.inspect, max_tokens=self.search_tokens)
             inspected = get_module(block.root, group.inspect)
-            scale, ratio, losses = search_scale(inspected, group.consumers, calls, moments.mean_abs, self)
+            scale, ratio, losses = search_scale(inspected, group.consumers, calls, moments.mean_abs, self, seen.total)
             best = min(loss for loss in losses if isfinite(loss))
             yield Note(group.inspect, f"ratio {ratio:.2f}, error {losses[0]:.3g} -> {best:.3g}")
             yield from fold(block, group, scale)
@@ -106,39 +108,46 @@ class Awq(Transform):
         found: dict[str, Tensor] = {}
         for inputs in block.linear_inputs():
             paths = [linear.path for linear in inputs.linears if linear.role not in NOT_CLIPPED]
-            calls = seen.calls(paths[0]) if paths else []
-            if calls:
-                found |= dict.fromkeys(paths, _rows(calls, self.clip_tokens))
+            rows = seen.rows(paths[0], self.clip_tokens) if paths else None
+            if rows is not None:
+                found |= dict.fromkeys(paths, rows)
         return found
 
 
 def search_scale(
-    inspected: nn.Module, consumers: tuple[Linear, ...], calls: list[Call], mean_abs: Tensor, settings: Awq
+    inspected: nn.Module,
+    consumers: tuple[Linear, ...],
+    calls: list[Call],
+    mean_abs: Tensor,
+    settings: Awq,
+    total: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> tuple[Tensor, float, list[float]]:
     """The scale [in] with the smallest error of `inspected` under rounded consumers; its ratio; the loss per ratio.
 
     consumers: layers inside `inspected` whose input has the mean magnitude `mean_abs` [in]; their weights are
-    restored from a copy. Raises NonFiniteError where no ratio gives a finite loss.
+    restored from a copy. total: adds up over processes, which have a share of the calls each. Raises NonFiniteError
+    where no ratio gives a finite loss.
     """
     targets = [call.replay(inspected).float() for call in calls]
     before = [linear.weight.detach().clone() for linear in consumers]
-    losses: list[float] = []
-    best: tuple[float, float, Tensor] | None = None
+    scales = list(_scales(mean_abs.float(), torch.cat(before).float(), settings))
+    sums: list[tuple[float, int]] = []  # of squared errors, and of how many values
     try:
-        for ratio, scale in _scales(mean_abs.float(), torch.cat(before).float(), settings):
+        for _, scale in scales:
             for linear, weight in zip(consumers, before, strict=True):
                 linear.weight.data.copy_(settings.grid.fake(weight.float() * scale) / scale)
-            losses.append(_mean_squared_error(calls, inspected, targets))
-            if isfinite(losses[-1]) and (best is None or losses[-1] < best[0]):
-                best = (losses[-1], ratio, scale)
+            sums.append(_squared_error(calls, inspected, targets))
     finally:
         for linear, weight in zip(consumers, before, strict=True):
             linear.weight.data.copy_(weight)
-    if best is None:
+    losses = [error / max(1, values) for error, values in total(torch.tensor(sums, dtype=torch.float64)).tolist()]
+    best = min(range(len(losses)), key=lambda step: losses[step] if isfinite(losses[step]) else inf)
+    if not isfinite(losses[best]):
         raise NonFiniteError(
             f"{consumers[0].path}: every ratio gives a NaN or Inf error; check the calibration activations."
         )
-    return best[2], best[1], losses
+    ratio, scale = scales[best]
+    return scale, ratio, losses
 
 
 def _scales(mean_abs: Tensor, weight: Tensor, settings: Awq) -> Iterator[tuple[float, Tensor]]:
@@ -168,20 +177,13 @@ def _relative_weight(weight: Tensor, grid: QuantizationGrid) -> Tensor:
     return (groups / (groups.amax(-1, keepdim=True) + 1e-6)).reshape(weight.shape).mean(0)
 
 
-def _mean_squared_error(calls: list[Call], inspected: nn.Module, targets: list[Tensor]) -> float:
-    """Mean squared difference over the real tokens of all calls."""
+def _squared_error(calls: list[Call], inspected: nn.Module, targets: list[Tensor]) -> tuple[float, int]:
+    """Sum of squared differences over the real tokens of all calls, and how many values that are."""
     total, count = 0.0, 0
     for call, target in zip(calls, targets, strict=True):
-        difference = _real(call.replay(inspected).float() - target, call)
+        difference = call.real(call.replay(inspected).float() - target)
         total, count = total + float(difference.square().sum()), count + difference.numel()
-    return total / max(1, count)
-
-
-def _real(x: Tensor, call: Call) -> Tensor:
-    """The rows [n, channels] of x that belong to real tokens."""
-    mask = call.context.mask
-    rows = x.reshape(-1, x.shape[-1])  # a layer may be called on [batch * length, channels] too
-    return rows if mask is None or len(rows) != mask.numel() else rows[mask.flatten()]
+    return total, count
 
 
 def fold(block: Block, group: EqualizationSet, scale: Tensor) -> list[Edit]:
@@ -245,12 +247,6 @@ def clamp_groups(weight: Tensor, bound: Tensor) -> Tensor:
     """A weight [out, in] clamped to +- bound [out, groups, 1]."""
     groups = weight.reshape(weight.shape[0], bound.shape[1], -1)
     return groups.clamp(-bound, bound).reshape(weight.shape)
-
-
-def _rows(calls: list[Call], tokens: int) -> Tensor:
-    """Evenly spaced real input rows of recorded calls, at least `tokens` where there are so many: float32 [n, in]."""
-    rows = torch.cat([_real(call.args[0].detach().float(), call) for call in calls])
-    return rows[:: max(1, rows.shape[0] // tokens)]
 
 
 def saliency_mask(

@@ -32,6 +32,7 @@ from actkit.core.generation import generate_ids
 from actkit.core.hooks import refuse_compiled_or_sharded
 from actkit.core.linear import ActLinear
 from actkit.core.memory import format_bytes
+from actkit.core.offload import refuse_offloaded
 from actkit.core.parts import Block
 from actkit.kernels import decode_products as forms
 from actkit.kernels import decode_step as steps
@@ -90,10 +91,11 @@ class Decoder:
         decode_only: bool = False,
         progress: bool = False,
     ) -> None:
+        refuse_compiled_or_sharded(model)
+        refuse_offloaded(model, "the decoder packs all weights in memory")
         reason = supports(model)
         if reason is not None:
             raise UnsupportedModelError(f"model: {type(model).__name__} cannot be decoded here: {reason}.")
-        refuse_compiled_or_sharded(model)
         config: Any = model.config
         context = config.max_position_embeddings
         self.capacity = min(context, 4096) if capacity is None else capacity

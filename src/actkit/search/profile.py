@@ -22,6 +22,7 @@ from actkit.core.errors import DataError
 from actkit.core.experts import ExpertList
 from actkit.core.hooks import BatchContext
 from actkit.core.memory import parse_bytes
+from actkit.core.offload import onloaded, refuse_offloaded
 from actkit.core.quantizer import QuantizationGrid
 from actkit.core.statistics import AbsMax, Density, Moments, Quantiles, Sample, Spectrum, Statistic
 
@@ -162,6 +163,8 @@ def profile(
         raise DataError("batches: none were given; give at least one.")
     view = anatomy or read_anatomy(model, batches[0])
     closed = [b.experts for b in view.blocks if b.experts and not isinstance(b.experts.module, ExpertList)]
+    for experts in closed:
+        refuse_offloaded(experts.module, f"{experts.path} holds all experts in one tensor")
     with temporarily(view.model, [Replace(e.path, ExpertList.of(e.module, e.row)) for e in closed]):
         blocks = [view.block(block.index) for block in view.blocks]
         read_by = _readers(blocks)
@@ -173,10 +176,13 @@ def profile(
             notes.append(f"no token reached {', '.join(map(str, seen.unseen))}")
         reached = [site for site in wanted if site not in seen.unseen]
         sites = tuple(_site(site, seen[site], read_by.get(site, ()), free) for site in reached)
-        weights = tuple(_weight(linear, block.index) for block in blocks for linear in block.linears())
+        weights: list[WeightProfile] = []
+        for block in blocks:
+            with onloaded(view.model, block.path):
+                weights += [_weight(linear, block.index) for linear in block.linears()]
     rows = sum(BatchContext.of(batch).tokens for batch in batches)
     findings = find(sites, weights)
-    return Profile(type(view.model).__name__, view.architecture, rows, sites, weights, findings, tuple(notes))
+    return Profile(type(view.model).__name__, view.architecture, rows, sites, tuple(weights), findings, tuple(notes))
 
 
 def snr(x: Tensor, rounded: Tensor) -> float | None:

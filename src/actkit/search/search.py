@@ -24,12 +24,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from actkit.core import changes, checkpoint
+from actkit.core import changes, checkpoint, processes
 from actkit.core.anatomy import anatomy
 from actkit.core.errors import ActkitError, MemoryLimitError
 from actkit.core.example import Inputs, main_dtype
 from actkit.core.fresh import import_name
 from actkit.core.machine import machine, versions
+from actkit.core.offload import refuse_offloaded
 from actkit.core.progress import track
 from actkit.core.proof import Proof, prove
 from actkit.core.runner import check_model
@@ -167,11 +168,17 @@ def optimize(
     max_memory: hard cap for calibration beside the model. base: builds the unchanged model, for one's own nn.Module, by
     a function that a fresh process can import. threads: torch's number where None.
 
-    Raises ValueError for settings out of bounds or an `out` that exists, DataError for data that do not serve,
+    Raises ProcessError in one of several processes (its measurements need the machine to themselves), ValueError for
+    settings out of bounds or an `out` that exists, DataError for data that do not serve,
     JournalError where resuming is not possible, ImportError where jinja2 (the extra `report`) is missing, and what
     loading a model raises; all before the first measurement. What a candidate raises is recorded with it.
     """
     started = time.perf_counter()
+    processes.refuse(
+        "optimize",
+        "it measures speed with the machine to itself: run it without torchrun, or apply and evaluate single recipes "
+        "under torchrun",
+    )
     _check_settings(max_loss, max_recipes, seed, threads)
     _check_report()
     out = Path(out)
@@ -181,6 +188,7 @@ def optimize(
         options |= {"device": device, "dtype": dtype, "base": base}
     name = type(model).__name__ if isinstance(model, nn.Module) else str(model)
     opened, tokenizer = open_model(model, **options)
+    refuse_offloaded(opened, "every candidate is a copy of it in memory")
     check_model(opened)
     base = base or OWN_CLASSES.get(type(opened).__name__)
     _check_base(opened, base)

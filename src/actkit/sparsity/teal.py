@@ -58,7 +58,7 @@ class Teal(Transform):
     step: float = Field(0.05, gt=0, le=0.5)
     skip: tuple[LinearRole, ...] = ()
 
-    tags: ClassVar[Tags] = Tags(slot="select", needs_data=True, stream="original", keeps_inputs=True)
+    tags: ClassVar[Tags] = Tags(slot="select", needs_data=True, stream="original", keeps_inputs=True, sums_calls=True)
 
     @classmethod
     def identity(cls) -> Self:
@@ -139,7 +139,8 @@ class Teal(Transform):
                     candidates.append(candidate)
             if not candidates:
                 break
-            shares = min(candidates, key=error)
+            errors = seen.total(torch.tensor([error(candidate) for candidate in candidates], dtype=torch.float64))
+            shares = candidates[int(errors.argmin())]
         return shares.tolist()
 
 
