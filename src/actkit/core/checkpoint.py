@@ -58,7 +58,8 @@ def save(
 
     A transformers model that actkit has not changed is written in transformers' own format. overwrite: replace an
     existing checkpoint (only once the new one is complete). card: text of README.md. results: measured numbers, kept in
-    actkit.json. keep_others: of a replaced folder, keep the files that are not the model's (a tokenizer).
+    actkit.json. keep_others: of a replaced folder, keep the files that are not the model's (a tokenizer). max_shard:
+    largest weights file, bytes or '4GB'.
     Raises CheckpointError where the folder exists, is no checkpoint, the disk is full, or a tensor has no values.
     """
     folder = Path(folder)

@@ -64,10 +64,12 @@ class Linear:
 
     @property
     def in_features(self) -> int:
+        """Channels of its input."""
         return self.module.nx if isinstance(self.module, Conv1D) else self.module.in_features  # type: ignore[return-value]
 
     @property
     def out_features(self) -> int:
+        """Channels of its output."""
         return self.module.nf if isinstance(self.module, Conv1D) else self.module.out_features  # type: ignore[return-value]
 
 
@@ -129,6 +131,7 @@ class Mlp:
 
     @property
     def gated(self) -> bool:
+        """Whether it has a gate."""
         return self.gate is not None
 
     @property

@@ -61,6 +61,7 @@ class Awq(Transform):
 
     @property
     def grid(self) -> QuantizationGrid:
+        """The grid that weights are rounded to."""
         return QuantizationGrid(self.bits, self.group_size, "input", self.symmetric)
 
     @model_validator(mode="after")

@@ -38,6 +38,7 @@ class RoundToNearest(Transform):
 
     @property
     def grid(self) -> QuantizationGrid:
+        """The grid that weights are rounded to."""
         return QuantizationGrid(self.bits, self.group_size, self.group_axis, self.symmetric)
 
     @model_validator(mode="after")

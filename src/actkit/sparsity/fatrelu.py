@@ -59,10 +59,12 @@ class ShiftedRelu(nn.Module):
         return F.relu(x - self.shift)
 
     def spec(self) -> dict[str, Any]:
+        """Its JSON arguments, as a checkpoint keeps them."""
         return {"shift": self.shift}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], original: nn.Module | None = None) -> ShiftedRelu:
+        """The function that `spec` described."""
         return cls(spec["shift"])
 
     def extra_repr(self) -> str:

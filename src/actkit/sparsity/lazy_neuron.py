@@ -59,6 +59,7 @@ class TopKActivation(nn.Module):
         return torch.where(kept, y, torch.zeros((), dtype=y.dtype, device=y.device))
 
     def spec(self) -> dict[str, Any]:
+        """Its JSON arguments, as a checkpoint keeps them."""
         return {"k": self.k, "by": self.by}
 
     @classmethod

@@ -39,10 +39,12 @@ class RotatedNorm(nn.Module):
         return self.norm(x) @ self.rotation
 
     def spec(self) -> dict[str, Any]:
+        """Its JSON arguments, as a checkpoint keeps them."""
         return {"width": self.rotation.shape[0], "dtype": str(self.rotation.dtype).removeprefix("torch.")}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], original: nn.Module) -> RotatedNorm:
+        """The module that `spec` described; its values come from the checkpoint."""
         return cls(original, torch.empty(spec["width"], spec["width"], dtype=getattr(torch, spec["dtype"])))
 
 

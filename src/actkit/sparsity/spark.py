@@ -96,6 +96,7 @@ class SparkFFN(nn.Module):
         return PackedSparkFFN(gate, kernels.pack_rows(self.up_proj.weight), down, self.act_fn, self.r)
 
     def spec(self) -> dict[str, Any]:
+        """Its JSON arguments, as a checkpoint keeps them."""
         return {"d_model": self.d_model, "d_ff": self.d_ff, "k": self.k, "r": self.r, "act": self.act}
 
     @classmethod
