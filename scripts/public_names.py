@@ -34,8 +34,8 @@ TAKEN_FOR_GRANTED = {"self", "cls", "args", "kwargs"}
 
 @dataclass(frozen=True)
 class Name:
-    """A public name. path: dotted, from `actkit` on. kind: 'module', 'class', 'function', 'method', 'setting' or
-    'parameter'."""
+    """A public name. path: dotted, from `actkit` on. kind: 'module', 'class', 'function', 'method', 'override' (of a
+    method that a library documents), 'setting' or 'parameter'."""
 
     path: str
     kind: str
@@ -65,6 +65,14 @@ class Source:
                 return [f"actkit.{home}.{name}" for name, home in ast.literal_eval(node.value).items()]
         raise LookupError("actkit/__init__.py: the table _HOMES of public names is gone; teach this file the new one.")
 
+    def first_line(self, path: str) -> str:
+        """The first sentence or line that the docstring at a dotted path says; '' where there is none."""
+        module, _, name = (path, "", "") if path in self.trees else path.rpartition(".")
+        body = self.trees[module].body
+        node = next((each for each in body if getattr(each, "name", None) == name), self.trees[module])
+        text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+        return re.split(r"(?<=\.) ", text)[0]
+
     def _of(self, module: str) -> Iterator[Name]:
         tree, exported = self.trees[module], self.exported()
         yield Name(module, "module", bool(ast.get_docstring(tree)))
@@ -87,7 +95,8 @@ class Source:
         for member in node.body:
             if isinstance(member, ast.FunctionDef) and not member.name.startswith("_"):
                 documented = any(_documents(each, member.name) for each in line)
-                yield Name(f"{module}.{node.name}.{member.name}", "method", documented)
+                kind = "override" if not documented and _outside(node, member.name) else "method"
+                yield Name(f"{module}.{node.name}.{member.name}", kind, documented or kind == "override")
             elif is_transform and isinstance(member, ast.AnnAssign) and "ClassVar" not in ast.unparse(member):
                 setting = ast.unparse(member.target)
                 if not setting.startswith("_"):
@@ -118,12 +127,15 @@ def modules(source: Path = SOURCE) -> dict[str, Path]:
 
 
 def _documents(owner: ast.ClassDef, method: str) -> bool:
-    if any(method in OUTSIDE.get(_last(base), ()) for base in owner.bases):
-        return True
     return any(
         isinstance(member, ast.FunctionDef) and member.name == method and ast.get_docstring(member)
         for member in owner.body
     )
+
+
+def _outside(owner: ast.ClassDef, method: str) -> bool:
+    bases = [_last(base) for base in owner.bases]
+    return any(method in OUTSIDE.get(base, OUTSIDE["Module"]) for base in bases)
 
 
 def _parameters(path: str, node: ast.FunctionDef) -> Iterator[Name]:

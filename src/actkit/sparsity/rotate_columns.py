@@ -6,6 +6,8 @@ so that W diag(gain) Q = U S has orthogonal columns, for W the key and the gate 
 stream and pays two d x d products at the residual additions; this form is local to a block, keeps ties, and costs the
 same: one d x d product per norm. The inputs of the layers, so also the masks, are those of the paper's form.
 With grouped-query attention only kv_dim columns of the key matrix stay non-zero: a gain of the rotation, not of WINA.
+When to use it: before `wina` or `teal` at high sparsity (0.5 and more), where the two more products per block are worth
+it.
 Settled here: for LayerNorm the bias b moves into the layers' biases (+ W b); fused query-key-value, and up where there
 is no gate, are the matrices made orthogonal; norms that feed anything else (post-norm, routers) are left alone. The
 release subtracts the mean of each embedding row while folding, which changes RMSNorm models: not done.
