@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 
 from mkdocs.structure.files import File
+
 from public_names import Source, modules
 
 LOG = logging.getLogger("mkdocs.plugins.actkit")
@@ -61,7 +62,7 @@ def reference() -> list:
     packages: dict[str, list] = {}
     for module, file in modules().items():
         parts = module.split(".")
-        if len(parts) == 1 or len(parts) == 2 and file.name != "__init__.py":
+        if len(parts) == 1 or (len(parts) == 2 and file.name != "__init__.py"):
             top.append({module: page_of(module)})
         else:
             packages.setdefault(parts[1], []).append({parts[-1] if len(parts) > 2 else "overview": page_of(module)})
