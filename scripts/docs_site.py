@@ -25,6 +25,7 @@ BESIDE = {
     "CHANGELOG.md": "project/changelog.md",
     "LOG.md": "project/log.md",
 }
+SHOWN = {file.relative_to(ROOT).as_posix(): f"reference/{module}.md" for module, file in modules().items()}
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 FENCED = re.compile(r"^(```.*?^```)", re.MULTILINE | re.DOTALL)
 
@@ -103,7 +104,7 @@ def cell(text: str) -> str:
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Point links at what the site has. A link to any other file of the repository becomes its text."""
+    """Point links at what the site has: a module at its reference. A link to any other file becomes its text."""
     sources = {at: name for name, at in BESIDE.items()}
     home = posixpath.dirname(sources.get(page.file.src_uri, f"docs/{page.file.src_uri}"))
 
@@ -113,7 +114,7 @@ def on_page_markdown(markdown, page, config, files):
         if not address or ":" in address:
             return match[0]
         place = posixpath.normpath(posixpath.join(home, address))
-        shown = place.removeprefix("docs/") if place.startswith("docs/") else BESIDE.get(place)
+        shown = place.removeprefix("docs/") if place.startswith("docs/") else {**BESIDE, **SHOWN}.get(place)
         if shown is not None and files.get_file_from_path(shown) is not None:
             there = posixpath.relpath(shown, posixpath.dirname(page.file.src_uri))
             return f"{image}[{text}]({there}{'#' + anchor if anchor else ''})"

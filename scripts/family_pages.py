@@ -257,9 +257,10 @@ def runs(entry: Paper) -> str:
         f"`actkit reproduce {entry.slug}` runs them again.\n",
     ]
     for claim in evidence["claims"]:
-        mark = "✓ Holds" if claim["passed"] else "✗ Does not hold"
+        mark, kind = ("✓ Holds", "success") if claim["passed"] else ("✗ Does not hold", "failure")
         lines += [
-            f"<details><summary><strong>{mark}:</strong> {escape(claim['statement'], quote=False)}</summary>",
+            f'<details class="{kind}">'
+            f"<summary><strong>{mark}:</strong> {escape(claim['statement'], quote=False)}</summary>",
             f"<p>The paper: {escape(claim['paper'], quote=False)}</p>",
             f"<p>Here: {escape(claim['here'], quote=False)}</p>",
             f"<p>Holds where: {escape(claim['condition'], quote=False)}</p>",
