@@ -1,11 +1,12 @@
 # make demo   profile, optimize and prove the embedded models; leaves actkit-report/index.html
 # make test   the tests          make lint   ruff, mypy, import-linter
+# make docs   the site, from docs/ and the docstrings, into site/
 # make bench  the decoder beside llama.cpp, torchao and OpenVINO (a C++ compiler builds the first; half an hour)
 # make zoo    train the embedded models again (about an hour on two cores)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench zoo clean
+.PHONY: demo test lint docs bench zoo clean
 
 demo: .venv/.installed
 	$(BIN)/actkit optimize swiglu --out actkit-report --overwrite
@@ -22,6 +23,10 @@ lint: .venv/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: .venv-docs/.installed
+	.venv-docs/bin/python scripts/family_pages.py
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
 bench: .venv/.installed .venv-bench/.installed
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/decode.py
@@ -34,6 +39,13 @@ zoo: .venv/.installed
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[report,zoo,finetune,export,dev]"
+	touch $@
+
+# The site needs the source and no torch: the extra `docs` alone.
+.venv-docs/.installed: pyproject.toml
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" > .venv-docs/requirements.txt
+	.venv-docs/bin/python -m pip install --quiet --requirement .venv-docs/requirements.txt
 	touch $@
 
 # The peers, whose versions of torch would not go with ours. One that does not install is a row that says so.
@@ -49,4 +61,4 @@ zoo: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-bench actkit-report
+	rm -rf .venv .venv-bench .venv-docs actkit-report site

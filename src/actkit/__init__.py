@@ -1,6 +1,7 @@
 """actkit: profile, change and prove the activations of any PyTorch model.
 
     import actkit
+    from rich import print
 
     model = actkit.load("swiglu")                                   # a zoo name, a folder or a hub id
     applied = actkit.apply(model, "awq,wina")                       # calibrated on the embedded text

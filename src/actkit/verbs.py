@@ -48,7 +48,8 @@ def open_data(data: Any, model: nn.Module, tokenizer: Any, split: Split, **optio
 def profile(model: Model, data: Any = None, *, max_memory: int | str | None = None, **options: Any) -> Profile:
     """What the activations of a model look like, and which methods that suggests.
 
-    options: of `open_model` and `load_data`. Raises what these and `search.profile.profile` raise.
+    data: None for the embedded calibration split. max_memory: cap for the statistics, bytes or '2GB'. options: of
+    `open_model` and `load_data`. Raises what these and `search.profile.profile` raise.
     """
     from actkit.search.profile import profile as measure
 
@@ -72,8 +73,9 @@ def apply(
 ) -> runner.Applied:
     """Apply a recipe: transforms, their names, or a YAML file.
 
-    Data are read only where a transform calibrates (None: the embedded calibration split). options: of `open_model` and
-    `load_data`; everything else, and what is raised, as in `core.runner.apply`.
+    model: a model, which is changed in place unless `inplace` is False, or its name. data: read only where a transform
+    calibrates; None is the embedded calibration split. undo, min_coverage, max_memory, progress, announce, and what is
+    raised: as in `core.runner.apply`. options: of `open_model` and `load_data`.
     """
     opening, reading = _sorted(options)
     recipe = Recipe.of(recipe)
@@ -228,9 +230,9 @@ def evaluate(
 ) -> Evaluation:
     """Measure a model, and against an original how far it is from it: quality, cost, and speed where asked for.
 
-    data: None for the embedded test split, which no calibration and no search saw. speed: in fresh processes, of a
-    batch of rows with a prompt and new tokens. options: of `open_model` and `load_data`. Raises what these and
-    `core.evaluation.evaluate` raise.
+    data: None for the embedded test split, which no calibration and no search saw. speed: in fresh processes, of
+    `batch` rows with a prompt of `prompt` tokens and `new_tokens` more, in interleaved `rounds`; threads: torch's
+    number where None. options: of `open_model` and `load_data`. Raises what these and `core.evaluation.evaluate` raise.
     """
     from actkit.core.evaluation import evaluate as measure
 
@@ -279,7 +281,9 @@ def train(
     """Fine-tune a model, under training rules if any; the weights kept are those of the least validation loss.
 
     data: None for the embedded train split, validated on the search split, so that the test split stays unseen; a file
-    or folder is cut the same way; batches need `validation`. rules: as in `core.rules.parse_rules`. options: of
+    or folder is cut the same way; batches need `validation`. rules: as in `core.rules.parse_rules`. out: the folder to
+    write, nothing where None. accumulation: batches per step. steps, learning_rate, resume, overwrite: as in
+    `core.training.train`. options: of
     `open_model` (dtype float32 where none is given) and `load_data`. Raises what these and `core.training.train` raise.
     """
     from actkit.core.training import train as run
@@ -323,7 +327,10 @@ def generate(
     announce: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Iterator[str]:
-    """Text that goes on from the prompt, piece by piece. options: of `open_model`.
+    """Text that goes on from the prompt, piece by piece.
+
+    max_new_tokens, temperature, top_k, top_p, seed, stop: as in `core.generation.generate`. tokenizer: where the model
+    has none beside it. options: of `open_model`.
 
     On the CPU a decoder writes where it takes the model, else transformers; announce is told which, and why not a
     decoder. Each call packs the weights anew: for many texts make a `runtime.decoder.Decoder` once.
@@ -351,7 +358,10 @@ def generate(
 
 
 def show(model: Model, data: Any = None, **options: Any) -> Summary:
-    """What a model is: its parts, its coverage, and what actkit changed on it. options: as in `open_model`."""
+    """What a model is: its parts, its coverage, and what actkit changed on it.
+
+    data: one batch of it is read where the architecture is not known. options: as in `open_model`.
+    """
     opened, tokenizer = open_model(model, **options)
     results = {}
     if not isinstance(model, nn.Module) and (locate(model) / MANIFEST).exists():

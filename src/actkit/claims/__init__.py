@@ -30,6 +30,7 @@ def reproduce(slug: str, *, record: bool = False, progress: bool = True) -> Outc
     """Run the claims of a paper, which takes minutes: the head of its module says how many.
 
     record: also write the outcome to `claims/evidence/SLUG.json` in the package; otherwise the record stays as it is.
+    progress: show bars.
     Raises CatalogueError for a slug that the catalogue does not know and for a paper without claims, before any work,
     and OSError where the evidence cannot be written.
     """

@@ -160,6 +160,7 @@ class Workshop:
 
     @cached_property
     def test(self) -> tuple[Tensor, Tensor]:
+        """Test images and their labels."""
         return digits("test")
 
     def arms(self, seeds: Sequence[int], **settings: Any) -> list[Arm]:
@@ -193,6 +194,7 @@ class Workshop:
         return model if arm.k is None else apply(model, TopKMlp(k=arm.k), undo="off", progress=False).model
 
     def trained(self, arms: Sequence[Arm], what: str) -> list[nn.Module]:
+        """The trained model of each arm, from this run's memory where it was trained before."""
         for arm in track(arms, f"Training: {what}", enabled=self.progress):
             if arm not in self._trained:
                 model = self.untrained(arm)

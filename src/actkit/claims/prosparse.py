@@ -203,6 +203,7 @@ def sparsity(model: nn.Module, batches: Batches) -> float:
 
 
 def perplexity(model: nn.Module, batches: Batches) -> float:
+    """Perplexity of the model on the batches."""
     return measure_quality(model, batches, task="language", resamples=1, progress=False).metrics["perplexity"].value
 
 

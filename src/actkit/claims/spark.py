@@ -222,6 +222,7 @@ class Arms:
         return [self.loss(arm, seed) for seed in self.sizes.seeds]
 
     def loss(self, arm: str, seed: int) -> float:
+        """Nats per token of an arm on held-out text."""
         if (arm, seed) not in self._losses:
             model = self.model(arm, seed)
             quality = measure_quality(model, self.held_out(arm, model), task="language", resamples=1, progress=False)

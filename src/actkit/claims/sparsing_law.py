@@ -153,14 +153,17 @@ class Case:
 
     @cached_property
     def text(self) -> Text:
+        """The model with its calibration and held-out text, made when first asked for."""
         return self._make()
 
     @cached_property
     def search(self) -> SharedCett:
+        """The search for a CETT shared by all layers, on a float32 view of the model."""
         view = self._stack.enter_context(in_float32(self.text.model))
         return SharedCett(view, self.text.calibration, sample=self._sizes.sample, progress=False)
 
     def root(self, p: float) -> Root:
+        """The largest CETT that lets perplexity rise by p percent."""
         if p not in self._roots:
             self._roots[p] = largest_cett(self.search.rise, p)
         return self._roots[p]
@@ -219,6 +222,7 @@ class Snapshots(TrainingRule):
 
     @property
     def kept(self) -> dict[int, dict[str, Tensor]]:
+        """The states that were kept, by step."""
         return self._kept
 
     def attach(self, model: nn.Module, optimizer: Any = None, example: Any = None) -> AttachedSnapshots:
@@ -226,6 +230,8 @@ class Snapshots(TrainingRule):
 
 
 class AttachedSnapshots(AttachedRule):
+    """Snapshots at work on a model."""
+
     def __init__(self, settings: Snapshots, model: nn.Module) -> None:
         self.settings, self.model, self.step = settings, model, 0
 
@@ -318,6 +324,7 @@ def shape(sizes: Sizes) -> Finding:
 
 
 def judged_shape(shapes: Sequence[float], ratios: Sequence[float]) -> Finding:
+    """Whether the active share rises with width / depth, as the fit of its law and Spearman's correlation say."""
     fit, trend = fit_width_law(shapes, ratios), float(spearmanr(shapes, ratios).statistic)
     listed = ", ".join(f"{shape:.0f}: {ratio:.1%}" for shape, ratio in zip(shapes, ratios, strict=True))
     flat = "none" if fit.bottleneck is None else f"{fit.bottleneck:.0f} (then {fit.plateau:.1%})"

@@ -111,10 +111,12 @@ class Activation(nn.Module):
         return FUNCTIONS[self.name](x)
 
     def spec(self) -> dict[str, Any]:
+        """Its JSON arguments, as a checkpoint keeps them."""
         return {"name": self.name}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], original: nn.Module | None = None) -> Activation:
+        """The function that `spec` named."""
         return cls(spec["name"])
 
     def extra_repr(self) -> str:
@@ -148,6 +150,7 @@ class Thresholded(KeepsDtype):
         )
 
     def spec(self) -> dict[str, Any]:
+        """Its JSON arguments, as a checkpoint keeps them."""
         return {}
 
     @classmethod

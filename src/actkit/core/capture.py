@@ -90,6 +90,7 @@ def record(
     [batch, length] tells padding, labels are dropped) or single arguments; `batches.document_ids` are used where
     present, else every row is a document. max_memory: cap for the statistics, bytes or '2GB'. Several processes
     (`core.processes.together`) are given all batches and run their share each; all get the statistics of all batches.
+    anatomy: of the model, where it was read before. progress: show a bar.
     Raises ValueError for unknown sites, DataError for unusable data, MemoryLimitError before work starts,
     NonFiniteError for NaN or Inf at a site, UnsupportedModelError for a compiled or sharded model.
     """
@@ -158,6 +159,7 @@ class Observer:
         self._context, self._keywords = context, kwargs or {}
 
     def hooks(self) -> tuple[dict[str, Before], dict[str, After]]:
+        """What to call before and after which modules, by path."""
         return _tap_hooks(self._readings.taps, self._see, lambda: self._keywords.get("position_embeddings"))
 
     def _see(self, tap: Tap, value: Tensor, tokens: Tensor | None) -> None:
@@ -209,6 +211,7 @@ def live(
 ) -> Iterator[Activations]:
     """Collect the tensors of sites with their graph, for penalties; whole, in the layout of the site's tap.
 
+    anatomy: of the model, where it was read before.
     Padding is included: whoever adds the penalty knows the mask. Mode and gradients of the model are left alone.
     Experts must have been opened (`ExpertList`) to be seen here. Raises ValueError for unknown sites.
     """

@@ -45,6 +45,7 @@ class Source:
 
     @classmethod
     def of(cls, name: str, model: nn.Module, **options: Any) -> Source:
+        """The source of a model just loaded from `name` with these options."""
         return cls(name, _fingerprint(model), options, _stamp(name))
 
     def untouched(self, model: nn.Module) -> bool:

@@ -65,7 +65,8 @@ def save(
     existing checkpoint (only once the new one is complete). card: text of README.md; by default it says what the model
     is and what `evaluation` (of `evaluate`) measured. results: further measured numbers, kept in actkit.json.
     keep_others: of a replaced folder, keep the files that are not the model's (a tokenizer).
-    Several processes (`core.processes.together`) all call it; the first one writes, and the others wait for it.
+    max_shard: largest weights file, bytes or '4GB'. Several processes (`core.processes.together`) all call it; the
+    first one writes, and the others wait for it.
     Raises CheckpointError where the folder exists, is no checkpoint, the disk is full, or a tensor has no values,
     UnsupportedModelError for a compiled or sharded model.
     """

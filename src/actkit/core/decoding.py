@@ -53,6 +53,7 @@ class Engine:
 
     @property
     def name(self) -> Literal["decoder", "transformers"]:
+        """Which of the two it is."""
         return "transformers" if self.decoder is None else "decoder"
 
     def describe(self) -> str:

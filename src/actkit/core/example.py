@@ -56,6 +56,7 @@ class Inputs:
         return cls(**{**content, "shape": shape and tuple(shape), "keywords": tuple(content["keywords"])})
 
     def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
         return asdict(self)
 
     def batch(self, rows: int = 2, length: int | None = None, seed: int = 0) -> Any:

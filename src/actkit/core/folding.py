@@ -25,8 +25,10 @@ class ScaledActivation(KeepsDtype):
         return (self.activation(x) / self.scale).to(x.dtype)
 
     def spec(self) -> dict[str, Any]:
+        """Its JSON arguments, as a checkpoint keeps them."""
         return {"channels": self.scale.numel()}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], original: nn.Module) -> ScaledActivation:
+        """The module that `spec` described; its values come from the checkpoint."""
         return cls(original, torch.ones(spec["channels"]))

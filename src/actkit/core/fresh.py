@@ -93,6 +93,7 @@ class FreshProcess:
 
     @property
     def closed(self) -> bool:
+        """Whether the process has ended."""
         return not self._end.alive
 
     @property

@@ -51,14 +51,17 @@ class DenseWeight(nn.Module):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(out, in)."""
         return self.tensor.shape[0], self.tensor.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
+        """That of the tensor."""
         return self.tensor.dtype
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor."""
         return self.tensor.nbytes
 
     def dequantize(self) -> Tensor:
@@ -66,6 +69,7 @@ class DenseWeight(nn.Module):
         return self.tensor
 
     def spec(self) -> dict[str, Any]:
+        """Its JSON arguments, as a checkpoint keeps them."""
         return {"kind": "dense"}
 
 
@@ -114,6 +118,7 @@ class IntegerWeight(KeepsDtype):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of codes, scales and zero points."""
         return sum(buffer.nbytes for buffer in (self.codes, self.scale, self.zero) if buffer is not None)
 
     def dequantize(self) -> Tensor:
@@ -122,6 +127,7 @@ class IntegerWeight(KeepsDtype):
         return self.grid.dequantize(codes, self.scale, self.zero).to(self.dtype)
 
     def spec(self) -> dict[str, Any]:
+        """Its JSON arguments, as a checkpoint keeps them."""
         grid = self.grid
         return {
             "kind": "integer",
@@ -175,6 +181,7 @@ class Selection(KeepsDtype):
         return torch.where(self.mask(x), x, torch.zeros((), dtype=x.dtype, device=x.device))
 
     def spec(self) -> dict[str, Any]:
+        """Its JSON arguments, as a checkpoint keeps them."""
         raise NotImplementedError
 
 
@@ -236,6 +243,7 @@ class LowRank(nn.Module):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of both factors."""
         return self.left.nbytes + self.right.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
@@ -243,6 +251,7 @@ class LowRank(nn.Module):
         return F.linear(F.linear(x, self.right), self.left)
 
     def spec(self) -> dict[str, Any]:
+        """Its JSON arguments, as a checkpoint keeps them."""
         return {"rank": self.left.shape[1], "of": self.of}
 
 

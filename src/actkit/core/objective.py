@@ -76,6 +76,7 @@ def _is_pair(batch: Any) -> bool:
 
 
 def mask_of(batch: Any, device: torch.device) -> Tensor | None:
+    """The attention mask of a batch, [batch, length], on the device; None where it has none."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return None if mask is None else mask.to(device)
 

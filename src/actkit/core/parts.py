@@ -71,10 +71,12 @@ class Linear:
 
     @property
     def in_features(self) -> int:
+        """Channels of its input."""
         return self.module.nx if isinstance(self.module, Conv1D) else self.module.in_features  # type: ignore[return-value]
 
     @property
     def out_features(self) -> int:
+        """Channels of its output."""
         return self.module.nf if isinstance(self.module, Conv1D) else self.module.out_features  # type: ignore[return-value]
 
 
@@ -142,6 +144,7 @@ class Mlp:
 
     @property
     def gated(self) -> bool:
+        """Whether it has a gate, as a layer of its own or fused with up."""
         return self.gate is not None or self.up_rows is not None
 
     @property

@@ -93,6 +93,7 @@ class ChangedConfig:
 
     @classmethod
     def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, with the model class of this config registered first."""
         _register_models(cls.actkit_base)
         return super().from_dict(*args, **kwargs)  # type: ignore[misc]
 

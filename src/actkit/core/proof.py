@@ -81,6 +81,7 @@ def prove(
 
     batch: what both are run on; fixed random rows (2, of min(64, context) tokens) where None. process: a FreshProcess
     to use, and to leave open; one of its own otherwise. base: as in `FreshProcess.load`, for one's own nn.Module.
+    trust_remote_code: run code that the folder brings.
     Raises FreshProcessError where the folder does not load or run there, DataError where the model does not say what
     it takes.
     """

@@ -60,6 +60,7 @@ class Report:
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
         return asdict(self)
 
 

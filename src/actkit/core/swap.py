@@ -3,6 +3,8 @@
 A transform like any other, so that it stands in recipes, is undone, saved and loaded; `swap` is its short form. The
 function of a model changes with it, so it is usually followed by training (`core/training.py`). What is calibrated on
 the *original* model (most transforms) should come in a run of its own, after the swap and the training.
+When to use it: to change the activation function of a model before it is trained on, such as SiLU to ReLU for exact
+zeros.
 Where all activations that a transformers config names (`hidden_act`, `activation_function`) change to one that it
 can name, the config says so too.
 """

@@ -92,6 +92,7 @@ class Trained:
 
     @property
     def steps(self) -> int:
+        """Optimizer steps that were taken."""
         return self.history[-1].step
 
     def to_dict(self) -> dict[str, Any]:

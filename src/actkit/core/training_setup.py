@@ -66,6 +66,7 @@ def checked(settings: Settings, evaluate_every: int | None) -> Settings:
 
 
 def count_steps(steps: int | None, epochs: int | None, batches: int, size: int) -> int:
+    """Optimizer steps of a training that was given in steps or in epochs. Raises ValueError."""
     if (steps is None) == (epochs is None):
         raise ValueError(f"steps, epochs: {steps} and {epochs} were given; give one of the two.")
     given: Any = epochs if steps is None else steps
@@ -126,6 +127,7 @@ def _check_lengths(model: nn.Module, name: str, batches: Sequence[Any]) -> None:
 
 
 def fingerprints(*data: Any) -> list[str | None]:
+    """The fingerprint of each data set, None where it has none."""
     return [getattr(batches, "fingerprint", None) for batches in data]
 
 
@@ -163,6 +165,7 @@ def check_folder(folder: Path | None, resume: bool, overwrite: bool) -> None:
 
 
 def check_parameters(model: nn.Module) -> None:
+    """Raise ValueError where nothing is trainable, or where parameters are too coarse for small updates."""
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError("model: none of its parameters requires a gradient; call model.requires_grad_(True).")
@@ -223,6 +226,7 @@ def interruptible(enabled: bool) -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Inside, modules may change between training and evaluation mode; afterwards each is in its own again."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -232,6 +236,7 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of torch's random generators on the CPU and on the device."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)

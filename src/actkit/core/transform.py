@@ -197,6 +197,7 @@ class Recipe:
 
     @property
     def label(self) -> str:
+        """The labels of its transforms, for tables."""
         return " + ".join(transform.label for transform in self.transforms)
 
     def __iter__(self):

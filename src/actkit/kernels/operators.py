@@ -63,6 +63,7 @@ def engine(name: str = "numba_cpu") -> Any:
 
 @cache
 def has_numba() -> bool:
+    """Whether Numba can be imported; where not, a warning says what that costs."""
     try:
         import_module("actkit.kernels.numba_cpu")
     except ImportError as error:
@@ -76,6 +77,7 @@ def has_numba() -> bool:
 
 
 def check_gradient(*tensors: Tensor | None) -> None:
+    """Raise RuntimeError where a gradient is wanted, as the kernels have none."""
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise RuntimeError(
             "actkit.kernels: an argument requires a gradient, and the kernels have none; call them under "

@@ -33,6 +33,7 @@ class PackedRows:
 
     @property
     def out_features(self) -> int:
+        """Rows of the weight."""
         return self.buffer.shape[0]
 
     @property

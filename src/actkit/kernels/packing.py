@@ -43,10 +43,12 @@ class PackedWeight:
 
     @property
     def in_features(self) -> int:
+        """Columns of the weight."""
         return self.buffer.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
+        """That of the weight."""
         return self.buffer.dtype
 
     @property

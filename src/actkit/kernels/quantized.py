@@ -76,6 +76,7 @@ class Layout(NamedTuple):
 
     @property
     def n_tiles(self) -> int:
+        """How many tiles hold its columns."""
         return ceil(self.columns / self.tile)
 
     @property
@@ -104,10 +105,12 @@ class QuantizedWeight:
 
     @property
     def in_features(self) -> int:
+        """Columns of the weight."""
         return self.layout.in_features
 
     @property
     def out_features(self) -> int:
+        """Rows of the weight."""
         return self.layout.out_features
 
     @property

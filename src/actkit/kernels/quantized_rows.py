@@ -40,6 +40,7 @@ class RowLayout(NamedTuple):
 
     @property
     def blocks(self) -> int:
+        """Blocks of codes in a row."""
         return ceil(self.in_features / BLOCK)
 
     @property
@@ -49,10 +50,12 @@ class RowLayout(NamedTuple):
 
     @property
     def scales_at(self) -> int:
+        """Bytes from the start of a row to its scales."""
         return self.blocks * BLOCK * self.stored_bits // 8
 
     @property
     def zeros_at(self) -> int:
+        """Bytes from the start of a row to its zero points."""
         return self.scales_at + 4 * self.pieces
 
     @property
@@ -71,10 +74,12 @@ class QuantizedRows:
 
     @property
     def in_features(self) -> int:
+        """Columns of the weight."""
         return self.layout.in_features
 
     @property
     def out_features(self) -> int:
+        """Rows of the weight."""
         return self.buffer.shape[0]
 
     @property

@@ -58,10 +58,12 @@ def _vector(kind: ir.Type, lanes: int) -> ir.VectorType:
 
 
 def constant(value: float, lanes: int) -> Any:
+    """A float vector with the value in every lane."""
     return ir.Constant(_vector(FLOAT, lanes), [float(value)] * lanes)
 
 
 def integers(value: int, lanes: int) -> Any:
+    """A 32-bit integer vector with the value in every lane."""
     return ir.Constant(_vector(I32, lanes), [value] * lanes)
 
 
@@ -72,6 +74,7 @@ def splat(builder: Any, value: Any, lanes: int) -> Any:
 
 
 def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, lane by lane, rounded once where the processor can."""
     lanes = a.type.count
     kind = ir.FunctionType(a.type, [a.type] * 3)
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{lanes}f32"), [a, b, c])
@@ -86,12 +89,15 @@ class Memory:
         self.start = builder.bitcast(data, I8.as_pointer())
 
     def address(self, offset: Any, pointee: ir.Type) -> Any:
+        """The address at an offset in elements, as a pointer to `pointee`."""
         return self.builder.bitcast(self.builder.gep(self.start, [offset]), pointee.as_pointer())
 
     def load(self, offset: Any, kind: ir.Type, align: int = 4) -> Any:
+        """The value of this kind at an offset in elements."""
         return self.builder.load(self.address(offset, kind), align=align)
 
     def store(self, value: Any, offset: Any) -> None:
+        """Write the value at an offset in elements."""
         self.builder.store(value, self.address(offset, value.type), align=4)
 
 
@@ -276,9 +282,11 @@ class Accumulators:
         return builder.mul(builder.add(column, builder.mul(self.width, I64(b))), I64(4))
 
     def load(self, b: int, k: int) -> Any:
+        """The sums of row b, column block k."""
         return self.memory.load(self._place(b, k), _vector(FLOAT, self.lanes))
 
     def store(self, b: int, k: int, value: Any) -> None:
+        """Write the sums of row b, column block k."""
         self.memory.store(value, self._place(b, k))
 
 

@@ -5,6 +5,8 @@
 r is searched per set of layers that share an input, for the smallest output error of a small submodule with rounded
 weights; 1/s is folded into whatever produces the input (a norm, the rows of a linear layer, an activation). Then
 weights are clipped: per row and group the best of 10 bounds from 1.00 to 0.55 of the maximum. Then rounded.
+When to use it: for 3 or 4 bits per weight where some input channels carry large activations, as in language models of a
+billion parameters and more. On the small embedded models it is as good as rounding, not better.
 Cost: 20 runs of each attention, MLP and down projection on the calibration tokens. No gradients.
 As in the release: calibrated on the original model's hidden states, r = 1 never tried, strict minimum, the value to
 output set only where their shapes agree, query and key are not clipped. `duo_scaling` is AutoAWQ's variant.
@@ -63,6 +65,7 @@ class Awq(Transform):
 
     @property
     def grid(self) -> QuantizationGrid:
+        """The grid that weights are rounded to."""
         return QuantizationGrid(self.bits, self.group_size, "input", self.symmetric)
 
     @model_validator(mode="after")

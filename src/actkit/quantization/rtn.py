@@ -2,6 +2,8 @@
 
     w' = (clamp(round(w / scale) + zero, 0, 2^b - 1) - zero) * scale      (grids and conventions: core/quantizer.py)
 
+When to use it: first, as it takes seconds and no data: 8 bits halve the size of a 16-bit model at no measurable loss on
+the embedded models. At 4 bits and less compare with `awq`.
 Cost: one pass over the weights, no data. Groups may lie along the input (the usual choice, what serving formats
 know) or along the output (one scale per input channel and group of outputs).
 """
@@ -38,6 +40,7 @@ class RoundToNearest(Transform):
 
     @property
     def grid(self) -> QuantizationGrid:
+        """The grid that weights are rounded to."""
         return QuantizationGrid(self.bits, self.group_size, self.group_axis, self.symmetric)
 
     @model_validator(mode="after")

@@ -168,6 +168,7 @@ class Product:
 
     @property
     def inputs(self) -> range:
+        """Which inputs this part reads."""
         linear, cut = self.parts[0]
         if self.factor == "left":
             return range(self.all_inputs)
@@ -175,6 +176,7 @@ class Product:
 
     @property
     def all_inputs(self) -> int:
+        """Inputs of the whole product."""
         correction = self.correction
         return correction.left.shape[1] if correction and self.factor == "left" else self.parts[0][0].in_features
 
@@ -224,6 +226,7 @@ class Product:
 
 
 def selection_of(module: nn.Module) -> Selection | None:
+    """What selects the inputs of a layer, None where nothing does."""
     return module.select if isinstance(module, ActLinear) else None
 
 
@@ -232,6 +235,7 @@ def _correction(module: nn.Module) -> LowRank | None:
 
 
 def same_selection(a: Selection | None, b: Selection | None) -> bool:
+    """Whether two selections choose the same inputs for every token."""
     if a is None or b is None:
         return a is b
     if a.spec() != b.spec():

@@ -57,6 +57,7 @@ class Matrices:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the weights."""
         return sum(weight.nbytes for weight in self.weights)
 
 

@@ -166,7 +166,8 @@ def optimize(
     speed: measure speed and memory in fresh processes. speed_row: measure the 0.5B shape (`speed_row.py`); None: where
     speed is measured and the model is a language model that fits in the cache, so that its own speed says little.
     max_memory: hard cap for calibration beside the model. base: builds the unchanged model, for one's own nn.Module, by
-    a function that a fresh process can import. threads: torch's number where None.
+    a function that a fresh process can import. threads: torch's number where None. device, dtype, trust_remote_code: as
+    in `load`. seed: of everything random. progress: show bars.
 
     Raises ProcessError in one of several processes (its measurements need the machine to themselves), ValueError for
     settings out of bounds or an `out` that exists, DataError for data that do not serve,

@@ -4,6 +4,8 @@
     l1:     mean over tokens of |x|, its mean (or sum) over channels
     hoyer:  mean over tokens of (sum |x|)^2 / (channels * sum x^2): between 1 / channels (one active) and 1 (all alike)
 
+When to use it: while training a model whose activation function can be 0 (after `swap` to ReLU), to be followed by a
+method that skips zeros. `prosparse` is L1 with the paper's schedule.
 Cost: the activations of the sites are kept for the backward pass, as they mostly are anyway. L1 shrinks the scale of
 the activations too; Hoyer, the square of Hoyer's measure (2020, arXiv:1908.09979), does not see scale.
 Factors are comparable only at the same measure and reduction. Means run over real tokens (padding is left out).

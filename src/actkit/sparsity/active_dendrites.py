@@ -6,6 +6,9 @@
 A segment stores `synapses` cells drawn from the ones of a code; several codes may share one segment, which then holds
 the union. How often that goes wrong is computed in `pattern_theory`, for codes whose ones are uniform; those of a real
 network are not, see `pattern_simulation`.
+When to use it: to recognise a state of a model, or to say that it is new, at a stated rate of false alarms; to ask how
+many patterns codes of a given sparsity can hold. Take the threshold from a comparison on your model
+(`pattern_simulation`), not from the theory.
 Cost: a segment is a list of cells; matching adds up one row of the batch per stored cell (a sparse matrix product),
 some 20 ms for 10,000 segments of 24 synapses and 64 codes on one core.
 Left open by the paper: how a code is made of activations. Here: the largest magnitudes, or the largest values.

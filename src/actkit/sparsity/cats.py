@@ -3,6 +3,9 @@
     y = W_down (g * (W_up x)),  g = f_t(W_gate x);   f_t(z) = f(z) where |f(z)| >= t, else 0   (f is SiLU in Llama)
     t = the k-quantile of |f(W_gate x)| over the calibration tokens and channels: one scalar per MLP
 
+When to use it: where decoding a model with gated MLPs (Llama, Mistral, Qwen, Gemma) is bound by reading weights, and no
+training is wanted. One number, 0.3 to 0.5 to begin with. Where the activation gives exact zeros already (ReLU) it adds
+nothing.
 Cost: one comparison per channel; the gate is computed in full, so the mask is exact and no predictor is needed. Where
 g_j = 0, row j of W_up and column j of W_down need not be read: a decode step reads (1 + 2 (1 - k)) / 3 of the MLP's
 weights, 67 % at k = 0.5. `gate_sparsity` (`sparsity/gate_sparsity.py`) measures what is reached. In the paper half of

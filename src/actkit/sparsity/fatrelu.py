@@ -6,6 +6,7 @@ The last of ProSparse's three steps (`prosparse` has the others): more zeros, no
 The paper takes t = 0.01 for 7B and 13B. The function is older (Kurtz et al. 2020). Here it is
 `core.activations.Thresholded` around the ReLU; it differs from torch.nn.Threshold(t, 0) and from vLLM's kernel at z = t
 alone, which they set to 0 and the paper keeps.
+When to use it: after training a ReLU model, for more zeros at once.
 Cost: one comparison per hidden value; the rows of the up projection and the columns of the down projection of a zero
 need not be read. How to choose t the paper does not say: `sweep_threshold` measures a grid, on text that is neither
 trained on nor used for the final number. ShiftedRelu is the alternative that the paper compares with; its shift is ours
@@ -59,10 +60,12 @@ class ShiftedRelu(nn.Module):
         return F.relu(x - self.shift)
 
     def spec(self) -> dict[str, Any]:
+        """Its JSON arguments, as a checkpoint keeps them."""
         return {"shift": self.shift}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], original: nn.Module | None = None) -> ShiftedRelu:
+        """The function that `spec` described."""
         return cls(spec["shift"])
 
     def extra_repr(self) -> str:

@@ -27,6 +27,7 @@ def tail(cells: ArrayLike, marked: ArrayLike, drawn: ArrayLike, least: ArrayLike
 
 
 def log_tail(cells: Any, marked: Any, drawn: Any, least: Any) -> NDArray[np.float64]:
+    """log P(hits >= least), for arrays that broadcast."""
     drawn, marked = np.minimum(drawn, marked), np.maximum(drawn, marked)  # the law is symmetric: fewer terms
     cells, marked, drawn, least = np.broadcast_arrays(cells, marked, drawn, least)
     first = np.maximum(least, marked + drawn - cells)
@@ -63,6 +64,7 @@ def _log(x: Any) -> NDArray[np.float64]:
 
 
 def exact_share(cells: int, marked: int, drawn: int, hits: int) -> Fraction:
+    """P(hits), exact."""
     cells, marked, drawn, hits = int(cells), int(marked), int(drawn), int(hits)
     if hits < 0 or hits > drawn:
         return Fraction(0)
@@ -70,6 +72,7 @@ def exact_share(cells: int, marked: int, drawn: int, hits: int) -> Fraction:
 
 
 def exact_tail(cells: int, marked: int, drawn: int, least: int) -> Fraction:
+    """P(hits >= least), exact."""
     marked, drawn = max(marked, drawn), min(marked, drawn)
     hits = range(int(least), int(drawn) + 1)
     return sum((exact_share(cells, marked, drawn, each) for each in hits), Fraction(0))
@@ -89,6 +92,7 @@ def log_any(log_p: Any, log_count: Any) -> NDArray[np.float64]:
 
 
 def formed(log_p: NDArray[np.float64], form: Form) -> Any:
+    """A probability, given as its natural logarithm, as 'float' or 'log10'. Raises ValueError."""
     if form == "float":
         return np.exp(log_p)[()]
     if form == "log10":

@@ -6,6 +6,9 @@
 No new parameters; k = all neurons is the ordinary MLP. A gradient flows only through the entries that are kept. It is
 meant to be in place from the first training step; put into a trained model it changes the function. Where a token has
 fewer than k positive values after a ReLU, its zeros stay zeros.
+When to use it: before you train: it belongs into a model from the first step. To learn whether a trained model has
+zeros that can be skipped at all, run `neuron_activity` instead; to cut a trained model, take a method with thresholds
+(`cats`, `teal`, `ppl_sparsity`).
 Cost: the choice of the k largest per token, here exact. The authors use an operator of TPUs that finds most of them;
 an estimate from mean and variance, which needs no sorting, is the transform `sparkify`. A gain in speed needs a kernel
 that skips the zeros of the down projection.
@@ -59,6 +62,7 @@ class TopKActivation(nn.Module):
         return torch.where(kept, y, torch.zeros((), dtype=y.dtype, device=y.device))
 
     def spec(self) -> dict[str, Any]:
+        """Its JSON arguments, as a checkpoint keeps them."""
         return {"k": self.k, "by": self.by}
 
     @classmethod

@@ -74,6 +74,7 @@ class LayerActivity:
 
     @property
     def neurons(self) -> int:
+        """How many neurons the layer has."""
         return self.frequency.numel()
 
     @property

@@ -50,6 +50,7 @@ class Rate:
 
     @property
     def value(self) -> float:
+        """The observed share."""
         return self.count / self.trials
 
     def interval(self, confidence: float = 0.95) -> tuple[float, float]:
@@ -68,6 +69,7 @@ class Overlaps:
 
     @property
     def trials(self) -> int:
+        """How many pairs were drawn."""
         return sum(self.counts)
 
     def matched(self, threshold: int) -> Rate:

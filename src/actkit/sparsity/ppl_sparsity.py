@@ -53,10 +53,12 @@ class PerplexitySparsityResult:
 
     @property
     def sparsity(self) -> float:
+        """Share of the neurons that are skipped."""
         return 1 - self.activation_ratio
 
     @property
     def ppl_ratio(self) -> float:
+        """Perplexity with thresholds over perplexity without."""
         return self.ppl_sparse / self.ppl_dense
 
     def to_dict(self) -> dict[str, Any]:

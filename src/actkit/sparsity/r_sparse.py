@@ -7,6 +7,8 @@ The budget C = 1 - sparsity, a share of the weight's elements, is split by alpha
 alpha * C of the inputs through (pooled over calibration tokens), and the rank r takes what is left, r (out + in) =
 (1 - alpha) * C * out * in. alpha = 1 is WINA with a mask per matrix (or TEAL), bit for bit; alpha = 0 is the low-rank
 copy alone. Both need data; a search over one alpha per layer costs up to 134 passes over it (`rank_search.py`).
+When to use it: where decoding is bound by reading weights, training is not possible, and WINA alone loses too much. Try
+WINA first: it is this method without the second path, needs no memory and no search, and was as good here.
 Cost: two thin products per layer beside the masked one; the memory of a layer grows by its factors.
 
 Settled here: shapes are the true ones (the release counts keys and values as square, so that with grouped queries

@@ -6,6 +6,8 @@ so that W diag(gain) Q = U S has orthogonal columns, for W the key and the gate 
 stream and pays two d x d products at the residual additions; this form is local to a block, keeps ties, and costs the
 same: one d x d product per norm. The inputs of the layers, so also the masks, are those of the paper's form.
 With grouped-query attention only kv_dim columns of the key matrix stay non-zero: a gain of the rotation, not of WINA.
+When to use it: before `wina` or `teal` at high sparsity (0.5 and more), where the two more products per block are worth
+it.
 Settled here: for LayerNorm the bias b moves into the layers' biases (+ W b); fused query-key-value, and up where there
 is no gate, are the matrices made orthogonal; norms that feed anything else (post-norm, routers) are left alone. The
 release subtracts the mean of each embedding row while folding, which changes RMSNorm models: not done.
@@ -39,10 +41,12 @@ class RotatedNorm(nn.Module):
         return self.norm(x) @ self.rotation
 
     def spec(self) -> dict[str, Any]:
+        """Its JSON arguments, as a checkpoint keeps them."""
         return {"width": self.rotation.shape[0], "dtype": str(self.rotation.dtype).removeprefix("torch.")}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], original: nn.Module) -> RotatedNorm:
+        """The module that `spec` described; its values come from the checkpoint."""
         return cls(original, torch.empty(spec["width"], spec["width"], dtype=getattr(torch, spec["dtype"])))
 
 

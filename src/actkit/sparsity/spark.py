@@ -12,6 +12,9 @@ Models of these layers are trained from scratch, in one stage and without anothe
 `Sparkify` is what Gemma 3n does instead: statistical top-k before the activation of an ordinary gated MLP. Only
 the step from 0 neurons dropped to most of them is the method; the weights must be trained for it.
 
+When to use it: `spark_lm` and the layers for a model that you train from scratch and that is to decode fast on CPUs;
+`Sparkify` for a trained model with gated MLPs that you can fine-tune. Without training take `cats`, `teal`, `wina` or
+`ppl_sparsity`.
 Left open: whether other layers change their initialisation (here: none does, all as in the host model).
 Our own reading: r for a given width (the nearest multiple of 128 to a half; the paper's 1024 of 2304 is another one).
 """
@@ -96,6 +99,7 @@ class SparkFFN(nn.Module):
         return PackedSparkFFN(gate, kernels.pack_rows(self.up_proj.weight), down, self.act_fn, self.r)
 
     def spec(self) -> dict[str, Any]:
+        """Its JSON arguments, as a checkpoint keeps them."""
         return {"d_model": self.d_model, "d_ff": self.d_ff, "k": self.k, "r": self.r, "act": self.act}
 
     @classmethod

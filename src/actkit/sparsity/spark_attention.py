@@ -142,6 +142,7 @@ class SparkAttention(nn.Module):
         )
 
     def spec(self) -> dict[str, Any]:
+        """Its JSON arguments, as a checkpoint keeps them."""
         return {
             "d_model": self.d_model,
             "heads": self.heads,

@@ -196,6 +196,7 @@ class WidthFit:
 
     @property
     def plateau(self) -> float | None:
+        """The share beyond the bottleneck; None where the fit has none."""
         return None if self.bottleneck is None else self.intercept + self.slope * self.bottleneck
 
     def predict(self, shapes: ArrayLike) -> Any:

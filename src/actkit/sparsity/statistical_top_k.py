@@ -199,6 +199,7 @@ class StatisticalTopK(KeepsDtype):
         self.density.copy_(torch.where(self.density == 0, now, self.density.lerp(now, MOMENTUM)))
 
     def spec(self) -> dict[str, Any]:
+        """Its JSON arguments, as a checkpoint keeps them."""
         return {"k": self.k}
 
     @classmethod

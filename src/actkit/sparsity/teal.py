@@ -2,6 +2,8 @@
 
     y = W (m * x),  m_j = 1 where |x_j| > t;  t = the p-quantile of |x| on calibration text, per layer input
 
+When to use it: to read fewer weights per decoded token in any model with linear layers, without training; it is the
+simplest method of its kind, and the one to beat. 0.25 to 0.5 to begin with.
 Cost: one comparison per input; the weight columns of dropped inputs are not read at decode.
 `allocation="greedy"` is the paper's block-wise greedy search: from all zero, raise the sparsity of the projection that
 harms the block's output least by a step inversely proportional to its size, until the block reaches the target.

@@ -40,9 +40,11 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 class Process(Protocol):
     """Another process that loads a saved folder and runs it, such as `actkit.core.fresh.FreshProcess`."""
 
-    def load(self, folder: Any) -> Any: ...
+    def load(self, folder: Any) -> Any:
+        """Load a saved folder there."""
 
-    def outputs(self, batch: Any) -> Tensor: ...
+    def outputs(self, batch: Any) -> Tensor:
+        """Run the model that was loaded last on a batch."""
 
 
 @dataclass(frozen=True)
@@ -415,6 +417,7 @@ class State:
 
     @classmethod
     def of(cls, model: nn.Module) -> State:
+        """The state of a model now, copied."""
         tensors = {name: tensor.detach().clone() for name, tensor in _tensors(model)}
         config: Any = getattr(model, "config", None)
         return cls(

@@ -36,6 +36,7 @@ def load(
     source: a zoo name (`actkit.zoo.names()`), a local folder or a hub id (safetensors only). dtype: as stored where
     None (the zoo's own models are stored in bf16). base: builds the unchanged model, for a folder that `actkit.save`
     wrote of one's own nn.Module. trust_remote_code: run code that a hub repository brings; off unless asked for.
+    device: where its tensors go.
     Raises CheckpointError naming the file, the keys, or what is not there.
     """
     folder = locate(source)
@@ -47,7 +48,7 @@ def load(
 
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer beside a model. Raises CheckpointError where there is none."""
+    """The tokenizer beside a model. source, trust_remote_code: as in `load`. Raises CheckpointError without one."""
     return checkpoint.load_tokenizer(locate(source), trust_remote_code=trust_remote_code)
 
 
