@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -22,6 +23,7 @@ from actkit.core.blockwise import Call
 from actkit.core.edits import set_module
 from actkit.core.errors import DataError
 from actkit.core.experts import ExpertList
+from actkit.core.fused_statistics import update_all
 from actkit.core.hooks import (
     After,
     BatchContext,
@@ -34,7 +36,7 @@ from actkit.core.hooks import (
 )
 from actkit.core.memory import MemoryPlan
 from actkit.core.progress import track
-from actkit.core.rows import as_rows, check_finite
+from actkit.core.rows import Keys, as_rows, check_finite
 from actkit.core.statistics import Statistic
 
 Wanted = Mapping[Any, Any]  # site, its name or a pattern -> a statistic or several
@@ -139,12 +141,13 @@ class Observer:
         self._readings = _Readings(view, wanted)
         self._equal_lengths = equal_lengths
         self._context: BatchContext | None = None
+        self._keys: dict[torch.device, Keys] = {}  # of the batch, on the devices that its tensors are on
         self._keywords: Mapping[str, Any] = {}
         self.statistics = self._readings.statistics
 
     def begin(self, context: BatchContext, kwargs: Mapping[str, Any] | None = None) -> None:
         """Say what the rows of the next pass are. kwargs: those of the call, for rotary tables given only there."""
-        self._context, self._keywords = context, kwargs or {}
+        self._context, self._keywords, self._keys = context, kwargs or {}, {}
 
     def hooks(self) -> tuple[dict[str, Before], dict[str, After]]:
         return _tap_hooks(self._readings.taps, self._see, lambda: self._keywords.get("position_embeddings"))
@@ -153,10 +156,12 @@ class Observer:
         if self._context is None:
             raise ValueError("observe: begin(context) must be called before the model runs.")
         site, statistics = self._readings.taps[tap]
-        for x, rows in as_rows(site, tap, value, self._context, tokens, self._equal_lengths):
+        keys = self._keys.get(value.device)
+        if keys is None:
+            keys = self._keys[value.device] = Keys(self._context, value.device)
+        for x, rows in as_rows(site, tap, value, keys, tokens, self._equal_lengths):
             check_finite(site, x, rows)
-            for statistic in statistics:
-                statistic.update(x, rows)
+            update_all(statistics, x, rows)
 
 
 @contextmanager
@@ -458,7 +463,8 @@ def _plan(view: Anatomy, wanted: Mapping[Site, Any], batch: Any, total: int | No
     def measure(tap: Tap, value: Tensor, tokens: Tensor | None) -> None:
         if tap not in channels:
             site = readings.taps[tap][0]
-            channels[tap] = next(x.shape[1] for x, _ in as_rows(site, tap, value, context, tokens, equal))
+            keys = Keys(context, value.device)
+            channels[tap] = next(x.shape[1] for x, _ in as_rows(site, tap, value, keys, tokens, equal))
 
     before, after = _tap_hooks(readings.taps, measure)
     started = time.perf_counter()

@@ -14,6 +14,7 @@ class Sample(Statistic):
     """The `size` rows with the smallest hash of (document, position, seed): a random sample that no order changes."""
 
     _settings = ("size", "seed")
+    _in_chunks = False
 
     _rows: Tensor
     _documents: Tensor
@@ -34,29 +35,38 @@ class Sample(Statistic):
     def _update(self, x: Tensor, rows: Rows | None) -> None:
         if rows is None:
             raise ValueError("rows: Sample chooses by document and position; pass Rows(documents, positions).")
-        self._keep(x, rows.documents.to(x.device), rows.positions.to(x.device))
+        self._keep(x, rows, self._hash(rows))
 
     def _merge(self, other: Self) -> None:
-        self._keep(*(getattr(other, f"_{name}").to(self._device) for name in self._fields))
+        rows = Rows(other._documents.to(self._device), other._positions.to(self._device))
+        self._keep(other._rows.to(self._device), rows, self._hash(rows))
 
-    def _keep(self, x: Tensor, documents: Tensor, positions: Tensor) -> None:
-        hashes = self._hash(documents, positions)
-        if len(self._rows) == self.size:  # most rows fail here, before anything is copied
-            chosen = hashes <= self._hash(self._documents, self._positions).max()
-            x, documents, positions = x[chosen], documents[chosen], positions[chosen]
-        self._rows = torch.cat([self._rows, x.float()])
-        self._documents = torch.cat([self._documents, documents])
-        self._positions = torch.cat([self._positions, positions])
-        hashes = self._hash(self._documents, self._positions)
-        order = hashes.argsort(stable=True)
-        if bool((hashes[order].diff() == 0).any()):  # rows that share a key go by their content, so no order counts
-            order = _digest(self._rows).argsort(stable=True)
+    def _keep(self, x: Tensor, rows: Rows, hashes: Tensor) -> None:
+        kept = Rows(self._documents, self._positions)
+        known = self._hash(kept)
+        every = torch.cat([known, hashes])
+        if len(every) > self.size:  # most rows fail here, before anything is copied
+            chosen = (hashes <= every.kthvalue(self.size).values).nonzero().flatten()
+            if not len(chosen):
+                return
+            x, rows, hashes = x[chosen], rows[chosen], hashes[chosen]
+        values = torch.cat([self._rows, x.float()])
+        documents = torch.cat([kept.documents, rows.documents.to(x.device)])
+        positions = torch.cat([kept.positions, rows.positions.to(x.device)])
+        hashes = torch.cat([known, hashes])
+        ordered, order = hashes.sort(stable=True)
+        if bool((ordered.diff() == 0).any()):  # rows that share a key go by their content, so no order counts
+            order = _digest(values).argsort(stable=True)
             order = order[hashes[order].argsort(stable=True)]
         order = order[: self.size]
-        self._rows, self._documents, self._positions = self._rows[order], self._documents[order], self._positions[order]
+        self._rows, self._documents, self._positions = values[order], documents[order], positions[order]
 
-    def _hash(self, documents: Tensor, positions: Tensor) -> Tensor:
-        return mix(mix(mix(torch.tensor(self.seed, device=documents.device)) ^ documents) ^ positions)
+    def _hash(self, rows: Rows) -> Tensor:
+        """On the device of the state; computed once for rows that are those of many sites."""
+        if self.seed not in rows.hashes:
+            seed = torch.tensor(self.seed, device=rows.documents.device)
+            rows.hashes[self.seed] = mix(mix(mix(seed) ^ rows.documents) ^ rows.positions)
+        return rows.hashes[self.seed].to(self._device)
 
     @property
     def rows(self) -> Tensor:
