@@ -354,16 +354,17 @@ class _Readings:
         self.taps: dict[Tap, tuple[Site, list[Statistic]]] = {}
         self.statistics: dict[Site, Any] = {}
         for site, value in wanted.items():
-            fresh = [self._add(view, site, statistic) for statistic in _several(value)]
+            tap = view.tap(view.canonical(site))
+            fresh = [self._add(tap, site, statistic) for statistic in _several(value)]
             self.statistics[site] = fresh if isinstance(value, Sequence) else fresh[0]
 
-    def _add(self, view: Anatomy, site: Site, statistic: Any) -> Statistic:
+    def _add(self, tap: Tap, site: Site, statistic: Any) -> Statistic:
         if not isinstance(statistic, Statistic):
             kind = type(statistic).__name__
             raise TypeError(
                 f"wanted: {kind} was given for {site}; give a statistic, as in {{'mlp.hidden': Moments()}}."
             )
-        _, known = self.taps.setdefault(view.tap(view.canonical(site)), (site, []))
+        _, known = self.taps.setdefault(tap, (site, []))
         same = next((other for other in known if other.matches(statistic)), None)
         if same is None:
             same = statistic.empty()

@@ -124,7 +124,8 @@ def _weights(site: Site, value: Tensor, keys: Keys) -> Iterator[tuple[Tensor, Ro
 
 def check_finite(site: Site, x: Tensor, rows: Rows) -> None:
     """Raise NonFiniteError for NaN or Inf in x [n, channels], naming the site and the first such row."""
-    if bool(torch.isfinite(x.sum(dtype=torch.float32 if x.element_size() < 4 else None))):
+    total = x.sum(dtype=torch.float32 if x.dtype == torch.float16 else None)
+    if bool(torch.isfinite(total)):
         return  # a sum with NaN or Inf in it is one of them; that of large numbers may be too
     finite = torch.isfinite(x)
     if finite.all():
