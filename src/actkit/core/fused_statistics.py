@@ -6,7 +6,7 @@ A large float32, bfloat16 or float16 tensor on the CPU is read once (`kernels/su
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -39,9 +39,17 @@ def _in_one_pass(statistics: list[Statistic], x: Tensor, rows: Rows | None) -> l
 
     for statistic in together.values():
         statistic.begin(x, rows)
-    for part, _ in chunks(x, None):
-        states = {name: statistic.kernel_state(x.dtype) for name, statistic in together.items()}
-        summarise(part.float().contiguous(), **states)
+    for part in _readable(x.detach()):
+        summarise(part, **{name: statistic.kernel_state(x.dtype) for name, statistic in together.items()})
         for statistic in together.values():
             statistic.count += len(part)
     return [each for each in statistics if each is not together.get(each.kernel_name or "")]
+
+
+def _readable(x: Tensor) -> Iterator[Tensor]:
+    """The rows as the kernel takes them: contiguous, float32 or bfloat16; where that means a copy, a part at a time."""
+    if x.is_contiguous() and x.dtype != torch.float16:
+        yield x
+        return
+    for part, _ in chunks(x, None):
+        yield (part.float() if x.dtype == torch.float16 else part).contiguous()

@@ -17,12 +17,12 @@ CHUNK = 1 << 20  # values handled at a time, so that temporary float64 and index
 class Rows:
     """Which tokens the rows are. documents, positions: int64 [n]; the same keys in whatever batch or shard.
 
-    hashes: seed -> int64 [n], where `Sample` has computed them: the rows of a batch are the same at many sites.
+    memo: what a statistic has computed from the keys alone; the rows of a batch are the same at many sites.
     """
 
     documents: Tensor
     positions: Tensor
-    hashes: dict[int, Tensor] = field(default_factory=dict, init=False, compare=False, repr=False)
+    memo: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -58,7 +58,8 @@ class Statistic(ABC):
         Raises ValueError where x is not a float matrix, or its channels do not match earlier rows or the settings.
         """
         self.begin(x, rows)
-        for part, keys in chunks(x.detach(), rows) if self._in_chunks else ((x.detach(), rows),):
+        x = x.detach()
+        for part, keys in chunks(x, rows) if self._in_chunks or not len(x) else [(x, rows)]:
             self._update(part.to(self._device), keys)
             self.count += len(part)
 
