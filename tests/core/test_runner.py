@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from typing import Any, ClassVar
@@ -21,7 +22,7 @@ from actkit.core.experts import ExpertList
 from actkit.core.linear import ActLinear, IntegerWeight
 from actkit.core.quantizer import QuantizationGrid
 from actkit.core.runner import Seen, apply
-from actkit.core.statistics import Moments
+from actkit.core.statistics import Gram, Moments, Spectrum
 from actkit.core.transform import Recipe, Tags, Transform
 
 
@@ -483,3 +484,28 @@ def test_one_batch_may_be_given_without_a_list():
     assert apply(build("llama"), "teal", iter(given("llama")), progress=False).edits
     with pytest.raises(DataError, match="a text was given"):
         apply(build("llama"), "teal", "some text", progress=False)
+
+
+class Freed(Transform):
+    """Observes a Gram matrix per block and keeps weak references to it."""
+
+    tags: ClassVar[Tags] = Tags(needs_data=True)
+    seen: ClassVar[list[Any]] = []
+    alive: ClassVar[list[int]] = []
+
+    def observe(self, block: Block) -> dict[Site, Any]:
+        self.alive.append(sum(reference() is not None for reference in self.seen))
+        return {inputs.site: [Gram(), Spectrum()] for inputs in block.linear_inputs()}
+
+    def edit(self, block: Block, seen: Seen) -> Iterator[Any]:
+        self.seen.extend(weakref.ref(s) for inputs in block.linear_inputs() for s in seen[inputs.site])
+        yield Skip(block.path, "only looked at")
+
+
+def test_statistics_are_freed_block_by_block() -> None:
+    gc.disable()  # by reference counts alone
+    try:
+        apply(build("llama"), [Freed()], batches("llama"))
+    finally:
+        gc.enable()
+    assert Freed.seen and not any(Freed.alive)

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -23,6 +24,7 @@ from actkit.core.blockwise import Call
 from actkit.core.edits import set_module
 from actkit.core.errors import DataError
 from actkit.core.experts import ExpertList
+from actkit.core.fused_statistics import update_all
 from actkit.core.hooks import (
     After,
     BatchContext,
@@ -36,7 +38,7 @@ from actkit.core.hooks import (
 from actkit.core.memory import MemoryPlan
 from actkit.core.offload import refuse_offloaded
 from actkit.core.progress import track
-from actkit.core.rows import as_rows, check_finite
+from actkit.core.rows import Keys, as_rows, check_finite
 from actkit.core.statistics import Statistic
 
 Wanted = Mapping[Any, Any]  # site, its name or a pattern -> a statistic or several
@@ -151,12 +153,13 @@ class Observer:
         self._readings = _Readings(view, wanted)
         self._equal_lengths = equal_lengths
         self._context: BatchContext | None = None
+        self._keys: dict[torch.device, Keys] = {}  # of the batch, on the devices that its tensors are on
         self._keywords: Mapping[str, Any] = {}
         self.statistics = self._readings.statistics
 
     def begin(self, context: BatchContext, kwargs: Mapping[str, Any] | None = None) -> None:
         """Say what the rows of the next pass are. kwargs: those of the call, for rotary tables given only there."""
-        self._context, self._keywords = context, kwargs or {}
+        self._context, self._keywords, self._keys = context, kwargs or {}, {}
 
     def hooks(self) -> tuple[dict[str, Before], dict[str, After]]:
         """What to call before and after which modules, by path."""
@@ -166,10 +169,12 @@ class Observer:
         if self._context is None:
             raise ValueError("observe: begin(context) must be called before the model runs.")
         site, statistics = self._readings.taps[tap]
-        for x, rows in as_rows(site, tap, value, self._context, tokens, self._equal_lengths):
+        keys = self._keys.get(value.device)
+        if keys is None:
+            keys = self._keys[value.device] = Keys(self._context, value.device)
+        for x, rows in as_rows(site, tap, value, keys, tokens, self._equal_lengths):
             check_finite(site, x, rows)
-            for statistic in statistics:
-                statistic.update(x, rows)
+            update_all(statistics, x, rows)
 
 
 @contextmanager
@@ -364,16 +369,17 @@ class _Readings:
         self.taps: dict[Tap, tuple[Site, list[Statistic]]] = {}
         self.statistics: dict[Site, Any] = {}
         for site, value in wanted.items():
-            fresh = [self._add(view, site, statistic) for statistic in _several(value)]
+            tap = view.tap(view.canonical(site))
+            fresh = [self._add(tap, site, statistic) for statistic in _several(value)]
             self.statistics[site] = fresh if isinstance(value, Sequence) else fresh[0]
 
-    def _add(self, view: Anatomy, site: Site, statistic: Any) -> Statistic:
+    def _add(self, tap: Tap, site: Site, statistic: Any) -> Statistic:
         if not isinstance(statistic, Statistic):
             kind = type(statistic).__name__
             raise TypeError(
                 f"wanted: {kind} was given for {site}; give a statistic, as in {{'mlp.hidden': Moments()}}."
             )
-        _, known = self.taps.setdefault(view.tap(view.canonical(site)), (site, []))
+        _, known = self.taps.setdefault(tap, (site, []))
         same = next((other for other in known if other.matches(statistic)), None)
         if same is None:
             same = statistic.empty()
@@ -473,7 +479,8 @@ def _plan(view: Anatomy, wanted: Mapping[Site, Any], batch: Any, total: int | No
     def measure(tap: Tap, value: Tensor, tokens: Tensor | None) -> None:
         if tap not in channels:
             site = readings.taps[tap][0]
-            channels[tap] = next(x.shape[1] for x, _ in as_rows(site, tap, value, context, tokens, equal))
+            keys = Keys(context, value.device)
+            channels[tap] = next(x.shape[1] for x, _ in as_rows(site, tap, value, keys, tokens, equal))
 
     before, after = _tap_hooks(readings.taps, measure)
     started = time.perf_counter()

@@ -26,30 +26,32 @@ def as_rows(
     site: Site,
     tap: Tap,
     value: Tensor,
-    context: BatchContext,
+    keys: Keys,
     tokens: Tensor | None = None,
     equal_lengths: bool = False,
 ) -> Iterator[tuple[Tensor, Rows]]:
     """The real rows [n, channels] of a tensor in the tap's layout, with their keys; in one or more parts.
 
-    tokens: flat indices [n] of the rows, inside an expert. Raises DataError where there is padding and the rows cannot
-    be told apart: they are never miscounted silently.
+    keys: of the batch. tokens: flat indices [n] of the rows, inside an expert. Raises DataError where there is padding
+    and the rows cannot be told apart: they are never miscounted silently.
     """
     if tap.layout == "weights" and not equal_lengths:
-        yield from _weights(site, value, context)
+        yield from _weights(site, value, keys)
         return
     if tap.layout in ("heads", "weights"):
         value = value.transpose(1, 2).flatten(2)
     elif tap.layout == "channels_first":
         value = value.flatten(2).transpose(1, 2)
-    keys = _Keys(context, value.device)
     real, rows = keys.locate(site, value.shape[:-1]) if tokens is None else keys.choose(site, tokens)
     x = value.reshape(-1, value.shape[-1])
-    yield (x, rows) if real is None else (x[real], rows[real])
+    yield (x if real is None else x[real]), rows
 
 
-class _Keys:
-    """Which tokens of a batch are real, and their keys, flat; sizes with padding are known by the mask."""
+class Keys:
+    """Which tokens of a batch are real, and their keys, flat; sizes with padding are known by the mask.
+
+    Made once per batch, so that its sites share the keys of the tokens and what is computed from them.
+    """
 
     def __init__(self, context: BatchContext, device: torch.device) -> None:
         self.batch, mask = context.batch_size, context.mask
@@ -61,14 +63,16 @@ class _Keys:
         if self.positions.dim() == 1:
             self.positions = torch.arange(size[1], device=device).expand(size)
         self.mask = None if mask is None or bool(mask.all()) else mask.to(device)  # no padding, nothing to leave out
+        self.real = None if self.mask is None else self.mask.flatten().nonzero().flatten()
+        rows = Rows(self.documents.flatten(), self.positions.flatten())
+        self.tokens = rows if self.real is None else rows[self.real]
 
     def locate(self, site: Site, shape: tuple[int, ...]) -> tuple[Tensor | None, Rows]:
-        """Which rows of a tensor [*shape, channels] are real (None: all), and their keys."""
+        """Which rows of a tensor [*shape, channels] are real (indices; None: all), and the keys of those."""
         b, length = self.batch, self.length
         lengths = (*shape[:1], *(n for n in shape[1:] if n > 1))  # one head for all: [batch, 1, length]
         if length is not None and any(found in ((b, length), (b * length,)) for found in (shape, lengths)):
-            real = None if self.mask is None else self.mask.flatten()
-            return real, Rows(self.documents.flatten(), self.positions.flatten())
+            return self.real, self.tokens
         if shape == (b,):  # one vector per sequence has the key of its first real token
             first = torch.zeros(b, dtype=torch.int64, device=self.documents.device)
             if self.mask is not None:
@@ -96,13 +100,13 @@ class _Keys:
                 f"{site}: an expert was given token {int(tokens.max())} of a batch of {[self.batch, self.length]}, so "
                 f"its rows are not the batch's tokens and padding cannot be left out; choose another site."
             )
-        real = None if self.mask is None else self.mask.flatten()[tokens]
+        real = None if self.mask is None else self.mask.flatten()[tokens].nonzero().flatten()
+        tokens = tokens if real is None else tokens[real]
         return real, Rows(self.documents.flatten()[tokens], self.positions.flatten()[tokens])
 
 
-def _weights(site: Site, value: Tensor, context: BatchContext) -> Iterator[tuple[Tensor, Rows]]:
+def _weights(site: Site, value: Tensor, keys: Keys) -> Iterator[tuple[Tensor, Rows]]:
     """Attention weights [batch, heads, query, key] value by value; a part per head, as they are large."""
-    keys = _Keys(context, value.device)
     b, heads, queries, others = value.shape
     if keys.mask is not None and (b, queries, others) != (keys.batch, keys.length, keys.length):
         raise DataError(
@@ -121,6 +125,9 @@ def _weights(site: Site, value: Tensor, context: BatchContext) -> Iterator[tuple
 
 def check_finite(site: Site, x: Tensor, rows: Rows) -> None:
     """Raise NonFiniteError for NaN or Inf in x [n, channels], naming the site and the first such row."""
+    total = x.sum(dtype=torch.float32 if x.dtype == torch.float16 else None)
+    if bool(torch.isfinite(total)):
+        return  # a sum with NaN or Inf in it is one of them; that of large numbers may be too
     finite = torch.isfinite(x)
     if finite.all():
         return

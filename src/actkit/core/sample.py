@@ -14,10 +14,12 @@ class Sample(Statistic):
     """The `size` rows with the smallest hash of (document, position, seed): a random sample that no order changes."""
 
     _settings = ("size", "seed")
+    _in_chunks = False
 
     _rows: Tensor
     _documents: Tensor
     _positions: Tensor
+    _hashes: Tensor | None = None  # of the kept rows, where known
 
     def __init__(self, size: int, seed: int = 0) -> None:
         if size < 1:
@@ -34,29 +36,54 @@ class Sample(Statistic):
     def _update(self, x: Tensor, rows: Rows | None) -> None:
         if rows is None:
             raise ValueError("rows: Sample chooses by document and position; pass Rows(documents, positions).")
-        self._keep(x, rows.documents.to(x.device), rows.positions.to(x.device))
+        self._keep(x, rows)
 
     def _merge(self, other: Self) -> None:
-        self._keep(*(getattr(other, f"_{name}").to(self._device) for name in self._fields))
+        rows = Rows(other._documents.to(self._device), other._positions.to(self._device))
+        self._keep(other._rows.to(self._device), rows)
 
-    def _keep(self, x: Tensor, documents: Tensor, positions: Tensor) -> None:
-        hashes = self._hash(documents, positions)
-        if len(self._rows) == self.size:  # most rows fail here, before anything is copied
-            chosen = hashes <= self._hash(self._documents, self._positions).max()
-            x, documents, positions = x[chosen], documents[chosen], positions[chosen]
-        self._rows = torch.cat([self._rows, x.float()])
-        self._documents = torch.cat([self._documents, documents])
-        self._positions = torch.cat([self._positions, positions])
-        hashes = self._hash(self._documents, self._positions)
-        order = hashes.argsort(stable=True)
-        if bool((hashes[order].diff() == 0).any()):  # rows that share a key go by their content, so no order counts
-            order = _digest(self._rows).argsort(stable=True)
+    def _keep(self, x: Tensor, rows: Rows) -> None:
+        """The state stays sorted by hash."""
+        new, hashes = (each.to(self._device) for each in self._smallest(rows))
+        documents, positions = rows.documents.to(self._device), rows.positions.to(self._device)
+        known = self._hashes if self._hashes is not None else self._hash(Rows(self._documents, self._positions))
+        if len(known) == self.size:  # most rows fail here, before anything is copied
+            passed = hashes <= torch.cat([known, hashes]).kthvalue(self.size).values
+            new, hashes = new[passed], hashes[passed]
+            if not len(new):
+                return
+        kept: tuple[Tensor, ...] = (x[new].float(), documents[new], positions[new])
+        if len(known):
+            before = (self._rows, self._documents, self._positions)
+            kept = tuple(torch.cat(pair) for pair in zip(before, kept, strict=True))
+            hashes = torch.cat([known, hashes])
+        ordered, order = hashes.sort(stable=True)
+        tied = bool((ordered.diff() == 0).any())
+        if tied:  # rows that share a key go by their content, so no order counts
+            order = _digest(kept[0]).argsort(stable=True)
             order = order[hashes[order].argsort(stable=True)]
-        order = order[: self.size]
-        self._rows, self._documents, self._positions = self._rows[order], self._documents[order], self._positions[order]
+        if len(known) or tied:  # else they are sorted, and not too many
+            order = order[: self.size]
+            hashes, kept = hashes[order], tuple(each[order] for each in kept)
+        self._hashes = hashes
+        self._rows, self._documents, self._positions = kept
 
-    def _hash(self, documents: Tensor, positions: Tensor) -> Tensor:
-        return mix(mix(mix(torch.tensor(self.seed, device=documents.device)) ^ documents) ^ positions)
+    def _smallest(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Indices and hashes of the rows that may stay, by hash: `size`, and those that share the last one's hash."""
+        key = (self.seed, self.size)
+        if key not in rows.memo:
+            hashes, order = self._hash(rows).sort(stable=True)
+            share = hashes <= hashes[: self.size][-1:]  # of no rows, none
+            rows.memo[key] = order[share], hashes[share]
+        return rows.memo[key]
+
+    def _hash(self, rows: Rows) -> Tensor:
+        seed = torch.tensor(self.seed, device=rows.documents.device)
+        return mix(mix(mix(seed) ^ rows.documents) ^ rows.positions)
+
+    def load_state(self, state: dict[str, Tensor]) -> Self:
+        self._hashes = None
+        return super().load_state(state)
 
     @property
     def rows(self) -> Tensor:

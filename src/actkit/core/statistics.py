@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,13 @@ class Moments(Statistic):
     _m3: Tensor
     _m4: Tensor
     _absolute: Tensor
+
+    @property
+    def kernel_name(self) -> str:
+        return "moments"
+
+    def kernel_state(self, dtype: torch.dtype) -> tuple[int, list[Tensor]]:
+        return self.count, [getattr(self, f"_{name}") for name in self._fields]
 
     def _zeros(self, channels: int, device: torch.device) -> dict[str, Tensor]:
         names = ("mean", "m2", "m3", "m4", "absolute")
@@ -106,6 +114,13 @@ class AbsMax(Statistic):
 
     _largest: Tensor
 
+    @property
+    def kernel_name(self) -> str:
+        return "largest"
+
+    def kernel_state(self, dtype: torch.dtype) -> Tensor:
+        return self._largest
+
     def _zeros(self, channels: int, device: torch.device) -> dict[str, Tensor]:
         return {"largest": torch.zeros(channels, dtype=torch.float64, device=device)}
 
@@ -145,7 +160,16 @@ class Quantiles(Statistic):
             raise ValueError(f"weight: shape {list(weight.shape)} was given; give one score per channel.")
         self.weight = None if weight is None else weight.detach().float()
 
+    @property
+    def kernel_name(self) -> str | None:
+        return "histogram" if self.weight is None else None
+
+    def kernel_state(self, dtype: torch.dtype) -> tuple[int, Tensor]:
+        return self._SHIFT, self._bins
+
     def _zeros(self, channels: int, device: torch.device) -> dict[str, Tensor]:
+        if device.type == "cpu":  # numpy leaves it to the system to give memory where something is counted
+            return {"bins": torch.from_numpy(np.zeros(self.BINS + 1, np.int64))}
         return {"bins": torch.zeros(self.BINS + 1, dtype=torch.int64, device=device)}  # the first counts exact zeros
 
     def _start(self, channels: int, device: torch.device) -> None:
@@ -210,6 +234,14 @@ class Density(Statistic):
         if active is not None and threshold:
             raise ValueError(f"threshold: {threshold} was given beside active=, which decides alone; leave one out.")
         self.active, self.threshold = active, threshold
+
+    @property
+    def kernel_name(self) -> str | None:
+        return "active" if self.active is None else None
+
+    def kernel_state(self, dtype: torch.dtype) -> tuple[float, Tensor, Tensor]:
+        threshold = float(torch.tensor(self.threshold, dtype=dtype))  # which torch rounds to compare it with x
+        return threshold, self._per_channel, self._per_row
 
     def _zeros(self, channels: int, device: torch.device) -> dict[str, Tensor]:
         sizes = {"per_channel": channels, "per_row": channels + 1}

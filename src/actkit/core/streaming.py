@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,16 +15,28 @@ CHUNK = 1 << 20  # values handled at a time, so that temporary float64 and index
 
 @dataclass(frozen=True)
 class Rows:
-    """Which tokens the rows are. documents, positions: int64 [n]; the same keys in whatever batch or shard."""
+    """Which tokens the rows are. documents, positions: int64 [n]; the same keys in whatever batch or shard.
+
+    memo: what a statistic has computed from the keys alone; the rows of a batch are the same at many sites.
+    """
 
     documents: Tensor
     positions: Tensor
+    memo: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.documents)
 
     def __getitem__(self, chosen: Any) -> Rows:
         return Rows(self.documents[chosen], self.positions[chosen])
+
+
+def chunks(x: Tensor, rows: Rows | None) -> Iterator[tuple[Tensor, Rows | None]]:
+    """The rows [n, channels] a part at a time."""
+    size = max(1, CHUNK // max(1, x.shape[1]))
+    for start in range(0, len(x), size):
+        chosen = slice(start, start + size)
+        yield x[chosen], None if rows is None else rows[chosen]
 
 
 class Statistic(ABC):
@@ -34,6 +47,7 @@ class Statistic(ABC):
     """
 
     _settings: ClassVar[tuple[str, ...]] = ()
+    _in_chunks: ClassVar[bool] = True  # whether `_update` makes copies as large as the rows, which are then cut
     count: int = 0  # rows seen
     channels: int | None = None  # known from the first rows on
     _device: torch.device  # where the state lives
@@ -43,6 +57,14 @@ class Statistic(ABC):
 
         Raises ValueError where x is not a float matrix, or its channels do not match earlier rows or the settings.
         """
+        self.begin(x, rows)
+        x = x.detach()
+        for part, keys in chunks(x, rows) if self._in_chunks or not len(x) else [(x, rows)]:
+            self._update(part.to(self._device), keys)
+            self.count += len(part)
+
+    def begin(self, x: Tensor, rows: Rows | None = None) -> None:
+        """Make the state where there is none yet; raises as `update` does."""
         if x.dim() != 2 or not x.is_floating_point():
             raise ValueError(f"x: {x.dtype} of shape {list(x.shape)} was given; give float rows [n, channels].")
         if rows is not None and len(rows) != len(x):
@@ -51,12 +73,6 @@ class Statistic(ABC):
             self._start(x.shape[1], x.device)
         elif self.channels != x.shape[1]:
             raise ValueError(f"x: {x.shape[1]} channels were given, earlier rows had {self.channels}.")
-        size = max(1, CHUNK // max(1, x.shape[1]))
-        for start in range(0, len(x), size):
-            chosen = slice(start, start + size)
-            part = x[chosen].detach().to(self._device)
-            self._update(part, None if rows is None else rows[chosen])
-            self.count += len(part)
 
     def merge(self, other: Self) -> Self:
         """Add what `other` has seen; returns self.
@@ -76,6 +92,15 @@ class Statistic(ABC):
         self._merge(other)
         self.count += other.count
         return self
+
+    @property
+    def kernel_name(self) -> str | None:
+        """The keyword of `kernels/summaries.py: summarise` that stands for this one; None where it has none."""
+        return None
+
+    def kernel_state(self, dtype: torch.dtype) -> Any:
+        """What that keyword is given for rows of this dtype: tensors of the state, which the kernel adds to."""
+        raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments."""

@@ -1,0 +1,260 @@
+"""Moments, largest magnitudes, active values and magnitude histograms of rows on the CPU, in Numba: one pass for all.
+
+The plain torch reference is each statistic's own `_update` in `core/statistics.py`, with which the integers here agree
+bit for bit and the moments to rounding. Rows are read in pieces that stay in the cache: the mean of a piece first, then
+its central moments, which join those of the rows before by the pairwise formulas of Pébay (2008). A thread takes every
+so-manieth strip of channels, and the strips are the same for any number of threads; so are all results.
+
+Imported on first use, as everything that imports Numba.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numba import prange
+from torch import Tensor
+
+from actkit.kernels.process import LOCK, compiled, follow_torch_threads
+
+ROWS, STRIP = 256, 256  # of a piece: 256 KB of values, 10 KB of sums
+SIGNLESS, INFINITY = np.int32(0x7FFFFFFF), np.int32(0x7F800000)  # bits of a float32
+FLOATS, COUNTS, WORDS = np.zeros(0), np.zeros(0, np.int64), np.zeros((0, 0), np.uint16)  # where nothing is given
+
+
+@compiled(inner=True)
+def _widen(words, bits, top, bottom, left, right):  # type: ignore[no-untyped-def]
+    """The float32 patterns of a piece of bfloat16 words."""
+    for r in range(bottom - top):
+        row, wide = words[top + r, left:right], bits[r]  # a row at a time: LLVM sees that its values are neighbours
+        for c in range(row.size):
+            wide[c] = np.int32(row[c]) << np.int32(16)
+
+
+@compiled(inner=True)
+def _moments(values, top, bottom, left, right, before, sums, mean, m2, m3, m4, absolute):  # type: ignore[no-untyped-def]
+    """Add a piece to five sums per channel, in which `before` rows are. sums: room for those of the piece."""
+    own, magnitude, second, third, fourth = sums[0], sums[1], sums[2], sums[3], sums[4]
+    sums[:] = 0
+    for r in range(top, bottom):
+        row = values[r, left:right]
+        for c in range(row.size):
+            x = np.float64(row[c])
+            own[c] += x
+            magnitude[c] += abs(x)
+    na, nb = np.float64(before), np.float64(bottom - top)
+    n = na + nb
+    for c in range(right - left):
+        own[c] /= nb
+    for r in range(top, bottom):
+        row = values[r, left:right]
+        for c in range(row.size):
+            d = np.float64(row[c]) - own[c]
+            second[c] += d * d
+            third[c] += d * d * d
+        for c in range(row.size):  # apart: LLVM checks few arrays of a loop for overlaps, and gives up vectors beyond
+            d = np.float64(row[c]) - own[c]
+            fourth[c] += d * d * (d * d)
+    for c in range(right - left):
+        d = own[c] - mean[c]
+        m4[c] += (
+            fourth[c]
+            + d * d * d * d * (na * nb * (na * na - na * nb + nb * nb) / (n * n * n))
+            + 6 * d * d * (na * na * second[c] + nb * nb * m2[c]) / (n * n)
+            + 4 * d * (na * third[c] - nb * m3[c]) / n
+        )
+        m3[c] += third[c] + d * d * d * (na * nb * (na - nb) / (n * n)) + 3 * d * (na * second[c] - nb * m2[c]) / n
+        m2[c] += second[c] + d * d * (na * nb / n)
+        mean[c] += d * (nb / n)
+        absolute[c] += magnitude[c]
+
+
+@compiled(inner=True)
+def _largest(bits, top, bottom, left, right, largest):  # type: ignore[no-untyped-def]
+    """largest: bits of the largest magnitude per channel; those of a NaN are above all others."""
+    for r in range(top, bottom):
+        row = bits[r, left:right]
+        for c in range(row.size):
+            largest[c] = max(largest[c], row[c] & SIGNLESS)
+
+
+@compiled(inner=True)
+def _active(bits, top, bottom, left, right, above, per_channel, per_row):  # type: ignore[no-untyped-def]
+    """Count magnitudes with more than the bits `above`, per channel and per row; a NaN is none."""
+    for r in range(top, bottom):
+        row = bits[r, left:right]
+        count = np.int32(0)
+        for c in range(row.size):
+            magnitude = row[c] & SIGNLESS
+            active = np.int32((magnitude > above) & (magnitude <= INFINITY))
+            per_channel[c] += active
+            count += active
+        per_row[r - top] += count
+
+
+@compiled(inner=True)
+def _histogram(bits, top, bottom, left, right, shift, bins):  # type: ignore[no-untyped-def]
+    """Bin 0 counts zeros, bin i + 1 the magnitudes whose bits start with i."""
+    for r in range(top, bottom):
+        row = bits[r, left:right]
+        for c in range(row.size):
+            magnitude = row[c] & SIGNLESS
+            bins[(magnitude >> shift) + np.int32(magnitude != 0)] += 1
+
+
+@compiled(inner=True)
+def _piece(
+    values,
+    bits,
+    top,
+    bottom,
+    left,
+    right,
+    start,
+    stop,
+    before,
+    sums,
+    moments,
+    largest,
+    shift,
+    bins,
+    above,
+    per_channel,
+    per_row,
+):  # type: ignore[no-untyped-def]
+    """Rows top to bottom and channels left to right of an array, which are channels start to stop of the statistics."""
+    mean, m2, m3, m4, absolute = moments
+    if mean.size:
+        _moments(
+            values,
+            top,
+            bottom,
+            left,
+            right,
+            before,
+            sums,
+            mean[start:stop],
+            m2[start:stop],
+            m3[start:stop],
+            m4[start:stop],
+            absolute[start:stop],
+        )
+    if largest.size:
+        _largest(bits, top, bottom, left, right, largest[start:stop])
+    if per_channel.size:
+        _active(bits, top, bottom, left, right, above, per_channel[start:stop], per_row)
+    if bins.size:
+        _histogram(bits, top, bottom, left, right, shift, bins)
+
+
+@compiled(parallel=True)
+def _pass(words, values, bits, room, wide, before, sums, moments, largest, shift, bins, above, per_channel, per_row):  # type: ignore[no-untyped-def]
+    """words: bfloat16 rows, or empty; then values and bits are float32 rows.
+
+    The first dimension of room (bits and their values `wide`, of one piece), sums, bins and per_row is the thread's.
+    What is not wanted is empty.
+    """
+    narrow = words.size > 0
+    rows, channels = words.shape if narrow else values.shape
+    parts = sums.shape[0]
+    for part in prange(parts):
+        for left in range(part * STRIP, channels, parts * STRIP):
+            right = min(left + STRIP, channels)
+            for top in range(0, rows, ROWS):
+                bottom = min(top + ROWS, rows)
+                if narrow:
+                    _widen(words, room[part], top, bottom, left, right)
+                    _piece(
+                        wide[part],
+                        room[part],
+                        0,
+                        bottom - top,
+                        0,
+                        right - left,
+                        left,
+                        right,
+                        before + top,
+                        sums[part],
+                        moments,
+                        largest,
+                        shift,
+                        bins[part],
+                        above,
+                        per_channel,
+                        per_row[part, top:bottom],
+                    )
+                else:
+                    _piece(
+                        values,
+                        bits,
+                        top,
+                        bottom,
+                        left,
+                        right,
+                        left,
+                        right,
+                        before + top,
+                        sums[part],
+                        moments,
+                        largest,
+                        shift,
+                        bins[part],
+                        above,
+                        per_channel,
+                        per_row[part, top:bottom],
+                    )
+
+
+def summarise(
+    x: Tensor,
+    moments: tuple[int, Sequence[Tensor]] | None = None,
+    largest: Tensor | None = None,
+    histogram: tuple[int, Tensor] | None = None,
+    active: tuple[float, Tensor, Tensor] | None = None,
+) -> None:
+    """Add rows x (bfloat16 or float32 [n, channels], contiguous) to what is given.
+
+    moments: the number of rows before; their mean, sums of the second to fourth power of x - mean, and of |x|: float64
+    [channels] each. largest: float64 [channels]. histogram: how many bits of the magnitude's pattern are dropped, and
+    the counts int64 [bins]. active: a threshold, and the counts of magnitudes above it, int64 per channel [channels],
+    and of rows with so many of them [channels + 1].
+    """
+    narrow = x.dtype == torch.bfloat16
+    words = x.view(torch.uint16).numpy() if narrow else WORDS
+    values = np.zeros((0, 0), np.float32) if narrow else x.numpy()
+    before, kept = (moments[0], tuple(each.numpy() for each in moments[1])) if moments else (0, (FLOATS,) * 5)
+    shift, bins = (histogram[0], histogram[1].numpy()) if histogram else (0, COUNTS)
+    above, per_channel = (active[0], active[1].numpy()) if active else (0.0, COUNTS)
+    threshold = np.float32(above).view(np.int32)
+    patterns = np.zeros(0 if largest is None else x.shape[1], np.int32)
+    with LOCK:
+        parts = min(follow_torch_threads(x.nbytes), -(-x.shape[1] // STRIP))
+        room = np.empty((parts, ROWS, STRIP) if narrow else (0, 0, 0), np.int32)
+        found = np.zeros((parts, len(bins)), np.int64) if parts > 1 else bins[None]
+        per_row = np.zeros((parts, len(x) if active else 0), np.int32)
+        sums = np.empty((parts, 5, STRIP))
+        _pass(
+            words,
+            values,
+            values.view(np.int32),
+            room,
+            room.view(np.float32),
+            before,
+            sums,
+            kept,
+            patterns,
+            shift,
+            found,
+            threshold,
+            per_channel,
+            per_row,
+        )
+    if parts > 1:
+        for part in found:
+            bins += part
+    if largest is not None:
+        torch.maximum(largest, torch.from_numpy(patterns.view(np.float32)), out=largest)
+    if active:
+        active[2].add_(torch.bincount(torch.from_numpy(per_row.sum(0)), minlength=len(active[2])))
