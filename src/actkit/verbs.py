@@ -186,7 +186,8 @@ def export(
     model: changed, in memory or a folder that actkit saved. format: 'compressed-tensors' (transformers, vLLM) or 'gguf'
     (llama.cpp). tokenizer: by default the one beside the model. evaluation: what `evaluate` found, for the card; by
     default what the model's folder says was measured. measure: evaluate it now, on `data` as in `evaluate`. options: of
-    `open_model` and `load_data`; everything else, and what is raised, as in `formats.export.export`.
+    `open_model` and `load_data`. activations, overwrite, proof, max_shard, and what is raised: as in
+    `formats.export.export`.
     """
     from actkit.formats.export import check
     from actkit.formats.export import export as write

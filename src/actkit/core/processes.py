@@ -64,6 +64,7 @@ def rank() -> int:
 
 
 def several() -> bool:
+    """Whether more than one process works on this run."""
     return count() > 1
 
 

@@ -45,12 +45,14 @@ class Scheme:
 
     @classmethod
     def of(cls, weight: IntegerWeight, activations: Activations | None) -> Scheme:
+        """The scheme of a quantized weight, with the activations that go with it."""
         bits = 8 if activations is not None or weight.grid.bits > 4 else 4
         size = weight.grid.group_size
         return cls(bits, weight.grid.symmetric, -1 if size == weight.shape[1] else size, activations)
 
     @property
     def format(self) -> str:
+        """The name that the format has for it."""
         return PACKED if self.activations is None else INTEGER
 
     def to_dict(self, targets: list[str]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ def read(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Read the entries of the file named on the command line, and print what was found."""
     found = []
     for entry in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         try:

@@ -56,6 +56,7 @@ class Reading:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
         return asdict(self)
 
     def describe(self) -> str:
