@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import weakref
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from typing import Any, ClassVar
@@ -21,7 +23,7 @@ from actkit.core.experts import ExpertList
 from actkit.core.linear import ActLinear, IntegerWeight
 from actkit.core.quantizer import QuantizationGrid
 from actkit.core.runner import Seen, apply
-from actkit.core.statistics import Moments
+from actkit.core.statistics import Gram, Moments, Spectrum
 from actkit.core.transform import Recipe, Tags, Transform
 
 
@@ -85,6 +87,23 @@ class SpyBoth(Spy):
     tags: ClassVar[Tags] = Tags(needs_data=True, stream="both", records_calls=True)
 
 
+class Freed(Transform):
+    """Observes Gram matrices and spectra of each block, and keeps weak references to them."""
+
+    tags: ClassVar[Tags] = Tags(needs_data=True)
+    seen: ClassVar[list[Any]] = []
+    alive: ClassVar[list[int]] = []
+
+    def observe(self, block: Block) -> dict[Site, Any]:
+        self.alive.append(sum(reference() is not None for reference in self.seen))
+        kinds = itertools.cycle([Gram, Spectrum])
+        return {inputs.site: next(kinds)() for inputs in block.linear_inputs()}
+
+    def edit(self, block: Block, seen: Seen) -> Iterator[Any]:
+        self.seen.extend(weakref.ref(seen[inputs.site]) for inputs in block.linear_inputs())
+        yield Skip(block.path, "only looked at")
+
+
 class Fail(Transform):
     """Fails in the last block, after whatever came before."""
 
@@ -93,7 +112,7 @@ class Fail(Transform):
             yield Set("no_such_parameter", torch.zeros(1))
 
 
-NAMES = {"round": Round, "spy": Spy, "spy_original": SpyOriginal, "spy_both": SpyBoth, "fail": Fail}
+NAMES = {"freed": Freed, "round": Round, "spy": Spy, "spy_original": SpyOriginal, "spy_both": SpyBoth, "fail": Fail}
 
 
 @pytest.fixture(autouse=True)
@@ -482,3 +501,12 @@ def test_one_batch_may_be_given_without_a_list():
     assert apply(build("llama"), "teal", iter(given("llama")), progress=False).edits
     with pytest.raises(DataError, match="a text was given"):
         apply(build("llama"), "teal", "some text", progress=False)
+
+
+def test_statistics_are_freed_block_by_block() -> None:
+    gc.disable()  # by reference counts alone
+    try:
+        apply(build("llama"), [Freed()], batches("llama"))
+    finally:
+        gc.enable()
+    assert Freed.seen and not any(Freed.alive)
