@@ -18,13 +18,25 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from tiny_models import HIDDEN, Perceptron, batches, build
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import actkit
 from actkit import catalogue, claims, verbs, zoo
-from actkit.core import checkpoint, checksums, decoding, evaluation, fresh, generation, registry, rules, training
+from actkit.core import (
+    checkpoint,
+    checksums,
+    decoding,
+    evaluation,
+    fresh,
+    generation,
+    processes,
+    registry,
+    rules,
+    training,
+)
 from actkit.core.activations import Activation
 from actkit.core.anatomy import Site, anatomy
 from actkit.core.architectures import GPT2, MlpRow
@@ -33,13 +45,14 @@ from actkit.core.cost import _chosen, folder_bytes
 from actkit.core.edits import Configure, Replace, Set, apply_edit, describe_module, get_module, get_tensor, replay
 from actkit.core.example import Inputs
 from actkit.core.hooks import BatchContext
-from actkit.core.linear import LowRank
+from actkit.core.linear import ActLinear, IntegerWeight, LowRank
 from actkit.core.low_rank_training import train_low_rank
 from actkit.core.objective import Objective
 from actkit.core.quality import measure_quality, task_of
+from actkit.core.quantizer import QuantizationGrid
 from actkit.core.reading import BlockReader
-from actkit.core.rows import _Keys, _weights
-from actkit.core.runner import Seen, apply
+from actkit.core.rows import Keys, _weights
+from actkit.core.runner import Seen, apply, check_shares
 from actkit.core.speed import _check_memory, measure_speed
 from actkit.core.statistics import Moments
 from actkit.core.swap import Swap
@@ -47,6 +60,9 @@ from actkit.core.tensor_files import read_values, write_values
 from actkit.core.training_setup import Settings, state_folder, steps_per_epoch
 from actkit.core.transform import Recipe, Tags, Transform
 from actkit.data import Batches, load_data, text
+from actkit.formats import gguf_file, reading
+from actkit.formats.export import FORMATS, export
+from actkit.formats.plain import Plain
 from actkit.kernels import operators, process
 from actkit.quantization import awq
 from actkit.runtime import decoder as cpu
@@ -476,9 +492,15 @@ proof(lambda p: verbs.train(build("llama"), [HOST]))
 proof(lambda p: generation._encode(SimpleNamespace(config=None), Words(), ""))
 proof(lambda p: next(generation.generate(build("llama"), Words(), "word", max_new_tokens=99)))
 proof(lambda p: evaluation._prompts(build("llama"), [{**HOST, "attention_mask": IDS * 0}]))
-proof(lambda p: _Keys(BatchContext.of(PADDED), torch.device("cpu")).locate(Site("mlp.hidden", 0), (3,)))
-proof(lambda p: list(_weights(Site("attention.weights", 0), torch.ones(2, 1, 4, 3), BatchContext.of(PADDED))))
-proof(lambda p: _Keys(BatchContext.of(PADDED), torch.device("cpu")).choose(Site("mlp.hidden", 0), torch.tensor([99])))
+proof(lambda p: Keys(BatchContext.of(PADDED), torch.device("cpu")).locate(Site("mlp.hidden", 0), (3,)))
+proof(
+    lambda p: list(
+        _weights(
+            Site("attention.weights", 0), torch.ones(2, 1, 4, 3), Keys(BatchContext.of(PADDED), torch.device("cpu"))
+        )
+    )
+)
+proof(lambda p: Keys(BatchContext.of(PADDED), torch.device("cpu")).choose(Site("mlp.hidden", 0), torch.tensor([99])))
 proof(lambda p: activation_pairs(build("llama"), batches("llama"), 0, progress=False))
 proof(
     lambda p: ActivationPredictor(4, 8, 2).fit((torch.ones(3, 4), torch.ones(3, 8, dtype=torch.bool)), progress=False)
@@ -544,7 +566,7 @@ proof(lambda p: train(p, loss=lambda model, batch: model(**batch).logits.sum() *
 
 @proof
 def no_ratio(p: Place) -> None:
-    p.patch.setattr(awq, "_mean_squared_error", lambda *_: NAN)
+    p.patch.setattr(awq, "_squared_error", lambda *_: (NAN, 1))
     run(awq.Awq(bits=4, group_size=8, n_grid=2))
 
 
@@ -587,6 +609,23 @@ def a_block_runs_twice(p: Place) -> None:
     apply(model, "teal", [HOST], progress=False)
 
 
+DTensor = type("DTensor", (nn.Parameter,), {})
+
+
+@proof
+def in_pieces(p: Place) -> None:
+    model = build("mlp")
+    model.up._parameters["weight"] = DTensor(torch.ones(3, 3))
+    apply(model, "teal", batches("mlp"), progress=False)
+
+
+def offloaded() -> Any:
+    return cpu_offload(build("llama"), execution_device="cpu")
+
+
+proof(lambda p: apply(nn.DataParallel(build("mlp")), "teal", batches("mlp"), progress=False))
+proof(lambda p: train(p, model=offloaded()))
+proof(lambda p: next(iter(anatomy(offloaded()).blocks[0].mlp.inputs)).weight)
 proof(lambda p: next(generation.generate(build("bert"), Words(), "word")))
 proof(lambda p: list(generation.generate_ids(_wide(), [1], max_new_tokens=3)))
 proof(lambda p: measure_quality(_untensored(), [torch.ones(2, HIDDEN)], task="classification", progress=False))
@@ -695,6 +734,122 @@ proof(lambda p: a_process(p, 'read line; echo \'{"error": "no model"}\'; sleep 1
 proof(lambda p: a_process(p, "sleep 1", timeout=0.05).load(p.path))
 proof(lambda p: a_process(p, "exit 3").load(p.path))
 
+# -- ExportError -------------------------------------------------------------------------------------------------------
+
+QUERY = "model.layers.0.self_attn.q_proj"
+ROTATED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+
+
+def written(p: Place, model: Any, **options: Any) -> Any:
+    return export(model, p.path / "new", proof=False, **options)
+
+
+def layer_with(model: Any, **slots: Any) -> Any:
+    """The model with another slot in one layer."""
+    apply_edit(model, Replace(QUERY, ActLinear.of(get_module(model, QUERY), **slots)))
+    return model
+
+
+def for_llama_cpp(**settings: Any) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "vocab_size": 40}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes, **settings))
+    gguf_file.refuse(Plain.of(model))
+
+
+def a_reader(p: Place, script: str) -> None:
+    """Read back by a process that does something else than ours."""
+    path = p.file(f"#!/bin/sh\n{script}\n", "python")
+    path.chmod(0o755)
+    p.patch.setattr(reading.sys, "executable", str(path))
+    reading.compare(changed(), p.path)
+
+
+proof(lambda p: written(p, build("mlp")))
+proof(lambda p: written(p, build("mixtral")))
+
+
+@proof
+def a_module_is_gone(p: Place) -> None:
+    model = changed()
+    del model.model.layers[0].mlp.up_proj
+    written(p, model)
+
+
+proof(
+    lambda p: written(p, run({"actkit": 1, "transforms": [{"awq": {"bits": 4, "group_size": 8}}]}, kind="gpt2").model)
+)
+proof(lambda p: written(p, run({"actkit": 1, "transforms": [*STACK["transforms"], {"teal": {"sparsity": 0.4}}]}).model))
+proof(lambda p: written(p, layer_with(changed(), correction=LowRank(torch.zeros(HIDDEN, 2), torch.zeros(2, HIDDEN)))))
+proof(lambda p: written(p, build("llama").to("meta")))
+proof(lambda p: written(p, build("llama")))
+
+
+@proof
+def two_kinds_of_weights(p: Place) -> None:
+    model = run({"actkit": 1, "transforms": [{"rtn": {"bits": 4, "group_size": 8, "symmetric": False}}]}, None).model
+    whole = get_module(model, QUERY).dequantized()
+    written(p, layer_with(model, weight=IntegerWeight.quantize(whole, QuantizationGrid(8, 8))))
+
+
+proof(lambda p: written(p, changed(), activations="int8"))
+proof(lambda p: written(p, changed(), activations="int8", format="gguf"))
+proof(lambda p: gguf_file.refuse(Plain.of(build("gpt2"))))
+proof(lambda p: for_llama_cpp(hidden_act="relu"))
+proof(lambda p: for_llama_cpp(rope_parameters=ROTATED))
+proof(lambda p: gguf_file.refuse(Plain.of(build("llama").double())))
+proof(lambda p: gguf_file.gguf_name("model.layers.0.mlp.odd_proj"))
+proof(lambda p: a_reader(p, 'echo \'[{"error": "no such file"}]\''))
+proof(lambda p: a_reader(p, "exit 3"))
+proof(lambda p: (p.patch.setattr(reading, "TIMEOUT", 0.05), a_reader(p, "exec sleep 1")))
+
+
+@proof
+def computes_something_else(p: Place) -> None:
+    p.patch.setitem(FORMATS, "compressed-tensors", "json")  # as if the package were installed
+    p.patch.setattr(reading, "read_back", lambda cases: [torch.zeros(1)])
+    export(changed(), p.path / "new")
+
+
+# -- ProcessError ------------------------------------------------------------------------------------------------------
+
+
+def beside(p: Place, label: str = "", text: bytes = b"", *, failed: bool = False, gone: bool = False) -> None:
+    """As if this were the first of two processes. label, text, failed: what the other one says; gone: it does not."""
+    header = json.dumps({"failed": failed, "label": label, "size": len(text)}).encode().ljust(processes.HEADER)
+
+    def gather(found: Any, own: torch.Tensor, group: Any) -> None:
+        if gone:
+            raise RuntimeError("Connection closed by peer")
+        found[0].copy_(own)
+        found[1].copy_(processes._bytes(header))
+
+    def broadcast(buffer: torch.Tensor, source: int, group: Any) -> None:
+        if source == 1:
+            buffer.copy_(processes._bytes(text))
+
+    p.patch.setattr(processes, "_group", processes._Group(0, 2, None, False))
+    p.patch.setattr(processes.dist, "all_gather", gather)
+    p.patch.setattr(processes.dist, "broadcast", broadcast)
+
+
+def a_sum() -> Any:
+    return processes.total("a sum", torch.ones(2))
+
+
+@proof
+def started_several_times(p: Place) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        p.patch.setenv(name, value)
+    optimize(build("llama"), out=p.path / "new", data=batches("llama"))
+
+
+proof(lambda p: (beside(p, "a sum", b"ValueError: no", failed=True), a_sum()))
+proof(lambda p: (beside(p, gone=True), a_sum()))
+proof(lambda p: (beside(p, "another sum"), a_sum()))
+proof(lambda p: (beside(p, "what the processes were given", b'[{"seed": "1"}, {}]'), processes.agree(seed="0")))
+proof(lambda p: (beside(p), train(p)))
+proof(lambda p: (beside(p), check_shares(Lazy(how="calls"))))
+
 # -- ActkitError, JournalError, CatalogueError -------------------------------------------------------------------------
 
 
@@ -764,6 +919,7 @@ proof(
         train_low_rank(build("llama"), [HOST], validation=batches("llama"), roles=("gate",), steps=1),
     )
 )
+proof(lambda p: (p.patch.setattr("importlib.util.find_spec", lambda *_: None), export(changed(), p.path / "new")))
 proof(lambda p: (missing("PIL", p), load_data(p.path, build("vit"), None)))
 
 

@@ -25,6 +25,7 @@ OWN = {name: found for name, found in vars(errors).items() if isinstance(found, 
 }
 # Raised on purpose and never seen: caught inside, turned into another error of the page, or part of Python's protocol.
 INTERNAL = {
+    "core/processes.py: ProcessError": "the text of a row, built some lines above where it is raised",
     "core/anatomy.py: CoverageError": "the text of the row `example: ... cannot run`, built one line above",
     "core/swap.py: ValueError": "pydantic's own validators, shown as `swap: ...` or `recipe: ...: ...`",
     "runtime/blocks.py: UnsupportedModelError": "the reason in `model: ... cannot be decoded here`",

@@ -267,7 +267,7 @@ CASES = [
         "compiled",
         lambda model, folder: apply(torch.compile(model), "teal", batches("llama"), progress=False),
         UnsupportedModelError,
-        ("torch.compile", "Transform first"),
+        ("torch.compile", "transform first"),
     ),
     Case(
         "no model", lambda model, folder: apply("llama", "teal", []), TypeError, ("model: str was given", "actkit.load")

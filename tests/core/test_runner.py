@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
@@ -86,6 +87,23 @@ class SpyBoth(Spy):
     tags: ClassVar[Tags] = Tags(needs_data=True, stream="both", records_calls=True)
 
 
+class Freed(Transform):
+    """Observes Gram matrices and spectra of each block, and keeps weak references to them."""
+
+    tags: ClassVar[Tags] = Tags(needs_data=True)
+    seen: ClassVar[list[Any]] = []
+    alive: ClassVar[list[int]] = []
+
+    def observe(self, block: Block) -> dict[Site, Any]:
+        self.alive.append(sum(reference() is not None for reference in self.seen))
+        kinds = itertools.cycle([Gram, Spectrum])
+        return {inputs.site: next(kinds)() for inputs in block.linear_inputs()}
+
+    def edit(self, block: Block, seen: Seen) -> Iterator[Any]:
+        self.seen.extend(weakref.ref(seen[inputs.site]) for inputs in block.linear_inputs())
+        yield Skip(block.path, "only looked at")
+
+
 class Fail(Transform):
     """Fails in the last block, after whatever came before."""
 
@@ -94,7 +112,7 @@ class Fail(Transform):
             yield Set("no_such_parameter", torch.zeros(1))
 
 
-NAMES = {"round": Round, "spy": Spy, "spy_original": SpyOriginal, "spy_both": SpyBoth, "fail": Fail}
+NAMES = {"freed": Freed, "round": Round, "spy": Spy, "spy_original": SpyOriginal, "spy_both": SpyBoth, "fail": Fail}
 
 
 @pytest.fixture(autouse=True)
@@ -484,22 +502,6 @@ def test_one_batch_may_be_given_without_a_list():
     assert apply(build("llama"), "teal", iter(given("llama")), progress=False).edits
     with pytest.raises(DataError, match="a text was given"):
         apply(build("llama"), "teal", "some text", progress=False)
-
-
-class Freed(Transform):
-    """Observes a Gram matrix per block and keeps weak references to it."""
-
-    tags: ClassVar[Tags] = Tags(needs_data=True)
-    seen: ClassVar[list[Any]] = []
-    alive: ClassVar[list[int]] = []
-
-    def observe(self, block: Block) -> dict[Site, Any]:
-        self.alive.append(sum(reference() is not None for reference in self.seen))
-        return {inputs.site: [Gram(), Spectrum()] for inputs in block.linear_inputs()}
-
-    def edit(self, block: Block, seen: Seen) -> Iterator[Any]:
-        self.seen.extend(weakref.ref(s) for inputs in block.linear_inputs() for s in seen[inputs.site])
-        yield Skip(block.path, "only looked at")
 
 
 def test_statistics_are_freed_block_by_block() -> None:

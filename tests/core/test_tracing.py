@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DistilBertConfig, DistilBertModel, OPTConfig, OPTForCausalLM
+from transformers import DistilBertConfig, DistilBertModel, XGLMConfig, XGLMForCausalLM
 
 from actkit.core.anatomy import Chain, Site, anatomy, equalization_sets, read_tap
 from actkit.core.errors import CoverageError
@@ -205,19 +205,17 @@ def test_tied_and_uncalled_layers_are_named() -> None:
 
 
 def test_unknown_transformers_models_are_traced_on_their_dummy_inputs() -> None:
-    config = OPTConfig(
-        vocab_size=50, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16
-    )
-    model = OPTForCausalLM(config)
+    config = XGLMConfig(vocab_size=50, d_model=16, ffn_dim=32, num_layers=2, attention_heads=2)
+    model = XGLMForCausalLM(config)
     view = anatomy(model)
     assert view.architecture == "traced"
-    layer = "model.decoder.layers.0"
+    layer = "model.layers.0"
     found = {str(g.site): [x.path.rpartition(".")[2] for x in g.linears] for g in view.blocks[0].linear_inputs()}
     assert found[f"layer.input:{layer}.self_attn.q_proj"] == ["q_proj", "k_proj", "v_proj"]
     assert (f"{layer}.fc1", f"{layer}.activation_fn", f"{layer}.fc2") in chains(model, None)
     rows = {row.parameter: row for row in view.coverage().rows}
     assert list(rows) == [name for name, _ in model.named_parameters()]
-    assert rows["model.decoder.embed_tokens.weight"].where == "stem"
+    assert rows["model.embed_tokens.weight"].where == "stem"
     assert not any("lm_head" in linear.path for linear in view.blocks[0].linears())
 
 

@@ -218,7 +218,7 @@ def register(*classes: type) -> None:
     """They are known by name, as those of an installed package are."""
     real = registry._entries
     own = {
-        cls.__name__: EntryPoint(cls.__name__, f"{cls.__module__}:{cls.__qualname__}", registry.METHODS)
+        cls.__name__: (EntryPoint(cls.__name__, f"{cls.__module__}:{cls.__qualname__}", registry.METHODS),)
         for cls in classes
     }
     registry._entries = lambda group: real(group) | (own if group == registry.METHODS else {})  # type: ignore[assignment]

@@ -165,11 +165,12 @@ def test_the_figure_holds_no_script_and_no_markup_of_theirs(found):
 def test_the_card_is_markdown_with_names_as_text(found):
     best = found.candidate(found.verdict.best)
     _, front, body = model_card(found, best).split("---\n", 2)
-    assert yaml.safe_load(front) == {"library_name": "actkit", "base_model": found.name}
+    about = yaml.safe_load(front)
+    assert (about["library_name"], about["base_model"]) == ("actkit", found.name)
     above, fence, rest = body.partition("\n````yaml\n")  # longer than any run of backticks in the recipe
     recipe, closing, below = rest.partition("\n````\n")
     assert fence and closing and not below
-    assert yaml.safe_load(recipe)["transforms"] == best.methods.dump()["transforms"]
+    assert yaml.safe_load(recipe)["transforms"] == [dict(entry) for entry in best.recipe]
     prose = re.sub(r"```python\n.*?```", "", above, flags=re.DOTALL)
     assert "<" not in prose and "](" not in prose.replace("\\]", "")
     rows = [line for line in prose.splitlines() if line.startswith("|")]

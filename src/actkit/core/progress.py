@@ -7,8 +7,6 @@ from datetime import timedelta
 from threading import Lock, Timer
 from typing import Any, TypeVar
 
-from actkit.core import processes
-
 Item = TypeVar("Item")
 
 DELAY = 2.0  # seconds before a bar is shown
@@ -23,6 +21,8 @@ def track(iterable: Iterable[Item], description: str, total: int | None = None, 
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from actkit.core import processes  # needs torch, which the embedded texts do without
 
     console = Console(stderr=True)
     if not (enabled and console.is_terminal and processes.is_first()):

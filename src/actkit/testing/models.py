@@ -126,8 +126,9 @@ def tiny_model(kind: str, **changes: Any) -> Any:
     if kind not in (*KINDS, *ARCHITECTURES):
         raise ValueError(f"kind: {kind!r} was given, allowed are {', '.join(dict.fromkeys((*KINDS, *ARCHITECTURES)))}.")
     torch.manual_seed(0)
-    model: Any = TinyMlp()
-    if kind != "mlp":
+    if kind == "mlp":
+        model: Any = TinyMlp()
+    else:
         name, task, settings = SETTINGS[kind]
         config = getattr(transformers, f"{name}{'Text' * kind.endswith('_text')}Config")(**{**settings, **changes})
         model = getattr(transformers, f"{name}{'For' * (kind != 'gpt2')}{task}")(config)
