@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from actkit.core.quantizer import QuantizationGrid, pack_nibbles, unpack_nibbles
+from actkit.core.quantizer import QuantizationGrid, pack_nibbles, parcels, unpack_nibbles
 
 
 def by_hand(weight: np.ndarray, bits: int, size: int, axis: str, symmetric: bool):
@@ -57,6 +57,15 @@ def test_codes_are_those_of_the_formula(bits, axis, symmetric, shape, size):
         np.testing.assert_array_equal(zero.numpy(), expected[2])
     np.testing.assert_array_equal(grid.dequantize(codes, scale, zero).numpy(), expected[3])
     np.testing.assert_array_equal(grid.fake(torch.from_numpy(weight)).numpy(), expected[3])
+
+
+@pytest.mark.parametrize("axis", ["input", "output"])
+def test_a_large_weight_is_rounded_piece_by_piece_alike(axis):
+    weight = np.random.default_rng(0).standard_normal((2048, 1280), dtype=np.float32)
+    assert len(parcels(torch.from_numpy(weight))) == 3
+    grid = QuantizationGrid(4, 128, axis)
+    for found, expected in zip(grid.quantize(torch.from_numpy(weight)), by_hand(weight, 4, 128, axis, False)):
+        np.testing.assert_array_equal(found.numpy(), expected)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

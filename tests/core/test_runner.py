@@ -112,7 +112,29 @@ class Fail(Transform):
             yield Set("no_such_parameter", torch.zeros(1))
 
 
-NAMES = {"freed": Freed, "round": Round, "spy": Spy, "spy_original": SpyOriginal, "spy_both": SpyBoth, "fail": Fail}
+class Rounded(Transform):
+    """Rounds every layer, and keeps weak references to the weights before."""
+
+    before: ClassVar[list[Any]] = []
+    alive: ClassVar[list[int]] = []
+
+    def edit(self, block: Block, seen: Seen) -> Iterator[Any]:
+        self.alive.append(sum(reference() is not None for reference in self.before))
+        for linear in block.linears():
+            self.before.append(weakref.ref(linear.module.weight))
+            weight = IntegerWeight.quantize(linear.weight, QuantizationGrid(4))
+            yield Replace(linear.path, ActLinear.of(linear, weight=weight))
+
+
+NAMES = {
+    "freed": Freed,
+    "round": Round,
+    "rounded": Rounded,
+    "spy": Spy,
+    "spy_original": SpyOriginal,
+    "spy_both": SpyBoth,
+    "fail": Fail,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -511,3 +533,12 @@ def test_statistics_are_freed_block_by_block() -> None:
     finally:
         gc.enable()
     assert Freed.seen and not any(Freed.alive)
+
+
+def test_replaced_weights_are_freed_block_by_block() -> None:
+    gc.disable()  # by reference counts alone
+    try:
+        apply(build("llama"), [Rounded()], undo="off")
+    finally:
+        gc.enable()
+    assert len(Rounded.before) > len(Rounded.alive) > 1 and not any(Rounded.alive)

@@ -120,6 +120,10 @@ class Anatomy:
         """The block, read again from the model as it is now. originals: what `Block.original` answers, by full path."""
         raise NotImplementedError
 
+    def refresh(self, index: int) -> None:
+        """Read a block of `blocks` again: as it was first read, it keeps modules in memory that were replaced since."""
+        self.blocks = (*self.blocks[:index], self.block(index), *self.blocks[index + 1 :])
+
     def sites(self) -> tuple[Site, ...]:
         """Every site that can be read now: those of the blocks, then those of all linear layers and convolutions."""
         found = [site for index in range(len(self.blocks)) for site in self.block(index).sites()]

@@ -73,7 +73,14 @@ class QuantizationGrid:
         Returns codes uint8 [out, in], scale float32 and zero uint8, both [out, groups] for groups along the input
         and [groups, in] along the output; zero is None when symmetric. Raises ValueError where the groups do not fit.
         """
-        groups = self._grouped(weight.float())  # [rows, groups, group_size], rows = the axis that is not grouped
+        parts = [self._quantize(rows.float()) for rows in parcels(self._grouped(weight))]
+        codes, scale, zero = (torch.cat(each) for each in zip(*parts, strict=True))
+        if self.group_axis == "output":
+            codes, scale, zero = codes.t().contiguous(), scale.t().contiguous(), zero.t().contiguous()
+        return codes, scale, None if self.symmetric else zero
+
+    def _quantize(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes [rows, groups * group_size], scale and zero [rows, groups] of float32 [rows, groups, group_size]."""
         if self.symmetric:
             scale = groups.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_RANGE) / (2 ** (self.bits - 1) - 1)
             zero = torch.full_like(scale, 2 ** (self.bits - 1))
@@ -82,30 +89,33 @@ class QuantizationGrid:
             scale = (high - low).clamp(min=SMALLEST_RANGE) / self.levels
             zero = (-torch.round(low / scale)).clamp(0, self.levels)
         codes = (torch.round(groups / scale) + zero).clamp(0, self.levels)
-        codes = codes.flatten(1).to(torch.uint8)
-        scale, zero = scale.squeeze(-1), zero.squeeze(-1).to(torch.uint8)
-        if self.group_axis == "output":
-            codes, scale, zero = codes.t().contiguous(), scale.t().contiguous(), zero.t().contiguous()
-        return codes, scale, None if self.symmetric else zero
+        return codes.flatten(1).to(torch.uint8), scale.squeeze(-1), zero.squeeze(-1).to(torch.uint8)
 
     def dequantize(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """The weight float32 [out, in] that codes and parameters stand for."""
         dim = 1 if self.group_axis == "input" else 0
-        repeats = codes.shape[dim] // scale.shape[dim]
-        offset = float(2 ** (self.bits - 1)) if zero is None else zero.float().repeat_interleave(repeats, dim)
-        return (codes.float() - offset) * scale.repeat_interleave(repeats, dim)
+        groups = codes.float().unflatten(dim, (scale.shape[dim], -1))
+        offset = float(2 ** (self.bits - 1)) if zero is None else zero.float().unsqueeze(dim + 1)
+        return ((groups - offset) * scale.unsqueeze(dim + 1)).flatten(dim, dim + 1)
 
     def fake(self, weight: Tensor) -> Tensor:
         """Quantize and dequantize: float32 [out, in]."""
         return self.dequantize(*self.quantize(weight))
 
     def _grouped(self, weight: Tensor) -> Tensor:
+        """The weight [out, in] as [rows, groups, group_size]; rows go along the axis that is not grouped."""
         reason = self.fits(*weight.shape)
         if reason:
             raise ValueError(reason + ".")
         rows = weight if self.group_axis == "input" else weight.t()
         size = rows.shape[1] if self.group_size == -1 else self.group_size
         return rows.reshape(rows.shape[0], -1, size)
+
+
+def parcels(tensor: Tensor, values: int = 1 << 20) -> tuple[Tensor, ...]:
+    """Views of consecutive rows with about so many values each, so that what is computed from one stays in the caches,
+    and copies in float32 stay small beside the tensor."""
+    return tensor.split(max(1, values * len(tensor) // max(1, tensor.numel())))
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:

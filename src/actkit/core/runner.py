@@ -128,7 +128,7 @@ class Seen:
         walk = self._walked("rows")
         own: dict[int, list[Tensor]] = {}  # by batch
         for index, call in self._recorded(path, None, None):
-            own.setdefault(index, []).append(call.real(call.args[0].detach().float()))
+            own.setdefault(index, []).append(call.real(call.args[0].detach()))
         counts = torch.zeros(len(walk.batches) + 1, dtype=torch.int64)
         for index, parts in own.items():
             counts[index] = sum(map(len, parts))
@@ -138,7 +138,7 @@ class Seen:
             return None
         step, before = max(1, sum(each) // tokens), [0, *accumulate(each)]
         # of all rows in the order of the batches, those whose number is a multiple of the step
-        taken = {str(index): torch.cat(parts)[-before[index] % step :: step] for index, parts in own.items()}
+        taken = {str(i): torch.cat(parts)[-before[i] % step :: step].float() for i, parts in own.items()}
         found = {int(i): x for _, sent in processes.everyone(f"rows of {path}", taken) for i, x in sent.items()}
         device = next(get_module(walk.anatomy.model, path).parameters()).device
         return torch.cat([found[index].to(device) for index in sorted(found)])
@@ -350,6 +350,7 @@ class _Run:
             weights = any(transform.tags.parts for transform in self.transforms)
             with offload.onloaded(self.model, self.view.blocks[index].path, weights=weights):
                 following = self._change_block(index, walk, streams)
+            self.view.refresh(index)  # the old weights are freed, where no undo keeps them
             for stream, calls in following.items():
                 walk.move(stream, calls)  # type: ignore[union-attr]
 

@@ -31,7 +31,7 @@ from actkit.core.edits import Edit, Note, Replace, Set, Skip, get_module
 from actkit.core.errors import NonFiniteError
 from actkit.core.folding import ScaledActivation
 from actkit.core.linear import ActLinear, IntegerWeight
-from actkit.core.quantizer import QuantizationGrid
+from actkit.core.quantizer import QuantizationGrid, parcels
 from actkit.core.runner import Seen
 from actkit.core.statistics import Moments, Statistic
 from actkit.core.transform import Tags, Transform
@@ -133,12 +133,13 @@ def search_scale(
     """
     targets = [call.replay(inspected).float() for call in calls]
     before = [linear.weight.detach().clone() for linear in consumers]
-    scales = list(_scales(mean_abs.float(), torch.cat(before).float(), settings))
+    scales = list(_scales(mean_abs.float(), before, settings))
     sums: list[tuple[float, int]] = []  # of squared errors, and of how many values
     try:
         for _, scale in scales:
             for linear, weight in zip(consumers, before, strict=True):
-                linear.weight.data.copy_(settings.grid.fake(weight.float() * scale) / scale)
+                for rows, old in zip(parcels(linear.weight.data), parcels(weight), strict=True):
+                    rows.copy_(settings.grid.fake(old.float() * scale) / scale)
             sums.append(_squared_error(calls, inspected, targets))
     finally:
         for linear, weight in zip(consumers, before, strict=True):
@@ -153,15 +154,15 @@ def search_scale(
     return scale, ratio, losses
 
 
-def _scales(mean_abs: Tensor, weight: Tensor, settings: Awq) -> Iterator[tuple[float, Tensor]]:
-    """The grid: (ratio, scale [in]), the first scale being 1. weight: the consumers', stacked [out, in]."""
+def _scales(mean_abs: Tensor, weights: list[Tensor], settings: Awq) -> Iterator[tuple[float, Tensor]]:
+    """The grid: (ratio, scale [in]), the first scale being 1. weights: the consumers', [out, in] each."""
     if not settings.duo_scaling:
         for step in range(settings.n_grid):
             ratio = step / settings.n_grid
             yield ratio, _normalised(mean_abs.pow(ratio))
         return
     yield 0.0, torch.ones_like(mean_abs)
-    relative = _relative_weight(weight, settings.grid)
+    relative = _relative_weight(torch.cat(weights).float(), settings.grid)
     for step in range(settings.n_grid - 1):
         ratio = step / max(1, settings.n_grid - 2)
         yield ratio, _normalised(mean_abs.pow(ratio) / (relative.pow(1 - ratio) + 1e-4))
@@ -189,36 +190,37 @@ def _squared_error(calls: list[Call], inspected: nn.Module, targets: list[Tensor
     return total, count
 
 
-def fold(block: Block, group: EqualizationSet, scale: Tensor) -> list[Edit]:
+def fold(block: Block, group: EqualizationSet, scale: Tensor) -> Iterator[Edit]:
     """The edits that multiply the consumers' columns by `scale` [in] and divide what produces their input by it.
 
     Computed in float64 and rounded once, to the dtype of each weight.
     """
-    edits: list[Edit] = []
     producer, scale = group.producer, scale.double()
     if isinstance(producer, Norm):
         weight: Tensor = producer.module.weight.detach()  # type: ignore[union-attr, operator, assignment]
         # a norm that multiplies by (offset + weight), as Gemma's, keeps its offset
         folded = (weight.double() + producer.offset) / scale - producer.offset
-        edits.append(Set(f"{producer.path}.weight", folded.to(weight.dtype)))
+        yield Set(f"{producer.path}.weight", folded.to(weight.dtype))
         bias = getattr(producer.module, "bias", None)
         if bias is not None:
-            edits.append(Set(f"{producer.path}.bias", (bias.detach().double() / scale).to(bias.dtype)))
+            yield Set(f"{producer.path}.bias", (bias.detach().double() / scale).to(bias.dtype))
     elif isinstance(producer, Linear):
         rows = scale.new_ones(producer.out_features)
         rows[slice(None) if group.producer_rows is None else group.producer_rows.indices(scale.device)] = scale
-        edits.append(_set_weight(producer, producer.weight.detach().double() / rows[:, None]))
+        yield _multiply_weight(producer, 1 / rows[:, None])
         if producer.bias is not None:
-            edits.append(Set(f"{producer.path}.bias", (producer.bias.detach().double() / rows).to(producer.bias.dtype)))
+            yield Set(f"{producer.path}.bias", (producer.bias.detach().double() / rows).to(producer.bias.dtype))
     elif producer is not None:
-        edits.append(Replace(producer, ScaledActivation(get_module(block.root, producer), scale)))
-    edits += [_set_weight(linear, linear.weight.detach().double() * scale) for linear in group.consumers]
-    return edits
+        yield Replace(producer, ScaledActivation(get_module(block.root, producer), scale))
+    for linear in group.consumers:
+        yield _multiply_weight(linear, scale)
 
 
-def _set_weight(linear: Linear, weight: Tensor) -> Set:
-    """Give a layer with a dense weight the weight [out, in], in the orientation in which it stores it."""
-    weight = weight.to(linear.weight.dtype)
+def _multiply_weight(linear: Linear, factor: Tensor) -> Set:
+    """Multiply the dense weight of a layer by float64 [in] or [out, 1], in the orientation in which it stores it."""
+    old = linear.weight.detach()
+    factors = parcels(factor.expand_as(old))
+    weight = torch.cat([(rows * by).to(old.dtype) for rows, by in zip(parcels(old), factors, strict=True)])
     if isinstance(linear.module, ActLinear):  # of an exact rewrite; a quantized one would fill the same slot
         return Set(f"{linear.path}.weight.tensor", weight)
     return Set(f"{linear.path}.weight", weight.t().contiguous() if isinstance(linear.module, Conv1D) else weight)
