@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from actkit.core import checkpoint, fused_statistics, proof
+from actkit.core import checkpoint, fused_statistics, proof, whole_folder
 from actkit.core.errors import CheckpointError
 from actkit.core.hooks import forward
 from actkit.core.runner import apply, first_tensor
@@ -157,7 +157,7 @@ def _loaded(target: Path, state: State) -> str:
 
 
 def _write_state(values: dict[str, Any], target: Path) -> None:
-    with checkpoint.complete_or_nothing(target) as temporary:
+    with whole_folder.complete_or_nothing(target) as temporary:
         write_values(temporary, values)
 
 
@@ -253,7 +253,7 @@ def check_output(out: Path, whole: Optimization, best: State) -> None:
     """Whatever stands under its final name is whole."""
     if not out.exists():
         return
-    checkpoint.recover(out / "best")
+    whole_folder.recover(out / "best")
     if (out / "best").exists():
         assert state_of(checkpoint.load(out / "best")) == best
     if (out / "recipe.yaml").exists():

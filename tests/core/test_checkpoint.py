@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import HIDDEN, INNER, KINDS, Perceptron, batches, bits, build, run, snapshot
 from torch import nn
 
-from actkit.core import changes, checkpoint, checksums
+from actkit.core import changes, checkpoint, checksums, whole_folder
 from actkit.core.checkpoint import MANIFEST, load, read_manifest, save
 from actkit.core.edits import Configure, Replace, Set, apply_edit, describe, tied_names
 from actkit.core.errors import CheckpointError
@@ -387,7 +387,7 @@ def test_overwriting_through_a_link(old):
     save(build("mlp"), link, overwrite=True)
     assert link.is_symlink()
     assert equal(load_own(folder), build("mlp"), "mlp")
-    folder.rename(checkpoint._previous(folder))  # killed between the two renames
+    folder.rename(whole_folder.previous_of(folder))  # killed between the two renames
     assert equal(load_own(link), build("mlp"), "mlp")
 
 
@@ -493,9 +493,9 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
 
 def test_a_kill_between_the_renames(old):
     folder, model = old
-    folder.rename(checkpoint._previous(folder))
+    folder.rename(whole_folder.previous_of(folder))
     assert snapshot(load_own(folder)) == snapshot(model)
-    folder.rename(checkpoint._previous(folder))
+    folder.rename(whole_folder.previous_of(folder))
     with pytest.raises(CheckpointError, match="exists already"):
         save(model, folder)
     assert snapshot(load_own(folder)) == snapshot(model)

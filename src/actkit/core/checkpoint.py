@@ -10,14 +10,11 @@ names in a file resolve only among installed classes.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,6 +28,7 @@ from actkit.core.errors import ActkitError, CheckpointError
 from actkit.core.hooks import refuse_compiled_or_sharded
 from actkit.core.machine import versions
 from actkit.core.memory import format_bytes, parse_bytes
+from actkit.core.whole_folder import complete_or_nothing, recover
 
 if TYPE_CHECKING:
     from actkit.core.evaluation import Evaluation
@@ -104,7 +102,7 @@ def _save(
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         known = changes.of(model)
-        plain = _is_pretrained(model) and (known is None or not known.edits)
+        plain = is_pretrained(model) and (known is None or not known.edits)
         if plain:
             model.save_pretrained(temporary)  # type: ignore[operator]
         else:
@@ -166,7 +164,7 @@ def _write(model: nn.Module, folder: Path, max_shard: int, results: dict[str, An
         "versions": versions(),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    if _is_pretrained(model):
+    if is_pretrained(model):
         base = getattr(type(model), "actkit_base", type(model))
         manifest["base_class"] = base.__name__
         config = model.config.to_dict()  # type: ignore[union-attr, operator]
@@ -268,98 +266,6 @@ def copy_companions(model: nn.Module, folder: Path) -> None:
             shutil.copy2(path, folder / path.name)
 
 
-@contextmanager
-def complete_or_nothing(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` if nothing goes wrong, and leaves no trace otherwise.
-
-    Raises CheckpointError where the disk does not take it.
-    """
-    folder = folder.resolve()  # of a link, the folder that it points to is replaced
-    temporary = _hidden(folder)
-    previous = _previous(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
-        temporary.mkdir()
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            _flush(path)
-        if folder.exists():
-            _remove(previous, folder)
-            folder.rename(previous)
-        temporary.rename(folder)
-        _flush(folder.parent)
-        _remove(previous, folder)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"save: {folder} could not be written ({error}); nothing was changed there. Free some space or choose "
-            f"another folder, then save again."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        recover(folder)
-
-
-def discard(folder: Path) -> None:
-    """Remove a folder as one step: it is there whole, or not at all. What a kill leaves is hidden, and removed by the
-    next save or `discard` there."""
-    folder = folder.resolve()
-    if folder.parent.is_dir():
-        _remove(folder, folder)
-        _sweep(folder)
-
-
-def _remove(path: Path, folder: Path) -> None:
-    if path.exists():
-        shutil.rmtree(path.rename(_hidden(folder)), ignore_errors=True)
-
-
-def _hidden(folder: Path) -> Path:
-    """A new name beside `folder`, which says whose it is and which process works there."""
-    return folder.parent / f".{folder.name}.saving-{os.getpid()}-{uuid4().hex[:8]}"
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what processes that were killed left beside `folder`."""
-    marker = f".{folder.name}.saving-"
-    for stale in folder.parent.iterdir():
-        if stale.name.startswith(marker) and not _alive(stale.name.removeprefix(marker).partition("-")[0]):
-            shutil.rmtree(stale, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk, so that the rename never arrives there before its content."""
-    if os.name != "posix" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _previous(folder: Path) -> Path:
-    return folder.parent / f".{folder.name}.previous"
-
-
-def recover(folder: Path) -> None:
-    """Put the old folder back where a save was killed between its two renames."""
-    folder = folder.resolve()  # a link's target, as in `complete_or_nothing`
-    if not folder.exists() and _previous(folder).is_dir():
-        _previous(folder).rename(folder)
-
-
-def _alive(pid: str) -> bool:
-    """Whether the process runs, whose number a temporary folder's name holds; a name of another kind is left alone."""
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except (ValueError, OverflowError, PermissionError):
-        return True
-    return True
-
-
 def _check_space(model: nn.Module, folder: Path) -> None:
     from actkit.core.plan import parameter_bytes
 
@@ -425,7 +331,7 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     model.to(dtype)
     for module, name, buffer in kept:
         module._buffers[name] = buffer
-    if _is_pretrained(model):
+    if is_pretrained(model):
         model.config.dtype = dtype  # type: ignore[union-attr]
 
 
@@ -717,7 +623,8 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def _is_pretrained(model: nn.Module) -> bool:
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether it is a model of transformers, which has a config and a format of its own."""
     from transformers import PreTrainedModel
 
     return isinstance(model, PreTrainedModel)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from actkit.core import checkpoint, processes
+from actkit.core import checkpoint, processes, whole_folder
 from actkit.core.errors import CheckpointError, NonFiniteError, ProcessError
 from actkit.core.hooks import evaluating
 from actkit.core.objective import Loss, Objective, mask_of, parameter_groups
@@ -179,7 +179,7 @@ def train(
     folder = None if out is None else Path(out)
     check_folder(folder, resume, overwrite)
     if folder is not None and not resume:
-        checkpoint.discard(state_folder(folder))  # of a training that is given up
+        whole_folder.discard(state_folder(folder))  # of a training that is given up
     with ExitStack() as stack:
         accelerator = stack.enter_context(one_accelerator(model, mixed_precision))
         settings = Settings(
@@ -215,7 +215,7 @@ def train(
     if folder is not None and accelerator.is_main_process:
         checkpoint.save(model, folder, overwrite=True)
         write_whole(folder / RECORD, json.dumps(result.to_dict(), indent=1))
-        checkpoint.discard(state_folder(folder))
+        whole_folder.discard(state_folder(folder))
     return result
 
 
@@ -373,13 +373,13 @@ class _Run:
             "random": random_state(self.parameters[0].device),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
-        with checkpoint.complete_or_nothing(state_folder(self.folder)) as temporary:
+        with whole_folder.complete_or_nothing(state_folder(self.folder)) as temporary:
             write_values(temporary, values)
 
     def restore(self) -> None:
         """Take the state of `out.training` back. Raises CheckpointError where it is of another training."""
         assert self.folder is not None
-        checkpoint.recover(state_folder(self.folder))
+        whole_folder.recover(state_folder(self.folder))
         values = read_values(state_folder(self.folder))
         now = {**asdict(self.settings), "rules": self.described, "data": fingerprints(self.batches, self.validation)}
         for key, value in now.items():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from actkit.core import checkpoint
+from actkit.core import checkpoint, whole_folder
 from actkit.core.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def check_folder(folder: Path | None, resume: bool, overwrite: bool) -> None:
             raise ValueError("resume: it needs out=, the folder that the training was going to write.")
         return
     state = state_folder(folder)
-    checkpoint.recover(state)
+    whole_folder.recover(state)
     if resume and not state.is_dir():
         reason = "the training there is finished" if (folder / RECORD).exists() else f"there is no state in {state}"
         raise CheckpointError(f"resume: {folder}: {reason}; leave resume out to start one.")

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from actkit.core.card import card_of
-from actkit.core.checkpoint import check_target, complete_or_nothing, copy_companions, replaceable
+from actkit.core.checkpoint import check_target, copy_companions, replaceable
 from actkit.core.cost import folder_bytes
 from actkit.core.errors import CheckpointError, ExportError
+from actkit.core.whole_folder import complete_or_nothing
 from actkit.formats import compressed_tensors, gguf_file
 from actkit.formats.compressed_tensors import Activations
 from actkit.formats.exported import Exported, summary

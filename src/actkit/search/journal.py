@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from actkit.core.errors import ActkitError
+from actkit.core.whole_file import flush
 
 SCHEMA = 2  # since 2 each line ends with a digest of itself
 DIGEST = "digest"
@@ -42,7 +43,7 @@ class Journal:
         path.write_bytes(b"")
         journal = cls(path, [], [])
         journal._write({"kind": "header", "schema": SCHEMA, **header})
-        _flush_folder(path.parent)
+        flush(path.parent)
         return journal
 
     @classmethod
@@ -155,11 +156,3 @@ def model_fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
     return digest.hexdigest()
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from actkit.core import changes, checkpoint, processes
+from actkit.core import changes, checkpoint, processes, whole_folder
 from actkit.core.anatomy import anatomy
 from actkit.core.errors import ActkitError, MemoryLimitError
 from actkit.core.example import Inputs, main_dtype
@@ -312,7 +312,7 @@ class _Search:
             seconds=0.0,
         )
         found = self._keep_best(found)
-        checkpoint.discard(shop.folder)
+        whole_folder.discard(shop.folder)
         return found
 
     # -- measuring
@@ -424,7 +424,7 @@ class _Search:
         """Save the best with a card in OUT/best, and prove that it loads in a fresh process as it was made."""
         target = self.out / BEST
         if found.verdict.best is None:
-            checkpoint.discard(target)
+            whole_folder.discard(target)
             (self.out / RECIPE).unlink(missing_ok=True)
             return found
         best = found.candidate(found.verdict.best)
@@ -529,7 +529,7 @@ def _check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
 def _clear(out: Path) -> None:
     """Remove what a search leaves, and nothing else."""
     for name in (CANDIDATES, BEST):
-        checkpoint.discard(out / name)
+        whole_folder.discard(out / name)
     for name in (
         RESULTS,
         REPORT,

@@ -196,7 +196,7 @@ def load_in_fresh_process(case: Case) -> None:
     """A saved model gives equal outputs in a process that never saw the original."""
     if case.fresh is None:
         raise NotApplicable("no process was given (fresh=)")
-    if not checkpoint._is_pretrained(case.original):
+    if not checkpoint.is_pretrained(case.original):
         raise NotApplicable("another process cannot build a model that is not of transformers")
     with tempfile.TemporaryDirectory() as parent:
         case.fresh.load(_saved(case, parent))
@@ -238,7 +238,7 @@ def undo_is_exact(case: Case) -> None:
 
 def undo_from_source_is_exact(case: Case) -> None:
     """The same, where the tensors come back from the folder that the model was loaded from."""
-    if not checkpoint._is_pretrained(case.original) or changes.of(case.original) is not None:
+    if not checkpoint.is_pretrained(case.original) or changes.of(case.original) is not None:
         raise NotApplicable("only an unchanged transformers model can be read again from its folder")
     with tempfile.TemporaryDirectory() as parent:
         model = checkpoint.load(checkpoint.save(case.model(), Path(parent) / "source"))
@@ -552,7 +552,7 @@ def _saved(case: Case, parent: str) -> Path:
 
 
 def _base(case: Case) -> Callable[[], nn.Module] | None:
-    return None if checkpoint._is_pretrained(case.original) else case.model
+    return None if checkpoint.is_pretrained(case.original) else case.model
 
 
 def _exported(model: nn.Module, batch: Any, dynamic: bool) -> nn.Module:
