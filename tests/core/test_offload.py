@@ -7,8 +7,9 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from tiny_models import batches as inputs
-from tiny_models import bits, build, run
+from tiny_models import LAYERS, bits, build, run
 from torch import nn
+from transformers import LlamaForCausalLM
 
 import actkit
 from actkit.core import offload
@@ -19,6 +20,7 @@ from actkit.core.cost import measure_cost
 from actkit.core.edits import Set, shared_parameters
 from actkit.core.errors import EditError, UnsupportedModelError
 from actkit.core.evaluation import evaluate
+from actkit.core.plan import parameter_bytes
 from actkit.core.proof import prove
 from actkit.core.quality import measure_quality
 from actkit.core.runner import apply
@@ -60,6 +62,13 @@ def dispatched(how, folder):
         return disk_offload(model, tempfile.mkdtemp(dir=folder), execution_device="cpu")
     if how == "mixed":
         return dispatch_model(model, MIXED, offload_dir=tempfile.mkdtemp(dir=folder))
+    if how == "auto":  # some blocks stay, the others go to disk
+        model.save_pretrained(folder / "plain")
+        room = {"cpu": parameter_bytes(model.model.layers)}
+        places = {"device_map": "auto", "max_memory": room, "offload_folder": tempfile.mkdtemp(dir=folder)}
+        found = LlamaForCausalLM.from_pretrained(folder / "plain", dtype="auto", **places).eval()
+        assert {"cpu", "disk"} == {found.hf_device_map[f"model.layers.{index}"] for index in range(LAYERS)}
+        return found
     return dispatch_model(model, {"": "cpu"}, force_hooks=True)
 
 
@@ -77,7 +86,7 @@ def expected():
     return found
 
 
-@pytest.mark.parametrize("how", ["memory", "whole blocks", "disk", "mixed", "in place"])
+@pytest.mark.parametrize("how", ["memory", "whole blocks", "disk", "mixed", "auto", "in place"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_changed_saved_and_undone(how, recipe, expected, tmp_path):
     model = dispatched(how, tmp_path)
