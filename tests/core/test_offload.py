@@ -6,8 +6,8 @@ import tempfile
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from tiny_models import batches as inputs
 from tiny_models import LAYERS, bits, build, run
+from tiny_models import batches as inputs
 from torch import nn
 from transformers import LlamaForCausalLM
 

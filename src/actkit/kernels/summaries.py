@@ -25,8 +25,9 @@ FLOATS, COUNTS, WORDS = np.zeros(0), np.zeros(0, np.int64), np.zeros((0, 0), np.
 
 
 @compiled(inner=True)
-def _widen(words, bits, top, bottom, left, right):  # type: ignore[no-untyped-def]
+def _widen(words, bits, piece):  # type: ignore[no-untyped-def]
     """The float32 patterns of a piece of bfloat16 words."""
+    top, bottom, left, right = piece
     for r in range(bottom - top):
         row, wide = words[top + r, left:right], bits[r]  # a row at a time: LLVM sees that its values are neighbours
         for c in range(row.size):
@@ -34,8 +35,9 @@ def _widen(words, bits, top, bottom, left, right):  # type: ignore[no-untyped-de
 
 
 @compiled(inner=True)
-def _moments(values, top, bottom, left, right, before, sums, mean, m2, m3, m4, absolute):  # type: ignore[no-untyped-def]
+def _moments(values, piece, before, sums, mean, m2, m3, m4, absolute):  # type: ignore[no-untyped-def]
     """Add a piece to five sums per channel, in which `before` rows are. sums: room for those of the piece."""
+    top, bottom, left, right = piece
     own, magnitude, second, third, fourth = sums[0], sums[1], sums[2], sums[3], sums[4]
     sums[:] = 0
     for r in range(top, bottom):
@@ -72,8 +74,9 @@ def _moments(values, top, bottom, left, right, before, sums, mean, m2, m3, m4, a
 
 
 @compiled(inner=True)
-def _largest(bits, top, bottom, left, right, largest):  # type: ignore[no-untyped-def]
+def _largest(bits, piece, largest):  # type: ignore[no-untyped-def]
     """largest: bits of the largest magnitude per channel; those of a NaN are above all others."""
+    top, bottom, left, right = piece
     for r in range(top, bottom):
         row = bits[r, left:right]
         for c in range(row.size):
@@ -81,8 +84,9 @@ def _largest(bits, top, bottom, left, right, largest):  # type: ignore[no-untype
 
 
 @compiled(inner=True)
-def _active(bits, top, bottom, left, right, above, per_channel, per_row):  # type: ignore[no-untyped-def]
+def _active(bits, piece, above, per_channel, per_row):  # type: ignore[no-untyped-def]
     """Count magnitudes with more than the bits `above`, per channel and per row; a NaN is none."""
+    top, bottom, left, right = piece
     for r in range(top, bottom):
         row = bits[r, left:right]
         count = np.int32(0)
@@ -95,8 +99,9 @@ def _active(bits, top, bottom, left, right, above, per_channel, per_row):  # typ
 
 
 @compiled(inner=True)
-def _histogram(bits, top, bottom, left, right, shift, bins):  # type: ignore[no-untyped-def]
+def _histogram(bits, piece, shift, bins):  # type: ignore[no-untyped-def]
     """Bin 0 counts zeros, bin i + 1 the magnitudes whose bits start with i."""
+    top, bottom, left, right = piece
     for r in range(top, bottom):
         row = bits[r, left:right]
         for c in range(row.size):
@@ -104,58 +109,16 @@ def _histogram(bits, top, bottom, left, right, shift, bins):  # type: ignore[no-
             bins[(magnitude >> shift) + np.int32(magnitude != 0)] += 1
 
 
-@compiled(inner=True)
-def _piece(
-    values,
-    bits,
-    top,
-    bottom,
-    left,
-    right,
-    start,
-    stop,
-    before,
-    sums,
-    moments,
-    largest,
-    shift,
-    bins,
-    above,
-    per_channel,
-    per_row,
-):  # type: ignore[no-untyped-def]
-    """Rows top to bottom and channels left to right of an array, which are channels start to stop of the statistics."""
-    mean, m2, m3, m4, absolute = moments
-    if mean.size:
-        _moments(
-            values,
-            top,
-            bottom,
-            left,
-            right,
-            before,
-            sums,
-            mean[start:stop],
-            m2[start:stop],
-            m3[start:stop],
-            m4[start:stop],
-            absolute[start:stop],
-        )
-    if largest.size:
-        _largest(bits, top, bottom, left, right, largest[start:stop])
-    if per_channel.size:
-        _active(bits, top, bottom, left, right, above, per_channel[start:stop], per_row)
-    if bins.size:
-        _histogram(bits, top, bottom, left, right, shift, bins)
-
-
 @compiled(parallel=True)
-def _pass(words, values, bits, room, wide, before, sums, moments, largest, shift, bins, above, per_channel, per_row):  # type: ignore[no-untyped-def]
+def _pass(words, values, bits, room, wide, before, sums, moments, largest, histogram, active):  # type: ignore[no-untyped-def]
     """words: bfloat16 rows, or empty; then values and bits are float32 rows.
 
     The first dimension of room (bits and their values `wide`, of one piece), sums, bins and per_row is the thread's.
     What is not wanted is empty.
     """
+    mean, m2, m3, m4, absolute = moments
+    shift, bins = histogram
+    above, per_channel, per_row = active
     narrow = words.size > 0
     rows, channels = words.shape if narrow else values.shape
     parts = sums.shape[0]
@@ -164,47 +127,19 @@ def _pass(words, values, bits, room, wide, before, sums, moments, largest, shift
             right = min(left + STRIP, channels)
             for top in range(0, rows, ROWS):
                 bottom = min(top + ROWS, rows)
+                piece, source, patterns = (top, bottom, left, right), values, bits
                 if narrow:
-                    _widen(words, room[part], top, bottom, left, right)
-                    _piece(
-                        wide[part],
-                        room[part],
-                        0,
-                        bottom - top,
-                        0,
-                        right - left,
-                        left,
-                        right,
-                        before + top,
-                        sums[part],
-                        moments,
-                        largest,
-                        shift,
-                        bins[part],
-                        above,
-                        per_channel,
-                        per_row[part, top:bottom],
-                    )
-                else:
-                    _piece(
-                        values,
-                        bits,
-                        top,
-                        bottom,
-                        left,
-                        right,
-                        left,
-                        right,
-                        before + top,
-                        sums[part],
-                        moments,
-                        largest,
-                        shift,
-                        bins[part],
-                        above,
-                        per_channel,
-                        per_row[part, top:bottom],
-                    )
+                    _widen(words, room[part], piece)
+                    piece, source, patterns = (0, bottom - top, 0, right - left), wide[part], room[part]
+                if mean.size:
+                    own = (mean[left:right], m2[left:right], m3[left:right], m4[left:right], absolute[left:right])
+                    _moments(source, piece, before + top, sums[part], *own)
+                if largest.size:
+                    _largest(patterns, piece, largest[left:right])
+                if per_channel.size:
+                    _active(patterns, piece, above, per_channel[left:right], per_row[part, top:bottom])
+                if bins.size:
+                    _histogram(patterns, piece, shift, bins[part])
 
 
 def summarise(
@@ -245,11 +180,8 @@ def summarise(
             sums,
             kept,
             patterns,
-            shift,
-            found,
-            threshold,
-            per_channel,
-            per_row,
+            (shift, found),
+            (threshold, per_channel, per_row),
         )
     if parts > 1:
         for part in found:
