@@ -19,8 +19,11 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
 )
 
+from actkit.core.activations import Thresholded
 from actkit.core.anatomy import anatomy
 from actkit.core.cost import folder_bytes, measure_cost
 from actkit.core.edits import set_module
@@ -28,6 +31,7 @@ from actkit.core.errors import DataError, NonFiniteError
 from actkit.core.experts import ExpertList
 from actkit.core.linear import ActLinear, IntegerWeight, LowRank, Threshold, TopK
 from actkit.core.quantizer import QuantizationGrid
+from actkit.sparsity.lazy_neuron import TopKActivation
 from actkit.zoo.cnn import DigitsCNN
 
 HIDDEN, INNER, VOCABULARY, BLOCKS = 16, 24, 50, 2
@@ -50,7 +54,7 @@ def build(kind: str, **settings: Any) -> Any:
     if kind == "llama":
         model: Any = LlamaForCausalLM(LlamaConfig(**DECODER, **settings))
     elif kind == "mixtral":
-        model = MixtralForCausalLM(MixtralConfig(**DECODER, num_local_experts=4, num_experts_per_tok=2))
+        model = MixtralForCausalLM(MixtralConfig(**DECODER, num_local_experts=4, num_experts_per_tok=2, **settings))
     elif kind == "gpt2":
         model = GPT2LMHeadModel(
             GPT2Config(vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=BLOCKS, n_head=4, n_positions=32)
@@ -305,6 +309,100 @@ def test_densities_of_images() -> None:
     assert cost.density_p05 == pytest.approx(nearest_rank(tokens / total, 0.05))
     assert cost.density_p95 == pytest.approx(float(np.sort(tokens / total)[21]))
     assert cost.bytes_per_token == pytest.approx(cost.dense_bytes_per_token - total + float(tokens.mean()))
+
+
+# -- zeros of activations ----------------------------------------------------------------------------------------------
+
+
+def units_by_hand(model: nn.Module, activations: list[str], batches: list[Any]) -> dict[str, float]:
+    """Per activation, the share of its outputs that are not 0, in own hooks."""
+    counts: dict[str, list[Tensor]] = {path: [] for path in activations}
+
+    def watch(path: str) -> Any:
+        return lambda module, args, output: counts[path].append((output != 0).flatten().double())
+
+    handles = [model.get_submodule(path).register_forward_hook(watch(path)) for path in activations]
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for handle in handles:
+        handle.remove()
+    return {path: float(torch.cat(found).mean()) for path, found in counts.items()}
+
+
+@pytest.mark.parametrize("how", ["relu", "threshold", "top k"])
+def test_rows_and_columns_that_a_gate_skips(how: str) -> None:
+    model = build("llama", hidden_act="relu" if how == "relu" else "silu")
+    for layer in model.model.layers:
+        if how == "threshold":
+            layer.mlp.act_fn = Thresholded(layer.mlp.act_fn, 0.1)
+        elif how == "top k":
+            layer.mlp.act_fn = TopKActivation(layer.mlp.act_fn, 6)
+    acts = [f"model.layers.{index}.mlp.act_fn" for index in range(BLOCKS)]
+    units = units_by_hand(model, acts, single(padded()))
+    weight = F32 * HIDDEN * INNER
+    cost = measure_cost(model, padded(), progress=False)
+    found = {layer.path: layer for layer in cost.layers}
+    for index, act in enumerate(acts):
+        for name in ("up_proj", "down_proj"):
+            layer = found[f"model.layers.{index}.mlp.{name}"]
+            assert layer.units == pytest.approx(units[act]) and 0.1 < layer.units < 0.9
+            assert layer.bytes_per_token == pytest.approx(weight * units[act])
+        assert found[f"model.layers.{index}.mlp.gate_proj"].units is None
+    saved = sum(2 * weight * (1 - share) for share in units.values())
+    assert cost.bytes_per_token == pytest.approx(cost.dense_bytes_per_token - saved) and cost.density is None
+    assert measure_cost(model).bytes_per_token is None  # zeros are not known without data
+
+    # selections on top: of up both count, down reads what its own selection takes
+    layers = {"model.layers.0.mlp.up_proj": 0.4, "model.layers.0.mlp.down_proj": 0.02}
+    for path, threshold in layers.items():
+        set_module(model, path, ActLinear.of(model.get_submodule(path), select=Threshold(threshold)))
+    units = units_by_hand(model, acts, single(padded()))
+    counts = kept_by_hand(model, layers, single(padded()))
+    found = {layer.path: layer for layer in measure_cost(model, padded(), progress=False).layers}
+    up, down = (found[path] for path in layers)
+    inputs = float(counts[up.path].mean()) / HIDDEN
+    assert up.bytes_per_token == pytest.approx(weight * inputs * units[acts[0]])
+    assert down.bytes_per_token == pytest.approx(weight * float(counts[down.path].mean()) / INNER)
+    assert 0.1 < inputs < 0.9 and down.density < units[acts[0]]  # type: ignore[operator]
+
+
+def test_columns_behind_an_activation_without_a_gate() -> None:
+    model = build("gpt2")
+    for block in model.transformer.h:
+        block.mlp.act = nn.ReLU()
+    acts = [f"transformer.h.{index}.mlp.act" for index in range(BLOCKS)]
+    units = units_by_hand(model, acts, single(padded()))
+    cost = measure_cost(model, padded(), progress=False)
+    saved = sum(F32 * HIDDEN * 4 * HIDDEN * (1 - share) for share in units.values())  # biases are read
+    assert cost.bytes_per_token == pytest.approx(cost.dense_bytes_per_token - saved)
+    assert {layer.path for layer in cost.layers if layer.units is not None} == {
+        f"transformer.h.{index}.mlp.c_proj" for index in range(BLOCKS)
+    }
+
+
+def test_rows_of_a_layer_for_gate_and_up() -> None:
+    torch.manual_seed(0)
+    model = Phi3ForCausalLM(Phi3Config(**DECODER, hidden_act="relu", pad_token_id=0)).eval()
+    acts = [f"model.layers.{index}.mlp.activation_fn" for index in range(BLOCKS)]
+    units = units_by_hand(model, acts, single(padded()))
+    cost = measure_cost(model, padded(), progress=False)
+    saved = sum(2 * F32 * HIDDEN * INNER * (1 - share) for share in units.values())
+    assert cost.bytes_per_token == pytest.approx(cost.dense_bytes_per_token - saved)
+
+
+def test_zeros_inside_experts() -> None:
+    model = build("mixtral", hidden_act="relu")
+    cost = measure_cost(model, padded(), progress=False)
+    for layer in cost.layers:
+        if ".experts." in layer.path and not layer.path.endswith("gate"):
+            assert 0.2 < layer.units < 0.8  # type: ignore[operator]
+            assert layer.bytes_per_token == pytest.approx(F32 * HIDDEN * INNER * layer.units * layer.share)
+    parts = {layer.path.rsplit(".", 1)[1] for layer in cost.layers if layer.units is not None}
+    assert parts == {"up", "down"}
+
+
+# -- the rest of what is held ------------------------------------------------------------------------------------------
 
 
 def test_the_kernels_copy_is_held_but_not_read() -> None:

@@ -2,7 +2,8 @@
 
 `Activation("relu")` computes what torch or transformers computes under that name. Nothing here has parameters; methods
 with learned functions bring modules of their own, which say by a class attribute `elementwise` that they are activation
-functions: True where each output depends on its own input alone, False where one mixes channels or positions.
+functions: True where each output depends on its own input alone, False where one mixes channels or positions; and by
+`gives_zeros = True` that many outputs are exactly 0.
 """
 
 from __future__ import annotations
@@ -133,6 +134,7 @@ class Thresholded(KeepsDtype):
     """
 
     elementwise: ClassVar[bool] = True
+    gives_zeros: ClassVar[bool] = True
     threshold: Tensor
 
     def __init__(self, base: nn.Module, threshold: float = 0.0) -> None:
@@ -174,6 +176,12 @@ def name_of(module: nn.Module) -> str | None:
     name = _CLASSES.get(type(module))
     wanted = _SETTINGS.get(name or "", {})
     return name if all(getattr(module, key) == value for key, value in wanted.items()) else None
+
+
+def gives_zeros(module: nn.Module) -> bool:
+    """Whether many outputs of an activation are exactly 0 for any input, so that what they multiply need not be read:
+    ReLU and its square, and modules that say so by `gives_zeros`."""
+    return getattr(module, "gives_zeros", False) or name_of(module) in ("relu", "relu2")
 
 
 def is_activation(module: nn.Module) -> bool:

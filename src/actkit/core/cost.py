@@ -5,12 +5,14 @@ Decoding reads every weight once per token, so the bytes touched are what its ti
 
     embedding: one row.   linear layer: all of it, biases included; the head too, also where tied to the embedding
     ActLinear with a selection: weight * density + its scores + correction + bias
+    MLP whose activation gives exact zeros (ReLU, a threshold, a top-k): of up and down only the rows and columns of the
+    units that are not 0, of a layer for gate and up together up's share
     convolution, norm, any other parameter: once, however many positions it serves
     experts: only those that were chosen, each by the share of the tokens that it got (3-D experts of a family that no
     architecture row describes count in full)
 
-The density is measured, not assumed: hooks on the layers count which inputs their selections keep, padding left out.
-It is averaged over tokens; overall, a layer counts by its weight's bytes.
+Densities are measured, not assumed: hooks count which inputs the selections keep and which units are not 0, padding
+left out. They are averaged over tokens; overall, a layer counts by its weight's bytes.
 """
 
 from __future__ import annotations
@@ -19,13 +21,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from actkit.core import processes
+from actkit.core.activations import gives_zeros
 from actkit.core.anatomy import Anatomy, Site
 from actkit.core.anatomy import anatomy as read_anatomy
 from actkit.core.architectures import find_architecture
@@ -46,8 +49,9 @@ class LayerCost:
     """One linear layer with a selection, or one module that holds other weights.
 
     weight_bytes: what it holds. density: share of its inputs that are read, None where it selects none or that was not
-    measured; density_p05, density_p95: percentiles over tokens. share: of the tokens that reach it, below 1 for
-    experts. bytes_per_token: None where the density is unknown.
+    measured; density_p05, density_p95: percentiles over tokens. units: behind an activation that gives zeros, the share
+    of the MLP's units that are not 0; None elsewhere, or where that was not measured. share: of the tokens that reach
+    it, below 1 for experts. bytes_per_token: None where a density is unknown.
     """
 
     path: str
@@ -57,6 +61,7 @@ class LayerCost:
     density: float | None = None
     density_p05: float | None = None
     density_p95: float | None = None
+    units: float | None = None
     share: float = 1.0
 
 
@@ -65,8 +70,8 @@ class Cost:
     """What `measure_cost` found.
 
     weight_bytes: of all parameters and buffers that are saved, and of the sparse kernel's copies, each memory once.
-    bytes_per_token: weight bytes touched per decoded token (per example without tokens); None where a selection's
-    density is not known. dense_bytes_per_token: the same with every selection reading all. density: share of the inputs
+    bytes_per_token: weight bytes touched per decoded token (per example without tokens); None where a density is not
+    known. dense_bytes_per_token: the same with everything read. density: share of the inputs
     that selections read, weighted by weight bytes; None without selections. density_p05, density_p95: percentiles over
     tokens of a token's own density. disk_bytes: of all files of the folder, or None. layers: what it is made of.
     """
@@ -91,10 +96,11 @@ def measure_cost(
     """Count what a model holds and reads.
 
     batches: real inputs (dicts of the model's keywords; attention_mask tells padding), needed for the density of
-    thresholds and for how often each expert is chosen; without them a top-k's density is k / inputs, a threshold's is
-    unknown, and experts are chosen equally often. folder: the saved model, for the bytes on disk.
+    thresholds, for the zeros of activations and for how often each expert is chosen; without them a top-k's density is
+    k / inputs, a threshold's and an activation's is unknown, and experts are chosen equally often. folder: the saved
+    model, for the bytes on disk.
     Raises DataError for 0 batches or a folder that is not there, NonFiniteError for NaN at a selection's input,
-    CoverageError where the model selects inputs and its anatomy cannot be read.
+    CoverageError where the model selects inputs or has zeros to count, and its anatomy cannot be read.
     """
     disk = None if folder is None else folder_bytes(folder)
     weights = _resident_bytes(model)
@@ -107,8 +113,9 @@ def measure_cost(
         if view is not None:
             stack.enter_context(opened_experts(view))
         selecting = {path: m for path, m in _layers(model) if isinstance(m, ActLinear) and m.select is not None}
-        seen = _Seen() if batches is None else _measure(model, view, selecting, batches, progress)
-        layers = tuple(_cost_of(path, module, model, selecting, seen) for path, module in _layers(model))
+        gates = {} if view is None else dict(_gates(view))
+        seen = _Seen() if batches is None else _measure(model, view, selecting, gates, batches, progress)
+        layers = tuple(_cost_of(path, module, model, selecting, gates, seen) for path, module in _layers(model))
     touched = [layer.bytes_per_token for layer in layers]
     overall, low, high = seen.spread()
     if batches is None and selecting:
@@ -185,24 +192,60 @@ def _own_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
+@dataclass(frozen=True)
+class _Gate:
+    """Which units of an MLP are 0, for a layer of it. site: where they are seen. skips: its rows or its columns. part:
+    the share of its weight that belongs to these units."""
+
+    site: Site
+    skips: Literal["rows", "columns"]
+    part: float = 1.0
+
+
+def _gates(view: Anatomy) -> Iterator[tuple[str, _Gate]]:
+    """The layers of which zeros of an activation skip rows or columns, by path."""
+    for block in (view.block(index) for index in range(len(view.blocks))):
+        for expert, mlp in block.mlps():
+            if gives_zeros(view.model.get_submodule(mlp.activation)):
+                site = mlp.zeros_at(block.index, expert)
+                yield mlp.down.path, _Gate(site, "columns")
+                if mlp.gated:
+                    yield mlp.up.path, _Gate(site, "rows", mlp.width / mlp.up.out_features)
+
+
 def _cost_of(
-    path: str, module: nn.Module, model: nn.Module, selecting: Mapping[str, nn.Module], seen: _Seen
+    path: str,
+    module: Any,
+    model: nn.Module,
+    selecting: Mapping[str, nn.Module],
+    gates: Mapping[str, _Gate],
+    seen: _Seen,
 ) -> LayerCost:
-    share = seen.share(path, model)
-    if not isinstance(module, ActLinear):
+    share, gate = seen.share(path, model), gates.get(path)
+    units = None if gate is None else seen.units(gate)
+    skipped: float | None = 0.0  # of its weight, for the zeros of units
+    if gate is not None:
+        skipped = None if units is None else gate.part * (1 - units)
+    density = low = high = None
+    if isinstance(module, ActLinear):
+        bias = 0 if module.bias is None else module.bias.nbytes
+        dense: float = module.weight_bytes + bias
+        size = module.weight_bytes + bias
+        if module.select is not None:
+            size += sum(buffer.nbytes for buffer in module.select.buffers())
+        if path in selecting:
+            density, low, high = seen.density(path, module)
+            if gate is not None and gate.skips == "columns":
+                skipped = 0.0  # no selection takes an input that is 0
+        unknown = skipped is None or (path in selecting and density is None)
+        taken = 1.0 if density is None else density
+        read = None if unknown else module.bytes_per_token(taken * (1 - skipped)) + bias  # type: ignore[operator]
+    else:
         size = _own_bytes(module)
-        rows = module.num_embeddings if isinstance(module, nn.Embedding) else 1
-        return LayerCost(path, size, size / rows * share, size / rows * share, share=share)
-    bias = 0 if module.bias is None else module.bias.nbytes
-    dense = module.weight_bytes + bias
-    size = dense + sum(buffer.nbytes for buffer in module.select.buffers()) if module.select is not None else dense
-    if path not in selecting:
-        return LayerCost(path, size, dense * share, dense * share, share=share)
-    density, low, high = seen.density(path, module)
-    read = None if density is None else (module.bytes_per_token(density) + bias) * share
-    if share == 0:
-        read = 0.0
-    return LayerCost(path, size, read, dense * share, density, low, high, share)
+        dense = size / (module.num_embeddings if isinstance(module, nn.Embedding) else 1)
+        read = None if skipped is None else dense - (0 if gate is None else skipped * module.weight.nbytes)
+    reached = 0.0 if share == 0 else None if read is None else read * share
+    return LayerCost(path, size, reached, dense * share, density, low, high, units, share)
 
 
 def _known_density(selecting: Mapping[str, ActLinear]) -> float | None:
@@ -280,12 +323,18 @@ class _Reads(Density):
 @dataclass(frozen=True)
 class _Seen:
     """What the batches showed. tokens: real ones. reads: by path of the layer. experts: (path of the experts, index) ->
-    tokens that were sent there; None without data."""
+    tokens that were sent there; None without data. zeros: by site of a gate."""
 
     tokens: int = 0
     reads: Mapping[str, Density] | None = None
     experts: Mapping[str, int] | None = None
     tally: _Tally | None = None
+    zeros: Mapping[Site, Density] | None = None
+
+    def units(self, gate: _Gate) -> float | None:
+        """The share of an MLP's units that are not 0."""
+        found = None if self.zeros is None else self.zeros[gate.site]
+        return None if found is None or not found.count else found.density
 
     def density(self, path: str, layer: ActLinear) -> tuple[float | None, float | None, float | None]:
         """Mean, 5th and 95th percentile over tokens of the share that a layer reads."""
@@ -328,10 +377,11 @@ def _chosen(model: nn.Module) -> int:
 
 
 def _view(model: nn.Module, batches: Sequence[Any] | None) -> Anatomy | None:
-    """The anatomy, where it is needed: for experts, and to tell padding at the inputs of selections."""
+    """The anatomy, where it is needed: for experts, for zeros of activations, and to tell padding at the inputs of
+    selections."""
     row = find_architecture(getattr(getattr(model, "config", None), "model_type", None))
     selects = any(isinstance(m, ActLinear) and m.select is not None for m in model.modules())
-    if row is not None and (row.experts is not None or selects):
+    if row is not None and (row.experts is not None or selects or any(map(gives_zeros, model.modules()))):
         return read_anatomy(model)
     return read_anatomy(model, batches[0]) if selects and batches is not None else None
 
@@ -340,6 +390,7 @@ def _measure(
     model: nn.Module,
     view: Anatomy | None,
     selecting: Mapping[str, ActLinear],
+    gates: Mapping[str, _Gate],
     batches: Sequence[Any],
     progress: bool,
 ) -> _Seen:
@@ -355,10 +406,10 @@ def _measure(
         for expert, mlp in block.mlps():
             if expert is not None:
                 members[mlp.path] = Site("mlp.input", block.index, expert)
-    wanted |= dict.fromkeys(members.values(), Density())
+    wanted |= {site: Density() for site in (*members.values(), *(gate.site for gate in gates.values()))}
     tokens = 0
     if not wanted or view is None:
-        return _Seen(sum(BatchContext.of(batch).tokens for batch in batches), {}, {}, tally)
+        return _Seen(sum(BatchContext.of(batch).tokens for batch in batches), {}, {}, tally, {})
     with evaluating(model), observe(view, wanted) as observer:
         row = 0
         for index, batch in enumerate(track(batches, "Measuring the density", enabled=progress)):
@@ -374,4 +425,4 @@ def _measure(
     tally.merge()
     reads = {path: found[Site("layer.input", path=path)] for path in selecting}
     experts = {path: found[site].count for path, site in members.items()}
-    return _Seen(tokens, reads, experts, tally)
+    return _Seen(tokens, reads, experts, tally, {gate.site: found[gate.site] for gate in gates.values()})

@@ -157,6 +157,10 @@ class Mlp:
         """The layers that read `mlp.input`."""
         return (self.up,) if self.gate is None else (self.gate, self.up)
 
+    def zeros_at(self, block: int, expert: int | None = None) -> Site:
+        """Where its zeros are seen: at its gate, or without one at its activation's output."""
+        return Site("mlp.gate" if self.gated else "mlp.hidden", block, expert)
+
 
 @dataclass(frozen=True)
 class Experts:

@@ -207,7 +207,8 @@ def _about_methods(shapes: Shapes) -> Iterable[LeftOut]:
         "swap": TRAINING,
         "activation_penalty": RULE,
         "prosparse": RULE,
-        "cats": "the bytes that this search counts do not see what a gate skips; try it with recipes=['cats']",
+        "cats": "at equal bytes it lost more than wina and teal wherever the activation gives no zeros of its own; try "
+        "it with recipes=['cats']",
         "r_sparse": "two more products per layer pay only beside more sparsity; try it with recipes=['r_sparse']",
         "ppl_sparsity": "it needs thousands of tokens to be stable; try it with recipes=['ppl_sparsity']",
         "fatrelu": "it fits models with ReLU alone, and how much it may drop is yours to choose (`sweep_threshold`)",

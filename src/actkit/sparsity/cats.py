@@ -39,7 +39,6 @@ from actkit.core.runner import Seen, Trial
 from actkit.core.statistics import Quantiles, Rows, Statistic
 from actkit.core.training import Trained
 from actkit.core.transform import Tags, Transform
-from actkit.sparsity.gate_sparsity import gate_site
 
 # the paper's, and the fused layers that hold them
 TUNED: tuple[LinearRole, ...] = ("query", "key", "query_key_value", "gate", "gate_up", "down")
@@ -96,14 +95,14 @@ class Cats(Transform):
         if self.share(block) == 0:
             return {}
         statistic = Quantiles if self.method == "exact" else ReleaseHistogram
-        return {gate_site(block.index, expert, mlp): statistic() for expert, mlp in block.mlps()}
+        return {mlp.zeros_at(block.index, expert): statistic() for expert, mlp in block.mlps()}
 
     def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
         share = self.share(block)
         if share == 0:
             return
         for expert, mlp in block.mlps():
-            gates: Quantiles | ReleaseHistogram = seen[gate_site(block.index, expert, mlp)]
+            gates: Quantiles | ReleaseHistogram = seen[mlp.zeros_at(block.index, expert)]
             if not gates.count:
                 yield Skip(mlp.activation, "no calibration token reached it")
                 continue

@@ -48,6 +48,7 @@ class ShiftedRelu(nn.Module):
     """relu(x - shift): 0 below the shift, what is kept is lowered by it. Raises ValueError where it is not finite."""
 
     elementwise: ClassVar[bool] = True
+    gives_zeros: ClassVar[bool] = True
 
     def __init__(self, shift: float = 0.1) -> None:
         super().__init__()

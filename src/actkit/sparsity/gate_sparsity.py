@@ -111,7 +111,7 @@ def gate_sparsity(model: nn.Module, batches: Iterable[Any], *, progress: bool = 
     view = anatomy(model)
     with opened_experts(view):
         places = [(index, *each) for index in range(len(view.blocks)) for each in view.block(index).mlps()]
-        sites = {mlp.path: gate_site(index, expert, mlp) for index, expert, mlp in places}
+        sites = {mlp.path: mlp.zeros_at(index, expert) for index, expert, mlp in places}
         everyone = Site("mlp.input", places[0][0])  # in a mixture of experts, what comes before the choice
         seen = record(model, {site: Density() for site in (*sites.values(), everyone)}, batches, progress=progress)
         tokens = seen[everyone].count
@@ -123,11 +123,6 @@ def gate_sparsity(model: nn.Module, batches: Iterable[Any], *, progress: bool = 
             read += size * (layer.traffic or 0.0)
         others = _others(view)
     return GateSparsity(layers, read / mlps, (others + read) / (others + mlps), tokens)
-
-
-def gate_site(index: int, expert: int | None, mlp: Mlp) -> Site:
-    """Where an MLP's zeros are seen: its gate, or without one its activation's output. index: of the block."""
-    return Site("mlp.gate" if mlp.gated else "mlp.hidden", index, expert)
 
 
 def _layer(mlp: Mlp, seen: Density) -> LayerSparsity:

@@ -47,6 +47,7 @@ class TopKActivation(nn.Module):
     """
 
     elementwise: ClassVar[bool] = False
+    gives_zeros: ClassVar[bool] = True
 
     def __init__(self, base: nn.Module, k: int | float, by: By = "value") -> None:
         super().__init__()

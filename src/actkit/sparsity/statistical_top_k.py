@@ -169,6 +169,7 @@ class StatisticalTopK(KeepsDtype):
     """
 
     elementwise: ClassVar[bool] = False
+    gives_zeros: ClassVar[bool] = True
     decodes_as: ClassVar[str] = "statistical_top_k"
     density: Tensor
 
