@@ -2,7 +2,7 @@
 # make test   the tests          make lint   ruff, mypy, import-linter
 # make docs   the site, from docs/ and the docstrings, into site/
 # make bench  the decoder beside llama.cpp, torchao and OpenVINO (a C++ compiler builds the first; half an hour)
-# make zoo    train the embedded models again (about an hour on two cores)
+# make zoo    train the embedded models again (two hours and a half on one core)
 PYTHON ?= python3
 BIN := .venv/bin
 

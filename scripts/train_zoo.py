@@ -1,6 +1,6 @@
 """Trains the embedded models of `actkit.zoo` again, from data that needs no download.
 
-    python scripts/train_zoo.py                                   # all, about an hour on two cores
+    python scripts/train_zoo.py                                   # all, two hours and a half on one core
     python scripts/train_zoo.py --models swiglu --threads 1 --minutes 30
 
 Twelve checkpoints of each language model go to `artifacts/zoo/checkpoints/NAME/step-XXXX/`; the final weights, the
