@@ -260,6 +260,27 @@ def test_a_sample_is_fair_and_sorted() -> None:
     assert len(few.rows) == 3
 
 
+def test_a_sample_of_16_bit_rows_is_that_of_their_values() -> None:
+    """Also where rows of several dtypes come together, by updates, by a merge, and from a saved state."""
+    x = torch.randn(90, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rows = [Rows(torch.full((30,), document), torch.arange(30)) for document in range(3)]
+    parts = list(zip([x[:30], x[30:60].float(), x[60:].half()], rows, strict=True))
+    expected = Sample(20)
+    for part, keys in parts:
+        expected.update(part.float(), keys)
+    one, first, second = Sample(20), Sample(20), Sample(20)
+    for part, keys in parts:
+        one.update(part, keys)
+    first.update(*parts[0])
+    second.update(*parts[2])
+    assert first.state()["rows"].dtype == torch.bfloat16
+    second = Sample(20).load_state(second.state())
+    second.update(*parts[1])
+    first.merge(second)
+    for sample in (one, first):
+        assert sample.rows.dtype == torch.float32 and torch.equal(sample.rows, expected.rows)
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_state_goes_round(name: str) -> None:
     x, rows = torch.randn(20, CHANNELS), Rows(torch.arange(20), torch.arange(20))

@@ -6,7 +6,7 @@ Known families are read off a declarative row (`core/architectures.py`), any oth
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -134,11 +134,24 @@ class Anatomy:
 
     def tap(self, site: Site) -> Tap:
         """How to read a site. Raises ValueError where this model does not have it, or does not form its tensor."""
-        if site.is_layer:
-            return self._layer_tap(site)
-        if site.block is None or not 0 <= site.block < len(self.blocks):
-            raise ValueError(f"site: {site} names no block of this model, which has {len(self.blocks)}.")
-        taps = self.block(site.block).taps
+        return self.taps([site])[site]
+
+    def taps(self, sites: Iterable[Site]) -> dict[Site, Tap]:
+        """How to read several sites, as `tap` does; each block is read once."""
+        blocks: dict[int, Block] = {}
+        found: dict[Site, Tap] = {}
+        for site in sites:
+            if site.is_layer:
+                found[site] = self._layer_tap(site)
+                continue
+            if site.block is None or not 0 <= site.block < len(self.blocks):
+                raise ValueError(f"site: {site} names no block of this model, which has {len(self.blocks)}.")
+            if site.block not in blocks:
+                blocks[site.block] = self.block(site.block)
+            found[site] = self._block_tap(site, blocks[site.block].taps)
+        return found
+
+    def _block_tap(self, site: Site, taps: Mapping[Site, Tap]) -> Tap:
         if site not in taps:
             names = ", ".join(dict.fromkeys(s.name for s in taps)) or "none"
             raise ValueError(f"site: {site} is not in this {self.architecture} model, whose blocks have {names}.")

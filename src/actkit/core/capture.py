@@ -294,7 +294,7 @@ def opened_experts(view: Anatomy) -> Iterator[None]:
     stock: list[tuple[str, nn.Module]] = []
     try:
         for block in view.blocks:
-            experts = view.block(block.index).experts
+            experts = None if block.experts is None else view.block(block.index).experts  # as they are now
             if experts is not None and not isinstance(experts.module, ExpertList):
                 refuse_offloaded(experts.module, f"{experts.path} holds all experts in one tensor")
                 set_module(view.model, experts.path, ExpertList.of(experts.module, experts.row))
@@ -368,8 +368,10 @@ class _Readings:
     def __init__(self, view: Anatomy, wanted: Mapping[Site, Any]) -> None:
         self.taps: dict[Tap, tuple[Site, list[Statistic]]] = {}
         self.statistics: dict[Site, Any] = {}
+        names = {site: view.canonical(site) for site in wanted}
+        taps = view.taps(names.values())
         for site, value in wanted.items():
-            tap = view.tap(view.canonical(site))
+            tap = taps[names[site]]
             fresh = [self._add(tap, site, statistic) for statistic in _several(value)]
             self.statistics[site] = fresh if isinstance(value, Sequence) else fresh[0]
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from actkit.core.streaming import Rows, Statistic
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 class Sample(Statistic):
     """The `size` rows with the smallest hash of (document, position, seed): a random sample that no order changes."""
@@ -46,27 +48,36 @@ class Sample(Statistic):
         """The state stays sorted by hash."""
         new, hashes = (each.to(self._device) for each in self._smallest(rows))
         documents, positions = rows.documents.to(self._device), rows.positions.to(self._device)
-        known = self._hashes if self._hashes is not None else self._hash(Rows(self._documents, self._positions))
+        known = self._known_hashes()
         if len(known) == self.size:  # most rows fail here, before anything is copied
             passed = hashes <= torch.cat([known, hashes]).kthvalue(self.size).values
             new, hashes = new[passed], hashes[passed]
             if not len(new):
                 return
-        kept: tuple[Tensor, ...] = (x[new].float(), documents[new], positions[new])
+        chosen = x.index_select(0, new)
+        values = chosen if chosen.dtype in HALF else chosen.float()  # as they came: half the memory
+        kept: tuple[Tensor, ...] = (values, documents[new], positions[new])
         if len(known):
             before = (self._rows, self._documents, self._positions)
             kept = tuple(torch.cat(pair) for pair in zip(before, kept, strict=True))
             hashes = torch.cat([known, hashes])
-        ordered, order = hashes.sort(stable=True)
+        order = None if not len(known) else hashes.argsort(stable=True)  # new ones alone are in order
+        ordered = hashes if order is None else hashes[order]
         tied = bool((ordered.diff() == 0).any())
         if tied:  # rows that share a key go by their content, so no order counts
-            order = _digest(kept[0]).argsort(stable=True)
+            order = _digest(kept[0].float()).argsort(stable=True)
             order = order[hashes[order].argsort(stable=True)]
-        if len(known) or tied:  # else they are sorted, and not too many
+        if order is not None:  # else they are sorted, and not too many
             order = order[: self.size]
             hashes, kept = hashes[order], tuple(each[order] for each in kept)
         self._hashes = hashes
         self._rows, self._documents, self._positions = kept
+
+    def _known_hashes(self) -> Tensor:
+        if self._hashes is None:
+            kept = self._documents
+            self._hashes = self._hash(Rows(kept, self._positions)) if len(kept) else kept
+        return self._hashes
 
     def _smallest(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Indices and hashes of the rows that may stay, by hash: `size`, and those that share the last one's hash."""
@@ -89,7 +100,7 @@ class Sample(Statistic):
     def rows(self) -> Tensor:
         """float32 [size, channels] (fewer where fewer were seen), sorted by document, then position."""
         self._needs_rows()
-        return self._rows[self._order()]
+        return self._rows[self._order()].float()
 
     @property
     def documents(self) -> Tensor:
