@@ -535,10 +535,14 @@ def test_statistics_are_freed_block_by_block() -> None:
     assert Freed.seen and not any(Freed.alive)
 
 
-def test_replaced_weights_are_freed_block_by_block() -> None:
+@pytest.mark.parametrize("mode", ["off", "source"])
+def test_replaced_weights_are_freed_block_by_block(mode, tmp_path) -> None:
+    model = checkpoint.load(checkpoint.save(build("llama"), tmp_path / "plain"))
+    Rounded.before.clear()
+    Rounded.alive.clear()
     gc.disable()  # by reference counts alone
     try:
-        apply(build("llama"), [Rounded()], undo="off")
+        apply(model, [Rounded()], undo=mode)
     finally:
         gc.enable()
     assert len(Rounded.before) > len(Rounded.alive) > 1 and not any(Rounded.alive)
