@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -130,6 +131,9 @@ def together() -> Iterator[None]:
 
 
 def _initialize() -> None:
+    # Its functions have the group there is at import as a default, and would keep it: gloo's threads would outlive it,
+    # and abort a process whose interpreter ends while they let go of a tensor.
+    import_module("torch.distributed.nn.functional")
     local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if gpus:
         torch.cuda.set_device(local % gpus)
