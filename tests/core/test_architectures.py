@@ -21,7 +21,8 @@ from actkit.core.anatomy import CoverageError, Site, anatomy, equalization_sets
 from actkit.core.architectures import known_model_types
 from actkit.core.blockwise import Walk
 from actkit.core.capture import live, opened_experts, record
-from actkit.core.edits import apply_edit
+from actkit.core.cost import measure_cost
+from actkit.core.edits import apply_edit, set_module
 from actkit.core.fused import PartRows, query_key_value_rows
 from actkit.core.plan import make_plan
 from actkit.core.statistics import Moments
@@ -563,3 +564,27 @@ def test_rows_that_do_not_fit_are_refused(rows: dict[str, Any]) -> None:
     model.config.num_key_value_heads = 1
     with pytest.raises(CoverageError, match=r"blocks.0.attn.qkv: it has 32 outputs.*4 and 1 heads of 4"):
         anatomy(model)
+
+
+# -- bytes behind zeros ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_bytes_read_follow_the_zeros_of_activations(kind: str) -> None:
+    model, batches = tiny_model(kind), tiny_batches(kind, lengths=((7, 7),))
+    mlps = [mlp for block in anatomy(model).blocks for _, mlp in block.mlps()]
+    if not mlps:
+        pytest.skip("its experts are closed; tests/core/test_cost.py opens them")
+    shares: list[float] = []
+    for mlp in mlps:
+        relu = nn.ReLU()
+        relu.register_forward_hook(lambda module, args, output: shares.append(float((output > 0).double().mean())))
+        set_module(model, mlp.activation, relu)
+    with torch.no_grad():
+        model(**batches[0])
+    saved = 0.0
+    for mlp, share in zip(mlps, list(shares), strict=True):
+        up = mlp.up.weight.nbytes * mlp.width / mlp.up.out_features if mlp.gated else 0
+        saved += (1 - share) * (mlp.down.weight.nbytes + up)
+    cost = measure_cost(model, batches, progress=False)
+    assert saved > 0 and cost.bytes_per_token == pytest.approx(cost.dense_bytes_per_token - saved)
