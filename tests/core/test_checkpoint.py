@@ -25,6 +25,7 @@ from actkit.core.errors import CheckpointError
 from actkit.core.folding import ScaledActivation
 from actkit.core.linear import ActLinear, LowRank
 from actkit.core.runner import apply
+from actkit.core.summary import summarise
 
 STACK = {"actkit": 1, "transforms": [{"rtn": {"bits": 4, "group_size": 8}}, {"teal": {"sparsity": 0.4}}]}
 
@@ -129,6 +130,27 @@ def test_a_module_of_ones_own(kind, tmp_path):
         load(folder, base=lambda: build("conv" if kind == "mlp" else "mlp"))
     with pytest.raises(TypeError, match="base: it gave a int"):
         load(folder, base=lambda: 3)
+
+
+def test_the_grid_of_a_quantized_source_is_kept(tmp_path):
+    grid = changes.SourceGrid("gguf", {"model.layers.0.mlp.up_proj": "Q4_K", "lm_head": "Q6_K"}, ("it rounds more",))
+    model = load(save(build("llama"), tmp_path / "plain"))
+    assert changes.source_grid(model) is None
+    model.__dict__[changes.SOURCE] = changes.Source.of(str(tmp_path / "plain"), model, grid=grid)
+    apply(model, STACK, batches("llama"), min_coverage=0.0, progress=False)
+    folder = save(model, tmp_path / "model")
+    loaded = load(folder)
+    assert changes.source_grid(loaded) == changes.source_grid(changes.copy_of(loaded)) == grid
+    line = "gguf: 1 x Q4_K, 1 x Q6_K; dequantized when it was read"
+    assert dict(summarise(loaded)._rows())["quantized source"] == f"{line}\nit rounds more"
+    assert changes.SourceGrid.from_dict(json.loads(json.dumps(summarise(loaded).to_dict()["source_grid"]))) == grid
+    assert "gguf: 1 x Q4\\_K" in (folder / "README.md").read_text()
+
+    rewrite(folder, lambda manifest: manifest.update(source_grid={"format": "gguf"}))
+    with pytest.raises(CheckpointError, match="source_grid is missing or malformed"):
+        load(folder)
+    rewrite(folder, lambda manifest: manifest.pop("source_grid"))  # as earlier versions wrote it
+    assert changes.source_grid(load(folder)) is None
 
 
 def test_every_kind_of_edit(tmp_path):

@@ -144,6 +144,9 @@ def card_of(
         "recipe": recipe,
         "kept": kept,
     }
+    grid = changes.source_grid(model)
+    if grid is not None:
+        given["notes"] = (f"quantized source, {grid.describe()}", *grid.notes, *given.get("notes", ()))
     if evaluation is not None:
         quality, info = evaluation.quality, evaluation.machine
         loss = [] if quality.loss is None else [("loss against the original", quality.loss.text(".2%"))]

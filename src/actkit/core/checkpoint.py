@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from actkit.core import changes, checksums, offload, processes
-from actkit.core.changes import Changes, Source
+from actkit.core.changes import Changes, Source, SourceGrid
 from actkit.core.edits import describe_module, get_module, replay, tied_names
 from actkit.core.errors import ActkitError, CheckpointError
 from actkit.core.hooks import refuse_compiled_or_sharded
@@ -148,7 +148,7 @@ def _copy_others(folder: Path, temporary: Path) -> None:
 
 
 def _write(model: nn.Module, folder: Path, max_shard: int, results: dict[str, Any]) -> None:
-    known = changes.of(model) or Changes()
+    known, grid = changes.of(model) or Changes(), changes.source_grid(model)
     tensors, tied = _tensors(model)
     files = _write_shards(model, tensors, folder, max_shard)
     manifest: dict[str, Any] = {
@@ -161,6 +161,7 @@ def _write(model: nn.Module, folder: Path, max_shard: int, results: dict[str, An
         "tied": tied,
         "files": files,
         "results": results,
+        "source_grid": None if grid is None else grid.to_dict(),
         "versions": versions(),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -298,8 +299,9 @@ def load(
     folder = resolve(source)
     dtype = parse_dtype(dtype)
     checksums.verify(folder, _of_the_model)
+    grid = None
     if (folder / MANIFEST).exists():
-        model = _load_changed(folder, base)
+        model, grid = _load_changed(folder, base)
         if dtype is not None:
             _cast(model, dtype)
     elif (folder / "config.json").exists():
@@ -312,7 +314,8 @@ def load(
         "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
     }
     if base is None:
-        model.__dict__[changes.SOURCE] = Source.of(str(folder), model, **options, trust_remote_code=trust_remote_code)
+        options["trust_remote_code"] = trust_remote_code
+        model.__dict__[changes.SOURCE] = Source.of(str(folder), model, grid=grid, **options)
     return model
 
 
@@ -388,7 +391,7 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
-def _load_changed(folder: Path, base: Callable[[], nn.Module] | None) -> nn.Module:
+def _load_changed(folder: Path, base: Callable[[], nn.Module] | None) -> tuple[nn.Module, SourceGrid | None]:
     manifest = read_manifest(folder)
     tensors = _read_tensors(folder, manifest)
     if base is not None:
@@ -417,7 +420,17 @@ def _load_changed(folder: Path, base: Callable[[], nn.Module] | None) -> nn.Modu
             manifest["base_class"],
         ),
     )
-    return model
+    return model, _grid(folder, manifest)
+
+
+def _grid(folder: Path, manifest: dict[str, Any]) -> SourceGrid | None:
+    content = manifest.get("source_grid")  # earlier versions did not write it
+    try:
+        return None if content is None else SourceGrid.from_dict(content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / MANIFEST}: source_grid is missing or malformed; the folder is damaged, save the model again."
+        ) from error
 
 
 def _build_pretrained(folder: Path, manifest: dict[str, Any]) -> nn.Module:

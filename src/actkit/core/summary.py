@@ -26,7 +26,8 @@ class Summary:
     parameters: how many, ties once, quantized weights as the parameters they stand for. bytes: of all tensors.
     dtypes: bytes by dtype. linears: count of linear layers by what they are ('dense', '4-bit groups of 64, threshold').
     sites: names of the sites that can be read. coverage: lines of the coverage report. recipe: what was applied.
-    edits: count by kind. results: what `actkit.json` recorded when the model was saved.
+    edits: count by kind. results: what `actkit.json` recorded when the model was saved. source_grid: how a quantized
+    source was stored (`changes.SourceGrid`).
     """
 
     model: str
@@ -42,6 +43,7 @@ class Summary:
     recipe: list[dict[str, Any]]
     edits: dict[str, int]
     results: dict[str, Any]
+    source_grid: dict[str, Any] | None = None
 
     def table(self) -> Table:
         """Two columns for a terminal."""
@@ -55,6 +57,9 @@ class Summary:
     def _rows(self) -> Iterator[tuple[str, str]]:
         if self.source:
             yield "source", self.source
+        if self.source_grid is not None:
+            grid = changes.SourceGrid.from_dict(self.source_grid)
+            yield "quantized source", "\n".join((grid.describe(), *grid.notes))
         yield "architecture", f"{self.architecture}, {self.blocks} block{'s' * (self.blocks != 1)}"
         dtypes = ", ".join(f"{format_bytes(size)} {dtype}" for dtype, size in self.dtypes.items())
         yield "parameters", f"{self.parameters:,} in {format_bytes(self.bytes)} ({dtypes})"
@@ -105,6 +110,7 @@ def summarise(model: nn.Module, example: Any = None, results: dict[str, Any] | N
         recipe=[] if known is None else known.recipe,
         edits={} if known is None else dict(Counter(next(iter(edit)) for edit in known.edits)),
         results=results or {},
+        source_grid=None if origin is None or origin.grid is None else origin.grid.to_dict(),
     )
 
 
