@@ -559,7 +559,7 @@ proof(lambda p: apply(broken(), "teal", batches("llama"), progress=False))
 proof(lambda p: apply(overflowing(), "teal", batches("llama"), progress=False))
 proof(lambda p: measure_quality(overflowing(), batches("llama"), progress=False))
 proof(lambda p: list(generation.generate_ids(overflowing(), [1, 2], max_new_tokens=2)))
-proof(lambda p: generation.check_generation(build("llama"), IDS[0], new_tokens=2, reference=overflowing()))
+proof(lambda p: generation.check_generation(build("llama"), IDS[0], max_new_tokens=2, reference=overflowing()))
 proof(lambda p: train(p, loss=lambda model, batch: model(**batch).logits.sum() * (NAN if model.training else 1)))
 proof(lambda p: train(p, loss=lambda model, batch: model(**batch).logits.sum() * NAN))
 

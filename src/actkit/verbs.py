@@ -223,7 +223,7 @@ def evaluate(
     against: Model | None = None,
     speed: bool = False,
     prompt: int = 128,
-    new_tokens: int = 32,
+    max_new_tokens: int = 32,
     batch: int = 1,
     rounds: int = 5,
     threads: int | None = None,
@@ -232,7 +232,7 @@ def evaluate(
     """Measure a model, and against an original how far it is from it: quality, cost, and speed where asked for.
 
     data: None for the embedded test split, which no calibration and no search saw. speed: in fresh processes, of
-    `batch` rows with a prompt of `prompt` tokens and `new_tokens` more, in interleaved `rounds`; threads: torch's
+    `batch` rows with a prompt of `prompt` tokens and `max_new_tokens` more, in interleaved `rounds`; threads: torch's
     number where None. options: of `open_model` and `load_data`. Raises what these and `core.evaluation.evaluate` raise.
     """
     from actkit.core.evaluation import evaluate as measure
@@ -255,7 +255,7 @@ def evaluate(
             speed=speed,
             batch=batch,
             prompt=prompt,
-            new_tokens=new_tokens,
+            max_new_tokens=max_new_tokens,
             rounds=rounds,
             threads=threads,
             dtype=opening.get("dtype"),

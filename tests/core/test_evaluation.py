@@ -70,7 +70,7 @@ def test_the_parts_are_those_of_their_functions(tmp_path):
         assert found.quality == measure_quality(model, data, reference=original, resamples=200, seed=3)
         assert found.cost == measure_cost(model, data)
         prompts = data[0]["input_ids"]
-        assert found.generation == check_generation(model, prompts, new_tokens=32, reference=original)
+        assert found.generation == check_generation(model, prompts, max_new_tokens=32, reference=original)
     assert found.original_cost == measure_cost(original, folder=tmp_path / "original")
     assert found.original_cost.disk_bytes == sum(f.stat().st_size for f in (tmp_path / "original").iterdir())
     assert 0 < found.cost.density < 1 and found.cost.bytes_per_token < found.original_cost.bytes_per_token
@@ -145,7 +145,7 @@ def test_speed_is_timed_in_turns_with_the_original(tmp_path, monkeypatch):
         return {"original": old, "changed": new} if len(folders) == 2 else {"changed": fake_speed(150.0, None, 10**9)}
 
     monkeypatch.setattr(speed, "measure_speed", measure)
-    settings = {"batch": 1, "prompt": 16, "new_tokens": 8, "rounds": 3, "threads": 2, "dtype": "bfloat16"}
+    settings = {"batch": 1, "prompt": 16, "max_new_tokens": 8, "rounds": 3, "threads": 2, "dtype": "bfloat16"}
     both = evaluate(
         model,
         data,

@@ -492,7 +492,7 @@ def test_nan_logits():
 def test_check_of_a_model_that_writes():
     model, other = small(), small(seed=10)
     prompts = torch.tensor([[3, 5], [7, 8]])
-    found = check_generation(model, prompts, new_tokens=12, reference=other)
+    found = check_generation(model, prompts, max_new_tokens=12, reference=other)
     tokens = [peer(model, prompt, 12) for prompt in prompts.tolist()]
     others = [peer(other, prompt, 12) for prompt in prompts.tolist()]
     assert found.passed and found.reason == "" and [list(each) for each in found.tokens] == tokens
@@ -500,15 +500,15 @@ def test_check_of_a_model_that_writes():
     assert found.agreeing_prefix == sum(agreeing) / 2
     assert found.distinct_share == min(len(set(each)) / 12 for each in tokens)
     for reference in (model, small()):
-        assert check_generation(model, prompts[0], new_tokens=12, reference=reference).agreeing_prefix == 12
-    assert check_generation(model, prompts[0], new_tokens=12).agreeing_prefix is None
+        assert check_generation(model, prompts[0], max_new_tokens=12, reference=reference).agreeing_prefix == 12
+    assert check_generation(model, prompts[0], max_new_tokens=12).agreeing_prefix is None
     assert found.to_dict()["tokens"] == found.tokens
 
 
 def test_check_goes_on_past_the_end_of_a_text():
     model = small()
     model.generation_config.eos_token_id = peer(model, [3, 5], 1)[0]
-    assert len(check_generation(model, torch.tensor([3, 5]), new_tokens=8).tokens[0]) == 8
+    assert len(check_generation(model, torch.tensor([3, 5]), max_new_tokens=8).tokens[0]) == 8
 
 
 def stuck():
@@ -520,21 +520,21 @@ def stuck():
 
 def test_check_of_one_token_throughout():
     prompt = torch.tensor([3, 5])
-    found = check_generation(stuck(), prompt, new_tokens=6, reference=small())
+    found = check_generation(stuck(), prompt, max_new_tokens=6, reference=small())
     assert not found.passed and found.reason == "prompt 1 is continued by token 0 6 times over"
     assert found.distinct_share == 1 / 6
-    assert check_generation(stuck(), prompt, new_tokens=6, reference=stuck()).passed
-    assert not check_generation(stuck(), prompt, new_tokens=6).passed
+    assert check_generation(stuck(), prompt, max_new_tokens=6, reference=stuck()).passed
+    assert not check_generation(stuck(), prompt, max_new_tokens=6).passed
 
 
 def test_check_of_nan_and_of_tokens_outside_the_vocabulary():
     model, prompt = small(), torch.tensor([3, 5])
     with torch.no_grad():
         model.lm_head.weight[3, 0] = math.inf
-    found = check_generation(model, prompt, new_tokens=6, reference=small())
+    found = check_generation(model, prompt, max_new_tokens=6, reference=small())
     assert not found.passed and "NaN or Inf" in found.reason and found.tokens == ((),) and found.agreeing_prefix == 0
     with pytest.raises(NonFiniteError, match="reference: it does not write either"):
-        check_generation(small(), prompt, new_tokens=6, reference=model)
+        check_generation(small(), prompt, max_new_tokens=6, reference=model)
 
     class Outside(nn.Module):
         def forward(self, hidden):
@@ -543,7 +543,7 @@ def test_check_of_nan_and_of_tokens_outside_the_vocabulary():
     for new_tokens in (1, 4):
         wide = small()
         wide.lm_head = Outside()
-        found = check_generation(wide, prompt, new_tokens=new_tokens)
+        found = check_generation(wide, prompt, max_new_tokens=new_tokens)
         assert not found.passed and "chose token 70, but embeds 0 to 60" in found.reason
     with pytest.raises(DataError, match="context of 64"):
-        check_generation(small(), prompt, new_tokens=63)
+        check_generation(small(), prompt, max_new_tokens=63)

@@ -113,7 +113,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Path]
 
 
 def test_rounds_rotate_and_ratios_are_paired(scripted: dict[str, Path]) -> None:
-    found = measure_speed(scripted, batch=2, prompt=9, new_tokens=4, rounds=3, dtype="bfloat16", progress=False)
+    found = measure_speed(scripted, batch=2, prompt=9, max_new_tokens=4, rounds=3, dtype="bfloat16", progress=False)
     order = [name for name, _, _ in Scripted.calls]
     rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
     assert rounds == ["cab", "abc", "bca", "cab"]  # a warm-up, then each begins once
@@ -136,19 +136,19 @@ def test_rounds_rotate_and_ratios_are_paired(scripted: dict[str, Path]) -> None:
 
 
 def test_one_row_goes_through_the_decoder(scripted: dict[str, Path]) -> None:
-    found = measure_speed(scripted, batch=1, prompt=9, new_tokens=4, rounds=3, progress=False)
+    found = measure_speed(scripted, batch=1, prompt=9, max_new_tokens=4, rounds=3, progress=False)
     assert Scripted.packs == [("a", 13), ("b", 13), ("c", 13)] and Scripted.open == 0
     for each in found.values():
         assert (each.engine, each.engine_reason, each.through, each.threads) == ("decoder", "", "decoder", 2)
         assert each.packed == 0
     Scripted.packs.clear()
-    many = measure_speed(scripted, batch=3, prompt=9, new_tokens=4, rounds=3, progress=False)["a"]
+    many = measure_speed(scripted, batch=3, prompt=9, max_new_tokens=4, rounds=3, progress=False)["a"]
     assert Scripted.packs == [] and (many.packed, many.engine) == (0, "transformers")  # no kernel of ours either
 
 
 def test_a_ratio_never_compares_engines(scripted: dict[str, Path]) -> None:
     Scripted.refused["b"] = "it has a low-rank correction"
-    found = measure_speed(scripted, batch=1, prompt=9, new_tokens=4, rounds=3, progress=False)
+    found = measure_speed(scripted, batch=1, prompt=9, max_new_tokens=4, rounds=3, progress=False)
     assert Scripted.packs == [("a", 13), ("b", 13), ("c", 13), ("a", None), ("b", None), ("c", None)]
     assert Scripted.open == 0 and {each.engine for each in found.values()} == {"transformers"}
     assert found["b"].engine_reason == "it has a low-rank correction"
@@ -157,13 +157,13 @@ def test_a_ratio_never_compares_engines(scripted: dict[str, Path]) -> None:
     assert found["a"].through == "transformers (the decoder does not take 'b': it has a low-rank correction)"
     Scripted.refused.update(a="no", c="no")
     Scripted.packs.clear()
-    measure_speed(scripted, batch=1, prompt=9, new_tokens=4, rounds=3, progress=False)
+    measure_speed(scripted, batch=1, prompt=9, max_new_tokens=4, rounds=3, progress=False)
     assert len(Scripted.packs) == 3  # all are alike, so nothing is started again
 
 
 def test_a_process_that_compiled_is_not_measured(scripted: dict[str, Path]) -> None:
     Scripted.cold |= {"a", "c"}
-    found = measure_speed(scripted, batch=1, prompt=9, new_tokens=4, rounds=3, progress=False)
+    found = measure_speed(scripted, batch=1, prompt=9, max_new_tokens=4, rounds=3, progress=False)
     order = "".join(name for name, _, _ in Scripted.calls)
     assert order == "ccaab" + "abc" + "bca" + "cab" and Scripted.open == 0
     assert [name for name, _ in Scripted.packs] == ["a", "b", "c", "c", "a"]
@@ -196,9 +196,9 @@ def test_the_interval_against_every_possible_resample() -> None:
 
 
 def test_settings_out_of_bounds(scripted: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for settings in ({"batch": 0}, {"prompt": 0}, {"new_tokens": 1}, {"rounds": 0}):
+    for settings in ({"batch": 0}, {"prompt": 0}, {"max_new_tokens": 1}, {"rounds": 0}):
         name, value = next(iter(settings.items()))
-        with pytest.raises(ValueError, match=f"{name}: {value} was given; give {2 if name == 'new_tokens' else 1}"):
+        with pytest.raises(ValueError, match=f"{name}: {value} was given; give {2 if name == 'max_new_tokens' else 1}"):
             measure_speed(scripted, progress=False, **settings)
     with pytest.raises(ValueError, match="folders: none were given"):
         measure_speed({})
@@ -215,7 +215,7 @@ def test_settings_out_of_bounds(scripted: dict[str, Path], monkeypatch: pytest.M
 
     monkeypatch.setattr(speed, "FreshProcess", Mixed)
     with pytest.raises(ValueError, match=r"'b': 'forward'.* cannot be compared"):
-        measure_speed(scripted, prompt=8, new_tokens=4, progress=False)
+        measure_speed(scripted, prompt=8, max_new_tokens=4, progress=False)
 
 
 def test_weights_that_do_not_fit_are_refused_before_anything_starts(
@@ -239,7 +239,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_starts(
 
 
 def test_two_folders_side_by_side(folders: dict[str, Path]) -> None:
-    found = measure_speed(folders, prompt=16, new_tokens=4, rounds=2, threads=1, progress=False)
+    found = measure_speed(folders, prompt=16, max_new_tokens=4, rounds=2, threads=1, progress=False)
     original, sparse = found["original"], found["sparse"]
     for measured in (original, sparse):
         assert (measured.kind, measured.dtype, measured.threads, measured.rounds) == ("decode", "float32", 1, 2)
@@ -248,5 +248,5 @@ def test_two_folders_side_by_side(folders: dict[str, Path]) -> None:
         assert measured.peak_bytes > 10**8
         assert (measured.engine, measured.engine_reason, measured.packed) == ("decoder", "", 0)
     assert original.ratio is None and sparse.ratio is not None and sparse.ratio.low > 0
-    two = measure_speed(folders, batch=2, prompt=16, new_tokens=4, rounds=1, threads=1, progress=False)
+    two = measure_speed(folders, batch=2, prompt=16, max_new_tokens=4, rounds=1, threads=1, progress=False)
     assert (two["original"].packed, two["sparse"].packed, two["sparse"].engine) == (0, 2, "transformers")

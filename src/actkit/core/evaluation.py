@@ -174,7 +174,7 @@ def evaluate(
     generation: bool = True,
     batch: int = 1,
     prompt: int = 128,
-    new_tokens: int = 32,
+    max_new_tokens: int = 32,
     rounds: int = 5,
     threads: int | None = None,
     dtype: torch.dtype | str | None = None,
@@ -189,7 +189,7 @@ def evaluate(
     batches, reference, task, resamples, seed: as in `measure_quality`; the batches also give the density of selections
     and the prompts of the generation check. folder: where the model is saved (bytes on disk; needed for what follows).
     process: a FreshProcess to measure memory in: it loads the folder, runs the first batch, and stays open. speed: time
-    the folder (and reference_folder, in turns with it) by `measure_speed` with batch, prompt, new_tokens, rounds,
+    the folder (and reference_folder, in turns with it) by `measure_speed` with batch, prompt, max_new_tokens, rounds,
     threads, dtype, base and trust_remote_code; its peak memory counts where there is no process. Several processes
     (`core.processes.together`) share the batches of quality and density; all get the whole result.
 
@@ -233,7 +233,7 @@ def evaluate(
             folders,
             batch=batch,
             prompt=prompt,
-            new_tokens=new_tokens,
+            max_new_tokens=max_new_tokens,
             rounds=rounds,
             threads=threads,
             progress=progress,
@@ -277,7 +277,7 @@ def _generation(model: nn.Module, reference: nn.Module | None, batches: Sequence
     if can_generate is None or not can_generate():
         return None
     prompts, new_tokens = _prompts(model, batches)
-    return check_generation(model, prompts, new_tokens=new_tokens, reference=reference)
+    return check_generation(model, prompts, max_new_tokens=new_tokens, reference=reference)
 
 
 def _prompts(model: nn.Module, batches: Sequence[Any]) -> tuple[Tensor, int]:

@@ -351,7 +351,7 @@ class GenerationCheck:
 
 
 def check_generation(
-    model: nn.Module, input_ids: Tensor, *, new_tokens: int = 32, reference: nn.Module | None = None
+    model: nn.Module, input_ids: Tensor, *, max_new_tokens: int = 32, reference: nn.Module | None = None
 ) -> GenerationCheck:
     """Let a model continue prompts greedily, past the end of a text too, and look at what comes.
 
@@ -364,17 +364,17 @@ def check_generation(
     agreeing: list[int] = []
     reasons: list[str] = []
     for number, prompt in enumerate(prompts, start=1):
-        tokens, reason = _continue(model, prompt, new_tokens)
+        tokens, reason = _continue(model, prompt, max_new_tokens)
         original: list[int] | None = None
         if reference is not None:
-            original, broken = (tokens, "") if reference is model else _continue(reference, prompt, new_tokens)
+            original, broken = (tokens, "") if reference is model else _continue(reference, prompt, max_new_tokens)
             if broken:
                 raise NonFiniteError(f"reference: it does not write either: {broken}")
             pairs = list(zip(tokens, original))
             agreeing.append(next((at for at, (a, b) in enumerate(pairs) if a != b), len(pairs)))
-        stuck = new_tokens > 1 and len(tokens) == new_tokens and len(set(tokens)) == 1
+        stuck = max_new_tokens > 1 and len(tokens) == max_new_tokens and len(set(tokens)) == 1
         if stuck and not (original is not None and len(set(original)) == 1):
-            reason = f"prompt {number} is continued by token {tokens[0]} {new_tokens} times over"
+            reason = f"prompt {number} is continued by token {tokens[0]} {max_new_tokens} times over"
         written.append(tuple(tokens))
         reasons.append(reason)
     shares = [len(set(tokens)) / len(tokens) if tokens else 0.0 for tokens in written]

@@ -85,7 +85,7 @@ def measure_speed(
     *,
     batch: int = 1,
     prompt: int = 128,
-    new_tokens: int = 32,
+    max_new_tokens: int = 32,
     rounds: int = 5,
     threads: int | None = None,
     dtype: torch.dtype | str | None = None,
@@ -97,19 +97,19 @@ def measure_speed(
     """Time saved models against the first of them.
 
     folders: name -> folder. batch: rows. prompt: tokens of the prompt, or of the sequences of a model that does not
-    decode. new_tokens: decoded per row, 2 or more. rounds: counted ones. threads: of each process, torch's number here
-    where None. dtype: as stored where None. base: as in `FreshProcess.load`. max_memory: bytes that all processes may
-    take together; what is free now where None.
+    decode. max_new_tokens: decoded per row, 2 or more. rounds: counted ones. threads: of each process, torch's number
+    here where None. dtype: as stored where None. base: as in `FreshProcess.load`. max_memory: bytes that all processes
+    may take together; what is free now where None.
     Raises MemoryLimitError before anything starts where they do not fit, ValueError for settings out of bounds or
     candidates of different kinds, FreshProcessError where a folder does not load or run.
     """
-    _check(folders, batch=batch, prompt=prompt, new_tokens=new_tokens, rounds=rounds)
+    _check(folders, batch=batch, prompt=prompt, max_new_tokens=max_new_tokens, rounds=rounds)
     _check_memory(folders, dtype, max_memory, builds=batch == 1)
     options = {"dtype": dtype, "base": base, "trust_remote_code": trust_remote_code}
     with ExitStack() as stack:
         runners: dict[str, _Runner] = {}
         for name, folder in track(folders.items(), "Loading the candidates", len(folders), progress):
-            runners[name] = _Runner(Path(folder), threads, options, batch, prompt, new_tokens)
+            runners[name] = _Runner(Path(folder), threads, options, batch, prompt, max_new_tokens)
             stack.enter_context(closing(runners[name])).start()
         _check_kinds(runners)
         _share_engine(runners)
@@ -148,7 +148,7 @@ class _Runner:
         takes, prompt, new_tokens = Inputs.from_dict(self.loaded["inputs"]), self.asked_prompt, self.asked_new
         if takes.causal and takes.context is not None and prompt + new_tokens > takes.context:
             raise ValueError(
-                f"prompt, new_tokens: {prompt} + {new_tokens} tokens were asked for, the model's context is "
+                f"prompt, max_new_tokens: {prompt} + {new_tokens} tokens were asked for, the model's context is "
                 f"{takes.context}; lower one of them."
             )
         self.kind: Literal["decode", "forward"] = "decode" if takes.causal else "forward"
@@ -234,7 +234,7 @@ def _check(folders: Mapping[str, str | Path], **settings: int) -> None:
     if not folders:
         raise ValueError("folders: none were given; give at least one, as in {'original': folder}.")
     for name, value in settings.items():
-        least = 2 if name == "new_tokens" else 1
+        least = 2 if name == "max_new_tokens" else 1
         if value < least:
             raise ValueError(f"{name}: {value} was given; give {least} or more.")
     for name, folder in folders.items():

@@ -370,7 +370,7 @@ class _Search:
                 folders,
                 batch=1 if decodes else BATCH,
                 prompt=max(1, min(PROMPT, half)),
-                new_tokens=max(2, min(NEW_TOKENS, half)),
+                max_new_tokens=max(2, min(NEW_TOKENS, half)),
                 rounds=ROUNDS,
                 base=self.shop.base,
                 trust_remote_code=self.trust,

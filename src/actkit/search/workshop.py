@@ -171,7 +171,7 @@ class Workshop:
             return None
         context = Inputs.of(model).context or PROMPT + CONTINUATION
         return check_generation(
-            model, prompt, new_tokens=max(1, min(CONTINUATION, context - prompt.shape[1])), reference=self.model
+            model, prompt, max_new_tokens=max(1, min(CONTINUATION, context - prompt.shape[1])), reference=self.model
         )
 
     def _text(self, check: GenerationCheck) -> str | None:
