@@ -21,8 +21,9 @@ from actkit.core.linear import ActLinear, IntegerWeight, LowRank
 from actkit.core.quantizer import QuantizationGrid
 from actkit.core.runner import apply
 from actkit.formats import reading
-from actkit.formats.compressed_tensors import Scheme, layer_tensors, pack
+from actkit.formats.compressed_tensors import Scheme, as_read, layer_tensors, pack
 from actkit.formats.export import export
+from actkit.formats.plain import Plain
 from actkit.formats.reading import expected_outputs, try_reading
 from actkit.testing.models import DECODER, HIDDEN, tiny_batches, tiny_model
 
@@ -67,9 +68,8 @@ def mixed() -> Any:
     return model
 
 
-def half() -> Any:
-    model = actkit.load("swiglu", dtype="float16")
-    return actkit.apply(model, recipe(("rtn", {**GROUPS, "group_size": 32})), progress=False).model
+def embedded(dtype: str | None, settings: dict[str, Any]) -> Any:
+    return actkit.apply(actkit.load("swiglu", dtype=dtype), recipe(("rtn", settings)), progress=False).model
 
 
 def swapped() -> Any:
@@ -92,8 +92,10 @@ CASES = {  # name -> the model, activations, the share of the largest output by 
     "mixed": (mixed, None, 1e-5),
     "encoder": (lambda: changed("bert", "rtn", GROUPS), None, 1e-5),
     "swapped": (swapped, None, 1e-5),
-    "half": (half, None, 1e-3),
+    "half": (lambda: embedded("float16", {**GROUPS, "group_size": 32}), None, 0.0),
+    "half zero points": (lambda: embedded("bfloat16", {**ZEROS, "group_size": 32}), None, 0.0),
     "int8": (lambda: changed("qwen2", "rtn", ROWS), "int8", 1e-5),
+    "int8 as stored": (lambda: embedded(None, ROWS), "int8", 0.0),  # bfloat16
 }
 
 
@@ -106,8 +108,9 @@ def exported(tmp_path_factory):
         model = make()
         reports[name] = export(model, out / name.replace(" ", "-"), activations=activations, proof=False)
         batch = {"input_ids": torch.randint(40, (2, 9), generator=torch.Generator().manual_seed(3))}
-        expected[name] = expected_outputs(model, batch, list(reports[name].quantized) if activations else ())
-        if activations:
+        layers = as_read(Plain.of(model), reports[name].quantized, activations)
+        expected[name] = expected_outputs(model, batch, layers)
+        if name == "int8":
             expected["not rounded"] = expected_outputs(model, batch)
         jobs.append((reports[name].folder, model.dtype, batch, None))
     jobs.append((damaged(reports["tied"].folder, out / "damaged"), torch.float32, batch, None))
@@ -254,6 +257,26 @@ def test_the_proof_compares(monkeypatch, tmp_path):
     monkeypatch.setattr(reading, "read_back", lambda cases: [right * torch.nan])
     with pytest.raises(ExportError, match="differ by up to inf"):
         export(model, tmp_path / "wrong", overwrite=True)
+
+
+def test_a_documented_export_of_the_model_as_stored(tmp_path, monkeypatch):
+    """In bfloat16, whose rounding moves the outputs by more than a hundredth; another folder's outputs still fail."""
+    model = embedded(None, ROWS)
+    report = export(model, tmp_path / "out", activations="int8")
+    found = report.reading
+    assert found.passed and found.dtype == "bfloat16" and found.largest_difference == found.tolerance == 0
+    assert 0.005 * found.scale < found.moved < 0.05 * found.scale
+    assert "the format's own rounding moves them by up to" in found.describe()
+    layer = model.model.layers[2].mlp.down_proj
+    apply_edit(
+        model,
+        Replace(
+            "model.layers.2.mlp.down_proj",
+            ActLinear.of(layer, weight=IntegerWeight.quantize(1.25 * layer.dequantized(), layer.weight.grid)),
+        ),
+    )
+    layers = as_read(Plain.of(model), report.quantized, "int8")
+    assert not reading.compare(model, report.folder, as_read=layers).passed
 
 
 def test_the_card_says_what_is_in_the_folder(exported):

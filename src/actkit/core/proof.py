@@ -3,9 +3,9 @@
 Both run the same fixed rows in the same dtype with the same number of threads. Where the code path is the same too,
 the outputs agree bit for bit. They need not where it is not: another attention implementation, a rotary table that
 `model.to` has rounded, or a matrix product that takes another path because the weights lie elsewhere in memory. So what
-is checked is a tolerance:
+is checked where they differ is a tolerance, what rounding to its dtype does on this very model (`core/rounding.py`):
 
-    max |memory - reloaded| <= tolerance * max |memory|,    tolerance = 1e-5 in float32, 1e-2 in 16 bits
+    max |memory - reloaded| <= limit(model)
 
 and what was found is recorded, with whether it is bit for bit. NaN fails on either side.
 """
@@ -27,10 +27,10 @@ from actkit.core.fresh import Base, FreshProcess
 from actkit.core.hooks import BatchContext, evaluating, forward
 from actkit.core.offload import device_of
 from actkit.core.parts import attention_implementation
+from actkit.core.rounding import Limit, limit
 from actkit.core.runner import first_tensor
 
 ROWS = 2
-EXACT, ROUNDED = 1e-5, 1e-2  # of the largest output: accumulated rounding of float32, of 16 bits
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,10 @@ class Proof:
     """What a reload gave.
 
     largest_difference: of all outputs; NaN or inf where one side is not finite or the shapes differ. scale: the
-    largest |output| in memory. tolerance: the largest difference that passes, in the outputs' unit. tokens: real tokens
-    compared, or examples. seconds: of the whole proof. reason: why it passed or failed, in words. bit_equal: no output
-    differs in any bit of its value. dtype, threads: of both sides.
+    largest |output| in memory. tolerance: the largest difference that passes, in the outputs' unit; 0 where nothing
+    differs, as it is measured only then. tokens: real tokens compared, or examples. seconds: of the whole proof.
+    reason: why it passed or failed, in words. bit_equal: no output differs in any bit of its value. dtype, threads: of
+    both sides.
     """
 
     folder: str
@@ -107,26 +108,25 @@ def prove(
         if loaded["dtype"] != name:
             loaded = process.load(folder, dtype, **options)
         found = process.outputs(batch)
-    tolerance = EXACT if dtype in (torch.float32, torch.float64) else ROUNDED
     scale = float(expected.abs().max()) if expected.numel() else 0.0
-    difference, equal = _compare(expected, found)
-    passed = difference <= tolerance * scale
+    difference, equal = compared(expected, found)
+    allowed = limit(model, batch, expected) if math.isfinite(difference) and not equal else Limit(0.0)
     return Proof(
         str(folder),
-        passed,
+        difference <= allowed.value,
         difference,
         scale,
-        tolerance * scale,
+        allowed.value,
         BatchContext.of(batch).tokens,
         time.perf_counter() - started,
-        _reason(expected, found, difference, tolerance * scale, equal, _other_path(model, loaded)),
+        _reason(expected, found, difference, allowed, equal, _other_path(model, loaded)),
         equal,
         name,
         threads,
     )
 
 
-def _compare(expected: Tensor, found: Tensor) -> tuple[float, bool]:
+def compared(expected: Tensor, found: Tensor) -> tuple[float, bool]:
     """The largest difference, and whether all values are equal. Infinities of one sign are equal, NaN never is."""
     if expected.shape != found.shape:
         return float("inf"), False
@@ -141,7 +141,7 @@ def _reason(
     expected: Tensor,
     found: Tensor,
     difference: float,
-    tolerance: float,
+    allowed: Limit,
     equal: bool,
     other_path: str,
 ) -> str:
@@ -152,10 +152,10 @@ def _reason(
         return f"the outputs hold NaN {' and '.join(nan)}"
     if equal:
         return "the outputs are equal bit for bit"
-    compared = f"the outputs differ by up to {difference:.3g}"
-    if difference > tolerance:
-        return f"{compared}, more than the tolerance {tolerance:.3g}; the folder does not hold this model"
-    return f"{compared}, within the tolerance {tolerance:.3g}: {other_path}"
+    differ = f"the outputs differ by up to {difference:.3g}"
+    if difference > allowed.value:
+        return f"{differ}, more than the tolerance {allowed.describe()}; the folder does not hold this model"
+    return f"{differ}, within the tolerance {allowed.describe()}: {other_path}"
 
 
 def _other_path(model: nn.Module, loaded: dict[str, Any]) -> str:

@@ -16,15 +16,16 @@ in 16 bits rounds them to its dtype when it loads.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from actkit.core.errors import ExportError
-from actkit.core.linear import ActLinear, DenseWeight, IntegerWeight
+from actkit.core.linear import ActLinear, DenseWeight, IntegerWeight, Selection
 from actkit.core.quantizer import unpack_nibbles
 from actkit.formats.plain import Plain
 
@@ -117,6 +118,41 @@ def write(plain: Plain, folder: Path, activations: Activations | None, max_shard
     config["quantization_config"] = quantization_config(schemes, list(dense))
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return {"quantized": quantized, "dense": dense, "notes": _notes(plain, schemes)}
+
+
+class RoundedTokens(Selection):
+    """Inputs rounded to 8 bits, one scale per token, as transformers' reader of compressed-tensors does it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> the values that its codes stand for: round(x / scale) * scale, scale = max|x| / 127.5."""
+        scale = x.abs().amax(-1, keepdim=True) / 127.5
+        scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
+        return (x / scale).clamp(-128, 127).round() * scale
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": "rounded_tokens"}
+
+
+def as_read(plain: Plain, quantized: Iterable[str], activations: Activations | None) -> dict[str, nn.Module]:
+    """What transformers' reader computes in place of the quantized layers: scales in its dtype, rounded activations.
+
+    Args:
+        plain: the exported model.
+        quantized: paths of the layers that `write` wrote quantized.
+        activations: as in `write`.
+
+    Returns:
+        Path -> the layer as it is read.
+    """
+    select = None if activations is None else RoundedTokens()
+    found: dict[str, nn.Module] = {}
+    for path in quantized:
+        weight = _integer(plain.layers[path])
+        # A layer with zero points is widened before the cast (`dequantize` in the config), another one after it.
+        scale = weight.scale if weight.zero is not None else weight.scale.to(plain.dtype).float()
+        same = IntegerWeight(weight.grid, weight.shape, weight.codes, scale, weight.zero, weight.dtype)
+        found[path] = ActLinear.of(plain.layers[path], weight=same, select=select)
+    return found
 
 
 def quantization_config(schemes: dict[str, Scheme], ignore: list[str]) -> dict[str, Any]:

@@ -72,8 +72,11 @@ def export(
     elif proof:
         from actkit.formats.reading import compare
 
-        rounded = list(said["quantized"]) if activations is not None else []
-        reading = compare(model, folder, rounded=rounded, gguf_file=file)
+        if file is None:
+            as_read = compressed_tensors.as_read(plain, said["quantized"], activations)
+        else:
+            as_read = gguf_file.as_read(plain, said["quantized"])
+        reading = compare(model, folder, as_read=as_read, gguf_file=file)
         if not reading.passed:
             raise ExportError(f"{folder}: {reading.describe()}. The folder is left for inspection; report it.")
     return Exported(folder, format, disk_bytes=folder_bytes(folder), reading=reading, **said)

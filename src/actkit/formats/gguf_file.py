@@ -14,16 +14,17 @@ where transformers rotates halves.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from actkit.core.errors import ExportError
-from actkit.core.linear import DenseWeight, IntegerWeight, WeightStorage
+from actkit.core.linear import ActLinear, DenseWeight, IntegerWeight, WeightStorage
 from actkit.core.pretrained import base_type
 from actkit.core.progress import track
 from actkit.core.quantizer import unpack_nibbles
@@ -163,6 +164,32 @@ def blocks(weight: IntegerWeight, order: Tensor | None = None) -> tuple[Stored, 
         if weight.zero is not None:
             kind, parts = "Q4_1", [_bytes(d), _bytes((-zero * d.float()).half()), half]
     return Stored(kind, np.concatenate(parts, axis=-1).reshape(outputs, -1)), error
+
+
+def as_read(plain: Plain, quantized: Iterable[str]) -> dict[str, nn.Module]:
+    """What a reader that widens the blocks computes in place of the quantized layers: scales and minima in float16.
+
+    Args:
+        plain: the exported model.
+        quantized: paths of the layers that `write` wrote quantized.
+
+    Returns:
+        Path -> the layer as it is read.
+    """
+    found: dict[str, nn.Module] = {}
+    for path in quantized:
+        layer = plain.layers[path]
+        weight = layer.weight
+        assert isinstance(weight, IntegerWeight)
+        scale = weight.scale.half().float()
+        held: WeightStorage = IntegerWeight(weight.grid, weight.shape, weight.codes, scale, weight.zero, weight.dtype)
+        if weight.zero is not None and weight.grid.bits <= 4:  # w = d q + m, and m is no multiple of d
+            minimum = (-weight.zero.float() * scale).half().float()
+            codes = unpack_nibbles(weight.codes, weight.shape[1]).float().unflatten(1, (scale.shape[1], -1))
+            values = codes * scale[..., None] + minimum[..., None]
+            held = DenseWeight(nn.Parameter(values.flatten(1).to(weight.dtype), requires_grad=False))
+        found[path] = ActLinear.of(layer, weight=held)
+    return found
 
 
 def _bytes(values: Tensor) -> np.ndarray:

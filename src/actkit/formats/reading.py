@@ -1,22 +1,22 @@
 """The proof of an export: in a fresh process without actkit, transformers loads the folder and computes the same.
 
-Compared are the outputs on fixed random rows, as in `core/proof.py`:
+Compared are the outputs on fixed random rows. What the format itself rounds is rounded in memory too, each layer as
+its reader computes it (`as_read` of each format: scales in the reader's dtype or in float16, activations in 8 bits), so
+that what is left is another order of summation, and the limit is that of `core/rounding.py` where anything is left:
 
-    max |in memory - read back| <= tolerance * max |in memory|
-
-tolerance: 1e-5 where float32 stays float32; 5e-3 for GGUF in float32, whose scales are float16; 1e-2 in 16 bits. int8
-activations are emulated in memory, as transformers rounds them.
+    max |as read, in memory - read back| <= limit(model)
 """
 
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,10 @@ from actkit.core.edits import Replace, temporarily
 from actkit.core.errors import ExportError
 from actkit.core.example import Inputs, fit_dtype
 from actkit.core.hooks import evaluating, first_tensor, forward
-from actkit.core.linear import ActLinear, Selection
-from actkit.core.proof import EXACT, ROUNDED
+from actkit.core.proof import compared
+from actkit.core.rounding import Limit, limit
 
 ROWS = 2
-HALF_SCALES = 5e-3  # of the largest output
 TIMEOUT = 600.0  # seconds for all folders of one call
 Case = tuple[Path, torch.dtype, Mapping[str, Tensor], str | None]
 
@@ -43,12 +42,14 @@ class Reading:
     """What a fresh process without actkit read back.
 
     passed: whether the difference is within the tolerance. largest_difference: of all outputs, inf where shapes differ
-    or something is not finite. scale: the largest |output| in memory. tolerance: in the outputs' unit. dtype: both
-    sides'. reader: what loaded it. seconds: of the whole comparison.
+    or something is not finite. moved: how far the format's own rounding moves the model's outputs, on both sides alike.
+    scale: the largest |output| in memory. tolerance: in the outputs' unit; 0 where nothing differs, as it is measured
+    only then. dtype: both sides'. reader: what loaded it. seconds: of the whole comparison.
     """
 
     passed: bool
     largest_difference: float
+    moved: float
     scale: float
     tolerance: float
     dtype: str
@@ -62,37 +63,23 @@ class Reading:
     def describe(self) -> str:
         """One line."""
         verdict = "computes the same" if self.passed else "DOES NOT COMPUTE THE SAME"
+        tolerance = f", tolerance {self.tolerance:.3g}" if self.largest_difference else ""
+        moved = f"; the format's own rounding moves them by up to {self.moved:.3g}" if self.moved else ""
         return (
             f"{self.reader} without actkit {verdict}: outputs differ by up to {self.largest_difference:.3g} of "
-            f"{self.scale:.3g}, tolerance {self.tolerance:.3g} ({self.dtype}, {self.seconds:.1f} s)"
+            f"{self.scale:.3g}{tolerance}{moved} ({self.dtype}, {self.seconds:.1f} s)"
         )
 
 
-class RoundedTokens(Selection):
-    """Inputs rounded to 8 bits, one scale per token, as transformers' reader of compressed-tensors does it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> the values that its codes stand for: round(x / scale) * scale, scale = max|x| / 127.5."""
-        scale = x.abs().amax(-1, keepdim=True) / 127.5
-        scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
-        return (x / scale).clamp(-128, 127).round() * scale
-
-    def spec(self) -> dict[str, Any]:
-        return {"kind": "rounded_tokens"}
-
-
-def expected_outputs(model: nn.Module, batch: Any, rounded: Sequence[str] = ()) -> Tensor:
-    """The outputs of a model in memory on a batch, float32 on the CPU. rounded: paths of layers whose inputs are
-    rounded to 8 bits per token."""
-    with evaluating(model), _rounded(model, rounded):
+def expected_outputs(model: nn.Module, batch: Any, as_read: Mapping[str, nn.Module] | None = None) -> Tensor:
+    """The outputs of a model in memory on a batch, float32 on the CPU. as_read: path -> what the reader computes in
+    place of that layer."""
+    with evaluating(model), _standing(model, as_read or {}):
         return first_tensor(forward(model, batch)).float().cpu()
 
 
-@contextmanager
-def _rounded(model: nn.Module, paths: Sequence[str]) -> Iterator[None]:
-    edits = [Replace(path, ActLinear.of(model.get_submodule(path), select=RoundedTokens())) for path in paths]
-    with temporarily(model, edits):
-        yield
+def _standing(model: nn.Module, layers: Mapping[str, nn.Module]) -> AbstractContextManager[Any]:
+    return temporarily(model, [Replace(path, layer) for path, layer in layers.items()])
 
 
 def read_back(cases: Sequence[Case]) -> list[Tensor]:
@@ -144,21 +131,39 @@ def try_reading(cases: Sequence[Case]) -> list[Tensor | str]:
         ]
 
 
-def compare(model: nn.Module, folder: Path, *, rounded: Sequence[str] = (), gguf_file: str | None = None) -> Reading:
-    """Load an exported folder in a fresh process and compare its outputs with those of the model in memory."""
+def compare(
+    model: nn.Module,
+    folder: Path,
+    *,
+    as_read: Mapping[str, nn.Module] | None = None,
+    gguf_file: str | None = None,
+) -> Reading:
+    """Load an exported folder in a fresh process and compare its outputs with those of the model in memory.
+
+    as_read: path -> what the format's reader computes in place of that layer.
+    """
     started = time.perf_counter()
     dtype: Any = model.dtype
     batch = fit_dtype(Inputs.of(model).batch(ROWS), dtype)
-    expected = expected_outputs(model, batch, rounded)
+    expected = expected_outputs(model, batch, as_read)
+    moved = float((expected_outputs(model, batch) - expected).abs().max()) if as_read else 0.0
     (found,) = read_back([(folder, dtype, batch, gguf_file)])
-    difference = float((expected - found).abs().max()) if expected.shape == found.shape else float("inf")
-    difference = difference if difference == difference else float("inf")
-    scale = float(expected.abs().max())
-    share = (EXACT if gguf_file is None else HALF_SCALES) if dtype == torch.float32 else ROUNDED
-    tolerance = share * scale
-    name = str(dtype).removeprefix("torch.")
-    seconds = time.perf_counter() - started
-    return Reading(difference <= tolerance, difference, scale, tolerance, name, _reader(), seconds)
+    difference, equal = compared(expected, found)
+    difference = math.inf if math.isnan(difference) else difference
+    allowed = Limit(0.0)
+    if math.isfinite(difference) and not equal:
+        with _standing(model, as_read or {}):
+            allowed = limit(model, batch, expected)
+    return Reading(
+        difference <= allowed.value,
+        difference,
+        moved,
+        float(expected.abs().max()),
+        allowed.value,
+        str(dtype).removeprefix("torch."),
+        _reader(),
+        time.perf_counter() - started,
+    )
 
 
 def _reader() -> str:
