@@ -34,6 +34,7 @@ from actkit.core.errors import (
     UnsupportedModelError,
 )
 from actkit.core.linear import ActLinear, Threshold
+from actkit.core.quality import measure_quality
 from actkit.core.runner import apply
 from actkit.core.statistics import Moments
 from actkit.core.transform import Recipe
@@ -73,6 +74,12 @@ def recipe(*transforms: Any) -> dict[str, Any]:
     return {"actkit": 1, "transforms": list(transforms)}
 
 
+def never_called(model: Any) -> Any:
+    """A model that fails if it is called: the error must come before any work."""
+    model.model.embed_tokens.register_forward_pre_hook(lambda *_: pytest.fail("the model was called"))
+    return model
+
+
 def poke(name: str, value: float) -> Callable[[Any], Any]:
     def change(model: Any) -> Any:
         with torch.no_grad():
@@ -104,6 +111,7 @@ def infinite(model: Any) -> Any:
 
 
 EDIT_OF_TIED = Set("lm_head.weight", torch.zeros(VOCABULARY, HIDDEN))
+IDS = torch.ones(2, 4, dtype=torch.long)
 LONG = torch.ones(1, 33, dtype=torch.long)
 
 CASES = [
@@ -125,7 +133,7 @@ CASES = [
         "longer than the context",
         run("teal", [{"input_ids": LONG}]),
         DataError,
-        ("33 tokens", "max_position_embeddings) is 32", "cut them"),
+        ("33 tokens", "the model's context is 32", "cut them"),
     ),
     Case(
         "recording longer than the context",
@@ -134,22 +142,53 @@ CASES = [
         ("33 tokens", "is 32", "cut them"),
     ),
     Case(
+        "quality beyond the context",
+        lambda model, folder: measure_quality(model, [{"input_ids": IDS}, {"input_ids": LONG}]),
+        DataError,
+        ("33 tokens", "is 32", "cut them"),
+        prepare=never_called,
+    ),
+    Case(
+        "ids in a list",
+        run("teal", [{"input_ids": [[1, 2], [3, 4]]}]),
+        DataError,
+        ("data: input_ids is a list", "torch.tensor"),
+    ),
+    Case(
+        "a mask in a list",
+        run("teal", [{"input_ids": IDS, "attention_mask": [[1] * 4] * 2}]),
+        DataError,
+        ("data: attention_mask is a list", "torch.tensor"),
+    ),
+    Case(
+        "ids in an array",
+        run("teal", [{"input_ids": IDS.numpy()}]),
+        DataError,
+        ("data: input_ids is a ndarray", "torch.tensor"),
+    ),
+    Case(
+        "a batch that is a list",
+        run("teal", [[[1, 2], [3, 4]]]),
+        DataError,
+        ("data: a batch is a list", "torch.tensor"),
+    ),
+    Case(
         "tokens of another vocabulary",
         run("teal", ids(input_ids=torch.full((2, 4), VOCABULARY))),
         DataError,
-        ("input_ids", "token 50 was given", "0 to 49", "use the tokenizer"),
+        ("vocabulary mismatch", "the data hold token 50", "0 to 49", "own tokenizer"),
     ),
     Case(
         "negative tokens",
         run("teal", ids(input_ids=torch.full((2, 4), -100))),
         DataError,
-        ("input_ids", "token -100 was given", "0 to 49"),
+        ("the data hold token -100", "0 to 49"),
     ),
     Case(
         "recording another vocabulary",
         lambda model, folder: record(model, {"mlp.hidden": Moments()}, ids(input_ids=torch.full((2, 4), 99))),
         DataError,
-        ("token 99 was given", "0 to 49"),
+        ("token 99", "0 to 49"),
     ),
     # numbers
     *(

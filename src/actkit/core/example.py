@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.errors import DataError
+from actkit.core.limits import context_length, text_config
 from actkit.core.linear import ActLinear
 
+TOKENS = "input_ids"  # the first input of a model of tokens, as transformers calls it
 LONGEST = 64  # tokens of a fixed sequence, unless told otherwise
 
 
@@ -39,7 +41,7 @@ class Inputs:
     @classmethod
     def of(cls, model: nn.Module) -> Inputs:
         """Read off a model."""
-        vocabulary = _vocabulary(model)
+        vocabulary = vocabulary_size(model)
         parameters = inspect.signature(model.forward).parameters.values()
         anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
         named = {p.name for p in parameters}
@@ -47,7 +49,7 @@ class Inputs:
         keywords = tuple(key for key in keys if key in named or (anything and key != "attention_mask"))
         can_generate: Any = getattr(model, "can_generate", None)
         causal = vocabulary is not None and can_generate is not None and bool(can_generate())
-        return cls(vocabulary, _context(model), None if vocabulary else _shape(model), keywords, causal)
+        return cls(vocabulary, context_length(model), None if vocabulary else input_shape(model), keywords, causal)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Inputs:
@@ -72,17 +74,20 @@ class Inputs:
             if self.context is not None and length > self.context:
                 raise ValueError(f"length: {length} tokens were asked for, the model's context is {self.context}.")
             ids = torch.randint(self.vocabulary, (rows, length), generator=generator)
-            if "input_ids" not in self.keywords:
-                return ids
-            masked = "attention_mask" in self.keywords
-            return {"input_ids": ids, **({"attention_mask": torch.ones_like(ids)} if masked else {})}
+            batch = self.named(TOKENS, ids)
+            if isinstance(batch, dict) and "attention_mask" in self.keywords:
+                batch["attention_mask"] = torch.ones_like(ids)
+            return batch
         if self.shape is None:
             raise DataError(
                 "batch: the model does not say what it takes (no vocabulary, image size or input_shape); pass batch=, "
                 "one batch that it can be called with."
             )
-        values = torch.rand((rows, *self.shape), generator=generator)
-        return {"pixel_values": values} if "pixel_values" in self.keywords else values
+        return self.named("pixel_values", torch.rand((rows, *self.shape), generator=generator))
+
+    def named(self, key: str, tensor: Tensor) -> Any:
+        """A dict if the model's call knows the keyword, else the bare tensor."""
+        return {key: tensor} if key in self.keywords else tensor
 
 
 def fit_dtype(batch: Any, dtype: torch.dtype) -> Any:
@@ -113,35 +118,24 @@ def unsaved_dtypes(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _text_config(model: nn.Module) -> Any:
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _context(model: nn.Module) -> int | None:
-    config = _text_config(model)
-    for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx"):
-        value = getattr(config, key, None)
-        if isinstance(value, int) and value > 0:
-            # RoBERTa's kin count positions from the padding token's id on.
-            return value - (config.pad_token_id or 0) - 1 if "roberta" in getattr(config, "model_type", "") else value
-    return None
-
-
-def _vocabulary(model: nn.Module) -> int | None:
+def vocabulary_size(model: nn.Module) -> int | None:
+    """How many tokens the model embeds; None if it embeds none, or takes something else (audio, images)."""
+    if getattr(model, "main_input_name", TOKENS) != TOKENS:
+        return None
     find: Any = getattr(model, "get_input_embeddings", None)
     try:
         embedding = None if find is None else find()
     except NotImplementedError:  # a transformers model without tokens
         embedding = None
-    count = getattr(embedding, "num_embeddings", None) or getattr(_text_config(model), "vocab_size", None)
+    count = getattr(embedding, "num_embeddings", None) or getattr(text_config(model), "vocab_size", None)
     if count is None:
         first = _first_layer(model)
         count = first.num_embeddings if isinstance(first, nn.Embedding) else None
     return count
 
 
-def _shape(model: nn.Module) -> tuple[int, ...] | None:
+def input_shape(model: nn.Module) -> tuple[int, ...] | None:
+    """The shape of one example of a model that takes no tokens, if the model says it."""
     stated: Any = getattr(model, "input_shape", None)
     if isinstance(stated, tuple | list):
         return tuple(int(size) for size in stated)
@@ -150,6 +144,9 @@ def _shape(model: nn.Module) -> tuple[int, ...] | None:
     if size is not None:
         height, width = (size, size) if isinstance(size, int) else size
         return getattr(config, "num_channels", 3), height, width
+    timm: Any = getattr(model, "pretrained_cfg", None)
+    if isinstance(timm, Mapping) and "input_size" in timm:
+        return tuple(timm["input_size"])
     first = _first_layer(model) if config is None else None
     features = getattr(first, "in_features", None)  # nn.Linear or what replaced it
     return None if features is None else (int(features),)

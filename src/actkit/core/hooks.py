@@ -11,11 +11,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from actkit.core.errors import DataError, UnsupportedModelError
+from actkit.core.example import vocabulary_size
+from actkit.core.limits import context_length
 from actkit.core.offload import device_of
+
+# The keywords that hold a batch's examples, the likeliest first, and those that say something about them.
+FIRST = ("input_ids", "pixel_values", "inputs_embeds", "input_values", "input_features")
+BESIDE = ("attention_mask", "labels", "decoder_input_ids", "decoder_attention_mask", "position_ids", "token_type_ids")
 
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 After = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
@@ -130,25 +137,30 @@ def first_tensor(output: Any) -> Tensor:
     return first_tensor(next(iter(output.values())) if isinstance(output, Mapping) else output[0])
 
 
-def check_batch(model: nn.Module, batch: Any) -> None:
-    """Raise DataError for sequences beyond the model's context, or tokens beyond its vocabulary."""
-    config = getattr(model, "config", None)
-    limit = getattr(config, "max_position_embeddings", None)
-    length = BatchContext.of(batch).length
-    if limit is not None and length is not None and length > limit:
-        raise DataError(
-            f"calibration data: a batch has sequences of {length} tokens, the model's context "
-            f"(config.max_position_embeddings) is {limit}; cut them."
-        )
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    vocabulary = getattr(config, "vocab_size", None)
-    if ids is None or vocabulary is None or not ids.numel():
+def check_batch(model: nn.Module, batch: Any, name: str = "data") -> None:
+    """Raise DataError for a batch that the model cannot be called with: no tensor, no token, sequences beyond the
+    model's context, tokens beyond its vocabulary, a mask of another shape. name: of the batches, in the text."""
+    ids = main_input(batch)
+    if not is_tokens(ids):
         return
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocabulary:
+    if ids.numel() == 0:
+        raise DataError(f"{name}: a batch of shape {list(ids.shape)} holds no token; leave it out.")
+    limit, length = context_length(model), ids.shape[1]
+    if limit is not None and length > limit:
         raise DataError(
-            f"input_ids: token {low if low < 0 else high} was given, the model's vocabulary has 0 to {vocabulary - 1}; "
-            f"these are not the tokens of this model, use the tokenizer that it was trained with."
+            f"{name}: a batch has sequences of {length} tokens, the model's context is {limit}; cut them to at most "
+            f"{limit}."
+        )
+    vocabulary, low, high = vocabulary_size(model), int(ids.min()), int(ids.max())
+    if vocabulary is not None and not 0 <= low <= high < vocabulary:
+        raise DataError(
+            f"model and tokenizer vocabulary mismatch: the {name} hold token {low if low < 0 else high}, the model "
+            f"embeds 0 to {vocabulary - 1}; use the model's own tokenizer."
+        )
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if mask is not None and mask.dim() == 2 and mask.shape != ids.shape:
+        raise DataError(
+            f"attention_mask: shape {list(mask.shape)}, but input_ids has {list(ids.shape)}; make them equal."
         )
 
 
@@ -176,10 +188,9 @@ class BatchContext:
     @classmethod
     def of(cls, batch: Any, *, first_row: int = 0, documents: Tensor | None = None) -> BatchContext:
         """The context of a batch; `documents` default to the running number of the row, from `first_row` on."""
-        main = _main_input(batch)
+        main = main_input(batch)
         size = main.shape[0]
-        tokens = main.dtype in (torch.int64, torch.int32) and main.dim() == 2
-        length = main.shape[1] if tokens else None
+        length = main.shape[1] if is_tokens(main) else None
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         mask = mask.bool() if mask is not None and mask.dim() == 2 else None
         if mask is not None and not mask.any():
@@ -193,18 +204,30 @@ class BatchContext:
         return cls(size, length, mask, documents, positions)
 
 
-def _main_input(batch: Any) -> Tensor:
-    if isinstance(batch, Mapping):
-        for key in ("input_ids", "pixel_values", "inputs_embeds"):
-            if key in batch:
-                return batch[key]
-        for value in batch.values():
-            if isinstance(value, Tensor):
-                return value
-    item = batch[0] if isinstance(batch, tuple) and batch else batch
-    if isinstance(item, Tensor):
-        return item
+def main_input(batch: Any) -> Tensor:
+    """The tensor whose rows are the examples. Raises DataError if there is none, or a list stands in its place."""
+    items = _items(batch)
+    for key, value in items.items():
+        if isinstance(value, list | np.ndarray) and (isinstance(key, int) or key in (*FIRST, *BESIDE)):
+            what = "a batch" if isinstance(key, int) else key
+            raise DataError(f"data: {what} is a {type(value).__name__}; give a tensor, as in torch.tensor(...).")
+    for key in (*FIRST, *(key for key in items if key not in BESIDE)):
+        value = items.get(key)
+        if isinstance(value, Tensor) and value.dim():
+            return value
     raise DataError(
-        f"data: a batch is a {type(batch).__name__}; give a tensor, a tuple of tensors or a dict of the model's "
-        f"keywords."
+        f"data: a batch is a {type(batch).__name__} without a tensor of examples; give a tensor, a tuple of tensors or "
+        f"a dict of the model's keywords."
     )
+
+
+def _items(batch: Any) -> dict[Any, Any]:
+    """What a batch holds, by keyword or by place."""
+    return (
+        dict(batch) if isinstance(batch, Mapping) else dict(enumerate(batch if isinstance(batch, tuple) else [batch]))
+    )
+
+
+def is_tokens(tensor: Tensor) -> bool:
+    """Whether a main input holds token ids [batch, length]."""
+    return tensor.dim() == 2 and tensor.dtype in (torch.int64, torch.int32)

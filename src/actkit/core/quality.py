@@ -10,7 +10,7 @@ the sums of model and reference go together, so what both find hard cancels (a p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from actkit.core import processes
 from actkit.core.errors import DataError, NonFiniteError, UnsupportedModelError
-from actkit.core.hooks import BatchContext, evaluating, forward, refuse_compiled_or_sharded
+from actkit.core.hooks import BatchContext, check_batch, evaluating, forward, refuse_compiled_or_sharded
 from actkit.core.progress import track
 
 if TYPE_CHECKING:
@@ -181,9 +181,9 @@ def measure_quality(
         raise ValueError(f"task: {task!r} was given, allowed are {', '.join(TASKS)}.")
     if resamples < 1:
         raise ValueError(f"resamples: {resamples} was given; give at least 1, best 1000.")
-    for each in (model, reference):
-        if each is not None:
-            refuse_compiled_or_sharded(each)
+    models = [each for each in (model, reference) if each is not None]
+    for each in models:
+        refuse_compiled_or_sharded(each)
     task = task or task_of(model)
     if task == "embedding" and reference is None:
         raise DataError(
@@ -192,14 +192,15 @@ def measure_quality(
         )
     if isinstance(batches, Mapping | Tensor):
         batches = [batches]
+    if isinstance(batches, Sequence):
+        _check_batches(models, batches)  # before any work is done
     measure = {"language": _language, "embedding": _embedding, "classification": _classification}[task]
     found: dict[str, Tensor] = {}  # by what it holds and the batch
     given: list[str] = []
     names: list[str] = []
     with ExitStack() as stack:
-        for each in (model, reference):
-            if each is not None:
-                stack.enter_context(evaluating(each))
+        for each in models:
+            stack.enter_context(evaluating(each))
         total = len(batches) if isinstance(batches, Sized) else None
         tracked = track(_with_documents(batches), "Measuring quality", total, enabled=progress)
         for index, (batch, documents) in enumerate(tracked):
@@ -207,6 +208,7 @@ def measure_quality(
                 given.append(processes.fingerprint((batch, documents)))
             if not processes.mine(index):
                 continue
+            _check_batches(models, [batch])
             output = _output(model, batch, task)
             other = None if reference is None else output if reference is model else _output(reference, batch, task)
             if other is not None and other.shape != output.shape:
@@ -235,6 +237,12 @@ def measure_quality(
     tokens = int(totals[:, names.index("tokens" if task == "embedding" else "count")].sum())
     data = getattr(batches, "description", "given batches")
     return Quality(task, metrics, loss, len(owners), tokens, data)
+
+
+def _check_batches(models: Sequence[nn.Module], batches: Iterable[Any]) -> None:
+    for batch in batches:
+        for model in models:
+            check_batch(model, batch)
 
 
 def _with_documents(batches: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:

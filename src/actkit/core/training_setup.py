@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from actkit.core import checkpoint, whole_folder
 from actkit.core.errors import CheckpointError, DataError
+from actkit.core.hooks import check_batch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -107,23 +108,13 @@ def sequences(model: nn.Module, batches: Any, validation: Any) -> tuple[Sequence
         sequence = sequence if isinstance(sequence, Sequence) else list(sequence)
         if not len(sequence):
             raise DataError(f"{name}: 0 batches were given; give at least one.")
-        _check_lengths(model, name, sequence)
+        for batch in sequence:
+            check_batch(model, batch, name)
         found.append(sequence)
     prints = [getattr(sequence, "fingerprint", None) for sequence in found]
     if batches is validation or (prints[0] is not None and prints[0] == prints[1]):
         raise DataError("validation: it is the training data; pass batches that are not trained on.")
     return found[0], found[1]
-
-
-def _check_lengths(model: nn.Module, name: str, batches: Sequence[Any]) -> None:
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    for batch in batches:
-        tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
-        if limit is not None and tokens is not None and tokens.shape[1] > limit:
-            raise DataError(
-                f"{name}: a batch has sequences of {tokens.shape[1]} tokens, the model's context "
-                f"(config.max_position_embeddings) is {limit}; cut them."
-            )
 
 
 def fingerprints(*data: Any) -> list[str | None]:

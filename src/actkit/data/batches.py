@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from actkit.core.errors import DataError
+from actkit.core.hooks import is_tokens, main_input
 
 Batch = Any  # a dict of the model's keywords, or a tensor (or tuple of tensors) that is its argument
 
@@ -78,29 +79,6 @@ class Batches(Sequence[Batch]):
 
     def __repr__(self) -> str:
         return f"Batches({self.description}; {len(self)} batches, {self.rows} rows, {self.tokens} tokens)"
-
-
-def main_input(batch: Batch) -> Tensor:
-    """The tensor whose rows are the examples. Raises DataError where there is none."""
-    if isinstance(batch, Mapping):
-        for key in ("input_ids", "pixel_values", "inputs_embeds"):
-            if key in batch:
-                return batch[key]
-        candidates = list(batch.values())
-    else:
-        candidates = list(_tuple(batch))
-    for value in candidates:
-        if isinstance(value, Tensor) and value.dim():
-            return value
-    raise DataError(
-        f"data: a batch is a {type(batch).__name__} without a tensor; give a tensor, a tuple of tensors or a dict of "
-        "the model's keywords."
-    )
-
-
-def is_tokens(tensor: Tensor) -> bool:
-    """Whether a main input holds token ids [batch, length]."""
-    return tensor.dim() == 2 and tensor.dtype in (torch.int64, torch.int32)
 
 
 def _tuple(batch: Batch) -> tuple[Any, ...]:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.errors import DataError
+from actkit.core.example import Inputs
+from actkit.core.hooks import check_batch, main_input
 from actkit.core.progress import track
-from actkit.data.batches import Batch, Batches, is_tokens, main_input
+from actkit.data.batches import Batch, Batches
 from actkit.data.images import digits
-from actkit.data.inputs import as_batch, context_length, input_shape, is_causal, vocabulary_size
 from actkit.data.text import BOUNDS, SPLITS, Split, check_split, documents, sentences, split_of
 
 DEFAULT_LENGTH = 512
@@ -60,7 +61,8 @@ def load_data(
     for name, value in (("sequences", sequences), ("length", length), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise DataError(f"{name}={value} was given; it must be at least 1.")
-    context = context_length(model)
+    takes = Inputs.of(model)
+    context = takes.context
     if length is not None and context is not None and length > context:
         raise DataError(
             f"length={length} is more than the model's context of {context} tokens; give at most {context}."
@@ -68,16 +70,16 @@ def load_data(
     length = length or min(DEFAULT_LENGTH, context or DEFAULT_LENGTH)
 
     if isinstance(source, str) and source == "random":
-        return _random(model, sequences or _RANDOM_SEQUENCES, length, batch_size, seed, split)
+        return _random(takes, sequences or _RANDOM_SEQUENCES, length, batch_size, seed, split)
     if source is not None and not isinstance(source, str | Path):
-        return _given(source, model, context, sequences, split)
-    if source is None and tokenizer is None and input_shape(model) == (1, 8, 8):
-        return _digits(model, sequences, batch_size, seed, split or "calibration")
+        return _given(source, model, sequences, split)
+    if source is None and tokenizer is None and takes.shape == (1, 8, 8):
+        return _digits(takes, sequences, batch_size, seed, split or "calibration")
     path = None if source is None else Path(source)
     if path is not None and not path.exists():
         raise DataError(f"source={str(source)!r} does not exist; give {_SOURCES}.")
     if path is not None and path.is_dir():
-        return _images(path, model, tokenizer, sequences, batch_size, seed, split)
+        return _images(path, model, takes, tokenizer, sequences, batch_size, seed, split)
     if path is not None and path.suffix not in (".txt", ".jsonl"):
         raise DataError(f"source={str(source)!r} is a file of an unknown kind; give {_SOURCES}.")
     if tokenizer is None:
@@ -85,12 +87,11 @@ def load_data(
             "tokenizer: text was asked for and there is none; pass the model's, or token batches, or use --data random."
         )
 
-    causal = is_causal(model)
-    pack = causal if pack is None else pack
+    pack = takes.causal if pack is None else pack
     if path is None:
         split = split or "calibration"
-        texts = [document.text for document in documents(split)] if causal else sentences(split)
-        description = f"embedded {'text' if causal else 'sentences'}, {split} split"
+        texts = [document.text for document in documents(split)] if takes.causal else sentences(split)
+        description = f"embedded {'text' if takes.causal else 'sentences'}, {split} split"
     else:
         texts = _read(path, split)
         description = path.name + (f", {split} split" if split else "")
@@ -101,7 +102,8 @@ def load_data(
         rows = [(ids, [index] * len(ids)) for index, (ids, _) in enumerate(rows)]
     rows = _take(rows, sequences, f"rows of up to {length} tokens", description)
     batches = _padded(rows, batch_size, _pad_id(tokenizer))
-    _check_tokens(batches, model, context)
+    for batch, _ in batches:
+        check_batch(model, batch)
     return _batches(batches, f"{description}, {len(rows)} rows of up to {length} tokens")
 
 
@@ -215,18 +217,19 @@ def _padded(rows: Sequence[Row], batch_size: int, pad: int) -> list[tuple[Batch,
 # --- images, random values, given batches ----------------------------------------------------------------------------
 
 
-def _digits(model: nn.Module, sequences: int | None, batch_size: int, seed: int, split: Split) -> Batches:
+def _digits(takes: Inputs, sequences: int | None, batch_size: int, seed: int, split: Split) -> Batches:
     images, labels = digits(split)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = torch.tensor(_take(order, sequences, "images", f"the digits, {split} split"))
     return _image_batches(
-        model, images[chosen], labels[chosen], batch_size, f"digits, {split} split, {len(chosen)} images"
+        takes, images[chosen], labels[chosen], batch_size, f"digits, {split} split, {len(chosen)} images"
     )
 
 
 def _images(
     folder: Path,
     model: nn.Module,
+    takes: Inputs,
     processor: Any,
     sequences: int | None,
     batch_size: int,
@@ -244,7 +247,7 @@ def _images(
         files = [path for path in files if split_of(path.relative_to(folder).as_posix()) == split]
     random.Random(seed).shuffle(files)
     files = _take(files, sequences, f"images ({', '.join(sorted(_IMAGES))})", f"the folder {folder}")
-    shape = input_shape(model)
+    shape = takes.shape
     if shape is None or len(shape) != 3:
         raise DataError(
             "source: a folder of images was given, but the model states no image size (config.image_size, or "
@@ -265,37 +268,35 @@ def _images(
     known = getattr(getattr(model, "config", None), "label2id", None) or {}
     labels = [known.get(file.parent.name) for file in files]
     targets = torch.tensor(labels) if None not in labels else None
-    return _image_batches(model, torch.stack(images), targets, batch_size, f"{folder.name}, {len(files)} images")
+    return _image_batches(takes, torch.stack(images), targets, batch_size, f"{folder.name}, {len(files)} images")
 
 
-def _image_batches(
-    model: nn.Module, images: Tensor, labels: Tensor | None, batch_size: int, description: str
-) -> Batches:
+def _image_batches(takes: Inputs, images: Tensor, labels: Tensor | None, batch_size: int, description: str) -> Batches:
     found: list[tuple[Batch, Tensor]] = []
     for at in range(0, len(images), batch_size):
-        batch = as_batch(model, "pixel_values", images[at : at + batch_size])
+        batch = takes.named("pixel_values", images[at : at + batch_size])
         if labels is not None and isinstance(batch, dict):
             batch["labels"] = labels[at : at + batch_size]
         found.append((batch, torch.arange(at, min(at + batch_size, len(images)))))
     return _batches(found, description)
 
 
-def _random(model: nn.Module, sequences: int, length: int, batch_size: int, seed: int, split: Split | None) -> Batches:
+def _random(takes: Inputs, sequences: int, length: int, batch_size: int, seed: int, split: Split | None) -> Batches:
     # Another split is other data, also where the data are random.
     generator = torch.Generator().manual_seed(seed * len(SPLITS) + SPLITS.index(split or "calibration"))
-    shape, vocabulary = input_shape(model), vocabulary_size(model)
+    shape, vocabulary = takes.shape, takes.vocabulary
     make: Callable[[int], Batch]
     if shape is not None:
 
         def make(count: int) -> Batch:
-            return as_batch(model, "pixel_values", torch.rand(count, *shape, generator=generator))
+            return takes.named("pixel_values", torch.rand(count, *shape, generator=generator))
 
         what = f"values of shape {list(shape)}"
     elif vocabulary is not None:
 
         def make(count: int) -> Batch:
             ids = torch.randint(vocabulary, (count, length), generator=generator)
-            batch = as_batch(model, "input_ids", ids)
+            batch = takes.named("input_ids", ids)
             return {**batch, "attention_mask": torch.ones_like(ids)} if isinstance(batch, dict) else batch
 
         what = f"rows of {length} tokens"
@@ -308,9 +309,7 @@ def _random(model: nn.Module, sequences: int, length: int, batch_size: int, seed
     return Batches([make(size) for size in sizes], description=f"random, {sequences} {what}")
 
 
-def _given(
-    source: Iterable[Batch], model: nn.Module, context: int | None, sequences: int | None, split: Split | None
-) -> Batches:
+def _given(source: Iterable[Batch], model: nn.Module, sequences: int | None, split: Split | None) -> Batches:
     if split is not None:
         raise DataError(
             f"split={split!r}: batches cannot be split by document; pass other batches for each split, and no split."
@@ -323,7 +322,8 @@ def _given(
     if sequences is not None:
         _take(range(given.rows), sequences, "rows", given.description)
         given = _first_rows(given, sequences)
-    _check_tokens(list(zip(given.items, given.document_ids)), model, context)
+    for batch in given:
+        check_batch(model, batch)
     return given
 
 
@@ -345,29 +345,6 @@ def _first_rows(batches: Batches, count: int) -> Batches:
         if count <= 0:
             break
     return Batches(items, ids, batches.description)
-
-
-def _check_tokens(pairs: Sequence[tuple[Batch, Tensor]], model: nn.Module, context: int | None) -> None:
-    vocabulary = vocabulary_size(model)
-    for batch, _ in pairs:
-        ids = main_input(batch)
-        if not is_tokens(ids):
-            continue
-        if ids.numel() == 0:
-            raise DataError(f"data: a batch of shape {list(ids.shape)} holds no token; leave it out.")
-        if context is not None and ids.shape[1] > context:
-            raise DataError(f"data: rows of {ids.shape[1]} tokens, but the model's context is {context}; cut them.")
-        low, high = int(ids.min()), int(ids.max())
-        if vocabulary is not None and not 0 <= low <= high < vocabulary:
-            raise DataError(
-                f"model and tokenizer vocabulary mismatch: the data hold token {high if high >= vocabulary else low}, "
-                f"the model embeds 0 to {vocabulary - 1}; use the model's own tokenizer."
-            )
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        if mask is not None and mask.dim() == 2 and mask.shape != ids.shape:
-            raise DataError(
-                f"attention_mask: shape {list(mask.shape)}, but input_ids has {list(ids.shape)}; make them equal."
-            )
 
 
 def _batches(pairs: Sequence[tuple[Batch, Tensor]], description: str) -> Batches:

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from actkit.core.errors import DataError
+from actkit.core.example import vocabulary_size
+from actkit.core.limits import context_length
 from actkit.data import Batches, Split, load_data
-from actkit.data.inputs import context_length, vocabulary_size
 
 LENGTH, ROWS = 256, 8  # tokens per row, rows per batch
 CALIBRATION, SEARCH, TEST = 8_192, 12_288, 24_576  # tokens; IMAGES and SENTENCES are rows
