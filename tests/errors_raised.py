@@ -21,7 +21,14 @@ import torch
 from accelerate import cpu_offload
 from tiny_models import HIDDEN, Perceptron, batches, build
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import actkit
 from actkit import catalogue, claims, verbs, zoo
@@ -739,6 +746,14 @@ proof(lambda p: a_process(p, "exit 3").load(p.path))
 # -- ExportError -------------------------------------------------------------------------------------------------------
 
 QUERY = "model.layers.0.self_attn.q_proj"
+SMALLEST: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 40,
+}
 ROTATED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 
 
@@ -753,9 +768,7 @@ def layer_with(model: Any, **slots: Any) -> Any:
 
 
 def for_llama_cpp(**settings: Any) -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "vocab_size": 40}
-    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **sizes, **settings))
-    gguf_file.refuse(Plain.of(model))
+    gguf_file.refuse(Plain.of(LlamaForCausalLM(LlamaConfig(**SMALLEST, **settings))))
 
 
 def a_reader(p: Place, script: str) -> None:
@@ -774,6 +787,13 @@ proof(lambda p: written(p, build("mixtral")))
 def a_module_is_gone(p: Place) -> None:
     model = changed()
     del model.model.layers[0].mlp.up_proj
+    written(p, model)
+
+
+@proof
+def a_bias_more(p: Place) -> None:
+    model = changed()
+    get_module(model, QUERY).bias = nn.Parameter(torch.zeros(HIDDEN))
     written(p, model)
 
 
@@ -798,6 +818,7 @@ proof(lambda p: written(p, changed(), activations="int8", format="gguf"))
 proof(lambda p: gguf_file.refuse(Plain.of(build("gpt2"))))
 proof(lambda p: for_llama_cpp(hidden_act="relu"))
 proof(lambda p: for_llama_cpp(rope_parameters=ROTATED))
+proof(lambda p: gguf_file.refuse(Plain.of(Qwen3ForCausalLM(Qwen3Config(**SMALLEST, attention_bias=True)))))
 proof(lambda p: gguf_file.refuse(Plain.of(build("llama").double())))
 proof(lambda p: gguf_file.gguf_name("model.layers.0.mlp.odd_proj"))
 proof(lambda p: a_reader(p, 'echo \'[{"error": "no such file"}]\''))

@@ -1,7 +1,8 @@
 """Run by the bench environment's Python: what llama.cpp reads and writes. JOB.json in, JSON on the last line out.
 
 JOB: [{"file", "prompts", "new_tokens"}]; a prompt is a text, or ids. Per file and prompt: the prompt's ids, the greedy
-ids and text, the logits after the prompt, and for each step the gap between the two largest logits.
+ids and text, the logits after the prompt, for each step the gap between the two largest logits, and the file's chat
+templates by name ('' is the default one).
 """
 
 import json
@@ -9,9 +10,21 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from llama_cpp import Llama
+from llama_cpp import Llama, llama_model_chat_template
 
 F32 = 0  # of the key-value cache, so that only the products differ
+
+
+def templates(model: Llama) -> dict[str, str]:
+    """What llama.cpp itself finds, under the names that the file has."""
+    start = "tokenizer.chat_template."
+    names = {"": None} | {key.removeprefix(start): key for key in model.metadata if key.startswith(start)}
+    found = {}
+    for name in names:
+        text = llama_model_chat_template(model._model.model, name.encode() if name else None)
+        if text:
+            found[name] = text.decode()
+    return found
 
 
 def read(file: str, prompts: list[str | list[int]], new_tokens: int) -> list[dict[str, object]]:
@@ -34,7 +47,16 @@ def read(file: str, prompts: list[str | list[int]], new_tokens: int) -> list[dic
             model.eval(written[-1:])
             logits = np.array(model.scores[model.n_tokens - 1])
         words = model.detokenize(written).decode(errors="replace") if text else ""
-        found.append({"ids": ids, "written": written, "text": words, "logits": first.tolist(), "gaps": gaps})
+        found.append(
+            {
+                "ids": ids,
+                "written": written,
+                "text": words,
+                "logits": first.tolist(),
+                "gaps": gaps,
+                "templates": templates(model),
+            }
+        )
     return found
 
 

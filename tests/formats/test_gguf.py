@@ -73,9 +73,25 @@ ARCHITECTURES = {
     "qwen3": lambda: random_model(
         Qwen3Config, Qwen3ForCausalLM, head_dim=128
     ),  # norms of query and key; transformers reads 128 only
+    "own head": lambda: own_head(),
     "llama q8": lambda: quantized(ARCHITECTURES["llama"](), "rtn", Q8),
     "qwen2 q4_1": lambda: quantized(ARCHITECTURES["qwen2"](), "rtn", {**Q4, "symmetric": False}),
 }
+
+
+BIASED = {  # transformers' reader leaves the biases out
+    "biases of attention": lambda: random_model(LlamaConfig, LlamaForCausalLM, attention_bias=True),
+    "biases of the mlp": lambda: random_model(LlamaConfig, LlamaForCausalLM, mlp_bias=True),
+    "all biases": lambda: random_model(LlamaConfig, LlamaForCausalLM, attention_bias=True, mlp_bias=True),
+}
+
+
+def own_head() -> Any:
+    """A head that was cut loose from the embedding, which the config still ties."""
+    model = random_model(LlamaConfig, LlamaForCausalLM, tie_word_embeddings=True)
+    generator = torch.Generator().manual_seed(3)
+    model.lm_head.weight = torch.nn.Parameter(0.2 * torch.randn(64, 64, generator=generator))
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +113,48 @@ def test_transformers_reads_the_files(files):
     for (name, (*_, expected)), outputs in zip(files.items(), found, strict=True):
         close = 1e-5 if " " not in name else 5e-3  # quantized: scales in float16
         assert float((outputs - expected).abs().max()) <= close * float(expected.abs().max()), name
+
+
+def test_llama_cpp_reads_biases(tmp_path):
+    """The export passes, says who reads the biases, and llama.cpp computes with them."""
+    jobs, models = [], [make() for make in BIASED.values()]
+    ids = torch.randint(64, (1, 12), generator=torch.Generator().manual_seed(2))
+    for index, model in enumerate(models):
+        report = export(model, tmp_path / str(index), "gguf")
+        assert report.reading is None
+        assert "not read back: transformers leaves out the biases of a llama GGUF; llama.cpp reads them" in report.notes
+        jobs.append({"file": str(report.folder / f"{index}.gguf"), "prompts": [ids[0].tolist()], "new_tokens": 1})
+    for model, (found,) in zip(models, llama_cpp(jobs), strict=True):
+        expected = expected_outputs(model, {"input_ids": ids})
+        difference = float((torch.tensor(found["logits"]) - expected[0, -1]).abs().max())
+        assert difference <= 1e-5 * float(expected.abs().max())
+
+
+def test_compressed_tensors_keep_a_head_of_their_own(tmp_path):
+    report = export(quantized(own_head(), "rtn", Q8), tmp_path / "out")
+    assert report.reading.passed
+    assert json.loads((report.folder / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_all_chat_templates_are_written(tmp_path):
+    """llama.cpp finds them by name; which one it takes by itself is in the notes."""
+    tokenizer = actkit.load_tokenizer("swiglu")
+    tokenizer.chat_template = {"default": "{{ 'plain' }}", "tool-use": "{{ 'tools' }}"}
+    report = export(actkit.load("swiglu"), tmp_path / "out", "gguf", tokenizer=tokenizer, proof=False)
+    assert any("chat templates: default, tool_use; llama.cpp takes 'default'" in note for note in report.notes)
+    fields = gguf.GGUFReader(report.folder / "out.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == "{{ 'plain' }}"
+    assert fields["tokenizer.chat_template.tool_use"].contents() == "{{ 'tools' }}"
+    assert fields["tokenizer.chat_templates"].contents() == ["tool_use"]
+    job = {"file": str(report.folder / "out.gguf"), "prompts": [[1, 2]], "new_tokens": 1}
+    ((found,),) = llama_cpp([job])
+    assert found["templates"] == {"": "{{ 'plain' }}", "tool_use": "{{ 'tools' }}"}
+    tokenizer.chat_template = {"tool-use": "{{ 'tools' }}"}
+    model = actkit.load("swiglu")
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, 7]
+    report = export(model, tmp_path / "none", "gguf", tokenizer=tokenizer, proof=False)
+    assert any("chat templates: tool_use; llama.cpp takes none" in note for note in report.notes)
+    assert f"stops at token 7 too; the file names {tokenizer.eos_token_id} only" in " ".join(report.notes)
 
 
 def test_llama_cpp_reads_the_files(files):
@@ -161,12 +219,34 @@ def _text(table: Any) -> str:
     return console.file.getvalue()
 
 
+def narrowed() -> Any:
+    model = random_model(LlamaConfig, LlamaForCausalLM)
+    mlp = model.model.layers[1].mlp
+    for linear in (mlp.gate_proj, mlp.up_proj):
+        linear.weight = torch.nn.Parameter(linear.weight[:90].detach())
+    mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight[:, :90].detach())
+    mlp.gate_proj = torch.nn.Linear(64, 90, bias=False)
+    return model
+
+
+def one_bias() -> Any:
+    model = quantized(random_model(LlamaConfig, LlamaForCausalLM), "rtn", Q8)
+    model.model.layers[0].self_attn.o_proj.bias = torch.nn.Parameter(torch.ones(64))
+    return model
+
+
 REFUSED = {
     "gpt2": (lambda: tiny_model("gpt2"), "knows the language models of llama, mistral, qwen2, qwen3"),
     "relu": (
         lambda: random_model(LlamaConfig, LlamaForCausalLM, hidden_act="relu"),
         "hidden_act: the model has 'relu'",
     ),
+    "biases": (
+        lambda: random_model(Qwen3Config, Qwen3ForCausalLM, head_dim=128, attention_bias=True),
+        "attention_bias: the model has biases in its attention, and llama.cpp's qwen3 has none",
+    ),
+    "narrowed": (narrowed, r"gate_proj.weight: it is \(90, 64\) in this model and \(96, 64\) in the plain Llama"),
+    "a bias more": (one_bias, r"o_proj.bias: it is \(64,\) in this model and not there in the plain Llama"),
     "rope": (
         lambda: random_model(
             LlamaConfig,

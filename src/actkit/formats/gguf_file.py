@@ -70,7 +70,7 @@ def write(plain: Plain, path: Path, tokenizer: Any) -> dict[str, Any]:
     refuse(plain)
     architecture = ARCHITECTURES[config.model_type]
     writer = gguf.GGUFWriter(path, architecture)
-    notes = [*_add_settings(writer, config), *add_vocabulary(writer, config, tokenizer)]
+    notes = [*_add_settings(writer, config), *add_vocabulary(writer, config, tokenizer), *_ends(plain, tokenizer)]
     quantized: dict[str, str] = {}
     dense: dict[str, str] = {}
     sizes: dict[str, int] = {}
@@ -244,6 +244,8 @@ def refuse(plain: Plain) -> None:
         raise ExportError(
             f"hidden_act: the model has {config.hidden_act!r}, and llama.cpp computes silu in these architectures."
         )
+    if kind == "qwen3" and config.attention_bias:
+        raise ExportError("attention_bias: the model has biases in its attention, and llama.cpp's qwen3 has none.")
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     if rope != "default":
         raise ExportError(f"rope_type: the model has {rope!r}; GGUF export writes 'default' only.")
@@ -256,6 +258,8 @@ def unread(plain: Plain) -> str | None:
     config: Any = plain.skeleton.config
     if config.model_type == "qwen3" and _head_dim(config) != 128:
         return "transformers takes 128 channels per head of a qwen3 GGUF, whatever the file says; llama.cpp reads it"
+    if config.model_type == "llama" and (config.attention_bias or config.mlp_bias):
+        return "transformers leaves out the biases of a llama GGUF; llama.cpp reads them"
     return None
 
 
@@ -278,6 +282,18 @@ def _add_settings(writer: Any, config: Any) -> list[str]:
     if window is not None and window < config.max_position_embeddings:
         return [f"the model attends to the last {window} tokens only; llama.cpp attends to all in this architecture"]
     return []
+
+
+def _ends(plain: Plain, tokenizer: Any) -> list[str]:
+    """A note where transformers' `generate` stops at tokens that the file does not name."""
+    stops = getattr(getattr(plain.skeleton, "generation_config", None), "eos_token_id", None)
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    others = [] if tokenizer is None else [str(token) for token in stops if token != tokenizer.eos_token_id]
+    if not others:
+        return []
+    return [
+        f"transformers' generate stops at token {', '.join(others)} too; the file names {tokenizer.eos_token_id} only"
+    ]
 
 
 def _head_dim(config: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types, as GGUF numbers them
@@ -50,9 +51,27 @@ def add_vocabulary(writer: Any, config: Any, tokenizer: Any) -> list[str]:
             add(token)
     writer.add_add_bos_token(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
     writer.add_add_space_prefix(False)
-    if isinstance(getattr(tokenizer, "chat_template", None), str):
-        writer.add_chat_template(tokenizer.chat_template)
-    return []
+    return _add_templates(writer, getattr(tokenizer, "chat_template", None))
+
+
+def _add_templates(writer: Any, templates: str | dict[str, str] | None) -> list[str]:
+    """Write the chat template, or each of several by its name; returns notes."""
+    if not templates:
+        return []
+    if isinstance(templates, str):
+        writer.add_chat_template(templates)
+        return []
+    from gguf import Keys
+
+    named = {re.sub(r"[^A-Za-z0-9]", "_", name): text for name, text in templates.items()}
+    for name, text in named.items():
+        keys = Keys.Tokenizer
+        writer.add_string(keys.CHAT_TEMPLATE if name == "default" else keys.CHAT_TEMPLATE_N.format(name=name), text)
+    writer.add_array(Keys.Tokenizer.CHAT_TEMPLATES, [name for name in named if name != "default"])
+    taken = (
+        "takes 'default' unless another is asked for" if "default" in named else "takes none unless one is asked for"
+    )
+    return [f"chat templates: {', '.join(named)}; llama.cpp {taken} by name"]
 
 
 def _without(writer: Any, why: str) -> list[str]:

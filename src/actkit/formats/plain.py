@@ -70,6 +70,7 @@ class Plain:
                     f"has a {type(plain).__name__}. No reader without actkit computes it; keep the model with "
                     f"actkit.save, or leave that transform out."
                 )
+        _refuse_other_tensors(model, skeleton, layers)
         return cls(model, skeleton, layers, frozenset(transposed))
 
     @property
@@ -109,12 +110,37 @@ def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
     base: Any = getattr(type(model), "actkit_base", type(model))
     settings: dict[str, Any] = model.config.to_dict()
     settings["model_type"] = base_type(str(settings.get("model_type", "")))
+    if settings.get("tie_word_embeddings") and _has_own_head(model):
+        settings["tie_word_embeddings"] = False  # readers that go by it would take the embedding for the head
     config = base.config_class.from_dict(settings)
     with torch.device("meta"):
         skeleton = base(config).to(model.dtype)
     if getattr(model, "generation_config", None) is not None:
         skeleton.generation_config = model.generation_config
     return skeleton
+
+
+def _has_own_head(model: PreTrainedModel) -> bool:
+    """Whether the output layer has another weight than the embedding, whatever the config says."""
+    head: Any = model.get_output_embeddings()
+    return head is not None and getattr(head, "weight", None) is not model.get_input_embeddings().weight
+
+
+def _refuse_other_tensors(model: PreTrainedModel, skeleton: PreTrainedModel, layers: dict[str, ActLinear]) -> None:
+    """Raise ExportError for a tensor that only one of the two has, or in another shape."""
+    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    inside = tuple(f"{path}." for path in layers)
+    given = {name: tuple(t.shape) for name, t in model.state_dict().items() if not (inside and name.startswith(inside))}
+    for path, layer in layers.items():
+        given[f"{path}.weight"] = expected[f"{path}.weight"]  # that it fits was checked when it was made
+        if layer.bias is not None:
+            given[f"{path}.bias"] = tuple(layer.bias.shape)
+    for name in {**expected, **given}:
+        if given.get(name) != expected.get(name):
+            raise ExportError(
+                f"{name}: it is {given.get(name, 'not there')} in this model and {expected.get(name, 'not there')} in "
+                f"the plain {_name(skeleton)}. No reader without actkit computes it; keep the model with actkit.save."
+            )
 
 
 def _refuse_experts(model: PreTrainedModel) -> None:
