@@ -52,7 +52,7 @@ from actkit.core.cost import _chosen, folder_bytes
 from actkit.core.edits import Configure, Replace, Set, apply_edit, describe_module, get_module, get_tensor, replay
 from actkit.core.example import Inputs
 from actkit.core.hooks import BatchContext
-from actkit.core.linear import ActLinear, IntegerWeight, LowRank
+from actkit.core.linear import ActLinear, IntegerWeight, LowRank, Threshold
 from actkit.core.low_rank_training import train_low_rank
 from actkit.core.objective import Objective
 from actkit.core.quality import measure_quality, task_of
@@ -698,6 +698,7 @@ def an_unread_layer(p: Place) -> None:
     _ = next(x for x in anatomy(model).blocks[0].mlp.inputs if x.path.endswith("up_proj")).weight
 
 
+proof(lambda p: torch.relu(ActLinear.of(torch.nn.Linear(2, 2), select=Threshold(0.5)).weight))
 proof(lambda p: run({"actkit": 1, "transforms": [{"teal": {"skip": ["gate", "up", "down"]}}]}))
 
 

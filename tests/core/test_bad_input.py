@@ -442,7 +442,7 @@ def test_a_checkpoint_of_a_newer_version(tmp_path):
     checksums.write(folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     for read in (checkpoint.load, checkpoint.read_manifest):
-        with pytest.raises(CheckpointError, match=r"schema 2 is newer than this actkit reads \(1\); upgrade actkit"):
+        with pytest.raises(CheckpointError, match=r"schema 3 is newer than this actkit reads \(2\); upgrade actkit"):
             read(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 

@@ -532,3 +532,25 @@ def test_names_with_special_characters(tmp_path):
     save(model, folder, overwrite=True)
     assert equal(load_own(folder), model, "mlp")
     assert (folder.parent / f".{folder.name}.saving-by-hand").exists()
+
+
+def test_a_folder_of_an_earlier_version_loads(tmp_path: Path) -> None:
+    """Until schema 2 the tensors of a changed layer were called `weight.codes` and so on."""
+    model = changed("llama")
+    save(model, tmp_path / "old")
+    old_names = {}
+
+    def older(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".storage." in name]:
+            old_names[name] = name.replace(".storage.", ".weight.")
+            tensors[old_names[name]] = tensors.pop(name)
+
+    def older_manifest(manifest: dict[str, Any]) -> None:
+        manifest["schema"] = 1
+        for entry in manifest["files"].values():
+            entry["tensors"] = [old_names.get(name, name) for name in entry["tensors"]]
+
+    retensor(tmp_path / "old", older)
+    rewrite(tmp_path / "old", older_manifest)
+    assert any(name.endswith("weight.codes") for name in old_names.values())
+    assert equal(load(tmp_path / "old"), model, "llama")

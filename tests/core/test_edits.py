@@ -107,7 +107,7 @@ def test_a_tensor_of_a_packed_layer_is_packed_anew():
     model = nn.Sequential(ActLinear.of(nn.Linear(8, 4), select=Threshold(0.1)))
     x = torch.randn(1, 8)
     model[0].pack()
-    undo = apply_edit(model, Set("0.weight.tensor", torch.ones(4, 8)))
+    undo = apply_edit(model, Set("0.storage.tensor", torch.ones(4, 8)))
     with torch.no_grad():
         expected = torch.where(x.abs() > 0.1, x, 0).sum() + model[0].bias
         torch.testing.assert_close(model(x)[0], expected)

@@ -183,7 +183,7 @@ def test_a_packed_copy_does_not_outlive_the_weight():
         expected = copy.deepcopy(changed)
         expected.unpack()
         with torch.no_grad():
-            given = x.to(changed.weight.dtype)
+            given = x.to(changed.storage.dtype)
             assert torch.equal(changed(given), expected(given))
 
 
@@ -204,7 +204,7 @@ def test_gradients(select, correction):
         torch.testing.assert_close(changed.correction.left.grad.double(), g.t() @ ((exact * seen) @ right.t()))
         torch.testing.assert_close(changed.correction.right.grad.double(), (g @ left).t() @ (exact * seen))
     torch.testing.assert_close(x.grad.double(), by_input)
-    torch.testing.assert_close(changed.weight.tensor.grad.double(), g.t() @ (exact * mask))
+    torch.testing.assert_close(changed.storage.tensor.grad.double(), g.t() @ (exact * mask))
     torch.testing.assert_close(changed.bias.grad.double(), g.sum(0))
 
 
@@ -248,10 +248,10 @@ def test_keeps_dtype_inside_a_model():
 def test_weights_and_biases_are_shared_not_copied():
     linear = source()
     changed = ActLinear.of(linear, select=Threshold(0.1))
-    assert changed.weight.tensor is linear.weight
+    assert changed.storage.tensor is linear.weight
     assert changed.bias is linear.bias
     again = ActLinear.of(changed, correction=low_rank("all"))
-    assert again.weight is changed.weight
+    assert again.storage is changed.storage
     assert again.select is changed.select
     tied = nn.ModuleDict({"head": changed, "embedding": nn.Embedding(OUT, IN)})
     tied["embedding"].weight = linear.weight
@@ -267,7 +267,7 @@ def test_conv1d():
     exact = x.double() @ conv.weight.detach().double() + conv.bias.detach().double()
     torch.testing.assert_close(changed(x).double(), exact, rtol=1e-5, atol=1e-5)
     assert (changed.in_features, changed.out_features) == (IN, OUT)
-    assert changed.weight.tensor.data_ptr() == conv.weight.data_ptr()
+    assert changed.storage.tensor.data_ptr() == conv.weight.data_ptr()
     dense = changed.dense()
     assert isinstance(dense, nn.Linear)
     torch.testing.assert_close(dense(x).double(), exact, rtol=1e-5, atol=1e-5)
@@ -291,7 +291,7 @@ def test_mode_and_gradient_flags_are_those_of_the_source():
     linear.weight.requires_grad_(False)
     changed = ActLinear.of(linear)
     assert not changed.training
-    assert not changed.weight.tensor.requires_grad
+    assert not changed.storage.tensor.requires_grad
     assert changed.bias.requires_grad
 
 

@@ -383,7 +383,7 @@ def test_runs_on_top_of_each_other_are_undone_in_order(kind):
     first = changed(model, kind, "rtn" if kind == "none" else [Round()])
     states.append(snapshot(model))
     second = changed(model, kind, "teal", min_coverage=0.5)
-    assert isinstance(next(m for m in model.modules() if isinstance(m, ActLinear)).weight, IntegerWeight)
+    assert isinstance(next(m for m in model.modules() if isinstance(m, ActLinear)).storage, IntegerWeight)
     with pytest.raises(EditError, match="changed again since"):
         first.undo()
     second.undo()

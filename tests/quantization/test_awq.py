@@ -420,7 +420,7 @@ def test_a_saved_stack_loads_and_computes_the_same(tmp_path: Any) -> None:
     loaded = load(save(model, tmp_path / "stack"))
     equal(outputs(loaded, batches), outputs(model, batches), "outputs")
     layers = [module for module in loaded.modules() if isinstance(module, ActLinear)]
-    assert len(layers) == 8 and all(isinstance(m.weight, IntegerWeight) and m.select is not None for m in layers)
+    assert len(layers) == 8 and all(isinstance(m.storage, IntegerWeight) and m.select is not None for m in layers)
 
 
 def test_it_may_not_follow_what_it_would_break() -> None:

@@ -48,7 +48,7 @@ def test_codes_are_those_of_numpy(bits: int, axis: str, symmetric: bool) -> None
         codes, rounded = by_hand(np.ascontiguousarray(rows), bits, 8, symmetric)
         codes, rounded = (codes, rounded) if axis == "input" else (codes.T, rounded.T)
         layer = model.get_submodule(path)
-        stored = layer.weight.codes if bits > 4 else unpack_nibbles(layer.weight.codes, layer.in_features)
+        stored = layer.storage.codes if bits > 4 else unpack_nibbles(layer.storage.codes, layer.in_features)
         assert np.array_equal(stored.numpy(), codes)
         np.testing.assert_allclose(layer.dequantized().numpy(), rounded, rtol=1e-6)
 
@@ -58,7 +58,7 @@ def test_a_whole_row_is_one_group() -> None:
     weight = model.model.layers[0].self_attn.q_proj.weight.detach().numpy()
     apply(model, RoundToNearest(bits=4, group_size=-1), progress=False)
     layer = model.model.layers[0].self_attn.q_proj
-    assert layer.weight.scale.shape == (HIDDEN, 1)
+    assert layer.storage.scale.shape == (HIDDEN, 1)
     np.testing.assert_allclose(layer.dequantized().numpy(), by_hand(weight, 4, HIDDEN, False)[1], rtol=1e-6)
 
 

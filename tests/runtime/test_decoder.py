@@ -120,7 +120,7 @@ def test_integer_weights(activations, most):
     layers = [layer for layer in model.modules() if isinstance(layer, ActLinear)]
     for number, layer in enumerate(layers):
         grid = GRIDS[number % len(GRIDS)]
-        layer.weight = IntegerWeight.quantize(layer.weight.dequantize(), grid)
+        layer.storage = IntegerWeight.quantize(layer.dequantized(), grid)
     decoder, expected = Decoder(model, activations=activations), reference(model)
     assert decoder.activations == (activations or ("int16" if integer_dots.available() else "float32"))
     assert (stepped(decoder) - expected).norm() < most * expected.norm()
@@ -192,7 +192,7 @@ def test_integer_rows_behind_a_sparse_gate(grid):
     model = cut_gates(made("llama"))
     for layer in model.model.layers:
         up = ActLinear.of(layer.mlp.up_proj)
-        up.weight = IntegerWeight.quantize(up.weight.dequantize(), grid)
+        up.storage = IntegerWeight.quantize(up.dequantized(), grid)
         layer.mlp.up_proj = up
     decoder, expected = Decoder(model), reference(model)
     assert (stepped(decoder) - expected).norm() < 1e-5 * expected.norm()

@@ -195,7 +195,7 @@ def test_over_quantized_weights_and_beside_sparse_attention() -> None:
             report = apply(model, recipe, batches, min_coverage=0.0, progress=False).report
             assert len(thresholds(model)) == 2 and not any("selects its inputs" in note for note in report.notes)
             if first in recipe:
-                assert isinstance(model.model.layers[0].mlp.up_proj.weight, IntegerWeight)
+                assert isinstance(model.model.layers[0].mlp.up_proj.storage, IntegerWeight)
             if len(recipe) == 3:
                 layer = model.model.layers[0].self_attn.q_proj
                 assert isinstance(layer, ActLinear) and layer.select is not None
@@ -239,7 +239,7 @@ def test_quantized_weights_count_as_they_are_stored() -> None:
     apply(model, [RoundToNearest(bits=4, group_size=8), Cats()], batches, progress=False)
     mlp = model.model.layers[0].mlp
     found = gate_sparsity(model, batches, progress=False)
-    sizes = [layer.weight.nbytes for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+    sizes = [layer.storage.nbytes for layer in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
     kept = 1 - found.layers[0].zeros
     assert found.layers[0].traffic == pytest.approx((sizes[0] + kept * (sizes[1] + sizes[2])) / sum(sizes))
     with pytest.raises(CoverageError, match="no MLP"):

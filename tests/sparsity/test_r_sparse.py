@@ -209,7 +209,7 @@ def test_over_quantized_weights_both_paths_use_what_is_stored() -> None:
     apply(quantized, RoundToNearest(group_size=8), batches, progress=False)
     report = apply(model, [RoundToNearest(group_size=8), RSparse(alpha=0.5)], batches, progress=False).report
     layer, weight = model.get_submodule(DOWN), quantized.get_submodule(DOWN).dequantized()
-    assert isinstance(layer.weight, IntegerWeight) and torch.equal(layer.dequantized(), weight)
+    assert isinstance(layer.storage, IntegerWeight) and torch.equal(layer.dequantized(), weight)
     u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
     rank = layer.correction.left.shape[1]
     best = (u[:, :rank] * s[:rank]) @ vh[:rank]
@@ -218,7 +218,7 @@ def test_over_quantized_weights_both_paths_use_what_is_stored() -> None:
     kept = layer.select(x)
     torch.testing.assert_close(layer(x), kept @ weight.T + (x - kept) @ best.float().T, rtol=1e-4, atol=1e-5)
     note = next(note for note in report.notes if note.startswith(DOWN))
-    share = layer.correction.nbytes / layer.weight.nbytes  # float32 factors over 4-bit codes with their scales
+    share = layer.correction.nbytes / layer.storage.nbytes  # float32 factors over 4-bit codes with their scales
     assert share > 2 * rank * (16 + 24) / (16 * 24) and f"takes {share:.1%} more memory" in note
 
 

@@ -180,7 +180,7 @@ def test_over_a_quantizer_it_is_one_layer_with_dequantized_norms() -> None:
     apply(model, PerplexitySparsity(cett=0.2), batches, min_coverage=0.1, progress=False)
     for path, weight in before.items():
         layer = model.get_submodule(path)
-        assert isinstance(layer, ActLinear) and isinstance(layer.weight, IntegerWeight)
+        assert isinstance(layer, ActLinear) and isinstance(layer.storage, IntegerWeight)
         torch.testing.assert_close(layer.select.score, weight.norm(dim=0))
         assert float(layer.select.threshold) == cett_thresholds(states[path], weight, 0.2)
         assert torch.equal(layer.dequantized(), weight)

@@ -133,9 +133,9 @@ def test_greedy_with_one_mask_per_matrix_meets_the_target() -> None:
     notes = apply(model, settings, tiny_batches("llama"), progress=False).report.notes
     assert "query" in notes[0] and "key" in notes[0] and "up" in notes[0]
     layers = [m for n, m in model.named_modules() if isinstance(m, ActLinear) and ".0." in n]
-    dropped = sum((1 - m.select.k / m.in_features) * m.weight.tensor.numel() for m in layers)
+    dropped = sum((1 - m.select.k / m.in_features) * m.storage.tensor.numel() for m in layers)
     kept_at_most = 1 / min(m.in_features for m in layers)  # k is rounded down
-    share = dropped / sum(m.weight.tensor.numel() for m in layers)
+    share = dropped / sum(m.storage.tensor.numel() for m in layers)
     assert 0.5 - 1e-6 <= share <= 0.5 + kept_at_most
 
 
@@ -154,7 +154,7 @@ def test_over_awq_it_is_one_layer_that_computes_what_is_computed_by_hand() -> No
         score = torch.cat(joint).norm(dim=0)
         for name, weight in zip(ORDINARY[:3], joint, strict=True):
             layer = model.get_submodule(f"model.layers.{index}.self_attn.{name}")
-            assert isinstance(layer, ActLinear) and isinstance(layer.weight, IntegerWeight)
+            assert isinstance(layer, ActLinear) and isinstance(layer.storage, IntegerWeight)
             assert not any(isinstance(child, ActLinear) for child in layer.children())
             keep = x.abs() * score > layer.select.threshold
             torch.testing.assert_close(layer(x), (x * keep) @ weight.T, rtol=1e-5, atol=1e-6)

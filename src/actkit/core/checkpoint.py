@@ -26,6 +26,7 @@ from actkit.core.changes import Changes, Source, SourceGrid
 from actkit.core.edits import describe_module, get_module, replay, tied_names
 from actkit.core.errors import ActkitError, CheckpointError
 from actkit.core.hooks import refuse_compiled_or_sharded
+from actkit.core.linear import OLD_STORAGE, ActLinear
 from actkit.core.machine import versions
 from actkit.core.memory import format_bytes, parse_bytes
 from actkit.core.whole_folder import complete_or_nothing, recover
@@ -33,7 +34,7 @@ from actkit.core.whole_folder import complete_or_nothing, recover
 if TYPE_CHECKING:
     from actkit.core.evaluation import Evaluation
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "actkit.json"
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".onnx", ".msgpack", ".gguf", ".index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
@@ -489,6 +490,9 @@ def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
 def _fill(model: nn.Module, tensors: dict[str, Tensor], tied: dict[str, str], folder: Path) -> None:
     """Give a model its tensors; every name, shape and tie must agree."""
     expected = model.state_dict(keep_vars=True)
+    present = _PresentNames(model)
+    tensors = {present[name]: tensor for name, tensor in tensors.items()}
+    tied = {present[alias]: present[name] for alias, name in tied.items()}
     given = set(tensors) | set(tied)
     problems = [f"missing {name}" for name in sorted(set(expected) - given)]
     problems += [f"unexpected {name}" for name in sorted(given - set(expected))]
@@ -510,6 +514,17 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], tied: dict[str, str], fo
         parent, _, leaf = alias.rpartition(".")
         source, _, source_leaf = name.rpartition(".")
         setattr(get_module(model, parent), leaf, getattr(get_module(model, source), source_leaf))
+
+
+class _PresentNames:
+    """Names of saved tensors as models have them today; those in folders of earlier versions of actkit may differ."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = {path for path, module in model.named_modules() if isinstance(module, ActLinear)}
+
+    def __getitem__(self, name: str) -> str:
+        layer, old, leaf = name.rpartition(f".{OLD_STORAGE}.")
+        return f"{layer}.storage.{leaf}" if old and layer in self.layers else name
 
 
 def _same_kind(given: torch.dtype, expected: torch.dtype) -> bool:

@@ -250,7 +250,7 @@ def _cost_of(
 
 def _known_density(selecting: Mapping[str, ActLinear]) -> float | None:
     """Without data: of the layers by weight bytes, where all of them are top-k."""
-    weights = [layer.weight.nbytes for layer in selecting.values()]
+    weights = [layer.storage.nbytes for layer in selecting.values()]
     shares = [_top_k_density(layer) for layer in selecting.values()]
     if None in shares:
         return None
@@ -400,7 +400,7 @@ def _measure(
     for path, layer in selecting.items():
         if layer.select is not None:
             chooses = in_place(model, f"{path}.select", layer.select).mask
-            wanted[Site("layer.input", path=path)] = _Reads(chooses, tally, float(layer.weight.nbytes), path)
+            wanted[Site("layer.input", path=path)] = _Reads(chooses, tally, float(layer.storage.nbytes), path)
     members: dict[str, Site] = {}
     for block in () if view is None else (view.block(index) for index in range(len(view.blocks))):
         for expert, mlp in block.mlps():

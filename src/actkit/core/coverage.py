@@ -72,7 +72,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, int]]:
     for name, parameter in model.named_parameters():
         yield name, parameter.numel()
     for path, module in model.named_modules():
-        if isinstance(module, ActLinear) and isinstance(module.weight, IntegerWeight):
+        if isinstance(module, ActLinear) and isinstance(module.storage, IntegerWeight):
             yield f"{path}.weight", module.in_features * module.out_features
 
 

@@ -80,7 +80,11 @@ def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
     if not path:
         raise EditError("path: the model itself ('') cannot be replaced; name one of its submodules.")
     parent, _, name = path.rpartition(".")
-    setattr(get_module(model, parent), name, module)
+    owner = get_module(model, parent)
+    setattr(owner, name, module)
+    if isinstance(owner, nn.TransformerEncoderLayer) and name == "activation":
+        # torch's fused layer computes the function that this number names, and calls no module
+        owner.activation_relu_or_gelu = {nn.ReLU: 1, nn.GELU: 2}.get(type(module), 0)
 
 
 def get_tensor(model: nn.Module, name: str) -> Tensor:

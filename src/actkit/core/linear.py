@@ -4,6 +4,7 @@ Three slots that stack: `weight` (dense, or integer codes with scales), `select`
 `correction` (low rank). A method fills a slot and leaves the others as they are, so a sparsity method over a
 quantizer is still one module, and whatever runs or exports models knows this module only.
 
+The weight slot is held in `storage`; `weight` answers a tensor, as that of every linear layer does.
 The logical layout is the state that is saved. `pack()` builds the input-major buffer that the sparse kernel reads; it
 is never saved. With gradients, with more than two rows, under torch.export or without `pack()` the layer computes in
 plain torch.
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from actkit.core.layer_weight import LayerWeight
 from actkit.core.quantizer import QuantizationGrid, pack_nibbles, unpack_nibbles
 
+OLD_STORAGE = "weight"  # what the module that stores the weight was called until it was `storage`
 KERNEL_ROWS = 2  # above it a dense product wins: two independent masks at 50 % already need 75 % of the weight
 
 
@@ -285,7 +288,7 @@ class ActLinear(nn.Module):
                 raise ValueError(
                     f"correction: it maps {shape[::-1]}, the layer {(self.in_features, self.out_features)}."
                 )
-        self.weight = weight
+        self.storage = weight
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
         self.select = select
         self.correction = correction
@@ -313,7 +316,7 @@ class ActLinear(nn.Module):
             if tuple(weight.shape) != expected:
                 raise ValueError(f"weight: {tuple(weight.shape)} was given, the layer has {expected}.")
         if isinstance(module, ActLinear):
-            weight = module.weight if weight is None else weight  # type: ignore[assignment]
+            weight = module.storage if weight is None else weight
             select = module.select if select is None else select
             correction = module.correction if correction is None else correction
         elif weight is None:
@@ -322,9 +325,15 @@ class ActLinear(nn.Module):
             weight = DenseWeight(tensor if is_linear else nn.Parameter(tensor.t(), requires_grad=tensor.requires_grad))  # type: ignore[operator, arg-type]
         return cls(weight, module.bias, select, correction).train(module.training)  # type: ignore[arg-type]
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight [out, in], for code that reads it from outside; see `LayerWeight`."""
+        plain = self.select is None and self.correction is None and isinstance(self.storage, DenseWeight)
+        return self.storage.dequantize() if plain else LayerWeight.of(self)
+
     def dequantized(self) -> Tensor:
         """The weight [out, in] that is multiplied, in the layer's dtype."""
-        return self.weight.dequantize()
+        return self.storage.dequantize()
 
     def dense(self) -> nn.Linear:
         """A plain nn.Linear with the dequantized weight. Raises ValueError where select or correction would be lost."""
@@ -352,11 +361,11 @@ class ActLinear(nn.Module):
         from actkit import kernels
 
         can = (
-            isinstance(self.weight, DenseWeight)
+            isinstance(self.storage, DenseWeight)
             and isinstance(self.select, Threshold | TopK)
             and self.correction is None
-            and self.weight.dtype in (torch.float32, torch.bfloat16)
-            and self.weight.tensor.device.type == "cpu"
+            and self.storage.dtype in (torch.float32, torch.bfloat16)
+            and self.storage.tensor.device.type == "cpu"
         )
         self._packed = kernels.pack(self.dequantized().detach()) if can else None
         if can and isinstance(self.select, Threshold):
@@ -382,21 +391,23 @@ class ActLinear(nn.Module):
         super()._apply(fn, recurse)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self.unpack()
-        super()._load_from_state_dict(*args, **kwargs)
+        for name in [name for name in state_dict if name.startswith(f"{prefix}{OLD_STORAGE}.")]:
+            state_dict[f"{prefix}storage{name.removeprefix(prefix + OLD_STORAGE)}"] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # -- cost
 
     @property
     def weight_bytes(self) -> int:
         """Bytes that the weight and the correction take in storage."""
-        return self.weight.nbytes + (0 if self.correction is None else self.correction.nbytes)
+        return self.storage.nbytes + (0 if self.correction is None else self.correction.nbytes)
 
     def bytes_per_token(self, density: float = 1.0) -> float:
         """Weight bytes read for one token when a share `density` of the inputs is active."""
         score = 0 if self.select is None or self.select.score is None else self.select.score.nbytes
-        return self.weight.nbytes * density + (0 if self.correction is None else self.correction.nbytes) + score
+        return self.storage.nbytes * density + (0 if self.correction is None else self.correction.nbytes) + score
 
     # -- checkpoints
 
@@ -405,9 +416,9 @@ class ActLinear(nn.Module):
         return {
             "in_features": self.in_features,
             "out_features": self.out_features,
-            "dtype": str(self.weight.dtype).removeprefix("torch."),
+            "dtype": str(self.storage.dtype).removeprefix("torch."),
             "bias": None if self.bias is None else str(self.bias.dtype).removeprefix("torch."),
-            "weight": self.weight.spec(),
+            "weight": self.storage.spec(),
             "select": None if self.select is None else self.select.spec(),
             "correction": None if self.correction is None else self.correction.spec(),
         }

@@ -105,7 +105,7 @@ def _coverage(view: Anatomy, transforms: Sequence[Transform]) -> tuple[dict[str,
         if not transform.tags.parts:
             continue
         paths = {f"{linear.path}.weight" for block in blocks for linear in transform.targets(block)}
-        touched = {name for name in inside if name in paths or name.removesuffix(".tensor") in paths}
+        touched = {name for name in inside if name.replace(".storage.tensor", ".weight") in paths}
         coverage[type(transform).__name__] = sum(inside[name] for name in touched) / total
         touched_by_any |= touched
     untouched = [

@@ -117,10 +117,10 @@ def summarise(model: nn.Module, example: Any = None, results: dict[str, Any] | N
 def _kind(module: nn.Module) -> str:
     if not isinstance(module, ActLinear):
         return "dense"
-    if isinstance(module.weight, DenseWeight):
+    if isinstance(module.storage, DenseWeight):
         parts = ["dense"]
     else:
-        grid = module.weight.grid
+        grid = module.storage.grid
         groups = "whole rows" if grid.group_size == -1 else f"groups of {grid.group_size} along the {grid.group_axis}"
         parts = [f"{grid.bits}-bit, {groups}"]
     if module.select is not None:

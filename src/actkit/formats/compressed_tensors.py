@@ -206,18 +206,18 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def _integer(layer: ActLinear) -> IntegerWeight:
-    assert isinstance(layer.weight, IntegerWeight)
-    return layer.weight
+    assert isinstance(layer.storage, IntegerWeight)
+    return layer.storage
 
 
 def _unsaid(path: str, plain: Plain) -> str | None:
     """Why a changed layer must be written dense, or None."""
     layer = plain.layers[path]
-    if isinstance(layer.weight, DenseWeight):
+    if isinstance(layer.storage, DenseWeight):
         return "its weight is not quantized"
     if path in plain.transposed:
         return "it is a Conv1D in the plain model, and readers of compressed-tensors quantize Linear layers only"
-    if layer.weight.grid.group_axis == "output":
+    if layer.storage.grid.group_axis == "output":
         return "its scales are per input channel and group of outputs, and compressed-tensors groups inputs only"
     return None
 

@@ -82,10 +82,10 @@ def write(plain: Plain, path: Path, tokenizer: Any) -> dict[str, Any]:
         order = row_order(module, config) if architecture == "llama" else None
         layer = plain.layers.get(module)
         if layer is not None and leaf == "weight":
-            why = _unsaid(layer.weight)
-            if why is None and isinstance(layer.weight, IntegerWeight):
-                stored, error = blocks(layer.weight, order)
-                quantized[module] = f"{stored.kind}, from {_describe(layer.weight)}"
+            why = _unsaid(layer.storage)
+            if why is None and isinstance(layer.storage, IntegerWeight):
+                stored, error = blocks(layer.storage, order)
+                quantized[module] = f"{stored.kind}, from {_describe(layer.storage)}"
                 worst = max(worst, error)
             else:
                 stored = _dense(layer.dequantized().detach(), order, plain.dtype)

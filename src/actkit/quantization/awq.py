@@ -222,7 +222,7 @@ def _multiply_weight(linear: Linear, factor: Tensor) -> Set:
     factors = parcels(factor.expand_as(old))
     weight = torch.cat([(rows * by).to(old.dtype) for rows, by in zip(parcels(old), factors, strict=True)])
     if isinstance(linear.module, ActLinear):  # of an exact rewrite; a quantized one would fill the same slot
-        return Set(f"{linear.path}.weight.tensor", weight)
+        return Set(f"{linear.path}.storage.tensor", weight)
     return Set(f"{linear.path}.weight", weight.t().contiguous() if isinstance(linear.module, Conv1D) else weight)
 
 

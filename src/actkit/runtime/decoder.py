@@ -334,6 +334,6 @@ def _release(linear: nn.Module) -> None:
         linear.weight = nn.Parameter(linear.weight.detach().to("meta"), requires_grad=False)  # type: ignore[union-attr, operator]
         return
     linear.unpack()
-    for name, values in [*linear.weight.named_parameters(), *linear.weight.named_buffers()]:
+    for name, values in [*linear.storage.named_parameters(), *linear.storage.named_buffers()]:
         values = values.detach().to("meta")
-        setattr(linear.weight, name, nn.Parameter(values, requires_grad=False) if name == "tensor" else values)
+        setattr(linear.storage, name, nn.Parameter(values, requires_grad=False) if name == "tensor" else values)

@@ -70,9 +70,9 @@ def kind_of(module: nn.Module, outputs: range | None = None, inputs: range | Non
     Raises UnsupportedModelError for any other module.
     """
     if isinstance(module, ActLinear):
-        if isinstance(module.weight, IntegerWeight):
-            return _integer_kind(module.weight, outputs, inputs)
-        dtype = module.weight.dtype
+        if isinstance(module.storage, IntegerWeight):
+            return _integer_kind(module.storage, outputs, inputs)
+        dtype = module.storage.dtype
     elif type(module) is nn.Linear:  # a subclass may compute something else
         dtype = module.weight.dtype
     else:
@@ -110,7 +110,7 @@ def part_of(module: nn.Module, outputs: range | None = None, inputs: range | Non
         weight = weight if outputs is None else weight[outputs.start : outputs.stop]
         weight = weight if inputs is None else weight[:, inputs.start : inputs.stop]
         return Part(kind, weight.to(kind.dtype))
-    stored: IntegerWeight = module.weight  # type: ignore[assignment]
+    stored: IntegerWeight = module.storage  # type: ignore[assignment]
     grid, (n_out, n_in) = stored.grid, stored.shape
     outputs, inputs = outputs or range(n_out), inputs or range(n_in)
     by_input = grid.group_axis == "input"

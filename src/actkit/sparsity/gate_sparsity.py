@@ -21,6 +21,7 @@ from actkit.core.anatomy import Anatomy, Linear, Mlp, Site, anatomy, has_row
 from actkit.core.capture import opened_experts, record
 from actkit.core.errors import CoverageError
 from actkit.core.figure_text import all_plain
+from actkit.core.linear import ActLinear
 from actkit.core.statistics import Density
 
 if TYPE_CHECKING:
@@ -137,7 +138,8 @@ def _layer(mlp: Mlp, seen: Density) -> LayerSparsity:
 
 def _bytes(linears: Iterable[Linear]) -> int:
     """Of the weights as they are stored: codes and scales where they are quantized."""
-    return sum(linear.module.weight.nbytes for linear in linears)  # type: ignore[union-attr, misc]
+    modules = [linear.module for linear in linears]
+    return sum((m.storage if isinstance(m, ActLinear) else m.weight).nbytes for m in modules)  # type: ignore[union-attr, misc]
 
 
 def _others(view: Anatomy) -> int:

@@ -141,10 +141,10 @@ class RSparse(Transform):
     def _described(self, layer: ActLinear, alpha: float) -> str:
         budget = Budget.of(layer.out_features, layer.in_features, self.sparsity, alpha)
         factors = 0 if layer.correction is None else layer.correction.nbytes
-        traffic = 1 - budget.dropped + factors / layer.weight.nbytes
+        traffic = 1 - budget.dropped + factors / layer.storage.nbytes
         return (
             f"{budget.channels} of {layer.in_features} channels and rank {budget.rank}: reads {traffic:.1%} of its "
-            f"weight's bytes, takes {factors / layer.weight.nbytes:.1%} more memory"
+            f"weight's bytes, takes {factors / layer.storage.nbytes:.1%} more memory"
         )
 
     # -- the search
