@@ -272,7 +272,7 @@ def test_a_documented_export_of_the_model_as_stored(tmp_path, monkeypatch):
         model,
         Replace(
             "model.layers.2.mlp.down_proj",
-            ActLinear.of(layer, weight=IntegerWeight.quantize(1.25 * layer.dequantized(), layer.weight.grid)),
+            ActLinear.of(layer, weight=IntegerWeight.quantize(1.25 * layer.dequantized(), layer.storage.grid)),
         ),
     )
     layers = as_read(Plain.of(model), report.quantized, "int8")

@@ -179,7 +179,7 @@ def as_read(plain: Plain, quantized: Iterable[str]) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for path in quantized:
         layer = plain.layers[path]
-        weight = layer.weight
+        weight = layer.storage
         assert isinstance(weight, IntegerWeight)
         scale = weight.scale.half().float()
         held: WeightStorage = IntegerWeight(weight.grid, weight.shape, weight.codes, scale, weight.zero, weight.dtype)
