@@ -475,6 +475,15 @@ proof(lambda p: load_data(p.file(b"\xff\xfe\xff", "a.txt"), build("llama"), Word
 proof(lambda p: load_data(p.file(" ", "a.txt"), build("llama"), Words()))
 proof(lambda p: load_data(p.file('{"a": 1}', "a.jsonl"), build("llama"), Words()))
 proof(lambda p: load_data(p.file('{"text": 1}', "a.jsonl"), build("llama"), Words()))
+proof(lambda p: load_data(p.file('{"text": "\\ud83d"}', "a.jsonl"), build("llama"), Words()))
+proof(lambda p: generation.generate(build("llama"), Words(), "\udcff"))
+proof(lambda p: generation.generate(build("llama"), Words(), [1, 2]))  # type: ignore[arg-type]
+proof(
+    lambda p: (
+        p.patch.setattr(Path, "read_text", raising(PermissionError(13, "Permission denied"))),
+        load_data(p.file("words", "a.txt"), build("llama"), Words()),
+    )
+)
 proof(lambda p: (pillow(p), load_data(p.path, build("vit"), None)))
 proof(lambda p: load_data(p.file("some words", "a.txt"), build("llama"), Words(), sequences=99, length=8))
 proof(lambda p: (pillow(p), p.file(b"x", "a.png"), load_data(p.path, build("llama"), None)))

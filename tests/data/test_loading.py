@@ -10,6 +10,7 @@ from torch import nn
 from actkit import zoo
 from actkit.core.errors import DataError
 from actkit.data import Batches, load_data
+from actkit.data.text import split_of
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,53 @@ def test_text_file(causal, tmp_path):
     assert whole.document_ids[0][:3, 0].tolist() == [0, 1, 2]  # rows stand in for documents
     parts = [load_data(path, model, tokenizer, length=64, split=split) for split in ("train", "test")]
     assert parts[0].tokens > 8 * parts[1].tokens
+
+
+def test_a_folder_of_texts(causal, tmp_path, lines):
+    """Each .txt or .md is a document and each line of a .jsonl; what else lies there is not read."""
+    model, tokenizer = causal
+    texts = {"a.txt": "The first text.", "in/b.MD": "The second text, which is longer.", "c.txt": " \n"}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    lines("A third text.", "A fourth text.")
+    (tmp_path / "d.bin").write_bytes(b"\xff\xfe")
+    (tmp_path / "e.txt").mkdir()
+    data = load_data(tmp_path, model, tokenizer, pack=False)
+    found = {
+        tokenizer.decode(ids[mask == 1])
+        for batch in data
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"])
+    }
+    assert found == {"The first text.", texts["in/b.MD"], "A third text.", "A fourth text."}
+    assert len({int(row[0]) for ids in data.document_ids for row in ids}) == 4
+    packed = load_data(tmp_path, model, tokenizer, length=8)
+    assert len(torch.cat([ids.flatten() for ids in packed.document_ids]).unique()) - 1 in (3, 4)  # -1 on padding
+
+
+def test_a_folder_of_texts_is_split_by_file_name(causal, tmp_path):
+    model, tokenizer = causal
+    for index in range(60):
+        (tmp_path / f"{index}.txt").write_text(f"This is the text number {index}.")
+    parts = {split: load_data(tmp_path, model, tokenizer, pack=False, split=split).rows for split in ("train", "test")}
+    for split, rows in parts.items():
+        assert rows == sum(split_of(f"{index}.txt") == split for index in range(60))
+    one = tmp_path / "one"
+    one.mkdir()
+    (one / "book.md").write_text("It was a dark night. " * 40)
+    data = load_data(one, model, tokenizer, length=32)
+    assert data.document_ids[0][:3, 0].tolist() == [0, 1, 2]  # of a single text rows stand in for documents
+
+
+def test_the_model_says_what_a_folder_of_both_is(causal, tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    image.new("L", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "labels.txt").write_text("The labels of the images.")
+    assert "pixel_values" in load_data(tmp_path, zoo.load("cnn"))[0]
+    assert "input_ids" in load_data(tmp_path, *causal)[0]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no text"):
+        load_data(tmp_path / "empty", *causal)
 
 
 def test_a_file_of_lines_is_split_by_text(causal, lines):
@@ -236,11 +284,17 @@ def test_bad_files(causal, tmp_path, lines):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"body": 1}\n')
     (tmp_path / "number.jsonl").write_text('{"text": 3}\n')
+    (tmp_path / "half.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n{"text": "ab\\ud83d"}\n')
+    (tmp_path / "digits.jsonl").write_text('{"text": ' + "1" * 5000 + "}\n")
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     cases = {
         "empty.txt": "no text",
         "latin.txt": "not UTF-8",
         "broken.jsonl": "line 2",
         "number.jsonl": '"text" is a int',
+        "half.jsonl": r"line 2.*'\\ud83d' at character 2, a lone surrogate",
+        "digits.jsonl": "line 1: not a JSON object",
+        "deep.jsonl": "line 1: not a JSON object",
     }
     for name, text in cases.items():
         with pytest.raises(DataError, match=text):

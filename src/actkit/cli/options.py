@@ -12,7 +12,9 @@ ModelName = Annotated[
 ]
 Data = Annotated[
     str | None,
-    typer.Option(help="A .txt or .jsonl file, a folder of images, or 'random'. Default: the embedded data."),
+    typer.Option(
+        help="A .txt, .md or .jsonl file, a folder of these or of images, or 'random'. Default: the embedded data."
+    ),
 ]
 Sequences = Annotated[int | None, typer.Option(min=1, help="How many rows of data.")]
 Length = Annotated[int | None, typer.Option(min=1, help="Tokens per row. Default: the model's context, at most 512.")]

@@ -21,6 +21,7 @@ from actkit.core.errors import DataError, NonFiniteError, UnsupportedModelError
 from actkit.core.example import Inputs
 from actkit.core.hooks import evaluating
 from actkit.core.offload import device_of
+from actkit.core.texts import check_text
 
 _UNFINISHED = "�"  # what decoders write for bytes that are no character (yet)
 
@@ -52,7 +53,8 @@ def generate(
     which, and why. A decoder packs the weights first; with decode_only out of the model, which is then of no other use.
     For float32 models it writes what transformers writes; for others it rounds elsewhere, so that texts may part.
 
-    Raises DataError where prompt and new tokens exceed the model's context or the prompt does not fit its vocabulary,
+    Raises DataError where prompt and new tokens exceed the model's context or the prompt is no text (token ids go to
+    `generate_ids`), holds a lone surrogate or does not fit its vocabulary,
     ValueError for a setting out of bounds, UnsupportedModelError for a model that generates nothing, and
     NonFiniteError where logits are NaN or Inf.
     """
@@ -60,6 +62,7 @@ def generate(
     texts = [each for each in stops if isinstance(each, str)]
     if "" in texts:
         raise ValueError("stop: an empty text was given, which is found everywhere; give at least one character.")
+    check_text(prompt, "prompt: it")
     ids = _encode(model, tokenizer, prompt)
     end = end_tokens(model, tokenizer) | {each for each in stops if isinstance(each, int)}
     _check(model, ids, max_new_tokens, temperature, top_k, top_p)  # before a decoder is built

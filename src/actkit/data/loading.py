@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,13 +15,14 @@ from actkit.core.example import Inputs
 from actkit.core.hooks import check_batch, main_input
 from actkit.core.progress import track
 from actkit.data.batches import Batch, Batches
+from actkit.data.files import LINES, SUFFIXES, read_texts, text_files
 from actkit.data.images import digits
-from actkit.data.text import BOUNDS, SPLITS, Split, check_split, documents, sentences, split_of
+from actkit.data.text import SPLITS, Split, check_split, documents, sentences, split_of
 
 DEFAULT_LENGTH = 512
 _RANDOM_SEQUENCES = 32
 _IMAGES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"})
-_SOURCES = "a .txt or .jsonl file, a folder of images, an iterable of batches or 'random'"
+_SOURCES = "a .txt, .md or .jsonl file, a folder of these or of images, an iterable of batches or 'random'"
 
 Row = tuple[list[int], list[int]]  # token ids, and the document of each
 
@@ -42,14 +42,15 @@ def load_data(
     """Batches that the model can be called with.
 
     source: None for the embedded data (text through the tokenizer: documents for causal models, sentences for encoders;
-    the digits for models of 8 x 8 images), a .txt file (one text), a .jsonl file (objects with a field `text`, one
-    document each), a folder of images, an iterable of batches (dicts, tensors or tuples, used as they are) or "random".
+    the digits for models of 8 x 8 images), a .txt or .md file (one text), a .jsonl file (objects with a field `text`,
+    one document each), a folder of such files (a .txt or .md is one document), a folder of images, an iterable of
+    batches (dicts, tensors or tuples, used as they are) or "random".
     tokenizer: the model's own; for a folder of images an image processor, whose mean and standard deviation are used
     (0.5 each without one).
     sequences: how many rows, all where None (32 for random); fewer in the source is an error.
     length: tokens per row; None is the model's context, at most 512. seed: order of the documents, and random values.
     split: which part of the source; None is `calibration` for embedded data and all of yours. Your files are cut like
-    the embedded text, 84 / 4 / 4 / 8 %: by a hash of each document or file name, a .txt by position.
+    the embedded text, 84 / 4 / 4 / 8 %: by a hash of each document or file name, a single .txt or .md by position.
     pack: concatenate the documents with the end-of-text token between and cut them in rows (default for causal models).
     Otherwise every document is a row, a longer one is cut in windows; what is short is padded under `attention_mask`.
 
@@ -78,9 +79,9 @@ def load_data(
     path = None if source is None else Path(source)
     if path is not None and not path.exists():
         raise DataError(f"source={str(source)!r} does not exist; give {_SOURCES}.")
-    if path is not None and path.is_dir():
+    if path is not None and path.is_dir() and _has_images(path, takes):
         return _images(path, model, takes, tokenizer, sequences, batch_size, seed, split)
-    if path is not None and path.suffix not in (".txt", ".jsonl"):
+    if path is not None and path.suffix.lower() not in SUFFIXES and not path.is_dir():
         raise DataError(f"source={str(source)!r} is a file of an unknown kind; give {_SOURCES}.")
     if tokenizer is None:
         raise DataError(
@@ -93,11 +94,11 @@ def load_data(
         texts = [document.text for document in documents(split)] if takes.causal else sentences(split)
         description = f"embedded {'text' if takes.causal else 'sentences'}, {split} split"
     else:
-        texts = _read(path, split)
-        description = path.name + (f", {split} split" if split else "")
+        texts = read_texts(path, split)
+        description = path.resolve().name + (f", {split} split" if split else "")
     random.Random(seed).shuffle(texts)
     rows = _packed(texts, tokenizer, length, sequences) if pack else _windows(texts, tokenizer, length, sequences)
-    if path is not None and path.suffix == ".txt":
+    if path is not None and len(texts) == 1 and path.suffix.lower() != LINES:
         # One text has no documents to resample: its rows stand in for them.
         rows = [(ids, [index] * len(ids)) for index, (ids, _) in enumerate(rows)]
     rows = _take(rows, sequences, f"rows of up to {length} tokens", description)
@@ -107,40 +108,13 @@ def load_data(
     return _batches(batches, f"{description}, {len(rows)} rows of up to {length} tokens")
 
 
+def _has_images(folder: Path, takes: Inputs) -> bool:
+    """Whether a folder is read as images: for a model of images, and if it holds images and no text."""
+    of_images = takes.shape is not None and len(takes.shape) == 3
+    return of_images or (bool(_image_files(folder)) and not text_files(folder))
+
+
 # --- text ------------------------------------------------------------------------------------------------------------
-
-
-def _read(path: Path, split: Split | None) -> list[str]:
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"source={str(path)!r} is not UTF-8 text ({error}); convert it.") from error
-    if path.suffix == ".txt":
-        if split is not None:
-            bounds = (0.0, *BOUNDS)
-            index = SPLITS.index(split)
-            content = content[int(bounds[index] * len(content)) : int(bounds[index + 1] * len(content))]
-        return [content] if content.strip() else _nothing(path, split)
-    texts = []
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(
-                f'{path}, line {number}: not a JSON object with a field "text" ({error}); correct the line.'
-            ) from error
-        if not isinstance(text, str):
-            raise DataError(f'{path}, line {number}: "text" is a {type(text).__name__}; it must be a string.')
-        if text.strip() and (split is None or split_of(text) == split):
-            texts.append(text)
-    return texts or _nothing(path, split)
-
-
-def _nothing(path: Path, split: Split | None) -> Any:
-    part = f"nothing for split={split!r}" if split else "no text"
-    raise DataError(f"source={str(path)!r} holds {part}; give a longer file{', or no split' if split else ''}.")
 
 
 def _encode(text: str, tokenizer: Any, special: bool) -> list[int]:
@@ -226,6 +200,10 @@ def _digits(takes: Inputs, sequences: int | None, batch_size: int, seed: int, sp
     )
 
 
+def _image_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGES)
+
+
 def _images(
     folder: Path,
     model: nn.Module,
@@ -242,7 +220,7 @@ def _images(
         raise ImportError(
             f"source={str(folder)!r} is a folder of images, which needs pillow; pip install pillow."
         ) from error
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _IMAGES)
+    files = _image_files(folder)
     if split is not None:
         files = [path for path in files if split_of(path.relative_to(folder).as_posix()) == split]
     random.Random(seed).shuffle(files)

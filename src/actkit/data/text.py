@@ -44,7 +44,7 @@ class Document(NamedTuple):
 
 def split_of(name: str, bounds: tuple[float, ...] = BOUNDS) -> Split:
     """The split of a document, from the SHA-256 of its name alone; bounds: the cumulative shares of SPLITS."""
-    position = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    position = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
     return SPLITS[sum(position >= bound for bound in bounds)]
 
 
