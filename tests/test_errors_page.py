@@ -37,6 +37,7 @@ INTERNAL = {
     "search/journal.py: _damaged": "JournalError, the row `resume: line ... of ... is damaged`",
     "core/quantizer.py: ValueError": "the reason in `...: group_size ...`",
     "core/yaml_files.py: yaml.MarkedYAMLError": "the reason in `... is not valid YAML: ...`",
+    "gguf/file.py: IndexError": "the reason in `...: not readable as GGUF (...)`",
     "core/blockwise.py: _StopForward": "ends a forward pass early",
 }
 PYDANTIC = ("sparsity/activation_penalty.py", "sparsity/cats.py", "sparsity/prosparse.py", "sparsity/sparsing_law.py")

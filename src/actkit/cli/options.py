@@ -8,7 +8,11 @@ from typing import Annotated
 import typer
 
 ModelName = Annotated[
-    str, typer.Argument(help="An embedded model (swiglu, geglu, relu, mixtral, minilm, vit, cnn), a folder, a hub id.")
+    str,
+    typer.Argument(
+        help="An embedded model (swiglu, geglu, relu, mixtral, minilm, vit, cnn; with their packages smollm2, gemma3), "
+        "a folder, a GGUF file, a hub id."
+    ),
 ]
 Data = Annotated[
     str | None,

@@ -36,11 +36,12 @@ if TYPE_CHECKING:
 
 SCHEMA = 2
 MANIFEST = "actkit.json"
+GRID = "source_grid.json"  # beside a plain checkpoint whose weights came from a quantized source
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".onnx", ".msgpack", ".gguf", ".index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
 BESIDE = (".txt", ".jinja", ".model", ".vocab", ".merges", ".tiktoken")  # and .json: tokenizers, templates
-SETTINGS = (MANIFEST, "config.json", "generation_config.json")
-NOT_COPIED = ("config.json", "README.md", MANIFEST, "training.json")
+SETTINGS = (MANIFEST, "config.json", "generation_config.json", GRID)
+NOT_COPIED = ("config.json", "README.md", MANIFEST, "training.json", GRID)
 
 
 # -- saving ------------------------------------------------------------------------------------------------------------
@@ -106,6 +107,9 @@ def _save(
         plain = is_pretrained(model) and (known is None or not known.edits)
         if plain:
             model.save_pretrained(temporary)  # type: ignore[operator]
+            grid = changes.source_grid(model)
+            if grid is not None:
+                write_grid(temporary / GRID, grid)
         else:
             _write(model, temporary, parse_bytes(max_shard), {**_measured(evaluation), **(results or {})})
         readme = temporary / "README.md"
@@ -307,6 +311,8 @@ def load(
             _cast(model, dtype)
     elif (folder / "config.json").exists():
         model = _load_pretrained(folder, dtype, trust_remote_code)
+        if (folder / GRID).exists():
+            grid = _grid(folder / GRID, _read_json(folder / GRID))
     else:
         raise CheckpointError(f"{source}: the folder holds neither {MANIFEST} nor config.json, so it is no checkpoint.")
     model = model.to(device).eval()
@@ -421,16 +427,20 @@ def _load_changed(folder: Path, base: Callable[[], nn.Module] | None) -> tuple[n
             manifest["base_class"],
         ),
     )
-    return model, _grid(folder, manifest)
+    return model, _grid(folder / MANIFEST, manifest.get("source_grid"))  # earlier versions did not write it
 
 
-def _grid(folder: Path, manifest: dict[str, Any]) -> SourceGrid | None:
-    content = manifest.get("source_grid")  # earlier versions did not write it
+def write_grid(path: Path, grid: SourceGrid) -> None:
+    """Write how a source was quantized, for a plain checkpoint: `load` reads it beside the weights."""
+    path.write_text(json.dumps(grid.to_dict(), indent=2), encoding="utf-8")
+
+
+def _grid(path: Path, content: dict[str, Any] | None) -> SourceGrid | None:
     try:
         return None if content is None else SourceGrid.from_dict(content)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{folder / MANIFEST}: source_grid is missing or malformed; the folder is damaged, save the model again."
+            f"{path}: source_grid is missing or malformed; the folder is damaged, save the model again."
         ) from error
 
 

@@ -30,24 +30,11 @@ from actkit.core.progress import track
 from actkit.core.quantizer import unpack_nibbles
 from actkit.formats.gguf_tokenizer import add_vocabulary
 from actkit.formats.plain import Plain
+from actkit.gguf.architectures import IN_BLOCKS, OUTSIDE, row_order
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # ours -> llama.cpp's
 BLOCK = 32
 DENSE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-IN_BLOCKS = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +66,8 @@ def write(plain: Plain, path: Path, tokenizer: Any) -> dict[str, Any]:
     names = [name for name in plain.skeleton.state_dict() if not (name == "lm_head.weight" and _tied(config))]
     for name in track(names, "Writing tensors", len(names)):
         module, _, leaf = name.rpartition(".")
-        order = row_order(module, config) if architecture == "llama" else None
+        heads = (config.num_attention_heads, config.num_key_value_heads, _head_dim(config))
+        order = row_order(module, *heads) if architecture == "llama" else None
         layer = plain.layers.get(module)
         if layer is not None and leaf == "weight":
             why = _unsaid(layer.storage)
@@ -123,16 +111,6 @@ def gguf_name(module: str) -> str:
     if found is None or found[2] not in IN_BLOCKS:
         raise ExportError(f"{module}: llama.cpp has no place for it in this architecture; keep the model another way.")
     return f"blk.{found[1]}.{IN_BLOCKS[found[2]]}"
-
-
-def row_order(module: str, config: Any) -> Tensor | None:
-    """Which row of query or key comes where in the llama architecture; None where rows stay."""
-    leaf = module.rpartition(".")[2]
-    if leaf not in ("q_proj", "k_proj"):
-        return None
-    heads = config.num_attention_heads if leaf == "q_proj" else config.num_key_value_heads
-    size = _head_dim(config)
-    return torch.arange(heads * size).reshape(heads, 2, size // 2).transpose(1, 2).flatten()
 
 
 def blocks(weight: IntegerWeight, order: Tensor | None = None) -> tuple[Stored, float]:

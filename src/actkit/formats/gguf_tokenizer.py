@@ -6,16 +6,9 @@ import json
 import re
 from typing import Any
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # token types, as GGUF numbers them
+from actkit.gguf.tokenizer import CONTROL, DIGITS, GPT2_PATTERN, NORMAL, PATTERNS, UNUSED, USER_DEFINED
 
-# What tokenizers.json splits by -> llama.cpp's name for the pattern.
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-    r"\s+(?!\S)|\s+"
-)
-QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
-PATTERNS = {GPT2_PATTERN: "gpt-2", LLAMA3_PATTERN: "llama-bpe", QWEN2_PATTERN: "qwen2"}
+NAMES = {pattern: name for name, pattern in reversed(PATTERNS.items())}  # the first name of each pattern
 
 
 def add_vocabulary(writer: Any, config: Any, tokenizer: Any) -> list[str]:
@@ -88,15 +81,18 @@ def _pattern(content: dict[str, Any]) -> tuple[str | None, str]:
     if normalizer is not None and normalizer["type"] != "NFC":  # NFC leaves text as nearly everyone writes it
         return None, f"it normalizes text ({normalizer['type']})"
     steps = splits.get("pretokenizers", [splits])
-    if [step.get("type") for step in steps] == ["ByteLevel"] and steps[0].get("use_regex", True):
+    kinds = [step.get("type") for step in steps]
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
         pattern = GPT2_PATTERN
-    elif [step.get("type") for step in steps] == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
+    elif kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1].get("use_regex", True):
+        pattern = DIGITS[0]
+    elif kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
         pattern = steps[0]["pattern"].get("Regex", "")
     else:
         pattern = ""
     if any(step.get("add_prefix_space") for step in steps):
         return None, "it puts a space before the text"
-    known = PATTERNS.get(pattern)
+    known = NAMES.get(pattern) if pattern not in DIGITS else pattern
     return known, "it splits text by a pattern that llama.cpp has no known name for"
 
 

@@ -2,7 +2,8 @@
 
 `swiglu`, `geglu` and `relu` are the same small language model (Llama architecture, 5.2 M parameters), its MLPs gated by
 SiLU, GELU or ReLU; `mixtral` has 8 experts of which a token takes 2 (11.2 M parameters); `minilm` is the sentence
-encoder all-MiniLM-L6-v2 (from a PyPI package); `vit` and `cnn` classify written digits.
+encoder all-MiniLM-L6-v2 (from a PyPI package); `vit` and `cnn` classify written digits. Two are real language models
+from packages of their own: `smollm2` (SmolLM2-135M-Instruct) and `gemma3` (Gemma 3 270M).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import importlib.util
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from actkit.zoo import packaged
 
 if TYPE_CHECKING:
     import torch
@@ -32,17 +35,20 @@ class Checkpoint(NamedTuple):
 
 
 def names() -> list[str]:
-    """The names of the embedded models."""
-    return sorted(["cnn", "minilm", "vit", *_LANGUAGE])
+    """The names of the models. The weights of `minilm`, `smollm2` and `gemma3` are in packages that may be missing."""
+    return sorted(["cnn", "minilm", "vit", *_LANGUAGE, *packaged.PACKAGED])
 
 
-def path(name: str) -> Path:
+def path(name: str, dtype: torch.dtype | None = None) -> Path:
     """The folder of a model: `from_pretrained` reads all but `cnn`, which is plain torch (`load`).
 
-    Raises ValueError for an unknown name and ImportError where the package that holds `minilm` is missing.
+    dtype: of the weights of `smollm2` and `gemma3`, which are dequantized into the user's cache; bfloat16 where None.
+    Raises ValueError for an unknown name and ImportError where the package that holds the weights is missing.
     """
     if name not in names():
         raise ValueError(f"name={name!r} is not in the zoo; choose one of {', '.join(names())}.")
+    if name in packaged.PACKAGED:
+        return packaged.path(name, dtype)
     if name != "minilm":
         return _WEIGHTS / name
     # Found, not imported: the package's own import would load sentence-transformers.
@@ -62,7 +68,8 @@ def load(name: str, *, dtype: torch.dtype | None = None) -> nn.Module:
     """
     import torch
 
-    folder, dtype = path(name), dtype or torch.float32
+    dtype = dtype or torch.float32
+    folder = path(name, dtype)
     if name == "cnn":
         from safetensors.torch import load_file
 
@@ -74,7 +81,12 @@ def load(name: str, *, dtype: torch.dtype | None = None) -> nn.Module:
         return cnn.to(dtype).eval()
     import transformers
 
-    special = {"minilm": "BertModel", "mixtral": "MixtralForCausalLM", "vit": "ViTForImageClassification"}
+    special = {
+        "gemma3": "Gemma3ForCausalLM",
+        "minilm": "BertModel",
+        "mixtral": "MixtralForCausalLM",
+        "vit": "ViTForImageClassification",
+    }
     kind = special.get(name, "LlamaForCausalLM")
     return getattr(transformers, kind).from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
 
@@ -83,7 +95,7 @@ def tokenizer(name: str) -> Any:
     """The tokenizer of a language model or of `minilm`. Raises ValueError for a model of images."""
     folder = path(name)
     if name in ("cnn", "vit"):
-        usable = ", ".join(("minilm", *_LANGUAGE))
+        usable = ", ".join(("minilm", *_LANGUAGE, *packaged.PACKAGED))
         raise ValueError(f"name={name!r} is a model of images and has no tokenizer; choose one of {usable}.")
     from transformers import AutoTokenizer
 
@@ -92,7 +104,8 @@ def tokenizer(name: str) -> Any:
 
 def card(name: str) -> str:
     """The model card, in Markdown: data, training, measured numbers, licence, limits."""
-    path(name)
+    if name not in packaged.PACKAGED:
+        path(name)
     return (_WEIGHTS / name / "README.md").read_text(encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""`load`: one way to every model: a name of the zoo, a local folder, or a hub id.
+"""`load`: one way to every model: a name of the zoo, a local folder, a GGUF file, or a hub id.
 
 A zoo name wins over a folder of the same name; write `./swiglu` for the folder.
 """
@@ -15,6 +15,7 @@ from torch import nn
 from actkit import zoo
 from actkit.core import changes, checkpoint
 from actkit.core.errors import CheckpointError
+from actkit.gguf.cached import cached, gguf_file
 from actkit.zoo.cnn import DigitsCNN
 
 Source = str | Path
@@ -33,13 +34,14 @@ def load(
 ) -> nn.Module:
     """Load a model in evaluation mode; every key must match.
 
-    source: a zoo name (`actkit.zoo.names()`), a local folder or a hub id (safetensors only). dtype: as stored where
-    None (the zoo's own models are stored in bf16). base: builds the unchanged model, for a folder that `actkit.save`
-    wrote of one's own nn.Module. trust_remote_code: run code that a hub repository brings; off unless asked for.
+    source: a zoo name (`actkit.zoo.names()`), a local folder, a GGUF file (or a folder that holds a single one) or a
+    hub id (safetensors only). dtype: as stored where None (the zoo's own models are stored in bf16; what a GGUF file
+    holds quantized is dequantized to bf16). base: builds the unchanged model, for a folder that `actkit.save` wrote of
+    one's own nn.Module. trust_remote_code: run code that a hub repository brings; off unless asked for.
     device: where its tensors go.
     Raises CheckpointError naming the file, the keys, or what is not there.
     """
-    folder = locate(source)
+    folder = locate(source, dtype)
     if source == "cnn":
         return zoo.load("cnn", dtype=checkpoint.parse_dtype(dtype) or torch.bfloat16).to(device)
     if base is None and (folder / checkpoint.MANIFEST).exists():
@@ -52,18 +54,26 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
     return checkpoint.load_tokenizer(locate(source), trust_remote_code=trust_remote_code)
 
 
-def find_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any | None:
-    """The tokenizer beside a model, or None where its folder holds none."""
-    folder = locate(source)
+def find_tokenizer(
+    source: Source, *, dtype: torch.dtype | str | None = None, trust_remote_code: bool = False
+) -> Any | None:
+    """The tokenizer beside a model, or None where its folder holds none. dtype: that the model is loaded with."""
+    folder = locate(source, dtype)
     if not checkpoint.has_tokenizer(folder):
         return None
     return checkpoint.load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
-def locate(source: Source) -> Path:
-    """The local folder of a source; a hub id is downloaded. Raises CheckpointError where there is none."""
+def locate(source: Source, dtype: torch.dtype | str | None = None) -> Path:
+    """The local folder of a source; a hub id is downloaded, and a GGUF file is converted into the cache once.
+
+    dtype: that the model is to be loaded with, for a GGUF file. Raises CheckpointError where there is none.
+    """
     if isinstance(source, str) and source in zoo.names():
-        return zoo.path(source)
+        return zoo.path(source, checkpoint.parse_dtype(dtype))
+    file = gguf_file(source)
+    if file is not None:
+        return cached([file], checkpoint.parse_dtype(dtype))
     try:
         return checkpoint.resolve(source)
     except CheckpointError as error:
@@ -87,7 +97,7 @@ def open_model(
     """
     if not isinstance(model, nn.Module):
         loaded = load(model, device=device, dtype=dtype, base=base, trust_remote_code=trust_remote_code)
-        return loaded, find_tokenizer(model, trust_remote_code=trust_remote_code)
+        return loaded, find_tokenizer(model, dtype=dtype, trust_remote_code=trust_remote_code)
     if str(device) != "cpu" or dtype is not None or base is not None:
         raise ValueError("device, dtype, base: the model is in memory already; move it yourself, with model.to(...).")
     origin = changes.source(model)
