@@ -157,3 +157,36 @@ def test_bytes_are_what_the_walk_holds(kind):
     )
     assert held["hidden states (2 streams, old and new)"] == 4 * hidden
     assert held.get("hidden states of all blocks (no chain)") == (3 * hidden if kind == "loose" else None)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_some_calls_end_at_the_row_that_reaches_the_tokens(kind):
+    model, given = build(kind), batches(kind)
+    view = anatomy(model)
+    path = view.blocks[0].path
+    module = model.get_submodule(path)
+    real = [BatchContext.of(batch).tokens for batch in given]
+    first = given[0]["attention_mask"].sum(1).tolist()
+    walk = Walk(view, given, quiet)
+    with evaluating(model):
+        walk.start(("original",))
+        whole = walk.calls(0, "original")
+        assert [index for index, _ in walk.some_calls(0, "original", None)] == list(range(len(given)))
+        (index, cut), *others = walk.some_calls(0, "original", first[0])
+        assert (index, others, cut.context.tokens) == (0, [], first[0])
+        expected = whole[0].replay(module)[:1]
+        torch.testing.assert_close(cut.replay(module), expected, rtol=0, atol=1e-5)
+        (_, one), (_, two) = walk.some_calls(0, "original", real[0] + 1)
+        assert one is whole[0] and len(two.hidden) == 1
+
+
+def test_a_call_whose_rows_cannot_be_told_apart_stays_whole(monkeypatch):
+    model, given = build("llama"), batches("llama")
+    walk = Walk(anatomy(model), given, quiet)
+    with evaluating(model):
+        walk.start(("original",))
+        (call,) = walk.calls(0, "original")[:1]
+        # as if a table [batch, ...] of another meaning were cut too
+        monkeypatch.setattr(Call, "first_rows", lambda self, count: self.with_hidden(self.hidden[:count] * 2))
+        ((_, found),) = walk.some_calls(0, "original", 1)
+        assert found is call

@@ -452,3 +452,8 @@ def test_saliency_mask_picks_the_right_channels() -> None:
     assert int(saliency_mask(mean_abs, weight, 0.5, "random", seed=1).sum()) == 2
     with pytest.raises(ValueError, match="share: 0 was given"):
         saliency_mask(mean_abs, weight, 0)
+
+
+def test_the_estimate_counts_the_tokens_that_are_searched() -> None:
+    assert Awq(search_tokens=None).passes(10_000) == Awq(search_tokens=1000).passes(500) == 1 + 24
+    assert Awq(search_tokens=1000).passes(10_000) == pytest.approx(1 + 2.4)

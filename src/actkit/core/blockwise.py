@@ -10,7 +10,7 @@ batches (`core/processes.py`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -52,6 +52,18 @@ class Call:
         rows = x.reshape(-1, x.shape[-1])  # a layer may be called on [batch * length, channels] too
         return rows if mask is None or len(rows) != mask.numel() else rows[mask.flatten()]
 
+    def first_rows(self, count: int) -> Call:
+        """The call on the first `count` rows of its batch: tensors with a row of it each are cut, all others stay."""
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value[:count] if value.dim() > 1 and len(value) == self.context.batch_size else value
+            if isinstance(value, dict):
+                return {key: cut(item) for key, item in value.items()}
+            return type(value)(map(cut, value)) if type(value) in (tuple, list) else value
+
+        return Call(cut(self.args), cut(self.kwargs), self.context.first_rows(count))
+
     def with_hidden(self, hidden: Tensor) -> Call:
         """The same call on other hidden states."""
         if self.args:
@@ -85,6 +97,7 @@ class Walk:
         self.track = track
         self.whole_model = len(anatomy.blocks) == 1 and anatomy.blocks[0].path == ""
         self.chained = True
+        self._rows_apart: bool | None = None  # whether a block gives the same for the first rows of a call alone
         self.seconds = 0.0  # of the first batch's pass through the model
         self._first: list[Call] = []  # per batch, the call of the first block
         self._calls: dict[str, list[Call]] = {}  # stream -> per batch, the call of the block it has reached
@@ -196,6 +209,26 @@ class Walk:
         """Block k's calls, one per batch, with the hidden states of the stream."""
         return self._calls[stream]
 
+    def some_calls(self, k: int, stream: str, max_tokens: int | None) -> Iterator[tuple[int, Call]]:
+        """Block k's calls with the index of their batch, until they hold so many real tokens; the last one is cut."""
+        for index, call in zip(self.share, self.calls(k, stream), strict=True):
+            left = None if max_tokens is None else max_tokens - self.tokens_before[index]
+            if left is not None and left <= 0:
+                return
+            yield index, call if left is None else self._cut(k, call, left)
+
+    def _cut(self, k: int, call: Call, tokens: int) -> Call:
+        """The first rows of a call that hold so many real tokens; the whole call if rows cannot be told apart in it."""
+        enough = (call.context.tokens_per_row.cumsum(0) >= tokens).nonzero()
+        rows = int(enough[0]) + 1 if len(enough) else call.context.batch_size
+        if rows == call.context.batch_size or self._rows_apart is False:
+            return call
+        cut = call.first_rows(rows)
+        if self._rows_apart is None:  # asked once: a tensor may have as many heads as the batch has rows
+            module = self.anatomy.model.get_submodule(self.anatomy.blocks[k].path)
+            self._rows_apart = _same(lambda: cut.replay(module), call.replay(module)[:rows])
+        return cut if self._rows_apart else call
+
     def following(self, k: int, stream: str) -> list[Call]:
         """What block k + 1 will be called with: block k, as it stands now, run over the stream."""
         if k + 1 >= len(self.anatomy.blocks):
@@ -241,6 +274,16 @@ class Walk:
 def _documents(batches: Any, index: int) -> Tensor | None:
     documents = getattr(batches, "document_ids", None)
     return None if documents is None else documents[index]
+
+
+def _same(attempt: Callable[[], Tensor], expected: Tensor) -> bool:
+    """Whether an attempt gives what is expected, but for the order of summation."""
+    try:
+        found = attempt()
+    except (RuntimeError, ValueError, IndexError):  # shapes that do not go together
+        return False
+    close = torch.finfo(expected.dtype).eps * 64 * float(expected.abs().max())
+    return found.shape == expected.shape and float((found.float() - expected.float()).abs().max()) <= close
 
 
 def _tensors(value: Any) -> Iterable[Tensor]:

@@ -185,6 +185,18 @@ class BatchContext:
             return int(self.mask.sum())
         return self.batch_size * (self.length or 1)
 
+    @property
+    def tokens_per_row(self) -> Tensor:
+        """How many tokens of each row are real: int64 [batch]."""
+        if self.mask is not None:
+            return self.mask.sum(1)
+        return torch.full((self.batch_size,), self.length or 1)
+
+    def first_rows(self, count: int) -> BatchContext:
+        """The context of the first `count` rows."""
+        mask = None if self.mask is None else self.mask[:count]
+        return BatchContext(count, self.length, mask, self.documents[:count], self.positions[:count])
+
     @classmethod
     def of(cls, batch: Any, *, first_row: int = 0, documents: Tensor | None = None) -> BatchContext:
         """The context of a batch; `documents` default to the running number of the row, from `first_row` on."""

@@ -142,9 +142,7 @@ def _cost(
     memory = [(what, ceil(size * scale)) for what, size in walk.bytes(streams).items() if size]
     block = view.block(0)
     with offload.onloaded(view.model, block.path):  # a statistic may be weighted by the layer's weight
-        statistics = max(
-            (sum(s.memory(_channels(block, site)) for site, s in t.observe(block).items()) for t in needy), default=0
-        )
+        statistics = max((_statistics_bytes(t, block) for t in needy), default=0)
     if offload.is_offloaded(block.module):
         memory.append(("weights of one block, brought in place", parameter_bytes(block.module)))
     if statistics:
@@ -155,7 +153,7 @@ def _cost(
         rows = most if walk.whole_model else ceil(_rows(walk) * scale)
         copies = size + 2 * 4  # as recorded, and two copies in float32 to compute with
         memory.append(("recorded calls of one module", rows * widest * copies))
-    passes = 1 + len(streams) + sum(t.tags.passes for t in needy)
+    passes = 1 + len(streams) + sum(t.passes(sum(tokens)) for t in needy)
     return memory, walk.seconds * scale * passes
 
 
@@ -163,6 +161,14 @@ def _rows(walk: Walk) -> int:
     """The rows of hidden states that enter a block: tokens, or the patches of images."""
     stream = next(iter(walk.streams))
     return sum(call.hidden.numel() // call.hidden.shape[-1] for call in walk.calls(0, stream))
+
+
+def _statistics_bytes(transform: Transform, block: Block) -> int:
+    return sum(
+        statistic.memory(_channels(block, site))
+        for site, value in transform.observe(block).items()
+        for statistic in (value if isinstance(value, Sequence) else [value])
+    )
 
 
 def _channels(block: Block, site: Site) -> int:

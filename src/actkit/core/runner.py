@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -42,7 +41,6 @@ from actkit.core.experts import ExpertList
 from actkit.core.hooks import check_batch, evaluating, first_tensor, forward, hooked, refuse_compiled_or_sharded
 from actkit.core.plan import Plan, make_plan
 from actkit.core.progress import track
-from actkit.core.statistics import Statistic
 from actkit.core.transform import Recipe, Transform
 
 UNDO_MODES = ("source", "memory", "off")
@@ -87,12 +85,12 @@ class Applied:
 class Seen:
     """What calibration saw of one block: statistics by site, and recorded calls of its submodules.
 
-    Of several processes each has the calls of its own batches, which may be none; statistics, `rows` and what goes
-    through `total` are those of all.
+    Of several processes each has the calls of its own batches, which may be none; statistics and what goes through
+    `total` are those of all.
     """
 
     def __init__(
-        self, walk: Walk | None, block: Block, transform: Transform, statistics: dict[Site, Statistic] | None = None
+        self, walk: Walk | None, block: Block, transform: Transform, statistics: Mapping[Site, Any] | None = None
     ) -> None:
         self._walk, self._block, self._statistics = walk, block, statistics or {}
         self._transform, self._stream = transform, stream_of(transform)
@@ -122,48 +120,21 @@ class Seen:
         """
         return processes.total(f"a total of {type(self._transform).__name__} in {self._block.path}", values)
 
-    def rows(self, path: str, tokens: int) -> Tensor | None:
-        """Evenly spaced real input rows of the module at `path`, of all batches: float32 [n, in], n >= `tokens` where
-        there are so many. None where no token reaches it."""
-        walk = self._walked("rows")
-        own: dict[int, list[Tensor]] = {}  # by batch
-        for index, call in self._recorded(path, None, None):
-            own.setdefault(index, []).append(call.real(call.args[0].detach()))
-        counts = torch.zeros(len(walk.batches) + 1, dtype=torch.int64)
-        for index, parts in own.items():
-            counts[index] = sum(map(len, parts))
-        counts[-1] = len(own)
-        *each, reached = self.total(counts).tolist()
-        if not reached:
-            return None
-        step, before = max(1, sum(each) // tokens), [0, *accumulate(each)]
-        # of all rows in the order of the batches, those whose number is a multiple of the step
-        taken = {str(i): torch.cat(parts)[-before[i] % step :: step].float() for i, parts in own.items()}
-        found = {int(i): x for _, sent in processes.everyone(f"rows of {path}", taken) for i, x in sent.items()}
-        device = next(get_module(walk.anatomy.model, path).parameters()).device
-        return torch.cat([found[index].to(device) for index in sorted(found)])
-
     def calls(self, path: str, *, stream: str | None = None, max_tokens: int | None = None) -> list[Call]:
         """The calls that the module at `path` gets when the block, *as it stands now*, runs on its inputs.
 
-        stream: 'original' or 'edited' inputs of the block; default as the transform declares. max_tokens: record no
-        further batch after that many tokens. `call.replay(module)` runs a module on them. Inside an expert, the mask of
+        stream: 'original' or 'edited' inputs of the block; default as the transform declares. max_tokens: stop at the
+        row that reaches so many real tokens. `call.replay(module)` runs a module on them. Inside an expert, the mask of
         a call is [rows]: which of the tokens sent there are real.
         Raises RecipeError in several processes, where the transform does not declare `sums_calls`.
         """
         check_shares(self._transform)
-        return [call for _, call in self._recorded(path, stream, max_tokens)]
-
-    def _recorded(self, path: str, stream: str | None, max_tokens: int | None) -> list[tuple[int, Call]]:
-        """Calls, each with the index of its batch."""
         walk = self._walked("calls")
         model = walk.anatomy.model
         expert = self._expert_around(path)
-        recorded: list[tuple[int, Call]] = []
+        recorded: list[Call] = []
         sent: list[Tensor] = []  # to the expert around `path`: flat indices of the tokens
-        for index, call in zip(walk.share, walk.calls(self._block.index, stream or self._stream), strict=True):
-            if max_tokens is not None and walk.tokens_before[index] >= max_tokens:
-                break
+        for _, call in walk.some_calls(self._block.index, stream or self._stream, max_tokens):
 
             def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 sent[:] = [args[1]]
@@ -173,14 +144,13 @@ class Seen:
                 args: tuple[Any, ...],
                 kwargs: dict[str, Any],
                 call: Call = call,
-                index: int = index,
             ) -> None:
                 kwargs = {key: value for key, value in kwargs.items() if "past_key_value" not in key}
                 args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)  # a block may work in place
                 context = call.context
                 if expert is not None and context.mask is not None:
                     context = replace(context, mask=context.mask.flatten()[sent[0]])
-                recorded.append((index, Call(args, kwargs, context)))
+                recorded.append(Call(args, kwargs, context))
 
             with hooked(model, before={path: keep} if expert is None else {expert: enter, path: keep}):
                 call.replay(get_module(model, self._block.path))
@@ -373,7 +343,7 @@ class _Run:
         wanted = dict(transform.observe(block))
         if wanted and walk is None:
             raise DataError(f"{type(transform).__name__}: it observes activations; declare Tags(needs_data=True).")
-        statistics: dict[Site, Statistic] = {}
+        statistics: Mapping[Site, Any] = {}
         if wanted and walk is not None:
             with observe(self.view, wanted) as observer:
                 module = get_module(self.model, block.path)

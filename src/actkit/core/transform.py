@@ -90,8 +90,12 @@ class Transform(BaseModel):
         """The linear layers it means to change: for the coverage report."""
         return block.linears()
 
-    def observe(self, block: Block) -> Mapping[Site, Statistic]:
-        """Which statistics it needs of this block."""
+    def passes(self, tokens: int) -> float:
+        """Forward passes over calibration data of so many real tokens that it costs, for the estimate of time."""
+        return self.tags.passes
+
+    def observe(self, block: Block) -> Mapping[Site, Statistic | Sequence[Statistic]]:
+        """Which statistics it needs of this block; several of one site are given as a sequence."""
         return {}
 
     def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
