@@ -93,6 +93,43 @@ def test_logits_are_those_of_transformers(name):
         torch.testing.assert_close(found, expected[end - 1], rtol=1e-4, atol=1e-4)
 
 
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+    "long_factor": [2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0],
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        [50, *range(51, 81)],  # tokens that cross the original context one by one
+        [50, 60, 75, 76, 77],  # a part of a prompt that crosses it
+        [50, 63, 65, 66],  # two tokens in one pass
+        [70, 71],  # a prompt beyond it
+        [64, 65],
+    ],
+)
+def test_longrope_changes_its_frequencies_where_transformers_does(passes):
+    torch.manual_seed(0)
+    settings = {**SHAPE, "max_position_embeddings": 256, "rope_parameters": LONG, "initializer_range": 0.2}
+    model = LlamaForCausalLM(LlamaConfig(**settings)).eval()
+    ids = torch.randint(300, (1, 80), generator=torch.Generator().manual_seed(1))
+    decoder, cache = Decoder(model), None
+    for _ in range(2):  # again after it has gone beyond
+        decoder.reset()
+        cache, begin = None, 0
+        for end in passes:
+            with torch.no_grad():
+                output = model(ids[:, begin:end], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            found = decoder(ids[0, begin:end].tolist())
+            torch.testing.assert_close(found, output.logits[0, -1], rtol=1e-4, atol=1e-4)
+            begin = end
+
+
 def test_one_thread():
     model = made("llama")
     torch.testing.assert_close(stepped(Decoder(model, threads=1)), reference(model), rtol=1e-4, atol=1e-4)

@@ -109,7 +109,9 @@ class Decoder:
         first = blocks[0].attention
         assert first is not None
         self._check_memory(model, len(blocks), first.key_value_heads * first.head_dim, decode_only)
-        others = tables.model_tables(model, blocks, self.capacity)
+        self._rotaries = tables.rotaries(model, blocks, self.capacity)
+        self._turned = self._rotaries[-1]
+        others = tables.model_tables(model, blocks, self._turned)
         layers = [[self._share(model, block, thread) for thread in range(self.threads)] for block in blocks]
         layers.append([parts.Share() for _ in range(self.threads)])
         for thread, share in enumerate(layers[-1]):
@@ -221,6 +223,7 @@ class Decoder:
         if not 0 <= min(tokens) <= max(tokens) < len(self.embedding):
             raise DataError(f"new: token {max(tokens)} of {min(tokens)} to {max(tokens)}; the model embeds 0 to "
                             f"{len(self.embedding) - 1}.")  # fmt: skip
+        self._turn(self.position + len(tokens))
         if len(tokens) <= FEW:
             for token in tokens:
                 self._step(token)
@@ -305,6 +308,13 @@ class Decoder:
             )
         self.position += 1
         self._steps += 1
+
+    def _turn(self, end: int) -> None:
+        """Rotate as in a pass that ends at this token."""
+        table = next(table for table in self._rotaries if end <= table.shape[1])
+        if table is not self._turned:
+            self._plan.rotary[:, : table.shape[1]] = table
+            self._turned = table
 
     def _read(self, tokens: list[int]) -> None:
         embedded = self.embedding[torch.tensor(tokens)]

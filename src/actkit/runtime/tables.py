@@ -253,19 +253,30 @@ def gates(model: nn.Module, blocks: Sequence[Block]) -> np.ndarray:
     return found
 
 
-def rotary(model: nn.Module, blocks: Sequence[Block], capacity: int) -> np.ndarray:
-    """Cosine and sine: float32 [2, capacity, rotated size]. Where some features of a head choose the keys, both of its
-    parts turn as heads of their width, one table after the other."""
+def rotaries(model: nn.Module, blocks: Sequence[Block], capacity: int) -> list[np.ndarray]:
+    """Cosine and sine: float32 [2, tokens, rotated size], one table or two, the shortest first.
+
+    A pass rotates by the first table that reaches its last token. LongRoPE has two: the frequencies of a whole pass
+    change where it goes beyond the original context, and what is in the cache by then stays as it was rotated.
+    Where some features of a head choose the keys, both of its parts turn as heads of their width, one after the other.
+    """
     core: Any = model.get_submodule(model.base_model_prefix)  # type: ignore[arg-type]
-    with torch.no_grad():
-        cos, sin = core.rotary_emb(torch.zeros(1), torch.arange(capacity)[None])
-    both = torch.stack((cos[0], sin[0])).float()
+    settings: Any = model.config.rope_parameters or {}  # type: ignore[union-attr]
+    lengths = [capacity]
+    if settings.get("rope_type") == "longrope":
+        lengths = sorted({min(capacity, settings["original_max_position_embeddings"]), capacity})
     choosing = choosing_features(blocks)
-    if choosing:
-        size = both.shape[-1]
-        planes = [torch.arange(width // 2) * size // width for width in (choosing, size - choosing)]
-        both = torch.cat([both[..., each].repeat(1, 1, 2) for each in planes], -1)
-    return both.contiguous().numpy()
+    found = []
+    for length in lengths:
+        with torch.no_grad():
+            cos, sin = core.rotary_emb(torch.zeros(1), torch.arange(length)[None])
+        both = torch.stack((cos[0], sin[0])).float()
+        if choosing:
+            size = both.shape[-1]
+            planes = [torch.arange(width // 2) * size // width for width in (choosing, size - choosing)]
+            both = torch.cat([both[..., each].repeat(1, 1, 2) for each in planes], -1)
+        found.append(both.contiguous().numpy())
+    return found
 
 
 def choosing_features(blocks: Sequence[Block]) -> int:
@@ -279,7 +290,7 @@ def choosing_features(blocks: Sequence[Block]) -> int:
     return int(found.pop())
 
 
-def model_tables(model: nn.Module, blocks: Sequence[Block], capacity: int) -> dict[str, Any]:
+def model_tables(model: nn.Module, blocks: Sequence[Block], rotary: np.ndarray) -> dict[str, Any]:
     """What a plan holds beside the products: norms, rotary embedding, sizes."""
     core: Any = model.get_submodule(model.base_model_prefix)  # type: ignore[arg-type]
     config: Any = model.config
@@ -300,7 +311,7 @@ def model_tables(model: nn.Module, blocks: Sequence[Block], capacity: int) -> di
         "last_norm": core.norm.weight.detach().float().numpy().copy(),
         "head_norms": head_norms,
         "epsilon": np.float32(config.rms_norm_eps),
-        "rotary": rotary(model, blocks, capacity),
+        "rotary": rotary.copy(),
         "hidden": config.hidden_size,
         "size": attention.head_dim,
         "shared_by": attention.heads // attention.key_value_heads,
