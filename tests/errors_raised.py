@@ -58,6 +58,7 @@ from actkit.core.linear import ActLinear, IntegerWeight, LowRank, Threshold
 from actkit.core.low_rank_training import train_low_rank
 from actkit.core.objective import Objective
 from actkit.core.quality import measure_quality, task_of
+from actkit.core.quantized_source import _values
 from actkit.core.quantizer import QuantizationGrid
 from actkit.core.reading import BlockReader
 from actkit.core.rows import Keys, _weights
@@ -68,6 +69,7 @@ from actkit.core.swap import Swap
 from actkit.core.tensor_files import read_values, write_values
 from actkit.core.training_setup import Settings, state_folder, steps_per_epoch
 from actkit.core.transform import Recipe, Tags, Transform
+from actkit.core.transformers_folder import remote_class, stored_dtype
 from actkit.data import Batches, load_data, text
 from actkit.formats import gguf_file, reading
 from actkit.formats.export import FORMATS, export
@@ -307,6 +309,12 @@ proof(lambda p: checkpoint.load(p.copy("own")))
 proof(lambda p: (folder := p.copy("plain"), weights(folder).unlink(), checkpoint.load(folder)))
 proof(lambda p: checkpoint.load(tuned(p, model_type="of_tomorrow")))
 proof(lambda p: checkpoint.load(tuned(p, architectures=["Mine"], auto_map={"AutoModel": "mine.Mine"})))
+proof(lambda p: checkpoint.load(tuned(p, architectures=["Mine"])))
+proof(lambda p: remote_class({"AutoConfig": "mine.Mine"}, None, p.path, True))
+proof(lambda p: (p.file("{}", "adapter_config.json"), checkpoint.load(p.path)))
+proof(lambda p: checkpoint.load(tuned(p, quantization_config={"quant_method": "gptq"})))
+proof(lambda p: list(_values("layer.", {"weight_packed": torch.ones(1)}, {})))
+proof(lambda p: stored_dtype({"a.weight": ("F8_E4M3", 1)}, p.path))
 proof(lambda p: checkpoint.load(cut(weights(p.copy("plain")))))
 proof(lambda p: checkpoint.load(p.path))
 proof(lambda p: checkpoint.load(p.path / "nowhere"))

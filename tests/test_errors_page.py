@@ -35,6 +35,7 @@ INTERNAL = {
     "core/training.py: KeyboardInterrupt": "Ctrl-C; the command line says how to go on",
     "cli/main.py: typer.Exit": "Ctrl-C",
     "search/journal.py: _damaged": "JournalError, the row `resume: line ... of ... is damaged`",
+    "core/quantized_source.py: _unread": "CheckpointError, the row `...: its weight is stored ..., which is not read`",
     "core/quantizer.py: ValueError": "the reason in `...: group_size ...`",
     "core/yaml_files.py: yaml.MarkedYAMLError": "the reason in `... is not valid YAML: ...`",
     "gguf/file.py: IndexError": "the reason in `...: not readable as GGUF (...)`",

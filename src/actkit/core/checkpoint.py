@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from actkit.core import changes, checksums, offload, processes
 from actkit.core.changes import Changes, Source, SourceGrid
-from actkit.core.edits import describe_module, get_module, replay, tied_names
+from actkit.core.edits import describe_module, get_module, replay
 from actkit.core.errors import ActkitError, CheckpointError
 from actkit.core.hooks import refuse_compiled_or_sharded
 from actkit.core.linear import OLD_STORAGE, ActLinear
 from actkit.core.machine import versions
 from actkit.core.memory import format_bytes, parse_bytes
+from actkit.core.transformers_folder import load_folder, refuse_adapter
 from actkit.core.whole_folder import complete_or_nothing, recover
 
 if TYPE_CHECKING:
@@ -297,9 +298,10 @@ def load(
 ) -> nn.Module:
     """Load a model in evaluation mode from a local folder or a hub id; every key must match.
 
-    dtype: default as stored; scales and thresholds of changed layers keep float32. base: builds the unchanged model,
-    for a checkpoint of one's own nn.Module. trust_remote_code: run code that a hub repository brings; off unless asked.
-    A file that `actkit.sha256` lists must be as it was saved. Raises CheckpointError naming the file or the keys.
+    dtype: default as stored, which is what most bytes of the tensors are; scales and thresholds of changed layers keep
+    float32. base: builds the unchanged model, for a checkpoint of one's own nn.Module.
+    trust_remote_code: run code that a hub repository brings; off unless asked. A file that `actkit.sha256`
+    lists must be as it was saved. Raises CheckpointError naming the file or the keys.
     """
     folder = resolve(source)
     dtype = parse_dtype(dtype)
@@ -310,10 +312,11 @@ def load(
         if dtype is not None:
             _cast(model, dtype)
     elif (folder / "config.json").exists():
-        model = _load_pretrained(folder, dtype, trust_remote_code)
+        model, grid = load_folder(folder, dtype, trust_remote_code)
         if (folder / GRID).exists():
             grid = _grid(folder / GRID, _read_json(folder / GRID))
     else:
+        refuse_adapter(folder)
         raise CheckpointError(f"{source}: the folder holds neither {MANIFEST} nor config.json, so it is no checkpoint.")
     model = model.to(device).eval()
     options: dict[str, Any] = {
@@ -417,6 +420,8 @@ def _load_changed(folder: Path, base: Callable[[], nn.Module] | None) -> tuple[n
     except (ActkitError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: the edits do not fit {type(model).__name__}: {error}") from error
     _fill(model, tensors, manifest["tied"], folder)
+    if is_pretrained(model):
+        model.config.dtype = model.dtype  # type: ignore[union-attr]
     changes.restore(
         model,
         Changes(
@@ -549,55 +554,6 @@ def _assign(model: nn.Module, name: str, tensor: Tensor, old: Tensor) -> None:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=old.requires_grad and tensor.is_floating_point())
     else:
         module._buffers[leaf] = tensor
-
-
-def _load_pretrained(folder: Path, dtype: torch.dtype | None, trust_remote_code: bool) -> nn.Module:
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: transformers {transformers.__version__} does not read it ({error}); copy or "
-            f"download the folder again, or install a transformers that knows the model."
-        ) from error
-    names = getattr(config, "architectures", None) or []
-    cls = getattr(transformers, names[0], None) if names else None
-    if cls is None:
-        remote = bool(getattr(config, "auto_map", None))
-        if remote and not trust_remote_code:
-            raise CheckpointError(
-                f"{folder}: its model class is code in the repository; pass trust_remote_code=True if you trust it."
-            )
-        cls = transformers.AutoModelForCausalLM if remote else transformers.AutoModel
-    if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{folder}: it holds no *.safetensors file; actkit reads no pickle, convert the weights first."
-        )
-    try:
-        extra = {"trust_remote_code": True} if trust_remote_code else {}
-        loaded: Any = cls.from_pretrained(
-            folder,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            **extra,
-        )
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(
-            f"{folder}: its weights are not readable ({error}); copy or download the folder again."
-        ) from error
-    model, info = loaded
-    tied = set(tied_names(model))
-    missing = sorted(set(info["missing_keys"]) - tied)
-    unexpected = sorted(k for k in info["unexpected_keys"] if not k.endswith((".position_ids", "rotary_emb.inv_freq")))
-    mismatched = sorted(str(k[0]) for k in info["mismatched_keys"])
-    found = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
-    problems = [f"{what}: {', '.join(keys[:8])}" for what, keys in found.items() if keys]
-    if problems:
-        raise CheckpointError(f"{folder}: the weights do not fit {type(model).__name__}; {'; '.join(problems)}.")
-    return model
 
 
 def resolve(source: str | Path) -> Path:
