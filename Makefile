@@ -1,12 +1,13 @@
 # make demo   profile, optimize and prove the embedded models; leaves actkit-report/index.html
 # make test   the tests          make lint   ruff, mypy, import-linter
+# make test-all   every method on every architecture too (some minutes more)
 # make docs   the site, from docs/ and the docstrings, into site/
 # make bench  the decoder beside llama.cpp, torchao and OpenVINO (a C++ compiler builds the first; half an hour)
 # make zoo    train the embedded models again (two hours and a half on one core)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs bench zoo clean
+.PHONY: demo test test-all lint docs bench zoo clean
 
 demo: .venv/.installed
 	$(BIN)/actkit optimize swiglu --out actkit-report --overwrite
@@ -16,6 +17,10 @@ TEAMS := tests/kernels tests/runtime
 test: .venv/.installed
 	$(BIN)/python -m pytest $(TEAMS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests $(TEAMS:%=--ignore=%) --numprocesses auto --maxprocesses 8 --dist loadfile
+
+# Also every method on every architecture.
+test-all: test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m exhaustive --numprocesses auto --maxprocesses 8
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

@@ -48,11 +48,12 @@ from actkit.core import (
 )
 from actkit.core.activations import Activation
 from actkit.core.anatomy import Site, anatomy
-from actkit.core.architectures import GPT2, MlpRow
+from actkit.core.architectures import MlpRow
 from actkit.core.capture import plan_memory, record
 from actkit.core.cost import _chosen, folder_bytes
 from actkit.core.edits import Configure, Replace, Set, apply_edit, describe_module, get_module, get_tensor, replay
 from actkit.core.example import Inputs
+from actkit.core.gpt_rows import GPT2
 from actkit.core.hooks import BatchContext
 from actkit.core.linear import ActLinear, IntegerWeight, LowRank, Threshold
 from actkit.core.low_rank_training import train_low_rank
@@ -1102,6 +1103,11 @@ def fused_layers_of_other_sizes(p: Place) -> None:
     model = tiny_model("gpt2")
     model.config.num_key_value_heads = 2
     anatomy(model)
+
+
+@proof
+def layers_that_are_never_called(p: Place) -> None:
+    anatomy(tiny_model("bloom", slow_but_exact=True, pretraining_tp=2))
 
 
 @proof

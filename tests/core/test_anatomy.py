@@ -51,11 +51,11 @@ from actkit.core.anatomy import (
     read_tap,
     register_architecture,
 )
-from actkit.core.architectures import LLAMA
 from actkit.core.errors import CoverageError, UnsupportedModelError
 from actkit.core.experts import ExpertList
 from actkit.core.fused import PartRows
 from actkit.core.linear import ActLinear, IntegerWeight, Threshold
+from actkit.core.llama_rows import LLAMA
 from actkit.core.quantizer import QuantizationGrid
 
 HIDDEN, HEADS, LENGTH = 24, 4, 7

@@ -37,12 +37,26 @@ from actkit.sparsity.spark import Sparkify
 from actkit.sparsity.teal import Teal
 from actkit.sparsity.wina import Wina
 from actkit.testing import check_transform, tiny_batches, tiny_model
-from actkit.testing.models import ARCHITECTURES, HEADS, HIDDEN, INNER
+from actkit.testing.models import ARCHITECTURES, HEADS, HIDDEN, INNER, KINDS
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{kind: (kind, {}) for kind in ARCHITECTURES},
     "phi3, as many value heads": ("phi3", {"num_key_value_heads": HEADS}),
     "gpt_neox, MLP after attention": ("gpt_neox", {"use_parallel_residual": False}),
+    "falcon, one key-value head": ("falcon", {"new_decoder_architecture": False, "multi_query": True}),
+    "falcon, as many value heads, alibi": (
+        "falcon",
+        {
+            "new_decoder_architecture": False,
+            "multi_query": False,
+            "parallel_attn": False,
+            "alibi": True,
+            "num_kv_heads": HEADS,
+        },
+    ),
+    "stablelm, side by side": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    "bloom, norms feed the residual": ("bloom", {"apply_residual_connection_post_layernorm": True}),
+    "exaone4, without windows": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
     "deepseek_v3, queries of full rank": ("deepseek_v3", {"q_lora_rank": None, "rope_interleave": False}),
     "opt, norms after": ("opt", {"do_layer_norm_before": False, "activation_function": "gelu"}),
 }
@@ -77,7 +91,15 @@ class ByHand:
     W(name) is a tensor of the state dict, by its name below the block's path.
     """
 
-    def __init__(self, model: nn.Module, state: dict[str, Tensor], path: str, attended: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        state: dict[str, Tensor],
+        path: str,
+        attended: dict[str, Tensor],
+        real: Tensor | None,
+    ) -> None:
+        self.real = real
         self.config, self.kind, self.path, self.state = model.config, model.config.model_type, path, state
         self.sites = {f"attention.{name}": value for name, value in attended.items()}
 
@@ -89,17 +111,20 @@ class ByHand:
         return x @ (weight if self.kind == "gpt2" else weight.T) + (0 if bias is None else bias)
 
     def norm(self, x: Tensor, name: str) -> Tensor:
-        """Root mean square where there is no bias, else a layer norm."""
+        """Root mean square where there is no bias, else a layer norm, as of Cohere and OLMo."""
         weight, bias = self.W(f"{name}.weight"), self.W(f"{name}.bias")
-        names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+        names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
         eps = next((getattr(self.config, each) for each in names if hasattr(self.config, each)), 1e-5)
-        x = x if bias is None else x - x.mean(-1, keepdim=True)
-        x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
-        return x * (weight + ("gemma" in self.kind)) + (0 if bias is None else bias)
+        centered = bias is not None or self.kind in ("cohere", "cohere2", "olmo")
+        x = x - x.mean(-1, keepdim=True) if centered else x
+        x = x / (x.square().mean(-1, keepdim=True) + (1e-5 if self.kind == "olmo" else eps)).sqrt()
+        weight = 1 if self.kind == "olmo" else weight + ("gemma" in self.kind or self.kind == "nemotron")
+        return x * weight + (0 if bias is None else bias)
 
     def run(self, x: Tensor) -> dict[str, Tensor]:
         self.sites["block.input"] = x
-        name = {"bert": "bert", "roberta": "bert", "vit": "vit", "deit": "vit"}.get(self.kind, self.kind)
+        alike = {"roberta": "bert", "deit": "vit", "exaone4": "olmo2", "cohere2": "cohere"}
+        name = alike.get(self.kind, self.kind)
         getattr(self, name, self.llama)(x)
         return self.sites
 
@@ -122,12 +147,12 @@ class ByHand:
         return s["mlp.output"]
 
     def function(self, x: Tensor) -> Tensor:
-        names = ("hidden_activation", "activation_function", "hidden_act")
-        name = next(getattr(self.config, each) for each in names if getattr(self.config, each, None))
+        names = ("hidden_activation", "activation_function", "hidden_act", "activation")
+        name = next((getattr(self.config, each) for each in names if getattr(self.config, each, None)), "gelu_new")
         if name == "silu":
             return x / (1 + (-x).exp())
-        if name == "relu":
-            return x.clamp(min=0)
+        if name.startswith("relu"):
+            return x.clamp(min=0) ** (2 if name == "relu2" else 1)
         if name == "gelu":
             return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
         assert name in ("gelu_new", "gelu_pytorch_tanh")
@@ -142,6 +167,86 @@ class ByHand:
             self.sites["block.output"] = x + self.experts(h)
         else:
             self.sites["block.output"] = x + self.mlp(h, "mlp.up_proj", "mlp.down_proj", "mlp.gate_proj")
+
+    def granite(self, x: Tensor) -> None:
+        r = self.config.residual_multiplier
+        x = x + r * self.attention(self.norm(x, "input_layernorm"), "self_attn.o_proj")
+        h = self.norm(x, "post_attention_layernorm")
+        self.sites["block.output"] = x + r * self.mlp(h, "mlp.up_proj", "mlp.down_proj", "mlp.gate_proj")
+
+    def starcoder2(self, x: Tensor, up: str = "mlp.c_fc", down: str = "mlp.c_proj") -> None:
+        x = x + self.attention(self.norm(x, "input_layernorm"), "self_attn.o_proj")
+        self.sites["block.output"] = x + self.mlp(self.norm(x, "post_attention_layernorm"), up, down)
+
+    def nemotron(self, x: Tensor) -> None:
+        self.starcoder2(x, "mlp.up_proj", "mlp.down_proj")
+
+    def phi(self, x: Tensor) -> None:
+        h = self.norm(x, "input_layernorm")
+        self.sites["block.output"] = x + self.attention(h, "self_attn.dense") + self.mlp(h, "mlp.fc1", "mlp.fc2")
+
+    def cohere(self, x: Tensor) -> None:
+        h = self.norm(x, "input_layernorm")
+        after = x + self.attention(h, "self_attn.o_proj")
+        self.sites["block.output"] = after + self.mlp(h, "mlp.up_proj", "mlp.down_proj", "mlp.gate_proj")
+
+    def stablelm(self, x: Tensor) -> None:
+        self.cohere(x) if self.config.use_parallel_residual else self.llama(x)
+
+    def glm4(self, x: Tensor) -> None:
+        gate, up = self.W("mlp.gate_up_proj.weight").chunk(2)
+        self.state |= {f"{self.path}.gate.weight": gate, f"{self.path}.up.weight": up}
+        h = self.norm(x, "input_layernorm")
+        x = x + self.attention(h, "self_attn.o_proj", "post_self_attn_layernorm")
+        h = self.norm(x, "post_attention_layernorm")
+        self.sites["block.output"] = x + self.mlp(h, "up", "mlp.down_proj", "gate", "post_mlp_layernorm")
+
+    def lfm2(self, x: Tensor) -> None:
+        """The MLP's nonlinearity is no module: its gate and preactivation are not offered."""
+        h = self.norm(x, "operator_norm")
+        if self.W("conv.conv.weight") is None:
+            x = x + self.attention(h, "self_attn.out_proj")
+        else:
+            mask = torch.ones(h.shape[:2]) if self.real is None else self.real
+            first, second, third = self.linear(h * mask[..., None], "conv.in_proj").chunk(3, dim=-1)
+            weight, past = self.W("conv.conv.weight"), first * third
+            y = self.W("conv.conv.bias") + weight[:, 0, -1] * past
+            for back in range(1, weight.shape[-1]):
+                y[:, back:] += weight[:, 0, -1 - back] * past[:, :-back]
+            x = x + self.linear(second * y, "conv.out_proj")
+        self.config.hidden_act = "silu"
+        self.sites["block.output"] = x + self.mlp(
+            self.norm(x, "ffn_norm"), "feed_forward.w3", "feed_forward.w2", "feed_forward.w1"
+        )
+        del self.sites["mlp.preactivation"], self.sites["mlp.gate"]
+
+    def gptj(self, x: Tensor) -> None:
+        """Query, key and value are not offered: no call says how the first two are turned."""
+        for name in ("query", "key", "value"):
+            del self.sites[f"attention.{name}"]
+        h = self.norm(x, "ln_1")
+        self.sites["block.output"] = x + self.attention(h, "attn.out_proj") + self.mlp(h, "mlp.fc_in", "mlp.fc_out")
+
+    def gpt_neo(self, x: Tensor) -> None:
+        x = x + self.attention(self.norm(x, "ln_1"), "attn.attention.out_proj")
+        self.sites["block.output"] = x + self.mlp(self.norm(x, "ln_2"), "mlp.c_fc", "mlp.c_proj")
+
+    def bloom(self, x: Tensor) -> None:
+        instead = self.config.apply_residual_connection_post_layernorm
+        h = self.norm(x, "input_layernorm")
+        x = (h if instead else x) + self.attention(h, "self_attention.dense")
+        h = self.norm(x, "post_attention_layernorm")
+        self.sites["block.output"] = (h if instead else x) + self.mlp(h, "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+
+    def falcon(self, x: Tensor) -> None:
+        grouped, parallel = self.config.new_decoder_architecture, self.config.parallel_attn
+        h = self.norm(x, "ln_attn" if grouped else "input_layernorm")
+        after = x + self.attention(h, "self_attention.dense")
+        if grouped:
+            h = self.norm(x, "ln_mlp")
+        elif not parallel:
+            h = self.norm(after, "post_attention_layernorm")
+        self.sites["block.output"] = after + self.mlp(h, "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 
     def deepseek_v3(self, x: Tensor) -> None:
         """Query, key and value are not offered: no layer's output is one."""
@@ -231,6 +336,10 @@ class ByHand:
             result[rows] += part["output"] * top[rows, slots, None]
             s |= {f"experts.{e}.mlp.{name}": value for name, value in part.items()}
         s["mlp.input"], s["mlp.output"] = h, result.reshape(h.shape)
+        if self.kind == "qwen2_moe":
+            gate, up = (self.linear(h, f"mlp.shared_expert.{name}_proj") for name in ("gate", "up"))
+            added = self.linear(self.function(gate) * up, "mlp.shared_expert.down_proj")
+            s["mlp.output"] = s["mlp.output"] + self.linear(h, "mlp.shared_expert_gate").sigmoid() * added
         if self.kind == "deepseek_v3":
             gate, up = (self.linear(h, f"mlp.shared_experts.{name}_proj") for name in ("gate", "up"))
             s["mlp.output"] = s["mlp.output"] + self.linear(self.function(gate) * up, "mlp.shared_experts.down_proj")
@@ -244,6 +353,9 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> dict[nn.Module, dict[str, Tenso
 
     def watch(model: nn.Module) -> dict[nn.Module, dict[str, Tensor]]:
         source = sys.modules[type(model).__module__]
+        if not hasattr(source, "eager_attention_forward"):
+            watch_modules(model, source)
+            return found
         stock = source.eager_attention_forward
 
         def keeping(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -253,6 +365,47 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> dict[nn.Module, dict[str, Tenso
 
         monkeypatch.setattr(source, "eager_attention_forward", keeping)
         return found
+
+    def watch_modules(model: nn.Module, source: Any) -> None:
+        """Attention that no function of the source computes: GPT-J's and GPT-Neo's method, the others by hand."""
+        for module in model.modules():
+            if hasattr(module, "_attn"):
+                monkeypatch.setattr(module, "_attn", keeping_method(module, module._attn))
+            elif hasattr(module, "_split_heads") or hasattr(module, "_reshape"):
+                module.register_forward_hook(by_hand(source), with_kwargs=True)
+
+    def keeping_method(module: nn.Module, stock: Any) -> Any:
+        def keeping(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Any:
+            mixed, weights = stock(query, key, value, mask)
+            flat = mixed.transpose(1, 2).flatten(2)
+            found[module] = {"query": query, "key": key, "value": value, "weights": weights, "mixed": flat}
+            return mixed, weights
+
+        return keeping
+
+    def by_hand(source: Any) -> Any:
+        """Bloom's and Falcon's, from the layer's output as the module splits it; rotary embedding or alibi."""
+
+        def hook(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            layer = module.query_key_value
+            fused = nn.functional.linear(args[0], layer.weight, layer.bias)
+            split = module._reshape if hasattr(module, "_reshape") else module._split_heads
+            query, key, value = (x if hasattr(module, "_reshape") else x.transpose(1, 2) for x in split(fused))
+            own = getattr(module, "num_kv_heads", module.num_heads)
+            key, value = (x[:, :: x.shape[1] // own] for x in (key, value))
+            alibi = kwargs["alibi"]
+            if alibi is None:
+                query, key = source.apply_rotary_pos_emb(query, key, *kwargs["position_embeddings"])
+            every = [x.repeat_interleave(module.num_heads // own, 1) for x in (key, value)]
+            scores = query @ every[0].transpose(2, 3)
+            if alibi is not None:  # Falcon scales it with the scores, Bloom does not
+                alibi = alibi.reshape(len(query), module.num_heads, 1, -1)
+                scores = scores + (alibi if module.beta != 1 else alibi * math.sqrt(module.head_dim))
+            weights = (scores / math.sqrt(module.head_dim) + kwargs["attention_mask"]).softmax(-1)
+            mixed = (weights @ every[1]).transpose(1, 2).flatten(2)
+            found[module] = {"query": query, "key": key, "value": value, "weights": weights, "mixed": mixed}
+
+        return hook
 
     return watch  # type: ignore[return-value]
 
@@ -278,8 +431,10 @@ def test_every_site_is_what_the_model_computes(case: str, attended: Any) -> None
         moments = record(model, dict.fromkeys(sites, Moments()), [batch], anatomy=view, progress=False)
     inner = {name: module for name, module in model.named_modules() if module in calls}
     for block in blocks:
-        own = next(module for name, module in inner.items() if name.startswith(block.path + "."))
-        expected = ByHand(model, state, block.path, calls[own]).run(seen[Site("block.input", block.index)][0])
+        own = next((module for name, module in inner.items() if name.startswith(block.path + ".")), None)
+        given_to = calls.get(own, {})  # a convolution has no attention
+        by_hand = ByHand(model, state, block.path, given_to, batch.get("attention_mask"))
+        expected = by_hand.run(seen[Site("block.input", block.index)][0])
         mine = {str(site).removeprefix(f"blocks.{block.index}."): site for site in sites if site.block == block.index}
         assert set(mine) == {name for name, value in expected.items() if len(value)}
         for name, site in mine.items():
@@ -324,6 +479,8 @@ def test_coverage_and_plans(case: str) -> None:
     left = {row.parameter.partition("layers.")[2].partition(".")[2]: row.reason for row in coverage.uncovered()}
     routers = {"mixtral": ["mlp.gate.weight"], "qwen3_moe": ["mlp.gate.weight"]}
     routers |= dict.fromkeys((case for case in CASES if "deepseek" in case), routers["mixtral"])
+    routers["olmoe"], routers["qwen2_moe"] = routers["mixtral"], ["mlp.gate.weight", "mlp.shared_expert_gate.weight"]
+    routers["lfm2"] = ["conv.conv.weight", "conv.conv.bias"]
     routers["gpt_oss"] = ["mlp.router.weight", "mlp.router.bias", "self_attn.sinks"]
     assert sorted(left) == sorted(routers.get(case, []))
     assert all(left.values())
@@ -372,10 +529,21 @@ def test_rows_of_fused_layers(heads: int, shared: int) -> None:
 
 GROUPED, RESIDUAL, ROUTED = "grouped-query attention", "post-norm", "the router reads the norm's output too"
 UNKNOWN = "what produces this input is not described"
+BARE, CLAMPED = "the norm has no weight", "the value is clamped to 0.5"
 FREE = [None, None, None, None]  # attention's input, value to output, the MLP's input, up to down
 REFUSED: dict[str, list[str | None]] = {
     **{case: [None, GROUPED, None, None] for case in CASES},
     **dict.fromkeys(("gpt2", "gpt_neox", "gpt_neox, MLP after attention", "opt", "vit", "deit"), FREE),
+    **dict.fromkeys(("gpt_neo", "bloom", "falcon, as many value heads, alibi"), FREE),
+    "gptj": [None, None, None],  # one norm for attention and MLP
+    **{key: [None, GROUPED, None] for key in ("phi", "cohere", "cohere2", "stablelm, side by side")},
+    "falcon, one key-value head": [None, GROUPED, None],
+    "bloom, norms feed the residual": [RESIDUAL, None, RESIDUAL, None],
+    "olmo": [BARE, CLAMPED, BARE, None],
+    "olmoe": [None, CLAMPED, ROUTED] + [None] * 4,
+    "qwen2_moe": [None, GROUPED, ROUTED] + [None] * 4 + [UNKNOWN] * 2,
+    "lfm2": [None, GROUPED, UNKNOWN, UNKNOWN],
+    **{key: [RESIDUAL, GROUPED, RESIDUAL, None] for key in ("exaone4", "exaone4, without windows")},
     "phi3, as many value heads": FREE,
     "olmo2": [RESIDUAL, GROUPED, RESIDUAL, None],
     **{case: [RESIDUAL, None, RESIDUAL, None] for case in ("bert", "roberta", "opt, norms after")},
@@ -417,8 +585,20 @@ def test_scales_move_where_they_can(case: str) -> None:
 # -- transforms --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", TRANSFORMS)
+def _every(names: list[str], cases: list[str]) -> list[Any]:
+    """Each method with each case: those that tell most run always, the others with `make test-all`."""
+    often = {
+        "awq": set(cases),
+        "wina": {"llama", "phi", "lfm2", "falcon", "qwen2_moe", "gpt_oss", "deepseek_v3", "opt"},
+    }
+    return [
+        pytest.param(name, case, marks=[] if case in often.get(name, KINDS) else pytest.mark.exhaustive)
+        for name in names
+        for case in cases
+    ]
+
+
+@pytest.mark.parametrize(("name", "case"), _every(list(TRANSFORMS), list(CASES)))
 def test_transforms_keep_their_promises(name: str, case: str) -> None:
     check_transform(TRANSFORMS[name], build(case), given(case))
 
@@ -462,12 +642,12 @@ def test_the_example_of_the_page_is_enough(rows: dict[str, Any]) -> None:
     section = page[page.index("## Add an architecture") :]
     block = re.search(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     assert block is not None
-    assert "starcoder2" not in rows
+    assert "arcee" not in rows
     exec(compile(block[1], "architecture.md", "exec"), {})
     torch.manual_seed(0)
     sizes = {"vocab_size": 40, "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 2}
-    config = transformers.Starcoder2Config(**sizes, num_attention_heads=HEADS, num_key_value_heads=2)
-    model = transformers.Starcoder2ForCausalLM(config).eval()
+    config = transformers.ArceeConfig(**sizes, num_attention_heads=HEADS, num_key_value_heads=2)
+    model = transformers.ArceeForCausalLM(config).eval()
     assert not anatomy(model).coverage().uncovered()
     check_transform(Wina(sparsity=0.5), model, tiny_batches("llama"))
 

@@ -13,14 +13,14 @@ from transformers import GptOssConfig, MixtralConfig, MixtralForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from actkit.core import architectures
+from actkit.core import llama_rows
 from actkit.core.anatomy import anatomy
-from actkit.core.architectures import MIXTRAL, ExpertsRow
+from actkit.core.architecture_rows import ExpertsRow
 from actkit.core.experts import ExpertList
 from actkit.core.linear import ActLinear, Threshold
 
-ROW = MIXTRAL.experts
-GPT_OSS = architectures.GPT_OSS.experts
+ROW = llama_rows.MIXTRAL.experts
+GPT_OSS = llama_rows.GPT_OSS.experts
 CONFIG = {"hidden_size": 16, "intermediate_size": 24, "num_local_experts": 5, "num_experts_per_tok": 2}
 
 

@@ -39,11 +39,17 @@ def equalization_sets(block: Block) -> tuple[EqualizationSet, ...]:
 
 
 def _sets(block: Block) -> Iterator[EqualizationSet]:
+    shared = block.attention is not None and block.mlp is not None and len(block.norm_readers()) == 1
+    if shared:  # side by side behind one norm: only the block's output shows the damage of both
+        ((norm, readers),) = block.norm_readers()
+        yield EqualizationSet(norm, None, readers, block.path)
     if block.attention is not None:
-        yield EqualizationSet(block.attention.norm, None, block.attention.inputs, block.attention.path)
+        if not shared:
+            yield _norm_to_inputs(block.attention)
         yield _value_to_output(block.attention)
     if block.mlp is not None:
-        yield EqualizationSet(block.mlp.norm, None, block.mlp.inputs, block.mlp.path)
+        if not shared:
+            yield _norm_to_inputs(block.mlp)
         yield _up_to_down(block.mlp, block.root)
     if block.experts is not None:
         experts = block.experts
@@ -59,6 +65,12 @@ def _sets(block: Block) -> Iterator[EqualizationSet]:
             yield EqualizationSet(None, None, inputs.linears, inputs.linears[0].path, unknown)
 
 
+def _norm_to_inputs(part: Attention | Mlp) -> EqualizationSet:
+    half = part.norm is not None and part.norm.role == "both"
+    refused = "another part of the block, which is not described, reads the norm's output too" if half else None
+    return EqualizationSet(part.norm, None, part.inputs, part.path, refused)
+
+
 def _value_to_output(attention: Attention) -> EqualizationSet:
     refused = None
     if attention.key_value_heads != attention.heads:
@@ -66,6 +78,8 @@ def _value_to_output(attention: Attention) -> EqualizationSet:
             f"grouped-query attention: {attention.heads} heads read {attention.key_value_heads} value heads, "
             f"so the channels of value and output do not match"
         )
+    if attention.limit is not None:
+        refused = f"the value is clamped to {attention.limit:g} before it is mixed"
     producer, rows = attention.value, None
     if attention.query_key_value is not None:
         producer, rows = attention.query_key_value, attention.value_rows

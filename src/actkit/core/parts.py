@@ -90,7 +90,8 @@ class LinearInput:
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm. role: what reads it. offset: added to its weight before use (1 in Gemma). feeds_residual: post-norm."""
+    """A norm. role: what reads it ('both': attention and MLP). offset: added to its weight before use (1 in Gemma).
+    feeds_residual: post-norm."""
 
     path: str
     module: nn.Module = field(repr=False)
@@ -104,7 +105,8 @@ class Attention:
     """Attention: query, key and value, or query_key_value.
 
     norm: what its input comes from, None where that is outside the block (post-norm). value_rows: which output rows of
-    query_key_value are the value's, None where that is not known (and where value is a layer of its own).
+    query_key_value are the value's, None where that is not known (and where value is a layer of its own). limit: to
+    which query, key and value are clamped before anything else, None for not at all.
     """
 
     path: str
@@ -119,6 +121,7 @@ class Attention:
     head_dim: int
     norm: Norm | None
     value_rows: PartRows | None = None
+    limit: float | None = None
 
     @property
     def inputs(self) -> tuple[Linear, ...]:
@@ -229,6 +232,19 @@ class Block:
         if self.mlp is not None:
             return ((None, self.mlp),)
         return () if self.experts is None else tuple(enumerate(self.experts.members))
+
+    def norm_readers(self) -> tuple[tuple[Norm | None, tuple[Linear, ...]], ...]:
+        """Of attention and MLP: the norm that produces their input, with all layers that read it; where attention and
+        MLP stand side by side behind one norm, that norm once."""
+        found: list[tuple[Norm | None, tuple[Linear, ...]]] = []
+        for part in (self.attention, self.mlp):
+            if part is None:
+                continue
+            if found and part.norm is not None and found[-1][0] == part.norm:
+                found[-1] = (part.norm, found[-1][1] + part.inputs)
+            else:
+                found.append((part.norm, part.inputs))
+        return tuple(found)
 
     def around_activations(self) -> tuple[Linear, ...]:
         """The linear layers of MLPs (of opened experts too), and of a traced block those of its chains, each once."""

@@ -37,6 +37,8 @@ class BlockReader:
             for norm in row.norms
         )
         feeding = {norm.role: norm for norm in norms}
+        if "both" in feeding:
+            feeding["attention"] = feeding["mlp"] = feeding["both"]
         if isinstance(row.attention, AttentionRow):
             known = {None, *(norm.path for norm in row.norms)}
             heads = [path for path in (row.attention.query_norm, row.attention.key_norm) if path not in known]
@@ -50,10 +52,12 @@ class BlockReader:
             attention = self._attention(row.attention, feeding.get("attention"))
         if row.experts is not None and (row.mlp is None or self._has(row.experts.path)):
             experts = self._experts(row.experts, feeding.get("mlp"))
-            if row.shared is not None:
-                self._layers(row.shared)
+        elif isinstance(row.mlp, LayersRow):
+            self._layers(row.mlp, "mlp")
         elif row.mlp is not None and not self._own(row.mlp, "mlp"):
             mlp = self._mlp(row.mlp, feeding.get("mlp"))
+        if row.beside is not None:
+            self._layers(row.beside)
         self._tap("block.output", self.path, "output")
         module = submodule(self.model, self.path, row)
         return Block(
@@ -125,7 +129,8 @@ class BlockReader:
     def _attention(self, row: AttentionRow, norm: Norm | None) -> Attention:
         config: Any = self.model.config
         heads = getattr(config, self.row.heads)
-        key_value_heads = getattr(config, self.row.key_value_heads, None) or heads
+        shared: Any = self.row.key_value_heads
+        key_value_heads = (getattr(config, shared, None) if isinstance(shared, str) else shared) or heads
         output = self._linear(row.output, "output")
         head_dim = output.in_features // heads
         fused, rows = self._optional(row.query_key_value, "query_key_value"), None
@@ -150,9 +155,10 @@ class BlockReader:
             head_dim,
             norm,
             None if rows is None else rows[2],
+            row.limit,
         )
         self._tap("attention.input", attention.inputs[0].path, "input")
-        if fused is None or rows is not None:
+        if row.readable and (fused is None or rows is not None):
             self._head_taps(row, attention, rows or (None, None, None))
         self._tap("attention.weights", attention.path, "output", 1, layout="weights")
         self._tap("attention.mixed", output.path, "input")
@@ -165,9 +171,9 @@ class BlockReader:
             source = layer or attention.query_key_value
             assert source is not None
             settings: dict[str, Any] = {"heads": attention.heads if name == "query" else attention.key_value_heads}
-            settings["columns"] = columns
+            settings |= {"columns": columns if norm is None else None, "limit": row.limit}
             if row.rotary and name != "value":
-                settings |= {"rotary": True, "single_angles": row.single_angles, "attention": attention.path}
+                settings |= {"rotary": True, "angles": row.angles, "pairs": row.pairs, "attention": attention.path}
             if norm is not None:
                 settings["heads_first"] = row.heads_first
             path = source.path if norm is None else self._full(norm)
@@ -183,16 +189,17 @@ class BlockReader:
             raise CoverageError(f"MlpRow: the row {self.row.name!r} names neither up nor gate_up; give one of them.")
         self._module(row.activation)
         mlp = Mlp(self._full(row.path), self._module(row.path), gate, up, down, self._full(row.activation), norm, rows)
-        self._mlp_taps(mlp, self._full(row.added or row.path), layout="flat" if row.flat else "tokens")
+        layout = "flat" if row.flat else "tokens"
+        self._mlp_taps(mlp, self._full(row.added or row.path), row.overwritten, layout=layout)
         return mlp
 
-    def _mlp_taps(self, mlp: Mlp, added: str, **settings: Any) -> None:
+    def _mlp_taps(self, mlp: Mlp, added: str, overwritten: bool = False, **settings: Any) -> None:
         self._tap("mlp.input", mlp.inputs[0].path, "input", **settings)
         self._tap("mlp.preactivation", mlp.activation, "input", **settings)
         if mlp.gated:
             self._tap("mlp.gate", mlp.activation, "output", **settings)
         self._tap("mlp.hidden", mlp.down.path, "input", **settings)
-        self._tap("mlp.output", added, "output", **settings)
+        self._tap("mlp.output", added, "output", copied=overwritten, **settings)
 
     def _experts(self, row: ExpertsRow, norm: Norm | None) -> Experts:
         module, path, router = self._module(row.path), self._full(row.path), self._full(row.router)

@@ -83,6 +83,8 @@ class Site:
 
 
 Layout = Literal["tokens", "flat", "heads", "weights", "channels_first"]
+Angles = Literal["halves", "neighbours", "once"]  # how rotary tables list them: 0 1 2 0 1 2, 0 0 1 1 2 2 or 0 1 2
+Pairs = Literal["halves", "neighbours"]  # of n turned features: i and i + n / 2, or 2i and 2i + 1
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,10 @@ class Tap:
     path: the module whose call is watched. index: position or keyword of the argument, or position in an output
     tuple. columns: these of the last dimension (a fused qkv). heads: the last dimension is split into so many heads.
     heads_first: it is split already, and the heads stand before the positions. rotary: the rotary embedding still has
-    to be applied; its (cos, sin) are the keyword `position_embeddings` of the module at `attention`, with each angle
-    twice, or once where single_angles. expert: path of the expert around the tap; its second argument says which tokens
-    (flat indices) the rows are.
+    to be applied; its (cos, sin) are the keyword `position_embeddings` of the module at `attention`. angles, pairs: how
+    these tables and the features that they turn are laid out. limit: both signs of the tensor are clamped to it.
+    copied: it is copied, as the model changes it in place afterwards. expert: path of the expert around the tap; its
+    second argument says which tokens (flat indices) the rows are.
 
     layout of the result: tokens [batch, length, channels] (or [batch, channels] where a layer reads one vector per
     sequence); flat [batch * length, channels]; heads [batch, heads, length, head_dim]; weights [batch, heads, query,
@@ -109,7 +112,10 @@ class Tap:
     columns: PartRows | None = None
     heads_first: bool = False
     rotary: bool = False
-    single_angles: bool = False
+    angles: Angles = "halves"
+    pairs: Pairs = "halves"
+    limit: float | None = None
+    copied: bool = False
     attention: str | None = None
     expert: str | None = None
 
@@ -123,8 +129,8 @@ def read_tap(
 ) -> Tensor:
     """The tensor of a site, in the tap's layout, from one call of the module at `tap.path`.
 
-    position_embeddings: (cos, sin), each [batch, length, features that are turned] (half as many where
-    `tap.single_angles`); needed where `tap.rotary`.
+    position_embeddings: (cos, sin), each [batch, length, features that are turned] (half as many where `tap.angles` is
+    'once'); needed where `tap.rotary`.
     Raises ValueError where the call does not hold the tensor.
     """
     value = _argument(tap, args, kwargs) if tap.where == "input" else _output(tap, output)
@@ -132,6 +138,10 @@ def read_tap(
         raise ValueError(f"{tap.path}: its {tap.where} {tap.index!r} is a {type(value).__name__}, not a tensor.")
     if tap.columns is not None:
         value = tap.columns.of(value)
+    if tap.limit is not None:
+        value = value.clamp(-tap.limit, tap.limit)
+    if tap.copied:
+        value = value.clone()
     if tap.heads is not None and not tap.heads_first:
         if value.dim() == 3:
             value = value.unflatten(-1, (tap.heads, -1))
@@ -139,11 +149,16 @@ def read_tap(
     if tap.rotary:
         if position_embeddings is None:
             raise ValueError(f"{tap.path}: give position_embeddings (cos, sin), as {tap.attention} received them.")
-        cos, sin = position_embeddings
-        if tap.single_angles:
-            cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
-        value = _rotate(value, cos, sin)
+        cos, sin = (each_once(table, tap.angles) for table in position_embeddings)
+        value = _rotate(value, cos, sin, tap.pairs)
     return value
+
+
+def each_once(table: Tensor, angles: Angles) -> Tensor:
+    """A rotary table with each angle once: [..., n / 2] of [..., n], or itself."""
+    if angles == "once":
+        return table
+    return table[..., ::2] if angles == "neighbours" else table[..., : table.shape[-1] // 2]
 
 
 def _argument(tap: Tap, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -160,10 +175,12 @@ def _output(tap: Tap, output: Any) -> Any:
     return None if output is None else output[tap.index]
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [batch, heads, length, head_dim]: its first n features, as many as the tables have, are turned in the planes
-    (i, i + n / 2); the others stay."""
-    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    low, high = turned.chunk(2, dim=-1)
-    turned = turned * cos.unsqueeze(1) + torch.cat((-high, low), dim=-1) * sin.unsqueeze(1)
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: Pairs) -> Tensor:
+    """x [batch, heads, length, head_dim]: its first n features are turned, by cos and sin [batch, length, n / 2]; the
+    others stay."""
+    cos, sin, size = cos.unsqueeze(1), sin.unsqueeze(1), 2 * cos.shape[-1]
+    turned, rest = x[..., :size], x[..., size:]
+    first, second = turned.chunk(2, dim=-1) if pairs == "halves" else (turned[..., ::2], turned[..., 1::2])
+    both = first * cos - second * sin, second * cos + first * sin
+    turned = torch.cat(both, dim=-1) if pairs == "halves" else torch.stack(both, dim=-1).flatten(-2)
     return torch.cat((turned.to(x.dtype), rest), dim=-1)  # the tables may be wider than the model

@@ -99,15 +99,15 @@ def _rotated(linear: Linear, gain: Tensor, shift: Tensor | None, rotation: Tenso
 def _sets(block: Block) -> list[tuple[tuple[Linear, ...], Norm | None, str | None]]:
     """The layers that read a norm's output, where there is one, and why it cannot be rotated, or None."""
     found: list[tuple[tuple[Linear, ...], Norm | None, str | None]] = []
-    for part in (block.attention, block.mlp):
-        if part is None:
-            continue
+    for norm, inputs in block.norm_readers():
         refused = None
-        if part.norm is None or part.norm.feeds_residual:
+        if norm is None or norm.feeds_residual:
             refused = "post-norm: the residual stream reads what these layers read, so it cannot be rotated for them"
-        elif not all(is_linear(linear.module) for linear in part.inputs):
+        elif norm.role == "both" and (block.attention is None or block.mlp is None):
+            refused = "another part of the block, which is not described, reads the norm's output too"
+        elif not all(is_linear(linear.module) for linear in inputs):
             refused = "a layer stands here whose weight actkit does not read"
-        found.append((part.inputs, part.norm, refused))
+        found.append((inputs, norm, refused))
     if block.experts is not None and block.experts.members:
         inputs = tuple(linear for mlp in block.experts.members for linear in mlp.inputs)
         found.append((inputs, block.experts.norm, "the router reads the norm's output too"))
