@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from actkit.core import processes
 from actkit.core.anatomy import Anatomy
 from actkit.core.errors import UnsupportedModelError
-from actkit.core.hooks import BatchContext, arguments, first_tensor, forward, hooked
+from actkit.core.hooks import BatchContext, StopForward, arguments, first_tensor, forward, hooked
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,6 @@ class Call:
         if self.args:
             return replace(self, args=(hidden, *self.args[1:]))
         return replace(self, kwargs={**self.kwargs, "hidden_states": hidden})
-
-
-class _StopForward(Exception):
-    """Ends a forward pass once the wanted inputs are seen."""
 
 
 class Walk:
@@ -261,12 +257,12 @@ class Walk:
                 module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], found=found, context=context
             ) -> None:
                 found.append(Call(args, dict(kwargs), context))
-                raise _StopForward
+                raise StopForward
 
             with torch.no_grad(), hooked(self.anatomy.model, before={path: stop}):
                 try:
                     forward(self.anatomy.model, batch)
-                except _StopForward:
+                except StopForward:
                     calls.append(found[0])
         return calls
 

@@ -28,6 +28,10 @@ Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 After = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
 
 
+class StopForward(Exception):
+    """Raised by a hook to end a forward pass once what is wanted was seen."""
+
+
 @contextmanager
 def hooked(
     model: nn.Module, *, before: Mapping[str, Before] | None = None, after: Mapping[str, After] | None = None

@@ -12,7 +12,8 @@ plain torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import ceil
 from typing import Any, Literal
 
@@ -98,6 +99,7 @@ class IntegerWeight(KeepsDtype):
     ) -> None:
         super().__init__()
         self.grid, self.shape, self.dtype = grid, shape, dtype
+        self._widened: Tensor | None = None  # see `widened`
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
@@ -126,6 +128,8 @@ class IntegerWeight(KeepsDtype):
 
     def dequantize(self) -> Tensor:
         """The weight [out, in] in the dtype of the layer."""
+        if self._widened is not None:
+            return self._widened
         codes = unpack_nibbles(self.codes, self.shape[1]) if self.grid.bits <= 4 else self.codes
         return self.grid.dequantize(codes, self.scale, self.zero).to(self.dtype)
 
@@ -147,6 +151,21 @@ class IntegerWeight(KeepsDtype):
 
 
 WeightStorage = DenseWeight | IntegerWeight
+
+
+@contextmanager
+def widened(model: nn.Module) -> Iterator[None]:
+    """Keep what the integer weights of a model stand for while it is measured: each is dequantized once, not for every
+    batch. The values are those of `dequantize`, bit for bit; a copy of the weights in the dtype of the layers is held.
+    """
+    weights = [module for module in model.modules() if isinstance(module, IntegerWeight)]
+    try:
+        for weight in weights:
+            weight._widened = weight.dequantize()
+        yield
+    finally:
+        for weight in weights:
+            weight._widened = None
 
 
 def _weight_from_spec(spec: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype) -> WeightStorage:

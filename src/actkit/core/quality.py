@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from actkit.core import processes
 from actkit.core.errors import DataError, NonFiniteError, UnsupportedModelError
-from actkit.core.hooks import BatchContext, check_batch, evaluating, forward, refuse_compiled_or_sharded
+from actkit.core.hooks import BatchContext, check_batch, evaluating, refuse_compiled_or_sharded
+from actkit.core.outputs import Output, Outputs, Whole
 from actkit.core.progress import track
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ Task = Literal["language", "embedding", "classification"]
 TASKS: tuple[Task, ...] = get_args(Task)
 CONFIDENCE = 0.95
 IGNORED = -100  # the label that losses leave out, as in transformers
-_CHUNK = 1 << 23  # logits turned to float32 at a time: 32 MiB, and as much again for each intermediate
+FEWEST = 10  # documents before a measurement may stop: fewer give no interval that means something
+STOP_RESAMPLES = 4000  # its quantiles lie further out
+_SLICE = 1 << 23  # logits that a head gives at a time: 16 MiB in bf16, and still a product at full speed
+_CHUNK = 1 << 20  # logits turned to float32 at a time: 4 MiB and as much for each intermediate, which stay in a cache
 _DRAWS = 1 << 22  # documents drawn at a time in the bootstrap: 32 MiB of counts
 
 Sums = dict[str, Tensor]  # float64, one value per token, image or sequence, summed per document later
@@ -93,6 +97,8 @@ class Quality:
     documents: int
     tokens: int
     data: str
+    confidence: float = CONFIDENCE
+    complete: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""
@@ -103,6 +109,8 @@ class Quality:
             "documents": self.documents,
             "tokens": self.tokens,
             "data": self.data,
+            "confidence": self.confidence,
+            "complete": self.complete,
         }
 
     def table(self) -> Table:
@@ -158,11 +166,12 @@ def measure_quality(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    reference: nn.Module | None = None,
+    reference: nn.Module | Outputs | None = None,
     task: Task | None = None,
     resamples: int = 1000,
     seed: int = 0,
     progress: bool = True,
+    stop: Callable[[Quality], bool] | None = None,
 ) -> Quality:
     """The quality of a model on batches, and against its original.
 
@@ -170,8 +179,12 @@ def measure_quality(
     is left out) or tensors; best `actkit.data.Batches`, whose `document_ids` say what to resample (without them every
     row is a document). A token counts for its own document, and only where the token before it belongs to the same
     one; a language model's labels, where given, leave out the tokens at -100. reference: the original; the model itself
-    is allowed. task: default by `task_of`. resamples, seed: of the bootstrap. Where no document changed the interval is
-    a point: of n documents, a change that touches fewer than 3 in n is easily not seen.
+    is allowed, and `Outputs` that keep what the original gave. task: default by `task_of`. resamples, seed: of the
+    bootstrap. Where no document changed the interval is a point: of n documents, a change that touches fewer than 3 in
+    n is easily not seen.
+    stop: asked after each batch but the last, from 10 documents on, with the quality so far, whose intervals leave out
+    5 % divided by the number of batches, so that all these looks together err in 5 % at most; True ends the measurement
+    there, with that quality. Not in several processes.
 
     Raises DataError for data that the task cannot use (no labels, no reference for an encoder, outputs of different
     shapes), NonFiniteError naming the document where an output is NaN or Inf, UnsupportedModelError for what cannot
@@ -181,7 +194,13 @@ def measure_quality(
         raise ValueError(f"task: {task!r} was given, allowed are {', '.join(TASKS)}.")
     if resamples < 1:
         raise ValueError(f"resamples: {resamples} was given; give at least 1, best 1000.")
-    models = [each for each in (model, reference) if each is not None]
+    outputs = originals = None
+    if reference is not None:
+        originals = reference if isinstance(reference, Outputs) else Outputs(reference)
+        outputs = originals if originals.model is model else None
+    outputs = outputs or Outputs(model)
+    same = outputs is originals
+    models = [model] if originals is None or same else [model, originals.model]
     for each in models:
         refuse_compiled_or_sharded(each)
     task = task or task_of(model)
@@ -194,6 +213,9 @@ def measure_quality(
         batches = [batches]
     if isinstance(batches, Sequence):
         _check_batches(models, batches)  # before any work is done
+    if stop is not None and processes.several():
+        raise ValueError("stop: one process cannot end the measurement of the others; leave it out under torchrun.")
+    data = getattr(batches, "description", "given batches")
     measure = {"language": _language, "embedding": _embedding, "classification": _classification}[task]
     found: dict[str, Tensor] = {}  # by what it holds and the batch
     given: list[str] = []
@@ -209,8 +231,8 @@ def measure_quality(
             if not processes.mine(index):
                 continue
             _check_batches(models, [batch])
-            output = _output(model, batch, task)
-            other = None if reference is None else output if reference is model else _output(reference, batch, task)
+            output = outputs.of(batch, task)
+            other = None if originals is None else output if same else originals.of(batch, task)
             if other is not None and other.shape != output.shape:
                 raise DataError(
                     f"reference: its output has shape {list(other.shape)}, the model's {list(output.shape)}; give the "
@@ -221,6 +243,13 @@ def measure_quality(
             found[f"owners {index}"], found[f"totals {index}"] = _per_document(
                 owners, torch.stack([sums[name] for name in names], dim=1)
             )
+            if stop is None or total is None or index + 1 == total:
+                continue
+            if len(torch.cat([found[key] for key in found if key.startswith("owners")]).unique()) < FEWEST:
+                continue
+            partial = _quality(task, data, found, names, same, STOP_RESAMPLES, seed, looks=total, complete=False)
+            if stop(partial):
+                return partial
     if processes.several():
         processes.agree(model=processes.model_fingerprint(model), data=processes.fingerprint(given))
         for named, others in processes.everyone("sums of documents", found, about=names):
@@ -228,15 +257,30 @@ def measure_quality(
             names = names or named
     if not found:
         raise DataError("batches: 0 were given; give at least one.")
+    return _quality(task, data, found, names, same, resamples, seed)
+
+
+def _quality(
+    task: Task,
+    data: str,
+    found: Mapping[str, Tensor],
+    names: Sequence[str],
+    same: bool,
+    resamples: int,
+    seed: int,
+    looks: int = 1,
+    complete: bool = True,
+) -> Quality:
+    """The quality from the owners and the sums of each batch. looks: how often it is looked at."""
     order = sorted(int(key.split()[1]) for key in found if key.startswith("owners"))  # that of one process
     owners, totals = _per_document(*(torch.cat([found[f"{what} {i}"] for i in order]) for what in ("owners", "totals")))
-    if not len(owners):
+    if complete and not len(owners):
         what = "two tokens in a row" if task == "language" else "anything to measure"
         raise DataError(f"batches: no document has {what} (padding and label {IGNORED} left out); give other data.")
-    metrics, loss = _estimates(task, dict(zip(names, totals.T)), reference is model, resamples, seed)
+    confidence = 1 - (1 - CONFIDENCE) / looks
+    metrics, loss = _estimates(task, dict(zip(names, totals.T)), same, resamples, seed, confidence)
     tokens = int(totals[:, names.index("tokens" if task == "embedding" else "count")].sum())
-    data = getattr(batches, "description", "given batches")
-    return Quality(task, metrics, loss, len(owners), tokens, data)
+    return Quality(task, metrics, loss, len(owners), tokens, data, confidence, complete)
 
 
 def _check_batches(models: Sequence[nn.Module], batches: Iterable[Any]) -> None:
@@ -272,25 +316,6 @@ def _with_documents(batches: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:
         yield batch, documents
 
 
-def _output(model: nn.Module, batch: Any, task: Task) -> Tensor:
-    """Logits where a model gives them, else its first output tensor; an encoder's last hidden states come first."""
-    result = forward(model, batch)
-    if isinstance(result, Tensor):
-        return result
-    names = ("last_hidden_state", "logits") if task == "embedding" else ("logits", "last_hidden_state")
-    for name in names:
-        if isinstance(getattr(result, name, None), Tensor):
-            return getattr(result, name)
-    values = result.values() if isinstance(result, Mapping) else result if isinstance(result, tuple | list) else ()
-    for value in values:
-        if isinstance(value, Tensor):
-            return value
-    raise UnsupportedModelError(
-        f"model: {type(model).__name__} returns a {type(result).__name__} without a tensor; return logits or hidden "
-        f"states."
-    )
-
-
 def _per_document(owners: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """owners int64 [n], values float64 [n, columns] -> the distinct owners, sorted, and the sum of each."""
     distinct, place = owners.unique(return_inverse=True)
@@ -300,9 +325,9 @@ def _per_document(owners: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 # -- what each task sums -----------------------------------------------------------------------------------------------
 
 
-def _language(logits: Tensor, other: Tensor | None, batch: Any, documents: Tensor) -> tuple[Tensor, Sums]:
+def _language(logits: Output, other: Output | None, batch: Any, documents: Tensor) -> tuple[Tensor, Sums]:
     tokens = _tokens(batch)
-    if tokens is None or logits.dim() != 3 or logits.shape[:2] != tokens.shape:
+    if tokens is None or len(logits.shape) != 3 or logits.shape[:2] != tokens.shape:
         given = "no token ids" if tokens is None else f"token ids {list(tokens.shape)}"
         raise DataError(
             f"task='language': a batch holds {given} and the model's output is {list(logits.shape)}; it must be logits "
@@ -321,10 +346,10 @@ def _language(logits: Tensor, other: Tensor | None, batch: Any, documents: Tenso
             f"input_ids: they hold token {int(targets.max())}, the model predicts 0 to {logits.shape[-1] - 1}; use the "
             f"model's own tokenizer."
         )
-    return owners, _predictions(logits.flatten(0, 1), other, position, targets, owners, likelihood=True)
+    return owners, _predictions(logits, other, position, targets, owners, likelihood=True)
 
 
-def _classification(logits: Tensor, other: Tensor | None, batch: Any, documents: Tensor) -> tuple[Tensor, Sums]:
+def _classification(logits: Output, other: Output | None, batch: Any, documents: Tensor) -> tuple[Tensor, Sums]:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, Tensor):
         raise DataError(
@@ -332,7 +357,7 @@ def _classification(logits: Tensor, other: Tensor | None, batch: Any, documents:
             "{'pixel_values': ..., 'labels': int64 [batch]}, or pass task='embedding' with a reference to compare "
             "outputs instead."
         )
-    if labels.is_floating_point() or logits.dim() < 2 or labels.shape != logits.shape[:-1]:
+    if labels.is_floating_point() or len(logits.shape) < 2 or labels.shape != logits.shape[:-1]:
         raise DataError(
             f"labels: {str(labels.dtype).removeprefix('torch.')} {list(labels.shape)} were given for an output of "
             f"shape {list(logits.shape)}; accuracy needs one whole number per prediction, {list(logits.shape[:-1])}."
@@ -348,16 +373,16 @@ def _classification(logits: Tensor, other: Tensor | None, batch: Any, documents:
             f"labels: class {wrong} was given, the model knows 0 to {logits.shape[-1] - 1}; give labels of this model."
         )
     position = counted.nonzero(as_tuple=True)[0]
-    return owners, _predictions(logits.flatten(0, -2), other, position, targets, owners, likelihood=False)
+    return owners, _predictions(logits, other, position, targets, owners, likelihood=False)
 
 
-def _embedding(output: Tensor, other: Tensor | None, batch: Any, documents: Tensor) -> tuple[Tensor, Sums]:
-    assert other is not None
+def _embedding(output: Output, other: Output | None, batch: Any, documents: Tensor) -> tuple[Tensor, Sums]:
+    assert isinstance(output, Whole) and isinstance(other, Whole)
     owners = _of_rows(documents)
     mask = (documents >= 0) if documents.dim() == 2 else None
     kept = owners >= 0
     vectors, others = (
-        _pooled(each, mask, owners, whose)
+        _pooled(each.tensor, mask, owners, whose)
         for each, whose in ((output, "the model's output"), (other, "the reference's output"))
     )
     # For vectors of length 1 this is their cosine, exact where they are equal and sharp where they nearly are. A vector
@@ -390,41 +415,50 @@ def _pooled(output: Tensor, mask: Tensor | None, owners: Tensor, whose: str) -> 
 
 
 def _predictions(
-    logits: Tensor, other: Tensor | None, position: Tensor, targets: Tensor, owners: Tensor, likelihood: bool
+    logits: Output, other: Output | None, position: Tensor, targets: Tensor, owners: Tensor, likelihood: bool
 ) -> Sums:
-    """Sums of predictions: logits [rows, classes], of which those at position int64 [n] are wanted.
+    """Sums of predictions: of the rows of logits those at position int64 [n] are wanted.
 
     likelihood: score by the negative log-likelihood of the targets, else by whether they are the first choice.
     Log-probabilities are float32, for a chunk of rows at a time.
     """
-    if other is not None:
-        other = other.flatten(0, -2)
-    size = max(1, _CHUNK // logits.shape[-1])
+    classes = logits.shape[-1]
+    rows, some = max(1, _SLICE // classes), max(1, _CHUNK // classes)
     parts: list[Sums] = []
-    for where, target, owner in zip(position.split(size), targets.split(size), owners.split(size)):
-        chosen = logits[where.to(logits.device)].float()
-        _check_finite(chosen, owner, "the model's logits")
-        target = target.to(logits.device)
-        first = chosen.argmax(-1)
-        log = chosen.log_softmax(-1)
-        part = {"count": torch.ones(len(where))}
-        if likelihood:
-            part["nll"] = -log.gather(1, target[:, None])[:, 0]
-        else:
-            part["hits"] = first == target
-        if other is not None:
-            others = other[where.to(other.device)].float().to(logits.device)
-            _check_finite(others, owner, "the reference's logits")
-            other_first = others.argmax(-1)
-            other_log = others.log_softmax(-1)
-            part["kl"] = _divergence(other_log, log)
-            part["agree"] = first == other_first
-            if likelihood:
-                part["other_nll"] = -other_log.gather(1, target[:, None])[:, 0]
-            else:
-                part["other_hits"] = other_first == target
-        parts.append({name: value.cpu().double() for name, value in part.items()})
+    for where, target, owner in zip(position.split(rows), targets.split(rows), owners.split(rows)):
+        mine = logits.rows(where)
+        others = None if other is None else mine if other is logits else other.rows(where).to(mine.device)
+        for at in range(0, max(1, len(where)), some):
+            part = slice(at, at + some)
+            parts.append(
+                _scores(mine[part], None if others is None else others[part], target[part], owner[part], likelihood)
+            )
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _scores(logits: Tensor, other: Tensor | None, target: Tensor, owner: Tensor, likelihood: bool) -> Sums:
+    """As `_predictions`, of logits [n, classes]."""
+    logits, target = logits.float(), target.to(logits.device)
+    _check_finite(logits, owner, "the model's logits")
+    first = logits.argmax(-1)
+    log = logits.log_softmax(-1)
+    found = {"count": torch.ones(len(target))}
+    if likelihood:
+        found["nll"] = -log.gather(1, target[:, None])[:, 0]
+    else:
+        found["hits"] = first == target
+    if other is not None:
+        other = other.float()
+        _check_finite(other, owner, "the reference's logits")
+        other_first = other.argmax(-1)
+        other_log = other.log_softmax(-1)
+        found["kl"] = _divergence(other_log, log)
+        found["agree"] = first == other_first
+        if likelihood:
+            found["other_nll"] = -other_log.gather(1, target[:, None])[:, 0]
+        else:
+            found["other_hits"] = other_first == target
+    return {name: value.cpu().double() for name, value in found.items()}
 
 
 def _divergence(first: Tensor, second: Tensor) -> Tensor:
@@ -435,6 +469,8 @@ def _divergence(first: Tensor, second: Tensor) -> Tensor:
     """
     p, difference = first.exp(), second - first
     near = p * (difference.expm1() - difference)
+    if bool((difference < 1).all()):
+        return near.sum(-1)
     far = second.exp() - p * (1 + difference)  # expm1 overflows where q is many times p
     return torch.where(difference < 1, near, far).sum(-1)
 
@@ -487,7 +523,7 @@ def resampled_totals(sums: Tensor, resamples: int, seed: int) -> Tensor:
 
 
 def _estimates(
-    task: Task, sums: Sums, same: bool, resamples: int, seed: int
+    task: Task, sums: Sums, same: bool, resamples: int, seed: int, confidence: float = CONFIDENCE
 ) -> tuple[dict[str, Estimate], Estimate | None]:
     """The metrics and the loss. sums: float64 [documents] each. same: the reference is the model itself."""
     documents = len(sums["count"])
@@ -502,7 +538,7 @@ def _estimates(
         elif documents < 2:
             return Estimate(float(scale(mid)), -math.inf, math.inf)
         else:
-            ends = mid.new_tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+            ends = mid.new_tensor([(1 - confidence) / 2, (1 + confidence) / 2])
             low, high = torch.quantile(mean(dict(zip(sums, drawn.T))), ends)
         return Estimate(*(float(scale(number)) for number in (mid, low, high)))
 
