@@ -49,12 +49,13 @@ from actkit.core import (
 from actkit.core.activations import Activation
 from actkit.core.anatomy import Site, anatomy
 from actkit.core.architectures import MlpRow
+from actkit.core.blockwise import Call
 from actkit.core.capture import plan_memory, record
 from actkit.core.cost import _chosen, folder_bytes
 from actkit.core.edits import Configure, Replace, Set, apply_edit, describe_module, get_module, get_tensor, replay
 from actkit.core.example import Inputs
 from actkit.core.gpt_rows import GPT2
-from actkit.core.hooks import BatchContext
+from actkit.core.hooks import BatchContext, forward
 from actkit.core.linear import ActLinear, IntegerWeight, LowRank, Threshold
 from actkit.core.low_rank_training import train_low_rank
 from actkit.core.objective import Objective
@@ -508,6 +509,14 @@ proof(lambda p: run(Swap(where=("model.layers.0.mlp",), new="relu")))
 
 # -- DataError ---------------------------------------------------------------------------------------------------------
 
+
+def _counting() -> nn.Module:
+    """A model that looks positions up and cannot be told them."""
+    model = nn.Sequential(nn.Embedding(9, 4))
+    model.positions = nn.Embedding(9, 4)
+    return model
+
+
 LONG = {"input_ids": torch.ones(1, 33, dtype=torch.long)}
 PADDED = {**HOST, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])}
 
@@ -541,6 +550,8 @@ proof(lambda p: load_data([{"input_ids": IDS + 60}], build("llama"), None))
 proof(lambda p: generation.generate_ids(build("llama"), IDS))
 proof(lambda p: run("teal", [{**HOST, "attention_mask": IDS * 0}]))
 proof(lambda p: load_data([{**HOST, "attention_mask": torch.ones(2, 3)}], build("llama"), None))
+proof(lambda p: forward(_counting(), {"input_ids": IDS, "attention_mask": PADDED["attention_mask"].flip(1)}))
+proof(lambda p: Call((), {}, BatchContext.of(PADDED)).real(torch.ones(2, 4, 4, 3)))
 proof(lambda p: Batches([HOST], [IDS, IDS]))
 proof(lambda p: measure_quality(build("llama"), [{"input_ids": IDS[:, :1]}], progress=False))
 proof(lambda p: _chosen(build("llama")))

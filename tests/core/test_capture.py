@@ -26,6 +26,7 @@ from transformers import (
 
 from actkit.core import progress
 from actkit.core.anatomy import Site, anatomy, read_tap
+from actkit.core.blockwise import Call
 from actkit.core.capture import Observations, calls, live, observe, opened_experts, plan_memory, record
 from actkit.core.errors import DataError, MemoryLimitError, NonFiniteError, UnsupportedModelError
 from actkit.core.experts import ExpertList
@@ -218,8 +219,10 @@ def test_one_vector_per_sequence() -> None:
     model, batches = build("bert"), padded("left")
     seen = record(model, {"layer.input:classifier": Sample(10)}, batches, progress=False)
     sample = seen["layer.input:classifier"]
+    places = [(batch["attention_mask"].cumsum(1) - 1).clamp(min=0) for batch in batches]
     with torch.no_grad():
-        close(sample.rows, torch.cat([model.bert(**batch).pooler_output for batch in batches]))
+        pooled = [model.bert(**b, position_ids=place).pooler_output for b, place in zip(batches, places, strict=True)]
+    close(sample.rows, torch.cat(pooled))
     assert sample.documents.tolist() == [0, 1, 2, 3, 4]
     assert sample.positions.tolist() == [0, 3, 2, 0, 4]  # of the first real token
 
@@ -384,6 +387,29 @@ def test_document_ids_are_the_keys() -> None:
         record(build("llama"), {"blocks.0.mlp.input": Sample(1)}, Documents(padded()), progress=False)
 
 
+def test_sequence_and_position_say_which_token_a_row_is() -> None:
+    """Of packed rows, where one document fills several; every site that has a row per token."""
+
+    class Documents(list):  # type: ignore[type-arg]
+        document_ids: ClassVar = [torch.zeros(3, 7, dtype=torch.int64), torch.zeros(2, 6, dtype=torch.int64)]
+
+    model, batches = build("llama"), Documents(padded())
+    seen = record(model, {"mlp.hidden": Sample(100), "block.input": Sample(9)}, batches, progress=False)
+    hidden: list[Tensor] = []
+    down = model.model.layers[1].mlp.down_proj
+    handle = down.register_forward_pre_hook(lambda module, args: hidden.extend(args[0]))
+    for batch in batches:
+        forward(model, batch)
+    handle.remove()
+    sample = seen["blocks.1.mlp.hidden"]
+    expected = [hidden[row][column] for row, column in zip(sample.sequences, sample.positions, strict=True)]
+    close(sample.rows, torch.stack(expected))
+    tokens = [(row, column) for row, n in enumerate(sum(LENGTHS, ())) for column in range(n)]
+    assert sorted(zip(sample.sequences.tolist(), sample.positions.tolist(), strict=True)) == tokens
+    few = seen["blocks.1.block.input"]
+    assert len(set(zip(few.sequences.tolist(), few.positions.tolist(), strict=True))) == 9
+
+
 def test_the_runner_can_observe_one_block_alone() -> None:
     model, batch = build("llama"), padded()[0]
     view = anatomy(model)
@@ -416,6 +442,20 @@ class Halving(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         x = self.first(self.embedding(input_ids))
         return self.second(x.unflatten(1, (-1, 2)).mean(2))
+
+
+def test_rows_of_a_call_that_padding_cannot_be_told_from_are_refused() -> None:
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    context = BatchContext(2, 3, mask, torch.zeros(2, 3), torch.zeros(2, 3))
+    call = Call((), {}, context)
+    x = torch.randn(2, 3, 4)
+    for shape in (x, x.flatten(0, 1)):
+        assert torch.equal(call.real(shape), x[mask])
+    assert torch.equal(call.real(x[:, 0]), x[:, 0])  # one row per sequence
+    with pytest.raises(DataError, match=r"\[2, 4, 3, 4\] has 24 rows for \[2, 3\] tokens"):
+        call.real(torch.randn(2, 4, 3, 4))
+    whole = Call((), {}, BatchContext(2, 3, torch.ones(2, 3, dtype=torch.bool), torch.zeros(2, 3), torch.zeros(2, 3)))
+    assert len(whole.real(torch.randn(2, 4, 3, 4))) == 24
 
 
 def test_rows_that_padding_cannot_be_told_from_are_refused() -> None:

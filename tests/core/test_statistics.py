@@ -260,6 +260,41 @@ def test_a_sample_is_fair_and_sorted() -> None:
     assert len(few.rows) == 3
 
 
+def test_rows_of_one_document_in_many_sequences() -> None:
+    """Document and position are shared there; the choice goes by them alone, sequence and position tell them apart."""
+    generator = torch.Generator().manual_seed(0)
+    sequences, positions = torch.arange(64).repeat_interleave(16), torch.arange(16).repeat(64)
+    documents, x = sequences // 20, torch.randn(1024, 3, generator=generator)
+    rows = Rows(documents, positions, sequences)
+    assert len(torch.stack([documents, positions]).unique(dim=1).T) == 64 < 1024
+    sample = filled(lambda: Sample(300, seed=5), x, rows)
+    found = torch.stack([sample.sequences, sample.positions])
+    assert len(found.unique(dim=1).T) == 300
+    assert torch.equal(sample.rows, x[sample.sequences * 16 + sample.positions])
+    assert torch.equal(sample.documents, sample.sequences // 20)
+    pairs = zip(documents.tolist(), positions.tolist(), strict=True)
+    hashes = torch.tensor([signed(splitmix(splitmix(splitmix(5) ^ d) ^ p)) for d, p in pairs])
+    last = hashes.sort().values[299]
+    kept = torch.zeros(1024, dtype=torch.bool)
+    kept[sample.sequences * 16 + sample.positions] = True
+    assert bool((hashes[kept] <= last).all()) and bool(kept[hashes < last].all())
+    # without sequences the same rows are chosen: recorded evidence rests on it
+    assert torch.equal(filled(lambda: Sample(300, seed=5), x, Rows(documents, positions)).rows, sample.rows)
+
+
+def test_equal_rows_of_one_document_are_told_apart_in_any_order() -> None:
+    sequences = torch.arange(12)
+    rows = Rows(torch.zeros(12, dtype=torch.int64), torch.zeros(12, dtype=torch.int64), sequences)
+    x = torch.ones(12, 2)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    first, second = filled(lambda: Sample(5), x, rows), filled(lambda: Sample(5), x, rows[order])
+    assert first.sequences.sort().values.tolist() == second.sequences.sort().values.tolist() == [0, 1, 2, 3, 4]
+
+
+def signed(x: int) -> int:
+    return x - 2**64 if x >= 2**63 else x
+
+
 def test_a_sample_of_16_bit_rows_is_that_of_their_values() -> None:
     """Also where rows of several dtypes come together, by updates, by a merge, and from a saved state."""
     x = torch.randn(90, 5, generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -17,6 +17,7 @@ from actkit.core.errors import DataError, RecipeError, UnsupportedModelError
 from actkit.core.folding import ScaledActivation
 from actkit.core.runner import apply
 from actkit.core.swap import Swap, swap
+from actkit.data import Batches
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.activation_predictor import ActivationPairs, ActivationPredictor, activation_pairs
 from actkit.sparsity.fatrelu import FatRelu, ShiftedRelu, ThresholdPoint, ThresholdSweep, sweep_threshold
@@ -230,6 +231,15 @@ def test_pairs_are_those_of_the_real_tokens() -> None:
     assert len(activation_pairs(model, batches, 0, tokens=5, progress=False).x) == 5
     with pytest.raises(DataError, match="no hidden value of block 0 is 0"):
         activation_pairs(tiny_model("llama"), batches, 0, progress=False)
+
+
+def test_pairs_are_of_one_token_also_where_a_document_fills_many_rows() -> None:
+    model = relu_model("llama")
+    ids = torch.randint(3, 40, (24, 6), generator=torch.Generator().manual_seed(0))
+    batches = Batches([{"input_ids": part} for part in ids.split(8)], [torch.zeros(8, 6, dtype=torch.int64)] * 3)
+    pairs = activation_pairs(model, batches, 1, tokens=40, progress=False)
+    gate = model.model.layers[1].mlp.gate_proj
+    assert torch.equal(pairs.active, gate(pairs.x) > 0) and len(pairs.x) > 30
 
 
 @pytest.mark.parametrize("between", ["relu", "nothing"])

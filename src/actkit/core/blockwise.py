@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from actkit.core import processes
 from actkit.core.anatomy import Anatomy
-from actkit.core.errors import UnsupportedModelError
+from actkit.core.errors import DataError, UnsupportedModelError
 from actkit.core.hooks import BatchContext, StopForward, arguments, first_tensor, forward, hooked
 
 
@@ -47,10 +47,21 @@ class Call:
         return self.args[0] if self.args else self.kwargs["hidden_states"]
 
     def real(self, x: Tensor) -> Tensor:
-        """The rows [n, channels] of x, a tensor of this call, that belong to real tokens."""
-        mask = self.context.mask
-        rows = x.reshape(-1, x.shape[-1])  # a layer may be called on [batch * length, channels] too
-        return rows if mask is None or len(rows) != mask.numel() else rows[mask.flatten()]
+        """The rows [n, channels] of x, a tensor of this call, that belong to real tokens.
+
+        Raises DataError if there is padding and the rows cannot be told apart: they are never counted in silence.
+        """
+        mask, rows = self.context.mask, x.reshape(-1, x.shape[-1])  # a layer may be called on flat rows too
+        if mask is None or len(rows) == self.context.batch_size != mask.numel():
+            return rows  # of a sequence as a whole
+        if len(rows) == mask.numel():
+            return rows[mask.flatten()]
+        if bool(mask.all()):
+            return rows
+        raise DataError(
+            f"calls: a tensor of shape {list(x.shape)} has {len(rows)} rows for {list(mask.shape)} tokens, so padding "
+            f"cannot be left out. Give batches of sequences of equal length."
+        )
 
     def first_rows(self, count: int) -> Call:
         """The call on the first `count` rows of its batch: tensors with a row of it each are cut, all others stay."""

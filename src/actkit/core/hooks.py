@@ -6,9 +6,10 @@ context ends, also after an exception.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from actkit.core.errors import DataError, UnsupportedModelError
 from actkit.core.example import vocabulary_size
-from actkit.core.limits import context_length
+from actkit.core.limits import context_length, first_position, has_position_table
 from actkit.core.offload import device_of
 
 # The keywords that hold a batch's examples, the likeliest first, and those that say something about them.
@@ -107,7 +108,7 @@ def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, 
     """The call that a batch stands for: a dict gives keywords (labels dropped), anything else the one argument.
 
     Tensors are moved to the device of the model, floats (images, features) to its dtype; a decoder is told not to keep
-    a cache.
+    a cache. If padding stands before tokens, the positions are counted from the mask (`positions_from_mask`).
     """
     first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.empty(0))
     device = first.device if first.device.type != "meta" else device_of(model)
@@ -119,10 +120,32 @@ def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, 
 
     if not isinstance(batch, Mapping):
         return tuple(map(move, batch if isinstance(batch, tuple) else (batch,))), {}
-    kwargs = {key: move(value) for key, value in batch.items() if key != "labels"}
+    kwargs = {key: move(value) for key, value in positions_from_mask(model, batch).items() if key != "labels"}
     if getattr(getattr(model, "config", None), "use_cache", None) is not None:
         kwargs["use_cache"] = False
     return (), kwargs
+
+
+def positions_from_mask(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The batch with `position_ids` int64 [batch, length] if padding stands before tokens: models count from the row's
+    first column, and would see each token of such a row at another place than without padding.
+
+    Raises DataError for a model that looks positions up and takes no position_ids.
+    """
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or "position_ids" in batch:
+        return batch
+    real = mask.bool()
+    if not bool((real[:, 1:] & ~real[:, :-1]).any()):
+        return batch  # all padding stands behind the tokens
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        if has_position_table(model):
+            raise DataError(
+                f"attention_mask: padding stands before the tokens of a row, and {type(model).__name__} looks up "
+                f"positions and takes no position_ids; pad on the right (tokenizer.padding_side = 'right')."
+            )
+        return batch
+    return {**batch, "position_ids": first_position(model) + (real.long().cumsum(1) - 1).clamp(min=0)}
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
@@ -173,7 +196,8 @@ class BatchContext:
     """What the rows of a batch are.
 
     mask: bool [batch, length], which tokens are real, or None where all are. documents, positions: int64
-    [batch, length] or [batch] keys of the tokens, the same in whatever order or shard a batch is seen.
+    [batch, length] or [batch] keys of the tokens, the same in whatever order or shard a batch is seen. first_row: the
+    running number of the batch's first row among all batches.
     """
 
     batch_size: int
@@ -181,6 +205,7 @@ class BatchContext:
     mask: Tensor | None
     documents: Tensor
     positions: Tensor
+    first_row: int = 0
 
     @property
     def tokens(self) -> int:
@@ -199,7 +224,9 @@ class BatchContext:
     def first_rows(self, count: int) -> BatchContext:
         """The context of the first `count` rows."""
         mask = None if self.mask is None else self.mask[:count]
-        return BatchContext(count, self.length, mask, self.documents[:count], self.positions[:count])
+        return replace(
+            self, batch_size=count, mask=mask, documents=self.documents[:count], positions=self.positions[:count]
+        )
 
     @classmethod
     def of(cls, batch: Any, *, first_row: int = 0, documents: Tensor | None = None) -> BatchContext:
@@ -217,7 +244,7 @@ class BatchContext:
         positions = (
             torch.zeros(size, dtype=torch.int64) if length is None else torch.arange(length).expand(size, length)
         )
-        return cls(size, length, mask, documents, positions)
+        return cls(size, length, mask, documents, positions, first_row)
 
 
 def main_input(batch: Any) -> Tensor:

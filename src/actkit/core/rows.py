@@ -54,7 +54,7 @@ class Keys:
     """
 
     def __init__(self, context: BatchContext, device: torch.device) -> None:
-        self.batch, mask = context.batch_size, context.mask
+        self.batch, self.first_row, mask = context.batch_size, context.first_row, context.mask
         self.length = context.length if mask is None else mask.shape[1]
         size = (self.batch, self.length or 1)
         self.documents, self.positions = context.documents.to(device), context.positions.to(device)
@@ -62,9 +62,11 @@ class Keys:
             self.documents = self.documents[:, None].expand(size)
         if self.positions.dim() == 1:
             self.positions = torch.arange(size[1], device=device).expand(size)
+        sequences = torch.arange(self.first_row, self.first_row + self.batch, device=device)
+        self.sequences = sequences[:, None].expand(size)
         self.mask = None if mask is None or bool(mask.all()) else mask.to(device)  # no padding, nothing to leave out
         self.real = None if self.mask is None else self.mask.flatten().nonzero().flatten()
-        rows = Rows(self.documents.flatten(), self.positions.flatten())
+        rows = Rows(self.documents.flatten(), self.positions.flatten(), self.sequences.flatten())
         self.tokens = rows if self.real is None else rows[self.real]
 
     def locate(self, site: Site, shape: tuple[int, ...]) -> tuple[Tensor | None, Rows]:
@@ -77,8 +79,8 @@ class Keys:
             first = torch.zeros(b, dtype=torch.int64, device=self.documents.device)
             if self.mask is not None:
                 first = self.mask.long().argmax(1)
-            sequences = torch.arange(b, device=first.device)
-            return None, Rows(self.documents[sequences, first], self.positions[sequences, first])
+            each = (torch.arange(b, device=first.device), first)
+            return None, Rows(self.documents[each], self.positions[each], self.sequences[each])
         if self.mask is not None:
             raise DataError(
                 f"{site}: its tensor has the shape {[*shape, 'channels']}, which is neither one row per token of "
@@ -88,13 +90,14 @@ class Keys:
         n = math.prod(shape)
         index = torch.arange(n, device=self.documents.device)
         if n and shape[0] % b == 0:  # so many rows per example: patches, pixels, windows
-            return None, Rows(self.documents[index // (n // b), 0], index % (n // b))
-        return None, Rows(torch.full_like(index, -1), index)  # whose they are cannot be known; all are real
+            example, place = index // (n // b), index % (n // b)
+            return None, Rows(self.documents[example, 0], place, self.sequences[example, 0])
+        return None, self._unknown(index)
 
     def choose(self, site: Site, tokens: Tensor) -> tuple[Tensor | None, Rows]:
         """As `locate`, for rows that are the tokens with these flat indices."""
         if self.length is None:
-            return None, Rows(torch.full_like(tokens, -1), tokens)
+            return None, self._unknown(tokens)
         if len(tokens) and int(tokens.max()) >= self.batch * self.length:
             raise DataError(
                 f"{site}: an expert was given token {int(tokens.max())} of a batch of {[self.batch, self.length]}, so "
@@ -102,7 +105,12 @@ class Keys:
             )
         real = None if self.mask is None else self.mask.flatten()[tokens].nonzero().flatten()
         tokens = tokens if real is None else tokens[real]
-        return real, Rows(self.documents.flatten()[tokens], self.positions.flatten()[tokens])
+        keys = (self.documents, self.positions, self.sequences)
+        return real, Rows(*(key.flatten()[tokens] for key in keys))
+
+    def _unknown(self, index: Tensor) -> Rows:
+        """The keys of rows whose sequence cannot be known; all are real. They are counted from the batch's first."""
+        return Rows(torch.full_like(index, -1), index, torch.full_like(index, self.first_row))
 
 
 def _weights(site: Site, value: Tensor, keys: Keys) -> Iterator[tuple[Tensor, Rows]]:
@@ -119,7 +127,8 @@ def _weights(site: Site, value: Tensor, keys: Keys) -> Iterator[tuple[Tensor, Ro
         document = keys.documents[i, real] if (b, queries) == (keys.batch, keys.length) else torch.full_like(real, -1)
         for head in range(heads):
             positions = ((real * heads + head) * others)[:, None] + seen
-            rows = Rows(document[:, None].expand_as(positions).reshape(-1), positions.reshape(-1))
+            documents, positions = document[:, None].expand_as(positions).reshape(-1), positions.reshape(-1)
+            rows = Rows(documents, positions, torch.full_like(positions, keys.first_row + i))
             yield value[i, head][real][:, seen].reshape(-1, 1), rows
 
 

@@ -15,20 +15,28 @@ CHUNK = 1 << 20  # values handled at a time, so that temporary float64 and index
 
 @dataclass(frozen=True)
 class Rows:
-    """Which tokens the rows are. documents, positions: int64 [n]; the same keys in whatever batch or shard.
+    """Which tokens the rows are; the same keys in whatever order, batch or shard they come.
 
+    documents, positions: int64 [n], the document and the place in the sequence. A long document fills many sequences,
+    so these are not unique. sequences: int64 [n], the running number of the sequence among all; with the position it
+    is. By default every document is one sequence.
     memo: what a statistic has computed from the keys alone; the rows of a batch are the same at many sites.
     """
 
     documents: Tensor
     positions: Tensor
+    sequences: Tensor = None  # type: ignore[assignment]  # the documents
     memo: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.sequences is None:
+            object.__setattr__(self, "sequences", self.documents)
 
     def __len__(self) -> int:
         return len(self.documents)
 
     def __getitem__(self, chosen: Any) -> Rows:
-        return Rows(self.documents[chosen], self.positions[chosen])
+        return Rows(self.documents[chosen], self.positions[chosen], self.sequences[chosen])
 
 
 def chunks(x: Tensor, rows: Rows | None) -> Iterator[tuple[Tensor, Rows | None]]:

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from actkit.core.capture import record
 from actkit.core.errors import DataError
+from actkit.core.sample import Sample, paired
 from actkit.core.sites import Site
-from actkit.core.statistics import Sample
 from actkit.core.training import Trained, train
 
 HELD_OUT, BATCH, SLACK = 0.05, 1024, 0.005
@@ -44,7 +44,7 @@ def activation_pairs(
     """
     sites = Site("mlp.input", block), Site("mlp.hidden", block)
     seen = record(model, {site: Sample(tokens, seed) for site in sites}, batches, progress=progress)
-    x, hidden = (seen[site].rows for site in sites)  # the same tokens in the same order: they go by the same keys
+    x, hidden = paired(*(seen[site] for site in sites))
     if bool(hidden.all()):
         raise DataError(
             f"block: no hidden value of block {block} is 0, so there is nothing to predict; the model needs a ReLU."

@@ -69,10 +69,12 @@ def measure(
 
     Raises DataError where the model has no loss on them, NonFiniteError where the loss is NaN or Inf.
     """
-    total, count = 0.0, 0
+    total, count, row = 0.0, 0, 0
     with evaluating(view.model), observe(view, wanted) as observer:
         for batch in batches:
-            observer.begin(BatchContext.of(batch))
+            context = BatchContext.of(batch, first_row=row)
+            row += context.batch_size
+            observer.begin(context)
             labels = objective.labels(batch)
             total, count = total + float(objective(view.model, batch)) * labels, count + labels
     if not math.isfinite(total):
