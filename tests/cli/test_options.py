@@ -15,7 +15,17 @@ OPTIONS = {
     "optimize": MODEL
     | RUN
     | WRITE
-    | {"--data", "--max-loss", "--max-recipes", "--recipe", "--speed", "--no-speed", "--resume", "--max-memory"},
+    | {
+        "--data",
+        "--max-loss",
+        "--max-recipes",
+        "--recipe",
+        "--speed",
+        "--no-speed",
+        "--resume",
+        "--max-memory",
+        "--target",
+    },
     "apply": DATA | MODEL | RUN | WRITE | {"--recipe", "--min-coverage", "--proof", "--no-proof", "--max-memory"},
     "export": DATA
     | RUN

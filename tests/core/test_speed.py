@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +19,10 @@ from actkit.core.edits import Replace, apply_edit, describe
 from actkit.core.errors import DataError, MemoryLimitError
 from actkit.core.example import Inputs
 from actkit.core.linear import ActLinear, Threshold
-from actkit.core.speed import measure_speed, median, weight_file_bytes
+from actkit.core.speed import Speed, median, weight_file_bytes
+
+# As many rounds as are asked for; the tests of `precision` call the function itself.
+measure_speed = partial(speed.measure_speed, precision=None)
 
 SMALL: dict[str, Any] = {
     "vocab_size": 50,
@@ -92,7 +96,7 @@ class Scripted:
         return {"tokens_per_second": rate, "first_token_seconds": 10 / rate, "compiled": compiled}
 
     def time_forward(self, batch: Any, at_least: float) -> float:
-        assert at_least == speed.FORWARD_SECONDS
+        assert at_least == (speed.ROUND_SECONDS if self.round else 0)  # the first warms up
         values = batch if isinstance(batch, Tensor) else next(iter(batch.values()))
         return 1 / self._next(tuple(values.shape), 0)
 
@@ -193,6 +197,36 @@ def test_the_interval_against_every_possible_resample() -> None:
     assert (found.low, found.high) == tuple(np.quantile(medians, [0.025, 0.975]))
     one = median(values[:1])
     assert (one.value, one.low, one.high) == (3, -np.inf, np.inf)
+
+
+def test_rounds_go_on_until_the_ratio_is_known(scripted: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    steady = [10.0] * 30
+    shaky = [10.0, 5.0, 20.0, 5.0, 20.0, *[10.0] * 25]  # after a few more rounds the median is sure
+    coin = [10.0, *[5.0, 20.0] * 15]  # it never is
+    two = {name: scripted[name] for name in "ab"}
+    for rates, rounds, noisy in ((steady, 4, False), (shaky, 12, False), (coin, 16, True)):
+        monkeypatch.setattr(Scripted, "rates", {"a": steady, "b": rates})
+        found = speed.measure_speed(two, prompt=9, max_new_tokens=4, rounds=4, progress=False)
+        a, b = found["a"], found["b"]
+        assert b.ratio is not None and not a.noisy and b.noisy == noisy and a.rounds == b.rounds
+        assert (b.rounds == rounds) if rates is not shaky else 4 < b.rounds <= rounds
+        assert noisy or (b.ratio.low >= 0.9 * b.ratio.value and b.ratio.high <= 1.1 * b.ratio.value)
+    monkeypatch.setattr(speed, "EXTRA_SECONDS", -1.0)  # no time is left for more
+    found = speed.measure_speed(two, prompt=9, max_new_tokens=4, rounds=4, progress=False)
+    assert found["b"].rounds == 4 and found["b"].noisy
+    with pytest.raises(ValueError, match="precision: 0 was given"):
+        speed.measure_speed(scripted, precision=0)
+
+
+def test_a_round_of_a_small_model_repeats(scripted: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text of 3 following tokens takes 13 / rate seconds here: 0.13 s, then 0.065 s; a round takes 0.2 s or more."""
+    monkeypatch.setattr(Scripted, "rates", {"a": [1.0, 100.0, 200.0, 200.0, *[1.0] * 9]})
+    found = measure_speed({"a": scripted["a"]}, prompt=9, max_new_tokens=4, rounds=2, progress=False)["a"]
+    assert len(Scripted.calls) == 1 + 3 + 1  # the warm-up once; three texts; one that is long enough
+    assert found.rate.value == pytest.approx((9 / (3 / 100 + 3 / 200 + 3 / 200) + 1) / 2)
+    assert found.first_token_seconds is not None
+    assert found.first_token_seconds.value == pytest.approx((0.2 / 3 + 10) / 2)
+    assert isinstance(found, Speed) and found.rounds == 2
 
 
 def test_settings_out_of_bounds(scripted: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from actkit.search.drawing import HEIGHT, WIDTH, Bar, Mark, _ticks, bars, scatte
 def marks(count: int, spread: float) -> list[Mark]:
     draw = random.Random(count)
     kinds = ("original", "best", "front", "other")
+    shares = [around(draw.random(), draw.choice([0.0, 0.3])) for _ in range(count)]
+    losses = [around(spread * draw.random(), 0.1 * spread) for _ in range(count)]
     return [
-        Mark(draw.random(), around(spread * draw.random(), 0.1 * spread), kinds[min(i, 3)], str(i), f"<{i}>")
-        for i in range(count)
+        Mark(share, loss, kinds[min(i, 3)], str(i), f"<{i}>") for i, (share, loss) in enumerate(zip(shares, losses))
     ]
 
 
@@ -38,13 +39,13 @@ def test_everything_is_inside(count, spread, limit):
 
 
 def test_a_loss_far_beyond_the_limit_stands_at_the_edge_with_its_value():
-    far = Mark(0.5, around(20.0), "other", "7", "far")
+    far = Mark(around(0.5), around(20.0), "other", "7", "far")
     picture = scatter([far, *marks(3, 0.01)], "bytes", 0.02)
     assert "7 ▲ 2000%" in picture
 
 
 def test_unknown_intervals_have_no_bar_and_titles_are_escaped():
-    mark = Mark(0.5, Estimate(0.01, -math.inf, math.inf), "other", "1", 'a <b> & "c"')
+    mark = Mark(around(0.5), Estimate(0.01, -math.inf, math.inf), "other", "1", 'a <b> & "c"')
     picture = scatter([mark], "bytes", 0.02)
     assert 'class="interval"' not in picture and "<title>a &lt;b&gt; &amp; &quot;c&quot;</title>" in picture
     ElementTree.fromstring(bars([Bar("<dense>", Estimate(1.0, -math.inf, math.inf), "1 & 2")]))

@@ -133,7 +133,7 @@ def found() -> Optimization:
         prompt=NAMES[0],
         coverage=tuple(summarise(model, data[0]).coverage),
         settings={"max_loss": 0.02, "max_recipes": 5, "threads": 1, "seed": 0, "dtype": NAMES[1], "data": NAMES[3]}
-        | {"length": None, "batch_size": 4, "given_dtype": None},
+        | {"length": None, "batch_size": 4, "given_dtype": None, "target": None},
         data=dict.fromkeys(("calibration", "search", "test"), part),
         machine={**machine(), "processor": NAMES[0], "system": NAMES[1], "last_level_cache": None},
         versions={"actkit": NAMES[0]},

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
 import torch
 from huggingface_hub import ModelCard
-from made_up import a_speed, around
+from made_up import a_speed, around, candidate, the_original
 from rich.console import Console
 
 import actkit
@@ -23,11 +25,13 @@ from actkit.core import checkpoint
 from actkit.core.errors import DataError, RecipeError
 from actkit.search import search as module
 from actkit.search.card import model_card
+from actkit.search.figures import optimization_table
 from actkit.search.journal import JournalError
 from actkit.search.measured import Candidate
 from actkit.search.report import render
 from actkit.search.search import optimize
 from actkit.search.speed_row import Row, SpeedRow, measure_speed_row
+from actkit.search.verdict import decide
 
 SECTIONS = {
     "verdict",
@@ -183,6 +187,40 @@ def test_the_terminal_table_fits_80_columns(killed):
     assert killed[0].verdict.best in text
 
 
+def test_names_are_whole_on_the_terminal():
+    """Every name that the search itself gives stands in one line of 80 columns; a longer one is folded, not cut."""
+    names = ("rtn 4 bit, groups of outputs", "wina 25% over awq 4 bit", "teal 90% on attention.output, mlp.down")
+    wide = {"ratio": (10.29, 11.99), "disk": 0.37, "memory": 0.95}
+    tried = [candidate(name, loss, 0.02, **wide) for name, loss in zip(names, (0.341, 0.95, 0.041))]
+    verdict = decide(tried, the_original(), max_loss=2.0)
+    result = SimpleNamespace(original=the_original(), candidates=tried, verdict=verdict, front=(), speed_row=None)
+    result.best = result.proof = None
+    result.left_out = result.notes = ()
+    console = Console(width=80, file=StringIO())
+    console.print(optimization_table(result))
+    table = console.file.getvalue().partition("candidate  ")[2].partition("* on the front")[0]
+    lines = table.splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in table
+    assert all(any(line.strip().startswith(name) for line in lines) for name in names[:2])
+    assert any("34% [32, 36]" in line and "11.1 [10.3, 12.0]" in line for line in lines)
+    assert "teal 90% on attention.output," in table and "mlp.down" in table
+
+
+def test_the_same_journal_answers_for_another_target(killed, llama, tmp_path):
+    """Nothing is measured again: the target decides over what is known."""
+    _, out, _, options = killed
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    before = (copy / "journal.jsonl").read_bytes()
+    result = optimize(str(llama), out=copy, resume=True, target="quality", **options)
+    assert (copy / "journal.jsonl").read_bytes() == before
+    pays = [each for each in result.candidates if result.verdict.of(each.name).pays]
+    least = min(round(each.search_loss.value, 4) for each in pays)
+    best = result.candidate(result.verdict.best)
+    assert result.verdict.target == "quality" and round(best.search_loss.value, 4) == least
+    assert result.best.is_dir() and "--target quality" in (copy / "index.html").read_text()
+
+
 def test_another_search_does_not_resume_this_one(killed, llama):
     _, out, _, options = killed
     with pytest.raises(JournalError, match=r"settings\.seed was 0 and is 1"):
@@ -199,6 +237,8 @@ def test_bad_settings_and_places_are_refused_before_any_work(llama, tmp_path, mo
         assert not (tmp_path / "out").exists()
 
     refused("max_loss: -1", max_loss=-1)
+    refused("target: 'speed' was given, allowed are latency, memory, disk, quality", target="speed")
+    refused("target: 'latency' was given, which is measured with the speed", target="latency", speed=False)
     refused("max_recipes: 0", max_recipes=0)
     refused("seed: -1", seed=-1)
     refused("threads: 0", threads=0)

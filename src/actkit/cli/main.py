@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -183,6 +183,13 @@ def optimize(
     max_loss: Annotated[
         float, typer.Option(min=0, help="Largest loss of quality that is accepted, as a share.")
     ] = 0.02,
+    target: Annotated[
+        Literal["latency", "memory", "disk", "quality"] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Choose the best for latency, memory, disk or quality; if not given, for latency or else disk.",
+        ),
+    ] = None,
     max_recipes: Annotated[int, typer.Option(min=1, max=12, help="How many recipes to try at most.")] = 12,
     recipe: Annotated[
         list[str] | None, typer.Option(help="Try these instead: YAML files or names like 'awq,wina'. Repeatable.")
@@ -209,6 +216,7 @@ def optimize(
             out=out,
             data=data,
             max_loss=max_loss,
+            target=target,
             max_recipes=max_recipes,
             recipes=recipe,
             speed=speed,

@@ -2,9 +2,11 @@
 
 A machine drifts (heat, neighbours, clock), so the candidates take turns: in every round each is timed once, and the
 order rotates from round to round. A ratio is formed inside a round, where both saw the same machine, and its interval
-resamples rounds. The first round is a warm-up and is not counted; a process that compiled kernels in it is replaced by
-a new one, which reads them from the compile cache, so that no memory of the compiler is measured. Language models
-decode a fixed random prompt with a key-value cache; other models run forward passes.
+resamples rounds. A round of a small model repeats until it took a while, and rounds go on, up to a limit, until every
+ratio is known to 10 %: on a busy machine a few steps of microseconds say nothing. The first round is a warm-up and is
+not counted; a process that compiled kernels in it is replaced by a new one, which reads them from the compile cache, so
+that no memory of the compiler is measured. Language models decode a fixed random prompt with a key-value cache; other
+models run forward passes.
 
 A single text goes through a decoder (`core.decoding`) where one takes every candidate, else all through transformers:
 ratios compare models, never engines.
@@ -12,7 +14,8 @@ ratios compare models, never engines.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +33,9 @@ from actkit.core.quality import Estimate
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
-FORWARD_SECONDS = 0.2  # of one round, in as many passes as that takes
+ROUND_SECONDS = 0.2  # of one round, in as many passes or texts as that takes
+PRECISION = 0.1  # half of a ratio's interval, as a share of the ratio, from which no more rounds are needed
+LONGEST, EXTRA_SECONDS = 4, 60.0  # times the rounds asked for at most, and how long more of them may take
 PROCESS = 550 * 10**6  # bytes that Python, torch, transformers and Numba take in each process
 COPIES = 2  # of the weights: what decodes keeps its own beside them, or a load converts the dtype
 BUILDING = 2  # more copies while a decoder is built, one at a time: integer codes are unpacked for it
@@ -68,6 +73,11 @@ class Speed:
     engine_reason: str = ""
 
     @property
+    def noisy(self) -> bool:
+        """Whether the ratio is not known to 10 %, after all rounds."""
+        return self.ratio is not None and not _precise(self.ratio, PRECISION)
+
+    @property
     def through(self) -> str:
         """The engine in words: 'decoder', or 'transformers (why not the decoder)'."""
         return f"{self.engine} ({self.engine_reason})" if self.engine_reason else self.engine
@@ -87,6 +97,7 @@ def measure_speed(
     prompt: int = 128,
     max_new_tokens: int = 32,
     rounds: int = 5,
+    precision: float | None = PRECISION,
     threads: int | None = None,
     dtype: torch.dtype | str | None = None,
     base: Base | None = None,
@@ -97,13 +108,16 @@ def measure_speed(
     """Time saved models against the first of them.
 
     folders: name -> folder. batch: rows. prompt: tokens of the prompt, or of the sequences of a model that does not
-    decode. max_new_tokens: decoded per row, 2 or more. rounds: counted ones. threads: of each process, torch's number
-    here where None. dtype: as stored where None. base: as in `FreshProcess.load`. max_memory: bytes that all processes
-    may take together; what is free now where None.
+    decode. max_new_tokens: decoded per row, 2 or more. rounds: counted ones, and up to 4 times as many within a minute
+    if the interval of a ratio is wider than `precision` to either side, as a share of the ratio; precision=None: no
+    more. threads: of each process, torch's number here where None. dtype: as stored where None. base: as in
+    `FreshProcess.load`. max_memory: bytes that all processes may take together; what is free now where None.
     Raises MemoryLimitError before anything starts where they do not fit, ValueError for settings out of bounds or
     candidates of different kinds, FreshProcessError where a folder does not load or run.
     """
     _check(folders, batch=batch, prompt=prompt, max_new_tokens=max_new_tokens, rounds=rounds)
+    if precision is not None and not precision > 0:
+        raise ValueError(f"precision: {precision} was given; give a share above 0, such as 0.1, or None.")
     _check_memory(folders, dtype, max_memory, builds=batch == 1)
     options = {"dtype": dtype, "base": base, "trust_remote_code": trust_remote_code}
     with ExitStack() as stack:
@@ -114,18 +128,40 @@ def measure_speed(
         _check_kinds(runners)
         _share_engine(runners)
         times: dict[str, list[dict[str, float]]] = {name: [] for name in folders}
-        for index in track(range(-1, rounds), "Measuring the speed", rounds + 1, progress):
+        for index in track(_rounds(rounds, times, precision), "Measuring the speed", rounds + 1, progress):
             for name in _rotated(list(folders), index):
                 if index < 0:
                     runners[name].warm_up()
                 else:
                     times[name].append(runners[name].run())
         memory = {name: runner.process.memory()["peak_bytes"] for name, runner in runners.items()}
-    first = np.array([row["rate"] for row in times[next(iter(folders))]])
+    first = _rates(next(iter(times.values())))
     return {
         name: runner.result(times[name], None if index == 0 else first, memory[name])
         for index, (name, runner) in enumerate(runners.items())
     }
+
+
+def _rounds(count: int, times: Mapping[str, list[dict[str, float]]], precision: float | None) -> Iterator[int]:
+    """Indices of the rounds: -1 to warm up, `count` of them, and more if `times`, filled meanwhile, say too little."""
+    yield from range(-1, count)
+    if precision is None or count == 1:  # one round has no interval, and was asked for
+        return
+    ends = time.monotonic() + EXTRA_SECONDS
+    for index in range(count, LONGEST * count):
+        first, *others = (_rates(rows) for rows in times.values())
+        if time.monotonic() > ends or all(_precise(median(rates / first), precision) for rates in others):
+            return
+        yield index
+
+
+def _rates(rows: Sequence[Mapping[str, float]]) -> np.ndarray:
+    return np.array([row["rate"] for row in rows])
+
+
+def _precise(ratio: Estimate, precision: float) -> bool:
+    half = precision * ratio.value
+    return ratio.value - half <= ratio.low and ratio.high <= ratio.value + half
 
 
 class _Runner:
@@ -172,24 +208,31 @@ class _Runner:
         if hasattr(self, "process"):
             self.process.close()
 
-    def run(self) -> dict[str, float]:
+    def run(self, at_least: float = ROUND_SECONDS) -> dict[str, float]:
         """One round: rate, first_token_seconds for a decoder, and whether kernels were compiled in it."""
         if self.kind == "forward":
-            return {"rate": self.rows / self.process.time_forward(self.inputs, FORWARD_SECONDS), "compiled": False}
+            return {"rate": self.rows / self.process.time_forward(self.inputs, at_least), "compiled": False}
         ids = self.inputs["input_ids"] if isinstance(self.inputs, Mapping) else self.inputs
-        timed = self.process.time_decode(ids, self.new_tokens)
-        first, compiled = timed["first_token_seconds"], timed["compiled"]
-        return {"rate": timed["tokens_per_second"], "first": first, "compiled": compiled}
+        first: list[float] = []
+        following: list[float] = []
+        compiled = False
+        while not first or (not compiled and sum(first) + sum(following) < at_least):
+            timed = self.process.time_decode(ids, self.new_tokens)
+            first.append(timed["first_token_seconds"])
+            following.append(self.rows * (self.new_tokens - 1) / timed["tokens_per_second"])
+            compiled = timed["compiled"]
+        tokens = len(following) * self.rows * (self.new_tokens - 1)
+        return {"rate": tokens / sum(following), "first": sum(first) / len(first), "compiled": compiled}
 
     def warm_up(self) -> None:
         """A round that is not counted; in a new process once more where kernels were compiled in it."""
-        if self.run()["compiled"]:
+        if self.run(0.0)["compiled"]:
             self.start()
-            self.run()
+            self.run(0.0)
 
     def result(self, times: list[dict[str, float]], first: np.ndarray | None, peak: int) -> Speed:
         """first: the first candidate's rates, round by round."""
-        rates = np.array([row["rate"] for row in times])
+        rates = _rates(times)
         forward = "sequences/s" if self.prompt else "examples/s"
         return Speed(
             self.kind,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from actkit.core.card import Card
 from actkit.core.memory import format_bytes
 from actkit.search.measured import Candidate
-from actkit.search.verdict import disk_share, times
+from actkit.search.verdict import times
 
 if TYPE_CHECKING:
     from actkit.search.search import Optimization
@@ -32,7 +32,7 @@ def model_card(result: Optimization, best: Candidate) -> str:
         rate, ratio = best.speed.rate, best.speed.ratio
         through = f"through {best.speed.engine}"
         rows.append(("speed", f"{rate.value:.4g} {best.speed.unit} {through}, {times(ratio)} the original's"))
-    share = disk_share(best, original)
+    share = best.disk_share(original)
     return Card(
         title=f"{result.name}, {best.name}",
         library="actkit",

@@ -23,9 +23,9 @@ RADIUS = {"original": 7.0, "best": 8.0, "front": 6.0, "other": 5.0}
 
 @dataclass(frozen=True)
 class Mark:
-    """One candidate in a picture. share: of the original's bytes. label: what stands beside it; title: on hover."""
+    """One candidate in a picture. share: of the original's bytes or time. label: beside it; title: on hover."""
 
-    share: float
+    share: Estimate
     loss: Estimate
     kind: Kind
     label: str
@@ -33,13 +33,13 @@ class Mark:
 
 
 def scatter(marks: Sequence[Mark], x_title: str, limit: float) -> str:
-    """Loss against a share of bytes, with the intervals of the loss and the limit on it. Losses far beyond the limit
-    stand at the upper edge, with an arrow and their value."""
+    """Loss against a share of bytes or time, with the intervals of both and the limit on the loss. Losses far beyond
+    the limit stand at the upper edge, with an arrow and their value."""
     highest = max((m.loss.high if isfinite(m.loss.high) else m.loss.value for m in marks), default=limit)
-    top = max(1.3 * limit, min(1.05 * highest, 5 * limit if limit else 0.1), 1e-4)
+    top = max(1.3 * limit, min(1.05 * highest, 2.5 * limit if limit else 0.1), 1e-4)
     lowest = min((m.loss.low if isfinite(m.loss.low) else m.loss.value for m in marks), default=0.0)
     bottom = max(min(0.0, lowest), -top / 2) - 0.06 * top
-    right = max((m.share for m in marks), default=1.0) * 1.06
+    right = max((min(_end(m.share), 2 * m.share.value) for m in marks), default=1.0) * 1.06
     x = _scale(0.0, right, LEFT, WIDTH - RIGHT)
     y = _scale(bottom, top, HEIGHT - BOTTOM, TOP)
     parts = [_frame(_ticks(0.0, right), x, _ticks(bottom, top), y, percent=True)]
@@ -49,10 +49,10 @@ def scatter(marks: Sequence[Mark], x_title: str, limit: float) -> str:
     taken: list[tuple[float, float, float, float]] = []
     drawn = sorted(marks, key=lambda mark: list(RADIUS).index(mark.kind), reverse=True)  # the best on top
     for mark in drawn:
-        cx, cy = x(mark.share), max(TOP, min(HEIGHT - BOTTOM, y(mark.loss.value)))
+        cx, cy = x(mark.share.value), max(TOP, min(HEIGHT - BOTTOM, y(mark.loss.value)))
         taken.append((cx - 9, cy - 9, cx + 9, cy + 9))
-    for mark in drawn:
-        parts.append(_mark(mark, x, y, taken))
+    parts += [_intervals(mark, x, y) for mark in drawn]  # below all labels
+    parts += [_mark(mark, x, y, taken) for mark in drawn]
     parts.append(_titles(x_title, "loss"))
     return _svg(parts, f"Loss against {x_title}: {len(marks)} models")
 
@@ -60,22 +60,35 @@ def scatter(marks: Sequence[Mark], x_title: str, limit: float) -> str:
 def _mark(
     mark: Mark, x: Callable[[float], float], y: Callable[[float], float], taken: list[tuple[float, float, float, float]]
 ) -> str:
-    cx, cy = x(mark.share), y(mark.loss.value)
+    cx, cy = x(mark.share.value), y(mark.loss.value)
     beyond = cy < TOP
     cy = max(TOP + 4, cy)
     label = f"{mark.label} ▲ {mark.loss.value:.0%}" if beyond else mark.label
     parts = [f'<g class="mark-{mark.kind}"><title>{escape(mark.title)}</title>']
-    if isfinite(mark.loss.low) and isfinite(mark.loss.high) and not beyond:
-        y1, y2 = min(HEIGHT - BOTTOM, y(mark.loss.low)), max(TOP, y(mark.loss.high))
-        parts.append(f'<line class="interval" x1="{cx:.1f}" x2="{cx:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>')
     radius = RADIUS[mark.kind]
     if mark.kind == "original":
         parts.append(_diamond(cx, cy, radius))
     else:
         parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="{radius}"/>')
-    tx, ty, anchor = _place(cx, cy, 6.6 * len(label), taken)
+    tx, ty, anchor = _place(cx, cy, 6.6 * len(label), taken, beside=mark.share.high <= mark.share.low)
     parts.append(f'<text x="{tx:.1f}" y="{ty:.1f}" text-anchor="{anchor}">{escape(label)}</text></g>')
     return "".join(parts)
+
+
+def _intervals(mark: Mark, x: Callable[[float], float], y: Callable[[float], float]) -> str:
+    cx, cy = x(mark.share.value), max(TOP + 4, y(mark.loss.value))
+    parts = [f'<g class="mark-{mark.kind}">']
+    if isfinite(mark.loss.low) and isfinite(mark.loss.high) and y(mark.loss.value) >= TOP:
+        y1, y2 = min(HEIGHT - BOTTOM, y(mark.loss.low)), max(TOP, y(mark.loss.high))
+        parts.append(f'<line class="interval" x1="{cx:.1f}" x2="{cx:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>')
+    if _end(mark.share) > mark.share.low:
+        x1, x2 = x(mark.share.low), min(WIDTH - RIGHT, x(_end(mark.share)))
+        parts.append(f'<line class="interval" x1="{x1:.1f}" x2="{x2:.1f}" y1="{cy:.1f}" y2="{cy:.1f}"/>')
+    return "".join(parts) + "</g>"
+
+
+def _end(share: Estimate) -> float:
+    return share.high if isfinite(share.high) else share.value
 
 
 def _diamond(cx: float, cy: float, radius: float) -> str:
@@ -84,12 +97,15 @@ def _diamond(cx: float, cy: float, radius: float) -> str:
 
 
 def _place(
-    cx: float, cy: float, width: float, taken: list[tuple[float, float, float, float]]
+    cx: float, cy: float, width: float, taken: list[tuple[float, float, float, float]], *, beside: bool
 ) -> tuple[float, float, str]:
-    """Where a label of that width stands free: beside, above or below its point, and a little further out."""
+    """Where a label of that width stands free: beside its point (if no interval lies there), above or below, and a
+    little further out."""
     found = None
     for away in (11, 19, 28, 38):
-        for dx, dy, anchor in ((away, 4, "start"), (-away, 4, "end"), (0, -away, "middle"), (0, away + 9, "middle")):
+        level = ((away, 4, "start"), (-away, 4, "end"))
+        upright = ((0, -away, "middle"), (0, away + 9, "middle"))
+        for dx, dy, anchor in (*level, *upright) if beside else (*upright, *level):
             for side in (0, -12, 12):
                 left = cx + dx - {"start": 0, "end": width, "middle": width / 2}[anchor]
                 box = (left, cy + dy + side - 11, left + width, cy + dy + side + 3)

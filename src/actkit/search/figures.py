@@ -15,7 +15,7 @@ from rich.text import Text
 from actkit.core.figure_text import all_plain, plain
 from actkit.core.quality import Estimate
 from actkit.search.measured import Candidate
-from actkit.search.verdict import disk_share, ratio_of, read_share, times
+from actkit.search.verdict import times
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -196,34 +196,44 @@ def optimization_table(result: Optimization) -> Group:
     """The verdict, then every candidate with what it gives, then why some do not pay; for 80 columns."""
     verdict = result.verdict
     said = [Text(f"  {line}") for line in (verdict.speed, verdict.memory, verdict.disk, verdict.quality)]
-    table = _plain("candidate", ("loss, test split", "disk", "read", "speed ratio", ""))
+    table = _plain("candidate", ("loss on test", "disk", "mem.", "speed ratio", ""))
     reasons = []
     for candidate in (result.original, *result.candidates):
         best = verdict.best == candidate.name
         word = ""
         if candidate is not result.original:
             judgement = verdict.of(candidate.name)
-            word = "best" if best else "pays" if judgement.pays else "failed" if candidate.failed else "no"
-            if not judgement.pays:
-                reasons.append(Text.assemble((candidate.name, "bold"), f": {'; '.join(judgement.against)}"))
+            word = "best" if best else "pays" if judgement.pays else "no"
+            reason = f"{judgement.beaten_by} beats it" if judgement.beaten_by else "; ".join(judgement.against)
+            if reason:
+                reasons.append(Text.assemble((candidate.name, "bold"), f": {reason}"))
         mark = "* " if candidate.name in result.front else "  "
         table.add_row(mark + candidate.name, *_candidate_cells(candidate, result), word, style="bold" if best else "")
     headline = Text(verdict.headline, style="bold green" if verdict.pays else "bold yellow")
-    about = "* on the front; disk, read (weight bytes per token) and speed against the original's; intervals are 95 %"
+    about = "* on the front; disk, peak memory and speed against the original's; intervals are 95 %"
     return Group(headline, *said, Text(""), table, Text(f"\n{about}\n", style="dim"), *reasons, *_afterwards(result))
 
 
 def _candidate_cells(candidate: Candidate, result: Optimization) -> list[str]:
     if candidate.failed is not None or candidate.loss is None:
         return ["failed", "-", "-", "-"]
-    disk, read = disk_share(candidate, result.original), read_share(candidate, result.original)
-    ratio = ratio_of(candidate)
+    disk, ratio = candidate.disk_share(result.original), candidate.ratio
     return [
-        interval(candidate.loss, ".1%"),
+        "-" if candidate is result.original else _narrow(candidate.loss, 100, "%", 1),
         "-" if disk is None else f"{disk:.0%}",
-        "-" if read is None else f"{read:.0%}",
-        "-" if ratio is None else interval(ratio, ".2f"),
+        "-" if candidate.peak_share is None else f"{candidate.peak_share:.0%}",
+        "-" if ratio is None else _narrow(ratio, 1, "", 2),
     ]
+
+
+def _narrow(estimate: Estimate, scale: float, unit: str, digits: int) -> str:
+    """'0.5% [0.3, 0.7]', with one digit less from 10 on, so that names have the room that they need."""
+    digits -= abs(scale * estimate.value) >= 10
+    value, low, high = (
+        _unsigned(f"{scale * number:.{digits}f}") for number in (estimate.value, estimate.low, estimate.high)
+    )
+    known = isfinite(estimate.low) and isfinite(estimate.high)
+    return f"{value}{unit} [{low}, {high}]" if known else f"{value}{unit}"
 
 
 def _afterwards(result: Optimization) -> list[Text]:

@@ -1,11 +1,15 @@
-"""The front: the candidates that no other beats on quality, speed and memory at once.
+"""The front: the candidates that no other beats on quality, speed, peak memory and disk at once.
 
-One beats another where it is nowhere worse and somewhere better. Losses and bytes are compared as they are; speeds
-count as different only where their intervals do not overlap, so that noise puts nobody on the front.
+One beats another if it is nowhere worse and somewhere better, by what was measured. Bytes read per token are no axis:
+they are a cause of speed, and count through the speed that they give. Losses are compared to 0.01 %, memory and disk in
+whole percent of the original's, as they are shown. A speed counts as worse if it lies below the other's interval, and
+as better if the intervals do not overlap. So noise puts nobody on the front. It is never empty either: among those that
+are equal in all but speed, beating means being surely faster, and the other costs are compared without intervals.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,37 +19,50 @@ from actkit.search.measured import Candidate
 
 @dataclass(frozen=True)
 class Point:
-    """Where a candidate stands. loss, held, read: bytes of weights held in memory and read per token; less is better.
-    ratio: of the speed to the original's, more is better; None where no speed was measured."""
+    """Where a candidate stands. loss: on the test split. memory, disk: peak memory and bytes on disk over the
+    original's; less is better. ratio: of the speed to the original's, more is better. None: it was not measured."""
 
     loss: float
-    ratio: Estimate | None
-    held: float
-    read: float
+    ratio: Estimate | None = None
+    memory: float | None = None
+    disk: float | None = None
+
+    @property
+    def costs(self) -> tuple[float | None, ...]:
+        """What is better if it is less, as precise as it is shown."""
+        return tuple(
+            None if value is None else round(value, digits)
+            for value, digits in ((self.loss, 4), (self.memory, 2), (self.disk, 2))
+        )
 
 
-def point(candidate: Candidate) -> Point | None:
-    """Where a measured candidate stands; None for one that failed."""
-    if candidate.failed is not None or candidate.loss is None:
+def point(candidate: Candidate, original: Candidate) -> Point | None:
+    """Where a measured candidate stands; None for one that nobody can use: it failed, it does not reload or write."""
+    if candidate.failed is not None or candidate.loss is None or not math.isfinite(candidate.loss.value):
         return None
-    held = float(candidate.weight_bytes or 0)
-    read = candidate.bytes_per_token
+    if candidate.writes or (candidate.proof is not None and not candidate.proof.passed):
+        return None
     ratio = None
     if candidate.speed is not None:
         ratio = candidate.speed.ratio or Estimate(1.0, 1.0, 1.0)  # the original is what the others are compared with
-    return Point(candidate.loss.value, ratio, held, held if read is None else read)
+    return Point(candidate.loss.value, ratio, candidate.peak_share, candidate.disk_share(original))
 
 
 def beats(one: Point, other: Point) -> bool:
-    """Whether `one` is nowhere worse than `other` and somewhere better."""
-    faster, slower = _faster(one, other), _faster(other, one)
-    if slower or one.loss > other.loss or one.held > other.held or one.read > other.read:
-        return False
-    return faster or one.loss < other.loss or one.held < other.held or one.read < other.read
-
-
-def _faster(one: Point, other: Point) -> bool:
-    return one.ratio is not None and other.ratio is not None and one.ratio.low > other.ratio.high
+    """Whether `one` is nowhere worse than `other` and somewhere better. What is unknown of one cannot beat what is
+    known of the other."""
+    better = False
+    for mine, theirs in zip(one.costs, other.costs, strict=True):
+        if theirs is None:
+            continue
+        if mine is None or mine > theirs:
+            return False
+        better = better or mine < theirs
+    if other.ratio is not None:
+        if one.ratio is None or one.ratio.value < other.ratio.low:
+            return False
+        better = better or one.ratio.low > other.ratio.high
+    return better
 
 
 def front(points: Sequence[Point | None]) -> list[int]:

@@ -63,6 +63,19 @@ class Candidate:
         """The recipe as transforms. Raises RecipeError for the original, which has none."""
         return Recipe.parse({"actkit": 1, "transforms": self.recipe})
 
+    @property
+    def ratio(self) -> Estimate | None:
+        """Its speed over the original's."""
+        return None if self.speed is None else self.speed.ratio
+
+    def disk_share(self, original: Candidate) -> float | None:
+        """Bytes on disk over the original's."""
+        return _share(self.disk_bytes, original.disk_bytes)
+
+    def read_share(self, original: Candidate) -> float | None:
+        """Weight bytes read per token over the original's."""
+        return _share(self.bytes_per_token, original.bytes_per_token)
+
     def with_cost(self, cost: Cost) -> Candidate:
         """The same with what `measure_cost` found."""
         names = ("disk_bytes", "weight_bytes", "bytes_per_token", "dense_bytes_per_token", "density")
@@ -105,6 +118,10 @@ def speed_from(content: Mapping[str, Any]) -> Speed:
     """A Speed from its dictionary."""
     names = ("rate", "first_token_seconds", "ratio")
     return Speed(**{**content, **{name: estimate(content[name]) for name in names}})  # type: ignore[arg-type]
+
+
+def _share(mine: float | None, other: float | None) -> float | None:
+    return None if mine is None or not other else mine / other
 
 
 def _plain(value: Any) -> Any:

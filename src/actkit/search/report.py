@@ -5,20 +5,26 @@ The page is `templates/report.html`; this module gives it words and numbers, so 
 
 from __future__ import annotations
 
+import math
 import shlex
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from actkit.core.memory import format_bytes
+from actkit.core.quality import Estimate
 from actkit.search.drawing import Bar, Kind, Mark, bars, profile_panels, scatter
 from actkit.search.figures import interval
 from actkit.search.measured import Candidate
-from actkit.search.verdict import disk_share, ratio_of, read_share, times
+from actkit.search.verdict import times
 
 if TYPE_CHECKING:
     from actkit.core.speed import Speed
     from actkit.search.search import Optimization
+
+
+APART = 0.05  # an axis on which all stand closer together shows nothing
 
 
 def render(result: Optimization) -> str:
@@ -71,9 +77,7 @@ def _rows(result: Optimization) -> list[dict[str, Any]]:
     for number, candidate in enumerate((result.original, *result.candidates)):
         kind = _kind(candidate, result)
         judgement = None if kind == "original" else result.verdict.of(candidate.name)
-        disk, read, ratio = disk_share(candidate, result.original), read_share(candidate, result.original), None
-        if candidate.speed is not None:
-            ratio = ratio_of(candidate)
+        original, ratio = result.original, candidate.ratio
         rows.append(
             {
                 "number": number or "",
@@ -88,16 +92,18 @@ def _rows(result: Optimization) -> list[dict[str, Any]]:
                 "level": _level(candidate),
                 "search_loss": None if candidate.search_loss is None else interval(candidate.search_loss, ".2%"),
                 "loss": _split(None if candidate.loss is None else interval(candidate.loss, ".2%")),
-                "disk": _amount(candidate.disk_bytes, disk),
-                "read": _amount(candidate.bytes_per_token, read),
+                "disk": _amount(candidate.disk_bytes, candidate.disk_share(original)),
+                "read": _amount(candidate.bytes_per_token, candidate.read_share(original)),
                 "memory": "" if candidate.peak_share is None else f"{candidate.peak_share:.0%}",
                 "rate": "" if candidate.speed is None else f"{candidate.speed.rate.value:.4g} {candidate.speed.unit}",
                 "engine": "" if candidate.speed is None or not mixed else candidate.speed.engine,
                 "speed": _split(None if ratio is None else times(ratio)),
+                "noisy": candidate.speed is not None and candidate.speed.noisy,
                 "speed_failed": candidate.speed_failed,
                 "density": "" if candidate.density is None else f"{candidate.density:.0%}",
                 "pays": judgement is not None and judgement.pays,
-                "gains": () if judgement is None else judgement.gains,
+                "gains": () if judgement is None else tuple(judgement.gains.values()),
+                "beaten_by": "" if judgement is None else judgement.beaten_by,
                 "against": () if judgement is None else judgement.against,
                 "proof": None if candidate.proof is None else candidate.proof,
                 "coverage": ", ".join(f"{name} {share:.0%}" for name, share in candidate.coverage.items()),
@@ -132,21 +138,39 @@ def _amount(size: float | None, share: float | None) -> tuple[str, str]:
 
 
 def _pictures(result: Optimization) -> list[tuple[str, str]]:
-    """The front: the loss against what is read per token, and against the disk."""
+    """The front: the loss against each of the costs that differ, as shares of the original's."""
+    axes: list[tuple[str, Callable[[Candidate], Estimate | None]]] = [
+        ("time", _time),
+        ("bytes on disk", lambda each: _exactly(each.disk_share(result.original))),
+        ("peak memory", lambda each: _exactly(each.peak_share)),
+    ]
     found = []
-    for title, share_of in (("weight bytes read per token", read_share), ("bytes on disk", disk_share)):
+    for title, share_of in axes:
         marks = []
         for number, candidate in enumerate((result.original, *result.candidates)):
-            share = share_of(candidate, result.original)
+            share = share_of(candidate)
             if candidate.loss is None or share is None or candidate.failed is not None:
                 continue
             label = "original" if number == 0 else str(number)
-            text = f"{candidate.name}: {share:.0%} of the {title}, loss {interval(candidate.loss, '.2%')}"
+            text = f"{candidate.name}: {share.value:.0%} of the {title}, loss {interval(candidate.loss, '.2%')}"
             marks.append(Mark(share, candidate.loss, _kind(candidate, result), label, text))
-        if marks:
+        shares = [mark.share.value for mark in marks]
+        if marks and max(shares) - min(shares) >= APART:
             svg = scatter(marks, f"{title}, share of the original's", float(result.settings["max_loss"]))
             found.append((title, svg))
     return found
+
+
+def _exactly(share: float | None) -> Estimate | None:
+    return None if share is None else Estimate(share, share, share)
+
+
+def _time(candidate: Candidate) -> Estimate | None:
+    """Time per token or example over the original's: what a speed ratio is the other way round."""
+    if candidate.speed is None:
+        return None
+    ratio = candidate.ratio or Estimate(1.0, 1.0, 1.0)  # the original's own
+    return Estimate(1 / ratio.value, 1 / ratio.high, 1 / ratio.low if ratio.low > 0 else math.inf)
 
 
 def _speed_bars(result: Optimization) -> str:
@@ -205,12 +229,13 @@ def _commands(result: Optimization) -> list[tuple[str, str]]:
     name = shlex.quote(result.name)
     source = "" if settings.get("data") is None else f" --data {shlex.quote(settings['data'])}"
     stored = "" if settings.get("given_dtype") is None else f" --dtype {settings['given_dtype']}"
+    target = "" if settings.get("target") is None else f" --target {settings['target']}"
     common = f"{source}{stored} --threads {settings['threads']} --seed {settings['seed']}"
     found = [
         (
             "this search",
             f"actkit optimize {name} --out again --max-loss {settings['max_loss']:g} "
-            f"--max-recipes {settings['max_recipes']}{common}",
+            f"--max-recipes {settings['max_recipes']}{target}{common}",
         )
     ]
     if result.verdict.best is not None:

@@ -46,7 +46,7 @@ from actkit.search.measured import Candidate, speed_from
 from actkit.search.profile import Profile, profile
 from actkit.search.speed_row import SpeedRow, measure_speed_row
 from actkit.search.splits import ROWS, split_data
-from actkit.search.verdict import Verdict, decide
+from actkit.search.verdict import TARGETS, Target, Verdict, decide
 from actkit.search.workshop import RANDOM, Workshop, task_for
 from actkit.zoo.loading import OWN_CLASSES, open_model
 
@@ -142,6 +142,7 @@ def optimize(
     out: str | Path = "actkit-report",
     data: Any = None,
     max_loss: float = 0.02,
+    target: Target | None = None,
     max_recipes: int = MOST,
     recipes: Sequence[Any] | None = None,
     resume: bool = False,
@@ -161,8 +162,10 @@ def optimize(
 
     model: a zoo name, a folder, a hub id, or a model in memory (left as it is: candidates are copies). out: the folder
     to write. data: as in `load_data`; None is the embedded data. max_loss: largest loss of quality, as a share, that
-    the upper bound of its interval may reach. max_recipes: 1 to 12. recipes: try these instead (whatever `Recipe.of`
-    takes). resume: go on with the journal in `out`. overwrite: replace what an earlier search left in `out`.
+    the upper bound of its interval may reach. target: what the best is chosen for among those that pay, 'latency',
+    'memory', 'disk' or 'quality'; None: latency if that pays, else disk, else memory. max_recipes: 1 to 12. recipes:
+    try these instead (whatever `Recipe.of` takes). resume: go on with the journal in `out`. overwrite: replace what an
+    earlier search left in `out`.
     speed: measure speed and memory in fresh processes. speed_row: measure the 0.5B shape (`speed_row.py`); None: where
     speed is measured and the model is a language model that fits in the cache, so that its own speed says little.
     max_memory: hard cap for calibration beside the model. base: builds the unchanged model, for one's own nn.Module, by
@@ -180,7 +183,7 @@ def optimize(
         "it measures speed with the machine to itself: run it without torchrun, or apply and evaluate single recipes "
         "under torchrun",
     )
-    _check_settings(max_loss, max_recipes, seed, threads)
+    _check_settings(max_loss, target, max_recipes, seed, threads, speed=speed)
     _check_report()
     out = Path(out)
     _check_out(out, resume=resume, overwrite=overwrite)
@@ -221,7 +224,7 @@ def optimize(
         task, note = task_for(opened, splits)
         shop = Workshop(opened, tokenizer, task, splits, out / CANDIDATES, base, max_memory, seed, progress)
         shop.by_divergence = task == "language" and isinstance(data, str) and data == "random"
-        search = _Search(out, name, shop, journal, max_loss, trust_remote_code)
+        search = _Search(out, name, shop, journal, max_loss, target, trust_remote_code)
         search.notes += [note] if note else []
         search.notes += [RANDOM] if shop.by_divergence else []
         try:
@@ -230,6 +233,7 @@ def optimize(
             shop.close()
     settings |= {
         "max_loss": max_loss,
+        "target": target,
         "max_recipes": max_recipes,
         "recipes": None if recipes is None else [str(recipe) for recipe in recipes],
         "data": data if data is None or isinstance(data, str | Path) else "given batches",
@@ -245,10 +249,17 @@ class _Search:
     """One search, from the profile to the saved best model."""
 
     def __init__(
-        self, out: Path, name: str, shop: Workshop, journal: Journal, max_loss: float, trust_remote_code: bool
+        self,
+        out: Path,
+        name: str,
+        shop: Workshop,
+        journal: Journal,
+        max_loss: float,
+        target: Target | None,
+        trust_remote_code: bool,
     ) -> None:
         self.out, self.name, self.shop, self.journal = out, name, shop, journal
-        self.max_loss, self.trust = max_loss, trust_remote_code
+        self.max_loss, self.target, self.trust = max_loss, target, trust_remote_code
         self.notes = list(journal.notes)
         self.cache = last_level_cache()
 
@@ -283,8 +294,8 @@ class _Search:
         if speed:
             original, candidates = self._speeds(original, candidates)
         row, why_not = self._row(original, speed=speed, wanted=speed_row)
-        verdict = decide(candidates, original, max_loss=self.max_loss, cache=self.cache)
-        points = [point(each) for each in (original, *candidates)]
+        verdict = decide(candidates, original, max_loss=self.max_loss, target=self.target, cache=self.cache)
+        points = [point(each, original) for each in (original, *candidates)]
         names = [each.name for each in (original, *candidates)]
         on_front = tuple(names[index] for index in front(points))
         prompt = shop.prompt()
@@ -481,7 +492,16 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
 
 
-def _check_settings(max_loss: float, max_recipes: int, seed: int, threads: int | None) -> None:
+def _check_settings(
+    max_loss: float, target: str | None, max_recipes: int, seed: int, threads: int | None, *, speed: bool
+) -> None:
+    if target is not None and target not in TARGETS:
+        raise ValueError(f"target: {target!r} was given, allowed are {', '.join(TARGETS)}.")
+    if target in ("latency", "memory") and not speed:
+        raise ValueError(
+            f"target: {target!r} was given, which is measured with the speed; leave out speed=False (--no-speed), or "
+            f"choose the target 'disk' or 'quality'."
+        )
     if not 0 <= max_loss < float("inf"):
         raise ValueError(f"max_loss: {max_loss} was given; give a share of 0 or more, such as 0.02.")
     if not 1 <= max_recipes <= MOST:

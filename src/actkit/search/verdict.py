@@ -1,46 +1,58 @@
-"""Which candidates pay, which of them is best, and what to say where none does.
+"""Which candidates pay, which of them is best for what, and what to say where none does.
 
 A candidate pays where something is gained and the loss is known to be small:
 
     gained   the lower bound of its speed ratio exceeds 1.03, or its peak memory or disk is at most 0.9 of the old one
     small    the upper bound of its loss is within max_loss, on the split that chose it and on the one that reports it
 
-and where its folder reloads and, of a language model, it still writes. The best is among those that pay with a gain
-within 5 % of the largest one; there the fewest bytes per token decide, then the smaller loss on the search split. The
-test split may reject a candidate, but never ranks them.
+and where its folder reloads and, of a language model, it still writes. The best is one that pays and that no other that
+pays beats (see `front`). Which one depends on the target: latency, memory or disk takes the largest gain of that kind,
+and the smallest loss among gains within 5 % of it; quality takes the smallest loss. Without a target it is latency if
+that pays, else disk, else memory. Losses rank on the search split: the test split may reject a candidate, for its loss
+or because another beats it, but never ranks them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 from actkit.core.memory import format_bytes
 from actkit.core.quality import Estimate
+from actkit.search.front import beats, point
 from actkit.search.measured import Candidate
 
 FASTER, SMALLER, EQUAL = 1.03, 0.9, 1.05
 
+Target = Literal["latency", "memory", "disk", "quality"]
+TARGETS: tuple[Target, ...] = get_args(Target)
+BY_DEFAULT: tuple[Target, ...] = ("latency", "disk", "memory")
+
 
 @dataclass(frozen=True)
 class Judgement:
-    """Of one candidate. gains: what it gives, in words; against: why it does not pay, empty where it does."""
+    """Of one candidate. gains: what it gives, in words, by target; against: why it does not pay, empty where it does;
+    beaten_by: another one that pays and is as good in everything and better in something, '' where there is none."""
 
     name: str
     pays: bool
-    gains: tuple[str, ...]
+    gains: Mapping[Target, str]
     against: tuple[str, ...]
+    beaten_by: str = ""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """pays: whether any candidate does. best: its name, or None. headline: one sentence. speed, memory, disk, quality:
-    a sentence each on what can be gained and what it costs. judgements: one per candidate, in their order."""
+    """pays: whether any candidate does, for the target. best: its name, or None. target: what the best was chosen for.
+    runner_up: what would be the best without it, or None. headline: a few sentences. speed, memory, disk, quality: a
+    sentence each on what can be gained and what it costs. judgements: one per candidate, in their order."""
 
     pays: bool
     best: str | None
+    target: Target
+    runner_up: str | None
     headline: str
     speed: str
     memory: str
@@ -50,9 +62,9 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""
-        found = {name: getattr(self, name) for name in ("pays", "best", "headline", "speed", "memory", "disk")}
-        judged = [{**vars(each), "gains": list(each.gains), "against": list(each.against)} for each in self.judgements]
-        return {**found, "quality": self.quality, "judgements": judged}
+        names = ("pays", "best", "target", "runner_up", "headline", "speed", "memory", "disk", "quality")
+        judged = [{**vars(each), "gains": dict(each.gains), "against": list(each.against)} for each in self.judgements]
+        return {**{name: getattr(self, name) for name in names}, "judgements": judged}
 
     def of(self, name: str) -> Judgement:
         """The judgement of a candidate."""
@@ -62,7 +74,7 @@ class Verdict:
 def judge(candidate: Candidate, original: Candidate, max_loss: float) -> Judgement:
     """Whether one candidate pays, and why not."""
     if candidate.failed is not None:
-        return Judgement(candidate.name, False, (), (f"it failed: {candidate.failed}",))
+        return Judgement(candidate.name, False, {}, (f"it failed: {candidate.failed}",))
     gains = _gains(candidate, original)
     against = [] if gains else [_no_gain(candidate, original)]
     for loss, split in ((candidate.search_loss, "search"), (candidate.loss, "test")):
@@ -73,66 +85,88 @@ def judge(candidate: Candidate, original: Candidate, max_loss: float) -> Judgeme
         against.append(f"its folder does not reload: {candidate.proof.reason}")
     if candidate.writes:
         against.append(f"it does not write: {candidate.writes}")
-    return Judgement(candidate.name, not against, tuple(gains), tuple(against))
+    return Judgement(candidate.name, not against, gains, tuple(against))
 
 
 def decide(
-    candidates: Sequence[Candidate], original: Candidate, *, max_loss: float, cache: int | None = None
+    candidates: Sequence[Candidate],
+    original: Candidate,
+    *,
+    max_loss: float,
+    target: Target | None = None,
+    cache: int | None = None,
 ) -> Verdict:
-    """The verdict over all candidates. cache: bytes of the last-level cache, for the words on speed."""
-    judged = tuple(judge(candidate, original, max_loss) for candidate in candidates)
+    """The verdict over all candidates.
+
+    target: what the best is chosen for; None: latency where that pays, else disk, else memory. cache: bytes of the
+    last-level cache, for the words on speed.
+    """
+    judged = [judge(candidate, original, max_loss) for candidate in candidates]
     paying = [candidate for candidate, each in zip(candidates, judged) if each.pays]
-    best = _best(paying, original)
+    beaten = {candidate.name: _beaten_by(candidate, paying, original) for candidate in paying}
+    judged = [replace(each, beaten_by=beaten.get(each.name, "")) for each in judged]
+    unbeaten = [candidate for candidate in paying if not beaten[candidate.name]]
+    chosen = target if target is not None else _default(unbeaten, original)
+    best = _pick(chosen, _for(chosen, unbeaten, original), original)
+    others = [candidate for candidate in unbeaten if candidate is not best]
+    kinds = (chosen, *BY_DEFAULT)
+    second = next((found for kind in kinds if (found := _pick(kind, _for(kind, others, original), original))), None)
     within = [candidate for candidate in candidates if _is_small(candidate, max_loss)]
+    if best is None:
+        headline = _refusal(target, second, candidates, original)
+    else:
+        headline = _headline(best, second, chosen, len(paying), original)
     return Verdict(
         pays=best is not None,
         best=None if best is None else best.name,
-        headline=_headline(best, candidates, original, judged),
+        target=chosen,
+        runner_up=None if second is None else second.name,
+        headline=headline,
         speed=_about_speed(candidates, within, original, cache),
         memory=_about_share("memory", "peak memory of the process", within, original),
         disk=_about_share("disk", "bytes on disk", within, original),
         quality=_about_quality(best, candidates, within, max_loss),
-        judgements=judged,
+        judgements=tuple(judged),
     )
 
 
 # -- one candidate -----------------------------------------------------------------------------------------------------
 
 
-def disk_share(candidate: Candidate, original: Candidate) -> float | None:
-    """Bytes on disk over the original's."""
-    return _share(candidate.disk_bytes, original.disk_bytes)
+def gain(candidate: Candidate, original: Candidate, target: Target) -> float | None:
+    """How much it gives of what a target asks for, as a factor: speed by its lower bound, memory and disk by how often
+    they fit; None where that is no gain. For quality the largest of the three."""
+    if target == "quality":
+        return max((each for kind in BY_DEFAULT if (each := gain(candidate, original, kind))), default=None)
+    if target == "latency":
+        low = -math.inf if candidate.ratio is None else candidate.ratio.low
+        return low if math.isfinite(low) and low > FASTER else None
+    share = candidate.peak_share if target == "memory" else candidate.disk_share(original)
+    return 1 / share if share is not None and share <= SMALLER else None
 
 
-def read_share(candidate: Candidate, original: Candidate) -> float | None:
-    """Weight bytes read per token over the original's."""
-    return _share(candidate.bytes_per_token, original.bytes_per_token)
+def _gains(candidate: Candidate, original: Candidate) -> dict[Target, str]:
+    """What it gives, in words, by target."""
+    return {
+        kind: _words(candidate, original, kind)
+        for kind in ("latency", "memory", "disk")
+        if gain(candidate, original, kind) is not None
+    }
 
 
-def _share(mine: float | None, other: float | None) -> float | None:
-    return None if mine is None or not other else mine / other
-
-
-def ratio_of(candidate: Candidate) -> Estimate | None:
-    """Its speed over the original's."""
-    return None if candidate.speed is None else candidate.speed.ratio
-
-
-def _gains(candidate: Candidate, original: Candidate) -> list[str]:
-    gains = []
-    ratio, disk = ratio_of(candidate), disk_share(candidate, original)
-    if ratio is not None and ratio.low > FASTER and math.isfinite(ratio.low):
-        gains.append(f"{times(ratio)} as fast")
-    if candidate.peak_share is not None and candidate.peak_share <= SMALLER:
-        gains.append(f"peak memory {candidate.peak_share:.0%} of the original's")
-    if disk is not None and disk <= SMALLER:
-        gains.append(f"{disk:.0%} of the disk")
-    return gains
+def _words(candidate: Candidate, original: Candidate, kind: Target) -> str:
+    if kind == "latency" and candidate.ratio is not None:
+        return f"{times(candidate.ratio)} as fast"
+    if kind == "memory":
+        return f"peak memory {candidate.peak_share:.0%} of the original's"
+    return f"{candidate.disk_share(original):.0%} of the disk"
 
 
 def _no_gain(candidate: Candidate, original: Candidate) -> str:
-    ratio, disk = ratio_of(candidate), disk_share(candidate, original)
+    ratio, disk = candidate.ratio, candidate.disk_share(original)
     speed = "speed not measured" if ratio is None else f"speed {times(ratio)}"
+    if candidate.speed is not None and candidate.speed.noisy:
+        speed += ", which this machine is too noisy to tell"
     memory = "memory not measured" if candidate.peak_share is None else f"memory {candidate.peak_share:.0%}"
     saved = "disk not measured" if disk is None else f"disk {disk:.0%}"
     return f"no gain: {speed}, {memory}, {saved}"
@@ -154,25 +188,39 @@ def _is_small(candidate: Candidate, max_loss: float) -> bool:
     return candidate.failed is None and all(loss is not None and loss.high <= max_loss for loss in losses)
 
 
-def gain(candidate: Candidate, original: Candidate) -> float:
-    """The largest of its gains, as a factor: speed by its lower bound, memory and disk by how often they fit."""
-    factors = [1.0]
-    ratio, disk = ratio_of(candidate), disk_share(candidate, original)
-    if ratio is not None and math.isfinite(ratio.low) and ratio.low > FASTER:
-        factors.append(ratio.low)
-    factors += [1 / share for share in (candidate.peak_share, disk) if share is not None and share <= SMALLER]
-    return max(factors)
+# -- the choice --------------------------------------------------------------------------------------------------------
 
 
-def _best(paying: Sequence[Candidate], original: Candidate) -> Candidate | None:
-    largest = max((gain(candidate, original) for candidate in paying), default=1.0)
-    as_good = [candidate for candidate in paying if gain(candidate, original) * EQUAL >= largest]
+def _beaten_by(candidate: Candidate, paying: Sequence[Candidate], original: Candidate) -> str:
+    """The name of one that pays and beats it; of several the one with the smallest loss."""
+    mine = point(candidate, original)
+    found = [each for each in paying if (other := point(each, original)) and mine and beats(other, mine)]
+    return min(found, key=_search_loss).name if found else ""
 
-    def rank(candidate: Candidate) -> tuple[float, float]:
-        read = candidate.bytes_per_token if candidate.bytes_per_token is not None else math.inf
-        return read, math.inf if candidate.search_loss is None else candidate.search_loss.value
 
-    return min(as_good, key=rank, default=None)
+def _default(candidates: Sequence[Candidate], original: Candidate) -> Target:
+    """The target where none was given: the first that something pays for."""
+    return next((kind for kind in BY_DEFAULT if _for(kind, candidates, original)), BY_DEFAULT[0])
+
+
+def _for(target: Target, candidates: Sequence[Candidate], original: Candidate) -> list[Candidate]:
+    """Those that gain what the target asks for."""
+    return [candidate for candidate in candidates if gain(candidate, original, target) is not None]
+
+
+def _pick(target: Target, candidates: Sequence[Candidate], original: Candidate) -> Candidate | None:
+    """The best of those that gain what the target asks for."""
+    gains = {candidate.name: gain(candidate, original, target) or 1.0 for candidate in candidates}
+    if target == "quality":
+        return min(candidates, key=lambda each: (_search_loss(each), -gains[each.name]), default=None)
+    largest = max(gains.values(), default=1.0)
+    as_good = [candidate for candidate in candidates if gains[candidate.name] * EQUAL >= largest]
+    return min(as_good, key=lambda each: (_search_loss(each), -gains[each.name]), default=None)
+
+
+def _search_loss(candidate: Candidate) -> float:
+    """As precise as losses are shown, so that no difference behind that decides."""
+    return math.inf if candidate.search_loss is None else round(candidate.search_loss.value, 4)
 
 
 # -- words -------------------------------------------------------------------------------------------------------------
@@ -185,29 +233,47 @@ def times(ratio: Estimate) -> str:
     return f"{ratio.value:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
-def _headline(
-    best: Candidate | None, candidates: Sequence[Candidate], original: Candidate, judged: Sequence[Judgement]
+def _offer(candidate: Candidate, original: Candidate) -> str:
+    """All that it gives, and what that costs."""
+    assert candidate.loss is not None
+    ratio = candidate.ratio
+    gains = list(_gains(candidate, original).values())
+    if ratio is not None and ratio.high < 1:
+        gains.append(f"but only {times(ratio)} as fast")
+    return f"{', '.join(gains)}, for a loss of {candidate.loss.value:.2%} (up to {candidate.loss.high:.2%})"
+
+
+def _headline(best: Candidate, second: Candidate | None, target: Target, paying: int, original: Candidate) -> str:
+    if second is not None:
+        runner_up = f"Runner-up: {second.name}, {_offer(second, original)}."
+    elif paying > 1:
+        runner_up = "There is no runner-up: it beats all others that pay."
+    else:
+        runner_up = "There is no runner-up: no other candidate pays."
+    return f"{best.name} pays, chosen for {target}: {_offer(best, original)}. {runner_up}"
+
+
+def _refusal(
+    target: Target | None, second: Candidate | None, candidates: Sequence[Candidate], original: Candidate
 ) -> str:
-    if best is None:
-        if not candidates:
-            return "Nothing pays here: no method of the search applies to this model."
-        if all(candidate.failed is not None for candidate in candidates):
-            return "Nothing pays here: none of the candidates could be made."
+    """Why there is no best. second: what pays for another target."""
+    if not candidates:
+        return "Nothing pays here: no method of the search applies to this model."
+    if all(candidate.failed is not None for candidate in candidates):
+        return "Nothing pays here: none of the candidates could be made."
+    if second is None:
         return "Nothing pays here: keep the model as it is."
-    gains = next(each.gains for each in judged if each.name == best.name)
-    assert best.loss is not None
-    read = read_share(best, original)
-    reads = "" if read is None else f", {read:.0%} of the weight bytes read per token"
-    loss = f"a loss of {best.loss.value:.2%} (up to {best.loss.high:.2%})"
-    ratio = ratio_of(best)
-    slower = "" if ratio is None or ratio.high >= 1 else f" It is slower, though: {times(ratio)} the original's speed."
-    return f"{best.name} pays: {', '.join(gains)}{reads}, for {loss}.{slower}"
+    other = next(kind for kind in BY_DEFAULT if gain(second, original, kind) is not None)
+    return (
+        f"Nothing pays for {target} here. {second.name} pays for {other} (target={other!r}, --target {other}): "
+        f"{_offer(second, original)}."
+    )
 
 
 def _about_speed(
     candidates: Sequence[Candidate], within: Sequence[Candidate], original: Candidate, cache: int | None
 ) -> str:
-    timed = [(ratio, candidate) for candidate in candidates if (ratio := ratio_of(candidate)) is not None]
+    timed = [(ratio, candidate) for candidate in candidates if (ratio := candidate.ratio) is not None]
     if not timed:
         reason = next((each.speed_failed for each in candidates if each.speed_failed), None)
         return "speed: not measured" + (f" ({reason})" if reason else "")
@@ -219,13 +285,15 @@ def _about_speed(
     if faster:
         ratio, fastest = max(faster, key=lambda pair: pair[0].low)
         return f"speed: no gain within the limit on the loss; {fastest.name} has {times(ratio)}, and loses too much"
+    ratio, fastest = max(timed, key=lambda pair: pair[0].value)
+    if fastest.speed is not None and fastest.speed.noisy:
+        return f"speed: this machine is too noisy to tell; the best is {fastest.name} with {times(ratio)}"
     held = original.weight_bytes
     if held is not None and cache is not None and held <= cache:
         return (
             f"speed: no gain; the weights ({format_bytes(held)}) fit in the last-level cache ({format_bytes(cache)}), "
             f"where nothing is saved by reading less"
         )
-    ratio, fastest = max(timed, key=lambda pair: pair[0].value)
     return f"speed: no gain; the best is {fastest.name} with {times(ratio)}, and the lower bound must exceed {FASTER}"
 
 
@@ -233,13 +301,13 @@ def _about_share(what: str, long: str, within: Sequence[Candidate], original: Ca
     shares = [
         (share, candidate)
         for candidate in within
-        if (share := candidate.peak_share if what == "memory" else disk_share(candidate, original)) is not None
+        if (share := candidate.peak_share if what == "memory" else candidate.disk_share(original)) is not None
     ]
     if not within:
         return f"{what}: no gain; no candidate is within the limit on the loss"
     if not shares:
         return f"{what}: not measured"
-    share, smallest = min(shares, key=lambda pair: pair[0])
+    share, smallest = min(shares, key=lambda pair: (round(pair[0], 2), _search_loss(pair[1])))
     if share > SMALLER:
         return f"{what}: no gain; within the limit on the loss the {long} is {share:.0%} of the original's at best"
     return f"{what}: down to {share:.0%} of the original's {long}, with {smallest.name}"
