@@ -24,6 +24,8 @@ from gguf_files import small_tensors, write_gguf
 from tiny_models import HIDDEN, Perceptron, batches, build
 from torch import nn
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen3Config,
@@ -55,7 +57,7 @@ from actkit.core.cost import _chosen, folder_bytes
 from actkit.core.edits import Configure, Replace, Set, apply_edit, describe_module, get_module, get_tensor, replay
 from actkit.core.example import Inputs
 from actkit.core.gpt_rows import GPT2
-from actkit.core.hooks import BatchContext, forward
+from actkit.core.hooks import BatchContext, check_batch, forward
 from actkit.core.linear import ActLinear, IntegerWeight, LowRank, Threshold
 from actkit.core.low_rank_training import train_low_rank
 from actkit.core.objective import Objective
@@ -888,6 +890,32 @@ def a_module_is_gone(p: Place) -> None:
     model = changed()
     del model.model.layers[0].mlp.up_proj
     written(p, model)
+
+
+@proof
+def attention_of_ones_own(p: Place) -> None:
+    p.patch.setitem(AttentionInterface._global_mapping, "sdpa", build)
+    written(p, build("llama"))
+
+
+@proof
+def attention_of_ones_own_saved(p: Place) -> None:
+    p.patch.setitem(AttentionInterface._global_mapping, "sdpa", build)
+    checkpoint.save(build("llama"), p.path / "new")
+
+
+@proof
+def a_module_of_ones_own_saved(p: Place) -> None:
+    model = build("llama")
+    model.model.norm = Perceptron()
+    checkpoint.save(model, p.path / "new")
+
+
+@proof
+def padding_without_a_mask(p: Place) -> None:
+    p.patch.delitem(AttentionMaskInterface._global_mapping, "sdpa")
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    check_batch(build("llama"), {"input_ids": ids, "attention_mask": torch.tensor([[0, 1, 1, 1]])})
 
 
 @proof

@@ -18,7 +18,7 @@ from torch import nn
 
 from actkit.core import changes, processes, runner
 from actkit.core.architectures import find_architecture
-from actkit.core.checkpoint import MANIFEST, check_target, read_manifest, save
+from actkit.core.checkpoint import MANIFEST, check_savable, check_target, read_manifest, save
 from actkit.core.errors import ActkitError, DataError
 from actkit.core.memory import format_bytes
 from actkit.core.summary import Summary, summarise
@@ -155,7 +155,9 @@ def apply_and_save(
     from actkit.core.proof import prove
 
     processes.on_first("the folder is free", lambda: check_target(out, overwrite=overwrite))
-    if not isinstance(model, nn.Module):
+    if isinstance(model, nn.Module):
+        check_savable(model)
+    else:
         options["base"] = base
     applied = apply(model, recipe, data, undo="off", **options)
     folder = save(applied.model, out, overwrite=overwrite)
@@ -189,7 +191,7 @@ def export(
     `open_model` and `load_data`. activations, overwrite, proof, max_shard, and what is raised: as in
     `formats.export.export`.
     """
-    from actkit.formats.export import check
+    from actkit.formats.export import check, read
     from actkit.formats.export import export as write
 
     check(format, folder, activations=activations, overwrite=overwrite, proof=proof)
@@ -197,6 +199,7 @@ def export(
     opened, found = open_model(model, **opening)
     measured = None
     if evaluation is None and measure:
+        read(opened, format)  # what is refused is refused before it is measured
         evaluation = evaluate(opened, data, **reading)
     elif evaluation is None and not isinstance(model, nn.Module) and (locate(model) / MANIFEST).exists():
         from actkit.core.card import measured_before

@@ -29,6 +29,7 @@ from actkit.core.hooks import refuse_compiled_or_sharded
 from actkit.core.linear import OLD_STORAGE, ActLinear
 from actkit.core.machine import versions
 from actkit.core.memory import format_bytes, parse_bytes
+from actkit.core.named_functions import unknown_function
 from actkit.core.transformers_folder import load_folder, refuse_adapter
 from actkit.core.whole_folder import complete_or_nothing, recover
 
@@ -68,16 +69,43 @@ def save(
     keep_others: of a replaced folder, keep the files that are not the model's (a tokenizer).
     max_shard: largest weights file, bytes or '4GB'. Several processes (`core.processes.together`) all call it; the
     first one writes, and the others wait for it.
-    Raises CheckpointError where the folder exists, is no checkpoint, the disk is full, or a tensor has no values,
-    UnsupportedModelError for a compiled or sharded model.
+    Raises CheckpointError where the folder exists, is no checkpoint, the disk is full, a tensor has no values, or the
+    model computes what loading would not build again, UnsupportedModelError for a compiled or sharded model.
     """
-    refuse_compiled_or_sharded(model)
+    check_savable(model)
     folder = Path(folder)
     processes.on_first(
         f"saved to {folder.name}",
         lambda: _save(model, folder, tokenizer, overwrite, card, evaluation, results, max_shard, keep_others),
     )
     return folder
+
+
+def check_savable(model: nn.Module) -> None:
+    """Refuse a model that a folder cannot hold; ask before long work, not after it.
+
+    Raises:
+        UnsupportedModelError: it is compiled or sharded.
+        CheckpointError: a function or a module computes what loading would not build again.
+    """
+    refuse_compiled_or_sharded(model)
+    function = unknown_function(model)
+    if function is not None:
+        raise CheckpointError(
+            f"save: no folder holds what this model computes: {function}, save, and set yours again after loading."
+        )
+    if not is_pretrained(model):
+        return
+    known = changes.of(model)
+    replaced = tuple(f"{edit['replace']}." for edit in (known.edits if known else ()) if "replace" in edit)
+    base = getattr(type(model), "actkit_base", type(model))
+    houses = {"torch", "transformers", "actkit", base.__module__.partition(".")[0]}
+    for path, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] not in houses and not f"{path}.".startswith(replaced or ("\0",)):
+            raise CheckpointError(
+                f"save: a {type(module).__name__} stands at {path}, which loading a {base.__name__} would not build "
+                f"again; change the model through actkit.apply only, or take out what was put in."
+            )
 
 
 def _save(

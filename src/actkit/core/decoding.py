@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from actkit.core import registry
 from actkit.core.errors import ActkitError, RecipeError
+from actkit.core.named_functions import unknown_function
 
 # Where the classes of modules come from whose computation a decoder may know. Another class says by an attribute
 # `decodes_as` what it computes, and a decoder whether it knows that (`supports`).
@@ -89,6 +90,9 @@ def choose_engine(model: nn.Module, *, capacity: int, decode_only: bool = False)
 
 def _own_forward(model: nn.Module) -> str | None:
     """Where a model computes what its weights do not tell, or None."""
+    function = unknown_function(model)
+    if function is not None:
+        return function
     for path, module in model.named_modules():
         where = path or "the model"
         if not type(module).__module__.startswith(KNOWN) and not hasattr(type(module), "decodes_as"):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from actkit.core.errors import DataError, UnsupportedModelError
 from actkit.core.example import vocabulary_size
 from actkit.core.limits import context_length, first_position, has_position_table
+from actkit.core.named_functions import check_mask
 from actkit.core.offload import device_of
 
 # The keywords that hold a batch's examples, the likeliest first, and those that say something about them.
@@ -166,7 +167,8 @@ def first_tensor(output: Any) -> Tensor:
 
 def check_batch(model: nn.Module, batch: Any, name: str = "data") -> None:
     """Raise DataError for a batch that the model cannot be called with: no tensor, no token, sequences beyond the
-    model's context, tokens beyond its vocabulary, a mask of another shape. name: of the batches, in the text."""
+    model's context, tokens beyond its vocabulary, a mask of another shape, padding that its attention would read.
+    name: of the batches, in the text."""
     ids = main_input(batch)
     if not is_tokens(ids):
         return
@@ -189,6 +191,7 @@ def check_batch(model: nn.Module, batch: Any, name: str = "data") -> None:
         raise DataError(
             f"attention_mask: shape {list(mask.shape)}, but input_ids has {list(ids.shape)}; make them equal."
         )
+    check_mask(model, mask, name)
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,8 @@ def train(
     training, held_out = sequences(model, batches, validation)
     folder = None if out is None else Path(out)
     check_folder(folder, resume, overwrite)
+    if folder is not None:
+        checkpoint.check_savable(model)
     if folder is not None and not resume:
         whole_folder.discard(state_folder(folder))  # of a training that is given up
     with ExitStack() as stack:

@@ -50,7 +50,7 @@ def export(
     """
     folder = Path(folder)
     check(format, folder, activations=activations, overwrite=overwrite, proof=proof)
-    plain = Plain.of(model)
+    plain = read(model, format)
     file = f"{folder.resolve().name}.gguf" if format == "gguf" else None
     with complete_or_nothing(folder) as temporary:
         if file is not None:
@@ -100,6 +100,14 @@ def _card(model: nn.Module, format: str, file: str | None) -> dict[str, Any]:
         "use": f"from transformers import {base_class}\n\n"
         f'model = {base_class}.from_pretrained("path/to/this/folder")\n',
     }
+
+
+def read(model: nn.Module, format: str) -> Plain:
+    """What a format would write of a model; raises ExportError where it would not."""
+    plain = Plain.of(model)
+    if format == "gguf":
+        gguf_file.refuse(plain)
+    return plain
 
 
 def check(format: str, folder: str | Path, *, activations: str | None, overwrite: bool, proof: bool) -> None:

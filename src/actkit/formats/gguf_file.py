@@ -48,13 +48,12 @@ class Stored:
 def write(plain: Plain, path: Path, tokenizer: Any) -> dict[str, Any]:
     """Write one GGUF file; returns quantized, dense and notes, as `Exported` has them.
 
-    tokenizer: of transformers, or None for a file that takes token ids only. Raises ExportError for an architecture or
-    a setting that llama.cpp does not compute.
+    plain: of a model that `refuse` takes. tokenizer: of transformers, or None for a file that takes token ids only.
+    Raises ExportError for a module that llama.cpp has no place for.
     """
     import gguf
 
     config: Any = plain.skeleton.config
-    refuse(plain)
     architecture = ARCHITECTURES[config.model_type]
     writer = gguf.GGUFWriter(path, architecture)
     notes = [*_add_settings(writer, config), *add_vocabulary(writer, config, tokenizer), *_ends(plain, tokenizer)]

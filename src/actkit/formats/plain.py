@@ -21,6 +21,7 @@ from actkit.core.edits import get_module
 from actkit.core.errors import EditError, ExportError
 from actkit.core.hooks import refuse_compiled_or_sharded
 from actkit.core.linear import ActLinear
+from actkit.core.named_functions import unknown_function
 from actkit.core.pretrained import base_type
 
 
@@ -48,6 +49,9 @@ class Plain:
                 f"model: {type(model).__name__} is no transformers model, and these formats hold no other; "
                 f"keep it with actkit.save."
             )
+        function = unknown_function(model)
+        if function is not None:
+            raise ExportError(f"model: no reader computes what this model does: {function}, then export.")
         skeleton = _skeleton(model)
         _refuse_experts(model)
         layers: dict[str, ActLinear] = {}

@@ -32,6 +32,7 @@ from actkit.core.generation import generate_ids
 from actkit.core.hooks import refuse_compiled_or_sharded
 from actkit.core.linear import ActLinear
 from actkit.core.memory import format_bytes
+from actkit.core.named_functions import unknown_function
 from actkit.core.offload import refuse_offloaded
 from actkit.core.parts import Block
 from actkit.kernels import decode_products as forms
@@ -55,6 +56,9 @@ def supports(model: nn.Module) -> str | None:
         return f"its model_type is {kind!r}; the decoder takes {', '.join(FAMILY)}"
     if not hasattr(model, "lm_head"):
         return "it has no output layer; load the model with its language-model head"
+    function = unknown_function(model)
+    if function is not None:
+        return function
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return "it is not on the CPU"
     try:

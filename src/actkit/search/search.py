@@ -194,6 +194,7 @@ def optimize(
     opened, tokenizer = open_model(model, **options)
     refuse_offloaded(opened, "every candidate is a copy of it in memory")
     check_model(opened)
+    checkpoint.check_savable(opened)
     base = base or OWN_CLASSES.get(type(opened).__name__)
     _check_base(opened, base)
     with _threads(threads):
