@@ -690,7 +690,8 @@ def no_loss(p: Place) -> None:
 @proof
 def nothing_finite(p: Place) -> None:
     work = SimpleNamespace(logits=np.zeros(4), finite=np.array([NAN]))
-    p.patch.setattr(cpu.Decoder, "_step", lambda self, token: None)
+    for running in ("_step", "_turn"):
+        p.patch.setattr(cpu.Decoder, running, lambda self, token: None)
     a_decoder(_work=work, vocabulary=4)([1])
 
 
