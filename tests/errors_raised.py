@@ -1101,6 +1101,8 @@ def not_side_by_side(p: Place) -> None:
 
 
 proof(lambda p: record(build("llama"), {"mlp.hidden": Moments()}, [HOST], progress=False)["mlp.input"])
+IMAGES = nn.Sequential(nn.ReLU(), nn.Conv2d(1, 2, 1)), torch.zeros(1, 1, 4, 4)
+proof(lambda p: anatomy(*IMAGES).tap(Site("layer.output", path="0")))
 proof(lambda p: run(Lazy(how="site"), None))
 proof(lambda p: anatomy(build("mlp"), batches("mlp")[0]).block(3))
 

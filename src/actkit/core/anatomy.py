@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from actkit.core.architectures import Architecture, find_architecture, known_model_types, register_architecture
+from actkit.core.channel_axes import FIRST, axis_of_class
 from actkit.core.coverage import Coverage, CoverageRow, cover
 from actkit.core.equalization import EqualizationSet, equalization_sets
 from actkit.core.errors import CoverageError
@@ -31,7 +32,7 @@ from actkit.core.parts import (
     is_linear,
 )
 from actkit.core.reading import BlockReader, submodule
-from actkit.core.sites import SITE_NAMES, Site, Tap, read_tap
+from actkit.core.sites import SITE_NAMES, Site, Tap, read_tap, refuse_unknown_layout
 from actkit.core.tracing import Trace, trace
 
 __all__ = [
@@ -178,10 +179,18 @@ class Anatomy:
             for inputs in block.linear_inputs():
                 if inputs.site in block.taps and site.path in (linear.path for linear in inputs.linears):
                     return Tap(site.path, where, layout=block.taps[inputs.site].layout)
-        return Tap(site.path, where, layout=self._layout(site.path, module))
+        if is_linear(module) or isinstance(module, CONVOLUTIONS):
+            return Tap(site.path, where, layout=self._layout(site.path, module))
+        return self._module_tap(site.path, where, module)
 
     def _layout(self, path: str, module: nn.Module) -> Any:
         return "channels_first" if isinstance(module, CONVOLUTIONS) else "tokens"
+
+    def _module_tap(self, path: str, where: Any, module: nn.Module) -> Tap:
+        """Of a module that is no layer: hidden states of these families are [batch, positions, channels]."""
+        if axis_of_class(module) == FIRST:
+            return Tap(path, where, layout="channels_first")
+        return Tap(path, where, most=3)
 
     def _blocks_around(self, path: str) -> list[Block]:
         """The block that holds the module at `path`, read again; none for stem and head."""
@@ -264,6 +273,17 @@ class _Traced(Anatomy):
     def _layout(self, path: str, module: nn.Module) -> Any:
         layout = super()._layout(path, module)
         return "flat" if layout == "tokens" and self._trace.dimensions.get(path) == 2 else layout
+
+    def _module_tap(self, path: str, where: Any, module: nn.Module) -> Tap:
+        """Of a module that is no layer: as the traced pass found its tensor."""
+        dimensions, axis = self._trace.axes.get((where, path), (0, None))
+        if dimensions <= 2:  # channels are last, whatever stands before them
+            return Tap(path, where, layout="flat" if dimensions == 2 else "tokens", most=2)
+        if axis == dimensions - 1:
+            return Tap(path, where)
+        if axis == FIRST:
+            return Tap(path, where, layout="channels_first")
+        refuse_unknown_layout(where, path, dimensions)
 
 
 def _embeddings(model: nn.Module, getter: str) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ def as_rows(
         return
     if tap.layout in ("heads", "weights"):
         value = value.transpose(1, 2).flatten(2)
-    elif tap.layout == "channels_first":
+    elif tap.layout == "channels_first" and value.dim() > 2:
         value = value.flatten(2).transpose(1, 2)
     real, rows = keys.locate(site, value.shape[:-1]) if tokens is None else keys.choose(site, tokens)
     x = value.reshape(-1, value.shape[-1])

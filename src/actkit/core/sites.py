@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -97,7 +97,8 @@ class Tap:
     to be applied; its (cos, sin) are the keyword `position_embeddings` of the module at `attention`. angles, pairs: how
     these tables and the features that they turn are laid out. limit: both signs of the tensor are clamped to it.
     copied: it is copied, as the model changes it in place afterwards. expert: path of the expert around the tap; its
-    second argument says which tokens (flat indices) the rows are.
+    second argument says which tokens (flat indices) the rows are. most: how many dimensions the tensor may have so
+    that the layout holds.
 
     layout of the result: tokens [batch, length, channels] (or [batch, channels] where a layer reads one vector per
     sequence); flat [batch * length, channels]; heads [batch, heads, length, head_dim]; weights [batch, heads, query,
@@ -118,6 +119,7 @@ class Tap:
     copied: bool = False
     attention: str | None = None
     expert: str | None = None
+    most: int | None = None
 
 
 def read_tap(
@@ -136,6 +138,8 @@ def read_tap(
     value = _argument(tap, args, kwargs) if tap.where == "input" else _output(tap, output)
     if not isinstance(value, Tensor):
         raise ValueError(f"{tap.path}: its {tap.where} {tap.index!r} is a {type(value).__name__}, not a tensor.")
+    if tap.most is not None and value.dim() > tap.most:
+        refuse_unknown_layout(tap.where, tap.path, value.dim())
     if tap.columns is not None:
         value = tap.columns.of(value)
     if tap.limit is not None:
@@ -159,6 +163,14 @@ def each_once(table: Tensor, angles: Angles) -> Tensor:
     if angles == "once":
         return table
     return table[..., ::2] if angles == "neighbours" else table[..., : table.shape[-1] // 2]
+
+
+def refuse_unknown_layout(where: str, path: str, dimensions: int) -> NoReturn:
+    """Raise ValueError for a tensor of a module whose channels are in a dimension that is not known."""
+    raise ValueError(
+        f"site: layer.{where}:{path} is a tensor of {dimensions} dimensions, and which of them holds the channels is "
+        f"not known; record a linear layer or a convolution beside it instead."
+    )
 
 
 def _argument(tap: Tap, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from actkit.core.channel_axes import ChannelAxes, axis_of_class
 from actkit.core.hooks import evaluating, forward, hooked
 from actkit.core.parts import CONVOLUTIONS, is_linear
 
@@ -37,11 +38,14 @@ Origins = Mapping[str, Pass | None]  # layer path -> the nonlinearity passed sin
 @dataclass(frozen=True)
 class Trace:
     """inputs: groups of linear layers that read the same tensor, in the order of the pass. chains: (first,
-    nonlinearity, second), layers by path. dimensions: how many dimensions the input of a layer had."""
+    nonlinearity, second), layers by path. dimensions: how many dimensions the input of a layer had. axes: for the first
+    tensor at the ('input' or 'output', path) of every module that ran, how many dimensions it had and which one holds
+    the channels; None where that is not known, or not the same at all of its calls."""
 
     inputs: tuple[tuple[str, ...], ...]
     chains: tuple[tuple[str, str, str], ...]
     dimensions: Mapping[str, int]
+    axes: Mapping[tuple[str, str], tuple[int, int | None]]
 
 
 def trace(model: nn.Module, example: Any) -> Trace:
@@ -62,7 +66,9 @@ def trace(model: nn.Module, example: Any) -> Trace:
     groups: dict[tuple[Any, ...], list[str]] = {}
     for path in linears:  # shared means: the same tensor at every call, not only at one of them
         groups.setdefault(tuple(watcher.calls[path]), []).append(path)
-    return Trace(tuple(map(tuple, groups.values())), tuple(dict.fromkeys(watcher.chains)), watcher.dimensions)
+    return Trace(
+        tuple(map(tuple, groups.values())), tuple(dict.fromkeys(watcher.chains)), watcher.dimensions, watcher.axes
+    )
 
 
 def _around(layers: Iterable[str]) -> set[str]:
@@ -84,6 +90,7 @@ class _Origins(TorchFunctionMode):
         containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
         self.free = {path for path in free if path and not isinstance(model.get_submodule(path), containers)}
         self.of: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.axes = ChannelAxes()
         self.stack: list[Pass] = []  # the running modules, outermost first
         self.numbers = count()
 
@@ -92,6 +99,7 @@ class _Origins(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "").rstrip("_")
+        self.axes.follow(name, args, kwargs or {}, result)
         found = self.merged((args, kwargs))
         if found:
             self.give(args[0] if name.endswith("setitem") else result, self._through(name, found))
@@ -132,11 +140,13 @@ class _Watcher:
         self.calls: dict[str, list[tuple[Any, ...]]] = {}
         self.chains: list[tuple[str, str, str]] = []
         self.dimensions: dict[str, int] = {}
+        self.axes: dict[tuple[str, str], tuple[int, int | None]] = {}
         self._kept: list[Tensor] = []  # so that no storage is reused under the same key
 
     def before(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.origins.stack.append((path, next(self.origins.numbers)))
+            self._see_axis("input", path, module, next(tensors((args, kwargs)), None))
             if path in self.layers:
                 x = next(tensors((args, kwargs)))
                 self._kept.append(x)
@@ -150,6 +160,11 @@ class _Watcher:
     def after(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             running = self.origins.stack.pop()
+            x, y = next(tensors((args, kwargs)), None), next(tensors(output), None)
+            axes = self.origins.axes
+            if x is not None and y is not None and path in self.origins.free and x.shape == y.shape:
+                axes.give(y, axes.of(x) if axes.of(y) is None else None)  # what it does cannot be followed
+            self._see_axis("output", path, module, y)
             if path in self.layers:
                 self.origins.give(output, {path: None})
             elif path in self.origins.free and not any(x in self.origins.of for x in tensors(output)):
@@ -157,6 +172,16 @@ class _Watcher:
                 self.origins.give(output, self.origins.marked(self.origins.merged((args, kwargs)), running))
 
         return hook
+
+    def _see_axis(self, where: str, path: str, module: nn.Module, x: Tensor | None) -> None:
+        if x is None:
+            return
+        if self.origins.axes.of(x) is None and x.is_floating_point():
+            self.origins.axes.give(x, axis_of_class(module))
+        found = x.dim(), self.origins.axes.of(x)
+        known = self.axes.setdefault((where, path), found)
+        if known != found:
+            self.axes[where, path] = max(known[0], found[0]), None
 
 
 def _identity(x: Tensor) -> tuple[Any, ...]:

@@ -135,7 +135,7 @@ def token_rows(site: Site, tap: Tap, x: Tensor, mask: Tensor | None) -> tuple[Te
     """x as [rows, channels], and which rows are real (float32 [rows]; None where all are)."""
     if tap.layout in ("heads", "weights"):
         x = x.transpose(1, 2).flatten(2)
-    elif tap.layout == "channels_first":
+    elif tap.layout == "channels_first" and x.dim() > 2:
         x = x.flatten(2).transpose(1, 2)
     rows = x.reshape(-1, x.shape[-1])
     if mask is None or bool(mask.all()) or tap.layout == "channels_first":
