@@ -23,6 +23,7 @@ from actkit.core.quantizer import QuantizationGrid
 from actkit.core.runner import apply
 from actkit.core.transform import Tags, Transform
 from actkit.quantization.awq import (
+    FINALISTS,
     Awq,
     clamp_groups,
     fold,
@@ -127,7 +128,7 @@ def test_scale_search_follows_the_sheet(bits: int) -> None:
     found = search_scale(module, consumers, calls, m, Awq(bits=bits, group_size=8))
     assert found[1] == ratio > 0
     torch.testing.assert_close(found[0], scale)
-    assert found[2] == pytest.approx(losses, rel=1e-4)
+    assert list(found[2].values()) == pytest.approx(losses, rel=1e-4)
     assert len(losses) == 20 and found[1] <= 0.95  # r = 1 is never tried
     equal(list(module.state_dict().values()), list(before.values()), "weights after the search")
 
@@ -152,7 +153,7 @@ def test_padded_tokens_do_not_count() -> None:
     found = search_scale(module, consumers, [call(wild, mask)], m, settings)
     rows = search_scale(module, consumers, [call(x[mask][None])], m, settings)
     assert found[1] == rows[1]
-    assert found[2] == pytest.approx(rows[2], rel=1e-5)
+    assert list(found[2].values()) == pytest.approx(list(rows[2].values()), rel=1e-5)
 
 
 def test_duo_scaling_follows_the_sheet() -> None:
@@ -172,7 +173,7 @@ def test_duo_scaling_follows_the_sheet() -> None:
             losses.append(float((layer(x) - target).square().mean()))
     settings = Awq(bits=3, group_size=8, duo_scaling=True)
     scale, _, found = search_scale(module, (Linear("up", "up", module.up),), [call(x)], m, settings)
-    assert found == pytest.approx(losses, rel=1e-3)
+    assert list(found.values()) == pytest.approx(losses, rel=1e-3)
     torch.testing.assert_close(scale, grid[losses.index(min(losses))], rtol=1e-4, atol=1e-5)
 
 
@@ -454,6 +455,22 @@ def test_saliency_mask_picks_the_right_channels() -> None:
         saliency_mask(mean_abs, weight, 0)
 
 
+def test_a_screen_leaves_all_but_the_best_ratios_out() -> None:
+    """The finalists' losses are those on all tokens; a screen that saw no token leaves none out."""
+    module, x = Inspected(), salient()
+    consumers = (Linear("gate", "gate", module.gate), Linear("up", "up", module.up))
+    m, settings = x.abs().mean((0, 1)), Awq(bits=3, group_size=8)
+    _, _, every = search_scale(module, consumers, [call(x)], m, settings)
+    _, _, few = search_scale(module, consumers, [call(x[:, :10])], m, settings)
+    _, ratio, losses = search_scale(module, consumers, [call(x)], m, settings, screen=[call(x[:, :10])])
+    best = sorted(few, key=few.__getitem__)[: FINALISTS - 1]
+    assert losses == {step: every[step] for step in sorted({0, *best})}
+    assert ratio == min(losses, key=losses.__getitem__) / 20
+    unseen = search_scale(module, consumers, [call(x)], m, settings, screen=[])
+    assert unseen[2] == every
+
+
 def test_the_estimate_counts_the_tokens_that_are_searched() -> None:
-    assert Awq(search_tokens=None).passes(10_000) == Awq(search_tokens=1000).passes(500) == 1 + 24
+    assert Awq(screen_tokens=None).passes(10_000) == Awq(screen_tokens=1000).passes(500) == 1 + 20 + 4
+    assert Awq(screen_tokens=1000).passes(10_000) == pytest.approx(1 + 2 + 4 + 4)
     assert Awq(search_tokens=1000).passes(10_000) == pytest.approx(1 + 2.4)

@@ -102,6 +102,11 @@ class Seen:
         return self._statistics[site]
 
     @property
+    def tokens(self) -> int:
+        """How many real tokens (or images) the calibration data hold."""
+        return self._walked("tokens").tokens_before[-1]
+
+    @property
     def block_calls(self) -> list[Call]:
         """The block's own calls on its stream: replay them to evaluate the whole block."""
         walk = self._walked("block_calls")

@@ -7,13 +7,13 @@ weights; 1/s is folded into whatever produces the input (a norm, the rows of a l
 weights are clipped: per row and group the best of 10 bounds from 1.00 to 0.55 of the maximum. Then rounded.
 When to use it: for 3 or 4 bits per weight where some input channels carry large activations, as in language models of a
 billion parameters and more. On the small embedded models it is as good as rounding, not better.
-Cost: two passes over the calibration tokens, and 20 runs of each attention, MLP and down projection on search_tokens of
-them. No gradients.
+Cost: two passes over the calibration tokens, and of each attention, MLP and down projection 20 runs on screen_tokens of
+them and 4 on all. No gradients.
 As in the release: calibrated on the original model's hidden states, r = 1 never tried, strict minimum, the value to
 output set only where their shapes agree, query and key are not clipped. `duo_scaling` is AutoAWQ's variant.
-Settled here: r is searched on 1,024 tokens, as more did not lower the perplexity of swiglu or SmolLM2 (LOG.md);
-clipping sees a random sample of tokens and not evenly spaced ones; padded tokens are masked out of means and errors;
-if nothing can take the scale (post-norm, routers) the set is rounded without it, and the report says so.
+Settled here: every r runs on 1,024 tokens, r = 0 and the three best on all (figures in LOG.md); clipping sees a random
+sample of tokens and not evenly spaced ones; padded tokens are masked out of means and errors; if nothing can take the
+scale (post-norm, routers) the set is rounded without it, and the report says so.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from actkit.quantization.rtn import refuse_groups
 
 NOT_CLIPPED = ("query", "key", "query_key_value")  # clipping them moves attention scores; the release leaves them
 CLIP_STEPS, CLIP_GRID = 10, 20
+FINALISTS = 4  # ratios that run on all tokens
 
 
 class Awq(Transform):
@@ -48,8 +49,9 @@ class Awq(Transform):
 
     bits: 2 to 8. group_size: consecutive inputs per scale, must divide the layer; -1 a whole row. symmetric: no zero
     point. n_grid: scales tried. duo_scaling: s = m^r / (w^(1-r) + 1e-4) with the mean relative weight w. clip: search
-    clipping bounds, on clip_tokens tokens. search_tokens: how many tokens the search of r runs on, None for all as in
-    the release. Raises ValueError for values out of bounds.
+    clipping bounds, on clip_tokens tokens. search_tokens: how many tokens the search of r runs on, None for all.
+    screen_tokens: r = 0 and the three best on so many tokens go on to all of search_tokens; None tries every r on all,
+    as the release does. Raises ValueError for values out of bounds.
     """
 
     bits: int = Field(4, ge=2, le=8)
@@ -59,7 +61,8 @@ class Awq(Transform):
     duo_scaling: bool = False
     clip: bool = True
     clip_tokens: int = Field(512, ge=1)
-    search_tokens: int | None = Field(1024, ge=1)
+    search_tokens: int | None = Field(None, ge=1)
+    screen_tokens: int | None = Field(1024, ge=1)
 
     tags: ClassVar[Tags] = Tags(slot="weight", needs_data=True, stream="original", records_calls=True, sums_calls=True)
 
@@ -79,8 +82,14 @@ class Awq(Transform):
         return super().conflicts(earlier)
 
     def passes(self, tokens: int) -> float:
-        share = 1.0 if self.search_tokens is None else min(1.0, self.search_tokens / max(1, tokens))
-        return 1 + (self.n_grid + 4) * share
+        searched, screened = self._searched(tokens)
+        tried = self.n_grid * screened + FINALISTS * searched if screened else self.n_grid * searched
+        return 1 + (tried + 4 * searched) / max(1, tokens)
+
+    def _searched(self, tokens: int) -> tuple[int, int]:
+        """Of so many calibration tokens: how many r is searched on, and how many of these screen it (0: none)."""
+        searched = tokens if self.search_tokens is None else min(self.search_tokens, tokens)
+        return searched, self.screen_tokens if self.screen_tokens and self.screen_tokens < searched else 0
 
     def observe(self, block: Block) -> Mapping[Site, list[Statistic]]:
         refuse_groups(self.grid, block)
@@ -97,11 +106,16 @@ class Awq(Transform):
             if not moments.count:
                 yield Note(group.inspect, "rounded without a scale: no calibration token reached it")
                 continue
-            calls = seen.calls(group.inspect, max_tokens=self.search_tokens)
+            searched, screened = self._searched(seen.tokens)
+            calls = seen.calls(group.inspect, max_tokens=searched)
+            screen = seen.calls(group.inspect, max_tokens=screened) if screened else None
             inspected = get_module(block.root, group.inspect)
-            scale, ratio, losses = search_scale(inspected, group.consumers, calls, moments.mean_abs, self, seen.total)
-            best = min(loss for loss in losses if isfinite(loss))
-            yield Note(group.inspect, f"ratio {ratio:.2f}, error {losses[0]:.3g} -> {best:.3g}")
+            scale, ratio, losses = search_scale(
+                inspected, group.consumers, calls, moments.mean_abs, self, seen.total, screen
+            )
+            yield Note(
+                group.inspect, f"ratio {ratio:.2f}, error {losses.get(0, inf):.3g} -> {min(losses.values()):.3g}"
+            )
             yield from fold(block, group, scale)
             scales |= dict.fromkeys((linear.path for linear in group.consumers), scale)
         for linear in block.linears():
@@ -122,34 +136,54 @@ def search_scale(
     mean_abs: Tensor,
     settings: Awq,
     total: Callable[[Tensor], Tensor] = lambda values: values,
-) -> tuple[Tensor, float, list[float]]:
-    """The scale [in] with the smallest error of `inspected` under rounded consumers; its ratio; the loss per ratio.
+    screen: list[Call] | None = None,
+) -> tuple[Tensor, float, dict[int, float]]:
+    """The scale with the smallest error of `inspected` under rounded consumers.
 
-    consumers: layers inside `inspected` whose input has the mean magnitude `mean_abs` [in]; their weights are
-    restored from a copy. total: adds up over processes, which have a share of the calls each. Raises NonFiniteError
-    where no ratio gives a finite loss.
+    Args:
+        inspected: the module whose output is compared.
+        consumers: layers inside it that share an input; their weights are restored from a copy.
+        calls: those of `inspected`.
+        mean_abs: mean magnitude of the consumers' input, [in].
+        settings: the grid of ratios and that of weights.
+        total: adds up over processes, which have a share of the calls each.
+        screen: calls on fewer tokens, by which all ratios but the first and the three best are left out.
+
+    Returns:
+        The scale [in], its ratio, and the finite losses of those steps of the grid that ran on all calls.
+
+    Raises:
+        NonFiniteError: no ratio gives a finite loss.
     """
-    targets = [call.replay(inspected).float() for call in calls]
     before = [linear.weight.detach().clone() for linear in consumers]
     scales = list(_scales(mean_abs.float(), before, settings))
-    sums: list[tuple[float, int]] = []  # of squared errors, and of how many values
-    try:
-        for _, scale in scales:
+
+    def losses_of(steps: Iterable[int], calls: list[Call]) -> dict[int, float]:
+        targets = [call.replay(inspected).float() for call in calls]
+        sums: dict[int, tuple[float, int]] = {}  # of squared errors, and of how many values
+        try:
+            for step in steps:
+                for linear, weight in zip(consumers, before, strict=True):
+                    for rows, old in zip(parcels(linear.weight.data), parcels(weight), strict=True):
+                        rows.copy_(settings.grid.fake(old.float() * scales[step][1]) / scales[step][1])
+                sums[step] = _squared_error(calls, inspected, targets)
+        finally:
             for linear, weight in zip(consumers, before, strict=True):
-                for rows, old in zip(parcels(linear.weight.data), parcels(weight), strict=True):
-                    rows.copy_(settings.grid.fake(old.float() * scale) / scale)
-            sums.append(_squared_error(calls, inspected, targets))
-    finally:
-        for linear, weight in zip(consumers, before, strict=True):
-            linear.weight.data.copy_(weight)
-    losses = [error / max(1, values) for error, values in total(torch.tensor(sums, dtype=torch.float64)).tolist()]
-    best = min(range(len(losses)), key=lambda step: losses[step] if isfinite(losses[step]) else inf)
-    if not isfinite(losses[best]):
+                linear.weight.data.copy_(weight)
+        totals = zip(sums, total(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist(), strict=True)
+        return {step: error / values for step, (error, values) in totals if values and isfinite(error)}
+
+    steps: Iterable[int] = range(len(scales))
+    screened = {} if screen is None else losses_of(steps, screen)
+    if screened:  # an expert may get none of the screen's tokens
+        steps = sorted({0, *sorted(screened, key=screened.__getitem__)[: FINALISTS - 1]})
+    losses = losses_of(steps, calls)
+    if not losses:
         raise NonFiniteError(
             f"{consumers[0].path}: every ratio gives a NaN or Inf error; check the calibration activations."
         )
-    ratio, scale = scales[best]
-    return scale, ratio, losses
+    best = min(losses, key=losses.__getitem__)  # the first of equal ones
+    return scales[best][1], scales[best][0], losses
 
 
 def _scales(mean_abs: Tensor, weights: list[Tensor], settings: Awq) -> Iterator[tuple[float, Tensor]]:
