@@ -245,6 +245,13 @@ def test_keeps_dtype_inside_a_model():
     assert model.to("meta")[0].scale.is_meta
 
 
+def test_the_grid_is_kept_and_that_of_earlier_versions_is_known():
+    spec = layer("int4").spec()
+    assert ActLinear.from_spec(spec).storage.grid == GRIDS["int4"]
+    del spec["weight"]["convention"]
+    assert ActLinear.from_spec(spec).storage.grid == QuantizationGrid(4, -1, convention="llm-awq")
+
+
 def test_weights_and_biases_are_shared_not_copied():
     linear = source()
     changed = ActLinear.of(linear, select=Threshold(0.1))

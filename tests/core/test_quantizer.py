@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.ao.quantization.observer import PerChannelMinMaxObserver
 
 from actkit.core.quantizer import QuantizationGrid, pack_nibbles, parcels, unpack_nibbles
 
 
-def by_hand(weight: np.ndarray, bits: int, size: int, axis: str, symmetric: bool):
+def by_hand(weight: np.ndarray, bits: int, size: int, axis: str, symmetric: bool, convention: str):
     """Codes, scales, zeros and the values they stand for, one group at a time."""
+    release = convention == "llm-awq"
     rows = weight if axis == "input" else weight.T
     size = rows.shape[1] if size == -1 else size
     levels, half = 2**bits - 1, 2 ** (bits - 1)
@@ -21,12 +23,14 @@ def by_hand(weight: np.ndarray, bits: int, size: int, axis: str, symmetric: bool
         for g in range(groups):
             part = slice(g * size, (g + 1) * size)
             w = rows[r, part]
-            if symmetric:
-                scale = max(np.abs(w).max(), np.float32(1e-5)) / np.float32(half - 1)
-                zero = np.float32(half)
-            else:
-                scale = max(w.max() - w.min(), np.float32(1e-5)) / np.float32(levels)
-                zero = np.clip(-np.rint(w.min() / scale), 0, levels)
+            low, high = w.min(), w.max()
+            if not release:
+                low, high = min(low, np.float32(0)), max(high, np.float32(0))
+            span = np.abs(w).max() if symmetric else high - low
+            span = max(span, np.float32(1e-5)) if release else span
+            scale = span / np.float32(half - 1 if symmetric else levels)
+            scale = np.float32(1) if span == 0 else scale
+            zero = np.float32(half) if symmetric else np.clip(-np.rint(low / scale), 0, levels)
             code = np.clip(np.rint(w / scale) + zero, 0, levels)
             codes[r, part], scales[r, g], zeros[r, g] = code, scale, zero
             back[r, part] = (code - zero) * scale
@@ -36,17 +40,18 @@ def by_hand(weight: np.ndarray, bits: int, size: int, axis: str, symmetric: bool
 @pytest.mark.parametrize("bits", [8, 5, 4, 3, 2])
 @pytest.mark.parametrize("axis", ["input", "output"])
 @pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("convention", ["zero_in_range", "llm-awq"])
 @pytest.mark.parametrize(("shape", "size"), [((12, 20), -1), ((12, 24), 4), ((7, 9), -1), ((15, 21), 3), ((5, 5), 1)])
-def test_codes_are_those_of_the_formula(bits, axis, symmetric, shape, size):
+def test_codes_are_those_of_the_formula(bits, axis, symmetric, convention, shape, size):
     rng = np.random.default_rng(bits)
     weight = rng.standard_normal(shape, dtype=np.float32)
     weight[0, 0] *= 50  # an outlier
     weight[2] = 0.0  # a row without range
-    weight[3] = np.abs(weight[3])  # all of one sign: the zero point is clamped
+    weight[3] = np.abs(weight[3])  # all of one sign
     weight[4] = -np.abs(weight[4])
-    grid = QuantizationGrid(bits, size, axis, symmetric)
+    grid = QuantizationGrid(bits, size, axis, symmetric, convention)
     codes, scale, zero = grid.quantize(torch.from_numpy(weight))
-    expected = by_hand(weight, bits, size, axis, symmetric)
+    expected = by_hand(weight, bits, size, axis, symmetric, convention)
     assert (codes.dtype, scale.dtype) == (torch.uint8, torch.float32)
     np.testing.assert_array_equal(codes.numpy(), expected[0])
     np.testing.assert_array_equal(scale.numpy(), expected[1])
@@ -64,7 +69,9 @@ def test_a_large_weight_is_rounded_piece_by_piece_alike(axis):
     weight = np.random.default_rng(0).standard_normal((2048, 1280), dtype=np.float32)
     assert len(parcels(torch.from_numpy(weight))) == 3
     grid = QuantizationGrid(4, 128, axis)
-    for found, expected in zip(grid.quantize(torch.from_numpy(weight)), by_hand(weight, 4, 128, axis, False)):
+    for found, expected in zip(
+        grid.quantize(torch.from_numpy(weight)), by_hand(weight, 4, 128, axis, False, "zero_in_range")
+    ):
         np.testing.assert_array_equal(found.numpy(), expected)
 
 
@@ -81,14 +88,56 @@ def test_rounding_is_half_to_even(symmetric):
 @pytest.mark.parametrize("axis", ["input", "output"])
 def test_the_error_is_at_most_half_a_step(bits, axis):
     weight = torch.randn(16, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    weight[:, ::8], weight[:, 1::8] = weight[:, ::8].abs(), -weight[:, 1::8].abs()  # each group has both signs
+    weight[:4, :8], weight[:4, 8:16] = weight[:4, :8].abs() + 3, -weight[:4, 8:16].abs() - 3  # groups of one sign
+    weight[4:8] *= 1e-9
+    weight[8:10] *= 1e9
     weight = weight if axis == "input" else weight.t()
     grid = QuantizationGrid(bits, 8, axis)
     scale = grid.quantize(weight)[1].double().repeat_interleave(8, 1 if axis == "input" else 0)
     error = (grid.fake(weight).double() - weight).abs()
-    # the zero point is rounded too, so the ends of the range may lie another half step outside
-    assert (error <= scale * 1.0001).all()
-    assert (error <= scale * 0.5001).double().mean() > 0.9
+    assert (error <= scale * 0.5001).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+def test_scales_and_zero_points_are_those_of_torchs_observer(bits):
+    """torch.ao puts 0 into the range of every channel too; each group is a channel of it."""
+    weight = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))  # of 64, some 8 have one sign
+    weight[5] *= 1e-7
+    weight[6] += 10
+    observer = PerChannelMinMaxObserver(
+        0, torch.quint8, torch.per_channel_affine, quant_min=0, quant_max=2**bits - 1, eps=1e-30
+    )
+    observer(weight)
+    scale, zero = observer.calculate_qparams()
+    grid = QuantizationGrid(bits, 4)
+    _, found_scale, found_zero = grid.quantize(weight)
+    torch.testing.assert_close(found_scale[:, 0], scale, rtol=1e-6, atol=0)
+    assert torch.equal(found_zero[:, 0].long(), zero.long())
+    rounded = torch.fake_quantize_per_channel_affine(weight, scale, zero.int(), 0, 0, 2**bits - 1)
+    torch.testing.assert_close(grid.fake(weight), rounded, rtol=1e-5, atol=0)
+
+
+def test_groups_of_one_sign_and_small_weights_keep_what_they_hold():
+    far = torch.tensor([[10.5, 11.0, 11.5, 12.0, 12.5, 13.0, 13.5, 14.0]])
+    for weight in (far, -far, 1e-7 * far, -1e-12 * far, torch.full((1, 8), 5.0)):
+        for symmetric in (False, True):
+            found = QuantizationGrid(8, 8, symmetric=symmetric).fake(weight)
+            steps = 127 if symmetric else 255
+            assert ((found - weight).abs() <= 0.5001 * weight.abs().max() / steps).all()
+    release = QuantizationGrid(8, 8, convention="llm-awq")
+    assert release.fake(far)[0].tolist() == [3.5] * 8  # llm-awq: range 3.5, zero point clamped to 0
+    assert not release.fake(1e-9 * far).any()  # below half of 1e-5 / 255
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_zeros_stay_zeros(bits):
+    weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    pruned = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    weight[pruned] = 0.0
+    weight[0], weight[1] = weight[0].abs(), -weight[1].abs()
+    weight[2] = 0.0
+    for symmetric in (False, True):
+        assert (QuantizationGrid(bits, 8, symmetric=symmetric).fake(weight)[pruned] == 0).all()
 
 
 def test_quantizing_the_rounded_weight_again_changes_nothing():
@@ -124,6 +173,7 @@ def test_nibbles(shape):
         ({"bits": 4, "group_size": 0}, r"group_size: 0 was given"),
         ({"bits": 4, "group_size": -2}, r"group_size: -2"),
         ({"bits": 4, "group_axis": "rows"}, r"group_axis: 'rows' was given, allowed are"),
+        ({"bits": 4, "convention": "awq"}, r"convention: 'awq' was given, allowed are 'zero_in_range' and 'llm-awq'"),
     ],
 )
 def test_bad_settings(settings, text):

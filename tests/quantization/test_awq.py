@@ -43,7 +43,7 @@ LONG = ((12, 9, 12), (10, 12))
 
 
 def quantize(w: Tensor, bits: int, size: int) -> Tensor:
-    """Step 1, asymmetric: zero is not forced into the range."""
+    """Step 1 as in the release, asymmetric: zero is not forced into the range."""
     groups = w.reshape(w.shape[0], -1, size)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     scale = (high - low).clamp(min=1e-5) / (2**bits - 1)
@@ -125,7 +125,7 @@ def test_scale_search_follows_the_sheet(bits: int) -> None:
         scale, ratio, losses = search(m, [module.gate.weight, module.up.weight], loss_of, bits, 8)
     # the same tokens in two calls of unequal length: errors are means over tokens, not over calls
     calls = [call(x[:, :30]), call(x[:, 30:])]
-    found = search_scale(module, consumers, calls, m, Awq(bits=bits, group_size=8))
+    found = search_scale(module, consumers, calls, m, Awq(bits=bits, group_size=8, convention="llm-awq"))
     assert found[1] == ratio > 0
     torch.testing.assert_close(found[0], scale)
     assert list(found[2].values()) == pytest.approx(losses, rel=1e-4)
@@ -137,7 +137,13 @@ def test_the_first_of_equal_losses_wins() -> None:
     module = Inspected()
     for layer in (module.gate, module.up):
         nn.init.zeros_(layer.weight)  # every ratio is exact
-    found = search_scale(module, (Linear("up", "up", module.up),), [call(salient())], torch.rand(16), Awq(group_size=8))
+    found = search_scale(
+        module,
+        (Linear("up", "up", module.up),),
+        [call(salient())],
+        torch.rand(16),
+        Awq(group_size=8, convention="llm-awq"),
+    )
     assert found[1] == 0.0
     assert torch.equal(found[0], torch.ones(16))
 
@@ -148,7 +154,7 @@ def test_padded_tokens_do_not_count() -> None:
     mask[1, 25:] = False
     wild = x.clone()
     wild[~mask] = 1e3
-    consumers, settings = (Linear("up", "up", module.up),), Awq(bits=3, group_size=8)
+    consumers, settings = (Linear("up", "up", module.up),), Awq(bits=3, group_size=8, convention="llm-awq")
     m = x[mask].abs().mean(0)
     found = search_scale(module, consumers, [call(wild, mask)], m, settings)
     rows = search_scale(module, consumers, [call(x[mask][None])], m, settings)
@@ -171,7 +177,7 @@ def test_duo_scaling_follows_the_sheet() -> None:
         for s in grid:
             layer.up.weight.copy_(quantize(w * s, 3, 8) / s)
             losses.append(float((layer(x) - target).square().mean()))
-    settings = Awq(bits=3, group_size=8, duo_scaling=True)
+    settings = Awq(bits=3, group_size=8, convention="llm-awq", duo_scaling=True)
     scale, _, found = search_scale(module, (Linear("up", "up", module.up),), [call(x)], m, settings)
     assert list(found.values()) == pytest.approx(losses, rel=1e-3)
     torch.testing.assert_close(scale, grid[losses.index(min(losses))], rtol=1e-4, atol=1e-5)
@@ -275,7 +281,7 @@ def test_a_norm_with_an_offset_keeps_it() -> None:
 def test_clip_search_is_brute_force_over_rows_and_groups(bits: int) -> None:
     generator = torch.Generator().manual_seed(5)
     weight, x = torch.randn(6, 24, generator=generator), torch.randn(50, 24, generator=generator)
-    bound = search_clip(weight, x, QuantizationGrid(bits, 8))
+    bound = search_clip(weight, x, QuantizationGrid(bits, 8, convention="llm-awq"))
     assert bound.shape == (6, 3, 1)
     torch.testing.assert_close(bound[..., 0], clip_by_hand(weight, x, bits, 8))
     assert len({round(float(v), 3) for v in (bound[..., 0] / weight.abs().reshape(6, 3, 8).amax(-1)).flatten()}) > 2
@@ -362,7 +368,7 @@ def test_the_whole_method_is_the_sheets() -> None:
     """Both blocks; the second is calibrated on the original model's hidden states."""
     batches = tiny_batches("llama", lengths=LONG)
     model = tiny_model("llama")
-    apply(model, Awq(bits=3, group_size=8), batches, progress=False)
+    apply(model, Awq(bits=3, group_size=8, convention="llm-awq"), batches, progress=False)
     for index in (0, 1):
         for name, expected in awq_by_hand(tiny_model("llama"), batches, index, 3, 8).items():
             found = model.get_submodule(f"model.layers.{index}.{name}").dequantized()

@@ -23,11 +23,12 @@ def by_hand(weight: np.ndarray, bits: int, size: int, symmetric: bool) -> tuple[
         for start in range(0, len(row), size):
             w = row[start : start + size]
             if symmetric:
-                scale = max(np.abs(w).max(), np.float32(1e-5)) / np.float32(2 ** (bits - 1) - 1)
+                scale = np.abs(w).max() / np.float32(2 ** (bits - 1) - 1)
                 zero = np.float32(2 ** (bits - 1))
             else:
-                scale = max(w.max() - w.min(), np.float32(1e-5)) / top
-                zero = np.clip(-np.round(w.min() / scale), 0, top)
+                low, high = min(w.min(), np.float32(0)), max(w.max(), np.float32(0))
+                scale = (high - low) / top
+                zero = -np.round(low / scale)
             q = np.clip(np.round(w / scale) + zero, 0, top)
             codes[r, start : start + size] = q
             rounded[r, start : start + size] = (q - zero) * scale

@@ -37,6 +37,7 @@ from actkit.zoo.outliers import outlier_twin
 
 Choice = Literal["activation", "weight", "random", "nothing"]
 GROUP = 64
+CONVENTION = "llm-awq"  # the release's grid, on which the paper's numbers stand
 KEPT = 0.01  # share of the input channels kept exact
 
 
@@ -130,8 +131,9 @@ def on_the_natural_model(natural: Subject, sizes: Sizes) -> Finding:
 
 def arms(subject: Subject, sizes: Sizes, bits: int, seeds: tuple[int, ...]) -> tuple[list[float], ...]:
     """Perplexities: of round-to-nearest (one), of AWQ with scales, and with scales and clipping (one per seed)."""
-    awq = partial(Awq, bits=bits, group_size=GROUP, n_grid=sizes.grid, search_tokens=sizes.search)
-    rounded = [subject.perplexity(RoundToNearest(bits=bits, group_size=GROUP))]
+    grid: Any = {"bits": bits, "group_size": GROUP, "convention": CONVENTION}
+    awq = partial(Awq, **grid, n_grid=sizes.grid, search_tokens=sizes.search)
+    rounded = [subject.perplexity(RoundToNearest(**grid))]
     return rounded, *([subject.perplexity(awq(clip=clip), seed) for seed in seeds] for clip in (False, True))
 
 
@@ -175,7 +177,7 @@ def kept_exact(subject: Subject, by: Choice, seed: int) -> list[Replace]:
 
     seed: of the calibration text where they are chosen by activation; of the draw where at random.
     """
-    grid = QuantizationGrid(3, GROUP)
+    grid = QuantizationGrid(3, GROUP, convention=CONVENTION)
     inputs = [each for block in anatomy(subject.model).blocks for each in block.linear_inputs()]
     seen: Any = {}
     if by == "activation":

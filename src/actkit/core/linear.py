@@ -142,6 +142,7 @@ class IntegerWeight(KeepsDtype):
             "group_size": grid.group_size,
             "group_axis": grid.group_axis,
             "symmetric": grid.symmetric,
+            "convention": grid.convention,
         }
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerWeight:
@@ -172,7 +173,8 @@ def _weight_from_spec(spec: dict[str, Any], shape: tuple[int, int], dtype: torch
     if spec["kind"] == "dense":
         return DenseWeight(nn.Parameter(torch.empty(shape, dtype=dtype)))
     if spec["kind"] == "integer":
-        grid = QuantizationGrid(spec["bits"], spec["group_size"], spec["group_axis"], spec["symmetric"])
+        convention = spec.get("convention", "llm-awq")  # the only one of earlier versions
+        grid = QuantizationGrid(spec["bits"], spec["group_size"], spec["group_axis"], spec["symmetric"], convention)
         return IntegerWeight.empty(shape, grid, dtype)
     raise ValueError(f"weight kind: {spec['kind']!r} was given, allowed are 'dense' and 'integer'.")
 

@@ -3,11 +3,16 @@
 One scale (and, if asymmetric, one zero point) serves a group of `group_size` consecutive weights, counted along the
 inputs of a row (`group_axis="input"`, the usual choice) or along the outputs of a column (`"output"`). With b bits:
 
-    asymmetric   scale = max(max(w) - min(w), 1e-5) / (2^b - 1),  zero = clamp(-round(min(w) / scale), 0, 2^b - 1)
-    symmetric    scale = max(max|w|, 1e-5) / (2^(b-1) - 1),       zero = 2^(b-1)
-    code = clamp(round(w / scale) + zero, 0, 2^b - 1),            w' = (code - zero) * scale
+    asymmetric   scale = (max(w, 0) - min(w, 0)) / (2^b - 1),  zero = -round(min(w, 0) / scale)
+    symmetric    scale = max|w| / (2^(b-1) - 1),               zero = 2^(b-1)
+    code = clamp(round(w / scale) + zero, 0, 2^b - 1),         w' = (code - zero) * scale
 
-The asymmetric form is that of llm-awq: zero is *not* forced into [min, max]. Rounding is half to even.
+Rounding is half to even. 0 lies in the range of every group, so that it is exact and no weight moves by more than half
+a step, whatever the signs and the size of the group; the scale of a group of zeros is 1.
+
+The convention "llm-awq" is that of the release of AWQ, for comparisons with it: the range is [min(w), max(w)] and no
+smaller than 1e-5 (max|w| in the symmetric form), and the zero point is clamped to the codes. Groups of one sign far
+from 0, and groups below 1e-5, lose what they hold.
 """
 
 from __future__ import annotations
@@ -18,22 +23,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-SMALLEST_RANGE = 1e-5
+RELEASE_RANGE = 1e-5  # the smallest range of a group in llm-awq
 
 GroupAxis = Literal["input", "output"]
+Convention = Literal["zero_in_range", "llm-awq"]
 
 
 @dataclass(frozen=True)
 class QuantizationGrid:
     """Bits, groups and symmetry of an integer grid.
 
-    bits: 2 to 8. group_size: weights per scale; -1 takes the whole row (or column).
+    bits: 2 to 8. group_size: weights per scale; -1 takes the whole row (or column). convention: how a group's range is
+    found, see above; what codes and parameters stand for is the same in both.
     """
 
     bits: int
     group_size: int = -1
     group_axis: GroupAxis = "input"
     symmetric: bool = False
+    convention: Convention = "zero_in_range"
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -42,6 +50,8 @@ class QuantizationGrid:
             raise ValueError(f"group_size: {self.group_size} was given; give a positive number, or -1 for a whole row.")
         if self.group_axis not in ("input", "output"):
             raise ValueError(f"group_axis: {self.group_axis!r} was given, allowed are 'input' and 'output'.")
+        if self.convention not in ("zero_in_range", "llm-awq"):
+            raise ValueError(f"convention: {self.convention!r} was given, allowed are 'zero_in_range' and 'llm-awq'.")
 
     @property
     def levels(self) -> int:
@@ -82,14 +92,23 @@ class QuantizationGrid:
     def _quantize(self, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes [rows, groups * group_size], scale and zero [rows, groups] of float32 [rows, groups, group_size]."""
         if self.symmetric:
-            scale = groups.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_RANGE) / (2 ** (self.bits - 1) - 1)
+            scale = self._scale(groups.abs().amax(-1, keepdim=True), 2 ** (self.bits - 1) - 1)
             zero = torch.full_like(scale, 2 ** (self.bits - 1))
         else:
             low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-            scale = (high - low).clamp(min=SMALLEST_RANGE) / self.levels
+            if self.convention == "zero_in_range":
+                low, high = low.clamp(max=0), high.clamp(min=0)
+            scale = self._scale(high - low, self.levels)
             zero = (-torch.round(low / scale)).clamp(0, self.levels)
         codes = (torch.round(groups / scale) + zero).clamp(0, self.levels)
         return codes.flatten(1).to(torch.uint8), scale.squeeze(-1), zero.squeeze(-1).to(torch.uint8)
+
+    def _scale(self, span: Tensor, steps: int) -> Tensor:
+        """The scale of groups whose range takes `steps` steps."""
+        if self.convention == "llm-awq":
+            return span.clamp(min=RELEASE_RANGE) / steps
+        scale = (span / steps).clamp(min=torch.finfo(torch.float32).tiny)  # below it divisions lose their accuracy
+        return torch.where(span > 0, scale, 1.0)
 
     def dequantize(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """The weight float32 [out, in] that codes and parameters stand for."""

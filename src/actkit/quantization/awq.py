@@ -10,7 +10,8 @@ billion parameters and more. On the small embedded models it is as good as round
 Cost: two passes over the calibration tokens, and of each attention, MLP and down projection 20 runs on screen_tokens of
 them and 4 on all. No gradients.
 As in the release: calibrated on the original model's hidden states, r = 1 never tried, strict minimum, the value to
-output set only where their shapes agree, query and key are not clipped. `duo_scaling` is AutoAWQ's variant.
+output set only where their shapes agree, query and key are not clipped. `duo_scaling` is AutoAWQ's variant. The
+release's grid, which loses groups of one sign, is the setting `convention="llm-awq"` (core/quantizer.py).
 Settled here: every r runs on 1,024 tokens, r = 0 and the three best on all (figures in LOG.md); clipping sees a random
 sample of tokens and not evenly spaced ones; padded tokens are masked out of means and errors; if nothing can take the
 scale (post-norm, routers) the set is rounded without it, and the report says so.
@@ -33,7 +34,7 @@ from actkit.core.edits import Edit, Note, Replace, Set, Skip, get_module
 from actkit.core.errors import NonFiniteError
 from actkit.core.folding import ScaledActivation
 from actkit.core.linear import ActLinear, IntegerWeight
-from actkit.core.quantizer import QuantizationGrid, parcels
+from actkit.core.quantizer import Convention, QuantizationGrid, parcels
 from actkit.core.runner import Seen
 from actkit.core.statistics import Moments, Sample, Statistic
 from actkit.core.transform import Tags, Transform
@@ -51,7 +52,7 @@ class Awq(Transform):
     point. n_grid: scales tried. duo_scaling: s = m^r / (w^(1-r) + 1e-4) with the mean relative weight w. clip: search
     clipping bounds, on clip_tokens tokens. search_tokens: how many tokens the search of r runs on, None for all.
     screen_tokens: r = 0 and the three best on so many tokens go on to all of search_tokens; None tries every r on all,
-    as the release does. Raises ValueError for values out of bounds.
+    as the release does. convention: "llm-awq" for the grid of the release. Raises ValueError for values out of bounds.
     """
 
     bits: int = Field(4, ge=2, le=8)
@@ -63,13 +64,14 @@ class Awq(Transform):
     clip_tokens: int = Field(512, ge=1)
     search_tokens: int | None = Field(None, ge=1)
     screen_tokens: int | None = Field(1024, ge=1)
+    convention: Convention = "zero_in_range"
 
     tags: ClassVar[Tags] = Tags(slot="weight", needs_data=True, stream="original", records_calls=True, sums_calls=True)
 
     @property
     def grid(self) -> QuantizationGrid:
         """The grid that weights are rounded to."""
-        return QuantizationGrid(self.bits, self.group_size, "input", self.symmetric)
+        return QuantizationGrid(self.bits, self.group_size, "input", self.symmetric, self.convention)
 
     @model_validator(mode="after")
     def _grid_is_possible(self) -> Self:

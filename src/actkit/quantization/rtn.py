@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from actkit.core.anatomy import Block, Site
 from actkit.core.edits import Edit, Note, Replace, Skip
 from actkit.core.linear import ActLinear, IntegerWeight
-from actkit.core.quantizer import QuantizationGrid
+from actkit.core.quantizer import Convention, QuantizationGrid
 from actkit.core.runner import Seen
 from actkit.core.statistics import Statistic
 from actkit.core.transform import Tags, Transform
@@ -28,20 +28,22 @@ class RoundToNearest(Transform):
     """Round the weights of linear layers to integers.
 
     bits: 2 to 8. group_size: weights per scale, -1 for a whole row or column; must divide the layer. group_axis: along
-    'input' or 'output'. symmetric: no zero point. Raises ValueError for values out of bounds.
+    'input' or 'output'. symmetric: no zero point. convention: "llm-awq" for the grid of AWQ's release. Raises
+    ValueError for values out of bounds.
     """
 
     bits: int = Field(4, ge=2, le=8)
     group_size: int = Field(128, ge=-1)
     group_axis: Literal["input", "output"] = "input"
     symmetric: bool = False
+    convention: Convention = "zero_in_range"
 
     tags: ClassVar[Tags] = Tags(slot="weight")
 
     @property
     def grid(self) -> QuantizationGrid:
         """The grid that weights are rounded to."""
-        return QuantizationGrid(self.bits, self.group_size, self.group_axis, self.symmetric)
+        return QuantizationGrid(self.bits, self.group_size, self.group_axis, self.symmetric, self.convention)
 
     @model_validator(mode="after")
     def _grid_is_possible(self) -> Self:
