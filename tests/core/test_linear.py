@@ -165,12 +165,49 @@ def test_packed_equals_plain(rows, select, dtype):
         assert torch.equal(changed(x), plain)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("select", SELECTS)
+@pytest.mark.parametrize("weight", [name for name, grid in GRIDS.items() if grid is not None])
+def test_packed_integers_are_the_product_with_what_the_codes_stand_for(weight, select, dtype):
+    linear = source(dtype=dtype)
+    stored = IntegerWeight.quantize(linear.weight, GRIDS[weight])
+    changed = ActLinear.of(linear, weight=stored, select=selection(select))
+    exact = GRIDS[weight].fake(linear.weight).detach().double()
+    assert changed.pack()
+    kernel_rows = 8 if select == "none" else 2
+    for rows in (1, 2, kernel_rows):
+        x = inputs(rows, dtype=dtype)
+        kept = x.double() if select == "none" else torch.where(changed.select.mask(x), x, 0).double()
+        with torch.no_grad():
+            found = changed(x)
+        assert (found.dtype, found.shape) == (dtype, (rows, OUT))
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+        expected = kept @ exact.t() + linear.bias.detach().double()
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    many = inputs(kernel_rows + 1, dtype=dtype)
+    with torch.no_grad():
+        assert torch.equal(changed(many), ActLinear.of(changed)(many))  # too many rows for the kernel
+    grown = inputs(1, dtype=dtype).requires_grad_()
+    changed(grown).sum().backward()  # with gradients it computes in torch
+    assert grown.grad is not None
+
+
+@pytest.mark.parametrize("grid", [QuantizationGrid(4, 32), QuantizationGrid(8, -1), QuantizationGrid(3, 5, "output")])
+def test_a_large_weight_is_widened_piece_by_piece_alike(grid):
+    weight = torch.randn(1030, 512, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16):
+        given = weight.to(dtype)
+        assert torch.equal(IntegerWeight.quantize(given, grid).dequantize(), grid.fake(given).to(dtype))
+
+
 def test_what_cannot_be_packed():
-    assert not layer("int4", "threshold").pack()
     assert not layer("dense", "none").pack()
-    assert not layer("dense", "threshold", "all").pack()
-    model = nn.Sequential(layer(select="threshold"), nn.ReLU(), layer("int4"), layer(select="top_k"))
-    assert pack_for_decode(model) == 2
+    for stored in ("dense", "int4"):
+        assert not layer(stored, "threshold", "all").pack()
+        assert not layer(stored, "threshold").double().pack()
+        assert not layer(stored, "threshold").to("meta").pack()
+    model = nn.Sequential(layer(select="threshold"), nn.ReLU(), layer("int4"), layer(select="top_k"), layer())
+    assert pack_for_decode(model) == 3
 
 
 def test_a_packed_copy_does_not_outlive_the_weight():

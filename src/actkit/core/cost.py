@@ -146,7 +146,7 @@ def folder_bytes(folder: str | Path) -> int:
 def _resident_bytes(model: nn.Module) -> int:
     """Bytes of memory that the saved tensors and the kernel's buffers lie in; where they share it, once."""
     tensors = list(model.state_dict(keep_vars=True).values())
-    tensors += [m._packed.buffer for m in model.modules() if isinstance(m, ActLinear) and m._packed is not None]
+    tensors += [part for m in model.modules() if isinstance(m, ActLinear) for part in m.packed_tensors()]
     spans: list[tuple[str, int, int]] = []
     meta: dict[int, int] = {}
     for tensor in tensors:

@@ -6,8 +6,8 @@ quantizer is still one module, and whatever runs or exports models knows this mo
 
 The weight slot is held in `storage`; `weight` answers a tensor, as that of every linear layer does.
 The logical layout is the state that is saved. `pack()` builds the input-major buffer that the sparse kernel reads; it
-is never saved. With gradients, with more than two rows, under torch.export or without `pack()` the layer computes in
-plain torch.
+is never saved. With gradients, with more rows than the kernel takes (two, or eight where an integer weight is read
+whole), under torch.export or without `pack()` the layer computes in plain torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import ceil
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,13 @@ from torch.nn import functional as F
 from actkit.core.layer_weight import LayerWeight
 from actkit.core.quantizer import QuantizationGrid, pack_nibbles, unpack_nibbles
 
+if TYPE_CHECKING:
+    from actkit.kernels import PackedWeight, QuantizedWeight
+
 OLD_STORAGE = "weight"  # what the module that stores the weight was called until it was `storage`
 KERNEL_ROWS = 2  # above it a dense product wins: two independent masks at 50 % already need 75 % of the weight
+INTEGER_ROWS = 8  # as many as the kernel for integer weights takes where no input is skipped
+WIDENED = 1 << 18  # weights that are dequantized at a time
 
 
 class KeepsDtype(nn.Module):
@@ -127,11 +132,24 @@ class IntegerWeight(KeepsDtype):
         return sum(buffer.nbytes for buffer in (self.codes, self.scale, self.zero) if buffer is not None)
 
     def dequantize(self) -> Tensor:
-        """The weight [out, in] in the dtype of the layer."""
+        """The weight [out, in] in the dtype of the layer, widened some rows at a time, so that they stay in a cache."""
         if self._widened is not None:
             return self._widened
-        codes = unpack_nibbles(self.codes, self.shape[1]) if self.grid.bits <= 4 else self.codes
-        return self.grid.dequantize(codes, self.scale, self.zero).to(self.dtype)
+        group = 1 if self.grid.group_axis == "input" else self.shape[0] // len(self.scale)  # rows that share a scale
+        groups = max(1, WIDENED // (group * self.shape[1]))
+        if groups * group >= self.shape[0] or torch.compiler.is_compiling():  # a compiler unrolls loops, and fuses
+            return self._piece(self.codes, self.scale, self.zero)
+        weight = torch.empty(self.shape, dtype=self.dtype, device=self.codes.device)
+        parameters = [None if each is None else each.split(groups) for each in (self.scale, self.zero)]
+        for index, rows in enumerate(weight.split(groups * group)):
+            scale, zero = (None if each is None else each[index] for each in parameters)
+            start = index * groups * group
+            rows.copy_(self._piece(self.codes[start : start + len(rows)], scale, zero))  # type: ignore[arg-type]
+        return weight
+
+    def _piece(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        codes = unpack_nibbles(codes, self.shape[1]) if self.grid.bits <= 4 else codes
+        return self.grid.dequantize(codes, scale, zero).to(self.dtype)
 
     def spec(self) -> dict[str, Any]:
         """Its JSON arguments, as a checkpoint keeps them."""
@@ -313,7 +331,7 @@ class ActLinear(nn.Module):
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
         self.select = select
         self.correction = correction
-        self._packed: Any = None
+        self._packed: PackedWeight | QuantizedWeight | None = None
         self._packed_threshold = 0.0  # a number: one read from a tensor would break a compiled graph in two
 
     @classmethod
@@ -367,7 +385,8 @@ class ActLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         plain = self._packed is None or torch.is_grad_enabled() or torch.compiler.is_exporting()
-        if not plain and x.numel() <= KERNEL_ROWS * self.in_features:
+        rows = INTEGER_ROWS if self.select is None else KERNEL_ROWS
+        if not plain and x.numel() <= rows * self.in_features:
             return self._decode(x)
         selected = x if self.select is None else self.select(x)
         y = F.linear(selected, self.dequantized(), self.bias)
@@ -379,19 +398,37 @@ class ActLinear(nn.Module):
 
     def pack(self) -> bool:
         """Build the kernel's buffer (a second copy of the weight). Returns whether the kernel can serve this layer."""
+        self._packed = self._kernel_weight()
+        if self._packed is not None and isinstance(self.select, Threshold):
+            self._packed_threshold = float(self.select.threshold)
+        return self._packed is not None
+
+    def _kernel_weight(self) -> PackedWeight | QuantizedWeight | None:
+        """The buffer that serves this layer, or None. A dense weight that is read whole is left to torch."""
         from actkit import kernels
 
-        can = (
-            isinstance(self.storage, DenseWeight)
-            and isinstance(self.select, Threshold | TopK)
-            and self.correction is None
-            and self.storage.dtype in (torch.float32, torch.bfloat16)
-            and self.storage.tensor.device.type == "cpu"
+        stored, select = self.storage, self.select
+        if self.correction is not None or not isinstance(select, Threshold | TopK | None):
+            return None
+        if isinstance(stored, DenseWeight):
+            served = select is not None and stored.dtype in (torch.float32, torch.bfloat16)
+            return kernels.pack(stored.tensor.detach()) if served and stored.tensor.device.type == "cpu" else None
+        if stored.dtype == torch.float64 or stored.codes.device.type != "cpu":
+            return None
+        grid = stored.grid
+        return kernels.pack_quantized(
+            stored.codes,
+            stored.scale,
+            stored.zero,
+            bits=grid.bits,
+            group_axis=grid.group_axis,
+            in_features=self.in_features,
         )
-        self._packed = kernels.pack(self.dequantized().detach()) if can else None
-        if can and isinstance(self.select, Threshold):
-            self._packed_threshold = float(self.select.threshold)
-        return can
+
+    def packed_tensors(self) -> tuple[Tensor, ...]:
+        """The tensors of the kernel's buffer, none where there is none."""
+        parts = (getattr(self._packed, name, None) for name in ("buffer", "scale", "zero"))
+        return tuple(part for part in parts if part is not None)
 
     def unpack(self) -> None:
         """Drop the kernel's buffer; the layer computes in plain torch again."""
@@ -401,11 +438,13 @@ class ActLinear(nn.Module):
         from actkit import kernels
 
         select = self.select
+        chosen: dict[str, Any] = {} if select is None else {"score": select.score}
         if isinstance(select, Threshold):
-            chosen: dict[str, Any] = {"threshold": self._packed_threshold}
-        else:
-            chosen = {"k": select.k}  # type: ignore[union-attr]
-        return kernels.sparse_linear(x, self._packed, score=select.score, bias=self.bias, **chosen)  # type: ignore[union-attr]
+            chosen["threshold"] = self._packed_threshold
+        elif isinstance(select, TopK):
+            chosen["k"] = select.k
+        multiply = kernels.sparse_linear if isinstance(self.storage, DenseWeight) else kernels.quantized_linear
+        return multiply(x, self._packed, bias=self.bias, **chosen)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ActLinear:
         self.unpack()  # the buffer is of the weight as it was: another dtype or device needs another
@@ -465,5 +504,5 @@ class ActLinear(nn.Module):
 
 
 def pack_for_decode(model: nn.Module) -> int:
-    """Build the kernel buffers of every ActLinear that the sparse kernel can serve; returns how many."""
+    """Build the kernel buffers of every ActLinear that a kernel can serve; returns how many."""
     return sum(module.pack() for module in model.modules() if isinstance(module, ActLinear))
