@@ -473,6 +473,15 @@ proof(lambda p: run(RSparse(alpha={"nothing*": 0.5})))
 # -- EditError ---------------------------------------------------------------------------------------------------------
 
 proof(lambda p: apply_edit(build("mlp"), 3))
+
+
+@proof
+def a_hook_would_be_lost(p: Place) -> None:
+    model = build("llama")
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, output: 2 * output)
+    apply(model, {"actkit": 1, "transforms": [{"rtn": {"group_size": 8}}]}, progress=False)
+
+
 proof(lambda p: replay(build("mlp"), [{"run": 1}]))
 proof(lambda p: apply_edit(build("mlp"), Replace("", Activation("relu"))))
 proof(lambda p: get_module(build("mlp"), "a.b"))
@@ -800,6 +809,7 @@ def an_unread_layer(p: Place) -> None:
     _ = next(x for x in anatomy(model).blocks[0].mlp.inputs if x.path.endswith("up_proj")).weight
 
 
+proof(lambda p: ActLinear.of(torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 2))))
 proof(lambda p: torch.relu(ActLinear.of(torch.nn.Linear(2, 2), select=Threshold(0.5)).weight))
 proof(lambda p: run({"actkit": 1, "transforms": [{"teal": {"skip": ["gate", "up", "down"]}}]}))
 

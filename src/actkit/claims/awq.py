@@ -28,7 +28,7 @@ from actkit.core.capture import record
 from actkit.core.edits import Replace
 from actkit.core.hooks import evaluating, forward
 from actkit.core.linear import ActLinear, DenseWeight
-from actkit.core.quantizer import QuantizationGrid
+from actkit.core.quantizer import Convention, QuantizationGrid
 from actkit.core.runner import first_tensor
 from actkit.core.statistics import Moments
 from actkit.quantization.awq import Awq, saliency_mask
@@ -37,7 +37,7 @@ from actkit.zoo.outliers import outlier_twin
 
 Choice = Literal["activation", "weight", "random", "nothing"]
 GROUP = 64
-CONVENTION = "llm-awq"  # the release's grid, on which the paper's numbers stand
+CONVENTION: Convention = "llm-awq"  # the release's grid, on which the paper's numbers stand
 KEPT = 0.01  # share of the input channels kept exact
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
+from actkit.core.known_layers import why_unread
 from actkit.core.linear import ActLinear, IntegerWeight
 from actkit.core.parts import CONVOLUTIONS, Block, is_linear
 
@@ -119,6 +120,10 @@ def _reason(name: str, anatomy: Anatomy) -> str:
         return "embedding: a table, not a linear layer"
     if "Norm" in kind:
         return f"norm that is not described by the row {anatomy.architecture}"
+    around = path.split(".")
+    for end in range(len(around), 0, -1):  # a parametrization keeps parameters in modules inside the layer
+        if (unread := why_unread(anatomy.model.get_submodule(".".join(around[:end])))) is not None:
+            return unread
     if any(block.attention is not None and block.attention.path == path for block in anatomy.blocks):
         return f"{leaf}: a parameter of the attention itself, not of a layer"
     if anatomy.architecture != "traced":

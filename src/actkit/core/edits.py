@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from actkit.core import offload, registry
 from actkit.core.errors import EditError
+from actkit.core.known_layers import hooks_of
 from actkit.core.linear import ActLinear
 
 
@@ -231,6 +232,7 @@ def _replace(model: nn.Module, edit: Replace, remember: bool, shared: Shared | N
     old = get_module(model, edit.path)
     describe(edit)  # a module without a name or a spec could be applied but never loaded again
     _refuse_tied(model, old.parameters(), edit.path, shared)
+    refuse_hooks(edit.path, old, edit.module)
     set_module(model, edit.path, edit.module)
 
     def undo() -> None:
@@ -250,6 +252,18 @@ def _refuse_tied(model: nn.Module, changed: Iterable[Tensor], where: str, shared
             raise EditError(
                 f"{inside[0]} is tied to {outside[0]}: changing one side would change the other too or break the tie. "
                 f"Leave it out of the transform, or untie the two in the model first (tie_word_embeddings=False)."
+            )
+
+
+def refuse_hooks(path: str, old: nn.Module, new: nn.Module | None = None) -> None:
+    """Raise EditError where a module that is to go has hooks of somebody else, which would go with it."""
+    stays = set() if new is None else {id(module) for module in new.modules()}
+    for name, module in old.named_modules(prefix=path):
+        hooks = [] if id(module) in stays else hooks_of(module)
+        if hooks:
+            raise EditError(
+                f"{name}: it has hooks ({', '.join(hooks)}), which would be lost when it is replaced. Remove them "
+                f"first (handle.remove()) and register them again after, or leave the layer out."
             )
 
 

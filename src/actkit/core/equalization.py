@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from actkit.core.fused import PartRows
+from actkit.core.known_layers import scales_with_weight, why_unread
 from actkit.core.parts import Attention, Block, Linear, Mlp, Norm, is_linear
 
 
@@ -107,14 +108,24 @@ def _refused(found: EqualizationSet, tied: set[int]) -> str | None:
             return "post-norm: the residual stream reads the norm's output too"
         if getattr(found.producer.module, "weight", None) is None:
             return "the norm has no weight that could take the scale"
+        if not _known_norm(found.producer):
+            return f"the norm is a {type(found.producer.module).__name__}, whose output does not scale with its weight"
     linears = [part for part in (found.producer, *found.consumers) if isinstance(part, Linear)]
     for linear in linears:
         if not is_linear(linear.module):
-            return f"{linear.path} is a {type(linear.module).__name__}, which actkit does not read as a linear layer"
+            kind = type(linear.module).__name__
+            return (
+                why_unread(linear.module) or f"{linear.path} is a {kind}, which actkit does not read as a linear layer"
+            )
     for part in (found.producer, *found.consumers):
         if not isinstance(part, str) and any(id(p) in tied for p in part.module.parameters()):
             return f"{part.path} is shared with another part of the model"
     return None
+
+
+def _known_norm(norm: Norm) -> bool:
+    kind = type(norm.module)
+    return kind.__module__.startswith(("torch.", "transformers.")) or scales_with_weight(norm.module, norm.offset)
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from actkit.core.errors import CoverageError
+from actkit.core.known_layers import why_unread
 from actkit.core.layer_weight import LayerWeight
 from actkit.core.quantizer import QuantizationGrid, pack_nibbles, unpack_nibbles
 
@@ -346,9 +348,13 @@ class ActLinear(nn.Module):
         """A changed copy of a linear layer; slots that are not given stay as the layer had them.
 
         linear: an anatomy's Linear, nn.Linear, transformers' Conv1D or ActLinear. Dense weights and biases are shared
-        with the source, not copied. Raises ValueError where a slot does not fit the layer.
+        with the source, not copied. Raises ValueError where a slot does not fit the layer, CoverageError for a layer
+        that may compute something else than its weight says.
         """
         module = linear if isinstance(linear, nn.Module) else linear.module
+        reason = why_unread(module)
+        if reason is not None:
+            raise CoverageError(f"{getattr(linear, 'path', 'linear')}: it is not changed, as {reason}. Leave it out.")
         if weight is not None:
             stored = tuple(module.weight.shape)  # type: ignore[union-attr, arg-type]
             expected = stored if isinstance(module, nn.Linear | ActLinear) else stored[::-1]
@@ -443,7 +449,7 @@ class ActLinear(nn.Module):
             chosen["threshold"] = self._packed_threshold
         elif isinstance(select, TopK):
             chosen["k"] = select.k
-        multiply = kernels.sparse_linear if isinstance(self.storage, DenseWeight) else kernels.quantized_linear
+        multiply: Any = kernels.sparse_linear if isinstance(self.storage, DenseWeight) else kernels.quantized_linear
         return multiply(x, self._packed, bias=self.bias, **chosen)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ActLinear:

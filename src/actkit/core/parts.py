@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from actkit.core.architectures import ExpertsRow, Role
 from actkit.core.errors import CoverageError, UnsupportedModelError
 from actkit.core.fused import PartRows
+from actkit.core.known_layers import why_unread
 from actkit.core.linear import ActLinear
 from actkit.core.sites import Site, Tap
 
@@ -26,11 +27,11 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTran
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is a linear layer that actkit can read: nn.Linear, transformers' Conv1D or ActLinear.
 
-    Subclasses of nn.Linear that keep their weight packed (bitsandbytes) are not.
+    What may compute something else behind a weight (`known_layers.why_unread`) is not.
     """
-    if isinstance(module, nn.Linear):
-        return module.weight.shape == (module.out_features, module.in_features)
-    return isinstance(module, Conv1D | ActLinear)
+    if isinstance(module, ActLinear):
+        return type(module).forward is ActLinear.forward
+    return isinstance(module, nn.Linear | Conv1D) and why_unread(module) is None
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,10 @@ class Linear:
         if isinstance(self.module, ActLinear):
             return self.module.dequantized()
         if not is_linear(self.module):
+            reason = why_unread(self.module)
             raise CoverageError(
-                f"{self.path}: a {type(self.module).__name__} stands here, whose weight actkit does not read. "
+                f"{self.path}: a {type(self.module).__name__} stands here, whose weight actkit does not read"
+                f"{'' if reason is None else f' ({reason})'}. "
                 f"Leave it out, or undo what replaced the linear layer."
             )
         weight: Tensor = self.module.weight  # type: ignore[assignment]
@@ -226,6 +229,24 @@ class Block:
             yield LinearInput(Site("mlp.input", self.index, expert), mlp.inputs)
             yield LinearInput(Site("mlp.hidden", self.index, expert), (mlp.down,))
         yield from self.other
+
+    def unread(self) -> tuple[tuple[str, str], ...]:
+        """Paths of the block's linear layers that actkit does not read, each with the reason."""
+        found = {linear.path: linear.module for group in self._linear_inputs() for linear in group.linears}
+        known = {id(module) for module in found.values()}
+        found |= {
+            f"{self.path}.{path}".removeprefix("."): module
+            for path, module in self.module.named_modules()
+            if path and id(module) not in known and why_unread(module) is not None
+        }
+        standing = {path: why_unread(module) for path, module in found.items() if not is_linear(module)}
+        return tuple(
+            (
+                path,
+                reason or f"a {type(found[path]).__name__} stands there, which actkit does not read as a linear layer",
+            )
+            for path, reason in standing.items()
+        )
 
     def mlps(self) -> tuple[tuple[int | None, Mlp], ...]:
         """The block's MLP with None, or its opened experts with their indices."""

@@ -19,6 +19,7 @@ from actkit.core import offload, processes
 from actkit.core.anatomy import Anatomy, Block, Site
 from actkit.core.blockwise import Walk
 from actkit.core.capture import opened_experts
+from actkit.core.edits import refuse_hooks
 from actkit.core.errors import CoverageError, MemoryLimitError
 from actkit.core.hooks import BatchContext, evaluating
 from actkit.core.memory import format_bytes, parse_bytes
@@ -64,7 +65,7 @@ def make_plan(
     max_memory: int | str | None = None,
 ) -> Plan:
     """Plan a run. Raises CoverageError below `min_coverage` (where None, below what the transform's tags say) and
-    MemoryLimitError above `max_memory`."""
+    MemoryLimitError above `max_memory`; EditError where a layer has hooks, which would be lost."""
     if min_coverage is not None and not 0 <= min_coverage <= 1:
         raise ValueError(f"min_coverage: {min_coverage} was given; it is a share, give 0 to 1.")
     cap = None if max_memory is None else parse_bytes(max_memory)
@@ -104,7 +105,10 @@ def _coverage(view: Anatomy, transforms: Sequence[Transform]) -> tuple[dict[str,
     for transform in transforms:
         if not transform.tags.parts:
             continue
-        paths = {f"{linear.path}.weight" for block in blocks for linear in transform.targets(block)}
+        targets = [linear for block in blocks for linear in transform.targets(block)]
+        for linear in targets:
+            refuse_hooks(linear.path, linear.module)
+        paths = {f"{linear.path}.weight" for linear in targets}
         touched = {name for name in inside if name.replace(".storage.tensor", ".weight") in paths}
         coverage[type(transform).__name__] = sum(inside[name] for name in touched) / total
         touched_by_any |= touched

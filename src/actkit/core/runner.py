@@ -357,6 +357,9 @@ class _Run:
                     call.replay(module)
             statistics = observer.statistics
             processes.merge(statistics)
+        if transform.tags.parts:
+            name = type(transform).__name__
+            self.report.skipped += [(path, name, reason) for path, reason in block.unread()]
         seen = Seen(walk if transform.tags.needs_data else None, block, transform, statistics)
         for edit in transform.edit(block, seen):
             if isinstance(edit, Skip):
