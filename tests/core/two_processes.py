@@ -27,6 +27,7 @@ from actkit.core.cost import measure_cost
 from actkit.core.edits import Note
 from actkit.core.errors import CheckpointError, NonFiniteError, ProcessError, RecipeError
 from actkit.core.evaluation import evaluate
+from actkit.core.fingerprint import fingerprint
 from actkit.core.processes import together
 from actkit.core.quality import measure_quality
 from actkit.core.runner import apply
@@ -71,7 +72,7 @@ def same_model(a: nn.Module, b: nn.Module) -> None:
 
 def same_everywhere(model: nn.Module) -> None:
     """All tensors have the same bits in both processes."""
-    bits = processes.fingerprint(dict(model.state_dict()))
+    bits = fingerprint(dict(model.state_dict()))
     assert len({theirs for theirs, _ in processes.everyone("bits", about=bits)}) == 1
 
 
@@ -264,10 +265,9 @@ def check_errors() -> None:
         lambda: measure_quality(model, other, progress=False),
     ):
         refused(ProcessError, "data: process 1 was given another one", use)
-    seeded = copy.deepcopy(model)
-    with torch.no_grad():
-        seeded.lm_head.weight += rank
-    refused(ProcessError, "model: process 1", lambda: measure_quality(seeded, data, progress=False))
+    edited = copy.deepcopy(model)
+    edited.lm_head.weight.data[7, 3] += rank  # one value, past the version counter
+    refused(ProcessError, "model: process 1", lambda: measure_quality(edited, data, progress=False))
 
     def apart() -> None:
         if rank == 0:

@@ -24,6 +24,7 @@ from actkit.core.blockwise import Call
 from actkit.core.edits import set_module
 from actkit.core.errors import DataError
 from actkit.core.experts import ExpertList
+from actkit.core.fingerprint import fingerprint, model_fingerprint
 from actkit.core.fused_statistics import update_all
 from actkit.core.hooks import (
     After,
@@ -118,12 +119,12 @@ def record(
             tracked = track(every, "Recording activations", total, progress)
             for index, (batch, context) in enumerate(_contexts(model, tracked, documents)):
                 if processes.several():
-                    given.append(processes.fingerprint(batch))
+                    given.append(fingerprint(batch))
                 if processes.mine(index):
                     observer.begin(context)
                     forward(model, batch)
         if processes.several():
-            processes.agree(model=processes.model_fingerprint(model), data=processes.fingerprint(given))
+            processes.agree(model=model_fingerprint(model), data=fingerprint(given))
             processes.merge(observer.statistics)
     return Observations(observer.statistics, time.perf_counter() - started)
 

@@ -15,7 +15,6 @@ for each other. What is sent is tensors and JSON, no pickle.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,7 +26,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from actkit.core.errors import ProcessError
 from actkit.core.streaming import Statistic
@@ -299,39 +298,3 @@ def _tensor(source: int, tensor: Tensor | None, dtype: torch.dtype, shape: list[
 
 def _bytes(text: bytes) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
-
-
-# -- what they were given ----------------------------------------------------------------------------------------------
-
-
-def fingerprint(value: Any) -> str:
-    """SHA-256 of nested tensors and what prints: equal for equal batches."""
-    digest = hashlib.sha256()
-    _read(value, digest.update)
-    return digest.hexdigest()
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of names, types and shapes of all tensors, and of the first values of each: enough to tell models apart
-    that were initialised by other seeds."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        if not tensor.is_meta:
-            _read(tensor.detach().reshape(-1)[:16], digest.update)
-    return digest.hexdigest()
-
-
-def _read(value: Any, update: Callable[[bytes], None]) -> None:
-    if isinstance(value, Tensor):
-        update(f"{value.dtype} {tuple(value.shape)}".encode())
-        update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            update(str(key).encode())
-            _read(value[key], update)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _read(item, update)
-    else:
-        update(repr(value).encode())

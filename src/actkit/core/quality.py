@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from actkit.core import processes
 from actkit.core.errors import DataError, NonFiniteError, UnsupportedModelError
+from actkit.core.fingerprint import fingerprint, model_fingerprint
 from actkit.core.hooks import BatchContext, check_batch, evaluating, refuse_compiled_or_sharded
 from actkit.core.outputs import Output, Outputs, Whole
 from actkit.core.progress import track
@@ -227,7 +228,7 @@ def measure_quality(
         tracked = track(_with_documents(batches), "Measuring quality", total, enabled=progress)
         for index, (batch, documents) in enumerate(tracked):
             if processes.several():
-                given.append(processes.fingerprint((batch, documents)))
+                given.append(fingerprint((batch, documents)))
             if not processes.mine(index):
                 continue
             _check_batches(models, [batch])
@@ -251,7 +252,7 @@ def measure_quality(
             if stop(partial):
                 return partial
     if processes.several():
-        processes.agree(model=processes.model_fingerprint(model), data=processes.fingerprint(given))
+        processes.agree(model=model_fingerprint(model), data=fingerprint(given))
         for named, others in processes.everyone("sums of documents", found, about=names):
             found |= others
             names = names or named

@@ -38,6 +38,7 @@ from actkit.core.edits import (
 )
 from actkit.core.errors import DataError, EditError, NonFiniteError, RecipeError
 from actkit.core.experts import ExpertList
+from actkit.core.fingerprint import fingerprint, model_fingerprint
 from actkit.core.hooks import check_batch, evaluating, first_tensor, forward, hooked, refuse_compiled_or_sharded
 from actkit.core.plan import Plan, make_plan
 from actkit.core.progress import track
@@ -237,8 +238,8 @@ def apply(
                 check_shares(transform)
         processes.agree(
             recipe=repr(recipe.dump()),
-            model=processes.model_fingerprint(model),
-            data=processes.fingerprint(list(batches)),
+            model=model_fingerprint(model),
+            data=fingerprint(list(batches)),
         )
     if not inplace:
         offload.refuse_offloaded(model, "inplace=False would copy all its weights into memory")

@@ -15,9 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-from torch import nn
-
 from actkit.core.errors import ActkitError
 from actkit.core.whole_file import flush
 
@@ -146,13 +143,3 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any], where: st
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:24]}..."
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the names, shapes, types and values of all saved tensors, and of the class."""
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(memoryview(tensor.flatten().view(torch.uint8).numpy()))
-    return digest.hexdigest()

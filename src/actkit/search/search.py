@@ -28,6 +28,7 @@ from actkit.core import changes, checkpoint, processes, whole_folder
 from actkit.core.anatomy import anatomy
 from actkit.core.errors import ActkitError, MemoryLimitError
 from actkit.core.example import Inputs, main_dtype
+from actkit.core.fingerprint import model_fingerprint
 from actkit.core.fresh import import_name
 from actkit.core.machine import machine, versions
 from actkit.core.offload import refuse_offloaded
@@ -41,7 +42,7 @@ from actkit.search.cache import last_level_cache
 from actkit.search.candidates import MOST, LeftOut, Proposal, Shapes, given, propose
 from actkit.search.card import model_card
 from actkit.search.front import front, point
-from actkit.search.journal import Journal, model_fingerprint
+from actkit.search.journal import Journal
 from actkit.search.measured import Candidate, speed_from
 from actkit.search.profile import Profile, profile
 from actkit.search.speed_row import SpeedRow, measure_speed_row
