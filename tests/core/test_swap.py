@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
-from actkit.core import changes, checkpoint
+from actkit.core import changes, checkpoint, registry
 from actkit.core.activations import CONFIG_NAMES, FUNCTIONS, Activation, Thresholded, is_activation, name_of
 from actkit.core.errors import EditError, RecipeError
 from actkit.core.folding import ScaledActivation
@@ -318,6 +318,90 @@ def test_a_shared_activation_with_parameters_is_refused() -> None:
     single = nn.Sequential(nn.Linear(2, 2), nn.PReLU())
     swap(single, "prelu", "leaky_relu")
     assert name_of(single[1]) == "leaky_relu"
+
+
+class Learned(Activation):
+    """f(x) + slope x with a learned slope."""
+
+    def __init__(self) -> None:
+        super().__init__("silu")
+        self.slope = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.slope * x
+
+    def spec(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], original: nn.Module | None = None) -> Learned:
+        return cls()
+
+
+class Mixed(nn.Module):
+    """One GELU that is called twice, one that is called once, and modules that are no activation functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.act, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.GELU(), nn.GELU()
+        self.norm, self.drop, self.pool = nn.LayerNorm(4), nn.Dropout(0.1), nn.AvgPool1d(1)
+        self.mine, self.my_norm = Mine(), MyNorm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.down(self.act(self.up(x))))
+        return self.my_norm(self.mine(self.last(self.pool(self.drop(self.norm(x))))))
+
+
+class Mine(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x
+
+
+class MyNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.norm()
+
+
+@pytest.fixture
+def learned(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(registry, "module_name", lambda cls: "learned" if cls is Learned else "activation")
+    monkeypatch.setattr(registry, "module_class", lambda name: Learned if name == "learned" else Activation)
+    return Learned
+
+
+@pytest.mark.parametrize("data", [None, [torch.ones(3, 4)]])
+def test_learned_parameters_that_places_share_are_noted(learned: Any, data: Any) -> None:
+    model = Mixed()
+    notes = apply(model, Swap.of(model, nn.GELU, learned), data, progress=False).report.notes
+    assert model.act is not model.last
+    assert [note for note in notes if note.startswith("act:") and "called 2 times" in note]
+    assert not [note for note in notes if note.startswith("last:")]
+    net = Net()
+    notes = swap(net, nn.ReLU, learned).report.notes
+    assert net.first is net.again
+    assert [note for note in notes if "it stands at first, again" in note and "share its learned parameters" in note]
+    assert swap(Mixed(), nn.GELU, "relu").report.notes == []
+    unknown = Mixed()
+    unknown.forward = lambda x, y: None  # type: ignore[assignment, method-assign]
+    assert [note for note in swap(unknown, nn.GELU, learned).report.notes if "not known whether" in note]
+
+
+@pytest.mark.parametrize("name", ["norm", "drop", "pool", "my_norm"])
+def test_what_is_no_activation_function_is_refused(name: str) -> None:
+    model = Mixed()
+    before = model.get_submodule(name)
+    for where in (name, type(before)):
+        with pytest.raises(EditError, match=f"{name} is a {type(before).__name__}, no activation function"):
+            swap(model, where, "relu")
+    assert model.get_submodule(name) is before
+    with pytest.raises(EditError, match="LlamaRMSNorm, no activation function"):
+        swap(llama(), "model.norm", "relu")
+
+
+def test_an_own_class_is_taken_at_the_callers_word() -> None:
+    model = Mixed()
+    assert "taken for an activation function, as it was named: a Mine" in str(swap(model, "mine", "relu").report.notes)
+    assert isinstance(model.mine, Activation)
 
 
 def test_what_stands_under_a_threshold_is_not_swapped_by_itself() -> None:

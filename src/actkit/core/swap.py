@@ -24,7 +24,9 @@ from actkit.core.activations import CONFIG_NAMES, FUNCTIONS, Activation, is_acti
 from actkit.core.anatomy import Block, Linear
 from actkit.core.edits import Configure, Edit, Note, Replace, Skip
 from actkit.core.errors import EditError, RecipeError
+from actkit.core.example import Inputs
 from actkit.core.experts import ExpertList
+from actkit.core.hooks import evaluating, forward, hooked
 from actkit.core.runner import Applied, Seen, Trial, apply
 from actkit.core.transform import Tags, Transform, explain
 
@@ -41,7 +43,10 @@ class Swap(Transform):
     (`core.activations.FUNCTIONS`), the registered name of a module that is made without arguments, or
     {"module": registered name, "spec": its JSON arguments}. A module that stands at several paths gets one successor;
     where it has parameters, which then are tied, it is refused. What stands inside another activation (the function
-    under a threshold) goes with it and matches nothing by itself.
+    under a threshold) goes with it and matches nothing by itself. A norm, dropout, pooling or any other module of torch
+    or transformers that is no activation function is refused; one of a class of your own, named by its path or class,
+    is taken at your word, with a note. Where learned parameters come to be shared, because the model calls one module
+    more than once, a note says so.
     """
 
     where: tuple[str, ...]
@@ -50,7 +55,10 @@ class Swap(Transform):
     tags: ClassVar[Tags] = Tags(parts=False)
     _factory: Callable[[], nn.Module] | None = PrivateAttr(default=None)
     _places: dict[str, tuple[int, nn.Module]] = PrivateAttr(default_factory=dict)  # path -> its block, what is there
+    _all: dict[str, nn.Module] = PrivateAttr(default_factory=dict)  # the same, and kept
+    _batch: Any = PrivateAttr(default=None)  # what the model can be called with, None where none was given
     _last: list[Configure | Note] = PrivateAttr(default_factory=list)  # after the last block
+    _calls: dict[int, int] | None = PrivateAttr(default=None)  # id of a module -> how often a pass calls it
     _made: dict[int, tuple[nn.Module, nn.Module]] = PrivateAttr(default_factory=dict)  # id of an old module -> old, new
 
     @field_validator("where", mode="before")
@@ -108,7 +116,15 @@ class Swap(Transform):
         for path, module in chosen.items():
             inside = (block.index for block in blocks if block.path == "" or path.startswith(block.path + "."))
             planned._places[path] = (next(inside, 0), module)
-        planned._last = list(self._configured(trial.model, set(chosen)))
+        planned._all, planned._batch = dict(chosen), next(iter(data), None)
+        planned._last = [
+            *self._configured(trial.model, set(chosen)),
+            *(
+                Note(path, f"taken for an activation function, as it was named: a {type(module).__name__}")
+                for path, module in chosen.items()
+                if not (is_activation(module) or name_of(module))
+            ),
+        ]
         return planned
 
     def targets(self, block: Block) -> Iterable[Linear]:
@@ -124,12 +140,33 @@ class Swap(Transform):
         for path in [path for path, (index, _) in self._places.items() if index == block.index]:
             old = self._places.pop(path)[1]
             if id(old) not in self._made:
-                self._made[id(old)] = (old, self._fresh(old))
+                new = self._fresh(old)
+                self._made[id(old)] = (old, new)
+                if any(True for _ in new.parameters()):
+                    yield from self._shared_parameters(old, block.root)
             for now in _paths_of(old, path, block.root):
                 yield Replace(now, self._made[id(old)][1].train(old.training))
         if not self._places:
             yield from self._last
-            self._made, self._last = {}, []
+            self._made, self._last, self._all = {}, [], {}
+
+    def _shared_parameters(self, old: nn.Module, model: nn.Module) -> Iterator[Note]:
+        """A note where the learned parameters of what follows `old` serve several places."""
+        if self._calls is None:
+            self._calls = _calls(model, self._all.values(), self._batch)
+        paths = [path for path, module in self._all.items() if module is old]
+        count = self._calls.get(id(old))
+        if count is None:
+            yield Note(
+                paths[0], "not known whether the model calls it more than once, which would share its parameters"
+            )
+        elif count > 1 or len(paths) > 1:
+            where = f"it stands at {', '.join(paths)} and " if len(paths) > 1 else ""
+            yield Note(
+                paths[0],
+                f"{where}is called {count} times in a pass, so that these places share its learned parameters; give "
+                f"the model a module for each place if they shall learn apart",
+            )
 
     def _fresh(self, old: nn.Module) -> nn.Module:
         if self._factory is not None:
@@ -149,7 +186,7 @@ class Swap(Transform):
             found |= matches
         for path, module in found.items():
             weights = [name for name, parameter in module.named_parameters() if parameter.dim() > 1]
-            if weights or path == "":
+            if weights or path == "" or _is_something_else(module):
                 raise EditError(f"where: {path or 'the model'} is a {type(module).__name__}, no activation function.")
         return found
 
@@ -194,6 +231,31 @@ def _checked(cls: type[Swap], **settings: Any) -> Any:
         return cls(**settings)
     except ValidationError as error:
         raise RecipeError(f"swap: {explain(error, cls)}") from error
+
+
+def _is_something_else(module: nn.Module) -> bool:
+    """Whether a module is known to be no activation function; that of an unknown class may be one."""
+    kind = type(module)
+    if is_activation(module) or name_of(module) is not None:
+        return False
+    known = kind.__module__.startswith(("torch.", "transformers.", "actkit."))
+    return known or any(word in kind.__name__ for word in ("Norm", "Drop", "Pool"))
+
+
+def _calls(model: nn.Module, modules: Iterable[nn.Module], batch: Any) -> dict[int, int]:
+    """How often one pass over `batch`, or over inputs made up, calls each module, by id; empty if none can be run."""
+    counts = {id(module): 0 for module in modules}
+
+    def count(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        counts[id(module)] += 1
+
+    paths = {id(module): path for path, module in _modules(model) if id(module) in counts}
+    try:
+        with evaluating(model), hooked(model, after=dict.fromkeys(paths.values(), count)):
+            forward(model, Inputs.of(model).batch() if batch is None else batch)
+    except Exception:  # whatever a model raises that cannot be called so: the note says that nothing is known
+        return {}
+    return counts
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
