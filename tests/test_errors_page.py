@@ -29,6 +29,7 @@ INTERNAL = {
     "core/anatomy.py: CoverageError": "the text of the row `example: ... cannot run`, built one line above",
     "core/swap.py: ValueError": "pydantic's own validators, shown as `swap: ...` or `recipe: ...: ...`",
     "runtime/blocks.py: UnsupportedModelError": "the reason in `model: ... cannot be decoded here`",
+    "runtime/families.py: UnsupportedModelError": "the reason in `model: ... cannot be decoded here`",
     "runtime/tables.py: UnsupportedModelError": "the reason in `model: ... cannot be decoded here`",
     "core/fresh.py: ValueError": "some are of the worker, shown as `...: the fresh process reports ...`",
     "search/speed_row.py: MemoryError": "a note in the report: why the larger shape was not measured",

@@ -29,6 +29,7 @@ from actkit.core.statistics import Moments
 from actkit.core.transform import Transform
 from actkit.quantization.awq import Awq, fold
 from actkit.quantization.rtn import RoundToNearest
+from actkit.runtime.families import FAMILIES
 from actkit.sparsity.cats import Cats
 from actkit.sparsity.gate_sparsity import gate_sparsity
 from actkit.sparsity.lazy_neuron import TopKMlp
@@ -635,6 +636,13 @@ def test_the_page_lists_the_rows() -> None:
         for cells in (line.strip("|").split("|") for line in page.splitlines() if line.startswith("| "))
     ][1:]
     assert sorted(listed) == sorted({(row.name, row.model_types) for row in architectures._rows.values()})
+
+
+def test_the_page_lists_what_the_decoder_takes() -> None:
+    page = (DOCS / "architectures.md").read_text(encoding="utf-8")
+    section = page[page.index("## What the CPU decoder takes") :]
+    assert re.findall(r"`(\w+)`[,.]", section[: section.index(". Where")] + ".") == sorted(FAMILIES)
+    assert set(FAMILIES) <= set(ARCHITECTURES)
 
 
 def test_the_example_of_the_page_is_enough(rows: dict[str, Any]) -> None:

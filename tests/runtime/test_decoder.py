@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -128,6 +129,100 @@ def test_longrope_changes_its_frequencies_where_transformers_does(passes):
             found = decoder(ids[0, begin:end].tolist())
             torch.testing.assert_close(found, output.logits[0, -1], rtol=1e-4, atol=1e-4)
             begin = end
+
+
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+WINDOWS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
+EVERYWHERE = {"sliding_window": None, "layer_types": ["full_attention", "full_attention"]}
+BIASES = {"attention_bias": True, "mlp_bias": True}
+MULTIPLIERS = {
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.7,
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.0,
+}
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+# The families that are Llama's kin, and what their configurations can say: first word of the class, settings.
+FAMILIES = {
+    "granite": ("Granite", {**MULTIPLIERS, **BIASES}),
+    "ernie4_5": ("Ernie4_5", {"head_dim": 32, "use_bias": True}),
+    "olmo": ("Olmo", {}),
+    "olmo, clamped": ("Olmo", {"clip_qkv": 0.5}),
+    "starcoder2": ("Starcoder2", {"sliding_window": 5}),
+    "nemotron": ("Nemotron", {"head_dim": 32, "partial_rotary_factor": 0.5, **BIASES}),
+    "phi": ("Phi", {"partial_rotary_factor": 0.5}),
+    "stablelm": ("StableLm", {"partial_rotary_factor": 0.25, "use_qkv_bias": True}),
+    "stablelm, side by side": ("StableLm", {"use_parallel_residual": True}),
+    "cohere": ("Cohere", {"logit_scale": 0.5, "attention_bias": True}),
+    "cohere2": ("Cohere2", {**WINDOWS, "logit_scale": 0.5}),
+    "smollm3": ("SmolLM3", {**WINDOWS, "no_rope_layers": [1, 0], "use_sliding_window": True}),
+    "exaone4": ("Exaone4", {**WINDOWS, "sliding_window_pattern": 2, "head_dim": 32}),
+    "exaone4, no windows": ("Exaone4", EVERYWHERE),
+    "glm4": ("Glm4", {"head_dim": 32, "attention_bias": True}),
+    "phi3": ("Phi3", {"partial_rotary_factor": 0.5, "sliding_window": 5}),
+    "llama, biases": ("Llama", {**BIASES, "head_dim": 32, "hidden_act": "gelu_new", "rms_norm_eps": 1e-3}),
+    "llama turns whole heads": ("Llama", {"rope_parameters": PARTIAL}),
+    "qwen2, windows": ("Qwen2", {**WINDOWS, "use_sliding_window": True}),
+    "qwen2, windows off": ("Qwen2", {"sliding_window": 5, "use_sliding_window": False}),
+    "qwen3, windows": ("Qwen3", {**WINDOWS, "use_sliding_window": True, "attention_bias": True}),
+}
+
+
+def family(name, **changes):
+    """Weights that make logits of about 1 to 10, in which every term counts."""
+    kind, settings = FAMILIES[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**{**SHAPE, **SPECIAL, **settings, **changes})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            parameter.normal_(std=0.15)
+            offset = "norm" in path and path.endswith("weight") and kind != "Nemotron"
+            parameter.add_(1.0) if offset else None
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_decode_as_in_transformers(name):
+    model = family(name)
+    expected, decoder = reference(model), Decoder(model, threads=2)
+    assert expected.std() > 0.3
+    torch.testing.assert_close(stepped(decoder), expected, rtol=1e-4, atol=1e-4)
+    decoder.reset()
+    for end in (12, 19, 20):
+        found = decoder(IDS[0, decoder.position : end].tolist())
+        torch.testing.assert_close(found, expected[end - 1], rtol=1e-4, atol=1e-4)
+    tokens = model.generate(IDS[:, :9], max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert list(decoder.generate(IDS[0, :9], max_new_tokens=20, end=())) == tokens[0, 9:].tolist()
+
+
+@pytest.mark.parametrize("name", ["phi3", "glm4", "nemotron", "cohere", "granite", "olmo, clamped"])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_changed_families(name, bits):
+    """Selected inputs, integer weights and a sparse gate (ReLU) in fused layers, without a gate and side by side."""
+    model = family(name, hidden_act="relu")
+    apply(model, [Teal(sparsity=0.4)], [{"input_ids": IDS}], progress=False)
+    for layer in model.modules():
+        if bits is not None and isinstance(layer, ActLinear):
+            layer.storage = IntegerWeight.quantize(layer.storage.dequantize(), QuantizationGrid(bits, 32, "input"))
+    expected, decoder = reference(model), Decoder(model, threads=2, activations="float32")
+    assert (stepped(decoder) - expected).norm() < 1e-4 * expected.norm()
+    decoder.reset()
+    assert (decoder(IDS[0].tolist()) - expected[-1]).norm() < 1e-4 * expected[-1].norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("phi", {"qk_layernorm": True}, "query and key by their root mean square"),
+        ("stablelm", {"qk_layernorm": True}, "StableLmLayerNormPerHead, whose forward pass"),
+        ("cohere", {"use_qk_norm": True}, "query and key by their root mean square"),
+        ("llama, biases", {"sliding_window": 5}, "has a sliding_window, which its class does not apply"),
+        ("starcoder2", WINDOWS, "layer_types, which its class does not tell apart"),
+    ],
+)
+def test_what_families_can_also_say_is_refused(name, changes, words):
+    assert words in Decoder.supports(family(name, **changes))
 
 
 def test_one_thread():

@@ -111,6 +111,44 @@ def rms_norm(x, weight, epsilon, out):  # type: ignore[no-untyped-def]
         out[i] = x[i] * scale * weight[i]
 
 
+@compiled(fastmath=_LOOSE, inner=True)
+def _sum(x):  # type: ignore[no-untyped-def]
+    total = np.float32(0.0)
+    for i in range(x.size):
+        total += x[i]
+    return total
+
+
+@compiled(inner=True)
+def layer_norm(x, weight, bias, epsilon, out):  # type: ignore[no-untyped-def]
+    """x less its mean, over its standard deviation, times weight, plus bias (empty for none). out may be x."""
+    mean = _sum(x) / np.float32(x.size)
+    for i in range(x.size):
+        out[i] = x[i] - mean
+    scale = np.float32(1.0) / np.sqrt(_squares(out) / np.float32(x.size) + epsilon)
+    for i in range(x.size):
+        out[i] = out[i] * scale * weight[i]
+    if bias.size:
+        for i in range(x.size):
+            out[i] += bias[i]
+
+
+@compiled(inner=True)
+def clamp(limit, x):  # type: ignore[no-untyped-def]
+    """Between -limit and limit, in place; NaN is kept."""
+    for i in range(x.size):
+        x[i] = limit if x[i] > limit else -limit if x[i] < -limit else x[i]
+
+
+@compiled(inner=True)
+def rotate_neighbours(x, cos, sin):  # type: ignore[no-untyped-def]
+    """Rotary embedding of one head, in place: entry 2i is paired with 2i + 1. cos, sin: as for `rotate`."""
+    for i in range(cos.size // 2):
+        a, b = x[2 * i], x[2 * i + 1]
+        x[2 * i] = a * cos[i] - b * sin[i]
+        x[2 * i + 1] = b * cos[i] + a * sin[i]
+
+
 @compiled(inner=True)
 def rotate(x, cos, sin):  # type: ignore[no-untyped-def]
     """Rotary embedding of one head, in place: entry i is paired with i + half."""

@@ -21,10 +21,13 @@ from actkit.kernels.decode_math import (
     active_ones,
     attend,
     attend_chosen,
+    clamp,
     drop_below,
+    layer_norm,
     nothing,
     rms_norm,
     rotate,
+    rotate_neighbours,
     shift_down,
     statistical_cut,
     sums,
@@ -59,8 +62,10 @@ DENSE, THRESHOLD, TOP_K = range(3)  # how inputs are selected
 PLACES = 14
 QUERY_AT, KEY_AT, VALUE_AT, GATE_AT, UP_AT, WINDOW, FIRST_HEAD, HEADS, UNITS, FIRST_UNIT, ACTIVATION = range(PLACES, 25)
 # All units of an MLP whose gate passes a statistical top-k, else 0; features that choose the keys, and how many keys.
-ALL_UNITS, CHOOSING, KEYS = range(25, 28)
-LAYER_FIELDS = 28
+# How query and key turn; UP_AT is negative where the MLP has no gate, and up stands in its place.
+ALL_UNITS, CHOOSING, KEYS, TURN = range(25, 29)
+LAYER_FIELDS = 29
+UNTURNED, HALVES, NEIGHBOURS = range(3)
 
 
 class Plan(NamedTuple):
@@ -68,10 +73,14 @@ class Plan(NamedTuple):
 
     layers: int64 [threads, layers + 1, LAYER_FIELDS]; products: int64 [products, FIELDS]; thresholds: float32
     [products]; gates: float32 [layers, 2], below which a gate is 0, and the normal quantile of a statistical top-k
-    before it; norms: float32 [layers, 2, hidden];
-    last_norm: [hidden]; head_norms: float32 [layers, 2, head size] or empty; epsilon: of all norms; rotary: float32
-    [2, capacity, rotated size]; hidden, size: of the residual stream, of a head; shared_by: query heads per key-value
-    head; scaling: of the attention's scores.
+    before it; norms, biases: float32 [layers, 2, hidden], of the norms before attention and MLP; last_norm,
+    last_bias: [hidden]; behind: float32 [layers, 2, hidden], of norms behind attention
+    and MLP, or empty; before: whether there are norms before; centered: whether norms subtract the mean; parallel:
+    whether the MLP reads what attention reads; head_norms: float32 [layers, 2, head size] or empty; epsilon: of all
+    norms; rotary: float32 [2, capacity, rotated size]; hidden, size: of the residual stream, of a head; shared_by:
+    query heads per key-value head; scaling: of the attention's scores; limit: to which query, key and value are
+    clamped, 0 for not at all; embedding, added, scaled: what multiplies embeddings, what is added to the residual
+    stream, and logits.
     """
 
     layers: np.ndarray
@@ -79,7 +88,13 @@ class Plan(NamedTuple):
     thresholds: np.ndarray
     gates: np.ndarray
     norms: np.ndarray
+    biases: np.ndarray
     last_norm: np.ndarray
+    last_bias: np.ndarray
+    behind: np.ndarray
+    before: bool
+    centered: bool
+    parallel: bool
     head_norms: np.ndarray
     epsilon: Any
     rotary: np.ndarray
@@ -87,6 +102,10 @@ class Plan(NamedTuple):
     size: int
     shared_by: int
     scaling: Any
+    limit: Any
+    embedding: Any
+    added: Any
+    scaled: Any
 
 
 class Work(NamedTuple):
@@ -265,6 +284,15 @@ def _bundled(p, thread, gate, inputs, out, plan, work):  # type: ignore[no-untyp
 
 
 @compiled(inner=True)
+def _norm(x, weight, bias, plan, out):  # type: ignore[no-untyped-def]
+    """As the plan's norms do; out may be x."""
+    if plan.centered:
+        layer_norm(x, weight, bias, plan.epsilon, out)
+    else:
+        rms_norm(x, weight, plan.epsilon, out)
+
+
+@compiled(inner=True)
 def _add_shares(stage, owned, thread, threads, layer, own, whole, x, meetings, plan, work):  # type: ignore[no-untyped-def]
     """Add all threads' shares of a stage that ends in the residual stream to x, in their order.
 
@@ -284,18 +312,34 @@ def _add_shares(stage, owned, thread, threads, layer, own, whole, x, meetings, p
     meetings += threads
     if not meet(work.counter, meetings):
         return -1
+    if plan.behind.shape[0] == 0:
+        for other in range(threads):
+            if plan.layers[other, layer, owned] > 0:
+                added = work.partial[half, other]
+                for i in range(x.size):
+                    x[i] += added[i] * plan.added
+        return meetings
+    total = work.stage[thread][: x.size]  # what was in it has been read
+    total[:] = 0
     for other in range(threads):
         if plan.layers[other, layer, owned] > 0:
             added = work.partial[half, other]
             for i in range(x.size):
-                x[i] += added[i]
+                total[i] += added[i]
+    _norm(total, plan.behind[layer, half], plan.last_bias[:0], plan, total)
+    for i in range(x.size):
+        x[i] += total[i] * plan.added
     return meetings
 
 
 @compiled(inner=True)
-def _turn(x, cos, sin, choosing):  # type: ignore[no-untyped-def]
+def _turn(x, cos, sin, how, choosing):  # type: ignore[no-untyped-def]
     """Rotary embedding of one head; of its parts apart where some features choose the keys."""
-    if choosing > 0:
+    if how == UNTURNED:
+        return
+    if how == NEIGHBOURS:
+        rotate_neighbours(x, cos, sin)
+    elif choosing > 0:
         rotate(x[:choosing], cos[:choosing], sin[:choosing])
         rotate(x[choosing:], cos[choosing:], sin[choosing:])
     else:
@@ -325,21 +369,28 @@ def _run(thread, threads, position, plan, work):  # type: ignore[no-untyped-def]
     x, normed = work.residual[thread][:hidden], work.normed[thread][:hidden]
     stage, scores = work.stage[thread], work.scores[thread]
     for i in range(hidden):
-        x[i] = work.embedded[i]
+        x[i] = work.embedded[i] * plan.embedding
     meetings = 0
     for layer in range(plan.norms.shape[0]):
         place = plan.layers[thread, layer]
         # Attention of this thread's heads.
-        rms_norm(x, plan.norms[layer, 0], plan.epsilon, normed)
+        if plan.before:
+            _norm(x, plan.norms[layer, 0], plan.biases[layer, 0], plan, normed)
+        else:
+            normed[:] = x
         _stage(place, QKV, thread, normed, normed, stage, plan, work)
         first, heads = place[FIRST_HEAD], place[HEADS]
+        if plan.limit > 0:
+            clamp(plan.limit, stage[place[QUERY_AT] : place[QUERY_AT] + heads * shared_by * size])
+            clamp(plan.limit, stage[place[KEY_AT] : place[KEY_AT] + heads * size])
+            clamp(plan.limit, stage[place[VALUE_AT] : place[VALUE_AT] + heads * size])
         cos, sin = plan.rotary[0, position], plan.rotary[1, position]
         begin = max(0, position + 1 - place[WINDOW]) if place[WINDOW] > 0 else 0
         for head in range(heads):
             key = stage[place[KEY_AT] + head * size : place[KEY_AT] + (head + 1) * size]
             if plan.head_norms.shape[0]:
                 rms_norm(key, plan.head_norms[layer, 1], plan.epsilon, key)
-            _turn(key, cos, sin, place[CHOOSING])
+            _turn(key, cos, sin, place[TURN], place[CHOOSING])
             work.keys[layer, first + head, position] = key
             value = stage[place[VALUE_AT] + head * size : place[VALUE_AT] + (head + 1) * size]
             work.cached[layer, first + head, position] = value
@@ -349,7 +400,7 @@ def _run(thread, threads, position, plan, work):  # type: ignore[no-untyped-def]
                 query = stage[place[QUERY_AT] + reader * size : place[QUERY_AT] + (reader + 1) * size]
                 if plan.head_norms.shape[0]:
                     rms_norm(query, plan.head_norms[layer, 0], plan.epsilon, query)
-                _turn(query, cos, sin, place[CHOOSING])
+                _turn(query, cos, sin, place[TURN], place[CHOOSING])
                 at = (first * shared_by + reader) * size
                 mixed, own_scores = work.mixed[at : at + size], scores[: position + 1 - begin]
                 if place[CHOOSING] > 0:
@@ -361,7 +412,11 @@ def _run(thread, threads, position, plan, work):  # type: ignore[no-untyped-def]
         if meetings < 0:
             return False
         # The MLP of this thread's units.
-        rms_norm(x, plan.norms[layer, 1], plan.epsilon, normed)
+        if not plan.parallel:  # else what attention read is still in it
+            if plan.before:
+                _norm(x, plan.norms[layer, 1], plan.biases[layer, 1], plan, normed)
+            else:
+                normed[:] = x
         units, unit = place[UNITS], place[FIRST_UNIT]
         own = work.hidden[unit : unit + units]
         gate = stage[place[GATE_AT] : place[GATE_AT] + units]
@@ -372,24 +427,26 @@ def _run(thread, threads, position, plan, work):  # type: ignore[no-untyped-def]
             if meetings < 0:
                 return False
         if units > 0:
-            up = stage[place[UP_AT] : place[UP_AT] + units]
             activate(place[ACTIVATION], gate)
             if plan.gates[layer, 0] > 0:
                 drop_below(plan.gates[layer, 0], gate)
-            if place[2 * UP + 1] > 0:
-                _sparse_up(place[2 * UP], thread, gate, up, normed, plan, work)
             own[:] = gate
-            if place[2 * UNITS_BUNDLED + 1] == 0:
+            if place[UP_AT] >= 0 and place[2 * UNITS_BUNDLED + 1] == 0:
+                up = stage[place[UP_AT] : place[UP_AT] + units]
+                if place[2 * UP + 1] > 0:
+                    _sparse_up(place[2 * UP], thread, gate, up, normed, plan, work)
                 for i in range(units):
                     own[i] *= up[i]
         meetings = _add_shares(DOWN, UNITS, thread, threads, layer, own, work.hidden, x, meetings, plan, work)
         if meetings < 0:
             return False
-    rms_norm(x, plan.last_norm, plan.epsilon, normed)
+    _norm(x, plan.last_norm, plan.last_bias, plan, normed)
     place = plan.layers[thread, plan.norms.shape[0]]
     if place[2 * HEAD + 1] > 0:
         _stage(place, HEAD, thread, normed, normed, stage, plan, work)
     own = stage[: place[UNITS]]
+    for i in range(own.size):
+        own[i] *= plan.scaled
     work.logits[place[FIRST_UNIT] : place[FIRST_UNIT] + place[UNITS]] = own
     work.finite[thread] = nothing(own)
     return True

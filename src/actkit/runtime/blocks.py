@@ -68,10 +68,12 @@ def _linear(model: nn.Module, path: str) -> Linear:
 def check(model: nn.Module, block: Block) -> None:
     """Raise UnsupportedModelError where a block is made of something else."""
     attention, mlp = block.attention, block.mlp
-    if attention is None or attention.query is None or attention.key is None or attention.value is None:
-        raise UnsupportedModelError(f"{block.path}: its attention has no query, key and value layers of their own")
-    if mlp is None or mlp.gate is None:
-        raise UnsupportedModelError(f"{block.path}: its MLP has no gate in a layer of its own")
+    if attention is None or (attention.query_key_value is not None and _fused_rows(attention) is None):
+        raise UnsupportedModelError(
+            f"{block.path}: where query, key and value of its attention come from is not described, or not in one piece"
+        )
+    if mlp is None:
+        raise UnsupportedModelError(f"{block.path}: its MLP is not described")
     for path in (attention.path, mlp.path):
         if kind_named(model, path) not in (None, "spark_attention", "spark_ffn"):
             raise UnsupportedModelError(f"{path}: the decoder knows no {kind_named(model, path)}")
@@ -85,12 +87,19 @@ def check(model: nn.Module, block: Block) -> None:
             raise UnsupportedModelError(
                 f"{linear.path} is a {type(linear.module).__name__}, whose forward pass no decoder calls"
             )
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        norm = get_module(model, f"{block.path}.{name}")
-        if not type(norm).__name__.endswith("RMSNorm"):
-            raise UnsupportedModelError(
-                f"{block.path}.{name} is a {type(norm).__name__}, whose forward pass no decoder calls"
-            )
+
+
+def _fused_rows(attention: Attention) -> tuple[range, range, range] | None:
+    """Which rows of one layer are query's, key's and value's, where each stands in one piece: all queries first."""
+    rows, size = attention.value_rows, attention.head_dim
+    query, other = attention.heads * size, attention.key_value_heads * size
+    if rows is None or (rows.start, len(rows), rows.count) != (query + other, other, 1):
+        return None
+    return range(query), range(query, query + other), range(query + other, query + 2 * other)
+
+
+def _shifted(rows: range, by: int) -> range:
+    return range(rows.start + by, rows.stop + by)
 
 
 @dataclass(frozen=True)
@@ -303,10 +312,10 @@ class Share:
     places: dict[int, int] = field(default_factory=dict)
 
 
-def grouped_query(share: Share, block: Block, thread: int, threads: int, window: int) -> None:
-    """Grouped-query attention: whole key-value heads with their readers."""
+def grouped_query(share: Share, block: Block, thread: int, threads: int, window: int, turn: int) -> None:
+    """Grouped-query attention: whole key-value heads with their readers. turn: as `steps.TURN`."""
     attention = block.attention
-    assert attention is not None and attention.query and attention.key and attention.value
+    assert attention is not None
     own, size = share_of(attention.key_value_heads, thread, threads), attention.head_dim
     readers = attention.heads // attention.key_value_heads
     queries = range(own.start * readers * size, own.stop * readers * size)
@@ -314,33 +323,50 @@ def grouped_query(share: Share, block: Block, thread: int, threads: int, window:
     products: list[Product] = []
     places = [0, 0, 0]
     if own:
-        products, places = _columns([(attention.query, queries), (attention.key, keys), (attention.value, keys)])
+        products, places = _columns(_query_key_value(attention, queries, keys))
     share.stages[steps.QKV] = products
     share.stages[steps.OUTPUT] = [_rows(attention.output, queries, thread == 0)] if own else []
     share.places |= dict(zip((steps.QUERY_AT, steps.KEY_AT, steps.VALUE_AT), places))
-    share.places |= {steps.FIRST_HEAD: own.start, steps.HEADS: len(own), steps.WINDOW: window}
+    share.places |= {steps.FIRST_HEAD: own.start, steps.HEADS: len(own), steps.WINDOW: window, steps.TURN: turn}
     if getattr(attention.module, "decodes_as", None) == "spark_attention":
         share.places |= {steps.CHOOSING: attention.module.r, steps.KEYS: attention.module.k}  # type: ignore[dict-item]
 
 
+def _query_key_value(attention: Attention, queries: range, keys: range) -> list[tuple[Linear, range]]:
+    """The layers of query, key and value with these rows of each."""
+    fused = attention.query_key_value
+    if fused is None:
+        assert attention.query and attention.key and attention.value
+        return [(attention.query, queries), (attention.key, keys), (attention.value, keys)]
+    parts = _fused_rows(attention)
+    assert parts is not None
+    return [(fused, _shifted(own, part.start)) for own, part in zip((queries, keys, keys), parts)]
+
+
 def gated(share: Share, block: Block, thread: int, threads: int, gate: Gate) -> None:
-    """A gated MLP: whole units, in multiples that cut no group of the weights where that can be.
+    """An MLP: whole units, in multiples that cut no group of the weights where that can be. Without a gate the up
+    projection stands in its place.
 
     Behind a sparse gate only the rows of the up projection are read whose gate is not 0, where nothing selects its
     inputs and its weights are floats or have groups of inputs, and the down projection leaves out the others. Where
     both are floats and select nothing, a unit's row and column lie side by side. Exact.
     """
     mlp = block.mlp
-    assert mlp is not None and mlp.gate is not None
+    assert mlp is not None
     units, begin = mlp.down.in_features, 0
-    if getattr(mlp.module, "decodes_as", None) == "spark_ffn":
+    if mlp.gate is not None and getattr(mlp.module, "decodes_as", None) == "spark_ffn":
         begin = mlp.gate.in_features  # where the up projection's inputs begin
     unit = BLOCK if units >= 4 * threads * BLOCK else PIECES[0]
     own = share_of(units, thread, threads, unit)
     stages: dict[int, list[Product]] = {steps.GATE_UP: [], steps.DOWN: [], steps.UP: [], steps.UNITS_BUNDLED: []}
     places = [0, 0]
     if own:
-        if gate.sparse and _has_rows(mlp.up.module):
+        if not mlp.gated:
+            stages[steps.GATE_UP], _ = _columns([(mlp.up, own)])
+            places = [0, -1]
+        elif mlp.gate is None:  # one layer for both, the gate's rows first
+            stages[steps.GATE_UP], places = _columns([(mlp.up, own), (mlp.up, _shifted(own, units))])
+        elif gate.sparse and _has_rows(mlp.up.module):
             stages[steps.GATE_UP], _ = _columns([(mlp.gate, own)])
             last = stages[steps.GATE_UP][-1].at + (len(own) // BLOCK + 2) * BLOCK
             places = [0, last]

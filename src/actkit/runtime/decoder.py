@@ -1,4 +1,4 @@
-"""Decoder: a Llama-family model, one token after another on the CPU, in one compiled call per token.
+"""Decoder: a model of Llama's kin, one token after another on the CPU, in one compiled call per token.
 
     decoder = Decoder(model)
     for token in decoder.generate(prompt_ids, max_new_tokens=64): ...
@@ -12,7 +12,8 @@ activations that are rounded to 16 bits, relative to the largest of 128 (unless 
 bfloat16 models the prompt's products and attention round to bfloat16, integer weights too; the decoding step does not.
 Cost: a second copy of the weights, packed, beside the model, whose embedding and config are used; with `decode_only`
 the model gives up its own.
-Left open by the design: attention that is not grouped-query, and MLPs without a gate, are refused by name.
+Left open by the design: norms of query and key that subtract the mean, query, key and value that are fused head by
+head, experts and convolutions are refused by name.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ from actkit.kernels.numba_cpu import array
 from actkit.kernels.process import LOCK, follow_torch_threads, most_threads
 from actkit.runtime import blocks as parts
 from actkit.runtime import tables
+from actkit.runtime.families import FAMILIES, Form, form_of, model_type
 from actkit.runtime.prompt import read_prompt
 
-FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 CHUNK = 512  # tokens of a prompt that go through a layer at once
 FEW = 2  # new tokens up to which single steps are faster than a pass of dense products
 EVERY_KERNEL = 1 << 30  # bytes, of which kernels use all threads
@@ -51,9 +52,9 @@ EVERY_KERNEL = 1 << 30  # bytes, of which kernels use all threads
 
 def supports(model: nn.Module) -> str | None:
     """Why a model cannot be decoded here, or None."""
-    kind = getattr(getattr(model, "config", None), "model_type", "").removeprefix("actkit_")
-    if kind not in FAMILY or find_architecture(kind) is None:
-        return f"its model_type is {kind!r}; the decoder takes {', '.join(FAMILY)}"
+    kind = model_type(model)
+    if kind not in FAMILIES or find_architecture(kind) is None:
+        return f"its model_type is {kind!r}; docs/architectures.md lists what the decoder takes"
     if not hasattr(model, "lm_head"):
         return "it has no output layer; load the model with its language-model head"
     function = unknown_function(model)
@@ -65,6 +66,7 @@ def supports(model: nn.Module) -> str | None:
         blocks = _blocks(model)
         for block in blocks:
             parts.check(model, block)
+        form_of(model, blocks)
         tables.choosing_features(blocks)
     except UnsupportedModelError as error:
         return str(error)
@@ -74,8 +76,8 @@ def supports(model: nn.Module) -> str | None:
 class Decoder:
     """Decodes a model of the Llama family on the CPU.
 
-    model: llama, mistral, qwen2 or qwen3 of transformers, with nn.Linear or ActLinear layers. capacity: tokens that the
-    cache holds; the model's context, at most 4096, where None. threads: torch's number where None. activations: what
+    model: of one of `runtime.families.FAMILIES`, with nn.Linear or ActLinear layers. capacity: tokens that the cache
+    holds; the model's context, at most 4096, where None. threads: torch's number where None. activations: what
     integer weights are multiplied with, 'float32' or 'int16'; None for 'int16' where processor and weights allow it.
     decode_only: leave the model without its layers' weights, which the decoder holds packed; it can then do nothing
     else. progress: show a bar.
@@ -113,10 +115,11 @@ class Decoder:
         first = blocks[0].attention
         assert first is not None
         self._check_memory(model, len(blocks), first.key_value_heads * first.head_dim, decode_only)
-        self._rotaries = tables.rotaries(model, blocks, self.capacity)
+        form = form_of(model, blocks)
+        self._rotaries = tables.rotaries(model, blocks, form, self.capacity)
         self._turned = self._rotaries[-1]
-        others = tables.model_tables(model, blocks, self._turned)
-        layers = [[self._share(model, block, thread) for thread in range(self.threads)] for block in blocks]
+        others = tables.model_tables(model, blocks, form, self._turned)
+        layers = [[self._share(model, block, form, thread) for thread in range(self.threads)] for block in blocks]
         layers.append([parts.Share() for _ in range(self.threads)])
         for thread, share in enumerate(layers[-1]):
             parts.head(share, model.lm_head, thread, self.threads)  # type: ignore[arg-type]
@@ -289,14 +292,9 @@ class Decoder:
                 f"capacity, or decode_only=True where the model is needed for nothing else."
             )
 
-    def _share(self, model: nn.Module, block: Block, thread: int) -> parts.Share:
-        config: Any = model.config
-        kinds = getattr(config, "layer_types", None)
-        slides = kinds is None or kinds[block.index] == "sliding_attention"
-        slides = slides and getattr(config, "use_sliding_window", True) is not False
-        window = (getattr(config, "sliding_window", None) or 0) if slides else 0
-        share = parts.Share()
-        parts.grouped_query(share, block, thread, self.threads, window)
+    def _share(self, model: nn.Module, block: Block, form: Form, thread: int) -> parts.Share:
+        share, window = parts.Share(), form.windowed(model.config, block.index)
+        parts.grouped_query(share, block, thread, self.threads, window, form.turns[block.index])
         parts.gated(share, block, thread, self.threads, parts.gate_of(model, block))
         return share
 

@@ -8,6 +8,7 @@ float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ def read_prompt(
 
     x: their embeddings [tokens, hidden], in the dtype that products are computed in.
     """
-    _Prompt(plan, work, matrices, selections, x.dtype).read(x.float(), begin)
+    _Prompt(plan, work, matrices, selections, x.dtype).read(x.float() * float(plan.embedding), begin)
 
 
 class _Prompt:
@@ -55,23 +56,28 @@ class _Prompt:
             window = int(places[0, steps.WINDOW])
             mask = (ahead <= 0) & (ahead > -window) if window else ahead <= 0
             plain = begin == 0 and not window
-            normed = [self._norm(x, plan.norms[layer, 0])] * len(places)
+            normed = [self._norm(x, plan.norms[layer, 0], plan.biases[layer, 0])] * len(places)
             mixed = [
                 self._attend(out, layer, place, begin, None if plain else mask, cos, sin)
                 for out, place in zip(self._products(layer, steps.QKV, normed), places)
             ]
             self._add(x, layer, steps.OUTPUT, mixed)
-            normed = [self._norm(x, plan.norms[layer, 1])] * len(places)
+            if not plan.parallel:
+                normed = [self._norm(x, plan.norms[layer, 1], plan.biases[layer, 1])] * len(places)
             hidden: list[Tensor] = []
+            bundled: list[Tensor] = []  # shares of the down projection of bundled units
             rows = self._products(layer, steps.UP, normed)  # of threads that keep the up projection's rows apart
             outs = self._products(layer, steps.GATE_UP, normed)
             gates = [out[:, place[steps.GATE_AT] :][:, : place[steps.UNITS]] for out, place in zip(outs, places)]
             if places[0, steps.ALL_UNITS]:
                 gates = _largest(gates, float(plan.gates[layer, 1]))
             for out, place, apart, gate in zip(outs, places, rows, gates):
-                up = out[:, place[steps.UP_AT] :][:, : place[steps.UNITS]]
                 gate = _activate(int(place[steps.ACTIVATION]), gate, float(plan.gates[layer, 0]))
                 bundle = self._bundle(place)
+                if place[steps.UP_AT] < 0:
+                    hidden.append(gate)
+                    continue
+                up = out[:, place[steps.UP_AT] :][:, : place[steps.UNITS]]
                 if bundle is not None:
                     first = int(plan.products[place[2 * steps.UNITS_BUNDLED], forms.INPUTS_AT])
                     given = normed[0][:, first : first + bundle.inputs]
@@ -80,12 +86,12 @@ class _Prompt:
                     up = apart
                 hidden.append(gate.mul_(up))
                 if bundle is not None:
-                    x += (hidden[-1].to(bundle.buffer.dtype) @ bundle.down()).to(self.dtype)
-            self._add(x, layer, steps.DOWN, hidden)
-        last = [self._norm(x[-1:], plan.last_norm)] * len(plan.layers)
+                    bundled.append((hidden[-1].to(bundle.buffer.dtype) @ bundle.down()).to(self.dtype))
+            self._add(x, layer, steps.DOWN, hidden, bundled)
+        last = [self._norm(x[-1:], plan.last_norm, plan.last_bias, before=True)] * len(plan.layers)
         places = plan.layers[:, len(plan.norms)]
         for thread, (out, place) in enumerate(zip(self._products(len(plan.norms), steps.HEAD, last), places)):
-            own = out[0, : place[steps.UNITS]].float().numpy()
+            own = (out[0, : place[steps.UNITS]].float() * float(plan.scaled)).numpy()
             self.work.logits[place[steps.FIRST_UNIT] :][: place[steps.UNITS]] = own
             self.work.finite[thread] = (own * 0).sum()
 
@@ -100,12 +106,14 @@ class _Prompt:
     ) -> Tensor:
         """One thread's heads: [tokens, heads * size]. mask: None where each token sees all before it."""
         plan, work, end = self.plan, self.work, begin + len(out)
+        out = out.clamp(-float(plan.limit), float(plan.limit)) if plan.limit > 0 else out
         heads, first = int(place[steps.HEADS]), int(place[steps.FIRST_HEAD])
         if not heads:
             return out.new_zeros(len(out), 0)
-        query = self._heads(out, place[steps.QUERY_AT], heads * plan.shared_by, layer, 0, cos, sin)
-        key = self._heads(out, place[steps.KEY_AT], heads, layer, 1, cos, sin)
-        value = self._heads(out, place[steps.VALUE_AT], heads, layer, None, cos, sin)
+        turn = int(place[steps.TURN])
+        query = self._heads(out, place[steps.QUERY_AT], heads * plan.shared_by, layer, 0, turn, cos, sin)
+        key = self._heads(out, place[steps.KEY_AT], heads, layer, 1, turn, cos, sin)
+        value = self._heads(out, place[steps.VALUE_AT], heads, layer, None, turn, cos, sin)
         keys = torch.from_numpy(work.keys[layer, first : first + heads, :end])
         values = torch.from_numpy(work.cached[layer, first : first + heads, :end])
         keys[:, begin:], values[:, begin:] = key, value
@@ -123,12 +131,20 @@ class _Prompt:
         )[0]
         return mixed.transpose(0, 1).reshape(len(out), -1)
 
-    def _norm(self, x: Tensor, weight: np.ndarray) -> Tensor:
-        """Normed, in the dtype of the products."""
-        return F.rms_norm(x, x.shape[-1:], torch.from_numpy(weight), float(self.plan.epsilon)).to(self.dtype)
+    def _norm(self, x: Tensor, weight: np.ndarray, bias: np.ndarray, before: bool = False) -> Tensor:
+        """Normed, in the dtype of the products. before: whether there is such a norm, also where blocks have none."""
+        if not (before or self.plan.before):
+            return x.to(self.dtype)
+        return self._plain_norm(x, weight, bias).to(self.dtype)
+
+    def _plain_norm(self, x: Tensor, weight: np.ndarray, bias: np.ndarray) -> Tensor:
+        gain, epsilon = torch.from_numpy(weight), float(self.plan.epsilon)
+        if not self.plan.centered:
+            return F.rms_norm(x, x.shape[-1:], gain, epsilon)
+        return F.layer_norm(x, x.shape[-1:], gain, torch.from_numpy(bias) if len(bias) else None, epsilon)
 
     def _heads(
-        self, out: Tensor, at: int, heads: int, layer: int, norm: int | None, cos: Tensor, sin: Tensor
+        self, out: Tensor, at: int, heads: int, layer: int, norm: int | None, turn: int, cos: Tensor, sin: Tensor
     ) -> Tensor:
         """[tokens, ...] to [heads, tokens, size]; where norm (0 query, 1 key) is given, normed and rotated."""
         size = self.plan.size
@@ -137,17 +153,39 @@ class _Prompt:
             return found
         found = found.float()
         if len(self.plan.head_norms):
-            found = self._norm(found, self.plan.head_norms[layer, norm]).float()
+            gain = torch.from_numpy(self.plan.head_norms[layer, norm])
+            found = F.rms_norm(found, found.shape[-1:], gain, float(self.plan.epsilon)).to(self.dtype).float()
+        if turn == steps.UNTURNED:
+            return found
+        width = cos.shape[-1]
+        if width < size:
+            found, rest = found[..., :width], found[..., width:]
+            return torch.cat((self._turned(found, turn, cos, sin), rest), -1)
+        return self._turned(found, turn, cos, sin)
+
+    def _turned(self, found: Tensor, turn: int, cos: Tensor, sin: Tensor) -> Tensor:
+        size = found.shape[-1]
+        if turn == steps.NEIGHBOURS:
+            even, odd, half = found[..., ::2], found[..., 1::2], size // 2
+            cos, sin = cos[:, :half], sin[:, :half]
+            return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
         first = self.choosing or size
         turned = [torch.cat((-part[..., part.shape[-1] // 2 :], part[..., : part.shape[-1] // 2]), -1)
                   for part in found.split((first, size - first), -1)]  # fmt: skip
         return found * cos + torch.cat(turned, -1) * sin
 
-    def _add(self, x: Tensor, layer: int, stage: int, inputs: list[Tensor]) -> None:
-        """Add the products of a stage, each thread's of its own inputs, to the residual stream."""
-        for out in self._products(layer, stage, inputs):
-            if out.shape[1]:
-                x += out[:, : self.plan.hidden]
+    def _add(self, x: Tensor, layer: int, stage: int, inputs: list[Tensor], others: Sequence[Tensor] = ()) -> None:
+        """Add the products of a stage, each thread's of its own inputs, to the residual stream. others: further
+        shares."""
+        plan = self.plan
+        shares = [*others, *(out for out in self._products(layer, stage, inputs) if out.shape[1])]
+        if not len(plan.behind):
+            for out in shares:
+                x += out[:, : plan.hidden] * float(plan.added)
+            return
+        total = torch.stack([out[:, : plan.hidden].float() for out in shares]).sum(0)
+        normed = self._plain_norm(total, plan.behind[layer, int(stage == steps.DOWN)], plan.last_bias[:0])
+        x += normed * float(plan.added)
 
     def _products(self, layer: int, stage: int, inputs: list[Tensor]) -> list[Tensor]:
         """Each thread's products of a stage, [tokens, width]. inputs: what each thread has of them, [tokens, own]; all

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from actkit.core.edits import get_module
 from actkit.core.errors import UnsupportedModelError
 from actkit.core.linear import Selection, Threshold, TopK
 from actkit.core.parts import Block
@@ -25,6 +26,7 @@ from actkit.kernels.quantized import BLOCK, Layout, QuantizedWeight
 from actkit.kernels.quantized_rows import QuantizedRows, pack_quantized_rows
 from actkit.kernels.team import line_padded
 from actkit.runtime.blocks import Product, Share, gate_of, same_selection
+from actkit.runtime.families import Form, epsilon_of, head_norms_of, is_centered
 from actkit.runtime.shards import packed, part_of
 
 Packed = PackedWeight | PackedRows | QuantizedRows | BundledUnits | QuantizedWeight
@@ -253,7 +255,7 @@ def gates(model: nn.Module, blocks: Sequence[Block]) -> np.ndarray:
     return found
 
 
-def rotaries(model: nn.Module, blocks: Sequence[Block], capacity: int) -> list[np.ndarray]:
+def rotaries(model: nn.Module, blocks: Sequence[Block], form: Form, capacity: int) -> list[np.ndarray]:
     """Cosine and sine: float32 [2, tokens, rotated size], one table or two, the shortest first.
 
     A pass rotates by the first table that reaches its last token. LongRoPE has two: the frequencies of a whole pass
@@ -270,7 +272,7 @@ def rotaries(model: nn.Module, blocks: Sequence[Block], capacity: int) -> list[n
     for length in lengths:
         with torch.no_grad():
             cos, sin = core.rotary_emb(torch.zeros(1), torch.arange(length)[None])
-        both = torch.stack((cos[0], sin[0])).float()
+        both = form.table(torch.stack((cos[0], sin[0])).float())
         if choosing:
             size = both.shape[-1]
             planes = [torch.arange(width // 2) * size // width for width in (choosing, size - choosing)]
@@ -290,32 +292,49 @@ def choosing_features(blocks: Sequence[Block]) -> int:
     return int(found.pop())
 
 
-def model_tables(model: nn.Module, blocks: Sequence[Block], rotary: np.ndarray) -> dict[str, Any]:
-    """What a plan holds beside the products: norms, rotary embedding, sizes."""
-    core: Any = model.get_submodule(model.base_model_prefix)  # type: ignore[arg-type]
+def model_tables(model: nn.Module, blocks: Sequence[Block], form: Form, rotary: np.ndarray) -> dict[str, Any]:
+    """What a plan holds beside the products: norms, rotary embedding, sizes, multipliers."""
     config: Any = model.config
     attention = blocks[0].attention
     assert attention is not None
+    hidden, last = config.hidden_size, get_module(model, form.last)
+    heads = head_norms_of(form, blocks)
 
-    def weights(modules: Sequence[Any]) -> np.ndarray:
-        return torch.stack([module.weight.detach().float() for module in modules]).numpy()
+    def gain(path: str | None) -> np.ndarray:
+        weight: Any = None if path is None else getattr(get_module(model, path), "weight", None)
+        if weight is None:
+            return np.ones(hidden, np.float32)
+        return (weight.detach().float() + form.offset).numpy()
 
-    both = [core.layers[block.index] for block in blocks]
-    inner = [each.self_attn for each in both]
-    head_norms = np.empty((0, 2, attention.head_dim), np.float32)
-    if hasattr(inner[0], "q_norm"):
-        head_norms = np.stack([weights([each.q_norm, each.k_norm]) for each in inner])
+    def shift(path: str | None) -> np.ndarray:
+        bias: Any = None if path is None else getattr(get_module(model, path), "bias", None)
+        return np.zeros(hidden, np.float32) if bias is None else bias.detach().float().numpy().copy()
+
+    def stacked(pairs: Any, read: Any) -> np.ndarray:
+        return np.stack([np.stack([read(path) for path in pair]) for pair in pairs])
+
+    behind = form.behind if any(path is not None for path in form.behind[0]) else ()
     return {
         "gates": gates(model, blocks),
-        "norms": np.stack([weights([each.input_layernorm, each.post_attention_layernorm]) for each in both]),
-        "last_norm": core.norm.weight.detach().float().numpy().copy(),
-        "head_norms": head_norms,
-        "epsilon": np.float32(config.rms_norm_eps),
+        "norms": stacked(form.before, gain),
+        "biases": stacked(form.before, shift),
+        "last_norm": gain(form.last),
+        "last_bias": shift(form.last),
+        "behind": stacked(behind, gain) if behind else np.empty((0, 2, hidden), np.float32),
+        "before": form.before[0][0] is not None,
+        "centered": is_centered(last),
+        "parallel": form.parallel,
+        "head_norms": stacked(heads, gain) if heads else np.empty((0, 2, attention.head_dim), np.float32),
+        "epsilon": np.float32(epsilon_of(last)),
         "rotary": rotary.copy(),
-        "hidden": config.hidden_size,
+        "hidden": hidden,
         "size": attention.head_dim,
         "shared_by": attention.heads // attention.key_value_heads,
-        "scaling": np.float32(getattr(inner[0], "scaling", attention.head_dim**-0.5)),
+        "scaling": np.float32(getattr(attention.module, "scaling", attention.head_dim**-0.5)),
+        "limit": np.float32(form.limit),
+        "embedding": np.float32(form.factor(config, "embedding")),
+        "added": np.float32(form.factor(config, "residual")),
+        "scaled": np.float32(form.factor(config, "logits") / form.factor(config, "over")),
     }
 
 
