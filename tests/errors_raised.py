@@ -21,6 +21,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from gguf_files import small_tensors, write_gguf
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from tiny_models import HIDDEN, Perceptron, batches, build
 from torch import nn
 from transformers import (
@@ -161,6 +162,18 @@ def changed() -> Any:
 def run(recipe: Any, data: Any = "given", kind: str = "llama", **settings: Any) -> Any:
     given = batches(kind) if isinstance(data, str) and data == "given" else data
     return apply(build(kind), recipe, given, progress=False, **settings)
+
+
+def resized(**values: Any) -> Any:
+    model = build("llama")
+    model.config.update(values)
+    return model
+
+
+def byte_layer() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.zeros(4, 2, dtype=torch.uint8), requires_grad=False)
+    return layer
 
 
 def raising(error: Exception) -> Callable[..., Any]:
@@ -743,6 +756,11 @@ def offloaded() -> Any:
     return cpu_offload(build("llama"), execution_device="cpu")
 
 
+proof(lambda p: checkpoint.save(resized(hidden_size=17), p.path / "new"))
+proof(lambda p: checkpoint.save(resized(vocab_size=51), p.path / "new"))
+proof(lambda p: anatomy(get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"]))))
+proof(lambda p: anatomy(inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), build("llama"))))
+proof(lambda p: anatomy(nn.Sequential(byte_layer())))
 proof(lambda p: apply(nn.DataParallel(build("mlp")), "teal", batches("mlp"), progress=False))
 proof(lambda p: train(p, model=offloaded()))
 proof(lambda p: next(iter(anatomy(offloaded()).blocks[0].mlp.inputs)).weight)

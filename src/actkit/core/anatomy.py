@@ -16,6 +16,7 @@ from actkit.core.channel_axes import FIRST, axis_of_class
 from actkit.core.coverage import Coverage, CoverageRow, cover
 from actkit.core.equalization import EqualizationSet, equalization_sets
 from actkit.core.errors import CoverageError
+from actkit.core.foreign_layers import refuse_foreign_layers
 from actkit.core.hooks import refuse_compiled_or_sharded
 from actkit.core.parts import (
     CONVOLUTIONS,
@@ -66,9 +67,10 @@ def anatomy(model: nn.Module, example: Any = None) -> Anatomy:
 
     example: one batch (a dict of keywords, or the one argument), needed where `config.model_type` has no row.
     Raises CoverageError where the model does not fit its row or cannot be traced, UnsupportedModelError for a compiled
-    or sharded model.
+    or sharded model, and for one with adapters or quantized layers of another package.
     """
     refuse_compiled_or_sharded(model)
+    refuse_foreign_layers(model)
     row = find_architecture(getattr(getattr(model, "config", None), "model_type", None))
     if row is not None:
         return _Described(model, row)
@@ -78,9 +80,10 @@ def anatomy(model: nn.Module, example: Any = None) -> Anatomy:
 def unread(model: nn.Module) -> Anatomy:
     """A model as one block without parts: for what goes by modules alone, on a model that there is no row for.
 
-    Raises UnsupportedModelError for a compiled or sharded model.
+    Raises UnsupportedModelError as `anatomy` does.
     """
     refuse_compiled_or_sharded(model)
+    refuse_foreign_layers(model)
     return _Unread(model, 1)
 
 

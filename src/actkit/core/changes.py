@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from actkit.core.transform import Transform
@@ -93,7 +93,8 @@ class Source:
 
 
 def _fingerprint(model: nn.Module) -> dict[str, tuple[int, int]]:
-    return {name: (tensor.data_ptr(), tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()}
+    state = model.state_dict(keep_vars=True)
+    return {name: (each.data_ptr(), each._version) for name, each in state.items() if isinstance(each, Tensor)}
 
 
 def _stamp(folder: str) -> dict[str, tuple[int, int]]:

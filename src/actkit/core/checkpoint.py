@@ -25,6 +25,7 @@ from actkit.core import changes, checksums, offload, processes
 from actkit.core.changes import Changes, Source, SourceGrid
 from actkit.core.edits import describe_module, get_module, replay
 from actkit.core.errors import ActkitError, CheckpointError
+from actkit.core.foreign_layers import refuse_foreign_layers
 from actkit.core.hooks import refuse_compiled_or_sharded
 from actkit.core.linear import OLD_STORAGE, ActLinear
 from actkit.core.machine import versions
@@ -70,7 +71,8 @@ def save(
     max_shard: largest weights file, bytes or '4GB'. Several processes (`core.processes.together`) all call it; the
     first one writes, and the others wait for it.
     Raises CheckpointError where the folder exists, is no checkpoint, the disk is full, a tensor has no values, or the
-    model computes what loading would not build again, UnsupportedModelError for a compiled or sharded model.
+    model computes what loading would not build again, UnsupportedModelError for a compiled or sharded model, or one
+    with adapters or quantized layers of another package.
     """
     check_savable(model)
     folder = Path(folder)
@@ -85,10 +87,12 @@ def check_savable(model: nn.Module) -> None:
     """Refuse a model that a folder cannot hold; ask before long work, not after it.
 
     Raises:
-        UnsupportedModelError: it is compiled or sharded.
-        CheckpointError: a function or a module computes what loading would not build again.
+        UnsupportedModelError: it is compiled or sharded, or has adapters or quantized layers of another package.
+        CheckpointError: a function or a module computes what loading would not build again, or the config builds a
+            model with other tensors.
     """
     refuse_compiled_or_sharded(model)
+    refuse_foreign_layers(model)
     function = unknown_function(model)
     if function is not None:
         raise CheckpointError(
@@ -97,7 +101,8 @@ def check_savable(model: nn.Module) -> None:
     if not is_pretrained(model):
         return
     known = changes.of(model)
-    replaced = tuple(f"{edit['replace']}." for edit in (known.edits if known else ()) if "replace" in edit)
+    edits = known.edits if known else []
+    replaced = tuple(f"{edit['replace']}." for edit in edits if "replace" in edit)
     base = getattr(type(model), "actkit_base", type(model))
     houses = {"torch", "transformers", "actkit", base.__module__.partition(".")[0]}
     for path, module in model.named_modules():
@@ -106,6 +111,9 @@ def check_savable(model: nn.Module) -> None:
                 f"save: a {type(module).__name__} stands at {path}, which loading a {base.__name__} would not build "
                 f"again; change the model through actkit.apply only, or take out what was put in."
             )
+    from actkit.core.skeleton import check_rebuilds
+
+    check_rebuilds(model, edits)  # type: ignore[arg-type]
 
 
 def _save(

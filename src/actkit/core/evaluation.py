@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from actkit.core import processes
 from actkit.core.errors import DataError
+from actkit.core.foreign_layers import refuse_quantized
 from actkit.core.generation import GenerationCheck, check_generation
 from actkit.core.machine import machine, versions
 from actkit.core.memory import format_bytes
@@ -210,6 +211,9 @@ def evaluate(
     if isinstance(batches, Mapping | Tensor):
         batches = [batches]
     batches = batches if isinstance(batches, Sequence) else list(batches)  # each measurement reads them again
+    for each in (model, reference):
+        if each is not None:
+            refuse_quantized(each)
     task = task or task_of(model)
     quality = measure_quality(
         model, batches, reference=reference, task=task, resamples=resamples, seed=seed, progress=progress

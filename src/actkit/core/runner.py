@@ -39,6 +39,7 @@ from actkit.core.edits import (
 from actkit.core.errors import DataError, EditError, NonFiniteError, RecipeError
 from actkit.core.experts import ExpertList
 from actkit.core.fingerprint import fingerprint, model_fingerprint
+from actkit.core.foreign_layers import refuse_adapters, refuse_quantized
 from actkit.core.hooks import check_batch, evaluating, first_tensor, forward, hooked, refuse_compiled_or_sharded
 from actkit.core.plan import Plan, make_plan
 from actkit.core.progress import track
@@ -226,6 +227,7 @@ def apply(
     if undo is not None and undo not in UNDO_MODES:
         raise ValueError(f"undo: {undo!r} was given, allowed are {', '.join(UNDO_MODES)}.")
     check_model(model)
+    refuse_adapters(model)
     known = changes.of(model)
     recipe.check(earlier=known.transforms if known else ())
     transforms = [transform for transform in recipe if transform != type(transform).identity()]
@@ -497,7 +499,8 @@ def _configured(model: nn.Module, key: str) -> Edit:
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse a model that cannot be read or changed: compiled, sharded, on the meta device, NaN or Inf in a tensor.
+    """Refuse a model that cannot be read or changed: compiled, sharded, quantized by another package, on the meta
+    device, NaN or Inf in a tensor.
 
     Raises UnsupportedModelError or NonFiniteError, naming the parameter.
     """
@@ -506,6 +509,7 @@ def check_model(model: nn.Module) -> None:
             f"model: {type(model).__name__} was given; give a torch.nn.Module, or load one with actkit.load."
         )
     refuse_compiled_or_sharded(model)
+    refuse_quantized(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensor = offload.value_of(model, name, tensor)
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():

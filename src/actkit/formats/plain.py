@@ -19,10 +19,12 @@ from actkit.core.activations import Activation, name_of
 from actkit.core.architectures import find_architecture
 from actkit.core.edits import get_module
 from actkit.core.errors import EditError, ExportError
+from actkit.core.foreign_layers import refuse_foreign_layers
 from actkit.core.hooks import refuse_compiled_or_sharded
 from actkit.core.linear import ActLinear
 from actkit.core.named_functions import unknown_function
 from actkit.core.pretrained import base_type
+from actkit.core.skeleton import plain_model
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Plain:
         """Read a model. Raises ExportError naming what plain transformers cannot compute, UnsupportedModelError for a
         compiled or sharded model."""
         refuse_compiled_or_sharded(model)
+        refuse_foreign_layers(model)
         if not isinstance(model, PreTrainedModel):
             raise ExportError(
                 f"model: {type(model).__name__} is no transformers model, and these formats hold no other; "
@@ -52,7 +55,7 @@ class Plain:
         function = unknown_function(model)
         if function is not None:
             raise ExportError(f"model: no reader computes what this model does: {function}, then export.")
-        skeleton = _skeleton(model)
+        skeleton = _plain(model)
         _refuse_experts(model)
         layers: dict[str, ActLinear] = {}
         transposed = set()
@@ -110,18 +113,14 @@ class Plain:
         return found
 
 
-def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    base: Any = getattr(type(model), "actkit_base", type(model))
-    settings: dict[str, Any] = model.config.to_dict()
-    settings["model_type"] = base_type(str(settings.get("model_type", "")))
-    if settings.get("tie_word_embeddings") and _has_own_head(model):
-        settings["tie_word_embeddings"] = False  # readers that go by it would take the embedding for the head
-    config = base.config_class.from_dict(settings)
-    with torch.device("meta"):
-        skeleton = base(config).to(model.dtype)
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    own_head = getattr(model.config, "tie_word_embeddings", False) and _has_own_head(model)
+    # readers that go by the config would take the embedding for the head
+    plain: Any = plain_model(model, **({"tie_word_embeddings": False} if own_head else {}))
+    plain.to(model.dtype)
     if getattr(model, "generation_config", None) is not None:
-        skeleton.generation_config = model.generation_config
-    return skeleton
+        plain.generation_config = model.generation_config
+    return plain
 
 
 def _has_own_head(model: PreTrainedModel) -> bool:
