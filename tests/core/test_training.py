@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -259,6 +262,58 @@ def test_mixed_precision_leaves_no_trace() -> None:
         )
         assert result.validation < result.history[0].validation
         assert "forward" not in model.__dict__ and model.lm_head.weight.dtype == torch.float32
+
+
+# -- random numbers ----------------------------------------------------------------------------------------------------
+
+
+def noisy(kinds: str) -> Callable[[nn.Module, Any], Tensor]:
+    """A loss that draws from the global generators, in validation too; its gradient depends on what it drew."""
+    draws = {"t": lambda: float(torch.rand(())), "n": lambda: float(np.random.randn()), "p": random.random}
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return model(batch["input_ids"]).logits.square().mean() * (1 + sum(draws[kind]() for kind in kinds))
+
+    return loss
+
+
+@pytest.mark.parametrize("kinds", ["t", "n", "p", "tnp"])
+def test_how_often_is_measured_changes_nothing_that_is_trained(kinds: str) -> None:
+    """Dropout on, a penalty, and a loss with random numbers: against a run that measures only at its ends."""
+    STOP.update(at=-1, crash=False)
+    plain = llama()
+    options = {"loss": noisy(kinds), "keep": "last"}
+    expected = run(plain, None, evaluate_every=8, **options)
+    for every in (1, 3):
+        model = llama()
+        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        found = run(model, None, evaluate_every=every, **options)
+        assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+        assert_equal_models(model, plain)
+        assert [step.loss for step in found.history] == [step.loss for step in expected.history]
+        assert (found.history[0].validation, found.validation) == (expected.history[0].validation, expected.validation)
+
+
+def test_validations_draw_the_same_numbers() -> None:
+    """Without a change of the weights the validation loss is one number, however many draws lie between."""
+    STOP.update(at=-1, crash=False)
+    still = run(llama(), None, evaluate_every=1, loss=noisy("tnp"), learning_rate=1e-30, weight_decay=0.0)
+    assert len({step.validation for step in still.history}) == 1 and len(still.history) == 9
+
+
+def test_a_loss_with_random_numbers_is_resumed_to_the_bit(tmp_path: Path) -> None:
+    whole, model = llama(), llama()
+    STOP.update(at=-1, crash=False)
+    run(whole, None, loss=noisy("tnp"))
+    STOP.update(at=3)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path / "cut", loss=noisy("tnp"))
+    STOP.update(at=-1)
+    for draw in (torch.rand, np.random.rand, lambda n: [random.random() for _ in range(n)]):
+        draw(7)  # nothing outside the state matters
+    model = llama()
+    run(model, tmp_path / "cut", resume=True, loss=noisy("tnp"))
+    assert_equal_models(model, whole)
 
 
 # -- interrupted and resumed -------------------------------------------------------------------------------------------

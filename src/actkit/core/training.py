@@ -29,6 +29,7 @@ from actkit.core.hooks import evaluating
 from actkit.core.objective import Loss, Objective, mask_of, parameter_groups
 from actkit.core.offload import refuse_offloaded
 from actkit.core.progress import track
+from actkit.core.random_numbers import own_random_numbers, random_state, set_random_state
 from actkit.core.rules import AttachedRules, attached, parse_rules
 from actkit.core.runner import check_model
 from actkit.core.tensor_files import read_values, write_values
@@ -45,7 +46,6 @@ from actkit.core.training_setup import (
     interruptible,
     modes_restored,
     one_accelerator,
-    random_state,
     rate,
     sequences,
     state_folder,
@@ -160,8 +160,10 @@ def train(
     `parse_rules` takes. weight_decay: of weight matrices (`parameter_groups`). max_grad_norm: gradients are scaled
     down to it; None: never. evaluate_every: steps between validations and saves, default a tenth of all. keep: weights
     to end with, default those of the least validation loss, or the last ones where a rule says so. loss: of (model,
-    batch), a mean over the batch; batches then count equally. out: folder for state and result; an interrupted
-    training (Ctrl-C, a kill) goes on with the same call and resume=True. overwrite: replace what is in `out`.
+    batch), a mean over the batch; batches then count equally. It may draw from the global random generators of torch,
+    NumPy and Python: they begin with `seed`, in each validation anew, and are afterwards as before. out: folder for
+    state and result; an interrupted training (Ctrl-C, a kill) goes on with the same call and resume=True. overwrite:
+    replace what is in `out`.
 
     Raises ValueError for settings out of bounds or 16-bit parameters, UnsupportedModelError for a model that is
     compiled, sharded or offloaded, ProcessError inside `core.processes.together`, DataError for unusable data,
@@ -201,9 +203,8 @@ def train(
         )
         settings = checked(settings, evaluate_every)
         device = next(model.parameters()).device
-        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        stack.enter_context(own_random_numbers(device, seed))
         stack.enter_context(modes_restored(model))
-        torch.manual_seed(seed)
         optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=learning_rate)
         running = stack.enter_context(attached(rules, model, optimizer, training[0]))
         described = [{type(rule).__name__: rule.model_dump(mode="json")} for rule in rules]
@@ -338,7 +339,9 @@ class _Run:
         due = self.step % settings.evaluate_every == 0 or self.step == settings.steps
         if not due or (self.history and self.history[-1].validation is not None):
             return
-        with evaluating(self.model), self.accelerator.autocast():
+        # With numbers of its own, the same each time: whether a step is measured does not change what is trained.
+        own = own_random_numbers(self.parameters[0].device, settings.seed)
+        with own, evaluating(self.model), self.accelerator.autocast():
             counts = [self.objective.labels(batch) for batch in self.validation]
             losses = [float(self.objective(self.model, batch)) for batch in self.validation]
         loss = math.fsum(count * each for count, each in zip(counts, losses, strict=True)) / sum(counts)
@@ -406,9 +409,7 @@ class _Run:
         self.best = None if best is None else (best["loss"], best["step"], best["tensors"])
         if values["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(values["scaler"])  # type: ignore[union-attr]
-        torch.set_rng_state(values["random"]["cpu"])
-        if "cuda" in values["random"]:
-            torch.cuda.set_rng_state(values["random"]["cuda"], self.parameters[0].device)
+        set_random_state(values["random"], self.parameters[0].device)
 
     def _moments(self) -> dict[str, dict[str, Tensor]]:
         names = {id(tensor): name for name, tensor in _tensors(self.model).items()}

@@ -225,11 +225,3 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of torch's random generators on the CPU and on the device."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
