@@ -534,6 +534,10 @@ proof(lambda p: run(Swap(where=("model.layers.0.mlp",), new="relu")))
 # -- DataError ---------------------------------------------------------------------------------------------------------
 
 
+def _t5() -> Any:
+    return T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=9))
+
+
 def _counting() -> nn.Module:
     """A model that looks positions up and cannot be told them."""
     model = nn.Sequential(nn.Embedding(9, 4))
@@ -559,6 +563,10 @@ proof(lambda p: run(Lazy(how="block_calls"), None))
 proof(lambda p: run(Lazy(how="trial"), None))
 proof(lambda p: run("teal", [object()]))
 proof(lambda p: run("teal", [{"input_ids": IDS.tolist()}]))
+proof(lambda p: apply(_t5(), "teal", [HOST], progress=False))
+proof(lambda p: apply(_t5(), "teal", [{**PADDED, "decoder_input_ids": IDS}], progress=False))
+proof(lambda p: load_data(None, _t5(), Words()))
+proof(lambda p: load_data(None, build("vit"), Words()))
 proof(lambda p: Inputs.of(nn.Identity()).batch())
 proof(lambda p: run("teal", [LONG]))
 proof(lambda p: train(p, [LONG]))
@@ -767,11 +775,7 @@ proof(lambda p: next(iter(anatomy(offloaded()).blocks[0].mlp.inputs)).weight)
 proof(lambda p: next(generation.generate(build("bert"), Words(), "word")))
 proof(lambda p: list(generation.generate_ids(_wide(), [1], max_new_tokens=3)))
 proof(lambda p: measure_quality(_untensored(), [torch.ones(2, HIDDEN)], task="classification", progress=False))
-proof(
-    lambda p: task_of(
-        T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=9))
-    )
-)
+proof(lambda p: task_of(_t5()))
 
 
 @proof

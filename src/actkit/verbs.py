@@ -7,14 +7,14 @@ the verbs (`core.runner.apply`, `core.evaluation.evaluate` ...), which take mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from actkit.core import changes, processes, runner
 from actkit.core.architectures import find_architecture
@@ -147,11 +147,13 @@ def apply_and_save(
 ) -> Saved:
     """Apply a recipe, save the model to `out`, and prove in a fresh process that the folder loads as the model was.
 
-    base: for one's own nn.Module, what builds the unchanged model. options: as in `apply`. Raises what `apply`, `save`
+    base: for one's own nn.Module, what builds the unchanged model. The proof runs the first rows of given batches if
+    the model takes more than tokens or images, else random ones. options: as in `apply`. Raises what `apply`, `save`
     and `prove` raise, and ActkitError where the proof fails (the folder is left for inspection). Of several processes
     the first one saves and proves; the others get no proof.
     """
     from actkit.core.cost import folder_bytes
+    from actkit.core.example import example_of
     from actkit.core.proof import prove
 
     processes.on_first("the folder is free", lambda: check_target(out, overwrite=overwrite))
@@ -159,10 +161,13 @@ def apply_and_save(
         check_savable(model)
     else:
         options["base"] = base
+    if not (data is None or isinstance(data, str | Path | Sequence)):  # read here, and once more for the proof
+        data = [data] if isinstance(data, Mapping | Tensor) else list(data)
     applied = apply(model, recipe, data, undo="off", **options)
     folder = save(applied.model, out, overwrite=overwrite)
     base = base or OWN_CLASSES.get(type(applied.model).__name__)
-    proved = processes.on_first("proof", lambda: prove(applied.model, folder, base=base)) if proof else None
+    example = None if isinstance(data, str) else example_of(applied.model, data)
+    proved = processes.on_first("proof", lambda: prove(applied.model, folder, example, base=base)) if proof else None
     if proved is not None and not proved.passed:
         raise ActkitError(f"proof: {proved.describe()}. The folder does not hold the model that was saved; report it.")
     return Saved(folder, folder_bytes(folder), applied.report, proved)
@@ -239,9 +244,11 @@ def evaluate(
     number where None. options: of `open_model` and `load_data`. Raises what these and `core.evaluation.evaluate` raise.
     """
     from actkit.core.evaluation import evaluate as measure
+    from actkit.core.quality import task_of
 
     opening, reading = _sorted(options)
     opened, tokenizer = open_model(model, **opening)
+    task_of(opened)  # refuses what cannot be measured before any data is read
     original = None
     if against is not None:
         original, others = open_model(against, **opening)
@@ -364,7 +371,8 @@ def generate(
 def show(model: Model, data: Any = None, **options: Any) -> Summary:
     """What a model is: its parts, its coverage, and what actkit changed on it.
 
-    data: one batch of it is read where the architecture is not known. options: as in `open_model`.
+    data: one row of it is read where the architecture is not known, random values where None. options: as in
+    `open_model`.
     """
     opened, tokenizer = open_model(model, **options)
     results = {}
@@ -372,7 +380,7 @@ def show(model: Model, data: Any = None, **options: Any) -> Summary:
         results = read_manifest(locate(model))["results"]
     example = None
     if find_architecture(getattr(getattr(opened, "config", None), "model_type", None)) is None:
-        example = open_data(data, opened, tokenizer, "calibration", sequences=1)[0]
+        example = open_data("random" if data is None else data, opened, tokenizer, "calibration", sequences=1)[0]
     return summarise(opened, example, results)
 
 

@@ -240,6 +240,7 @@ def evaluate(
             max_new_tokens=max_new_tokens,
             rounds=rounds,
             threads=threads,
+            example=batches[0],
             progress=progress,
             **options,
         )

@@ -7,7 +7,7 @@ a reload can be compared and a speed be measured without any data.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,9 @@ from actkit.core.errors import DataError
 from actkit.core.limits import context_length, text_config
 from actkit.core.linear import ActLinear
 
-TOKENS = "input_ids"  # the first input of a model of tokens, as transformers calls it
+# The first input of a model of tokens, and the second one of an encoder-decoder, as transformers calls them.
+TOKENS, DECODER_TOKENS = "input_ids", "decoder_input_ids"
+ADDED = {"labels", "attention_mask", "decoder_attention_mask", "position_ids", "token_type_ids"}
 LONGEST = 64  # tokens of a fixed sequence, unless told otherwise
 
 
@@ -28,8 +30,8 @@ class Inputs:
 
     vocabulary: how many tokens it embeds, None where it takes none. context: its longest sequence, None where its
     configuration states none. shape: of one image or feature vector, None where it takes tokens or does not say.
-    keywords: the names its call knows among input_ids, attention_mask and pixel_values. causal: it predicts the next
-    token.
+    keywords: the names its call knows among input_ids, pixel_values, attention_mask and decoder_input_ids. causal: it
+    predicts the next token; not an encoder-decoder, which takes two sequences.
     """
 
     vocabulary: int | None
@@ -45,10 +47,16 @@ class Inputs:
         parameters = inspect.signature(model.forward).parameters.values()
         anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
         named = {p.name for p in parameters}
-        keys = ("input_ids", "attention_mask", "pixel_values")
-        keywords = tuple(key for key in keys if key in named or (anything and key != "attention_mask"))
+        keys = (TOKENS, "pixel_values")
+        beside = ("attention_mask", DECODER_TOKENS)
+        keywords = tuple(key for key in keys if key in named or anything) + tuple(key for key in beside if key in named)
         can_generate: Any = getattr(model, "can_generate", None)
-        causal = vocabulary is not None and can_generate is not None and bool(can_generate())
+        writes = vocabulary is not None and can_generate is not None and bool(can_generate())
+        causal = writes and DECODER_TOKENS not in named
+        if (
+            not writes and {TOKENS, "pixel_values"} <= named
+        ):  # text and images (CLIP); a model that writes can do without
+            return cls(None, None, None, keywords, causal)
         return cls(vocabulary, context_length(model), None if vocabulary else input_shape(model), keywords, causal)
 
     @classmethod
@@ -64,7 +72,8 @@ class Inputs:
     def batch(self, rows: int = 2, length: int | None = None, seed: int = 0) -> Any:
         """Fixed random rows, on the CPU.
 
-        {"input_ids": int64 [rows, length], "attention_mask": ones}, or uniform values in [0, 1) of the shape
+        {"input_ids": int64 [rows, length], "attention_mask": ones}, also "decoder_input_ids" for an encoder-decoder, or
+        uniform values in [0, 1) of the shape
         [rows, *shape], by keyword where the model's call knows it. length: of the sequences, min(64, context) where
         None. Raises ValueError beyond the context, DataError where the model does not say what it takes.
         """
@@ -74,10 +83,7 @@ class Inputs:
             if self.context is not None and length > self.context:
                 raise ValueError(f"length: {length} tokens were asked for, the model's context is {self.context}.")
             ids = torch.randint(self.vocabulary, (rows, length), generator=generator)
-            batch = self.named(TOKENS, ids)
-            if isinstance(batch, dict) and "attention_mask" in self.keywords:
-                batch["attention_mask"] = torch.ones_like(ids)
-            return batch
+            return self.of_tokens(ids, generator)
         if self.shape is None:
             raise DataError(
                 "batch: the model does not say what it takes (no vocabulary, image size or input_shape); pass batch=, "
@@ -85,9 +91,52 @@ class Inputs:
             )
         return self.named("pixel_values", torch.rand((rows, *self.shape), generator=generator))
 
+    def covers(self, batch: Any) -> bool:
+        """Whether `batch` makes all that a batch of the user's holds, up to labels and what a model adds by itself."""
+        if self.vocabulary is None and self.shape is None:
+            return False
+        made = {TOKENS, DECODER_TOKENS} if self.vocabulary is not None else {"pixel_values"}
+        return not isinstance(batch, Mapping) or set(batch) <= made | ADDED
+
+    def of_tokens(self, ids: Tensor, generator: torch.Generator) -> Any:
+        """A batch of token ids int64 [batch, length]; with random ones for a decoder, if it takes another sequence."""
+        batch = self.named(TOKENS, ids)
+        if isinstance(batch, dict) and "attention_mask" in self.keywords:
+            batch["attention_mask"] = torch.ones_like(ids)
+        if isinstance(batch, dict) and DECODER_TOKENS in self.keywords:
+            assert self.vocabulary is not None
+            batch[DECODER_TOKENS] = torch.randint(self.vocabulary, ids.shape, generator=generator)
+        return batch
+
     def named(self, key: str, tensor: Tensor) -> Any:
         """A dict if the model's call knows the keyword, else the bare tensor."""
         return {key: tensor} if key in self.keywords else tensor
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model takes two sequences: one to encode, one to decode. Its encoder alone does not."""
+    return DECODER_TOKENS in inspect.signature(model.forward).parameters
+
+
+def example_of(model: nn.Module, batches: Any, rows: int = 2) -> Any:
+    """The first rows of the batches, for a model that fixed random rows do not do for; None if they do, or there are no
+    batches to read twice."""
+    if not isinstance(batches, Sequence) or not len(batches) or Inputs.of(model).covers(batches[0]):
+        return None
+    return first_rows(batches[0], rows)
+
+
+def first_rows(batch: Any, rows: int) -> Any:
+    """The first rows of a batch: tensors with a row of each of its examples are cut, all others stay."""
+    tensors = list(batch.values()) if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else [batch]
+    size = next((len(value) for value in tensors if isinstance(value, Tensor) and value.dim()), 0)
+
+    def cut(value: Any) -> Any:
+        return value[:rows] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
+
+    if isinstance(batch, Mapping):
+        return {key: cut(value) for key, value in batch.items()}
+    return tuple(map(cut, batch)) if isinstance(batch, tuple) else cut(batch)
 
 
 def fit_dtype(batch: Any, dtype: torch.dtype) -> Any:

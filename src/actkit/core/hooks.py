@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.errors import DataError, UnsupportedModelError
-from actkit.core.example import vocabulary_size
+from actkit.core.example import DECODER_TOKENS, is_encoder_decoder, vocabulary_size
 from actkit.core.limits import context_length, first_position, has_position_table
 from actkit.core.named_functions import check_mask
 from actkit.core.offload import device_of
@@ -106,7 +106,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call that a batch stands for: a dict gives keywords (labels dropped), anything else the one argument.
+    """The call that a batch stands for: a dict gives keywords, anything else the one argument. Labels are dropped, but
+    for an encoder-decoder that makes its decoder_input_ids of them.
 
     Tensors are moved to the device of the model, floats (images, features) to its dtype; a decoder is told not to keep
     a cache. If padding stands before tokens, the positions are counted from the mask (`positions_from_mask`).
@@ -121,6 +122,9 @@ def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, 
 
     if not isinstance(batch, Mapping):
         return tuple(map(move, batch if isinstance(batch, tuple) else (batch,))), {}
+    if _shifts_labels(model, batch):
+        make: Any = model.prepare_decoder_input_ids_from_labels
+        batch = {**batch, DECODER_TOKENS: make(labels=batch["labels"])}
     kwargs = {key: move(value) for key, value in positions_from_mask(model, batch).items() if key != "labels"}
     if getattr(getattr(model, "config", None), "use_cache", None) is not None:
         kwargs["use_cache"] = False
@@ -170,6 +174,8 @@ def check_batch(model: nn.Module, batch: Any, name: str = "data") -> None:
     model's context, tokens beyond its vocabulary, a mask of another shape, padding that its attention would read.
     name: of the batches, in the text."""
     ids = main_input(batch)
+    if is_encoder_decoder(model):
+        _check_two_sequences(model, batch, name)
     if not is_tokens(ids):
         return
     if ids.numel() == 0:
@@ -192,6 +198,28 @@ def check_batch(model: nn.Module, batch: Any, name: str = "data") -> None:
             f"attention_mask: shape {list(mask.shape)}, but input_ids has {list(ids.shape)}; make them equal."
         )
     check_mask(model, mask, name)
+
+
+def _check_two_sequences(model: nn.Module, batch: Any, name: str) -> None:
+    kind = type(model).__name__
+    batch = batch if isinstance(batch, Mapping) else {}
+    if not batch.keys() & {DECODER_TOKENS, "decoder_inputs_embeds"} and not _shifts_labels(model, batch):
+        raise DataError(
+            f"{name}: {kind} is an encoder-decoder, and a batch has no {DECODER_TOKENS}; give them, or the labels of a "
+            f"model that makes them of labels."
+        )
+    for key in ("attention_mask", "decoder_attention_mask"):
+        if isinstance(batch.get(key), Tensor) and not bool(batch[key].bool().all()):
+            raise DataError(
+                f"{key}: a batch is padded, and inside an encoder-decoder ({kind}) the padding of the two sequences "
+                f"cannot be told apart; give batches of sequences of equal length."
+            )
+
+
+def _shifts_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Whether the decoder's tokens are made of the labels, as transformers' training does."""
+    missing = not batch.keys() & {DECODER_TOKENS, "decoder_inputs_embeds"}
+    return missing and "labels" in batch and hasattr(model, "prepare_decoder_input_ids_from_labels")
 
 
 @dataclass(frozen=True)

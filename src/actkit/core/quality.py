@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from actkit.core import processes
 from actkit.core.errors import DataError, NonFiniteError, UnsupportedModelError
+from actkit.core.example import is_encoder_decoder
 from actkit.core.fingerprint import fingerprint, model_fingerprint
 from actkit.core.hooks import BatchContext, check_batch, evaluating, refuse_compiled_or_sharded
 from actkit.core.outputs import Output, Outputs, Whole
@@ -148,8 +149,7 @@ def task_of(model: nn.Module) -> Task:
     encoder; a plain module that begins with an embedding of tokens is a language model, any other a classifier.
     Raises UnsupportedModelError for an encoder-decoder.
     """
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         raise UnsupportedModelError(
             f"model: {type(model).__name__} is an encoder-decoder, whose quality actkit does not measure; measure its "
             f"encoder (model.get_encoder()) with task='embedding'."

@@ -27,6 +27,7 @@ import torch
 from actkit.core.errors import DataError, MemoryLimitError
 from actkit.core.example import Inputs, fit_dtype
 from actkit.core.fresh import Base, FreshProcess
+from actkit.core.hooks import main_input
 from actkit.core.memory import format_bytes
 from actkit.core.progress import track
 from actkit.core.quality import Estimate
@@ -102,6 +103,7 @@ def measure_speed(
     dtype: torch.dtype | str | None = None,
     base: Base | None = None,
     trust_remote_code: bool = False,
+    example: Any = None,
     max_memory: int | None = None,
     progress: bool = True,
 ) -> dict[str, Speed]:
@@ -111,7 +113,8 @@ def measure_speed(
     decode. max_new_tokens: decoded per row, 2 or more. rounds: counted ones, and up to 4 times as many within a minute
     if the interval of a ratio is wider than `precision` to either side, as a share of the ratio; precision=None: no
     more. threads: of each process, torch's number here where None. dtype: as stored where None. base: as in
-    `FreshProcess.load`. max_memory: bytes that all processes may take together; what is free now where None.
+    `FreshProcess.load`. example: one batch, timed as it is if the models do not decode and take more than tokens or
+    images. max_memory: bytes that all processes may take together; what is free now where None.
     Raises MemoryLimitError before anything starts where they do not fit, ValueError for settings out of bounds or
     candidates of different kinds, FreshProcessError where a folder does not load or run.
     """
@@ -123,7 +126,7 @@ def measure_speed(
     with ExitStack() as stack:
         runners: dict[str, _Runner] = {}
         for name, folder in track(folders.items(), "Loading the candidates", len(folders), progress):
-            runners[name] = _Runner(Path(folder), threads, options, batch, prompt, max_new_tokens)
+            runners[name] = _Runner(Path(folder), threads, options, batch, prompt, max_new_tokens, example)
             stack.enter_context(closing(runners[name])).start()
         _check_kinds(runners)
         _share_engine(runners)
@@ -170,8 +173,16 @@ class _Runner:
     process: FreshProcess
 
     def __init__(
-        self, folder: Path, threads: int | None, options: dict[str, Any], batch: int, prompt: int, new_tokens: int
+        self,
+        folder: Path,
+        threads: int | None,
+        options: dict[str, Any],
+        batch: int,
+        prompt: int,
+        new_tokens: int,
+        example: Any = None,
     ) -> None:
+        self.example = example
         self.folder, self.asked_threads, self.options = folder, threads, options
         self.rows, self.asked_prompt, self.asked_new = batch, prompt, new_tokens
         self.without = "" if batch == 1 else f"{batch} rows at a time, where a decoder takes one"
@@ -190,7 +201,12 @@ class _Runner:
         self.kind: Literal["decode", "forward"] = "decode" if takes.causal else "forward"
         self.new_tokens = new_tokens if takes.causal else 0
         self.prompt = prompt if takes.vocabulary is not None else 0
-        self.inputs = fit_dtype(takes.batch(self.rows, prompt), getattr(torch, self.loaded["dtype"]))
+        if self.example is None or takes.causal or takes.covers(self.example):
+            batch = takes.batch(self.rows, prompt)
+        else:
+            batch, self.prompt = self.example, 0
+            self.rows = len(main_input(batch))
+        self.inputs = fit_dtype(batch, getattr(torch, self.loaded["dtype"]))
         self.engine = {"engine": "torch", "reason": "", "threads": self.loaded["threads"], "packed": 0}
         if takes.causal:
             self.engine |= {"engine": "transformers", "reason": self.without}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.errors import DataError
-from actkit.core.example import Inputs
+from actkit.core.example import DECODER_TOKENS, TOKENS, Inputs, first_rows
 from actkit.core.hooks import check_batch, main_input
 from actkit.core.progress import track
 from actkit.data.batches import Batch, Batches
@@ -83,6 +83,7 @@ def load_data(
         return _images(path, model, takes, tokenizer, sequences, batch_size, seed, split)
     if path is not None and path.suffix.lower() not in SUFFIXES and not path.is_dir():
         raise DataError(f"source={str(source)!r} is a file of an unknown kind; give {_SOURCES}.")
+    _check_takes_text(model, takes)
     if tokenizer is None:
         raise DataError(
             "tokenizer: text was asked for and there is none; pass the model's, or token batches, or use --data random."
@@ -106,6 +107,20 @@ def load_data(
     for batch, _ in batches:
         check_batch(model, batch)
     return _batches(batches, f"{description}, {len(rows)} rows of up to {length} tokens")
+
+
+def _check_takes_text(model: nn.Module, takes: Inputs) -> None:
+    kind, name = type(model).__name__, getattr(model, "main_input_name", TOKENS)
+    if DECODER_TOKENS in takes.keywords:
+        raise DataError(
+            f"data: {kind} is an encoder-decoder, which takes two sequences, and text is one; pass batches of your own "
+            f"with {name} and {DECODER_TOKENS} (or labels), or use --data random."
+        )
+    if takes.vocabulary is None and hasattr(model, "main_input_name"):
+        raise DataError(
+            f"data: {kind} takes {name}, and text alone is no input of it; pass batches of your own, such as "
+            f"[{{{name!r}: tensor, ...}}]{'' if takes.shape is None else ', a folder of images, or --data random'}."
+        )
 
 
 def _has_images(folder: Path, takes: Inputs) -> bool:
@@ -274,8 +289,7 @@ def _random(takes: Inputs, sequences: int, length: int, batch_size: int, seed: i
 
         def make(count: int) -> Batch:
             ids = torch.randint(vocabulary, (count, length), generator=generator)
-            batch = takes.named("input_ids", ids)
-            return {**batch, "attention_mask": torch.ones_like(ids)} if isinstance(batch, dict) else batch
+            return takes.of_tokens(ids, generator)
 
         what = f"rows of {length} tokens"
     else:
@@ -310,14 +324,7 @@ def _first_rows(batches: Batches, count: int) -> Batches:
     ids: list[Tensor] = []
     for batch, owners in zip(batches.items, batches.document_ids):
         size = len(main_input(batch))
-
-        def cut(value: Any, size: int = size, keep: int = count) -> Any:
-            return value[:keep] if isinstance(value, Tensor) and value.dim() and len(value) == size else value
-
-        if isinstance(batch, Mapping):
-            items.append({key: cut(value) for key, value in batch.items()})
-        else:
-            items.append(tuple(map(cut, batch)) if isinstance(batch, tuple) else cut(batch))
+        items.append(first_rows(batch, count))
         ids.append(owners[:count])
         count -= size
         if count <= 0:

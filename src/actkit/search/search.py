@@ -387,6 +387,7 @@ class _Search:
                 rounds=ROUNDS,
                 base=self.shop.base,
                 trust_remote_code=self.trust,
+                example=self.shop.splits.search[0],
                 progress=False,
             )
         except (ActkitError, ValueError) as error:
@@ -452,7 +453,7 @@ class _Search:
             card=model_card(found, best),
             results=results,
         )
-        proof = prove(made, target, base=self.shop.base)
+        proof = prove(made, target, self.shop.example(), base=self.shop.base)
         if not proof.passed:
             raise ActkitError(f"best: {proof.describe()}. The folder does not hold the model; report it.")
         best.methods.save(self.out / RECIPE)

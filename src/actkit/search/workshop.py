@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from actkit.core.checkpoint import save
 from actkit.core.cost import measure_cost
 from actkit.core.errors import ActkitError
-from actkit.core.example import Inputs
+from actkit.core.example import Inputs, example_of
 from actkit.core.fresh import FreshProcess
 from actkit.core.generation import GenerationCheck, check_generation
 from actkit.core.proof import prove
@@ -68,6 +68,10 @@ class Workshop:
             self._process = FreshProcess()
         return self._process
 
+    def example(self) -> Any:
+        """What proofs run: the first given rows if the model takes more than tokens or images, None for random ones."""
+        return example_of(self.model, self.splits.search)
+
     def original(self) -> Candidate:
         """The original, measured and saved like the candidates."""
         folder = self.make_folder("original")
@@ -96,7 +100,8 @@ class Workshop:
             found = self._quality(found, applied.model)
             save(applied.model, folder, tokenizer=self.tokenizer)
             found = self._cost(found, applied.model, folder)
-            found = replace(found, proof=prove(applied.model, folder, process=self._fresh(), base=self.base))
+            proof = prove(applied.model, folder, self.example(), process=self._fresh(), base=self.base)
+            found = replace(found, proof=proof)
         except Broken as error:
             shutil.rmtree(folder, ignore_errors=True)
             found = replace(found, failed=f"{type(error).__name__}: {error}")
