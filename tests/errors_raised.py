@@ -103,6 +103,7 @@ from actkit.sparsity.shared_cett import in_float32, measure
 from actkit.testing import tiny_model
 from actkit.zoo import packaged
 from actkit.zoo.loading import locate, open_model
+from actkit.zoo.off_grid import off_grid_twin
 from actkit.zoo.outliers import outlier_twin
 
 STACK = {"actkit": 1, "transforms": [{"rtn": {"bits": 4, "group_size": 8}}]}
@@ -794,6 +795,7 @@ proof(lambda p: sweep_threshold(build("llama", num_hidden_layers=0), [HOST]))
 proof(lambda p: rules.attached([ProSparse(preset="7b")], build("llama")).__enter__())
 proof(lambda p: outlier_twin(build("mlp")))
 proof(lambda p: outlier_twin(build("bert")))
+proof(lambda p: off_grid_twin(build("bert")))
 
 
 def _wide() -> Any:

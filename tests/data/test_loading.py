@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from tokenizers import Tokenizer, processors
 from torch import nn
 
 from actkit import zoo
@@ -60,6 +61,31 @@ def test_packing_keeps_every_token(causal, lines):
     decoded = tokenizer.decode(kept).split("<|endoftext|>")
     assert sorted(decoded) == sorted(["", *texts, ""])
     assert all((ids == -1).equal(batch["attention_mask"] == 0) for batch, ids in zip(data, data.document_ids))
+
+
+def test_packed_rows_begin_as_the_tokenizer_begins_a_text(causal, lines):
+    model, plain = causal
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_str(plain.backend_tokenizer.to_str())
+    backend.add_special_tokens(["<bos>"])
+    bos = backend.token_to_id("<bos>")
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", bos_token="<bos>")
+    big = zoo.load("swiglu")
+    big.resize_token_embeddings(bos + 1, mean_resizing=False)
+    texts = ["Return a list of names.", "Raised when a key is missing. " * 30, "A third text."]
+    data = load_data(lines(*texts), big, tokenizer, length=16, batch_size=1)
+    rows = [batch["input_ids"][0].tolist() for batch in data]
+    assert all(row[0] == bos and row[:2] != [bos, bos] for row in rows)
+    assert all(len(row) == 16 for row in rows[:-1])
+    assert all(owners[0, 0] == owners[0, 1] for owners in data.document_ids)
+    text = tokenizer.decode([token for row in rows for token in row if token != bos])
+    assert sorted(text.split("<|endoftext|>")) == sorted([*texts, ""])  # nothing else was added, and nothing lost
+    assert data.description.endswith("rows of up to 16 tokens, each begins with <bos>")
+    assert "begins" not in load_data(lines(*texts), model, plain, length=16).description
+    with pytest.raises(DataError, match="leaves no room beside the tokenizer's 1 special tokens"):
+        load_data(lines(*texts), big, tokenizer, length=1)
 
 
 def test_same_seed_same_data_and_other_split_other_data(causal):

@@ -2,7 +2,7 @@
 
 JOB: [{"file", "prompts", "new_tokens"}]; a prompt is a text, or ids. Per file and prompt: the prompt's ids, the greedy
 ids and text, the logits after the prompt, for each step the gap between the two largest logits, and the file's chat
-templates by name ('' is the default one).
+templates by name ('' is the default one). With "texts" instead of prompts: the ids of each text.
 """
 
 import json
@@ -25,6 +25,11 @@ def templates(model: Llama) -> dict[str, str]:
         if text:
             found[name] = text.decode()
     return found
+
+
+def tokenize(file: str, texts: list[str]) -> list[list[int]]:
+    model = Llama(file, vocab_only=True, verbose=False)
+    return [model.tokenize(text.encode(), add_bos=False, special=True) for text in texts]
 
 
 def read(file: str, prompts: list[str | list[int]], new_tokens: int) -> list[dict[str, object]]:
@@ -62,4 +67,6 @@ def read(file: str, prompts: list[str | list[int]], new_tokens: int) -> list[dic
 
 if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text())
-    sys.stdout.write("\n" + json.dumps([read(**entry) for entry in job]) + "\n")
+    sys.stdout.write(
+        "\n" + json.dumps([tokenize(**entry) if "texts" in entry else read(**entry) for entry in job]) + "\n"
+    )

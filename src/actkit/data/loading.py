@@ -51,8 +51,9 @@ def load_data(
     length: tokens per row; None is the model's context, at most 512. seed: order of the documents, and random values.
     split: which part of the source; None is `calibration` for embedded data and all of yours. Your files are cut like
     the embedded text, 84 / 4 / 4 / 8 %: by a hash of each document or file name, a single .txt or .md by position.
-    pack: concatenate the documents with the end-of-text token between and cut them in rows (default for causal models).
-    Otherwise every document is a row, a longer one is cut in windows; what is short is padded under `attention_mask`.
+    pack: concatenate the documents with the end-of-text token between and cut them in rows (default for causal models);
+    each row begins with what the tokenizer puts first (`<bos>`), and the description says so. Otherwise every document
+    is a row, a longer one is cut in windows; what is short is padded under `attention_mask`.
 
     Raises DataError (a ValueError) for data that are missing, empty, too few, too long for the context or outside the
     vocabulary, and ImportError where pillow or scikit-learn is needed and missing.
@@ -99,6 +100,7 @@ def load_data(
         description = path.resolve().name + (f", {split} split" if split else "")
     random.Random(seed).shuffle(texts)
     rows = _packed(texts, tokenizer, length, sequences) if pack else _windows(texts, tokenizer, length, sequences)
+    prefix = _marks(tokenizer)[0] if pack else []
     if path is not None and len(texts) == 1 and path.suffix.lower() != LINES:
         # One text has no documents to resample: its rows stand in for them.
         rows = [(ids, [index] * len(ids)) for index, (ids, _) in enumerate(rows)]
@@ -106,7 +108,8 @@ def load_data(
     batches = _padded(rows, batch_size, _pad_id(tokenizer))
     for batch, _ in batches:
         check_batch(model, batch)
-    return _batches(batches, f"{description}, {len(rows)} rows of up to {length} tokens")
+    begins = f", each begins with {' '.join(tokenizer.convert_ids_to_tokens(prefix))}" if prefix else ""
+    return _batches(batches, f"{description}, {len(rows)} rows of up to {length} tokens{begins}")
 
 
 def _check_takes_text(model: nn.Module, takes: Inputs) -> None:
@@ -137,10 +140,28 @@ def _encode(text: str, tokenizer: Any, special: bool) -> list[int]:
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
+def _marks(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and behind a text: [CLS] text [SEP], <bos> text, text </s>."""
+    special = _encode("", tokenizer, special=True)
+    probe, bare = _encode("a", tokenizer, special=True), _encode("a", tokenizer, special=False)
+    before = next((at for at in range(len(probe)) if probe[at : at + len(bare)] == bare), 0)
+    return special[:before], special[before:]
+
+
+def _check_room(length: int, marks: int) -> None:
+    if length <= marks:
+        raise DataError(f"length={length} leaves no room beside the tokenizer's {marks} special tokens; give more.")
+
+
 def _packed(texts: Iterable[str], tokenizer: Any, length: int, sequences: int | None) -> list[Row]:
-    """Rows of one stream: end-of-text, document, end-of-text, document ...; what ends a document belongs to it."""
+    """Rows of one stream: end-of-text, document, end-of-text, document ...; what ends a document belongs to it.
+
+    Every row begins as the tokenizer begins a text: a model that learned to find `<bos>` there is lost without it.
+    """
+    prefix, _ = _marks(tokenizer)
+    _check_room(length, len(prefix))
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    ids: list[int] = [] if end is None else [end]
+    ids: list[int] = [] if end is None or prefix else [end]
     owners = [0] * len(ids)
     for index, text in enumerate(track(texts, "Reading the text")):
         if sequences is not None and len(ids) >= sequences * length:
@@ -150,21 +171,21 @@ def _packed(texts: Iterable[str], tokenizer: Any, length: int, sequences: int | 
             tokens.append(end)
         ids += tokens
         owners += [index] * len(tokens)
-    return [(ids[at : at + length], owners[at : at + length]) for at in range(0, len(ids), length)]
+    rows: list[Row] = []
+    at = 0
+    while at < len(ids):
+        before = [] if ids[at : at + len(prefix)] == prefix else prefix  # a document that begins here brings its own
+        to = at + length - len(before)
+        rows.append(([*before, *ids[at:to]], [owners[at]] * len(before) + owners[at:to]))
+        at = to
+    return rows
 
 
 def _windows(texts: Iterable[str], tokenizer: Any, length: int, sequences: int | None) -> list[Row]:
     """Rows of one document each, with the tokenizer's own special tokens in every window."""
-    special = _encode("", tokenizer, special=True)
-    # Where the tokenizer puts its marks: [CLS] text [SEP], <bos> text, text </s>.
-    probe, bare = _encode("a", tokenizer, special=True), _encode("a", tokenizer, special=False)
-    before = next((at for at in range(len(probe)) if probe[at : at + len(bare)] == bare), 0)
-    prefix, suffix = special[:before], special[before:]
-    size = length - len(special)
-    if size < 1:
-        raise DataError(
-            f"length={length} leaves no room beside the tokenizer's {len(special)} special tokens; give more."
-        )
+    prefix, suffix = _marks(tokenizer)
+    size = length - len(prefix) - len(suffix)
+    _check_room(length, len(prefix) + len(suffix))
     rows: list[Row] = []
     for index, text in enumerate(track(texts, "Reading the text")):
         if sequences is not None and len(rows) >= sequences:

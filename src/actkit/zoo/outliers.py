@@ -15,10 +15,9 @@ from torch import nn
 
 from actkit.core import changes
 from actkit.core.anatomy import EqualizationSet, Norm, anatomy, equalization_sets
-from actkit.core.architectures import find_architecture, known_model_types
 from actkit.core.errors import UnsupportedModelError
-from actkit.core.linear import ActLinear
 from actkit.core.parts import Linear
+from actkit.zoo.rescaling import changed_before, check_family, move_scale
 
 
 def outlier_twin(model: nn.Module, *, channels: int = 4, factor: float = 30.0, seed: int = 0) -> nn.Module:
@@ -32,10 +31,7 @@ def outlier_twin(model: nn.Module, *, channels: int = 4, factor: float = 30.0, s
         raise ValueError(f"channels: {channels} was given; give at least 1.")
     if not (factor > 0 and factor != float("inf")):
         raise ValueError(f"factor: {factor} was given; give a positive, finite number.")
-    if find_architecture(getattr(getattr(model, "config", None), "model_type", None)) is None:
-        raise UnsupportedModelError(
-            f"model: {type(model).__name__} is of no known family; known are {', '.join(known_model_types())}."
-        )
+    check_family(model)
     twin = copy.deepcopy(model)
     twin.__dict__.pop(changes.SOURCE, None)  # its weights are no longer those of the files
     generator = torch.Generator().manual_seed(seed)
@@ -49,28 +45,12 @@ def outlier_twin(model: nn.Module, *, channels: int = 4, factor: float = 30.0, s
                 raise ValueError(f"channels: {channels} were given, {group.inspect} has {width} inputs.")
             scale = torch.ones(width)
             scale[torch.randperm(width, generator=generator)[:channels]] = factor
-            _plant(group, scale)
+            move_scale(group, scale)
     return twin
 
 
 def _refuse(group: EqualizationSet) -> None:
     where = group.producer.path if isinstance(group.producer, Norm) else group.inspect
-    reason = group.refused
-    if reason is None and any(isinstance(linear.module, ActLinear) for linear in group.consumers):
-        reason = "actkit has changed its layers already; make the twin of the original model"
+    reason = group.refused or changed_before(group)
     if reason is not None:
         raise UnsupportedModelError(f"model: {where}: no outliers can be planted here: {reason}.")
-
-
-@torch.no_grad()
-def _plant(group: EqualizationSet, scale: torch.Tensor) -> None:
-    """Multiply the norm's channels by scale [in] and divide the consumers' columns by it, in place."""
-    assert isinstance(group.producer, Norm)
-    weight = group.producer.module.weight  # a norm with an offset (Gemma) multiplies by offset + weight
-    offset, scale = group.producer.offset, scale.to(weight.device)  # type: ignore[union-attr, arg-type]
-    weight.copy_((weight.float() + offset) * scale - offset)  # type: ignore[union-attr, operator]
-    bias = getattr(group.producer.module, "bias", None)
-    if bias is not None:
-        bias.copy_(bias.float() * scale)
-    for linear in group.consumers:
-        linear.weight.copy_(linear.weight.float() / scale)

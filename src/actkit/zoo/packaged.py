@@ -58,29 +58,37 @@ PACKAGED = {
 }
 
 
+def pieces(name: str) -> list[Path]:
+    """The GGUF file of a model, or the pieces that it was cut into, in order.
+
+    Raises ImportError where the package is missing, incomplete or of another version.
+    """
+    model = PACKAGED[name]
+    installed = _version(model.package)
+    found = [] if installed is None else [_find(module, file) for module, file in model.files]
+    files = [file for file in found if file is not None and file.is_file()]
+    if installed != model.version or len(files) < len(model.files):
+        why = "which is missing or incomplete" if installed in (None, model.version) else f"here is {installed}"
+        raise ImportError(
+            f"name={name!r}: its weights come with the package {model.package} {model.version}, {why}; {model.install}"
+        )
+    return files
+
+
 def path(name: str, dtype: torch.dtype | None = None) -> Path:
     """The folder of the model's checkpoint in the user's cache; the first call converts the file.
 
-    dtype: of its weights, bfloat16 where None. Raises ImportError where the package is missing or of another version,
-    and what `gguf.cached.cached` raises.
+    dtype: of its weights, bfloat16 where None. Raises what `pieces` and `gguf.cached.cached` raise.
     """
     from actkit.gguf.cached import cached
 
     model = PACKAGED[name]
-    installed = _version(model.package)
-    files = [] if installed is None else [_find(module, file) for module, file in model.files]
-    if installed != model.version or not all(file is not None and file.is_file() for file in files):
-        found = "which is missing or incomplete" if installed in (None, model.version) else f"here is {installed}"
-        raise ImportError(
-            f"name={name!r}: its weights come with the package {model.package} {model.version}, {found}; "
-            f"{model.install}"
-        )
 
     def announce() -> None:
         if model.terms:
             warnings.warn(model.terms, stacklevel=2)
 
-    return cached([file for file in files if file is not None], dtype, digest=model.digest, before=announce)
+    return cached(pieces(name), dtype, digest=model.digest, before=announce)
 
 
 def is_installed(name: str) -> bool:

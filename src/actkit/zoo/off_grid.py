@@ -1,0 +1,66 @@
+"""Off-grid twins: the same function with weights that lie on no grid, for models whose weights were rounded before.
+
+    channel j of each norm, value and up projection times s_j,   W[:, j] of what reads it divided by s_j
+
+with random s_j from 0.7 to 1.4.
+
+The weights of a GGUF file, or of any quantized source, lie on the grid that they were rounded to. Rounding them to it
+again costs nothing and proves nothing. Different factors in one group of inputs leave no such grid, and the twin's
+weights are about as large as the original's.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from actkit.core import changes
+from actkit.core.anatomy import EqualizationSet, Norm, anatomy, equalization_sets
+from actkit.core.errors import UnsupportedModelError
+from actkit.core.parts import Block, Linear
+from actkit.zoo.rescaling import changed_before, check_family, move_scale
+
+SMALLEST, LARGEST = 0.7, 1.4
+
+
+def off_grid_twin(model: nn.Module, seed: int = 0) -> nn.Module:
+    """A copy of a model that computes the same, each channel between its layers scaled by a factor of 0.7 to 1.4.
+
+    Scaled are norm -> linear, value -> output and up -> down in every block. Equal to rounding: within 1e-4 of the
+    outputs in float32; a bf16 model's weights are rounded to bf16 once more.
+    Raises UnsupportedModelError, naming the layer, where no scale can be moved or actkit has changed the layers.
+    """
+    check_family(model)
+    twin = copy.deepcopy(model)
+    twin.__dict__.pop(changes.SOURCE, None)  # its weights are no longer those of the files, nor on their grid
+    generator = torch.Generator().manual_seed(seed)
+    for block in anatomy(twin).blocks:
+        for group in equalization_sets(block):
+            repeats = _shared_heads(block, group)
+            _refuse(group, shared=repeats is not None)
+            width = group.consumers[0].in_features if repeats is None else int(repeats.max()) + 1
+            spread = torch.rand(width, generator=generator)
+            move_scale(group, SMALLEST * (LARGEST / SMALLEST) ** spread, repeats)
+    return twin
+
+
+def _shared_heads(block: Block, group: EqualizationSet) -> Tensor | None:
+    """Which value channel each column of the output projection reads, where query heads share value heads."""
+    attention = block.attention
+    if attention is None or group.consumers != (attention.output,) or attention.heads == attention.key_value_heads:
+        return None
+    if group.producer is attention.query_key_value and group.producer_rows is None:
+        return None  # refused: the value's rows are not known
+    channels = torch.arange(attention.key_value_heads * attention.head_dim).view(attention.key_value_heads, -1)
+    return channels.repeat_interleave(attention.heads // attention.key_value_heads, 0).flatten()
+
+
+def _refuse(group: EqualizationSet, shared: bool) -> None:
+    reason = (None if shared else group.refused) or changed_before(group)
+    if reason is None and not isinstance(group.producer, Norm | Linear):
+        reason = "a nonlinearity stands between it and what produces its input"
+    where = group.consumers[0].path if group.consumers else group.inspect
+    if reason is not None:
+        raise UnsupportedModelError(f"model: {where}: it cannot leave its grid here: {reason}.")
