@@ -196,6 +196,16 @@ def test_families_decode_as_in_transformers(name):
     assert list(decoder.generate(IDS[0, :9], max_new_tokens=20, end=())) == tokens[0, 9:].tolist()
 
 
+@pytest.mark.parametrize("name", ["nemotron", "granite", "cohere", "glm4"])
+def test_fewer_heads_than_threads(name):
+    """The first thread has no heads then, and the output projection's bias is added all the same."""
+    model = family(name, num_key_value_heads=1)
+    expected, decoder = reference(model), Decoder(model, threads=2)
+    torch.testing.assert_close(stepped(decoder), expected, rtol=1e-4, atol=1e-4)
+    decoder.reset()
+    torch.testing.assert_close(decoder(IDS[0].tolist()), expected[-1], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["phi3", "glm4", "nemotron", "cohere", "granite", "olmo, clamped"])
 @pytest.mark.parametrize("bits", [None, 4])
 def test_changed_families(name, bits):

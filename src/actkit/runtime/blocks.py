@@ -291,7 +291,7 @@ def _columns(
 
 
 def _rows(linear: Linear, cut: range, first: bool, zeros: bool = False) -> Product:
-    """Some inputs of a layer; the bias belongs to the first thread's share."""
+    """Some inputs of a layer; the bias belongs to the share that begins with the first."""
     return Product(((linear, cut),), kind_of(linear.module, inputs=cut), by_rows=True, biased=first, zeros=zeros)
 
 
@@ -325,7 +325,7 @@ def grouped_query(share: Share, block: Block, thread: int, threads: int, window:
     if own:
         products, places = _columns(_query_key_value(attention, queries, keys))
     share.stages[steps.QKV] = products
-    share.stages[steps.OUTPUT] = [_rows(attention.output, queries, thread == 0)] if own else []
+    share.stages[steps.OUTPUT] = [_rows(attention.output, queries, own.start == 0)] if own else []
     share.places |= dict(zip((steps.QUERY_AT, steps.KEY_AT, steps.VALUE_AT), places))
     share.places |= {steps.FIRST_HEAD: own.start, steps.HEADS: len(own), steps.WINDOW: window, steps.TURN: turn}
     if getattr(attention.module, "decodes_as", None) == "spark_attention":
@@ -380,7 +380,7 @@ def gated(share: Share, block: Block, thread: int, threads: int, gate: Gate) -> 
         else:
             stages[steps.GATE_UP], places = _columns([(mlp.gate, own), (mlp.up, own)], (0, begin))
         if not stages[steps.UNITS_BUNDLED]:
-            stages[steps.DOWN] = [_rows(mlp.down, own, thread == 0, gate.sparse)]
+            stages[steps.DOWN] = [_rows(mlp.down, own, own.start == 0, gate.sparse)]
     for stage in (steps.UP, steps.UNITS_BUNDLED):
         if not stages[stage]:
             del stages[stage]
