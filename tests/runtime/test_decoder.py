@@ -28,6 +28,7 @@ from actkit.core.runner import apply
 from actkit.kernels import integer_dots
 from actkit.quantization.rtn import RoundToNearest
 from actkit.runtime.decoder import Decoder
+from actkit.runtime.prompt import few_tokens
 from actkit.sparsity.spark import Sparkify, spark_lm
 from actkit.sparsity.teal import Teal
 
@@ -63,6 +64,39 @@ MODELS = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=32)),
 }
 IDS = torch.randint(300, (1, 20), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def dense_prompts(monkeypatch):
+    """Models this small would read every prompt of these tests step by step."""
+    monkeypatch.setattr("actkit.runtime.decoder.few_tokens", lambda *_: 2)
+
+
+STEP = Decoder._step
+SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+
+
+def test_a_short_prompt_is_read_the_faster_way(monkeypatch):
+    """How short depends on the model, and is the same in every decoder of it; the logits are those of transformers."""
+    monkeypatch.setattr("actkit.runtime.decoder.few_tokens", few_tokens)
+    taken, few = [], {}
+    monkeypatch.setattr(Decoder, "_step", lambda self, token, step=STEP: (taken.append(token), step(self, token)))
+    for bits in (None, 8, 4):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE | SMOLLM2)).eval()
+        if bits:
+            apply(model, [RoundToNearest(bits=bits, group_size=64)], progress=False)
+        decoder = Decoder(model, threads=1)
+        few[bits] = decoder.few
+        assert Decoder(model, threads=1).few == decoder.few
+        expected = reference(model)
+        for length in (3, 20):
+            taken.clear()
+            decoder.reset()
+            found = decoder(IDS[0, :length].tolist())
+            assert (found - expected[length - 1]).norm() < 1e-4 * expected[length - 1].norm()
+            assert len(taken) == (length if length <= decoder.few else 0)
+    assert 2 < few[None] < few[8] < few[4]
 
 
 def made(name):

@@ -4,8 +4,9 @@
     for token in decoder.generate(prompt_ids, max_new_tokens=64): ...
 
 The model's layers are packed once, each thread's share apart (`kernels.decode_step` says how it is shared); plain
-layers and ActLinears (integer weights, inputs selected by threshold or top-k) decode alike. The prompt goes through
-dense matrix products in chunks (`runtime.prompt`). `runtime.blocks` says what a block is made of.
+layers and ActLinears (integer weights, inputs selected by threshold or top-k) decode alike. A prompt goes through
+dense matrix products in chunks, or step by step where it has up to `few` tokens, a number that the model's shapes and
+formats give (`runtime.prompt`). `runtime.blocks` says what a block is made of.
 
 Exactness: everything but the stored weights is float32, the cache too, with two exceptions. Integer weights meet
 activations that are rounded to 16 bits, relative to the largest of 128 (unless `activations` says 'float32'). And for
@@ -43,10 +44,9 @@ from actkit.kernels.process import LOCK, follow_torch_threads, most_threads
 from actkit.runtime import blocks as parts
 from actkit.runtime import tables
 from actkit.runtime.families import FAMILIES, Form, form_of, model_type
-from actkit.runtime.prompt import read_prompt
+from actkit.runtime.prompt import few_tokens, read_prompt
 
 CHUNK = 512  # tokens of a prompt that go through a layer at once
-FEW = 2  # new tokens up to which single steps are faster than a pass of dense products
 EVERY_KERNEL = 1 << 30  # bytes, of which kernels use all threads
 
 
@@ -140,6 +140,7 @@ class Decoder:
         thresholds, self._selections = tables.write_selections(self._matrices, table, places)
         self._embedding = array(self.embedding)
         self._plan = steps.Plan(layers=places, products=table, thresholds=thresholds, **others)
+        self.few = few_tokens(self._plan, self._matrices, self.embedding.dtype)
         self._work, self._memories = tables.memory(
             self._plan, self.threads, first.heads, first.key_value_heads, self.capacity, self.vocabulary
         )
@@ -231,12 +232,13 @@ class Decoder:
             raise DataError(f"new: token {max(tokens)} of {min(tokens)} to {max(tokens)}; the model embeds 0 to "
                             f"{len(self.embedding) - 1}.")  # fmt: skip
         self._turn(self.position + len(tokens))
-        if len(tokens) <= FEW:
-            for token in tokens:
+        for start in range(0, len(tokens), CHUNK):
+            part = tokens[start : start + CHUNK]
+            if len(part) > self.few:
+                self._read(part)
+                continue
+            for token in part:
                 self._step(token)
-        else:
-            for start in range(0, len(tokens), CHUNK):
-                self._read(tokens[start : start + CHUNK])
         logits = torch.from_numpy(self._work.logits[: self.vocabulary].copy())
         if not np.isfinite(self._work.finite).all():
             raise NonFiniteError(
