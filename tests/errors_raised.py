@@ -723,7 +723,7 @@ def nothing_finite(p: Place) -> None:
     work = SimpleNamespace(logits=np.zeros(4), finite=np.array([NAN]))
     for running in ("_step", "_turn"):
         p.patch.setattr(cpu.Decoder, running, lambda self, token: None)
-    a_decoder(_work=work, vocabulary=4)([1])
+    a_decoder(_work=work, vocabulary=4, few=1)([1])
 
 
 # -- UnsupportedModelError ---------------------------------------------------------------------------------------------
