@@ -676,6 +676,16 @@ def _silent() -> Any:
     return model
 
 
+proof(lambda p: verbs.generate("swiglu", "x", chat=True))
+
+
+@proof
+def a_broken_template(p: Place) -> None:
+    tokenizer = zoo.tokenizer("swiglu")
+    tokenizer.chat_template = "{{ raise_exception('two turns please') }}"
+    verbs.generate("swiglu", "x", chat=True, tokenizer=tokenizer)
+
+
 # -- NonFiniteError ----------------------------------------------------------------------------------------------------
 
 NAN = float("nan")

@@ -334,14 +334,15 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     stop: tuple[str, ...] = (),
+    chat: bool = False,
     tokenizer: Any = None,
     announce: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Iterator[str]:
-    """Text that goes on from the prompt, piece by piece.
+    """Text that goes on from the prompt, piece by piece; with chat the answer to it, by the model's chat template.
 
-    max_new_tokens, temperature, top_k, top_p, seed, stop: as in `core.generation.generate`. tokenizer: where the model
-    has none beside it. options: of `open_model`.
+    max_new_tokens, temperature, top_k, top_p, seed, stop, chat: as in `core.generation.generate`. tokenizer: where the
+    model has none beside it. options: of `open_model`.
 
     On the CPU a decoder writes where it takes the model, else transformers; announce is told which, and why not a
     decoder. Each call packs the weights anew: for many texts make a `runtime.decoder.Decoder` once.
@@ -363,6 +364,7 @@ def generate(
         top_p=top_p,
         seed=seed,
         stop=stop,
+        chat=chat,
         announce=announce,
         decode_only=not isinstance(model, nn.Module),
     )

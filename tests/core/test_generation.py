@@ -313,6 +313,19 @@ def test_empty_prompt(swiglu):
         generate(silent, bare, "")
 
 
+def test_a_chat_is_what_transformers_makes_of_the_template(swiglu):
+    model, tokenizer = swiglu
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<|endoftext|>{{ m['content'] }}\n{% endfor %}A: "
+    turn = [{"role": "user", "content": "Return the"}]
+    ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
+    expected = peer(model, ids, 8)
+    found = "".join(generate(model, tokenizer, "Return the", chat=True, max_new_tokens=8))
+    assert ids[0] == tokenizer.eos_token_id and found == tokenizer.decode(expected, skip_special_tokens=True)
+    with pytest.raises(DataError, match="chat: the tokenizer has no chat template"):
+        generate(*swiglu, "Return the", chat=True)
+
+
 def test_a_tokenizer_without_an_end():
     torch.manual_seed(0)
     tokenizer = byte_fallback()

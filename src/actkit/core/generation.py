@@ -39,6 +39,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     stop: str | int | Sequence[str | int] = (),
+    chat: bool = False,
     decode_only: bool = False,
     announce: Callable[[str], None] | None = None,
 ) -> Iterator[str]:
@@ -49,12 +50,14 @@ def generate(
     the top_k). stop: texts that end it and are not returned, or token ids. It also ends at the model's or tokenizer's
     end of a text, or after max_new_tokens. Nothing else of a generation config (penalties, bad words) is applied.
 
+    chat: the prompt is what a user says, and the tokenizer's chat template stands around it.
+
     A decoder writes where one takes the model, else transformers (`core.decoding.choose_engine`); announce is told
     which, and why. A decoder packs the weights first; with decode_only out of the model, which is then of no other use.
     For float32 models it writes what transformers writes; for others it rounds elsewhere, so that texts may part.
 
-    Raises DataError where prompt and new tokens exceed the model's context or the prompt is no text (token ids go to
-    `generate_ids`), holds a lone surrogate or does not fit its vocabulary,
+    Raises DataError for a chat without a template, where prompt and new tokens exceed the model's context or the prompt
+    is no text (token ids go to `generate_ids`), holds a lone surrogate or does not fit its vocabulary,
     ValueError for a setting out of bounds, UnsupportedModelError for a model that generates nothing, and
     NonFiniteError where logits are NaN or Inf.
     """
@@ -63,7 +66,7 @@ def generate(
     if "" in texts:
         raise ValueError("stop: an empty text was given, which is found everywhere; give at least one character.")
     check_text(prompt, "prompt: it")
-    ids = _encode(model, tokenizer, prompt)
+    ids = _encode_turn(tokenizer, prompt) if chat else _encode(model, tokenizer, prompt)
     end = end_tokens(model, tokenizer) | {each for each in stops if isinstance(each, int)}
     _check(model, ids, max_new_tokens, temperature, top_k, top_p)  # before a decoder is built
     engine = choose_engine(model, capacity=len(ids) + max_new_tokens, decode_only=decode_only)
@@ -114,6 +117,24 @@ def _encode(model: nn.Module, tokenizer: Any, prompt: str) -> list[int]:
         "prompt: it holds no token, and neither tokenizer nor model names one that begins or ends a text; give at "
         "least one word."
     )
+
+
+def _encode_turn(tokenizer: Any, prompt: str) -> list[int]:
+    """A user's turn in the chat template, up to where the answer begins."""
+    from jinja2 import TemplateError
+
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "chat: the tokenizer has no chat template, so the model was not trained to answer; leave chat out, or "
+            "take an instruct model, such as smollm2."
+        )
+    turn = [{"role": "user", "content": prompt}]
+    try:
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, ValueError, TypeError) as error:
+        raise DataError(f"chat: the tokenizer's chat template fails ({error}); leave chat out.") from error
+    # The template writes the special tokens itself, also the one that begins a text.
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _pieces(tokenizer: Any, prompt: list[int], tokens: Iterator[int]) -> Iterator[str]:

@@ -44,6 +44,7 @@ from actkit.search.card import model_card
 from actkit.search.front import front, point
 from actkit.search.journal import Journal
 from actkit.search.measured import Candidate, speed_from
+from actkit.search.own_grid import WARNING as OWN_GRID
 from actkit.search.profile import Profile, profile
 from actkit.search.speed_row import SpeedRow, measure_speed_row
 from actkit.search.splits import ROWS, split_data
@@ -293,6 +294,7 @@ class _Search:
             proposals = proposals[:most]
         original = self._original()
         candidates = self._measure(proposals)
+        self.notes += [f"{c.name}: {note}" for c in candidates for note in c.notes if note.startswith(OWN_GRID)]
         if speed:
             original, candidates = self._speeds(original, candidates)
         row, why_not = self._row(original, speed=speed, wanted=speed_row)

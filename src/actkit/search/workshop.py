@@ -24,6 +24,7 @@ from actkit.core.quality import Estimate, Task, measure_quality, task_of
 from actkit.core.runner import Applied, apply
 from actkit.search.candidates import Proposal
 from actkit.search.measured import Candidate
+from actkit.search.own_grid import own_grid_warning
 from actkit.search.splits import Splits
 
 RANDOM = (
@@ -97,6 +98,9 @@ class Workshop:
             )
             if not applied.edits:
                 return replace(found, failed="it changes nothing on this model")
+            warning = own_grid_warning(self.model, applied.model)
+            if warning is not None:
+                found = replace(found, notes=[*found.notes, warning])
             found = self._quality(found, applied.model)
             save(applied.model, folder, tokenizer=self.tokenizer)
             found = self._cost(found, applied.model, folder)
