@@ -26,10 +26,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+import actkit
 from actkit import zoo
 from actkit.core import decoding, generation
 from actkit.core.errors import DataError, NonFiniteError, UnsupportedModelError
 from actkit.core.generation import check_generation, distribution, end_tokens, generate, generate_ids
+from actkit.quantization.rtn import RoundToNearest
 from actkit.runtime.decoder import Decoder
 
 SMALL = {"vocab_size": 61, "bos_token_id": None, "eos_token_id": None, "initializer_range": 0.5}
@@ -378,6 +380,16 @@ def test_the_engine_is_announced_before_the_first_token(swiglu):
     with pytest.raises(UnsupportedModelError, match="does not write text"):
         generate(nn.Linear(2, 2), Spelled(), "AB", announce=engine.append)
     assert len(engine) == 1
+
+
+def test_a_kernel_multiplies_integer_weights_if_transformers_writes(swiglu, without_decoders):
+    model, tokenizer = actkit.load("swiglu"), swiglu[1]
+    actkit.apply(model, [RoundToNearest(bits=8, group_size=64)], progress=False)
+    layer = model.model.layers[0].mlp.up_proj
+    plain = "".join(generate(model, tokenizer, "Return the", max_new_tokens=12))
+    assert layer._packed is None  # the model is the caller's, who has not asked for a second copy of its weights
+    assert "".join(generate(model, tokenizer, "Return the", max_new_tokens=12, decode_only=True)) == plain
+    assert layer._packed is not None
 
 
 def test_interrupted_inside_the_decoder(swiglu, monkeypatch):

@@ -211,6 +211,16 @@ def test_what_has_no_block_is_dense_and_said(tmp_path):
     assert "14 layers (model" in _text(report.table())
 
 
+@pytest.mark.parametrize("factor", [1e-6, 1e8])
+def test_scales_outside_of_float16_stay_dense(tmp_path, factor):
+    plain = ARCHITECTURES["qwen2"]()
+    with torch.no_grad():
+        plain.model.layers[0].mlp.up_proj.weight[3] *= factor
+    report = export(quantized(plain, "rtn", Q8), tmp_path / "wide", "gguf", proof=False)
+    assert "outside of float16's range" in report.dense["model.layers.0.mlp.up_proj"]
+    assert "model.layers.0.mlp.gate_proj" in report.quantized
+
+
 def _text(table: Any) -> str:
     from rich.console import Console
 

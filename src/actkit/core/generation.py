@@ -20,6 +20,7 @@ from actkit.core.decoding import Decoder, choose_engine
 from actkit.core.errors import DataError, NonFiniteError, UnsupportedModelError
 from actkit.core.example import Inputs
 from actkit.core.hooks import evaluating
+from actkit.core.linear import pack_for_decode
 from actkit.core.offload import device_of
 from actkit.core.texts import check_text
 
@@ -72,6 +73,8 @@ def generate(
     engine = choose_engine(model, capacity=len(ids) + max_new_tokens, decode_only=decode_only)
     if announce is not None:
         announce(engine.describe())
+    if engine.decoder is None and decode_only:  # nobody else holds the model
+        pack_for_decode(model)
     tokens = generate_ids(
         model,
         ids,

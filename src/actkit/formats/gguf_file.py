@@ -127,8 +127,7 @@ def blocks(weight: IntegerWeight, order: Tensor | None = None) -> tuple[Stored, 
         zero = weight.zero.cpu().float().repeat_interleave(repeats, 1)
     if order is not None:
         codes, scale, zero = codes[order], scale[order], zero[order]
-    d = scale.half()
-    error = float(((d.float() - scale).abs() / scale).max())
+    d, error = scale.half(), _rounding(scale)
     codes = codes.reshape(outputs, count, BLOCK)
     if weight.grid.bits > 4:
         values = (codes.short() - zero.short()[..., None]).to(torch.int8)
@@ -186,7 +185,14 @@ def _unsaid(weight: WeightStorage) -> str | None:
         return f"groups of {size} inputs are no multiple of GGUF's blocks of {BLOCK}"
     if weight.zero is not None and grid.bits == 8:
         return "GGUF has no block type of 8 bits with zero points"
+    if _rounding(weight.scale.cpu().float()) > 2**-10:  # float16 rounds to 2^-11 of a number inside its range
+        return "some of its scales lie outside of float16's range, in which GGUF keeps them"
     return None
+
+
+def _rounding(scale: Tensor) -> float:
+    """The largest relative error that float16 makes on a scale."""
+    return float(((scale.half().float() - scale).abs() / scale).max())
 
 
 def _dense(tensor: Tensor, order: Tensor | None, dtype: torch.dtype) -> Stored:
