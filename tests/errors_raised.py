@@ -70,6 +70,7 @@ from actkit.core.rows import Keys, _weights
 from actkit.core.runner import Seen, apply, check_shares
 from actkit.core.speed import _check_memory, measure_speed
 from actkit.core.statistics import Moments
+from actkit.core.steps import Steps
 from actkit.core.swap import Swap
 from actkit.core.tensor_files import read_values, write_values
 from actkit.core.training_setup import Settings, state_folder, steps_per_epoch
@@ -1044,6 +1045,7 @@ proof(lambda p: (beside(p, gone=True), a_sum()))
 proof(lambda p: (beside(p, "another sum"), a_sum()))
 proof(lambda p: (beside(p, "what the processes were given", b'[{"seed": "1"}, {}]'), processes.agree(seed="0")))
 proof(lambda p: (beside(p), train(p)))
+proof(lambda p: (beside(p), measure_quality(build("llama"), [HOST], stop=bool, progress=False)))
 proof(lambda p: (beside(p), check_shares(Lazy(how="calls"))))
 
 # -- ActkitError, JournalError, CatalogueError -------------------------------------------------------------------------
@@ -1054,6 +1056,10 @@ def no_proof(p: Place) -> None:
     failed = SimpleNamespace(passed=False, describe=lambda: "folder DOES NOT RELOAD")
     p.patch.setattr("actkit.core.proof.prove", lambda *_, **__: failed)
     verbs.apply_and_save(build("llama"), STACK, p.path / "new")
+
+
+proof(lambda p: optimize(build("llama"), out=p.path / "new", data="random", minutes=1e-9, speed=False, progress=False))
+proof(lambda p: Steps(1).check([SimpleNamespace(tags=Tags(needs_data=True)), None]))
 
 
 def a_journal(p: Place) -> Path:

@@ -33,14 +33,16 @@ INTERNAL = {
     "runtime/tables.py: UnsupportedModelError": "the reason in `model: ... cannot be decoded here`",
     "core/fresh.py: ValueError": "some are of the worker, shown as `...: the fresh process reports ...`",
     "search/speed_row.py: MemoryError": "a note in the report: why the larger shape was not measured",
+    "core/outputs.py: StopForward": "ends a pass before the head",
     "core/training.py: KeyboardInterrupt": "Ctrl-C; the command line says how to go on",
     "cli/main.py: typer.Exit": "Ctrl-C",
+    "search/search.py: out_of_time": "ActkitError, the row `minutes: ... were over before one candidate was measured`",
     "search/journal.py: _damaged": "JournalError, the row `resume: line ... of ... is damaged`",
     "core/quantized_source.py: _unread": "CheckpointError, the row `...: its weight is stored ..., which is not read`",
     "core/quantizer.py: ValueError": "the reason in `...: group_size ...`",
     "core/yaml_files.py: yaml.MarkedYAMLError": "the reason in `... is not valid YAML: ...`",
     "gguf/file.py: IndexError": "the reason in `...: not readable as GGUF (...)`",
-    "core/blockwise.py: _StopForward": "ends a forward pass early",
+    "core/blockwise.py: StopForward": "ends a forward pass early",
 }
 PYDANTIC = ("sparsity/activation_penalty.py", "sparsity/cats.py", "sparsity/prosparse.py", "sparsity/sparsing_law.py")
 QUIET = ("AttributeError", "_Planned", "NotApplicable", "AssertionError")  # Python's protocol, and actkit.testing's
@@ -108,7 +110,10 @@ def test_every_error_of_the_sources_is_on_the_page():
 
 
 def test_what_is_internal_is_there():
-    known = {f"{file}: {name}" for file, name, _ in raised()} | {"core/blockwise.py: _StopForward"}
+    known = {f"{file}: {name}" for file, name, _ in raised()} | {
+        "core/blockwise.py: StopForward",
+        "core/outputs.py: StopForward",
+    }
     assert set(INTERNAL) <= known, set(INTERNAL) - known
 
 

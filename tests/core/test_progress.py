@@ -38,3 +38,25 @@ def test_a_bar_shows_what_is_left_after_one_long_item(monkeypatch: pytest.Monkey
     text = screen.getvalue()
     assert "Changing block by block" in text
     assert "-:--:-- left" in text and "0:00:01 left" in text
+
+
+def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    for _ in progress.track(range(4), "Walking"):
+        for _ in progress.track(range(2), "Inside"):  # quiet: one at a time
+            now += 10.0
+    assert capsys.readouterr().err.splitlines() == ["Walking: 2 of 4, 40 s", "Walking: 4 of 4, 80 s"]
+    for _ in progress.track(iter("ab"), "Short"):
+        now += 0.9
+    progress.step("quiet", enabled=False)
+    list(progress.track(range(3), "Off", enabled=False))
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ZeroDivisionError):
+        for _ in progress.track(range(2), "Broken"):
+            now += 50.0
+            raise ZeroDivisionError
+    progress.step("rtn: done")
+    for _ in progress.track(iter("ab"), "After it"):
+        now += 1.5
+    assert capsys.readouterr().err.splitlines() == ["rtn: done", "After it: 2, 3 s"]

@@ -194,6 +194,9 @@ def optimize(
     recipe: Annotated[
         list[str] | None, typer.Option(help="Try these instead: YAML files or names like 'awq,wina'. Repeatable.")
     ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Spend at most so many minutes, best candidates first. --resume goes on.")
+    ] = None,
     speed: Annotated[bool, typer.Option(help="Measure speed and memory in fresh processes.")] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what the journal in --out holds.")] = False,
     max_memory: MaxMemory = None,
@@ -219,6 +222,7 @@ def optimize(
             target=target,
             max_recipes=max_recipes,
             recipes=recipe,
+            minutes=minutes,
             speed=speed,
             resume=resume,
             max_memory=max_memory,

@@ -43,6 +43,7 @@ from actkit.core.foreign_layers import refuse_adapters, refuse_quantized
 from actkit.core.hooks import check_batch, evaluating, first_tensor, forward, hooked, refuse_compiled_or_sharded
 from actkit.core.plan import Plan, make_plan
 from actkit.core.progress import track
+from actkit.core.steps import Steps
 from actkit.core.transform import Recipe, Transform
 
 UNDO_MODES = ("source", "memory", "off")
@@ -209,6 +210,7 @@ def apply(
     max_memory: int | str | None = None,
     progress: bool = True,
     announce: Callable[[str], None] | None = None,
+    steps: Steps | None = None,
 ) -> Applied:
     """Apply a recipe to a model.
 
@@ -217,8 +219,9 @@ def apply(
     it and nothing was changed since), 'memory' keeps the old tensors, 'off' keeps nothing. min_coverage: least share
     of the parameters inside blocks that each transform must touch, None for what each declares. max_memory: hard cap
     for calibration, bytes or '2GB'. announce: called with each line of the plan (coverage, memory, time) before work
-    starts. Several processes (`core.processes.together`) are given the same model and all batches; each runs its share,
-    and all end with the same edits.
+    starts. steps: takes from it the edits that it holds of the first transforms, and keeps theirs in it
+    (`core/steps.py` says when that is right). Several processes (`core.processes.together`) are given the same model
+    and all batches; each runs its share, and all end with the same edits.
     Raises RecipeError, DataError, CoverageError, MemoryLimitError, NonFiniteError or UnsupportedModelError before work
     starts; where something fails midway the model is restored (unless undo is 'off').
     """
@@ -262,7 +265,9 @@ def apply(
             f"{len(batches)} batches for {processes.count()} processes: {idle} had nothing to run; give smaller batches"
         )
     mode = _undo_mode(model, undo, report)
-    run = _Run(view, transforms, batches, mode, report, progress)
+    if steps is not None:
+        steps.check(transforms)
+    run = _Run(view, transforms, batches, mode, report, progress, steps)
     before = changes.of(model)
     try:
         with evaluating(model):
@@ -290,10 +295,17 @@ class _Run:
     """One pass of a list of transforms over a model."""
 
     def __init__(
-        self, view: Anatomy, transforms: list[Transform], batches: list[Any], mode: str, report: Report, progress: bool
+        self,
+        view: Anatomy,
+        transforms: list[Transform],
+        batches: list[Any],
+        mode: str,
+        report: Report,
+        progress: bool,
+        steps: Steps | None,
     ) -> None:
         self.view, self.model, self.transforms, self.batches = view, view.model, transforms, batches
-        self.mode, self.report, self.progress = mode, report, progress
+        self.mode, self.report, self.progress, self.steps = mode, report, progress, steps or Steps(0)
         self.described: list[dict[str, Any]] = []
         self.undos: list[Undo] = []
         self._training = {path: module.training for path, module in view.model.named_modules()}
@@ -337,16 +349,21 @@ class _Run:
         following = {"original": walk.following(index, "original")} if walk and "original" in streams else {}
         self._open_experts(self.view.block(index))
         originals: dict[str, nn.Module] = {}
-        for transform in self.transforms:
-            self._apply_one(transform, index, walk, originals)
+        for position, transform in enumerate(self.transforms):
+            edits: Iterable[Edit | Skip | Note] | None = self.steps.take(position, index)
+            if edits is None:
+                edits = self.steps.keep(position, index, self._edits(transform, index, walk, originals))
+            self._apply_all(transform, edits, originals)
         self._close_experts()
         if walk is not None and "edited" in streams:
             following["edited"] = walk.following(index, "edited")
         return following
 
-    def _apply_one(self, transform: Transform, index: int, walk: Walk | None, originals: dict[str, nn.Module]) -> None:
+    def _edits(
+        self, transform: Transform, index: int, walk: Walk | None, originals: dict[str, nn.Module]
+    ) -> Iterator[Edit | Skip | Note]:
+        """Observe a block, then what the transform makes of it."""
         block = self.view.block(index, originals)
-        self._shared = shared_parameters(self.model)
         stream = stream_of(transform)
         wanted = dict(transform.observe(block))
         if wanted and walk is None:
@@ -364,7 +381,13 @@ class _Run:
             name = type(transform).__name__
             self.report.skipped += [(path, name, reason) for path, reason in block.unread()]
         seen = Seen(walk if transform.tags.needs_data else None, block, transform, statistics)
-        for edit in transform.edit(block, seen):
+        yield from transform.edit(block, seen)
+
+    def _apply_all(
+        self, transform: Transform, edits: Iterable[Edit | Skip | Note], originals: dict[str, nn.Module]
+    ) -> None:
+        self._shared = shared_parameters(self.model)
+        for edit in edits:
             if isinstance(edit, Skip):
                 self.report.skipped.append((edit.path, type(transform).__name__, edit.reason))
                 continue

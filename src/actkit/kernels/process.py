@@ -5,20 +5,19 @@ Imports Numba, so that only the modules with kernels import it, on first use.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numba
 import torch
 from numba import cfunc, njit
+
+from actkit.kernels.compile_cache import cache_folder
 
 _CONFIG: Any = numba.config  # untyped in Numba
 SMALL = 1 << 18  # bytes of weight; below, waking a second thread takes longer than its half of the work
@@ -29,25 +28,12 @@ _started_in: int | None = None
 # -- compiling ---------------------------------------------------------------------------------------------------------
 
 
-def _cache_folder() -> Path:
-    """Named after the sources: Numba watches the file of a kernel, but not those of the functions that it calls."""
-    home = Path.home()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local"))
-    elif sys.platform == "darwin":
-        base = home / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
-    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    return base / "actkit" / "numba" / hashlib.sha256(sources).hexdigest()[:16]
-
-
 def _choose_cache() -> str | None:
     """The folder of the compile cache: the one the user chose, or ours; None where none can be written."""
     if _CONFIG.CACHE_DIR:
         return str(_CONFIG.CACHE_DIR)
     try:
-        folder = _cache_folder()
+        folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # no home, or a read-only one: compile in memory, every time
         return None

@@ -211,12 +211,16 @@ def optimization_table(result: Optimization) -> Group:
         table.add_row(mark + candidate.name, *_candidate_cells(candidate, result), word, style="bold" if best else "")
     headline = Text(verdict.headline, style="bold green" if verdict.pays else "bold yellow")
     about = "* on the front; disk, peak memory and speed against the original's; intervals are 95 %"
+    if any(each.stopped for each in result.candidates):
+        about += "; losses of candidates that were stopped are of the search split"
     return Group(headline, *said, Text(""), table, Text(f"\n{about}\n", style="dim"), *reasons, *_afterwards(result))
 
 
 def _candidate_cells(candidate: Candidate, result: Optimization) -> list[str]:
+    if candidate.stopped is not None and candidate.search_loss is not None:
+        return [_narrow(candidate.search_loss, 100, "%", 1), "-", "-", "-"]  # what is known: of the search split
     if candidate.failed is not None or candidate.loss is None:
-        return ["failed", "-", "-", "-"]
+        return ["not made" if candidate.stopped else "failed", "-", "-", "-"]
     disk, ratio = candidate.disk_share(result.original), candidate.ratio
     return [
         "-" if candidate is result.original else _narrow(candidate.loss, 100, "%", 1),

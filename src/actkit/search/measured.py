@@ -22,20 +22,23 @@ class Candidate:
     """A recipe and what it gave. `original` is one too, with no recipe.
 
     name: short, unique in a run. recipe: its transforms as in the YAML form. why: what in the profile or the shapes
-    suggests it. failed: why there is nothing to measure, or None. search_loss, loss: on the search and the test split
-    (what max_loss limits, see `Quality.loss`). metrics: of the test split. disk_bytes: of the whole saved folder.
+    suggests it. failed: why there is nothing to measure, or None. stopped: why it was not measured further than
+    search_loss, which may be of a part of the search split, or None. search_loss, loss: on the search and the test
+    split (what max_loss limits, see `Quality.loss`). metrics: of the test split. disk_bytes: of the whole saved folder.
     weight_bytes: held in memory. bytes_per_token, dense_bytes_per_token, density, density_p05, density_p95: see `Cost`.
     speed, speed_failed: against the original in fresh processes, or why not. peak_share: peak memory of the process
     over the original's, measured in the same rounds. proof: of the reload. writes: '' where the generation check
     passed, the reason where it did not, None where the model writes no text. text: what it wrote after the prompt.
     coverage: share of the parameters in blocks by method. changed: edits made. skipped: (path, method, reason).
-    seconds: of making and measuring it, without the speed.
+    seconds: of making and measuring it, without the speed; parts: where they went ('make', 'search', 'test', 'rest').
+    passes: the same in plain forward passes over the test split, None where that was not timed.
     """
 
     name: str
     recipe: list[dict[str, Any]] = field(default_factory=list)
     why: str = ""
     failed: str | None = None
+    stopped: str | None = None
     search_loss: Estimate | None = None
     loss: Estimate | None = None
     metrics: dict[str, Estimate] = field(default_factory=dict)
@@ -57,6 +60,8 @@ class Candidate:
     skipped: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+    passes: float | None = None
 
     @property
     def methods(self) -> Recipe:

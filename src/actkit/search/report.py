@@ -86,6 +86,9 @@ def _rows(result: Optimization) -> list[dict[str, Any]]:
                 "on_front": candidate.name in result.front,
                 "why": candidate.why,
                 "failed": candidate.failed,
+                "stopped": candidate.stopped,
+                "seconds": f"{candidate.seconds:.0f} s",
+                "passes": "" if candidate.passes is None else f"{candidate.passes:.1f}",
                 "metrics": [
                     (name.replace("_", " "), interval(each, ".4g")) for name, each in candidate.metrics.items()
                 ],

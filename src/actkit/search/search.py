@@ -10,7 +10,6 @@ The other candidates are removed; their recipes are in the report and make them 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from actkit.core import changes, checkpoint, processes, whole_folder
@@ -32,15 +31,18 @@ from actkit.core.fingerprint import model_fingerprint
 from actkit.core.fresh import import_name
 from actkit.core.machine import machine, versions
 from actkit.core.offload import refuse_offloaded
-from actkit.core.progress import track
+from actkit.core.progress import say, step, track
 from actkit.core.proof import Proof, prove
 from actkit.core.runner import check_model
 from actkit.core.speed import Speed, measure_speed
 from actkit.core.summary import summarise
 from actkit.core.whole_file import write_whole
+from actkit.kernels.compile_cache import nothing_compiled
+from actkit.search.budget import Budget, check_minutes, out_of_time
 from actkit.search.cache import last_level_cache
 from actkit.search.candidates import MOST, LeftOut, Proposal, Shapes, given, propose
 from actkit.search.card import model_card
+from actkit.search.compile_ahead import CompileAhead
 from actkit.search.front import front, point
 from actkit.search.journal import Journal
 from actkit.search.measured import Candidate, speed_from
@@ -49,7 +51,7 @@ from actkit.search.profile import Profile, profile
 from actkit.search.speed_row import SpeedRow, measure_speed_row
 from actkit.search.splits import ROWS, split_data
 from actkit.search.verdict import TARGETS, Target, Verdict, decide
-from actkit.search.workshop import RANDOM, Workshop, task_for
+from actkit.search.workshop import RANDOM, Workshop, recipe_key, task_for, transforms_key
 from actkit.zoo.loading import OWN_CLASSES, open_model
 
 if TYPE_CHECKING:
@@ -69,6 +71,7 @@ TWO_ENGINES = (
     "engine, so compare candidates of one engine only"
 )
 ROUNDS = 5
+ROW_SECONDS = 60.0  # of the 0.5B shape, building it included
 PROMPT, NEW_TOKENS, BATCH = 128, 32, 8  # of the speed; BATCH for models that run one pass instead of decoding
 
 
@@ -147,6 +150,7 @@ def optimize(
     target: Target | None = None,
     max_recipes: int = MOST,
     recipes: Sequence[Any] | None = None,
+    minutes: float | None = None,
     resume: bool = False,
     overwrite: bool = False,
     speed: bool = True,
@@ -166,8 +170,9 @@ def optimize(
     to write. data: as in `load_data`; None is the embedded data. max_loss: largest loss of quality, as a share, that
     the upper bound of its interval may reach. target: what the best is chosen for among those that pay, 'latency',
     'memory', 'disk' or 'quality'; None: latency if that pays, else disk, else memory. max_recipes: 1 to 12. recipes:
-    try these instead (whatever `Recipe.of` takes). resume: go on with the journal in `out`. overwrite: replace what an
-    earlier search left in `out`.
+    try these instead (whatever `Recipe.of` takes). minutes: what the search may take at most, None for no limit; what
+    does not fit by its estimate is left out, and said. resume: go on with the journal in `out`. overwrite: replace what
+    an earlier search left in `out`.
     speed: measure speed and memory in fresh processes. speed_row: measure the 0.5B shape (`speed_row.py`); None: where
     speed is measured and the model is a language model that fits in the cache, so that its own speed says little.
     max_memory: hard cap for calibration beside the model. base: builds the unchanged model, for one's own nn.Module, by
@@ -177,7 +182,8 @@ def optimize(
     Raises ProcessError in one of several processes (its measurements need the machine to themselves), ValueError for
     settings out of bounds or an `out` that exists, DataError for data that do not serve,
     JournalError where resuming is not possible, ImportError where jinja2 (the extra `report`) is missing, and what
-    loading a model raises; all before the first measurement. What a candidate raises is recorded with it.
+    loading a model raises; all before the first measurement. What a candidate raises is recorded with it. Raises
+    ActkitError where the minutes are over before one candidate was measured; resume then goes on.
     """
     started = time.perf_counter()
     processes.refuse(
@@ -185,6 +191,7 @@ def optimize(
         "it measures speed with the machine to itself: run it without torchrun, or apply and evaluate single recipes "
         "under torchrun",
     )
+    check_minutes(minutes)
     _check_settings(max_loss, target, max_recipes, seed, threads, speed=speed)
     _check_report()
     out = Path(out)
@@ -224,20 +231,22 @@ def optimize(
             _clear(out)
         again = resume and (out / JOURNAL).exists()
         journal = Journal.resume(out / JOURNAL, header) if again else Journal.start(out / JOURNAL, header)
+        budget = Budget(splits, minutes, started)
         task, note = task_for(opened, splits)
-        shop = Workshop(opened, tokenizer, task, splits, out / CANDIDATES, base, max_memory, seed, progress)
+        shop = Workshop(opened, tokenizer, task, splits, out / CANDIDATES, base, max_loss, max_memory, seed, progress)
         shop.by_divergence = task == "language" and isinstance(data, str) and data == "random"
-        search = _Search(out, name, shop, journal, max_loss, target, trust_remote_code)
+        search = _Search(out, name, shop, journal, max_loss, target, trust_remote_code, budget)
         search.notes += [note] if note else []
         search.notes += [RANDOM] if shop.by_divergence else []
         try:
             found = search.run(proposals, max_recipes, earlier, speed=speed, speed_row=speed_row)
         finally:
-            shop.close()
+            search.close()
     settings |= {
         "max_loss": max_loss,
         "target": target,
         "max_recipes": max_recipes,
+        "minutes": minutes,
         "recipes": None if recipes is None else [str(recipe) for recipe in recipes],
         "data": data if data is None or isinstance(data, str | Path) else "given batches",
         "given_dtype": None if dtype is None else str(dtype).removeprefix("torch."),
@@ -260,11 +269,14 @@ class _Search:
         max_loss: float,
         target: Target | None,
         trust_remote_code: bool,
+        budget: Budget,
     ) -> None:
+        self.budget = budget
         self.out, self.name, self.shop, self.journal = out, name, shop, journal
         self.max_loss, self.target, self.trust = max_loss, target, trust_remote_code
         self.notes = list(journal.notes)
         self.cache = last_level_cache()
+        self.ahead: CompileAhead | None = None
 
     def run(
         self,
@@ -276,6 +288,9 @@ class _Search:
         speed_row: bool | None,
     ) -> Optimization:
         shop = self.shop
+        ids = shop.prompt()
+        if speed and ids is not None and nothing_compiled():
+            self.ahead = self._compile_ahead(ids)
         view = anatomy(shop.model, shop.splits.calibration[0])
         seen = profile(
             shop.model,
@@ -293,7 +308,9 @@ class _Search:
             left += [LeftOut(each.name, f"more than max_recipes={most}") for each in proposals[most:]]
             proposals = proposals[:most]
         original = self._original()
-        candidates = self._measure(proposals)
+        self.budget.original(original)
+        candidates, unpaid = self._measure(proposals, speed=speed)
+        left += unpaid
         self.notes += [f"{c.name}: {note}" for c in candidates for note in c.notes if note.startswith(OWN_GRID)]
         if speed:
             original, candidates = self._speeds(original, candidates)
@@ -332,6 +349,26 @@ class _Search:
 
     # -- measuring
 
+    def _compile_ahead(self, ids: Tensor) -> CompileAhead:
+        """Start compiling, with the original's kernels. ids: int64 [1, length] of any length."""
+        prompt, new_tokens = self._decoded()
+        ids = ids.repeat(1, -(-prompt // ids.shape[1]))[:, :prompt]
+        ahead = CompileAhead(ids, prompt + new_tokens, base=self.shop.base, trust_remote_code=self.trust)
+        ahead.add("original", self.shop.saved_original())
+        return ahead
+
+    def close(self) -> None:
+        """End the processes that are still there."""
+        self.shop.close()
+        if self.ahead is not None:
+            self.ahead.close()
+            self.ahead = None
+
+    def _decoded(self) -> tuple[int, int]:
+        """Tokens of the prompt and new ones, as they fit the context."""
+        half = (Inputs.of(self.shop.model).context or PROMPT + NEW_TOKENS) // 2
+        return max(1, min(PROMPT, half)), max(2, min(NEW_TOKENS, half))
+
     def _original(self) -> Candidate:
         for entry in self.journal.find("original"):
             return Candidate.from_dict(entry["measured"])
@@ -339,23 +376,79 @@ class _Search:
         self.journal.add("original", measured=found.to_dict())
         return found
 
-    def _measure(self, proposals: Sequence[Proposal]) -> list[Candidate]:
-        known = {entry["key"]: Candidate.from_dict(entry["measured"]) for entry in self.journal.find("candidate")}
-        keys = [_key(proposal) for proposal in proposals]
-        todo = [(each, key) for each, key in zip(proposals, keys) if key not in known]
-        for proposal, key in track(todo, "Measuring the candidates", len(todo), self.shop.progress):
-            known[key] = self.shop.measure(proposal)
-            self.journal.add("candidate", key=key, measured=known[key].to_dict())
-        self.shop.close()
-        return [replace(known[key], name=each.name, why=each.why) for each, key in zip(proposals, keys)]
+    def _known(self) -> dict[str, Candidate]:
+        """What the journal holds, by recipe. One that was stopped at a lower limit is to be measured again."""
+        entries = self.journal.find("candidate")
+        found = {
+            entry["key"]: (Candidate.from_dict(entry["measured"]), entry.get("max_loss", 0.0)) for entry in entries
+        }
+        return {key: each for key, (each, limit) in found.items() if each.stopped is None or limit >= self.max_loss}
+
+    def _measure(self, proposals: Sequence[Proposal], *, speed: bool) -> tuple[list[Candidate], list[LeftOut]]:
+        """The candidates, best first, as far as the minutes go; and what they did not pay for."""
+        known, budget, left = self._known(), self.budget, []
+        keys = {each.name: recipe_key(each.recipe) for each in proposals}
+        for each in proposals:
+            if keys[each.name] in known:
+                self.shop.known(each, known[keys[each.name]])
+                budget.seen(known[keys[each.name]])
+        todo = [each for each in proposals if keys[each.name] not in known]
+        self.shop.share(todo)
+        if todo and self.shop.progress:
+            say(self._estimates(todo))
+        for proposal in track(todo, "Measuring the candidates", len(todo), self.shop.progress):
+            seconds = budget.estimate(self.shop.to_compute(proposal))
+            passed = sum(each.loss is not None for each in known.values())
+            over = budget.over(seconds + (budget.speeds(passed + 1) if speed else budget.rest), proposal.name)
+            if over is not None:
+                left.append(LeftOut(proposal.name, f"minutes={budget.minutes:g}: {over}"))
+                continue
+            found = self.shop.measure(proposal)
+            if budget.pass_seconds:
+                found = replace(found, passes=found.seconds / budget.pass_seconds)
+            known[keys[proposal.name]] = found
+            budget.seen(found)
+            if self.ahead is not None and found.proof is not None:
+                kinds = [f"{t.name} {getattr(t, 'bits', '')}" for t in proposal.recipe]
+                self.ahead.add(" ".join(kinds), self.shop.folder_of(proposal.name))
+            self.journal.add(
+                "candidate",
+                key=keys[proposal.name],
+                measured=found.to_dict(),
+                max_loss=self.max_loss,
+                estimated_seconds=seconds,
+            )
+            step(_told(found, seconds), self.shop.progress)
+        self.close()
+        if left and not known:
+            assert budget.minutes is not None
+            raise out_of_time(budget.minutes, str(self.journal.path), left[0].reason.partition(": ")[2])
+        made = [each for each in proposals if keys[each.name] in known]
+        return [replace(known[keys[each.name]], name=each.name, why=each.why) for each in made], left
+
+    def _estimates(self, todo: Sequence[Proposal]) -> str:
+        """What each candidate is thought to take, in one line."""
+        held: set[int] = set()
+        seconds: dict[str, float] = {}
+        for proposal in todo:
+            seconds[proposal.name] = self.budget.estimate(self.shop.to_compute(proposal, held))
+        unit = f"a pass over the test split takes {self.budget.pass_seconds:.1f} s"
+        each = ", ".join(f"{name} {number:.0f} s" for name, number in seconds.items())
+        count = "1 candidate" if len(todo) == 1 else f"{len(todo)} candidates"
+        return f"{count}, about {sum(seconds.values()):.0f} s at most ({unit}): {each}"
 
     def _speeds(self, original: Candidate, candidates: list[Candidate]) -> tuple[Candidate, list[Candidate]]:
         """Speeds of what was measured, a few candidates at a time in turns with the original."""
-        keys = {each.name: _key_of(each) for each in candidates}
+        keys = {each.name: transforms_key(each.recipe) for each in candidates}
         known = {entry["key"]: entry for entry in self.journal.find("speed")}
-        waiting = [each for each in candidates if each.failed is None and keys[each.name] not in known]
+        whole = [each for each in candidates if each.failed is None and each.stopped is None]
+        waiting = [each for each in whole if keys[each.name] not in known]
         groups = [waiting[at : at + SIDE_BY_SIDE] for at in range(0, len(waiting), SIDE_BY_SIDE)]
+        over: str | None = None
         for group in track(groups, "Measuring speeds in fresh processes", len(groups), self.shop.progress):
+            over = self.budget.over(self.budget.speeds(len(group)), f"timing {len(group)} candidates")
+            if over is not None:
+                break
             for each, content in self._time(original, group):
                 self.journal.add("speed", key=keys[each.name], **content)
                 known[keys[each.name]] = self.journal.entries[-1]
@@ -369,6 +462,8 @@ class _Search:
                     original = replace(original, speed=other)
             elif entry is not None:
                 each = replace(each, speed_failed=entry["failed"])
+            elif each in whole:
+                each = replace(each, speed_failed=f"minutes={self.budget.minutes:g}: {over}")
             timed.append(each)
         if len({each.speed.engine for each in timed if each.speed is not None}) > 1:
             self.notes.append(TWO_ENGINES)
@@ -377,15 +472,14 @@ class _Search:
     def _time(self, original: Candidate, group: Sequence[Candidate]) -> Iterator[tuple[Candidate, dict[str, Any]]]:
         """Each of a group with its speed, or why there is none; in smaller groups where they do not fit together."""
         folders = {each.name: self._folder(each) for each in (original, *group)}
-        takes = Inputs.of(self.shop.model)
-        half = (takes.context or PROMPT + NEW_TOKENS) // 2
-        decodes = takes.causal
+        prompt, new_tokens = self._decoded()
+        decodes = Inputs.of(self.shop.model).causal
         try:
             speeds: dict[str, Speed] = measure_speed(
                 folders,
                 batch=1 if decodes else BATCH,
-                prompt=max(1, min(PROMPT, half)),
-                max_new_tokens=max(2, min(NEW_TOKENS, half)),
+                prompt=prompt,
+                max_new_tokens=new_tokens,
                 rounds=ROUNDS,
                 base=self.shop.base,
                 trust_remote_code=self.trust,
@@ -423,8 +517,11 @@ class _Search:
             wanted = True
         if not wanted:
             return None, "not measured: speed_row=False"
+        over = self.budget.over(ROW_SECONDS, "it")
         for entry in self.journal.find("speed_row"):
             return (None if entry["row"] is None else SpeedRow.from_dict(entry["row"])), entry["note"]
+        if over is not None:
+            return None, f"not measured: minutes={self.budget.minutes:g}: {over}"
         try:
             row = measure_speed_row(seed=self.shop.seed, progress=self.shop.progress)
         except (MemoryError, MemoryLimitError) as error:
@@ -467,12 +564,12 @@ def _finite(content: Any) -> Any:
     return json.loads(json.dumps(content), parse_constant=lambda _: None)
 
 
-def _key(proposal: Proposal) -> str:
-    return hashlib.sha256(json.dumps(proposal.recipe.dump()["transforms"]).encode()).hexdigest()
-
-
-def _key_of(candidate: Candidate) -> str:
-    return hashlib.sha256(json.dumps(candidate.recipe).encode()).hexdigest()
+def _told(candidate: Candidate, estimate: float) -> str:
+    """One line on a measured candidate."""
+    loss = "" if candidate.loss is None else f"loss {candidate.loss.value:.2%} on the test split"
+    passes = "" if candidate.passes is None else f", {candidate.passes:.1f} passes"
+    what = candidate.failed or candidate.stopped or loss
+    return f"{candidate.name}: {what} ({candidate.seconds:.0f} s{passes}; {estimate:.0f} s were estimated)"
 
 
 def _write_results(result: Optimization, out: Path) -> None:

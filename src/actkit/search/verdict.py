@@ -75,6 +75,8 @@ def judge(candidate: Candidate, original: Candidate, max_loss: float) -> Judgeme
     """Whether one candidate pays, and why not."""
     if candidate.failed is not None:
         return Judgement(candidate.name, False, {}, (f"it failed: {candidate.failed}",))
+    if candidate.stopped is not None:
+        return Judgement(candidate.name, False, {}, (candidate.stopped,))
     gains = _gains(candidate, original)
     against = [] if gains else [_no_gain(candidate, original)]
     for loss, split in ((candidate.search_loss, "search"), (candidate.loss, "test")):

@@ -1,12 +1,21 @@
-"""Making and measuring one candidate: apply its recipe to a copy, measure quality and cost, save, prove the reload."""
+"""Making and measuring one candidate: apply its recipe to a copy, measure quality and cost, save, prove the reload.
+
+A candidate goes on only while it can still be recommended. On the search split it is looked at after each batch: where
+even the lower bound of its loss is above the limit, it ends there. Only one whose whole search split is within the
+limit is measured on the test split, saved and proved. What the original gave is kept, so that it runs once; what
+recipes begin with in common is computed once.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +23,19 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.checkpoint import save
-from actkit.core.cost import measure_cost
+from actkit.core.cost import folder_bytes, measure_cost
 from actkit.core.errors import ActkitError
 from actkit.core.example import Inputs, example_of
 from actkit.core.fresh import FreshProcess
 from actkit.core.generation import GenerationCheck, check_generation
+from actkit.core.hooks import evaluating, forward
+from actkit.core.linear import widened
+from actkit.core.outputs import KEEP, Outputs
 from actkit.core.proof import prove
-from actkit.core.quality import Estimate, Task, measure_quality, task_of
+from actkit.core.quality import Estimate, Quality, Task, measure_quality, task_of
 from actkit.core.runner import Applied, apply
+from actkit.core.steps import Steps
+from actkit.core.transform import Recipe, Transform
 from actkit.search.candidates import Proposal
 from actkit.search.measured import Candidate
 from actkit.search.own_grid import own_grid_warning
@@ -52,11 +66,15 @@ class Workshop:
     splits: Splits
     folder: Path
     base: Callable[[], nn.Module] | None
+    max_loss: float
     max_memory: int | str | None
     seed: int
     progress: bool
     by_divergence: bool = False
     _process: FreshProcess | None = None
+    _originals: Outputs | None = None
+    _steps: dict[str, Steps] = field(default_factory=dict)  # by the recipe that longer ones begin with
+    _hopeless: dict[str, Candidate] = field(default_factory=dict)  # by recipe
 
     def close(self) -> None:
         """End the fresh process, where there is one."""
@@ -73,43 +91,123 @@ class Workshop:
         """What proofs run: the first given rows if the model takes more than tokens or images, None for random ones."""
         return example_of(self.model, self.splits.search)
 
+    @property
+    def originals(self) -> Outputs:
+        """What the original gives on the search and the test split, kept."""
+        if self._originals is None:
+            self._originals = Outputs(self.model, keep=KEEP)
+        return self._originals
+
+    def saved_original(self) -> Path:
+        """The folder of the original, saved where it is not yet."""
+        folder = self.folder_of("original")
+        return folder if folder.is_dir() else save(self.model, folder, tokenizer=self.tokenizer)
+
     def original(self) -> Candidate:
         """The original, measured and saved like the candidates."""
-        folder = self.make_folder("original")
-        save(self.model, folder, tokenizer=self.tokenizer)
         started = time.perf_counter()
-        found = self._quality(Candidate("original"), self.model)
-        return replace(self._cost(found, self.model, folder), seconds=time.perf_counter() - started)
+        clock = _Clock()
+        with clock("rest"):
+            folder = self.saved_original()
+        with clock("pass"):
+            seconds = self._pass_seconds()
+        with clock("search"):
+            search = self._measured(self.originals, self.splits.search)
+        with clock("test"):
+            test = self._measured(self.originals, self.splits.test)
+        found = Candidate("original", search_loss=self._loss(search), loss=self._loss(test), metrics=test.metrics)
+        with clock("rest"):
+            found = self._cost(self._writes(found, self.model), self.model, folder)
+        return replace(found, seconds=time.perf_counter() - started, parts={**clock.parts, "pass": seconds})
+
+    def share(self, proposals: Sequence[Proposal]) -> None:
+        """Say which candidates come, so that what several of them begin with is kept from the first one on."""
+        for proposal in proposals:
+            first = proposal.recipe.transforms[:-1]
+            if first and all(t.tags.needs_data and t.tags.stream == "original" for t in first):
+                self._steps.setdefault(recipe_key(Recipe(first)), Steps(len(first)))
+
+    def steps_of(self, proposal: Proposal) -> Steps | None:
+        """Where the edits of the first transforms of a recipe are kept, if they are."""
+        counts = range(len(proposal.recipe.transforms), 0, -1)
+        keys = (recipe_key(Recipe(proposal.recipe.transforms[:count])) for count in counts)
+        return next((self._steps[key] for key in keys if key in self._steps), None)
+
+    def to_compute(self, proposal: Proposal, held: set[int] | None = None) -> list[Transform] | None:
+        """The transforms of a recipe whose edits are not kept yet; None where it is not made at all. held: of a list of
+        proposals, the kept ones that those before it bring; this one's are added."""
+        if self._without(proposal) is not None:
+            return None
+        steps, transforms = self.steps_of(proposal), list(proposal.recipe.transforms)
+        if steps is None:
+            return transforms
+        known = steps.filled or (held is not None and id(steps) in held)
+        if held is not None:
+            held.add(id(steps))
+        return transforms[steps.count :] if known else transforms
+
+    def _without(self, proposal: Proposal) -> Candidate | None:
+        """The candidate that a recipe goes on from, where that loses too much already."""
+        transforms = proposal.recipe.transforms
+        keys = (recipe_key(Recipe(transforms[:count])) for count in range(1, len(transforms)))
+        return next((self._hopeless[key] for key in keys if key in self._hopeless), None)
+
+    def known(self, proposal: Proposal, candidate: Candidate) -> None:
+        """Take note of a measured candidate: what begins with one that loses too much is not made."""
+        loss = candidate.search_loss
+        if candidate.stopped is not None and loss is not None and loss.low > self.max_loss:
+            self._hopeless[recipe_key(proposal.recipe)] = candidate
 
     def measure(self, proposal: Proposal) -> Candidate:
-        """One candidate, measured and saved; whatever breaks is recorded as why it failed."""
+        """One candidate, measured and saved as far as it deserves; whatever breaks is recorded as why it failed."""
         started = time.perf_counter()
+        clock = _Clock()
         found = Candidate(proposal.name, proposal.recipe.dump()["transforms"], proposal.why)
         folder = self.make_folder(proposal.name)
         try:
-            applied = self._apply(proposal)
-            report = applied.report
-            found = replace(
-                found,
-                coverage=report.plan.coverage,
-                changed=len(report.changed),
-                skipped=[list(row) for row in report.skipped],
-                notes=report.notes,
-            )
-            if not applied.edits:
-                return replace(found, failed="it changes nothing on this model")
-            warning = own_grid_warning(self.model, applied.model)
-            if warning is not None:
-                found = replace(found, notes=[*found.notes, warning])
-            found = self._quality(found, applied.model)
-            save(applied.model, folder, tokenizer=self.tokenizer)
-            found = self._cost(found, applied.model, folder)
-            proof = prove(applied.model, folder, self.example(), process=self._fresh(), base=self.base)
-            found = replace(found, proof=proof)
+            found = self._measure(found, proposal, folder, clock)
         except Broken as error:
             shutil.rmtree(folder, ignore_errors=True)
             found = replace(found, failed=f"{type(error).__name__}: {error}")
-        return replace(found, seconds=time.perf_counter() - started)
+        found = replace(found, seconds=time.perf_counter() - started, parts=clock.parts)
+        self.known(proposal, found)
+        return found
+
+    def _measure(self, found: Candidate, proposal: Proposal, folder: Path, clock: _Clock) -> Candidate:
+        base = self._without(proposal)
+        if base is not None:
+            return replace(found, stopped=f"not made, as it goes on from {base.name}: {base.stopped}")
+        with clock("make"):
+            applied = self._apply(proposal)
+        report, model = applied.report, applied.model
+        found = replace(
+            found,
+            coverage=report.plan.coverage,
+            changed=len(report.changed),
+            skipped=[list(row) for row in report.skipped],
+            notes=report.notes,
+        )
+        if not applied.edits:
+            return replace(found, failed="it changes nothing on this model")
+        warning = own_grid_warning(self.model, model)
+        if warning is not None:
+            found = replace(found, notes=[*found.notes, warning])
+        with widened(model):
+            with clock("search"):
+                search = self._measured(model, self.splits.search, stop=self._loses)
+            found = replace(found, search_loss=self._loss(search), stopped=self._stopped(search))
+            if found.stopped is not None:
+                return found
+            with clock("test"):
+                test = self._measured(model, self.splits.test)
+            found = replace(found, loss=self._loss(test), metrics=test.metrics)
+            with clock("rest"):
+                found = self._cost(self._writes(found, model), model)
+        with clock("rest"):
+            save(model, folder, tokenizer=self.tokenizer)
+            found = replace(found, disk_bytes=folder_bytes(folder))
+            proof = prove(model, folder, self.example(), process=self._fresh(), base=self.base)
+        return replace(found, proof=proof)
 
     def make_again(self, candidate: Candidate) -> Path:
         """Save a measured candidate once more, where its folder is gone; nothing is measured."""
@@ -139,29 +237,60 @@ class Workshop:
             min_coverage=LEAST_COVERAGE,
             max_memory=self.max_memory,
             progress=self.progress,
+            steps=self.steps_of(proposal),
         )
 
-    def _quality(self, found: Candidate, model: nn.Module) -> Candidate:
-        def measured(batches: Any) -> Any:
-            return measure_quality(
-                model, batches, reference=self.model, task=self.task, seed=self.seed, progress=self.progress
-            )
+    def _measured(self, model: Any, batches: Any, stop: Callable[[Quality], bool] | None = None) -> Quality:
+        return measure_quality(
+            model.model if isinstance(model, Outputs) else model,
+            batches,
+            reference=self.originals,
+            task=self.task,
+            seed=self.seed,
+            progress=self.progress,
+            stop=stop,
+        )
 
-        search, test = measured(self.splits.search), measured(self.splits.test)
-        search_loss, loss = search.loss, test.loss
-        if self.by_divergence:
-            search_loss, loss = _as_ratio(search.metrics["kl"]), _as_ratio(test.metrics["kl"])
+    def _loss(self, quality: Quality) -> Estimate:
+        loss = _as_ratio(quality.metrics["kl"]) if self.by_divergence else quality.loss
+        assert loss is not None, "there is a reference"
+        return loss
+
+    def _loses(self, quality: Quality) -> bool:
+        """Whether more than max_loss is lost for sure."""
+        return self._loss(quality).low > self.max_loss
+
+    def _stopped(self, search: Quality) -> str | None:
+        """Why a candidate is not measured further, from its search split."""
+        loss = self._loss(search)
+        if loss.high <= self.max_loss:
+            return None
+        interval = f"{search.confidence:.1%} interval {loss.low:.2%} to {loss.high:.2%}"
+        if not math.isfinite(loss.high):
+            interval = "no interval: the data are one document"
+        seen = f"{search.documents} documents of the search split"
+        if not search.complete:
+            return f"stopped after {seen}: loss {loss.value:.2%} ({interval}), the limit is {self.max_loss:.2%}"
+        return (
+            f"loss {loss.value:.2%} ({interval}) on the {seen}, the limit is {self.max_loss:.2%}: not measured on the "
+            f"test split"
+        )
+
+    def _pass_seconds(self) -> float:
+        """Of a plain forward pass over the test split, from its first batches."""
+        batches = self.splits.test[:DENSITY_BATCHES]
+        with evaluating(self.model):
+            forward(self.model, batches[0])  # what the first pass sets up
+            started = time.perf_counter()
+            for batch in batches:
+                forward(self.model, batch)
+        return (time.perf_counter() - started) * self.splits.test.tokens / batches.tokens
+
+    def _writes(self, found: Candidate, model: nn.Module) -> Candidate:
         check = self._check(model)
-        return replace(
-            found,
-            search_loss=search_loss,
-            loss=loss,
-            metrics=test.metrics,
-            writes=None if check is None else check.reason,
-            text=None if check is None else self._text(check),
-        )
+        return found if check is None else replace(found, writes=check.reason, text=self._text(check))
 
-    def _cost(self, found: Candidate, model: nn.Module, folder: Path) -> Candidate:
+    def _cost(self, found: Candidate, model: nn.Module, folder: Path | None = None) -> Candidate:
         batches = self.splits.test[:DENSITY_BATCHES]
         return found.with_cost(measure_cost(model, batches, folder=folder, progress=False))
 
@@ -185,6 +314,31 @@ class Workshop:
 
     def _text(self, check: GenerationCheck) -> str | None:
         return None if self.tokenizer is None else self.tokenizer.decode(torch.tensor(check.tokens[0]))
+
+
+class _Clock:
+    """Seconds by what they went into."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - started
+
+
+def recipe_key(recipe: Recipe) -> str:
+    """The same for recipes with the same transforms and settings."""
+    return transforms_key(recipe.dump()["transforms"])
+
+
+def transforms_key(transforms: list[dict[str, Any]]) -> str:
+    """The same, from the form that candidates and journals hold."""
+    return hashlib.sha256(json.dumps(transforms).encode()).hexdigest()
 
 
 def _as_ratio(divergence: Estimate) -> Estimate:
