@@ -62,6 +62,7 @@ def random_model(config: Any, cls: Any, **settings: Any) -> Any:
 MODELS = {
     "llama": lambda: random_model(LlamaConfig, LlamaForCausalLM, head_dim=32),
     "mistral": lambda: random_model(MistralConfig, MistralForCausalLM, rope_parameters={"rope_theta": 1e5}),
+    "llama with biases": lambda: random_model(LlamaConfig, LlamaForCausalLM, attention_bias=True, mlp_bias=True),
     "qwen2": lambda: random_model(Qwen2Config, Qwen2ForCausalLM, tie_word_embeddings=True),
     "qwen3": lambda: random_model(Qwen3Config, Qwen3ForCausalLM, head_dim=128),
 }
@@ -267,3 +268,59 @@ def test_the_file_is_converted_once(tmp_path, cache, monkeypatch):
     with pytest.raises(TypeError):
         actkit.load(moved)
     assert not folder.exists()
+
+
+def test_the_tokenizer_and_its_templates_come_along(tmp_path):
+    model, tokenizer = actkit.load("swiglu"), actkit.load_tokenizer("swiglu")
+    tokenizer.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "tools"}
+    folder = export(model, tmp_path / "out", "gguf", tokenizer=tokenizer, proof=False).folder
+    found = actkit.load_tokenizer(next(folder.glob("*.gguf")))
+    assert found.chat_template == tokenizer.chat_template and found.eos_token == tokenizer.eos_token
+    for text in ("Return the 12 names,\n\n  it's  é 日本<|endoftext|>x", *tokenizer.get_vocab()):
+        assert found(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+class Merging:
+    """SentencePiece's BPE by its definition: merge the two neighbours whose union scores best, the leftmost of equals."""
+
+    def __init__(self, scores):
+        self.scores = scores
+
+    def __call__(self, text):
+        pieces = list("\u2581" + text.replace(" ", "\u2581"))
+        while True:
+            pairs = [
+                (self.scores[a + b], -at) for at, (a, b) in enumerate(zip(pieces, pieces[1:])) if a + b in self.scores
+            ]
+            if not pairs:
+                return [byte for piece in pieces for byte in self.bytes_of(piece)]
+            at = -max(pairs)[1]
+            pieces[at : at + 2] = ["".join(pieces[at : at + 2])]
+
+    def bytes_of(self, piece):
+        return [piece] if piece in self.scores else [f"<0x{byte:02X}>" for byte in piece.encode()]
+
+
+def test_sentencepiece(tmp_path):
+    draw = np.random.default_rng(4)
+    letters = ["\u2581", *"abcde"]
+    words = sorted({"".join(draw.choice(letters, draw.integers(2, 6))) for _ in range(300)})
+    scores = {word: -float(at) for at, word in enumerate(draw.permutation([*letters, *words]).tolist())}
+    fixed = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens = [*fixed, *scores]
+    settings = {
+        ".tokenizer.ggml.model": "llama",
+        ".tokenizer.ggml.tokens": tokens,
+        ".tokenizer.ggml.scores": [0.0] * len(fixed) + list(scores.values()),
+        ".tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * len(scores)],
+        ".tokenizer.ggml.bos_token_id": 1,
+        ".tokenizer.ggml.eos_token_id": 2,
+        ".tokenizer.ggml.unknown_token_id": 0,
+    }
+    file = write_gguf(tmp_path / "a.gguf", settings=settings, tensors=small_tensors(len(tokens)))
+    tokenizer, expected = actkit.load_tokenizer(file), Merging(scores)
+    for _ in range(200):
+        text = "".join(draw.choice([*"abcde ", "é"], draw.integers(1, 20)))
+        found = tokenizer(text)["input_ids"]
+        assert found[0] == 1 and [tokens[at] for at in found[1:]] == expected(text), text
+        assert tokenizer.decode(found, skip_special_tokens=True) == text

@@ -72,8 +72,10 @@ def read_config(file: GgufFile) -> tuple[GgufArchitecture, Any, bool]:
     if ROPE_FACTORS in file.tensors:
         found["rope_parameters"] |= _llama3_factors(file, found)
     tokens = {name: file.settings.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
-    biased = "blk.0.attn_q.bias" in file.tensors
-    extra: dict[str, Any] = {"attention_bias": biased} if architecture.model_type == "llama" else {}
+    biases = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+    extra: dict[str, Any] = {}
+    if architecture.model_type == "llama":  # the only one of them that may have them or not
+        extra = {name: tensor in file.tensors for name, tensor in biases.items()}
     config_class: Any = type(transformers.AutoConfig.for_model(architecture.model_type))
     return (
         architecture,

@@ -83,7 +83,11 @@ def build_tokenizer(file: GgufFile) -> Any | None:
             pair=[*single, "$A", *second, *(f"{t}:1" for t in single), "$B:1", *(f"{t}:1" for t in second)],
             special_tokens=marks,
         )
-    template = settings.get("tokenizer.chat_template")
+    template: Any = settings.get("tokenizer.chat_template")
+    start = "tokenizer.chat_template."
+    named = {key.removeprefix(start): text for key, text in settings.items() if key.startswith(start)}
+    if named:
+        template = {**({} if template is None else {"default": template}), **named}
     return PreTrainedTokenizerFast(
         tokenizer_object=found, chat_template=template, clean_up_tokenization_spaces=False, **special
     )
