@@ -31,7 +31,7 @@ from actkit.core.linear import OLD_STORAGE, ActLinear
 from actkit.core.machine import versions
 from actkit.core.memory import format_bytes, parse_bytes
 from actkit.core.named_functions import unknown_function
-from actkit.core.transformers_folder import load_folder, refuse_adapter
+from actkit.core.transformers_folder import load_folder, refuse_adapter, remote_class
 from actkit.core.whole_folder import complete_or_nothing, recover
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ MANIFEST = "actkit.json"
 GRID = "source_grid.json"  # beside a plain checkpoint whose weights came from a quantized source
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".onnx", ".msgpack", ".gguf", ".index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
+CHAT_TEMPLATES = "additional_chat_templates"  # as transformers names the folder
+CODE = ".py"  # of a repository that brings its own; run only where it is trusted
 BESIDE = (".txt", ".jinja", ".model", ".vocab", ".merges", ".tiktoken")  # and .json: tokenizers, templates
 SETTINGS = (MANIFEST, "config.json", "generation_config.json", GRID)
 NOT_COPIED = ("config.json", "README.md", MANIFEST, "training.json", GRID)
@@ -292,7 +294,7 @@ def copy_companions(model: nn.Module, folder: Path) -> None:
     """Copy what stood beside the original weights: tokenizer, templates, processor, pooling modules."""
     origin = changes.source(model)
     source = Path(origin.options.get("files", origin.name)) if origin else None
-    if source is None or not source.is_dir():
+    if origin is None or source is None or not source.is_dir():
         return
     for path in sorted(source.iterdir()):
         if (
@@ -303,9 +305,10 @@ def copy_companions(model: nn.Module, folder: Path) -> None:
             continue
         if path.is_dir():
             small = all(not p.name.endswith(WEIGHTS_SUFFIXES) for p in path.rglob("*"))
-            if small and path.name[:1].isdigit():  # sentence-transformers' numbered module folders
+            numbered = path.name[:1].isdigit()  # sentence-transformers' module folders
+            if small and (numbered or path.name == CHAT_TEMPLATES):
                 shutil.copytree(path, folder / path.name)
-        elif path.suffix in (".json", *BESIDE):
+        elif path.suffix in (".json", *BESIDE) or (path.suffix == CODE and origin.options.get("trust_remote_code")):
             shutil.copy2(path, folder / path.name)
 
 
@@ -344,7 +347,7 @@ def load(
     checksums.verify(folder, _of_the_model)
     grid = None
     if (folder / MANIFEST).exists():
-        model, grid = _load_changed(folder, base)
+        model, grid = _load_changed(folder, base, trust_remote_code)
         if dtype is not None:
             _cast(model, dtype)
     elif (folder / "config.json").exists():
@@ -367,7 +370,7 @@ def load(
 
 def _of_the_model(name: str) -> bool:
     """Whether a file of a saved folder is one that the model is built from (and not its tokenizer's)."""
-    return name in SETTINGS or name.endswith(WEIGHTS_SUFFIXES)
+    return name in SETTINGS or name.endswith((*WEIGHTS_SUFFIXES, CODE))
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
@@ -425,11 +428,24 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> An
     if not has_tokenizer(folder):
         raise CheckpointError(f"tokenizer: {folder} has none; give text as token batches, or use --data random.")
     checksums.verify(folder, lambda name: not _of_the_model(name))
-    if (folder / MANIFEST).exists() and (folder / "tokenizer.json").exists():
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast.from_pretrained(folder)
+    if (folder / MANIFEST).exists() and (folder / "config.json").exists():
+        return _tokenizer_of_changed(folder, trust_remote_code)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def _tokenizer_of_changed(folder: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer of a changed model: the one that transformers chooses for the model it came from."""
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+
+    from actkit.core.pretrained import base_type
+
+    settings = _read_json(folder / "config.json")
+    kind = base_type(str(settings.pop("model_type", "")))
+    try:
+        config = AutoConfig.for_model(kind, **settings)
+    except ValueError:  # a model of a repository's own code: the tokenizer's own files say its class
+        config = PreTrainedConfig(**settings)
+    return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=trust_remote_code)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -437,7 +453,9 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in TOKENIZER_FILES)
 
 
-def _load_changed(folder: Path, base: Callable[[], nn.Module] | None) -> tuple[nn.Module, SourceGrid | None]:
+def _load_changed(
+    folder: Path, base: Callable[[], nn.Module] | None, trust_remote_code: bool
+) -> tuple[nn.Module, SourceGrid | None]:
     manifest = read_manifest(folder)
     tensors = _read_tensors(folder, manifest)
     if base is not None:
@@ -445,11 +463,11 @@ def _load_changed(folder: Path, base: Callable[[], nn.Module] | None) -> tuple[n
         if not isinstance(model, nn.Module):
             raise TypeError(f"base: it gave a {type(model).__name__}; give a function that builds the unchanged model.")
     elif manifest["base_class"] is not None:
-        model = _build_pretrained(folder, manifest)
+        model = _build_pretrained(folder, manifest, trust_remote_code)
     else:
         raise CheckpointError(
             f"{folder}: it holds a {manifest['model_class']}, which is not a transformers model; "
-            f"pass base=, a function that builds the unchanged model."
+            f"load it from Python: actkit.load(folder, base=...), with a function that builds the unchanged model."
         )
     try:
         replay(model, manifest["edits"])
@@ -485,15 +503,19 @@ def _grid(path: Path, content: dict[str, Any] | None) -> SourceGrid | None:
         ) from error
 
 
-def _build_pretrained(folder: Path, manifest: dict[str, Any]) -> nn.Module:
+def _build_pretrained(folder: Path, manifest: dict[str, Any], trust_remote_code: bool) -> nn.Module:
     """The unchanged transformers model of the right shape, unfilled; on the CPU, so that rotary tables are computed."""
     from transformers.initialization import no_init_weights
 
     from actkit.core import pretrained
 
-    base: Any = pretrained.class_by_name(manifest["base_class"])
-    pretrained.model_class(base)
     settings = _read_json(folder / "config.json")
+    name, auto_map = manifest["base_class"], settings.get("auto_map")
+    if isinstance(auto_map, dict) and not pretrained.has_class(name):
+        base: Any = remote_class(auto_map, name, folder, trust_remote_code)
+    else:
+        base = pretrained.class_by_name(name)
+    pretrained.model_class(base)
     for edit in reversed(manifest["edits"]):
         if isinstance(edit, dict) and "before" in edit:  # the base model is built as it was, then replayed
             settings[str(edit.get("configure"))] = edit["before"]
@@ -614,7 +636,7 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*/config.json", checksums.NAME, *(f"*{kind}" for kind in BESIDE)]
+    patterns = ["*.json", "*.safetensors", "*/config.json", "*.py", checksums.NAME, *(f"*{kind}" for kind in BESIDE)]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=5))
     except Exception as error:  # the client raises a different type for each way in which a network can fail

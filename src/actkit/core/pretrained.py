@@ -135,13 +135,19 @@ def set_changed(model: PreTrainedModel, changed: bool) -> None:
 
 def class_by_name(name: str) -> type[PreTrainedModel]:
     """A model class of transformers by its name (never an import path). Raises CheckpointError for another name."""
-    found = getattr(transformers, name, None)
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+    if not has_class(name):
         raise CheckpointError(
             f"base_class: {name!r} is not a model class of transformers {transformers.__version__}; install one that "
-            f"has it, or for a class of your own pass base=, a function that builds the unchanged model."
+            f"has it, or for a class of your own load it from Python: actkit.load(folder, base=...), with a function "
+            f"that builds the unchanged model."
         )
-    return found
+    return getattr(transformers, name)
+
+
+def has_class(name: str) -> bool:
+    """Whether transformers has a model class of that name."""
+    found = getattr(transformers, name, None)
+    return isinstance(found, type) and issubclass(found, PreTrainedModel)
 
 
 @cache

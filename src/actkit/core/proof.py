@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from actkit.core import changes
 from actkit.core.example import Inputs, fit_dtype, main_dtype, unsaved_dtypes
 from actkit.core.fresh import Base, FreshProcess
 from actkit.core.hooks import BatchContext, evaluating, forward
@@ -76,13 +77,13 @@ def prove(
     *,
     process: FreshProcess | None = None,
     base: Base | None = None,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool | None = None,
 ) -> Proof:
     """Compare a model in memory with the folder it was saved to, loaded in a fresh process.
 
     batch: what both are run on; fixed random rows (2, of min(64, context) tokens) where None. process: a FreshProcess
     to use, and to leave open; one of its own otherwise. base: as in `FreshProcess.load`, for one's own nn.Module.
-    trust_remote_code: run code that the folder brings.
+    trust_remote_code: run code that the folder brings; where None, if the model was loaded so.
     Raises FreshProcessError where the folder does not load or run there, DataError where the model does not say what
     it takes.
     """
@@ -92,6 +93,9 @@ def prove(
         batch = fit_dtype(Inputs.of(model).batch(ROWS), dtype)
     with evaluating(model):
         expected = first_tensor(forward(model, batch)).float().cpu()
+    origin = changes.source(model)
+    if trust_remote_code is None:
+        trust_remote_code = origin is not None and bool(origin.options.get("trust_remote_code"))
     with ExitStack() as stack:
         if process is None:
             process = stack.enter_context(FreshProcess(threads=threads))

@@ -44,12 +44,15 @@ def load_folder(
         CheckpointError: naming the file or the keys.
     """
     import transformers
+    from transformers import CONFIG_MAPPING
 
     refuse_adapter(folder)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if "AutoConfig" in (settings.get("auto_map") or {}) and settings.get("model_type") not in CONFIG_MAPPING:
+            _trusted(folder, trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{folder / 'config.json'}: transformers {transformers.__version__} does not read it ({error}); copy or "
             f"download the folder again, or install a transformers that knows the model."
@@ -178,11 +181,7 @@ def remote_class(auto_map: dict[str, Any], stated: str | None, folder: Path, tru
     """
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    if not trust_remote_code:
-        raise CheckpointError(
-            f"{folder}: its model class is code in the repository; pass trust_remote_code=True (--trust-remote-code) "
-            f"if you trust it."
-        )
+    _trusted(folder, trust_remote_code)
     models = {name: ref for name, ref in auto_map.items() if name.startswith("AutoModel")}
     by_name = [name for name, ref in models.items() if str(ref).rpartition(".")[2] == stated]
     auto = next((name for name in (*by_name, "AutoModelForCausalLM", "AutoModel", *models) if name in models), None)
@@ -193,6 +192,14 @@ def remote_class(auto_map: dict[str, Any], stated: str | None, folder: Path, tru
     cls: Any = get_class_from_dynamic_module(models[auto], folder)
     cls.register_for_auto_class(auto)  # so that transformers writes the code beside what it saves
     return cls
+
+
+def _trusted(folder: Path, trust_remote_code: bool) -> None:
+    if not trust_remote_code:
+        raise CheckpointError(
+            f"{folder}: its model class is code in the repository; pass trust_remote_code=True (--trust-remote-code) "
+            f"if you trust it."
+        )
 
 
 def _dense(config: Any) -> Any:
