@@ -124,7 +124,7 @@ def test_a_module_of_ones_own(kind, tmp_path):
     model = changed(kind, recipe=STACK)
     folder = save(model, tmp_path / "model")
     assert equal(load(folder, base=lambda: build(kind)), model, kind)
-    with pytest.raises(CheckpointError, match=f"{type(model).__name__}, which is not a transformers model; load it from Python"):
+    with pytest.raises(CheckpointError, match=f"{type(model).__name__}, which is not a transformers model; pass base="):
         load(folder)
     with pytest.raises(CheckpointError, match=r"(edits|weights) do not fit"):
         load(folder, base=lambda: build("conv" if kind == "mlp" else "mlp"))

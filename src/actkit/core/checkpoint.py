@@ -467,7 +467,7 @@ def _load_changed(
     else:
         raise CheckpointError(
             f"{folder}: it holds a {manifest['model_class']}, which is not a transformers model; "
-            f"load it from Python: actkit.load(folder, base=...), with a function that builds the unchanged model."
+            f"pass base= in Python (actkit.load), a function that builds the unchanged model."
         )
     try:
         replay(model, manifest["edits"])

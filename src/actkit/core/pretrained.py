@@ -138,8 +138,8 @@ def class_by_name(name: str) -> type[PreTrainedModel]:
     if not has_class(name):
         raise CheckpointError(
             f"base_class: {name!r} is not a model class of transformers {transformers.__version__}; install one that "
-            f"has it, or for a class of your own load it from Python: actkit.load(folder, base=...), with a function "
-            f"that builds the unchanged model."
+            f"has it, or for a class of your own pass base= in Python (actkit.load), a function that builds the "
+            f"unchanged model."
         )
     return getattr(transformers, name)
 
