@@ -281,7 +281,7 @@ def test_the_tokenizer_and_its_templates_come_along(tmp_path):
 
 
 class Merging:
-    """SentencePiece's BPE by its definition: merge the two neighbours whose union scores best, the leftmost of equals."""
+    """SentencePiece's BPE by its definition: merge the neighbours whose union scores best, the leftmost of equals."""
 
     def __init__(self, scores):
         self.scores = scores
@@ -289,9 +289,8 @@ class Merging:
     def __call__(self, text):
         pieces = list("\u2581" + text.replace(" ", "\u2581"))
         while True:
-            pairs = [
-                (self.scores[a + b], -at) for at, (a, b) in enumerate(zip(pieces, pieces[1:])) if a + b in self.scores
-            ]
+            unions = [a + b for a, b in pairwise(pieces)]
+            pairs = [(self.scores[union], -at) for at, union in enumerate(unions) if union in self.scores]
             if not pairs:
                 return [byte for piece in pieces for byte in self.bytes_of(piece)]
             at = -max(pairs)[1]
