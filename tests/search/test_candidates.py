@@ -109,3 +109,10 @@ def test_own_recipes():
     assert [each.name for each in found] == ["rtn", "rtn over wina", "rtn #2"]
     with pytest.raises(RecipeError):
         given(["no such method"])
+
+
+def test_recipes_of_ones_own_are_named_by_what_is_set():
+    eight, coarse, sparse = {"rtn": {"bits": 8}}, {"rtn": {"group_size": 64}}, {"wina": {"sparsity": 0.25}}
+    stacks = [[eight], [eight], [coarse, sparse]]
+    names = [each.name for each in given(["rtn", *({"actkit": 1, "transforms": stack} for stack in stacks)])]
+    assert names == ["rtn", "rtn bits=8", "rtn bits=8 #2", "wina sparsity=0.25 over rtn group_size=64"]

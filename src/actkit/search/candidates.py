@@ -112,10 +112,17 @@ def given(recipes: Iterable[Any], earlier: Sequence[Transform] = ()) -> list[Pro
     for source in recipes:
         recipe = Recipe.of(source)
         recipe.check(earlier=earlier)
-        name = " over ".join(transform.name for transform in reversed(recipe.transforms))
+        name = " over ".join(_named(transform) for transform in reversed(recipe.transforms))
         same = sum(each.name.split(" #")[0] == name for each in found)
         found.append(Proposal(f"{name} #{same + 1}" if same else name, recipe, "given"))
     return found
+
+
+def _named(transform: Transform) -> str:
+    """'rtn bits=8 group_size=64': the method, and what was set otherwise than by default."""
+    settings = transform.model_dump(mode="json", exclude_defaults=True)
+    shown = [f"{key}={value if isinstance(value, str | int | float) else '...'}" for key, value in settings.items()]
+    return " ".join([transform.name, *shown])
 
 
 Idea = tuple[str, list[Mapping[str, Any]], str]
