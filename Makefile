@@ -1,4 +1,4 @@
-# make demo   profile, optimize and prove the embedded models; leaves actkit-report/index.html
+# make demo   search for a cheaper SmolLM2-135M for five minutes, and prove it; leaves actkit-report/index.html
 # make test   the tests          make lint   ruff, mypy, import-linter
 # make test-all   every method on every architecture too (some minutes more)
 # make docs   the site, from docs/ and the docstrings, into site/
@@ -10,7 +10,7 @@ BIN := .venv/bin
 .PHONY: demo test test-all lint docs bench zoo clean
 
 demo: .venv/.installed
-	$(BIN)/actkit optimize swiglu --out actkit-report --overwrite
+	$(BIN)/actkit optimize smollm2 --minutes 5 --out actkit-report --overwrite
 
 # The kernels and the decoder run teams of threads, so alone; they leave compiled kernels for the others.
 TEAMS := tests/kernels tests/runtime

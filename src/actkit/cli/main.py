@@ -238,7 +238,9 @@ def optimize(
         raise typer.Exit(130) from None
     _show(result, as_json)
     if not as_json:
-        _note(f"report: {out / 'index.html'}")
+        from actkit.search.closing import in_short
+
+        _note(in_short(result, out))
 
 
 @app.command()
