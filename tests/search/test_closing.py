@@ -27,8 +27,8 @@ def search(*candidates: Any, best: bool = True, prompt: str | None = None) -> An
 def test_what_was_gained_what_it_cost_and_where_it_is(tmp_path):
     text = in_short(search(candidate("rtn 4 bit", 0.004, 0.001, ratio=(1.8, 2.2), disk=0.4)), tmp_path)
     assert text == (
-        "In short: rtn 4 bit gives 2.00x (1.80 to 2.20) as fast, 40% of the disk. It costs 0.40% more perplexity on text "
-        "that no step of the search saw (95% sure that it is at most 0.50%). The model is in "
+        "In short: rtn 4 bit gives 2.00x (1.80 to 2.20) as fast, 40% of the disk. It costs 0.40% more perplexity on "
+        "text that no step of the search saw (95% sure that it is at most 0.50%). The model is in "
         f"{tmp_path / 'best'}, loaded again and compared; the report is {tmp_path / 'index.html'}."
     )
 

@@ -1,4 +1,4 @@
-"""The last words of a search: what was gained, what it cost, how sure that is, where the files are, and what to do next."""
+"""The last words of a search: what was gained, what it cost, how sure that is, where the files are, what to do next."""
 
 from __future__ import annotations
 
