@@ -44,6 +44,7 @@ from actkit.core import (
     evaluation,
     fresh,
     generation,
+    harness,
     processes,
     registry,
     rules,
@@ -61,6 +62,7 @@ from actkit.core.gpt_rows import GPT2
 from actkit.core.hooks import BatchContext, check_batch, forward
 from actkit.core.linear import ActLinear, IntegerWeight, LowRank, Threshold
 from actkit.core.low_rank_training import train_low_rank
+from actkit.core.multiple_choice import Question, log_likelihoods
 from actkit.core.objective import Objective
 from actkit.core.quality import measure_quality, task_of
 from actkit.core.quantized_source import _values
@@ -77,6 +79,7 @@ from actkit.core.training_setup import Settings, state_folder, steps_per_epoch
 from actkit.core.transform import Recipe, Tags, Transform
 from actkit.core.transformers_folder import remote_class, stored_dtype
 from actkit.data import Batches, load_data, text
+from actkit.data.tasks import TASKS
 from actkit.formats import gguf_file, reading
 from actkit.formats.export import FORMATS, export
 from actkit.formats.plain import Plain
@@ -1102,6 +1105,56 @@ proof(lambda p: catalogue.load(p.file("[", "papers.toml")))
 proof(lambda p: catalogue.load(p.file("[[paper]]\nslug = 'a'\n", "papers.toml")))
 proof(lambda p: catalogue.load(p.file(ENTRY + "odd = 1\n", "papers.toml")))
 proof(lambda p: catalogue.load(p.file(ENTRY + ENTRY, "papers.toml")))
+
+# -- tasks -------------------------------------------------------------------------------------------------------------
+
+
+def load_tasks(p: Place, tasks: str, text: str | None = None) -> Any:
+    """As where lm-eval is installed, knows no task and reads no file, and where there is no network."""
+
+    class TaskManager:
+        all_tasks = ()
+
+        def __init__(self, **_: Any) -> None: ...
+
+        def load(self, _: Any) -> Any:
+            raise ValueError("output_type: nothing")
+
+    def no_network(*_: Any, **__: Any) -> Any:
+        raise OSError("no route to the host")
+
+    p.patch.setattr("importlib.util.find_spec", lambda *_: object())
+    p.patch.setitem(sys.modules, "lm_eval", SimpleNamespace(__version__="0"))
+    p.patch.setitem(sys.modules, "lm_eval.tasks", SimpleNamespace(TaskManager=TaskManager))
+    p.patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", tasks == "offline")
+    p.patch.setattr("socket.create_connection", no_network)
+    if text is not None:
+        p.file(text, tasks)
+    return harness.load_tasks(str(p.path / tasks) if "." in tasks else tasks, TASKS)
+
+
+def answer(*choices: tuple[str, ...], broken: bool = False) -> Any:
+    model = build("llama")
+    if broken:
+        model.lm_head.weight.data[0] = torch.nan
+    letters = SimpleNamespace(encode=lambda text: [ord(letter) % 16 for letter in text.rstrip()])
+    return log_likelihoods(model, letters, [Question("ab", each, 0) for each in choices], progress=False)
+
+
+proof(lambda p: load_tasks(p, "documentation,,arc_easy"))
+proof(lambda p: load_tasks(p, "offline"))
+proof(lambda p: load_tasks(p, "arc_easy"))
+proof(lambda p: load_tasks(p, "gone.yaml"))
+proof(lambda p: load_tasks(p, "mine.yaml", "task: [a"))
+proof(lambda p: load_tasks(p, "mine.yaml", "dataset_path: json\n"))
+proof(lambda p: load_tasks(p, "mine.yaml", "task: a\ndataset_path: json\ndataset_kwargs: {data_files: gone.jsonl}\n"))
+proof(lambda p: load_tasks(p, "mine.yaml", "task: a\ndataset_path: json\n"))
+proof(lambda p: (p.patch.setattr("importlib.util.find_spec", lambda *_: None), harness.load_tasks("a", TASKS)))
+proof(lambda p: harness.check_model(build("vit"), None))
+proof(lambda p: harness.check_model(build("llama"), None))
+proof(lambda p: answer(("c",), ("c", "d")))
+proof(lambda p: answer(("c", "")))
+proof(lambda p: answer(("c", "d"), broken=True))
 
 # -- ImportError, and the others ---------------------------------------------------------------------------------------
 

@@ -7,9 +7,10 @@ the verbs (`core.runner.apply`, `core.evaluation.evaluate` ...), which take mode
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -229,6 +230,7 @@ def evaluate(
     data: Any = None,
     *,
     against: Model | None = None,
+    tasks: str | Path | Sequence[str | Path] | None = None,
     speed: bool = False,
     prompt: int = 128,
     max_new_tokens: int = 32,
@@ -241,8 +243,11 @@ def evaluate(
 
     data: None for the embedded test split, which no calibration and no search saw. speed: in fresh processes, of
     `batch` rows with a prompt of `prompt` tokens and `max_new_tokens` more, in interleaved `rounds`; threads: torch's
-    number where None. options: of `open_model` and `load_data`. Raises what these and `core.evaluation.evaluate` raise.
+    number where None. tasks: names and task files of lm-eval (docs/tasks.md), run on both models beside the rest.
+    options: of `open_model` and `load_data`. Raises what these, `core.evaluation.evaluate` and
+    `core.harness.load_tasks` raise.
     """
+    from actkit.core import harness
     from actkit.core.evaluation import evaluate as measure
     from actkit.core.quality import task_of
 
@@ -253,10 +258,16 @@ def evaluate(
     if against is not None:
         original, others = open_model(against, **opening)
         tokenizer = tokenizer or others
+    loaded = None
+    if tasks is not None:
+        from actkit.data.tasks import TASKS
+
+        harness.check_model(opened, tokenizer)
+        loaded = harness.load_tasks(tasks, TASKS)
     batches = open_data(data, opened, tokenizer, "test", **reading)
     base = opening.get("base") or OWN_CLASSES.get(type(opened).__name__)
     with ExitStack() as stack:
-        return measure(
+        found = measure(
             opened,
             batches,
             reference=original,
@@ -273,6 +284,18 @@ def evaluate(
             trust_remote_code=bool(opening.get("trust_remote_code")),
             seed=reading.get("seed", 0),
         )
+    if loaded is None:
+        return found
+    started = time.perf_counter()
+    scores = harness.run_tasks(
+        loaded,
+        opened,
+        tokenizer,
+        original=original,
+        batch_size=reading.get("batch_size", harness.BATCH),
+        seed=reading.get("seed", 0),
+    )
+    return replace(found, tasks=scores, seconds=found.seconds + time.perf_counter() - started)
 
 
 def train(

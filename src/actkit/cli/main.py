@@ -400,6 +400,10 @@ def train(
 def evaluate(
     model: ModelName,
     against: Annotated[str | None, typer.Option(help="The original to compare with: name, folder or hub id.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Also run these through lm-eval: 'documentation', task files or its names, with commas."),
+    ] = None,
     data: Data = None,
     sequences: Sequences = None,
     length: Length = None,
@@ -424,6 +428,7 @@ def evaluate(
             model,
             data,
             against=against,
+            tasks=tasks,
             sequences=sequences,
             length=length,
             batch_size=batch_size,

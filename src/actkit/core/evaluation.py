@@ -23,6 +23,7 @@ from actkit.core.generation import GenerationCheck, check_generation
 from actkit.core.machine import machine, versions
 from actkit.core.memory import format_bytes
 from actkit.core.quality import Estimate, Quality, Task, measure_quality, task_of
+from actkit.core.task_scores import TaskScore, scores_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,7 +57,7 @@ class Evaluation:
     model: its class. quality, cost: always there. original_cost, original_speed: of the reference, where it was given.
     speed, memory: None where they were not asked for. generation: None where the model writes no text. threads, dtype:
     of the measurements in memory (a speed has its own). data, fingerprint: one line, and the SHA-256 of its tensors
-    (None for plain batches). seconds: of the whole evaluation.
+    (None for plain batches). seconds: of the whole evaluation. tasks: a row per task and metric, where any were run.
     """
 
     model: str
@@ -75,6 +76,7 @@ class Evaluation:
     fingerprint: str | None
     seed: int
     seconds: float
+    tasks: tuple[TaskScore, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it; None for what was not measured."""
@@ -83,6 +85,7 @@ class Evaluation:
             if found[name] is not None:
                 found[name] = found[name].to_dict()
         found["memory"] = None if self.memory is None else asdict(self.memory)
+        found["tasks"] = [each.to_dict() for each in self.tasks]
         return found
 
     def table(self) -> Table:
@@ -94,6 +97,8 @@ class Evaluation:
         page.add_row(Text(f"{self.model}, {self.dtype}", style="bold"))
         page.add_row("")
         page.add_row(self.quality.table())
+        if self.tasks:
+            page.add_row(scores_table(self.tasks))
         page.add_row(self._costs())
         if self.generation is not None:
             page.add_row(_writes(self.generation))
