@@ -132,10 +132,10 @@ def check_model(model: nn.Module, tokenizer: Any) -> None:
 
 def run_tasks(
     tasks: Tasks,
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: Any,
     *,
-    original: PreTrainedModel | None = None,
+    original: nn.Module | None = None,
     batch_size: int = BATCH,
     seed: int = 0,
 ) -> tuple[TaskScore, ...]:
@@ -176,7 +176,7 @@ def run_tasks(
     return tuple(found)
 
 
-def _run(tasks: Tasks, model: PreTrainedModel, tokenizer: Any, batch_size: int, seed: int) -> Any:
+def _run(tasks: Tasks, model: nn.Module, tokenizer: Any, batch_size: int, seed: int) -> Any:
     """lm-eval's results and samples; random states are as before afterwards."""
     states = random.getstate(), np.random.get_state()
     try:

@@ -112,7 +112,9 @@ def encode(tokenizer: Any, question: Question) -> list[tuple[list[int], int]]:
 
 def _predicted(rows: Sequence[tuple[list[int], int]], longest: int) -> tuple[Tensor, Tensor, Tensor]:
     """int64 [n] each: positions in the flattened batch whose logits are wanted, the token after each, and its row."""
-    where, targets, owners = [], [], []
+    where: list[int] = []
+    targets: list[int] = []
+    owners: list[int] = []
     for row, (tokens, count) in enumerate(rows):
         count = min(count, len(tokens) - 1)
         end = row * longest + len(tokens) - 1
