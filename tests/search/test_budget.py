@@ -14,6 +14,7 @@ from actkit.core.transform import Recipe
 from actkit.search import budget as module
 from actkit.search import search as searching
 from actkit.search.budget import Budget
+from actkit.search.candidates import given
 from actkit.search.search import optimize
 
 SPLITS = SimpleNamespace(calibration=SimpleNamespace(tokens=50), test=SimpleNamespace(tokens=100))
@@ -65,6 +66,9 @@ AWQ = {"awq": {"bits": 4, "group_size": 32}}
 LIST = [[AWQ], [AWQ, {"wina": {"sparsity": 0.25}}], [{"rtn": {"bits": 8, "group_size": 32}}]]
 
 
+NAMES = [each.name for each in given(Recipe.parse({"actkit": 1, "transforms": each}) for each in LIST)]
+
+
 def recipes() -> list[Recipe]:
     return [Recipe.parse({"actkit": 1, "transforms": each}) for each in LIST]
 
@@ -84,9 +88,10 @@ def test_what_loses_too_much_is_stopped_and_nothing_is_built_on_it(llama, tmp_pa
     assert awq.failed is None and awq.stopped.startswith(("stopped after", "loss "))
     assert awq.search_loss.low > 1e-3 and awq.loss is awq.disk_bytes is awq.proof is None
     assert (
-        stacked.stopped.startswith(f"not made, as it goes on from awq: {awq.stopped}") and "make" not in stacked.parts
+        stacked.stopped.startswith(f"not made, as it goes on from {awq.name}: {awq.stopped}")
+        and "make" not in stacked.parts
     )
-    assert found.verdict.of("awq").against == (awq.stopped,)
+    assert found.verdict.of(awq.name).against == (awq.stopped,)
     tests = 1 + (rtn.loss is not None)
     assert sum(passes) == tests and len(passes) == 3 + tests  # search: original, awq, rtn
     lines = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
@@ -107,22 +112,22 @@ def test_a_search_without_time_says_so_and_goes_on_later(llama, tmp_path, monkey
     with pytest.raises(ValueError, match="minutes: 0 was given"):
         optimize(llama, out=out, minutes=0, resume=True, **OPTIONS)
     found = optimize(llama, out=out, recipes=recipes()[2:], minutes=60, resume=True, max_loss=1.0, **OPTIONS)
-    assert [each.name for each in found.candidates] == ["rtn"] and found.settings["minutes"] == 60
+    assert [each.name for each in found.candidates] == [NAMES[2]] and found.settings["minutes"] == 60
     original = json.loads((out / "journal.jsonl").read_text().splitlines()[1])
     assert original["measured"]["parts"]["pass"] > 0
 
-    monkeypatch.setattr(Budget, "over", lambda self, seconds, what: None if what == "rtn" else f"{what} is too long")
+    monkeypatch.setattr(Budget, "over", lambda self, seconds, what: None if what == NAMES[2] else f"{what} is too long")
     monkeypatch.setattr(searching.Workshop, "measure", lambda *_: pytest.fail("there is no time"))
     found = optimize(llama, out=out, recipes=recipes()[1:], minutes=60, resume=True, max_loss=1.0, **OPTIONS)
-    assert [each.name for each in found.candidates] == ["rtn"]
-    assert ("wina over awq", "minutes=60: wina over awq is too long") in {(e.what, e.reason) for e in found.left_out}
+    assert [each.name for each in found.candidates] == [NAMES[2]]
+    assert (NAMES[1], f"minutes=60: {NAMES[1]} is too long") in {(e.what, e.reason) for e in found.left_out}
 
 
 def test_lines_tell_how_far_it_is(llama, tmp_path, capfd):
     optimize(llama, out=tmp_path / "out", recipes=recipes()[2:], max_loss=1.0, **{**OPTIONS, "progress": True})
     said = capfd.readouterr().err
     assert "1 candidate, about" in said
-    assert "rtn: loss" in said and "s were estimated)" in said
+    assert f"{NAMES[2]}: loss" in said and "s were estimated)" in said
 
 
 def test_loss_of_a_stopped_candidate_in_the_table():

@@ -37,6 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from actkit.core.errors import ActkitError, FreshProcessError
+from actkit.core.memory import release_memory
 
 if TYPE_CHECKING:
     from actkit.core.decoding import Decoder
@@ -357,7 +358,7 @@ class _Worker:
         from actkit.core.plan import parameter_bytes
 
         self._model, self._decoder, self._kernels = None, None, False
-        _release_memory()
+        release_memory()
         self._before = _resident()
         _reset_peak()
         started = time.perf_counter()
@@ -538,15 +539,6 @@ def _status(key: str) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
-
-
-def _release_memory() -> None:
-    """Hand what the dropped model held back to the system, so that the next one starts from the same place."""
-    import ctypes
-
-    gc.collect()
-    with suppress(OSError, AttributeError):  # only the GNU C library has it
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _serve(folder: Path, threads: int) -> None:

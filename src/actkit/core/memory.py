@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 
 from actkit.core.errors import MemoryLimitError
@@ -60,3 +63,11 @@ class MemoryPlan:
             f"{statistic} at {site} with {format_bytes(size)}: record fewer sites at a time, a smaller statistic, or "
             f"raise the cap."
         )
+
+
+def release_memory() -> None:
+    """Hand what was dropped back to the system; the allocator keeps it otherwise (2.8 GB after the profile of a model
+    of 135M parameters)."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # only the GNU C library has it
+        ctypes.CDLL(None).malloc_trim(0)

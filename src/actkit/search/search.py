@@ -30,6 +30,7 @@ from actkit.core.example import Inputs, main_dtype
 from actkit.core.fingerprint import model_fingerprint
 from actkit.core.fresh import import_name
 from actkit.core.machine import machine, versions
+from actkit.core.memory import release_memory
 from actkit.core.offload import refuse_offloaded
 from actkit.core.progress import say, step, track
 from actkit.core.proof import Proof, prove
@@ -299,6 +300,7 @@ class _Search:
             max_memory=shop.max_memory,
             progress=shop.progress,
         )
+        release_memory()  # of its statistics
         shapes = Shapes.of(view)
         left: list[LeftOut] = []
         if proposals is None:

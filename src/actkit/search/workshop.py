@@ -30,6 +30,7 @@ from actkit.core.fresh import FreshProcess
 from actkit.core.generation import GenerationCheck, check_generation
 from actkit.core.hooks import evaluating, forward
 from actkit.core.linear import widened
+from actkit.core.memory import release_memory
 from actkit.core.outputs import KEEP, Outputs
 from actkit.core.proof import prove
 from actkit.core.quality import Estimate, Quality, Task, measure_quality, task_of
@@ -169,6 +170,7 @@ class Workshop:
         except Broken as error:
             shutil.rmtree(folder, ignore_errors=True)
             found = replace(found, failed=f"{type(error).__name__}: {error}")
+        release_memory()  # of the copy
         found = replace(found, seconds=time.perf_counter() - started, parts=clock.parts)
         self.known(proposal, found)
         return found
