@@ -33,7 +33,7 @@ OPTIONS = {
     | {"--dtype", "--trust-remote-code", "--overwrite"},
     "train": DATA | MODEL | RUN | WRITE | {"--rule", "--steps", "--learning-rate", "--accumulation", "--resume"},
     "evaluate": DATA | MODEL | RUN | {"--against", "--speed", "--no-speed", "--prompt", "--max-new-tokens", "--batch"},
-    "generate": MODEL | RUN | {"--max-new-tokens", "--temperature", "--top-k", "--top-p", "--stop"},
+    "generate": MODEL | RUN | {"--chat", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--stop"},
     "show": MODEL | {"--data", "--json"},
     "papers": {"--family", "--kind", "--status", "--year", "--text", "--json"},
     "reproduce": {"--record", "--threads", "--json"},

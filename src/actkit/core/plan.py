@@ -106,7 +106,7 @@ def _coverage(view: Anatomy, transforms: Sequence[Transform]) -> tuple[dict[str,
         if not transform.tags.parts:
             continue
         targets = [linear for block in blocks for linear in transform.targets(block)]
-        for linear in targets:
+        for linear in targets if transform.tags.slots else ():  # who fills no slot replaces none of them
             refuse_hooks(linear.path, linear.module)
         paths = {f"{linear.path}.weight" for linear in targets}
         touched = {name for name in inside if name.replace(".storage.tensor", ".weight") in paths}
