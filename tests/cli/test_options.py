@@ -19,6 +19,7 @@ OPTIONS = {
         "--data",
         "--max-loss",
         "--max-recipes",
+        "--minutes",
         "--recipe",
         "--speed",
         "--no-speed",
@@ -32,7 +33,10 @@ OPTIONS = {
     | {"--format", "--activations", "--measure", "--proof", "--no-proof"}
     | {"--dtype", "--trust-remote-code", "--overwrite"},
     "train": DATA | MODEL | RUN | WRITE | {"--rule", "--steps", "--learning-rate", "--accumulation", "--resume"},
-    "evaluate": DATA | MODEL | RUN | {"--against", "--speed", "--no-speed", "--prompt", "--max-new-tokens", "--batch"},
+    "evaluate": DATA
+    | MODEL
+    | RUN
+    | {"--against", "--tasks", "--speed", "--no-speed", "--prompt", "--max-new-tokens", "--batch"},
     "generate": MODEL | RUN | {"--chat", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--stop"},
     "show": MODEL | {"--data", "--json"},
     "papers": {"--family", "--kind", "--status", "--year", "--text", "--json"},
