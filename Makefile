@@ -2,7 +2,8 @@
 # make test   the tests          make lint   ruff, mypy, import-linter
 # make test-all   every method on every architecture too (some minutes more)
 # make docs   the site, from docs/ and the docstrings, into site/
-# make bench  the decoder beside llama.cpp, torchao and OpenVINO (a C++ compiler builds the first; half an hour)
+# make bench  the decoder beside llama.cpp, torchao and OpenVINO, also on a real model (a C++ compiler builds the first;
+#             three quarters of an hour)
 # make zoo    train the embedded models again (two hours and a half on one core)
 PYTHON ?= python3
 BIN := .venv/bin
@@ -35,6 +36,7 @@ docs: .venv-docs/.installed
 bench: .venv/.installed .venv-bench/.installed
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/real_model.py
 
 zoo: .venv/.installed
 	$(BIN)/python scripts/train_zoo.py

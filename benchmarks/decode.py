@@ -16,14 +16,9 @@ as many rows, in the same round (`pure_read`). A peer that is not installed is a
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
 from statistics import median
 from typing import Any
 
@@ -31,13 +26,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import common  # isort: skip
 import argparse
-import ast
 
+from engines import Engine, start_best, take_turns
 from rich.console import Console
 from rich.progress import track
 
-HERE = Path(__file__).parent
-PEERS = HERE.parent / ".venv-bench" / "bin" / "python"
 PROMPT = 128
 FULL = {"shapes": ("1.1B", "0.5B"), "rounds": 7, "tokens": 16}
 QUICK = {"shapes": ("tiny",), "rounds": 3, "tokens": 8}
@@ -45,93 +38,23 @@ SPARSITIES = (0.0, 0.25, 0.5, 0.7)
 REFERENCE = "llama.cpp Q4_0"
 
 
-@dataclass
-class Engine:
-    """A worker process and what was measured of it. rows: label -> settings of its rounds."""
-
-    label: str
-    script: str
-    variant: str
-    rows: dict[str, dict[str, Any]]
-    own: bool = False
-    about: str = ""
-    missing: str = ""
-    loaded: dict[str, Any] = field(default_factory=dict)
-    found: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    yardsticks: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    resident: int = 0
-    process: Any = None
-
-    def start(self, shape: str, threads: int, folder: str) -> None:
-        """Start and load; where that fails, `missing` says why."""
-        python = sys.executable if self.own else str(PEERS)
-        if not Path(python).exists():
-            self.missing = "its environment is not there; run make bench"
-            return
-        script = HERE / "decode_workers" / f"{self.script}.py"
-        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
-        self.process = subprocess.Popen(
-            [python, str(script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            env={**environment, **_environment_of(script)},
-            text=True,
-        )
-        try:
-            self.loaded = self.ask("load", shape=shape, variant=self.variant, threads=threads, folder=folder)
-        except RuntimeError as error:
-            self.missing = str(error)
-            self.stop()
-
-    def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
-        self.process.stdin.write(json.dumps({"do": what, **arguments}) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"it died: {self._last_words()}")
-        reply = json.loads(line)
-        if "error" in reply:
-            raise RuntimeError(reply["error"])
-        return reply["ok"]
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-
-    def _last_words(self) -> str:
-        self.log.seek(0)
-        return " ".join(self.log.read().decode(errors="replace").split())[-300:]
-
-
-def _environment_of(script: Path) -> dict[str, str]:
-    """The worker's ENVIRONMENT, read from its source, as it cannot be imported here."""
-    for node in ast.parse(script.read_text(encoding="utf-8")).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if any(getattr(target, "id", None) == "ENVIRONMENT" for target in targets):
-            return ast.literal_eval(node.value)  # type: ignore[attr-defined]
-    return {}
-
-
-def engines(quick: bool) -> list[list[Engine]]:
+def groups(quick: bool, tokens: int) -> list[list[Engine]]:
     """The groups of engines that are measured together."""
+    settings: dict[str, Any] = {"prompt": PROMPT, "tokens": tokens}
 
     def llama_cpp(kind: str) -> Engine:
         label = f"llama.cpp {kind.upper() if kind != 'bf16' else kind}"
-        return Engine(label, "llama_cpp_worker", kind, {label: {}})
+        return Engine(label, "llama_cpp_worker", kind, {label: settings})
 
     def actkit(kind: str) -> Engine:
         rows = {
-            f"actkit {kind}, {f'{sparsity:.0%} dropped' if sparsity else 'dense'}": {"sparsity": sparsity}
+            f"actkit {kind}, {f'{sparsity:.0%} dropped' if sparsity else 'dense'}": {**settings, "sparsity": sparsity}
             for sparsity in ((0.0, 0.5) if quick else SPARSITIES)
         }
         return Engine(f"actkit {kind}", "actkit_worker", kind, rows, own=True)
 
     def peer(label: str, script: str, variant: str) -> Engine:
-        return Engine(label, script, variant, {label: {}})
+        return Engine(label, script, variant, {label: settings})
 
     eager = peer("transformers bf16, eager", "torch_worker", "eager")
     if quick:
@@ -159,58 +82,34 @@ def engines(quick: bool) -> list[list[Engine]]:
     return [bf16, integer, others]
 
 
-def measure_group(group: list[Engine], shape: str, threads: int, rounds: int, tokens: int, folder: str) -> None:
-    """Load all engines of a group, then let them take turns."""
-    console = Console(stderr=True)
+Yardsticks = dict[str, list[dict[str, Any]]]  # by row, one each round
+
+
+def measure_group(group: list[Engine], shape: str, threads: int, rounds: int, tokens: int, folder: str) -> Yardsticks:
+    """Load all engines of a group, then let them take turns. Returns the pure reads beside our own rows."""
+    yardsticks: Yardsticks = {}
+    load: dict[str, Any] = {"shape": shape, "threads": threads, "folder": folder}
+
+    def read(engine: Engine, label: str, counts: bool) -> None:
+        if engine.own:
+            found = engine.ask("yardstick", sparsity=engine.rows[label]["sparsity"])
+            if counts:
+                yardsticks.setdefault(label, []).append(found)
+
     try:
-        for engine in track(group, f"{shape}: loading", console=console, transient=True):
+        for engine in track(group, f"{shape}: loading", console=Console(stderr=True), transient=True):
             if engine.script == "llama_cpp_worker":
-                _start_best(engine, shape, threads, tokens, folder)
+                start_best(engine, prompt=PROMPT, tokens=2 * tokens, counts=sorted({1, threads}), **load)
             else:
-                engine.start(shape, threads, folder)
-        turns = [(engine, label) for engine in group if not engine.missing for label in engine.rows]
-        shuffle = Random(0).shuffle
-        for number in track(range(rounds + 1), f"{shape}: measuring", console=console, transient=True):
-            shuffle(turns)
-            for engine, label in turns:
-                settings = engine.rows[label]
-                measured = engine.ask("round", prompt=PROMPT, tokens=tokens, **settings)
-                if number:  # the first round warms up
-                    engine.found.setdefault(label, []).append(measured)
-                if engine.own:
-                    read = engine.ask("yardstick", **settings)
-                    if number:
-                        engine.yardsticks.setdefault(label, []).append(read)
-        for engine in group:
-            if not engine.missing:
-                engine.resident = engine.ask("memory")["resident_bytes"]
+                engine.start(**load)
+        take_turns(group, rounds, f"{shape}: measuring", after=read)
     finally:
         for engine in group:
             engine.stop()
+    return yardsticks
 
 
-def _start_best(engine: Engine, shape: str, threads: int, tokens: int, folder: str) -> None:
-    """llama.cpp with the better of memory mapping on and off, and of one thread and all."""
-    kind = engine.variant
-    rates: dict[tuple[str, int], float] = {}
-    for variant in (kind, f"{kind}-mapped"):
-        engine.variant = variant
-        engine.start(shape, threads, folder)
-        if engine.missing:
-            return
-        for count in sorted({1, threads}):
-            for _ in range(2):  # the first warms up
-                seconds = engine.ask("round", prompt=PROMPT, tokens=2 * tokens, threads=count)["token_seconds"]
-            rates[variant, count] = 1 / median(seconds)
-        engine.stop()
-    engine.variant, count = max(rates, key=lambda found: rates[found])
-    engine.rows = {label: {"threads": count} for label in engine.rows}
-    engine.start(shape, threads, folder)
-    tried = ", ".join(f"{'mapped' if 'mapped' in v else 'read'} {n} thr. {rate:.1f}" for (v, n), rate in rates.items())
-    engine.about = f"tokens/s tried: {tried}; {engine.loaded.get('system', '')}"
-
-
-def rows_of(group: list[Engine], shape: str) -> list[dict[str, Any]]:
+def rows_of(group: list[Engine], shape: str, yardsticks: Yardsticks) -> list[dict[str, Any]]:
     """One row per engine and setting."""
     reference = next(engine for engine in group if engine.label == REFERENCE)
     against = [median(found["token_seconds"]) for found in reference.found.get(REFERENCE, [])]
@@ -240,11 +139,11 @@ def rows_of(group: list[Engine], shape: str) -> list[dict[str, Any]]:
                 "about": f"{engine.loaded['about']}{'; ' + engine.about if engine.about else ''}",
                 "versions": engine.loaded["versions"],
             }
-            if label in engine.yardsticks:
-                reads = [read["seconds"] for read in engine.yardsticks[label]]
+            if label in yardsticks:
+                reads = [read["seconds"] for read in yardsticks[label]]
                 row["of the pure read"] = common.ratio(reads, seconds)["ratio"]
-                row["pure read GB/s"] = median(read["gigabytes_per_second"] for read in engine.yardsticks[label])
-                row["pure read"] = engine.yardsticks[label][-1]["way"]
+                row["pure read GB/s"] = median(read["gigabytes_per_second"] for read in yardsticks[label])
+                row["pure read"] = yardsticks[label][-1]["way"]
             rows.append(row)
     return rows
 
@@ -292,10 +191,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         for shape in shapes:
-            for group in engines(chosen.quick):
-                folder = chosen.folder or temporary
-                measure_group(group, shape, chosen.threads, setting["rounds"], setting["tokens"], folder)
-                rows += rows_of(group, shape)
+            for group in groups(chosen.quick, setting["tokens"]):
+                run = (chosen.threads, setting["rounds"], setting["tokens"], chosen.folder or temporary)
+                rows += rows_of(group, shape, measure_group(group, shape, *run))
     targets = [] if chosen.quick else [found for shape in shapes for found in targets_of(rows, shape)]
     return common.report("decode", rows, targets, chosen, keep=not (chosen.quick or chosen.shape), show=show)
 

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
-from xml.sax.saxutils import escape
 
 import common
 from sparsity_quality import DOCS, METHODS, MODELS, cells
+from svg import COLOURS, circle, line, picture, text
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7")  # Okabe and Ito's
+DASHES = ("none", "7 3", "none", "2 3", "9 3 2 3")  # of the methods' lines, to tell apart those that lie on each other
 WIDTH, HEIGHT, LEFT, TOP, GAP = 300, 240, 60, 60, 75  # of a panel and around it, in pixels
 ABOUT = """# Quality at equal bytes: TEAL, WINA, CATS, R-Sparse
 
@@ -128,16 +128,13 @@ def plot(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, float]) -> str:
     """A panel per model: loss over the saving on held-out text, with the range over seeds."""
     width = LEFT + len(MODELS) * (WIDTH + GAP)
     height = TOP + HEIGHT + 55
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-        f'font-size="12"><rect width="{width}" height="{height}" fill="white"/>'
-    ]
+    parts = []
     for index, method in enumerate(METHODS):
         x = LEFT + index * 190
-        parts.append(_line([(x, 18), (x + 24, 18)], COLOURS[index], index) + _text(x + 30, 22, method, "start"))
+        parts.append(line([(x, 18), (x + 24, 18)], COLOURS[index], DASHES[index]) + text(x + 30, 22, method, "start"))
     for index, model in enumerate(MODELS):
         parts.append(_panel(LEFT + index * (WIDTH + GAP), model, [row for row in rows if row["model"] == model], dense))
-    return "\n".join([*parts, "</svg>\n"])
+    return picture(width, height, parts)
 
 
 def _panel(left: float, model: str, rows: Sequence[Mapping[str, Any]], dense: Mapping[str, float]) -> str:
@@ -152,15 +149,15 @@ def _panel(left: float, model: str, rows: Sequence[Mapping[str, Any]], dense: Ma
 
     parts = [
         f'<rect x="{left}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#888"/>',
-        _text(left + WIDTH / 2, TOP - 10, f"{model}: {title}"),
-        _text(left + WIDTH / 2, TOP + HEIGHT + 40, "weight bytes of the layers saved per token"),
+        text(left + WIDTH / 2, TOP - 10, f"{model}: {title}"),
+        text(left + WIDTH / 2, TOP + HEIGHT + 40, "weight bytes of the layers saved per token"),
     ]
     for share in (0.0, 0.25, 0.5, 0.75):
-        parts.append(_text(left + WIDTH * share / 0.75, TOP + HEIGHT + 18, f"{share:.0%}"))
+        parts.append(text(left + WIDTH * share / 0.75, TOP + HEIGHT + 18, f"{share:.0%}"))
     for step in range(5):
         value = low + (high - low) * step / 4
         form = ".1f" if model != "minilm" else ".2f"
-        parts.append(_text(left - 6, point(0, value)[1] + 4, f"{value:{form}}", "end"))
+        parts.append(text(left - 6, point(0, value)[1] + 4, f"{value:{form}}", "end"))
     for index, method in enumerate(METHODS):
         groups: dict[float, list[Mapping[str, Any]]] = {}
         for row in reached:
@@ -172,22 +169,11 @@ def _panel(left: float, model: str, rows: Sequence[Mapping[str, Any]], dense: Ma
             losses = [row["loss"] for row in groups[level]]
             points.append((saved, mean(losses)))
             ends = [point(saved, min(losses)), point(saved, max(losses))]
-            parts.append(_line(ends, COLOURS[index]))
-        parts.append(_line([point(*each) for each in points], COLOURS[index], index))
+            parts.append(line(ends, COLOURS[index]))
+        parts.append(line([point(*each) for each in points], COLOURS[index], DASHES[index]))
         for x, y in (point(*each) for each in points[1:]):
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{COLOURS[index]}"/>')
+            parts.append(circle(x, y, COLOURS[index]))
     return "\n".join(parts)
-
-
-def _line(points: Sequence[tuple[float, float]], colour: str, index: int | None = None) -> str:
-    """index: of a method, whose dashes tell lines apart that lie on each other."""
-    dashes = "" if index is None else f' stroke-dasharray="{("none", "7 3", "none", "2 3", "9 3 2 3")[index]}"'
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"{dashes}/>'
-
-
-def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def main() -> None:

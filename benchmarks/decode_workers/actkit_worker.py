@@ -3,7 +3,7 @@
 Integer weights have one symmetric scale per input and group of 128 outputs, in every matrix, the output layer too. The
 weights are random, and thresholds are TEAL's for random tokens, settled so that a decoding step reads the share that
 the row is named by; so the masks of the inputs are as good as random. The output layer is dense. The layers of all
-sparsities are one packed model: only the thresholds change.
+sparsities are one packed model: only the thresholds change. A real model is a folder that actkit saved, taken as it is.
 
     {"do": "yardstick", "sparsity": 0.5}  ->  {"ok": {"seconds": ..., "gigabytes_per_second": ..., "way": ...}}
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ import pure_read
 del sys.path[0]  # where kernels.py lies, which transformers would take for the package of that name
 
 import torch
+from likelihood import loss
 from protocol import SHAPES, prompt_ids, serve
 from torch import nn
 
+import actkit
 from actkit.core.anatomy import anatomy
 from actkit.core.capture import record
 from actkit.core.edits import set_module
@@ -48,12 +51,26 @@ PROMPT = 128  # as in the rounds that are measured
 
 
 class Actkit:
-    """Variants: bf16, int8, int4. A round takes `sparsity`, 0 or one of SPARSITIES."""
+    """Variants: bf16, int8, int4; folder for a real model. A round takes `sparsity`, 0 or one of SPARSITIES."""
 
-    def load(self, *, shape: str, variant: str, threads: int, folder: str) -> dict[str, Any]:
+    def load(
+        self,
+        *,
+        variant: str,
+        threads: int,
+        folder: str,
+        shape: str = "",
+        source: str = "",
+        text: Sequence[int] = (),
+        capacity: int = CAPACITY,
+    ) -> dict[str, Any]:
+        torch.set_num_threads(threads)
+        self.source, self.text, self.capacity = source, text, capacity
+        self.seen: dict[float, tuple[float, float]] = {}  # sparsity -> density, bytes per token
+        if source:
+            return self._load(source)
         if variant not in BITS:
             raise ValueError(f"variant: {variant!r} was given; give {', '.join(BITS)}.")
-        torch.set_num_threads(threads)
         model = random_llama(SHAPES[shape])
         self.vocabulary = SHAPES[shape]["vocab_size"]
         quantiles = _quantiles(model, self.vocabulary)
@@ -62,12 +79,11 @@ class Actkit:
         for path, module in list(model.named_modules()):
             if isinstance(module, nn.Linear):
                 set_module(model, path, _changed(module, BITS[variant], path in self.quantiles))
-        self.decoder = Decoder(model, capacity=CAPACITY, threads=threads, decode_only=True)
+        self.decoder = Decoder(model, capacity=capacity, threads=threads, decode_only=True)
         _release_memory()
         self.layers = {path: layer for path, layer in model.named_modules() if path in self.quantiles}
         self.selects = {path: layer.select for path, layer in self.layers.items()}
         self.yardsticks: dict[float, pure_read.Yardstick] = {}
-        self.seen: dict[float, tuple[float, float]] = {}  # sparsity -> density, bytes per token
         self.round(prompt=8, tokens=2)  # compiles
         for sparsity in SPARSITIES:
             self._settle(sparsity)
@@ -78,12 +94,38 @@ class Actkit:
             "versions": versions(),
         }
 
+    def _load(self, source: str) -> dict[str, Any]:
+        """A saved model, as it selects: nothing is settled."""
+        model = actkit.load(source)
+        self.vocabulary = model.config.vocab_size
+        self.decoder = Decoder(model, capacity=self.capacity, decode_only=True)
+        del model
+        _release_memory()
+        self.layers, self.selects = {}, {}
+        for prompt in (8, 128):  # step by step, and through dense products
+            self.round(prompt=prompt, tokens=2)
+        about = f"activations {self.decoder.activations}, a prompt of up to {self.decoder.few} step by step"
+        return {"about": about, "versions": versions()}
+
+    @torch.no_grad()
+    def losses(self, *, rows: Sequence[Sequence[int]], scored: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """Also `decoded`, the first row's loss token by token through the decoder; the others are of the model's
+        forward pass, where every token selects too."""
+        self.decoder.reset()
+        stepped = torch.stack([self.decoder([token]) for token in rows[0]])
+        decoded = loss(stepped.numpy(), rows[0], scored[0])
+        model, found = actkit.load(self.source), []
+        for ids, places in zip(rows, scored, strict=True):
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+            found.append(loss(logits.float().numpy(), ids, places))
+        return {"losses": found, "decoded": decoded}
+
     def round(self, *, prompt: int, tokens: int, sparsity: float = 0.0) -> dict[str, Any]:
         self._select(sparsity)
         decoder = self.decoder
         decoder.reset()
         start = time.perf_counter()
-        token = int(decoder(prompt_ids(prompt, self.vocabulary)).argmax())
+        token = int(decoder(prompt_ids(prompt, self.vocabulary, self.text)).argmax())
         first, seconds = time.perf_counter() - start, []
         for _ in range(tokens):
             start = time.perf_counter()

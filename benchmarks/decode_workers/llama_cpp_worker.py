@@ -1,8 +1,9 @@
 """llama.cpp through llama-cpp-python: Q4_0, Q8_0 and bf16, every matrix in that format, the output layer too.
 
-The GGUF file is written with the package `gguf` and kept in the folder that the parent gives. Quantized blocks are
-pieces of one block of random numbers, quantized once: their values do not matter to the speed, their place does.
-The parent runs every variant with memory-mapping on and off, and with one thread and two, and keeps the best.
+A real model is a GGUF file that the parent names. For random weights one is written with the package `gguf` and kept in
+the folder that the parent gives; quantized blocks are pieces of one block of random numbers, quantized once: their
+values do not matter to the speed, their place does. The parent runs every variant with memory-mapping on and off, and
+of random weights with one thread and two, and keeps the best.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
+from likelihood import loss
 from protocol import SHAPES, prompt_ids, serve
 
 ENVIRONMENT: dict[str, str] = {}  # it has threads of its own
@@ -26,18 +28,30 @@ CONTEXT = 512
 
 
 class LlamaCpp:
-    """Variants: q4_0, q8_0, bf16; with '-mapped' behind for a memory-mapped file."""
+    """Variants: q4_0, q8_0, bf16, or file for a real model; with '-mapped' behind for a memory-mapped file."""
 
-    def load(self, *, shape: str, variant: str, threads: int, folder: str) -> dict[str, Any]:
+    def load(
+        self,
+        *,
+        variant: str,
+        threads: int,
+        folder: str,
+        shape: str = "",
+        source: str = "",
+        text: Sequence[int] = (),
+        capacity: int = CONTEXT,
+    ) -> dict[str, Any]:
         import llama_cpp
 
         name, _, mapped = variant.partition("-")
-        if name not in FORMATS or mapped not in ("", "mapped"):
-            raise ValueError(f"variant: {variant!r} was given; give {', '.join(FORMATS)}, or one of them with -mapped.")
-        path = Path(folder) / f"{shape}-{name}.gguf"
-        if not path.exists():
+        if name not in (("file",) if source else FORMATS) or mapped not in ("", "mapped"):
+            raise ValueError(
+                f"variant: {variant!r} was given; give {', '.join(FORMATS)} (file for a source), also with -mapped."
+            )
+        path = Path(source or Path(folder) / f"{shape}-{name}.gguf")
+        if not source and not path.exists():
             write(path, SHAPES[shape], FORMATS[name])
-        self.library, self.vocabulary = llama_cpp, SHAPES[shape]["vocab_size"]
+        self.library, self.text = llama_cpp, text
         self.threads = threads
         llama_cpp.llama_backend_init()
         settings = llama_cpp.llama_model_default_params()
@@ -45,31 +59,56 @@ class LlamaCpp:
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
         if not self.model:
             raise RuntimeError(f"{path}: llama.cpp could not load it.")
+        self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         context = llama_cpp.llama_context_default_params()
-        context.n_ctx, context.n_batch, context.n_ubatch = CONTEXT, CONTEXT, CONTEXT
+        context.n_ctx, context.n_batch, context.n_ubatch = capacity, capacity, min(capacity, CONTEXT)
         context.n_threads = context.n_threads_batch = threads
         context.no_perf = True
         self.context = llama_cpp.llama_init_from_model(self.model, context)
         flags = llama_cpp.llama_print_system_info().decode()
-        return {
-            "about": f"all matrices {FORMATS[name]}, {'memory-mapped' if mapped else 'read into memory'}",
+        found = {
+            "about": f"{path.name if source else f'all matrices {FORMATS[name]}'}, "
+            f"{'memory-mapped' if mapped else 'read into memory'}",
             "system": flags,
-            "bytes_per_token": matrix_bytes(SHAPES[shape], FORMATS[name]),
             "versions": {"llama-cpp-python": version("llama-cpp-python")},
         }
+        return found if source else {**found, "bytes_per_token": matrix_bytes(SHAPES[shape], FORMATS[name])}
 
     def round(self, *, prompt: int, tokens: int, threads: int | None = None) -> dict[str, Any]:
         used = self.threads if threads is None else threads
         self.library.llama_set_n_threads(self.context, used, used)
-        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
+        self._forget()
         start = time.perf_counter()
-        token = self._decode(prompt_ids(prompt, self.vocabulary))
+        token = self._decode(prompt_ids(prompt, self.vocabulary, self.text))
         first, seconds = time.perf_counter() - start, []
         for _ in range(tokens):
             start = time.perf_counter()
             token = self._decode([token])
             seconds.append(time.perf_counter() - start)
         return {"first_token_seconds": first, "token_seconds": seconds}
+
+    def losses(self, *, rows: Sequence[Sequence[int]], scored: Sequence[Sequence[int]]) -> dict[str, Any]:
+        self.library.llama_set_n_threads(self.context, self.threads, self.threads)
+        return {"losses": [loss(self._logits(ids), ids, places) for ids, places in zip(rows, scored, strict=True)]}
+
+    def _logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Of every token, from an empty cache: float32 [length, vocabulary]."""
+        self._forget()
+        batch = self.library.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for place, token in enumerate(ids):
+            batch.token[place], batch.pos[place], batch.logits[place] = token, place, 1
+            batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
+        failed = self.library.llama_decode(self.context, batch)
+        self.library.llama_batch_free(batch)
+        if failed:
+            raise RuntimeError("llama_decode failed.")
+        found = self.library.llama_get_logits(self.context)
+        address = ctypes.cast(found, ctypes.POINTER(ctypes.c_float))
+        return np.ctypeslib.as_array(address, (len(ids), self.vocabulary))
+
+    def _forget(self) -> None:
+        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
 
     def _decode(self, tokens: list[int]) -> int:
         """The likeliest token after some more."""

@@ -33,7 +33,7 @@ SETTINGS = {"PERFORMANCE_HINT": "LATENCY", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 12
 
 
 class OpenVino:
-    def load(self, *, shape: str, variant: str, threads: int, folder: str) -> dict[str, Any]:
+    def load(self, *, variant: str, threads: int, folder: str, shape: str = "") -> dict[str, Any]:
         """Quantize a random model, build its graph, compile it and warm up. No files: folder is not used."""
         if variant not in ("int8", "int4"):
             raise ValueError(f"variant {variant!r}: choose int8 or int4.")

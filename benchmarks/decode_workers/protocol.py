@@ -1,11 +1,13 @@
 """What a decode benchmark's worker and its parent say to each other: one JSON object per line, on stdin and stdout.
 
-A worker is one process with one engine. It is started with the environment of its engine, loads one model at one shape
-and then runs a round whenever it is asked, so that the engines take turns. Standard library only.
+A worker is one process with one engine. It is started with the environment of its engine, loads one model (random
+weights at one shape, or a real one from disk) and then runs a round whenever it is asked, so that the engines take
+turns. Standard library only.
 
     {"do": "load", ...}     -> {"ok": {...}}        what was loaded, for the table
     {"do": "round", ...}    -> {"ok": {"first_token_seconds": ..., "token_seconds": [...]}}
     {"do": "memory"}        -> {"ok": {"resident_bytes": ...}}
+    {"do": "losses", ...}   -> {"ok": {"losses": [...]}}       of a real model
 
 An exception is answered by {"error": "..."}; the worker goes on.
 """
@@ -16,6 +18,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,23 +57,44 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 class Worker(Protocol):
-    def load(self, *, shape: str, variant: str, threads: int, folder: str) -> dict[str, Any]:
-        """Build the model. shape: of SHAPES; variant: what this worker offers; folder: for files, kept between runs.
+    def load(
+        self,
+        *,
+        variant: str,
+        threads: int,
+        folder: str,
+        shape: str = "",
+        source: str = "",
+        text: Sequence[int] = (),
+        capacity: int = 0,
+    ) -> dict[str, Any]:
+        """Build the model. variant: what this worker offers; folder: for files, kept between runs.
 
-        Returns about (a line for the table: settings, flags), bytes_per_token (of the weights that a token reads, as
-        the engine stores them) and versions (name -> version).
+        shape: of SHAPES, for random weights. Or source, for a real model: what is loaded, a folder or a file, with text
+        (token ids that prompts are cut from) and capacity (tokens that prompt and answer have room for).
+
+        Returns about (a line for the table: settings, flags), versions (name -> version) and, of random weights,
+        bytes_per_token (of the weights that a token reads, as the engine stores them).
         """
         ...
 
     def round(self, *, prompt: int, tokens: int, **settings: Any) -> dict[str, Any]:
-        """From an empty cache: a random prompt (seed 0), then so many greedy tokens, each timed."""
+        """From an empty cache: the first tokens of the text (random ones, seed 0, for random weights), then so many
+        greedy tokens, each timed."""
+        ...
+
+    def losses(self, *, rows: Sequence[Sequence[int]], scored: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """Sums of the negative log-likelihoods, in nats, one per row of token ids; scored: places of the tokens that
+        count. Called last, as it may take memory. Only for a real model."""
         ...
 
 
-def prompt_ids(length: int, vocabulary: int) -> list[int]:
-    """The same random prompt for every engine."""
+def prompt_ids(length: int, vocabulary: int, text: Sequence[int] = ()) -> list[int]:
+    """The same prompt for every engine: the text's first tokens, or random ones without a text."""
     from random import Random
 
+    if text:
+        return list(text[:length])
     draw = Random(0).randrange
     return [draw(vocabulary) for _ in range(length)]
 

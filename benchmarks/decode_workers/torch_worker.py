@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "20000"}
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+from likelihood import loss
 from protocol import SHAPES, prompt_ids, serve
 from torch import Tensor, nn
 
@@ -29,55 +31,67 @@ ABOUT = {
     "eager": "eager, sdpa, dynamic cache",
     "compile": "torch.compile, frozen weights, static cache",
     "int8": "Int8WeightOnlyConfig, a scale per row, bf16 activations, torch.compile with max-autotune, frozen weights",
-    "int4": "PrototypeInt4WeightOnlyConfig, groups of 128, bf16 activations, torch.compile, frozen weights",
+    "int4": "PrototypeInt4WeightOnlyConfig, groups of {group}, bf16 activations, torch.compile, frozen weights",
 }
-LENGTH = 256  # of the static cache
+LENGTHS = (256, 1152)  # of the static caches; a prompt with its answer takes the shortest that holds it
 
 
 class Torch:
     """Variants: eager, compile, int8, int4."""
 
-    def load(self, *, shape: str, variant: str, threads: int, folder: str) -> dict[str, Any]:
+    def load(
+        self,
+        *,
+        variant: str,
+        threads: int,
+        folder: str,
+        shape: str = "",
+        source: str = "",
+        text: Sequence[int] = (),
+        capacity: int = LENGTHS[0],
+    ) -> dict[str, Any]:
         if variant not in ABOUT:
             raise ValueError(f"variant: {variant!r} was given; give {', '.join(ABOUT)}.")
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder) / "inductor")
         torch.set_num_threads(threads)
-        self.vocabulary = SHAPES[shape]["vocab_size"]
-        self.model = random_llama(SHAPES[shape])
+        self.text, self.model = text, _load(source) if source else random_llama(SHAPES[shape])
+        self.vocabulary = self.model.config.vocab_size
+        group = 64 if source else 128
         matrices = [part for part in self.model.modules() if isinstance(part, nn.Linear)]
-        nbytes = sum(_stored(part.weight, variant) for part in matrices)
-        _quantize(self.model, variant)
-        self.cache: Any = None
+        nbytes = sum(_stored(part.weight, variant, group) for part in matrices)
+        _quantize(self.model, variant, group)
+        self.caches: dict[int, Any] = {}
         self.one: Any = self._step
         if variant != "eager":
             import torch._inductor.config as inductor
-            from transformers import StaticCache
 
             inductor.freezing = True
             # The autotuner times candidates on whatever the machine is doing; left to choose, it took the slower one.
             inductor.max_autotune_gemm_backends = "CPP"
             mode = "max-autotune-no-cudagraphs" if variant == "int8" else None
             self.one = torch.compile(self._step, dynamic=False, fullgraph=True, mode=mode)
-            config = self.model.config
-            self.cache = StaticCache(config=config, max_cache_len=LENGTH)
-            size = config.hidden_size // config.num_attention_heads
-            self.cache.early_initialization(1, config.num_key_value_heads, size, torch.bfloat16, "cpu")
-        self.round(prompt=16, tokens=2)
+            needed = [length for length, before in zip(LENGTHS, (0, *LENGTHS)) if before < capacity]
+            self.caches = {length: self._static(length) for length in needed}
+        lengths = [16, *(length // 2 for length in list(self.caches)[1:])]
+        self._warm_up(lengths)
         if variant != "eager":
             torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)  # nothing that guards look at changes
-        self.round(prompt=16, tokens=2)
-        return {"about": ABOUT[variant], "bytes_per_token": nbytes, "versions": _versions()}
+        self._warm_up(lengths)
+        found = {"about": ABOUT[variant].format(group=group), "versions": _versions()}
+        return found if source else {**found, "bytes_per_token": nbytes}
 
     @torch.no_grad()
     def round(self, *, prompt: int, tokens: int) -> dict[str, Any]:
         from transformers import DynamicCache
 
-        if prompt + tokens > LENGTH:
-            raise ValueError(f"prompt, tokens: {prompt} + {tokens} were given; the cache holds {LENGTH}.")
-        if self.cache is not None:
-            self.cache.reset()
-        cache = DynamicCache(config=self.model.config) if self.cache is None else self.cache
-        ids = torch.tensor([prompt_ids(prompt, self.vocabulary)])
+        cache: Any = DynamicCache(config=self.model.config)
+        if self.caches:
+            fitting = [length for length in self.caches if prompt + tokens <= length]
+            if not fitting:
+                raise ValueError(f"prompt, tokens: {prompt} + {tokens} were given; the caches hold {[*self.caches]}.")
+            cache = self.caches[fitting[0]]
+            cache.reset()
+        ids = torch.tensor([prompt_ids(prompt, self.vocabulary, self.text)])
         seconds = []
         for number in range(tokens + 1):
             start = time.perf_counter()
@@ -86,13 +100,40 @@ class Torch:
             seconds.append(time.perf_counter() - start)
         return {"first_token_seconds": seconds[0], "token_seconds": seconds[1:]}
 
+    @torch.no_grad()
+    def losses(self, *, rows: Sequence[Sequence[int]], scored: Sequence[Sequence[int]]) -> dict[str, Any]:
+        found = []
+        for ids, places in zip(rows, scored, strict=True):
+            logits = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+            found.append(loss(logits.float().numpy(), ids, places))
+        return {"losses": found}
+
+    def _static(self, length: int) -> Any:
+        from transformers import StaticCache
+
+        config = self.model.config
+        cache = StaticCache(config=config, max_cache_len=length)
+        size = config.hidden_size // config.num_attention_heads
+        cache.early_initialization(1, config.num_key_value_heads, size, torch.bfloat16, "cpu")
+        return cache
+
+    def _warm_up(self, prompts: Sequence[int]) -> None:
+        for prompt in prompts:
+            self.round(prompt=prompt, tokens=2)
+
     def _step(self, ids: Tensor, cache: Any) -> Tensor:
         """The likeliest token after some more, [1, 1]."""
         output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1].argmax(-1, keepdim=True)
 
 
-def _quantize(model: nn.Module, variant: str) -> None:
+def _load(source: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, local_files_only=True).eval()
+
+
+def _quantize(model: nn.Module, variant: str, group: int) -> None:
     if variant == "int8":
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -101,13 +142,13 @@ def _quantize(model: nn.Module, variant: str) -> None:
         from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
         from torchao.quantization import quantize_
 
-        quantize_(model, PrototypeInt4WeightOnlyConfig(group_size=128, set_inductor_config=False))
+        quantize_(model, PrototypeInt4WeightOnlyConfig(group_size=group, set_inductor_config=False))
 
 
-def _stored(weight: Tensor, variant: str) -> int:
+def _stored(weight: Tensor, variant: str, group: int) -> int:
     """Bytes of a matrix in the format of the variant: codes, bf16 scales, and for int4 bf16 zeros."""
     count = weight.numel()
-    return {"int8": count + 2 * len(weight), "int4": count // 2 + 4 * (count // 128)}.get(variant, 2 * count)
+    return {"int8": count + 2 * len(weight), "int4": count // 2 + 4 * (count // group)}.get(variant, 2 * count)
 
 
 def _versions() -> dict[str, str]:
