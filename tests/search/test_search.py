@@ -37,6 +37,7 @@ SECTIONS = {
     "verdict",
     "front",
     "candidates",
+    "answers",
     "density",
     "speed-row",
     "profile",

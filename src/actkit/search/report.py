@@ -58,6 +58,7 @@ def render(result: Optimization) -> str:
         commands=_commands(result),
         conditions=_conditions(result),
         layers=_layers(result),
+        answers=result.answers.rows(),
         bytes=format_bytes,
     )
 

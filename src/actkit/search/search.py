@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ from actkit.core.speed import Speed, measure_speed
 from actkit.core.summary import summarise
 from actkit.core.whole_file import write_whole
 from actkit.kernels.compile_cache import nothing_compiled
+from actkit.search.answers import Answers, ask
 from actkit.search.budget import Budget, check_minutes, out_of_time
 from actkit.search.cache import last_level_cache
 from actkit.search.candidates import MOST, LeftOut, Proposal, Shapes, given, propose
@@ -84,7 +85,7 @@ class Optimization:
     what was not tried, and why. front: names of those that nothing beats, 'original' among them where so. verdict: who
     pays. best: the folder with the best model, or None; proof: of its reload. speed_row: at a fixed larger shape, or
     None; speed_row_note: why not. prompt: what the generation check goes on from. coverage: lines of the coverage
-    report. settings, data, machine, versions, notes: how it was measured. seconds: of this run.
+    report. settings, data, machine, versions, notes: how it was measured. seconds: of this run. answers: to questions.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Optimization:
     versions: dict[str, str]
     notes: tuple[str, ...]
     seconds: float
+    answers: Answers = field(default_factory=Answers)
 
     def candidate(self, name: str) -> Candidate:
         """A candidate, or the original, by name."""
@@ -138,6 +140,7 @@ class Optimization:
             "versions": self.versions,
             "notes": list(self.notes),
             "seconds": self.seconds,
+            "answers": self.answers.to_dict(),
             "profile": self.profile.to_dict(),
         }
 
@@ -344,6 +347,7 @@ class _Search:
             versions=versions(),
             notes=tuple(dict.fromkeys(self.notes)),
             seconds=0.0,
+            answers=self._answers(candidates, on_front, verdict),
         )
         found = self._keep_best(found)
         whole_folder.discard(shop.folder)
@@ -504,7 +508,7 @@ class _Search:
         folder = self.shop.folder_of(candidate.name)
         if not folder.is_dir():
             if candidate.recipe:
-                self.notes.append(f"{candidate.name} was made again to be timed: its folder was gone")
+                self.notes.append(f"{candidate.name} was made again: its folder was gone")
             return self.shop.make_again(candidate)
         return folder
 
@@ -532,6 +536,12 @@ class _Search:
             return None, note
         self.journal.add("speed_row", row=_finite(row.to_dict()), note="")
         return row, ""
+
+    def _answers(self, candidates: Sequence[Candidate], on_front: Sequence[str], verdict: Verdict) -> Answers:
+        """The best first, then the rest of the front from the smallest loss on."""
+        shown = [each for each in candidates if each.name in on_front and each.loss is not None]
+        shown.sort(key=lambda each: (each.name != verdict.best, each.loss.value if each.loss else 0.0))
+        return ask(self.shop, shown, self.journal, self.budget, self._folder)
 
     # -- the best
 
