@@ -24,6 +24,7 @@ import actkit
 from actkit.core import checkpoint
 from actkit.core.errors import DataError, RecipeError
 from actkit.search import search as module
+from actkit.search.answers import Answers
 from actkit.search.card import model_card
 from actkit.search.figures import optimization_table
 from actkit.search.journal import JournalError
@@ -201,6 +202,7 @@ def test_names_are_whole_on_the_terminal():
     result = SimpleNamespace(original=the_original(), candidates=tried, verdict=verdict, front=(), speed_row=None)
     result.best = result.proof = None
     result.left_out = result.notes = ()
+    result.answers = Answers()
     console = Console(width=80, file=StringIO())
     console.print(optimization_table(result))
     table = console.file.getvalue().partition("candidate  ")[2].partition("* on the front")[0]

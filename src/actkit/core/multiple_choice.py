@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from actkit.core.hooks import evaluating
 from actkit.core.outputs import find_head, output_of
 from actkit.core.progress import track
 
-Metric = Literal["acc", "acc_norm"]
 BATCH_TOKENS = 2048  # tokens run at a time, padding included
 _LOGITS = 1 << 23  # logits computed at a time: 32 MiB in float32
 
@@ -124,7 +123,7 @@ def _predicted(rows: Sequence[tuple[list[int], int]], longest: int) -> tuple[Ten
     return torch.tensor(where), torch.tensor(targets), torch.tensor(owners)
 
 
-def hits(questions: Sequence[Question], found: Tensor) -> dict[Metric, Tensor]:
+def hits(questions: Sequence[Question], found: Tensor) -> dict[str, Tensor]:
     """Whether each question is answered rightly, float64 [questions] of 0 and 1, without and with length normalisation.
 
     Args:

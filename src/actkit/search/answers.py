@@ -134,7 +134,7 @@ def _asked(
         model = checkpoint.load(folder(candidate), base=shop.base)
     with widened(model):
         found = log_likelihoods(model, shop.tokenizer, questions, progress=shop.progress)
-    return {**hits(questions, found)}
+    return hits(questions, found)
 
 
 def _hits(entry: dict[str, list[int]]) -> Hits:
