@@ -56,6 +56,8 @@ def test_the_original_and_three_candidates_are_asked_once(shop, journal, made_up
     assert found.scores["b"][1].difference.value == pytest.approx(-2 / 12)
     again = ask(shop, named("a", "b", "c", "d"), journal, Budget(shop.splits), None)
     assert again == found and len(made_up_hits) == 4  # from the journal
+    assert found.lines()[0] == "questions: original answers 83% (±22) of 12 rightly"
+    assert found.lines()[2].startswith("questions: b answers 67% (±28) of 12 rightly; difference -0.167 (-0.")
     assert [row[0] for row in found.rows()] == ["original"] * 2 + ["a"] * 2 + ["b"] * 2 + ["c"] * 2
     assert found.to_dict()["scores"]["a"][0]["difference"]["value"] == pytest.approx(-1 / 12)
 
@@ -101,4 +103,4 @@ def test_a_candidate_that_breaks_is_named(shop, journal, monkeypatch):
 
 
 def test_a_search_without_questions_has_an_empty_section():
-    assert Answers().rows() == []
+    assert Answers().rows() == Answers().lines() == []

@@ -50,6 +50,16 @@ class Answers:
             for each in scores
         ]
 
+    def lines(self) -> list[str]:
+        """A line per model, by `acc_norm`, and one if nobody but the original was asked."""
+        found = []
+        for name, scores in self.scores.items():
+            value, difference = scores[-1].value, scores[-1].difference
+            margin = f"±{100 * (value.high - value.value):.0f}"
+            apart = "" if difference is None else f"; difference {words(difference)}"
+            found.append(f"questions: {name} answers {value.value:.0%} ({margin}) of {self.questions} rightly{apart}")
+        return [*found, *(f"questions: {note}" for note in self.notes)] if found else []
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""
         scores = {name: [each.to_dict() for each in found] for name, found in self.scores.items()}

@@ -250,9 +250,7 @@ def _afterwards(result: Optimization) -> list[Text]:
                 what = f"{row.share:.0%} of the inputs dropped" if row.share else f"dense, through {row.engine}"
                 about = "at 0.5B parameters (random weights: speed only)"
                 lines.append(Text(f"{about}, {what}: {times(row.ratio)} as fast"))
-    for name, value, difference in result.answers.rows():
-        about = f"{name}: {value}" + (f", difference {difference}" if difference else "")
-        lines.append(Text(f"questions answered by {about}"))
+    lines += [Text(line) for line in result.answers.lines()]
     if result.best is not None and result.proof is not None:
         lines.append(Text(f"saved: {result.proof.describe()}"))
     lines += [Text(f"not tried: {each.what}: {each.reason}", style="dim") for each in result.left_out]
