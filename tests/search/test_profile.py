@@ -43,6 +43,7 @@ from actkit.search.profile import (
     snr,
     spread,
 )
+from actkit.testing import tiny_batches, tiny_model
 
 ROWS, CHANNELS = 400, 64
 
@@ -431,3 +432,11 @@ def test_words():
     assert in_blocks([0, 1, 2, 5, None]) == " of blocks 0-2, 5"
     assert in_blocks([4]) == " of block 4" and in_blocks([None]) == ""
     assert spread([3, 3]) == "3" and spread([87.23, 80.1]) == "80.1-87.2" and spread([1234.5]) == "1,234"
+
+
+def test_a_deep_model_has_spectra_in_blocks_that_are_evenly_spread():
+    seen = profile(tiny_model("llama", num_hidden_layers=15), tiny_batches("llama"), progress=False)
+    measured = {site.block for site in seen.sites if site.effective_rank is not None}
+    assert measured == {0, 2, 4, 6, 8, 10, 12, 14}
+    assert seen.notes == ("effective rank measured in 8 of 15 blocks, evenly spread: 0, 2, 4, 6, 8, 10, 12, 14",)
+    assert all(site.effective_rank for site in seen.sites if site.block in measured)

@@ -34,6 +34,7 @@ SITES = ("block.output", "attention.input", "attention.mixed", "mlp.input", "mlp
 SAMPLED = 1 << 19  # values kept per site (2 MiB), for the error of rounding; 64 to 2048 rows
 WIDEST_SPECTRUM = 4096  # channels; beyond it X^T X alone takes more than 128 MiB and its eigenvalues minutes
 SPECTRUM_BUDGET = 1 << 30  # bytes for X^T X over all sites, where max_memory says nothing
+SPECTRUM_BLOCKS = 8  # blocks, evenly spread, whose spectra are taken; that of all 30 costs four plain passes and more
 GROUP = 64
 OUTLIER = 6.0  # times the median channel: LLM.int8() calls an activation an outlier from magnitude 6 on
 MASSIVE, MASSIVE_RATIO = 100.0, 1000.0  # Sun et al. 2024: |x| > 100 and > 1000 x the median
@@ -228,7 +229,15 @@ def _statistics(widths: Mapping[Site, int], cap: int | None) -> tuple[dict[Site,
     others = sum(statistic.memory(widths[site]) for site, several in wanted.items() for statistic in several)
     budget = SPECTRUM_BUDGET if cap is None else cap - others
     notes, without = [], []
+    blocks = sorted({site.block for site in widths if site.block is not None})
+    last = SPECTRUM_BLOCKS - 1
+    spread = {blocks[round(i * (len(blocks) - 1) / last)] for i in range(SPECTRUM_BLOCKS)} if blocks else set()
+    if len(spread) < len(blocks):
+        numbers = ", ".join(map(str, sorted(spread)))
+        notes.append(f"effective rank measured in {len(spread)} of {len(blocks)} blocks, evenly spread: {numbers}")
     for site, width in sorted(widths.items(), key=lambda item: item[1]):
+        if site.block is not None and site.block not in spread:
+            continue
         budget -= Spectrum().memory(width)
         if width > WIDEST_SPECTRUM or budget < 0:
             without.append(str(site))
