@@ -1151,6 +1151,19 @@ proof(lambda p: load_tasks(p, "mine.yaml", "task: a\ndataset_path: json\ndataset
 proof(lambda p: load_tasks(p, "mine.yaml", "task: a\ndataset_path: json\n"))
 proof(lambda p: (p.patch.setattr("importlib.util.find_spec", lambda *_: None), harness.load_tasks("a", TASKS)))
 proof(lambda p: harness.check_model(build("vit"), None))
+
+
+@proof
+def an_item_that_its_template_does_not_fit(p: Place) -> None:
+    def evaluate(**_: Any) -> Any:
+        raise KeyError("question")
+
+    wrapper = SimpleNamespace(HFLM=lambda **_: None)
+    p.patch.setitem(sys.modules, "lm_eval", SimpleNamespace(evaluate=evaluate))
+    p.patch.setitem(sys.modules, "lm_eval.models.huggingface", wrapper)
+    harness.run_tasks(harness.Tasks({"tasks": {}}, "lm-eval 0"), build("llama"), object())
+
+
 proof(lambda p: harness.check_model(build("llama"), None))
 proof(lambda p: answer(("c",), ("c", "d")))
 proof(lambda p: answer(("c", "")))

@@ -90,6 +90,25 @@ def test_a_broken_task_file_is_named(small):
         harness.load_tasks(small, TASKS)
 
 
+def test_an_answer_in_words_and_a_broken_item(small, models, monkeypatch):
+    """What a task generates is scored too; an item that breaks names the task."""
+    pytest.importorskip("lm_eval", reason="lm-eval (the extra 'eval') is not installed")
+    monkeypatch.chdir(small.parent)
+    words = "include: few.yaml\ntask: words\noutput_type: generate_until\ndoc_to_choice: null\n"
+    words += "doc_to_target: '{{choices[answer]}}'\ngeneration_kwargs: {max_gen_toks: 2, until: ['.']}\n"
+    (small.parent / "words.yaml").write_text(words + "metric_list: [{metric: exact_match}]\n", encoding="utf-8")
+    (small.parent / "broken.yaml").write_text(words.replace("choice: null", "choice: '{{choices}}'"), encoding="utf-8")
+    original, changed, tokenizer = models
+    found = harness.run_tasks(harness.load_tasks("words.yaml,few.yaml", TASKS), changed, tokenizer, original=original)
+    assert [(each.task, each.metric, each.items) for each in found] == [
+        ("words", "exact_match", ITEMS),
+        ("few", "acc", ITEMS),
+        ("few", "acc_norm", ITEMS),
+    ]
+    with pytest.raises(DataError, match="lm-eval fails on words"):
+        harness.run_tasks(harness.load_tasks("broken.yaml", TASKS), changed, tokenizer)
+
+
 # -- without it --------------------------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from actkit.core import processes
-from actkit.core.errors import DataError, UnsupportedModelError
+from actkit.core.errors import ActkitError, DataError, UnsupportedModelError
 from actkit.core.example import Inputs
 from actkit.core.hooks import evaluating
 from actkit.core.quality import Estimate
@@ -107,7 +107,11 @@ def load_tasks(tasks: str | Path | Sequence[str | Path], own: Mapping[str, Path]
                     f"`lm_eval ls tasks` lists, or give a .yaml file."
                 )
         for each in (*files, *others):
-            specs.append(str(_with_data(each, configs[each], Path(folder)) if isinstance(each, Path) else each))
+            config = configs[each] if isinstance(each, Path) else {}
+            if "group" in config:
+                specs.append(config["group"])  # found in its folder, with what it names
+            else:
+                specs.append(str(_with_data(each, config, Path(folder)) if isinstance(each, Path) else each))
         try:
             loaded = manager.load(specs)
         except Exception as error:  # whatever a task file, its functions, its templates or the hub raise
@@ -154,6 +158,7 @@ def run_tasks(
 
     Raises:
         UnsupportedModelError: a model is no language model of transformers, or has no tokenizer.
+        DataError: lm-eval fails on the items of a task.
     """
     for each in (model, original):
         if each is not None:
@@ -199,7 +204,13 @@ def _run(tasks: Tasks, model: nn.Module, tokenizer: Any, batch_size: int, seed: 
                 softmax_dtype="float32",
                 batch_size=batch_size,
             )
-            return evaluate(lm=harness, task_dict=tasks.loaded, log_samples=True)
+            try:
+                return evaluate(lm=harness, task_dict=tasks.loaded, log_samples=True)
+            except (ActkitError, RuntimeError):  # the model's
+                raise
+            except Exception as error:  # whatever the templates and functions of a task file raise on an item
+                names, what = ", ".join(tasks.loaded["tasks"]), f"{type(error).__name__}: {error}".split("\n")[0]
+                raise DataError(f"tasks: lm-eval fails on {names} ({what}); mend the task file or its data.") from error
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
