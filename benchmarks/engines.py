@@ -1,7 +1,7 @@
 """Engines that decode, each a process of its own that takes turns with the others (`decode_workers/`).
 
 Each worker runs in the environment of its engine: ours in this one, peers in `.venv-bench`, with the variables that its
-script asks for. What does not start, or fails later, is not an error here: `Engine.missing` says why, for its row.
+script asks for. A peer that does not start, or fails later, is no error: `Engine.missing` says why, for its row. Ours is.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Engine:
     process: Any = None
 
     def start(self, **load: Any) -> None:
-        """Start and load; if that fails, `missing` says why. load: as the worker's `load`, without the variant."""
+        """Start and load; if a peer fails, `missing` says why. load: as the worker's `load`, without the variant."""
         python = sys.executable if self.own else str(PEERS)
         if not Path(python).exists():
             self.missing = "its environment is not there; run make bench"
@@ -67,8 +67,7 @@ class Engine:
         try:
             self.loaded = self.ask("load", variant=self.variant, **load)
         except RuntimeError as error:
-            self.missing = str(error)
-            self.stop()
+            self.fail(error)
 
     def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
         """What the worker answers. Raises RuntimeError with its error, or its last words if it died."""
@@ -81,6 +80,13 @@ class Engine:
         if "error" in reply:
             raise RuntimeError(reply["error"])
         return reply["ok"]
+
+    def fail(self, error: RuntimeError) -> None:
+        """Note why a peer does not run, and end it. Raises the error of an engine of our own."""
+        self.stop()
+        if self.own:
+            raise error
+        self.missing = str(error)
 
     def stop(self) -> None:
         """End the process, if there is one."""
@@ -124,8 +130,7 @@ def take_turns(
             try:
                 measured = engine.ask("round", **engine.rows[label])
             except RuntimeError as error:
-                engine.missing = str(error)
-                engine.stop()
+                engine.fail(error)
                 continue
             if number:
                 engine.found.setdefault(label, []).append(measured)

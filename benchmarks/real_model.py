@@ -166,7 +166,8 @@ def measure(
     rows, scored, _ = text
     bar: dict[str, Any] = {"console": Console(stderr=True), "transient": True}
     try:
-        for engine, source, _ in track(compared, "Loading", **bar):
+        ours_first = sorted(compared, key=lambda each: not each[0].own)  # if one fails, it fails soon
+        for engine, source, _ in track(ours_first, "Loading", **bar):
             if engine.script == "llama_cpp_worker":
                 start_best(engine, prompt=min(SPEEDS), tokens=2 * tokens, counts=[threads], source=str(source), **load)
             else:
@@ -176,7 +177,7 @@ def measure(
             try:
                 losses[engine.label] = engine.ask("losses", rows=rows, scored=scored)
             except RuntimeError as error:
-                engine.missing = str(error)
+                engine.fail(error)
             engine.stop()  # so that the next one has the memory
     finally:
         for engine in group:

@@ -36,9 +36,9 @@ import actkit
 from actkit.core.anatomy import anatomy
 from actkit.core.capture import record
 from actkit.core.edits import set_module
-from actkit.core.fresh import _release_memory
 from actkit.core.linear import ActLinear, IntegerWeight, Threshold
 from actkit.core.machine import versions
+from actkit.core.memory import release_memory
 from actkit.core.quantizer import QuantizationGrid
 from actkit.core.statistics import Quantiles
 from actkit.runtime.decoder import Decoder
@@ -80,7 +80,7 @@ class Actkit:
             if isinstance(module, nn.Linear):
                 set_module(model, path, _changed(module, BITS[variant], path in self.quantiles))
         self.decoder = Decoder(model, capacity=capacity, threads=threads, decode_only=True)
-        _release_memory()
+        release_memory()
         self.layers = {path: layer for path, layer in model.named_modules() if path in self.quantiles}
         self.selects = {path: layer.select for path, layer in self.layers.items()}
         self.yardsticks: dict[float, pure_read.Yardstick] = {}
@@ -100,7 +100,7 @@ class Actkit:
         self.vocabulary = model.config.vocab_size
         self.decoder = Decoder(model, capacity=self.capacity, decode_only=True)
         del model
-        _release_memory()
+        release_memory()
         self.layers, self.selects = {}, {}
         for prompt in (8, 128):  # step by step, and through dense products
             self.round(prompt=prompt, tokens=2)
