@@ -1,7 +1,7 @@
 """Engines that decode, each a process of its own that takes turns with the others (`decode_workers/`).
 
 Each worker runs in the environment of its engine: ours in this one, peers in `.venv-bench`, with the variables that its
-script asks for. A peer that does not start, or fails later, is no error: `Engine.missing` says why, for its row. Ours is.
+script asks for. A peer that does not start, or fails later, is no error: `Engine.missing` says why, for its row.
 """
 
 from __future__ import annotations
