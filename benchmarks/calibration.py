@@ -36,12 +36,12 @@ from rich.console import Console
 del sys.path[:2]  # where kernels.py lies, which transformers would take for the package of that name
 
 from actkit import zoo
-from actkit.core.anatomy import Anatomy, Site, anatomy
-from actkit.core.capture import record
-from actkit.core.hooks import evaluating, forward
-from actkit.core.plan import parameter_bytes
-from actkit.core.runner import apply
-from actkit.core.statistics import AbsMax, Density, Gram, Moments, Quantiles, Sample, Spectrum, Statistic
+from actkit.core.model.anatomy import Anatomy, Site, anatomy
+from actkit.core.watch.capture import record
+from actkit.core.forward.hooks import evaluating, forward
+from actkit.core.ground.memory import parameter_bytes
+from actkit.core.recipe.runner import apply
+from actkit.core.watch.statistics import AbsMax, Density, Gram, Moments, Quantiles, Sample, Spectrum, Statistic
 from actkit.testing.random_llama import random_llama
 
 SITES = ("block.output", "attention.input", "attention.mixed", "mlp.input", "mlp.gate", "mlp.hidden")

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from actkit.core.machine import machine, versions
+from actkit.core.ground.machine import machine, versions
 
 MOST_COLUMNS = 7
 RESULTS = Path(__file__).parent / "results"

@@ -41,8 +41,8 @@ from rich.progress import track
 
 import actkit
 from actkit import zoo
-from actkit.core.cost import folder_bytes
-from actkit.core.quality import resampled_totals
+from actkit.core.measure.cost import folder_bytes
+from actkit.core.measure.quality import resampled_totals
 from actkit.data import load_data
 from actkit.zoo import packaged
 

@@ -41,12 +41,12 @@ from torch import nn
 
 del sys.path[:2]  # where kernels.py lies, which transformers would take for the package of that name
 
-from actkit.core.activations import Thresholded
-from actkit.core.anatomy import anatomy
-from actkit.core.capture import record
-from actkit.core.edits import get_module, set_module
-from actkit.core.linear import ActLinear, LowRank, Threshold
-from actkit.core.statistics import Quantiles
+from actkit.core.layers.activations import Thresholded
+from actkit.core.model.anatomy import anatomy
+from actkit.core.watch.capture import record
+from actkit.core.edit.edits import get_module, set_module
+from actkit.core.layers.linear import ActLinear, LowRank, Threshold
+from actkit.core.watch.statistics import Quantiles
 from actkit.runtime.decoder import Decoder
 from actkit.sparsity.r_sparse import Budget
 from actkit.sparsity.spark import spark_lm

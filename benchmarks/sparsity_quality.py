@@ -28,16 +28,17 @@ import common
 from torch import nn
 
 from actkit.claims.subject import Subject
-from actkit.core.anatomy import Anatomy, Site, anatomy
-from actkit.core.capture import observe, record
-from actkit.core.edits import Edit, Replace, temporarily
-from actkit.core.hooks import BatchContext, hooked
-from actkit.core.linear import ActLinear
-from actkit.core.progress import track
-from actkit.core.quality import measure_quality
-from actkit.core.runner import Seen, Trial, apply
-from actkit.core.statistics import Density
-from actkit.core.transform import Transform
+from actkit.core.model.anatomy import Anatomy, Site, anatomy
+from actkit.core.watch.capture import observe, record
+from actkit.core.edit.edits import Edit, Replace, temporarily
+from actkit.core.forward.hooks import BatchContext, hooked
+from actkit.core.layers.linear import ActLinear
+from actkit.core.ground.progress import track
+from actkit.core.measure.quality import measure_quality
+from actkit.core.recipe.runner import apply
+from actkit.core.recipe.seen import Seen, Trial
+from actkit.core.watch.statistics import Density
+from actkit.core.recipe.transform import Transform
 from actkit.sparsity.cats import Cats
 from actkit.sparsity.r_sparse import RSparse, cached_factors
 from actkit.sparsity.teal import Teal
@@ -97,7 +98,9 @@ class Bench:
                 Replace(x.path, method.layer(x, method.alpha_of(x.path), seen[site], self.factors))
                 for x, site in zip(linears, sites, strict=True)
             ]
-        found: Iterable[Any] = (e for b in blocks for e in method.edit(b, Seen(None, b, "original", seen)))
+        found: Iterable[Any] = (
+            e for b in blocks for e in method.edit(b, Seen(type(method).__name__, method.tags, None, b, seen))
+        )
         return [edit for edit in found if isinstance(edit, Replace)]
 
     def measure(self, edits: Iterable[Edit], batches: Any, gated: bool = False) -> tuple[float, float]:

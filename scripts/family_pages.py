@@ -33,7 +33,7 @@ WHEN = "When to use it"
 COST = r"Cost[^:.]{0,20}"
 OPEN = "Left open by the paper|Left open|Settled here|Our own reading|Our reading|As in the release"
 LABELS = re.compile(rf"(?:^|(?<=[.)] ))({WHEN}|{COST}|{OPEN}): ")
-ELSEWHERE = {"actkit.core.swap": "functions"}  # methods that lie outside their family's folder
+ELSEWHERE = {"actkit.functions.swap": "functions"}  # methods that lie outside their family's folder
 ABOUT = {
     "functions": "Activation functions, and layers that learn theirs.",
     "sparsity": "Few activations matter for a token: read only the weights that meet those.",

@@ -35,12 +35,15 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from actkit.core import checkpoint, fused_statistics, proof, whole_folder
-from actkit.core.errors import CheckpointError
-from actkit.core.hooks import forward
-from actkit.core.runner import apply, first_tensor
-from actkit.core.tensor_files import read_values, write_values
-from actkit.core.transform import Recipe
+from actkit.core.forward.hooks import first_tensor, forward
+from actkit.core.ground import whole_folder
+from actkit.core.ground.errors import CheckpointError
+from actkit.core.measure import proof
+from actkit.core.recipe.runner import apply
+from actkit.core.recipe.transform import Recipe
+from actkit.core.store import checkpoint
+from actkit.core.store.tensor_files import read_values, write_values
+from actkit.core.watch import fused_statistics
 from actkit.search import workshop
 from actkit.search.search import Optimization, optimize
 

@@ -37,52 +37,45 @@ from transformers import (
 
 import actkit
 from actkit import catalogue, claims, verbs, zoo
-from actkit.core import (
-    checkpoint,
-    checksums,
-    decoding,
-    evaluation,
-    fresh,
-    generation,
-    harness,
-    processes,
-    registry,
-    rules,
-    training,
-)
-from actkit.core.activations import Activation
-from actkit.core.anatomy import Site, anatomy
-from actkit.core.architectures import MlpRow
-from actkit.core.blockwise import Call
-from actkit.core.capture import plan_memory, record
-from actkit.core.cost import _chosen, folder_bytes
-from actkit.core.edits import Configure, Replace, Set, apply_edit, describe_module, get_module, get_tensor, replay
-from actkit.core.example import Inputs
-from actkit.core.gpt_rows import GPT2
-from actkit.core.hooks import BatchContext, check_batch, forward
-from actkit.core.linear import ActLinear, IntegerWeight, LowRank, Threshold
-from actkit.core.low_rank_training import train_low_rank
-from actkit.core.multiple_choice import Question, log_likelihoods
-from actkit.core.objective import Objective
-from actkit.core.quality import measure_quality, task_of
-from actkit.core.quantized_source import _values
-from actkit.core.quantizer import QuantizationGrid
-from actkit.core.reading import BlockReader
-from actkit.core.rows import Keys, _weights
-from actkit.core.runner import Seen, apply, check_shares
-from actkit.core.speed import _check_memory, measure_speed
-from actkit.core.statistics import Moments
-from actkit.core.steps import Steps
-from actkit.core.swap import Swap
-from actkit.core.tensor_files import read_values, write_values
-from actkit.core.training_setup import Settings, state_folder, steps_per_epoch
-from actkit.core.transform import Recipe, Tags, Transform
-from actkit.core.transformers_folder import remote_class, stored_dtype
+from actkit.core.edit.edits import Configure, Replace, Set, apply_edit, describe_module, get_module, get_tensor, replay
+from actkit.core.forward.example import Inputs
+from actkit.core.forward.hooks import BatchContext, check_batch, forward
+from actkit.core.ground import processes, registry
+from actkit.core.layers.activations import Activation
+from actkit.core.layers.linear import ActLinear, IntegerWeight, LowRank, Threshold
+from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.measure import decoding, evaluation, fresh, generation, harness
+from actkit.core.measure.cost import _chosen, folder_bytes
+from actkit.core.measure.multiple_choice import Question, log_likelihoods
+from actkit.core.measure.quality import measure_quality, task_of
+from actkit.core.measure.speed import _check_memory, measure_speed
+from actkit.core.model.anatomy import Site, anatomy
+from actkit.core.model.architectures import MlpRow
+from actkit.core.model.gpt_rows import GPT2
+from actkit.core.model.reading import BlockReader
+from actkit.core.recipe.runner import apply
+from actkit.core.recipe.seen import Seen, check_shares
+from actkit.core.recipe.steps import Steps
+from actkit.core.recipe.tags import Tags
+from actkit.core.recipe.transform import Recipe, Transform
+from actkit.core.store import checkpoint, checksums
+from actkit.core.store.quantized_source import _values
+from actkit.core.store.tensor_files import read_values, write_values
+from actkit.core.store.transformers_folder import remote_class, stored_dtype
+from actkit.core.train import rules, training
+from actkit.core.train.objective import Objective
+from actkit.core.train.training_setup import Settings, state_folder, steps_per_epoch
+from actkit.core.watch.calls import Call
+from actkit.core.watch.capture import plan_memory, record
+from actkit.core.watch.rows import Keys, _weights
+from actkit.core.watch.statistics import Moments
 from actkit.data import Batches, load_data, text
 from actkit.data.tasks import TASKS
+from actkit.finetuning.low_rank_training import train_low_rank
 from actkit.formats import gguf_file, reading
 from actkit.formats.export import FORMATS, export
 from actkit.formats.plain import Plain
+from actkit.functions.swap import Swap
 from actkit.gguf.cached import cached
 from actkit.kernels import operators, process
 from actkit.quantization import awq
@@ -1049,7 +1042,7 @@ proof(lambda p: (beside(p, "another sum"), a_sum()))
 proof(lambda p: (beside(p, "what the processes were given", b'[{"seed": "1"}, {}]'), processes.agree(seed="0")))
 proof(lambda p: (beside(p), train(p)))
 proof(lambda p: (beside(p), measure_quality(build("llama"), [HOST], stop=bool, progress=False)))
-proof(lambda p: (beside(p), check_shares(Lazy(how="calls"))))
+proof(lambda p: (beside(p), check_shares("Lazy", Lazy.tags)))
 
 # -- ActkitError, JournalError, CatalogueError -------------------------------------------------------------------------
 
@@ -1057,7 +1050,7 @@ proof(lambda p: (beside(p), check_shares(Lazy(how="calls"))))
 @proof
 def no_proof(p: Place) -> None:
     failed = SimpleNamespace(passed=False, describe=lambda: "folder DOES NOT RELOAD")
-    p.patch.setattr("actkit.core.proof.prove", lambda *_, **__: failed)
+    p.patch.setattr("actkit.core.measure.proof.prove", lambda *_, **__: failed)
     verbs.apply_and_save(build("llama"), STACK, p.path / "new")
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import actkit.catalogue
 import actkit.search.journal
-from actkit.core import errors
+from actkit.core.ground import errors
 from errors_raised import PROOFS, Place
 
 ROOT = Path(__file__).parents[1]
@@ -25,24 +25,24 @@ OWN = {name: found for name, found in vars(errors).items() if isinstance(found, 
 }
 # Raised on purpose and never seen: caught inside, turned into another error of the page, or part of Python's protocol.
 INTERNAL = {
-    "core/processes.py: ProcessError": "the text of a row, built some lines above where it is raised",
-    "core/anatomy.py: CoverageError": "the text of the row `example: ... cannot run`, built one line above",
-    "core/swap.py: ValueError": "pydantic's own validators, shown as `swap: ...` or `recipe: ...: ...`",
+    "core/ground/processes.py: ProcessError": "the text of a row, built some lines above where it is raised",
+    "core/model/anatomy.py: CoverageError": "the text of the row `example: ... cannot run`, built one line above",
+    "functions/swap.py: ValueError": "pydantic's own validators, shown as `swap: ...` or `recipe: ...: ...`",
     "runtime/blocks.py: UnsupportedModelError": "the reason in `model: ... cannot be decoded here`",
     "runtime/families.py: UnsupportedModelError": "the reason in `model: ... cannot be decoded here`",
     "runtime/tables.py: UnsupportedModelError": "the reason in `model: ... cannot be decoded here`",
-    "core/fresh.py: ValueError": "some are of the worker, shown as `...: the fresh process reports ...`",
+    "core/measure/fresh.py: ValueError": "some are of the worker, shown as `...: the fresh process reports ...`",
     "search/speed_row.py: MemoryError": "a note in the report: why the larger shape was not measured",
-    "core/outputs.py: StopForward": "ends a pass before the head",
-    "core/training.py: KeyboardInterrupt": "Ctrl-C; the command line says how to go on",
+    "core/forward/outputs.py: StopForward": "ends a pass before the head",
+    "core/train/training.py: KeyboardInterrupt": "Ctrl-C; the command line says how to go on",
     "cli/main.py: typer.Exit": "Ctrl-C",
     "search/search.py: out_of_time": "ActkitError, the row `minutes: ... were over before one candidate was measured`",
     "search/journal.py: _damaged": "JournalError, the row `resume: line ... of ... is damaged`",
-    "core/quantized_source.py: _unread": "CheckpointError, the row `...: its weight is stored ..., which is not read`",
-    "core/quantizer.py: ValueError": "the reason in `...: group_size ...`",
-    "core/yaml_files.py: yaml.MarkedYAMLError": "the reason in `... is not valid YAML: ...`",
+    "core/store/quantized_source.py: _unread": "CheckpointError, `...: its weight is stored ..., which is not read`",
+    "core/layers/quantizer.py: ValueError": "the reason in `...: group_size ...`",
+    "core/ground/yaml_files.py: yaml.MarkedYAMLError": "the reason in `... is not valid YAML: ...`",
     "gguf/file.py: IndexError": "the reason in `...: not readable as GGUF (...)`",
-    "core/blockwise.py: StopForward": "ends a forward pass early",
+    "core/recipe/blockwise.py: StopForward": "ends a forward pass early",
 }
 PYDANTIC = ("sparsity/activation_penalty.py", "sparsity/cats.py", "sparsity/prosparse.py", "sparsity/sparsing_law.py")
 QUIET = ("AttributeError", "_Planned", "NotApplicable", "AssertionError")  # Python's protocol, and actkit.testing's
@@ -111,8 +111,8 @@ def test_every_error_of_the_sources_is_on_the_page():
 
 def test_what_is_internal_is_there():
     known = {f"{file}: {name}" for file, name, _ in raised()} | {
-        "core/blockwise.py: StopForward",
-        "core/outputs.py: StopForward",
+        "core/recipe/blockwise.py: StopForward",
+        "core/forward/outputs.py: StopForward",
     }
     assert set(INTERNAL) <= known, set(INTERNAL) - known
 

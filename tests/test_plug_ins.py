@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import tiny_models
 
-from actkit.core import checkpoint, registry
-from actkit.core.errors import CheckpointError, RecipeError
-from actkit.core.runner import apply
-from actkit.core.transform import Recipe
+from actkit.core.ground import registry
+from actkit.core.ground.errors import CheckpointError, RecipeError
+from actkit.core.recipe.runner import apply
+from actkit.core.recipe.transform import Recipe
+from actkit.core.store import checkpoint
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "plugin"
@@ -25,7 +26,7 @@ from pathlib import Path
 import pytest, torch
 import actkit
 from actkit.cli.main import main
-from actkit.core import registry
+from actkit.core.ground import registry
 
 assert "actkit_clip" not in sys.modules and "clip" in registry.method_names() and "actkit_clip" not in sys.modules
 source, out, tests = sys.argv[1:]

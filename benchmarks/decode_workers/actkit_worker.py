@@ -33,14 +33,14 @@ from protocol import SHAPES, prompt_ids, serve
 from torch import nn
 
 import actkit
-from actkit.core.anatomy import anatomy
-from actkit.core.capture import record
-from actkit.core.edits import set_module
-from actkit.core.linear import ActLinear, IntegerWeight, Threshold
-from actkit.core.machine import versions
-from actkit.core.memory import release_memory
-from actkit.core.quantizer import QuantizationGrid
-from actkit.core.statistics import Quantiles
+from actkit.core.model.anatomy import anatomy
+from actkit.core.watch.capture import record
+from actkit.core.edit.edits import set_module
+from actkit.core.layers.linear import ActLinear, IntegerWeight, Threshold
+from actkit.core.ground.machine import versions
+from actkit.core.ground.memory import release_memory
+from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.watch.statistics import Quantiles
 from actkit.runtime.decoder import Decoder
 from actkit.testing.random_llama import random_llama
 

@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from actkit.catalogue import papers as papers
     from actkit.claims import reproduce as reproduce
-    from actkit.core.anatomy import Site as Site
-    from actkit.core.anatomy import anatomy as anatomy
-    from actkit.core.capture import live as live
-    from actkit.core.capture import record as record
-    from actkit.core.checkpoint import save as save
-    from actkit.core.errors import ActkitError as ActkitError
-    from actkit.core.linear import ActLinear as ActLinear
-    from actkit.core.proof import prove as prove
-    from actkit.core.swap import swap as swap
-    from actkit.core.transform import Recipe as Recipe
-    from actkit.core.transform import Transform as Transform
+    from actkit.core.ground.errors import ActkitError as ActkitError
+    from actkit.core.layers.linear import ActLinear as ActLinear
+    from actkit.core.measure.proof import prove as prove
+    from actkit.core.model.anatomy import Site as Site
+    from actkit.core.model.anatomy import anatomy as anatomy
+    from actkit.core.recipe.transform import Recipe as Recipe
+    from actkit.core.recipe.transform import Transform as Transform
+    from actkit.core.store.checkpoint import save as save
+    from actkit.core.watch.capture import live as live
+    from actkit.core.watch.capture import record as record
     from actkit.data import load_data as load_data
+    from actkit.functions.swap import swap as swap
     from actkit.search.search import optimize as optimize
     from actkit.verbs import apply as apply
     from actkit.verbs import evaluate as evaluate
@@ -43,29 +43,29 @@ if TYPE_CHECKING:
     from actkit.zoo.loading import load_tokenizer as load_tokenizer
 
 _HOMES = {
-    "ActLinear": "core.linear",
-    "ActkitError": "core.errors",
-    "Recipe": "core.transform",
-    "Site": "core.anatomy",
-    "Transform": "core.transform",
-    "anatomy": "core.anatomy",
+    "ActLinear": "core.layers.linear",
+    "ActkitError": "core.ground.errors",
+    "Recipe": "core.recipe.transform",
+    "Site": "core.model.anatomy",
+    "Transform": "core.recipe.transform",
+    "anatomy": "core.model.anatomy",
     "apply": "verbs",
     "evaluate": "verbs",
     "export": "verbs",
     "generate": "verbs",
-    "live": "core.capture",
+    "live": "core.watch.capture",
     "load": "zoo.loading",
     "load_data": "data",
     "load_tokenizer": "zoo.loading",
     "optimize": "search.search",
     "papers": "catalogue",
     "profile": "verbs",
-    "prove": "core.proof",
-    "record": "core.capture",
+    "prove": "core.measure.proof",
+    "record": "core.watch.capture",
     "reproduce": "claims",
-    "save": "core.checkpoint",
+    "save": "core.store.checkpoint",
     "show": "verbs",
-    "swap": "core.swap",
+    "swap": "functions.swap",
     "train": "verbs",
 }
 __all__ = list(_HOMES)

@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actkit.core.errors import ActkitError
+from actkit.core.ground.errors import ActkitError
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -2,7 +2,7 @@
 
 `model` is a model in memory, a zoo name, a folder or a hub id. `data` is what `load_data` takes: None for the embedded
 data of the split that fits the verb, a file or folder, 'random', or batches. The work is done by the functions below
-the verbs (`core.runner.apply`, `core.evaluation.evaluate` ...), which take models and batches only.
+the verbs (`core.recipe.runner.apply`, `core.measure.evaluation.evaluate` ...), which take models and batches only.
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from actkit.core import changes, processes, runner
-from actkit.core.architectures import find_architecture
-from actkit.core.checkpoint import MANIFEST, check_savable, check_target, read_manifest, save
-from actkit.core.errors import ActkitError, DataError
-from actkit.core.memory import format_bytes
-from actkit.core.summary import Summary, summarise
-from actkit.core.transform import Recipe
+from actkit.core.edit import changes
+from actkit.core.ground import processes
+from actkit.core.ground.errors import ActkitError, DataError
+from actkit.core.ground.memory import format_bytes
+from actkit.core.measure.summary import Summary, summarise
+from actkit.core.model.architectures import find_architecture
+from actkit.core.recipe import runner
+from actkit.core.recipe.transform import Recipe
+from actkit.core.store.checkpoint import MANIFEST, check_savable, check_target, read_manifest, save
 from actkit.data import Batches, Split, load_data
 from actkit.zoo.loading import OWN_CLASSES, locate, open_model
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from actkit.core.evaluation import Evaluation
-    from actkit.core.proof import Proof
-    from actkit.core.training import Trained
+    from actkit.core.measure.evaluation import Evaluation
+    from actkit.core.measure.proof import Proof
+    from actkit.core.train.training import Trained
     from actkit.formats.exported import Exported
     from actkit.search.profile import Profile
 
@@ -76,7 +78,7 @@ def apply(
 
     model: a model, which is changed in place unless `inplace` is False, or its name. data: read only where a transform
     calibrates; None is the embedded calibration split. undo, min_coverage, max_memory, progress, announce, and what is
-    raised: as in `core.runner.apply`. options: of `open_model` and `load_data`.
+    raised: as in `core.recipe.runner.apply`. options: of `open_model` and `load_data`.
     """
     opening, reading = _sorted(options)
     recipe = Recipe.of(recipe)
@@ -153,9 +155,9 @@ def apply_and_save(
     and `prove` raise, and ActkitError where the proof fails (the folder is left for inspection). Of several processes
     the first one saves and proves; the others get no proof.
     """
-    from actkit.core.cost import folder_bytes
-    from actkit.core.example import example_of
-    from actkit.core.proof import prove
+    from actkit.core.forward.example import example_of
+    from actkit.core.measure.cost import folder_bytes
+    from actkit.core.measure.proof import prove
 
     processes.on_first("the folder is free", lambda: check_target(out, overwrite=overwrite))
     if isinstance(model, nn.Module):
@@ -208,7 +210,7 @@ def export(
         read(opened, format)  # what is refused is refused before it is measured
         evaluation = evaluate(opened, data, **reading)
     elif evaluation is None and not isinstance(model, nn.Module) and (locate(model) / MANIFEST).exists():
-        from actkit.core.card import measured_before
+        from actkit.core.store.card import measured_before
 
         measured = measured_before(read_manifest(locate(model))["results"])
     return write(
@@ -244,12 +246,12 @@ def evaluate(
     data: None for the embedded test split, which no calibration and no search saw. speed: in fresh processes, of
     `batch` rows with a prompt of `prompt` tokens and `max_new_tokens` more, in interleaved `rounds`; threads: torch's
     number where None. tasks: names and task files of lm-eval (docs/tasks.md), run on both models beside the rest.
-    options: of `open_model` and `load_data`. Raises what these, `core.evaluation.evaluate` and
-    `core.harness.load_tasks` raise.
+    options: of `open_model` and `load_data`. Raises what these, `core.measure.evaluation.evaluate` and
+    `core.measure.harness.load_tasks` raise.
     """
-    from actkit.core import harness
-    from actkit.core.evaluation import evaluate as measure
-    from actkit.core.quality import task_of
+    from actkit.core.measure import harness
+    from actkit.core.measure.evaluation import evaluate as measure
+    from actkit.core.measure.quality import task_of
 
     opening, reading = _sorted(options)
     opened, tokenizer = open_model(model, **opening)
@@ -315,12 +317,12 @@ def train(
     """Fine-tune a model, under training rules if any; the weights kept are those of the least validation loss.
 
     data: None for the embedded train split, validated on the search split, so that the test split stays unseen; a file
-    or folder is cut the same way; batches need `validation`. rules: as in `core.rules.parse_rules`. out: the folder to
-    write, nothing where None. accumulation: batches per step. steps, learning_rate, resume, overwrite: as in
-    `core.training.train`. options: of
-    `open_model` (dtype float32 where none is given) and `load_data`. Raises what these and `core.training.train` raise.
+    or folder is cut the same way; batches need `validation`. rules: as in `core.train.rules.parse_rules`. out: the
+    folder to write, nothing where None. accumulation: batches per step. steps, learning_rate, resume, overwrite: as in
+    `core.train.training.train`. options: of `open_model` (dtype float32 where none is given) and `load_data`. Raises
+    what these and `core.train.training.train` raise.
     """
-    from actkit.core.training import train as run
+    from actkit.core.train.training import train as run
 
     opening, reading = _sorted(options)
     if not isinstance(model, nn.Module) and opening.get("dtype") is None:
@@ -364,14 +366,14 @@ def generate(
 ) -> Iterator[str]:
     """Text that goes on from the prompt, piece by piece; with chat the answer to it, by the model's chat template.
 
-    max_new_tokens, temperature, top_k, top_p, seed, stop, chat: as in `core.generation.generate`. tokenizer: where the
-    model has none beside it. options: of `open_model`.
+    max_new_tokens, temperature, top_k, top_p, seed, stop, chat: as in `core.measure.generation.generate`. tokenizer:
+    where the model has none beside it. options: of `open_model`.
 
     On the CPU a decoder writes where it takes the model, else transformers; announce is told which, and why not a
     decoder. Each call packs the weights anew: for many texts make a `runtime.decoder.Decoder` once.
-    Raises DataError without a tokenizer, and what `core.generation.generate` raises.
+    Raises DataError without a tokenizer, and what `core.measure.generation.generate` raises.
     """
-    from actkit.core.generation import generate as write
+    from actkit.core.measure.generation import generate as write
 
     opened, found = open_model(model, **options)
     tokenizer = tokenizer or found

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from actkit.claims import awq
 from actkit.claims.subject import Subject
-from actkit.core.anatomy import anatomy
-from actkit.core.capture import record
-from actkit.core.edits import temporarily
-from actkit.core.statistics import Moments
+from actkit.core.edit.edits import temporarily
+from actkit.core.model.anatomy import anatomy
+from actkit.core.watch.capture import record
+from actkit.core.watch.statistics import Moments
 from actkit.zoo.outliers import outlier_twin
 
 TINY = awq.Sizes(seeds=(0, 1), calibration=1, held_out=2, sentences=4, search=64, grid=2, draws=2)

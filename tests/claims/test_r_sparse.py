@@ -9,8 +9,8 @@ from torch import nn
 
 from actkit.claims import r_sparse
 from actkit.claims.subject import Subject
-from actkit.core.anatomy import Linear
-from actkit.core.linear import ActLinear, Threshold
+from actkit.core.layers.linear import ActLinear, Threshold
+from actkit.core.model.anatomy import Linear
 from actkit.sparsity.r_sparse import RSparse
 
 TINY = r_sparse.Sizes((0, 1), calibration=64, tokens=32, sequences=1, held_out=2, generations=1, population=2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from actkit.claims import spark
-from actkit.core.anatomy import anatomy
+from actkit.core.model.anatomy import anatomy
 
 TINY = spark.Sizes(
     seeds=(0, 1),

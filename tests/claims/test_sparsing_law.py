@@ -11,7 +11,7 @@ import torch
 
 from actkit.claims import sparsing_law as claim
 from actkit.claims.subject import Subject
-from actkit.core.training import train
+from actkit.core.train.training import train
 from actkit.sparsity.ppl_sparsity import ppl_sparsity
 from actkit.sparsity.shared_cett import Root
 from actkit.sparsity.sparsity_laws import relu_law, silu_law

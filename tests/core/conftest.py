@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from actkit.core.fresh import FreshProcess
+from actkit.core.measure.fresh import FreshProcess
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,10 @@ from transformers import (
     ViTModel,
 )
 
-from actkit.core.anatomy import (
+from actkit.core.ground.errors import CoverageError, UnsupportedModelError
+from actkit.core.layers.linear import ActLinear, IntegerWeight, Threshold
+from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.model.anatomy import (
     SITE_NAMES,
     Anatomy,
     EqualizationSet,
@@ -51,12 +54,9 @@ from actkit.core.anatomy import (
     read_tap,
     register_architecture,
 )
-from actkit.core.errors import CoverageError, UnsupportedModelError
-from actkit.core.experts import ExpertList
-from actkit.core.fused import PartRows
-from actkit.core.linear import ActLinear, IntegerWeight, Threshold
-from actkit.core.llama_rows import LLAMA
-from actkit.core.quantizer import QuantizationGrid
+from actkit.core.model.experts import ExpertList
+from actkit.core.model.fused import PartRows
+from actkit.core.model.llama_rows import LLAMA
 
 HIDDEN, HEADS, LENGTH = 24, 4, 7
 DECODER = {

@@ -16,17 +16,17 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from actkit.core import architectures
-from actkit.core.anatomy import CoverageError, Site, anatomy, equalization_sets
-from actkit.core.architectures import known_model_types
-from actkit.core.blockwise import Walk
-from actkit.core.capture import live, opened_experts, record
-from actkit.core.cost import measure_cost
-from actkit.core.edits import apply_edit, set_module
-from actkit.core.fused import PartRows, query_key_value_rows
-from actkit.core.plan import make_plan
-from actkit.core.statistics import Moments
-from actkit.core.transform import Transform
+from actkit.core.edit.edits import apply_edit, set_module
+from actkit.core.measure.cost import measure_cost
+from actkit.core.model import architectures
+from actkit.core.model.anatomy import CoverageError, Site, anatomy, equalization_sets
+from actkit.core.model.architectures import known_model_types
+from actkit.core.model.fused import PartRows, query_key_value_rows
+from actkit.core.recipe.blockwise import Walk
+from actkit.core.recipe.plan import make_plan
+from actkit.core.recipe.transform import Transform
+from actkit.core.watch.capture import live, opened_experts, record
+from actkit.core.watch.statistics import Moments
 from actkit.quantization.awq import Awq, fold
 from actkit.quantization.rtn import RoundToNearest
 from actkit.runtime.families import FAMILIES

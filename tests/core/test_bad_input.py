@@ -19,10 +19,8 @@ import yaml
 from tiny_models import HIDDEN, VOCABULARY, batches, build, snapshot
 from torch import Tensor, nn
 
-from actkit.core import checkpoint, checksums
-from actkit.core.capture import record
-from actkit.core.edits import Replace, Set, apply_edit
-from actkit.core.errors import (
+from actkit.core.edit.edits import Replace, Set, apply_edit
+from actkit.core.ground.errors import (
     ActkitError,
     CheckpointError,
     CoverageError,
@@ -33,11 +31,13 @@ from actkit.core.errors import (
     RecipeError,
     UnsupportedModelError,
 )
-from actkit.core.linear import ActLinear, Threshold
-from actkit.core.quality import measure_quality
-from actkit.core.runner import apply
-from actkit.core.statistics import Moments
-from actkit.core.transform import Recipe
+from actkit.core.layers.linear import ActLinear, Threshold
+from actkit.core.measure.quality import measure_quality
+from actkit.core.recipe.runner import apply
+from actkit.core.recipe.transform import Recipe
+from actkit.core.store import checkpoint, checksums
+from actkit.core.watch.capture import record
+from actkit.core.watch.statistics import Moments
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ import torch
 from tiny_models import KINDS, batches, build, run
 from torch import Tensor, nn
 
-from actkit.core.anatomy import anatomy
-from actkit.core.blockwise import Call, Walk
-from actkit.core.errors import UnsupportedModelError
-from actkit.core.hooks import BatchContext, evaluating
+from actkit.core.forward.hooks import BatchContext, evaluating
+from actkit.core.ground.errors import UnsupportedModelError
+from actkit.core.model.anatomy import anatomy
+from actkit.core.recipe.blockwise import Walk
+from actkit.core.watch.calls import Call
 
 
 def quiet(items: Any, description: str) -> Any:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from actkit.core.calibration_error import expected_calibration_error
+from actkit.core.measure.calibration_error import expected_calibration_error
 
 
 def by_loops(logits: torch.Tensor, labels: torch.Tensor, bins: int) -> float:

@@ -24,15 +24,15 @@ from transformers import (
     ViTModel,
 )
 
-from actkit.core import progress
-from actkit.core.anatomy import Site, anatomy, read_tap
-from actkit.core.blockwise import Call
-from actkit.core.capture import Observations, calls, live, observe, opened_experts, plan_memory, record
-from actkit.core.errors import DataError, MemoryLimitError, NonFiniteError, UnsupportedModelError
-from actkit.core.experts import ExpertList
-from actkit.core.hooks import BatchContext, forward
-from actkit.core.memory import MemoryPlan, format_bytes, parse_bytes
-from actkit.core.statistics import AbsMax, Density, Gram, Moments, Quantiles, Sample
+from actkit.core.forward.hooks import BatchContext, forward
+from actkit.core.ground import progress
+from actkit.core.ground.errors import DataError, MemoryLimitError, NonFiniteError, UnsupportedModelError
+from actkit.core.ground.memory import MemoryPlan, format_bytes, parse_bytes
+from actkit.core.model.anatomy import Site, anatomy, read_tap
+from actkit.core.model.experts import ExpertList
+from actkit.core.watch.calls import Call
+from actkit.core.watch.capture import Observations, calls, live, observe, opened_experts, plan_memory, record
+from actkit.core.watch.statistics import AbsMax, Density, Gram, Moments, Quantiles, Sample
 
 HIDDEN, INNER, HEADS, VOCABULARY = 16, 24, 4, 50
 LENGTHS = ((7, 4, 5), (6, 2))  # real tokens of the sequences of two batches

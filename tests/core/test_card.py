@@ -12,11 +12,11 @@ from huggingface_hub import ModelCard
 from tiny_models import batches, build
 
 import actkit
-from actkit.core.card import Card, card_of, escape, measured_before
-from actkit.core.checkpoint import load, read_manifest, save
-from actkit.core.evaluation import evaluate
-from actkit.core.quality import Estimate
-from actkit.core.runner import apply
+from actkit.core.ground.estimate import Estimate
+from actkit.core.measure.evaluation import evaluate
+from actkit.core.recipe.runner import apply
+from actkit.core.store.card import Card, card_of, escape, measured_before
+from actkit.core.store.checkpoint import load, read_manifest, save
 
 HOSTILE = "a|b\n---\nlicense: x `c` <script> [d](e) *f* \\ ```` g: {h}"
 METRICS = {

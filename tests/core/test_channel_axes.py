@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import actkit
-from actkit.core.anatomy import Site, anatomy
-from actkit.core.capture import live, record
-from actkit.core.statistics import AbsMax, Sample
+from actkit.core.model.anatomy import Site, anatomy
+from actkit.core.watch.capture import live, record
+from actkit.core.watch.statistics import AbsMax, Sample
 
 
 def widths(model: nn.Module, x: Tensor, *paths: str) -> list[int]:

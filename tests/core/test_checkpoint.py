@@ -18,14 +18,17 @@ from safetensors.torch import load_file, save_file
 from tiny_models import HIDDEN, INNER, KINDS, Perceptron, batches, bits, build, run, snapshot
 from torch import nn
 
-from actkit.core import changes, checkpoint, checksums, whole_folder
-from actkit.core.checkpoint import MANIFEST, load, read_manifest, save
-from actkit.core.edits import Configure, Replace, Set, apply_edit, describe, tied_names
-from actkit.core.errors import CheckpointError
-from actkit.core.folding import ScaledActivation
-from actkit.core.linear import ActLinear, LowRank
-from actkit.core.runner import apply
-from actkit.core.summary import summarise
+from actkit.core.edit import changes
+from actkit.core.edit.edits import Configure, Replace, Set, apply_edit, describe, tied_names
+from actkit.core.ground import whole_folder
+from actkit.core.ground.errors import CheckpointError
+from actkit.core.layers.folding import ScaledActivation
+from actkit.core.layers.linear import ActLinear, LowRank
+from actkit.core.measure.summary import summarise
+from actkit.core.recipe.runner import apply
+from actkit.core.store import checkpoint, checksums
+from actkit.core.store.checkpoint import MANIFEST, load, read_manifest, save
+from actkit.core.store.pretrained import record
 
 STACK = {"actkit": 1, "transforms": [{"rtn": {"bits": 4, "group_size": 8}}, {"teal": {"sparsity": 0.4}}]}
 
@@ -168,7 +171,7 @@ def test_every_kind_of_edit(tmp_path):
     for edit in edits:
         described.append(describe(edit, model))
         apply_edit(model, edit)
-    changes.record(model, described, [], "llama")
+    record(model, described, [], "llama")
     loaded = load(save(model, tmp_path / "model"))
     assert equal(loaded, model, "llama")
     assert loaded.config._attn_implementation == "eager"

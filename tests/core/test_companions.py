@@ -12,8 +12,8 @@ from tiny_models import batches, build
 from transformers import AutoTokenizer, BertTokenizer
 
 import actkit
-from actkit.core.checkpoint import load, save
-from actkit.core.runner import apply
+from actkit.core.recipe.runner import apply
+from actkit.core.store.checkpoint import load, save
 
 RTN = {"actkit": 1, "transforms": [{"rtn": {"bits": 4, "group_size": 8}}]}
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two", "three")

@@ -2,7 +2,7 @@
 
 from numba import njit
 
-from actkit.core.compiling import compiling
+from actkit.core.ground.compiling import compiling
 
 
 @njit

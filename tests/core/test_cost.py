@@ -23,14 +23,14 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
-from actkit.core.activations import Thresholded
-from actkit.core.anatomy import anatomy
-from actkit.core.cost import folder_bytes, measure_cost
-from actkit.core.edits import set_module
-from actkit.core.errors import DataError, NonFiniteError
-from actkit.core.experts import ExpertList
-from actkit.core.linear import ActLinear, IntegerWeight, LowRank, Threshold, TopK
-from actkit.core.quantizer import QuantizationGrid
+from actkit.core.edit.edits import set_module
+from actkit.core.ground.errors import DataError, NonFiniteError
+from actkit.core.layers.activations import Thresholded
+from actkit.core.layers.linear import ActLinear, IntegerWeight, LowRank, Threshold, TopK
+from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.measure.cost import folder_bytes, measure_cost
+from actkit.core.model.anatomy import anatomy
+from actkit.core.model.experts import ExpertList
 from actkit.sparsity.lazy_neuron import TopKActivation
 from actkit.zoo.cnn import DigitsCNN
 

@@ -18,12 +18,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_models import batches, build, snapshot
 
-from actkit.core import checkpoint, checksums
-from actkit.core.errors import CheckpointError, RecipeError
-from actkit.core.rules import parse_rules
-from actkit.core.runner import apply
-from actkit.core.tensor_files import read_values, write_values
-from actkit.core.transform import Recipe
+from actkit.core.ground.errors import CheckpointError, RecipeError
+from actkit.core.recipe.runner import apply
+from actkit.core.recipe.transform import Recipe
+from actkit.core.store import checkpoint, checksums
+from actkit.core.store.tensor_files import read_values, write_values
+from actkit.core.train.rules import parse_rules
 from actkit.search.journal import Journal, JournalError
 
 HEADER = {"model": {"name": "m", "fingerprint": "ab" * 32}, "settings": {"seed": 0, "speed": False}}

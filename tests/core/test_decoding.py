@@ -10,11 +10,11 @@ import torch
 from tiny_models import build
 from torch import nn
 
-from actkit.core import registry
-from actkit.core.decoding import choose_engine
-from actkit.core.errors import RecipeError
-from actkit.core.generation import generate_ids
-from actkit.core.runner import apply
+from actkit.core.ground import registry
+from actkit.core.ground.errors import RecipeError
+from actkit.core.measure.decoding import choose_engine
+from actkit.core.measure.generation import generate_ids
+from actkit.core.recipe.runner import apply
 from actkit.sparsity.rotate_columns import RotateColumns
 
 PROMPT = [3, 5, 7, 11]

@@ -11,7 +11,7 @@ import torch
 from tiny_models import HIDDEN, INNER, batches, build, run, snapshot
 from torch import nn
 
-from actkit.core.edits import (
+from actkit.core.edit.edits import (
     Configure,
     Note,
     Replace,
@@ -23,10 +23,10 @@ from actkit.core.edits import (
     temporarily,
     tied_names,
 )
-from actkit.core.errors import EditError, RecipeError
-from actkit.core.folding import ScaledActivation
-from actkit.core.linear import ActLinear, IntegerWeight, Threshold
-from actkit.core.quantizer import QuantizationGrid
+from actkit.core.ground.errors import EditError, RecipeError
+from actkit.core.layers.folding import ScaledActivation
+from actkit.core.layers.linear import ActLinear, IntegerWeight, Threshold
+from actkit.core.layers.quantizer import QuantizationGrid
 
 GATE, UP = "model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"
 NORM = "model.layers.0.input_layernorm.weight"

@@ -10,11 +10,11 @@ from tiny_models import KINDS, batches, build, run
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from actkit.core.anatomy import Linear, Norm, anatomy, equalization_sets
-from actkit.core.capture import opened_experts
-from actkit.core.folding import ScaledActivation
-from actkit.core.fused import PartRows
-from actkit.core.linear import ActLinear
+from actkit.core.layers.folding import ScaledActivation
+from actkit.core.layers.linear import ActLinear
+from actkit.core.model.anatomy import Linear, Norm, anatomy, equalization_sets
+from actkit.core.model.fused import PartRows
+from actkit.core.watch.capture import opened_experts
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{kind: (kind, {}) for kind in KINDS},

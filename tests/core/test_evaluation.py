@@ -13,17 +13,19 @@ from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from actkit import zoo
-from actkit.core import checkpoint, evaluation, speed
-from actkit.core.cost import measure_cost
-from actkit.core.edits import Replace, temporarily
-from actkit.core.errors import DataError
-from actkit.core.evaluation import evaluate
-from actkit.core.fresh import FreshProcess
-from actkit.core.generation import check_generation
-from actkit.core.linear import ActLinear, Threshold
-from actkit.core.machine import versions
-from actkit.core.quality import Estimate, measure_quality
-from actkit.core.speed import Speed
+from actkit.core.edit.edits import Replace, temporarily
+from actkit.core.ground.errors import DataError
+from actkit.core.ground.estimate import Estimate
+from actkit.core.ground.machine import versions
+from actkit.core.layers.linear import ActLinear, Threshold
+from actkit.core.measure import evaluation, speed
+from actkit.core.measure.cost import measure_cost
+from actkit.core.measure.evaluation import evaluate
+from actkit.core.measure.fresh import FreshProcess
+from actkit.core.measure.generation import check_generation
+from actkit.core.measure.quality import measure_quality
+from actkit.core.measure.speed import Speed
+from actkit.core.store import checkpoint
 from actkit.data import Batches, load_data
 
 VOCABULARY = 61

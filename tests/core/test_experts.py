@@ -13,11 +13,11 @@ from transformers import GptOssConfig, MixtralConfig, MixtralForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from actkit.core import llama_rows
-from actkit.core.anatomy import anatomy
-from actkit.core.architecture_rows import ExpertsRow
-from actkit.core.experts import ExpertList
-from actkit.core.linear import ActLinear, Threshold
+from actkit.core.layers.linear import ActLinear, Threshold
+from actkit.core.model import llama_rows
+from actkit.core.model.anatomy import anatomy
+from actkit.core.model.architecture_rows import ExpertsRow
+from actkit.core.model.experts import ExpertList
 
 ROW = llama_rows.MIXTRAL.experts
 GPT_OSS = llama_rows.GPT_OSS.experts

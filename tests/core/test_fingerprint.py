@@ -11,7 +11,7 @@ from accelerate import cpu_offload
 from tiny_models import build
 from torch import nn
 
-from actkit.core.fingerprint import fingerprint, model_fingerprint
+from actkit.core.ground.fingerprint import fingerprint, model_fingerprint
 
 
 def small() -> nn.Module:

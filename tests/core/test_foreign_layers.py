@@ -12,13 +12,13 @@ from tiny_models import batches, build, run
 from torch import nn
 
 import actkit
-from actkit.core.anatomy import anatomy
-from actkit.core.checkpoint import load, save
-from actkit.core.errors import CheckpointError, UnsupportedModelError
-from actkit.core.evaluation import evaluate
-from actkit.core.foreign_layers import refuse_foreign_layers
-from actkit.core.runner import apply
-from actkit.core.training import train
+from actkit.core.ground.errors import CheckpointError, UnsupportedModelError
+from actkit.core.layers.foreign_layers import refuse_foreign_layers
+from actkit.core.measure.evaluation import evaluate
+from actkit.core.model.anatomy import anatomy
+from actkit.core.recipe.runner import apply
+from actkit.core.store.checkpoint import load, save
+from actkit.core.train.training import train
 from actkit.formats.export import export
 
 RTN = {"actkit": 1, "transforms": [{"rtn": {"bits": 4, "group_size": 8}}]}

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from actkit.core import changes
-from actkit.core.checkpoint import save
-from actkit.core.edits import Replace, apply_edit, describe
-from actkit.core.errors import FreshProcessError
-from actkit.core.fresh import FreshProcess, import_name
-from actkit.core.linear import ActLinear, Threshold
+from actkit.core.edit.edits import Replace, apply_edit, describe
+from actkit.core.ground.errors import FreshProcessError
+from actkit.core.layers.linear import ActLinear, Threshold
+from actkit.core.measure.fresh import FreshProcess, import_name
+from actkit.core.store.checkpoint import save
+from actkit.core.store.pretrained import record
 from actkit.zoo.cnn import DigitsCNN
 
 VOCABULARY = 50
@@ -55,7 +55,7 @@ def select_inputs(model: nn.Module, threshold: float) -> nn.Module:
             edit = Replace(path, ActLinear.of(module, select=Threshold(threshold)))
             apply_edit(model, edit)
             edits.append(describe(edit))
-    changes.record(model, edits, (), "test")
+    record(model, edits, [], "test")
     return model
 
 
@@ -277,7 +277,7 @@ def test_a_forgotten_worker_goes_with_its_object() -> None:
 
 def test_a_killed_parent_leaves_nothing() -> None:
     script = (
-        "import os, signal; from actkit.core.fresh import FreshProcess; p = FreshProcess(); p.memory(); "
+        "import os, signal; from actkit.core.measure.fresh import FreshProcess; p = FreshProcess(); p.memory(); "
         "print(p.pid, p._folder, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from actkit.core import fused_statistics, streaming
-from actkit.core.fused_statistics import update_all
-from actkit.core.statistics import AbsMax, Density, Gram, Moments, Quantiles, Rows, Sample, Statistic
+from actkit.core.watch import fused_statistics, streaming
+from actkit.core.watch.fused_statistics import update_all
+from actkit.core.watch.statistics import AbsMax, Density, Gram, Moments, Quantiles, Rows, Sample, Statistic
 from actkit.kernels import summaries
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

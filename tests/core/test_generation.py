@@ -28,9 +28,9 @@ from transformers import (
 
 import actkit
 from actkit import zoo
-from actkit.core import decoding, generation
-from actkit.core.errors import DataError, NonFiniteError, UnsupportedModelError
-from actkit.core.generation import check_generation, distribution, end_tokens, generate, generate_ids
+from actkit.core.ground.errors import DataError, NonFiniteError, UnsupportedModelError
+from actkit.core.measure import decoding, generation
+from actkit.core.measure.generation import check_generation, distribution, end_tokens, generate, generate_ids
 from actkit.quantization.rtn import RoundToNearest
 from actkit.runtime.decoder import Decoder
 

@@ -10,10 +10,10 @@ import yaml
 from huggingface_hub import constants
 
 import actkit
-from actkit.core import harness
-from actkit.core.errors import DataError, UnsupportedModelError
-from actkit.core.fingerprint import model_fingerprint
-from actkit.core.multiple_choice import hits, log_likelihoods
+from actkit.core.ground.errors import DataError, UnsupportedModelError
+from actkit.core.ground.fingerprint import model_fingerprint
+from actkit.core.measure import harness
+from actkit.core.measure.multiple_choice import hits, log_likelihoods
 from actkit.data.tasks import FOLDER, TASKS, documentation
 from actkit.zoo.loading import open_model
 

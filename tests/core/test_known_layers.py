@@ -10,12 +10,12 @@ from torch.nn.utils import parametrizations
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from actkit.core.anatomy import anatomy, equalization_sets, is_linear
-from actkit.core.errors import CoverageError, EditError
-from actkit.core.known_layers import scales_with_weight, why_unread
-from actkit.core.linear import ActLinear, Threshold
-from actkit.core.runner import apply
-from actkit.core.swap import swap
+from actkit.core.ground.errors import CoverageError, EditError
+from actkit.core.layers.known_layers import scales_with_weight, why_unread
+from actkit.core.layers.linear import ActLinear, Threshold
+from actkit.core.model.anatomy import anatomy, equalization_sets, is_linear
+from actkit.core.recipe.runner import apply
+from actkit.functions.swap import swap
 from actkit.quantization.rtn import RoundToNearest
 
 RTN = RoundToNearest(bits=8, group_size=8)

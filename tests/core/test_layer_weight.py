@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actkit.core.checkpoint import load, save
-from actkit.core.errors import UnsupportedModelError
-from actkit.core.layer_weight import LayerWeight
-from actkit.core.linear import ActLinear, IntegerWeight, LowRank, Threshold
-from actkit.core.quantizer import QuantizationGrid
-from actkit.core.runner import apply
-from actkit.core.swap import swap
+from actkit.core.ground.errors import UnsupportedModelError
+from actkit.core.layers.layer_weight import LayerWeight
+from actkit.core.layers.linear import ActLinear, IntegerWeight, LowRank, Threshold
+from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.recipe.runner import apply
+from actkit.core.store.checkpoint import load, save
+from actkit.functions.swap import swap
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.teal import Teal
 

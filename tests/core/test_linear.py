@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from actkit.core.linear import (
+from actkit.core.layers.linear import (
     ActLinear,
     DenseWeight,
     IntegerWeight,
@@ -20,7 +20,7 @@ from actkit.core.linear import (
     TopK,
     pack_for_decode,
 )
-from actkit.core.quantizer import QuantizationGrid
+from actkit.core.layers.quantizer import QuantizationGrid
 
 OUT, IN, RANK = 9, 14, 3
 GRIDS = {

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from actkit.core.low_rank_training import train_low_rank
-from actkit.core.training import train
+from actkit.core.train.training import train
+from actkit.finetuning.low_rank_training import train_low_rank
 from actkit.testing import tiny_batches, tiny_model
 
 pytest.importorskip("peft")

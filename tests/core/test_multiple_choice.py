@@ -5,9 +5,9 @@ import torch
 from scipy.stats import binom
 from tiny_models import build
 
-from actkit.core.errors import DataError, NonFiniteError
-from actkit.core.multiple_choice import BATCH_TOKENS, Question, encode, hits, log_likelihoods
-from actkit.core.task_scores import TaskScore, mean, paired_difference, score
+from actkit.core.ground.errors import DataError, NonFiniteError
+from actkit.core.measure.multiple_choice import BATCH_TOKENS, Question, encode, hits, log_likelihoods
+from actkit.core.measure.task_scores import TaskScore, mean, paired_difference, score
 from actkit.data.tasks import documentation
 from actkit.zoo.loading import open_model
 

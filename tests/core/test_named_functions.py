@@ -17,11 +17,11 @@ from transformers.masking_utils import eager_mask
 
 import actkit
 from actkit import verbs
-from actkit.core.checkpoint import check_savable, save
-from actkit.core.decoding import choose_engine
-from actkit.core.errors import CheckpointError, DataError, ExportError, UnsupportedModelError
-from actkit.core.generation import generate_ids
-from actkit.core.hooks import check_batch
+from actkit.core.forward.hooks import check_batch
+from actkit.core.ground.errors import CheckpointError, DataError, ExportError, UnsupportedModelError
+from actkit.core.measure.decoding import choose_engine
+from actkit.core.measure.generation import generate_ids
+from actkit.core.store.checkpoint import check_savable, save
 from actkit.formats.export import export
 from actkit.runtime.decoder import Decoder
 from actkit.testing.models import tiny_model

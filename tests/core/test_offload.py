@@ -12,20 +12,20 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 import actkit
-from actkit.core import offload
-from actkit.core.anatomy import anatomy
-from actkit.core.capture import calls, live, plan_memory, record
-from actkit.core.checkpoint import load, save
-from actkit.core.cost import measure_cost
-from actkit.core.edits import Set, shared_parameters
-from actkit.core.errors import EditError, UnsupportedModelError
-from actkit.core.evaluation import evaluate
-from actkit.core.plan import parameter_bytes
-from actkit.core.proof import prove
-from actkit.core.quality import measure_quality
-from actkit.core.runner import apply
-from actkit.core.statistics import AbsMax, Moments
-from actkit.core.training import train
+from actkit.core.edit.edits import Set, shared_parameters
+from actkit.core.ground import offload
+from actkit.core.ground.errors import EditError, UnsupportedModelError
+from actkit.core.ground.memory import parameter_bytes
+from actkit.core.measure.cost import measure_cost
+from actkit.core.measure.evaluation import evaluate
+from actkit.core.measure.proof import prove
+from actkit.core.measure.quality import measure_quality
+from actkit.core.model.anatomy import anatomy
+from actkit.core.recipe.runner import apply
+from actkit.core.store.checkpoint import load, save
+from actkit.core.train.training import train
+from actkit.core.watch.capture import calls, live, plan_memory, record
+from actkit.core.watch.statistics import AbsMax, Moments
 from actkit.quantization.awq import Awq
 from actkit.runtime.decoder import Decoder
 from actkit.sparsity.cats import Cats
@@ -184,7 +184,7 @@ def test_ties_are_seen(how, tmp_path):
     names = {"model.embed_tokens.weight", "lm_head.weight"}
     assert all(set(found) == names for found in shared_parameters(model).values()) and shared_parameters(model)
     with pytest.raises(EditError, match="tied"):
-        from actkit.core.edits import apply_edit
+        from actkit.core.edit.edits import apply_edit
 
         apply_edit(model, Set("lm_head.weight", torch.zeros(50, 16)))
     apply(model, RECIPES["cats"], inputs("llama"), min_coverage=0, progress=False)

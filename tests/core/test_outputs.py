@@ -7,11 +7,12 @@ import tiny_models
 import torch
 from torch import nn
 
-from actkit.core import outputs, quality
-from actkit.core.linear import ActLinear, IntegerWeight, widened
-from actkit.core.outputs import BeforeHead, Outputs, Whole, find_head
-from actkit.core.quality import measure_quality
-from actkit.core.quantizer import QuantizationGrid
+from actkit.core.forward import outputs
+from actkit.core.forward.outputs import BeforeHead, Outputs, Whole, find_head
+from actkit.core.layers.linear import ActLinear, IntegerWeight, widened
+from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.measure import quality
+from actkit.core.measure.quality import measure_quality
 
 
 def batches(count: int = 4, vocabulary: int = tiny_models.VOCABULARY) -> list[dict[str, torch.Tensor]]:

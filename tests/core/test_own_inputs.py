@@ -19,11 +19,11 @@ from transformers import (
 )
 
 from actkit import verbs
-from actkit.core.errors import DataError, UnsupportedModelError
-from actkit.core.example import Inputs, example_of, is_encoder_decoder
-from actkit.core.hooks import check_batch, forward
-from actkit.core.quality import measure_quality, task_of
-from actkit.core.speed import measure_speed
+from actkit.core.forward.example import Inputs, example_of, is_encoder_decoder
+from actkit.core.forward.hooks import check_batch, forward
+from actkit.core.ground.errors import DataError, UnsupportedModelError
+from actkit.core.measure.quality import measure_quality, task_of
+from actkit.core.measure.speed import measure_speed
 from actkit.data import Batches, load_data
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}

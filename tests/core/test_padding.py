@@ -9,11 +9,11 @@ import torch
 from test_limits import encoder
 from torch import Tensor, nn
 
-from actkit.core.capture import record
-from actkit.core.errors import DataError
-from actkit.core.hooks import first_tensor, forward
-from actkit.core.quality import measure_quality
-from actkit.core.statistics import Moments
+from actkit.core.forward.hooks import first_tensor, forward
+from actkit.core.ground.errors import DataError
+from actkit.core.measure.quality import measure_quality
+from actkit.core.watch.capture import record
+from actkit.core.watch.statistics import Moments
 from actkit.data import Batches
 from actkit.testing import tiny_model
 

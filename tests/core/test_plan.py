@@ -10,14 +10,16 @@ import torch
 from tiny_models import HIDDEN, INNER, LAYERS, batches, build, snapshot
 from torch import nn
 
-from actkit.core.anatomy import Block, Linear, Site, anatomy
-from actkit.core.errors import CoverageError, MemoryLimitError
-from actkit.core.experts import ExpertList
-from actkit.core.linear import ActLinear, IntegerWeight
-from actkit.core.plan import Plan, make_plan, parameter_bytes
-from actkit.core.quantizer import QuantizationGrid
-from actkit.core.statistics import Gram, Moments
-from actkit.core.transform import Tags, Transform
+from actkit.core.ground.errors import CoverageError, MemoryLimitError
+from actkit.core.ground.memory import parameter_bytes
+from actkit.core.layers.linear import ActLinear, IntegerWeight
+from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.model.anatomy import Block, Linear, Site, anatomy
+from actkit.core.model.experts import ExpertList
+from actkit.core.recipe.plan import Plan, make_plan
+from actkit.core.recipe.tags import Tags
+from actkit.core.recipe.transform import Transform
+from actkit.core.watch.statistics import Gram, Moments
 
 EXPERTS = 4
 ATTENTION = HIDDEN * (2 * HIDDEN + 2 * HIDDEN // 2)  # query, output; key and value have half the heads
@@ -129,7 +131,7 @@ def test_memory_by_hand():
 def test_time_is_counted_in_passes(monkeypatch):
     given = batches("llama", padding=False)
     ticks = iter(range(1000))
-    monkeypatch.setattr("actkit.core.blockwise.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("actkit.core.recipe.blockwise.time.perf_counter", lambda: float(next(ticks)))
     # a pass of the longest batch (14 of 26 tokens) takes 1 tick; 1 to record, 2 streams, 3 of the transform
     assert plan(build("llama"), Observing(), given).seconds == pytest.approx(26 / 14 * (1 + 2 + 3))
 

@@ -15,10 +15,11 @@ import transformers
 from tiny_models import KINDS, batches, bits, build, run
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from actkit.core import checkpoint, pretrained
-from actkit.core.checkpoint import MANIFEST
-from actkit.core.errors import CheckpointError
-from actkit.core.runner import apply
+from actkit.core.ground.errors import CheckpointError
+from actkit.core.ground.modules import is_pretrained
+from actkit.core.recipe.runner import apply
+from actkit.core.store import checkpoint, pretrained
+from actkit.core.store.checkpoint import MANIFEST
 
 STACK = {"actkit": 1, "transforms": [{"rtn": {"bits": 4, "group_size": 8}}, {"teal": {"sparsity": 0.4}}]}
 AUTO = {
@@ -90,7 +91,7 @@ for kind, auto in json.loads(sys.argv[2]).items():
         except Exception as error:
             found["refused"][f"{kind} {name}"] = f"{type(error).__name__}: {error}"
 assert "actkit" not in sys.modules
-import actkit.core.pretrained
+import actkit.core.store.pretrained
 sys.path.insert(0, sys.argv[3])
 from tiny_models import batches, run
 for kind, auto in json.loads(sys.argv[2]).items():
@@ -188,6 +189,6 @@ def test_names_resolve_among_transformers_classes_only():
     for name in ("LlamaConfig", "os", "AutoModel", "no.such", "__class__"):
         with pytest.raises(CheckpointError, match="is not a model class of transformers"):
             pretrained.class_by_name(name)
-    assert pretrained.is_pretrained(build("llama"))
-    assert not pretrained.is_pretrained(torch.nn.Linear(1, 1))
+    assert is_pretrained(build("llama"))
+    assert not is_pretrained(torch.nn.Linear(1, 1))
     assert issubclass(pretrained.model_class(LlamaForCausalLM), PreTrainedModel)

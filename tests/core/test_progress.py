@@ -8,7 +8,7 @@ import time
 import pytest
 import rich.console
 
-from actkit.core import progress
+from actkit.core.ground import progress
 
 
 @pytest.mark.parametrize(

@@ -20,15 +20,15 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from actkit.core import changes
-from actkit.core.checkpoint import load, save
-from actkit.core.edits import Replace, apply_edit, describe
-from actkit.core.errors import DataError, FreshProcessError
-from actkit.core.example import Inputs
-from actkit.core.fresh import FreshProcess
-from actkit.core.linear import ActLinear, IntegerWeight, Threshold
-from actkit.core.proof import prove
-from actkit.core.quantizer import QuantizationGrid
+from actkit.core.edit.edits import Replace, apply_edit, describe
+from actkit.core.forward.example import Inputs
+from actkit.core.ground.errors import DataError, FreshProcessError
+from actkit.core.layers.linear import ActLinear, IntegerWeight, Threshold
+from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.measure.fresh import FreshProcess
+from actkit.core.measure.proof import prove
+from actkit.core.store.checkpoint import load, save
+from actkit.core.store.pretrained import record
 from actkit.zoo.cnn import DigitsCNN
 
 SMALL: dict[str, Any] = {
@@ -67,7 +67,7 @@ def change(model: nn.Module, path: str) -> nn.Module:
     weight = IntegerWeight.quantize(linear.weight, QuantizationGrid(4, 8, "input", symmetric=False))  # type: ignore[arg-type]
     edit = Replace(path, ActLinear.of(linear, weight=weight, select=Threshold(0.01)))
     apply_edit(model, edit)
-    changes.record(model, [describe(edit)], (), "test")
+    record(model, [describe(edit)], [], "test")
     return model
 
 
@@ -199,7 +199,7 @@ def test_it_starts_a_process_of_its_own_and_ends_it(tmp_path: Path, monkeypatch:
             super().__init__(**settings)
             started.append(self)
 
-    monkeypatch.setattr("actkit.core.proof.FreshProcess", Known)
+    monkeypatch.setattr("actkit.core.measure.proof.FreshProcess", Known)
     model = build("cnn")
     folder = save(model, tmp_path / "cnn")
     with pytest.raises(FreshProcessError, match="pass base="):

@@ -10,9 +10,10 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, T5Config, T5Model
 
 from actkit import zoo
-from actkit.core import quality
-from actkit.core.errors import DataError, NonFiniteError, UnsupportedModelError
-from actkit.core.quality import Estimate, measure_quality, resampled_totals, task_of
+from actkit.core.ground.errors import DataError, NonFiniteError, UnsupportedModelError
+from actkit.core.ground.estimate import Estimate
+from actkit.core.measure import quality
+from actkit.core.measure.quality import measure_quality, resampled_totals, task_of
 from actkit.data import Batches, load_data
 
 VOCABULARY = 61

@@ -16,11 +16,11 @@ from transformers import FineGrainedFP8Config, GptOssForCausalLM, LlamaForCausal
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import actkit
-from actkit.core import changes
-from actkit.core.checkpoint import load, save
-from actkit.core.errors import CheckpointError
-from actkit.core.quantized_source import mxfp4, unpack
-from actkit.core.runner import apply
+from actkit.core.edit import changes
+from actkit.core.ground.errors import CheckpointError
+from actkit.core.recipe.runner import apply
+from actkit.core.store.checkpoint import load, save
+from actkit.core.store.quantized_source import mxfp4, unpack
 from actkit.formats.export import export
 from actkit.testing import tiny_model
 

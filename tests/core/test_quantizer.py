@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.ao.quantization.observer import PerChannelMinMaxObserver
 
-from actkit.core.quantizer import QuantizationGrid, pack_nibbles, parcels, unpack_nibbles
+from actkit.core.layers.quantizer import QuantizationGrid, pack_nibbles, parcels, unpack_nibbles
 
 
 def by_hand(weight: np.ndarray, bits: int, size: int, axis: str, symmetric: bool, convention: str):

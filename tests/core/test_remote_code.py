@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from actkit.cli.main import app
-from actkit.core.checkpoint import load
-from actkit.core.errors import CheckpointError
+from actkit.core.ground.errors import CheckpointError
+from actkit.core.store.checkpoint import load
 
 CODE = """
 import torch

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from actkit.core.example import Inputs
-from actkit.core.hooks import evaluating, first_tensor, forward
-from actkit.core.rounding import limit
+from actkit.core.forward.example import Inputs
+from actkit.core.forward.hooks import evaluating, first_tensor, forward
+from actkit.core.measure.rounding import limit
 
 
 def model_of(dtype: torch.dtype, seed: int = 0, layers: int = 4) -> Any:
@@ -106,6 +106,8 @@ def test_where_nothing_can_be_measured_it_is_a_share_and_says_why(monkeypatch: p
     assert found.value == pytest.approx(3e-5) and "nothing wider than torch.float64" in found.reason
     found = limit(nn.Linear(4, 3, device="meta"), batch, outputs)
     assert found.value == pytest.approx(3e-5) and found.reason == "its weights are offloaded"
-    monkeypatch.setattr("actkit.core.rounding.psutil.virtual_memory", lambda: type("Memory", (), {"available": 10}))
+    monkeypatch.setattr(
+        "actkit.core.measure.rounding.psutil.virtual_memory", lambda: type("Memory", (), {"available": 10})
+    )
     found = limit(nn.Linear(4, 3).bfloat16(), batch.bfloat16(), outputs)
     assert found.value == pytest.approx(3e-2) and found.reason == "a copy in float32 does not fit into memory"

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from actkit.core.errors import CheckpointError, RecipeError, UnsupportedModelError
-from actkit.core.rules import AttachedRule, RuleCallback, TrainingRule, attached, dump_rules, parse_rules
-from actkit.core.tensor_files import read_values, write_values
-from actkit.core.training import train
+from actkit.core.ground.errors import CheckpointError, RecipeError, UnsupportedModelError
+from actkit.core.store.tensor_files import read_values, write_values
+from actkit.core.train.rules import AttachedRule, RuleCallback, TrainingRule, attached, dump_rules, parse_rules
+from actkit.core.train.training import train
 from actkit.sparsity.activation_penalty import ActivationPenalty
 
 WEIGHT = 3.0

@@ -15,16 +15,20 @@ from test_blockwise import block_inputs
 from tiny_models import KINDS, LAYERS, batches, build, run, snapshot
 from torch import Tensor, nn
 
-from actkit.core import changes, checkpoint, registry
-from actkit.core.anatomy import Block, Site, anatomy
-from actkit.core.edits import Note, Replace, Set, Skip
-from actkit.core.errors import CoverageError, DataError, EditError, MemoryLimitError
-from actkit.core.experts import ExpertList
-from actkit.core.linear import ActLinear, IntegerWeight
-from actkit.core.quantizer import QuantizationGrid
-from actkit.core.runner import Seen, apply
-from actkit.core.statistics import Gram, Moments, Spectrum
-from actkit.core.transform import Recipe, Tags, Transform
+from actkit.core.edit import changes
+from actkit.core.edit.edits import Note, Replace, Set, Skip
+from actkit.core.ground import registry
+from actkit.core.ground.errors import CoverageError, DataError, EditError, MemoryLimitError
+from actkit.core.layers.linear import ActLinear, IntegerWeight
+from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.model.anatomy import Block, Site, anatomy
+from actkit.core.model.experts import ExpertList
+from actkit.core.recipe.runner import apply
+from actkit.core.recipe.seen import Seen
+from actkit.core.recipe.tags import Tags
+from actkit.core.recipe.transform import Recipe, Transform
+from actkit.core.store import checkpoint
+from actkit.core.watch.statistics import Gram, Moments, Spectrum
 
 
 class Round(Transform):

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from actkit.core import changes, speed
-from actkit.core.checkpoint import save
-from actkit.core.edits import Replace, apply_edit, describe
-from actkit.core.errors import DataError, MemoryLimitError
-from actkit.core.example import Inputs
-from actkit.core.linear import ActLinear, Threshold
-from actkit.core.speed import Speed, median, weight_file_bytes
+from actkit.core.edit.edits import Replace, apply_edit, describe
+from actkit.core.forward.example import Inputs
+from actkit.core.ground.errors import DataError, MemoryLimitError
+from actkit.core.layers.linear import ActLinear, Threshold
+from actkit.core.measure import speed
+from actkit.core.measure.speed import Speed, median, weight_file_bytes
+from actkit.core.store.checkpoint import save
+from actkit.core.store.pretrained import record
 
 # As many rounds as are asked for; the tests of `precision` call the function itself.
 measure_speed = partial(speed.measure_speed, precision=None)
@@ -49,7 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         edit = Replace(path, ActLinear.of(sparse.get_submodule(path), select=Threshold(0.01)))
         apply_edit(sparse, edit)
         edits.append(describe(edit))
-    changes.record(sparse, edits, (), "test")
+    record(sparse, edits, [], "test")
     return {"original": save(llama(), where / "original"), "sparse": save(sparse, where / "sparse")}
 
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from actkit.core import streaming
-from actkit.core.sample import mix
-from actkit.core.statistics import AbsMax, Density, Gram, Moments, Quantiles, Rows, Sample, Spectrum, Statistic
+from actkit.core.watch import streaming
+from actkit.core.watch.sample import mix
+from actkit.core.watch.statistics import AbsMax, Density, Gram, Moments, Quantiles, Rows, Sample, Spectrum, Statistic
 
 CHANNELS = 3
 MAKERS: dict[str, Callable[[], Statistic]] = {

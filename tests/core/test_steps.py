@@ -6,10 +6,10 @@ import pytest
 import tiny_models
 import torch
 
-from actkit.core.errors import RecipeError
-from actkit.core.runner import apply
-from actkit.core.steps import Steps
-from actkit.core.transform import Recipe
+from actkit.core.ground.errors import RecipeError
+from actkit.core.recipe.runner import apply
+from actkit.core.recipe.steps import Steps
+from actkit.core.recipe.transform import Recipe
 from actkit.quantization.awq import Awq
 
 

@@ -22,13 +22,15 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
-from actkit.core import changes, checkpoint, registry
-from actkit.core.activations import CONFIG_NAMES, FUNCTIONS, Activation, Thresholded, is_activation, name_of
-from actkit.core.errors import EditError, RecipeError
-from actkit.core.folding import ScaledActivation
-from actkit.core.runner import apply
-from actkit.core.swap import Swap, swap
-from actkit.core.transform import Recipe
+from actkit.core.edit import changes
+from actkit.core.ground import registry
+from actkit.core.ground.errors import EditError, RecipeError
+from actkit.core.layers.activations import CONFIG_NAMES, FUNCTIONS, Activation, Thresholded, is_activation, name_of
+from actkit.core.layers.folding import ScaledActivation
+from actkit.core.recipe.runner import apply
+from actkit.core.recipe.transform import Recipe
+from actkit.core.store import checkpoint
+from actkit.functions.swap import Swap, swap
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.teal import Teal
 from actkit.testing import tiny_model

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DistilBertConfig, DistilBertModel, XGLMConfig, XGLMForCausalLM
 
-from actkit.core.anatomy import Chain, Site, anatomy, equalization_sets, read_tap
-from actkit.core.errors import CoverageError
-from actkit.core.linear import ActLinear, Threshold
+from actkit.core.ground.errors import CoverageError
+from actkit.core.layers.linear import ActLinear, Threshold
+from actkit.core.model.anatomy import Chain, Site, anatomy, equalization_sets, read_tap
 
 
 def chains(model: nn.Module, example: object) -> set[tuple[str, str, str]]:

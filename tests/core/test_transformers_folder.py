@@ -13,8 +13,8 @@ from tiny_models import bits, build, run
 from transformers import LlamaForCausalLM, LlamaModel
 
 import actkit
-from actkit.core.checkpoint import load, save
-from actkit.core.errors import CheckpointError
+from actkit.core.ground.errors import CheckpointError
+from actkit.core.store.checkpoint import load, save
 
 IDS = {"input_ids": torch.arange(1, 13).view(2, 6)}
 

@@ -20,19 +20,20 @@ import torch.distributed as dist
 from tiny_models import HIDDEN, VOCABULARY, build
 from torch import nn
 
-from actkit.core import processes, registry
-from actkit.core.capture import record
-from actkit.core.checkpoint import load, save
-from actkit.core.cost import measure_cost
-from actkit.core.edits import Note
-from actkit.core.errors import CheckpointError, NonFiniteError, ProcessError, RecipeError
-from actkit.core.evaluation import evaluate
-from actkit.core.fingerprint import fingerprint
-from actkit.core.processes import together
-from actkit.core.quality import measure_quality
-from actkit.core.runner import apply
-from actkit.core.statistics import AbsMax, Density, Gram, Moments, Quantiles, Sample, Spectrum
-from actkit.core.transform import Tags, Transform
+from actkit.core.edit.edits import Note
+from actkit.core.ground import processes, registry
+from actkit.core.ground.errors import CheckpointError, NonFiniteError, ProcessError, RecipeError
+from actkit.core.ground.fingerprint import fingerprint
+from actkit.core.ground.processes import together
+from actkit.core.measure.cost import measure_cost
+from actkit.core.measure.evaluation import evaluate
+from actkit.core.measure.quality import measure_quality
+from actkit.core.recipe.runner import apply
+from actkit.core.recipe.tags import Tags
+from actkit.core.recipe.transform import Transform
+from actkit.core.store.checkpoint import load, save
+from actkit.core.watch.capture import record
+from actkit.core.watch.statistics import AbsMax, Density, Gram, Moments, Quantiles, Sample, Spectrum
 from actkit.quantization.awq import Awq
 from actkit.sparsity.r_sparse import RSparse
 from actkit.sparsity.sparsing_law import PerplexitySparsity

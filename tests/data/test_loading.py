@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, processors
 from torch import nn
 
 from actkit import zoo
-from actkit.core.errors import DataError
+from actkit.core.ground.errors import DataError
 from actkit.data import Batches, load_data
 from actkit.data.text import split_of
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from actkit.core.errors import DataError
+from actkit.core.ground.errors import DataError
 from actkit.data import SPLITS, digits, documents, sentences
 from actkit.data.text import split_of
 

@@ -15,11 +15,11 @@ from torch import nn
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import actkit
-from actkit.core.edits import Replace, apply_edit
-from actkit.core.errors import CheckpointError, ExportError
-from actkit.core.linear import ActLinear, IntegerWeight, LowRank
-from actkit.core.quantizer import QuantizationGrid
-from actkit.core.runner import apply
+from actkit.core.edit.edits import Replace, apply_edit
+from actkit.core.ground.errors import CheckpointError, ExportError
+from actkit.core.layers.linear import ActLinear, IntegerWeight, LowRank
+from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.recipe.runner import apply
 from actkit.formats import reading
 from actkit.formats.compressed_tensors import Scheme, as_read, layer_tensors, pack
 from actkit.formats.export import export

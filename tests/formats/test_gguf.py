@@ -24,10 +24,10 @@ from transformers import (
 )
 
 import actkit
-from actkit.core.errors import ExportError
-from actkit.core.linear import IntegerWeight
-from actkit.core.quantizer import QuantizationGrid
-from actkit.core.runner import apply
+from actkit.core.ground.errors import ExportError
+from actkit.core.layers.linear import IntegerWeight
+from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.recipe.runner import apply
 from actkit.formats.export import export
 from actkit.formats.gguf_file import blocks
 from actkit.formats.reading import expected_outputs, read_back
@@ -196,7 +196,7 @@ def test_the_package_unpacks_the_blocks(bits, size, symmetric, kind):
 
 
 def codes(weight: IntegerWeight) -> Tensor:
-    from actkit.core.quantizer import unpack_nibbles
+    from actkit.core.layers.quantizer import unpack_nibbles
 
     return unpack_nibbles(weight.codes, weight.shape[1]) if weight.grid.bits <= 4 else weight.codes
 

@@ -24,9 +24,9 @@ from transformers import (
 )
 
 import actkit
-from actkit.core import changes
-from actkit.core.errors import CheckpointError
-from actkit.core.runner import apply
+from actkit.core.edit import changes
+from actkit.core.ground.errors import CheckpointError
+from actkit.core.recipe.runner import apply
 from actkit.formats.export import export
 from actkit.gguf.file import GgufFile
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import actkit
-from actkit.core import changes
+from actkit.core.edit import changes
 from actkit.data.text import SPLITS, documents
 from actkit.gguf.file import GgufFile
 from actkit.zoo.packaged import PACKAGED, is_installed, pieces

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.special import ndtri
 
-from actkit.core.activations import FUNCTIONS
+from actkit.core.layers.activations import FUNCTIONS
 from actkit.kernels import decode_math
 
 

@@ -11,17 +11,18 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from actkit.core.anatomy import Linear, anatomy, equalization_sets
-from actkit.core.blockwise import Call
-from actkit.core.checkpoint import load, save
-from actkit.core.edits import temporarily
-from actkit.core.errors import NonFiniteError, RecipeError
-from actkit.core.folding import ScaledActivation
-from actkit.core.hooks import BatchContext
-from actkit.core.linear import ActLinear, IntegerWeight
-from actkit.core.quantizer import QuantizationGrid
-from actkit.core.runner import apply
-from actkit.core.transform import Tags, Transform
+from actkit.core.edit.edits import temporarily
+from actkit.core.forward.hooks import BatchContext
+from actkit.core.ground.errors import NonFiniteError, RecipeError
+from actkit.core.layers.folding import ScaledActivation
+from actkit.core.layers.linear import ActLinear, IntegerWeight
+from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.model.anatomy import Linear, anatomy, equalization_sets
+from actkit.core.recipe.runner import apply
+from actkit.core.recipe.tags import Tags
+from actkit.core.recipe.transform import Transform
+from actkit.core.store.checkpoint import load, save
+from actkit.core.watch.calls import Call
 from actkit.quantization.awq import (
     FINALISTS,
     Awq,

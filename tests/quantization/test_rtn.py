@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from actkit.core.anatomy import anatomy
-from actkit.core.linear import ActLinear
-from actkit.core.quantizer import unpack_nibbles
-from actkit.core.runner import apply
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.quantizer import unpack_nibbles
+from actkit.core.model.anatomy import anatomy
+from actkit.core.recipe.runner import apply
 from actkit.quantization.rtn import RoundToNearest
 from actkit.testing import tiny_batches, tiny_model
 from actkit.testing.models import HIDDEN, KINDS

@@ -19,12 +19,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from actkit.core.activations import Thresholded
-from actkit.core.edits import set_module
-from actkit.core.errors import DataError, MemoryLimitError, NonFiniteError, UnsupportedModelError
-from actkit.core.linear import ActLinear, IntegerWeight, LowRank, Threshold
-from actkit.core.quantizer import QuantizationGrid
-from actkit.core.runner import apply
+from actkit.core.edit.edits import set_module
+from actkit.core.ground.errors import DataError, MemoryLimitError, NonFiniteError, UnsupportedModelError
+from actkit.core.layers.activations import Thresholded
+from actkit.core.layers.linear import ActLinear, IntegerWeight, LowRank, Threshold
+from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.recipe.runner import apply
 from actkit.kernels import integer_dots
 from actkit.quantization.rtn import RoundToNearest
 from actkit.runtime.decoder import Decoder

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from actkit.core.proof import Proof
-from actkit.core.quality import Estimate
-from actkit.core.speed import Speed
+from actkit.core.ground.estimate import Estimate
+from actkit.core.measure.proof import Proof
+from actkit.core.measure.speed import Speed
 from actkit.search.measured import Candidate
 
 SIZE = 1000

@@ -6,7 +6,7 @@ import pytest
 import torch
 from made_up import candidate
 
-from actkit.core.multiple_choice import hits, log_likelihoods
+from actkit.core.measure.multiple_choice import hits, log_likelihoods
 from actkit.data.tasks import documentation
 from actkit.search import answers as module
 from actkit.search.answers import Answers, ask

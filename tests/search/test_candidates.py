@@ -8,10 +8,10 @@ import pytest
 import tiny_models
 import torch
 
-from actkit.core import registry
-from actkit.core.anatomy import anatomy
-from actkit.core.errors import RecipeError
-from actkit.core.transform import Recipe
+from actkit.core.ground import registry
+from actkit.core.ground.errors import RecipeError
+from actkit.core.model.anatomy import anatomy
+from actkit.core.recipe.transform import Recipe
 from actkit.search.candidates import GROUPS, Shapes, given, propose
 from actkit.search.profile import Profile, profile
 

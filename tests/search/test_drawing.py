@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 from made_up import around
 
-from actkit.core.quality import Estimate
+from actkit.core.ground.estimate import Estimate
 from actkit.search.drawing import HEIGHT, WIDTH, Bar, Mark, _ticks, bars, scatter
 
 

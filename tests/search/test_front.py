@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from made_up import a_proof, candidate, the_original
 
-from actkit.core.quality import Estimate
+from actkit.core.ground.estimate import Estimate
 from actkit.search.front import Point, beats, front, point
 from actkit.search.measured import Candidate
 

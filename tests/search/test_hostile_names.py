@@ -13,8 +13,8 @@ import yaml
 from made_up import a_speed, around, candidate, the_original
 from torch import nn
 
-from actkit.core.machine import machine
-from actkit.core.summary import summarise
+from actkit.core.ground.machine import machine
+from actkit.core.measure.summary import summarise
 from actkit.search.candidates import LeftOut
 from actkit.search.card import model_card
 from actkit.search.profile import profile

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from actkit.core import changes
-from actkit.core.runner import apply
+from actkit.core.edit import changes
+from actkit.core.recipe.runner import apply
 from actkit.search.own_grid import own_grid_warning
 from actkit.testing import tiny_model
 from actkit.zoo.off_grid import off_grid_twin

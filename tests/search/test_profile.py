@@ -28,9 +28,9 @@ from transformers import (
 )
 
 from actkit.catalogue import papers
-from actkit.core import registry
-from actkit.core.errors import DataError, MemoryLimitError
-from actkit.core.statistics import AbsMax, Density, Moments, Quantiles, Sample, Spectrum
+from actkit.core.ground import registry
+from actkit.core.ground.errors import DataError, MemoryLimitError
+from actkit.core.watch.statistics import AbsMax, Density, Moments, Quantiles, Sample, Spectrum
 from actkit.search.profile import (
     SITES,
     Finding,

@@ -21,8 +21,8 @@ from made_up import a_speed, around, candidate, the_original
 from rich.console import Console
 
 import actkit
-from actkit.core import checkpoint
-from actkit.core.errors import DataError, RecipeError
+from actkit.core.ground.errors import DataError, RecipeError
+from actkit.core.store import checkpoint
 from actkit.search import search as module
 from actkit.search.answers import Answers
 from actkit.search.card import model_card

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import SIZE, a_proof, a_speed, around, candidate, the_original
 
-from actkit.core.quality import Estimate
+from actkit.core.ground.estimate import Estimate
 from actkit.search.measured import Candidate
 from actkit.search.verdict import TARGETS, decide, gain, judge
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from actkit.core.rules import attached
-from actkit.core.training import train
+from actkit.core.train.rules import attached
+from actkit.core.train.training import train
 from actkit.sparsity.activation_penalty import ActivationPenalty
 
 

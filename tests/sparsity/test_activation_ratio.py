@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from actkit.core.errors import DataError
+from actkit.core.ground.errors import DataError
 from actkit.sparsity.activation_ratio import activation_ratio, pareto
 from actkit.testing import tiny_batches, tiny_model
 

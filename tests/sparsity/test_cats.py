@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from actkit.core.activations import Thresholded
-from actkit.core.errors import CoverageError, DataError, RecipeError
-from actkit.core.linear import ActLinear, IntegerWeight
-from actkit.core.runner import apply
-from actkit.core.swap import swap
+from actkit.core.ground.errors import CoverageError, DataError, RecipeError
+from actkit.core.layers.activations import Thresholded
+from actkit.core.layers.linear import ActLinear, IntegerWeight
+from actkit.core.recipe.runner import apply
+from actkit.functions.swap import swap
 from actkit.quantization.awq import Awq
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.cats import Cats, ReleaseHistogram, finetune

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from actkit.core import checkpoint
-from actkit.core.activations import Activation, Thresholded
-from actkit.core.errors import DataError, RecipeError, UnsupportedModelError
-from actkit.core.folding import ScaledActivation
-from actkit.core.runner import apply
-from actkit.core.swap import Swap, swap
+from actkit.core.ground.errors import DataError, RecipeError, UnsupportedModelError
+from actkit.core.layers.activations import Activation, Thresholded
+from actkit.core.layers.folding import ScaledActivation
+from actkit.core.recipe.runner import apply
+from actkit.core.store import checkpoint
 from actkit.data import Batches
+from actkit.functions.swap import Swap, swap
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.activation_predictor import ActivationPairs, ActivationPredictor, activation_pairs
 from actkit.sparsity.fatrelu import FatRelu, ShiftedRelu, ThresholdPoint, ThresholdSweep, sweep_threshold

@@ -11,16 +11,16 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from actkit.core.activations import Activation, is_activation
-from actkit.core.anatomy import anatomy
-from actkit.core.checkpoint import load, save
-from actkit.core.errors import RecipeError
-from actkit.core.folding import ScaledActivation
-from actkit.core.hooks import evaluating, first_tensor, forward
-from actkit.core.runner import apply
-from actkit.core.swap import swap
-from actkit.core.training import train
-from actkit.core.transform import Recipe
+from actkit.core.forward.hooks import evaluating, first_tensor, forward
+from actkit.core.ground.errors import RecipeError
+from actkit.core.layers.activations import Activation, is_activation
+from actkit.core.layers.folding import ScaledActivation
+from actkit.core.model.anatomy import anatomy
+from actkit.core.recipe.runner import apply
+from actkit.core.recipe.transform import Recipe
+from actkit.core.store.checkpoint import load, save
+from actkit.core.train.training import train
+from actkit.functions.swap import swap
 from actkit.quantization.awq import Awq
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.lazy_neuron import TopKActivation, TopKMlp, largest

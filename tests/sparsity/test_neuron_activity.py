@@ -12,9 +12,9 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from actkit.core.checkpoint import save
-from actkit.core.errors import DataError
-from actkit.core.training import train
+from actkit.core.ground.errors import DataError
+from actkit.core.store.checkpoint import save
+from actkit.core.train.training import train
 from actkit.sparsity.activity_curve import activity_curve
 from actkit.sparsity.neuron_activity import Flops, neuron_activity
 from actkit.testing import tiny_batches, tiny_model

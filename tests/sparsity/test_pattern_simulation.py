@@ -10,9 +10,9 @@ import pytest
 import torch
 from scipy.stats import beta, chisquare
 
-from actkit.core.capture import record
-from actkit.core.errors import DataError
-from actkit.core.statistics import Sample
+from actkit.core.ground.errors import DataError
+from actkit.core.watch.capture import record
+from actkit.core.watch.statistics import Sample
 from actkit.sparsity.active_dendrites import sparse_code
 from actkit.sparsity.pattern_simulation import (
     Overlaps,

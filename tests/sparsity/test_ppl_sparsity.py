@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-from actkit.core.errors import CoverageError, DataError, NonFiniteError
-from actkit.core.linear import ActLinear
-from actkit.core.runner import apply
+from actkit.core.ground.errors import CoverageError, DataError, NonFiniteError
+from actkit.core.layers.linear import ActLinear
+from actkit.core.recipe.runner import apply
 from actkit.sparsity.ppl_sparsity import ppl_sparsity
 from actkit.sparsity.sparsing_law import PerplexitySparsity
 from actkit.testing import tiny_batches, tiny_model

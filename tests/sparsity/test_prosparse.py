@@ -14,10 +14,10 @@ from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 
 from actkit.cli.main import app
-from actkit.core.errors import RecipeError, UnsupportedModelError
-from actkit.core.rules import RuleCallback, attached, dump_rules, parse_rules
-from actkit.core.swap import swap
-from actkit.core.training import train
+from actkit.core.ground.errors import RecipeError, UnsupportedModelError
+from actkit.core.train.rules import RuleCallback, attached, dump_rules, parse_rules
+from actkit.core.train.training import train
+from actkit.functions.swap import swap
 from actkit.sparsity.fatrelu import ShiftedRelu
 from actkit.sparsity.neuron_activity import neuron_activity
 from actkit.sparsity.prosparse import PRESETS, ProSparse

@@ -9,12 +9,14 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from actkit.core.anatomy import Linear, anatomy
-from actkit.core.errors import RecipeError
-from actkit.core.linear import ActLinear, IntegerWeight, LowRank, Threshold, TopK
-from actkit.core.quality import measure_quality
-from actkit.core.runner import Trial, apply
-from actkit.core.transform import Recipe, Tags, Transform
+from actkit.core.ground.errors import RecipeError
+from actkit.core.layers.linear import ActLinear, IntegerWeight, LowRank, Threshold, TopK
+from actkit.core.measure.quality import measure_quality
+from actkit.core.model.anatomy import Linear, anatomy
+from actkit.core.recipe.runner import apply
+from actkit.core.recipe.seen import Trial
+from actkit.core.recipe.tags import Tags
+from actkit.core.recipe.transform import Recipe, Transform
 from actkit.quantization.awq import Awq
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.importance_map import importance_map
@@ -180,7 +182,7 @@ def test_it_is_a_transform(kind: str) -> None:
 def test_a_search_is_saved_and_does_the_same_again(tmp_path) -> None:
     model, batches = tiny_model("llama"), tiny_batches("llama", lengths=((9, 9), (8, 8)))
     apply(model, RSparse(alpha="search", generations=2, population=4), batches, progress=False)
-    from actkit.core import changes
+    from actkit.core.edit import changes
 
     (found,) = changes.of(model).transforms
     assert isinstance(found.alpha, dict) and len(found.alpha) == 14

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from actkit.core.edits import tied_names
-from actkit.core.errors import CoverageError, RecipeError
-from actkit.core.linear import ActLinear
-from actkit.core.runner import apply
+from actkit.core.edit.edits import tied_names
+from actkit.core.ground.errors import CoverageError, RecipeError
+from actkit.core.layers.linear import ActLinear
+from actkit.core.recipe.runner import apply
 from actkit.quantization.awq import Awq
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.rotate_columns import RotateColumns, RotatedNorm

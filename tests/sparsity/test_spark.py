@@ -14,15 +14,15 @@ from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 import actkit
-from actkit.core.activations import Activation
-from actkit.core.anatomy import Site, anatomy
-from actkit.core.capture import record
-from actkit.core.equalization import equalization_sets
-from actkit.core.errors import RecipeError
-from actkit.core.linear import ActLinear, Threshold
-from actkit.core.runner import apply
-from actkit.core.statistics import Quantiles
-from actkit.core.training import train
+from actkit.core.ground.errors import RecipeError
+from actkit.core.layers.activations import Activation
+from actkit.core.layers.linear import ActLinear, Threshold
+from actkit.core.model.anatomy import Site, anatomy
+from actkit.core.model.equalization import equalization_sets
+from actkit.core.recipe.runner import apply
+from actkit.core.train.training import train
+from actkit.core.watch.capture import record
+from actkit.core.watch.statistics import Quantiles
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.spark import SparkFFN, Sparkify, spark_lm
 from actkit.sparsity.spark_attention import SparkAttention

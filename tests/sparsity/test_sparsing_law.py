@@ -10,11 +10,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from actkit.core.anatomy import anatomy
-from actkit.core.errors import CoverageError, DataError, RecipeError
-from actkit.core.hooks import evaluating, forward
-from actkit.core.linear import ActLinear, IntegerWeight, Threshold
-from actkit.core.runner import apply
+from actkit.core.forward.hooks import evaluating, forward
+from actkit.core.ground.errors import CoverageError, DataError, RecipeError
+from actkit.core.layers.linear import ActLinear, IntegerWeight, Threshold
+from actkit.core.model.anatomy import anatomy
+from actkit.core.recipe.runner import apply
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.cett import cett, cett_thresholds
 from actkit.sparsity.shared_cett import SharedCett, in_float32, largest_cett, output_layers

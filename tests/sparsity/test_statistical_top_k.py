@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
 
-from actkit.core.activations import Activation
+from actkit.core.layers.activations import Activation
 from actkit.sparsity.statistical_top_k import StatisticalTopK, statistical_topk, threshold
 
 

@@ -10,11 +10,11 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from actkit.core.anatomy import Site, anatomy
-from actkit.core.capture import record
-from actkit.core.linear import ActLinear, Threshold, TopK
-from actkit.core.runner import apply
-from actkit.core.statistics import Quantiles
+from actkit.core.layers.linear import ActLinear, Threshold, TopK
+from actkit.core.model.anatomy import Site, anatomy
+from actkit.core.recipe.runner import apply
+from actkit.core.watch.capture import record
+from actkit.core.watch.statistics import Quantiles
 from actkit.sparsity.teal import LARGEST, Teal, _error
 from actkit.testing import tiny_batches, tiny_model
 from actkit.testing.models import HIDDEN, INNER

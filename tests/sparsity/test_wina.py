@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actkit.core.anatomy import Linear, anatomy
-from actkit.core.errors import RecipeError
-from actkit.core.linear import ActLinear, IntegerWeight, Threshold, TopK
-from actkit.core.quantizer import QuantizationGrid
-from actkit.core.runner import apply
+from actkit.core.ground.errors import RecipeError
+from actkit.core.layers.linear import ActLinear, IntegerWeight, Threshold, TopK
+from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.model.anatomy import Linear, anatomy
+from actkit.core.recipe.runner import apply
 from actkit.quantization.awq import Awq
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.teal import Teal

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from actkit.core import registry
-from actkit.core.edits import Edit, Replace
-from actkit.core.fresh import FreshProcess
-from actkit.core.linear import ActLinear, DenseWeight
-from actkit.core.swap import Swap
-from actkit.core.transform import Recipe, Tags, Transform
+from actkit.core.edit.edits import Edit, Replace
+from actkit.core.ground import registry
+from actkit.core.layers.linear import ActLinear, DenseWeight
+from actkit.core.measure.fresh import FreshProcess
+from actkit.core.recipe.tags import Tags
+from actkit.core.recipe.transform import Recipe, Transform
+from actkit.functions.swap import Swap
 from actkit.quantization.awq import Awq
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.rotate_columns import RotateColumns

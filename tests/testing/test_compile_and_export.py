@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import actkit
-from actkit.core import registry
-from actkit.core.hooks import evaluating, forward
-from actkit.core.linear import ActLinear, Threshold
-from actkit.core.runner import apply
-from actkit.core.transform import Tags, Transform
+from actkit.core.forward.hooks import evaluating, forward
+from actkit.core.ground import registry
+from actkit.core.layers.linear import ActLinear, Threshold
+from actkit.core.recipe.runner import apply
+from actkit.core.recipe.tags import Tags
+from actkit.core.recipe.transform import Transform
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.teal import Teal
 from actkit.testing import tiny_batches, tiny_model
@@ -67,7 +68,7 @@ class ReadsItsInputs(Transform):
 
     def edit(self, block: Any, seen: Any) -> Any:
         for linear in block.linears():
-            yield actkit.core.edits.Replace(linear.path, Branching.of(linear, select=Threshold(0.1)))
+            yield actkit.core.edit.edits.Replace(linear.path, Branching.of(linear, select=Threshold(0.1)))
 
 
 class Branching(ActLinear):
@@ -89,7 +90,7 @@ def test_a_packed_layer_is_one_graph_with_its_kernel(select: str) -> None:
     apply(model, Teal(sparsity=0.5, mode=select), tiny_batches("mlp"), min_coverage=0.0, progress=False)
     with evaluating(model):
         expected = model(x)
-        assert actkit.core.linear.pack_for_decode(model) == 2
+        assert actkit.core.layers.linear.pack_for_decode(model) == 2
         seen: list[str] = []
 
         def backend(graph: Any, inputs: Any) -> Any:

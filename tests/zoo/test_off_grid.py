@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from actkit.core import changes
-from actkit.core.errors import UnsupportedModelError
-from actkit.core.quantizer import QuantizationGrid
+from actkit.core.edit import changes
+from actkit.core.ground.errors import UnsupportedModelError
+from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.testing import tiny_batches, tiny_model
 from actkit.testing.transforms import State, outputs
 from actkit.zoo.off_grid import off_grid_twin

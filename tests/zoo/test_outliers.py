@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from actkit.core.anatomy import Site, anatomy
-from actkit.core.capture import record
-from actkit.core.errors import UnsupportedModelError
-from actkit.core.runner import apply
-from actkit.core.statistics import Moments
+from actkit.core.ground.errors import UnsupportedModelError
+from actkit.core.model.anatomy import Site, anatomy
+from actkit.core.recipe.runner import apply
+from actkit.core.watch.capture import record
+from actkit.core.watch.statistics import Moments
 from actkit.sparsity.teal import Teal
 from actkit.testing import tiny_batches, tiny_model
 from actkit.testing.transforms import State, outputs

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from actkit import zoo
-from actkit.core import changes
+from actkit.core.edit import changes
 from actkit.data import digits, load_data
 from actkit.zoo import packaged
 from actkit.zoo.loading import open_model

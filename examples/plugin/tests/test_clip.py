@@ -5,7 +5,7 @@ import torch
 from actkit_clip import Clip, Clipped
 from torch import nn
 
-from actkit.core.runner import apply
+from actkit.core.recipe.runner import apply
 from actkit.testing import check_transform, tiny_batches, tiny_model
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from actkit import catalogue
 from actkit.catalogue import CatalogueError
 from actkit.claims.outcome import Claim, Outcome, Statement
-from actkit.core.whole_file import write_whole
+from actkit.core.ground.whole_file import write_whole
 
 __all__ = ["Claim", "Outcome", "Statement", "reproduce", "slugs"]
 

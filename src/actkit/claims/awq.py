@@ -23,14 +23,13 @@ import torch
 
 from actkit.claims.outcome import Finding, Outcome, Statement, conduct
 from actkit.claims.subject import Subject, spread
-from actkit.core.anatomy import anatomy
-from actkit.core.capture import record
-from actkit.core.edits import Replace
-from actkit.core.hooks import evaluating, forward
-from actkit.core.linear import ActLinear, DenseWeight
-from actkit.core.quantizer import Convention, QuantizationGrid
-from actkit.core.runner import first_tensor
-from actkit.core.statistics import Moments
+from actkit.core.edit.edits import Replace
+from actkit.core.forward.hooks import evaluating, first_tensor, forward
+from actkit.core.layers.linear import ActLinear, DenseWeight
+from actkit.core.layers.quantizer import Convention, QuantizationGrid
+from actkit.core.model.anatomy import anatomy
+from actkit.core.watch.capture import record
+from actkit.core.watch.statistics import Moments
 from actkit.quantization.awq import Awq, saliency_mask
 from actkit.quantization.rtn import RoundToNearest
 from actkit.zoo.outliers import outlier_twin

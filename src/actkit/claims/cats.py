@@ -25,11 +25,11 @@ from torch import nn
 from actkit import zoo
 from actkit.claims.outcome import Finding, Outcome, Statement, conduct
 from actkit.claims.subject import Subject, spread
-from actkit.core.quality import measure_quality
-from actkit.core.runner import apply
-from actkit.core.swap import Swap
-from actkit.core.transform import Transform
+from actkit.core.measure.quality import measure_quality
+from actkit.core.recipe.runner import apply
+from actkit.core.recipe.transform import Transform
 from actkit.data import Batches, Split, load_data
+from actkit.functions.swap import Swap
 from actkit.sparsity.cats import Cats, finetune
 from actkit.sparsity.gate_sparsity import GateSparsity, gate_sparsity
 

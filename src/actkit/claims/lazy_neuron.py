@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from actkit.claims.outcome import Finding, Outcome, Statement, conduct
 from actkit.claims.subject import Subject, spread
-from actkit.core.calibration_error import expected_calibration_error
-from actkit.core.hooks import evaluating, first_tensor, forward
-from actkit.core.progress import track
-from actkit.core.runner import apply
-from actkit.core.training import train
+from actkit.core.forward.hooks import evaluating, first_tensor, forward
+from actkit.core.ground.progress import track
+from actkit.core.measure.calibration_error import expected_calibration_error
+from actkit.core.recipe.runner import apply
+from actkit.core.train.training import train
 from actkit.data import digits
 from actkit.data.corruptions import CORRUPTIONS, SEVERITIES, add_label_noise, corrupt_images
 from actkit.sparsity.lazy_neuron import TopKMlp

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from actkit.core.machine import machine, versions
-from actkit.core.progress import track
+from actkit.core.ground.machine import machine, versions
+from actkit.core.ground.progress import track
 
 if TYPE_CHECKING:
     from rich.table import Table

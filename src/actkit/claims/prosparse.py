@@ -24,11 +24,11 @@ from torch import nn
 from actkit.claims.outcome import Finding, Outcome, Statement, conduct
 from actkit.claims.small_models import language_model, text
 from actkit.claims.subject import spread
-from actkit.core.quality import measure_quality
-from actkit.core.runner import apply
-from actkit.core.swap import swap
-from actkit.core.training import train
+from actkit.core.measure.quality import measure_quality
+from actkit.core.recipe.runner import apply
+from actkit.core.train.training import train
 from actkit.data import Batches
+from actkit.functions.swap import swap
 from actkit.sparsity.fatrelu import FatRelu, sweep_threshold
 from actkit.sparsity.neuron_activity import neuron_activity
 from actkit.sparsity.prosparse import ProSparse

@@ -25,10 +25,10 @@ from torch.nn import functional as F
 
 from actkit.claims.outcome import Finding, Outcome, Statement, conduct
 from actkit.claims.subject import Subject, spread
-from actkit.core.anatomy import Linear, Site, anatomy
-from actkit.core.capture import record
-from actkit.core.runner import Trial
-from actkit.core.statistics import Quantiles, Sample
+from actkit.core.model.anatomy import Linear, Site, anatomy
+from actkit.core.recipe.seen import Trial
+from actkit.core.watch.capture import record
+from actkit.core.watch.statistics import Quantiles, Sample
 from actkit.sparsity.r_sparse import Factors, RSparse, cached_factors
 from actkit.sparsity.rank_search import Evolution
 from actkit.sparsity.wina import column_norms

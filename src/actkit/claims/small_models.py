@@ -1,7 +1,8 @@
 """Small language models for experiments that train: the zoo's architecture at a fifth of its size, and text for them.
 
-All read the tokens of the zoo's tokenizer (2048 words). Training goes through `core.training.train`, whose validation
-split is not optional; what is reported is measured on the test split, which neither training nor validation saw.
+All read the tokens of the zoo's tokenizer (2048 words). Training goes through `core.train.training.train`, whose
+validation split is not optional; what is reported is measured on the test split, which neither training nor validation
+saw.
 """
 
 from __future__ import annotations

@@ -33,13 +33,13 @@ from actkit import zoo
 from actkit.claims.outcome import Finding, Outcome, Statement, conduct
 from actkit.claims.small_models import language_model
 from actkit.claims.subject import spread
-from actkit.core.anatomy import Site
-from actkit.core.capture import record
-from actkit.core.hooks import evaluating, forward, hooked
-from actkit.core.quality import measure_quality
-from actkit.core.runner import apply
-from actkit.core.statistics import Density, Sample
-from actkit.core.training import train
+from actkit.core.forward.hooks import evaluating, forward, hooked
+from actkit.core.measure.quality import measure_quality
+from actkit.core.model.anatomy import Site
+from actkit.core.recipe.runner import apply
+from actkit.core.train.training import train
+from actkit.core.watch.capture import record
+from actkit.core.watch.statistics import Density, Sample
 from actkit.data import Batches, Split, load_data
 from actkit.sparsity.spark import Sparkify, spark_lm
 from actkit.sparsity.spark_attention import SparkAttention

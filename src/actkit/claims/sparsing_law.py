@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from actkit.claims import small_models
 from actkit.claims.outcome import Finding, Outcome, Statement, conduct
 from actkit.claims.subject import Subject
-from actkit.core.rules import AttachedRule, TrainingRule
-from actkit.core.training import train
+from actkit.core.train.rules import AttachedRule, TrainingRule
+from actkit.core.train.training import train
 from actkit.data import Batches
 from actkit.sparsity.activation_ratio import activation_ratio, gate_quantile
 from actkit.sparsity.shared_cett import Root, SharedCett, in_float32, largest_cett

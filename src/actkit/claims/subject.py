@@ -14,10 +14,10 @@ from typing import Any
 from torch import nn
 
 from actkit import zoo
-from actkit.core.edits import Edit, temporarily
-from actkit.core.quality import measure_quality
-from actkit.core.runner import apply
-from actkit.core.transform import Recipe
+from actkit.core.edit.edits import Edit, temporarily
+from actkit.core.measure.quality import measure_quality
+from actkit.core.recipe.runner import apply
+from actkit.core.recipe.transform import Recipe
 from actkit.data import Batches, Split, load_data
 
 LENGTH = 256  # tokens per row, in calibration and measurement

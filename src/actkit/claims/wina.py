@@ -25,12 +25,12 @@ from torch import Tensor
 from actkit import kernels
 from actkit.claims.outcome import Finding, Outcome, Statement, conduct
 from actkit.claims.subject import Subject, spread
-from actkit.core.anatomy import anatomy
-from actkit.core.capture import record
-from actkit.core.hooks import evaluating, forward
-from actkit.core.linear import TopK
-from actkit.core.runner import apply, first_tensor
-from actkit.core.statistics import Sample
+from actkit.core.forward.hooks import evaluating, first_tensor, forward
+from actkit.core.layers.linear import TopK
+from actkit.core.model.anatomy import anatomy
+from actkit.core.recipe.runner import apply
+from actkit.core.watch.capture import record
+from actkit.core.watch.statistics import Sample
 from actkit.sparsity.rotate_columns import RotateColumns
 from actkit.sparsity.teal import Teal
 from actkit.sparsity.wina import Wina, column_norms

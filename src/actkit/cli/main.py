@@ -55,7 +55,7 @@ def main() -> None:
 
 def _expected(error: Exception) -> bool:
     """Whether the text of the error tells the user what to do; anything else is a bug and shows its traceback."""
-    from actkit.core.errors import ActkitError
+    from actkit.core.ground.errors import ActkitError
 
     missing_extra = isinstance(error, ImportError) and "pip install" in str(error)
     refused = (
@@ -88,14 +88,14 @@ def _first() -> bool:
 @contextmanager
 def _together() -> Iterator[None]:
     """Several processes as one, where torchrun started them."""
-    from actkit.core.processes import together
+    from actkit.core.ground.processes import together
 
     with together():
         yield
 
 
 def _alone(verb: str) -> None:
-    from actkit.core.processes import refuse
+    from actkit.core.ground.processes import refuse
 
     refuse(verb, f"run it without torchrun: actkit {verb} ...")
 
@@ -466,7 +466,7 @@ def generate(
     _alone("generate")
     _set_up(threads, seed)
     from actkit import verbs
-    from actkit.core.compiling import compiling
+    from actkit.core.ground.compiling import compiling
 
     engine: list[str] = []
     with compiling(lambda: _note("compiling the kernels for these weights, once on this machine: about a minute")):

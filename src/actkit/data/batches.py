@@ -10,8 +10,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from actkit.core.errors import DataError
-from actkit.core.hooks import is_tokens, main_input
+from actkit.core.forward.hooks import is_tokens, main_input
+from actkit.core.ground.errors import DataError
 
 Batch = Any  # a dict of the model's keywords, or a tensor (or tuple of tensors) that is its argument
 

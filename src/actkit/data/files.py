@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from actkit.core.errors import DataError
-from actkit.core.progress import track
-from actkit.core.texts import check_text
+from actkit.core.forward.texts import check_text
+from actkit.core.ground.errors import DataError
+from actkit.core.ground.progress import track
 from actkit.data.text import BOUNDS, SPLITS, Split, split_of
 
 PLAIN, LINES = frozenset({".txt", ".md"}), ".jsonl"

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actkit.core.errors import DataError
-from actkit.core.example import DECODER_TOKENS, TOKENS, Inputs, first_rows
-from actkit.core.hooks import check_batch, main_input
-from actkit.core.progress import track
+from actkit.core.forward.example import DECODER_TOKENS, TOKENS, Inputs, first_rows
+from actkit.core.forward.hooks import check_batch, main_input
+from actkit.core.ground.errors import DataError
+from actkit.core.ground.progress import track
 from actkit.data.batches import Batch, Batches
 from actkit.data.files import LINES, SUFFIXES, read_texts, text_files
 from actkit.data.images import digits

@@ -20,8 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from actkit.core.errors import DataError
-from actkit.core.progress import track
+from actkit.core.ground.errors import DataError
+from actkit.core.ground.progress import track
 
 Split = Literal["train", "calibration", "search", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)

@@ -24,9 +24,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from actkit.core.errors import ExportError
-from actkit.core.linear import ActLinear, DenseWeight, IntegerWeight, Selection
-from actkit.core.quantizer import unpack_nibbles
+from actkit.core.ground.errors import ExportError
+from actkit.core.layers.linear import ActLinear, DenseWeight, IntegerWeight, Selection
+from actkit.core.layers.quantizer import unpack_nibbles
 from actkit.formats.plain import Plain
 
 PACKED, INTEGER = "pack-quantized", "int-quantized"

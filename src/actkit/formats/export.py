@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from actkit.core.card import card_of
-from actkit.core.checkpoint import check_target, copy_companions, replaceable
-from actkit.core.cost import folder_bytes
-from actkit.core.errors import CheckpointError, ExportError
-from actkit.core.whole_folder import complete_or_nothing
+from actkit.core.ground.errors import CheckpointError, ExportError
+from actkit.core.ground.whole_folder import complete_or_nothing
+from actkit.core.measure.cost import folder_bytes
+from actkit.core.store.card import card_of
+from actkit.core.store.checkpoint import check_target, copy_companions, replaceable
 from actkit.formats import compressed_tensors, gguf_file
 from actkit.formats.compressed_tensors import Activations
 from actkit.formats.exported import Exported, summary
 from actkit.formats.plain import Plain
 
 if TYPE_CHECKING:
-    from actkit.core.evaluation import Evaluation
+    from actkit.core.measure.evaluation import Evaluation
 
 FORMATS = {"compressed-tensors": "compressed_tensors", "gguf": "gguf"}  # name -> the package that reads it
 

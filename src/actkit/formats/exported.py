@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actkit.core.memory import format_bytes
+from actkit.core.ground.memory import format_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from actkit.core.errors import ExportError
-from actkit.core.linear import ActLinear, DenseWeight, IntegerWeight, WeightStorage
-from actkit.core.pretrained import base_type
-from actkit.core.progress import track
-from actkit.core.quantizer import unpack_nibbles
+from actkit.core.ground.errors import ExportError
+from actkit.core.ground.progress import track
+from actkit.core.layers.linear import ActLinear, DenseWeight, IntegerWeight, WeightStorage
+from actkit.core.layers.quantizer import unpack_nibbles
+from actkit.core.store.pretrained import base_type
 from actkit.formats.gguf_tokenizer import add_vocabulary
 from actkit.formats.plain import Plain
 from actkit.gguf.architectures import IN_BLOCKS, OUTSIDE, row_order

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from actkit.core import changes
-from actkit.core.activations import Activation, name_of
-from actkit.core.architectures import find_architecture
-from actkit.core.edits import get_module
-from actkit.core.errors import EditError, ExportError
-from actkit.core.foreign_layers import refuse_foreign_layers
-from actkit.core.hooks import refuse_compiled_or_sharded
-from actkit.core.linear import ActLinear
-from actkit.core.named_functions import unknown_function
-from actkit.core.pretrained import base_type
-from actkit.core.skeleton import plain_model
+from actkit.core.edit import changes
+from actkit.core.edit.edits import get_module
+from actkit.core.forward.hooks import refuse_compiled_or_sharded
+from actkit.core.forward.named_functions import unknown_function
+from actkit.core.ground.errors import EditError, ExportError
+from actkit.core.layers.activations import Activation, name_of
+from actkit.core.layers.foreign_layers import refuse_foreign_layers
+from actkit.core.layers.linear import ActLinear
+from actkit.core.model.architectures import find_architecture
+from actkit.core.store.pretrained import base_type
+from actkit.core.store.skeleton import plain_model
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 Compared are the outputs on fixed random rows. What the format itself rounds is rounded in memory too, each layer as
 its reader computes it (`as_read` of each format: scales in the reader's dtype or in float16, activations in 8 bits), so
-that what is left is another order of summation, and the limit is that of `core/rounding.py` where anything is left:
+that what is left is another order of summation, and the limit is that of `core/measure/rounding.py` where anything is
+left:
 
     max |as read, in memory - read back| <= limit(model)
 """
@@ -25,12 +26,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from actkit.core.edits import Replace, temporarily
-from actkit.core.errors import ExportError
-from actkit.core.example import Inputs, fit_dtype
-from actkit.core.hooks import evaluating, first_tensor, forward
-from actkit.core.proof import compared
-from actkit.core.rounding import Limit, limit
+from actkit.core.edit.edits import Replace, temporarily
+from actkit.core.forward.example import Inputs, fit_dtype
+from actkit.core.forward.hooks import evaluating, first_tensor, forward
+from actkit.core.ground.errors import ExportError
+from actkit.core.measure.proof import compared
+from actkit.core.measure.rounding import Limit, limit
 
 ROWS = 2
 TIMEOUT = 600.0  # seconds for all folders of one call

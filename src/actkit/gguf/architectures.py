@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actkit.core.errors import CheckpointError
+from actkit.core.ground.errors import CheckpointError
 
 REQUIRED = object()
 ATTENTION = {

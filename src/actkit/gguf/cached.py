@@ -14,12 +14,12 @@ from tempfile import NamedTemporaryFile
 
 import torch
 
-from actkit.core import checksums
-from actkit.core.checkpoint import GRID, write_grid
-from actkit.core.errors import CheckpointError
-from actkit.core.progress import track
-from actkit.core.user_cache import VARIABLE, cache_folder
-from actkit.core.whole_folder import complete_or_nothing
+from actkit.core.ground.errors import CheckpointError
+from actkit.core.ground.progress import track
+from actkit.core.ground.user_cache import VARIABLE, cache_folder
+from actkit.core.ground.whole_folder import complete_or_nothing
+from actkit.core.store import checksums
+from actkit.core.store.checkpoint import GRID, write_grid
 from actkit.gguf.convert import convert
 from actkit.gguf.file import GgufFile
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from actkit.core.changes import SourceGrid
-from actkit.core.errors import CheckpointError
-from actkit.core.progress import track
+from actkit.core.edit.changes import SourceGrid
+from actkit.core.ground.errors import CheckpointError
+from actkit.core.ground.progress import track
 from actkit.gguf.architectures import ARCHITECTURES, ROPE_FACTORS, GgufArchitecture, Settings, row_order
 from actkit.gguf.file import FLOATS, GgufFile, TensorEntry
 from actkit.gguf.tokenizer import build_tokenizer, end_tokens

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from actkit.core.errors import CheckpointError
+from actkit.core.ground.errors import CheckpointError
 
 MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32
 STRING, ARRAY = 8, 9  # types of a setting

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from actkit.core.errors import CheckpointError
-from actkit.core.progress import track
+from actkit.core.ground.errors import CheckpointError
+from actkit.core.ground.progress import track
 from actkit.gguf.file import GgufFile
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types, as GGUF numbers them

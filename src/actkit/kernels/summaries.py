@@ -1,9 +1,9 @@
 """Moments, largest magnitudes, active values and magnitude histograms of rows on the CPU, in Numba: one pass for all.
 
-The plain torch reference is each statistic's own `_update` in `core/statistics.py`, with which the integers here agree
-bit for bit and the moments to rounding. Rows are read in pieces that stay in the cache: the mean of a piece first, then
-its central moments, which join those of the rows before by the pairwise formulas of Pébay (2008). A thread takes every
-so-manieth strip of channels, and the strips are the same for any number of threads; so are all results.
+The plain torch reference is each statistic's own `_update` in `core/watch/statistics.py`, with which the integers here
+agree bit for bit and the moments to rounding. Rows are read in pieces that stay in the cache: the mean of a piece
+first, then its central moments, which join those of the rows before by the pairwise formulas of Pébay (2008). A thread
+takes every so-manieth strip of channels, and the strips are the same for any number of threads; so are all results.
 
 Imported on first use, as everything that imports Numba.
 """

@@ -11,7 +11,7 @@ Cost: two passes over the calibration tokens, and of each attention, MLP and dow
 them and 4 on all. No gradients.
 As in the release: calibrated on the original model's hidden states, r = 1 never tried, strict minimum, the value to
 output set only where their shapes agree, query and key are not clipped. `duo_scaling` is AutoAWQ's variant. The
-release's grid, which loses groups of one sign, is the setting `convention="llm-awq"` (core/quantizer.py).
+release's grid, which loses groups of one sign, is the setting `convention="llm-awq"` (core/layers/quantizer.py).
 Settled here: every r runs on 1,024 tokens, r = 0 and the three best on all (figures in LOG.md); clipping sees a random
 sample of tokens and not evenly spaced ones; padded tokens are masked out of means and errors; if nothing can take the
 scale (post-norm, routers) the set is rounded without it, and the report says so.
@@ -28,16 +28,17 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from actkit.core.anatomy import Block, EqualizationSet, Linear, Norm, Site, equalization_sets
-from actkit.core.blockwise import Call
-from actkit.core.edits import Edit, Note, Replace, Set, Skip, get_module
-from actkit.core.errors import NonFiniteError
-from actkit.core.folding import ScaledActivation
-from actkit.core.linear import ActLinear, IntegerWeight
-from actkit.core.quantizer import Convention, QuantizationGrid, parcels
-from actkit.core.runner import Seen
-from actkit.core.statistics import Moments, Sample, Statistic
-from actkit.core.transform import Tags, Transform
+from actkit.core.edit.edits import Edit, Note, Replace, Set, Skip, get_module
+from actkit.core.ground.errors import NonFiniteError
+from actkit.core.layers.folding import ScaledActivation
+from actkit.core.layers.linear import ActLinear, IntegerWeight
+from actkit.core.layers.quantizer import Convention, QuantizationGrid, parcels
+from actkit.core.model.anatomy import Block, EqualizationSet, Linear, Norm, Site, equalization_sets
+from actkit.core.recipe.seen import Seen
+from actkit.core.recipe.tags import Tags
+from actkit.core.recipe.transform import Transform
+from actkit.core.watch.calls import Call
+from actkit.core.watch.statistics import Moments, Sample, Statistic
 from actkit.quantization.rtn import refuse_groups
 
 NOT_CLIPPED = ("query", "key", "query_key_value")  # clipping them moves attention scores; the release leaves them

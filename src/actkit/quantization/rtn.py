@@ -1,6 +1,7 @@
 """Round-to-nearest: every weight to the closest point of an integer grid. The baseline of all weight quantizers.
 
-    w' = (clamp(round(w / scale) + zero, 0, 2^b - 1) - zero) * scale      (grids and conventions: core/quantizer.py)
+    w' = (clamp(round(w / scale) + zero, 0, 2^b - 1) - zero) * scale      (grids and conventions:
+    core/layers/quantizer.py)
 
 When to use it: first, as it takes seconds and no data: 8 bits halve the size of a 16-bit model at no measurable loss on
 the embedded models. At 4 bits and less compare with `awq`.
@@ -15,13 +16,14 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from actkit.core.anatomy import Block, Site
-from actkit.core.edits import Edit, Note, Replace, Skip
-from actkit.core.linear import ActLinear, IntegerWeight
-from actkit.core.quantizer import Convention, QuantizationGrid
-from actkit.core.runner import Seen
-from actkit.core.statistics import Statistic
-from actkit.core.transform import Tags, Transform
+from actkit.core.edit.edits import Edit, Note, Replace, Skip
+from actkit.core.layers.linear import ActLinear, IntegerWeight
+from actkit.core.layers.quantizer import Convention, QuantizationGrid
+from actkit.core.model.anatomy import Block, Site
+from actkit.core.recipe.seen import Seen
+from actkit.core.recipe.tags import Tags
+from actkit.core.recipe.transform import Transform
+from actkit.core.watch.statistics import Statistic
 
 
 class RoundToNearest(Transform):

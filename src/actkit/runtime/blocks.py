@@ -16,11 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from actkit.core.activations import Thresholded, name_of
-from actkit.core.edits import get_module
-from actkit.core.errors import UnsupportedModelError
-from actkit.core.linear import ActLinear, LowRank, Selection, Threshold
-from actkit.core.parts import Attention, Block, Linear, Mlp
+from actkit.core.edit.edits import get_module
+from actkit.core.ground.errors import UnsupportedModelError
+from actkit.core.layers.activations import Thresholded, name_of
+from actkit.core.layers.linear import ActLinear, LowRank, Selection, Threshold
+from actkit.core.model.parts import Attention, Block, Linear, Mlp
 from actkit.kernels import decode_math as functions
 from actkit.kernels import decode_step as steps
 from actkit.kernels.quantized import BLOCK, PIECES

@@ -27,16 +27,16 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from actkit.core.anatomy import anatomy
-from actkit.core.architectures import find_architecture
-from actkit.core.errors import DataError, MemoryLimitError, NonFiniteError, UnsupportedModelError
-from actkit.core.generation import generate_ids
-from actkit.core.hooks import refuse_compiled_or_sharded
-from actkit.core.linear import ActLinear
-from actkit.core.memory import format_bytes
-from actkit.core.named_functions import unknown_function
-from actkit.core.offload import refuse_offloaded
-from actkit.core.parts import Block
+from actkit.core.forward.hooks import refuse_compiled_or_sharded
+from actkit.core.forward.named_functions import unknown_function
+from actkit.core.ground.errors import DataError, MemoryLimitError, NonFiniteError, UnsupportedModelError
+from actkit.core.ground.memory import format_bytes
+from actkit.core.ground.offload import refuse_offloaded
+from actkit.core.layers.linear import ActLinear
+from actkit.core.measure.generation import generate_ids
+from actkit.core.model.anatomy import anatomy
+from actkit.core.model.architectures import find_architecture
+from actkit.core.model.parts import Block
 from actkit.kernels import decode_products as forms
 from actkit.kernels import decode_step as steps
 from actkit.kernels.numba_cpu import array
@@ -257,7 +257,7 @@ class Decoder:
         seed: int = 0,
         end: Collection[int] | None = None,
     ) -> Iterator[int]:
-        """The tokens that follow a prompt, one by one, from an empty cache; as `core.generation.generate_ids`.
+        """The tokens that follow a prompt, one by one, from an empty cache; as `core.measure.generation.generate_ids`.
 
         Raises DataError before the first token where prompt and new tokens exceed the cache.
         """

@@ -1,7 +1,7 @@
 """The families that the decoder takes: how their blocks are put together, read off their rows and configurations.
 
-A row (`core/architectures.py`) says where the norms stand, what query and key turn by and what is clamped. What no row
-says, as it concerns decoding alone, stands here: multipliers, and whether the family has windows.
+A row (`core/model/architectures.py`) says where the norms stand, what query and key turn by and what is clamped. What
+no row says, as it concerns decoding alone, stands here: multipliers, and whether the family has windows.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from actkit.core.architectures import Architecture, AttentionRow, MlpRow, find_architecture
-from actkit.core.edits import get_module
-from actkit.core.errors import UnsupportedModelError
-from actkit.core.parts import Block
-from actkit.core.sites import each_once
+from actkit.core.edit.edits import get_module
+from actkit.core.ground.errors import UnsupportedModelError
+from actkit.core.model.architectures import Architecture, AttentionRow, MlpRow, find_architecture
+from actkit.core.model.parts import Block
+from actkit.core.model.sites import each_once
 from actkit.kernels import decode_step as steps
 
 

@@ -15,9 +15,9 @@ from math import gcd
 import torch
 from torch import Tensor, nn
 
-from actkit.core.errors import UnsupportedModelError
-from actkit.core.linear import ActLinear, IntegerWeight
-from actkit.core.quantizer import unpack_nibbles
+from actkit.core.ground.errors import UnsupportedModelError
+from actkit.core.layers.linear import ActLinear, IntegerWeight
+from actkit.core.layers.quantizer import unpack_nibbles
 from actkit.kernels.packing import PackedWeight, pack
 from actkit.kernels.quantized import PIECES, QuantizedWeight, pack_quantized
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from actkit.core.edits import get_module
-from actkit.core.errors import UnsupportedModelError
-from actkit.core.linear import Selection, Threshold, TopK
-from actkit.core.parts import Block
-from actkit.core.progress import track
+from actkit.core.edit.edits import get_module
+from actkit.core.ground.errors import UnsupportedModelError
+from actkit.core.ground.progress import track
+from actkit.core.layers.linear import Selection, Threshold, TopK
+from actkit.core.model.parts import Block
 from actkit.kernels import decode_products as forms
 from actkit.kernels import decode_step as steps
 from actkit.kernels import integer_dots

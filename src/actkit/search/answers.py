@@ -1,8 +1,8 @@
 """How often the original and the candidates that matter answer questions rightly, for the report of a search.
 
-The questions are the first of the task `documentation` (`actkit.data.tasks`), scored by `core.multiple_choice`: lm-eval
-is not needed. Asked are the original, then the best and others of the front, as far as the minutes go. If the original
-answers no better than by chance, nobody else is asked: there is nothing that a candidate could lose.
+The questions are the first of the task `documentation` (`actkit.data.tasks`), scored by `core.measure.multiple_choice`:
+lm-eval is not needed. Asked are the original, then the best and others of the front, as far as the minutes go. If the
+original answers no better than by chance, nobody else is asked: there is nothing that a candidate could lose.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actkit.core import checkpoint
-from actkit.core.linear import widened
-from actkit.core.multiple_choice import Question, encode, hits, log_likelihoods
-from actkit.core.progress import step
-from actkit.core.task_scores import TaskScore, level, score, words
+from actkit.core.ground.progress import step
+from actkit.core.layers.linear import widened
+from actkit.core.measure.multiple_choice import Question, encode, hits, log_likelihoods
+from actkit.core.measure.task_scores import TaskScore, level, score, words
+from actkit.core.store import checkpoint
 from actkit.data.tasks import documentation
 from actkit.search.budget import Budget
 from actkit.search.journal import Journal

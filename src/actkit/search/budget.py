@@ -12,8 +12,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from actkit.core.errors import ActkitError
-from actkit.core.transform import Transform
+from actkit.core.ground.errors import ActkitError
+from actkit.core.recipe.transform import Transform
 from actkit.search.measured import Candidate
 from actkit.search.splits import Splits
 

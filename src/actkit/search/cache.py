@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from actkit.core.memory import parse_bytes
+from actkit.core.ground.memory import parse_bytes
 
 
 def last_level_cache() -> int | None:

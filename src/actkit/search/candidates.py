@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
-from actkit.core import registry
-from actkit.core.anatomy import Anatomy, Block, equalization_sets
-from actkit.core.capture import opened_experts
-from actkit.core.errors import ActkitError
-from actkit.core.transform import Recipe, Transform
+from actkit.core.ground import registry
+from actkit.core.ground.errors import ActkitError
+from actkit.core.model.anatomy import Anatomy, Block, equalization_sets
+from actkit.core.recipe.transform import Recipe, Transform
+from actkit.core.watch.capture import opened_experts
 from actkit.search.profile import INT4_POOR, SPARSE, Profile
 
 MOST = 12

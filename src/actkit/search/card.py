@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from actkit.core.card import Card
-from actkit.core.memory import format_bytes
+from actkit.core.ground.memory import format_bytes
+from actkit.core.store.card import Card
 from actkit.search.measured import Candidate
 from actkit.search.verdict import times
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from actkit.core.quality import CONFIDENCE
+from actkit.core.measure.quality import CONFIDENCE
 
 if TYPE_CHECKING:
     from actkit.search.search import Optimization

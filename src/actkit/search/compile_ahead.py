@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from actkit.core.errors import ActkitError
-from actkit.core.fresh import FreshProcess
+from actkit.core.ground.errors import ActkitError
+from actkit.core.measure.fresh import FreshProcess
 
 
 class CompileAhead:

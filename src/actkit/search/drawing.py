@@ -12,7 +12,7 @@ from math import floor, isfinite, log10
 from statistics import median
 from typing import Literal
 
-from actkit.core.quality import Estimate
+from actkit.core.ground.estimate import Estimate
 from actkit.search.profile import Profile, SiteProfile
 
 Kind = Literal["original", "best", "front", "other"]

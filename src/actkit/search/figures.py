@@ -12,8 +12,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from actkit.core.figure_text import all_plain, plain
-from actkit.core.quality import Estimate
+from actkit.core.ground.estimate import Estimate
+from actkit.core.ground.figure_text import all_plain, plain
 from actkit.search.measured import Candidate
 from actkit.search.verdict import times
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from actkit.core.quality import Estimate
+from actkit.core.ground.estimate import Estimate
 from actkit.search.measured import Candidate
 
 

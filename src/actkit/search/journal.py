@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from actkit.core.errors import ActkitError
-from actkit.core.whole_file import flush
+from actkit.core.ground.errors import ActkitError
+from actkit.core.ground.whole_file import flush
 
 SCHEMA = 2  # since 2 each line ends with a digest of itself
 DIGEST = "digest"

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from actkit.core.cost import Cost
-from actkit.core.proof import Proof
-from actkit.core.quality import Estimate
-from actkit.core.speed import Speed
-from actkit.core.transform import Recipe
+from actkit.core.ground.estimate import Estimate
+from actkit.core.measure.cost import Cost
+from actkit.core.measure.proof import Proof
+from actkit.core.measure.speed import Speed
+from actkit.core.recipe.transform import Recipe
 
 
 @dataclass(frozen=True)

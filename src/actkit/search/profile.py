@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from actkit.core.anatomy import Anatomy, Block, Linear, Site, equalization_sets
-from actkit.core.anatomy import anatomy as read_anatomy
-from actkit.core.capture import record
-from actkit.core.edits import Replace, temporarily
-from actkit.core.errors import DataError
-from actkit.core.experts import ExpertList
-from actkit.core.hooks import BatchContext
-from actkit.core.memory import parse_bytes
-from actkit.core.offload import onloaded, refuse_offloaded
-from actkit.core.quantizer import QuantizationGrid
-from actkit.core.statistics import AbsMax, Density, Moments, Quantiles, Sample, Spectrum, Statistic
+from actkit.core.edit.edits import Replace, temporarily
+from actkit.core.forward.hooks import BatchContext
+from actkit.core.ground.errors import DataError
+from actkit.core.ground.memory import parse_bytes
+from actkit.core.ground.offload import onloaded, refuse_offloaded
+from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.model.anatomy import Anatomy, Block, Linear, Site, equalization_sets
+from actkit.core.model.anatomy import anatomy as read_anatomy
+from actkit.core.model.experts import ExpertList
+from actkit.core.watch.capture import record
+from actkit.core.watch.statistics import AbsMax, Density, Moments, Quantiles, Sample, Spectrum, Statistic
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from actkit.core.memory import format_bytes
-from actkit.core.quality import Estimate
+from actkit.core.ground.estimate import Estimate
+from actkit.core.ground.memory import format_bytes
 from actkit.search.drawing import Bar, Kind, Mark, bars, profile_panels, scatter
 from actkit.search.figures import interval
 from actkit.search.measured import Candidate
 from actkit.search.verdict import times
 
 if TYPE_CHECKING:
-    from actkit.core.speed import Speed
+    from actkit.core.measure.speed import Speed
     from actkit.search.search import Optimization
 
 

@@ -23,21 +23,24 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from actkit.core import changes, checkpoint, processes, whole_folder
-from actkit.core.anatomy import anatomy
-from actkit.core.errors import ActkitError, MemoryLimitError
-from actkit.core.example import Inputs, main_dtype
-from actkit.core.fingerprint import model_fingerprint
-from actkit.core.fresh import import_name
-from actkit.core.machine import machine, versions
-from actkit.core.memory import release_memory
-from actkit.core.offload import refuse_offloaded
-from actkit.core.progress import say, step, track
-from actkit.core.proof import Proof, prove
-from actkit.core.runner import check_model
-from actkit.core.speed import Speed, measure_speed
-from actkit.core.summary import summarise
-from actkit.core.whole_file import write_whole
+from actkit.core.edit import changes
+from actkit.core.forward.example import Inputs, main_dtype
+from actkit.core.ground import processes, whole_folder
+from actkit.core.ground.errors import ActkitError, MemoryLimitError
+from actkit.core.ground.fingerprint import model_fingerprint
+from actkit.core.ground.machine import machine, versions
+from actkit.core.ground.memory import release_memory
+from actkit.core.ground.offload import refuse_offloaded
+from actkit.core.ground.progress import say, step, track
+from actkit.core.ground.whole_file import write_whole
+from actkit.core.measure.fresh import import_name
+from actkit.core.measure.proof import Proof, prove
+from actkit.core.measure.speed import Speed, measure_speed
+from actkit.core.measure.summary import summarise
+from actkit.core.model.anatomy import anatomy
+from actkit.core.recipe.runner import check_model
+from actkit.core.recipe.transform import transforms_of
+from actkit.core.store import checkpoint
 from actkit.kernels.compile_cache import nothing_compiled
 from actkit.search.answers import Answers, ask
 from actkit.search.budget import Budget, check_minutes, out_of_time
@@ -212,7 +215,7 @@ def optimize(
     _check_base(opened, base)
     with _threads(threads):
         known = changes.of(opened)
-        earlier = known.transforms if known else ()
+        earlier = transforms_of(known.recipe) if known else ()
         proposals = None if recipes is None else given(recipes, earlier)
         splits = split_data(data, opened, tokenizer, seed=seed)
         settings: dict[str, Any] = {

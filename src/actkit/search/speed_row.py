@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from actkit.core.cost import measure_cost
-from actkit.core.generation import generate_ids
-from actkit.core.progress import track
-from actkit.core.quality import Estimate
-from actkit.core.runner import apply
-from actkit.core.speed import median
+from actkit.core.ground.estimate import Estimate
+from actkit.core.ground.progress import track
+from actkit.core.measure.cost import measure_cost
+from actkit.core.measure.generation import generate_ids
+from actkit.core.measure.speed import median
+from actkit.core.recipe.runner import apply
 from actkit.runtime.decoder import Decoder
 from actkit.search.measured import estimate
 from actkit.sparsity.teal import Teal

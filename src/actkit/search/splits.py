@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from actkit.core.errors import DataError
-from actkit.core.example import vocabulary_size
-from actkit.core.limits import context_length
+from actkit.core.forward.example import vocabulary_size
+from actkit.core.forward.limits import context_length
+from actkit.core.ground.errors import DataError
 from actkit.data import Batches, Split, load_data
 
 LENGTH, ROWS = 256, 8  # tokens per row, rows per batch

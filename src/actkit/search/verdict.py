@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from actkit.core.memory import format_bytes
-from actkit.core.quality import Estimate
+from actkit.core.ground.estimate import Estimate
+from actkit.core.ground.memory import format_bytes
 from actkit.search.front import beats, point
 from actkit.search.measured import Candidate
 

@@ -22,21 +22,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actkit.core.checkpoint import save
-from actkit.core.cost import folder_bytes, measure_cost
-from actkit.core.errors import ActkitError
-from actkit.core.example import Inputs, example_of
-from actkit.core.fresh import FreshProcess
-from actkit.core.generation import GenerationCheck, check_generation
-from actkit.core.hooks import evaluating, forward
-from actkit.core.linear import widened
-from actkit.core.memory import release_memory
-from actkit.core.outputs import KEEP, Outputs
-from actkit.core.proof import prove
-from actkit.core.quality import Estimate, Quality, Task, measure_quality, task_of
-from actkit.core.runner import Applied, apply
-from actkit.core.steps import Steps
-from actkit.core.transform import Recipe, Transform
+from actkit.core.forward.example import Inputs, example_of
+from actkit.core.forward.hooks import evaluating, forward
+from actkit.core.forward.outputs import KEEP, Outputs
+from actkit.core.ground.errors import ActkitError
+from actkit.core.ground.estimate import Estimate
+from actkit.core.ground.memory import release_memory
+from actkit.core.layers.linear import widened
+from actkit.core.measure.cost import folder_bytes, measure_cost
+from actkit.core.measure.fresh import FreshProcess
+from actkit.core.measure.generation import GenerationCheck, check_generation
+from actkit.core.measure.proof import prove
+from actkit.core.measure.quality import Quality, Task, measure_quality, task_of
+from actkit.core.recipe.runner import Applied, apply
+from actkit.core.recipe.steps import Steps
+from actkit.core.recipe.transform import Recipe, Transform
+from actkit.core.store.checkpoint import save
 from actkit.search.candidates import Proposal
 from actkit.search.measured import Candidate
 from actkit.search.own_grid import own_grid_warning

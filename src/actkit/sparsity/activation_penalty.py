@@ -22,10 +22,10 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from actkit.core.anatomy import Anatomy, Site, Tap, anatomy
-from actkit.core.capture import live, resolve
-from actkit.core.hooks import hooked
-from actkit.core.rules import AttachedRule, TrainingRule, refuse_reentrant_checkpointing
+from actkit.core.forward.hooks import hooked
+from actkit.core.model.anatomy import Anatomy, Site, Tap, anatomy
+from actkit.core.train.rules import AttachedRule, TrainingRule, refuse_reentrant_checkpointing
+from actkit.core.watch.capture import live, resolve
 
 
 class ActivationPenalty(TrainingRule):

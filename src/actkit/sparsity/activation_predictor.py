@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from actkit.core.capture import record
-from actkit.core.errors import DataError
-from actkit.core.sample import Sample, paired
-from actkit.core.sites import Site
-from actkit.core.training import Trained, train
+from actkit.core.ground.errors import DataError
+from actkit.core.model.sites import Site
+from actkit.core.train.training import Trained, train
+from actkit.core.watch.capture import record
+from actkit.core.watch.sample import Sample, paired
 
 HELD_OUT, BATCH, SLACK = 0.05, 1024, 0.005
 

@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from actkit.core.activations import Thresholded
-from actkit.core.anatomy import Anatomy, Site
-from actkit.core.capture import record
-from actkit.core.edits import get_module, set_module
-from actkit.core.errors import DataError
-from actkit.core.hooks import BatchContext
-from actkit.core.objective import Loss, Objective
-from actkit.core.progress import track
-from actkit.core.statistics import Density, Sample
+from actkit.core.edit.edits import get_module, set_module
+from actkit.core.forward.hooks import BatchContext
+from actkit.core.ground.errors import DataError
+from actkit.core.ground.progress import track
+from actkit.core.layers.activations import Thresholded
+from actkit.core.model.anatomy import Anatomy, Site
+from actkit.core.train.objective import Loss, Objective
+from actkit.core.watch.capture import record
+from actkit.core.watch.statistics import Density, Sample
 from actkit.sparsity.shared_cett import SharedCett, in_float32, measure, ratios, sequence
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from actkit.core.errors import DataError
-from actkit.core.figure_text import all_plain, plain
-from actkit.core.progress import track
+from actkit.core.ground.errors import DataError
+from actkit.core.ground.figure_text import all_plain, plain
+from actkit.core.ground.progress import track
 from actkit.sparsity.neuron_activity import HIDDEN, NeuronActivity, neuron_activity, plotly
 from actkit.zoo import Checkpoint
 from actkit.zoo.loading import load

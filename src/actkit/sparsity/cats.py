@@ -28,17 +28,18 @@ import torch
 from pydantic import field_validator
 from torch import Tensor, nn
 
-from actkit.core.activations import Thresholded
-from actkit.core.anatomy import Block, Linear, Mlp, Site, anatomy
-from actkit.core.edits import Edit, Note, Replace, Skip
-from actkit.core.errors import CoverageError, RecipeError
-from actkit.core.linear import ActLinear
-from actkit.core.low_rank_training import train_low_rank
-from actkit.core.parts import LinearRole
-from actkit.core.runner import Seen, Trial
-from actkit.core.statistics import Quantiles, Rows, Statistic
-from actkit.core.training import Trained
-from actkit.core.transform import Tags, Transform
+from actkit.core.edit.edits import Edit, Note, Replace, Skip
+from actkit.core.ground.errors import CoverageError, RecipeError
+from actkit.core.layers.activations import Thresholded
+from actkit.core.layers.linear import ActLinear
+from actkit.core.model.anatomy import Block, Linear, Mlp, Site, anatomy
+from actkit.core.model.parts import LinearRole
+from actkit.core.recipe.seen import Seen, Trial
+from actkit.core.recipe.tags import Tags
+from actkit.core.recipe.transform import Transform
+from actkit.core.train.training import Trained
+from actkit.core.watch.statistics import Quantiles, Rows, Statistic
+from actkit.finetuning.low_rank_training import train_low_rank
 
 # the paper's, and the fused layers that hold them
 TUNED: tuple[LinearRole, ...] = ("query", "key", "query_key_value", "gate", "gate_up", "down")

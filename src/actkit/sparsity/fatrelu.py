@@ -4,8 +4,8 @@
 
 The last of ProSparse's three steps (`prosparse` has the others): more zeros, no training; what is kept is not shifted.
 The paper takes t = 0.01 for 7B and 13B. The function is older (Kurtz et al. 2020). Here it is
-`core.activations.Thresholded` around the ReLU; it differs from torch.nn.Threshold(t, 0) and from vLLM's kernel at z = t
-alone, which they set to 0 and the paper keeps.
+`core.layers.activations.Thresholded` around the ReLU; it differs from torch.nn.Threshold(t, 0) and from vLLM's kernel
+at z = t alone, which they set to 0 and the paper keeps.
 When to use it: after training a ReLU model, for more zeros at once.
 Cost: one comparison per hidden value; the rows of the up projection and the columns of the down projection of a zero
 need not be read. How to choose t the paper does not say: `sweep_threshold` measures a grid, on text that is neither
@@ -25,17 +25,18 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from actkit.core.activations import Thresholded, name_of
-from actkit.core.anatomy import Block, Linear, anatomy
-from actkit.core.capture import opened_experts, record
-from actkit.core.edits import Edit, Note, Replace, Skip, get_module, temporarily
-from actkit.core.errors import RecipeError, UnsupportedModelError
-from actkit.core.folding import ScaledActivation
-from actkit.core.progress import track
-from actkit.core.quality import measure_quality, task_of
-from actkit.core.runner import Seen
-from actkit.core.statistics import Density
-from actkit.core.transform import Tags, Transform
+from actkit.core.edit.edits import Edit, Note, Replace, Skip, get_module, temporarily
+from actkit.core.ground.errors import RecipeError, UnsupportedModelError
+from actkit.core.ground.progress import track
+from actkit.core.layers.activations import Thresholded, name_of
+from actkit.core.layers.folding import ScaledActivation
+from actkit.core.measure.quality import measure_quality, task_of
+from actkit.core.model.anatomy import Block, Linear, anatomy
+from actkit.core.recipe.seen import Seen
+from actkit.core.recipe.tags import Tags
+from actkit.core.recipe.transform import Transform
+from actkit.core.watch.capture import opened_experts, record
+from actkit.core.watch.statistics import Density
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

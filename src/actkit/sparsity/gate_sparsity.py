@@ -5,7 +5,7 @@
 
 "50 % sparse" means half of the gate values (CATS, 2024, arXiv:2404.08763), which is a third of the MLP's weights and
 less of the model's: both are counted here, over the linear layers of the blocks. Experts count by the share of the
-tokens that they get. Inputs that `ActLinear` layers select are not counted (that is `core/cost.py`).
+tokens that they get. Inputs that `ActLinear` layers select are not counted (that is `core/measure/cost.py`).
 Cost: one pass over the text.
 """
 
@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from actkit.core.anatomy import Anatomy, Linear, Mlp, Site, anatomy, has_row
-from actkit.core.capture import opened_experts, record
-from actkit.core.errors import CoverageError
-from actkit.core.figure_text import all_plain
-from actkit.core.linear import ActLinear
-from actkit.core.statistics import Density
+from actkit.core.ground.errors import CoverageError
+from actkit.core.ground.figure_text import all_plain
+from actkit.core.layers.linear import ActLinear
+from actkit.core.model.anatomy import Anatomy, Linear, Mlp, Site, anatomy, has_row
+from actkit.core.watch.capture import opened_experts, record
+from actkit.core.watch.statistics import Density
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

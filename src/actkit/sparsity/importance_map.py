@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from actkit.core.anatomy import Linear, Site, is_linear
-from actkit.core.capture import record
-from actkit.core.statistics import Moments
+from actkit.core.model.anatomy import Linear, Site, is_linear
+from actkit.core.watch.capture import record
+from actkit.core.watch.statistics import Moments
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -93,7 +93,7 @@ class ImportanceMap:
 def importance_map(model: nn.Module, path: str, batches: Iterable[Any], *, progress: bool = True) -> ImportanceMap:
     """The importance map of the linear layer at `path` on batches (dicts of the model's keywords, or tensors).
 
-    Raises ValueError where no linear layer is at `path`, and what `core.capture.record` raises.
+    Raises ValueError where no linear layer is at `path`, and what `core.watch.capture.record` raises.
     """
     module = dict(model.named_modules()).get(path)
     if module is None or not is_linear(module):

@@ -26,13 +26,14 @@ import torch
 from pydantic import field_validator
 from torch import Tensor, nn
 
-from actkit.core.activations import Activation, is_activation
-from actkit.core.anatomy import Block, Linear
-from actkit.core.edits import Edit, Note, Replace, Skip, get_module
-from actkit.core.errors import RecipeError
-from actkit.core.folding import ScaledActivation
-from actkit.core.runner import Seen
-from actkit.core.transform import Tags, Transform
+from actkit.core.edit.edits import Edit, Note, Replace, Skip, get_module
+from actkit.core.ground.errors import RecipeError
+from actkit.core.layers.activations import Activation, is_activation
+from actkit.core.layers.folding import ScaledActivation
+from actkit.core.model.anatomy import Block, Linear
+from actkit.core.recipe.seen import Seen
+from actkit.core.recipe.tags import Tags
+from actkit.core.recipe.transform import Transform
 
 By = Literal["value", "abs"]
 

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from actkit.core.activations import FUNCTIONS, name_of
-from actkit.core.anatomy import Anatomy, Linear, Site, anatomy
-from actkit.core.capture import opened_experts, record
-from actkit.core.errors import DataError
-from actkit.core.figure_text import all_plain, plain
-from actkit.core.statistics import Density
+from actkit.core.ground.errors import DataError
+from actkit.core.ground.figure_text import all_plain, plain
+from actkit.core.layers.activations import FUNCTIONS, name_of
+from actkit.core.model.anatomy import Anatomy, Linear, Site, anatomy
+from actkit.core.watch.capture import opened_experts, record
+from actkit.core.watch.statistics import Density
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

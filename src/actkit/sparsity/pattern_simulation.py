@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from actkit.core.capture import record
-from actkit.core.errors import DataError
-from actkit.core.figure_text import plain
-from actkit.core.progress import track
-from actkit.core.statistics import Sample
+from actkit.core.ground.errors import DataError
+from actkit.core.ground.figure_text import plain
+from actkit.core.ground.progress import track
+from actkit.core.watch.capture import record
+from actkit.core.watch.statistics import Sample
 from actkit.sparsity.active_dendrites import DendriticSegments, sparse_code
 from actkit.sparsity.pattern_theory import false_positive
 

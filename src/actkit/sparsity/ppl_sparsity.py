@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from actkit.core.figure_text import all_plain
-from actkit.core.hooks import BatchContext
-from actkit.core.objective import Loss
+from actkit.core.forward.hooks import BatchContext
+from actkit.core.ground.figure_text import all_plain
+from actkit.core.train.objective import Loss
 from actkit.sparsity.cett import Method
 from actkit.sparsity.shared_cett import SharedCett, Sparse, in_float32, largest_cett, sequence
 

@@ -27,11 +27,11 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from actkit.core.activations import FUNCTIONS, name_of
-from actkit.core.anatomy import Anatomy, Site, anatomy
-from actkit.core.capture import resolve
-from actkit.core.errors import UnsupportedModelError
-from actkit.core.rules import TrainingRule, refuse_reentrant_checkpointing
+from actkit.core.ground.errors import UnsupportedModelError
+from actkit.core.layers.activations import FUNCTIONS, name_of
+from actkit.core.model.anatomy import Anatomy, Site, anatomy
+from actkit.core.train.rules import TrainingRule, refuse_reentrant_checkpointing
+from actkit.core.watch.capture import resolve
 from actkit.sparsity.activation_penalty import ActivationPenalty, AttachedPenalty, token_rows
 
 

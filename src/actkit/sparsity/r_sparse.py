@@ -33,17 +33,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from actkit.core.anatomy import Block, Linear, Site
-from actkit.core.capture import record
-from actkit.core.edits import Edit, Note, Replace, Skip
-from actkit.core.errors import RecipeError
-from actkit.core.hooks import BatchContext
-from actkit.core.linear import ActLinear, LowRank, Selection, Threshold, TopK
-from actkit.core.parts import LinearRole
-from actkit.core.quality import measure_quality, task_of
-from actkit.core.runner import Seen, Trial
-from actkit.core.statistics import Quantiles, Statistic
-from actkit.core.transform import Tags, Transform
+from actkit.core.edit.edits import Edit, Note, Replace, Skip
+from actkit.core.forward.hooks import BatchContext
+from actkit.core.ground.errors import RecipeError
+from actkit.core.layers.linear import ActLinear, LowRank, Selection, Threshold, TopK
+from actkit.core.measure.quality import measure_quality, task_of
+from actkit.core.model.anatomy import Block, Linear, Site
+from actkit.core.model.parts import LinearRole
+from actkit.core.recipe.seen import Seen, Trial
+from actkit.core.recipe.tags import Tags
+from actkit.core.recipe.transform import Transform
+from actkit.core.watch.capture import record
+from actkit.core.watch.statistics import Quantiles, Statistic
 from actkit.sparsity.rank_search import Evolution, evolve
 from actkit.sparsity.wina import column_norms
 
@@ -69,7 +70,7 @@ class RSparse(Transform):
     population: int = Field(32, ge=2)
     seed: int = 0
 
-    tags: ClassVar[Tags] = Tags(slot=("select", "correction"), needs_data=True, stream="original", keeps_inputs=True)
+    tags: ClassVar[Tags] = Tags(slot=("select", "correction"), needs_data=True, stream="original")
 
     @classmethod
     def identity(cls) -> Self:

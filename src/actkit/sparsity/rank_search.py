@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from actkit.core.progress import track
+from actkit.core.ground.progress import track
 
 GRID = (1.0, 0.9, 0.8, 0.6, 0.4, 0.2, 0.0)
 DIGITS = 4  # kept of a value, so that a recipe stays readable

@@ -21,11 +21,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from actkit.core.anatomy import Block, Linear, Norm, is_linear
-from actkit.core.edits import Edit, Note, Replace, Set, Skip
-from actkit.core.linear import ActLinear, DenseWeight
-from actkit.core.runner import Seen
-from actkit.core.transform import Tags, Transform
+from actkit.core.edit.edits import Edit, Note, Replace, Set, Skip
+from actkit.core.layers.linear import ActLinear, DenseWeight
+from actkit.core.model.anatomy import Block, Linear, Norm, is_linear
+from actkit.core.recipe.seen import Seen
+from actkit.core.recipe.tags import Tags
+from actkit.core.recipe.transform import Transform
 
 
 class RotatedNorm(nn.Module):

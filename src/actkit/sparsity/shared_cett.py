@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actkit.core.anatomy import Anatomy, Linear, Site, anatomy
-from actkit.core.capture import observe, opened_experts, record
-from actkit.core.edits import Replace, temporarily
-from actkit.core.errors import CoverageError, DataError, NonFiniteError
-from actkit.core.hooks import BatchContext, evaluating
-from actkit.core.linear import ActLinear, Threshold
-from actkit.core.objective import Loss, Objective
-from actkit.core.progress import track
-from actkit.core.statistics import Density, Sample, Statistic
+from actkit.core.edit.edits import Replace, temporarily
+from actkit.core.forward.hooks import BatchContext, evaluating
+from actkit.core.ground.errors import CoverageError, DataError, NonFiniteError
+from actkit.core.ground.progress import track
+from actkit.core.layers.linear import ActLinear, Threshold
+from actkit.core.model.anatomy import Anatomy, Linear, Site, anatomy
+from actkit.core.train.objective import Loss, Objective
+from actkit.core.watch.capture import observe, opened_experts, record
+from actkit.core.watch.statistics import Density, Sample, Statistic
 from actkit.sparsity.cett import CettCurve, Method
 
 RESOLUTION = 1e-6  # of the shared CETT

@@ -31,13 +31,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from actkit import kernels
-from actkit.core import changes
-from actkit.core.activations import CONFIG_NAMES, Activation
-from actkit.core.anatomy import Block, Linear, anatomy
-from actkit.core.edits import Edit, Note, Replace, Skip, apply_edit, describe, get_module
-from actkit.core.parts import Mlp
-from actkit.core.runner import Seen
-from actkit.core.transform import Tags, Transform
+from actkit.core.edit.edits import Edit, Note, Replace, Skip, apply_edit, describe, get_module
+from actkit.core.layers.activations import CONFIG_NAMES, Activation
+from actkit.core.model.anatomy import Block, Linear, anatomy
+from actkit.core.model.parts import Mlp
+from actkit.core.recipe.seen import Seen
+from actkit.core.recipe.tags import Tags
+from actkit.core.recipe.transform import Transform
+from actkit.core.store.pretrained import record
 from actkit.sparsity.spark_attention import SparkAttention
 from actkit.sparsity.statistical_top_k import StatisticalTopK, keeps_zero
 
@@ -49,8 +50,8 @@ class SparkFFN(nn.Module):
     """An MLP of which about k of d_ff neurons are active: [..., d_model] -> [..., d_model].
 
     r: how many inputs the gate reads; the up projection reads the others. act: the activation, a name of
-    `core.activations.FUNCTIONS` that maps 0 to 0. `act_fn.density` is the share of neurons that training saw active.
-    Raises ValueError for r outside of (0, d_model), k outside of (0, d_ff), or another act.
+    `core.layers.activations.FUNCTIONS` that maps 0 to 0. `act_fn.density` is the share of neurons that training saw
+    active. Raises ValueError for r outside of (0, d_model), k outside of (0, d_ff), or another act.
     """
 
     decodes_as: ClassVar[str] = "spark_ffn"
@@ -172,7 +173,7 @@ def spark_lm(
         described.append(describe(edit, model))
         apply_edit(model, edit, remember=False)
     if described:
-        changes.record(model, described, (), anatomy(model).architecture)
+        record(model, described, [], anatomy(model).architecture)
     return model
 
 

@@ -31,11 +31,12 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field, field_validator
 
-from actkit.core.anatomy import Block, Linear
-from actkit.core.edits import Edit, Note, Replace, Skip
-from actkit.core.linear import ActLinear
-from actkit.core.runner import Seen, Trial
-from actkit.core.transform import Tags, Transform
+from actkit.core.edit.edits import Edit, Note, Replace, Skip
+from actkit.core.layers.linear import ActLinear
+from actkit.core.model.anatomy import Block, Linear
+from actkit.core.recipe.seen import Seen, Trial
+from actkit.core.recipe.tags import Tags
+from actkit.core.recipe.transform import Transform
 from actkit.sparsity.cett import Method
 from actkit.sparsity.shared_cett import SharedCett, in_float32, largest_cett, selection
 

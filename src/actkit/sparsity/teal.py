@@ -24,13 +24,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from actkit.core.anatomy import Block, Linear, Site
-from actkit.core.edits import Edit, Note, Replace, Skip
-from actkit.core.linear import ActLinear, Selection, Threshold, TopK
-from actkit.core.parts import LinearRole
-from actkit.core.runner import Seen
-from actkit.core.statistics import Quantiles, Statistic
-from actkit.core.transform import Tags, Transform
+from actkit.core.edit.edits import Edit, Note, Replace, Skip
+from actkit.core.layers.linear import ActLinear, Selection, Threshold, TopK
+from actkit.core.model.anatomy import Block, Linear, Site
+from actkit.core.model.parts import LinearRole
+from actkit.core.recipe.seen import Seen
+from actkit.core.recipe.tags import Tags
+from actkit.core.recipe.transform import Transform
+from actkit.core.watch.statistics import Quantiles, Statistic
 
 LARGEST = 0.95  # no projection is driven above it: its output would be noise
 
@@ -60,7 +61,7 @@ class Teal(Transform):
     step: float = Field(0.05, gt=0, le=0.5)
     skip: tuple[LinearRole, ...] = ()
 
-    tags: ClassVar[Tags] = Tags(slot="select", needs_data=True, stream="original", keeps_inputs=True, sums_calls=True)
+    tags: ClassVar[Tags] = Tags(slot="select", needs_data=True, stream="original", sums_calls=True)
 
     @classmethod
     def identity(cls) -> Self:

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from actkit.core.anatomy import Block, Linear, Site
+from actkit.core.model.anatomy import Block, Linear, Site
 from actkit.sparsity.teal import MaskGroup, Teal
 
 RELEASE_ROLES = ("key", "gate", "query_key_value", "gate_up")

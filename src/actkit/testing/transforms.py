@@ -24,13 +24,16 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from actkit.core import changes, checkpoint
-from actkit.core.anatomy import anatomy
-from actkit.core.edits import tied_names
-from actkit.core.errors import ActkitError, DataError, NonFiniteError, RecipeError, UnsupportedModelError
-from actkit.core.hooks import arguments, evaluating, forward
-from actkit.core.runner import Applied, apply, first_tensor
-from actkit.core.transform import Recipe, Tags, Transform
+from actkit.core.edit import changes
+from actkit.core.edit.edits import tied_names
+from actkit.core.forward.hooks import arguments, evaluating, first_tensor, forward
+from actkit.core.ground.errors import ActkitError, DataError, NonFiniteError, RecipeError, UnsupportedModelError
+from actkit.core.ground.modules import is_pretrained
+from actkit.core.model.anatomy import anatomy
+from actkit.core.recipe.runner import Applied, apply
+from actkit.core.recipe.tags import Tags
+from actkit.core.recipe.transform import Recipe, Transform
+from actkit.core.store import checkpoint
 
 COMPILED = 1e-5  # of the largest value, in float32
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest value
@@ -38,7 +41,7 @@ HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backwa
 
 
 class Process(Protocol):
-    """Another process that loads a saved folder and runs it, such as `actkit.core.fresh.FreshProcess`."""
+    """Another process that loads a saved folder and runs it, such as `actkit.core.measure.fresh.FreshProcess`."""
 
     def load(self, folder: Any) -> Any:
         """Load a saved folder there."""
@@ -196,7 +199,7 @@ def load_in_fresh_process(case: Case) -> None:
     """A saved model gives equal outputs in a process that never saw the original."""
     if case.fresh is None:
         raise NotApplicable("no process was given (fresh=)")
-    if not checkpoint.is_pretrained(case.original):
+    if not is_pretrained(case.original):
         raise NotApplicable("another process cannot build a model that is not of transformers")
     with tempfile.TemporaryDirectory() as parent:
         case.fresh.load(_saved(case, parent))
@@ -238,7 +241,7 @@ def undo_is_exact(case: Case) -> None:
 
 def undo_from_source_is_exact(case: Case) -> None:
     """The same, where the tensors come back from the folder that the model was loaded from."""
-    if not checkpoint.is_pretrained(case.original) or changes.of(case.original) is not None:
+    if not is_pretrained(case.original) or changes.of(case.original) is not None:
         raise NotApplicable("only an unchanged transformers model can be read again from its folder")
     with tempfile.TemporaryDirectory() as parent:
         model = checkpoint.load(checkpoint.save(case.model(), Path(parent) / "source"))
@@ -552,7 +555,7 @@ def _saved(case: Case, parent: str) -> Path:
 
 
 def _base(case: Case) -> Callable[[], nn.Module] | None:
-    return None if checkpoint.is_pretrained(case.original) else case.model
+    return None if is_pretrained(case.original) else case.model
 
 
 def _exported(model: nn.Module, batch: Any, dynamic: bool) -> nn.Module:

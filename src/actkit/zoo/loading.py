@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from actkit import zoo
-from actkit.core import changes, checkpoint
-from actkit.core.errors import CheckpointError
+from actkit.core.edit import changes
+from actkit.core.ground.errors import CheckpointError
+from actkit.core.store import checkpoint
 from actkit.gguf.cached import cached, gguf_file
 from actkit.zoo.cnn import DigitsCNN
 

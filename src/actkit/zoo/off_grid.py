@@ -16,10 +16,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from actkit.core import changes
-from actkit.core.anatomy import EqualizationSet, Norm, anatomy, equalization_sets
-from actkit.core.errors import UnsupportedModelError
-from actkit.core.parts import Block, Linear
+from actkit.core.edit import changes
+from actkit.core.ground.errors import UnsupportedModelError
+from actkit.core.model.anatomy import EqualizationSet, Norm, anatomy, equalization_sets
+from actkit.core.model.parts import Block, Linear
 from actkit.zoo.rescaling import changed_before, check_family, move_scale
 
 SMALLEST, LARGEST = 0.7, 1.4

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from actkit.core.anatomy import EqualizationSet, Norm
-from actkit.core.architectures import find_architecture, known_model_types
-from actkit.core.errors import UnsupportedModelError
-from actkit.core.linear import ActLinear
-from actkit.core.parts import Linear
+from actkit.core.ground.errors import UnsupportedModelError
+from actkit.core.layers.linear import ActLinear
+from actkit.core.model.anatomy import EqualizationSet, Norm
+from actkit.core.model.architectures import find_architecture, known_model_types
+from actkit.core.model.parts import Linear
 
 
 def check_family(model: nn.Module) -> None:

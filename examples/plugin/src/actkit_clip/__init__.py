@@ -16,13 +16,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from actkit.core.anatomy import Block, Linear, Site
-from actkit.core.edits import Edit, Replace, Skip
-from actkit.core.linear import KeepsDtype
-from actkit.core.parts import Mlp
-from actkit.core.runner import Seen
-from actkit.core.statistics import Quantiles, Statistic
-from actkit.core.transform import Tags, Transform
+from actkit.core.edit.edits import Edit, Replace, Skip
+from actkit.core.layers.linear import KeepsDtype
+from actkit.core.model.anatomy import Block, Linear, Site
+from actkit.core.model.parts import Mlp
+from actkit.core.recipe.seen import Seen
+from actkit.core.recipe.tags import Tags
+from actkit.core.recipe.transform import Transform
+from actkit.core.watch.statistics import Quantiles, Statistic
 
 
 class Clipped(KeepsDtype):

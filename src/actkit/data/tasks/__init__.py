@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from actkit.core.multiple_choice import Question
+from actkit.core.measure.multiple_choice import Question
 
 FOLDER = Path(__file__).parent
 TASKS: dict[str, Path] = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}

@@ -1,0 +1,1 @@
+"""What may be changed in a model, and the record of it that stays on the model."""

@@ -1,0 +1,284 @@
+"""Edits: the unit that is applied, undone, saved and replayed at load.
+
+A changed model is its base architecture plus an ordered list of edits. Values live in the weights file; what is
+listed is structure only: which module stands where (a registered name and JSON arguments, never an import path) and
+which settings of the config differ.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from actkit.core.ground import offload, registry
+from actkit.core.ground.errors import EditError
+from actkit.core.layers.known_layers import hooks_of
+from actkit.core.layers.linear import ActLinear
+
+
+@dataclass(frozen=True, eq=False)
+class Replace:
+    """Put `module` at `path`. The module must offer `spec()` and `from_spec()` and be registered by name."""
+
+    path: str
+    module: nn.Module
+
+
+@dataclass(frozen=True, eq=False)
+class Set:
+    """Give the parameter or buffer `parameter` the values of `tensor` (same shape and dtype)."""
+
+    parameter: str
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class Configure:
+    """Set `model.config.key` (an attention implementation, `hidden_act`, a cache class) to a JSON value."""
+
+    key: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Not an edit: says that `path` is left as it is, and why. Ends up in the report."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Note:
+    """Not an edit: something worth reading about `path` (a search's outcome). Ends up in the report."""
+
+    path: str
+    text: str
+
+
+Edit = Replace | Set | Configure
+Undo = Callable[[], None]
+Shared = dict[int, list[str]]
+
+ATTENTION = "attn_implementation"  # a setting that is no entry of the config
+
+
+def get_module(model: nn.Module, path: str) -> nn.Module:
+    """The submodule at `path` ('' is the model). Raises EditError where there is none."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise EditError(f"path: the model has no module {path!r}; list them with model.named_modules().") from error
+
+
+def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at `path`."""
+    if not path:
+        raise EditError("path: the model itself ('') cannot be replaced; name one of its submodules.")
+    parent, _, name = path.rpartition(".")
+    owner = get_module(model, parent)
+    setattr(owner, name, module)
+    if isinstance(owner, nn.TransformerEncoderLayer) and name == "activation":
+        # torch's fused layer computes the function that this number names, and calls no module
+        owner.activation_relu_or_gelu = {nn.ReLU: 1, nn.GELU: 2}.get(type(module), 0)
+
+
+def get_tensor(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer `name`, one that a checkpoint keeps. Raises EditError where there is none."""
+    parent, _, leaf = name.rpartition(".")
+    module = get_module(model, parent)
+    tensor = module._parameters.get(leaf, module._buffers.get(leaf))
+    if tensor is None or leaf in module._non_persistent_buffers_set:
+        raise EditError(f"parameter: the model has no parameter or buffer {name!r}; list them with state_dict().")
+    return tensor
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """For every parameter name that shares its tensor with an earlier name: that earlier name, and the reverse."""
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            tied[name] = first[id(parameter)]
+            tied[first[id(parameter)]] = name
+        first.setdefault(id(parameter), name)
+    return tied
+
+
+def shared_parameters(model: nn.Module) -> Shared:
+    """The names of each parameter that has several, by the parameter's `id`."""
+    names: dict[int, list[str]] = {}
+    known = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in known.items():
+        names.setdefault(id(parameter), []).append(name)
+    shared = {key: same for key, same in names.items() if len(same) > 1}
+    for same in offload.shared_tensors(model) if offload.is_offloaded(model) else ():
+        shared |= {id(known[name]): same for name in same if name in known}  # an object each, while they are elsewhere
+    return shared
+
+
+def apply_edit(model: nn.Module, edit: Edit, *, remember: bool = True, shared: Shared | None = None) -> Undo | None:
+    """Apply one edit in place.
+
+    remember: keep what is needed to undo it and return the function that does, else None. shared: what
+    `shared_parameters(model)` gave, for whoever applies many edits; read off the model where None.
+    Raises EditError for an unknown path, a wrong shape or dtype, or one side of tied parameters.
+    """
+    if isinstance(edit, Configure):
+        return _configure(model, edit)
+    if isinstance(edit, Set):
+        return _set(model, edit, remember, shared)
+    if isinstance(edit, Replace):
+        return _replace(model, edit, remember, shared)
+    raise EditError(f"edit: {type(edit).__name__} was given, allowed are Replace, Set and Configure.")
+
+
+@contextmanager
+def temporarily(model: nn.Module, edits: Iterable[Edit]) -> Iterator[nn.Module]:
+    """with temporarily(model, edits): measure. The edits are undone at the end, also after an exception."""
+    undos: list[Undo] = []
+    shared = shared_parameters(model)
+    try:
+        for edit in edits:
+            undo = apply_edit(model, edit, shared=shared)
+            if undo is not None:
+                undos.append(undo)
+        yield model
+    finally:
+        for undo in reversed(undos):
+            undo()
+
+
+def describe(edit: Edit, model: nn.Module | None = None) -> dict[str, Any]:
+    """The JSON form of an edit, as a checkpoint keeps it. model: before the edit, whose setting is kept with the new
+    one, so that loading builds the same base model and only then changes the setting."""
+    if isinstance(edit, Replace):
+        return {"replace": edit.path, **describe_module(edit.module)}
+    if isinstance(edit, Set):
+        return {"set": edit.parameter}
+    if isinstance(edit, Configure):
+        before = getattr(getattr(model, "config", None), edit.key, None)
+        kept = {"before": before} if model is not None and edit.key != ATTENTION and _is_json(before) else {}
+        return {"configure": edit.key, "value": edit.value, **kept}
+    raise EditError(f"edit: {type(edit).__name__} was given, allowed are Replace, Set and Configure.")
+
+
+def describe_module(module: nn.Module) -> dict[str, Any]:
+    """The registered name and the spec of a module. Raises EditError or RecipeError where it has none."""
+    name = registry.module_name(type(module))
+    if not (hasattr(module, "spec") and hasattr(module, "from_spec")):
+        raise EditError(f"module: {type(module).__name__} lacks spec() or from_spec(), so it could never be loaded.")
+    return {"module": name, "spec": module.spec()}  # type: ignore[operator]
+
+
+def replay(model: nn.Module, described: list[dict[str, Any]]) -> None:
+    """Give a freshly built base model the structure that a list of described edits leads to; values come later."""
+    for entry in described:
+        if "replace" in entry:
+            path = entry["replace"]
+            factory = registry.module_class(entry["module"])
+            set_module(model, path, factory.from_spec(entry["spec"], get_module(model, path)))  # type: ignore[attr-defined]
+        elif "configure" in entry:
+            _configure(model, Configure(entry["configure"], entry["value"]))
+        elif "set" not in entry:
+            raise EditError(
+                f"edit: {entry!r} is none of replace, set, configure; the checkpoint may be newer than actkit."
+            )
+
+
+def _configure(model: nn.Module, edit: Configure) -> Undo:
+    config = getattr(model, "config", None)
+    if config is None:
+        raise EditError(f"configure: {edit.key!r} was to be set, but {type(model).__name__} has no config.")
+    if edit.key == ATTENTION:  # the model dispatches on it, so it has its own setter
+        before = config._attn_implementation
+        model.set_attn_implementation(edit.value)  # type: ignore[operator]
+        return lambda: model.set_attn_implementation(before)  # type: ignore[operator]
+    if not hasattr(config, edit.key):
+        raise EditError(f"configure: the config has no key {edit.key!r}; see model.config.to_dict().")
+    if not _is_json(edit.value):
+        kind = type(edit.value).__name__
+        raise EditError(f"configure {edit.key}: a {kind} was given; give a JSON value, which a checkpoint can keep.")
+    before = getattr(config, edit.key)
+    setattr(config, edit.key, edit.value)
+    return lambda: setattr(config, edit.key, before)
+
+
+def _set(model: nn.Module, edit: Set, remember: bool, shared: Shared | None) -> Undo | None:
+    tensor = get_tensor(model, edit.parameter)
+    if tensor.shape != edit.tensor.shape or tensor.dtype != edit.tensor.dtype:
+        raise EditError(
+            f"set {edit.parameter}: the model holds {tensor.dtype} {tuple(tensor.shape)}, "
+            f"the edit {edit.tensor.dtype} {tuple(edit.tensor.shape)}; both must agree."
+        )
+    _refuse_tied(model, [tensor], edit.parameter, shared)
+    _drop_packed(model, edit.parameter)
+    before = offload.value_of(model, edit.parameter, tensor).detach().clone() if remember else None
+    offload.write(model, edit.parameter, edit.tensor)
+
+    def undo() -> None:
+        offload.write(model, edit.parameter, before)  # type: ignore[arg-type]
+        _drop_packed(model, edit.parameter)
+
+    return undo if remember else None
+
+
+def _replace(model: nn.Module, edit: Replace, remember: bool, shared: Shared | None) -> Undo | None:
+    old = get_module(model, edit.path)
+    describe(edit)  # a module without a name or a spec could be applied but never loaded again
+    _refuse_tied(model, old.parameters(), edit.path, shared)
+    refuse_hooks(edit.path, old, edit.module)
+    set_module(model, edit.path, edit.module)
+
+    def undo() -> None:
+        set_module(model, edit.path, old)
+        offload.settle(model, edit.path)
+
+    return undo if remember else None
+
+
+def _refuse_tied(model: nn.Module, changed: Iterable[Tensor], where: str, shared: Shared | None) -> None:
+    """Raise EditError where a parameter that is to change has another name outside of `where`."""
+    shared = shared_parameters(model) if shared is None else shared
+    for names in (shared.get(id(parameter), []) for parameter in changed) if shared else ():
+        inside = [name for name in names if name == where or name.startswith(where + ".")]
+        outside = [name for name in names if name not in inside]
+        if outside:
+            raise EditError(
+                f"{inside[0]} is tied to {outside[0]}: changing one side would change the other too or break the tie. "
+                f"Leave it out of the transform, or untie the two in the model first (tie_word_embeddings=False)."
+            )
+
+
+def refuse_hooks(path: str, old: nn.Module, new: nn.Module | None = None) -> None:
+    """Raise EditError where a module that is to go has hooks of somebody else, which would go with it."""
+    stays = set() if new is None else {id(module) for module in new.modules()}
+    for name, module in old.named_modules(prefix=path):
+        hooks = [] if id(module) in stays else hooks_of(module)
+        if hooks:
+            raise EditError(
+                f"{name}: it has hooks ({', '.join(hooks)}), which would be lost when it is replaced. Remove them "
+                f"first (handle.remove()) and register them again after, or leave the layer out."
+            )
+
+
+def _drop_packed(model: nn.Module, name: str) -> None:
+    """A kernel's copy of a weight does not outlive a change of the weight."""
+    path = name
+    while path:
+        path = path.rpartition(".")[0]
+        module = get_module(model, path)
+        if isinstance(module, ActLinear):
+            module.unpack()
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        return json.loads(json.dumps(value)) == value
+    except (TypeError, ValueError):
+        return False

@@ -1,0 +1,162 @@
+"""What a model gives on a batch, as a measurement reads it: its output, or what a language model's head works on.
+
+The logits of a whole batch are the largest tensor of a language model by far (vocabulary over hidden size: 85 times its
+last hidden states for a model of 135M parameters). Where the head is a linear layer and nothing follows it, the pass
+ends before the head, and logits are computed for a slice of rows when these are asked for. Whether that is so is tried
+on the first row of the first batch: only where head(states) equals the model's own logits in every bit.
+
+`Outputs` keeps an original's outputs over batches, so that it runs once however many changed models it is compared
+with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actkit.core.forward.hooks import StopForward, forward, hooked
+from actkit.core.ground.errors import UnsupportedModelError
+from actkit.core.layers.linear import ActLinear
+
+KEEP = 1 << 28  # bytes: the last hidden states of a search's 37,000 tokens in bf16, up to 3,600 channels
+
+
+@dataclass(frozen=True)
+class Whole:
+    """An output tensor [..., classes]."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the output."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """What it holds."""
+        return self.tensor.nbytes
+
+    def rows(self, where: Tensor) -> Tensor:
+        """The rows int64 [n] of the output as [rows, classes]: [n, classes]."""
+        return self.tensor.flatten(0, -2)[where.to(self.tensor.device)]
+
+
+@dataclass(frozen=True)
+class BeforeHead:
+    """Logits [batch, length, classes], as the states [batch, length, channels] that the head reads."""
+
+    states: Tensor
+    head: nn.Module
+    classes: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the logits."""
+        return (*self.states.shape[:-1], self.classes)
+
+    @property
+    def nbytes(self) -> int:
+        """What it holds."""
+        return self.states.nbytes
+
+    def rows(self, where: Tensor) -> Tensor:
+        """The logits of the rows int64 [n], counted over the whole batch: [n, classes]."""
+        return self.head(self.states.flatten(0, -2)[where.to(self.states.device)])
+
+
+Output = Whole | BeforeHead
+
+
+class Outputs:
+    """A model's outputs, batch by batch, for a task of `measure_quality`.
+
+    keep: bytes of outputs that are kept, so that the model runs once over batches that come again (the same objects);
+    what goes beyond is computed each time. The model must stay as it is meanwhile.
+    """
+
+    def __init__(self, model: nn.Module, keep: int = 0) -> None:
+        self.model, self.keep = model, keep
+        self.nbytes = 0
+        self._kept: dict[tuple[int, str], tuple[Any, Output]] = {}  # with its batch, so that no other gets its id
+        self._head: list[nn.Module | None] = []  # one entry, once it was looked for
+
+    def of(self, batch: Any, task: str) -> Output:
+        """The output on a batch: kept, or computed now."""
+        key = (id(batch), task)
+        if key in self._kept:
+            return self._kept[key][1]
+        if task == "language" and not self._head:
+            self._head.append(find_head(self.model, batch))
+        output = output_of(self.model, batch, task, self._head[0] if task == "language" else None)
+        if self.nbytes + output.nbytes <= self.keep:
+            self._kept[key] = batch, output
+            self.nbytes += output.nbytes
+        return output
+
+
+def output_of(model: nn.Module, batch: Any, task: str, head: nn.Module | None = None) -> Output:
+    """The output on a batch: logits where a model gives them, else its first output tensor; of an encoder (task
+    'embedding') its last hidden states before its logits. head: what stands at the end (`find_head`), or None.
+
+    Raises UnsupportedModelError for an output without a tensor.
+    """
+    if head is not None:
+        states = _states(model, batch, head)
+        assert states is not None, "it ran when it was looked for"
+        return BeforeHead(states, head, head.out_features)  # type: ignore[arg-type]
+    result = forward(model, batch)
+    if isinstance(result, Tensor):
+        return Whole(result)
+    names = ("last_hidden_state", "logits") if task == "embedding" else ("logits", "last_hidden_state")
+    for name in names:
+        if isinstance(getattr(result, name, None), Tensor):
+            return Whole(getattr(result, name))
+    values = result.values() if isinstance(result, Mapping) else result if isinstance(result, tuple | list) else ()
+    for value in values:
+        if isinstance(value, Tensor):
+            return Whole(value)
+    raise UnsupportedModelError(
+        f"model: {type(model).__name__} returns a {type(result).__name__} without a tensor; return logits or hidden "
+        f"states."
+    )
+
+
+def find_head(model: nn.Module, batch: Any) -> nn.Module | None:
+    """The linear layer whose outputs are a language model's logits, tried on a batch's first row; None where there is
+    none, or where something follows it (a cap, a scale)."""
+    find: Any = getattr(model, "get_output_embeddings", None)
+    try:
+        head = None if find is None else find()
+    except NotImplementedError:
+        head = None
+    if not isinstance(head, nn.Linear | ActLinear):
+        return None
+    items = batch if isinstance(batch, Mapping) else {"": batch}
+    tensors = [value for value in items.values() if isinstance(value, Tensor)]
+    if not tensors or any(not value.dim() or len(value) != len(tensors[0]) for value in tensors):
+        return None  # not one entry per row: what a single row would be is not known
+    items = {key: value[:1] if isinstance(value, Tensor) else value for key, value in items.items()}
+    row = items if isinstance(batch, Mapping) else items[""]
+    expected, states = output_of(model, row, "language"), _states(model, row, head)
+    same = isinstance(expected, Whole) and states is not None and torch.equal(head(states), expected.tensor)
+    return head if same else None
+
+
+def _states(model: nn.Module, batch: Any, head: nn.Module) -> Tensor | None:
+    """What the head is called with, without running it; None where it does not run."""
+    path = next(name for name, module in model.named_modules() if module is head)
+    found: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(args[0])
+        raise StopForward
+
+    with hooked(model, before={path: stop}), suppress(StopForward):
+        forward(model, batch)
+    return found[0] if found else None

@@ -1,0 +1,1 @@
+"""What knows nothing of models' structure: errors, files, memory, processes, progress, the registry."""

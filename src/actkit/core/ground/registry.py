@@ -1,0 +1,139 @@
+"""Names from the entry-point groups `actkit.methods`, `actkit.modules` (saved modules) and `actkit.decoders`.
+
+Our own names and those of third parties are read the same way, lazily: listing names imports nothing, and a plug-in
+that does not import, is something else than it should be, or claims the name of another is an error that names it and
+its package, once its name is used; all other names work.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from pydantic import BaseModel
+from torch import nn
+
+from actkit.core.ground.errors import RecipeError
+from actkit.core.ground.yaml_files import shorten
+
+METHODS, MODULES, DECODERS = "actkit.methods", "actkit.modules", "actkit.decoders"
+MEND = "Update or uninstall that package (pip uninstall NAME), or report it to its author."
+
+
+Claims = tuple[EntryPoint, ...]  # what stands behind a name: one entry, several where packages disagree
+
+
+@cache
+def _entries(group: str) -> dict[str, Claims]:
+    found: dict[str, Claims] = {}
+    for entry in entry_points(group=group):
+        known = found.get(entry.name, ())
+        if entry.value not in [other.value for other in known]:
+            found[entry.name] = (*known, entry)
+    return dict(sorted(found.items()))
+
+
+@cache
+def _load(group: str, name: str) -> Any:
+    entries = _entries(group)
+    if name not in entries:
+        near = difflib.get_close_matches(name, entries, n=3)
+        hint = f" Did you mean {', '.join(near)}?" if near else ""
+        raise RecipeError(
+            f"{group.split('.')[1]}: {shorten(name)!r} is not known.{hint} Known are {', '.join(entries) or 'none'}. "
+            f"One of a plug-in is known where the plug-in's package is installed."
+        )
+    if len(entries[name]) > 1:
+        claims = " and by ".join(sorted(map(_origin, entries[name])))
+        raise RecipeError(
+            f"{group}: {name!r} is claimed by {claims}; uninstall one of the packages (pip uninstall NAME), or ask its "
+            f"author for another name. All other names work."
+        )
+    entry = entries[name][0]
+    try:
+        return entry.load()
+    except (Exception, SystemExit) as error:
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        raise RecipeError(
+            f"{group}: {name!r} ({_origin(entry)}) does not import: {kind}{error}. {MEND} All other names work."
+        ) from error
+
+
+def _class(group: str, name: str, wanted: str, fits: Callable[[type], bool]) -> Any:
+    """The class behind a name. Raises RecipeError where it is something else than is `wanted`."""
+    found = _load(group, name)
+    if not (isinstance(found, type) and fits(found)):
+        kind = f"the class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"
+        raise RecipeError(f"{group}: {name!r} ({_origin(_entries(group)[name][0])}) is {kind}, not {wanted}. {MEND}")
+    return found
+
+
+def _origin(entry: EntryPoint) -> str:
+    """'its_package.module:Class, of the package NAME VERSION'"""
+    return f"{entry.value}, of the package {f'{entry.dist.name} {entry.dist.version}' if entry.dist else 'unknown'}"
+
+
+def origin_of_method(name: str) -> str:
+    """Where a method comes from: 'its_package.module:Class, of the package NAME VERSION'."""
+    return _origin(_entries(METHODS)[name][0])
+
+
+def method_names() -> list[str]:
+    """The names of all installed methods; imports none of them."""
+    return list(_entries(METHODS))
+
+
+def method_class(name: str) -> Any:
+    """The class of the method (a transform or a rule) registered as `name`.
+
+    Raises RecipeError for an unknown name, one that two packages claim, and a broken plug-in.
+    """
+    return _class(METHODS, name, "a Transform or TrainingRule", lambda found: issubclass(found, BaseModel))
+
+
+def method_name(cls: type) -> str:
+    """The registered name of a Transform class."""
+    return _name_of(METHODS, cls)
+
+
+def module_class(name: str) -> Any:
+    """The module class registered as `name`. Raises RecipeError as `method_class`."""
+    wanted = "a torch.nn.Module with spec() and from_spec()"
+    return _class(MODULES, name, wanted, lambda found: issubclass(found, nn.Module) and _has_spec(found))
+
+
+def _has_spec(found: type) -> bool:
+    return hasattr(found, "spec") and hasattr(found, "from_spec")
+
+
+def module_name(cls: type) -> str:
+    """The registered name of a module class."""
+    return _name_of(MODULES, cls)
+
+
+def decoder_names() -> list[str]:
+    """The names of all installed decoders; imports none of them."""
+    return list(_entries(DECODERS))
+
+
+def decoder_class(name: str) -> Any:
+    """The class registered as the decoder `name`; `core.measure.decoding.Decoder` says what it offers.
+
+    Raises:
+        RecipeError: no decoder has this name.
+    """
+    return _load(DECODERS, name)
+
+
+def _name_of(group: str, cls: type) -> str:
+    target = f"{cls.__module__}:{cls.__qualname__}"
+    for name, claims in _entries(group).items():
+        if target in [entry.value for entry in claims]:
+            return name
+    raise RecipeError(
+        f'{cls.__name__} is not registered: add `name = "{target}"` to the entry-point group {group} of its package, '
+        f"so that recipes and checkpoints can name it."
+    )

@@ -1,0 +1,84 @@
+"""YAML from outside, as plain data only: no tags, no anchors, no key twice, and bounded in size and depth.
+
+Recipes and rules are lists of names and settings, so nothing else is needed; an anchor that is referred to ten times
+on each of ten levels would be ten billion values.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from actkit.core.ground.errors import RecipeError
+
+LARGEST = 256 * 1024  # bytes: some 4000 layers with a setting each
+MOST = 10_000  # names and values
+DEEPEST = 20  # levels of lists and mappings
+SHOWN = 120  # characters of a value in an error
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """The content of a file. what: 'recipe' or 'rules', with which an error begins.
+
+    Raises RecipeError for a file that is missing, too large, not UTF-8, no YAML, or not plain data.
+    """
+    if not path.is_file():
+        raise RecipeError(f"{what}: there is no file {path}.")
+    size = path.stat().st_size
+    if size > LARGEST:
+        raise RecipeError(f"{what}: {path} has {size} bytes, allowed are {LARGEST}; it is hardly a file of settings.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{what}: {path} is not valid YAML: {error}") from error
+    return parse_yaml(text, what, str(path))
+
+
+def parse_yaml(text: str, what: str, source: str) -> Any:
+    """The content of a text. source: where it stands, for errors. Raises RecipeError as `read_yaml`."""
+    try:
+        return yaml.load(text, _Plain)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # ValueError: a date or number
+        raise RecipeError(f"{what}: {source} is not valid YAML: {shorten(str(error), 1000)}") from error
+
+
+def shorten(text: str, most: int = SHOWN) -> str:
+    """A text cut in its middle, for values in errors."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"
+
+
+class _Plain(yaml.SafeLoader):
+    """Refuses what is not plain data where it stands, before anything is built from it."""
+
+    depth = nodes = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            self._refuse(event, "an anchor or alias", "write the value out")
+        if getattr(event, "tag", None) is not None:
+            self._refuse(event, f"the tag {event.tag!r}", "write plain names, numbers and texts")
+        if self.depth >= DEEPEST:
+            self._refuse(event, f"more than {DEEPEST} levels of lists and mappings", "a recipe needs four")
+        self.nodes += 1
+        if self.nodes > MOST:
+            self._refuse(event, f"more than {MOST} names and values", "it is hardly a recipe")
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in seen:
+                self._refuse(key, f"the key {shorten(str(key.value))!r} twice", "keep one of the two")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+    def _refuse(self, where: Any, what: str, advice: str) -> None:
+        raise yaml.MarkedYAMLError(problem=f"it holds {what}; {advice}", problem_mark=where.start_mark)

@@ -1,0 +1,134 @@
+"""What a model is, at a glance: its parts, its coverage, and what actkit changed on it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from actkit.core.edit import changes
+from actkit.core.ground.memory import format_bytes, parameter_bytes
+from actkit.core.layers.linear import ActLinear, DenseWeight
+from actkit.core.model.anatomy import anatomy
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a model is.
+
+    parameters: how many, ties once, quantized weights as the parameters they stand for. bytes: of all tensors.
+    dtypes: bytes by dtype. linears: count of linear layers by what they are ('dense', '4-bit groups of 64, threshold').
+    sites: names of the sites that can be read. coverage: lines of the coverage report. recipe: what was applied.
+    edits: count by kind. results: what `actkit.json` recorded when the model was saved. source_grid: how a quantized
+    source was stored (`changes.SourceGrid`).
+    """
+
+    model: str
+    architecture: str
+    source: str | None
+    blocks: int
+    parameters: int
+    bytes: int
+    dtypes: dict[str, int]
+    linears: dict[str, int]
+    sites: tuple[str, ...]
+    coverage: tuple[str, ...]
+    recipe: list[dict[str, Any]]
+    edits: dict[str, int]
+    results: dict[str, Any]
+    source_grid: dict[str, Any] | None = None
+
+    def table(self) -> Table:
+        """Two columns for a terminal."""
+        from rich.table import Table
+
+        table = Table(show_header=False, title=self.model, title_justify="left", box=None, padding=(0, 2))
+        for name, text in self._rows():
+            table.add_row(name, text, end_section=True)
+        return table
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        if self.source:
+            yield "source", self.source
+        if self.source_grid is not None:
+            grid = changes.SourceGrid.from_dict(self.source_grid)
+            yield "quantized source", "\n".join((grid.describe(), *grid.notes))
+        yield "architecture", f"{self.architecture}, {self.blocks} block{'s' * (self.blocks != 1)}"
+        dtypes = ", ".join(f"{format_bytes(size)} {dtype}" for dtype, size in self.dtypes.items())
+        yield "parameters", f"{self.parameters:,} in {format_bytes(self.bytes)} ({dtypes})"
+        yield "linear layers", "\n".join(f"{count} x {kind}" for kind, count in self.linears.items()) or "none"
+        yield "coverage", "\n".join(self.coverage)
+        yield "sites", ", ".join(self.sites)
+        if self.recipe:
+            yield "recipe", "\n".join(_entry(entry) for entry in self.recipe)
+            yield "edits", ", ".join(f"{count} {kind}" for kind, count in self.edits.items())
+        else:
+            yield "recipe", "none: actkit has not changed this model"
+        if self.results:
+            yield "measured", "recorded in actkit.json; see --json"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
+        return asdict(self)
+
+
+def summarise(model: nn.Module, example: Any = None, results: dict[str, Any] | None = None) -> Summary:
+    """The summary of a model. example: a batch, needed where the architecture has no row and must be traced.
+
+    Raises CoverageError where the model cannot be read.
+    """
+    view = anatomy(model, example)
+    origin, known = changes.source(model), changes.of(model)
+    coverage = view.coverage()
+    dtypes: Counter[str] = Counter()
+    seen: set[int] = set()
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    linears: Counter[str] = Counter()
+    for index in range(len(view.blocks)):
+        linears.update(_kind(linear.module) for linear in view.block(index).linears())
+    return Summary(
+        model=type(model).__name__,
+        architecture=view.architecture,
+        source=None if origin is None else origin.name,
+        blocks=len(view.blocks),
+        parameters=sum(row.numel for row in coverage.rows),
+        bytes=parameter_bytes(model),
+        dtypes=dict(dtypes.most_common()),
+        linears=dict(linears.most_common()),
+        sites=tuple(dict.fromkeys(site.name for site in view.sites())),
+        coverage=tuple(line.strip() for line in coverage.table().splitlines()),
+        recipe=[] if known is None else known.recipe,
+        edits={} if known is None else dict(Counter(next(iter(edit)) for edit in known.edits)),
+        results=results or {},
+        source_grid=None if origin is None or origin.grid is None else origin.grid.to_dict(),
+    )
+
+
+def _kind(module: nn.Module) -> str:
+    if not isinstance(module, ActLinear):
+        return "dense"
+    if isinstance(module.storage, DenseWeight):
+        parts = ["dense"]
+    else:
+        grid = module.storage.grid
+        groups = "whole rows" if grid.group_size == -1 else f"groups of {grid.group_size} along the {grid.group_axis}"
+        parts = [f"{grid.bits}-bit, {groups}"]
+    if module.select is not None:
+        parts.append(f"inputs selected by {module.select.spec()['kind'].replace('_', ' ')}")
+    if module.correction is not None:
+        parts.append(f"low-rank correction of rank {module.correction.left.shape[1]}")
+    return ", ".join(parts)
+
+
+def _entry(entry: dict[str, Any]) -> str:
+    name, settings = next(iter(entry.items()))
+    return f"{name}: " + ", ".join(f"{key}={value}" for key, value in (settings or {}).items())

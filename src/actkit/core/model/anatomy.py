@@ -1,0 +1,322 @@
+"""Anatomy: a typed view of a model, its stem, blocks and head, and in a block attention, MLP or experts, and norms.
+
+Known families are read off a declarative row (`core/model/architectures.py`), any other module off one traced forward
+pass (`core/model/tracing.py`): then the whole model is one block with linear layers that have no role.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from actkit.core.forward.hooks import refuse_compiled_or_sharded
+from actkit.core.ground.errors import CoverageError
+from actkit.core.layers.foreign_layers import refuse_foreign_layers
+from actkit.core.model.architectures import Architecture, find_architecture, known_model_types, register_architecture
+from actkit.core.model.channel_axes import FIRST, axis_of_class
+from actkit.core.model.coverage import Coverage, CoverageRow, cover
+from actkit.core.model.equalization import EqualizationSet, equalization_sets
+from actkit.core.model.parts import (
+    CONVOLUTIONS,
+    Attention,
+    Block,
+    Chain,
+    Experts,
+    Linear,
+    LinearInput,
+    Mlp,
+    Norm,
+    attention_implementation,
+    forms_weights,
+    is_linear,
+)
+from actkit.core.model.reading import BlockReader, submodule
+from actkit.core.model.sites import SITE_NAMES, Site, Tap, read_tap, refuse_unknown_layout
+from actkit.core.model.tracing import Trace, trace
+
+__all__ = [
+    "SITE_NAMES",
+    "Anatomy",
+    "Attention",
+    "Block",
+    "Chain",
+    "Coverage",
+    "CoverageRow",
+    "EqualizationSet",
+    "Experts",
+    "Linear",
+    "LinearInput",
+    "Mlp",
+    "Norm",
+    "Site",
+    "Tap",
+    "anatomy",
+    "equalization_sets",
+    "has_row",
+    "is_linear",
+    "read_tap",
+    "register_architecture",
+    "unread",
+]
+
+
+def anatomy(model: nn.Module, example: Any = None) -> Anatomy:
+    """The anatomy of a model.
+
+    example: one batch (a dict of keywords, or the one argument), needed where `config.model_type` has no row.
+    Raises CoverageError where the model does not fit its row or cannot be traced, UnsupportedModelError for a compiled
+    or sharded model, and for one with adapters or quantized layers of another package.
+    """
+    refuse_compiled_or_sharded(model)
+    refuse_foreign_layers(model)
+    row = find_architecture(getattr(getattr(model, "config", None), "model_type", None))
+    if row is not None:
+        return _Described(model, row)
+    return _Traced(model, _trace(model, example))
+
+
+def unread(model: nn.Module) -> Anatomy:
+    """A model as one block without parts: for what goes by modules alone, on a model that there is no row for.
+
+    Raises UnsupportedModelError as `anatomy` does.
+    """
+    refuse_compiled_or_sharded(model)
+    refuse_foreign_layers(model)
+    return _Unread(model, 1)
+
+
+def has_row(model: nn.Module) -> bool:
+    """Whether the model's architecture has a row, so that its anatomy needs no example."""
+    return find_architecture(getattr(getattr(model, "config", None), "model_type", None)) is not None
+
+
+def _trace(model: nn.Module, example: Any) -> Trace:
+    kind = type(model).__name__
+    if example is not None:
+        return trace(model, example)
+    dummy = getattr(model, "dummy_inputs", None)
+    if dummy is None:
+        raise CoverageError(
+            f"example: {kind} is none of the known model types ({', '.join(known_model_types())}), so it is traced: "
+            f"pass example=, one batch that the model can be called with."
+        )
+    try:
+        return trace(model, dummy)
+    except Exception as error:
+        text = f"example: {kind} cannot run on its dummy inputs ({error}); pass example=, one batch."
+        raise CoverageError(text) from error
+
+
+class Anatomy:
+    """model, architecture (the row's name, or 'traced'), blocks, and the paths of the modules of stem and head."""
+
+    architecture: str
+    stem: tuple[str, ...] = ()
+    head: tuple[str, ...] = ()
+
+    def __init__(self, model: nn.Module, count: int) -> None:
+        self.model = model
+        self.blocks: tuple[Block, ...] = tuple(self.block(index) for index in range(count))
+
+    def block(self, index: int, originals: Mapping[str, nn.Module] | None = None) -> Block:
+        """The block, read again from the model as it is now. originals: what `Block.original` answers, by full path."""
+        raise NotImplementedError
+
+    def refresh(self, index: int) -> None:
+        """Read a block of `blocks` again: as it was first read, it keeps modules in memory that were replaced since."""
+        self.blocks = (*self.blocks[:index], self.block(index), *self.blocks[index + 1 :])
+
+    def sites(self) -> tuple[Site, ...]:
+        """Every site that can be read now: those of the blocks, then those of all linear layers and convolutions."""
+        found = [site for index in range(len(self.blocks)) for site in self.block(index).sites()]
+        for path, module in self.model.named_modules():
+            if is_linear(module) or isinstance(module, CONVOLUTIONS):
+                found += [Site("layer.input", path=path), Site("layer.output", path=path)]
+        return tuple(dict.fromkeys(found))
+
+    def tap(self, site: Site) -> Tap:
+        """How to read a site. Raises ValueError where this model does not have it, or does not form its tensor."""
+        return self.taps([site])[site]
+
+    def taps(self, sites: Iterable[Site]) -> dict[Site, Tap]:
+        """How to read several sites, as `tap` does; each block is read once."""
+        blocks: dict[int, Block] = {}
+        found: dict[Site, Tap] = {}
+        for site in sites:
+            if site.is_layer:
+                found[site] = self._layer_tap(site)
+                continue
+            if site.block is None or not 0 <= site.block < len(self.blocks):
+                raise ValueError(f"site: {site} names no block of this model, which has {len(self.blocks)}.")
+            if site.block not in blocks:
+                blocks[site.block] = self.block(site.block)
+            found[site] = self._block_tap(site, blocks[site.block].taps)
+        return found
+
+    def _block_tap(self, site: Site, taps: Mapping[Site, Tap]) -> Tap:
+        if site not in taps:
+            names = ", ".join(dict.fromkeys(s.name for s in taps)) or "none"
+            raise ValueError(f"site: {site} is not in this {self.architecture} model, whose blocks have {names}.")
+        if site.name == "attention.weights" and not forms_weights(self.model):
+            raise ValueError(
+                f"site: {site} is not formed by the attention implementation {attention_implementation(self.model)!r}; "
+                f"call model.set_attn_implementation('eager') first."
+            )
+        return taps[site]
+
+    def _layer_tap(self, site: Site) -> Tap:
+        if site.path is None:
+            raise ValueError(f"site: {site} stands for every layer; name one, as in '{site}:path.of.the.layer'.")
+        try:
+            module = self.model.get_submodule(site.path)
+        except AttributeError as error:
+            raise ValueError(f"site: the model has no module {site.path!r}; list them with named_modules().") from error
+        where: Any = site.name.removeprefix("layer.")
+        for block in self._blocks_around(site.path):
+            experts = block.experts
+            if experts is not None and site.path.startswith(experts.path + "."):
+                member = site.path.removeprefix(experts.path + ".").partition(".")[0]
+                return Tap(site.path, where, layout="flat", expert=f"{experts.path}.{member}")
+            for inputs in block.linear_inputs():
+                if inputs.site in block.taps and site.path in (linear.path for linear in inputs.linears):
+                    return Tap(site.path, where, layout=block.taps[inputs.site].layout)
+        if is_linear(module) or isinstance(module, CONVOLUTIONS):
+            return Tap(site.path, where, layout=self._layout(site.path, module))
+        return self._module_tap(site.path, where, module)
+
+    def _layout(self, path: str, module: nn.Module) -> Any:
+        return "channels_first" if isinstance(module, CONVOLUTIONS) else "tokens"
+
+    def _module_tap(self, path: str, where: Any, module: nn.Module) -> Tap:
+        """Of a module that is no layer: hidden states of these families are [batch, positions, channels]."""
+        if axis_of_class(module) == FIRST:
+            return Tap(path, where, layout="channels_first")
+        return Tap(path, where, most=3)
+
+    def _blocks_around(self, path: str) -> list[Block]:
+        """The block that holds the module at `path`, read again; none for stem and head."""
+        holding = [block.index for block in self.blocks if block.path == "" or path.startswith(block.path + ".")]
+        return [self.block(index) for index in holding]
+
+    def canonical(self, site: Site) -> Site:
+        """The one name of a tensor that has several: a `layer.input` becomes the site that its block reads there."""
+        if site.name != "layer.input" or site.path is None:
+            return site
+        for block in self._blocks_around(site.path):
+            for inputs in block.linear_inputs():
+                if any(linear.path == site.path for linear in inputs.linears):
+                    return inputs.site
+        return site
+
+    def coverage(self) -> Coverage:
+        """Every parameter of the model once, with what it belongs to or why it is left alone."""
+        return cover(self)
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """For each parameter that the model holds under several names: another of its names."""
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        return {same[i]: same[i - 1] for same in names.values() if len(same) > 1 for i in range(len(same))}
+
+    def __repr__(self) -> str:
+        return f"Anatomy({type(self.model).__name__}, architecture={self.architecture!r}, blocks={len(self.blocks)})"
+
+
+class _Unread(Anatomy):
+    """The whole model is one block without parts."""
+
+    architecture = "unread"
+
+    def block(self, index: int, originals: Mapping[str, nn.Module] | None = None) -> Block:
+        if index != 0:
+            raise IndexError(f"block: {index} was given; a model that was not read is one block, 0.")
+        return Block(0, "", self.model, None, None, None, (), root=self.model, _originals=originals)
+
+
+class _Traced(Anatomy):
+    """The whole model is one block; its linear layers are grouped by the tensor they read."""
+
+    def __init__(self, model: nn.Module, found: Trace) -> None:
+        self.architecture = "traced"
+        self._trace = found
+        self.stem, self.head = _embeddings(model, "get_input_embeddings"), _embeddings(model, "get_output_embeddings")
+        super().__init__(model, 1)
+
+    def block(self, index: int, originals: Mapping[str, nn.Module] | None = None) -> Block:
+        if index != 0:
+            raise IndexError(f"block: {index} was given; a traced model is one block, 0.")
+        tied, model = self.tied, self.model
+        groups = []
+        for group in self._trace.inputs:
+            own = [path for path in group if path not in self.head and f"{path}.weight" not in tied]
+            linears = tuple(Linear(path, "layer", model.get_submodule(path)) for path in own)
+            if linears:
+                groups.append(LinearInput(Site("layer.input", path=own[0]), linears))
+        chains = tuple(Chain(self._end(first), label, self._end(second)) for first, label, second in self._trace.chains)
+        norms = tuple(
+            Norm(path, module)
+            for path, module in model.named_modules()
+            if "Norm" in type(module).__name__ and next(module.parameters(recurse=False), None) is not None
+        )
+        taps: dict[Site, Tap] = {}
+        for path in self._trace.dimensions:
+            layout = self._layout(path, model.get_submodule(path))
+            taps[Site("layer.input", path=path)] = Tap(path, "input", layout=layout)
+            taps[Site("layer.output", path=path)] = Tap(path, "output", layout=layout)
+        return Block(0, "", model, None, None, None, norms, tuple(groups), chains, model, taps, originals)
+
+    def _end(self, path: str) -> Linear | str:
+        module = self.model.get_submodule(path)
+        return path if isinstance(module, CONVOLUTIONS) else Linear(path, "layer", module)
+
+    def _layout(self, path: str, module: nn.Module) -> Any:
+        layout = super()._layout(path, module)
+        return "flat" if layout == "tokens" and self._trace.dimensions.get(path) == 2 else layout
+
+    def _module_tap(self, path: str, where: Any, module: nn.Module) -> Tap:
+        """Of a module that is no layer: as the traced pass found its tensor."""
+        dimensions, axis = self._trace.axes.get((where, path), (0, None))
+        if dimensions <= 2:  # channels are last, whatever stands before them
+            return Tap(path, where, layout="flat" if dimensions == 2 else "tokens", most=2)
+        if axis == dimensions - 1:
+            return Tap(path, where)
+        if axis == FIRST:
+            return Tap(path, where, layout="channels_first")
+        refuse_unknown_layout(where, path, dimensions)
+
+
+def _embeddings(model: nn.Module, getter: str) -> tuple[str, ...]:
+    """The path of a transformers model's input or output embeddings, which belong to stem and head."""
+    try:
+        module = getattr(model, getter)()
+    except (AttributeError, NotImplementedError):
+        return ()
+    return tuple(path for path, other in model.named_modules() if other is module)
+
+
+class _Described(Anatomy):
+    """A model whose row says where everything is."""
+
+    def __init__(self, model: nn.Module, row: Architecture) -> None:
+        self.architecture, self.row = row.name, row
+        prefix = getattr(model, "base_model_prefix", "")
+        self._prefix = f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+        children = {name.partition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
+        self.stem = self._present(model, row.stem)
+        outside = tuple(sorted(children - {self._prefix[:-1]})) if self._prefix else ()
+        self.head = self._present(model, row.head) + outside
+        super().__init__(model, len(submodule(model, self._prefix + row.blocks, row)))  # type: ignore[arg-type]
+
+    def _present(self, model: nn.Module, paths: tuple[str, ...]) -> tuple[str, ...]:
+        """The full paths of those that this model has (a pooler is optional)."""
+        modules = dict(model.named_modules())
+        return tuple(self._prefix + path for path in paths if self._prefix + path in modules)
+
+    def block(self, index: int, originals: Mapping[str, nn.Module] | None = None) -> Block:
+        path = f"{self._prefix}{self.row.blocks}.{index}"
+        row = self.row.of_block(self.model.config, index)
+        return BlockReader(self.model, row, index, path).read(originals)

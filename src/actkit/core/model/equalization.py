@@ -1,0 +1,134 @@
+"""Where a scale per channel can move: out of what produces a tensor, into the linear layers that read it.
+
+Dividing the producer's channels by s and multiplying the consumers' columns by s leaves the function as it is
+(SmoothQuant, AWQ). Where a pair looks possible but is not, the set is listed with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from actkit.core.layers.known_layers import scales_with_weight, why_unread
+from actkit.core.model.fused import PartRows
+from actkit.core.model.parts import Attention, Block, Linear, Mlp, Norm, is_linear
+
+
+@dataclass(frozen=True)
+class EqualizationSet:
+    """A producer and all its consumers.
+
+    producer: a norm, a linear layer, or the path of an activation (which then needs a scale of its own); None where
+    it is outside the block. producer_rows: the part of the producer's output rows that is meant, None for all.
+    inspect: path of the module whose output shows the damage of quantizing the consumers. refused: why no scale can
+    move here, or None.
+    """
+
+    producer: Norm | Linear | str | None
+    producer_rows: PartRows | None
+    consumers: tuple[Linear, ...]
+    inspect: str
+    refused: str | None = None
+
+
+def equalization_sets(block: Block) -> tuple[EqualizationSet, ...]:
+    """The sets of a block, in the order of computation; none for traced models."""
+    tied = _shared_parameters(block.root)
+    return tuple(_with_known_layers(found, tied) for found in _sets(block))
+
+
+def _sets(block: Block) -> Iterator[EqualizationSet]:
+    shared = block.attention is not None and block.mlp is not None and len(block.norm_readers()) == 1
+    if shared:  # side by side behind one norm: only the block's output shows the damage of both
+        ((norm, readers),) = block.norm_readers()
+        yield EqualizationSet(norm, None, readers, block.path)
+    if block.attention is not None:
+        if not shared:
+            yield _norm_to_inputs(block.attention)
+        yield _value_to_output(block.attention)
+    if block.mlp is not None:
+        if not shared:
+            yield _norm_to_inputs(block.mlp)
+        yield _up_to_down(block.mlp, block.root)
+    if block.experts is not None:
+        experts = block.experts
+        consumers = tuple(linear for mlp in experts.members for linear in mlp.inputs)
+        yield EqualizationSet(experts.norm, None, consumers, experts.path, "the router reads the norm's output too")
+        bent = experts.row.limit is not None or experts.row.up_offset != 0
+        clamped = "up is clamped or shifted before it is multiplied" if bent else None
+        for mlp in experts.members:
+            yield replace(_up_to_down(mlp, block.root), refused=clamped)
+    if block.path:
+        for inputs in block.other:
+            unknown = "what produces this input is not described"
+            yield EqualizationSet(None, None, inputs.linears, inputs.linears[0].path, unknown)
+
+
+def _norm_to_inputs(part: Attention | Mlp) -> EqualizationSet:
+    half = part.norm is not None and part.norm.role == "both"
+    refused = "another part of the block, which is not described, reads the norm's output too" if half else None
+    return EqualizationSet(part.norm, None, part.inputs, part.path, refused)
+
+
+def _value_to_output(attention: Attention) -> EqualizationSet:
+    refused = None
+    if attention.key_value_heads != attention.heads:
+        refused = (
+            f"grouped-query attention: {attention.heads} heads read {attention.key_value_heads} value heads, "
+            f"so the channels of value and output do not match"
+        )
+    if attention.limit is not None:
+        refused = f"the value is clamped to {attention.limit:g} before it is mixed"
+    producer, rows = attention.value, None
+    if attention.query_key_value is not None:
+        producer, rows = attention.query_key_value, attention.value_rows
+        if rows is None:
+            refused = f"which output rows of {producer.path} are the value's is not known"
+    return EqualizationSet(producer, rows, (attention.output,), attention.output.path, refused)
+
+
+def _up_to_down(mlp: Mlp, root: nn.Module) -> EqualizationSet:
+    # up is a factor of down's input in a gated MLP; otherwise only ReLU lets a positive scale pass
+    passes = mlp.gated or isinstance(root.get_submodule(mlp.activation), nn.ReLU)
+    return EqualizationSet(mlp.up if passes else mlp.activation, mlp.up_rows, (mlp.down,), mlp.down.path)
+
+
+def _with_known_layers(found: EqualizationSet, tied: set[int]) -> EqualizationSet:
+    refused = found.refused or _refused(found, tied)
+    return replace(found, refused=refused)
+
+
+def _refused(found: EqualizationSet, tied: set[int]) -> str | None:
+    if found.producer is None:
+        return "post-norm: no norm of the block produces this input, it is the residual stream itself"
+    if isinstance(found.producer, Norm):
+        if found.producer.feeds_residual:
+            return "post-norm: the residual stream reads the norm's output too"
+        if getattr(found.producer.module, "weight", None) is None:
+            return "the norm has no weight that could take the scale"
+        if not _known_norm(found.producer):
+            return f"the norm is a {type(found.producer.module).__name__}, whose output does not scale with its weight"
+    linears = [part for part in (found.producer, *found.consumers) if isinstance(part, Linear)]
+    for linear in linears:
+        if not is_linear(linear.module):
+            kind = type(linear.module).__name__
+            return (
+                why_unread(linear.module) or f"{linear.path} is a {kind}, which actkit does not read as a linear layer"
+            )
+    for part in (found.producer, *found.consumers):
+        if not isinstance(part, str) and any(id(p) in tied for p in part.module.parameters()):
+            return f"{part.path} is shared with another part of the model"
+    return None
+
+
+def _known_norm(norm: Norm) -> bool:
+    kind = type(norm.module)
+    return kind.__module__.startswith(("torch.", "transformers.")) or scales_with_weight(norm.module, norm.offset)
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """The ids of parameters that the model holds under more than one name."""
+    seen: set[int] = set()
+    return {id(p) for _, p in model.named_parameters(remove_duplicate=False) if id(p) in seen or seen.add(id(p))}  # type: ignore[func-returns-value]

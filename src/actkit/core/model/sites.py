@@ -1,0 +1,198 @@
+"""Sites: named places where activations live, and taps: how each one is read off a module's call."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor
+
+from actkit.core.model.fused import PartRows
+
+SITE_NAMES = (
+    "block.input",
+    "block.output",
+    "attention.input",
+    "attention.query",
+    "attention.key",
+    "attention.value",
+    "attention.weights",
+    "attention.mixed",
+    "attention.output",
+    "mlp.input",
+    "mlp.preactivation",
+    "mlp.gate",
+    "mlp.hidden",
+    "mlp.output",
+    "router.logits",
+    "layer.input",
+    "layer.output",
+)
+
+_TEXT = re.compile(r"(?:blocks\.(?P<block>\d+)\.)?(?:experts\.(?P<expert>\d+)\.)?(?P<name>[a-z]+\.[a-z]+)")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A named place where an activation lives.
+
+    name: one of SITE_NAMES. block: index of the block; None stands for every block (and always for layer sites).
+    expert: for sites inside one expert. path: the module of `layer.input` and `layer.output`; None stands for every
+    layer. Raises ValueError for an unknown name or parts that do not go together.
+    """
+
+    name: str
+    block: int | None = None
+    expert: int | None = None
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in SITE_NAMES:
+            raise ValueError(f"site: {self.name!r} was given, allowed are {', '.join(SITE_NAMES)}.")
+        if self.path is not None and not self.is_layer:
+            raise ValueError(f"site: {self.name} has no path; name its block, or use layer.input or layer.output.")
+        if self.is_layer and (self.block is not None or self.expert is not None):
+            raise ValueError(f"site: {self.name} is named by its module path, not by a block or an expert.")
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether the site is named by a module path."""
+        return self.name.startswith("layer.")
+
+    def __str__(self) -> str:
+        if self.path is not None:
+            return f"{self.name}:{self.path}"
+        block = "" if self.block is None else f"blocks.{self.block}."
+        expert = "" if self.expert is None else f"experts.{self.expert}."
+        return f"{block}{expert}{self.name}"
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """The site that `str(site)` wrote. Raises ValueError for anything else."""
+        name, colon, path = text.partition(":")
+        if colon:
+            return cls(name, path=path)
+        match = _TEXT.fullmatch(text)
+        if match is None:
+            raise ValueError(f"site: {text!r} was given; write it like 'blocks.3.mlp.hidden' or 'layer.input:a.b'.")
+        block, expert = match["block"], match["expert"]
+        return cls(match["name"], None if block is None else int(block), None if expert is None else int(expert))
+
+
+Layout = Literal["tokens", "flat", "heads", "weights", "channels_first"]
+Angles = Literal["halves", "neighbours", "once"]  # how rotary tables list them: 0 1 2 0 1 2, 0 0 1 1 2 2 or 0 1 2
+Pairs = Literal["halves", "neighbours"]  # of n turned features: i and i + n / 2, or 2i and 2i + 1
+
+
+@dataclass(frozen=True)
+class Tap:
+    """How a site is read: at which module's call, which of its tensors, and how that tensor is laid out.
+
+    path: the module whose call is watched. index: position or keyword of the argument, or position in an output
+    tuple. columns: these of the last dimension (a fused qkv). heads: the last dimension is split into so many heads.
+    heads_first: it is split already, and the heads stand before the positions. rotary: the rotary embedding still has
+    to be applied; its (cos, sin) are the keyword `position_embeddings` of the module at `attention`. angles, pairs: how
+    these tables and the features that they turn are laid out. limit: both signs of the tensor are clamped to it.
+    copied: it is copied, as the model changes it in place afterwards. expert: path of the expert around the tap; its
+    second argument says which tokens (flat indices) the rows are. most: how many dimensions the tensor may have so
+    that the layout holds.
+
+    layout of the result: tokens [batch, length, channels] (or [batch, channels] where a layer reads one vector per
+    sequence); flat [batch * length, channels]; heads [batch, heads, length, head_dim]; weights [batch, heads, query,
+    key]; channels_first [batch, channels, ...].
+    """
+
+    path: str
+    where: Literal["input", "output"]
+    index: int | str = 0
+    layout: Layout = "tokens"
+    heads: int | None = None
+    columns: PartRows | None = None
+    heads_first: bool = False
+    rotary: bool = False
+    angles: Angles = "halves"
+    pairs: Pairs = "halves"
+    limit: float | None = None
+    copied: bool = False
+    attention: str | None = None
+    expert: str | None = None
+    most: int | None = None
+
+
+def read_tap(
+    tap: Tap,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    output: Any = None,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The tensor of a site, in the tap's layout, from one call of the module at `tap.path`.
+
+    position_embeddings: (cos, sin), each [batch, length, features that are turned] (half as many where `tap.angles` is
+    'once'); needed where `tap.rotary`.
+    Raises ValueError where the call does not hold the tensor.
+    """
+    value = _argument(tap, args, kwargs) if tap.where == "input" else _output(tap, output)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{tap.path}: its {tap.where} {tap.index!r} is a {type(value).__name__}, not a tensor.")
+    if tap.most is not None and value.dim() > tap.most:
+        refuse_unknown_layout(tap.where, tap.path, value.dim())
+    if tap.columns is not None:
+        value = tap.columns.of(value)
+    if tap.limit is not None:
+        value = value.clamp(-tap.limit, tap.limit)
+    if tap.copied:
+        value = value.clone()
+    if tap.heads is not None and not tap.heads_first:
+        if value.dim() == 3:
+            value = value.unflatten(-1, (tap.heads, -1))
+        value = value.transpose(1, 2)
+    if tap.rotary:
+        if position_embeddings is None:
+            raise ValueError(f"{tap.path}: give position_embeddings (cos, sin), as {tap.attention} received them.")
+        cos, sin = (each_once(table, tap.angles) for table in position_embeddings)
+        value = _rotate(value, cos, sin, tap.pairs)
+    return value
+
+
+def each_once(table: Tensor, angles: Angles) -> Tensor:
+    """A rotary table with each angle once: [..., n / 2] of [..., n], or itself."""
+    if angles == "once":
+        return table
+    return table[..., ::2] if angles == "neighbours" else table[..., : table.shape[-1] // 2]
+
+
+def refuse_unknown_layout(where: str, path: str, dimensions: int) -> NoReturn:
+    """Raise ValueError for a tensor of a module whose channels are in a dimension that is not known."""
+    raise ValueError(
+        f"site: layer.{where}:{path} is a tensor of {dimensions} dimensions, and which of them holds the channels is "
+        f"not known; record a linear layer or a convolution beside it instead."
+    )
+
+
+def _argument(tap: Tap, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    if isinstance(tap.index, str):
+        return kwargs.get(tap.index)
+    if tap.index < len(args):
+        return args[tap.index]
+    return kwargs.get("hidden_states") if tap.index == 0 else None  # transformers' name of the first argument
+
+
+def _output(tap: Tap, output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output if tap.index == 0 else None
+    return None if output is None else output[tap.index]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: Pairs) -> Tensor:
+    """x [batch, heads, length, head_dim]: its first n features are turned, by cos and sin [batch, length, n / 2]; the
+    others stay."""
+    cos, sin, size = cos.unsqueeze(1), sin.unsqueeze(1), 2 * cos.shape[-1]
+    turned, rest = x[..., :size], x[..., size:]
+    first, second = turned.chunk(2, dim=-1) if pairs == "halves" else (turned[..., ::2], turned[..., 1::2])
+    both = first * cos - second * sin, second * cos + first * sin
+    turned = torch.cat(both, dim=-1) if pairs == "halves" else torch.stack(both, dim=-1).flatten(-2)
+    return torch.cat((turned.to(x.dtype), rest), dim=-1)  # the tables may be wider than the model

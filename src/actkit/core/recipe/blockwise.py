@@ -1,0 +1,247 @@
+"""Walks a model block by block: the hidden states that enter each block, of the original and of the edited model.
+
+One forward pass per batch records how each block is called (masks, rotary tables, sizes) and what enters the first
+block. From then on block k runs alone, on the outputs of block k - 1. That a block's output *is* the next block's
+input is checked on the first batch; where it is not (something happens between blocks), the inputs are taken from
+passes over the whole prefix instead, which is slower and is said so. Of several processes each walks its share of the
+batches (`core/ground/processes.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actkit.core.forward.hooks import BatchContext, StopForward, arguments, forward, hooked
+from actkit.core.ground import processes
+from actkit.core.ground.errors import UnsupportedModelError
+from actkit.core.model.anatomy import Anatomy
+from actkit.core.watch.calls import Call
+
+
+class Walk:
+    """The calls of each block on calibration batches, for the streams 'original' and 'edited'.
+
+    share: the indices of the batches that this process walks, all where None. Blocks must be visited in order:
+    `calls(k, stream)`; then `following` before the edits for the original stream, after them for the edited one; then
+    `move`.
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        batches: Sequence[Any],
+        track: Callable[..., Iterable[Any]],
+        share: Sequence[int] | None = None,
+    ) -> None:
+        self.anatomy = anatomy
+        self.batches = batches
+        self.share = range(len(batches)) if share is None else share
+        self._shared = share is not None
+        self.track = track
+        self.whole_model = len(anatomy.blocks) == 1 and anatomy.blocks[0].path == ""
+        self.chained = True
+        self._rows_apart: bool | None = None  # whether a block gives the same for the first rows of a call alone
+        self.seconds = 0.0  # of the first batch's pass through the model
+        self._first: list[Call] = []  # per batch, the call of the first block
+        self._calls: dict[str, list[Call]] = {}  # stream -> per batch, the call of the block it has reached
+        self._prototypes: list[list[Call]] = []  # per batch, per block: the call without its hidden states
+        self._originals: list[list[Tensor]] = []  # per batch, per block: kept only where the chain is broken
+
+    def start(self, streams: Iterable[str]) -> None:
+        """The one pass over the whole model."""
+        paths = [block.path for block in self.anatomy.blocks]
+        first: list[Call] = []
+        if not self.share:
+            self.chained = self._all(True)
+        for batch, context in self.track(list(self._contexts()), "Recording how the blocks are called"):
+            started = time.perf_counter()
+            seen = self._record(batch, context, paths)
+            self.seconds = self.seconds or time.perf_counter() - started
+            if not first:
+                self.chained = self._all(self.whole_model or self._is_chain(seen))
+            first.append(seen[0])
+            if not self.chained:
+                self._originals.append([call.hidden for call in seen])
+            self._prototypes.append(
+                [call.with_hidden(torch.empty(0)) if not self.whole_model else call for call in seen]
+            )
+        self._first = first
+        for stream in streams:
+            self._calls[stream] = list(first)
+
+    def _all(self, chained: bool) -> bool:
+        """Whether it is so in all processes that share the batches."""
+        if not self._shared:
+            return chained
+        return not int(processes.total("whether the blocks are a chain", torch.tensor(int(not chained))))
+
+    @cached_property
+    def tokens_before(self) -> list[int]:
+        """Per batch, how many real tokens (or images) the batches before it hold, those of other processes included."""
+        return [0, *accumulate(BatchContext.of(batch).tokens for batch in self.batches)]
+
+    def _contexts(self) -> Iterable[tuple[Any, BatchContext]]:
+        """The batches of this process; their rows are numbered as among all."""
+        row = 0
+        for index, batch in enumerate(self.batches):
+            context = BatchContext.of(batch, first_row=row, documents=_documents(self.batches, index))
+            row += context.batch_size
+            if index in self.share:
+                yield batch, context
+
+    def _record(self, batch: Any, context: BatchContext, paths: list[str]) -> list[Call]:
+        if self.whole_model:
+            args, kwargs = arguments(self.anatomy.model, batch)
+            return [Call(args, kwargs, context)]
+        seen: dict[str, Call] = {}
+
+        def keep(path: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if path in seen:
+                    raise UnsupportedModelError(
+                        f"model: the block {path} runs several times in one pass, so its inputs are not those of one "
+                        f"place; such a model is not changed block by block."
+                    )
+                seen[path] = Call(args, dict(kwargs), context)
+
+            return hook
+
+        with torch.no_grad(), hooked(self.anatomy.model, before={path: keep(path) for path in paths}):
+            forward(self.anatomy.model, batch)
+        for path in paths:
+            if path not in seen:
+                raise UnsupportedModelError(
+                    f"model: the block {path} does not run when the model is called on this batch, so nothing can be "
+                    f"seen there; give batches that reach all blocks."
+                )
+        return [seen[path] for path in paths]
+
+    def _is_chain(self, seen: list[Call]) -> bool:
+        """Whether, on these calls, each block's output equals the next block's input."""
+        for block, call, following in zip(self.anatomy.blocks, seen, seen[1:], strict=False):
+            if not torch.equal(call.replay(block.module), following.hidden):
+                return False
+        return True
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The streams that the walk was started with."""
+        return tuple(self._calls)
+
+    def bytes(self, streams: Iterable[str]) -> dict[str, int]:
+        """What the walk holds at its peak with these streams, by what it is; after `start`, for its batches."""
+        if self.whole_model:
+            return {}
+        streams = list(streams)
+        hidden = sum(call.hidden.nbytes for call in self._first)
+        kept = sum(state.nbytes for states in self._originals for state in states) if "original" in streams else 0
+        tensors = {
+            id(tensor): tensor.nbytes
+            for calls in self._prototypes
+            for call in calls
+            for tensor in _tensors([call.args, call.kwargs])
+        }
+        plural = "s" * (len(streams) > 1)
+        held = {
+            f"hidden states ({len(streams)} stream{plural}, old and new)": 2 * len(streams) * hidden,
+            "masks and rotary tables": sum(tensors.values()),
+        }
+        return held if self.chained else {**held, "hidden states of all blocks (no chain)": kept}
+
+    def calls(self, k: int, stream: str) -> list[Call]:
+        """Block k's calls, one per batch, with the hidden states of the stream."""
+        return self._calls[stream]
+
+    def some_calls(self, k: int, stream: str, max_tokens: int | None) -> Iterator[tuple[int, Call]]:
+        """Block k's calls with the index of their batch, until they hold so many real tokens; the last one is cut."""
+        for index, call in zip(self.share, self.calls(k, stream), strict=True):
+            left = None if max_tokens is None else max_tokens - self.tokens_before[index]
+            if left is not None and left <= 0:
+                return
+            yield index, call if left is None else self._cut(k, call, left)
+
+    def _cut(self, k: int, call: Call, tokens: int) -> Call:
+        """The first rows of a call that hold so many real tokens; the whole call if rows cannot be told apart in it."""
+        enough = (call.context.tokens_per_row.cumsum(0) >= tokens).nonzero()
+        rows = int(enough[0]) + 1 if len(enough) else call.context.batch_size
+        if rows == call.context.batch_size or self._rows_apart is False:
+            return call
+        cut = call.first_rows(rows)
+        if self._rows_apart is None:  # asked once: a tensor may have as many heads as the batch has rows
+            module = self.anatomy.model.get_submodule(self.anatomy.blocks[k].path)
+            self._rows_apart = _same(lambda: cut.replay(module), call.replay(module)[:rows])
+        return cut if self._rows_apart else call
+
+    def following(self, k: int, stream: str) -> list[Call]:
+        """What block k + 1 will be called with: block k, as it stands now, run over the stream."""
+        if k + 1 >= len(self.anatomy.blocks):
+            return []
+        if not self.chained:
+            return self._from_prefix(k + 1, stream)
+        module = self.anatomy.model.get_submodule(self.anatomy.blocks[k].path)
+        return [
+            prototype[k + 1].with_hidden(call.replay(module))
+            for prototype, call in zip(self._prototypes, self._calls[stream], strict=True)
+        ]
+
+    def move(self, stream: str, calls: list[Call]) -> None:
+        """Go on to the next block of a stream."""
+        self._calls[stream] = calls
+        self._first = []
+
+    def _from_prefix(self, k: int, stream: str) -> list[Call]:
+        if stream == "original":
+            return [
+                prototype[k].with_hidden(kept[k])
+                for prototype, kept in zip(self._prototypes, self._originals, strict=True)
+            ]
+        path = self.anatomy.blocks[k].path
+        calls: list[Call] = []
+        for batch, context in self._contexts():
+            found: list[Call] = []
+
+            def stop(
+                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], found=found, context=context
+            ) -> None:
+                found.append(Call(args, dict(kwargs), context))
+                raise StopForward
+
+            with torch.no_grad(), hooked(self.anatomy.model, before={path: stop}):
+                try:
+                    forward(self.anatomy.model, batch)
+                except StopForward:
+                    calls.append(found[0])
+        return calls
+
+
+def _documents(batches: Any, index: int) -> Tensor | None:
+    documents = getattr(batches, "document_ids", None)
+    return None if documents is None else documents[index]
+
+
+def _same(attempt: Callable[[], Tensor], expected: Tensor) -> bool:
+    """Whether an attempt gives what is expected, but for the order of summation."""
+    try:
+        found = attempt()
+    except (RuntimeError, ValueError, IndexError):  # shapes that do not go together
+        return False
+    close = torch.finfo(expected.dtype).eps * 64 * float(expected.abs().max())
+    return found.shape == expected.shape and float((found.float() - expected.float()).abs().max()) <= close
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    """All tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))

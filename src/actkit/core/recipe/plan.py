@@ -1,0 +1,177 @@
+"""What a recipe will touch, hold in memory and take in time: known before work starts.
+
+Coverage counts the parameters inside blocks; stem and head are left alone by design and reported. Memory counts what
+calibration holds beside the model: hidden states of each stream, masks, statistics, recorded calls. Time is one timed
+forward pass of one batch, times the passes that the transforms need. Both are measured on the batch with the longest
+sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any
+
+from actkit.core.edit.edits import refuse_hooks
+from actkit.core.forward.hooks import BatchContext, evaluating
+from actkit.core.ground import offload, processes
+from actkit.core.ground.errors import CoverageError, MemoryLimitError
+from actkit.core.ground.memory import format_bytes, parameter_bytes, parse_bytes
+from actkit.core.ground.modules import is_within
+from actkit.core.model.anatomy import Anatomy, Block, Site
+from actkit.core.recipe.blockwise import Walk
+from actkit.core.recipe.transform import Transform
+from actkit.core.watch.capture import opened_experts
+
+
+@dataclass(frozen=True)
+class Plan:
+    """coverage: method -> share of the parameters inside blocks it means to touch. untouched: (parameter, reason)
+    rows of what no method touches. memory: (what, bytes) rows. seconds: estimate for the whole run."""
+
+    coverage: dict[str, float] = field(default_factory=dict)
+    untouched: list[tuple[str, str]] = field(default_factory=list)
+    memory: list[tuple[str, int]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def bytes(self) -> int:
+        """Peak of calibration beside the model."""
+        return sum(size for _, size in self.memory)
+
+    def lines(self) -> list[str]:
+        """The plan in words, a line each."""
+        lines = [f"{name} touches {share:.0%} of the parameters inside blocks" for name, share in self.coverage.items()]
+        reasons: dict[str, int] = {}
+        for _, reason in self.untouched:
+            reasons[reason] = reasons.get(reason, 0) + 1
+        lines += [f"left alone: {count} parameter{'s' * (count > 1)} ({reason})" for reason, count in reasons.items()]
+        if self.memory:
+            parts = ", ".join(f"{what} {format_bytes(size)}" for what, size in self.memory)
+            lines.append(f"memory beside the model: {format_bytes(self.bytes)} ({parts})")
+        if self.seconds:
+            lines.append(f"time: about {self.seconds:.0f} s")
+        return lines
+
+
+def make_plan(
+    view: Anatomy,
+    transforms: Sequence[Transform],
+    batches: Sequence[Any],
+    *,
+    min_coverage: float | None = None,
+    max_memory: int | str | None = None,
+) -> Plan:
+    """Plan a run. Raises CoverageError below `min_coverage` (where None, below what the transform's tags say) and
+    MemoryLimitError above `max_memory`; EditError where a layer has hooks, which would be lost."""
+    if min_coverage is not None and not 0 <= min_coverage <= 1:
+        raise ValueError(f"min_coverage: {min_coverage} was given; it is a share, give 0 to 1.")
+    cap = None if max_memory is None else parse_bytes(max_memory)
+    with opened_experts(view):  # so that a transform says which of their layers it means
+        coverage, untouched = _coverage(view, transforms)
+        declared = {type(transform).__name__: transform.tags.least_coverage for transform in transforms}
+        for name, share in coverage.items():
+            least = declared[name] if min_coverage is None else min_coverage
+            if share < least:
+                reasons = "; ".join(f"{parameter}: {reason}" for parameter, reason in untouched[:8]) or "see coverage()"
+                raise CoverageError(
+                    f"coverage: {name} would touch {share:.0%} of the parameters inside blocks, below min_coverage="
+                    f"{least:.0%}. Left alone: {reasons}. Lower min_coverage if that is what you want."
+                )
+        memory, seconds = _cost(view, transforms, batches)
+    plan = Plan(coverage, untouched, memory, seconds)
+    if cap is not None and plan.bytes > cap:
+        what, size = max(memory, key=lambda row: row[1])
+        raise MemoryLimitError(
+            f"max_memory: the plan needs {format_bytes(plan.bytes)} beside the model, the cap is {format_bytes(cap)}; "
+            f"largest is {what} with {format_bytes(size)}. Give less calibration data, or a higher cap."
+        )
+    return plan
+
+
+def _coverage(view: Anatomy, transforms: Sequence[Transform]) -> tuple[dict[str, float], list[tuple[str, str]]]:
+    report = view.coverage()
+    blocks = [view.block(block.index) for block in view.blocks]
+    inside = {
+        row.parameter: row.numel
+        for row in report.rows
+        if row.where not in ("stem", "head") and any(is_within(row.parameter, block.path) for block in blocks)
+    }
+    total = sum(inside.values()) or 1
+    coverage: dict[str, float] = {}
+    touched_by_any: set[str] = set()
+    for transform in transforms:
+        if not transform.tags.parts:
+            continue
+        targets = [linear for block in blocks for linear in transform.targets(block)]
+        for linear in targets if transform.tags.slots else ():  # who fills no slot replaces none of them
+            refuse_hooks(linear.path, linear.module)
+        paths = {f"{linear.path}.weight" for linear in targets}
+        touched = {name for name in inside if name.replace(".storage.tensor", ".weight") in paths}
+        coverage[type(transform).__name__] = sum(inside[name] for name in touched) / total
+        touched_by_any |= touched
+    untouched = [
+        (row.parameter, row.reason or _OUTSIDE.get(row.where, row.where))
+        for row in report.rows
+        if row.parameter not in touched_by_any
+    ]
+    return coverage, untouched
+
+
+_OUTSIDE = {"linear": "linear layer that the recipe does not aim at", "experts": "experts that could not be opened"}
+
+
+def _cost(
+    view: Anatomy, transforms: Sequence[Transform], batches: Sequence[Any]
+) -> tuple[list[tuple[str, int]], float]:
+    """What the walk holds, measured on the batch with the longest sequences, and the time of its pass; of several
+    processes, for the largest share of the batches."""
+    needy = [t for t in transforms if t.tags.needs_data]
+    if not needy or not len(batches):
+        return [], 0.0
+    tokens = [context.batch_size * (context.length or 1) for context in map(BatchContext.of, batches)]
+    longest = max(range(len(batches)), key=lambda index: BatchContext.of(batches[index]).length or 1)
+    most = max(sum(tokens[first :: processes.count()]) for first in range(processes.count()))
+    scale = most / tokens[longest]
+    streams = {s for t in needy for s in (("original", "edited") if t.tags.stream == "both" else (t.tags.stream,))}
+    walk = Walk(view, [batches[longest]], lambda items, text: items)
+    with evaluating(view.model):
+        walk.start(sorted(streams))
+    memory = [(what, ceil(size * scale)) for what, size in walk.bytes(streams).items() if size]
+    block = view.block(0)
+    with offload.onloaded(view.model, block.path):  # a statistic may be weighted by the layer's weight
+        statistics = max((_statistics_bytes(t, block) for t in needy), default=0)
+    if offload.is_offloaded(block.module):
+        memory.append(("weights of one block, brought in place", parameter_bytes(block.module)))
+    if statistics:
+        memory.append(("statistics of one block", statistics))
+    if any(t.tags.records_calls for t in needy):
+        size = next((parameter.element_size() for parameter in view.model.parameters()), 4)
+        widest = max((linear.in_features for linear in block.linears()), default=0)
+        rows = most if walk.whole_model else ceil(_rows(walk) * scale)
+        copies = size + 2 * 4  # as recorded, and two copies in float32 to compute with
+        memory.append(("recorded calls of one module", rows * widest * copies))
+    passes = 1 + len(streams) + sum(t.passes(sum(tokens)) for t in needy)
+    return memory, walk.seconds * scale * passes
+
+
+def _rows(walk: Walk) -> int:
+    """The rows of hidden states that enter a block: tokens, or the patches of images."""
+    stream = next(iter(walk.streams))
+    return sum(call.hidden.numel() // call.hidden.shape[-1] for call in walk.calls(0, stream))
+
+
+def _statistics_bytes(transform: Transform, block: Block) -> int:
+    return sum(
+        statistic.memory(_channels(block, site))
+        for site, value in transform.observe(block).items()
+        for statistic in (value if isinstance(value, Sequence) else [value])
+    )
+
+
+def _channels(block: Block, site: Site) -> int:
+    for inputs in block.linear_inputs():
+        if inputs.site == site:
+            return inputs.linears[0].in_features
+    return max((linear.out_features for linear in block.linears()), default=0)

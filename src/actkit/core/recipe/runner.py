@@ -1,0 +1,449 @@
+"""The recipe runner: checks, plans, then walks the model block by block and applies the edits of each transform.
+
+Inside a block the transforms run in recipe order: observe, edit, and the next one observes the edited block. Coverage,
+memory and time are known before work starts (`core/recipe/plan.py`). Of several processes (`core/ground/processes.py`)
+each runs its share of the batches; statistics are merged before a transform sees them, so that all make the same edits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actkit.core.edit import changes
+from actkit.core.edit.edits import (
+    Configure,
+    Edit,
+    Note,
+    Replace,
+    Shared,
+    Skip,
+    Undo,
+    apply_edit,
+    describe,
+    get_module,
+    get_tensor,
+    set_module,
+    shared_parameters,
+)
+from actkit.core.forward.hooks import check_batch, evaluating, refuse_compiled_or_sharded
+from actkit.core.ground import offload, processes
+from actkit.core.ground.errors import DataError, EditError, NonFiniteError
+from actkit.core.ground.fingerprint import fingerprint, model_fingerprint
+from actkit.core.ground.progress import track
+from actkit.core.layers.foreign_layers import refuse_adapters, refuse_quantized
+from actkit.core.model.anatomy import Anatomy, Block, Site, anatomy, has_row, unread
+from actkit.core.model.experts import ExpertList
+from actkit.core.recipe.blockwise import Walk
+from actkit.core.recipe.plan import Plan, make_plan
+from actkit.core.recipe.seen import Seen, Trial, check_shares
+from actkit.core.recipe.steps import Steps
+from actkit.core.recipe.transform import Recipe, Transform, transforms_of
+from actkit.core.store.checkpoint import load
+from actkit.core.store.pretrained import record, restore
+from actkit.core.watch.calls import Call
+from actkit.core.watch.capture import observe, opened_experts
+from actkit.core.watch.merging import merge
+
+UNDO_MODES = ("source", "memory", "off")
+
+
+@dataclass
+class Report:
+    """What a run did. changed: (path, method) rows; skipped: (path, method, reason) rows; notes: what else was said."""
+
+    recipe: dict[str, Any]
+    plan: Plan
+    changed: list[tuple[str, str]] = field(default_factory=list)
+    skipped: list[tuple[str, str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
+        return asdict(self)
+
+
+@dataclass
+class Applied:
+    """A changed model, the edits that made it (their JSON form), and the report."""
+
+    model: nn.Module
+    edits: list[dict[str, Any]]
+    report: Report
+    _undo: Callable[[], None] | None = None
+
+    def undo(self) -> nn.Module:
+        """Take all edits back, bit for bit. Raises EditError where undo was switched off or is done already."""
+        if self._undo is None:
+            raise EditError(
+                "undo: nothing is left to undo with (undo='off', or undone already); load the original model."
+            )
+        self._undo()
+        self._undo = None
+        return self.model
+
+
+def apply(
+    model: nn.Module,
+    recipe: Any,
+    data: Iterable[Any] | None = None,
+    *,
+    inplace: bool = True,
+    undo: str | None = None,
+    min_coverage: float | None = None,
+    max_memory: int | str | None = None,
+    progress: bool = True,
+    announce: Callable[[str], None] | None = None,
+    steps: Steps | None = None,
+) -> Applied:
+    """Apply a recipe to a model.
+
+    data: calibration batches (dicts of the model's keywords, or tensors). inplace: change `model` itself, else a copy.
+    undo: 'source' reads what was changed from the folder the model came from (the default where `actkit.load` loaded
+    it and nothing was changed since), 'memory' keeps the old tensors, 'off' keeps nothing. min_coverage: least share
+    of the parameters inside blocks that each transform must touch, None for what each declares. max_memory: hard cap
+    for calibration, bytes or '2GB'. announce: called with each line of the plan (coverage, memory, time) before work
+    starts. steps: takes from it the edits that it holds of the first transforms, and keeps theirs in it
+    (`core/recipe/steps.py` says when that is right). Several processes (`core.ground.processes.together`) are given the
+    same model and all batches; each runs its share, and all end with the same edits.
+    Raises RecipeError, DataError, CoverageError, MemoryLimitError, NonFiniteError or UnsupportedModelError before work
+    starts; where something fails midway the model is restored (unless undo is 'off').
+    """
+    started = time.perf_counter()
+    recipe = Recipe.of(recipe)
+    if undo is not None and undo not in UNDO_MODES:
+        raise ValueError(f"undo: {undo!r} was given, allowed are {', '.join(UNDO_MODES)}.")
+    check_model(model)
+    refuse_adapters(model)
+    known = changes.of(model)
+    recipe.check(earlier=transforms_of(known.recipe) if known else ())
+    transforms = [transform for transform in recipe if transform != type(transform).identity()]
+    batches = _batches(transforms, data)
+    for batch in batches:
+        check_batch(model, batch)
+    if processes.several():
+        for transform in transforms:
+            if transform.tags.records_calls:
+                check_shares(type(transform).__name__, transform.tags)
+        processes.agree(
+            recipe=repr(recipe.dump()),
+            model=model_fingerprint(model),
+            data=fingerprint(list(batches)),
+        )
+    if not inplace:
+        offload.refuse_offloaded(model, "inplace=False would copy all its weights into memory")
+        model = changes.copy_of(model)
+    parts = has_row(model) or any(transform.tags.parts for transform in transforms)
+    view = anatomy(model, batches[0] if batches else None) if parts else unread(model)
+    plan = make_plan(view, transforms, batches, min_coverage=min_coverage, max_memory=max_memory)
+    if announce is not None:
+        for line in plan.lines():
+            announce(line)
+    report = Report(recipe.dump(), plan)
+    report.notes += [
+        f"{type(t).__name__} is at its identity setting: nothing to change" for t in recipe if t not in transforms
+    ]
+    if 0 < len(batches) < processes.count():
+        idle = processes.count() - len(batches)
+        report.notes.append(
+            f"{len(batches)} batches for {processes.count()} processes: {idle} had nothing to run; give smaller batches"
+        )
+    mode = _undo_mode(model, undo, report)
+    if steps is not None:
+        steps.check(transforms)
+    run = _Run(view, transforms, batches, mode, report, progress, steps)
+    before = changes.of(model)
+    try:
+        with evaluating(model):
+            run.plan_transforms()
+            run.walk()
+        run.finish()
+    except BaseException:
+        run.give_up()
+        raise
+    after = changes.of(model)
+    report.seconds = time.perf_counter() - started
+
+    def take_back() -> None:
+        if changes.of(model) is not after:
+            raise EditError(
+                "undo: the model was changed again since; undo the later change first, or load the original model."
+            )
+        run.rollback()
+        restore(model, before)
+
+    return Applied(model, run.described, report, None if mode == "off" else take_back)
+
+
+class _Run:
+    """One pass of a list of transforms over a model."""
+
+    def __init__(
+        self,
+        view: Anatomy,
+        transforms: list[Transform],
+        batches: list[Any],
+        mode: str,
+        report: Report,
+        progress: bool,
+        steps: Steps | None,
+    ) -> None:
+        self.view, self.model, self.transforms, self.batches = view, view.model, transforms, batches
+        self.mode, self.report, self.progress, self.steps = mode, report, progress, steps or Steps(0)
+        self.described: list[dict[str, Any]] = []
+        self.undos: list[Undo] = []
+        self._training = {path: module.training for path, module in view.model.named_modules()}
+        self._frozen: set[str] = set()  # parameters of replaced modules that did not require gradients
+        self._shared: Shared = {}
+        origin = changes.source(view.model)
+        self._origin = origin if origin is not None and origin.untouched(view.model) else None
+        self._opened: tuple[str, nn.Module, int] | None = None
+
+    def plan_transforms(self) -> None:
+        trial = Trial(self.view, self.batches)
+        planned = []
+        for transform in self.transforms:
+            # opened, so that the layers of experts can be tried too; one that goes by modules sees them as they are
+            with opened_experts(self.view) if transform.tags.parts else nullcontext():
+                planned.append(transform.plan(trial, self.batches))
+        self.transforms = planned
+
+    def walk(self) -> None:
+        needed = {t.tags.stream for t in self.transforms if t.tags.needs_data}
+        streams = [s for s in ("original", "edited") if s in needed or "both" in needed]
+        share = [index for index in range(len(self.batches)) if processes.mine(index)] if processes.several() else None
+        walk = Walk(self.view, self.batches, self._track, share) if streams else None
+        if walk is not None:
+            walk.start(streams)
+            if not walk.chained:
+                self.report.notes.append(
+                    "a block's output is not the next block's input in this model: the inputs of each block were taken "
+                    "from passes over the whole prefix (slower, same result)"
+                )
+        for index in self._track(range(len(self.view.blocks)), "Changing block by block"):
+            weights = any(transform.tags.parts for transform in self.transforms)
+            with offload.onloaded(self.model, self.view.blocks[index].path, weights=weights):
+                following = self._change_block(index, walk, streams)
+            self.view.refresh(index)  # the old weights are freed, where no undo keeps them
+            for stream, calls in following.items():
+                walk.move(stream, calls)  # type: ignore[union-attr]
+
+    def _change_block(self, index: int, walk: Walk | None, streams: Sequence[str]) -> dict[str, list[Call]]:
+        """Run the transforms on a block; returns the calls of the next one, by stream."""
+        following = {"original": walk.following(index, "original")} if walk and "original" in streams else {}
+        self._open_experts(self.view.block(index))
+        originals: dict[str, nn.Module] = {}
+        for position, transform in enumerate(self.transforms):
+            edits: Iterable[Edit | Skip | Note] | None = self.steps.take(position, index)
+            if edits is None:
+                edits = self.steps.keep(position, index, self._edits(transform, index, walk, originals))
+            self._apply_all(transform, edits, originals)
+        self._close_experts()
+        if walk is not None and "edited" in streams:
+            following["edited"] = walk.following(index, "edited")
+        return following
+
+    def _edits(
+        self, transform: Transform, index: int, walk: Walk | None, originals: dict[str, nn.Module]
+    ) -> Iterator[Edit | Skip | Note]:
+        """Observe a block, then what the transform makes of it."""
+        block = self.view.block(index, originals)
+        stream = transform.tags.observed_stream
+        wanted = dict(transform.observe(block))
+        if wanted and walk is None:
+            raise DataError(f"{type(transform).__name__}: it observes activations; declare Tags(needs_data=True).")
+        statistics: Mapping[Site, Any] = {}
+        if wanted and walk is not None:
+            with observe(self.view, wanted) as observer:
+                module = get_module(self.model, block.path)
+                for call in walk.calls(index, stream):
+                    observer.begin(call.context, call.kwargs)
+                    call.replay(module)
+            statistics = observer.statistics
+            merge(statistics)
+        if transform.tags.parts:
+            name = type(transform).__name__
+            self.report.skipped += [(path, name, reason) for path, reason in block.unread()]
+        seen = Seen(
+            type(transform).__name__, transform.tags, walk if transform.tags.needs_data else None, block, statistics
+        )
+        yield from transform.edit(block, seen)
+
+    def _apply_all(
+        self, transform: Transform, edits: Iterable[Edit | Skip | Note], originals: dict[str, nn.Module]
+    ) -> None:
+        self._shared = shared_parameters(self.model)
+        for edit in edits:
+            if isinstance(edit, Skip):
+                self.report.skipped.append((edit.path, type(transform).__name__, edit.reason))
+                continue
+            if isinstance(edit, Note):
+                self.report.notes.append(f"{edit.path}: {edit.text}")
+                continue
+            if isinstance(edit, Replace):
+                originals.setdefault(edit.path, get_module(self.model, edit.path))
+            self._apply_edit(edit)
+            where = edit.path if isinstance(edit, Replace) else getattr(edit, "parameter", getattr(edit, "key", ""))
+            self.report.changed.append((where, type(transform).__name__))
+
+    def _apply_edit(self, edit: Edit) -> None:
+        description = describe(edit, self.model)
+        if isinstance(edit, Replace):
+            old = get_module(self.model, edit.path)
+            self._frozen |= {f"{edit.path}.{name}" for name, p in old.named_parameters() if not p.requires_grad}
+        undo = apply_edit(self.model, edit, remember=self.mode == "memory", shared=self._shared)
+        if undo is not None:
+            self.undos.append(undo)
+        self.described.append(description)
+
+    def _open_experts(self, block: Block) -> None:
+        """Experts in 3-D parameters become an ExpertList, so that their layers can be seen and replaced."""
+        experts = block.experts
+        self._opened = None
+        wanted = any(transform.tags.parts for transform in self.transforms)
+        if wanted and experts is not None and not isinstance(experts.module, ExpertList):
+            self._shared = shared_parameters(self.model)
+            self._apply_edit(Replace(experts.path, ExpertList.of(experts.module, experts.row, own_rows=True)))
+            self._opened = (experts.path, experts.module, len(self.described))
+
+    def _close_experts(self) -> None:
+        """Nothing inside was replaced: the 3-D parameters stand again."""
+        if self._opened is None:
+            return
+        path, module, mark = self._opened
+        if not any(str(e.get("replace", e.get("set", ""))).startswith(path + ".") for e in self.described[mark:]):
+            set_module(self.model, path, module)
+            del self.described[mark - 1]
+        self._opened = None
+
+    def finish(self) -> None:
+        """New modules get the mode of those whose place they took, and the model its record of the changes."""
+        self._keep_modes()
+        if self.transforms:  # at identity settings alone the model stays a plain one
+            record(self.model, self.described, Recipe(self.transforms).dump()["transforms"], self.view.architecture)
+
+    def give_up(self) -> None:
+        """Something failed: restore the model, or where undo is off record what was done, so that saving is right."""
+        if self.mode == "off":
+            self._close_experts()
+            self.finish()
+        else:
+            self.rollback()
+
+    def rollback(self) -> None:
+        """Restore the model: from memory, or from its source."""
+        if self.mode == "memory":
+            for undo in reversed(self.undos):
+                undo()
+        elif self.mode == "source" and self.described:
+            assert self._origin is not None
+            _restore_from_source(self.model, self.described, self._origin)
+            for name, parameter in self.model.named_parameters():
+                if name in self._frozen:
+                    parameter.requires_grad_(False)
+            self._keep_modes()
+        if self._origin is not None:  # the tensors hold what the files hold again
+            self.model.__dict__[changes.SOURCE] = self._origin.rebound(self.model)
+
+    def _keep_modes(self) -> None:
+        modules = dict(self.model.named_modules())
+        for path in {entry["replace"] for entry in self.described if "replace" in entry} & modules.keys():
+            modules[path].train(self._training.get(path, self.model.training))
+
+    def _track(self, items: Any, description: str) -> Iterable[Any]:
+        return track(items, description, enabled=self.progress)
+
+
+def _restore_from_source(model: nn.Module, described: list[dict[str, Any]], origin: changes.Source) -> None:
+    """Take what the edits touched from a fresh load of the model's source.
+
+    Raises EditError where the files are no longer those that the model was loaded from.
+    """
+    if not origin.unchanged():
+        raise EditError(
+            f"undo: {origin.name} was changed since the model was loaded from it, so it cannot be undone from there; "
+            f"load the original model, or apply with undo='memory'."
+        )
+    fresh = load(origin.name, **origin.options)
+    restored: set[str] = set()
+
+    def covered(name: str) -> bool:
+        return any(name == path or name.startswith(path + ".") for path in restored)
+
+    # Modules first, outer ones before inner ones: a tensor that was set may have been replaced since, and then comes
+    # back with its module.
+    for path in sorted({entry["replace"] for entry in described if "replace" in entry}, key=len):
+        if not covered(path):
+            set_module(model, path, get_module(fresh, path))
+            restored.add(path)
+    for entry in described:
+        if "set" in entry and not covered(entry["set"]):
+            with torch.no_grad():
+                get_tensor(model, entry["set"]).copy_(get_tensor(fresh, entry["set"]))
+        elif "configure" in entry:
+            apply_edit(model, _configured(fresh, entry["configure"]), remember=False)
+
+
+def _configured(model: nn.Module, key: str) -> Edit:
+    return Configure(key, getattr(model.config, "_attn_implementation" if key == "attn_implementation" else key))
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that cannot be read or changed: compiled, sharded, quantized by another package, on the meta
+    device, NaN or Inf in a tensor.
+
+    Raises UnsupportedModelError or NonFiniteError, naming the parameter.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: {type(model).__name__} was given; give a torch.nn.Module, or load one with actkit.load."
+        )
+    refuse_compiled_or_sharded(model)
+    refuse_quantized(model)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tensor = offload.value_of(model, name, tensor)
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise NonFiniteError(f"model: {name} holds NaN or Inf; mend the weights first.")
+
+
+def _batches(transforms: Sequence[Transform], data: Iterable[Any] | None) -> Any:
+    """The batches as a sequence; DataError where a transform needs some and there are none."""
+    if isinstance(data, str | bytes):
+        raise DataError("data: a text was given; pass batches, or give the text to actkit.apply, which makes them.")
+    if isinstance(data, Mapping | Tensor):
+        data = [data]
+    batches = [] if data is None else data if isinstance(data, Sequence) else list(data)
+    needy = next((t for t in transforms if t.tags.needs_data), None)
+    if needy is not None and not len(batches):
+        given = "none was given" if data is None else "0 batches were given"
+        raise DataError(
+            f"data: {type(needy).__name__} calibrates on data and {given}; pass batches, or text through actkit.apply."
+        )
+    return batches
+
+
+def _undo_mode(model: nn.Module, undo: str | None, report: Report) -> str:
+    origin = changes.source(model)
+    reason = None
+    if origin is None:
+        reason = "it was not loaded by actkit.load from a folder of its own"
+    elif (known := changes.of(model)) is not None and known.edits:
+        reason = "actkit changed it already"
+    elif not origin.untouched(model):
+        reason = "its tensors were changed since it was loaded"
+    elif not origin.unchanged():
+        reason = f"the files in {origin.name} were changed since it was loaded"
+    if undo == "source" and reason is not None:
+        raise ValueError(f"undo: 'source' was given, but {reason}; use 'memory'.")
+    if undo is None:
+        undo = "source" if reason is None else "memory"
+        if origin is not None and reason is not None:
+            report.notes.append(f"undo keeps the old tensors in memory, not in the model's folder: {reason}")
+    return undo

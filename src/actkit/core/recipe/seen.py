@@ -1,0 +1,145 @@
+"""What a transform is given besides a block: what calibration saw of it, and a way to try edits on the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from actkit.core.edit.edits import Edit, get_module, temporarily
+from actkit.core.forward.hooks import evaluating, first_tensor, forward, hooked
+from actkit.core.ground import offload, processes
+from actkit.core.ground.errors import DataError, RecipeError
+from actkit.core.model.anatomy import Anatomy, Block, Site
+from actkit.core.recipe.blockwise import Walk
+from actkit.core.recipe.tags import Tags
+from actkit.core.watch.calls import Call
+
+
+class Seen:
+    """What calibration saw of one block: statistics by site, and recorded calls of its submodules.
+
+    Of several processes each has the calls of its own batches, which may be none; statistics and what goes through
+    `total` are those of all.
+    """
+
+    def __init__(
+        self, method: str, tags: Tags, walk: Walk | None, block: Block, statistics: Mapping[Site, Any] | None = None
+    ) -> None:
+        """What the class `method` with these tags sees; walk: None if it needs no data."""
+        self._method, self._tags = method, tags
+        self._walk, self._block, self._statistics = walk, block, statistics or {}
+
+    def __getitem__(self, site: Site) -> Any:
+        if site not in self._statistics:
+            names = ", ".join(map(str, self._statistics)) or "none"
+            raise KeyError(f"site: {site} was not observed; `observe` asked for {names}.")
+        return self._statistics[site]
+
+    @property
+    def tokens(self) -> int:
+        """How many real tokens (or images) the calibration data hold."""
+        return self._walked("tokens").tokens_before[-1]
+
+    @property
+    def block_calls(self) -> list[Call]:
+        """The block's own calls on its stream: replay them to evaluate the whole block."""
+        walk = self._walked("block_calls")
+        check_shares(self._method, self._tags)
+        return walk.calls(self._block.index, self._tags.observed_stream)
+
+    def trial(self, edits: Iterable[Edit]) -> AbstractContextManager[nn.Module]:
+        """with seen.trial(edits): replay calls on the block with those edits; they are undone at the end."""
+        return temporarily(self._walked("trial").anatomy.model, edits)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of what each process computed from its calls (errors, counts): a tensor of the same shape in all.
+
+        What a transform chooses by calls goes through here, so that all processes choose alike; it then declares
+        `Tags(sums_calls=True)`.
+        """
+        return processes.total(f"a total of {self._method} in {self._block.path}", values)
+
+    def calls(self, path: str, *, stream: str | None = None, max_tokens: int | None = None) -> list[Call]:
+        """The calls that the module at `path` gets when the block, *as it stands now*, runs on its inputs.
+
+        stream: 'original' or 'edited' inputs of the block; default as the transform declares. max_tokens: stop at the
+        row that reaches so many real tokens. `call.replay(module)` runs a module on them. Inside an expert, the mask of
+        a call is [rows]: which of the tokens sent there are real.
+        Raises RecipeError in several processes, where the transform does not declare `sums_calls`.
+        """
+        check_shares(self._method, self._tags)
+        walk = self._walked("calls")
+        model = walk.anatomy.model
+        expert = self._expert_around(path)
+        recorded: list[Call] = []
+        sent: list[Tensor] = []  # to the expert around `path`: flat indices of the tokens
+        for _, call in walk.some_calls(self._block.index, stream or self._tags.observed_stream, max_tokens):
+
+            def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                sent[:] = [args[1]]
+
+            def keep(
+                module: nn.Module,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                call: Call = call,
+            ) -> None:
+                kwargs = {key: value for key, value in kwargs.items() if "past_key_value" not in key}
+                args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)  # a block may work in place
+                context = call.context
+                if expert is not None and context.mask is not None:
+                    context = replace(context, mask=context.mask.flatten()[sent[0]])
+                recorded.append(Call(args, kwargs, context))
+
+            with hooked(model, before={path: keep} if expert is None else {expert: enter, path: keep}):
+                call.replay(get_module(model, self._block.path))
+        return recorded
+
+    def _walked(self, what: str) -> Walk:
+        if self._walk is None:
+            raise DataError(f"{what}: this transform ran without data; declare Tags(needs_data=True).")
+        return self._walk
+
+    def _expert_around(self, path: str) -> str | None:
+        """The path of the expert that holds the module at `path`, if one does."""
+        experts = self._block.experts
+        if experts is None or not path.startswith(experts.path + "."):
+            return None
+        expert = f"{experts.path}.{path.removeprefix(experts.path + '.').partition('.')[0]}"
+        return None if path == expert else expert
+
+
+class Trial:
+    """Tries edits over the whole model and takes them back: for transforms that search in `plan`."""
+
+    def __init__(self, view: Anatomy, batches: Sequence[Any]) -> None:
+        self.anatomy, self.model, self.batches = view, view.model, batches
+
+    def __call__(self, edits: Iterable[Edit]) -> AbstractContextManager[nn.Module]:
+        """with trial(edits) as model: measure; the edits are undone at the end, also after an exception.
+
+        Raises UnsupportedModelError for a model that accelerate offloads.
+        """
+        offload.refuse_offloaded(self.model, "a search tries changes of the whole model at once")
+        return temporarily(self.model, edits)
+
+    def outputs(self) -> Iterator[Tensor]:
+        """The model's first output on each calibration batch: logits or hidden states."""
+        with evaluating(self.model):
+            for batch in self.batches:
+                yield first_tensor(forward(self.model, batch))
+
+
+def check_shares(method: str, tags: Tags) -> None:
+    """Raise RecipeError if a transform goes by recorded calls, of which several processes have a share each, and does
+    not say that it adds up what it computes from them."""
+    if processes.several() and not tags.sums_calls:
+        raise RecipeError(
+            f"{method}: it goes by recorded calls, and each of the {processes.count()} processes has only a share of "
+            f"them; run it in one process, without torchrun. Its author can add up with seen.total what it computes "
+            f"from calls, and declare Tags(sums_calls=True)."
+        )

@@ -1,0 +1,51 @@
+"""What a transform declares about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Slot = Literal["weight", "select", "correction"]
+
+
+@dataclass(frozen=True)
+class Tags:
+    """What a transform declares about itself; the runner and `actkit.testing.check_transform` go by it.
+
+    Attributes:
+        slot: the slot of ActLinear that it fills, or several; two transforms that fill the same one conflict.
+        needs_data: calibration batches are required.
+        stream: the hidden states it calibrates on, of the original or of the edited model, or both.
+        changes_function: 'exact' edits keep the outputs to rounding.
+        records_calls: it replays recorded calls, which count in the memory plan.
+        sums_calls: it adds up with `seen.total` what it computes from recorded calls, so that it may run in several
+            processes, each of which has a share of the calls.
+        passes: forward passes over the data that it costs, for the estimate of time.
+        compiles: the changed model runs under torch.compile.
+        exports: the changed model runs through torch.export.
+        parts: it goes by the parts of the anatomy. False for one that goes by modules alone and changes no weights: it
+            works on a model that cannot be read, and no coverage is asked of it.
+        least_coverage: share of the parameters inside blocks that it touches at least, if the model was read as it is.
+    """
+
+    slot: Slot | tuple[Slot, ...] | None = None
+    needs_data: bool = False
+    stream: Literal["original", "edited", "both"] = "edited"
+    changes_function: Literal["exact", "approximate"] = "approximate"
+    records_calls: bool = False
+    sums_calls: bool = False
+    passes: float = 1.0
+    compiles: bool = True
+    exports: bool = True
+    parts: bool = True
+    least_coverage: float = 0.5
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The slots of ActLinear that it fills, always as a tuple."""
+        return self.slot if isinstance(self.slot, tuple) else () if self.slot is None else (self.slot,)
+
+    @property
+    def observed_stream(self) -> Literal["original", "edited"]:
+        """The stream whose hidden states it observes."""
+        return "original" if self.stream == "original" else "edited"

@@ -1,0 +1,223 @@
+"""The Transform contract and the recipe: what a method is, and how methods are listed, checked and stacked.
+
+A transform is a frozen pydantic model, so that a YAML recipe and a Python call are checked alike. The runner
+(`core/recipe/runner.py`) asks it per block: what do you want to see (`observe`), which edits follow (`edit`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from actkit.core.edit.edits import Edit, Note, Skip
+from actkit.core.ground import registry
+from actkit.core.ground.errors import ActkitError, RecipeError
+from actkit.core.ground.whole_file import write_whole
+from actkit.core.ground.yaml_files import read_yaml, shorten
+from actkit.core.model.anatomy import Block, Linear, Site
+from actkit.core.recipe.seen import Seen, Trial
+from actkit.core.recipe.tags import Tags
+from actkit.core.watch.statistics import Statistic
+
+RECIPE_VERSION = 1
+
+
+class Transform(BaseModel):
+    """Changes a trained model once, from what calibration saw; produces edits. Subclasses set `tags`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    tags: ClassVar[Tags] = Tags()
+
+    @property
+    def name(self) -> str:
+        """The registered name. Raises RecipeError where the class is not registered."""
+        return registry.method_name(type(self))
+
+    @property
+    def label(self) -> str:
+        """A short text for tables: the name and the settings that differ from the defaults."""
+        given = ", ".join(f"{key}={value}" for key, value in self.model_dump(exclude_defaults=True).items())
+        return f"{type(self).__name__}({given})"
+
+    def plan(self, trial: Trial, data: Sequence[Any]) -> Self:
+        """Settings that need the whole model (a budget, a global search). The default returns itself."""
+        return self
+
+    def targets(self, block: Block) -> Iterable[Linear]:
+        """The linear layers it means to change: for the coverage report."""
+        return block.linears()
+
+    def passes(self, tokens: int) -> float:
+        """Forward passes over calibration data of so many real tokens that it costs, for the estimate of time."""
+        return self.tags.passes
+
+    def observe(self, block: Block) -> Mapping[Site, Statistic | Sequence[Statistic]]:
+        """Which statistics it needs of this block; several of one site are given as a sequence."""
+        return {}
+
+    def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
+        """The edits of this block; each is applied as it is yielded, so the code after a yield sees it done."""
+        raise NotImplementedError
+
+    def conflicts(self, earlier: Transform) -> str | None:
+        """Why it may not follow `earlier`, or None. The default refuses the same method, or the same slot, twice."""
+        if type(earlier) is type(self):
+            return f"{type(self).__name__} was applied already; undo it first, or load the original model"
+        shared = [slot for slot in self.tags.slots if slot in earlier.tags.slots]
+        if shared:
+            return f"both fill the {shared[0]} slot of the layers; undo the first one, or use only one of them"
+        return None
+
+    @classmethod
+    def identity(cls) -> Self | None:
+        """The setting that changes nothing, where there is one."""
+        return None
+
+
+class Recipe:
+    """An ordered list of transforms with their settings; YAML on disk.
+
+    actkit: 1
+    transforms:
+      - awq: {bits: 4, group_size: 64}
+      - wina: {sparsity: 0.5}
+    """
+
+    def __init__(self, transforms: Iterable[Transform]) -> None:
+        self.transforms = tuple(transforms)
+
+    @classmethod
+    def of(cls, source: Recipe | Transform | Iterable[Transform] | Mapping[str, Any] | str | Path) -> Recipe:
+        """A recipe from itself, one transform, a list, a mapping in the YAML form, a YAML file, or 'awq,wina'.
+
+        Raises RecipeError naming the unknown method or setting, or the value out of bounds.
+        """
+        if isinstance(source, Recipe):
+            return source
+        if isinstance(source, Transform):
+            return cls([source])
+        if isinstance(source, Mapping):
+            return cls.parse(source)
+        if isinstance(source, Path) or (isinstance(source, str) and source.endswith((".yaml", ".yml"))):
+            return cls.load(source)
+        if isinstance(source, str):
+            return cls.parse({"actkit": RECIPE_VERSION, "transforms": [name.strip() for name in source.split(",")]})
+        if not isinstance(source, Iterable):
+            raise RecipeError(
+                f"recipe: a {type(source).__name__} was given; give transforms, names as 'awq,wina', or a YAML file."
+            )
+        transforms = list(source)
+        for item in transforms:
+            if not isinstance(item, Transform):
+                raise RecipeError(f"recipe: {type(item).__name__} was given in the list, allowed are transforms.")
+        return cls(transforms)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a YAML file. Raises RecipeError for one that is missing or malformed, or holds tags or anchors."""
+        return cls.parse(read_yaml(Path(path), "recipe"))
+
+    @classmethod
+    def parse(cls, content: Any) -> Recipe:
+        """A recipe from the content of its YAML form."""
+        if not isinstance(content, Mapping) or not isinstance(content.get("transforms"), list):
+            raise RecipeError("recipe: expected the keys `actkit: 1` and `transforms:` with a list of methods.")
+        extra = set(content) - {"actkit", "transforms"}
+        if extra:
+            raise RecipeError(
+                f"recipe: unknown key {shorten(', '.join(sorted(map(str, extra))))}; allowed are actkit and transforms."
+            )
+        if content.get("actkit") != RECIPE_VERSION:
+            raise RecipeError(
+                f"recipe: version {shorten(repr(content.get('actkit')))} was given, this actkit reads `actkit: "
+                f"{RECIPE_VERSION}`."
+            )
+        return cls([_transform(entry) for entry in content["transforms"]])
+
+    def dump(self) -> dict[str, Any]:
+        """The content of the YAML form; every setting is written, defaults too."""
+        return {"actkit": RECIPE_VERSION, "transforms": [{t.name: t.model_dump(mode="json")} for t in self.transforms]}
+
+    def save(self, path: str | Path) -> Path:
+        """Write the YAML form."""
+        path = Path(path)
+        write_whole(path, yaml.safe_dump(self.dump(), sort_keys=False))
+        return path
+
+    def check(self, earlier: Sequence[Transform] = ()) -> None:
+        """Raise RecipeError where a transform may not follow one before it (in the recipe or already on the model)."""
+        if not self.transforms:
+            raise RecipeError("recipe: it lists no transform; give at least one.")
+        before = list(earlier)
+        for transform in self.transforms:
+            for previous in before:
+                reason = transform.conflicts(previous)
+                if reason:
+                    raise RecipeError(f"{type(transform).__name__} cannot follow {type(previous).__name__}: {reason}.")
+            before.append(transform)
+
+    @property
+    def label(self) -> str:
+        """The labels of its transforms, for tables."""
+        return " + ".join(transform.label for transform in self.transforms)
+
+    def __iter__(self):
+        return iter(self.transforms)
+
+    def __len__(self) -> int:
+        return len(self.transforms)
+
+    def __repr__(self) -> str:
+        return f"Recipe({self.label})"
+
+
+def transforms_of(recipe: Iterable[Mapping[str, Any]]) -> tuple[Transform, ...]:
+    """The transforms of a recorded recipe whose methods are installed here; a model loads without the others too."""
+    known = []
+    for entry in recipe:
+        with suppress(ActkitError):
+            known.append(_transform(entry))
+    return tuple(known)
+
+
+def _transform(entry: Any) -> Transform:
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, Mapping) or len(entry) != 1:
+        raise RecipeError(
+            f"recipe: {shorten(repr(entry))} was given; each entry is one method, as in `- awq: {{bits: 4}}`."
+        )
+    name, settings = next(iter(entry.items()))
+    cls = registry.method_class(str(name))
+    if not (isinstance(cls, type) and issubclass(cls, Transform)):
+        raise RecipeError(
+            f"recipe: {name!r} ({registry.origin_of_method(str(name))}) is not a transform, and a recipe lists nothing "
+            f"else; a training rule goes to actkit.train(rules=...)."
+        )
+    try:
+        return cls(**({} if settings is None else settings))
+    except ValidationError as error:
+        raise RecipeError(f"recipe: {name}: {explain(error, cls)}") from error
+    except TypeError as error:
+        raise RecipeError(
+            f"recipe: {name}: the settings are {shorten(repr(settings))}; give a mapping of names to values."
+        ) from error
+
+
+def explain(error: ValidationError, cls: type[BaseModel]) -> str:
+    """pydantic's complaints as one sentence each: setting, what was given, what is allowed."""
+    parts = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "settings"
+        if item["type"] == "extra_forbidden":
+            parts.append(f"{where}: no such setting; allowed are {', '.join(cls.model_fields)}")
+        else:
+            parts.append(
+                f"{where}: {shorten(repr(item['input']))} was given; {item['msg'][0].lower()}{item['msg'][1:]}"
+            )
+    return "; ".join(parts) + "."

@@ -1,0 +1,1 @@
+"""Models in folders: checkpoints of changed models, transformers' own, and their tensors."""

@@ -1,0 +1,651 @@
+"""Save and load: a changed model is its base architecture, a list of edits, and a strict set of tensors.
+
+A folder holds `actkit.json` (schema, edits, recipe, files), the weights in `actkit-*.safetensors`, and for a
+transformers model its config and whatever stood beside the original weights (tokenizer, chat template, generation
+config, processor, pooling); `actkit.sha256` holds the digests of them all, which loading checks. Writing goes to a
+temporary folder that is renamed at the end, so that a killed or failed save leaves the old checkpoint whole. No pickle;
+names in a file resolve only among installed classes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from actkit.core.edit import changes
+from actkit.core.edit.changes import Changes, Source, SourceGrid
+from actkit.core.edit.edits import describe_module, get_module, replay
+from actkit.core.forward.hooks import refuse_compiled_or_sharded
+from actkit.core.forward.named_functions import unknown_function
+from actkit.core.ground import offload, processes
+from actkit.core.ground.errors import ActkitError, CheckpointError
+from actkit.core.ground.machine import versions
+from actkit.core.ground.memory import format_bytes, parameter_bytes, parse_bytes
+from actkit.core.ground.modules import is_pretrained
+from actkit.core.ground.whole_folder import complete_or_nothing, recover
+from actkit.core.layers.foreign_layers import refuse_foreign_layers
+from actkit.core.layers.linear import OLD_STORAGE, ActLinear
+from actkit.core.store import checksums, pretrained
+from actkit.core.store.card import Measured, card_of
+from actkit.core.store.pretrained import base_type
+from actkit.core.store.transformers_folder import load_folder, refuse_adapter, remote_class
+
+SCHEMA = 2
+MANIFEST = "actkit.json"
+GRID = "source_grid.json"  # beside a plain checkpoint whose weights came from a quantized source
+WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".onnx", ".msgpack", ".gguf", ".index.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
+CHAT_TEMPLATES = "additional_chat_templates"  # as transformers names the folder
+CODE = ".py"  # of a repository that brings its own; run only where it is trusted
+BESIDE = (".txt", ".jinja", ".model", ".vocab", ".merges", ".tiktoken")  # and .json: tokenizers, templates
+SETTINGS = (MANIFEST, "config.json", "generation_config.json", GRID)
+NOT_COPIED = ("config.json", "README.md", MANIFEST, "training.json", GRID)
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    card: str | None = None,
+    evaluation: Measured | None = None,
+    results: dict[str, Any] | None = None,
+    max_shard: int | str = "4GB",
+    keep_others: bool = False,
+) -> Path:
+    """Write a model to a folder that `load` reads back exactly.
+
+    A transformers model that actkit has not changed is written in transformers' own format. overwrite: replace an
+    existing checkpoint (only once the new one is complete). card: text of README.md; by default it says what the model
+    is and what `evaluation` (of `evaluate`) measured. results: further measured numbers, kept in actkit.json.
+    keep_others: of a replaced folder, keep the files that are not the model's (a tokenizer).
+    max_shard: largest weights file, bytes or '4GB'. Several processes (`core.ground.processes.together`) all call it;
+    the first one writes, and the others wait for it.
+    Raises CheckpointError where the folder exists, is no checkpoint, the disk is full, a tensor has no values, or the
+    model computes what loading would not build again, UnsupportedModelError for a compiled or sharded model, or one
+    with adapters or quantized layers of another package.
+    """
+    check_savable(model)
+    folder = Path(folder)
+    processes.on_first(
+        f"saved to {folder.name}",
+        lambda: _save(model, folder, tokenizer, overwrite, card, evaluation, results, max_shard, keep_others),
+    )
+    return folder
+
+
+def check_savable(model: nn.Module) -> None:
+    """Refuse a model that a folder cannot hold; ask before long work, not after it.
+
+    Raises:
+        UnsupportedModelError: it is compiled or sharded, or has adapters or quantized layers of another package.
+        CheckpointError: a function or a module computes what loading would not build again, or the config builds a
+            model with other tensors.
+    """
+    refuse_compiled_or_sharded(model)
+    refuse_foreign_layers(model)
+    function = unknown_function(model)
+    if function is not None:
+        raise CheckpointError(
+            f"save: no folder holds what this model computes: {function}, save, and set yours again after loading."
+        )
+    if not is_pretrained(model):
+        return
+    known = changes.of(model)
+    edits = known.edits if known else []
+    replaced = tuple(f"{edit['replace']}." for edit in edits if "replace" in edit)
+    base = getattr(type(model), "actkit_base", type(model))
+    houses = {"torch", "transformers", "actkit", base.__module__.partition(".")[0]}
+    for path, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] not in houses and not f"{path}.".startswith(replaced or ("\0",)):
+            raise CheckpointError(
+                f"save: a {type(module).__name__} stands at {path}, which loading a {base.__name__} would not build "
+                f"again; change the model through actkit.apply only, or take out what was put in."
+            )
+    from actkit.core.store.skeleton import check_rebuilds
+
+    check_rebuilds(model, edits)  # type: ignore[arg-type]
+
+
+def _save(
+    model: nn.Module,
+    folder: Path,
+    tokenizer: Any,
+    overwrite: bool,
+    card: str | None,
+    evaluation: Measured | None,
+    results: dict[str, Any] | None,
+    max_shard: int | str,
+    keep_others: bool,
+) -> None:
+    check_target(folder, overwrite=overwrite)
+    if folder.exists() and not replaceable(folder):
+        raise CheckpointError(
+            f"folder: {folder} holds something else than a checkpoint, which overwriting would delete; "
+            f"choose another folder, or remove this one yourself."
+        )
+    _check_space(model, folder)
+    with complete_or_nothing(folder) as temporary:
+        copy_companions(model, temporary)
+        if keep_others and folder.exists():
+            _copy_others(folder, temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        known = changes.of(model)
+        plain = is_pretrained(model) and (known is None or not known.edits)
+        if plain:
+            model.save_pretrained(temporary)  # type: ignore[operator]
+            grid = changes.source_grid(model)
+            if grid is not None:
+                write_grid(temporary / GRID, grid)
+        else:
+            _write(model, temporary, parse_bytes(max_shard), {**_measured(evaluation), **(results or {})})
+        readme = temporary / "README.md"
+        if card is not None or evaluation is not None or not readme.exists():
+            readme.write_text(card_of(model, evaluation).text() if card is None else card, encoding="utf-8")
+        checksums.write(temporary, leave_out=("README.md",))  # a card is there to be edited
+
+
+def _measured(evaluation: Measured | None) -> dict[str, Any]:
+    return {} if evaluation is None else {"evaluation": evaluation.to_dict()}
+
+
+def check_target(folder: str | Path, *, overwrite: bool = False) -> None:
+    """Raise CheckpointError where a folder exists and is not to be replaced; ask before long work, not after it."""
+    folder = Path(folder)
+    recover(folder)
+    if folder.exists() and not overwrite:
+        raise CheckpointError(
+            f"folder: {folder} exists already; choose another one, or pass overwrite=True (--overwrite)."
+        )
+
+
+def replaceable(folder: Path) -> bool:
+    """Whether a folder is empty or a checkpoint, so that replacing it deletes nothing else."""
+    if not folder.is_dir():
+        return False
+    return not any(folder.iterdir()) or any((folder / name).exists() for name in (MANIFEST, "config.json"))
+
+
+def _copy_others(folder: Path, temporary: Path) -> None:
+    for path in folder.iterdir():
+        own = path.name in (*SETTINGS, checksums.NAME) or path.name.endswith(WEIGHTS_SUFFIXES)
+        if own or path.name.startswith("."):
+            continue
+        if path.is_dir():
+            shutil.copytree(path, temporary / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copy2(path, temporary / path.name)
+
+
+def _write(model: nn.Module, folder: Path, max_shard: int, results: dict[str, Any]) -> None:
+    known, grid = changes.of(model) or Changes(), changes.source_grid(model)
+    tensors, tied = _tensors(model)
+    files = _write_shards(model, tensors, folder, max_shard)
+    manifest: dict[str, Any] = {
+        "schema": SCHEMA,
+        "base_class": None,
+        "model_class": type(model).__name__,
+        "architecture": known.architecture,
+        "edits": _current(model, known.edits),
+        "recipe": known.recipe,
+        "tied": tied,
+        "files": files,
+        "results": results,
+        "source_grid": None if grid is None else grid.to_dict(),
+        "versions": versions(),
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    if is_pretrained(model):
+        base = getattr(type(model), "actkit_base", type(model))
+        manifest["base_class"] = base.__name__
+        config = model.config.to_dict()  # type: ignore[union-attr, operator]
+        config["architectures"] = [type(model).__name__]
+        config.pop("_name_or_path", None)
+        config["dtype"] = str(model.dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str), encoding="utf-8")
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(folder)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+
+
+def _current(model: nn.Module, edits: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The edits with the specs of the modules as they are now: the model may have got another dtype since."""
+    current: list[dict[str, Any]] = []
+    later: list[str] = []  # paths that a later edit replaces
+    for edit in reversed(edits):
+        path = edit.get("replace")
+        if path is not None:
+            if not any(path == other or path.startswith(other + ".") for other in later):
+                described = describe_module(get_module(model, path))
+                if described["module"] != edit["module"]:
+                    raise CheckpointError(
+                        f"save: a {described['module']} stands at {path}, where the edits put a {edit['module']}; "
+                        f"change the model through actkit.apply only."
+                    )
+                edit = {"replace": path, **described}
+            later.append(path)
+        current.append(edit)
+    return current[::-1]
+
+
+def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The persistent tensors, each once, and alias -> name for those that are tied. Offloaded ones are on the meta
+    device still."""
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    offloaded = {name: names[0] for names in offload.shared_tensors(model) for name in names}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_meta:
+            if offload.place_of(model, name) is None:
+                raise CheckpointError(f"save: {name} is on the meta device and has no values; load the weights first.")
+            same: tuple[Any, ...] = (offloaded.get(name, name),)
+        else:
+            same = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+        if same in first:
+            tied[name] = first[same]
+            continue
+        first[same] = name
+        tensors[name] = tensor.detach() if tensor.is_meta else tensor.detach().cpu().contiguous()
+    return tensors, tied
+
+
+def _write_shards(
+    model: nn.Module, tensors: dict[str, Tensor], folder: Path, max_shard: int
+) -> dict[str, dict[str, Any]]:
+    """Write the tensors to as many files as needed; returns file -> its size and its tensors."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if size and size + tensor.nbytes > max_shard:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    files: dict[str, dict[str, Any]] = {}
+    for index, shard in enumerate(shards, start=1):
+        file = folder / f"actkit-{index:05d}-of-{len(shards):05d}.safetensors"
+        here = {name: offload.value_of(model, name, tensor).contiguous() for name, tensor in shard.items()}
+        save_file({name: tensor.clone() if _is_view(tensor) else tensor for name, tensor in here.items()}, file)
+        files[file.name] = {"bytes": file.stat().st_size, "tensors": sorted(shard)}
+    return files
+
+
+def _is_view(tensor: Tensor) -> bool:
+    return tensor.nbytes != tensor.untyped_storage().nbytes()
+
+
+def copy_companions(model: nn.Module, folder: Path) -> None:
+    """Copy what stood beside the original weights: tokenizer, templates, processor, pooling modules."""
+    origin = changes.source(model)
+    source = Path(origin.options.get("files", origin.name)) if origin else None
+    if origin is None or source is None or not source.is_dir():
+        return
+    for path in sorted(source.iterdir()):
+        if (
+            path.name in NOT_COPIED
+            or path.name.endswith(WEIGHTS_SUFFIXES)
+            or path.name.startswith((".", "actkit-", "__"))
+        ):
+            continue
+        if path.is_dir():
+            small = all(not p.name.endswith(WEIGHTS_SUFFIXES) for p in path.rglob("*"))
+            numbered = path.name[:1].isdigit()  # sentence-transformers' module folders
+            if small and (numbered or path.name == CHAT_TEMPLATES):
+                shutil.copytree(path, folder / path.name)
+        elif path.suffix in (".json", *BESIDE) or (path.suffix == CODE and origin.options.get("trust_remote_code")):
+            shutil.copy2(path, folder / path.name)
+
+
+def _check_space(model: nn.Module, folder: Path) -> None:
+    parent = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    needed = parameter_bytes(model)
+    free = shutil.disk_usage(parent).free
+    if free < needed * 1.01 + 2**20:
+        raise CheckpointError(
+            f"save: {folder} needs {format_bytes(needed)}, {format_bytes(free)} are free there; free some space."
+        )
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+def load(
+    source: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    base: Callable[[], nn.Module] | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Load a model in evaluation mode from a local folder or a hub id; every key must match.
+
+    dtype: default as stored, which is what most bytes of the tensors are; scales and thresholds of changed layers keep
+    float32. base: builds the unchanged model, for a checkpoint of one's own nn.Module.
+    trust_remote_code: run code that a hub repository brings; off unless asked. A file that `actkit.sha256`
+    lists must be as it was saved. Raises CheckpointError naming the file or the keys.
+    """
+    folder = resolve(source)
+    dtype = parse_dtype(dtype)
+    checksums.verify(folder, _of_the_model)
+    grid = None
+    if (folder / MANIFEST).exists():
+        model, grid = _load_changed(folder, base, trust_remote_code)
+        if dtype is not None:
+            _cast(model, dtype)
+    elif (folder / "config.json").exists():
+        model, grid = load_folder(folder, dtype, trust_remote_code)
+        if (folder / GRID).exists():
+            grid = _grid(folder / GRID, _read_json(folder / GRID))
+    else:
+        refuse_adapter(folder)
+        raise CheckpointError(f"{source}: the folder holds neither {MANIFEST} nor config.json, so it is no checkpoint.")
+    model = model.to(device).eval()
+    options: dict[str, Any] = {
+        "device": str(device),
+        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+    }
+    if base is None:
+        options["trust_remote_code"] = trust_remote_code
+        model.__dict__[changes.SOURCE] = Source.of(str(folder), model, grid=grid, **options)
+    return model
+
+
+def _of_the_model(name: str) -> bool:
+    """Whether a file of a saved folder is one that the model is built from (and not its tokenizer's)."""
+    return name in SETTINGS or name.endswith((*WEIGHTS_SUFFIXES, CODE))
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Another dtype for the weights. Buffers that are not saved (rotary tables) keep theirs, as transformers does."""
+    kept = [
+        (module, name, module._buffers[name])
+        for module in model.modules()
+        for name in module._non_persistent_buffers_set
+    ]
+    model.to(dtype)
+    for module, name, buffer in kept:
+        module._buffers[name] = buffer
+    if is_pretrained(model):
+        model.config.dtype = dtype  # type: ignore[union-attr]
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The content of a folder's actkit.json. Raises CheckpointError where it is missing, malformed or newer."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: there is no {MANIFEST}; it is not a folder that actkit saved.")
+    checksums.verify(Path(folder), lambda name: name == MANIFEST)
+    manifest = _read_json(path)
+    schema = manifest.get("schema")
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise CheckpointError(f"{path}: schema {schema} is newer than this actkit reads ({SCHEMA}); upgrade actkit.")
+    kinds = {"schema": int, "model_class": str, "architecture": str, "edits": list, "recipe": list, "tied": dict,
+             "files": dict, "results": dict}  # fmt: skip
+    wrong = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
+    wrong += [] if isinstance(manifest.get("base_class"), str | None) else ["base_class"]
+    wrong += [f"files: {name}" for name in manifest.get("files", {}) if Path(name).name != name] if not wrong else []
+    if wrong or not isinstance(schema, int) or schema < 1:
+        what = ", ".join(wrong or ["schema"])
+        raise CheckpointError(f"{path}: {what} is missing or malformed; the folder is damaged, save the model again.")
+    return manifest
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: not readable as JSON ({error}); the folder is damaged, save the model again."
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: it holds no JSON object; the folder is damaged, save the model again.")
+    return content
+
+
+def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer beside a model. Raises CheckpointError where there is none."""
+    from transformers import AutoTokenizer
+
+    folder = resolve(source)
+    if not has_tokenizer(folder):
+        raise CheckpointError(f"tokenizer: {folder} has none; give text as token batches, or use --data random.")
+    checksums.verify(folder, lambda name: not _of_the_model(name))
+    if (folder / MANIFEST).exists() and (folder / "config.json").exists():
+        return _tokenizer_of_changed(folder, trust_remote_code)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def _tokenizer_of_changed(folder: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer of a changed model: the one that transformers chooses for the model it came from."""
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+
+    settings = _read_json(folder / "config.json")
+    kind = base_type(str(settings.pop("model_type", "")))
+    try:
+        config = AutoConfig.for_model(kind, **settings)
+    except ValueError:  # a model of a repository's own code: the tokenizer's own files say its class
+        config = PreTrainedConfig(**settings)
+    return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=trust_remote_code)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds the files of a tokenizer."""
+    return any((folder / name).exists() for name in TOKENIZER_FILES)
+
+
+def _load_changed(
+    folder: Path, base: Callable[[], nn.Module] | None, trust_remote_code: bool
+) -> tuple[nn.Module, SourceGrid | None]:
+    manifest = read_manifest(folder)
+    tensors = _read_tensors(folder, manifest)
+    if base is not None:
+        model = base()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"base: it gave a {type(model).__name__}; give a function that builds the unchanged model.")
+    elif manifest["base_class"] is not None:
+        model = _build_pretrained(folder, manifest, trust_remote_code)
+    else:
+        raise CheckpointError(
+            f"{folder}: it holds a {manifest['model_class']}, which is not a transformers model; "
+            f"pass base= in Python (actkit.load), a function that builds the unchanged model."
+        )
+    try:
+        replay(model, manifest["edits"])
+    except (ActkitError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: the edits do not fit {type(model).__name__}: {error}") from error
+    _fill(model, tensors, manifest["tied"], folder)
+    if is_pretrained(model):
+        model.config.dtype = model.dtype  # type: ignore[union-attr]
+    pretrained.restore(
+        model,
+        Changes(manifest["edits"], manifest["recipe"], manifest["architecture"], manifest["base_class"]),
+    )
+    return model, _grid(folder / MANIFEST, manifest.get("source_grid"))  # earlier versions did not write it
+
+
+def write_grid(path: Path, grid: SourceGrid) -> None:
+    """Write how a source was quantized, for a plain checkpoint: `load` reads it beside the weights."""
+    path.write_text(json.dumps(grid.to_dict(), indent=2), encoding="utf-8")
+
+
+def _grid(path: Path, content: dict[str, Any] | None) -> SourceGrid | None:
+    try:
+        return None if content is None else SourceGrid.from_dict(content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: source_grid is missing or malformed; the folder is damaged, save the model again."
+        ) from error
+
+
+def _build_pretrained(folder: Path, manifest: dict[str, Any], trust_remote_code: bool) -> nn.Module:
+    """The unchanged transformers model of the right shape, unfilled; on the CPU, so that rotary tables are computed."""
+    from transformers.initialization import no_init_weights
+
+    settings = _read_json(folder / "config.json")
+    name, auto_map = manifest["base_class"], settings.get("auto_map")
+    if isinstance(auto_map, dict) and not pretrained.has_class(name):
+        base: Any = remote_class(auto_map, name, folder, trust_remote_code)
+    else:
+        base = pretrained.class_by_name(name)
+    pretrained.model_class(base)
+    for edit in reversed(manifest["edits"]):
+        if isinstance(edit, dict) and "before" in edit:  # the base model is built as it was, then replayed
+            settings[str(edit.get("configure"))] = edit["before"]
+    settings["model_type"] = pretrained.base_type(str(settings.get("model_type", "")))
+    try:
+        config = base.config_class.from_dict(settings)
+        with no_init_weights():
+            model = base(config)
+    except Exception as error:  # each config class checks its values in its own way
+        raise CheckpointError(
+            f"{folder / 'config.json'}: no {base.__name__} can be built from it ({error}); copy the folder again, or "
+            f"save the model again."
+        ) from error
+    generation = folder / "generation_config.json"
+    if generation.exists() and getattr(model, "generation_config", None) is not None:
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, facts in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: the file is missing; copy the folder again, or save the model again.")
+        size = facts.get("bytes") if isinstance(facts, dict) else None
+        if path.stat().st_size != size:
+            raise CheckpointError(
+                f"{path}: it has {path.stat().st_size} bytes, {MANIFEST} says {size}; "
+                f"the file is truncated or was changed. Copy the folder again, or save the model again."
+            )
+        try:
+            with safe_open(path, framework="pt") as file:
+                # copied, because a tensor at an odd place of the file rounds differently (and runs slower)
+                tensors |= {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path}: not readable ({error}); copy the folder again, or save the model again."
+            ) from error
+    return tensors
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], tied: dict[str, str], folder: Path) -> None:
+    """Give a model its tensors; every name, shape and tie must agree."""
+    expected = model.state_dict(keep_vars=True)
+    present = _PresentNames(model)
+    tensors = {present[name]: tensor for name, tensor in tensors.items()}
+    tied = {present[alias]: present[name] for alias, name in tied.items()}
+    given = set(tensors) | set(tied)
+    problems = [f"missing {name}" for name in sorted(set(expected) - given)]
+    problems += [f"unexpected {name}" for name in sorted(given - set(expected))]
+    for name, tensor in tensors.items():
+        if name in expected and expected[name].shape != tensor.shape:
+            problems.append(
+                f"{name} is {tuple(tensor.shape)} in the file and {tuple(expected[name].shape)} in the model"
+            )
+        elif name in expected and not _same_kind(tensor.dtype, expected[name].dtype):
+            problems.append(f"{name} is {tensor.dtype} in the file and {expected[name].dtype} in the model")
+    problems += [
+        f"{alias} is tied to {name}, which is not in the file" for alias, name in tied.items() if name not in tensors
+    ]
+    if problems:
+        raise CheckpointError(f"{folder}: the weights do not fit the model: {'; '.join(problems[:10])}.")
+    for name, tensor in tensors.items():
+        _assign(model, name, tensor, expected[name])
+    for alias, name in tied.items():
+        parent, _, leaf = alias.rpartition(".")
+        source, _, source_leaf = name.rpartition(".")
+        setattr(get_module(model, parent), leaf, getattr(get_module(model, source), source_leaf))
+
+
+class _PresentNames:
+    """Names of saved tensors as models have them today; those in folders of earlier versions of actkit may differ."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = {path for path, module in model.named_modules() if isinstance(module, ActLinear)}
+
+    def __getitem__(self, name: str) -> str:
+        layer, old, leaf = name.rpartition(f".{OLD_STORAGE}.")
+        return f"{layer}.storage.{leaf}" if old and layer in self.layers else name
+
+
+def _same_kind(given: torch.dtype, expected: torch.dtype) -> bool:
+    """Floats may be stored in another width; codes and indices may not."""
+    return given == expected or (given.is_floating_point and expected.is_floating_point)
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor, old: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module = get_module(model, parent)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=old.requires_grad and tensor.is_floating_point())
+    else:
+        module._buffers[leaf] = tensor
+
+
+def resolve(source: str | Path) -> Path:
+    """The local folder of a checkpoint; a hub id is downloaded (safetensors and small files only).
+
+    Raises CheckpointError where there is no such folder or the hub does not give it.
+    """
+    path = Path(source)
+    recover(path)
+    if path.is_dir():
+        return path
+    text = str(source)
+    if path.is_file() or text.startswith(("/", ".", "~")) or text.count("/") != 1:
+        raise CheckpointError(
+            f"model: there is no folder {text!r}; give a folder, a hub id (owner/name) or an embedded model."
+        )
+    return _download(text)
+
+
+def _download(name: str) -> Path:
+    """The snapshot of a hub model. One attempt: without a network it fails at once."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*/config.json", "*.py", checksums.NAME, *(f"*{kind}" for kind in BESIDE)]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=5))
+    except Exception as error:  # the client raises a different type for each way in which a network can fail
+        why = f"the download failed ({type(error).__name__}: {error})"
+        if isinstance(error, LocalEntryNotFoundError):
+            why = "the hub cannot be reached from here, and no earlier download is kept"
+        elif isinstance(error, RepositoryNotFoundError | HFValidationError):
+            why = "the hub has no such model, or it asks for a login"
+        raise CheckpointError(
+            f"model: there is no folder {name!r}, and {why}. Check the id and the network, or give a local folder or "
+            f"an embedded model."
+        ) from error
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype from its name. Raises ValueError for another name."""
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(
+        dtype.removeprefix("torch.")
+    )
+    if found is None:
+        raise ValueError(f"dtype: {dtype!r} was given, allowed are float32, bfloat16 and float16.")
+    return found

@@ -1,0 +1,1 @@
+"""How a model is trained: rules, the loop, its objective."""

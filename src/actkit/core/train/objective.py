@@ -1,0 +1,106 @@
+"""What is minimised and over which parameters: the loss of a batch, and the groups that an optimizer takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from actkit.core.forward.hooks import arguments, first_tensor
+from actkit.core.ground.errors import DataError
+from actkit.core.layers.activations import is_activation
+from actkit.core.measure.quality import IGNORED, task_of
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+class Objective:
+    """The mean loss of a batch over its labels, and how many labels that are."""
+
+    def __init__(self, model: nn.Module, loss: Loss | None) -> None:
+        self.model, self.loss = model, loss
+        self.task = None if loss is not None else task_of(model)
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """A scalar. model: the one to call, perhaps wrapped."""
+        if self.loss is not None:
+            return self.loss(model, batch)
+        labels = self._labels(batch)
+        device = next(self.model.parameters()).device
+        args, kwargs = arguments(self.model, tuple(batch[:1]) if _is_pair(batch) else batch)
+        if hasattr(self.model, "config"):
+            loss = getattr(model(*args, **kwargs, labels=labels.to(device)), "loss", None)
+            if loss is None:
+                raise DataError(f"loss: {type(self.model).__name__} gives none for its labels; pass loss=.")
+            return loss
+        logits = first_tensor(model(*args, **kwargs))
+        labels = labels.to(device)
+        if self.task == "language":
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED)
+
+    def labels(self, batch: Any) -> int:
+        """How many labels the mean is over; 1 for an own loss. Raises DataError where there are none."""
+        if self.loss is not None:
+            return 1
+        labels = self._labels(batch)
+        if labels.is_floating_point():
+            return len(labels)
+        count = int((labels[:, 1:] if self.task == "language" else labels).ne(IGNORED).sum())
+        if count == 0:
+            raise DataError(f"labels: all of a batch are {IGNORED} or padding; give at least one that counts.")
+        return count
+
+    def _labels(self, batch: Any) -> Tensor:
+        """int64 [batch, length] with IGNORED where nothing is to be predicted, or what the batch holds."""
+        if isinstance(batch, Mapping) and "labels" in batch:
+            return batch["labels"]
+        if _is_pair(batch):
+            return batch[1]
+        if self.task != "language":
+            raise DataError(
+                f"labels: a batch has none, and {type(self.model).__name__} is no language model that could learn the "
+                f"next token; give batches with 'labels', or pass loss=."
+            )
+        tokens: Tensor = batch["input_ids"] if isinstance(batch, Mapping) else batch
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        return tokens if mask is None else tokens.masked_fill(mask == 0, IGNORED)
+
+
+def _is_pair(batch: Any) -> bool:
+    return isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(item, Tensor) for item in batch)
+
+
+def mask_of(batch: Any, device: torch.device) -> Tensor | None:
+    """The attention mask of a batch, [batch, length], on the device; None where it has none."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return None if mask is None else mask.to(device)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters for an optimizer: weight matrices decay; biases, norms, scalars and whatever belongs to
+    an activation function do not (decay would pull it towards another function).
+
+    A module whose coefficients form a matrix says `weight_decay = False` (class attribute); that holds for the modules
+    inside it too. For the Trainer: `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 0.01)), None))`.
+    """
+    spared: set[int] = set()
+    for module in model.modules():
+        if getattr(module, "weight_decay", None) is False:
+            spared |= {id(parameter) for parameter in module.parameters()}
+        elif "Norm" in type(module).__name__ or is_activation(module):
+            spared |= {id(parameter) for parameter in module.parameters(recurse=False)}
+    decaying: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            spare = parameter.dim() < 2 or name.endswith("bias") or id(parameter) in spared
+            (others if spare else decaying).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decaying, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,228 @@
+"""What a training needs before it starts and puts back when it ends: settings, data, folder, accelerate, Ctrl-C."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from actkit.core.forward.hooks import check_batch
+from actkit.core.ground import whole_folder
+from actkit.core.ground.errors import CheckpointError, DataError
+from actkit.core.store import checkpoint
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Schedule = Literal["cosine", "linear", "constant"]
+Precision = Literal["no", "bf16", "fp16"]
+STATE, RECORD = ".training", "training.json"  # suffix of the state's folder; the history, in the finished one
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What must be the same when a training is resumed."""
+
+    steps: int
+    learning_rate: float
+    gradient_accumulation: int
+    warmup: float
+    schedule: str
+    weight_decay: float
+    mixed_precision: str
+    seed: int
+    max_grad_norm: float | None
+    evaluate_every: int
+    processes: int
+    batches: int
+    validation_batches: int
+
+
+def checked(settings: Settings, evaluate_every: int | None) -> Settings:
+    """The settings, checked."""
+    every = max(1, settings.steps // 10) if evaluate_every is None else evaluate_every
+    norm = settings.max_grad_norm
+    bounds: dict[str, tuple[Any, bool, str]] = {
+        "learning_rate": (settings.learning_rate, settings.learning_rate > 0, "a number above 0"),
+        "gradient_accumulation": (settings.gradient_accumulation, settings.gradient_accumulation >= 1, "1 or more"),
+        "warmup": (settings.warmup, 0 <= settings.warmup < 1, "a share of the steps, 0 to below 1"),
+        "schedule": (settings.schedule, settings.schedule in get_args(Schedule), ", ".join(get_args(Schedule))),
+        "weight_decay": (settings.weight_decay, settings.weight_decay >= 0, "0 or more"),
+        "max_grad_norm": (norm, norm is None or norm > 0, "a number above 0, or None"),
+        "evaluate_every": (every, every >= 1, "1 or more"),
+        "seed": (settings.seed, settings.seed >= 0, "0 or more"),
+    }
+    for name, (value, fine, allowed) in bounds.items():
+        if not fine:
+            raise ValueError(f"{name}: {value!r} was given, allowed is {allowed}.")
+    return Settings(**{**asdict(settings), "evaluate_every": every})
+
+
+def count_steps(steps: int | None, epochs: int | None, batches: int, size: int) -> int:
+    """Optimizer steps of a training that was given in steps or in epochs. Raises ValueError."""
+    if (steps is None) == (epochs is None):
+        raise ValueError(f"steps, epochs: {steps} and {epochs} were given; give one of the two.")
+    given: Any = epochs if steps is None else steps
+    if given < 1 or given != int(given):
+        raise ValueError(f"{'epochs' if steps is None else 'steps'}: {given} was given, allowed is 1 or more, whole.")
+    return given if epochs is None else given * max(1, -(-batches // max(1, size)))
+
+
+def steps_per_epoch(batches: int, size: int, processes: int) -> int:
+    """Optimizer steps of an epoch; a last one that would leave a process without a batch is dropped."""
+    whole, rest = divmod(batches, size)
+    count = whole + (rest >= processes)
+    if count == 0:
+        raise DataError(f"batches: {batches} were given for {processes} processes; give at least one each.")
+    return count
+
+
+def rate(step: int, settings: Settings) -> float:
+    """The share of the peak learning rate in a step, counted from 0."""
+    rising = round(settings.warmup * settings.steps)
+    if step < rising:
+        return (step + 1) / rising
+    done = (step - rising) / (settings.steps - rising)
+    falling = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}
+    return falling[settings.schedule]
+
+
+def sequences(model: nn.Module, batches: Any, validation: Any) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Training and validation batches as sequences, checked."""
+    if validation is None:
+        raise DataError(
+            "validation: none was given; without data that is not trained on nobody sees when the model gets worse. "
+            "Pass some batches."
+        )
+    found = []
+    for name, given in (("batches", batches), ("validation", validation)):
+        sequence = [given] if isinstance(given, Mapping | Tensor) else given
+        sequence = sequence if isinstance(sequence, Sequence) else list(sequence)
+        if not len(sequence):
+            raise DataError(f"{name}: 0 batches were given; give at least one.")
+        for batch in sequence:
+            if isinstance(batch, Mapping) and "input_ids" in batch:  # a loss of one's own takes any batch
+                check_batch(model, batch, name)
+        found.append(sequence)
+    prints = [getattr(sequence, "fingerprint", None) for sequence in found]
+    if batches is validation or (prints[0] is not None and prints[0] == prints[1]):
+        raise DataError("validation: it is the training data; pass batches that are not trained on.")
+    return found[0], found[1]
+
+
+def fingerprints(*data: Any) -> list[str | None]:
+    """The fingerprint of each data set, None where it has none."""
+    return [getattr(batches, "fingerprint", None) for batches in data]
+
+
+def state_folder(folder: Path) -> Path:
+    """Where the state is kept while the training into `folder` runs: beside it, so that `folder` is never half done."""
+    return folder.with_name(folder.name + STATE)
+
+
+def check_folder(folder: Path | None, resume: bool, overwrite: bool) -> None:
+    """Raise CheckpointError where the state to resume is missing, or something would be lost that nobody gave up."""
+    if folder is None:
+        if resume:
+            raise ValueError("resume: it needs out=, the folder that the training was going to write.")
+        return
+    state = state_folder(folder)
+    whole_folder.recover(state)
+    if resume and not state.is_dir():
+        reason = "the training there is finished" if (folder / RECORD).exists() else f"there is no state in {state}"
+        raise CheckpointError(f"resume: {folder}: {reason}; leave resume out to start one.")
+    if state.is_dir() and not (resume or overwrite):
+        raise CheckpointError(
+            f"out: {state} holds the state of a training that was not finished; go on with resume=True (--resume), or "
+            f"start anew with overwrite=True (--overwrite)."
+        )
+    checkpoint.check_target(folder, overwrite=overwrite)
+    empty = folder.is_dir() and not any(folder.iterdir())
+    if (
+        folder.exists()
+        and not empty
+        and not any((folder / name).exists() for name in (checkpoint.MANIFEST, "config.json"))
+    ):
+        raise CheckpointError(
+            f"out: {folder} holds something else than a model, which overwriting would delete; choose another folder."
+        )
+
+
+def check_parameters(model: nn.Module) -> None:
+    """Raise ValueError where nothing is trainable, or where parameters are too coarse for small updates."""
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError("model: none of its parameters requires a gradient; call model.requires_grad_(True).")
+    for name, parameter in trainable:
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"model: {name} is {parameter.dtype}, too coarse for small updates; load it with dtype='float32' and "
+                f"pass mixed_precision='bf16' for speed, or freeze it."
+            )
+
+
+@contextmanager
+def one_accelerator(model: nn.Module, mixed_precision: str) -> Iterator[Accelerator]:
+    """accelerate for one training. Its settings belong to the process: what was not set before is unset after."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, is_initialized
+
+    if mixed_precision not in get_args(Precision):
+        allowed = ", ".join(get_args(Precision))
+        raise ValueError(f"mixed_precision: {mixed_precision!r} was given, allowed are {allowed}.")
+    known = is_initialized()
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    try:
+        accelerator = Accelerator(mixed_precision=mixed_precision, cpu=alone and on_cpu)
+    except ValueError as error:
+        raise ValueError(
+            f"mixed_precision: {mixed_precision!r} cannot be used here: {error} If accelerate is in use in this "
+            f"process with other settings, train in a new one."
+        ) from error
+    accelerator.sync_gradients = True  # another training in this process may have been cut off between two steps
+    try:
+        yield accelerator
+    finally:
+        if not known:
+            AcceleratorState._reset_state(reset_partial_state=alone)
+
+
+@contextmanager
+def interruptible(enabled: bool) -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed, so that a step is finished first; pressed again it interrupts at once."""
+    pressed = threading.Event()
+    if not enabled or threading.current_thread() is not threading.main_thread():
+        yield pressed.is_set
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: Any) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Inside, modules may change between training and evaluation mode; afterwards each is in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -1,0 +1,69 @@
+"""One recorded call of a module: what calibration replays, and what an inspection looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actkit.core.forward.hooks import BatchContext, first_tensor
+from actkit.core.ground.errors import DataError
+
+
+@dataclass(frozen=True)
+class Call:
+    """One recorded call of a module: its arguments and which of its tokens are real.
+
+    context: token mask and keys of the batch (see core/forward/hooks.py).
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    context: BatchContext
+
+    def replay(self, module: nn.Module) -> Tensor:
+        """The (first) output of `module` on these arguments, without gradients."""
+        with torch.no_grad():
+            return first_tensor(module(*self.args, **self.kwargs))
+
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden states that the block was called with."""
+        return self.args[0] if self.args else self.kwargs["hidden_states"]
+
+    def real(self, x: Tensor) -> Tensor:
+        """The rows [n, channels] of x, a tensor of this call, that belong to real tokens.
+
+        Raises DataError if there is padding and the rows cannot be told apart: they are never counted in silence.
+        """
+        mask, rows = self.context.mask, x.reshape(-1, x.shape[-1])  # a layer may be called on flat rows too
+        if mask is None or len(rows) == self.context.batch_size != mask.numel():
+            return rows  # of a sequence as a whole
+        if len(rows) == mask.numel():
+            return rows[mask.flatten()]
+        if bool(mask.all()):
+            return rows
+        raise DataError(
+            f"calls: a tensor of shape {list(x.shape)} has {len(rows)} rows for {list(mask.shape)} tokens, so padding "
+            f"cannot be left out. Give batches of sequences of equal length."
+        )
+
+    def first_rows(self, count: int) -> Call:
+        """The call on the first `count` rows of its batch: tensors with a row of it each are cut, all others stay."""
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value[:count] if value.dim() > 1 and len(value) == self.context.batch_size else value
+            if isinstance(value, dict):
+                return {key: cut(item) for key, item in value.items()}
+            return type(value)(map(cut, value)) if type(value) in (tuple, list) else value
+
+        return Call(cut(self.args), cut(self.kwargs), self.context.first_rows(count))
+
+    def with_hidden(self, hidden: Tensor) -> Call:
+        """The same call on other hidden states."""
+        if self.args:
+            return replace(self, args=(hidden, *self.args[1:]))
+        return replace(self, kwargs={**self.kwargs, "hidden_states": hidden})

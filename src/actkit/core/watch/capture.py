@@ -1,0 +1,515 @@
+"""Reads activations while a model runs: statistics of sites, live tensors for penalties, calls of submodules.
+
+How the tensor of a site becomes rows is told in `core/watch/rows.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from actkit.core.edit.edits import set_module
+from actkit.core.forward.hooks import (
+    After,
+    BatchContext,
+    Before,
+    check_batch,
+    evaluating,
+    forward,
+    hooked,
+    refuse_compiled_or_sharded,
+)
+from actkit.core.ground import processes
+from actkit.core.ground.errors import DataError
+from actkit.core.ground.fingerprint import fingerprint, model_fingerprint
+from actkit.core.ground.memory import MemoryPlan
+from actkit.core.ground.offload import refuse_offloaded
+from actkit.core.ground.progress import track
+from actkit.core.model.anatomy import Anatomy, Site, Tap, read_tap
+from actkit.core.model.anatomy import anatomy as read_anatomy
+from actkit.core.model.experts import ExpertList
+from actkit.core.watch.calls import Call
+from actkit.core.watch.fused_statistics import update_all
+from actkit.core.watch.merging import merge
+from actkit.core.watch.rows import Keys, as_rows, check_finite
+from actkit.core.watch.statistics import Statistic
+
+Wanted = Mapping[Any, Any]  # site, its name or a pattern -> a statistic or several
+
+
+class Observations(Mapping[Site, Any]):
+    """What was recorded: seen[site] or seen["blocks.0.mlp.hidden"]; a list where a site has several statistics.
+
+    seconds: what the recording took.
+    """
+
+    def __init__(self, statistics: Mapping[Site, Any], seconds: float = 0.0) -> None:
+        self._statistics = dict(statistics)
+        self.seconds = seconds
+
+    def __getitem__(self, site: Site | str) -> Any:
+        found = Site.parse(site) if isinstance(site, str) else site
+        if found not in self._statistics:
+            raise KeyError(f"site: {found} was not recorded; recorded are {_listed(self._statistics)}.")
+        return self._statistics[found]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._statistics)
+
+    def __len__(self) -> int:
+        return len(self._statistics)
+
+    @property
+    def unseen(self) -> tuple[Site, ...]:
+        """Sites that no token reached: experts that were never chosen, layers that the model did not call."""
+        return tuple(site for site, value in self.items() if not any(s.count for s in _several(value)))
+
+    def __repr__(self) -> str:
+        return f"Observations({len(self)} sites, {self.seconds:.1f} s)"
+
+
+def record(
+    model: nn.Module,
+    wanted: Wanted,
+    batches: Iterable[Any],
+    *,
+    anatomy: Anatomy | None = None,
+    max_memory: int | str | None = None,
+    progress: bool = True,
+) -> Observations:
+    """Record statistics of activations over batches, in evaluation mode without gradients.
+
+    wanted: a site, its text, a bare name ('mlp.hidden': in every block and every expert) or a pattern
+    ('layer.input:*.down_proj') -> one statistic or a list; each site gets fresh ones with those settings. Sites that
+    are one and the same tensor share equal statistics. batches: dicts of the model's keywords (attention_mask
+    [batch, length] tells padding, labels are dropped) or single arguments; `batches.document_ids` are used where
+    present, else every row is a document. max_memory: cap for the statistics, bytes or '2GB'. Several processes
+    (`core.ground.processes.together`) are given all batches and run their share each; all get the statistics of all
+    batches. anatomy: of the model, where it was read before. progress: show a bar.
+    Raises ValueError for unknown sites, DataError for unusable data, MemoryLimitError before work starts,
+    NonFiniteError for NaN or Inf at a site, UnsupportedModelError for a compiled or sharded model.
+    """
+    refuse_compiled_or_sharded(model)
+    started = time.perf_counter()
+    if isinstance(batches, Mapping | Tensor):
+        batches = [batches]
+    remaining = iter(batches)
+    first = next(remaining, None)
+    if first is None:
+        raise DataError("calibration data: 0 batches were given; pass at least one dict of the model's keywords.")
+    view = _view(model, anatomy, first)
+    total = len(batches) if isinstance(batches, Sized) else None
+    equal = _equal_lengths(batches)
+    with _experts_for(view, wanted):
+        sites = resolve(view, wanted)
+        if max_memory is not None:
+            _plan(view, sites, first, total, equal).check(max_memory)
+        with evaluating(model), observe(view, sites, equal_lengths=equal) as observer:
+            every = chain([first], remaining)
+            documents = getattr(batches, "document_ids", None)
+            given = []
+            tracked = track(every, "Recording activations", total, progress)
+            for index, (batch, context) in enumerate(_contexts(model, tracked, documents)):
+                if processes.several():
+                    given.append(fingerprint(batch))
+                if processes.mine(index):
+                    observer.begin(context)
+                    forward(model, batch)
+        if processes.several():
+            processes.agree(model=model_fingerprint(model), data=fingerprint(given))
+            merge(observer.statistics)
+    return Observations(observer.statistics, time.perf_counter() - started)
+
+
+def plan_memory(
+    model: nn.Module, wanted: Wanted, batches: Sequence[Any], *, anatomy: Anatomy | None = None
+) -> MemoryPlan:
+    """The bytes that `record` would hold and the seconds it would take, from one forward pass of the first batch.
+
+    Raises as `record` does; DataError where there is no batch.
+    """
+    refuse_compiled_or_sharded(model)
+    if not len(batches):
+        raise DataError("calibration data: 0 batches were given; pass at least one dict of the model's keywords.")
+    view = _view(model, anatomy, batches[0])
+    with _experts_for(view, wanted):
+        return _plan(view, resolve(view, wanted), batches[0], len(batches), _equal_lengths(batches))
+
+
+class Observer:
+    """Fills statistics while its hooks are in place: `begin(context)` before each forward pass.
+
+    statistics: site -> its statistic, or a list where several were wanted.
+    """
+
+    def __init__(self, view: Anatomy, wanted: Mapping[Site, Any], equal_lengths: bool = False) -> None:
+        self._readings = _Readings(view, wanted)
+        self._equal_lengths = equal_lengths
+        self._context: BatchContext | None = None
+        self._keys: dict[torch.device, Keys] = {}  # of the batch, on the devices that its tensors are on
+        self._keywords: Mapping[str, Any] = {}
+        self.statistics = self._readings.statistics
+
+    def begin(self, context: BatchContext, kwargs: Mapping[str, Any] | None = None) -> None:
+        """Say what the rows of the next pass are. kwargs: those of the call, for rotary tables given only there."""
+        self._context, self._keywords, self._keys = context, kwargs or {}, {}
+
+    def hooks(self) -> tuple[dict[str, Before], dict[str, After]]:
+        """What to call before and after which modules, by path."""
+        return _tap_hooks(self._readings.taps, self._see, lambda: self._keywords.get("position_embeddings"))
+
+    def _see(self, tap: Tap, value: Tensor, tokens: Tensor | None) -> None:
+        if self._context is None:
+            raise ValueError("observe: begin(context) must be called before the model runs.")
+        site, statistics = self._readings.taps[tap]
+        keys = self._keys.get(value.device)
+        if keys is None:
+            keys = self._keys[value.device] = Keys(self._context, value.device)
+        for x, rows in as_rows(site, tap, value, keys, tokens, self._equal_lengths):
+            check_finite(site, x, rows)
+            update_all(statistics, x, rows)
+
+
+@contextmanager
+def observe(view: Anatomy, wanted: Mapping[Site, Any], *, equal_lengths: bool = False) -> Iterator[Observer]:
+    """Hooks that fill fresh statistics of exactly these sites; whoever runs the model calls `observer.begin` first.
+
+    equal_lengths: all batches have one length, so that attention weights can keep their shape (`core/watch/rows.py`).
+    """
+    observer = Observer(view, wanted, equal_lengths)
+    before, after = observer.hooks()
+    with hooked(view.model, before=before, after=after):
+        yield observer
+
+
+class Activations(Mapping[Site, list[Tensor]]):
+    """Tensors with their graph: activations[site] holds one tensor per call since the last `clear()`."""
+
+    def __init__(self, sites: Iterable[Site]) -> None:
+        self._tensors: dict[Site, list[Tensor]] = {site: [] for site in sites}
+
+    def __getitem__(self, site: Site | str) -> list[Tensor]:
+        return self._tensors[Site.parse(site) if isinstance(site, str) else site]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def clear(self) -> None:
+        """Drop all tensors: at the start of each training step, else they and their graphs pile up."""
+        for tensors in self._tensors.values():
+            tensors.clear()
+
+
+@contextmanager
+def live(
+    model: nn.Module, sites: Iterable[Site | str] | Site | str, anatomy: Anatomy | None = None
+) -> Iterator[Activations]:
+    """Collect the tensors of sites with their graph, for penalties; whole, in the layout of the site's tap.
+
+    anatomy: of the model, where it was read before.
+    Padding is included: whoever adds the penalty knows the mask. Mode and gradients of the model are left alone.
+    Experts must have been opened (`ExpertList`) to be seen here. Raises ValueError for unknown sites.
+    """
+    refuse_compiled_or_sharded(model)
+    view = _view(model, anatomy, None)
+    keys = [sites] if isinstance(sites, Site | str) else list(sites)
+    found = resolve(view, dict.fromkeys(keys))
+    activations = Activations(found)
+    readers: dict[Tap, list[Site]] = {}
+    for site in found:
+        readers.setdefault(view.tap(view.canonical(site)), []).append(site)
+
+    def keep(tap: Tap, value: Tensor, tokens: Tensor | None) -> None:
+        for site in readers[tap]:
+            activations[site].append(value)
+
+    before, after = _tap_hooks(readers, keep)
+    with hooked(model, before=before, after=after):
+        yield activations
+
+
+@contextmanager
+def calls(
+    model: nn.Module, paths: Iterable[str] | str, max_tokens: int | None = None
+) -> Iterator[dict[str, list[Call]]]:
+    """Record how the modules at `paths` are called while the whole model runs (`hooks.forward(model, batch)`).
+
+    Yields path -> list of Call(args, kwargs, context): copies without graph; caches are dropped, and a decoder keeps
+    none. max_tokens: record no further batch after that many real tokens. Evaluation mode, no gradients.
+    """
+    recorded: dict[str, list[Call]] = {path: [] for path in ([paths] if isinstance(paths, str) else paths)}
+    context: BatchContext | None = None
+    copies: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # masks and rotary tables are one tensor for all layers
+    tokens = first_row = 0
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal context, tokens, first_row
+        copies.clear()
+        if max_tokens is not None and tokens >= max_tokens:
+            context = None
+            return
+        context = BatchContext.of({"inputs": args[0], **kwargs} if args else kwargs, first_row=first_row)
+        tokens += context.tokens
+        first_row += context.batch_size
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            key = (id(value), value._version)  # changed in place it is another tensor
+            return copies.setdefault(key, (value, value.detach().clone()))[1]
+        if isinstance(value, tuple | list) and type(value) in (tuple, list):
+            return type(value)(copy(item) for item in value)
+        if isinstance(value, dict):
+            return {key: copy(item) for key, item in value.items()}
+        return None if isinstance(value, Cache) else value
+
+    def keep(path: str) -> Before:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if context is None:
+                return
+            kept = {k: copy(v) for k, v in kwargs.items() if "past_key_value" not in k and not isinstance(v, Cache)}
+            recorded[path].append(Call(copy(args), kept, context))
+
+        return hook
+
+    hooks: dict[str, list[Before]] = {"": [begin]}
+    for path in recorded:
+        hooks.setdefault(path, []).append(keep(path))
+    with evaluating(model), _no_cache(model), hooked(model, before={path: _all(each) for path, each in hooks.items()}):
+        yield recorded
+
+
+@contextmanager
+def opened_experts(view: Anatomy) -> Iterator[None]:
+    """Experts kept as 3-D parameters stand as an ExpertList of views meanwhile; afterwards the stock modules do."""
+    stock: list[tuple[str, nn.Module]] = []
+    try:
+        for block in view.blocks:
+            experts = None if block.experts is None else view.block(block.index).experts  # as they are now
+            if experts is not None and not isinstance(experts.module, ExpertList):
+                refuse_offloaded(experts.module, f"{experts.path} holds all experts in one tensor")
+                set_module(view.model, experts.path, ExpertList.of(experts.module, experts.row))
+                stock.append((experts.path, experts.module))
+        yield
+    finally:
+        for path, module in stock:
+            set_module(view.model, path, module)
+
+
+# -- which sites -------------------------------------------------------------------------------------------------------
+
+
+def resolve(view: Anatomy, wanted: Wanted) -> dict[Site, Any]:
+    """The sites that the keys of `wanted` stand for, with their values; lists where several keys name one site.
+
+    Raises ValueError for a key that no site of this model matches.
+    """
+    available = view.sites()
+    found: dict[Site, Any] = {}
+    for key, value in wanted.items():
+        for site in _matching(view, key, available):
+            found[site] = [*_several(found[site]), *_several(value)] if site in found else value
+    return found
+
+
+def _matching(view: Anatomy, key: Site | str, available: tuple[Site, ...]) -> tuple[Site, ...]:
+    if isinstance(key, str) and any(character in key for character in "*?["):
+        found = tuple(site for site in available if fnmatchcase(str(site), key))
+        if not found:
+            raise ValueError(f"site: no site matches {key!r}; this model has {_listed(available)}.")
+        return found
+    site = Site.parse(key) if isinstance(key, str) else key
+    if site in available:
+        return (site,)
+    found = tuple(other for other in available if _stands_for(site, other))
+    if not found:  # a module that is no linear layer, or an error that says what this model has
+        view.tap(site if site.is_layer or site.block is not None else replace(site, block=0))
+        return (site,)
+    return found
+
+
+def _stands_for(site: Site, other: Site) -> bool:
+    parts = ((site.block, other.block), (site.expert, other.expert), (site.path, other.path))
+    return site.name == other.name and all(part in (None, actual) for part, actual in parts)
+
+
+def _listed(sites: Iterable[Site]) -> str:
+    names = [str(site) for site in sites]
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+
+
+def _several(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, Sequence) else [value]
+
+
+@contextmanager
+def _experts_for(view: Anatomy, wanted: Wanted) -> Iterator[None]:
+    """Opens the experts where a key may mean sites inside them."""
+    names = [str(key) for key in wanted]
+    if any("mlp." in name or "layer." in name or "experts." in name or "*" in name for name in names):
+        with opened_experts(view):
+            yield
+    else:
+        yield
+
+
+class _Readings:
+    """taps: how each distinct tensor is read, a site to name it by, and the statistics to fill from it."""
+
+    def __init__(self, view: Anatomy, wanted: Mapping[Site, Any]) -> None:
+        self.taps: dict[Tap, tuple[Site, list[Statistic]]] = {}
+        self.statistics: dict[Site, Any] = {}
+        names = {site: view.canonical(site) for site in wanted}
+        taps = view.taps(names.values())
+        for site, value in wanted.items():
+            tap = taps[names[site]]
+            fresh = [self._add(tap, site, statistic) for statistic in _several(value)]
+            self.statistics[site] = fresh if isinstance(value, Sequence) else fresh[0]
+
+    def _add(self, tap: Tap, site: Site, statistic: Any) -> Statistic:
+        if not isinstance(statistic, Statistic):
+            kind = type(statistic).__name__
+            raise TypeError(
+                f"wanted: {kind} was given for {site}; give a statistic, as in {{'mlp.hidden': Moments()}}."
+            )
+        _, known = self.taps.setdefault(tap, (site, []))
+        same = next((other for other in known if other.matches(statistic)), None)
+        if same is None:
+            same = statistic.empty()
+            known.append(same)
+        return same
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def _tap_hooks(
+    taps: Iterable[Tap],
+    see: Callable[[Tap, Tensor, Tensor | None], None],
+    rotary: Callable[[], Any] = lambda: None,
+) -> tuple[dict[str, Before], dict[str, After]]:
+    """One hook before and one after each watched module; they call `see(tap, tensor, tokens)`.
+
+    tokens: inside an expert, which of the batch's tokens (flat) the rows are. rotary: (cos, sin), if all else fails.
+    """
+    taps = list(taps)
+    tables: dict[str, Any] = {}  # attention path -> (cos, sin) of its running call
+    tokens: dict[str, Tensor] = {}  # expert path -> its running call's tokens
+    before: dict[str, list[Before]] = {}
+    after: dict[str, list[After]] = {}
+
+    def keep_tables(path: str) -> Before:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tables[path] = kwargs.get("position_embeddings")
+
+        return hook
+
+    def keep_tokens(path: str) -> Before:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tokens[path] = args[1] if len(args) > 1 else kwargs["rows"]
+
+        return hook
+
+    def read(tap: Tap) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
+            angles = (tables.get(tap.attention or "") or rotary()) if tap.rotary else None
+            see(tap, read_tap(tap, args, kwargs, output, angles), tokens.get(tap.expert or ""))
+
+        return hook
+
+    for path in dict.fromkeys(tap.attention for tap in taps if tap.attention):
+        before.setdefault(path, []).append(keep_tables(path))
+    for path in dict.fromkeys(tap.expert for tap in taps if tap.expert):
+        before.setdefault(path, []).append(keep_tokens(path))
+    for tap in taps:  # after those above, which they need
+        where: dict[str, list[Any]] = before if tap.where == "input" else after
+        where.setdefault(tap.path, []).append(read(tap))
+    return {path: _all(each) for path, each in before.items()}, {path: _all(each) for path, each in after.items()}
+
+
+def _all(hooks: list[Any]) -> Callable[..., None]:
+    def call(*arguments: Any) -> None:
+        for hook in hooks:
+            hook(*arguments)
+
+    return call
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+def _view(model: nn.Module, anatomy: Anatomy | None, example: Any) -> Anatomy:
+    if anatomy is not None and anatomy.model is not model:
+        raise ValueError("anatomy: it was read off another model; pass anatomy(model), or leave it out.")
+    return read_anatomy(model, example) if anatomy is None else anatomy
+
+
+def _contexts(
+    model: nn.Module, batches: Iterable[Any], documents: Sequence[Tensor] | None
+) -> Iterator[tuple[Any, BatchContext]]:
+    """Each batch with what its rows are. Raises DataError where the model cannot be called with it."""
+    row = 0
+    for index, batch in enumerate(batches):
+        if documents is not None and index >= len(documents):
+            raise DataError(f"document_ids: {len(documents)} tensors were given for more batches; give one per batch.")
+        context = BatchContext.of(batch, first_row=row, documents=None if documents is None else documents[index])
+        check_batch(model, batch)
+        row += context.batch_size
+        yield batch, context
+
+
+def _equal_lengths(batches: Iterable[Any]) -> bool:
+    """Whether all batches are known to have sequences of one length; not known of what can be read only once."""
+    return isinstance(batches, Sequence) and len({BatchContext.of(batch).length for batch in batches}) == 1
+
+
+def _plan(view: Anatomy, wanted: Mapping[Site, Any], batch: Any, total: int | None, equal: bool) -> MemoryPlan:
+    """Reads the channels of every site off one forward pass, which also gives the time."""
+    readings = _Readings(view, wanted)
+    context = next(_contexts(view.model, [batch], None))[1]
+    channels: dict[Tap, int] = {}
+
+    def measure(tap: Tap, value: Tensor, tokens: Tensor | None) -> None:
+        if tap not in channels:
+            site = readings.taps[tap][0]
+            keys = Keys(context, value.device)
+            channels[tap] = next(x.shape[1] for x, _ in as_rows(site, tap, value, keys, tokens, equal))
+
+    before, after = _tap_hooks(readings.taps, measure)
+    started = time.perf_counter()
+    with evaluating(view.model), hooked(view.model, before=before, after=after):
+        forward(view.model, batch)
+    seconds = time.perf_counter() - started
+    rows = []
+    for tap, (site, statistics) in readings.taps.items():
+        # an expert that got no token of this batch is as wide as the others
+        alike = [n for other, n in channels.items() if readings.taps[other][0].name == site.name]
+        width = channels.get(tap, max(alike, default=0))
+        rows += [(str(site), type(statistic).__name__, statistic.memory(width)) for statistic in statistics]
+    return MemoryPlan(tuple(rows), None if total is None else seconds * total)
+
+
+@contextmanager
+def _no_cache(model: nn.Module) -> Iterator[None]:
+    """A decoder that keeps no keys and values meanwhile."""
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if before is None:
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = before

@@ -1,0 +1,94 @@
+"""Second moments across channels: the Gram matrix, and the singular values that follow from it."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from actkit.core.watch.streaming import Rows, Statistic
+
+
+class Gram(Statistic):
+    """X^T X of all rows. Memory: 8 * channels^2 bytes."""
+
+    _gram: Tensor
+
+    def _zeros(self, channels: int, device: torch.device) -> dict[str, Tensor]:
+        return {"gram": torch.zeros(channels, channels, dtype=torch.float64, device=device)}
+
+    def _update(self, x: Tensor, rows: Rows | None) -> None:
+        x = x.double()
+        self._gram.addmm_(x.t(), x)
+
+    def _merge(self, other: Self) -> None:
+        self._gram += other._gram.to(self._device)
+
+    @property
+    def value(self) -> Tensor:
+        """X^T X: [channels, channels]."""
+        self._needs_rows()
+        return self._gram
+
+    @property
+    def mean_gram(self) -> Tensor:
+        """X^T X / n: [channels, channels]."""
+        return self.value / self.count
+
+
+class Spectrum(Statistic):
+    """Singular values of the rows X [n, channels], from X^T X.
+
+    rank: how many `values` to give, None for all. centred: of X minus its mean. Singular values below about 1e-8 of
+    the largest are lost to rounding. Memory: 8 * channels^2 bytes.
+    """
+
+    _settings = ("rank", "centred")
+
+    _gram: Tensor
+    _sum: Tensor
+
+    def __init__(self, rank: int | None = None, centred: bool = False) -> None:
+        if rank is not None and rank < 1:
+            raise ValueError(f"rank: {rank} was given; give at least 1, or None for all.")
+        self.rank, self.centred = rank, centred
+
+    def _zeros(self, channels: int, device: torch.device) -> dict[str, Tensor]:
+        shapes = {"gram": (channels, channels), "sum": (channels,)}
+        return {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
+
+    def _update(self, x: Tensor, rows: Rows | None) -> None:
+        x = x.double()
+        self._gram.addmm_(x.t(), x)
+        self._sum += x.sum(0)
+
+    def _merge(self, other: Self) -> None:
+        self._gram += other._gram.to(self._device)
+        self._sum += other._sum.to(self._device)
+
+    @property
+    def values(self) -> Tensor:
+        """The largest singular values, descending: [rank], or [channels]."""
+        return self._all()[: self.rank]
+
+    @property
+    def effective_rank(self) -> float:
+        """exp of the entropy of the singular values as shares of their sum (Roy and Vetterli 2007); 0 for X = 0."""
+        values = self._all()
+        if not values.any():
+            return 0.0
+        shares = values / values.sum()
+        return float(torch.special.entr(shares).sum().exp())
+
+    def explained(self, k: int) -> float:
+        """The share of the sum of squares that lies in the first k directions; 1 for X = 0."""
+        if k < 0:
+            raise ValueError(f"k: {k} was given; give 0 or more.")
+        squares = self._all().square()
+        return float(squares[:k].sum() / squares.sum()) if squares.any() else 1.0
+
+    def _all(self) -> Tensor:
+        self._needs_rows()
+        gram = self._gram - torch.outer(self._sum, self._sum) / self.count if self.centred else self._gram
+        return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)

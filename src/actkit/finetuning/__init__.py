@@ -1,0 +1,1 @@
+"""Fine-tuning: training less of a model, or with less memory."""

@@ -1,0 +1,1 @@
+"""Activation functions: replacing those of a model (layers that learn theirs come here)."""

@@ -1,0 +1,316 @@
+"""Swap the activation functions of a model: `swap(model, "silu", "relu")`.
+
+A transform like any other, so that it stands in recipes, is undone, saved and loaded; `swap` is its short form. The
+function of a model changes with it, so it is usually followed by training (`core/train/training.py`). What is
+calibrated on the *original* model (most transforms) should come in a run of its own, after the swap and the training.
+When to use it: to change the activation function of a model before it is trained on, such as SiLU to ReLU for exact
+zeros.
+Where all activations that a transformers config names (`hidden_act`, `activation_function`) change to one that it
+can name, the config says so too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Self
+
+from pydantic import PrivateAttr, ValidationError, field_validator
+from torch import nn
+from transformers.activations import ACT2FN
+
+from actkit.core.edit.edits import Configure, Edit, Note, Replace, Skip
+from actkit.core.forward.example import Inputs
+from actkit.core.forward.hooks import evaluating, forward, hooked
+from actkit.core.ground import registry
+from actkit.core.ground.errors import EditError, RecipeError
+from actkit.core.layers.activations import CONFIG_NAMES, FUNCTIONS, Activation, is_activation, name_of
+from actkit.core.model.anatomy import Block, Linear
+from actkit.core.model.experts import ExpertList
+from actkit.core.recipe.runner import Applied, apply
+from actkit.core.recipe.seen import Seen, Trial
+from actkit.core.recipe.tags import Tags
+from actkit.core.recipe.transform import Transform, explain
+
+CONFIG_KEYS = ("hidden_act", "hidden_activation", "activation_function")
+Where = str | type[nn.Module]
+New = str | Callable[[], nn.Module]
+
+
+class Swap(Transform):
+    """Replace activation functions.
+
+    where: which, each entry the name of a function ('silu', or what transformers calls it), the path of a module, or a
+    pattern of paths ('model.layers.[0-3].*'; patterns match activation functions only). new: the name of a function
+    (`core.layers.activations.FUNCTIONS`), the registered name of a module that is made without arguments, or
+    {"module": registered name, "spec": its JSON arguments}. A module that stands at several paths gets one successor;
+    where it has parameters, which then are tied, it is refused. What stands inside another activation (the function
+    under a threshold) goes with it and matches nothing by itself. A norm, dropout, pooling or any other module of torch
+    or transformers that is no activation function is refused; one of a class of your own, named by its path or class,
+    is taken at your word, with a note. Where learned parameters come to be shared, because the model calls one module
+    more than once, a note says so.
+    """
+
+    where: tuple[str, ...]
+    new: str | dict[str, Any]
+
+    tags: ClassVar[Tags] = Tags(parts=False)
+    _factory: Callable[[], nn.Module] | None = PrivateAttr(default=None)
+    _places: dict[str, tuple[int, nn.Module]] = PrivateAttr(default_factory=dict)  # path -> its block, what is there
+    _all: dict[str, nn.Module] = PrivateAttr(default_factory=dict)  # the same, and kept
+    _batch: Any = PrivateAttr(default=None)  # what the model can be called with, None where none was given
+    _last: list[Configure | Note] = PrivateAttr(default_factory=list)  # after the last block
+    _calls: dict[int, int] | None = PrivateAttr(default=None)  # id of a module -> how often a pass calls it
+    _made: dict[int, tuple[nn.Module, nn.Module]] = PrivateAttr(default_factory=dict)  # id of an old module -> old, new
+
+    @field_validator("where", mode="before")
+    @classmethod
+    def _several(cls, where: Any) -> Any:
+        where = (where,) if isinstance(where, str) else where
+        if isinstance(where, list | tuple) and not where:
+            raise ValueError("it is empty; name a function, a path or a pattern")
+        return where
+
+    @field_validator("new")
+    @classmethod
+    def _known(cls, new: str | dict[str, Any]) -> str | dict[str, Any]:
+        if isinstance(new, dict) and set(new) != {"module", "spec"}:
+            raise ValueError("give a module as {'module': registered name, 'spec': its arguments}")
+        if isinstance(new, dict) or new not in FUNCTIONS:
+            try:
+                registry.module_class(new if isinstance(new, str) else new["module"])
+            except ValueError as error:
+                raise ValueError(f"it is none of the functions {', '.join(FUNCTIONS)}, and {error}") from error
+        return new
+
+    @classmethod
+    def of(cls, model: nn.Module, where: Where | Iterable[str], new: New) -> Self:
+        """From a class as `where`, or a factory as `new` (its modules must be registered under `actkit.modules`).
+
+        Raises EditError where no module of the model has that class, TypeError for a `new` of another kind.
+        """
+        if isinstance(where, type):
+            paths = [path for path, module in _modules(model) if isinstance(module, where)]
+            if not paths:
+                raise EditError(f"where: the model has no {where.__name__}; {_listed(model)}.")
+            where = paths
+        chosen = (where,) if isinstance(where, str) else tuple(where)
+        if isinstance(new, str):
+            return _checked(cls, where=chosen, new=new)
+        if isinstance(new, nn.Module) or not callable(new):
+            raise TypeError(
+                f"new: {type(new).__name__} was given; give a name, or a function that makes a module for each place."
+            )
+        sample: Any = new()
+        if not isinstance(sample, nn.Module):
+            raise TypeError(f"new: it made a {type(sample).__name__}; it must make a torch.nn.Module.")
+        spec = {"module": registry.module_name(type(sample)), "spec": sample.spec()}  # type: ignore[operator]
+        swap = _checked(cls, where=chosen, new=spec)
+        swap._factory = new
+        return swap
+
+    def plan(self, trial: Trial, data: Sequence[Any]) -> Self:
+        """Finds the places. Raises EditError for an entry of `where` that matches nothing."""
+        chosen = self._chosen(trial.model)
+        blocks = trial.anatomy.blocks
+        planned = self.model_copy()
+        planned._made, planned._places = {}, {}
+        for path, module in chosen.items():
+            inside = (block.index for block in blocks if block.path == "" or path.startswith(block.path + "."))
+            planned._places[path] = (next(inside, 0), module)
+        planned._all, planned._batch = dict(chosen), next(iter(data), None)
+        planned._last = [
+            *self._configured(trial.model, set(chosen)),
+            *(
+                Note(path, f"taken for an activation function, as it was named: a {type(module).__name__}")
+                for path, module in chosen.items()
+                if not (is_activation(module) or name_of(module))
+            ),
+        ]
+        return planned
+
+    def targets(self, block: Block) -> Iterable[Linear]:
+        return ()
+
+    def conflicts(self, earlier: Transform) -> str | None:
+        if "select" in earlier.tags.slots:
+            return "its thresholds were calibrated on activations that the swap would change; swap first"
+        return None
+
+    def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
+        """The block's own activations, so that the blocks before it are calibrated first; the rest with block 0."""
+        for path in [path for path, (index, _) in self._places.items() if index == block.index]:
+            old = self._places.pop(path)[1]
+            if id(old) not in self._made:
+                new = self._fresh(old)
+                self._made[id(old)] = (old, new)
+                if any(True for _ in new.parameters()):
+                    yield from self._shared_parameters(old, block.root)
+            for now in _paths_of(old, path, block.root):
+                yield Replace(now, self._made[id(old)][1].train(old.training))
+        if not self._places:
+            yield from self._last
+            self._made, self._last, self._all = {}, [], {}
+
+    def _shared_parameters(self, old: nn.Module, model: nn.Module) -> Iterator[Note]:
+        """A note where the learned parameters of what follows `old` serve several places."""
+        if self._calls is None:
+            self._calls = _calls(model, self._all.values(), self._batch)
+        paths = [path for path, module in self._all.items() if module is old]
+        count = self._calls.get(id(old))
+        if count is None:
+            yield Note(
+                paths[0], "not known whether the model calls it more than once, which would share its parameters"
+            )
+        elif count > 1 or len(paths) > 1:
+            where = f"it stands at {', '.join(paths)} and " if len(paths) > 1 else ""
+            yield Note(
+                paths[0],
+                f"{where}is called {count} times in a pass, so that these places share its learned parameters; give "
+                f"the model a module for each place if they shall learn apart",
+            )
+
+    def _fresh(self, old: nn.Module) -> nn.Module:
+        if self._factory is not None:
+            new = self._factory()
+        elif isinstance(self.new, dict):
+            new = registry.module_class(self.new["module"]).from_spec(self.new["spec"], old)
+        else:
+            new = Activation(self.new) if self.new in FUNCTIONS else registry.module_class(self.new)()
+        return new
+
+    def _chosen(self, model: nn.Module) -> dict[str, nn.Module]:
+        found: dict[str, nn.Module] = {}
+        for entry in self.where:
+            matches = {path: module for path, module in _outermost(model) if _matches(entry, path, module)}
+            if not matches:
+                raise EditError(f"where: {entry!r} matches no activation function; {_listed(model)}.")
+            found |= matches
+        for path, module in found.items():
+            weights = [name for name, parameter in module.named_parameters() if parameter.dim() > 1]
+            if weights or path == "" or _is_something_else(module):
+                raise EditError(f"where: {path or 'the model'} is a {type(module).__name__}, no activation function.")
+        return found
+
+    def _configured(self, model: nn.Module, chosen: set[str]) -> Iterator[Configure | Note]:
+        """What becomes of the config's names of functions."""
+        config: Any = getattr(model, "config", None)
+        for key in CONFIG_KEYS:
+            value = getattr(config, key, None)
+            if not isinstance(value, str) or value not in ACT2FN:
+                continue
+            named = {path for path, module in _outermost(model) if _matches(value, path, module)}
+            if not named & chosen:
+                continue
+            name = CONFIG_NAMES.get(self.new) if isinstance(self.new, str) else None
+            if named <= chosen and name is not None:
+                yield Configure(key, name)
+            elif named <= chosen:
+                yield Note(f"config.{key}", f"stays {value!r}, as transformers has no name for the new function")
+            else:
+                yield Note(f"config.{key}", f"stays {value!r}, which {len(named - chosen)} activations still are")
+
+
+def swap(
+    model: nn.Module,
+    where: Where | Iterable[str],
+    new: New,
+    *,
+    undo: str | None = None,
+    inplace: bool = True,
+) -> Applied:
+    """Replace activation functions: swap(model, "silu", "relu"), swap(model, nn.GELU, CRReLU).
+
+    where: the name of a function, a class of modules, a path or pattern of paths, or several of these texts. new: a
+    name, or a function that makes a registered module for each place. undo, inplace: as in `apply`.
+    Raises EditError where nothing matches, RecipeError for an unknown name or an unregistered module.
+    """
+    return apply(model, Swap.of(model, where, new), undo=undo, inplace=inplace, progress=False)
+
+
+def _checked(cls: type[Swap], **settings: Any) -> Any:
+    try:
+        return cls(**settings)
+    except ValidationError as error:
+        raise RecipeError(f"swap: {explain(error, cls)}") from error
+
+
+def _is_something_else(module: nn.Module) -> bool:
+    """Whether a module is known to be no activation function; that of an unknown class may be one."""
+    kind = type(module)
+    if is_activation(module) or name_of(module) is not None:
+        return False
+    known = kind.__module__.startswith(("torch.", "transformers.", "actkit."))
+    return known or any(word in kind.__name__ for word in ("Norm", "Drop", "Pool"))
+
+
+def _calls(model: nn.Module, modules: Iterable[nn.Module], batch: Any) -> dict[int, int]:
+    """How often one pass over `batch`, or over inputs made up, calls each module, by id; empty if none can be run."""
+    counts = {id(module): 0 for module in modules}
+
+    def count(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        counts[id(module)] += 1
+
+    paths = {id(module): path for path, module in _modules(model) if id(module) in counts}
+    try:
+        with evaluating(model), hooked(model, after=dict.fromkeys(paths.values(), count)):
+            forward(model, Inputs.of(model).batch() if batch is None else batch)
+    except Exception:  # whatever a model raises that cannot be called so: the note says that nothing is known
+        return {}
+    return counts
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every path with its module; one that stands at several paths comes with each."""
+    return model.named_modules(remove_duplicate=False)
+
+
+def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`_modules` without those inside an activation, such as the function under a threshold that was set for it."""
+    inside: set[str] = set()
+    for path, module in _modules(model):
+        if path.rpartition(".")[0] in inside:
+            inside.add(path)
+            continue
+        if is_activation(module):
+            inside.add(path)
+        yield path, module
+
+
+def _paths_of(module: nn.Module, path: str, model: nn.Module) -> list[str]:
+    """Where a module that was at `path` stands now. Raises EditError where it stands nowhere."""
+    now = dict(_modules(model))
+    if now.get(path) is module:
+        return [path]
+    parent = path.rpartition(".")[0]
+    experts = now.get(parent)
+    if isinstance(experts, ExpertList):  # opened for another transform: each expert has a copy
+        return [f"{parent}.{index}.activation" for index in range(len(experts))]
+    found = [other for other, each in now.items() if each is module]  # wrapped by another transform
+    if not found:
+        raise EditError(f"where: {path} was replaced by another transform of the recipe; swap before it.")
+    return found
+
+
+def _matches(entry: str, path: str, module: nn.Module) -> bool:
+    if entry == path and path:
+        return True
+    if not is_activation(module):
+        return False
+    if entry in FUNCTIONS:
+        return name_of(module) == entry
+    if entry in ACT2FN:
+        theirs = ACT2FN[entry]
+        same = name_of(theirs)
+        return name_of(module) == same if same is not None else type(module) is type(theirs)
+    return fnmatchcase(path, entry)
+
+
+def _listed(model: nn.Module) -> str:
+    """What could have been named."""
+    names: dict[str, str] = {}
+    for path, module in _outermost(model):
+        if is_activation(module):
+            names.setdefault(name_of(module) or type(module).__name__, path)
+    found = ", ".join(f"{name} (first at {path})" for name, path in names.items())
+    return f"activation modules of this model are {found}" if found else "this model has no activation modules"
