@@ -43,9 +43,10 @@ from actkit.core.recipe.runner import apply
 from actkit.core.recipe.transform import Recipe
 from actkit.core.store import checkpoint
 from actkit.core.store.tensor_files import read_values, write_values
-from actkit.core.watch import fused_statistics
+from actkit.core.watch import one_pass
 from actkit.search import workshop
-from actkit.search.search import Optimization, optimize
+from actkit.search.results import Optimization
+from actkit.search.search import optimize
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 OPTIONS: dict[str, Any] = {"data": "random", "speed": False, "max_recipes": 3, "threads": 1, "progress": False}
@@ -224,7 +225,7 @@ def kill_searches(count: int, folder: Path, seed: int = 0) -> dict[str, int]:
     """
     generator = random.Random(seed)
     source = folder / "source"
-    fused_statistics.LEAST = sys.maxsize  # the compiled pass starts OpenMP's threads, which no fork survives
+    one_pass.LEAST = sys.maxsize  # the compiled pass starts OpenMP's threads, which no fork survives
     checkpoint.save(build(), source)
     with proofs_in_this_process():
         started = time.perf_counter()

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from actkit.core.measure.proof import Proof
     from actkit.core.train.training import Trained
     from actkit.formats.exported import Exported
-    from actkit.search.profile import Profile
+    from actkit.search.results import Profile
 
 Model = nn.Module | str | Path
 OPENING = ("device", "dtype", "base", "trust_remote_code")  # options of `open_model`

@@ -55,7 +55,7 @@ from actkit.core.model.anatomy import (
     register_architecture,
 )
 from actkit.core.model.experts import ExpertList
-from actkit.core.model.fused import PartRows
+from actkit.core.model.fused_layers import PartRows
 from actkit.core.model.llama_rows import LLAMA
 
 HIDDEN, HEADS, LENGTH = 24, 4, 7

@@ -21,7 +21,7 @@ from actkit.core.measure.cost import measure_cost
 from actkit.core.model import architectures
 from actkit.core.model.anatomy import CoverageError, Site, anatomy, equalization_sets
 from actkit.core.model.architectures import known_model_types
-from actkit.core.model.fused import PartRows, query_key_value_rows
+from actkit.core.model.fused_layers import PartRows, query_key_value_rows
 from actkit.core.recipe.blockwise import Walk
 from actkit.core.recipe.plan import make_plan
 from actkit.core.recipe.transform import Transform

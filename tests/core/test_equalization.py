@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from actkit.core.layers.folding import ScaledActivation
 from actkit.core.layers.linear import ActLinear
 from actkit.core.model.anatomy import Linear, Norm, anatomy, equalization_sets
-from actkit.core.model.fused import PartRows
+from actkit.core.model.fused_layers import PartRows
 from actkit.core.watch.capture import opened_experts
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

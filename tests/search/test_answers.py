@@ -9,9 +9,10 @@ from made_up import candidate
 from actkit.core.measure.multiple_choice import hits, log_likelihoods
 from actkit.data.tasks import documentation
 from actkit.search import answers as module
-from actkit.search.answers import Answers, ask
+from actkit.search.answers import ask
 from actkit.search.budget import Budget
 from actkit.search.journal import Journal
+from actkit.search.results import Answers
 from actkit.zoo.loading import open_model
 
 COUNT = 12

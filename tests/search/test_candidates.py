@@ -13,7 +13,8 @@ from actkit.core.ground.errors import RecipeError
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.transform import Recipe
 from actkit.search.candidates import GROUPS, Shapes, given, propose
-from actkit.search.profile import Profile, profile
+from actkit.search.profile import profile
+from actkit.search.results import Profile
 
 BATCHES = {
     "vit": lambda: {"pixel_values": torch.randn(4, 3, 8, 8)},

@@ -15,11 +15,10 @@ from torch import nn
 
 from actkit.core.ground.machine import machine
 from actkit.core.measure.summary import summarise
-from actkit.search.candidates import LeftOut
 from actkit.search.card import model_card
 from actkit.search.profile import profile
 from actkit.search.report import render
-from actkit.search.search import Optimization
+from actkit.search.results import LeftOut, Optimization
 from actkit.search.speed_row import Row, SpeedRow
 from actkit.search.verdict import decide
 

@@ -31,18 +31,8 @@ from actkit.catalogue import papers
 from actkit.core.ground import registry
 from actkit.core.ground.errors import DataError, MemoryLimitError
 from actkit.core.watch.statistics import AbsMax, Density, Moments, Quantiles, Sample, Spectrum
-from actkit.search.profile import (
-    SITES,
-    Finding,
-    Profile,
-    SiteProfile,
-    WeightProfile,
-    find,
-    in_blocks,
-    profile,
-    snr,
-    spread,
-)
+from actkit.search.profile import SITES, find, in_blocks, profile, snr, spread
+from actkit.search.results import Finding, Profile, SiteProfile, WeightProfile
 from actkit.testing import tiny_batches, tiny_model
 
 ROWS, CHANNELS = 400, 64

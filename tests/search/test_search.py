@@ -24,12 +24,12 @@ import actkit
 from actkit.core.ground.errors import DataError, RecipeError
 from actkit.core.store import checkpoint
 from actkit.search import search as module
-from actkit.search.answers import Answers
 from actkit.search.card import model_card
 from actkit.search.figures import optimization_table
 from actkit.search.journal import JournalError
 from actkit.search.measured import Candidate
 from actkit.search.report import render
+from actkit.search.results import Answers
 from actkit.search.search import optimize
 from actkit.search.speed_row import Row, SpeedRow, measure_speed_row
 from actkit.search.verdict import decide

@@ -6,13 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from actkit.search.profile import Finding as Finding
-    from actkit.search.profile import Profile as Profile
-    from actkit.search.search import Optimization as Optimization
+    from actkit.search.results import Finding as Finding
+    from actkit.search.results import Optimization as Optimization
+    from actkit.search.results import Profile as Profile
 
 # `profile`, the function, shares its name with its module, so it is not read lazily here: the import system would put
 # the module in its place. Use `actkit.profile`, or `from actkit.search.profile import profile`.
-_HOMES = {"Finding": "profile", "Optimization": "search", "Profile": "profile"}
+_HOMES = {"Finding": "results", "Optimization": "results", "Profile": "results"}
 __all__ = list(_HOMES)
 
 

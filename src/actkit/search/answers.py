@@ -8,9 +8,7 @@ original answers no better than by chance, nobody else is asked: there is nothin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +16,13 @@ from torch import Tensor, nn
 from actkit.core.ground.progress import step
 from actkit.core.layers.linear import widened
 from actkit.core.measure.multiple_choice import Question, encode, hits, log_likelihoods
-from actkit.core.measure.task_scores import TaskScore, level, score, words
+from actkit.core.measure.task_scores import TaskScore, score
 from actkit.core.store import checkpoint
 from actkit.data.tasks import documentation
 from actkit.search.budget import Budget
 from actkit.search.journal import Journal
 from actkit.search.measured import Candidate
+from actkit.search.results import Answers
 from actkit.search.workshop import Broken, Workshop, transforms_key
 
 QUESTIONS = 100  # of 500: for a vocabulary of 49,152 some 13,000 tokens, a third of the test split
@@ -31,39 +30,6 @@ ASKED = 3  # candidates
 PADDED = 1.5  # of the seconds that as many tokens take in full rows
 
 Hits = dict[str, Tensor]  # by metric, float64 [questions] of 0 and 1
-
-
-@dataclass(frozen=True)
-class Answers:
-    """scores: by name, the original first; each `acc` and `acc_norm`. notes: who was not asked, and why."""
-
-    scores: dict[str, tuple[TaskScore, ...]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    questions: int = 0
-    chance: float = 0.0
-
-    def rows(self) -> list[tuple[str, str, str]]:
-        """Name, metric and value with its interval, and from the second name on the difference to the original."""
-        return [
-            (name, f"{each.metric} {level(each.value)}", "" if each.difference is None else words(each.difference))
-            for name, scores in self.scores.items()
-            for each in scores
-        ]
-
-    def lines(self) -> list[str]:
-        """A line per model, by `acc_norm`, and one if nobody but the original was asked."""
-        found = []
-        for name, scores in self.scores.items():
-            value, difference = scores[-1].value, scores[-1].difference
-            margin = f"±{100 * (value.high - value.value):.0f}"
-            apart = "" if difference is None else f"; difference {words(difference)}"
-            found.append(f"questions: {name} answers {value.value:.0%} ({margin}) of {self.questions} rightly{apart}")
-        return [*found, *(f"questions: {note}" for note in self.notes)] if found else []
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
-        scores = {name: [each.to_dict() for each in found] for name, found in self.scores.items()}
-        return {"questions": self.questions, "chance": self.chance, "scores": scores, "notes": list(self.notes)}
 
 
 def ask(

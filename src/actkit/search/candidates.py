@@ -18,7 +18,8 @@ from actkit.core.ground.errors import ActkitError
 from actkit.core.model.anatomy import Anatomy, Block, equalization_sets
 from actkit.core.recipe.transform import Recipe, Transform
 from actkit.core.watch.capture import opened_experts
-from actkit.search.profile import INT4_POOR, SPARSE, Profile
+from actkit.search.profile import INT4_POOR, SPARSE
+from actkit.search.results import LeftOut, Profile, Proposal
 
 MOST = 12
 LEVELS = (0.25, 0.5)
@@ -27,23 +28,6 @@ HIGHEST = 0.9  # of the sparsity taken from zeros that are there anyway
 RULE = "it is a training rule, not a change of a trained model"
 TRAINING = "another activation function changes the model, and pays only after training"
 SEARCHED = 1024  # tokens that awq replays for each of its 20 ratios
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """One recipe to try. name: short, unique. why: what suggests it."""
-
-    name: str
-    recipe: Recipe
-    why: str
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A method or recipe that is not tried, and why."""
-
-    what: str
-    reason: str
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from actkit.search.measured import Candidate
 from actkit.search.verdict import times
 
 if TYPE_CHECKING:
-    from actkit.search.search import Optimization
+    from actkit.search.results import Optimization
 
 
 def model_card(result: Optimization, best: Candidate) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from actkit.core.measure.quality import CONFIDENCE
 
 if TYPE_CHECKING:
-    from actkit.search.search import Optimization
+    from actkit.search.results import Optimization
 
 # metric -> what a loss of it is a share of
 COSTS = {

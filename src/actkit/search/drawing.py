@@ -13,7 +13,7 @@ from statistics import median
 from typing import Literal
 
 from actkit.core.ground.estimate import Estimate
-from actkit.search.profile import Profile, SiteProfile
+from actkit.search.results import Profile, SiteProfile
 
 Kind = Literal["original", "best", "front", "other"]
 WIDTH, HEIGHT = 560, 400

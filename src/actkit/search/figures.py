@@ -20,8 +20,7 @@ from actkit.search.verdict import times
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from actkit.search.profile import Profile, SiteProfile, WeightProfile
-    from actkit.search.search import Optimization
+    from actkit.search.results import Optimization, Profile, SiteProfile, WeightProfile
 
 LONGEST_TABLE = 60  # rows; a longer one has a row per name instead, with medians over its sites
 ABOUT_SITES = (

@@ -7,7 +7,6 @@ unusual stands in the constants below, with its reason.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from math import log10
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +24,10 @@ from actkit.core.model.anatomy import anatomy as read_anatomy
 from actkit.core.model.experts import ExpertList
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import AbsMax, Density, Moments, Quantiles, Sample, Spectrum, Statistic
+from actkit.search.results import Finding, Profile, SiteProfile, WeightProfile
 
 if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-    from rich.table import Table
+    pass
 
 SITES = ("block.output", "attention.input", "attention.mixed", "mlp.input", "mlp.gate", "mlp.hidden", "layer.input")
 SAMPLED = 1 << 19  # values kept per site (2 MiB), for the error of rounding; 64 to 2048 rows
@@ -43,104 +42,6 @@ FEW = 0.1  # up to this share of channels, outliers set the scale and make all o
 LOW_RANK = 0.25
 INT8_POOR = 20.0  # dB: an error of 10 % of the signal; a bell curve with one int8 scale leaves about 40
 INT4_POOR = 18.0  # dB: a bell curve in groups of 64 leaves 20.5
-
-
-@dataclass(frozen=True)
-class SiteProfile:
-    """The activations x at one site: [rows, channels], padding left out.
-
-    density: share of |x| > 0. above_one_percent: share of |x| above 1 % of `scale`, the 99.9th percentile of |x|.
-    dead: channels that were 0 on every row. largest, at channel `largest_channel`; ratio: largest / median |x|, None
-    where the median is 0. massive: largest > 100 and ratio > 1000. outliers: channels whose largest |x| exceeds 6
-    times that of the median channel. kurtosis_median, kurtosis_max: over channels (3 is a bell curve; None where all
-    are constant). effective_rank: exp of the entropy of the singular values, None where not measured. int8_snr,
-    int4_snr: dB left by rounding to nearest, symmetric, one scale for the tensor (from `largest`), on a sample of rows;
-    None where rounding is exact. thresholds: for 25, 50 and 70 % of the values, the |x| that they do not exceed.
-    read_by: paths of the linear layers that read x. scalable: whether a scale per channel can move out of x (awq).
-    """
-
-    site: str
-    name: str
-    block: int | None
-    rows: int
-    channels: int
-    density: float
-    above_one_percent: float
-    scale: float
-    dead: tuple[int, ...]
-    largest: float
-    largest_channel: int
-    median: float
-    ratio: float | None
-    massive: bool
-    outliers: tuple[int, ...]
-    kurtosis_median: float | None
-    kurtosis_max: float | None
-    effective_rank: float | None
-    int8_snr: float | None
-    int4_snr: float | None
-    thresholds: dict[str, float]
-    read_by: tuple[str, ...]
-    scalable: bool
-
-    @property
-    def rank_share(self) -> float | None:
-        """Effective rank over channels."""
-        return None if self.effective_rank is None else self.effective_rank / self.channels
-
-
-@dataclass(frozen=True)
-class WeightProfile:
-    """One linear layer: dB left by rounding its weight to nearest, asymmetric, in groups of group_size inputs (-1:
-    whole rows, where 64 does not divide them)."""
-
-    path: str
-    role: str
-    block: int
-    group_size: int
-    int8_snr: float | None
-    int4_snr: float | None
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What stands out, where, and what it suggests. value: the number in `what`, the smallest where it is a range."""
-
-    site: str
-    what: str
-    value: float
-    suggestion: str
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What `profile` saw. rows: tokens, or images (a site may have several rows of each: patches, pixels).
-    notes: what was not measured, and why.
-    """
-
-    model: str
-    architecture: str
-    rows: int
-    sites: tuple[SiteProfile, ...]
-    weights: tuple[WeightProfile, ...]
-    findings: tuple[Finding, ...]
-    notes: tuple[str, ...]
-
-    def table(self) -> Table:
-        """Sites, weights and findings for a terminal."""
-        from actkit.search.figures import profile_table
-
-        return profile_table(self)
-
-    def figure(self) -> Figure:
-        """Six panels over the blocks. Raises ImportError where plotly (the extra `report`) is missing."""
-        from actkit.search.figures import profile_figure
-
-        return profile_figure(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
-        return asdict(self)
 
 
 def profile(

@@ -21,7 +21,7 @@ from actkit.search.verdict import times
 
 if TYPE_CHECKING:
     from actkit.core.measure.speed import Speed
-    from actkit.search.search import Optimization
+    from actkit.search.results import Optimization
 
 
 APART = 0.05  # an axis on which all stand closer together shows nothing

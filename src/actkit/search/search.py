@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ from actkit.core.ground.offload import refuse_offloaded
 from actkit.core.ground.progress import say, step, track
 from actkit.core.ground.whole_file import write_whole
 from actkit.core.measure.fresh import import_name
-from actkit.core.measure.proof import Proof, prove
+from actkit.core.measure.proof import prove
 from actkit.core.measure.speed import Speed, measure_speed
 from actkit.core.measure.summary import summarise
 from actkit.core.model.anatomy import anatomy
@@ -42,17 +42,18 @@ from actkit.core.recipe.runner import check_model
 from actkit.core.recipe.transform import transforms_of
 from actkit.core.store import checkpoint
 from actkit.kernels.compile_cache import nothing_compiled
-from actkit.search.answers import Answers, ask
+from actkit.search.answers import ask
 from actkit.search.budget import Budget, check_minutes, out_of_time
 from actkit.search.cache import last_level_cache
-from actkit.search.candidates import MOST, LeftOut, Proposal, Shapes, given, propose
+from actkit.search.candidates import MOST, Shapes, given, propose
 from actkit.search.card import model_card
 from actkit.search.compile_ahead import CompileAhead
 from actkit.search.front import front, point
 from actkit.search.journal import Journal
 from actkit.search.measured import Candidate, speed_from
 from actkit.search.own_grid import WARNING as OWN_GRID
-from actkit.search.profile import Profile, profile
+from actkit.search.profile import profile
+from actkit.search.results import Answers, LeftOut, Optimization, Proposal
 from actkit.search.speed_row import SpeedRow, measure_speed_row
 from actkit.search.splits import ROWS, split_data
 from actkit.search.verdict import TARGETS, Target, Verdict, decide
@@ -60,7 +61,7 @@ from actkit.search.workshop import RANDOM, Workshop, recipe_key, task_for, trans
 from actkit.zoo.loading import OWN_CLASSES, open_model
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    pass
 
 JOURNAL, RESULTS, REPORT, BEST, CANDIDATES, RECIPE = (
     "journal.jsonl",
@@ -78,74 +79,6 @@ TWO_ENGINES = (
 ROUNDS = 5
 ROW_SECONDS = 60.0  # of the 0.5B shape, building it included
 PROMPT, NEW_TOKENS, BATCH = 128, 32, 8  # of the speed; BATCH for models that run one pass instead of decoding
-
-
-@dataclass(frozen=True)
-class Optimization:
-    """What a search found.
-
-    name: of the model. original: measured like the candidates. candidates: in the order they were tried. left_out:
-    what was not tried, and why. front: names of those that nothing beats, 'original' among them where so. verdict: who
-    pays. best: the folder with the best model, or None; proof: of its reload. speed_row: at a fixed larger shape, or
-    None; speed_row_note: why not. prompt: what the generation check goes on from. coverage: lines of the coverage
-    report. settings, data, machine, versions, notes: how it was measured. seconds: of this run. answers: to questions.
-    """
-
-    name: str
-    profile: Profile
-    original: Candidate
-    candidates: tuple[Candidate, ...]
-    left_out: tuple[LeftOut, ...]
-    front: tuple[str, ...]
-    verdict: Verdict
-    best: Path | None
-    proof: Proof | None
-    speed_row: SpeedRow | None
-    speed_row_note: str
-    prompt: str | None
-    coverage: tuple[str, ...]
-    settings: dict[str, Any]
-    data: dict[str, Any]
-    machine: dict[str, Any]
-    versions: dict[str, str]
-    notes: tuple[str, ...]
-    seconds: float
-    answers: Answers = field(default_factory=Answers)
-
-    def candidate(self, name: str) -> Candidate:
-        """A candidate, or the original, by name."""
-        return next(each for each in (self.original, *self.candidates) if each.name == name)
-
-    def table(self) -> Group:
-        """The verdict and all candidates, for a terminal of 100 columns."""
-        from actkit.search.figures import optimization_table
-
-        return optimization_table(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
-        return {
-            "name": self.name,
-            "verdict": self.verdict.to_dict(),
-            "best": None if self.best is None else str(self.best),
-            "front": list(self.front),
-            "original": self.original.to_dict(),
-            "candidates": [candidate.to_dict() for candidate in self.candidates],
-            "left_out": [asdict(each) for each in self.left_out],
-            "proof": None if self.proof is None else self.proof.to_dict(),
-            "speed_row": None if self.speed_row is None else self.speed_row.to_dict(),
-            "speed_row_note": self.speed_row_note,
-            "prompt": self.prompt,
-            "coverage": list(self.coverage),
-            "settings": self.settings,
-            "data": self.data,
-            "machine": self.machine,
-            "versions": self.versions,
-            "notes": list(self.notes),
-            "seconds": self.seconds,
-            "answers": self.answers.to_dict(),
-            "profile": self.profile.to_dict(),
-        }
 
 
 def optimize(

@@ -38,9 +38,9 @@ from actkit.core.recipe.runner import Applied, apply
 from actkit.core.recipe.steps import Steps
 from actkit.core.recipe.transform import Recipe, Transform
 from actkit.core.store.checkpoint import save
-from actkit.search.candidates import Proposal
 from actkit.search.measured import Candidate
 from actkit.search.own_grid import own_grid_warning
+from actkit.search.results import Proposal
 from actkit.search.splits import Splits
 
 RANDOM = (

@@ -23,12 +23,12 @@ METHODS, MODULES, DECODERS = "actkit.methods", "actkit.modules", "actkit.decoder
 MEND = "Update or uninstall that package (pip uninstall NAME), or report it to its author."
 
 
-Claims = tuple[EntryPoint, ...]  # what stands behind a name: one entry, several where packages disagree
+Entries = tuple[EntryPoint, ...]  # what stands behind a name: one entry, several where packages disagree
 
 
 @cache
-def _entries(group: str) -> dict[str, Claims]:
-    found: dict[str, Claims] = {}
+def _entries(group: str) -> dict[str, Entries]:
+    found: dict[str, Entries] = {}
     for entry in entry_points(group=group):
         known = found.get(entry.name, ())
         if entry.value not in [other.value for other in known]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from actkit.core.model.fused import FusedLayout
+from actkit.core.model.fused_layers import FusedLayout
 from actkit.core.model.sites import Angles, Pairs
 
 Role = Literal["attention", "mlp", "both", "other"]
@@ -30,7 +30,7 @@ class NormRow:
 class AttentionRow:
     """Attention. Either query, key and value, or one fused query_key_value.
 
-    layout: of the rows of query_key_value (`core/model/fused.py`); None where it is not known, and then query, key and
+    layout: of the rows of query_key_value (`core/model/fused_layers.py`); None where it is not known, and then query, key and
     value cannot be read and no scale moves out of value. query_norm, key_norm: norms before the rotary embedding, of
     each head or of all side by side. heads_first: these norms are called on [batch, heads, length, head_dim]. rotary:
     the first features of query and key are turned, as many as the tables have. angles, pairs: how the tables list their

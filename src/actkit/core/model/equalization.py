@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from actkit.core.layers.known_layers import scales_with_weight, why_unread
-from actkit.core.model.fused import PartRows
+from actkit.core.model.fused_layers import PartRows
 from actkit.core.model.parts import Attention, Block, Linear, Mlp, Norm, is_linear
 
 

@@ -17,7 +17,7 @@ from actkit.core.ground.errors import CoverageError, UnsupportedModelError
 from actkit.core.layers.known_layers import why_unread
 from actkit.core.layers.linear import ActLinear
 from actkit.core.model.architectures import ExpertsRow, Role
-from actkit.core.model.fused import PartRows
+from actkit.core.model.fused_layers import PartRows
 from actkit.core.model.sites import Site, Tap
 
 LinearRole = Literal["query", "key", "value", "query_key_value", "output", "gate", "up", "gate_up", "down", "layer"]

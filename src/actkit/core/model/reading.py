@@ -16,7 +16,7 @@ from torch import nn
 from actkit.core.ground.errors import CoverageError
 from actkit.core.model.architectures import Architecture, AttentionRow, ExpertsRow, LayersRow, MlpRow
 from actkit.core.model.experts import ExpertList
-from actkit.core.model.fused import PartRows, query_key_value_rows
+from actkit.core.model.fused_layers import PartRows, query_key_value_rows
 from actkit.core.model.parts import Attention, Block, Experts, Linear, LinearInput, LinearRole, Mlp, Norm, is_linear
 from actkit.core.model.sites import Site, Tap
 

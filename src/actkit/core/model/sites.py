@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor
 
-from actkit.core.model.fused import PartRows
+from actkit.core.model.fused_layers import PartRows
 
 SITE_NAMES = (
     "block.input",

@@ -38,8 +38,8 @@ from actkit.core.model.anatomy import Anatomy, Site, Tap, read_tap
 from actkit.core.model.anatomy import anatomy as read_anatomy
 from actkit.core.model.experts import ExpertList
 from actkit.core.watch.calls import Call
-from actkit.core.watch.fused_statistics import update_all
 from actkit.core.watch.merging import merge
+from actkit.core.watch.one_pass import update_all
 from actkit.core.watch.rows import Keys, as_rows, check_finite
 from actkit.core.watch.statistics import Statistic
 

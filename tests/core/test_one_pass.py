@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from actkit.core.watch import fused_statistics, streaming
-from actkit.core.watch.fused_statistics import update_all
+from actkit.core.watch import one_pass, streaming
+from actkit.core.watch.one_pass import update_all
 from actkit.core.watch.statistics import AbsMax, Density, Gram, Moments, Quantiles, Rows, Sample, Statistic
 from actkit.kernels import summaries
 
@@ -41,7 +41,7 @@ def data(draw: Any) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def any_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(fused_statistics, "LEAST", 0)
+    monkeypatch.setattr(one_pass, "LEAST", 0)
     monkeypatch.setattr(streaming, "CHUNK", 40_000)
     yield
 
@@ -117,6 +117,6 @@ def test_errors_are_those_of_update_and_small_or_unknown_ones_go_alone(monkeypat
     monkeypatch.setattr(summaries, "summarise", lambda *args, **kwargs: called.append(args))
     update_all([Density(active=torch.isfinite), Quantiles(weight=torch.ones(3)), Gram()], torch.ones(2, 3))
     update_all([Moments()], torch.ones(2, 3, dtype=torch.float64))
-    monkeypatch.setattr(fused_statistics, "LEAST", 7)
+    monkeypatch.setattr(one_pass, "LEAST", 7)
     update_all([Moments()], torch.ones(2, 3))
     assert not called
