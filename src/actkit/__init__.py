@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from actkit.core.ground.errors import ActkitError as ActkitError
     from actkit.core.layers.linear import ActLinear as ActLinear
     from actkit.core.measure.proof import prove as prove
+    from actkit.core.measure.sampling import Sampling as Sampling
     from actkit.core.model.anatomy import Site as Site
     from actkit.core.model.anatomy import anatomy as anatomy
     from actkit.core.recipe.transform import Recipe as Recipe
@@ -46,6 +47,7 @@ _HOMES = {
     "ActLinear": "core.layers.linear",
     "ActkitError": "core.ground.errors",
     "Recipe": "core.recipe.transform",
+    "Sampling": "core.measure.sampling",
     "Site": "core.model.anatomy",
     "Transform": "core.recipe.transform",
     "anatomy": "core.model.anatomy",

@@ -21,6 +21,7 @@ from actkit.core.edit import changes
 from actkit.core.ground import processes
 from actkit.core.ground.errors import ActkitError, DataError
 from actkit.core.ground.memory import format_bytes
+from actkit.core.measure.sampling import LIKELIEST, Sampling
 from actkit.core.measure.summary import Summary, summarise
 from actkit.core.model.architectures import find_architecture
 from actkit.core.recipe import runner
@@ -354,10 +355,7 @@ def generate(
     prompt: str,
     *,
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
+    sampling: Sampling = LIKELIEST,
     stop: tuple[str, ...] = (),
     chat: bool = False,
     tokenizer: Any = None,
@@ -366,8 +364,8 @@ def generate(
 ) -> Iterator[str]:
     """Text that goes on from the prompt, piece by piece; with chat the answer to it, by the model's chat template.
 
-    max_new_tokens, temperature, top_k, top_p, seed, stop, chat: as in `core.measure.generation.generate`. tokenizer:
-    where the model has none beside it. options: of `open_model`.
+    max_new_tokens, sampling, stop, chat: as in `core.measure.generation.generate`. tokenizer: for a model that has none
+    beside it. options: of `open_model`.
 
     On the CPU a decoder writes where it takes the model, else transformers; announce is told which, and why not a
     decoder. Each call packs the weights anew: for many texts make a `runtime.decoder.Decoder` once.
@@ -384,10 +382,7 @@ def generate(
         tokenizer,
         prompt,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
+        sampling=sampling,
         stop=stop,
         chat=chat,
         announce=announce,

@@ -30,7 +30,8 @@ import actkit
 from actkit import zoo
 from actkit.core.ground.errors import DataError, NonFiniteError, UnsupportedModelError
 from actkit.core.measure import decoding, generation
-from actkit.core.measure.generation import check_generation, distribution, end_tokens, generate, generate_ids
+from actkit.core.measure.generation import check_generation, end_tokens, generate, generate_ids
+from actkit.core.measure.sampling import Sampling
 from actkit.quantization.rtn import RoundToNearest
 from actkit.runtime.decoder import Decoder
 
@@ -172,7 +173,7 @@ def brute_force(logits, temperature, top_k, top_p):
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 def test_sets_equal_brute_force_and_transformers_warpers(top_k, top_p, temperature):
     logits = 2 * torch.randn(20, generator=torch.Generator().manual_seed(7))
-    found = distribution(logits, temperature, top_k, top_p)
+    found = Sampling(temperature, top_k, top_p).distribution(logits)
     assert found.tolist() == pytest.approx(brute_force(logits.tolist(), temperature, top_k, top_p), abs=1e-12)
     warpers = [TemperatureLogitsWarper(temperature)]
     warpers += [TopKLogitsWarper(top_k)] if top_k is not None else []
@@ -184,9 +185,9 @@ def test_sets_equal_brute_force_and_transformers_warpers(top_k, top_p, temperatu
 
 
 def test_of_equally_likely_tokens_the_first_are_kept():
-    assert distribution(torch.zeros(5), 1.0, top_k=2).tolist() == [0.5, 0.5, 0, 0, 0]
-    assert distribution(torch.zeros(4), 1.0, top_p=0.5).tolist() == [0.5, 0.5, 0, 0]
-    assert distribution(torch.tensor([0.0, 1.0]), 1.0, top_p=1e-9).tolist() == [0, 1]
+    assert Sampling(1.0, top_k=2).distribution(torch.zeros(5)).tolist() == [0.5, 0.5, 0, 0, 0]
+    assert Sampling(1.0, top_p=0.5).distribution(torch.zeros(4)).tolist() == [0.5, 0.5, 0, 0]
+    assert Sampling(1.0, top_p=1e-9).distribution(torch.tensor([0.0, 1.0])).tolist() == [0, 1]
 
 
 def test_drawn_tokens_follow_the_distribution():
@@ -194,10 +195,11 @@ def test_drawn_tokens_follow_the_distribution():
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[3, 5]])).logits[0, -1]
     settings = {"temperature": 1.5, "top_k": 6, "top_p": 0.9}
-    expected = distribution(logits, **settings)
+    expected = Sampling(**settings).distribution(logits)
     draws = 1500
     counts = Counter(
-        next(generate_ids(model, [3, 5], max_new_tokens=1, seed=seed, **settings)) for seed in range(draws)
+        next(generate_ids(model, [3, 5], max_new_tokens=1, sampling=Sampling(seed=seed, **settings)))
+        for seed in range(draws)
     )
     for token, chance in enumerate(expected.tolist()):
         spread = 4 * math.sqrt(draws * chance * (1 - chance))
@@ -208,7 +210,7 @@ def test_seed_makes_it_reproducible():
     model = small()
 
     def run(seed, **settings):
-        return list(generate_ids(model, [3, 5], max_new_tokens=20, temperature=2.0, seed=seed, **settings))
+        return list(generate_ids(model, [3, 5], max_new_tokens=20, sampling=Sampling(2.0, seed=seed, **settings)))
 
     assert run(0) == run(0) != run(1)
     torch.manual_seed(5)
@@ -350,10 +352,12 @@ def without_decoders(monkeypatch):
 
 def test_what_is_drawn_does_not_depend_on_the_engine(swiglu, request):
     model, tokenizer = swiglu
-    settings = [{"temperature": 1.0, "seed": 3}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 1}, {}]
+    settings = [Sampling(1.0, seed=3), Sampling(0.8, top_k=20, top_p=0.9, seed=1), Sampling()]
 
     def write():
-        return ["".join(generate(model, tokenizer, "Return the", max_new_tokens=30, **each)) for each in settings]
+        return [
+            "".join(generate(model, tokenizer, "Return the", max_new_tokens=30, sampling=each)) for each in settings
+        ]
 
     decoded = write()
     assert len(set(decoded)) == 3
@@ -476,17 +480,27 @@ def test_interrupted_inside_a_pass():
         ([], {}, r"input_ids: shape \[0\] was given"),
         ([[1, 2], [3, 4]], {}, r"input_ids: shape \[2, 2\] was given; give one text"),
         ([1], {"max_new_tokens": 0}, "max_new_tokens: 0"),
-        ([1], {"temperature": -1.0}, "temperature: -1.0"),
-        ([1], {"temperature": math.nan}, "temperature: nan"),
-        ([1], {"temperature": 1.0, "top_k": 0}, "top_k: 0"),
-        ([1], {"temperature": 1.0, "top_p": 0.0}, "top_p: 0.0"),
-        ([1], {"temperature": 1.0, "top_p": 1.5}, "top_p: 1.5"),
-        ([1], {"top_k": 3}, "top_k: 3 was given with temperature 0"),
     ],
 )
 def test_bad_input_is_refused_before_the_first_token(ids, settings, message):
     with pytest.raises(ValueError, match=message):
         generate_ids(small(), ids, **{"max_new_tokens": 4} | settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1.0}, "temperature: -1.0"),
+        ({"temperature": math.nan}, "temperature: nan"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k: 0"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p: 0.0"),
+        ({"temperature": 1.0, "top_p": 1.5}, "top_p: 1.5"),
+        ({"top_k": 3}, "top_k: 3 was given with temperature 0"),
+    ],
+)
+def test_bad_sampling_is_refused_when_it_is_made(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**settings)
 
 
 def test_the_context_can_be_filled():

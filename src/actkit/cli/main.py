@@ -467,6 +467,7 @@ def generate(
     _set_up(threads, seed)
     from actkit import verbs
     from actkit.core.ground.compiling import compiling
+    from actkit.core.measure.sampling import Sampling
 
     engine: list[str] = []
     with compiling(lambda: _note("compiling the kernels for these weights, once on this machine: about a minute")):
@@ -474,14 +475,11 @@ def generate(
             model,
             prompt,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
+            sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
             stop=tuple(stop or ()),
             chat=chat,
             device=device,
             dtype=dtype,
-            seed=seed,
             trust_remote_code=trust_remote_code,
             announce=engine.append,
         )

@@ -34,6 +34,7 @@ from actkit.core.ground.memory import format_bytes
 from actkit.core.ground.offload import refuse_offloaded
 from actkit.core.layers.linear import ActLinear
 from actkit.core.measure.generation import generate_ids
+from actkit.core.measure.sampling import LIKELIEST, Sampling
 from actkit.core.model.anatomy import anatomy
 from actkit.core.model.architectures import find_architecture
 from actkit.core.model.parts import Block
@@ -251,10 +252,7 @@ class Decoder:
         input_ids: Tensor | Sequence[int],
         *,
         max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
+        sampling: Sampling = LIKELIEST,
         end: Collection[int] | None = None,
     ) -> Iterator[int]:
         """The tokens that follow a prompt, one by one, from an empty cache; as `core.measure.generation.generate_ids`.
@@ -271,10 +269,7 @@ class Decoder:
             self.model,
             input_ids,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
+            sampling=sampling,
             end=end,
             decoder=self,
         )

@@ -23,6 +23,7 @@ from actkit.core.ground.errors import DataError, NonFiniteError, UnsupportedMode
 from actkit.core.ground.offload import device_of
 from actkit.core.layers.linear import pack_for_decode
 from actkit.core.measure.decoding import Decoder, choose_engine
+from actkit.core.measure.sampling import LIKELIEST, Sampling
 
 _UNFINISHED = "�"  # what decoders write for bytes that are no character (yet)
 
@@ -35,10 +36,7 @@ def generate(
     prompt: str,
     *,
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
+    sampling: Sampling = LIKELIEST,
     stop: str | int | Sequence[str | int] = (),
     chat: bool = False,
     decode_only: bool = False,
@@ -46,9 +44,8 @@ def generate(
 ) -> Iterator[str]:
     """What a model writes after a prompt, in pieces that are whole characters as soon as they are known.
 
-    An empty prompt starts from the token that begins a text. temperature: 0 takes the likeliest token; above 0 tokens
-    are drawn, reproducibly by `seed`, from the top_k likeliest or the smallest set that holds a share top_p (both: of
-    the top_k). stop: texts that end it and are not returned, or token ids. It also ends at the model's or tokenizer's
+    An empty prompt starts from the token that begins a text. sampling: how each token is chosen; the likeliest by
+    default. stop: texts that end it and are not returned, or token ids. It also ends at the model's or tokenizer's
     end of a text, or after max_new_tokens. Nothing else of a generation config (penalties, bad words) is applied.
 
     chat: the prompt is what a user says, and the tokenizer's chat template stands around it.
@@ -69,7 +66,7 @@ def generate(
     check_text(prompt, "prompt: it")
     ids = _encode_turn(tokenizer, prompt) if chat else _encode(model, tokenizer, prompt)
     end = end_tokens(model, tokenizer) | {each for each in stops if isinstance(each, int)}
-    _check(model, ids, max_new_tokens, temperature, top_k, top_p)  # before a decoder is built
+    _check(model, ids, max_new_tokens)  # before a decoder is built
     engine = choose_engine(model, capacity=len(ids) + max_new_tokens, decode_only=decode_only)
     if announce is not None:
         announce(engine.describe())
@@ -79,10 +76,7 @@ def generate(
         model,
         ids,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
+        sampling=sampling,
         end=end,
         decoder=engine.decoder,
     )
@@ -195,10 +189,7 @@ def generate_ids(
     input_ids: Tensor | Sequence[int],
     *,
     max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
+    sampling: Sampling = LIKELIEST,
     end: Collection[int] | None = None,
     decoder: Decoder | None = None,
 ) -> Iterator[int]:
@@ -216,11 +207,11 @@ def generate_ids(
             f"input_ids: shape {list(torch.as_tensor(input_ids).shape)} was given; give one text with at least one "
             f"token, [length] or [1, length]."
         )
-    _check(model, prompt, max_new_tokens, temperature, top_k, top_p)
+    _check(model, prompt, max_new_tokens)
     decode = _Transformers(model) if decoder is None else decoder
     embedded = Inputs.of(model).vocabulary
     ends = end_tokens(model) if end is None else frozenset(end)
-    generator = torch.Generator().manual_seed(seed)
+    generator = sampling.generator()
 
     def tokens() -> Iterator[int]:
         new = prompt
@@ -231,37 +222,13 @@ def generate_ids(
                     f"model: it chose token {new[-1]}, but embeds 0 to {embedded - 1}; its output layer is wider than "
                     f"its embedding, so cut one or extend the other."
                 )
-            logits = decode(new)
-            if temperature == 0:
-                token = int(logits.argmax())
-            else:
-                chances = distribution(logits, temperature, top_k, top_p)
-                token = int(torch.multinomial(chances, 1, generator=generator))
+            token = sampling.choose(decode(new), generator)
             yield token
             if token in ends:
                 return
             new = [token]
 
     return tokens()
-
-
-def distribution(
-    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
-) -> Tensor:
-    """Probabilities of the next token, float64 [vocabulary] on the CPU, 0 outside the set that is drawn from.
-
-    logits: [vocabulary]. top_k: keep that many, of equally likely ones the first. top_p: of what is left keep the
-    likeliest until they hold this share (Holtzman et al. 2020, arXiv:1904.09751).
-    """
-    scaled = logits.detach().cpu().double() / temperature
-    values, order = scaled.sort(descending=True, stable=True)
-    values, order = values[:top_k], order[:top_k]
-    chances = values.softmax(0)
-    if top_p is not None:
-        kept = chances.cumsum(0) - chances < top_p
-        kept[0] = True
-        chances, order = chances[kept] / chances[kept].sum(), order[kept]
-    return torch.zeros_like(scaled).scatter_(0, order, chances)
 
 
 class _Transformers:
@@ -302,38 +269,16 @@ class _Transformers:
         return logits
 
 
-def _check(
-    model: nn.Module,
-    prompt: list[int],
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> None:
+def _check(model: nn.Module, prompt: list[int], max_new_tokens: int) -> None:
     """Raise what `generate` says, before anything is computed."""
-    _check_settings(max_new_tokens, temperature, top_k, top_p)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: {max_new_tokens} was given; give at least 1.")
     can_generate: Any = getattr(model, "can_generate", None)
     if can_generate is None or not can_generate() or getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"model: {type(model).__name__} does not write text; give a causal language model of transformers."
         )
     _check_fits(model, prompt, max_new_tokens)
-
-
-def _check_settings(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: {max_new_tokens} was given; give at least 1.")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature: {temperature} was given; give 0 (the likeliest token) or more.")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: {top_k} was given; give at least 1, or None for all tokens.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: {top_p} was given; give a share above 0 and up to 1.")
-    for name, value in (("top_k", top_k), ("top_p", top_p)):
-        if value is not None and temperature == 0:
-            raise ValueError(
-                f"{name}: {value} was given with temperature 0, which draws nothing; give temperature > 0."
-            )
 
 
 def _check_fits(model: nn.Module, prompt: list[int], max_new_tokens: int) -> None:

@@ -30,14 +30,14 @@ class NormRow:
 class AttentionRow:
     """Attention. Either query, key and value, or one fused query_key_value.
 
-    layout: of the rows of query_key_value (`core/model/fused_layers.py`); None where it is not known, and then query, key and
-    value cannot be read and no scale moves out of value. query_norm, key_norm: norms before the rotary embedding, of
-    each head or of all side by side. heads_first: these norms are called on [batch, heads, length, head_dim]. rotary:
-    the first features of query and key are turned, as many as the tables have. angles, pairs: how the tables list their
-    angles, and which two features turn together (`core/model/sites.py`). limit: to which query, key and value are
-    clamped before that. readable: False where query, key and value cannot be read off a module, as their rotary
-    embedding is told to no call. added: the module whose output is added to the residual stream, where that is not the
-    attention module.
+    layout: of the rows of query_key_value (`core/model/fused_layers.py`); None where it is not known, and then query,
+    key and value cannot be read and no scale moves out of value. query_norm, key_norm: norms before the rotary
+    embedding, of each head or of all side by side. heads_first: these norms are called on [batch, heads, length,
+    head_dim]. rotary: the first features of query and key are turned, as many as the tables have. angles, pairs: how
+    the tables list their angles, and which two features turn together (`core/model/sites.py`). limit: to which query,
+    key and value are clamped before that. readable: False where query, key and value cannot be read off a module, as
+    their rotary embedding is told to no call. added: the module whose output is added to the residual stream, where
+    that is not the attention module.
     """
 
     path: str
