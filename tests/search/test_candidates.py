@@ -11,10 +11,13 @@ import torch
 from actkit.core.ground import registry
 from actkit.core.ground.errors import RecipeError
 from actkit.core.model.anatomy import anatomy
+from actkit.core.recipe.proposals import GROUPS, Idea, Shapes
 from actkit.core.recipe.transform import Recipe
-from actkit.search.candidates import GROUPS, Shapes, given, propose
+from actkit.quantization.rtn import RoundToNearest
+from actkit.search.candidates import given, propose
 from actkit.search.profile import profile
 from actkit.search.results import Profile
+from actkit.sparsity.teal import Teal
 
 BATCHES = {
     "vit": lambda: {"pixel_values": torch.randn(4, 3, 8, 8)},
@@ -103,6 +106,33 @@ def test_without_linear_layers_nothing_is_proposed():
     looked, _ = seen("mlp")
     found, left = propose(looked, Shapes((), (), 0, (), ()))
     assert found == [] and "no block of the model has a linear layer" in left[0].reason
+
+
+def test_a_new_method_proposes_by_itself(monkeypatch):
+    class Bold(RoundToNearest):
+        """Two bits for all, stacked over the best base."""
+
+        @classmethod
+        def proposals(cls, profile, shapes):
+            yield Idea("bold", cls(bits=2, group_size=shapes.group), "nobody tried", 35)
+
+    class Light(Teal):
+        """A little sparsity over every base."""
+
+        @classmethod
+        def proposals(cls, profile, shapes):
+            yield Idea("light", cls(sparsity=0.1), "careful", 11, stacks=(12, 13, 14))
+
+    looked, shapes = seen("llama")
+    classes = {name: registry.method_class(name) for name in ("rtn", "awq")} | {"bold": Bold, "light": Light}
+    monkeypatch.setattr("actkit.search.candidates.registry.method_names", lambda: list(classes))
+    monkeypatch.setattr("actkit.search.candidates.registry.method_class", classes.__getitem__)
+    names = {cls: name for name, cls in classes.items()}
+    monkeypatch.setattr("actkit.core.recipe.transform.registry.method_name", names.__getitem__)
+    found, _ = propose(looked, shapes)
+    stacks = ["light over awq 4 bit", "light over rtn 8 bit", "light over rtn 4 bit"]
+    assert [each.name for each in found][:7] == ["rtn 8 bit", "light", *stacks, "rtn 4 bit", "awq 4 bit"]
+    assert found[7].name == "bold" and found[3].why == "both at once: they stack"
 
 
 def test_own_recipes():

@@ -15,10 +15,11 @@ from torch import nn
 
 from actkit.core.ground.machine import machine
 from actkit.core.measure.summary import summarise
+from actkit.core.recipe.proposals import LeftOut
 from actkit.search.card import model_card
 from actkit.search.profile import profile
 from actkit.search.report import render
-from actkit.search.results import LeftOut, Optimization
+from actkit.search.results import Optimization
 from actkit.search.speed_row import Row, SpeedRow
 from actkit.search.verdict import decide
 

@@ -55,6 +55,7 @@ class Swap(Transform):
     new: str | dict[str, Any]
 
     tags: ClassVar[Tags] = Tags(parts=False)
+    not_proposed: ClassVar[str] = "another activation function changes the model, and pays only after training"
     _factory: Callable[[], nn.Module] | None = PrivateAttr(default=None)
     _places: dict[str, tuple[int, nn.Module]] = PrivateAttr(default_factory=dict)  # path -> its block, what is there
     _all: dict[str, nn.Module] = PrivateAttr(default_factory=dict)  # the same, and kept

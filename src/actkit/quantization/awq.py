@@ -34,6 +34,7 @@ from actkit.core.layers.folding import ScaledActivation
 from actkit.core.layers.linear import ActLinear, IntegerWeight
 from actkit.core.layers.quantizer import Convention, QuantizationGrid, parcels
 from actkit.core.model.anatomy import Block, EqualizationSet, Linear, Norm, Site, equalization_sets
+from actkit.core.recipe.proposals import Idea, LeftOut, Looked, Shapes, poor_at_four_bits
 from actkit.core.recipe.seen import Seen
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
@@ -44,6 +45,7 @@ from actkit.quantization.rtn import refuse_groups
 NOT_CLIPPED = ("query", "key", "query_key_value")  # clipping them moves attention scores; the release leaves them
 CLIP_STEPS, CLIP_GRID = 10, 20
 FINALISTS = 4  # ratios that run on all tokens
+SEARCHED = 1024  # tokens that the search of a model's front replays for each ratio
 
 
 class Awq(Transform):
@@ -78,6 +80,25 @@ class Awq(Transform):
     def _grid_is_possible(self) -> Self:
         _ = self.grid  # it refuses a group size of 0
         return self
+
+    @classmethod
+    def proposals(cls, profile: Looked, shapes: Shapes) -> Iterable[Idea | LeftOut]:
+        yield LeftOut("awq at 3 bits", "3 bits are stored in 4 here, so they cost quality and save nothing")
+        refused = "; ".join(shapes.refused)
+        if not shapes.scalable:
+            refused = refused or "no norm or layer is known that could take a scale"
+            yield LeftOut("awq", f"no set of layers can take its scales: {refused}")
+            return
+        if refused:
+            yield LeftOut("awq's scale on some layers, which are rounded without one", refused)
+        hard = poor_at_four_bits(profile)
+        scales = f"{shapes.scalable} sets of layers can take a scale, {len(shapes.refused)} kinds cannot"
+        four = cls(bits=4, group_size=shapes.group, search_tokens=SEARCHED)
+        yield Idea("awq 4 bit", four, f"{scales}{hard}", 30, base=1)
+        if shapes.finer_group is not None:
+            finer = four.model_copy(update={"group_size": shapes.finer_group})
+            name = f"awq 4 bit, groups of {shapes.finer_group}"
+            yield Idea(name, finer, f"finer groups where 4 bits lose too much{hard}", 130)
 
     def conflicts(self, earlier: Transform) -> str | None:
         if {"select", "correction"} & set(earlier.tags.slots):

@@ -20,6 +20,7 @@ from actkit.core.edit.edits import Edit, Note, Replace, Skip
 from actkit.core.layers.linear import ActLinear, IntegerWeight
 from actkit.core.layers.quantizer import Convention, QuantizationGrid
 from actkit.core.model.anatomy import Block, Site
+from actkit.core.recipe.proposals import Idea, LeftOut, Looked, Shapes, poor_at_four_bits
 from actkit.core.recipe.seen import Seen
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
@@ -51,6 +52,20 @@ class RoundToNearest(Transform):
     def _grid_is_possible(self) -> Self:
         _ = self.grid  # it refuses a group size of 0
         return self
+
+    @classmethod
+    def proposals(cls, profile: Looked, shapes: Shapes) -> Iterable[Idea | LeftOut]:
+        fits, hard = shapes.group_fits, poor_at_four_bits(profile)
+        yield Idea("rtn 8 bit", cls(bits=8, group_size=shapes.group), f"the safest cut; {fits}", 10, base=2)
+        yield Idea("rtn 4 bit", cls(bits=4, group_size=shapes.group), f"{fits}{hard}", 20, base=3)
+        if shapes.finer_group is not None and not shapes.scalable:
+            finer = cls(bits=4, group_size=shapes.finer_group)
+            name = f"rtn 4 bit, groups of {shapes.finer_group}"
+            yield Idea(name, finer, f"finer groups where 4 bits lose too much{hard}", 130)
+        if shapes.output_group is not None:
+            columns = cls(bits=4, group_size=shapes.output_group, group_axis="output")
+            yield Idea("rtn 4 bit, groups of outputs", columns, "one scale per input channel, for outliers", 140)
+        yield LeftOut("rtn at 3 bits", "3 bits are stored in 4 here, so they cost quality and save nothing")
 
     def observe(self, block: Block) -> Mapping[Site, Statistic]:
         refuse_groups(self.grid, block)

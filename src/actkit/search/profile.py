@@ -22,6 +22,7 @@ from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.model.anatomy import Anatomy, Block, Linear, Site, equalization_sets
 from actkit.core.model.anatomy import anatomy as read_anatomy
 from actkit.core.model.experts import ExpertList
+from actkit.core.recipe.proposals import INT4_POOR
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import AbsMax, Density, Moments, Quantiles, Sample, Spectrum, Statistic
 from actkit.search.results import Finding, Profile, SiteProfile, WeightProfile
@@ -41,7 +42,6 @@ SPARSE = 50.0  # per cent of zeros from which skipping them pays for the bookkee
 FEW = 0.1  # up to this share of channels, outliers set the scale and make all others look small: no call for sparsity
 LOW_RANK = 0.25
 INT8_POOR = 20.0  # dB: an error of 10 % of the signal; a bell curve with one int8 scale leaves about 40
-INT4_POOR = 18.0  # dB: a bell curve in groups of 64 leaves 20.5
 
 
 def profile(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from actkit.core.measure.proof import Proof
 from actkit.core.measure.task_scores import TaskScore, level, words
+from actkit.core.recipe.proposals import LeftOut
 from actkit.core.recipe.transform import Recipe
 from actkit.search.measured import Candidate
 from actkit.search.speed_row import SpeedRow
@@ -134,14 +135,6 @@ class Proposal:
     name: str
     recipe: Recipe
     why: str
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A method or recipe that is not tried, and why."""
-
-    what: str
-    reason: str
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from actkit.core.measure.proof import prove
 from actkit.core.measure.speed import Speed, measure_speed
 from actkit.core.measure.summary import summarise
 from actkit.core.model.anatomy import anatomy
+from actkit.core.recipe.proposals import LeftOut, Shapes
 from actkit.core.recipe.runner import check_model
 from actkit.core.recipe.transform import transforms_of
 from actkit.core.store import checkpoint
@@ -45,7 +46,7 @@ from actkit.kernels.compile_cache import nothing_compiled
 from actkit.search.answers import ask
 from actkit.search.budget import Budget, check_minutes, out_of_time
 from actkit.search.cache import last_level_cache
-from actkit.search.candidates import MOST, Shapes, given, propose
+from actkit.search.candidates import MOST, given, propose
 from actkit.search.card import model_card
 from actkit.search.compile_ahead import CompileAhead
 from actkit.search.front import front, point
@@ -53,7 +54,7 @@ from actkit.search.journal import Journal
 from actkit.search.measured import Candidate, speed_from
 from actkit.search.own_grid import WARNING as OWN_GRID
 from actkit.search.profile import profile
-from actkit.search.results import Answers, LeftOut, Optimization, Proposal
+from actkit.search.results import Answers, Optimization, Proposal
 from actkit.search.speed_row import SpeedRow, measure_speed_row
 from actkit.search.splits import ROWS, split_data
 from actkit.search.verdict import TARGETS, Target, Verdict, decide

@@ -59,6 +59,10 @@ class Cats(Transform):
     method: Literal["exact", "histogram"] = "exact"
 
     tags: ClassVar[Tags] = Tags(needs_data=True, stream="original", least_coverage=0.0)  # blocks may be left out
+    not_proposed: ClassVar[str] = (
+        "at equal bytes it lost more than wina and teal wherever the activation gives no zeros of its own; try it with "
+        "recipes=['cats']"
+    )
 
     @field_validator("sparsity")
     @classmethod

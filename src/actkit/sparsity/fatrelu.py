@@ -84,6 +84,9 @@ class FatRelu(Transform):
     threshold: float = Field(0.01, ge=0, allow_inf_nan=False)
 
     tags: ClassVar[Tags] = Tags(least_coverage=0.25)
+    not_proposed: ClassVar[str] = (
+        "it fits models with ReLU alone, and how much it may drop is yours to choose (`sweep_threshold`)"
+    )
 
     @classmethod
     def identity(cls) -> Self:

@@ -90,6 +90,7 @@ class TopKMlp(Transform):
     by: By = "value"
 
     tags: ClassVar[Tags] = Tags(least_coverage=0.25)
+    not_proposed: ClassVar[str] = "another activation function changes the model, and pays only after training"
 
     @field_validator("k", mode="before")
     @classmethod

@@ -71,6 +71,9 @@ class RSparse(Transform):
     seed: int = 0
 
     tags: ClassVar[Tags] = Tags(slot=("select", "correction"), needs_data=True, stream="original")
+    not_proposed: ClassVar[str] = (
+        "two more products per layer pay only beside more sparsity; try it with recipes=['r_sparse']"
+    )
 
     @classmethod
     def identity(cls) -> Self:

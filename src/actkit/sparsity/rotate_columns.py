@@ -55,6 +55,10 @@ class RotateColumns(Transform):
     """Make the columns of the key (or fused query-key-value) and gate (or up) matrices orthogonal; outputs stay."""
 
     tags: ClassVar[Tags] = Tags(changes_function="exact")
+    not_proposed: ClassVar[str] = (
+        "it adds a product per norm to every token, which only pays beside a sparsity that the search does not reach; "
+        "try it with recipes=['rotate_columns,wina']"
+    )
 
     def targets(self, block: Block) -> Iterable[Linear]:
         return [linear for inputs, _, refused in _sets(block) if refused is None for linear in inputs]

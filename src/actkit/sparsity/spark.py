@@ -202,6 +202,7 @@ class Sparkify(Transform):
     first: int | None = Field(None, ge=1)
 
     tags: ClassVar[Tags] = Tags(least_coverage=0.0)  # `first` says how many blocks
+    not_proposed: ClassVar[str] = "another activation function changes the model, and pays only after training"
 
     @classmethod
     def identity(cls) -> Self:

@@ -61,6 +61,7 @@ class PerplexitySparsity(Transform):
     thresholds: dict[str, float] | None = None
 
     tags: ClassVar[Tags] = Tags(slot="select", needs_data=True, stream="original", passes=12, least_coverage=0.15)
+    not_proposed: ClassVar[str] = "it needs thousands of tokens to be stable; try it with recipes=['ppl_sparsity']"
 
     @classmethod
     def identity(cls) -> Self:

@@ -28,12 +28,16 @@ from actkit.core.edit.edits import Edit, Note, Replace, Skip
 from actkit.core.layers.linear import ActLinear, Selection, Threshold, TopK
 from actkit.core.model.anatomy import Block, Linear, Site
 from actkit.core.model.parts import LinearRole
+from actkit.core.recipe.proposals import Idea, LeftOut, Looked, Shapes, small_inputs
 from actkit.core.recipe.seen import Seen
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
 from actkit.core.watch.statistics import Quantiles, Statistic
 
 LARGEST = 0.95  # no projection is driven above it: its output would be noise
+HIGHEST = 0.9  # of the sparsity that is proposed for zeros that are there anyway
+ZEROS = 0.5  # share of zeros from which skipping them pays for the bookkeeping
+GREEDY = "hundreds of passes over the calibration data; try it with recipes= and allocation: greedy"
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,27 @@ class Teal(Transform):
     skip: tuple[LinearRole, ...] = ()
 
     tags: ClassVar[Tags] = Tags(slot="select", needs_data=True, stream="original", sums_calls=True)
+
+    @classmethod
+    def proposals(cls, profile: Looked, shapes: Shapes) -> Iterable[Idea | LeftOut]:
+        guess = small_inputs(profile)
+        yield Idea("teal 25%", cls(sparsity=0.25), f"{guess}; magnitude alone, the baseline of wina", 80)
+        yield Idea("teal 50%", cls(sparsity=0.5), f"{guess}; magnitude alone", 110)
+        yield from cls._of_zeros(profile, shapes)
+        yield LeftOut("teal with greedy allocation", GREEDY)
+
+    @classmethod
+    def _of_zeros(cls, profile: Looked, shapes: Shapes) -> Iterable[Idea]:
+        """The share of exact zeros, for the layers that read them, if the profile finds such sites."""
+        sites = [site for site in profile.sites if site.read_by and 1 - site.density >= ZEROS]
+        roles = {w.role for w in profile.weights for site in sites if w.path in site.read_by}
+        if not sites or not roles:
+            return
+        share = min(HIGHEST, int(10 * min(1 - site.density for site in sites)) / 10)
+        names = ", ".join(sorted(roles))
+        why = f"{share:.0%} or more of the inputs of {names} are exactly 0: skipping them costs nothing"
+        others = tuple(role for role in shapes.roles if role not in roles)
+        yield Idea(f"teal {share:.0%} on {names}", cls(sparsity=share, skip=others), why, 50)
 
     @classmethod
     def identity(cls) -> Self:

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from actkit.core.model.anatomy import Block, Linear, Site
-from actkit.sparsity.teal import MaskGroup, Teal
+from actkit.core.recipe.proposals import Idea, LeftOut, Looked, Shapes, small_inputs
+from actkit.sparsity.teal import GREEDY, MaskGroup, Teal
 
 RELEASE_ROLES = ("key", "gate", "query_key_value", "gate_up")
 
@@ -35,6 +36,14 @@ class Wina(Teal):
     """
 
     norms: Literal["joint", "each", "release"] = "joint"
+
+    @classmethod
+    def proposals(cls, profile: Looked, shapes: Shapes) -> Iterable[Idea | LeftOut]:
+        guess = small_inputs(profile)
+        yield Idea("wina 25%", cls(sparsity=0.25), guess, 40, stacks=(60, 70))
+        half = f"{guess}; half of the weight bytes"
+        yield Idea("wina 50%", cls(sparsity=0.5), half, 90, stacks=(100,), why_stacked="the fewest bytes per token")
+        yield LeftOut("wina with greedy allocation", GREEDY)
 
     def groups(self, block: Block) -> list[MaskGroup]:
         """The masks of a block: one per input with joint norms, else one per matrix."""

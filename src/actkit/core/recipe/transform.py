@@ -20,6 +20,7 @@ from actkit.core.ground.errors import ActkitError, RecipeError
 from actkit.core.ground.whole_file import write_whole
 from actkit.core.ground.yaml_files import read_yaml, shorten
 from actkit.core.model.anatomy import Block, Linear, Site
+from actkit.core.recipe.proposals import Idea, LeftOut, Looked, Shapes
 from actkit.core.recipe.seen import Seen, Trial
 from actkit.core.recipe.tags import Tags
 from actkit.core.watch.statistics import Statistic
@@ -32,6 +33,7 @@ class Transform(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     tags: ClassVar[Tags] = Tags()
+    not_proposed: ClassVar[str] = "it proposes nothing to the search; try it with recipes="
 
     @property
     def name(self) -> str:
@@ -72,6 +74,14 @@ class Transform(BaseModel):
         if shared:
             return f"both fill the {shared[0]} slot of the layers; undo the first one, or use only one of them"
         return None
+
+    @classmethod
+    def proposals(cls, profile: Looked, shapes: Shapes) -> Iterable[Idea | LeftOut]:
+        """Settings that the search should try on a model, and what it should not, with the reasons.
+
+        The default proposes nothing, because of what the class says in `not_proposed`.
+        """
+        yield LeftOut(registry.method_name(cls), cls.not_proposed)
 
     @classmethod
     def identity(cls) -> Self | None:
