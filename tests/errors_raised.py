@@ -67,6 +67,7 @@ from actkit.core.train.objective import Objective
 from actkit.core.train.training_setup import Settings, state_folder, steps_per_epoch
 from actkit.core.watch.calls import Call
 from actkit.core.watch.capture import plan_memory, record
+from actkit.core.watch.intervene import intervene
 from actkit.core.watch.rows import Keys, _weights
 from actkit.core.watch.statistics import Moments
 from actkit.data import Batches, load_data, text
@@ -1241,6 +1242,28 @@ proof(lambda p: optimize(build("llama"), out=p.file("x", "file")))
 proof(lambda p: (p.file("x", "thesis.txt"), optimize(build("llama"), out=p.path)))
 proof(lambda p: (p.file("x", "thesis.txt"), optimize(build("llama"), out=p.path, overwrite=True)))
 proof(lambda p: record(build("llama"), {"mlp.nothing": Moments()}, [HOST]))
+
+
+@proof
+def weights_of_attention(p: Place) -> None:
+    with intervene(build("llama"), {"attention.weights": torch.zeros(1)}):
+        pass
+
+
+@proof
+def no_tensor(p: Place) -> None:
+    model = build("llama")
+    with intervene(model, {"mlp.hidden": lambda x: None}):  # type: ignore[arg-type, return-value]
+        model(IDS)
+
+
+@proof
+def other_shape(p: Place) -> None:
+    model = build("llama")
+    with intervene(model, {"mlp.hidden": torch.zeros(3)}):
+        model(IDS)
+
+
 proof(lambda p: optimize(build("mlp"), out=p.path / "new", data=batches("mlp")))
 proof(lambda p: open_model(build("llama"), dtype="bfloat16"))
 proof(lambda p: Moments().mean)

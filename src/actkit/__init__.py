@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from actkit.core.store.checkpoint import save as save
     from actkit.core.watch.capture import live as live
     from actkit.core.watch.capture import record as record
+    from actkit.core.watch.intervene import intervene as intervene
     from actkit.data import load_data as load_data
     from actkit.functions.swap import swap as swap
     from actkit.search.search import optimize as optimize
@@ -55,6 +56,7 @@ _HOMES = {
     "evaluate": "verbs",
     "export": "verbs",
     "generate": "verbs",
+    "intervene": "core.watch.intervene",
     "live": "core.watch.capture",
     "load": "zoo.loading",
     "load_data": "data",

@@ -1,7 +1,7 @@
 """How activations are watched: one way to call a model on a batch, one way to hook its modules.
 
-Hooks are for reading only; whatever actkit changes, it changes by replacing modules. They are removed when the
-context ends, also after an exception.
+Hooks read; what actkit changes for good, it changes by replacing modules. Only `core.watch.intervene` replaces what
+passes by, as long as its context lasts. Hooks are removed when their context ends, also after an exception.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from actkit.core.forward.limits import context_length, first_position, has_posit
 from actkit.core.forward.named_functions import check_mask
 from actkit.core.ground.errors import DataError, UnsupportedModelError
 from actkit.core.ground.offload import device_of
+from actkit.core.layers.known_layers import INTERVENES
 
 # The keywords that hold a batch's examples, the likeliest first, and those that say something about them.
 FIRST = ("input_ids", "pixel_values", "inputs_embeds", "input_values", "input_features")
@@ -36,21 +37,40 @@ class StopForward(Exception):
 
 @contextmanager
 def hooked(
-    model: nn.Module, *, before: Mapping[str, Before] | None = None, after: Mapping[str, After] | None = None
+    model: nn.Module,
+    *,
+    before: Mapping[str, Before] | None = None,
+    after: Mapping[str, After] | None = None,
+    replacing: bool = False,
 ) -> Iterator[None]:
     """Call `before[path](module, args, kwargs)` and `after[path](module, args, kwargs, output)` around those modules.
 
-    Raises UnsupportedModelError for a compiled or sharded model, whose hooks would not fire or would see shards.
+    Args:
+        model: any module that is neither compiled nor sharded.
+        before, after: by path.
+        replacing: what a hook returns, if not None, takes the place of (args, kwargs) or of the output; otherwise it
+            is dropped.
+
+    Raises:
+        UnsupportedModelError: the model is compiled or sharded, so that hooks would not fire or would see shards.
     """
     refuse_compiled_or_sharded(model)
     with ExitStack() as handles:
         for path, hook in (before or {}).items():
-            handle = model.get_submodule(path).register_forward_pre_hook(_silent_before(hook), with_kwargs=True)
-            handles.callback(handle.remove)
+            call: Any = _marked(hook) if replacing else _silent_before(hook)
+            handles.callback(model.get_submodule(path).register_forward_pre_hook(call, with_kwargs=True).remove)
         for path, reader in (after or {}).items():
-            handle = model.get_submodule(path).register_forward_hook(_silent_after(reader), with_kwargs=True)
-            handles.callback(handle.remove)
+            call = _marked(reader) if replacing else _silent_after(reader)
+            handles.callback(model.get_submodule(path).register_forward_hook(call, with_kwargs=True).remove)
         yield
+
+
+def _marked(hook: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        return hook(*arguments)
+
+    setattr(call, INTERVENES, True)
+    return call
 
 
 def _silent_before(hook: Before) -> Before:

@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 PLAIN: tuple[Any, ...] = (nn.Linear, Conv1D)
 SAME = frozenset(["transformers.models.falcon.modeling_falcon.FalconLinear"])  # x @ W.T + b, written out
-OURS = ("actkit.", "transformers.")  # hooks that only record
+OURS = ("actkit.", "transformers.")  # hooks that only record, unless they are marked
+INTERVENES = "actkit_intervenes"  # marks a hook of ours that replaces what passes by
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -51,7 +52,11 @@ def why_unread(module: nn.Module) -> str | None:
 def hooks_of(module: nn.Module) -> list[str]:
     """The names of the hooks that somebody else registered on a module."""
     hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
-    found = [hook for hook in hooks if not (getattr(hook, "__module__", None) or "").startswith(OURS)]
+    found = [
+        hook
+        for hook in hooks
+        if hasattr(hook, INTERVENES) or not (getattr(hook, "__module__", None) or "").startswith(OURS)
+    ]
     return [getattr(hook, "__qualname__", type(hook).__name__) for hook in found]
 
 

@@ -34,6 +34,10 @@ class PartRows:
             return output[..., self.start : self.start + self.size]
         return output[..., self.indices(output.device)]
 
+    def replaced(self, output: Tensor, part: Tensor) -> Tensor:
+        """The layer's output [..., rows] with another part [..., count * size] in its place."""
+        return output.index_copy(-1, self.indices(output.device), part)
+
 
 def query_key_value_rows(
     layout: FusedLayout, heads: int, key_value_heads: int, head_dim: int

@@ -158,6 +158,59 @@ def read_tap(
     return value
 
 
+def write_tap(
+    tap: Tap,
+    value: Tensor,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    output: Any = None,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+) -> Any:
+    """One call of the module at `tap.path` with another tensor at the site: what `read_tap` reads off it is `value`.
+
+    Args:
+        tap: of the site.
+        value: in the tap's layout.
+        args, kwargs, output, position_embeddings: as in `read_tap`.
+
+    Returns:
+        The output, or (args, kwargs) if the tap reads an argument; nothing that was given is changed in place.
+    """
+    old = _argument(tap, args, kwargs) if tap.where == "input" else _output(tap, output)
+    if tap.rotary:
+        assert position_embeddings is not None  # it was read with them
+        cos, sin = (each_once(table, tap.angles) for table in position_embeddings)
+        value = _rotate(value, cos, -sin, tap.pairs)
+    if tap.heads is not None and not tap.heads_first:
+        value = value.transpose(1, 2)
+        flat = old.dim() == 3
+        value = value.flatten(-2) if flat else value
+    if tap.columns is not None:
+        value = tap.columns.replaced(old, value)
+    value = value.reshape(old.shape)
+    return _with_argument(tap, value, args, kwargs) if tap.where == "input" else _with_output(tap, value, output)
+
+
+def _with_argument(
+    tap: Tap, value: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(tap.index, str):
+        return tuple(args), {**kwargs, tap.index: value}
+    if tap.index < len(args):
+        return (*args[: tap.index], value, *args[tap.index + 1 :]), dict(kwargs)
+    return tuple(args), {**kwargs, "hidden_states": value}
+
+
+def _with_output(tap: Tap, value: Tensor, output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return value
+    if isinstance(output, Mapping):  # transformers' outputs are mappings that count their entries too
+        key = list(output)[int(tap.index)]
+        return type(output)(**{**output, key: value})
+    parts = [value if place == tap.index else part for place, part in enumerate(output)]
+    return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+
+
 def each_once(table: Tensor, angles: Angles) -> Tensor:
     """A rotary table with each angle once: [..., n / 2] of [..., n], or itself."""
     if angles == "once":

@@ -37,6 +37,7 @@ from actkit.core.ground.progress import track
 from actkit.core.model.anatomy import Anatomy, Site, Tap, read_tap
 from actkit.core.model.anatomy import anatomy as read_anatomy
 from actkit.core.model.experts import ExpertList
+from actkit.core.model.sites import write_tap
 from actkit.core.watch.calls import Call
 from actkit.core.watch.merging import merge
 from actkit.core.watch.one_pass import update_all
@@ -106,10 +107,10 @@ def record(
     first = next(remaining, None)
     if first is None:
         raise DataError("calibration data: 0 batches were given; pass at least one dict of the model's keywords.")
-    view = _view(model, anatomy, first)
+    view = view_of(model, anatomy, first)
     total = len(batches) if isinstance(batches, Sized) else None
     equal = _equal_lengths(batches)
-    with _experts_for(view, wanted):
+    with experts_for(view, wanted):
         sites = resolve(view, wanted)
         if max_memory is not None:
             _plan(view, sites, first, total, equal).check(max_memory)
@@ -140,8 +141,8 @@ def plan_memory(
     refuse_compiled_or_sharded(model)
     if not len(batches):
         raise DataError("calibration data: 0 batches were given; pass at least one dict of the model's keywords.")
-    view = _view(model, anatomy, batches[0])
-    with _experts_for(view, wanted):
+    view = view_of(model, anatomy, batches[0])
+    with experts_for(view, wanted):
         return _plan(view, resolve(view, wanted), batches[0], len(batches), _equal_lengths(batches))
 
 
@@ -165,7 +166,7 @@ class Observer:
 
     def hooks(self) -> tuple[dict[str, Before], dict[str, After]]:
         """What to call before and after which modules, by path."""
-        return _tap_hooks(self._readings.taps, self._see, lambda: self._keywords.get("position_embeddings"))
+        return tap_hooks(self._readings.taps, self._see, lambda: self._keywords.get("position_embeddings"))
 
     def _see(self, tap: Tap, value: Tensor, tokens: Tensor | None) -> None:
         if self._context is None:
@@ -223,7 +224,7 @@ def live(
     Experts must have been opened (`ExpertList`) to be seen here. Raises ValueError for unknown sites.
     """
     refuse_compiled_or_sharded(model)
-    view = _view(model, anatomy, None)
+    view = view_of(model, anatomy, None)
     keys = [sites] if isinstance(sites, Site | str) else list(sites)
     found = resolve(view, dict.fromkeys(keys))
     activations = Activations(found)
@@ -235,7 +236,7 @@ def live(
         for site in readers[tap]:
             activations[site].append(value)
 
-    before, after = _tap_hooks(readers, keep)
+    before, after = tap_hooks(readers, keep)
     with hooked(model, before=before, after=after):
         yield activations
 
@@ -354,7 +355,7 @@ def _several(value: Any) -> list[Any]:
 
 
 @contextmanager
-def _experts_for(view: Anatomy, wanted: Wanted) -> Iterator[None]:
+def experts_for(view: Anatomy, wanted: Wanted) -> Iterator[None]:
     """Opens the experts where a key may mean sites inside them."""
     names = [str(key) for key in wanted]
     if any("mlp." in name or "layer." in name or "experts." in name or "*" in name for name in names):
@@ -394,14 +395,21 @@ class _Readings:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def _tap_hooks(
+def tap_hooks(
     taps: Iterable[Tap],
-    see: Callable[[Tap, Tensor, Tensor | None], None],
+    see: Callable[[Tap, Tensor, Tensor | None], Tensor | None],
     rotary: Callable[[], Any] = lambda: None,
 ) -> tuple[dict[str, Before], dict[str, After]]:
     """One hook before and one after each watched module; they call `see(tap, tensor, tokens)`.
 
-    tokens: inside an expert, which of the batch's tokens (flat) the rows are. rotary: (cos, sin), if all else fails.
+    Args:
+        taps: what is watched.
+        see: a tensor that it returns stands at the site from there on, if the hooks are registered as replacing.
+            tokens: inside an expert, which of the batch's tokens (flat) the rows are.
+        rotary: gives (cos, sin), if all else fails.
+
+    Returns:
+        What to call before and after which modules, by path.
     """
     taps = list(taps)
     tables: dict[str, Any] = {}  # attention path -> (cos, sin) of its running call
@@ -421,10 +429,11 @@ def _tap_hooks(
 
         return hook
 
-    def read(tap: Tap) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
+    def read(tap: Tap) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Any:
             angles = (tables.get(tap.attention or "") or rotary()) if tap.rotary else None
-            see(tap, read_tap(tap, args, kwargs, output, angles), tokens.get(tap.expert or ""))
+            other = see(tap, read_tap(tap, args, kwargs, output, angles), tokens.get(tap.expert or ""))
+            return None if other is None else write_tap(tap, other, args, kwargs, output, angles)
 
         return hook
 
@@ -438,10 +447,20 @@ def _tap_hooks(
     return {path: _all(each) for path, each in before.items()}, {path: _all(each) for path, each in after.items()}
 
 
-def _all(hooks: list[Any]) -> Callable[..., None]:
-    def call(*arguments: Any) -> None:
+def _all(hooks: list[Any]) -> Callable[..., Any]:
+    """One hook that calls several; each sees what those before it returned in place of what came."""
+
+    def call(module: nn.Module, args: Any, kwargs: Any, *output: Any) -> Any:
+        changed = None
         for hook in hooks:
-            hook(*arguments)
+            found = hook(module, args, kwargs, *output)
+            if found is not None:
+                changed = found
+                if output:
+                    output = (found,)
+                else:
+                    args, kwargs = found
+        return changed
 
     return call
 
@@ -449,7 +468,7 @@ def _all(hooks: list[Any]) -> Callable[..., None]:
 # -- batches -----------------------------------------------------------------------------------------------------------
 
 
-def _view(model: nn.Module, anatomy: Anatomy | None, example: Any) -> Anatomy:
+def view_of(model: nn.Module, anatomy: Anatomy | None, example: Any) -> Anatomy:
     if anatomy is not None and anatomy.model is not model:
         raise ValueError("anatomy: it was read off another model; pass anatomy(model), or leave it out.")
     return read_anatomy(model, example) if anatomy is None else anatomy
@@ -486,7 +505,7 @@ def _plan(view: Anatomy, wanted: Mapping[Site, Any], batch: Any, total: int | No
             keys = Keys(context, value.device)
             channels[tap] = next(x.shape[1] for x, _ in as_rows(site, tap, value, keys, tokens, equal))
 
-    before, after = _tap_hooks(readings.taps, measure)
+    before, after = tap_hooks(readings.taps, measure)
     started = time.perf_counter()
     with evaluating(view.model), hooked(view.model, before=before, after=after):
         forward(view.model, batch)
