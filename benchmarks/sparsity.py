@@ -45,7 +45,8 @@ from actkit.core.layers.activations import Thresholded
 from actkit.core.model.anatomy import anatomy
 from actkit.core.watch.capture import record
 from actkit.core.edit.edits import get_module, set_module
-from actkit.core.layers.linear import ActLinear, LowRank, Threshold
+from actkit.core.layers.linear import ActLinear, LowRank
+from actkit.core.layers.selections import Threshold
 from actkit.core.watch.statistics import Quantiles
 from actkit.runtime.decoder import Decoder
 from actkit.sparsity.r_sparse import Budget

@@ -42,8 +42,10 @@ from actkit.core.forward.example import Inputs
 from actkit.core.forward.hooks import BatchContext, check_batch, forward
 from actkit.core.ground import processes, registry
 from actkit.core.layers.activations import Activation
-from actkit.core.layers.linear import ActLinear, IntegerWeight, LowRank, Threshold
+from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.layers.selections import Threshold
+from actkit.core.layers.weights import IntegerWeight
 from actkit.core.measure import decoding, evaluation, fresh, generation, harness
 from actkit.core.measure.cost import _chosen, folder_bytes
 from actkit.core.measure.multiple_choice import Question, log_likelihoods

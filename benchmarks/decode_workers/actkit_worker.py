@@ -36,7 +36,9 @@ import actkit
 from actkit.core.model.anatomy import anatomy
 from actkit.core.watch.capture import record
 from actkit.core.edit.edits import set_module
-from actkit.core.layers.linear import ActLinear, IntegerWeight, Threshold
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.selections import Threshold
+from actkit.core.layers.weights import IntegerWeight
 from actkit.core.ground.machine import versions
 from actkit.core.ground.memory import release_memory
 from actkit.core.layers.quantizer import QuantizationGrid

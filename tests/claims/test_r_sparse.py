@@ -9,7 +9,8 @@ from torch import nn
 
 from actkit.claims import r_sparse
 from actkit.claims.subject import Subject
-from actkit.core.layers.linear import ActLinear, Threshold
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.selections import Threshold
 from actkit.core.model.anatomy import Linear
 from actkit.sparsity.r_sparse import RSparse
 

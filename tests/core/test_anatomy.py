@@ -39,8 +39,10 @@ from transformers import (
 )
 
 from actkit.core.ground.errors import CoverageError, UnsupportedModelError
-from actkit.core.layers.linear import ActLinear, IntegerWeight, Threshold
+from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.layers.selections import Threshold
+from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import (
     SITE_NAMES,
     Anatomy,

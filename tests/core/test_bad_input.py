@@ -31,7 +31,8 @@ from actkit.core.ground.errors import (
     RecipeError,
     UnsupportedModelError,
 )
-from actkit.core.layers.linear import ActLinear, Threshold
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.selections import Threshold
 from actkit.core.measure.quality import measure_quality
 from actkit.core.recipe.runner import apply
 from actkit.core.recipe.transform import Recipe

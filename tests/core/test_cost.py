@@ -26,8 +26,10 @@ from transformers import (
 from actkit.core.edit.edits import set_module
 from actkit.core.ground.errors import DataError, NonFiniteError
 from actkit.core.layers.activations import Thresholded
-from actkit.core.layers.linear import ActLinear, IntegerWeight, LowRank, Threshold, TopK
+from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.layers.selections import Threshold, TopK
+from actkit.core.layers.weights import IntegerWeight
 from actkit.core.measure.cost import folder_bytes, measure_cost
 from actkit.core.model.anatomy import anatomy
 from actkit.core.model.experts import ExpertList

@@ -25,8 +25,10 @@ from actkit.core.edit.edits import (
 )
 from actkit.core.ground.errors import EditError, RecipeError
 from actkit.core.layers.folding import ScaledActivation
-from actkit.core.layers.linear import ActLinear, IntegerWeight, Threshold
+from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.layers.selections import Threshold
+from actkit.core.layers.weights import IntegerWeight
 
 GATE, UP = "model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"
 NORM = "model.layers.0.input_layernorm.weight"

@@ -17,7 +17,8 @@ from actkit.core.edit.edits import Replace, temporarily
 from actkit.core.ground.errors import DataError
 from actkit.core.ground.estimate import Estimate
 from actkit.core.ground.machine import versions
-from actkit.core.layers.linear import ActLinear, Threshold
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.selections import Threshold
 from actkit.core.measure import evaluation, speed
 from actkit.core.measure.cost import measure_cost
 from actkit.core.measure.evaluation import evaluate

@@ -13,7 +13,8 @@ from transformers import GptOssConfig, MixtralConfig, MixtralForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from actkit.core.layers.linear import ActLinear, Threshold
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.selections import Threshold
 from actkit.core.model import llama_rows
 from actkit.core.model.anatomy import anatomy
 from actkit.core.model.architecture_rows import ExpertsRow

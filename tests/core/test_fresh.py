@@ -19,7 +19,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from actkit.core.edit.edits import Replace, apply_edit, describe
 from actkit.core.ground.errors import FreshProcessError
-from actkit.core.layers.linear import ActLinear, Threshold
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.selections import Threshold
 from actkit.core.measure.fresh import FreshProcess, import_name
 from actkit.core.store.checkpoint import save
 from actkit.core.store.pretrained import record

@@ -12,7 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from actkit.core.ground.errors import CoverageError, EditError
 from actkit.core.layers.known_layers import scales_with_weight, why_unread
-from actkit.core.layers.linear import ActLinear, Threshold
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.selections import Threshold
 from actkit.core.model.anatomy import anatomy, equalization_sets, is_linear
 from actkit.core.recipe.runner import apply
 from actkit.functions.swap import swap

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from actkit.core.ground.errors import UnsupportedModelError
 from actkit.core.layers.layer_weight import LayerWeight
-from actkit.core.layers.linear import ActLinear, IntegerWeight, LowRank, Threshold
+from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.layers.selections import Threshold
+from actkit.core.layers.weights import IntegerWeight
 from actkit.core.recipe.runner import apply
 from actkit.core.store.checkpoint import load, save
 from actkit.functions.swap import swap

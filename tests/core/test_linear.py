@@ -10,17 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from actkit.core.layers.linear import (
-    ActLinear,
-    DenseWeight,
-    IntegerWeight,
-    KeepsDtype,
-    LowRank,
-    Threshold,
-    TopK,
-    pack_for_decode,
-)
+from actkit.core.layers.keeps_dtype import KeepsDtype
+from actkit.core.layers.linear import ActLinear, LowRank, pack_for_decode
 from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.layers.selections import Threshold, TopK
+from actkit.core.layers.weights import DenseWeight, IntegerWeight
 
 OUT, IN, RANK = 9, 14, 3
 GRIDS = {

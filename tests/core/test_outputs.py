@@ -9,8 +9,9 @@ from torch import nn
 
 from actkit.core.forward import outputs
 from actkit.core.forward.outputs import BeforeHead, Outputs, Whole, find_head
-from actkit.core.layers.linear import ActLinear, IntegerWeight, widened
+from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.layers.weights import IntegerWeight, widened
 from actkit.core.measure import quality
 from actkit.core.measure.quality import measure_quality
 

@@ -12,8 +12,9 @@ from torch import nn
 
 from actkit.core.ground.errors import CoverageError, MemoryLimitError
 from actkit.core.ground.memory import parameter_bytes
-from actkit.core.layers.linear import ActLinear, IntegerWeight
+from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import Block, Linear, Site, anatomy
 from actkit.core.model.experts import ExpertList
 from actkit.core.recipe.plan import Plan, make_plan

@@ -23,8 +23,10 @@ from transformers import (
 from actkit.core.edit.edits import Replace, apply_edit, describe
 from actkit.core.forward.example import Inputs
 from actkit.core.ground.errors import DataError, FreshProcessError
-from actkit.core.layers.linear import ActLinear, IntegerWeight, Threshold
+from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.layers.selections import Threshold
+from actkit.core.layers.weights import IntegerWeight
 from actkit.core.measure.fresh import FreshProcess
 from actkit.core.measure.proof import prove
 from actkit.core.store.checkpoint import load, save

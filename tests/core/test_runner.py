@@ -19,8 +19,9 @@ from actkit.core.edit import changes
 from actkit.core.edit.edits import Note, Replace, Set, Skip
 from actkit.core.ground import registry
 from actkit.core.ground.errors import CoverageError, DataError, EditError, MemoryLimitError
-from actkit.core.layers.linear import ActLinear, IntegerWeight
+from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import Block, Site, anatomy
 from actkit.core.model.experts import ExpertList
 from actkit.core.recipe.runner import apply

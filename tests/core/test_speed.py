@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from actkit.core.edit.edits import Replace, apply_edit, describe
 from actkit.core.forward.example import Inputs
 from actkit.core.ground.errors import DataError, MemoryLimitError
-from actkit.core.layers.linear import ActLinear, Threshold
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.selections import Threshold
 from actkit.core.measure import speed
 from actkit.core.measure.speed import Speed, median, weight_file_bytes
 from actkit.core.store.checkpoint import save

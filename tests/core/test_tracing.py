@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from transformers import DistilBertConfig, DistilBertModel, XGLMConfig, XGLMForCausalLM
 
 from actkit.core.ground.errors import CoverageError
-from actkit.core.layers.linear import ActLinear, Threshold
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.selections import Threshold
 from actkit.core.model.anatomy import Chain, Site, anatomy, equalization_sets, read_tap
 
 

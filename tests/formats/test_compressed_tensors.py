@@ -17,8 +17,9 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2Fo
 import actkit
 from actkit.core.edit.edits import Replace, apply_edit
 from actkit.core.ground.errors import CheckpointError, ExportError
-from actkit.core.layers.linear import ActLinear, IntegerWeight, LowRank
+from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.layers.weights import IntegerWeight
 from actkit.core.recipe.runner import apply
 from actkit.formats import reading
 from actkit.formats.compressed_tensors import Scheme, as_read, layer_tensors, pack

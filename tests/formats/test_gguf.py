@@ -25,8 +25,8 @@ from transformers import (
 
 import actkit
 from actkit.core.ground.errors import ExportError
-from actkit.core.layers.linear import IntegerWeight
 from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.layers.weights import IntegerWeight
 from actkit.core.recipe.runner import apply
 from actkit.formats.export import export
 from actkit.formats.gguf_file import blocks

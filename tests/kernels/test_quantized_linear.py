@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import check, dequantized, integer_weight, nibbles
 
-from actkit.core.layers.linear import IntegerWeight
 from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.layers.weights import IntegerWeight
 from actkit.kernels import QuantizedWeight, compact, operators, pack_quantized, quantized_linear
 
 BITS, AXES, ZEROS = [4, 8], ["output", "input"], [False, True]

@@ -15,8 +15,9 @@ from actkit.core.edit.edits import temporarily
 from actkit.core.forward.hooks import BatchContext
 from actkit.core.ground.errors import NonFiniteError, RecipeError
 from actkit.core.layers.folding import ScaledActivation
-from actkit.core.layers.linear import ActLinear, IntegerWeight
+from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import Linear, anatomy, equalization_sets
 from actkit.core.recipe.runner import apply
 from actkit.core.recipe.tags import Tags

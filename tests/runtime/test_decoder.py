@@ -22,8 +22,10 @@ from transformers import (
 from actkit.core.edit.edits import set_module
 from actkit.core.ground.errors import DataError, MemoryLimitError, NonFiniteError, UnsupportedModelError
 from actkit.core.layers.activations import Thresholded
-from actkit.core.layers.linear import ActLinear, IntegerWeight, LowRank, Threshold
+from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.layers.selections import Threshold
+from actkit.core.layers.weights import IntegerWeight
 from actkit.core.recipe.runner import apply
 from actkit.kernels import integer_dots
 from actkit.quantization.rtn import RoundToNearest

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from actkit.core.ground.errors import CoverageError, DataError, RecipeError
 from actkit.core.layers.activations import Thresholded
-from actkit.core.layers.linear import ActLinear, IntegerWeight
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.weights import IntegerWeight
 from actkit.core.recipe.runner import apply
 from actkit.functions.swap import swap
 from actkit.quantization.awq import Awq

@@ -10,7 +10,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from actkit.core.ground.errors import RecipeError
-from actkit.core.layers.linear import ActLinear, IntegerWeight, LowRank, Threshold, TopK
+from actkit.core.layers.linear import ActLinear, LowRank
+from actkit.core.layers.selections import Threshold, TopK
+from actkit.core.layers.weights import IntegerWeight
 from actkit.core.measure.quality import measure_quality
 from actkit.core.model.anatomy import Linear, anatomy
 from actkit.core.recipe.runner import apply

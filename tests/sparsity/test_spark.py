@@ -16,7 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 import actkit
 from actkit.core.ground.errors import RecipeError
 from actkit.core.layers.activations import Activation
-from actkit.core.layers.linear import ActLinear, Threshold
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.selections import Threshold
 from actkit.core.model.anatomy import Site, anatomy
 from actkit.core.model.equalization import equalization_sets
 from actkit.core.recipe.runner import apply

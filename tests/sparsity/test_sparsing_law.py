@@ -12,7 +12,9 @@ from torch import Tensor
 
 from actkit.core.forward.hooks import evaluating, forward
 from actkit.core.ground.errors import CoverageError, DataError, RecipeError
-from actkit.core.layers.linear import ActLinear, IntegerWeight, Threshold
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.selections import Threshold
+from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.runner import apply
 from actkit.quantization.rtn import RoundToNearest

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from actkit.core.layers.linear import ActLinear, Threshold, TopK
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.selections import Threshold, TopK
 from actkit.core.model.anatomy import Site, anatomy
 from actkit.core.recipe.runner import apply
 from actkit.core.watch.capture import record

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.ground.errors import RecipeError
-from actkit.core.layers.linear import ActLinear, IntegerWeight, Threshold, TopK
+from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.layers.selections import Threshold, TopK
+from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import Linear, anatomy
 from actkit.core.recipe.runner import apply
 from actkit.quantization.awq import Awq

@@ -12,7 +12,8 @@ from torch import nn
 
 from actkit.core.edit.edits import Edit, Replace
 from actkit.core.ground import registry
-from actkit.core.layers.linear import ActLinear, DenseWeight
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.weights import DenseWeight
 from actkit.core.measure.fresh import FreshProcess
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Recipe, Transform

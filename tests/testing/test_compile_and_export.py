@@ -13,7 +13,8 @@ import torch
 import actkit
 from actkit.core.forward.hooks import evaluating, forward
 from actkit.core.ground import registry
-from actkit.core.layers.linear import ActLinear, Threshold
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.selections import Threshold
 from actkit.core.recipe.runner import apply
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform

@@ -25,8 +25,9 @@ from actkit.claims.outcome import Finding, Outcome, Statement, conduct
 from actkit.claims.subject import Subject, spread
 from actkit.core.edit.edits import Replace
 from actkit.core.forward.hooks import evaluating, first_tensor, forward
-from actkit.core.layers.linear import ActLinear, DenseWeight
+from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.quantizer import Convention, QuantizationGrid
+from actkit.core.layers.weights import DenseWeight
 from actkit.core.model.anatomy import anatomy
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import Moments

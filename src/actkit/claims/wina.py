@@ -26,7 +26,7 @@ from actkit import kernels
 from actkit.claims.outcome import Finding, Outcome, Statement, conduct
 from actkit.claims.subject import Subject, spread
 from actkit.core.forward.hooks import evaluating, first_tensor, forward
-from actkit.core.layers.linear import TopK
+from actkit.core.layers.selections import TopK
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.runner import apply
 from actkit.core.watch.capture import record

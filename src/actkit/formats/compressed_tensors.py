@@ -25,8 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.ground.errors import ExportError
-from actkit.core.layers.linear import ActLinear, DenseWeight, IntegerWeight, Selection
+from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.quantizer import unpack_nibbles
+from actkit.core.layers.selections import Selection
+from actkit.core.layers.weights import DenseWeight, IntegerWeight
 from actkit.formats.plain import Plain
 
 PACKED, INTEGER = "pack-quantized", "int-quantized"
@@ -215,6 +217,8 @@ def _unsaid(path: str, plain: Plain) -> str | None:
     layer = plain.layers[path]
     if isinstance(layer.storage, DenseWeight):
         return "its weight is not quantized"
+    if not isinstance(layer.storage, IntegerWeight):
+        return f"its weight is stored as {layer.storage.kind}, which is not written here"
     if path in plain.transposed:
         return "it is a Conv1D in the plain model, and readers of compressed-tensors quantize Linear layers only"
     if layer.storage.grid.group_axis == "output":

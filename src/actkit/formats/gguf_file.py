@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from actkit.core.ground.errors import ExportError
 from actkit.core.ground.progress import track
-from actkit.core.layers.linear import ActLinear, DenseWeight, IntegerWeight, WeightStorage
+from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.quantizer import unpack_nibbles
+from actkit.core.layers.weights import DenseWeight, IntegerWeight, WeightStorage
 from actkit.core.store.pretrained import base_type
 from actkit.formats.gguf_tokenizer import add_vocabulary
 from actkit.formats.plain import Plain
@@ -177,6 +178,8 @@ def _unsaid(weight: WeightStorage) -> str | None:
     """Why a changed weight has no block type, or None."""
     if isinstance(weight, DenseWeight):
         return "its weight is not quantized"
+    if not isinstance(weight, IntegerWeight):
+        return f"its weight is stored as {weight.kind}, which GGUF has no block type for"
     grid, (_, inputs) = weight.grid, weight.shape
     if grid.group_axis == "output":
         return "its scales are per input channel and group of outputs, and GGUF's blocks lie along the inputs"

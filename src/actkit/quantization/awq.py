@@ -31,8 +31,9 @@ from transformers.pytorch_utils import Conv1D
 from actkit.core.edit.edits import Edit, Note, Replace, Set, Skip, get_module
 from actkit.core.ground.errors import NonFiniteError
 from actkit.core.layers.folding import ScaledActivation
-from actkit.core.layers.linear import ActLinear, IntegerWeight
+from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.quantizer import Convention, QuantizationGrid, parcels
+from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import Block, EqualizationSet, Linear, Norm, Site, equalization_sets
 from actkit.core.recipe.proposals import Idea, LeftOut, Looked, Shapes, poor_at_four_bits
 from actkit.core.recipe.seen import Seen

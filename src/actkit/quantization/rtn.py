@@ -17,8 +17,9 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from actkit.core.edit.edits import Edit, Note, Replace, Skip
-from actkit.core.layers.linear import ActLinear, IntegerWeight
+from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.quantizer import Convention, QuantizationGrid
+from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import Block, Site
 from actkit.core.recipe.proposals import Idea, LeftOut, Looked, Shapes, poor_at_four_bits
 from actkit.core.recipe.seen import Seen

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from actkit.core.edit.edits import get_module
 from actkit.core.ground.errors import UnsupportedModelError
 from actkit.core.layers.activations import Thresholded, name_of
-from actkit.core.layers.linear import ActLinear, LowRank, Selection, Threshold
+from actkit.core.layers.linear import ActLinear, LowRank
+from actkit.core.layers.selections import Selection, Threshold
 from actkit.core.model.parts import Attention, Block, Linear, Mlp
 from actkit.kernels import decode_math as functions
 from actkit.kernels import decode_step as steps

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.ground.errors import UnsupportedModelError
-from actkit.core.layers.linear import ActLinear, IntegerWeight
+from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.quantizer import unpack_nibbles
+from actkit.core.layers.weights import IntegerWeight
 from actkit.kernels.packing import PackedWeight, pack
 from actkit.kernels.quantized import PIECES, QuantizedWeight, pack_quantized
 

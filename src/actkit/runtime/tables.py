@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from actkit.core.edit.edits import get_module
 from actkit.core.ground.errors import UnsupportedModelError
 from actkit.core.ground.progress import track
-from actkit.core.layers.linear import Selection, Threshold, TopK
+from actkit.core.layers.selections import Selection, Threshold, TopK
 from actkit.core.model.parts import Block
 from actkit.kernels import decode_products as forms
 from actkit.kernels import decode_step as steps

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.ground.progress import step
-from actkit.core.layers.linear import widened
+from actkit.core.layers.weights import widened
 from actkit.core.measure.multiple_choice import Question, encode, hits, log_likelihoods
 from actkit.core.measure.task_scores import TaskScore, score
 from actkit.core.store import checkpoint

@@ -11,7 +11,8 @@ from __future__ import annotations
 from torch import nn
 
 from actkit.core.edit import changes
-from actkit.core.layers.linear import ActLinear, IntegerWeight
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.weights import IntegerWeight
 
 WARNING = "the grid is the source's own"
 ON_GRID = 0.5  # of the error of weights that lie anywhere

@@ -28,7 +28,7 @@ from actkit.core.forward.outputs import KEEP, Outputs
 from actkit.core.ground.errors import ActkitError
 from actkit.core.ground.estimate import Estimate
 from actkit.core.ground.memory import release_memory
-from actkit.core.layers.linear import widened
+from actkit.core.layers.weights import widened
 from actkit.core.measure.cost import folder_bytes, measure_cost
 from actkit.core.measure.fresh import FreshProcess
 from actkit.core.measure.generation import GenerationCheck, check_generation

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from actkit.core.layers.linear import Threshold
+from actkit.core.layers.selections import Threshold
 
 Method = Literal["sort", "grid"]
 CANDIDATES = 65_536  # of the release's grid, and values that its upper end is a quantile of

@@ -36,7 +36,8 @@ from torch import Tensor
 from actkit.core.edit.edits import Edit, Note, Replace, Skip
 from actkit.core.forward.hooks import BatchContext
 from actkit.core.ground.errors import RecipeError
-from actkit.core.layers.linear import ActLinear, LowRank, Selection, Threshold, TopK
+from actkit.core.layers.linear import ActLinear, LowRank
+from actkit.core.layers.selections import Selection, Threshold, TopK
 from actkit.core.measure.quality import measure_quality, task_of
 from actkit.core.model.anatomy import Block, Linear, Site
 from actkit.core.model.parts import LinearRole

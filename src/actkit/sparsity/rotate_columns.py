@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.edit.edits import Edit, Note, Replace, Set, Skip
-from actkit.core.layers.linear import ActLinear, DenseWeight
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.weights import DenseWeight
 from actkit.core.model.anatomy import Block, Linear, Norm, is_linear
 from actkit.core.recipe.seen import Seen
 from actkit.core.recipe.tags import Tags

@@ -18,7 +18,8 @@ from actkit.core.edit.edits import Replace, temporarily
 from actkit.core.forward.hooks import BatchContext, evaluating
 from actkit.core.ground.errors import CoverageError, DataError, NonFiniteError
 from actkit.core.ground.progress import track
-from actkit.core.layers.linear import ActLinear, Threshold
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.selections import Threshold
 from actkit.core.model.anatomy import Anatomy, Linear, Site, anatomy
 from actkit.core.train.objective import Loss, Objective
 from actkit.core.watch.capture import observe, opened_experts, record

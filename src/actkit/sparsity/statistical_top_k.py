@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from actkit.core.layers.linear import KeepsDtype
+from actkit.core.layers.keeps_dtype import KeepsDtype
 
 Mode = Literal["soft", "mask", "neg_inf"]
 MODES = ("soft", "mask", "neg_inf")

@@ -25,7 +25,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from actkit.core.edit.edits import Edit, Note, Replace, Skip
-from actkit.core.layers.linear import ActLinear, Selection, Threshold, TopK
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.selections import Selection, Threshold, TopK
 from actkit.core.model.anatomy import Block, Linear, Site
 from actkit.core.model.parts import LinearRole
 from actkit.core.recipe.proposals import Idea, LeftOut, Looked, Shapes, small_inputs

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from actkit.core.edit.edits import Edit, Replace, Skip
-from actkit.core.layers.linear import KeepsDtype
+from actkit.core.layers.keeps_dtype import KeepsDtype
 from actkit.core.model.anatomy import Block, Linear, Site
 from actkit.core.model.parts import Mlp
 from actkit.core.recipe.seen import Seen

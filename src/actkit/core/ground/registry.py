@@ -1,4 +1,5 @@
-"""Names from the entry-point groups `actkit.methods`, `actkit.modules` (saved modules) and `actkit.decoders`.
+"""Names from the entry-point groups: `actkit.methods`, `actkit.modules` (saved modules) with `actkit.weights` and
+`actkit.selections` (what a changed layer holds), and `actkit.decoders`.
 
 Our own names and those of third parties are read the same way, lazily: listing names imports nothing, and a plug-in
 that does not import, is something else than it should be, or claims the name of another is an error that names it and
@@ -20,6 +21,7 @@ from actkit.core.ground.errors import RecipeError
 from actkit.core.ground.yaml_files import shorten
 
 METHODS, MODULES, DECODERS = "actkit.methods", "actkit.modules", "actkit.decoders"
+WEIGHTS, SELECTIONS = "actkit.weights", "actkit.selections"
 MEND = "Update or uninstall that package (pip uninstall NAME), or report it to its author."
 
 
@@ -112,6 +114,18 @@ def _has_spec(found: type) -> bool:
 def module_name(cls: type) -> str:
     """The registered name of a module class."""
     return _name_of(MODULES, cls)
+
+
+def weight_class(kind: str) -> Any:
+    """The class that stores weights as `kind`, a `core.layers.weights.WeightStorage`. Raises RecipeError."""
+    wanted = "a torch.nn.Module with spec() and from_spec()"
+    return _class(WEIGHTS, kind, wanted, lambda found: issubclass(found, nn.Module) and _has_spec(found))
+
+
+def selection_class(kind: str) -> Any:
+    """The class that selects inputs as `kind`, a `core.layers.selections.Selection`. Raises RecipeError."""
+    wanted = "a torch.nn.Module with spec() and from_spec()"
+    return _class(SELECTIONS, kind, wanted, lambda found: issubclass(found, nn.Module) and _has_spec(found))
 
 
 def decoder_names() -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import activations as theirs
 
-from actkit.core.layers.linear import KeepsDtype
+from actkit.core.layers.keeps_dtype import KeepsDtype
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": F.elu,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actkit.core.layers.linear import KeepsDtype
+from actkit.core.layers.keeps_dtype import KeepsDtype
 
 
 class ScaledActivation(KeepsDtype):

@@ -33,7 +33,8 @@ from actkit.core.ground.errors import DataError
 from actkit.core.ground.offload import in_place
 from actkit.core.ground.progress import track
 from actkit.core.layers.activations import gives_zeros
-from actkit.core.layers.linear import ActLinear, TopK
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.selections import TopK
 from actkit.core.model.anatomy import Anatomy, Site
 from actkit.core.model.anatomy import anatomy as read_anatomy
 from actkit.core.model.architectures import find_architecture

@@ -11,7 +11,7 @@ from torch import nn
 
 from actkit.core.edit import changes
 from actkit.core.ground.memory import format_bytes, parameter_bytes
-from actkit.core.layers.linear import ActLinear, DenseWeight
+from actkit.core.layers.linear import ActLinear
 from actkit.core.model.anatomy import anatomy
 
 if TYPE_CHECKING:
@@ -116,12 +116,7 @@ def summarise(model: nn.Module, example: Any = None, results: dict[str, Any] | N
 def _kind(module: nn.Module) -> str:
     if not isinstance(module, ActLinear):
         return "dense"
-    if isinstance(module.storage, DenseWeight):
-        parts = ["dense"]
-    else:
-        grid = module.storage.grid
-        groups = "whole rows" if grid.group_size == -1 else f"groups of {grid.group_size} along the {grid.group_axis}"
-        parts = [f"{grid.bits}-bit, {groups}"]
+    parts = [module.storage.describe()]
     if module.select is not None:
         parts.append(f"inputs selected by {module.select.spec()['kind'].replace('_', ' ')}")
     if module.correction is not None:

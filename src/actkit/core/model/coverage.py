@@ -11,7 +11,7 @@ from torch import nn
 
 from actkit.core.ground.modules import is_within
 from actkit.core.layers.known_layers import why_unread
-from actkit.core.layers.linear import ActLinear, IntegerWeight
+from actkit.core.layers.linear import ActLinear
 from actkit.core.model.parts import CONVOLUTIONS, Block, is_linear
 
 if TYPE_CHECKING:
@@ -70,11 +70,11 @@ def cover(anatomy: Anatomy) -> Coverage:
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Names and sizes; integer weights, which are buffers, count as the parameter they stand for."""
+    """Names and sizes; weights stored in buffers count as the parameter they stand for."""
     for name, parameter in model.named_parameters():
         yield name, parameter.numel()
     for path, module in model.named_modules():
-        if isinstance(module, ActLinear) and isinstance(module.storage, IntegerWeight):
+        if isinstance(module, ActLinear) and not any(module.storage.parameters()):
             yield f"{path}.weight", module.in_features * module.out_features
 
 

@@ -1,0 +1,90 @@
+"""Which inputs of a linear layer are read: registered by `kind` under the entry-point group `actkit.selections`."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from actkit.core.layers.keeps_dtype import KeepsDtype
+
+
+class Selection(KeepsDtype):
+    """Which inputs are read: those with a large |x| * score. score: float32 [in], or None for 1."""
+
+    kind: ClassVar[str]
+    score: Tensor | None
+
+    def __init__(self, score: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("score", None if score is None else score.detach().float())
+
+    def scored(self, x: Tensor) -> Tensor:
+        """|x| * score in float32 (16-bit products under- and overflow), shape of x."""
+        magnitude = x.detach().float().abs()
+        return magnitude if self.score is None else magnitude * self.score
+
+    def mask(self, x: Tensor) -> Tensor:
+        """Which entries of x [..., in] are kept: bool, shape of x. NaN is kept, so that it is seen."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] with what is not selected set to zero."""
+        return torch.where(self.mask(x), x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+    def spec(self) -> dict[str, Any]:
+        """Its JSON arguments, `kind` among them, as a checkpoint keeps them."""
+        return {"kind": self.kind, "score": self.score is not None}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], in_features: int) -> Self:
+        """One of the right structure whose values come from a file."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _score_of(spec: dict[str, Any], in_features: int) -> Tensor | None:
+        return torch.ones(in_features) if spec["score"] else None
+
+
+class Threshold(Selection):
+    """Keeps input i where |x_i| * score_i > threshold."""
+
+    kind = "threshold"
+    threshold: Tensor
+
+    def __init__(self, threshold: float, score: Tensor | None = None) -> None:
+        super().__init__(score)
+        if not threshold >= 0:
+            raise ValueError(f"threshold: {threshold} was given; it is a magnitude, give 0 or more.")
+        self.register_buffer("threshold", torch.tensor(float(threshold), dtype=torch.float32))
+
+    def mask(self, x: Tensor) -> Tensor:
+        return ~(self.scored(x) <= self.threshold)
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], in_features: int) -> Threshold:
+        return cls(0.0, cls._score_of(spec, in_features))
+
+
+class TopK(Selection):
+    """Keeps the k inputs of each row with the largest |x_i| * score_i; of equal ones the first."""
+
+    kind = "top_k"
+
+    def __init__(self, k: int, score: Tensor | None = None) -> None:
+        super().__init__(score)
+        if k < 0:
+            raise ValueError(f"k: {k} was given; give 0 or more.")
+        self.k = k
+
+    def mask(self, x: Tensor) -> Tensor:
+        order = self.scored(x).argsort(dim=-1, descending=True, stable=True)[..., : self.k]
+        return torch.zeros_like(x, dtype=torch.bool).scatter_(-1, order, True)
+
+    def spec(self) -> dict[str, Any]:
+        return {**super().spec(), "k": self.k}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], in_features: int) -> TopK:
+        return cls(spec["k"], cls._score_of(spec, in_features))
