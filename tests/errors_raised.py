@@ -1248,7 +1248,9 @@ proof(lambda p: record(build("llama"), {"mlp.nothing": Moments()}, [HOST]))
 
 @proof
 def weights_of_attention(p: Place) -> None:
-    with intervene(build("llama"), {"attention.weights": torch.zeros(1)}):
+    model = build("llama")
+    model.set_attn_implementation("eager")
+    with intervene(model, {"attention.weights": torch.zeros(1)}):
         pass
 
 

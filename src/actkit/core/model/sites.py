@@ -180,7 +180,8 @@ def write_tap(
     if tap.rotary:
         assert position_embeddings is not None  # it was read with them
         cos, sin = (each_once(table, tap.angles) for table in position_embeddings)
-        value = _rotate(value, cos, -sin, tap.pairs)
+        length = cos.square() + sin.square()  # not 1 where the tables are scaled, as YaRN's
+        value = _rotate(value, cos / length, -sin / length, tap.pairs)
     if tap.heads is not None and not tap.heads_first:
         value = value.transpose(1, 2)
         flat = old.dim() == 3

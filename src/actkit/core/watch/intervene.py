@@ -60,7 +60,7 @@ def intervene(
         def see(tap: Tap, value: Tensor, tokens: Tensor | None) -> Tensor:
             for site, change in by_tap[tap]:
                 value = _changed(site, value, change)
-            return value
+            return value.clone() if tap.copied else value  # the model will change it in place
 
         before, after = tap_hooks(by_tap, see)
         with hooked(model, before=before, after=after, replacing=True):
