@@ -361,7 +361,10 @@ def test_empty_weight_has_the_shapes_of_a_quantized_one():
         (lambda: ActLinear.of(source(), correction=LowRank(torch.zeros(4, 2), torch.zeros(2, IN))), "correction"),
         (lambda: ActLinear.of(source(), weight=DenseWeight(torch.zeros(IN, OUT))), "weight: .* was given"),
         (lambda: ActLinear(DenseWeight(torch.zeros(OUT, IN)), torch.zeros(IN)), "bias: it has shape"),
-        (lambda: ActLinear.from_spec({**layer().spec(), "weight": {"kind": "fp1"}}), "weights: 'fp1' is not known. Known are dense, integer"),
+        (
+            lambda: ActLinear.from_spec({**layer().spec(), "weight": {"kind": "fp1"}}),
+            "weights: 'fp1' is not known. Known are dense, integer",
+        ),
         (
             lambda: ActLinear.from_spec({**layer().spec(), "select": {"kind": "coin", "score": False}}),
             "selections: 'coin' is not known",

@@ -128,7 +128,7 @@ def test_where_it_is_not_registered_a_folder_says_so(tmp_path, registered, monke
     folder = checkpoint.save(changed()[0], tmp_path / "sign")
     monkeypatch.undo()
     registry._load.cache_clear()
-    with pytest.raises(ActkitError, match="the edits do not fit .*'(sign|positive)' is not known"):
+    with pytest.raises(ActkitError, match=r"the edits do not fit .*'(sign|positive)' is not known"):
         checkpoint.load(folder)
 
 

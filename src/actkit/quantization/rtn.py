@@ -17,10 +17,12 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from actkit.core.edit.edits import Edit, Note, Replace, Skip
+from actkit.core.layers.conv import ActConv
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.quantizer import Convention, QuantizationGrid
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import Block, Site
+from actkit.core.model.parts import Convolution, Linear
 from actkit.core.recipe.proposals import Idea, LeftOut, Looked, Shapes, poor_at_four_bits
 from actkit.core.recipe.seen import Seen
 from actkit.core.recipe.tags import Tags
@@ -72,9 +74,24 @@ class RoundToNearest(Transform):
         refuse_groups(self.grid, block)
         return {}
 
+    def targets(self, block: Block) -> Iterable[Linear | Convolution]:
+        return [*block.linears(), *(each for each in block.convolutions() if self._misfit(each) is None)]
+
     def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
-        for linear in self.targets(block):
+        for linear in block.linears():
             yield Replace(linear.path, ActLinear.of(linear, weight=IntegerWeight.quantize(linear.weight, self.grid)))
+        for convolution in block.convolutions():
+            reason = self._misfit(convolution)
+            if reason is None:
+                weight = IntegerWeight.quantize(convolution.weight, self.grid)
+                yield Replace(convolution.path, ActConv.of(convolution.module, weight=weight))
+            else:
+                yield Skip(convolution.path, reason)
+
+    def _misfit(self, convolution: Convolution) -> str | None:
+        """Why the groups do not fit a convolution, whose inputs are its channels times its kernel."""
+        reason = self.grid.fits(*convolution.weight.shape)
+        return None if reason is None else f"{reason}; group_size=-1 rounds it by whole rows"
 
 
 def refuse_groups(grid: QuantizationGrid, block: Block) -> None:

@@ -33,6 +33,7 @@ from actkit.core.ground.errors import DataError
 from actkit.core.ground.offload import in_place
 from actkit.core.ground.progress import track
 from actkit.core.layers.activations import gives_zeros
+from actkit.core.layers.conv import ActConv
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.selections import TopK
 from actkit.core.model.anatomy import Anatomy, Site
@@ -178,7 +179,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if path.startswith(inside):
             continue
-        if isinstance(module, ActLinear):
+        if isinstance(module, ActLinear | ActConv):
             inside += (f"{path}." if path else "",)
             yield path, module
         elif _own_bytes(module):
@@ -242,6 +243,9 @@ def _cost_of(
         unknown = skipped is None or (path in selecting and density is None)
         taken = 1.0 if density is None else density
         read = None if unknown else module.bytes_per_token(taken * (1 - skipped)) + bias  # type: ignore[operator]
+    elif isinstance(module, ActConv):
+        size = module.weight_bytes + (0 if module.bias is None else module.bias.nbytes)
+        read = dense = float(size)
     else:
         size = _own_bytes(module)
         dense = size / (module.num_embeddings if isinstance(module, nn.Embedding) else 1)

@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from actkit.core.layers.conv import ActConv
+
 LAST, FIRST = -1, 1  # of functions and layers that say where their channels are
 _LAST = frozenset(["linear", "embedding", "embedding_bag", "layer_norm", "rms_norm"])
 _FIRST = (
@@ -22,7 +24,13 @@ _FIRST = (
 _LOST = frozenset(["matmul", "bmm", "mm", "einsum", "tensordot", "baddbmm", "scaled_dot_product_attention", "__get"])
 _SLICES = frozenset(["chunk", "split", "tensor_split", "narrow", "cat", "concat", "pad", "interpolate", "index_select"])
 _CLASSES_FIRST = (
-    *(nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm),
+    *(
+        ActConv,
+        nn.modules.conv._ConvNd,
+        nn.modules.batchnorm._BatchNorm,
+        nn.modules.instancenorm._InstanceNorm,
+        nn.GroupNorm,
+    ),
     *(nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd),
     *(nn.modules.pooling._AdaptiveMaxPoolNd, nn.modules.dropout.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Upsample),
 )

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
 from actkit.core.ground.modules import is_within
+from actkit.core.layers.conv import ActConv
 from actkit.core.layers.known_layers import why_unread
 from actkit.core.layers.linear import ActLinear
 from actkit.core.model.parts import CONVOLUTIONS, Block, is_linear
@@ -17,7 +19,7 @@ from actkit.core.model.parts import CONVOLUTIONS, Block, is_linear
 if TYPE_CHECKING:
     from actkit.core.model.anatomy import Anatomy
 
-Where = Literal["linear", "experts", "norm", "stem", "head", "bias", "uncovered"]
+Where = Literal["linear", "convolution", "experts", "norm", "stem", "head", "bias", "uncovered"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Coverage:
             groups[key] += row.numel
             tensors[key] += 1
         lines = [f"{numel:>16,}  {tensors[key]:>6} tensors  {key}" for key, numel in groups.most_common()]
-        last = f"{self.share:.1%} of the parameters inside blocks are weights of linear layers or experts"
+        last = f"{self.share:.1%} of the parameters inside blocks are weights of linear layers, convolutions or experts"
         return "\n".join([*lines, last])
 
 
@@ -65,7 +67,7 @@ def cover(anatomy: Anatomy) -> Coverage:
         rows.append(row)
         if row.where not in ("stem", "head") and any(is_within(name, block.path) for block in blocks):
             inside += numel
-            covered += numel if row.where in ("linear", "experts") else 0
+            covered += numel if row.where in ("linear", "convolution", "experts") else 0
     return Coverage(tuple(rows), covered / inside if inside else 0.0)
 
 
@@ -74,8 +76,8 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, int]]:
     for name, parameter in model.named_parameters():
         yield name, parameter.numel()
     for path, module in model.named_modules():
-        if isinstance(module, ActLinear) and not any(module.storage.parameters()):
-            yield f"{path}.weight", module.in_features * module.out_features
+        if isinstance(module, ActLinear | ActConv) and not any(module.storage.parameters()):
+            yield f"{path}.weight", prod(module.storage.shape)
 
 
 def _known(blocks: list[Block]) -> Iterator[tuple[str, tuple[Where, str | None]]]:
@@ -85,6 +87,11 @@ def _known(blocks: list[Block]) -> Iterator[tuple[str, tuple[Where, str | None]]
                 yield f"{linear.path}.weight", ("linear", None)
             for name, _ in linear.module.named_parameters():
                 yield f"{linear.path}.{name}", ("bias" if name == "bias" else "linear", None)
+        for convolution in block.convolutions():
+            if isinstance(convolution.module, ActConv):
+                yield f"{convolution.path}.weight", ("convolution", None)
+            for name, _ in convolution.module.named_parameters():
+                yield f"{convolution.path}.{name}", ("bias" if name == "bias" else "convolution", None)
         for norm in block.norms:
             yield from ((f"{norm.path}.{name}", ("norm", None)) for name, _ in norm.module.named_parameters())
         yield from _of_experts(block)
@@ -116,7 +123,7 @@ def _reason(name: str, anatomy: Anatomy) -> str:
     if "crossatt" in lowered or "cross_att" in lowered:
         return f"cross attention is not described by the row {anatomy.architecture}"
     if isinstance(module, CONVOLUTIONS):
-        return "convolution: not a linear layer"
+        return "convolution that is not a plain Conv1d or Conv2d of a traced model"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "embedding: a table, not a linear layer"
     if "Norm" in kind:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from actkit.core.ground.errors import CoverageError, UnsupportedModelError
+from actkit.core.layers.conv import PLAIN_CONVOLUTIONS, ActConv, why_no_plain_convolution
 from actkit.core.layers.known_layers import why_unread
 from actkit.core.layers.linear import ActLinear
 from actkit.core.model.architectures import ExpertsRow, Role
@@ -21,7 +22,10 @@ from actkit.core.model.fused_layers import PartRows
 from actkit.core.model.sites import Site, Tap
 
 LinearRole = Literal["query", "key", "value", "query_key_value", "output", "gate", "up", "gate_up", "down", "layer"]
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    ActConv,
+)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -81,6 +85,24 @@ class Linear:
     def out_features(self) -> int:
         """Channels of its output."""
         return self.module.nf if isinstance(self.module, Conv1D) else self.module.out_features  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution of a traced model: Conv1d, Conv2d or ActConv."""
+
+    path: str
+    module: Any = field(repr=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The kernel laid out flat: [out, in / groups x kernel]."""
+        return self.module.weight.flatten(1)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out], or None."""
+        return self.module.bias
 
 
 @dataclass(frozen=True)
@@ -276,6 +298,16 @@ class Block:
     def linears(self) -> tuple[Linear, ...]:
         """All linear layers that actkit can read, those of opened experts included."""
         return tuple(linear for inputs in self.linear_inputs() for linear in inputs.linears)
+
+    def convolutions(self) -> tuple[Convolution, ...]:
+        """The plain convolutions of a traced model; a family with a row may call its own by their weights alone."""
+        if self.path:  # one of several blocks, read off a row
+            return ()
+        return tuple(
+            Convolution(f"{self.path}.{path}".removeprefix("."), module)
+            for path, module in self.module.named_modules()
+            if isinstance(module, (*PLAIN_CONVOLUTIONS, ActConv)) and why_no_plain_convolution(module) is None
+        )
 
     def sites(self) -> tuple[Site, ...]:
         """The sites that can be read now (attention.weights only where the implementation forms them)."""

@@ -20,6 +20,7 @@ from actkit.core.ground.errors import ActkitError, RecipeError
 from actkit.core.ground.whole_file import write_whole
 from actkit.core.ground.yaml_files import read_yaml, shorten
 from actkit.core.model.anatomy import Block, Linear, Site
+from actkit.core.model.parts import Convolution
 from actkit.core.recipe.proposals import Idea, LeftOut, Looked, Shapes
 from actkit.core.recipe.seen import Seen, Trial
 from actkit.core.recipe.tags import Tags
@@ -50,8 +51,8 @@ class Transform(BaseModel):
         """Settings that need the whole model (a budget, a global search). The default returns itself."""
         return self
 
-    def targets(self, block: Block) -> Iterable[Linear]:
-        """The linear layers it means to change: for the coverage report."""
+    def targets(self, block: Block) -> Iterable[Linear | Convolution]:
+        """The layers it means to change: for the coverage report."""
         return block.linears()
 
     def passes(self, tokens: int) -> float:
