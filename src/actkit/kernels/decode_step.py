@@ -68,7 +68,7 @@ LAYER_FIELDS = 29
 UNTURNED, HALVES, NEIGHBOURS = range(3)
 
 
-class Plan(NamedTuple):
+class StepPlan(NamedTuple):
     """What is computed.
 
     layers: int64 [threads, layers + 1, LAYER_FIELDS]; products: int64 [products, FIELDS]; thresholds: float32
@@ -467,7 +467,7 @@ def _step(threads, position, plan, work):  # type: ignore[no-untyped-def]
     return came.all()
 
 
-def step(threads: int, position: int, token: int, embedding: np.ndarray, plan: Plan, work: Work) -> bool:
+def step(threads: int, position: int, token: int, embedding: np.ndarray, plan: StepPlan, work: Work) -> bool:
     """One token at a position; leaves work.logits. Returns whether the threads ran side by side.
 
     embedding: float32, or uint16 (bf16), [vocabulary, hidden].

@@ -140,7 +140,7 @@ class Decoder:
         self._matrices, table, places = tables.build(layers, self.activations == "int16", packed_one, progress)
         thresholds, self._selections = tables.write_selections(self._matrices, table, places)
         self._embedding = array(self.embedding)
-        self._plan = steps.Plan(layers=places, products=table, thresholds=thresholds, **others)
+        self._plan = steps.StepPlan(layers=places, products=table, thresholds=thresholds, **others)
         self.few = few_tokens(self._plan, self._matrices, self.embedding.dtype)
         self._work, self._memories = tables.memory(
             self._plan, self.threads, first.heads, first.key_value_heads, self.capacity, self.vocabulary

@@ -38,7 +38,7 @@ MULTIPLIED = {torch.bfloat16: 0.0066, torch.float32: 0.025}
 MOST = 64  # tokens that are read step by step, whatever the model
 
 
-def few_tokens(plan: steps.Plan, matrices: Matrices, dtype: torch.dtype) -> int:
+def few_tokens(plan: steps.StepPlan, matrices: Matrices, dtype: torch.dtype) -> int:
     """Up to how many tokens single steps take less time than one pass of dense products.
 
     Args:
@@ -62,7 +62,7 @@ def few_tokens(plan: steps.Plan, matrices: Matrices, dtype: torch.dtype) -> int:
 
 
 def read_prompt(
-    x: Tensor, begin: int, plan: steps.Plan, work: steps.Work, matrices: Matrices, selections: list[Any]
+    x: Tensor, begin: int, plan: steps.StepPlan, work: steps.Work, matrices: Matrices, selections: list[Any]
 ) -> None:
     """Some tokens through all layers, into the cache from `begin` on; leaves the last one's logits in work.logits.
 
@@ -73,7 +73,7 @@ def read_prompt(
 
 class _Prompt:
     def __init__(
-        self, plan: steps.Plan, work: steps.Work, matrices: Matrices, selections: list[Any], dtype: torch.dtype
+        self, plan: steps.StepPlan, work: steps.Work, matrices: Matrices, selections: list[Any], dtype: torch.dtype
     ) -> None:
         self.plan, self.work, self.matrices, self.selections = plan, work, matrices, selections
         self.dtype = dtype if dtype == torch.bfloat16 else torch.float32

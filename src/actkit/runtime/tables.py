@@ -244,7 +244,7 @@ def write_selections(matrices: Matrices, table: np.ndarray, places: np.ndarray) 
 
 
 def gates(model: nn.Module, blocks: Sequence[Block]) -> np.ndarray:
-    """What makes each block's gate sparse now, as `steps.Plan` holds it: float32 [layers, 2]."""
+    """What makes each block's gate sparse now, as `steps.StepPlan` holds it: float32 [layers, 2]."""
     found = np.zeros((len(blocks), 2), np.float32)
     for row, block in zip(found, blocks):
         gate = gate_of(model, block)
@@ -339,7 +339,7 @@ def model_tables(model: nn.Module, blocks: Sequence[Block], form: Form, rotary: 
 
 
 def memory(
-    plan: steps.Plan, threads: int, heads: int, key_value_heads: int, capacity: int, vocabulary: int
+    plan: steps.StepPlan, threads: int, heads: int, key_value_heads: int, capacity: int, vocabulary: int
 ) -> tuple[steps.Work, list[forms.Memory]]:
     """The memory that the step works in, and the key-value cache; and what each thread's products work in, which the
     first holds the addresses of."""
