@@ -69,7 +69,7 @@ def test_what_is_written_is_read_again(kind):
     view = anatomy(model, batch)
     with opened_experts(view):
         for site in view.sites():
-            if site.name == "attention.weights":
+            if site.name in ("attention.weights", "layer.output"):  # models change what a layer gave in place
                 continue
             written: list[Tensor] = []
 

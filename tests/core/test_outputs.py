@@ -12,8 +12,8 @@ from actkit.core.forward.outputs import BeforeHead, Outputs, Whole, find_head
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.layers.weights import IntegerWeight, widened
-from actkit.core.measure import quality
 from actkit.core.measure.quality import measure_quality
+from actkit.core.measure.tasks import predictions
 
 
 def batches(count: int = 4, vocabulary: int = tiny_models.VOCABULARY) -> list[dict[str, torch.Tensor]]:
@@ -39,8 +39,8 @@ def test_quality_through_slices_of_the_head_is_the_same(family, dtype, monkeypat
         patch.setattr(outputs, "find_head", lambda *_: None)  # whole logits, both models in turns
         expected = measure_quality(model, data, reference=original, progress=False)
     kept = Outputs(original, keep=1 << 20)
-    monkeypatch.setattr(quality, "_SLICE", 5 * original.config.vocab_size)
-    monkeypatch.setattr(quality, "_CHUNK", 2 * original.config.vocab_size)
+    monkeypatch.setattr(predictions, "SLICE", 5 * original.config.vocab_size)
+    monkeypatch.setattr(predictions, "CHUNK", 2 * original.config.vocab_size)
     for _ in range(2):
         assert measure_quality(model, data, reference=kept, progress=False) == expected
 
@@ -83,7 +83,7 @@ def test_logits_that_are_changed_after_the_head_are_taken_as_they_are():
     for cap, kind in ((False, BeforeHead), (True, Whole)):
         model = Capped(cap)
         with torch.no_grad():
-            output = Outputs(model).of(ids, "language")
+            output = Outputs(model).of(ids, before_head=True)
             assert isinstance(output, kind)
             assert torch.equal(output.rows(torch.arange(12)), model(ids).flatten(0, 1))
 

@@ -14,6 +14,8 @@ from actkit.core.ground.errors import DataError, NonFiniteError, UnsupportedMode
 from actkit.core.ground.estimate import Estimate
 from actkit.core.measure import quality
 from actkit.core.measure.quality import measure_quality, resampled_totals, task_of
+from actkit.core.measure.tasks import predictions
+from actkit.core.measure.tasks.language import Language
 from actkit.data import Batches, load_data
 
 VOCABULARY = 61
@@ -90,7 +92,7 @@ def test_perplexity_is_that_of_transformers_loss_on_one_document():
 
 @pytest.mark.parametrize("chunk", [1 << 23, 3 * VOCABULARY])
 def test_language_metrics_by_hand(monkeypatch, chunk):
-    monkeypatch.setattr(quality, "_CHUNK", chunk)  # three rows at a time must make no difference
+    monkeypatch.setattr(predictions, "CHUNK", chunk)  # three rows at a time must make no difference
     model, other = llama(0), llama(1)
     batches, _, _ = packed()
     found = measure_quality(model, batches, reference=other)
@@ -203,7 +205,7 @@ def test_zoo_language_model_reaches_its_card():
 
 
 def test_memory_stays_bounded_with_a_large_vocabulary(monkeypatch):
-    monkeypatch.setattr(quality, "_CHUNK", 2 * 50_000)
+    monkeypatch.setattr(predictions, "CHUNK", 2 * 50_000)
     seen, original = [], torch.Tensor.log_softmax
 
     def spy(tensor, *args, **kwargs):
@@ -237,7 +239,7 @@ def closed_form(numerator, count):
 
 def test_interval_equals_the_closed_form():
     sums = synthetic(400, 0)
-    metrics, loss = quality._estimates("language", sums, False, 4000, 0)
+    metrics, loss = quality._estimates(Language(), sums, False, 4000, 0)
     mean, error = closed_form(sums["nll"], sums["count"])
     perplexity = metrics["perplexity"]
     assert perplexity.value == pytest.approx(math.exp(mean))
@@ -252,7 +254,7 @@ def test_interval_equals_the_closed_form():
 def test_interval_covers_the_truth():
     trials, hits = 300, 0
     for seed in range(trials):
-        _, loss = quality._estimates("language", synthetic(60, seed), False, 300, seed)
+        _, loss = quality._estimates(Language(), synthetic(60, seed), False, 300, seed)
         hits += loss.low <= math.expm1(0.02) <= loss.high
     # 95 % of 300 is 285; three standard deviations of the binomial are 11, and 60 documents cost a little.
     assert 268 <= hits <= 299
@@ -260,7 +262,7 @@ def test_interval_covers_the_truth():
 
 def test_intervals_are_paired():
     sums = synthetic(200, 3)
-    _, loss = quality._estimates("language", sums, False, 1000, 0)
+    _, loss = quality._estimates(Language(), sums, False, 1000, 0)
     table = torch.stack(list(sums.values()), 1)
     one, two = resampled_totals(table, 1000, 0), resampled_totals(table, 1000, 1)
     unpaired = (one[:, 1] / one[:, 0] - two[:, 2] / two[:, 0]).expm1()
@@ -445,7 +447,7 @@ def test_nan_on_padding_is_not_an_error():
     ("change", "message"),
     [
         ({"batches": []}, "batches: 0 were given"),
-        ({"task": "speech"}, "task: 'speech' was given, allowed are language, embedding, classification"),
+        ({"task": "speech"}, "task: 'speech' was given, allowed are classification, embedding, language, regression"),
         ({"resamples": 0}, "resamples: 0 was given"),
         ({"batches": [torch.tensor([[3]])]}, "no document has two tokens"),
         ({"batches": [torch.zeros(1, 3)]}, "holds no token ids"),

@@ -33,7 +33,7 @@ from actkit.core.measure.cost import folder_bytes, measure_cost
 from actkit.core.measure.fresh import FreshProcess
 from actkit.core.measure.generation import GenerationCheck, check_generation
 from actkit.core.measure.proof import prove
-from actkit.core.measure.quality import Quality, Task, measure_quality, task_of
+from actkit.core.measure.quality import Quality, measure_quality, task_of
 from actkit.core.recipe.runner import Applied, apply
 from actkit.core.recipe.steps import Steps
 from actkit.core.recipe.transform import Recipe, Transform
@@ -64,7 +64,7 @@ class Workshop:
 
     model: nn.Module
     tokenizer: Any
-    task: Task
+    task: str
     splits: Splits
     folder: Path
     base: Callable[[], nn.Module] | None
@@ -349,7 +349,7 @@ def _as_ratio(divergence: Estimate) -> Estimate:
     return Estimate(*(math.expm1(each) for each in (divergence.value, divergence.low, divergence.high)))
 
 
-def task_for(model: nn.Module, splits: Splits) -> tuple[Task, str | None]:
+def task_for(model: nn.Module, splits: Splits) -> tuple[str, str | None]:
     """How quality is measured, and a note where the data do not allow what the model is for."""
     task = task_of(model)
     parts = (splits.search, splits.test)

@@ -83,28 +83,41 @@ class Outputs:
     def __init__(self, model: nn.Module, keep: int = 0) -> None:
         self.model, self.keep = model, keep
         self.nbytes = 0
-        self._kept: dict[tuple[int, str], tuple[Any, Output]] = {}  # with its batch, so that no other gets its id
+        self._kept: dict[tuple[int, bool], tuple[Any, Output]] = {}  # with its batch, so that no other gets its id
         self._head: list[nn.Module | None] = []  # one entry, once it was looked for
 
-    def of(self, batch: Any, task: str) -> Output:
-        """The output on a batch: kept, or computed now."""
-        key = (id(batch), task)
+    def of(self, batch: Any, *, before_head: bool = False, hidden_states: bool = False) -> Output:
+        """The output on a batch: kept, or computed now.
+
+        Args:
+            batch: as the model is called with it.
+            before_head: end the pass before the head, if the model allows it; for language models.
+            hidden_states: as in `output_of`.
+        """
+        key = (id(batch), hidden_states)
         if key in self._kept:
             return self._kept[key][1]
-        if task == "language" and not self._head:
+        if before_head and not self._head:
             self._head.append(find_head(self.model, batch))
-        output = output_of(self.model, batch, task, self._head[0] if task == "language" else None)
+        head = self._head[0] if before_head else None
+        output = output_of(self.model, batch, head, hidden_states=hidden_states)
         if self.nbytes + output.nbytes <= self.keep:
             self._kept[key] = batch, output
             self.nbytes += output.nbytes
         return output
 
 
-def output_of(model: nn.Module, batch: Any, task: str, head: nn.Module | None = None) -> Output:
-    """The output on a batch: logits where a model gives them, else its first output tensor; of an encoder (task
-    'embedding') its last hidden states before its logits. head: what stands at the end (`find_head`), or None.
+def output_of(model: nn.Module, batch: Any, head: nn.Module | None = None, *, hidden_states: bool = False) -> Output:
+    """The output on a batch: logits if a model gives them, else its first output tensor.
 
-    Raises UnsupportedModelError for an output without a tensor.
+    Args:
+        model: in evaluation mode.
+        batch: as the model is called with it.
+        head: what stands at the end (`find_head`), or None.
+        hidden_states: take the last hidden states before logits, as for an encoder.
+
+    Raises:
+        UnsupportedModelError: the output holds no tensor.
     """
     if head is not None:
         states = _states(model, batch, head)
@@ -113,7 +126,7 @@ def output_of(model: nn.Module, batch: Any, task: str, head: nn.Module | None = 
     result = forward(model, batch)
     if isinstance(result, Tensor):
         return Whole(result)
-    names = ("last_hidden_state", "logits") if task == "embedding" else ("logits", "last_hidden_state")
+    names = ("last_hidden_state", "logits") if hidden_states else ("logits", "last_hidden_state")
     for name in names:
         if isinstance(getattr(result, name, None), Tensor):
             return Whole(getattr(result, name))
@@ -143,7 +156,7 @@ def find_head(model: nn.Module, batch: Any) -> nn.Module | None:
         return None  # not one entry per row: what a single row would be is not known
     items = {key: value[:1] if isinstance(value, Tensor) else value for key, value in items.items()}
     row = items if isinstance(batch, Mapping) else items[""]
-    expected, states = output_of(model, row, "language"), _states(model, row, head)
+    expected, states = output_of(model, row), _states(model, row, head)
     same = isinstance(expected, Whole) and states is not None and torch.equal(head(states), expected.tensor)
     return head if same else None
 

@@ -1,5 +1,6 @@
 """Names from the entry-point groups: `actkit.methods`, `actkit.modules` (saved modules) with `actkit.weights` and
-`actkit.selections` (what a changed layer holds), and `actkit.decoders`.
+`actkit.selections` (what a changed layer holds), `actkit.tasks` and
+`actkit.decoders`.
 
 Our own names and those of third parties are read the same way, lazily: listing names imports nothing, and a plug-in
 that does not import, is something else than it should be, or claims the name of another is an error that names it and
@@ -21,7 +22,7 @@ from actkit.core.ground.errors import RecipeError
 from actkit.core.ground.yaml_files import shorten
 
 METHODS, MODULES, DECODERS = "actkit.methods", "actkit.modules", "actkit.decoders"
-WEIGHTS, SELECTIONS = "actkit.weights", "actkit.selections"
+WEIGHTS, SELECTIONS, TASKS = "actkit.weights", "actkit.selections", "actkit.tasks"
 MEND = "Update or uninstall that package (pip uninstall NAME), or report it to its author."
 
 
@@ -126,6 +127,19 @@ def selection_class(kind: str) -> Any:
     """The class that selects inputs as `kind`, a `core.layers.selections.Selection`. Raises RecipeError."""
     wanted = "a torch.nn.Module with spec() and from_spec()"
     return _class(SELECTIONS, kind, wanted, lambda found: issubclass(found, nn.Module) and _has_spec(found))
+
+
+def task_names() -> list[str]:
+    """The names of all installed tasks; imports none of them."""
+    return list(_entries(TASKS))
+
+
+def task_class(name: str) -> Any:
+    """The class of the task `name`, a `core.measure.tasks.task.Task`. Raises RecipeError."""
+    wanted = "a Task with fits(), sums() and estimates()"
+    return _class(
+        TASKS, name, wanted, lambda found: all(hasattr(found, each) for each in ("fits", "sums", "estimates"))
+    )
 
 
 def decoder_names() -> list[str]:

@@ -23,7 +23,7 @@ from actkit.core.ground.machine import machine, versions
 from actkit.core.ground.memory import format_bytes
 from actkit.core.layers.foreign_layers import refuse_quantized
 from actkit.core.measure.generation import GenerationCheck, check_generation
-from actkit.core.measure.quality import Quality, Task, measure_quality, task_of
+from actkit.core.measure.quality import Quality, measure_quality, task_of
 from actkit.core.measure.task_scores import TaskScore, scores_table
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def evaluate(
     reference_folder: str | Path | None = None,
     process: FreshProcess | None = None,
     speed: bool = False,
-    task: Task | None = None,
+    task: str | None = None,
     generation: bool = True,
     batch: int = 1,
     prompt: int = 128,

@@ -81,7 +81,7 @@ def log_likelihoods(
             given = {"input_ids": ids.to(device)}
             if number == 0:
                 head = find_head(model, given)
-            output = output_of(model, given, "language", head)
+            output = output_of(model, given, head)
             where, targets, owners = _predicted([rows[index] for index in batch], longest)
             for part in torch.arange(len(where)).split(max(1, _LOGITS // output.shape[-1])):
                 log = output.rows(where[part]).float().log_softmax(-1).cpu()

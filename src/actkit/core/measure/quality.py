@@ -13,55 +13,31 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from actkit.core.forward.example import is_encoder_decoder
 from actkit.core.forward.hooks import BatchContext, check_batch, evaluating, refuse_compiled_or_sharded
-from actkit.core.forward.outputs import Output, Outputs, Whole
-from actkit.core.ground import processes
-from actkit.core.ground.errors import DataError, NonFiniteError, UnsupportedModelError
+from actkit.core.forward.outputs import Outputs
+from actkit.core.ground import processes, registry
+from actkit.core.ground.errors import DataError, UnsupportedModelError
 from actkit.core.ground.estimate import Estimate
 from actkit.core.ground.fingerprint import fingerprint, model_fingerprint
 from actkit.core.ground.progress import track
+from actkit.core.measure.tasks.task import IGNORED, Scale, Sums, Task
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-Task = Literal["language", "embedding", "classification"]
-TASKS: tuple[Task, ...] = get_args(Task)
+OURS = ("language", "regression", "classification", "embedding")
 CONFIDENCE = 0.95
-IGNORED = -100  # the label that losses leave out, as in transformers
 FEWEST = 10  # documents before a measurement may stop: fewer give no interval that means something
 STOP_RESAMPLES = 4000  # its quantiles lie further out
-_SLICE = 1 << 23  # logits that a head gives at a time: 16 MiB in bf16, and still a product at full speed
-_CHUNK = 1 << 20  # logits turned to float32 at a time: 4 MiB and as much for each intermediate, which stay in a cache
 _DRAWS = 1 << 22  # documents drawn at a time in the bootstrap: 32 MiB of counts
 
-Sums = dict[str, Tensor]  # float64, one value per token, image or sequence, summed per document later
-Scale = Callable[[Tensor], Tensor]
-
-
 # -- results -----------------------------------------------------------------------------------------------------------
-
-
-# name -> (format of a number, what it is)
-_METRICS = {
-    "perplexity": (".2f", "exp of the mean negative log-likelihood per token; lower is better"),
-    "perplexity_ratio": (".4f", "perplexity over the original's; 1 is unchanged"),
-    "kl": (".5f", "Kullback-Leibler divergence, original || changed, in nats per prediction; 0 is unchanged"),
-    "agreement": (".2%", "share of predictions whose first choice is the original's"),
-    "fidelity": (".5f", "mean cosine between changed and original embedding; 1 is unchanged"),
-    "accuracy": (".2%", "share of labels that are the first choice; higher is better"),
-}
-_LOSSES = {
-    "language": "perplexity ratio - 1",
-    "embedding": "1 - fidelity",
-    "classification": "accuracy of the original - accuracy",
-}
 
 
 @dataclass(frozen=True)
@@ -74,7 +50,7 @@ class Quality:
     many were resampled. tokens: predictions (language, classification) or real tokens (embedding). data: one line.
     """
 
-    task: Task
+    task: str
     metrics: dict[str, Estimate]
     loss: Estimate | None
     documents: int
@@ -101,14 +77,15 @@ class Quality:
         from rich import box
         from rich.table import Table
 
-        about = f"{self.data}; {self.documents:,} documents, {self.tokens:,} {_unit(self.task)}"
+        task = registry.task_class(self.task)
+        about = f"{self.data}; {self.documents:,} documents, {self.tokens:,} {task.unit}"
         table = Table(title=f"Quality ({about})", title_justify="left", box=box.SIMPLE_HEAD)
         for name in ("metric", "value", "95 % interval"):
             table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
         table.add_column("what it is", overflow="fold")
-        rows = [(name.replace("_", " "), estimate, *_METRICS[name]) for name, estimate in self.metrics.items()]
+        rows = [(name.replace("_", " "), estimate, *task.metrics[name]) for name, estimate in self.metrics.items()]
         if self.loss is not None:
-            rows.append(("loss", self.loss, ".2%", _LOSSES[self.task]))
+            rows.append(("loss", self.loss, ".2%", task.loss))
         for name, estimate, form, meaning in rows:
             known = math.isfinite(estimate.low) or math.isfinite(estimate.high)
             interval = f"{estimate.low:{form}} to {estimate.high:{form}}" if known else "one document"
@@ -116,32 +93,26 @@ class Quality:
         return table
 
 
-def _unit(task: Task) -> str:
-    return {"language": "predicted tokens", "embedding": "tokens", "classification": "predictions"}[task]
-
-
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def task_of(model: nn.Module) -> Task:
-    """How a model's quality is measured: next tokens, embeddings, or classes.
+def task_of(model: nn.Module) -> str:
+    """How a model's quality is measured, the name of a task: those of other packages are asked first, then ours.
 
-    A transformers model that generates is a language model, one named for classification a classifier, any other an
-    encoder; a plain module that begins with an embedding of tokens is a language model, any other a classifier.
-    Raises UnsupportedModelError for an encoder-decoder.
+    A transformers model that generates is a language model; one named for classification is a regressor if its config
+    says so, else a classifier; any other is an encoder. A plain module that begins with an embedding of tokens is a
+    language model, any other a classifier.
+
+    Raises:
+        UnsupportedModelError: it is an encoder-decoder.
     """
     if is_encoder_decoder(model):
         raise UnsupportedModelError(
             f"model: {type(model).__name__} is an encoder-decoder, whose quality actkit does not measure; measure its "
             f"encoder (model.get_encoder()) with task='embedding'."
         )
-    can_generate: Any = getattr(model, "can_generate", None)
-    if can_generate is not None:
-        if can_generate():
-            return "language"
-        return "classification" if "Classification" in type(model).__name__ else "embedding"
-    layers = (module for module in model.modules() if next(module.parameters(recurse=False), None) is not None)
-    return "language" if isinstance(next(layers, None), nn.Embedding) else "classification"
+    others = [name for name in registry.task_names() if name not in OURS]
+    return next(name for name in (*others, *OURS) if registry.task_class(name).fits(model))
 
 
 def measure_quality(
@@ -149,7 +120,7 @@ def measure_quality(
     batches: Iterable[Any],
     *,
     reference: nn.Module | Outputs | None = None,
-    task: Task | None = None,
+    task: str | None = None,
     resamples: int = 1000,
     seed: int = 0,
     progress: bool = True,
@@ -172,8 +143,8 @@ def measure_quality(
     shapes), NonFiniteError naming the document where an output is NaN or Inf, UnsupportedModelError for what cannot
     be measured, ValueError for a task or a number of resamples that is not allowed.
     """
-    if task is not None and task not in TASKS:
-        raise ValueError(f"task: {task!r} was given, allowed are {', '.join(TASKS)}.")
+    if task is not None and task not in registry.task_names():
+        raise ValueError(f"task: {task!r} was given, allowed are {', '.join(registry.task_names())}.")
     if resamples < 1:
         raise ValueError(f"resamples: {resamples} was given; give at least 1, best 1000.")
     outputs = originals = None
@@ -185,11 +156,11 @@ def measure_quality(
     models = [model] if originals is None or same else [model, originals.model]
     for each in models:
         refuse_compiled_or_sharded(each)
-    task = task or task_of(model)
-    if task == "embedding" and reference is None:
+    measured: Task = registry.task_class(task or task_of(model))()
+    kind = {"before_head": measured.before_head, "hidden_states": measured.hidden_states}
+    if measured.needs_reference is not None and reference is None:
         raise DataError(
-            "reference: none was given, and the quality of an encoder is how close its embeddings are to those of the "
-            "original; pass the original as reference= (--against)."
+            f"reference: none was given, and {measured.needs_reference}; pass the original as reference= (--against)."
         )
     if isinstance(batches, Mapping | Tensor):
         batches = [batches]
@@ -198,7 +169,6 @@ def measure_quality(
     if stop is not None and processes.several():
         raise ValueError("stop: one process cannot end the measurement of the others; leave it out under torchrun.")
     data = getattr(batches, "description", "given batches")
-    measure = {"language": _language, "embedding": _embedding, "classification": _classification}[task]
     found: dict[str, Tensor] = {}  # by what it holds and the batch
     given: list[str] = []
     names: list[str] = []
@@ -213,14 +183,14 @@ def measure_quality(
             if not processes.mine(index):
                 continue
             _check_batches(models, [batch])
-            output = outputs.of(batch, task)
-            other = None if originals is None else output if same else originals.of(batch, task)
+            output = outputs.of(batch, **kind)
+            other = None if originals is None else output if same else originals.of(batch, **kind)
             if other is not None and other.shape != output.shape:
                 raise DataError(
                     f"reference: its output has shape {list(other.shape)}, the model's {list(output.shape)}; give the "
                     f"original of this model."
                 )
-            owners, sums = measure(output, other, batch, documents)
+            owners, sums = measured.sums(output, other, batch, documents)
             names = list(sums)
             found[f"owners {index}"], found[f"totals {index}"] = _per_document(
                 owners, torch.stack([sums[name] for name in names], dim=1)
@@ -229,7 +199,7 @@ def measure_quality(
                 continue
             if len(torch.cat([found[key] for key in found if key.startswith("owners")]).unique()) < FEWEST:
                 continue
-            partial = _quality(task, data, found, names, same, STOP_RESAMPLES, seed, looks=total, complete=False)
+            partial = _quality(measured, data, found, names, same, STOP_RESAMPLES, seed, looks=total, complete=False)
             if stop(partial):
                 return partial
     if processes.several():
@@ -239,7 +209,7 @@ def measure_quality(
             names = names or named
     if not found:
         raise DataError("batches: 0 were given; give at least one.")
-    return _quality(task, data, found, names, same, resamples, seed)
+    return _quality(measured, data, found, names, same, resamples, seed)
 
 
 def _quality(
@@ -257,12 +227,13 @@ def _quality(
     order = sorted(int(key.split()[1]) for key in found if key.startswith("owners"))  # that of one process
     owners, totals = _per_document(*(torch.cat([found[f"{what} {i}"] for i in order]) for what in ("owners", "totals")))
     if complete and not len(owners):
-        what = "two tokens in a row" if task == "language" else "anything to measure"
-        raise DataError(f"batches: no document has {what} (padding and label {IGNORED} left out); give other data.")
+        raise DataError(
+            f"batches: no document has {task.nothing} (padding and label {IGNORED} left out); give other data."
+        )
     confidence = 1 - (1 - CONFIDENCE) / looks
     metrics, loss = _estimates(task, dict(zip(names, totals.T)), same, resamples, seed, confidence)
-    tokens = int(totals[:, names.index("tokens" if task == "embedding" else "count")].sum())
-    return Quality(task, metrics, loss, len(owners), tokens, data, confidence, complete)
+    tokens = int(totals[:, names.index(task.counted)].sum())
+    return Quality(task.name, metrics, loss, len(owners), tokens, data, confidence, complete)
 
 
 def _check_batches(models: Sequence[nn.Module], batches: Iterable[Any]) -> None:
@@ -304,185 +275,6 @@ def _per_document(owners: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return distinct, torch.zeros(len(distinct), values.shape[1], dtype=torch.float64).index_add_(0, place, values)
 
 
-# -- what each task sums -----------------------------------------------------------------------------------------------
-
-
-def _language(logits: Output, other: Output | None, batch: Any, documents: Tensor) -> tuple[Tensor, Sums]:
-    tokens = _tokens(batch)
-    if tokens is None or len(logits.shape) != 3 or logits.shape[:2] != tokens.shape:
-        given = "no token ids" if tokens is None else f"token ids {list(tokens.shape)}"
-        raise DataError(
-            f"task='language': a batch holds {given} and the model's output is {list(logits.shape)}; it must be logits "
-            f"[batch, length, vocabulary] for input_ids [batch, length]. Choose another task=, or other data."
-        )
-    targets, owners = tokens[:, 1:].cpu(), documents[:, 1:]
-    counted = (owners >= 0) & (documents[:, :-1] == owners)
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if isinstance(labels, Tensor) and labels.shape == tokens.shape:
-        counted &= labels[:, 1:].cpu() != IGNORED
-    rows, columns = counted.nonzero(as_tuple=True)
-    position = rows * tokens.shape[1] + columns
-    owners, targets = owners[counted], targets[counted]
-    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[-1]:
-        raise DataError(
-            f"input_ids: they hold token {int(targets.max())}, the model predicts 0 to {logits.shape[-1] - 1}; use the "
-            f"model's own tokenizer."
-        )
-    return owners, _predictions(logits, other, position, targets, owners, likelihood=True)
-
-
-def _classification(logits: Output, other: Output | None, batch: Any, documents: Tensor) -> tuple[Tensor, Sums]:
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if not isinstance(labels, Tensor):
-        raise DataError(
-            "labels: none are in the data, and accuracy needs the right class of each example; give batches like "
-            "{'pixel_values': ..., 'labels': int64 [batch]}, or pass task='embedding' with a reference to compare "
-            "outputs instead."
-        )
-    if labels.is_floating_point() or len(logits.shape) < 2 or labels.shape != logits.shape[:-1]:
-        raise DataError(
-            f"labels: {str(labels.dtype).removeprefix('torch.')} {list(labels.shape)} were given for an output of "
-            f"shape {list(logits.shape)}; accuracy needs one whole number per prediction, {list(logits.shape[:-1])}."
-        )
-    labels = labels.cpu()
-    per_token = labels.dim() == 2 and labels.shape == documents.shape
-    owners = documents if per_token else _of_rows(documents).view(-1, *[1] * (labels.dim() - 1)).expand(labels.shape)
-    counted = ((owners >= 0) & (labels != IGNORED)).flatten()
-    owners, targets = owners.flatten()[counted], labels.flatten()[counted]
-    if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[-1]:
-        wrong = int(targets.min()) if int(targets.min()) < 0 else int(targets.max())
-        raise DataError(
-            f"labels: class {wrong} was given, the model knows 0 to {logits.shape[-1] - 1}; give labels of this model."
-        )
-    position = counted.nonzero(as_tuple=True)[0]
-    return owners, _predictions(logits, other, position, targets, owners, likelihood=False)
-
-
-def _embedding(output: Output, other: Output | None, batch: Any, documents: Tensor) -> tuple[Tensor, Sums]:
-    assert isinstance(output, Whole) and isinstance(other, Whole)
-    owners = _of_rows(documents)
-    mask = (documents >= 0) if documents.dim() == 2 else None
-    kept = owners >= 0
-    vectors, others = (
-        _pooled(each.tensor, mask, owners, whose)
-        for each, whose in ((output, "the model's output"), (other, "the reference's output"))
-    )
-    # For vectors of length 1 this is their cosine, exact where they are equal and sharp where they nearly are. A vector
-    # of zeros has no direction: it is like another one of zeros, and like nothing else.
-    distance = (vectors - others).square().sum(1)
-    zeros = ~(vectors.any(1) & others.any(1))
-    cosine = torch.where(zeros, (distance == 0).double(), 1 - distance / 2)
-    real = mask.sum(1) if mask is not None else torch.ones(len(owners))
-    sums = {"cosine": cosine, "count": torch.ones(len(owners)), "tokens": real}
-    return owners[kept], {name: value.double()[kept] for name, value in sums.items()}
-
-
-def _pooled(output: Tensor, mask: Tensor | None, owners: Tensor, whose: str) -> Tensor:
-    """float64 [batch, channels] of length 1: the mean over the real tokens, patches or pixels."""
-    if output.dim() < 2 or len(output) != len(owners):
-        raise DataError(
-            f"task='embedding': the output has shape {list(output.shape)} for {len(owners)} rows; it must be "
-            f"[batch, channels], [batch, length, channels] or [batch, channels, height, width]."
-        )
-    values = output.cpu().double()
-    if values.dim() == 3:
-        if mask is not None and mask.shape == values.shape[:2]:
-            values = values.masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-        else:
-            values = values.mean(1)
-    elif values.dim() > 3:
-        values = values.flatten(2).mean(2)
-    _check_finite(values[owners >= 0], owners[owners >= 0], whose)
-    return F.normalize(values, dim=1)
-
-
-def _predictions(
-    logits: Output, other: Output | None, position: Tensor, targets: Tensor, owners: Tensor, likelihood: bool
-) -> Sums:
-    """Sums of predictions: of the rows of logits those at position int64 [n] are wanted.
-
-    likelihood: score by the negative log-likelihood of the targets, else by whether they are the first choice.
-    Log-probabilities are float32, for a chunk of rows at a time.
-    """
-    classes = logits.shape[-1]
-    rows, some = max(1, _SLICE // classes), max(1, _CHUNK // classes)
-    parts: list[Sums] = []
-    for where, target, owner in zip(position.split(rows), targets.split(rows), owners.split(rows)):
-        mine = logits.rows(where)
-        others = None if other is None else mine if other is logits else other.rows(where).to(mine.device)
-        for at in range(0, max(1, len(where)), some):
-            part = slice(at, at + some)
-            parts.append(
-                _scores(mine[part], None if others is None else others[part], target[part], owner[part], likelihood)
-            )
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def _scores(logits: Tensor, other: Tensor | None, target: Tensor, owner: Tensor, likelihood: bool) -> Sums:
-    """As `_predictions`, of logits [n, classes]."""
-    logits, target = logits.float(), target.to(logits.device)
-    _check_finite(logits, owner, "the model's logits")
-    first = logits.argmax(-1)
-    log = logits.log_softmax(-1)
-    found = {"count": torch.ones(len(target))}
-    if likelihood:
-        found["nll"] = -log.gather(1, target[:, None])[:, 0]
-    else:
-        found["hits"] = first == target
-    if other is not None:
-        other = other.float()
-        _check_finite(other, owner, "the reference's logits")
-        other_first = other.argmax(-1)
-        other_log = other.log_softmax(-1)
-        found["kl"] = _divergence(other_log, log)
-        found["agree"] = first == other_first
-        if likelihood:
-            found["other_nll"] = -other_log.gather(1, target[:, None])[:, 0]
-        else:
-            found["other_hits"] = other_first == target
-    return {name: value.cpu().double() for name, value in found.items()}
-
-
-def _divergence(first: Tensor, second: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of log-probabilities [rows, classes], first || second, in nats: [rows].
-
-    Summed as p (r - 1 - log r) with r = q / p, which is the same because both sum to 1. No term is negative, and the
-    rounding of the two normalisations cancels, where the usual p (log p - log q) drowns small divergences in it.
-    """
-    p, difference = first.exp(), second - first
-    near = p * (difference.expm1() - difference)
-    if bool((difference < 1).all()):
-        return near.sum(-1)
-    far = second.exp() - p * (1 + difference)  # expm1 overflows where q is many times p
-    return torch.where(difference < 1, near, far).sum(-1)
-
-
-def _check_finite(values: Tensor, owners: Tensor, whose: str) -> None:
-    """values: [n, columns] of the documents owners [n]."""
-    bad = ~torch.isfinite(values).all(-1)
-    if bool(bad.any()):
-        document = int(owners[bad.cpu()][0])
-        raise NonFiniteError(
-            f"{whose} hold NaN or Inf in document {document}; check the weights and scales of the model, or compute in "
-            f"a wider dtype."
-        )
-
-
-def _of_rows(documents: Tensor) -> Tensor:
-    """The document of each row: that of its first real token; -1 where a row is all padding."""
-    if documents.dim() == 1:
-        return documents
-    first = (documents >= 0).int().argmax(1, keepdim=True)
-    return documents.gather(1, first)[:, 0]
-
-
-def _tokens(batch: Any) -> Tensor | None:
-    tokens = batch.get("input_ids") if isinstance(batch, Mapping) else batch[0] if isinstance(batch, tuple) else batch
-    if isinstance(tokens, Tensor) and tokens.dim() == 2 and tokens.dtype in (torch.int64, torch.int32):
-        return tokens.long()
-    return None
-
-
 # -- estimates ---------------------------------------------------------------------------------------------------------
 
 
@@ -513,7 +305,6 @@ def _estimates(
     total, drawn = table.sum(0), resampled_totals(table, resamples, seed)
 
     def estimate(mean: Callable[[Sums], Tensor], scale: Scale = _as_it_is, compares: bool = False) -> Estimate:
-        """scale: what rises with the mean and is applied to it and to its ends, so that these stay finite longer."""
         mid = mean(dict(zip(sums, total)))
         if same and compares:  # equal on any document
             low = high = mid
@@ -524,29 +315,7 @@ def _estimates(
             low, high = torch.quantile(mean(dict(zip(sums, drawn.T))), ends)
         return Estimate(*(float(scale(number)) for number in (mid, low, high)))
 
-    metrics: dict[str, Estimate] = {}
-    loss: Estimate | None = None
-    if task == "embedding":
-        metrics["fidelity"] = estimate(lambda s: s["cosine"] / s["count"], compares=True)
-        loss = estimate(lambda s: 1 - s["cosine"] / s["count"], compares=True)
-    elif task == "language":
-        metrics["perplexity"] = estimate(lambda s: s["nll"] / s["count"], torch.exp)
-    else:
-        metrics["accuracy"] = estimate(lambda s: s["hits"] / s["count"])
-    if "other_nll" in sums:
-        metrics["perplexity_ratio"] = estimate(_rise, torch.exp, compares=True)
-        loss = estimate(_rise, torch.expm1, compares=True)
-    elif "other_hits" in sums:
-        loss = estimate(lambda s: (s["other_hits"] - s["hits"]) / s["count"], compares=True)
-    if "kl" in sums:
-        metrics["kl"] = estimate(lambda s: s["kl"] / s["count"], compares=True)
-        metrics["agreement"] = estimate(lambda s: s["agree"] / s["count"], compares=True)
-    return metrics, loss
-
-
-def _rise(sums: Sums) -> Tensor:
-    """By how much the mean negative log-likelihood is above the reference's."""
-    return (sums["nll"] - sums["other_nll"]) / sums["count"]
+    return task.estimates(estimate, frozenset(sums))
 
 
 def _as_it_is(value: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from actkit.core.forward.hooks import arguments, first_tensor
 from actkit.core.ground.errors import DataError
 from actkit.core.layers.activations import is_activation
-from actkit.core.measure.quality import IGNORED, task_of
+from actkit.core.measure.quality import task_of
+from actkit.core.measure.tasks.task import IGNORED
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -38,6 +39,8 @@ class Objective:
             return loss
         logits = first_tensor(model(*args, **kwargs))
         labels = labels.to(device)
+        if labels.is_floating_point():
+            return F.mse_loss(logits.float().reshape(labels.shape), labels.float())
         if self.task == "language":
             logits, labels = logits[:, :-1], labels[:, 1:]
         return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -19,7 +19,10 @@ class Classification(Task):
 
     name = "classification"
     unit = "predictions"
-    metrics = {"accuracy": (".2%", "share of labels that are the first choice; higher is better"), **METRICS}
+    metrics: ClassVar[dict[str, tuple[str, str]]] = {
+        "accuracy": (".2%", "share of labels that are the first choice; higher is better"),
+        **METRICS,
+    }
     loss = "accuracy of the original - accuracy"
 
     @classmethod
@@ -40,7 +43,8 @@ class Classification(Task):
         if labels.is_floating_point() or len(logits.shape) < 2 or labels.shape != logits.shape[:-1]:
             raise DataError(
                 f"labels: {str(labels.dtype).removeprefix('torch.')} {list(labels.shape)} were given for an output of "
-                f"shape {list(logits.shape)}; accuracy needs one whole number per prediction, {list(logits.shape[:-1])}."
+                f"shape {list(logits.shape)}; accuracy needs one whole number per prediction, "
+                f"{list(logits.shape[:-1])}."
             )
         labels = labels.cpu()
         per_token = labels.dim() == 2 and labels.shape == documents.shape
@@ -50,7 +54,8 @@ class Classification(Task):
         if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[-1]:
             wrong = int(targets.min()) if int(targets.min()) < 0 else int(targets.max())
             raise DataError(
-                f"labels: class {wrong} was given, the model knows 0 to {logits.shape[-1] - 1}; give labels of this model."
+                f"labels: class {wrong} was given, the model knows 0 to {logits.shape[-1] - 1}; give labels of this "
+                f"model."
             )
         position = counted.nonzero(as_tuple=True)[0]
         return owners, predictions(logits, other, position, targets, owners, likelihood=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,9 @@ class Embedding(Task):
     name = "embedding"
     unit = "tokens"
     counted = "tokens"
-    metrics = {"fidelity": (".5f", "mean cosine between changed and original embedding; 1 is unchanged")}
+    metrics: ClassVar[dict[str, tuple[str, str]]] = {
+        "fidelity": (".5f", "mean cosine between changed and original embedding; 1 is unchanged"),
+    }
     loss = "1 - fidelity"
     hidden_states = True
     needs_reference = "the quality of an encoder is how close its embeddings are to those of the original"
@@ -40,8 +42,8 @@ class Embedding(Task):
             _pooled(each.tensor, mask, owners, whose)
             for each, whose in ((output, "the model's output"), (other, "the reference's output"))
         )
-        # For vectors of length 1 this is their cosine, exact where they are equal and sharp where they nearly are. A vector
-        # of zeros has no direction: it is like another one of zeros, and like nothing else.
+        # For vectors of length 1 this is their cosine, exact where they are equal and sharp where they nearly are. A
+        # vector of zeros has no direction: it is like another one of zeros, and like nothing else.
         distance = (vectors - others).square().sum(1)
         zeros = ~(vectors.any(1) & others.any(1))
         cosine = torch.where(zeros, (distance == 0).double(), 1 - distance / 2)

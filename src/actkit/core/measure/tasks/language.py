@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,13 @@ class Language(Task):
 
     name = "language"
     unit = "predicted tokens"
-    metrics = {
+    metrics: ClassVar[dict[str, tuple[str, str]]] = {
         "perplexity": (".2f", "exp of the mean negative log-likelihood per token; lower is better"),
         "perplexity_ratio": (".4f", "perplexity over the original's; 1 is unchanged"),
         **METRICS,
     }
     loss = "perplexity ratio - 1"
+    before_head = True
     nothing = "two tokens in a row"
 
     @classmethod
@@ -42,8 +43,9 @@ class Language(Task):
         if tokens is None or len(logits.shape) != 3 or logits.shape[:2] != tokens.shape:
             given = "no token ids" if tokens is None else f"token ids {list(tokens.shape)}"
             raise DataError(
-                f"task='language': a batch holds {given} and the model's output is {list(logits.shape)}; it must be logits "
-                f"[batch, length, vocabulary] for input_ids [batch, length]. Choose another task=, or other data."
+                f"task='language': a batch holds {given} and the model's output is {list(logits.shape)}; it must be "
+                f"logits [batch, length, vocabulary] for input_ids [batch, length]. Choose another task=, or other "
+                f"data."
             )
         targets, owners = tokens[:, 1:].cpu(), documents[:, 1:]
         counted = (owners >= 0) & (documents[:, :-1] == owners)
@@ -55,8 +57,8 @@ class Language(Task):
         owners, targets = owners[counted], targets[counted]
         if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[-1]:
             raise DataError(
-                f"input_ids: they hold token {int(targets.max())}, the model predicts 0 to {logits.shape[-1] - 1}; use the "
-                f"model's own tokenizer."
+                f"input_ids: they hold token {int(targets.max())}, the model predicts 0 to {logits.shape[-1] - 1}; use "
+                f"the model's own tokenizer."
             )
         return owners, predictions(logits, other, position, targets, owners, likelihood=True)
 

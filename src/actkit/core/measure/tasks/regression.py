@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ class Regression(Task):
 
     name = "regression"
     unit = "numbers"
-    metrics = {
+    metrics: ClassVar[dict[str, tuple[str, str]]] = {
         "explained": (".2%", "1 - squared error / variance of the targets (R squared); higher is better"),
         "error": (".4g", "root of the mean squared error, in the units of the targets; lower is better"),
         "distance": (".4g", "root of the mean squared difference from the original's outputs; 0 is unchanged"),

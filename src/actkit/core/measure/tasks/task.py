@@ -1,7 +1,7 @@
 """The contract of a task. Ours and those of other packages are registered under the entry-point group `actkit.tasks`.
 
-A task sums over examples: for each it gives a document and some numbers, and `quality` adds these up per document, so that
-documents can be drawn anew. From the sums the task makes its metrics and the loss.
+A task sums over examples: for each it gives a document and some numbers, and `quality` adds these up per document, so
+that documents can be drawn anew. From the sums the task makes its metrics and the loss.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Task(ABC):
         metrics: name -> (format of a number, what it is).
         loss: what the loss is, for tables.
         hidden_states: whether it looks at last hidden states before logits.
+        before_head: whether the pass may end before the head, whose logits are then computed for some rows at a time.
         needs_reference: why it measures nothing without the original, or None.
         nothing: what no document has, if there is nothing to measure.
     """
@@ -56,6 +57,7 @@ class Task(ABC):
     metrics: ClassVar[dict[str, tuple[str, str]]]
     loss: ClassVar[str]
     hidden_states: ClassVar[bool] = False
+    before_head: ClassVar[bool] = False
     needs_reference: ClassVar[str | None] = None
     nothing: ClassVar[str] = "anything to measure"
 
