@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from actkit_clip import Clip, Clipped
+from actkit_clip import Clip, Clipped, headroom
 from torch import nn
 
 from actkit.core.recipe.runner import apply
-from actkit.testing import check_transform, tiny_batches, tiny_model
+from actkit.testing import check_analysis, check_layer, check_transform, tiny_batches, tiny_model
 
 
 @pytest.mark.parametrize("kind", ["llama", "vit"])
@@ -14,6 +14,25 @@ def test_it_keeps_what_every_transform_promises(kind):
     checks = check_transform(Clip(share=0.2), tiny_model(kind), tiny_batches(kind))
     held = {check.name for check in checks if check.outcome == "holds"}
     assert {"the identity setting changes nothing", "save and load", "undo is exact", "the dtype is kept"} <= held
+
+
+def test_the_layer_keeps_what_every_layer_promises():
+    checks = check_layer(
+        lambda: Clipped(nn.GELU(), 0.4),
+        [torch.randn(3, 5, 16)],
+        original=nn.GELU,
+        compile_backend="aot_eager",
+        export=True,
+    )
+    assert {check.outcome for check in checks} == {"holds"}
+
+
+def test_the_analysis_keeps_what_every_analysis_promises():
+    def analysis(model, batches):
+        return headroom(model, batches, 0.1, progress=False)
+
+    checks = check_analysis(analysis, tiny_model("mixtral"), tiny_batches("mixtral"))
+    assert [check.name for check in checks if check.outcome != "holds"] == ["several processes find the same"]
 
 
 def test_it_clips():

@@ -20,7 +20,6 @@ from actkit.search.verdict import Verdict
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
-    from rich.console import Group
     from rich.table import Table
 
 
@@ -206,7 +205,7 @@ class Optimization:
         """A candidate, or the original, by name."""
         return next(each for each in (self.original, *self.candidates) if each.name == name)
 
-    def table(self) -> Group:
+    def table(self) -> Table:
         """The verdict and all candidates, for a terminal of 100 columns."""
         from actkit.search.figures import optimization_table
 
