@@ -55,6 +55,7 @@ from actkit.core.model.anatomy import Site, anatomy
 from actkit.core.model.architectures import MlpRow
 from actkit.core.model.gpt_rows import GPT2
 from actkit.core.model.reading import BlockReader
+from actkit.core.recipe import rule, stage
 from actkit.core.recipe.runner import apply
 from actkit.core.recipe.seen import Seen, check_shares
 from actkit.core.recipe.steps import Steps
@@ -64,7 +65,7 @@ from actkit.core.store import checkpoint, checksums
 from actkit.core.store.quantized_source import _values
 from actkit.core.store.tensor_files import read_values, write_values
 from actkit.core.store.transformers_folder import remote_class, stored_dtype
-from actkit.core.train import rules, training
+from actkit.core.train import rules, staged_run, training
 from actkit.core.train.objective import Objective
 from actkit.core.train.training_setup import Settings, state_folder, steps_per_epoch
 from actkit.core.watch.calls import Call
@@ -374,6 +375,27 @@ def train(p: Place, data: Any = None, validation: Any = None, model: Any = None,
 
 
 proof(lambda p: train(p, out=p.path / "new", resume=True))
+
+
+def stages(p: Place, model: Any = None, steps: int = 1, **settings: Any) -> Any:
+    data = batches("llama"), batches("llama", padding=False)
+    recipe = Recipe([stage.Train(steps=steps), Swap(where="silu", new="relu")])
+    model = build("llama", num_hidden_layers=1) if model is None else model
+    return staged_run.run(model, recipe, [data, None], out=p.path / "out", progress=False, **settings)
+
+
+@proof
+def another_recipe(p: Place) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staged_run, "train", raising(RuntimeError("killed")))
+        with pytest.raises(RuntimeError):
+            stages(p)
+    stages(p, steps=2, resume=True)
+
+
+proof(lambda p: stages(p, resume=True))
+proof(lambda p: ((p.path / "out.stages").mkdir(), stages(p)))
+proof(lambda p: staged_run._read_json(p.path / "run.json"))
 proof(lambda p: ((p.path / "out.training").mkdir(), train(p, out=p.path / "out")))
 
 # -- CheckpointError, of GGUF files
@@ -456,6 +478,13 @@ proof(
 )
 proof(lambda p: registry.method_name(Lazy))
 proof(lambda p: Recipe.of("prosparse"))
+proof(lambda p: Recipe.parse({"actkit": 1, "stages": ["teal"]}))
+proof(lambda p: Recipe([stage.Train(steps=1), stage.Apply()]).check())
+proof(lambda p: Recipe.parse({"actkit": 1, "stages": [{"apply": "teal"}]}))
+proof(lambda p: Recipe.parse({"actkit": 1, "stages": [{"train": 300}]}))
+proof(lambda p: Recipe.parse({"actkit": 1, "stages": [{"train": {"steps": 1, "rules": ["teal"]}}]}))
+proof(lambda p: Recipe.parse({"actkit": 1, "stages": [{"train": {}}]}))
+proof(lambda p: run(stage.Train(steps=1)))
 proof(lambda p: Recipe.parse({"actkit": 1, "transforms": [{"teal": {}, "rtn": {}}]}))
 proof(lambda p: Recipe.of(3))
 proof(lambda p: Recipe.of([3]))
@@ -471,13 +500,13 @@ proof(lambda p: Recipe.of("nowhere.yaml"))
 proof(lambda p: Recipe.load(p.file("#" * 300_000)))
 proof(lambda p: Recipe.load(p.file("{")))
 proof(lambda p: Recipe.load(p.file(b"\xff\xfe\xff")))
-proof(lambda p: rules.parse_rules(p.file("actkit: 1")))
-proof(lambda p: rules.parse_rules({"rules": [], "actkit": 2}))
-proof(lambda p: rules.parse_rules([3]))
-proof(lambda p: rules.parse_rules("activation_penalty:weight=[1"))
-proof(lambda p: rules.parse_rules("teal"))
-proof(lambda p: rules.parse_rules({"activation_penalty": 3}))
-proof(lambda p: rules.parse_rules("activation_penalty:weight=-1"))
+proof(lambda p: rule.parse_rules(p.file("actkit: 1")))
+proof(lambda p: rule.parse_rules({"rules": [], "actkit": 2}))
+proof(lambda p: rule.parse_rules([3]))
+proof(lambda p: rule.parse_rules("activation_penalty:weight=[1"))
+proof(lambda p: rule.parse_rules("teal"))
+proof(lambda p: rule.parse_rules({"activation_penalty": 3}))
+proof(lambda p: rule.parse_rules("activation_penalty:weight=-1"))
 proof(lambda p: run(Cats(sparsity={99: 0.5})))
 proof(lambda p: run(FatRelu()))
 proof(lambda p: run(TopKMlp(k=999)))

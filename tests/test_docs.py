@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"(<!-- not run: [^>]+ -->\n)?^```([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)")
-STRICT = [DOCS / "index.md", *sorted((DOCS / "tutorials").glob("*.md"))]  # every block of these says what it is
+# every block of these says what it is
+STRICT = [DOCS / "index.md", DOCS / "recipes.md", *sorted((DOCS / "tutorials").glob("*.md"))]
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 RUN = [page for page in PAGES if page in STRICT or "```python" in page.read_text(encoding="utf-8")]
 

@@ -35,6 +35,7 @@ INTERNAL = {
     "search/speed_row.py: MemoryError": "a note in the report: why the larger shape was not measured",
     "core/forward/outputs.py: StopForward": "ends a pass before the head",
     "core/train/training.py: KeyboardInterrupt": "Ctrl-C; the command line says how to go on",
+    "core/train/staged_run.py: KeyboardInterrupt": "the same",
     "cli/main.py: typer.Exit": "Ctrl-C",
     "search/search.py: out_of_time": "ActkitError, the row `minutes: ... were over before one candidate was measured`",
     "search/journal.py: _damaged": "JournalError, the row `resume: line ... of ... is damaged`",
@@ -44,7 +45,13 @@ INTERNAL = {
     "gguf/file.py: IndexError": "the reason in `...: not readable as GGUF (...)`",
     "core/recipe/blockwise.py: StopForward": "ends a forward pass early",
 }
-PYDANTIC = ("sparsity/activation_penalty.py", "sparsity/cats.py", "sparsity/prosparse.py", "sparsity/sparsing_law.py")
+PYDANTIC = (
+    "core/recipe/stage.py",
+    "sparsity/activation_penalty.py",
+    "sparsity/cats.py",
+    "sparsity/prosparse.py",
+    "sparsity/sparsing_law.py",
+)
 QUIET = ("AttributeError", "_Planned", "NotApplicable", "AssertionError")  # Python's protocol, and actkit.testing's
 
 

@@ -8,7 +8,7 @@ the verbs (`core.recipe.runner.apply`, `core.measure.evaluation.evaluate` ...), 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,8 @@ from actkit.core.measure.sampling import LIKELIEST, Sampling
 from actkit.core.measure.summary import Summary, summarise
 from actkit.core.model.architectures import find_architecture
 from actkit.core.recipe import runner
-from actkit.core.recipe.transform import Recipe
+from actkit.core.recipe.stage import Train
+from actkit.core.recipe.transform import Recipe, Transform
 from actkit.core.store.checkpoint import MANIFEST, check_savable, check_target, read_manifest, save
 from actkit.data import Batches, Split, load_data
 from actkit.zoo.loading import OWN_CLASSES, locate, open_model
@@ -67,6 +68,11 @@ def apply(
     recipe: Any,
     data: Any = None,
     *,
+    training: Any = None,
+    validation: Any = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
     inplace: bool = True,
     undo: str | None = None,
     min_coverage: float | None = None,
@@ -75,30 +81,108 @@ def apply(
     announce: Callable[[str], None] | None = None,
     **options: Any,
 ) -> runner.Applied:
-    """Apply a recipe: transforms, their names, or a YAML file.
+    """Apply a recipe: transforms, their names, a YAML file, or stages that apply and train (docs/recipes.md).
 
-    model: a model, which is changed in place unless `inplace` is False, or its name. data: read only where a transform
-    calibrates; None is the embedded calibration split. undo, min_coverage, max_memory, progress, announce, and what is
-    raised: as in `core.recipe.runner.apply`. options: of `open_model` and `load_data`.
+    Args:
+        model: a model, which is changed in place unless `inplace` is False, or its name; one that is named and trained
+            is opened in float32.
+        data: what transforms calibrate on, read only if one does; None is the embedded calibration split.
+        training: what `train` stages that name no data of their own train on; by default the train split of `data`,
+            or `data` itself if that is batches.
+        validation: what they are measured on; by default the search split of the same. Needed for batches.
+        out: the folder to write, nothing if None. A recipe with stages keeps its state beside it, and goes on there.
+        resume: go on after the last finished stage of a recipe that was interrupted.
+        overwrite: replace what is in `out`.
+        inplace: as in `core.recipe.runner.apply`, and so are undo, min_coverage, max_memory, progress and announce; a
+            recipe with stages is undone from memory.
+        options: of `open_model` and `load_data`. `sequences` is for calibration; a stage says how much it trains on.
+
+    Returns:
+        The changed model, its edits, and the report.
+
+    Raises:
+        ActkitError: what `core.recipe.runner.apply` and `core.train.staged_run.run` raise, DataError among them.
     """
     opening, reading = _sorted(options)
     recipe = Recipe.of(recipe)
+    if not recipe.staged:
+        if resume:
+            raise ValueError("resume: it was given for a recipe without stages, which runs as one; leave it out.")
+        if out is not None:
+            target = out
+            processes.on_first("the folder is free", lambda: check_target(target, overwrite=overwrite))
+            if isinstance(model, nn.Module):
+                check_savable(model)
+    elif not isinstance(model, nn.Module) and opening.get("dtype") is None and _trains(recipe):
+        opening["dtype"] = "float32"  # small updates vanish in 16 bits
     opened, tokenizer = open_model(model, **opening)
-    batches = None
-    described = find_architecture(getattr(getattr(opened, "config", None), "model_type", None)) is not None
-    if data is not None or not described or any(transform.tags.needs_data for transform in recipe):
-        batches = open_data(data, opened, tokenizer, "calibration", **reading)
-    return runner.apply(
-        opened,
-        recipe,
-        batches,
-        inplace=inplace,
-        undo=undo,
-        min_coverage=min_coverage,
-        max_memory=max_memory,
-        progress=progress,
-        announce=announce,
-    )
+    settings: dict[str, Any] = {
+        "inplace": inplace,
+        "undo": undo,
+        "min_coverage": min_coverage,
+        "max_memory": max_memory,
+        "progress": progress,
+        "announce": announce,
+    }
+
+    def calibration(transforms: Iterable[Transform]) -> Batches | None:
+        described = find_architecture(getattr(getattr(opened, "config", None), "model_type", None)) is not None
+        if data is None and described and not any(transform.tags.needs_data for transform in transforms):
+            return None
+        return open_data(data, opened, tokenizer, "calibration", **reading)
+
+    if not recipe.staged:
+        applied = runner.apply(opened, recipe, calibration(recipe), **settings)
+        if out is not None:
+            save(applied.model, out, overwrite=overwrite)
+        return applied
+    from actkit.core.train.staged_run import run
+
+    recipe = Recipe(stage.under(**reading) if isinstance(stage, Train) else stage for stage in recipe.stages)
+    training = data if training is None else training
+    given: list[Any] = [
+        _training_data(
+            opened,
+            tokenizer,
+            stage.data or training,
+            stage.validation or validation,
+            f"stage {number} trains on batches",
+            **stage.reading(),
+        )
+        if isinstance(stage, Train)
+        else calibration(stage.transforms)
+        for number, stage in enumerate(recipe.stages, 1)
+    ]
+    return run(opened, recipe, given, out=out, resume=resume, overwrite=overwrite, **settings)
+
+
+def _trains(recipe: Recipe) -> bool:
+    return any(isinstance(stage, Train) for stage in recipe.stages)
+
+
+def _training_data(
+    model: nn.Module,
+    tokenizer: Any,
+    data: Any,
+    validation: Any,
+    what: str,
+    *,
+    sequences: int | None = None,
+    **reading: Any,
+) -> tuple[Batches, Any]:
+    """What is trained on, and what is measured: the train and search splits of data by name, or what was given.
+
+    Raises DataError for batches without any to validate on (what: begins its text), and what `load_data` raises.
+    """
+    named = data is None or isinstance(data, str | Path)
+    if not named and validation is None:
+        raise DataError(f"validation: {what} without any to validate on; pass validation=, held-out batches.")
+    batches = load_data(data, model, tokenizer, split="train" if named else None, sequences=sequences, **reading)
+    if validation is None:
+        return batches, load_data(data, model, tokenizer, split="search", **reading)
+    if isinstance(validation, str | Path):
+        return batches, load_data(validation, model, tokenizer, **reading)
+    return batches, validation
 
 
 @dataclass(frozen=True)
@@ -144,6 +228,7 @@ def apply_and_save(
     out: str | Path,
     data: Any = None,
     *,
+    resume: bool = False,
     overwrite: bool = False,
     proof: bool = True,
     base: Callable[[], nn.Module] | None = None,
@@ -151,24 +236,21 @@ def apply_and_save(
 ) -> Saved:
     """Apply a recipe, save the model to `out`, and prove in a fresh process that the folder loads as the model was.
 
-    base: for one's own nn.Module, what builds the unchanged model. The proof runs the first rows of given batches if
-    the model takes more than tokens or images, else random ones. options: as in `apply`. Raises what `apply`, `save`
-    and `prove` raise, and ActkitError where the proof fails (the folder is left for inspection). Of several processes
-    the first one saves and proves; the others get no proof.
+    resume: go on with a recipe of stages that was interrupted. base: for one's own nn.Module, what builds the unchanged
+    model. The proof runs the first rows of given batches if the model takes more than tokens or images, else random
+    ones. options: as in `apply`. Raises what `apply`, `save` and `prove` raise, and ActkitError where the proof fails
+    (the folder is left for inspection). Of several processes the first one saves and proves; the others get no proof.
     """
     from actkit.core.forward.example import example_of
     from actkit.core.measure.cost import folder_bytes
     from actkit.core.measure.proof import prove
 
-    processes.on_first("the folder is free", lambda: check_target(out, overwrite=overwrite))
-    if isinstance(model, nn.Module):
-        check_savable(model)
-    else:
+    if not isinstance(model, nn.Module):
         options["base"] = base
     if not (data is None or isinstance(data, str | Path | Sequence)):  # read here, and once more for the proof
         data = [data] if isinstance(data, Mapping | Tensor) else list(data)
-    applied = apply(model, recipe, data, undo="off", **options)
-    folder = save(applied.model, out, overwrite=overwrite)
+    applied = apply(model, recipe, data, out=out, resume=resume, overwrite=overwrite, undo="off", **options)
+    folder = Path(out)
     base = base or OWN_CLASSES.get(type(applied.model).__name__)
     example = None if isinstance(data, str) else example_of(applied.model, data)
     proved = processes.on_first("proof", lambda: prove(applied.model, folder, example, base=base)) if proof else None
@@ -318,27 +400,22 @@ def train(
     """Fine-tune a model, under training rules if any; the weights kept are those of the least validation loss.
 
     data: None for the embedded train split, validated on the search split, so that the test split stays unseen; a file
-    or folder is cut the same way; batches need `validation`. rules: as in `core.train.rules.parse_rules`. out: the
+    or folder is cut the same way; batches need `validation`. rules: as in `core.recipe.rule.parse_rules`. out: the
     folder to write, nothing where None. accumulation: batches per step. steps, learning_rate, resume, overwrite: as in
     `core.train.training.train`. options: of `open_model` (dtype float32 where none is given) and `load_data`. Raises
     what these and `core.train.training.train` raise.
     """
-    from actkit.core.train.training import train as run
+    from actkit.core.train.training import train as run_training
 
     opening, reading = _sorted(options)
     if not isinstance(model, nn.Module) and opening.get("dtype") is None:
         opening["dtype"] = "float32"  # small updates vanish in 16 bits
     opened, tokenizer = open_model(model, **opening)
-    named = data is None or isinstance(data, str | Path)
-    if not named and validation is None:
-        raise DataError(
-            "validation: batches were given without any to validate on; pass validation=, held-out batches."
-        )
-    held_out = {name: value for name, value in reading.items() if name != "sequences"}
-    return run(
+    batches, held_out = _training_data(opened, tokenizer, data, validation, "batches were given", **reading)
+    return run_training(
         opened,
-        load_data(data, opened, tokenizer, split="train" if named else None, **reading),
-        validation=load_data(data, opened, tokenizer, split="search", **held_out) if validation is None else validation,
+        batches,
+        validation=held_out,
         steps=steps,
         learning_rate=learning_rate,
         rules=rules,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,10 +11,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from actkit.core.ground.errors import CheckpointError, RecipeError, UnsupportedModelError
+from actkit.core.edit import changes
+from actkit.core.edit.edits import Edit, Replace, Set
+from actkit.core.ground.errors import CheckpointError, EditError, RecipeError, UnsupportedModelError
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.layers.weights import IntegerWeight
+from actkit.core.recipe.rule import AttachedRule, TrainingRule, dump_rules, parse_rules
+from actkit.core.recipe.runner import apply
+from actkit.core.store import checkpoint
 from actkit.core.store.tensor_files import read_values, write_values
-from actkit.core.train.rules import AttachedRule, RuleCallback, TrainingRule, attached, dump_rules, parse_rules
+from actkit.core.train.rules import RuleCallback, attached
 from actkit.core.train.training import train
+from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.activation_penalty import ActivationPenalty
 
 WEIGHT = 3.0
@@ -347,6 +357,99 @@ def test_penalty_where_the_trainer_divides(tmp_path: Any) -> None:
     hidden = double.act(double.first(x.double()))  # batches are of one size: the mean over all is the mean of means
     (F.cross_entropy(double.second(hidden), y) + WEIGHT * hidden.abs().mean()).backward()
     assert_same(found, {name: parameter.grad for name, parameter in double.named_parameters()})
+
+
+# -- what rules finish with --------------------------------------------------------------------------------------------
+
+
+class Rounder(TrainingRule):
+    """Has hooks on the down projections while the model trains, and puts 4-bit layers there at the end. fits: else the
+    last edit is one that no model takes."""
+
+    fits: bool = True
+
+    def attach(self, model: nn.Module, optimizer: Any = None, example: Any = None) -> AttachedRule:
+        return AttachedRounder(model, self.fits)
+
+
+class AttachedRounder(AttachedRule):
+    def __init__(self, model: nn.Module, fits: bool) -> None:
+        self.model, self.fits = model, fits
+        self.hooks = {
+            path: module.register_forward_hook(lambda *_: None)
+            for path, module in model.named_modules()
+            if path.endswith("down_proj")
+        }
+
+    def detach(self) -> None:
+        for hook in self.hooks.values():
+            hook.remove()
+
+    def finish(self) -> Iterator[Edit]:
+        for path in self.hooks:
+            linear = self.model.get_submodule(path)
+            grid = QuantizationGrid(bits=4, group_size=8)
+            yield Replace(path, ActLinear.of(linear, weight=IntegerWeight.quantize(linear.weight, grid)))
+        if not self.fits:
+            yield Set("nothing", torch.ones(1))
+
+
+def assert_finished(model: Any) -> None:
+    """As `rtn` rounds the weights that the training ended with, recorded as its edits are."""
+    expected = llama()
+    expected.load_state_dict(
+        {name: tensor for name, tensor in model.state_dict().items() if "down_proj" not in name}, strict=False
+    )
+    apply(expected, RoundToNearest(bits=4, group_size=8), progress=False)
+    for path in ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"):
+        ours, theirs = model.get_submodule(path), expected.get_submodule(path)
+        assert torch.equal(ours.storage.codes, theirs.storage.codes), path
+    edits = changes.of(model).edits
+    assert edits == [edit for edit in changes.of(expected).edits if "down_proj" in edit["replace"]]
+    assert changes.of(model).architecture == changes.of(expected).architecture
+    assert type(model).__name__ == "ActkitLlamaForCausalLM" and hooks(model) == 0
+
+
+def test_rules_finish_in_all_three_loops(tmp_path: Any) -> None:
+    """The weights stand still, so that the three end alike."""
+    rows = padded_rows(2)
+    model = llama()
+    with attached([RULE, Rounder()], model) as rules:
+        rules.add(model(**in_batches(rows, 2)[0]).loss).backward()
+        assert hooks(model) > 2 and changes.of(model) is None
+    assert_finished(model)
+
+    model = llama()
+    with RuleCallback([Rounder()]) as callback:
+        settings = arguments(tmp_path)
+        Trainer(model, settings, train_dataset=rows, callbacks=[callback], optimizers=still(model)).train()
+        assert_finished(model)
+    assert_finished(model)  # once only
+
+    model = llama().eval()
+    held_out = in_batches(padded_rows(2, seed=5), 2)
+    settings = {"steps": 2, "learning_rate": 1e-30, "weight_decay": 0.0, "evaluate_every": 1, "progress": False}
+    result = train(model, in_batches(rows, 2), validation=held_out, rules=Rounder(), out=tmp_path / "out", **settings)
+    assert_finished(model)
+    assert not any(module.training for module in model.modules())
+    with torch.no_grad():
+        assert result.validation == pytest.approx(model(**held_out[0]).loss.item(), rel=1e-6)
+    assert result.validation != result.history[-1].validation
+    loaded = checkpoint.load(tmp_path / "out")
+    assert_finished(loaded)
+    with torch.no_grad():
+        assert torch.equal(loaded(**held_out[0]).logits, model(**held_out[0]).logits)
+
+
+def test_a_rule_that_cannot_finish_leaves_the_trained_model() -> None:
+    model = llama()
+    with pytest.raises(EditError, match="nothing"), attached([Rounder(fits=False)], model):
+        pass
+    assert type(model) is LlamaForCausalLM and changes.of(model) is None and hooks(model) == 0
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), llama().state_dict().values()))
+    with pytest.raises(RuntimeError, match="mine"), attached([Rounder()], model):
+        raise RuntimeError("mine")  # what fails does not finish
+    assert changes.of(model) is None and hooks(model) == 0
 
 
 # -- the Trainer -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from actkit.cli.main import app
 from actkit.core.ground.errors import RecipeError, UnsupportedModelError
-from actkit.core.train.rules import RuleCallback, attached, dump_rules, parse_rules
+from actkit.core.recipe.rule import dump_rules, parse_rules
+from actkit.core.train.rules import RuleCallback, attached
 from actkit.core.train.training import train
 from actkit.functions.swap import swap
 from actkit.sparsity.fatrelu import ShiftedRelu

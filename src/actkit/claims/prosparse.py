@@ -18,6 +18,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property, partial
 from statistics import mean
+from typing import Any
 
 from torch import nn
 
@@ -26,9 +27,10 @@ from actkit.claims.small_models import language_model, text
 from actkit.claims.subject import spread
 from actkit.core.measure.quality import measure_quality
 from actkit.core.recipe.runner import apply
-from actkit.core.train.training import train
+from actkit.core.recipe.stage import Train
+from actkit.core.train.staged_run import run as run_stages
 from actkit.data import Batches
-from actkit.functions.swap import swap
+from actkit.functions.swap import Swap
 from actkit.sparsity.fatrelu import FatRelu, sweep_threshold
 from actkit.sparsity.neuron_activity import neuron_activity
 from actkit.sparsity.prosparse import ProSparse
@@ -116,7 +118,7 @@ class Arms:
     @cached_property
     def swiglu(self) -> nn.Module:
         """The model that all arms come from, before its activations are replaced."""
-        return self._trained(self._fresh, self.sizes.start, START, (), seed=0)
+        return self._staged(self._fresh, [stage_of(self.sizes.start, START)])
 
     @cached_property
     def relu(self) -> list[Arm]:
@@ -156,26 +158,21 @@ class Arms:
         return mean(factor for factor in factors if factor)
 
     def _continued(self, rules: tuple[ProSparse, ...], seed: int) -> nn.Module:
-        model = copy.deepcopy(self.swiglu)
-        swap(model, "silu", "relu", undo="off")
-        return self._trained(model, self.sizes.steps, RATE, rules, seed)
+        return self._staged(
+            self.swiglu, [Swap(where="silu", new="relu"), stage_of(self.sizes.steps, RATE, rules, seed)]
+        )
 
-    def _trained(self, model: nn.Module, steps: int, rate: float, rules: tuple[ProSparse, ...], seed: int) -> nn.Module:
-        return train(
-            model,
-            self._training,
-            validation=self.validation,
-            steps=steps,
-            learning_rate=rate,
-            rules=rules,
-            evaluate_every=steps,
-            keep="last",
-            seed=seed,
-            progress=False,
-        ).model
+    def _staged(self, model: nn.Module, recipe: list[Any]) -> nn.Module:
+        data = [(self._training, self.validation) if isinstance(item, Train) else None for item in recipe]
+        return run_stages(copy.deepcopy(model), recipe, data, undo="off", progress=False).model
 
     def _measured(self, model: nn.Module) -> Arm:
         return Arm(model, sparsity(model, self.test), perplexity(model, self.test))
+
+
+def stage_of(steps: int, rate: float, rules: tuple[ProSparse, ...] = (), seed: int = 0) -> Train:
+    """A training that keeps its last weights."""
+    return Train(rules=rules, steps=steps, learning_rate=rate, evaluate_every=steps, keep="last", seed=seed)
 
 
 def constant_factor(factor: float) -> ProSparse:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from actkit.claims import small_models
 from actkit.claims.outcome import Finding, Outcome, Statement, conduct
 from actkit.claims.subject import Subject
-from actkit.core.train.rules import AttachedRule, TrainingRule
+from actkit.core.recipe.rule import AttachedRule, TrainingRule
 from actkit.core.train.training import train
 from actkit.data import Batches
 from actkit.sparsity.activation_ratio import activation_ratio, gate_quantile

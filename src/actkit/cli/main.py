@@ -262,6 +262,9 @@ def apply(
         ),
     ] = None,
     proof: Annotated[bool, typer.Option(help="Load what was saved in a fresh process and compare.")] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a recipe of stages that was interrupted on its way to --out.")
+    ] = False,
     max_memory: MaxMemory = None,
     device: Device = "cpu",
     dtype: Dtype = None,
@@ -275,25 +278,34 @@ def apply(
     _set_up(threads, seed)
     from actkit import verbs
 
-    with _together():
-        result = verbs.apply_and_save(
-            model,
-            recipe,
-            out,
-            data,
-            sequences=sequences,
-            length=length,
-            batch_size=batch_size,
-            min_coverage=min_coverage,
-            proof=proof,
-            max_memory=max_memory,
-            device=device,
-            dtype=dtype,
-            seed=seed,
-            trust_remote_code=trust_remote_code,
-            overwrite=overwrite,
-            announce=None if as_json else _note,
-        )
+    try:
+        with _together():
+            result = verbs.apply_and_save(
+                model,
+                recipe,
+                out,
+                data,
+                sequences=sequences,
+                length=length,
+                batch_size=batch_size,
+                min_coverage=min_coverage,
+                proof=proof,
+                resume=resume,
+                max_memory=max_memory,
+                device=device,
+                dtype=dtype,
+                seed=seed,
+                trust_remote_code=trust_remote_code,
+                overwrite=overwrite,
+                announce=None if as_json else _note,
+            )
+    except KeyboardInterrupt:
+        from actkit.core.train.staged_run import state_of
+
+        if not state_of(out).is_dir():  # nothing to go on with
+            raise
+        _note(f"stopped. The state is kept in {state_of(out)}; go on with the same command and --resume.")
+        raise typer.Exit(130) from None
     _show(result, as_json)
 
 

@@ -177,7 +177,7 @@ def _same_function(module: nn.Module, plain: nn.Module) -> bool:
 def _by(model: nn.Module, path: str) -> str:
     """' (from wina)': the methods of the recipe, where there is one to name."""
     known = changes.of(model)
-    methods = [] if known is None else list(dict.fromkeys(name for entry in known.recipe for name in entry))
+    methods = [] if known is None else changes.methods_of(known.recipe)
     return f" (recipe: {', '.join(methods)})" if methods else ""
 
 

@@ -24,13 +24,14 @@ from actkit.core.forward.example import Inputs
 from actkit.core.forward.hooks import evaluating, forward, hooked
 from actkit.core.ground import registry
 from actkit.core.ground.errors import EditError, RecipeError
+from actkit.core.ground.yaml_files import explain
 from actkit.core.layers.activations import CONFIG_NAMES, FUNCTIONS, Activation, is_activation, name_of
 from actkit.core.model.anatomy import Block, Linear
 from actkit.core.model.experts import ExpertList
 from actkit.core.recipe.runner import Applied, apply
 from actkit.core.recipe.seen import Seen, Trial
 from actkit.core.recipe.tags import Tags
-from actkit.core.recipe.transform import Transform, explain
+from actkit.core.recipe.transform import Transform
 
 CONFIG_KEYS = ("hidden_act", "hidden_activation", "activation_function")
 Where = str | type[nn.Module]

@@ -49,7 +49,7 @@ def given(recipes: Iterable[Any], earlier: Sequence[Transform] = ()) -> list[Pro
     """The user's own recipes instead. Raises RecipeError for what is not one, or does not fit the model's changes."""
     found: list[Proposal] = []
     for source in recipes:
-        recipe = Recipe.of(source)
+        recipe = Recipe.of(source).unstaged("actkit.optimize")
         recipe.check(earlier=earlier)
         name = " over ".join(_named(transform) for transform in reversed(recipe.transforms))
         same = sum(each.name.split(" #")[0] == name for each in found)

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from actkit.core.forward.hooks import hooked
 from actkit.core.model.anatomy import Anatomy, Site, Tap, anatomy
-from actkit.core.train.rules import AttachedRule, TrainingRule, refuse_reentrant_checkpointing
+from actkit.core.recipe.rule import AttachedRule, TrainingRule
+from actkit.core.train.rules import refuse_reentrant_checkpointing
 from actkit.core.watch.capture import live, resolve
 
 

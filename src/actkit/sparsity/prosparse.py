@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from actkit.core.ground.errors import UnsupportedModelError
 from actkit.core.layers.activations import FUNCTIONS, name_of
 from actkit.core.model.anatomy import Anatomy, Site, anatomy
-from actkit.core.train.rules import TrainingRule, refuse_reentrant_checkpointing
+from actkit.core.recipe.rule import TrainingRule
+from actkit.core.train.rules import refuse_reentrant_checkpointing
 from actkit.core.watch.capture import resolve
 from actkit.sparsity.activation_penalty import ActivationPenalty, AttachedPenalty, token_rows
 

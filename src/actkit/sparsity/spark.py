@@ -31,14 +31,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from actkit import kernels
-from actkit.core.edit.edits import Edit, Note, Replace, Skip, apply_edit, describe, get_module
+from actkit.core.edit.edits import Edit, Note, Replace, Skip, get_module
 from actkit.core.layers.activations import CONFIG_NAMES, Activation
 from actkit.core.model.anatomy import Block, Linear, anatomy
 from actkit.core.model.parts import Mlp
+from actkit.core.recipe.runner import apply_edits
 from actkit.core.recipe.seen import Seen
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
-from actkit.core.store.pretrained import record
 from actkit.sparsity.spark_attention import SparkAttention
 from actkit.sparsity.statistical_top_k import StatisticalTopK, keeps_zero
 
@@ -167,13 +167,9 @@ def spark_lm(
         if density is not None:
             mlp = SparkFFN.match_gated(config.hidden_size, config.intermediate_size, density, r, act)
             edits.append(Replace(f"{path}.mlp", mlp))
-    described = []
     for edit in edits:
         edit.module.apply(model._init_weights).to(model.dtype)
-        described.append(describe(edit, model))
-        apply_edit(model, edit, remember=False)
-    if described:
-        record(model, described, [], anatomy(model).architecture)
+    apply_edits(model, edits, lambda: anatomy(model).architecture)
     return model
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ CHANGES, SOURCE = "actkit_changes", "actkit_source"
 class Changes:
     """The edits on a model, the recipe that made them, both in their JSON form, and the architecture row used.
 
+    recipe: an entry per transform, and `{"train": settings}` per training of a recipe with stages;
     `core.recipe.transform.transforms_of` reads the transforms back.
     """
 
@@ -133,3 +135,26 @@ def copy_of(model: nn.Module) -> nn.Module:
     if origin is not None and origin.untouched(model):
         duplicate.__dict__[SOURCE] = origin.rebound(duplicate)
     return duplicate
+
+
+def methods_of(entries: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The names of the methods in a record, transforms and rules, each once."""
+    return list(dict.fromkeys(_names(entries)))
+
+
+def _names(entries: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    for entry in entries:
+        for name, settings in entry.items():
+            yield from _names(settings.get("rules", ())) if name == "train" else (name,)
+
+
+def recipe_of(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The YAML form of the recipe that a record tells of."""
+    plain = [dict(entry) for entry in entries]
+    if not any("train" in entry for entry in plain):
+        return {"actkit": 1, "transforms": plain}
+    stages: list[dict[str, Any]] = []
+    for trained, group in groupby(plain, key=lambda entry: "train" in entry):
+        several = list(group)
+        stages += several if trained else [{"apply": several}]
+    return {"actkit": 1, "stages": stages}

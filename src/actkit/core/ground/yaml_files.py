@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from actkit.core.ground.errors import RecipeError
 
@@ -47,6 +48,20 @@ def parse_yaml(text: str, what: str, source: str) -> Any:
 def shorten(text: str, most: int = SHOWN) -> str:
     """A text cut in its middle, for values in errors."""
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"
+
+
+def explain(error: ValidationError, cls: type[BaseModel]) -> str:
+    """pydantic's complaints as one sentence each: setting, what was given, what is allowed."""
+    parts = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "settings"
+        if item["type"] == "extra_forbidden":
+            parts.append(f"{where}: no such setting; allowed are {', '.join(cls.model_fields)}")
+        else:
+            parts.append(
+                f"{where}: {shorten(repr(item['input']))} was given; {item['msg'][0].lower()}{item['msg'][1:]}"
+            )
+    return "; ".join(parts) + "."
 
 
 class _Plain(yaml.SafeLoader):

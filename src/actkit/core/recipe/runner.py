@@ -56,7 +56,8 @@ UNDO_MODES = ("source", "memory", "off")
 
 @dataclass
 class Report:
-    """What a run did. changed: (path, method) rows; skipped: (path, method, reason) rows; notes: what else was said."""
+    """What a run did. changed: (path, method) rows; skipped: (path, method, reason) rows; notes: what else was said.
+    stages: of a recipe with stages, what each did, {"apply": its report} or {"train": what `Trained.to_dict` says}."""
 
     recipe: dict[str, Any]
     plan: Plan
@@ -64,10 +65,11 @@ class Report:
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    stages: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
-        return asdict(self)
+        """Everything, as JSON takes it; `stages` only of a recipe that has some."""
+        return {name: value for name, value in asdict(self).items() if name != "stages" or value}
 
 
 @dataclass
@@ -117,7 +119,7 @@ def apply(
     starts; where something fails midway the model is restored (unless undo is 'off').
     """
     started = time.perf_counter()
-    recipe = Recipe.of(recipe)
+    recipe = Recipe.of(recipe).unstaged("core.recipe.runner.apply")
     if undo is not None and undo not in UNDO_MODES:
         raise ValueError(f"undo: {undo!r} was given, allowed are {', '.join(UNDO_MODES)}.")
     check_model(model)
@@ -125,7 +127,7 @@ def apply(
     known = changes.of(model)
     recipe.check(earlier=transforms_of(known.recipe) if known else ())
     transforms = [transform for transform in recipe if transform != type(transform).identity()]
-    batches = _batches(transforms, data)
+    batches = batches_of(transforms, data)
     for batch in batches:
         check_batch(model, batch)
     if processes.several():
@@ -172,14 +174,19 @@ def apply(
     report.seconds = time.perf_counter() - started
 
     def take_back() -> None:
-        if changes.of(model) is not after:
-            raise EditError(
-                "undo: the model was changed again since; undo the later change first, or load the original model."
-            )
+        refuse_later_changes(model, after)
         run.rollback()
         restore(model, before)
 
     return Applied(model, run.described, report, None if mode == "off" else take_back)
+
+
+def refuse_later_changes(model: nn.Module, record: changes.Changes | None) -> None:
+    """Raise EditError if a model's record is no longer the one that a change left, which then cannot be undone."""
+    if changes.of(model) is not record:
+        raise EditError(
+            "undo: the model was changed again since; undo the later change first, or load the original model."
+        )
 
 
 class _Run:
@@ -361,6 +368,39 @@ class _Run:
         return track(items, description, enabled=self.progress)
 
 
+def apply_edits(model: nn.Module, edits: Iterable[Edit], architecture: Callable[[], str]) -> None:
+    """Apply edits that no transform makes (those of a rule that has ended, of a function that builds a model), and
+    record them.
+
+    Args:
+        model: changed in place; a new module gets the mode of the one whose place it takes.
+        edits: each is applied as it is yielded.
+        architecture: says what the model is called, if nothing was recorded on it yet; asked after the edits.
+
+    Raises:
+        EditError: an edit does not fit; the ones before it are undone.
+    """
+    described: list[dict[str, Any]] = []
+    undos: list[Undo] = []
+    shared = shared_parameters(model)
+    try:
+        for edit in edits:
+            described.append(describe(edit, model))
+            if isinstance(edit, Replace):
+                edit.module.train(get_module(model, edit.path).training)
+            undo = apply_edit(model, edit, shared=shared)
+            if undo is not None:
+                undos.append(undo)
+    except BaseException:
+        for undo in reversed(undos):
+            undo()
+        raise
+    if described:
+        known = changes.of(model)
+        name = known.architecture if known else ""
+        record(model, described, [], name or architecture())
+
+
 def _restore_from_source(model: nn.Module, described: list[dict[str, Any]], origin: changes.Source) -> None:
     """Take what the edits touched from a fresh load of the model's source.
 
@@ -413,7 +453,7 @@ def check_model(model: nn.Module) -> None:
             raise NonFiniteError(f"model: {name} holds NaN or Inf; mend the weights first.")
 
 
-def _batches(transforms: Sequence[Transform], data: Iterable[Any] | None) -> Any:
+def batches_of(transforms: Sequence[Transform], data: Iterable[Any] | None) -> Any:
     """The batches as a sequence; DataError where a transform needs some and there are none."""
     if isinstance(data, str | bytes):
         raise DataError("data: a text was given; pass batches, or give the text to actkit.apply, which makes them.")

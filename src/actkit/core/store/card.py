@@ -110,9 +110,7 @@ class Card:
         last = ([f"Machine: {escape(self.machine)}."] if self.machine else []) + [f"Versions: {escape(known)}."]
         parts.append("\n".join(last))
         if self.recipe:
-            dumped = yaml.safe_dump(
-                {"actkit": 1, "transforms": [dict(entry) for entry in self.recipe]}, sort_keys=False
-            )
+            dumped = yaml.safe_dump(changes.recipe_of(self.recipe), sort_keys=False)
             parts += ["## Recipe", _fenced(dumped, "yaml")]
         return "\n\n".join(parts) + "\n"
 
@@ -138,7 +136,7 @@ def card_of(
     """
     known = changes.of(model)
     recipe = [] if known is None else known.recipe
-    methods = list(dict.fromkeys(name for entry in recipe for name in entry))
+    methods = changes.methods_of(recipe)
     plain = is_pretrained(model) and not (known is not None and known.edits)
     kept = _kept(model)
     base = kept.pop("base_model", None) or base_model(model)

@@ -366,6 +366,26 @@ def load(
     return model
 
 
+def load_into(model: nn.Module, folder: Path) -> None:
+    """Bring a model to a later state of itself: a folder that was saved from it after more edits or training.
+
+    Args:
+        model: with the edits that it had before; changed in place, on the device where it is.
+        folder: that `save` wrote.
+
+    Raises:
+        CheckpointError: the folder is damaged, or holds another model.
+    """
+    checksums.verify(folder, _of_the_model)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    if (folder / MANIFEST).exists():
+        _load_changed(folder, lambda: model, False)
+    else:  # trained, and not changed otherwise
+        tensors, shared = _tensors(load_folder(folder, None, False)[0])
+        _fill(model, tensors, shared, folder)
+    model.to(device)
+
+
 def _of_the_model(name: str) -> bool:
     """Whether a file of a saved folder is one that the model is built from (and not its tokenizer's)."""
     return name in SETTINGS or name.endswith((*WEIGHTS_SUFFIXES, CODE))
@@ -465,8 +485,9 @@ def _load_changed(
             f"{folder}: it holds a {manifest['model_class']}, which is not a transformers model; "
             f"pass base= in Python (actkit.load), a function that builds the unchanged model."
         )
+    known = changes.of(model)  # of one that `load_into` goes on with; a base model has none
     try:
-        replay(model, manifest["edits"])
+        replay(model, manifest["edits"][len(known.edits) if known else 0 :])
     except (ActkitError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: the edits do not fit {type(model).__name__}: {error}") from error
     _fill(model, tensors, manifest["tied"], folder)

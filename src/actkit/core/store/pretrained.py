@@ -148,7 +148,21 @@ def record(model: nn.Module, edits: list[dict[str, Any]], recipe: list[dict[str,
         architecture: the row that the model was read by; the one of earlier changes stays.
     """
     known = changes.of(model) or Changes(architecture=architecture)
-    restore(model, replace(known, edits=known.edits + edits, recipe=known.recipe + recipe))
+    known = replace(known, edits=known.edits + edits, recipe=known.recipe + recipe)
+    restore(model, replace(known, architecture=known.architecture or architecture))
+
+
+def record_training(model: nn.Module, settings: dict[str, Any]) -> None:
+    """Add a training to a model's record, between what was applied before and after it.
+
+    By itself it makes no model a changed one: its tensors have other values, and that is all.
+
+    Args:
+        model: any model.
+        settings: of the training, as a recipe has them.
+    """
+    known = changes.of(model) or Changes()
+    restore(model, replace(known, recipe=[*known.recipe, {"train": settings}]))
 
 
 def restore(model: nn.Module, known: Changes | None) -> None:

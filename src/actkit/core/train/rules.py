@@ -13,7 +13,8 @@ returns what holds its running state. In our loop: `core.train.training.train(..
             rules.after_step((step + 1) / len(batches))
             optimizer.zero_grad()
 
-Where gradients are accumulated, divide what `add` returns by the number of batches, as you would the loss.
+At its end the rules are detached, and the edits that they finish with are made and recorded on the model. Where
+gradients are accumulated, divide what `add` returns by the number of batches, as you would the loss.
 """
 
 from __future__ import annotations
@@ -22,81 +23,20 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from actkit.core.ground import registry
-from actkit.core.ground.errors import CheckpointError, RecipeError, UnsupportedModelError
-from actkit.core.ground.yaml_files import parse_yaml, read_yaml, shorten
-from actkit.core.recipe.transform import explain
+from actkit.core.edit.edits import Edit
+from actkit.core.ground.errors import CheckpointError, UnsupportedModelError
+from actkit.core.model.anatomy import anatomy
+from actkit.core.recipe.rule import AttachedRule, parse_rules
+from actkit.core.recipe.runner import apply_edits
 from actkit.core.store.tensor_files import read_values, write_values
-
-RULES_VERSION = 1
-
-
-class TrainingRule(BaseModel):
-    """The settings of a rule. keep: which weights a training under it should end with, where the user does not say:
-    'last' for a rule that trades loss for something else, so that the least loss is where it has worked least."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    keep: ClassVar[Literal["best", "last"]] = "best"
-
-    @property
-    def name(self) -> str:
-        """The registered name. Raises RecipeError where the class is not registered."""
-        return registry.method_name(type(self))
-
-    @property
-    def label(self) -> str:
-        """A short text for tables: the name and the settings that differ from the defaults."""
-        given = ", ".join(f"{key}={value}" for key, value in self.model_dump(exclude_defaults=True).items())
-        return f"{type(self).__name__}({given})"
-
-    def attach(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, example: Any = None
-    ) -> AttachedRule:
-        """Put the rule to work on a model.
-
-        optimizer: for rules that act on gradients or moments (its step hooks) or on parameter groups. example: one
-        batch, needed by rules that read sites of a model of unknown architecture. Raises what the rule cannot do with
-        this model; nothing is left behind then.
-        """
-        raise NotImplementedError
-
-
-class AttachedRule:
-    """A rule at work on one model, with its running state. What a rule does not need stays as it is here."""
-
-    def penalty(self, mask: Tensor | None = None) -> Tensor | None:
-        """What to add to the loss of the forward pass that was just made; None where there is nothing.
-
-        mask: bool or integer [batch, length], which tokens are real; None where all are. Returns a scalar with its
-        graph; a mean over the batch, as the loss is, since it is scaled with the loss.
-        """
-        return None
-
-    def before_step(self, progress: float) -> None:
-        """Called before the forward passes of an optimizer step. progress: share of the steps that are done."""
-
-    def after_step(self, progress: float) -> None:
-        """Called after the optimizer's step, while its gradients still stand."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed training needs: tensors and JSON values."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` gave. Raises CheckpointError where it does not fit."""
-        if state:
-            raise CheckpointError(f"state: {', '.join(state)} was given; {type(self).__name__} keeps no state.")
-
-    def detach(self) -> None:
-        """Leave the model as it would be without the rule (hooks removed); what was trained stays."""
 
 
 class AttachedRules(AttachedRule):
@@ -147,6 +87,9 @@ class AttachedRules(AttachedRule):
             for rule in self._rules.values():
                 stack.callback(rule.detach)
 
+    def finish(self) -> Iterable[Edit]:
+        return chain.from_iterable(rule.finish() for rule in self._rules.values())
+
 
 def attach(
     rules: Any, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, example: Any = None
@@ -169,80 +112,30 @@ def attach(
 def attached(
     rules: Any, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, example: Any = None
 ) -> Iterator[AttachedRules]:
-    """with attached(rules, model, optimizer) as rules: train. They are detached at the end, also after an exception."""
+    """with attached(rules, model, optimizer) as rules: train. They are detached at the end, also after an exception;
+    if there was none, the edits that they finish with are made."""
     running = attach(rules, model, optimizer, example)
     try:
         yield running
-    finally:
+    except BaseException:
         running.detach()
+        raise
+    finish(running, model, example)
 
 
-# -- rules by name -----------------------------------------------------------------------------------------------------
+def finish(running: AttachedRule, model: nn.Module, example: Any = None) -> None:
+    """End a training: detach its rules, then make the edits that they finish with, and record them on the model.
 
+    Args:
+        running: what `attach` gave.
+        model: with the weights that are kept.
+        example: a batch, for a model of unknown architecture.
 
-def parse_rules(source: Any) -> tuple[TrainingRule, ...]:
-    """Rules from a rule, 'name', 'name:setting=value,setting=value', {name: settings}, a list of these, or a YAML file.
-
-    actkit: 1
-    rules:
-      - activation_penalty: {weight: 0.001}
-
-    Raises RecipeError naming the unknown rule or setting, or the value out of bounds.
+    Raises:
+        EditError: an edit does not fit the model, which then is as it was before the edits.
     """
-    if source is None:
-        return ()
-    if isinstance(source, Path) or (isinstance(source, str) and source.endswith((".yaml", ".yml"))):
-        return parse_rules(_read(Path(source)))
-    if isinstance(source, Mapping) and "rules" in source:
-        extra = set(source) - {"actkit", "rules"}
-        if extra or source.get("actkit") != RULES_VERSION or not isinstance(source["rules"], list):
-            raise RecipeError(f"rules: expected `actkit: {RULES_VERSION}` and `rules:` with a list, and nothing else.")
-        return parse_rules(source["rules"])
-    entries = [source] if isinstance(source, TrainingRule | str | Mapping) else list(source)
-    return tuple(_rule(entry) for entry in entries)
-
-
-def dump_rules(rules: Iterable[TrainingRule]) -> list[dict[str, Any]]:
-    """The entries that `parse_rules` reads; every setting is written, defaults too."""
-    return [{rule.name: rule.model_dump(mode="json")} for rule in rules]
-
-
-def _read(path: Path) -> Any:
-    content = read_yaml(path, "rules")
-    if not isinstance(content, Mapping) or "rules" not in content:
-        raise RecipeError(f"rules: {path} has no key `rules:`; write `actkit: {RULES_VERSION}` and a list of rules.")
-    return content
-
-
-def _rule(entry: Any) -> TrainingRule:
-    if isinstance(entry, TrainingRule):
-        return entry
-    if isinstance(entry, str):
-        entry = _from_text(entry)
-    if not isinstance(entry, Mapping) or len(entry) != 1:
-        raise RecipeError(f"rules: {shorten(repr(entry))} was given; give a rule, its name, or {{name: settings}}.")
-    name, settings = next(iter(entry.items()))
-    cls = registry.method_class(str(name))
-    if not (isinstance(cls, type) and issubclass(cls, TrainingRule)):
-        raise RecipeError(f"rules: {name!r} is not a training rule.")
-    if not isinstance(settings or {}, Mapping):
-        raise RecipeError(
-            f"rules: {name}: the settings are {shorten(repr(settings))}; give a mapping of names to values."
-        )
-    try:
-        return cls(**(settings or {}))
-    except ValidationError as error:
-        raise RecipeError(f"rules: {name}: {explain(error, cls)}") from error
-
-
-def _from_text(text: str) -> dict[str, Any]:
-    """'name:setting=value,setting=value', as the command line takes it."""
-    name, colon, settings = text.partition(":")
-    try:
-        values = parse_yaml("{" + settings.replace("=", ": ") + "}", "rules", repr(text)) if colon else {}
-    except RecipeError as error:
-        raise RecipeError(f"rules: {text!r} was given; write it like 'name:setting=value,setting=value'.") from error
-    return {name.strip(): values}
+    running.detach()
+    apply_edits(model, running.finish(), lambda: anatomy(model, example).architecture)
 
 
 # -- what rules share --------------------------------------------------------------------------------------------------
@@ -300,7 +193,8 @@ class RuleCallback(TrainerCallback):
         self.detach()
 
     def detach(self) -> None:
-        """Take hook and rules off the model. Done when training ends; after an exception by leaving the `with`."""
+        """Take hook and rules off the model. Done if training ends (then the rules also finish); after an exception
+        by leaving the `with`."""
         if self._remove is not None:
             self._remove()
             self._remove = None
@@ -350,7 +244,10 @@ class RuleCallback(TrainerCallback):
             write_values(_checkpoint(args, state) / "actkit_rules", values)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        running = self.running
         self.detach()
+        if running is not None:
+            finish(running, kwargs["model"], self.example)
 
     def _load(self, args: Any, state: Any) -> None:
         folder = Path(self.resume_from) if self.resume_from is not None else _checkpoint(args, state)

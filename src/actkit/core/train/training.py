@@ -16,13 +16,14 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from actkit.core.edit import changes
 from actkit.core.forward.hooks import evaluating
 from actkit.core.ground import processes, whole_folder
 from actkit.core.ground.errors import CheckpointError, NonFiniteError, ProcessError
@@ -30,15 +31,15 @@ from actkit.core.ground.offload import refuse_offloaded
 from actkit.core.ground.progress import track
 from actkit.core.ground.random_numbers import own_random_numbers, random_state, set_random_state
 from actkit.core.ground.whole_file import write_whole
+from actkit.core.recipe.rule import parse_rules
 from actkit.core.recipe.runner import check_model
+from actkit.core.recipe.stage import Keep, Precision, Schedule
 from actkit.core.store import checkpoint
 from actkit.core.store.tensor_files import read_values, write_values
 from actkit.core.train.objective import Loss, Objective, mask_of, parameter_groups
-from actkit.core.train.rules import AttachedRules, attached, parse_rules
+from actkit.core.train.rules import AttachedRules, attached
 from actkit.core.train.training_setup import (
     RECORD,
-    Precision,
-    Schedule,
     Settings,
     check_folder,
     check_parameters,
@@ -57,8 +58,6 @@ from actkit.core.train.training_setup import (
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from rich.table import Table
-
-Keep = Literal["best", "last"]
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
@@ -80,7 +79,8 @@ class TrainingStep:
 @dataclass(frozen=True)
 class Trained:
     """A trained model. best_step: the one with the least validation loss (never step 0). kept: which weights the model
-    has, 'best' or 'last'. validation: their loss. folder: where the model was saved, if it was."""
+    has, 'best' or 'last'. validation: their loss, after the edits that rules finish with. folder: where the model was
+    saved, if it was."""
 
     model: nn.Module
     history: tuple[TrainingStep, ...]
@@ -205,17 +205,21 @@ def train(
         settings = checked(settings, evaluate_every)
         device = next(model.parameters()).device
         stack.enter_context(own_random_numbers(device, seed))
-        stack.enter_context(modes_restored(model))
         optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=learning_rate)
-        running = stack.enter_context(attached(rules, model, optimizer, training[0]))
         described = [{type(rule).__name__: rule.model_dump(mode="json")} for rule in rules]
         keep = keep or ("last" if any(rule.keep == "last" for rule in rules) else "best")
-        run = _Run(model, training, held_out, settings, optimizer, running, accelerator, loss, folder, described)
-        stack.callback(run.unwrap)
-        if resume:
-            run.restore()
-        run.go(progress)
-        result = run.finish(keep, time.perf_counter() - started)
+        before = changes.of(model)
+        with attached(rules, model, optimizer, training[0]) as running, ExitStack() as wrapped:
+            run = _Run(model, training, held_out, settings, optimizer, running, accelerator, loss, folder, described)
+            wrapped.enter_context(modes_restored(model))  # before rules finish: new modules are in their mode then
+            wrapped.callback(run.unwrap)
+            if resume:
+                run.restore()
+            run.go(progress)
+            result = run.finish(keep)
+        if changes.of(model) is not before:  # by edits that a rule finished with
+            result = replace(result, validation=run.validation_loss())
+        result = replace(result, seconds=time.perf_counter() - started)
     if folder is not None and accelerator.is_main_process:
         checkpoint.save(model, folder, overwrite=True)
         write_whole(folder / RECORD, json.dumps(result.to_dict(), indent=1))
@@ -340,16 +344,7 @@ class _Run:
         due = self.step % settings.evaluate_every == 0 or self.step == settings.steps
         if not due or (self.history and self.history[-1].validation is not None):
             return
-        # With numbers of its own, the same each time: whether a step is measured does not change what is trained.
-        own = own_random_numbers(self.parameters[0].device, settings.seed)
-        with own, evaluating(self.model), self.accelerator.autocast():
-            counts = [self.objective.labels(batch) for batch in self.validation]
-            losses = [float(self.objective(self.model, batch)) for batch in self.validation]
-        loss = math.fsum(count * each for count, each in zip(counts, losses, strict=True)) / sum(counts)
-        if not math.isfinite(loss):
-            raise NonFiniteError(
-                f"training: the validation loss after step {self.step} is {loss}; lower learning_rate."
-            )
+        loss = self.validation_loss()
         if self.step == 0:
             self.history.append(TrainingStep(0, validation=loss))
             return
@@ -358,6 +353,20 @@ class _Run:
             copies = {name: tensor.detach().cpu().clone() for name, tensor in _tensors(self.model).items()}
             self.best = (loss, self.step, copies)
         self.save()
+
+    def validation_loss(self) -> float:
+        """Nats per label on the validation split, of the weights as they are."""
+        # With numbers of its own, the same each time: whether a step is measured does not change what is trained.
+        own = own_random_numbers(self.parameters[0].device, self.settings.seed)
+        with own, evaluating(self.model), self.accelerator.autocast():
+            counts = [self.objective.labels(batch) for batch in self.validation]
+            losses = [float(self.objective(self.model, batch)) for batch in self.validation]
+        loss = math.fsum(count * each for count, each in zip(counts, losses, strict=True)) / sum(counts)
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"training: the validation loss after step {self.step} is {loss}; lower learning_rate."
+            )
+        return loss
 
     def save(self) -> None:
         """Write the state to `out.training`, whole or not at all."""
@@ -422,8 +431,8 @@ class _Run:
             self.accelerator.unwrap_model(self.called, keep_fp32_wrapper=False)
             self.model.__dict__.pop("forward", None)  # of mixed precision; the class's own shows again
 
-    def finish(self, keep: Keep, seconds: float) -> Trained:
-        """The result, with the weights that are to be kept in the model."""
+    def finish(self, keep: Keep) -> Trained:
+        """The result, with the weights that are to be kept in the model; seconds: not known here."""
         assert self.best is not None
         last = self.history[-1].validation
         loss, step, copies = self.best
@@ -432,7 +441,7 @@ class _Run:
         validation = loss if keep == "best" else last
         assert validation is not None
         size = sum(parameter.numel() for parameter in self.parameters)
-        return Trained(self.model, tuple(self.history), step, keep, validation, size, seconds, self.folder)
+        return Trained(self.model, tuple(self.history), step, keep, validation, size, 0.0, self.folder)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from actkit.core.forward.hooks import check_batch
 from actkit.core.ground import whole_folder
 from actkit.core.ground.errors import CheckpointError, DataError
+from actkit.core.recipe.stage import Precision, Schedule
 from actkit.core.store import checkpoint
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Schedule = Literal["cosine", "linear", "constant"]
-Precision = Literal["no", "bf16", "fp16"]
 STATE, RECORD = ".training", "training.json"  # suffix of the state's folder; the history, in the finished one
 
 
@@ -129,20 +128,37 @@ def state_folder(folder: Path) -> Path:
     return folder.with_name(folder.name + STATE)
 
 
-def check_folder(folder: Path | None, resume: bool, overwrite: bool) -> None:
-    """Raise CheckpointError where the state to resume is missing, or something would be lost that nobody gave up."""
+def check_folder(
+    folder: Path | None,
+    resume: bool,
+    overwrite: bool,
+    *,
+    state: Path | None = None,
+    record: str = RECORD,
+    what: str = "training",
+) -> None:
+    """Raise CheckpointError where the state to resume is missing, or something would be lost that nobody gave up.
+
+    Args:
+        folder: what is going to be written; None for nothing.
+        resume: go on with a state that is there.
+        overwrite: replace what is there.
+        state: where the state is kept, by default that of a training into `folder`.
+        record: the file by which a finished folder is known.
+        what: whose state it is, for errors.
+    """
     if folder is None:
         if resume:
-            raise ValueError("resume: it needs out=, the folder that the training was going to write.")
+            raise ValueError(f"resume: it needs out=, the folder that the {what} was going to write.")
         return
-    state = state_folder(folder)
+    state = state or state_folder(folder)
     whole_folder.recover(state)
     if resume and not state.is_dir():
-        reason = "the training there is finished" if (folder / RECORD).exists() else f"there is no state in {state}"
+        reason = f"the {what} there is finished" if (folder / record).exists() else f"there is no state in {state}"
         raise CheckpointError(f"resume: {folder}: {reason}; leave resume out to start one.")
     if state.is_dir() and not (resume or overwrite):
         raise CheckpointError(
-            f"out: {state} holds the state of a training that was not finished; go on with resume=True (--resume), or "
+            f"out: {state} holds the state of a {what} that was not finished; go on with resume=True (--resume), or "
             f"start anew with overwrite=True (--overwrite)."
         )
     checkpoint.check_target(folder, overwrite=overwrite)

@@ -1,0 +1,157 @@
+"""The TrainingRule contract: its settings, what it does once it is at work, and rules by their names.
+
+What puts rules to work on a model, in our loop and in others, is `core/train/rules.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from actkit.core.edit.edits import Edit
+from actkit.core.ground import registry
+from actkit.core.ground.errors import CheckpointError, RecipeError
+from actkit.core.ground.yaml_files import explain, parse_yaml, read_yaml, shorten
+
+RULES_VERSION = 1
+
+
+class TrainingRule(BaseModel):
+    """The settings of a rule. keep: which weights a training under it should end with, where the user does not say:
+    'last' for a rule that trades loss for something else, so that the least loss is where it has worked least."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    keep: ClassVar[Literal["best", "last"]] = "best"
+
+    @property
+    def name(self) -> str:
+        """The registered name. Raises RecipeError where the class is not registered."""
+        return registry.method_name(type(self))
+
+    @property
+    def label(self) -> str:
+        """A short text for tables: the name and the settings that differ from the defaults."""
+        given = ", ".join(f"{key}={value}" for key, value in self.model_dump(exclude_defaults=True).items())
+        return f"{type(self).__name__}({given})"
+
+    def attach(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, example: Any = None
+    ) -> AttachedRule:
+        """Put the rule to work on a model.
+
+        optimizer: for rules that act on gradients or moments (its step hooks) or on parameter groups. example: one
+        batch, needed by rules that read sites of a model of unknown architecture. Raises what the rule cannot do with
+        this model; nothing is left behind then.
+        """
+        raise NotImplementedError
+
+
+class AttachedRule:
+    """A rule at work on one model, with its running state. What a rule does not need stays as it is here."""
+
+    def penalty(self, mask: Tensor | None = None) -> Tensor | None:
+        """What to add to the loss of the forward pass that was just made; None where there is nothing.
+
+        mask: bool or integer [batch, length], which tokens are real; None where all are. Returns a scalar with its
+        graph; a mean over the batch, as the loss is, since it is scaled with the loss.
+        """
+        return None
+
+    def before_step(self, progress: float) -> None:
+        """Called before the forward passes of an optimizer step. progress: share of the steps that are done."""
+
+    def after_step(self, progress: float) -> None:
+        """Called after the optimizer's step, while its gradients still stand."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training needs: tensors and JSON values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave. Raises CheckpointError where it does not fit."""
+        if state:
+            raise CheckpointError(f"state: {', '.join(state)} was given; {type(self).__name__} keeps no state.")
+
+    def detach(self) -> None:
+        """Leave the model as it would be without the rule (hooks removed); what was trained stays."""
+
+    def finish(self) -> Iterable[Edit]:
+        """Edits that end the training, such as a quantized layer in the place of one that was trained to be rounded.
+
+        Asked for once, after `detach`, on the weights that are kept; not after an exception. Each is applied as it is
+        yielded and recorded on the model, so that it is saved, loaded and proved like those of a transform.
+        """
+        return ()
+
+
+# -- rules by name -----------------------------------------------------------------------------------------------------
+
+
+def parse_rules(source: Any) -> tuple[TrainingRule, ...]:
+    """Rules from a rule, 'name', 'name:setting=value,setting=value', {name: settings}, a list of these, or a YAML file.
+
+    actkit: 1
+    rules:
+      - activation_penalty: {weight: 0.001}
+
+    Raises RecipeError naming the unknown rule or setting, or the value out of bounds.
+    """
+    if source is None:
+        return ()
+    if isinstance(source, Path) or (isinstance(source, str) and source.endswith((".yaml", ".yml"))):
+        return parse_rules(_read(Path(source)))
+    if isinstance(source, Mapping) and "rules" in source:
+        extra = set(source) - {"actkit", "rules"}
+        if extra or source.get("actkit") != RULES_VERSION or not isinstance(source["rules"], list):
+            raise RecipeError(f"rules: expected `actkit: {RULES_VERSION}` and `rules:` with a list, and nothing else.")
+        return parse_rules(source["rules"])
+    entries = [source] if isinstance(source, TrainingRule | str | Mapping) else list(source)
+    return tuple(_rule(entry) for entry in entries)
+
+
+def dump_rules(rules: Iterable[TrainingRule]) -> list[dict[str, Any]]:
+    """The entries that `parse_rules` reads; every setting is written, defaults too."""
+    return [{rule.name: rule.model_dump(mode="json")} for rule in rules]
+
+
+def _read(path: Path) -> Any:
+    content = read_yaml(path, "rules")
+    if not isinstance(content, Mapping) or "rules" not in content:
+        raise RecipeError(f"rules: {path} has no key `rules:`; write `actkit: {RULES_VERSION}` and a list of rules.")
+    return content
+
+
+def _rule(entry: Any) -> TrainingRule:
+    if isinstance(entry, TrainingRule):
+        return entry
+    if isinstance(entry, str):
+        entry = _from_text(entry)
+    if not isinstance(entry, Mapping) or len(entry) != 1:
+        raise RecipeError(f"rules: {shorten(repr(entry))} was given; give a rule, its name, or {{name: settings}}.")
+    name, settings = next(iter(entry.items()))
+    cls = registry.method_class(str(name))
+    if not (isinstance(cls, type) and issubclass(cls, TrainingRule)):
+        raise RecipeError(f"rules: {name!r} is not a training rule.")
+    if not isinstance(settings or {}, Mapping):
+        raise RecipeError(
+            f"rules: {name}: the settings are {shorten(repr(settings))}; give a mapping of names to values."
+        )
+    try:
+        return cls(**(settings or {}))
+    except ValidationError as error:
+        raise RecipeError(f"rules: {name}: {explain(error, cls)}") from error
+
+
+def _from_text(text: str) -> dict[str, Any]:
+    """'name:setting=value,setting=value', as the command line takes it."""
+    name, colon, settings = text.partition(":")
+    try:
+        values = parse_yaml("{" + settings.replace("=", ": ") + "}", "rules", repr(text)) if colon else {}
+    except RecipeError as error:
+        raise RecipeError(f"rules: {text!r} was given; write it like 'name:setting=value,setting=value'.") from error
+    return {name.strip(): values}
