@@ -39,8 +39,8 @@ from actkit.core.forward.hooks import first_tensor, forward
 from actkit.core.ground import whole_folder
 from actkit.core.ground.errors import CheckpointError
 from actkit.core.measure import proof
+from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import apply
-from actkit.core.recipe.transform import Recipe
 from actkit.core.store import checkpoint
 from actkit.core.store.tensor_files import read_values, write_values
 from actkit.core.watch import one_pass

@@ -56,11 +56,12 @@ from actkit.core.model.architectures import MlpRow
 from actkit.core.model.gpt_rows import GPT2
 from actkit.core.model.reading import BlockReader
 from actkit.core.recipe import rule, stage
+from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import apply
 from actkit.core.recipe.seen import Seen, check_shares
 from actkit.core.recipe.steps import Steps
 from actkit.core.recipe.tags import Tags
-from actkit.core.recipe.transform import Recipe, Transform
+from actkit.core.recipe.transform import Transform
 from actkit.core.store import checkpoint, checksums
 from actkit.core.store.quantized_source import _values
 from actkit.core.store.tensor_files import read_values, write_values

@@ -13,8 +13,8 @@ import tiny_models
 
 from actkit.core.ground import registry
 from actkit.core.ground.errors import CheckpointError, RecipeError
+from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import apply
-from actkit.core.recipe.transform import Recipe
 from actkit.core.store import checkpoint
 
 ROOT = Path(__file__).parents[1]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from actkit.core.recipe.transform import Recipe
+from actkit.core.recipe.recipe import Recipe
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 

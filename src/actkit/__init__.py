@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from actkit.core.measure.sampling import Sampling as Sampling
     from actkit.core.model.anatomy import Site as Site
     from actkit.core.model.anatomy import anatomy as anatomy
-    from actkit.core.recipe.transform import Recipe as Recipe
+    from actkit.core.recipe.recipe import Recipe as Recipe
     from actkit.core.recipe.transform import Transform as Transform
     from actkit.core.store.checkpoint import save as save
     from actkit.core.watch.capture import live as live
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ActLinear": "core.layers.linear",
     "ActkitError": "core.ground.errors",
-    "Recipe": "core.recipe.transform",
+    "Recipe": "core.recipe.recipe",
     "Sampling": "core.measure.sampling",
     "Site": "core.model.anatomy",
     "Transform": "core.recipe.transform",

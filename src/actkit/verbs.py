@@ -25,8 +25,9 @@ from actkit.core.measure.sampling import LIKELIEST, Sampling
 from actkit.core.measure.summary import Summary, summarise
 from actkit.core.model.architectures import find_architecture
 from actkit.core.recipe import runner
+from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.stage import Train
-from actkit.core.recipe.transform import Recipe, Transform
+from actkit.core.recipe.transform import Transform
 from actkit.core.store.checkpoint import MANIFEST, check_savable, check_target, read_manifest, save
 from actkit.data import Batches, Split, load_data
 from actkit.zoo.loading import OWN_CLASSES, locate, open_model

@@ -34,8 +34,8 @@ from actkit.core.ground.errors import (
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.selections import Threshold
 from actkit.core.measure.quality import measure_quality
+from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import apply
-from actkit.core.recipe.transform import Recipe
 from actkit.core.store import checkpoint, checksums
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import Moments

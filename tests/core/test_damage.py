@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from tiny_models import batches, build, snapshot
 
 from actkit.core.ground.errors import CheckpointError, RecipeError
+from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.rule import parse_rules
 from actkit.core.recipe.runner import apply
-from actkit.core.recipe.transform import Recipe
 from actkit.core.store import checkpoint, checksums
 from actkit.core.store.tensor_files import read_values, write_values
 from actkit.search.journal import Journal, JournalError

@@ -24,10 +24,11 @@ from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import Block, Site, anatomy
 from actkit.core.model.experts import ExpertList
+from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import apply
 from actkit.core.recipe.seen import Seen
 from actkit.core.recipe.tags import Tags
-from actkit.core.recipe.transform import Recipe, Transform
+from actkit.core.recipe.transform import Transform
 from actkit.core.store import checkpoint
 from actkit.core.watch.statistics import Gram, Moments, Spectrum
 

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from actkit.core.edit.changes import methods_of, recipe_of
 from actkit.core.ground.errors import RecipeError
+from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.stage import Apply, Train
-from actkit.core.recipe.transform import Recipe
 from actkit.functions.swap import Swap
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.fatrelu import FatRelu

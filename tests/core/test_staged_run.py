@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from actkit.core.edit import changes
 from actkit.core.ground.errors import CheckpointError, DataError, EditError, NonFiniteError, ProcessError, RecipeError
 from actkit.core.measure.proof import prove
+from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import apply
 from actkit.core.recipe.stage import Apply, Train
-from actkit.core.recipe.transform import Recipe
 from actkit.core.store import checkpoint
 from actkit.core.train import staged_run, training
 from actkit.core.train.training import train

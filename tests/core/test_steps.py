@@ -7,9 +7,9 @@ import tiny_models
 import torch
 
 from actkit.core.ground.errors import RecipeError
+from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import apply
 from actkit.core.recipe.steps import Steps
-from actkit.core.recipe.transform import Recipe
 from actkit.quantization.awq import Awq
 
 

@@ -27,8 +27,8 @@ from actkit.core.ground import registry
 from actkit.core.ground.errors import EditError, RecipeError
 from actkit.core.layers.activations import CONFIG_NAMES, FUNCTIONS, Activation, Thresholded, is_activation, name_of
 from actkit.core.layers.folding import ScaledActivation
+from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import apply
-from actkit.core.recipe.transform import Recipe
 from actkit.core.store import checkpoint
 from actkit.functions.swap import Swap, swap
 from actkit.quantization.rtn import RoundToNearest

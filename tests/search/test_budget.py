@@ -10,7 +10,7 @@ import tiny_models
 from made_up import candidate
 
 from actkit.core.ground.errors import ActkitError
-from actkit.core.recipe.transform import Recipe
+from actkit.core.recipe.recipe import Recipe
 from actkit.search import budget as module
 from actkit.search import search as searching
 from actkit.search.budget import Budget

@@ -12,7 +12,7 @@ from actkit.core.ground import registry
 from actkit.core.ground.errors import RecipeError
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.proposals import GROUPS, Idea, Shapes
-from actkit.core.recipe.transform import Recipe
+from actkit.core.recipe.recipe import Recipe
 from actkit.quantization.rtn import RoundToNearest
 from actkit.search.candidates import given, propose
 from actkit.search.profile import profile
@@ -128,7 +128,7 @@ def test_a_new_method_proposes_by_itself(monkeypatch):
     monkeypatch.setattr("actkit.search.candidates.registry.method_names", lambda: list(classes))
     monkeypatch.setattr("actkit.search.candidates.registry.method_class", classes.__getitem__)
     names = {cls: name for name, cls in classes.items()}
-    monkeypatch.setattr("actkit.core.recipe.transform.registry.method_name", names.__getitem__)
+    monkeypatch.setattr("actkit.core.ground.registry.method_name", names.__getitem__)
     found, _ = propose(looked, shapes)
     stacks = ["light over awq 4 bit", "light over rtn 8 bit", "light over rtn 4 bit"]
     assert [each.name for each in found][:7] == ["rtn 8 bit", "light", *stacks, "rtn 4 bit", "awq 4 bit"]

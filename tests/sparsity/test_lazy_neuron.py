@@ -16,8 +16,8 @@ from actkit.core.ground.errors import RecipeError
 from actkit.core.layers.activations import Activation, is_activation
 from actkit.core.layers.folding import ScaledActivation
 from actkit.core.model.anatomy import anatomy
+from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import apply
-from actkit.core.recipe.transform import Recipe
 from actkit.core.store.checkpoint import load, save
 from actkit.core.train.training import train
 from actkit.functions.swap import swap

@@ -15,10 +15,11 @@ from actkit.core.layers.selections import Threshold, TopK
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.measure.quality import measure_quality
 from actkit.core.model.anatomy import Linear, anatomy
+from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import apply
 from actkit.core.recipe.seen import Trial
 from actkit.core.recipe.tags import Tags
-from actkit.core.recipe.transform import Recipe, Transform
+from actkit.core.recipe.transform import Transform
 from actkit.quantization.awq import Awq
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.importance_map import importance_map

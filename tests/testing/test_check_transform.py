@@ -15,8 +15,9 @@ from actkit.core.ground import registry
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.weights import DenseWeight
 from actkit.core.measure.fresh import FreshProcess
+from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.tags import Tags
-from actkit.core.recipe.transform import Recipe, Transform
+from actkit.core.recipe.transform import Transform
 from actkit.functions.swap import Swap
 from actkit.quantization.awq import Awq
 from actkit.quantization.rtn import RoundToNearest

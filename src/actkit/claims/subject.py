@@ -19,9 +19,10 @@ from actkit import zoo
 from actkit.core.edit.edits import Edit, Replace, temporarily
 from actkit.core.measure.quality import measure_quality
 from actkit.core.model.anatomy import Site, anatomy
+from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import apply
 from actkit.core.recipe.seen import Seen
-from actkit.core.recipe.transform import Recipe, Transform
+from actkit.core.recipe.transform import Transform
 from actkit.core.watch.capture import record
 from actkit.data import Batches, Split, load_data
 from actkit.sparsity.cats import Cats

@@ -12,7 +12,8 @@ from typing import Any
 from actkit.core.ground import registry
 from actkit.core.ground.errors import ActkitError, RecipeError
 from actkit.core.recipe.proposals import Idea, LeftOut, Shapes
-from actkit.core.recipe.transform import Recipe, Transform
+from actkit.core.recipe.recipe import Recipe
+from actkit.core.recipe.transform import Transform
 from actkit.search.results import Profile, Proposal
 
 MOST = 12

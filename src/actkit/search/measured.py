@@ -14,7 +14,7 @@ from actkit.core.ground.estimate import Estimate
 from actkit.core.measure.cost import Cost
 from actkit.core.measure.proof import Proof
 from actkit.core.measure.speed import Speed
-from actkit.core.recipe.transform import Recipe
+from actkit.core.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from actkit.core.measure.proof import Proof
 from actkit.core.measure.task_scores import TaskScore, level, words
 from actkit.core.recipe.proposals import LeftOut
-from actkit.core.recipe.transform import Recipe
+from actkit.core.recipe.recipe import Recipe
 from actkit.search.measured import Candidate
 from actkit.search.speed_row import SpeedRow
 from actkit.search.verdict import Verdict

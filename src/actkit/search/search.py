@@ -39,8 +39,8 @@ from actkit.core.measure.speed import Speed, measure_speed
 from actkit.core.measure.summary import summarise
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.proposals import LeftOut, Shapes
+from actkit.core.recipe.recipe import transforms_of
 from actkit.core.recipe.runner import check_model
-from actkit.core.recipe.transform import transforms_of
 from actkit.core.store import checkpoint
 from actkit.kernels.compile_cache import nothing_compiled
 from actkit.search.answers import ask

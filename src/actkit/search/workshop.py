@@ -34,9 +34,10 @@ from actkit.core.measure.fresh import FreshProcess
 from actkit.core.measure.generation import GenerationCheck, check_generation
 from actkit.core.measure.proof import prove
 from actkit.core.measure.quality import Quality, measure_quality, task_of
+from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import Applied, apply
 from actkit.core.recipe.steps import Steps
-from actkit.core.recipe.transform import Recipe, Transform
+from actkit.core.recipe.transform import Transform
 from actkit.core.store.checkpoint import save
 from actkit.search.measured import Candidate
 from actkit.search.own_grid import own_grid_warning

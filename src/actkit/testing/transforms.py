@@ -30,9 +30,10 @@ from actkit.core.forward.hooks import arguments, evaluating, first_tensor
 from actkit.core.ground.errors import ActkitError, DataError, NonFiniteError, RecipeError, UnsupportedModelError
 from actkit.core.ground.modules import is_pretrained
 from actkit.core.model.anatomy import anatomy
+from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import Applied, apply
 from actkit.core.recipe.tags import Tags
-from actkit.core.recipe.transform import Recipe, Transform
+from actkit.core.recipe.transform import Transform
 from actkit.core.store import checkpoint
 from actkit.testing.checks import (
     COMPILED,

@@ -20,7 +20,7 @@ class Changes:
     """The edits on a model, the recipe that made them, both in their JSON form, and the architecture row used.
 
     recipe: an entry per transform, and `{"train": settings}` per training of a recipe with stages;
-    `core.recipe.transform.transforms_of` reads the transforms back.
+    `core.recipe.recipe.transforms_of` reads the transforms back.
     """
 
     edits: list[dict[str, Any]] = field(default_factory=list)

@@ -42,9 +42,10 @@ from actkit.core.model.anatomy import Anatomy, Block, Site, anatomy, has_row, un
 from actkit.core.model.experts import ExpertList
 from actkit.core.recipe.blockwise import Walk
 from actkit.core.recipe.plan import Plan, make_plan
+from actkit.core.recipe.recipe import Recipe, transforms_of
 from actkit.core.recipe.seen import Seen, Trial, check_shares
 from actkit.core.recipe.steps import Steps
-from actkit.core.recipe.transform import Recipe, Transform, transforms_of
+from actkit.core.recipe.transform import Transform
 from actkit.core.store.checkpoint import load
 from actkit.core.store.pretrained import record, restore
 from actkit.core.watch.calls import Call

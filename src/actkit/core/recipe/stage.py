@@ -16,16 +16,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from actkit.core.ground.errors import RecipeError
 from actkit.core.ground.yaml_files import explain, shorten
 from actkit.core.recipe.rule import TrainingRule, dump_rules, parse_rules
-
-if TYPE_CHECKING:
-    from actkit.core.recipe.transform import Transform
+from actkit.core.recipe.transform import Transform
 
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["no", "bf16", "fp16"]

@@ -35,9 +35,9 @@ from actkit.core.layers.linear import ActLinear
 from actkit.core.model.parts import attention_implementation
 from actkit.core.recipe import runner
 from actkit.core.recipe.plan import Plan
+from actkit.core.recipe.recipe import Recipe, transforms_of
 from actkit.core.recipe.runner import Applied, Report
 from actkit.core.recipe.stage import Apply, Stage, Train
-from actkit.core.recipe.transform import Recipe, transforms_of
 from actkit.core.store import checkpoint
 from actkit.core.store.pretrained import record_training, restore
 from actkit.core.train.training import train
