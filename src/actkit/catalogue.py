@@ -27,6 +27,7 @@ from actkit.core.ground.errors import ActkitError
 if TYPE_CHECKING:
     from rich.table import Table
 
+
 FAMILIES = {
     "functions": "Functions",
     "sparsity": "Sparsity",
@@ -226,10 +227,10 @@ def _listed(names: Any) -> str:
 
 def table(entries: Collection[Paper]) -> Table:
     """The papers for a terminal, and how many have which status."""
-    from rich.table import Table
+    from actkit.core.ground.tables import PlainTable
 
     counts = ", ".join(f"{sum(entry.status == status for entry in entries)} {status}" for status in STATUSES)
-    found = Table(title=f"{len(entries)} papers: {counts}", title_justify="left")
+    found = PlainTable(title=f"{len(entries)} papers: {counts}", title_justify="left")
     for heading in ("slug", "paper", "family", "kind", "status"):
         found.add_column(heading, no_wrap=heading in ("slug", "family"))
     for entry in entries:
@@ -240,9 +241,9 @@ def table(entries: Collection[Paper]) -> Table:
 
 def details(entry: Paper) -> Table:
     """One paper in full, with the recorded outcome of its claims."""
-    from rich.table import Table
+    from actkit.core.ground.tables import PlainTable
 
-    found = Table(show_header=False, title=entry.title, title_justify="left", box=None, padding=(0, 2))
+    found = PlainTable(show_header=False, title=entry.title, title_justify="left", box=None, padding=(0, 2))
     rows = {
         "slug": entry.slug,
         "year": str(entry.year),

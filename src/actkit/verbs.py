@@ -197,9 +197,9 @@ class Saved:
 
     def table(self) -> Table:
         """What changed, what was left alone and why, and whether it reloads."""
-        from rich.table import Table
+        from actkit.core.ground.tables import PlainTable
 
-        found = Table(show_header=False, title=f"{self.folder}", title_justify="left", box=None, padding=(0, 2))
+        found = PlainTable(show_header=False, title=f"{self.folder}", title_justify="left", box=None, padding=(0, 2))
         methods = dict.fromkeys(method for _, method in self.report.changed)
         for method in methods:
             found.add_row(method, f"{sum(m == method for _, m in self.report.changed)} edits")

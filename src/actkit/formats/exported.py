@@ -45,10 +45,11 @@ class Exported:
 
     def table(self) -> Table:
         """Layers by how they are stored, dense ones by reason, notes, bytes, and what was read back."""
-        from rich.table import Table
         from rich.text import Text
 
-        found = Table(show_header=False, title=f"{self.folder}, {self.format}", title_justify="left", box=None)
+        from actkit.core.ground.tables import PlainTable
+
+        found = PlainTable(show_header=False, title=f"{self.folder}, {self.format}", title_justify="left", box=None)
         found.add_column(no_wrap=True)
         found.add_column(overflow="fold")
         for line in summary(self.quantized):

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from actkit.core.ground.estimate import Estimate
 from actkit.core.ground.figure_text import all_plain, plain
+from actkit.core.ground.tables import PlainTable
 from actkit.search.measured import Candidate
 from actkit.search.verdict import times
 
@@ -52,7 +53,7 @@ def profile_table(profile: Profile) -> Table:
 
 
 def _plain(first: str, columns: Sequence[str]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
+    table = PlainTable(box=box.SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
     table.add_column(first, overflow="fold", min_width=17)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
     from rich.table import Table
 
+
 Criterion = Literal["zero", "fat", "topk", "cett"]
 EPSILON = 1e-18  # so that a threshold of 0 drops exact zeros
 
@@ -65,11 +66,12 @@ class ActivationRatio:
     def table(self) -> Table:
         """One row per layer, and the whole."""
         from rich import box
-        from rich.table import Table
+
+        from actkit.core.ground.tables import PlainTable
 
         change = f"perplexity {self.dense_perplexity:.4g} to {self.perplexity:.4g}"
         title = f"Active by {self.method!r} at {self.value:.4g}: {self.ratio:.1%}; {change}"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        table = PlainTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("layer", overflow="fold")
         table.add_column("active", justify="right")
         for path, ratio in self.ratios.items():
@@ -199,10 +201,11 @@ class Pareto:
     def table(self) -> Table:
         """One row per point."""
         from rich import box
-        from rich.table import Table
+
+        from actkit.core.ground.tables import PlainTable
 
         dense = self.points[0].dense_perplexity
-        table = Table(title=f"Perplexity (dense {dense:.4g})", title_justify="left", box=box.SIMPLE_HEAD)
+        table = PlainTable(title=f"Perplexity (dense {dense:.4g})", title_justify="left", box=box.SIMPLE_HEAD)
         for name in ("method", "value", "active", "perplexity", "ratio"):
             table.add_column(name, justify="left" if name == "method" else "right")
         for at in self.points:

@@ -34,9 +34,10 @@ class ActivityCurve:
     def table(self) -> Table:
         """A row per model: the mean over its layers, the densest and the sparsest layer."""
         from rich import box
-        from rich.table import Table
 
-        table = Table(title="Neurons on, by checkpoint", title_justify="left", box=box.SIMPLE_HEAD)
+        from actkit.core.ground.tables import PlainTable
+
+        table = PlainTable(title="Neurons on, by checkpoint", title_justify="left", box=box.SIMPLE_HEAD)
         for name in ("checkpoint", "mean", "densest layer", "sparsest layer"):
             table.add_column(name, justify="right", no_wrap=True)
         for label, activity in self.points.items():

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
     from rich.table import Table
 
+
 GRID = (0.005, 0.01, 0.02, 0.03)  # the paper's sweep
 
 
@@ -177,9 +178,10 @@ class ThresholdSweep:
     def table(self) -> Table:
         """A row per threshold: sparsity, perplexity, and the change of it."""
         from rich import box
-        from rich.table import Table
 
-        table = Table(title="FATReLU thresholds", title_justify="left", box=box.SIMPLE_HEAD)
+        from actkit.core.ground.tables import PlainTable
+
+        table = PlainTable(title="FATReLU thresholds", title_justify="left", box=box.SIMPLE_HEAD)
         for name in ("threshold", "zeros", "perplexity", "change"):
             table.add_column(name, justify="right", no_wrap=True)
         for point in (self.original, *self.points):

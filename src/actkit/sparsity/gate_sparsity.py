@@ -67,13 +67,14 @@ class GateSparsity:
     def table(self) -> Table:
         """A row per layer, for a terminal."""
         from rich import box
-        from rich.table import Table
+
+        from actkit.core.ground.tables import PlainTable
 
         title = (
             f"Zeros in the MLPs ({self.tokens:,} tokens): a decode step reads {self.mlp_traffic:.1%} of the weights of "
             f"the MLPs, {self.block_traffic:.1%} of those of the blocks"
         )
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        table = PlainTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for name in ("layer", "zeros", "5 % of tokens below", "5 % of tokens above", "weights read"):
             table.add_column(name, justify="left" if name == "layer" else "right")
         for layer in self.layers:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
     from rich.table import Table
 
+
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)
 LARGEST_FIGURE = 256  # cells along a side; larger maps are averaged down
 
@@ -56,10 +57,11 @@ class ImportanceMap:
     def table(self) -> Table:
         """The captured energy, shares of channels down and of directions across, for a terminal."""
         from rich import box
-        from rich.table import Table
+
+        from actkit.core.ground.tables import PlainTable
 
         title = f"{self.path}: energy captured, {self.tokens:,} tokens"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        table = PlainTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("channels \\ directions", justify="right")
         for share in SHARES:
             table.add_column(f"{share:.0%}", justify="right")

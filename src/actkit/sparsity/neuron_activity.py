@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
     from rich.table import Table
 
+
 HIDDEN, GATE = "mlp.hidden", "mlp.gate"
 WITH_ZEROS = ("relu", "relu2", "hardswish")  # functions of the table that are 0 on a whole interval
 
@@ -140,7 +141,8 @@ class NeuronActivity:
     def table(self) -> Table:
         """A row per layer: share and count of the neurons that are on, spread over tokens, rare and dead neurons."""
         from rich import box
-        from rich.table import Table
+
+        from actkit.core.ground.tables import PlainTable
 
         above = f" above {self.threshold:g}" if self.threshold else ""
         title = f"Neurons on{above} at {self.site}: {self.share:.1%} (mean over layers)"
@@ -152,7 +154,7 @@ class NeuronActivity:
                 f"Operations of the MLPs: {flops.achievable / flops.dense:.1%} of dense if the down projections skip "
                 f"what is off, {flops.ideal / flops.dense:.1%} if all layers could.",
             )
-        table = Table(title=title, caption="\n".join(lines), title_justify="left", caption_justify="left")
+        table = PlainTable(title=title, caption="\n".join(lines), title_justify="left", caption_justify="left")
         table.box = box.SIMPLE_HEAD
         table.add_column("layer", overflow="fold")
         for name in ("on", "5-95 % of tokens", "count", "neurons", "on < 10 %", "dead"):

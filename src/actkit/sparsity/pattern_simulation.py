@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
     from rich.table import Table
 
+
 CHUNK = 1 << 22  # entries of a batch of random codes
 LARGEST = 1 << 40  # cells that an effective n may have
 
@@ -231,11 +232,12 @@ class ExpectedVsObserved:
     def table(self) -> Table:
         """A row per site."""
         from rich import box
-        from rich.table import Table
+
+        from actkit.core.ground.tables import PlainTable
 
         first = self.sites[0]
         title = f"False matches of {first.synapses} synapses at threshold {first.threshold}, {first.active} active"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        table = PlainTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("site", overflow="fold")
         for name in ("cells", "expected", "observed", "factor", "effective cells", "threshold needed"):
             table.add_column(name, justify="right")

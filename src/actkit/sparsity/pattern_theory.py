@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
     from rich.table import Table
 
+
 DENSE = 0.01  # a segment with more false positives than this says little
 
 
@@ -263,10 +264,11 @@ class ThresholdCurve:
     def table(self) -> Table:
         """A row per threshold."""
         from rich import box
-        from rich.table import Table
+
+        from actkit.core.ground.tables import PlainTable
 
         title = f"Median false positive rate of {self.combinations:,} combinations"
-        table = Table("threshold", "log10 of the rate", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        table = PlainTable("threshold", "log10 of the rate", title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for threshold, error in zip(self.thresholds, self.log10_errors, strict=True):
             table.add_row(str(threshold), f"{error:.2f}")
         return table

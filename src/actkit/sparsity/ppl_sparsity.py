@@ -68,7 +68,8 @@ class PerplexitySparsityResult:
     def table(self) -> Table:
         """One row per layer, and the whole."""
         from rich import box
-        from rich.table import Table
+
+        from actkit.core.ground.tables import PlainTable
 
         said = "" if self.reached else "; not reached: every neuron may be dropped"
         title = (
@@ -77,7 +78,7 @@ class PerplexitySparsityResult:
         title += f" {self.ppl_sparse:.4g} (x {self.ppl_ratio:.4f}) on {self.tokens:,} tokens{said}"
         if self.held_out is not None:
             title += f"; held out x {math.exp(self.held_out.rise):.4f}, {1 - self.held_out.ratio:.1%}"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        table = PlainTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("output layer")
         for name in ("active", "5 to 95 % of the tokens", "threshold"):
             table.add_column(name, justify="right")

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
     from rich.table import Table
 
+
 Values = NDArray[np.float64]
 BILLION = 1e9
 STARTS = (0.1, 0.25, 0.5, 1.0, 2.0)  # of alpha
@@ -89,10 +90,11 @@ class LawFit:
     def table(self) -> Table:
         """The parameters with their standard errors."""
         from rich import box
-        from rich.table import Table
+
+        from actkit.core.ground.tables import PlainTable
 
         title = f"{self.law} law, {len(self.tokens)} points (R2 {self.r2:.4f}; tokens in billions)"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        table = PlainTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for name in ("parameter", "value", "standard error"):
             table.add_column(name, justify="left" if name == "parameter" else "right")
         for index, (name, value) in enumerate(self.parameters.items()):
@@ -212,10 +214,11 @@ class WidthFit:
     def table(self) -> Table:
         """The line and where it turns flat."""
         from rich import box
-        from rich.table import Table
+
+        from actkit.core.ground.tables import PlainTable
 
         title = f"width law, {len(self.shapes)} points (R2 {self.r2:.4f})"
-        table = Table("parameter", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        table = PlainTable("parameter", title=title, title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("value", justify="right")
         for name in ("intercept", "slope", "bottleneck", "plateau"):
             value = getattr(self, name)

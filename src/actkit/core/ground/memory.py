@@ -16,6 +16,7 @@ from actkit.core.ground.errors import MemoryLimitError
 if TYPE_CHECKING:
     from rich.table import Table
 
+
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)}
 _UNITS |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", start=1)}
@@ -55,10 +56,13 @@ class MemoryPlan:
     def table(self) -> Table:
         """The statistics, largest first, and the total."""
         from rich import box
-        from rich.table import Table
         from rich.text import Text
 
-        table = Table(title="Memory of the statistics", title_justify="left", box=box.SIMPLE_HEAD, show_footer=True)
+        from actkit.core.ground.tables import PlainTable
+
+        table = PlainTable(
+            title="Memory of the statistics", title_justify="left", box=box.SIMPLE_HEAD, show_footer=True
+        )
         table.add_column("bytes", format_bytes(self.total), justify="right", no_wrap=True)
         table.add_column("site", "total", overflow="fold")
         table.add_column("statistic")

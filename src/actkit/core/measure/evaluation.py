@@ -120,9 +120,10 @@ class Evaluation:
 
     def _costs(self) -> Table:
         from rich import box
-        from rich.table import Table
 
-        table = Table(title="Cost", title_justify="left", box=box.SIMPLE_HEAD)
+        from actkit.core.ground.tables import PlainTable
+
+        table = PlainTable(title="Cost", title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("", overflow="fold")
         compares = self.original_cost is not None or self.original_speed is not None
         for name in ("value", "original", "of the original") if compares else ("value",):

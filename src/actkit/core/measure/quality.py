@@ -31,6 +31,7 @@ from actkit.core.measure.tasks.task import IGNORED, Scale, Sums, Task
 if TYPE_CHECKING:
     from rich.table import Table
 
+
 OURS = ("language", "regression", "classification", "embedding")
 CONFIDENCE = 0.95
 FEWEST = 10  # documents before a measurement may stop: fewer give no interval that means something
@@ -75,11 +76,12 @@ class Quality:
     def table(self) -> Table:
         """One row per metric: value, 95 % interval, what it is."""
         from rich import box
-        from rich.table import Table
+
+        from actkit.core.ground.tables import PlainTable
 
         task = registry.task_class(self.task)
         about = f"{self.data}; {self.documents:,} documents, {self.tokens:,} {task.unit}"
-        table = Table(title=f"Quality ({about})", title_justify="left", box=box.SIMPLE_HEAD)
+        table = PlainTable(title=f"Quality ({about})", title_justify="left", box=box.SIMPLE_HEAD)
         for name in ("metric", "value", "95 % interval"):
             table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
         table.add_column("what it is", overflow="fold")

@@ -48,9 +48,9 @@ class Summary:
 
     def table(self) -> Table:
         """Two columns for a terminal."""
-        from rich.table import Table
+        from actkit.core.ground.tables import PlainTable
 
-        table = Table(show_header=False, title=self.model, title_justify="left", box=None, padding=(0, 2))
+        table = PlainTable(show_header=False, title=self.model, title_justify="left", box=None, padding=(0, 2))
         for name, text in self._rows():
             table.add_row(name, text, end_section=True)
         return table

@@ -20,6 +20,7 @@ from actkit.core.measure.quality import CONFIDENCE, resampled_totals
 if TYPE_CHECKING:
     from rich.table import Table
 
+
 NORMAL = 1.96  # standard errors on either side of a mean: 95 %
 
 
@@ -111,11 +112,12 @@ def paired_difference(values: Tensor, others: Tensor, *, resamples: int = 1000, 
 def scores_table(scores: Sequence[TaskScore]) -> Table:
     """One row per task and metric, for a terminal."""
     from rich import box
-    from rich.table import Table
+
+    from actkit.core.ground.tables import PlainTable
 
     paired = any(each.original is not None for each in scores)
     about = ", ".join(dict.fromkeys(each.by for each in scores))
-    table = Table(title=f"Tasks (95 % intervals; scored by {about})", title_justify="left", box=box.SIMPLE_HEAD)
+    table = PlainTable(title=f"Tasks (95 % intervals; scored by {about})", title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("task", "metric"):
         table.add_column(name, no_wrap=True)
     for name in ("value", "original", "difference") if paired else ("value",):

@@ -62,10 +62,11 @@ class Coverage:
     def table(self) -> Table:
         """Parameters by what they belong to, largest first, with the reasons."""
         from rich import box
-        from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=self.describe(), title_justify="left", box=box.SIMPLE_HEAD)
+        from actkit.core.ground.tables import PlainTable
+
+        table = PlainTable(title=self.describe(), title_justify="left", box=box.SIMPLE_HEAD)
         for name in ("parameters", "tensors"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("where", overflow="fold")

@@ -112,10 +112,11 @@ class Trained:
     def table(self) -> Table:
         """The steps after which the validation loss was measured."""
         from rich import box
-        from rich.table import Table
+
+        from actkit.core.ground.tables import PlainTable
 
         title = f"Training ({self.steps} steps, {self.trainable:,} parameters, {self.seconds:.0f} s; kept: {self.kept})"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        table = PlainTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for name in ("step", "loss", "penalty", "validation loss", "learning rate"):
             table.add_column(name, justify="right", no_wrap=True)
         for step in self.history:
