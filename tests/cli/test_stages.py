@@ -105,7 +105,7 @@ def test_stopped_and_resumed_on_the_command_line(run, folder, recipe, texts, mon
     result = json.loads(text)
     assert result["proof"]["bit_equal"] and not (texts / "out.stages").exists()
     assert [next(iter(stage)) for stage in result["report"]["stages"]] == ["apply", "train", "apply"]
-    assert "train.jsonl, 6 rows" in result["report"]["stages"][1]["train"]["data"]
+    assert "train.jsonl, train split, 6 rows" in result["report"]["stages"][1]["train"]["data"]
     assert any("stage 1 of 3 was finished before" in note for note in result["report"]["notes"])
 
     whole, resumed = actkit.load(texts / "whole"), actkit.load(texts / "out")
