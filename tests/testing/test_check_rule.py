@@ -10,7 +10,7 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from actkit.core.ground import registry
-from actkit.core.train.rules import AttachedRule, TrainingRule
+from actkit.core.recipe.rule import AttachedRule, TrainingRule
 from actkit.sparsity.activation_penalty import ActivationPenalty
 from actkit.sparsity.prosparse import ProSparse
 from actkit.testing import Check, check_rule, tiny_batches, tiny_model

@@ -29,9 +29,10 @@ from actkit.core.edit.edits import tied_names
 from actkit.core.forward.hooks import hooked, main_input
 from actkit.core.ground.errors import RecipeError
 from actkit.core.ground.random_numbers import own_random_numbers
-from actkit.core.measure.quality import IGNORED
+from actkit.core.measure.tasks.task import IGNORED
+from actkit.core.recipe.rule import AttachedRule, TrainingRule, dump_rules, parse_rules
 from actkit.core.train.objective import Objective, mask_of, parameter_groups
-from actkit.core.train.rules import AttachedRule, RuleCallback, TrainingRule, attach, dump_rules, parse_rules
+from actkit.core.train.rules import RuleCallback, attach
 from actkit.core.train.training import Trained, train
 from actkit.testing.checks import (
     Check,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from actkit.core.forward.hooks import hooked
 from actkit.core.model.anatomy import anatomy
-from actkit.core.train.rules import AttachedRule, TrainingRule
+from actkit.core.recipe.rule import AttachedRule, TrainingRule
 
 
 class LimitPenalty(TrainingRule):
