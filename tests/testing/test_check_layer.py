@@ -16,6 +16,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from actkit.core.ground import registry
 from actkit.core.layers.activations import FUNCTIONS, Activation, Thresholded
+from actkit.core.layers.conv import ActConv
 from actkit.core.layers.folding import ScaledActivation
 from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.layers.quantizer import QuantizationGrid
@@ -75,6 +76,16 @@ def act_linear(grid: str = "dense", select: str = "all inputs", of: Any = None, 
     return Made(make, settings={"shape": lambda shape: (*shape[:-1], OUT)})
 
 
+def act_conv(grid: str, convolution: Callable[[], nn.Module], *inputs: Tensor) -> Made:
+    def make() -> nn.Module:
+        module: Any = convolution()
+        rows = QuantizationGrid(8, -1)
+        stored = IntegerWeight.quantize(module.weight.flatten(1), rows) if grid == "int8 by rows" else None
+        return ActConv.of(module, weight=stored)
+
+    return Made(make, inputs, {"rows": False, "original": convolution})
+
+
 def attention() -> Made:
     """Two sequences of five tokens, of which the second is padded."""
     angles = torch.arange(5)[:, None] * torch.tensor([1.0, 0.1])
@@ -130,6 +141,10 @@ LAYERS: dict[str, dict[str, Made]] = {
         **{f"{grid}, {select}": act_linear(grid, select) for grid in GRIDS for select in SELECTIONS},
         "dense, all inputs, low rank": act_linear(of="all"),
         "int4, threshold, low rank": act_linear("int4 in groups", "threshold", "dropped", bias=False),
+    },
+    "act_conv": {
+        "int8, images": act_conv("int8 by rows", lambda: nn.Conv2d(4, 8, 3, padding=1), torch.randn(2, 4, 6, 5)),
+        "dense, signals": act_conv("dense", lambda: nn.Conv1d(4, 8, 3, groups=2), torch.randn(3, 4, 7)),
     },
     "activation": {name: Made(lambda name=name: Activation(name)) for name in FUNCTIONS},
     "thresholded": {
@@ -197,7 +212,7 @@ def test_layers_that_are_not_saved_pass(name: str) -> None:
 
 
 # classes that are tried as part of others: what they derive from, and storages, which compute nothing by themselves
-PARTS = {"KeepsDtype", "GrowingModule", "Selection", "DenseWeight", "IntegerWeight", "Expert"}
+PARTS = {"KeepsDtype", "WeightStorage", "GrowingModule", "Selection", "DenseWeight", "IntegerWeight", "Expert"}
 MODELS = {"DigitsCNN", "TinyMlp"}  # see test_check_model.py
 
 
