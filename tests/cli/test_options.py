@@ -27,7 +27,11 @@ OPTIONS = {
         "--max-memory",
         "--target",
     },
-    "apply": DATA | MODEL | RUN | WRITE | {"--recipe", "--min-coverage", "--proof", "--no-proof", "--max-memory"},
+    "apply": DATA
+    | MODEL
+    | RUN
+    | WRITE
+    | {"--recipe", "--min-coverage", "--proof", "--no-proof", "--max-memory", "--resume"},
     "export": DATA
     | RUN
     | {"--format", "--activations", "--measure", "--proof", "--no-proof"}

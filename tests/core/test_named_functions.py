@@ -88,7 +88,7 @@ def test_another_function_under_a_known_name(registered: None, monkeypatch: pyte
 
 def test_nobody_saves_or_exports_it(registered: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = own_attention()
-    monkeypatch.setattr(verbs, "apply", lambda *_, **__: pytest.fail("work was done before the refusal"))
+    monkeypatch.setattr(verbs.runner, "apply", lambda *_, **__: pytest.fail("work was done before the refusal"))
     monkeypatch.setattr(verbs, "evaluate", lambda *_, **__: pytest.fail("work was done before the refusal"))
     for attempt in (
         lambda: save(model, tmp_path / "out"),

@@ -70,11 +70,11 @@ def test_functions_methods_and_convolutions() -> None:
     assert ends == Chain(block.linears()[2], "clamp", block.linears()[3])
     assert equalization_sets(block) == ()
     rows = {row.parameter: (row.where, row.reason) for row in view.coverage().rows}
-    assert rows["stem.weight"] == ("uncovered", "convolution: not a linear layer")
+    assert rows["stem.weight"] == ("convolution", None)
     assert rows["norm.bias"] == ("norm", None)
     assert (rows["fc1.weight"], rows["fc1.bias"]) == (("linear", None), ("bias", None))
     assert list(rows) == [name for name, _ in model.named_parameters()]
-    linears = 640 + 100 + 20 + 4
+    linears = 640 + 100 + 20 + 4 + sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d))
     assert view.coverage().share == pytest.approx(linears / sum(p.numel() for p in model.parameters()))
     assert view.tap(Site("layer.output", path="conv")).layout == "channels_first"
     assert view.tap(Site("layer.input", path="fc1")).layout == "flat"

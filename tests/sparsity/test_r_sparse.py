@@ -15,7 +15,7 @@ from actkit.core.layers.selections import Threshold, TopK
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.measure.quality import measure_quality
 from actkit.core.model.anatomy import Linear, anatomy
-from actkit.core.recipe.recipe import Recipe
+from actkit.core.recipe.recipe import Recipe, transforms_of
 from actkit.core.recipe.runner import apply
 from actkit.core.recipe.seen import Trial
 from actkit.core.recipe.tags import Tags
@@ -187,7 +187,7 @@ def test_a_search_is_saved_and_does_the_same_again(tmp_path) -> None:
     apply(model, RSparse(alpha="search", generations=2, population=4), batches, progress=False)
     from actkit.core.edit import changes
 
-    (found,) = changes.of(model).transforms
+    (found,) = transforms_of(changes.of(model).recipe)
     assert isinstance(found.alpha, dict) and len(found.alpha) == 14
     again = Recipe.load(Recipe([found]).save(tmp_path / "recipe.yaml"))
     assert again.transforms == (found,)

@@ -21,7 +21,10 @@ from actkit.core.ground.errors import ActkitError, RecipeError
 
 # Where the classes of modules come from whose computation a decoder may know. Another class says by an attribute
 # `decodes_as` what it computes, and a decoder whether it knows that (`supports`).
-KNOWN = ("torch.nn.", "transformers.", "actkit.core.layers.linear", "actkit.core.layers.activations")
+KNOWN = (
+    *("torch.nn.", "transformers.", "actkit.core.layers.linear", "actkit.core.layers.weights"),
+    *("actkit.core.layers.selections", "actkit.core.layers.activations"),
+)
 
 
 class Decoder(Protocol):

@@ -95,7 +95,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, int]]:
     for name, parameter in model.named_parameters():
         yield name, parameter.numel()
     for path, module in model.named_modules():
-        if isinstance(module, ActLinear | ActConv) and not any(module.storage.parameters()):
+        if isinstance(module, ActLinear | ActConv) and not list(module.storage.parameters()):
             yield f"{path}.weight", prod(module.storage.shape)
 
 

@@ -469,6 +469,7 @@ def _all(hooks: list[Any]) -> Callable[..., Any]:
 
 
 def view_of(model: nn.Module, anatomy: Anatomy | None, example: Any) -> Anatomy:
+    """The anatomy that was given, which must be of this model, or one read now. Raises ValueError for another's."""
     if anatomy is not None and anatomy.model is not model:
         raise ValueError("anatomy: it was read off another model; pass anatomy(model), or leave it out.")
     return read_anatomy(model, example) if anatomy is None else anatomy
