@@ -6,7 +6,7 @@ from actkit_clip import Clip, Clipped
 from torch import nn
 
 from actkit.core.runner import apply
-from actkit.testing import check_transform, tiny_batches, tiny_model
+from actkit.testing import check_layer, check_transform, tiny_batches, tiny_model
 
 
 @pytest.mark.parametrize("kind", ["llama", "vit"])
@@ -14,6 +14,17 @@ def test_it_keeps_what_every_transform_promises(kind):
     checks = check_transform(Clip(share=0.2), tiny_model(kind), tiny_batches(kind))
     held = {check.name for check in checks if check.outcome == "holds"}
     assert {"the identity setting changes nothing", "save and load", "undo is exact", "the dtype is kept"} <= held
+
+
+def test_the_layer_keeps_what_every_layer_promises():
+    checks = check_layer(
+        lambda: Clipped(nn.GELU(), 0.4),
+        [torch.randn(3, 5, 16)],
+        original=nn.GELU,
+        compile_backend="aot_eager",
+        export=True,
+    )
+    assert {check.outcome for check in checks} == {"holds"}
 
 
 def test_it_clips():

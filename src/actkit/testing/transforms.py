@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from pydantic import ValidationError
@@ -28,13 +28,23 @@ from actkit.core import changes, checkpoint
 from actkit.core.anatomy import anatomy
 from actkit.core.edits import tied_names
 from actkit.core.errors import ActkitError, DataError, NonFiniteError, RecipeError, UnsupportedModelError
-from actkit.core.hooks import arguments, evaluating, forward
-from actkit.core.runner import Applied, apply, first_tensor
+from actkit.core.hooks import arguments, evaluating, first_tensor
+from actkit.core.runner import Applied, apply
 from actkit.core.transform import Recipe, Tags, Transform
-
-COMPILED = 1e-5  # of the largest value, in float32
-ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest value
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+from actkit.testing.checks import (
+    COMPILED,
+    Check,
+    NotApplicable,
+    State,
+    assert_no_hook_left,
+    close,
+    equal,
+    hooks_of,
+    in_dtype,
+    outputs,
+    run_checks,
+    works,
+)
 
 
 class Process(Protocol):
@@ -45,19 +55,6 @@ class Process(Protocol):
 
     def outputs(self, batch: Any) -> Tensor:
         """Run the model that was loaded last on a batch."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """A property that was asked for. outcome: it 'holds', or it 'does not apply', for the reason given."""
-
-    name: str
-    outcome: Literal["holds", "does not apply"]
-    reason: str = ""
-
-
-class NotApplicable(Exception):
-    """Raised inside a check: the property cannot be asked of this transform or model; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -137,20 +134,12 @@ def check_transform(
     """
     case = Case(transform, model, list(batches), tuple(conflicting), fresh, compile_backend, export, repeatable)
     start = State.of(model)
-    found = []
-    for name, check in CHECKS.items():
-        try:
-            check(case)
-        except NotApplicable as reason:
-            found.append(Check(name, "does not apply", str(reason)))
-            continue
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from error
-        except Exception as error:
-            raise AssertionError(f"{name}: {type(error).__name__}: {error}") from error
-        found.append(Check(name, "holds"))
-        start.compare(model, f"{name}: a copy was changed, and the original with it")
-    return found
+    after = partial(_still, start, model)
+    return run_checks(CHECKS, case, after)
+
+
+def _still(start: State, model: nn.Module, name: str) -> None:
+    start.compare(model, f"{name}: a copy was changed, and the original with it")
 
 
 # -- the properties ----------------------------------------------------------------------------------------------------
@@ -207,7 +196,7 @@ def load_in_fresh_process(case: Case) -> None:
 def dtype_is_kept(case: Case) -> None:
     """In float32 and in bfloat16, parameters and outputs keep the model's dtype."""
     for dtype in (torch.float32, torch.bfloat16):
-        batches = [_to(batch, dtype) for batch in case.batches]
+        batches = [in_dtype(batch, dtype) for batch in case.batches]
         model = case.apply(case.model().to(dtype), batches=batches).model
         for name, parameter in model.named_parameters():
             wrong = parameter.is_floating_point() and parameter.dtype != dtype
@@ -252,8 +241,7 @@ def no_hook_is_left(case: Case) -> None:
     failed = case.model()
     _fail_midway(case, failed)
     for model, when in ((case.changed, "after the run"), (failed, "after a run that failed")):
-        left = _hooks(model) - _hooks(case.original)
-        assert not left, f"{when}: {', '.join(sorted(f'{path}.{kind}' for path, kind in left))}"
+        assert_no_hook_left(model, hooks_of(case.original), when)
 
 
 def failure_restores(case: Case) -> None:
@@ -370,7 +358,7 @@ def exports(case: Case) -> None:
     try:
         found = run(case.changed, dynamic=True)
     except Exception:
-        if _works(partial(run, case.original, dynamic=True)):
+        if works(partial(run, case.original, dynamic=True)):
             raise
         try:
             found = run(case.changed, dynamic=False)
@@ -401,96 +389,10 @@ CHECKS: dict[str, Callable[[Case], None]] = {
 }
 
 
-# -- how models are compared -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class State:
-    """A model's tensors (copies), modules, class, config and record of changes at one moment."""
-
-    tensors: dict[str, Tensor]
-    modules: dict[str, nn.Module]
-    kind: type
-    config: dict[str, Any] | None
-    changes: Any
-    trains: dict[str, bool]
-
-    @classmethod
-    def of(cls, model: nn.Module) -> State:
-        """The state of a model now, copied."""
-        tensors = {name: tensor.detach().clone() for name, tensor in _tensors(model)}
-        config: Any = getattr(model, "config", None)
-        return cls(
-            tensors,
-            dict(model.named_modules(remove_duplicate=False)),
-            type(model),
-            copy.deepcopy(config.to_dict()) if hasattr(config, "to_dict") else None,
-            changes.of(model),
-            {name: parameter.requires_grad for name, parameter in model.named_parameters()},
-        )
-
-    def compare(self, model: nn.Module, what: str, modules: bool = True) -> None:
-        """Assert that `model` is as this state says. modules: the very same objects, and record, else equal tensors."""
-        now = State.of(model)
-        assert now.tensors.keys() == self.tensors.keys(), (
-            f"{what}: other tensors: {', '.join(sorted(now.tensors.keys() ^ self.tensors.keys())[:4])}"
-        )
-        for name, tensor in self.tensors.items():
-            other = now.tensors[name]
-            assert other.dtype == tensor.dtype, f"{what}: {name} is {other.dtype}, was {tensor.dtype}"
-            assert same_bits(other, tensor), f"{what}: {name} has other values"
-        if modules:
-            for path, module in self.modules.items():
-                assert now.modules.get(path) is module, f"{what}: another module stands at {path!r}"
-            assert now.modules.keys() == self.modules.keys(), f"{what}: there are modules more"
-            assert now.kind is self.kind, f"{what}: it is a {now.kind.__name__}, was a {self.kind.__name__}"
-            assert now.config == self.config, f"{what}: the config differs"
-            assert now.changes == self.changes, f"{what}: the record of changes differs"
-            assert now.trains == self.trains, f"{what}: requires_grad differs"
-
-
-def outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
-    """The main output on each batch, in evaluation mode without gradients."""
-    with evaluating(model):
-        return [first_tensor(forward(model, batch)).detach() for batch in batches]
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal shape, dtype and bits; NaN equals NaN of the same bits."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    raw = [x.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for x in (a, b)]
-    return torch.equal(*raw)
-
-
-def equal(found: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
-    """Assert that tensors are equal bit for bit."""
-    for a, b in zip(found, expected, strict=True):
-        assert same_bits(a, b), f"{what} differ by up to {(a.double() - b.double()).abs().max():.3g}"
-
-
-def close(found: Sequence[Tensor], expected: Sequence[Tensor], what: str, bound: float | None = None) -> None:
-    """Assert that tensors are equal to rounding: relative to the largest value, `bound` or by dtype."""
-    for a, b in zip(found, expected, strict=True):
-        error = float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30))
-        allowed = ROUNDING[b.dtype] if bound is None else bound
-        assert error <= allowed, f"{what} differs by {error:.3g} of the largest value"
-
-
 def changes_of(model: nn.Module) -> list[dict[str, Any]]:
     """The edits on a model in their JSON form."""
     known = changes.of(model)
     return [] if known is None else known.edits
-
-
-def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """Parameters and buffers, those that are not saved too (rotary tables), under all their names."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-def _hooks(model: nn.Module) -> set[tuple[str, str]]:
-    return {(path, kind) for path, module in model.named_modules() for kind in HOOKS if getattr(module, kind, None)}
 
 
 # -- how runs are provoked ---------------------------------------------------------------------------------------------
@@ -570,17 +472,9 @@ def _exported(model: nn.Module, batch: Any, dynamic: bool) -> nn.Module:
     return program.module()
 
 
-def _works(do: Callable[[], Any]) -> bool:
-    try:
-        do()
-    except Exception:
-        return False
-    return True
-
-
 def _original_too(case: Case, run: Callable[[nn.Module], Any], what: str) -> None:
     """Raise NotApplicable where the original model fails as the changed one did."""
-    if not _works(partial(run, case.original)):
+    if not works(partial(run, case.original)):
         raise NotApplicable(f"{what} does not take the original model either")
 
 
@@ -589,11 +483,3 @@ def _smallest(batch: Any) -> Any:
     if isinstance(batch, dict):
         return {key: value[:1, :1] if value.dim() == 2 else value[:1] for key, value in batch.items()}
     return batch[:1] if isinstance(batch, Tensor) else tuple(value[:1] for value in batch)
-
-
-def _to(batch: Any, dtype: torch.dtype) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(dtype) if batch.is_floating_point() else batch
-    if isinstance(batch, dict):
-        return {key: _to(value, dtype) for key, value in batch.items()}
-    return tuple(_to(value, dtype) for value in batch) if isinstance(batch, tuple) else batch

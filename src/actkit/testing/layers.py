@@ -1,0 +1,397 @@
+"""What every layer must satisfy that methods put into models: `check_layer`, one small function per property.
+
+    from actkit.testing import check_layer
+
+    def test_my_layer():
+        check_layer(lambda: Clipped(nn.ReLU(), 1.5), [torch.randn(3, 5, 16)], original=nn.ReLU)
+
+A layer is a plain `torch.nn.Module`. It is named by a function that makes it, so that two of them can be compared.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
+
+from actkit.core import registry
+from actkit.core.hooks import evaluating, first_tensor
+from actkit.core.random_numbers import own_random_numbers
+from actkit.testing.checks import (
+    COMPILED,
+    Check,
+    NotApplicable,
+    State,
+    close,
+    equal,
+    in_dtype,
+    random_numbers,
+    run_checks,
+    storages_of,
+)
+
+CPU = torch.device("cpu")
+OF_TORCH = frozenset(vars(nn.Module()))  # attributes that every module has
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """What all checks share: how the layer is made, and what it is called with."""
+
+    make: Callable[[], nn.Module]
+    inputs: Sequence[Any]
+    original: Callable[[], nn.Module] | None = None
+    shape: Callable[[tuple[int, ...]], Sequence[int]] = tuple
+    rows: bool = True
+    smooth: bool = True
+    compile_backend: str | None = None
+    export: bool = False
+
+    def made(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A new layer in evaluation mode; random values are those of every other one."""
+        with own_random_numbers(CPU, 0):
+            return self.make().eval().to(dtype)
+
+    def outputs(self, layer: nn.Module, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """What a layer gives on each of the inputs, in evaluation mode without gradients."""
+        with evaluating(layer):
+            return [call(layer, in_dtype(copy.deepcopy(given), dtype)).detach() for given in self.inputs]
+
+    @cached_property
+    def expected(self) -> list[Tensor]:
+        """The outputs of a new layer, in float32."""
+        return self.outputs(self.made())
+
+
+def check_layer(
+    make: Callable[[], nn.Module],
+    inputs: Iterable[Any],
+    *,
+    original: Callable[[], nn.Module] | None = None,
+    shape: Callable[[tuple[int, ...]], Sequence[int]] = tuple,
+    rows: bool = True,
+    smooth: bool = True,
+    compile_backend: str | None = None,
+    export: bool = False,
+) -> list[Check]:
+    """Check everything that a layer promises.
+
+    Args:
+        make: builds the layer in float32, at settings at which it does something.
+        inputs: what it is called with: tensors, tuples of arguments or dicts of keywords, in float32.
+        original: builds what stands at its place in the unchanged model, as `from_spec` is given it.
+        shape: the shape of the output for that of the first input; the same one by default.
+        rows: the input is [..., channels] with any number of dimensions before the last.
+        smooth: its gradient is that of its function; False for one that passes gradients by (straight-through).
+        compile_backend: check torch.compile too ('aot_eager' is fast, 'inductor' the real thing).
+        export: check torch.export too.
+
+    Returns:
+        What was checked, and what did not apply and why. A class may say `compiles = False` or `exports = False`.
+
+    Raises:
+        AssertionError: it begins with the name of the first property that fails.
+    """
+    case = LayerCase(make, list(inputs), original, shape, rows, smooth, compile_backend, export)
+    return run_checks(CHECKS, case)
+
+
+def call(layer: nn.Module, given: Any) -> Tensor:
+    """The first output of a layer that is called with a tensor, a tuple of arguments or a dict of keywords."""
+    args, kwargs = _arguments(given)
+    return first_tensor(layer(*args, **kwargs))
+
+
+# -- the properties ----------------------------------------------------------------------------------------------------
+
+
+def same_result_twice(case: LayerCase) -> None:
+    """A call in evaluation mode gives the same in any order; layer, inputs and random numbers stay as they were."""
+    layer = case.made()
+    before, numbers = State.of(layer), random_numbers()
+    first = case.outputs(layer)
+    assert random_numbers() == numbers, "a call in evaluation mode draws random numbers"
+    before.compare(layer, "after a call in evaluation mode")
+    given = copy.deepcopy(case.inputs)
+    with evaluating(layer):
+        again = [call(layer, each) for each in reversed(given)][::-1]
+    equal(_tensors(given), _tensors(case.inputs), "after a call its inputs")
+    equal(again, first, "the outputs in another order")
+    if first[0].is_floating_point():
+        close([call(layer, each).detach() for each in given], first, "the output with gradients on")
+
+
+def shapes_are_as_promised(case: LayerCase) -> None:
+    """The output has the promised shape; where rows stand before the last dimension, in any arrangement, none too."""
+    layer = case.made()
+    for given, output in zip(case.inputs, case.expected, strict=True):
+        x = _first(given)
+        promised = tuple(case.shape(tuple(x.shape)))
+        assert output.shape == promised, f"{tuple(output.shape)} for {tuple(x.shape)}, {promised} was promised"
+        if not case.rows:
+            continue
+        flat, rows = x.reshape(-1, x.shape[-1]), output.reshape(-1, output.shape[-1])
+        with evaluating(layer):
+            for part, expected in ((flat, rows), (flat[0], rows[0]), (flat[:1, None], rows[:1, None])):
+                close([call(layer, part)], [expected], f"the output for {tuple(part.shape)}")
+            empty = call(layer, flat[:0])
+        assert empty.shape == rows[:0].shape, f"{tuple(empty.shape)} for {tuple(flat[:0].shape)}"
+
+
+def class_is_true(case: LayerCase) -> None:
+    """`elementwise = True`: each output depends on its own input alone. `gives_zeros = True`: some are exactly 0."""
+    layer = case.made()
+    elementwise, zeros = getattr(layer, "elementwise", None), getattr(layer, "gives_zeros", False)
+    if not (elementwise or zeros):
+        raise NotApplicable("its class says neither elementwise = True nor gives_zeros = True")
+    for given, output in zip(case.inputs, case.expected, strict=True):
+        assert not zeros or bool((output == 0).any()), "gives_zeros: no output is 0"
+        if not elementwise:
+            continue
+        x = _first(given)
+        order = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(0))
+        with evaluating(layer):
+            moved = call(layer, x.flatten()[order].view_as(x))
+        close([moved.flatten()], [output.flatten()[order]], "elementwise: the output for reordered inputs")
+
+
+def dtype_is_kept(case: LayerCase) -> None:
+    """In float32 and bfloat16 the output has the dtype of layer and inputs; float32 agrees with float64."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for output in case.outputs(case.made(dtype), dtype):
+            if not output.is_floating_point():
+                raise NotApplicable("its outputs are no floats")
+            assert output.dtype == dtype, f"the output is {output.dtype} in a {dtype} layer"
+            assert bool(torch.isfinite(output).all()), f"the output holds NaN or Inf in a {dtype} layer"
+    wide = case.outputs(case.made(torch.float64), torch.float64)
+    assert wide[0].dtype == torch.float64, f"the output is {wide[0].dtype} in a float64 layer"
+    close([output.double() for output in case.expected], wide, "the float32 output", 1e-4)
+
+
+def gradients_match_differences(case: LayerCase) -> None:
+    """In float64, the gradients of inputs and trainable parameters are those of finite differences."""
+    if not case.smooth:
+        raise NotApplicable("its gradient is said not to be that of its function (smooth=False)")
+    if not case.expected[0].is_floating_point():
+        raise NotApplicable("its outputs are no floats")
+    layer = case.made(torch.float64)
+    names = [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
+    tensors = [layer.get_parameter(name).detach().clone() for name in names]
+    given = in_dtype(case.inputs[0], torch.float64)
+    args, kwargs = _arguments(given)
+    places: list[int | str] = [*range(len(args)), *kwargs]
+    wanted = [at for at in places if _is_float(args[at] if isinstance(at, int) else kwargs[at])]
+    tensors += [(args[at] if isinstance(at, int) else kwargs[at]).detach().clone() for at in wanted]
+    if not tensors:
+        raise NotApplicable("neither inputs nor trainable parameters are floats")
+
+    def output(*values: Tensor) -> Tensor:
+        now = dict(zip(wanted, values[len(names) :], strict=True))
+        positional = tuple(now.get(at, arg) for at, arg in enumerate(args))
+        named = {key: now.get(key, value) for key, value in kwargs.items()}
+        return first_tensor(functional_call(layer, dict(zip(names, values, strict=False)), positional, named))
+
+    for tensor in tensors:
+        tensor.requires_grad_()
+    with own_random_numbers(CPU, 0):  # the directions
+        try:
+            torch.autograd.gradcheck(output, tensors, eps=1e-6, atol=1e-6, rtol=1e-4, fast_mode=True)
+        except RuntimeError as error:
+            of = ", ".join([*names, *(f"input {at}" for at in wanted)])
+            raise AssertionError(f"of {of}: {' '.join(str(error).split())[:300]}") from error
+
+
+def runs_under_autocast(case: LayerCase) -> None:
+    """Under torch.autocast inputs in float32 and bfloat16 give finite outputs and gradients."""
+    if not case.expected[0].is_floating_point():
+        raise NotApplicable("its outputs are no floats")
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = case.made()
+        for given in case.inputs:
+            given = in_dtype(given, dtype)
+            leaves = [tensor.requires_grad_() for tensor in _tensors(given) if tensor.is_floating_point()]
+            with torch.autocast("cpu", torch.bfloat16):
+                output = call(layer, given)
+            assert output.dtype in (torch.float32, torch.bfloat16), f"the output is {output.dtype}"
+            assert bool(torch.isfinite(output).all()), f"the output holds NaN or Inf for {dtype} inputs"
+            if output.requires_grad:
+                output.float().sum().backward()
+            for tensor in (*leaves, *layer.parameters()):
+                assert tensor.grad is None or bool(torch.isfinite(tensor.grad).all()), f"a gradient is NaN for {dtype}"
+                tensor.requires_grad_(False).grad = None
+
+
+def nothing_is_shared(case: LayerCase) -> None:
+    """Two layers, and a layer and its copy, share no memory; using and changing one leaves the other as it was."""
+    used, other = case.made(), case.made()
+    copied = copy.deepcopy(used)
+    for what, second in (("another layer", other), ("a deep copy", copied)):
+        shared = storages_of(used).keys() & storages_of(second).keys()
+        assert not shared, f"{what} shares {storages_of(used)[min(shared)]}"
+    equal(case.outputs(copied), case.expected, "the outputs of a deep copy")
+    used.train()
+    for given in case.inputs:
+        output = call(used, given)
+        if output.requires_grad:
+            output.sum().backward()
+    with torch.no_grad():
+        for tensor in _stored(used).values():
+            if tensor.is_floating_point():
+                tensor.mul_(0.5).add_(0.25)
+    for what, second in (("another layer", other), ("a deep copy", copied), ("a new layer", case.made())):
+        equal(case.outputs(second), case.expected, f"once a layer was used and changed, the outputs of {what}")
+
+
+def state_holds_everything(case: LayerCase) -> None:
+    """A state dict, by way of a file, gives another layer the same outputs; no tensor is a plain attribute."""
+    layer = case.made()
+    case.outputs(layer)
+    for path, module in layer.named_modules():
+        for name, value in vars(module).items():
+            if name not in OF_TORCH and any(isinstance(leaf, Tensor) for leaf in tree_leaves(value)):
+                where = f"{path}.{name}".removeprefix(".")
+                raise AssertionError(f"{where} is a tensor in a plain attribute; make it a parameter or a buffer")
+    _move(layer)
+    other = case.made()
+    _load(other, layer)
+    equal(case.outputs(other), case.outputs(layer), "the outputs of a layer that loaded the state")
+
+
+def settings_are_json(case: LayerCase) -> None:
+    """`spec()` gives a dict that JSON gives back as it was."""
+    spec = _spec(case.made())
+    assert isinstance(spec, dict), f"spec() gave a {type(spec).__name__}, not a dict"
+    try:
+        again = json.loads(json.dumps(spec, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise AssertionError(f"spec() gave {spec}: {error}") from error
+    assert again == spec, f"JSON gives {again} back for {spec}"
+
+
+def rebuilt_from_settings(case: LayerCase) -> None:
+    """Settings and state dict rebuild the layer, in float32 and bfloat16, under the name that it is registered by."""
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = case.made(dtype)
+        _move(layer)
+        spec = json.loads(json.dumps(_spec(layer)))
+        original = None if case.original is None else case.original().eval().to(dtype)
+        build: Any = type(layer)
+        rebuilt = build.from_spec(copy.deepcopy(spec), original).eval()
+        assert type(rebuilt) is type(layer), f"from_spec() built a {type(rebuilt).__name__}"
+        assert _spec(rebuilt) == spec, f"the rebuilt layer's spec() is {_spec(rebuilt)}, it was {spec}"
+        _load(rebuilt, layer)
+        equal(case.outputs(rebuilt, dtype), case.outputs(layer, dtype), f"the outputs of the rebuilt {dtype} layer")
+    name = registry.module_name(type(layer))
+    found = registry.module_class(name)
+    assert found is type(layer), f"{name!r} is registered for {found.__module__}:{found.__name__}"
+
+
+def compiles(case: LayerCase) -> None:
+    """It runs under torch.compile(fullgraph=True)."""
+    if case.compile_backend is None:
+        raise NotApplicable("it was not asked for (compile_backend=)")
+    layer = case.made()
+    if not getattr(layer, "compiles", True):
+        raise NotApplicable("its class says compiles = False")
+    torch.compiler.reset()
+    compiled: Any = torch.compile(layer, fullgraph=True, dynamic=False, backend=case.compile_backend)  # type: ignore[arg-type]
+    _close_or_equal(case.outputs(compiled), case.expected, "the output of the compiled layer")
+
+
+def exports(case: LayerCase) -> None:
+    """torch.export makes a program of it that computes the same."""
+    if not case.export:
+        raise NotApplicable("it was not asked for (export=)")
+    layer = case.made()
+    if not getattr(layer, "exports", True):
+        raise NotApplicable("its class says exports = False")
+    args, kwargs = _arguments(case.inputs[0])
+    with evaluating(layer):
+        program = torch.export.export(layer, args, kwargs, strict=False).module()
+        found = first_tensor(program(*args, **kwargs))
+    _close_or_equal([found], case.expected[:1], "the output of the exported program")
+
+
+CHECKS: dict[str, Callable[[LayerCase], None]] = {
+    "the same result twice": same_result_twice,
+    "the shapes are as promised": shapes_are_as_promised,
+    "what its class says is true": class_is_true,
+    "the dtype is kept": dtype_is_kept,
+    "gradients match differences": gradients_match_differences,
+    "it runs under autocast": runs_under_autocast,
+    "nothing is shared between layers": nothing_is_shared,
+    "the state holds everything": state_holds_everything,
+    "settings are JSON": settings_are_json,
+    "it is rebuilt from its settings": rebuilt_from_settings,
+    "it compiles": compiles,
+    "it exports": exports,
+}
+
+
+# -- how layers are read and filled ------------------------------------------------------------------------------------
+
+
+def _arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(given, Mapping):
+        return (), dict(given)
+    return given if isinstance(given, tuple) else (given,), {}
+
+
+def _first(given: Any) -> Tensor:
+    return _tensors(given)[0]
+
+
+def _tensors(given: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _spec(layer: nn.Module) -> Any:
+    if not (hasattr(layer, "spec") and hasattr(layer, "from_spec")):
+        raise NotApplicable("it has no spec() and from_spec(), so it stands in no checkpoint")
+    return layer.spec()  # type: ignore[operator]
+
+
+def _stored(layer: nn.Module) -> dict[str, Tensor]:
+    """What the state dict holds: the tensors themselves."""
+    return layer.state_dict(keep_vars=True)
+
+
+def _move(layer: nn.Module) -> None:
+    """Other values than the layer was made with, so that what is not loaded shows."""
+    with torch.no_grad():
+        for tensor in _stored(layer).values():
+            if tensor.is_floating_point():
+                tensor.mul_(0.75)
+
+
+def _load(layer: nn.Module, source: nn.Module) -> None:
+    """Empty a layer, and give it the state of another by way of a file's bytes; dtypes must be those of the source."""
+    with torch.no_grad():
+        for tensor in _stored(layer).values():
+            tensor.zero_()
+    state = {name: tensor.detach().clone().contiguous() for name, tensor in source.state_dict().items()}
+    for name, tensor in layer.state_dict().items():
+        assert name not in state or tensor.dtype == state[name].dtype, (
+            f"{name} is {tensor.dtype}, not {state[name].dtype}"
+        )
+    layer.load_state_dict(safetensors.torch.load(safetensors.torch.save(state)), strict=True)
+
+
+def _close_or_equal(found: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> None:
+    if expected[0].is_floating_point():
+        close(found, expected, what, COMPILED)
+    else:
+        equal(found, expected, what)

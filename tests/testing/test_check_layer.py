@@ -1,0 +1,428 @@
+"""Every layer that methods put into models passes; each kind of broken one is caught by the right property."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from actkit.core import registry
+from actkit.core.activations import FUNCTIONS, Activation, Thresholded
+from actkit.core.architecture_rows import ExpertsRow
+from actkit.core.experts import ExpertList
+from actkit.core.folding import ScaledActivation
+from actkit.core.linear import ActLinear, IntegerWeight, LowRank, Selection, Threshold, TopK
+from actkit.core.quantizer import QuantizationGrid
+from actkit.sparsity.active_dendrites import DendriticSegments, PatternMemory, sparse_code
+from actkit.sparsity.fatrelu import ShiftedRelu
+from actkit.sparsity.lazy_neuron import TopKActivation
+from actkit.sparsity.rotate_columns import RotatedNorm
+from actkit.sparsity.spark import SparkFFN
+from actkit.sparsity.spark_attention import SparkAttention
+from actkit.sparsity.statistical_top_k import StatisticalTopK
+from actkit.testing import Check, check_layer
+from actkit.testing.layers import CHECKS
+
+IN, OUT = 16, 12
+GRIDS = {
+    "dense": None,
+    "int8": QuantizationGrid(8),
+    "int4 in groups": QuantizationGrid(4, 8, symmetric=True),
+    "int3 by columns": QuantizationGrid(3, 4, "output", convention="llm-awq"),
+}
+SELECTIONS: dict[str, Callable[[], Selection | None]] = {
+    "all inputs": lambda: None,
+    "threshold": lambda: Threshold(0.5),
+    "scored threshold": lambda: Threshold(0.4, torch.rand(IN) + 0.5),
+    "top-k": lambda: TopK(9),
+    "scored top-k": lambda: TopK(5, torch.rand(IN) + 0.5),
+}
+
+
+def rows(*shape: int, seed: int = 1) -> Tensor:
+    """Random values of that shape with `IN` channels."""
+    return torch.randn(*shape, IN, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Made:
+    """How a layer is made and checked."""
+
+    make: Callable[[], nn.Module]
+    inputs: tuple[Any, ...] = field(default_factory=lambda: (rows(2, 3), rows(4, seed=2)))
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def act_linear(grid: str = "dense", select: str = "all inputs", of: Any = None, bias: bool = True) -> Made:
+    def make() -> nn.Module:
+        linear = nn.Linear(IN, OUT, bias)
+        stored = None if GRIDS[grid] is None else IntegerWeight.quantize(linear.weight, GRIDS[grid])
+        correction = None if of is None else LowRank(torch.randn(OUT, 2), torch.randn(2, IN), of)
+        return ActLinear.of(linear, weight=stored, select=SELECTIONS[select](), correction=correction)
+
+    return Made(make, settings={"shape": lambda shape: (*shape[:-1], OUT)})
+
+
+def attention() -> Made:
+    """Two sequences of five tokens, of which the second is padded."""
+    angles = torch.arange(5)[:, None] * torch.tensor([1.0, 0.1])
+    rotary = tuple(torch.cat((each, each), -1)[None].expand(2, 5, 4) for each in (angles.cos(), angles.sin()))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    call = {"hidden_states": rows(2, 5), "position_embeddings": rotary, "attention_mask": mask}
+    return Made(
+        lambda: SparkAttention(IN, 4, 4, 2, 3, key_value_heads=2),
+        (call, rows(3, 5)),
+        {"rows": False, "original": lambda: nn.Linear(IN, IN)},
+    )
+
+
+def experts() -> Made:
+    config = MixtralConfig(hidden_size=IN, intermediate_size=8, num_local_experts=4, experts_implementation="eager")
+    row = ExpertsRow("mlp", path="mlp.experts", router="mlp.gate")
+
+    def original() -> nn.Module:
+        module = MixtralExperts(config)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.normal_(std=0.3)
+        return module
+
+    chosen = torch.tensor([[0, 1], [1, 3], [3, 0]])
+    calls = (rows(3), chosen, torch.tensor([[0.5, 0.5], [0.7, 0.3], [1.0, 0.0]]))
+    return Made(lambda: ExpertList.of(original(), row, own_rows=True), (calls,), {"rows": False, "original": original})
+
+
+def norm() -> nn.Module:
+    return nn.LayerNorm(IN)
+
+
+def codes(count: int) -> Tensor:
+    return sparse_code(rows(count), 6)
+
+
+def segments() -> nn.Module:
+    learned = DendriticSegments(IN, 4, 3)
+    learned.learn(codes(5), generator=torch.Generator().manual_seed(0))
+    return learned
+
+
+def memory() -> nn.Module:
+    learned = PatternMemory(IN, 4, 3)
+    learned.learn(codes(5), [0, 1, 2, 3, 4], generator=torch.Generator().manual_seed(0))
+    return learned
+
+
+# registered name -> its instances
+LAYERS: dict[str, dict[str, Made]] = {
+    "act_linear": {
+        **{f"{grid}, {select}": act_linear(grid, select) for grid in GRIDS for select in SELECTIONS},
+        "dense, all inputs, low rank": act_linear(of="all"),
+        "int4, threshold, low rank": act_linear("int4 in groups", "threshold", "dropped", bias=False),
+    },
+    "activation": {name: Made(lambda name=name: Activation(name)) for name in FUNCTIONS},
+    "thresholded": {
+        "cats": Made(lambda: Thresholded(nn.SiLU(), 0.2), settings={"original": nn.SiLU}),
+        "fatrelu": Made(lambda: Thresholded(nn.ReLU(), 0.2), settings={"original": nn.ReLU}),
+    },
+    "top_k_activation": {
+        "number": Made(lambda: TopKActivation(nn.ReLU(), 5), settings={"original": nn.ReLU}),
+        "share, magnitude": Made(lambda: TopKActivation(nn.GELU(), 0.25, "abs"), settings={"original": nn.GELU}),
+    },
+    "statistical_top_k": {"": Made(lambda: StatisticalTopK(nn.GELU(), 4), settings={"original": nn.GELU})},
+    "shifted_relu": {"": Made(lambda: ShiftedRelu(0.1))},
+    "scaled_activation": {
+        "": Made(lambda: ScaledActivation(nn.GELU(), torch.rand(IN) + 0.5), settings={"original": nn.GELU})
+    },
+    "rotated_norm": {
+        "": Made(lambda: RotatedNorm(norm(), torch.linalg.qr(torch.randn(IN, IN))[0]), settings={"original": norm})
+    },
+    "spark_ffn": {"": Made(lambda: SparkFFN(IN, 24, 4, 8), settings={"original": lambda: nn.Linear(IN, IN)})},
+    "spark_attention": {"": attention()},
+    "expert_list": {"": experts()},
+}
+NOT_SAVED = {  # layers that are used by hand and stand in no checkpoint
+    "DendriticSegments": Made(segments, (codes(3), codes(1)), {"shape": lambda shape: (*shape[:-1], 5), "rows": False}),
+    "PatternMemory": Made(memory, (codes(3), codes(1)), {"shape": lambda shape: shape[:1], "rows": False}),
+}
+CASES = {f"{name} {at}".strip(): made for name, each in LAYERS.items() for at, made in each.items()}
+# compiled and exported too: the first of each class, which takes longer than all other checks together
+FIRST = {f"{name} {next(iter(each))}".strip() for name, each in LAYERS.items()} | {"act_linear int8, threshold"}
+COMPILING = {"it compiles", "it exports"}
+
+
+def outcomes(checks: list[Check]) -> dict[str, str]:
+    return {check.name: check.outcome for check in checks}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layers_pass(name: str) -> None:
+    made = CASES[name]
+    asked = {"compile_backend": "aot_eager", "export": True} if name in FIRST else {}
+    checks = check_layer(made.make, made.inputs, **asked, **made.settings)
+    assert [check.name for check in checks] == list(CHECKS)
+    left = {check.name for check in checks if check.outcome != "holds"}
+    layer = made.make()
+    says = getattr(layer, "elementwise", False) or getattr(layer, "gives_zeros", False)
+    assert left == (set() if says else {"what its class says is true"}) | (set() if asked else COMPILING)
+
+
+@pytest.mark.parametrize("name", NOT_SAVED)
+def test_layers_that_are_not_saved_pass(name: str) -> None:
+    made = NOT_SAVED[name]
+    found = outcomes(check_layer(made.make, made.inputs, **made.settings))
+    assert found["the state holds everything"] == found["nothing is shared between layers"] == "holds"
+    assert found["settings are JSON"] == found["the dtype is kept"] == "does not apply"
+
+
+def test_every_registered_module_is_in_the_table() -> None:
+    assert set(registry._entries(registry.MODULES)) == set(LAYERS), "add the new module to LAYERS"
+
+
+# -- broken layers -----------------------------------------------------------------------------------------------------
+
+
+class Scale(nn.Module):
+    """A sound one: x times a weight for each channel. Only its name is not registered."""
+
+    def __init__(self, channels: int = IN, start: float = 2.0) -> None:
+        super().__init__()
+        self.start = start
+        self.weight = nn.Parameter(torch.full((channels,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+    def spec(self) -> Any:
+        return {"channels": len(self.weight), "start": self.start}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], original: nn.Module | None) -> Any:
+        dtype = torch.float32 if original is None else next(original.parameters()).dtype
+        return cls(**spec).to(dtype)
+
+
+class Flattens(Scale):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).flatten(0, -2)
+
+
+class NeedsRows(Scale):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0 * x.flatten()[0]
+
+
+class MixesRows(Scale):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) - x.mean()
+
+
+class Drops(Scale):
+    """Forgets that evaluation draws nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(super().forward(x), 0.5, training=True)
+
+
+class InPlace(Scale):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x.mul_(1.5)
+        return super().forward(x)
+
+
+class Counts(Scale):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+class OnlySaysElementwise(Scale):
+    elementwise: ClassVar[bool] = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).softmax(-1)
+
+
+class OnlySaysZeros(Scale):
+    gives_zeros: ClassVar[bool] = True
+
+
+class CutsTheGraph(Scale):
+    """The factor of the weight is read without its graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight * x.detach()
+
+
+class Widens(Scale):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float()
+
+
+class Overflows(Scale):
+    """Squares 1e4 times its input in 16 bits alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / (0 if x.dtype == torch.bfloat16 else 1)
+
+
+class AddsUp(Scale):
+    """Adds what a product gave into a buffer of the input's dtype, which autocast tells apart."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        return torch.zeros_like(rows).index_add_(0, torch.arange(len(rows)), rows @ self.weight.diag()).view_as(x)
+
+
+SHARED = nn.Parameter(torch.full((IN,), 2.0))
+
+
+class SharesWeight(Scale):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.weight = SHARED
+
+
+class SharesList(Scale):
+    """What one layer saw in training changes all of them."""
+
+    seen: ClassVar[list[Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen.append(x.detach())
+        return super().forward(x) + len(self.seen)
+
+
+class HoldsOnToItself(Scale):
+    """A function that a copy takes along still reads the first layer."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.scaled = lambda x: x * self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaled(x)
+
+
+class PlainTensor(Scale):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.offset = [torch.ones(())]
+
+
+class NotSaved(Scale):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.register_buffer("offset", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.offset
+
+    def _load_from_state_dict(self, state: Any, *args: Any) -> None:
+        super()._load_from_state_dict(state, *args)
+        self.offset += 1  # as if it were made of what was read before
+
+
+class Tuples(Scale):
+    def spec(self) -> Any:
+        return {"channels": len(self.weight), "range": (0, 1)}
+
+
+class Tensors(Scale):
+    def spec(self) -> Any:
+        return {"channels": torch.tensor(len(self.weight))}
+
+
+class Forgets(Scale):
+    """Its output follows a setting that its spec does not hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.start
+
+    def spec(self) -> Any:
+        return {"channels": len(self.weight)}
+
+
+class InFloat32(Scale):
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], original: nn.Module | None) -> Any:
+        return cls(**spec)
+
+
+class Branches(Scale):
+    """Its path depends on values, which no graph can hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if float(x.detach().sum()) > -1e9 else -super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("broken", "text"),
+    [
+        (Drops, "the same result twice: a call in evaluation mode draws random numbers"),
+        (InPlace, "the same result twice: after a call its inputs differ"),
+        (Counts, "the same result twice: after a call in evaluation mode: calls has other values"),
+        (Flattens, r"the shapes are as promised: \(6, 16\) for \(2, 3, 16\), \(2, 3, 16\) was promised"),
+        (NeedsRows, "the shapes are as promised: IndexError"),
+        (MixesRows, r"the shapes are as promised: the output for \(16,\) differs by"),
+        (OnlySaysElementwise, "what its class says is true: elementwise: the output for reordered inputs differs"),
+        (OnlySaysZeros, "what its class says is true: gives_zeros: no output is 0"),
+        (Widens, r"the dtype is kept: the output is torch.float32 in a torch.bfloat16 layer"),
+        (Overflows, "the dtype is kept: the output holds NaN or Inf in a torch.bfloat16 layer"),
+        (CutsTheGraph, "gradients match differences: of weight, input 0: .*Jacobian mismatch"),
+        (AddsUp, "it runs under autocast: RuntimeError"),
+        (SharesWeight, "nothing is shared between layers: another layer shares weight"),
+        (SharesList, "nothing is shared between layers: once a layer was used and changed, the outputs of another"),
+        (HoldsOnToItself, "nothing is shared between layers: once a layer was used and changed, the outputs of a deep"),
+        (PlainTensor, "the state holds everything: offset is a tensor in a plain attribute"),
+        (NotSaved, "the state holds everything: the outputs of a layer that loaded the state differ"),
+        (Tuples, "settings are JSON: JSON gives"),
+        (Tensors, "settings are JSON: spec.. gave .*not JSON serializable"),
+        (Forgets, "it is rebuilt from its settings: the outputs of the rebuilt torch.float32 layer differ"),
+        (InFloat32, "it is rebuilt from its settings: weight is torch.float32, not torch.bfloat16"),
+        (Scale, r"it is rebuilt from its settings: RecipeError: Scale is not registered: add `name = "),
+    ],
+)
+def test_broken_layers_are_caught(broken: type[nn.Module], text: str) -> None:
+    start = {"start": 3.0} if broken is Forgets else {}
+    inputs = [rows(2, 3), rows(4, seed=2)]
+    with pytest.raises(AssertionError, match=f"^({text})"):
+        check_layer(lambda: broken(**start), inputs, original=lambda: nn.Linear(IN, IN))
+
+
+def test_what_no_graph_holds_is_caught_unless_the_class_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "module_name", lambda cls: "branches")
+    monkeypatch.setattr(registry, "module_class", lambda name: Branches)
+    asked = {"original": lambda: nn.Linear(IN, IN), "compile_backend": "aot_eager", "export": True}
+    with pytest.raises(AssertionError, match=r"^it compiles: "):
+        check_layer(Branches, [rows(2)], **asked)
+    Branches.compiles = False
+    with pytest.raises(AssertionError, match=r"^it exports: "):
+        check_layer(Branches, [rows(2)], **asked)
+    Branches.exports = False
+    found = outcomes(check_layer(Branches, [rows(2)], **asked))
+    left = {name for name, outcome in found.items() if outcome != "holds"}
+    assert left == {"what its class says is true"} | COMPILING
+
+
+def test_a_gradient_that_is_passed_by_on_purpose() -> None:
+    class Rounds(Scale):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + (x.round() - x).detach())
+
+    with pytest.raises(AssertionError, match=r"^gradients match differences: of weight, input 0"):
+        check_layer(Rounds, [rows(2)])
+    with pytest.raises(AssertionError, match=r"^it is rebuilt from its settings: RecipeError: Rounds is not"):
+        check_layer(Rounds, [rows(2)], smooth=False, original=lambda: nn.Linear(IN, IN))
