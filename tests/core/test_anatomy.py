@@ -435,7 +435,9 @@ def test_coverage_accounts_for_every_parameter_once(case: str) -> None:
     assert 0.8 < coverage.share < 1
     where = {row.where for row in coverage.rows}
     assert ("experts" in where) == (case == "mixtral")
-    assert f"{coverage.share:.1%}" in coverage.table()
+    assert f"{coverage.share:.1%}" in coverage.table().title == coverage.describe()
+    assert coverage.table().row_count == len({(row.where, row.reason) for row in coverage.rows})
+    assert sum(numel for _, numel, _ in coverage.groups()) == sum(row.numel for row in coverage.rows)
 
 
 def test_coverage_share_by_hand() -> None:

@@ -580,7 +580,9 @@ def test_the_memory_plan_is_known_and_capped() -> None:
     gram, moments, quantiles = 2 * 4 * 8 * INNER**2, 2 * 4 * 5 * 8 * INNER, 2 * 8 * (Quantiles.BINS + 1)
     assert plan.total == gram + moments + quantiles + 2 * 8 * HIDDEN
     assert plan.seconds is not None and plan.seconds > 0
-    assert plan.table().splitlines()[0].split()[-1] == "Quantiles" and plan.table().splitlines()[-1].endswith("total")
+    sizes, sites, statistics = plan.table().columns
+    assert sizes.footer == format_bytes(plan.total) and sites.footer == "total"
+    assert list(statistics.cells)[1] == "Quantiles" and len(list(sites.cells)) == len(plan.rows)
     passes = 0
 
     def count(*_: Any) -> None:

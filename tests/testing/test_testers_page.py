@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import actkit.testing
-from actkit.testing import layers, transforms
+from actkit.testing import analyses, layers, transforms
 
 ROOT = Path(__file__).parents[2]
-TESTERS = {"check_layer": layers, "check_transform": transforms}
+TESTERS = {"check_analysis": analyses, "check_layer": layers, "check_transform": transforms}
 
 
 @pytest.mark.parametrize("name", TESTERS)

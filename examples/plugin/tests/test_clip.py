@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from actkit_clip import Clip, Clipped
+from actkit_clip import Clip, Clipped, headroom
 from torch import nn
 
 from actkit.core.runner import apply
-from actkit.testing import check_layer, check_transform, tiny_batches, tiny_model
+from actkit.testing import check_analysis, check_layer, check_transform, tiny_batches, tiny_model
 
 
 @pytest.mark.parametrize("kind", ["llama", "vit"])
@@ -25,6 +25,14 @@ def test_the_layer_keeps_what_every_layer_promises():
         export=True,
     )
     assert {check.outcome for check in checks} == {"holds"}
+
+
+def test_the_analysis_keeps_what_every_analysis_promises():
+    def analysis(model, batches):
+        return headroom(model, batches, 0.1, progress=False)
+
+    checks = check_analysis(analysis, tiny_model("mixtral"), tiny_batches("mixtral"))
+    assert [check.name for check in checks if check.outcome != "holds"] == ["several processes find the same"]
 
 
 def test_it_clips():

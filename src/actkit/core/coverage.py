@@ -14,6 +14,8 @@ from actkit.core.linear import ActLinear, IntegerWeight
 from actkit.core.parts import CONVOLUTIONS, Block, is_linear
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from actkit.core.anatomy import Anatomy
 
 Where = Literal["linear", "experts", "norm", "stem", "head", "bias", "uncovered"]
@@ -40,17 +42,33 @@ class Coverage:
         """The rows that no part of the anatomy describes, each with its reason."""
         return tuple(row for row in self.rows if row.where == "uncovered")
 
-    def table(self) -> str:
-        """Parameters by what they belong to, largest first, with the reasons."""
-        groups: Counter[str] = Counter()
+    def groups(self) -> list[tuple[str, int, int]]:
+        """(what the parameters belong to, with the reason; how many numbers; how many tensors), largest first."""
+        numels: Counter[str] = Counter()
         tensors: Counter[str] = Counter()
         for row in self.rows:
             key = row.where if row.reason is None else f"{row.where}: {row.reason}"
-            groups[key] += row.numel
+            numels[key] += row.numel
             tensors[key] += 1
-        lines = [f"{numel:>16,}  {tensors[key]:>6} tensors  {key}" for key, numel in groups.most_common()]
-        last = f"{self.share:.1%} of the parameters inside blocks are weights of linear layers or experts"
-        return "\n".join([*lines, last])
+        return [(key, numel, tensors[key]) for key, numel in numels.most_common()]
+
+    def describe(self) -> str:
+        """'98.0% of the parameters inside blocks are ...'"""
+        return f"{self.share:.1%} of the parameters inside blocks are weights of linear layers or experts"
+
+    def table(self) -> Table:
+        """Parameters by what they belong to, largest first, with the reasons."""
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=self.describe(), title_justify="left", box=box.SIMPLE_HEAD)
+        for name in ("parameters", "tensors"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("where", overflow="fold")
+        for key, numel, tensors in self.groups():
+            table.add_row(f"{numel:,}", f"{tensors:,}", Text(key))
+        return table
 
 
 def cover(anatomy: Anatomy) -> Coverage:

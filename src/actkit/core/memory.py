@@ -7,8 +7,12 @@ import gc
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from actkit.core.errors import MemoryLimitError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)}
@@ -46,11 +50,19 @@ class MemoryPlan:
         """Bytes of all statistics together."""
         return sum(size for _, _, size in self.rows)
 
-    def table(self) -> str:
+    def table(self) -> Table:
         """The statistics, largest first, and the total."""
-        ordered = sorted(self.rows, key=lambda row: -row[2])
-        lines = [f"{format_bytes(size):>10}  {site}  {statistic}" for site, statistic, size in ordered]
-        return "\n".join([*lines, f"{format_bytes(self.total):>10}  total"])
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title="Memory of the statistics", title_justify="left", box=box.SIMPLE_HEAD, show_footer=True)
+        table.add_column("bytes", format_bytes(self.total), justify="right", no_wrap=True)
+        table.add_column("site", "total", overflow="fold")
+        table.add_column("statistic")
+        for site, statistic, size in sorted(self.rows, key=lambda row: -row[2]):
+            table.add_row(format_bytes(size), Text(site), statistic)
+        return table
 
     def check(self, max_memory: int | str) -> None:
         """Raise MemoryLimitError where the plan needs more than `max_memory` (bytes or a text like '2GB')."""

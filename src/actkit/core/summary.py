@@ -18,6 +18,8 @@ from actkit.core.plan import parameter_bytes
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from actkit.core.coverage import Coverage
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -106,12 +108,17 @@ def summarise(model: nn.Module, example: Any = None, results: dict[str, Any] | N
         dtypes=dict(dtypes.most_common()),
         linears=dict(linears.most_common()),
         sites=tuple(dict.fromkeys(site.name for site in view.sites())),
-        coverage=tuple(line.strip() for line in coverage.table().splitlines()),
+        coverage=_lines(coverage),
         recipe=[] if known is None else known.recipe,
         edits={} if known is None else dict(Counter(next(iter(edit)) for edit in known.edits)),
         results=results or {},
         source_grid=None if origin is None or origin.grid is None else origin.grid.to_dict(),
     )
+
+
+def _lines(coverage: Coverage) -> tuple[str, ...]:
+    lines = [f"{numel:>16,}  {tensors:>6} tensors  {key}" for key, numel, tensors in coverage.groups()]
+    return (*(line.strip() for line in lines), coverage.describe())
 
 
 def _kind(module: nn.Module) -> str:

@@ -192,7 +192,7 @@ def _step(profile: Profile) -> int:
     return max(1, (1 + max(site.block or 0 for site in profile.sites)) // 8)
 
 
-def optimization_table(result: Optimization) -> Group:
+def optimization_table(result: Optimization) -> Table:
     """The verdict, then every candidate with what it gives, then why some do not pay; for 80 columns."""
     verdict = result.verdict
     said = [Text(f"  {line}") for line in (verdict.speed, verdict.memory, verdict.disk, verdict.quality)]
@@ -213,7 +213,13 @@ def optimization_table(result: Optimization) -> Group:
     about = "* on the front; disk, peak memory and speed against the original's; intervals are 95 %"
     if any(each.stopped for each in result.candidates):
         about += "; losses of candidates that were stopped are of the search split"
-    return Group(headline, *said, Text(""), table, Text(f"\n{about}\n", style="dim"), *reasons, *_afterwards(result))
+    page = Table.grid()
+    for line in (headline, *said, Text("")):
+        page.add_row(line)
+    page.add_row(table)
+    for line in (Text(f"\n{about}\n", style="dim"), *reasons, *_afterwards(result)):
+        page.add_row(line)
+    return page
 
 
 def _candidate_cells(candidate: Candidate, result: Optimization) -> list[str]:

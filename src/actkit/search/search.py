@@ -57,7 +57,7 @@ from actkit.search.workshop import RANDOM, Workshop, recipe_key, task_for, trans
 from actkit.zoo.loading import OWN_CLASSES, open_model
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.table import Table
 
 JOURNAL, RESULTS, REPORT, BEST, CANDIDATES, RECIPE = (
     "journal.jsonl",
@@ -113,7 +113,7 @@ class Optimization:
         """A candidate, or the original, by name."""
         return next(each for each in (self.original, *self.candidates) if each.name == name)
 
-    def table(self) -> Group:
+    def table(self) -> Table:
         """The verdict and all candidates, for a terminal of 100 columns."""
         from actkit.search.figures import optimization_table
 

@@ -27,6 +27,7 @@ from actkit.core.anatomy import Anatomy, Site
 from actkit.core.capture import record
 from actkit.core.edits import get_module, set_module
 from actkit.core.errors import DataError
+from actkit.core.figure_text import all_plain
 from actkit.core.hooks import BatchContext
 from actkit.core.objective import Loss, Objective
 from actkit.core.progress import track
@@ -60,6 +61,27 @@ class ActivationRatio:
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""
         return asdict(self)
+
+    def table(self) -> Table:
+        """One row per layer, and the whole."""
+        from rich import box
+        from rich.table import Table
+
+        change = f"perplexity {self.dense_perplexity:.4g} to {self.perplexity:.4g}"
+        title = f"Active by {self.method!r} at {self.value:.4g}: {self.ratio:.1%}; {change}"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("layer", overflow="fold")
+        table.add_column("active", justify="right")
+        for path, ratio in self.ratios.items():
+            table.add_row(path, f"{ratio:.1%}")
+        return table
+
+    def figure(self) -> Figure:
+        """Active neurons by layer. Raises ImportError where plotly (the extra `report`) is missing."""
+        from plotly.graph_objects import Bar, Figure
+
+        figure = Figure(Bar(x=all_plain(self.ratios), y=list(self.ratios.values())))
+        return figure.update_yaxes(title=f"active neurons by {self.method!r}", tickformat=".0%")
 
 
 def activation_ratio(

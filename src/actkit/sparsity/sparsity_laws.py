@@ -209,6 +209,33 @@ class WidthFit:
         """Everything, as JSON takes it."""
         return {**vars(self), "plateau": self.plateau}
 
+    def table(self) -> Table:
+        """The line and where it turns flat."""
+        from rich import box
+        from rich.table import Table
+
+        title = f"width law, {len(self.shapes)} points (R2 {self.r2:.4f})"
+        table = Table("parameter", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("value", justify="right")
+        for name in ("intercept", "slope", "bottleneck", "plateau"):
+            value = getattr(self, name)
+            table.add_row(name, "none seen" if value is None else f"{value:.4g}")
+        return table
+
+    def figure(self) -> Figure:
+        """The points and the line. Raises ImportError where plotly (the extra `report`) is missing."""
+        from plotly.graph_objects import Figure, Scatter
+
+        ends = [min(self.shapes), max(self.shapes)]
+        turns = sorted(ends if self.bottleneck is None else [*ends, self.bottleneck])
+        figure = Figure(
+            [
+                Scatter(x=self.shapes, y=self.ratios, mode="markers", name="measured"),
+                Scatter(x=turns, y=self.predict(turns).tolist(), mode="lines", name="width law"),
+            ]
+        )
+        return figure.update_layout(xaxis_title="hidden size / layers", yaxis_title="activation ratio")
+
 
 def fit_width_law(shapes: ArrayLike, ratios: ArrayLike) -> WidthFit:
     """Fit a line up to a bottleneck and a constant beyond it, by least squares.

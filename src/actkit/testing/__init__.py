@@ -1,8 +1,9 @@
 """Checks that methods must pass, and tiny models to run them on: for ours, and for anyone who writes one."""
 
+from actkit.testing.analyses import check_analysis
 from actkit.testing.checks import Check
 from actkit.testing.layers import check_layer
 from actkit.testing.models import tiny_batches, tiny_model
 from actkit.testing.transforms import check_transform
 
-__all__ = ["Check", "check_layer", "check_transform", "tiny_batches", "tiny_model"]
+__all__ = ["Check", "check_analysis", "check_layer", "check_transform", "tiny_batches", "tiny_model"]

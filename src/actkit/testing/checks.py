@@ -151,6 +151,11 @@ def assert_no_hook_left(model: nn.Module, before: set[tuple[str, str]], when: st
     assert not left, f"{when}: {', '.join(sorted(f'{path}.{kind}' for path, kind in left))}"
 
 
+def modes_of(model: nn.Module) -> dict[str, bool]:
+    """Which modules are in training mode, by path."""
+    return {path: module.training for path, module in model.named_modules()}
+
+
 def outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
     """The main output on each batch, in evaluation mode without gradients."""
     with evaluating(model):
@@ -181,6 +186,11 @@ def close(found: Sequence[Tensor], expected: Sequence[Tensor], what: str, bound:
         error = float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30))
         allowed = ROUNDING[b.dtype] if bound is None else bound
         assert error <= allowed, f"{what} differs by {error:.3g} of the largest value"
+
+
+def tensors_in(given: Any) -> list[Tensor]:
+    """The tensors of batches, inputs or outputs, however they are nested."""
+    return [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
 
 
 def in_dtype(batch: Any, dtype: torch.dtype) -> Any:

@@ -37,6 +37,7 @@ from actkit.testing.checks import (
     random_numbers,
     run_checks,
     storages_of,
+    tensors_in,
 )
 
 CPU = torch.device("cpu")
@@ -124,7 +125,7 @@ def same_result_twice(case: LayerCase) -> None:
     given = copy.deepcopy(case.inputs)
     with evaluating(layer):
         again = [call(layer, each) for each in reversed(given)][::-1]
-    equal(_tensors(given), _tensors(case.inputs), "after a call its inputs")
+    equal(tensors_in(given), tensors_in(case.inputs), "after a call its inputs")
     equal(again, first, "the outputs in another order")
     if first[0].is_floating_point():
         close([call(layer, each).detach() for each in given], first, "the output with gradients on")
@@ -218,7 +219,7 @@ def runs_under_autocast(case: LayerCase) -> None:
         layer = case.made()
         for given in case.inputs:
             given = in_dtype(given, dtype)
-            leaves = [tensor.requires_grad_() for tensor in _tensors(given) if tensor.is_floating_point()]
+            leaves = [tensor.requires_grad_() for tensor in tensors_in(given) if tensor.is_floating_point()]
             with torch.autocast("cpu", torch.bfloat16):
                 output = call(layer, given)
             assert output.dtype in (torch.float32, torch.bfloat16), f"the output is {output.dtype}"
@@ -347,11 +348,7 @@ def _arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _first(given: Any) -> Tensor:
-    return _tensors(given)[0]
-
-
-def _tensors(given: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
+    return tensors_in(given)[0]
 
 
 def _is_float(value: Any) -> bool:

@@ -1,0 +1,76 @@
+"""All analyses of actkit, each at one setting on a tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from actkit.search.profile import profile
+from actkit.sparsity.activation_ratio import activation_ratio, pareto
+from actkit.sparsity.activity_curve import activity_curve
+from actkit.sparsity.fatrelu import sweep_threshold
+from actkit.sparsity.gate_sparsity import gate_sparsity
+from actkit.sparsity.importance_map import importance_map
+from actkit.sparsity.neuron_activity import neuron_activity
+from actkit.sparsity.pattern_simulation import expected_vs_observed
+from actkit.sparsity.pattern_theory import threshold_curve
+from actkit.sparsity.ppl_sparsity import ppl_sparsity
+from actkit.sparsity.sparsity_laws import fit_relu_law, fit_silu_law, fit_width_law, relu_law, silu_law
+from actkit.testing import tiny_batches, tiny_model
+
+
+@dataclass(frozen=True)
+class Made:
+    """An analysis and what it is run on. result: the name of its class. several: it says that processes share it."""
+
+    run: Callable[[Any, Any], Any]
+    result: str
+    kind: str = "llama"
+    relu: bool = False
+    several: bool = True
+
+    def model(self) -> Any:
+        return tiny_model(self.kind, **({"hidden_act": "relu"} if self.relu else {}))
+
+    def batches(self) -> Any:
+        return tiny_batches(self.kind, lengths=((9, 4, 6), (7, 2), (8, 8)))
+
+
+def quiet(analysis: Callable[..., Any], *places: Any, **settings: Any) -> Callable[[Any, Any], Any]:
+    return lambda model, batches: analysis(model, *places, batches, **settings, progress=False)
+
+
+def curve(model: Any, batches: Any) -> Any:
+    return activity_curve({"start": model, "end": model}, batches, progress=False)
+
+
+ANALYSES: dict[str, Made] = {
+    "profile": Made(quiet(profile), "Profile"),
+    "profile of experts": Made(quiet(profile), "Profile", "mixtral"),
+    "profile of a traced model": Made(quiet(profile), "Profile", "mlp"),
+    "neuron_activity": Made(quiet(neuron_activity), "NeuronActivity", relu=True),
+    "neuron_activity of images": Made(quiet(neuron_activity, threshold=0.1), "NeuronActivity", "vit"),
+    "activity_curve": Made(curve, "ActivityCurve", relu=True),
+    "gate_sparsity": Made(quiet(gate_sparsity), "GateSparsity", "mixtral", relu=True),
+    "importance_map": Made(quiet(importance_map, "model.layers.1.mlp.up_proj"), "ImportanceMap"),
+    "sweep_threshold": Made(quiet(sweep_threshold, grid=(0.05, 0.2)), "ThresholdSweep", relu=True),
+    "expected_vs_observed": Made(
+        quiet(expected_vs_observed, active=6, synapses=4, threshold=2, tokens=30), "ExpectedVsObserved"
+    ),
+    "ppl_sparsity": Made(quiet(ppl_sparsity, sample=16), "PerplexitySparsityResult", several=False),
+    "activation_ratio": Made(
+        quiet(activation_ratio, method="cett", value=0.2, sample=16), "ActivationRatio", several=False
+    ),
+    "pareto": Made(quiet(pareto, methods=("zero", "fat", "cett"), grid=(0.3,), sample=16), "Pareto", several=False),
+}
+TOKENS = [1e9, 4e9, 2e10, 6e10, 1e11, 2e11]
+BILLIONS = [tokens / 1e9 for tokens in TOKENS]
+# results that are of no model: laws, fits
+WITHOUT_A_MODEL: dict[str, Callable[[], Any]] = {
+    "threshold_curve": partial(threshold_curve, [1000, 2000], [0.02], [20], range(8, 12)),
+    "relu law": lambda: fit_relu_law(TOKENS, [relu_law(each, 0.4, -1.0, 0.5, 0.1) for each in BILLIONS]),
+    "silu law": lambda: fit_silu_law(TOKENS, [silu_law(each, 0.4, 0.2, 0.6) for each in BILLIONS]),
+    "width law": lambda: fit_width_law([10, 20, 30, 40, 60], [0.1, 0.15, 0.2, 0.25, 0.25]),
+}
