@@ -1,0 +1,487 @@
+"""What every training rule must satisfy: `check_rule`, one small function per property.
+
+    from actkit.testing import check_rule
+
+    def test_my_rule():
+        check_rule(MyRule(weight=3.0), tiny_model("llama"), tiny_batches("llama"))
+
+A few steps are trained in a loop that is written out here, in `core.training.train` and in transformers' Trainer. The
+learning rate is so small that the weights hardly move, and the gradients of each step are compared, to rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import PrivateAttr, ValidationError
+from torch import Tensor, nn
+
+from actkit.core.edits import tied_names
+from actkit.core.errors import RecipeError
+from actkit.core.hooks import hooked, main_input
+from actkit.core.objective import Objective, mask_of, parameter_groups
+from actkit.core.quality import IGNORED
+from actkit.core.random_numbers import own_random_numbers
+from actkit.core.rules import AttachedRule, RuleCallback, TrainingRule, attach, dump_rules, parse_rules
+from actkit.core.training import Trained, train
+from actkit.testing.checks import (
+    Check,
+    NotApplicable,
+    State,
+    assert_no_hook_left,
+    equal,
+    hooks_of,
+    outputs,
+    run_checks,
+    same_bits,
+    works,
+)
+
+CPU = torch.device("cpu")
+STEPS = 3
+RATE = 1e-6
+GRADIENTS = 1e-4  # of the largest of a tensor: sums in another order, and weights that moved by RATE
+
+Group = Sequence[Any]  # the batches of one optimizer step
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A training: the model after it, the gradients of each step by parameter, the progress that rules were told."""
+
+    model: nn.Module
+    gradients: list[dict[str, Tensor]]
+    progress: list[float]
+
+    def compare(self, expected: Ran, what: str) -> None:
+        """Assert that it went as another one, to rounding."""
+        assert self.progress == expected.progress, f"{what}: the progress was {self.progress}, not {expected.progress}"
+        assert len(self.gradients) == len(expected.gradients), f"{what}: {len(self.gradients)} steps"
+        for step, (found, wanted) in enumerate(zip(self.gradients, expected.gradients, strict=True), start=1):
+            assert found.keys() == wanted.keys(), f"{what}, step {step}: other parameters have gradients"
+            largest = {name: float(gradient.abs().max()) for name, gradient in wanted.items()}
+            for name, gradient in found.items():
+                bound = GRADIENTS * (largest[name] + 1e-2 * max(largest.values()))  # some are nothing but rounding
+                error = float((gradient - wanted[name]).abs().max())
+                assert error <= bound, f"{what}, step {step}: the gradient of {name} differs by {error:.3g}"
+        after = _weights(expected.model)
+        for name, weight in _weights(self.model).items():
+            bound = GRADIENTS * float(after[name].abs().max()) + 4 * STEPS * RATE
+            error = float((weight - after[name]).abs().max())
+            assert error <= bound, f"{what}: after it {name} differs by {error:.3g}"
+
+    def same(self, expected: Ran) -> bool:
+        """Whether gradients and weights are those of another training, bit for bit."""
+        pairs = list(zip(self.gradients, expected.gradients, strict=True))
+        pairs.append((_weights(self.model), _weights(expected.model)))
+        return all(
+            found.keys() == wanted.keys() and all(same_bits(found[name], wanted[name]) for name in found)
+            for found, wanted in pairs
+        )
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@dataclass(frozen=True)
+class RuleCase:
+    """What all checks share: the rule, the model and batches with labels."""
+
+    rule: TrainingRule
+    original: nn.Module
+    batches: Sequence[Any]
+
+    def model(self) -> nn.Module:
+        """A copy of the model."""
+        return copy.deepcopy(self.original)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """The model's own loss."""
+        return Objective(self.original, None)
+
+    def groups(self, accumulation: int = 1) -> list[Group]:
+        """The batches of each step."""
+        flat = [self.batches[index % len(self.batches)] for index in range(STEPS * accumulation)]
+        return [flat[start : start + accumulation] for start in range(0, len(flat), accumulation)]
+
+    @cached_property
+    def by_hand(self) -> Ran:
+        """The training under the rule, in a loop written by hand."""
+        return by_hand(self, self.groups())
+
+    @cached_property
+    def trainer_is_plain(self) -> bool:
+        """Whether the Trainer agrees with the loop by hand if there is no rule. It does not for GPT-2, whose labels it
+        counts before they are shifted."""
+        plain, found = by_hand(self, self.groups(), rules=()), in_trainer(self, self.groups(), rules=())
+        return works(partial(found.compare, plain, "Trainer"))
+
+
+def check_rule(rule: TrainingRule, model: nn.Module, batches: Iterable[Any]) -> list[Check]:
+    """Check everything that a rule promises, on one model.
+
+    Args:
+        rule: at a setting that changes something in the first steps.
+        model: a small one of transformers in float32, without dropout, that computes its loss from labels; never
+            changed, each check works on a copy.
+        batches: two dicts of its keywords or another even number; the best have padding. A language model needs no
+            labels.
+
+    Returns:
+        What was checked, and what did not apply and why.
+
+    Raises:
+        AssertionError: it begins with the name of the first property that fails.
+        ValueError: no batches, or an odd number.
+    """
+    labelled = [_labelled(batch) for batch in batches]
+    if not labelled or len(labelled) % 2:
+        raise ValueError(f"batches: {len(labelled)} were given; give two, four or more, for steps of two batches.")
+    case = RuleCase(rule, model, labelled)
+    start = State.of(model)
+    return run_checks(CHECKS, case, partial(_still, start, model))
+
+
+def _still(start: State, model: nn.Module, name: str) -> None:
+    start.compare(model, f"{name}: a copy was changed, and the original with it")
+
+
+def _labelled(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with labels; a language model learns the next token."""
+    if "labels" in batch:
+        return dict(batch)
+    ids, mask = batch["input_ids"], mask_of(batch, CPU)
+    return {**batch, "labels": ids if mask is None else ids.masked_fill(mask == 0, IGNORED)}
+
+
+# -- the properties ----------------------------------------------------------------------------------------------------
+
+
+def changes_the_training(case: RuleCase) -> None:
+    """Gradients or weights differ from those of the same steps without the rule; else nothing would be checked."""
+    plain = by_hand(case, case.groups(), rules=())
+    assert not case.by_hand.same(plain), "the training is the same without it; choose a setting that does something"
+
+
+def same_result_twice(case: RuleCase) -> None:
+    """Two trainings of equal models are equal bit for bit."""
+    assert by_hand(case, case.groups()).same(case.by_hand), "gradients or weights differ"
+
+
+def our_loop_agrees(case: RuleCase) -> None:
+    """`core.training.train` gives the gradients, weights and progress of the loop by hand."""
+    found, groups = in_our_loop(case)
+    found.compare(by_hand(case, groups), "core.training.train")
+
+
+def trainer_agrees(case: RuleCase) -> None:
+    """transformers' Trainer with a `RuleCallback` gives them too."""
+    if not case.trainer_is_plain:
+        kind = type(case.original).__name__
+        raise NotApplicable(f"without any rule the Trainer weighs the loss of a {kind} otherwise than its labels do")
+    in_trainer(case, case.groups()).compare(case.by_hand, "Trainer")
+
+
+def gradients_are_accumulated(case: RuleCase) -> None:
+    """So it is with two batches in each step."""
+    found, ours = in_our_loop(case, accumulation=2)
+    found.compare(by_hand(case, ours), "core.training.train with two batches per step")
+    if case.trainer_is_plain:
+        groups = case.groups(2)
+        in_trainer(case, groups).compare(by_hand(case, groups), "Trainer with two batches per step")
+
+
+def resumes_to_the_bit(case: RuleCase) -> None:
+    """A training that is cut off and goes on from its files ends as one that was not."""
+    with tempfile.TemporaryDirectory() as parent:
+        whole = _kept(case, Path(parent) / "whole")
+        folder = Path(parent) / "cut"
+        try:
+            _kept(case, folder, cut_at=STEPS)
+        except _Planned:
+            pass
+        else:
+            raise AssertionError("an error in the loss was swallowed")
+        resumed = _kept(case, folder, resume=True)
+    for found, expected in zip(resumed.history, whole.history, strict=True):
+        assert asdict(found) == asdict(expected), f"step {found.step} was {asdict(found)}, not {asdict(expected)}"
+    State.of(whole.model).compare(resumed.model, "the model of the resumed training", modules=False)
+
+
+def detach_leaves_the_plain_model(case: RuleCase) -> None:
+    """After `detach()`, and after an error, modules, hooks and settings are those of the model without the rule."""
+    for what, cut in (("after detach()", False), ("after detach() in the midst of a step", True)):
+        model = case.model()
+        before = State.of(model)
+        running = attach(case.rule, model, _optimizer(model), case.batches[0])
+        try:
+            model.train()
+            running.before_step(0.0)
+            loss = running.add(model(**case.batches[0]).loss, mask_of(case.batches[0], CPU))
+            if not cut:
+                loss.backward()
+                running.after_step(1.0)
+        finally:
+            running.detach()
+        assert_no_hook_left(model, hooks_of(case.original), what)
+        now = State.of(model)
+        assert now.modules == before.modules, f"{what}: other modules than before it was attached"
+        assert now.tensors.keys() == before.tensors.keys(), f"{what}: other tensors than before it was attached"
+        assert (now.kind, now.config) == (before.kind, before.config), f"{what}: the class or the config differs"
+        assert now.trains == before.trains, f"{what}: requires_grad differs"
+        plain = case.model()
+        plain.load_state_dict(model.state_dict())
+        equal(outputs(model, case.batches), outputs(plain, case.batches), f"{what} the outputs and a plain model's")
+
+
+def ties_are_kept(case: RuleCase) -> None:
+    """Parameters that were one tensor under two names still are."""
+    tied = tied_names(case.original)
+    if not tied:
+        raise NotApplicable("the model ties no parameters")
+    for model in (case.by_hand.model, in_our_loop(case)[0].model):
+        after = tied_names(model)
+        for name, partner in tied.items():
+            assert after.get(name) == partner, f"{name} is no longer tied to {partner}"
+
+
+def nothing_is_shared(case: RuleCase) -> None:
+    """Two models that train in turns under the same rule train as each alone."""
+    ran = [Ran(case.model(), [], []) for _ in range(2)]
+    with own_random_numbers(CPU, 0):
+        for _ in zip_longest(*(_steps(case, each, case.groups(), (case.rule,)) for each in ran)):
+            pass  # one step of the first, one of the second, and so on
+    for index, found in enumerate(ran, start=1):
+        assert found.same(case.by_hand), f"model {index} of two trained otherwise than alone"
+
+
+def padding_counts_for_nothing(case: RuleCase) -> None:
+    """Other tokens in the place of padding leave the gradients as they are, to rounding."""
+    masks = [mask_of(batch, CPU) for batch in case.batches]
+    if all(mask is None or bool(mask.all()) for mask in masks):
+        raise NotApplicable("no batch is padded")
+    others = RuleCase(case.rule, case.original, [_other_padding(batch) for batch in case.batches])
+    by_hand(others, others.groups()).compare(case.by_hand, "with other tokens in the padding")
+
+
+def settings_are_strict(case: RuleCase) -> None:
+    """A rule comes back from YAML as it was; settings are frozen, unknown ones refused by name."""
+    with tempfile.TemporaryDirectory() as parent:
+        path = Path(parent) / "rules.yaml"
+        path.write_text(yaml.safe_dump({"actkit": 1, "rules": dump_rules([case.rule])}), encoding="utf-8")
+        again = parse_rules(path)
+    assert again == (case.rule,), f"{again} came back from YAML"
+    try:
+        parse_rules({case.rule.name: {"no_such_setting": 1}})
+    except RecipeError as error:
+        assert "no_such_setting" in str(error), f"the error does not name the unknown setting: {error}"
+    else:
+        raise AssertionError("an unknown setting was accepted")
+    for name in type(case.rule).model_fields:
+        try:
+            setattr(case.rule, name, getattr(case.rule, name))
+        except (ValidationError, TypeError):
+            continue
+        raise AssertionError(f"{name} can be changed; declare the model frozen")
+
+
+CHECKS: dict[str, Callable[[RuleCase], None]] = {
+    "it changes the training": changes_the_training,
+    "the same result twice": same_result_twice,
+    "our loop trains as one by hand": our_loop_agrees,
+    "the Trainer trains as one by hand": trainer_agrees,
+    "gradients are accumulated": gradients_are_accumulated,
+    "ties are kept": ties_are_kept,
+    "a resumed training is the same to the bit": resumes_to_the_bit,
+    "detach leaves the plain model": detach_leaves_the_plain_model,
+    "nothing is shared between models": nothing_is_shared,
+    "padding counts for nothing": padding_counts_for_nothing,
+    "settings are strict": settings_are_strict,
+}
+
+
+# -- the same steps in three loops -------------------------------------------------------------------------------------
+
+
+class _Watch(TrainingRule):
+    """Copies what a training does: the gradients behind each step, and the progress that rules are told."""
+
+    _ran: Ran = PrivateAttr()
+
+    @property
+    def name(self) -> str:
+        return "watch"
+
+    def attach(self, model: nn.Module, optimizer: Any = None, example: Any = None) -> AttachedRule:
+        return _Watching(self._ran)
+
+    @classmethod
+    def on(cls, ran: Ran) -> _Watch:
+        """One that writes into `ran`."""
+        watch = cls()
+        watch._ran = ran
+        return watch
+
+
+class _Watching(AttachedRule):
+    def __init__(self, ran: Ran) -> None:
+        self.ran = ran
+
+    def before_step(self, progress: float) -> None:
+        self.ran.progress.append(progress)
+
+    def after_step(self, progress: float) -> None:
+        self.ran.progress.append(progress)
+        gradients = {name: each.grad for name, each in self.ran.model.named_parameters()}
+        self.ran.gradients.append({name: each.clone() for name, each in gradients.items() if each is not None})
+
+
+def _optimizer(model: nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameter_groups(model, 0.0), lr=RATE)
+
+
+def by_hand(case: RuleCase, groups: Sequence[Group], rules: Sequence[TrainingRule] | None = None) -> Ran:
+    """Train in a loop of one's own. rules: the rule of the case if None."""
+    ran = Ran(case.model(), [], [])
+    with own_random_numbers(CPU, 0):
+        for _ in _steps(case, ran, groups, (case.rule,) if rules is None else rules):
+            pass
+    return ran
+
+
+def _steps(case: RuleCase, ran: Ran, groups: Sequence[Group], rules: Sequence[TrainingRule]) -> Iterator[None]:
+    """One optimizer step at a time: the mean loss over all labels of a group, and the mean penalty of its batches."""
+    model, optimizer = ran.model, _optimizer(ran.model)
+    running = attach([*rules, _Watch.on(ran)], model, optimizer, groups[0][0])
+    try:
+        for step, group in enumerate(groups):
+            model.train()
+            running.before_step(step / len(groups))
+            labels = [case.objective.labels(batch) for batch in group]
+            for batch, count in zip(group, labels, strict=True):
+                loss = model(**batch).loss * (count / sum(labels))
+                penalty = running.penalty(mask_of(batch, CPU))
+                (loss if penalty is None else loss + penalty / len(group)).backward()
+            optimizer.step()
+            running.after_step((step + 1) / len(groups))
+            optimizer.zero_grad()
+            yield
+    finally:
+        running.detach()
+
+
+def in_our_loop(case: RuleCase, accumulation: int = 1) -> tuple[Ran, list[Group]]:
+    """Train in `core.training.train`, and tell in which order it took the batches."""
+    ran, order = Ran(case.model(), [], []), []
+    places = {main_input(batch).data_ptr(): index for index, batch in enumerate(case.batches)}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        place = places.get(main_input(kwargs).data_ptr()) if module.training else None
+        if place is not None:
+            order.append(case.batches[place])
+
+    with hooked(ran.model, before={"": note}):
+        _train(case, ran.model, rules=[case.rule, _Watch.on(ran)], learning_rate=RATE, accumulation=accumulation)
+    return ran, [order[start : start + accumulation] for start in range(0, len(order), accumulation)]
+
+
+def in_trainer(case: RuleCase, groups: Sequence[Group], rules: Sequence[TrainingRule] | None = None) -> Ran:
+    """Train in transformers' Trainer, in the order of `groups`. rules: the rule of the case if None."""
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    ran = Ran(case.model(), [], [])
+    with tempfile.TemporaryDirectory() as folder, own_random_numbers(CPU, 0):
+        settings = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=1,  # an example of the data set is a batch of ours
+            gradient_accumulation_steps=len(groups[0]),
+            max_steps=len(groups),
+            max_grad_norm=0.0,
+            train_sampling_strategy="sequential",
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+            logging_strategy="no",
+        )
+        optimizer = _optimizer(ran.model)
+        constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        given = [*((case.rule,) if rules is None else rules), _Watch.on(ran)]
+        with RuleCallback(given, example=groups[0][0]) as callback:
+            trainer = Trainer(
+                ran.model,
+                settings,
+                train_dataset=[batch for group in groups for batch in group],  # type: ignore[arg-type]
+                data_collator=lambda examples: examples[0],
+                callbacks=[callback],
+                optimizers=(optimizer, constant),
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+    return ran
+
+
+def _train(case: RuleCase, model: nn.Module, *, accumulation: int = 1, **settings: Any) -> Trained:
+    return train(
+        model,
+        case.batches,
+        validation=copy.deepcopy(case.batches[:1]),
+        steps=STEPS,
+        gradient_accumulation=accumulation,
+        warmup=0.0,
+        schedule="constant",
+        weight_decay=0.0,
+        max_grad_norm=None,
+        keep="last",
+        progress=False,
+        **settings,
+    )
+
+
+class _Planned(Exception):
+    pass
+
+
+def _kept(case: RuleCase, folder: Path, *, cut_at: int | None = None, resume: bool = False) -> Trained:
+    """Train into a folder, with steps large enough to show; cut_at: fail in that step."""
+    calls = 0
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        nonlocal calls
+        calls += model.training
+        if model.training and calls == cut_at:
+            raise _Planned
+        return model(**batch).loss
+
+    return _train(
+        case,
+        case.model(),
+        rules=[case.rule],
+        learning_rate=1e-3,
+        out=folder,
+        evaluate_every=1,
+        loss=loss,
+        resume=resume,
+    )
+
+
+def _other_padding(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with other tokens of it in the place of padding."""
+    mask = mask_of(batch, CPU)
+    if mask is None or "input_ids" not in batch:
+        return batch
+    ids = batch["input_ids"]
+    return {**batch, "input_ids": torch.where(mask.bool(), ids, ids.roll(1, 1))}
