@@ -41,6 +41,9 @@ class Decoder(Protocol):
     def reset(self) -> None:
         """Forget all tokens."""
 
+    def close(self) -> None:
+        """Give all memory back; it decodes no more. More than once is fine."""
+
     def __call__(self, new: Sequence[int]) -> Tensor:
         """Logits of the token after some more tokens: float32 [vocabulary]."""
 

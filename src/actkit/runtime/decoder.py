@@ -20,7 +20,7 @@ head, experts and convolutions are refused by name.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import psutil
@@ -48,6 +48,19 @@ from actkit.runtime.prompt import few_tokens, read_prompt
 
 CHUNK = 512  # tokens of a prompt that go through a layer at once
 EVERY_KERNEL = 1 << 30  # bytes, of which kernels use all threads
+# What a decoder drops when it is closed.
+HELD = (
+    "model",
+    "embedding",
+    "_embedding",
+    "_matrices",
+    "_plan",
+    "_work",
+    "_memories",
+    "_rotaries",
+    "_turned",
+    "_selections",
+)
 
 
 def supports(model: nn.Module) -> str | None:
@@ -84,8 +97,10 @@ class Decoder:
 
     Raises UnsupportedModelError for another model, MemoryLimitError before anything is allocated where weights and
     cache do not fit into free memory, ValueError for settings out of bounds. A decoder is used by one thread at a time;
-    several decoders take turns.
+    several decoders take turns. `close()`, or the end of a `with`, gives its memory back.
     """
+
+    closed = False
 
     def __init__(
         self,
@@ -200,8 +215,21 @@ class Decoder:
         """Of each product: int64 [products]."""
         return self._plan.products[:, forms.TILES] * self._plan.products[:, forms.STRIDE]
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the packed weights and the cache back; it decodes no more. More than once is fine."""
+        self.closed = True
+        for name in HELD:
+            vars(self).pop(name, None)
+
     def reset(self) -> None:
         """Forget all tokens."""
+        self._check_open()
         self.position = self._steps = 0
         self._work.read[:] = 0
 
@@ -220,6 +248,7 @@ class Decoder:
         Raises DataError where the cache is full or a token is not in the vocabulary, NonFiniteError for logits that
         are NaN or Inf.
         """
+        self._check_open()
         tokens = [int(token) for token in new]
         if not tokens:
             raise DataError("new: no token was given; give at least one.")
@@ -301,6 +330,10 @@ class Decoder:
         return share
 
     # -- running
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError("decoder: it was closed, so its weights and its cache are gone; build another one.")
 
     def _step(self, token: int) -> None:
         with LOCK:
