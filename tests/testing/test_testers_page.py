@@ -8,10 +8,17 @@ from pathlib import Path
 import pytest
 
 import actkit.testing
-from actkit.testing import analyses, layers, transforms
+from actkit.testing import analyses, layers, own_models, rules, runtimes, transforms
 
 ROOT = Path(__file__).parents[2]
-TESTERS = {"check_analysis": analyses, "check_layer": layers, "check_transform": transforms}
+TESTERS = {
+    "check_transform": transforms,
+    "check_layer": layers,
+    "check_analysis": analyses,
+    "check_rule": rules,
+    "check_runtime": runtimes,
+    "check_model": own_models,
+}
 
 
 @pytest.mark.parametrize("name", TESTERS)

@@ -2,11 +2,20 @@
 
 import pytest
 import torch
-from actkit_clip import Clip, Clipped, headroom
+from actkit_clip import Clip, Clipped, ClippedClassifier, ClippedDecoder, LimitPenalty, headroom
 from torch import nn
 
 from actkit.core.runner import apply
-from actkit.testing import check_analysis, check_layer, check_transform, tiny_batches, tiny_model
+from actkit.testing import (
+    check_analysis,
+    check_layer,
+    check_model,
+    check_rule,
+    check_runtime,
+    check_transform,
+    tiny_batches,
+    tiny_model,
+)
 
 
 @pytest.mark.parametrize("kind", ["llama", "vit"])
@@ -33,6 +42,25 @@ def test_the_analysis_keeps_what_every_analysis_promises():
 
     checks = check_analysis(analysis, tiny_model("mixtral"), tiny_batches("mixtral"))
     assert [check.name for check in checks if check.outcome != "holds"] == ["several processes find the same"]
+
+
+def test_the_rule_keeps_what_every_rule_promises():
+    checks = check_rule(LimitPenalty(weight=3.0, limit=0.1), tiny_model("llama"), tiny_batches("llama"))
+    assert {check.outcome for check in checks} == {"holds"}
+
+
+def test_the_decoder_keeps_what_every_runtime_promises():
+    model = tiny_model("llama")
+    apply(model, Clip(share=0.2), tiny_batches("llama"), progress=False)
+    checks = check_runtime(ClippedDecoder, model, range(1, 13), tolerance=1e-5)
+    assert {check.outcome for check in checks} == {"holds"}
+
+
+def test_the_model_keeps_what_every_model_promises():
+    batches = [{"pixel_values": torch.randn(6, 16), "labels": torch.arange(6) % 4}]
+    checks = check_model(ClippedClassifier, batches, compile_backend="aot_eager", export=True)
+    left = {check.name for check in checks if check.outcome != "holds"}
+    assert left == {"it is loaded by its name", "it is loaded in a fresh process"}
 
 
 def test_it_clips():

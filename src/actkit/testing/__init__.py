@@ -4,6 +4,19 @@ from actkit.testing.analyses import check_analysis
 from actkit.testing.checks import Check
 from actkit.testing.layers import check_layer
 from actkit.testing.models import tiny_batches, tiny_model
+from actkit.testing.own_models import check_model
+from actkit.testing.rules import check_rule
+from actkit.testing.runtimes import check_runtime
 from actkit.testing.transforms import check_transform
 
-__all__ = ["Check", "check_analysis", "check_layer", "check_transform", "tiny_batches", "tiny_model"]
+__all__ = [
+    "Check",
+    "check_analysis",
+    "check_layer",
+    "check_model",
+    "check_rule",
+    "check_runtime",
+    "check_transform",
+    "tiny_batches",
+    "tiny_model",
+]

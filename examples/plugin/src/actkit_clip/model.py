@@ -1,0 +1,22 @@
+"""A model of one's own, which actkit traces: a classifier of vectors whose activation is clipped."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from actkit_clip.clip import Clipped
+
+
+class ClippedClassifier(nn.Module):
+    """Vectors [batch, 16] -> logits [batch, 4]."""
+
+    input_shape = (16,)  # of one example, so that actkit can make some up
+
+    def __init__(self, limit: float = 2.0) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(16, 32)
+        self.act = Clipped(nn.GELU(), limit)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.head(self.act(self.hidden(pixel_values)))
