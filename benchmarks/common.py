@@ -36,11 +36,19 @@ MOST_COLUMNS = 7
 RESULTS = Path(__file__).parent / "results"
 
 
-def options(description: str, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options of every benchmark: .quick (bool) and .json (a path, '-' for standard output, or None)."""
+def options(
+    description: str, arguments: Sequence[str] | None = None, parts: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """The options of every benchmark: .quick (bool) and .json (a path, '-' for standard output, or None).
+
+    parts: what can be measured alone, with --only; .only is then those chosen, all where none is.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="smaller shapes and their own targets, under a minute")
     parser.add_argument("--json", metavar="PATH", help="also write the result to PATH, or to standard output for '-'")
+    if parts:
+        what = "measure these alone; what is recorded of the others stays"
+        parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), help=what)
     return parser.parse_args(arguments)
 
 
@@ -128,7 +136,7 @@ def report(
         "benchmark": name,
         "quick": chosen.quick,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "threads": torch.get_num_threads(),
         "waiting": os.environ["OMP_WAIT_POLICY"],
         "load": os.getloadavg()[0],
@@ -197,7 +205,7 @@ def cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of this checkout, with '+' where files differ from it."""
 
     def git(*arguments: str) -> str:

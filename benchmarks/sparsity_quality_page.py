@@ -11,22 +11,24 @@ from statistics import mean
 from typing import Any
 
 import common
-from sparsity_quality import DOCS, METHODS, MODELS, cells
+from sparsity_quality import DOCS, METHODS, cells
 from svg import COLOURS, circle, line, picture, text
 
 DASHES = ("none", "7 3", "none", "2 3", "9 3 2 3")  # of the methods' lines, to tell apart those that lie on each other
-WIDTH, HEIGHT, LEFT, TOP, GAP = 300, 240, 60, 60, 75  # of a panel and around it, in pixels
+WIDTH, HEIGHT, LEFT, TOP, GAP = 400, 260, 60, 60, 75  # of a panel and around it, in pixels
+COLUMNS = 2
 ABOUT = """# Quality at equal bytes: TEAL, WINA, CATS, R-Sparse
 
-How good is a model when a decode step reads only a part of its weights? This table compares the sparsity methods at
-equal bytes on three embedded models, with every token sparse, in prefill too. It is written by
+How good is a model when a decode step reads only a part of its weights? These tables compare the sparsity methods at
+equal bytes on a real language model and on three small ones, with every token sparse, in prefill too. They are written
+by
 
 ```
-python benchmarks/sparsity_quality.py
+python benchmarks/sparsity_quality.py [--only smollm2]
 ```
 
 (a hub id or a folder of your own model goes into the methods themselves, see their pages; this benchmark is on the
-embedded models, because each of its numbers takes dozens of runs.)
+models of the zoo, because each of its numbers takes dozens of runs.)
 
 **Bytes** are those of the weights of the blocks' linear layers that one token reads; embedding and head are not
 counted. A weight counts with the share of its inputs, or of its output rows, that are read, and R-Sparse's factors
@@ -39,12 +41,13 @@ calibration text meets the level of the column; what it saves on the held-out te
   attention are read in full, so it saves at most half here; MiniLM has no gate, so only the down matrix is left.
 - **R-Sparse** sends the small inputs through a low-rank copy of the weight instead of dropping them. *One alpha*: the
   best of a grid, the same for all layers; *searched*: one per layer, by a small evolutionary search on the calibration
-  text ({evaluations} evaluations of the loss at most; the paper's scale is five times that).
+  text ({evaluations} evaluations of the loss at most; the paper's scale is 134).
 
-Nothing is trained after the change. Each number is the mean over {seeds} calibration seeds (other texts each), with the
-range; quality is measured on text that neither calibration nor search saw.
+Nothing is trained after the change. Each number is the mean over the calibration seeds (other texts each: {seeds}),
+with the range; quality is measured on text that neither calibration nor search saw.
 """
 MEASURES = {
+    "smollm2": "SmolLM2-135M-Instruct, a real language model: perplexity, lower is better (dense {dense:.2f})",
     "swiglu": "SwiGLU language model: perplexity, lower is better (dense {dense:.2f})",
     "relu": "ReLU language model, gated: perplexity, lower is better (dense {dense:.2f})",
     "minilm": "MiniLM, sentence encoder: mean cosine with the original's embeddings, higher is better (dense 1)",
@@ -60,13 +63,11 @@ def write(result: Mapping[str, Any], folder: Path) -> None:
 
 def page(result: Mapping[str, Any]) -> str:
     """The page in Markdown."""
-    rows, setting = result["rows"], result["setting"]
-    search = setting["search"]
-    evaluations = 7 + search["population"] - 1
-    evaluations += (search["generations"] - 1) * (search["population"] - max(2, search["population"] // 4))
-    parts = [ABOUT.format(evaluations=evaluations, seeds=len(setting["seeds"]))]
+    rows, measured = result["rows"], result["measured"]
+    evaluations = told({model: _evaluations(run["search"]) for model, run in measured.items()})
+    parts = [ABOUT.format(evaluations=evaluations, seeds=told({m: len(run["seeds"]) for m, run in measured.items()}))]
     levels = sorted({row["level"] for row in rows})
-    for model in MODELS:
+    for model in measured:
         parts.append(f"## {MEASURES[model].format(dense=result['dense'][model])}\n")
         table = [["method", *(f"{level:.0%} saved" for level in levels)], ["---"] * (1 + len(levels))]
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in (*table, *cells(rows, model))) + "\n")
@@ -96,14 +97,30 @@ def page(result: Mapping[str, Any]) -> str:
             f"Runs at lower levels count as not won against it.\n"
         )
     parts.append(f"{verdict(result)}\n")
-    held_out = ", ".join(f"{model} {rows[1]}" for model, rows in setting["rows"].items())
-    where = result["machine"]
+    calibration, held_out = (told({m: run["rows"][i] for m, run in measured.items()}) for i in (0, 1))
+    when = told({m: run["date"][:10] for m, run in measured.items()})
+    where = told({m: f"{run['machine']['processor']}, torch {run['versions']['torch']}" for m, run in measured.items()})
     parts.append(
-        f"Rows of held-out text (256 tokens; MiniLM: sentences): {held_out}. Measured on {result['date'][:10]}, "
-        f"{where['processor']}, torch {result['versions']['torch']}; every run is in "
-        f"`benchmarks/results/sparsity_quality.json`, with the settings that were solved for.\n"
+        f"Rows (256 tokens; MiniLM: sentences) of calibration: {calibration}; of held-out text: {held_out}. Measured "
+        f"on {when}; {where}. Every run is in `benchmarks/results/sparsity_quality.json`, with the settings that were "
+        f"solved for.\n"
     )
     return "\n".join(parts)
+
+
+def _evaluations(search: Mapping[str, int]) -> int:
+    """The most that a search of R-Sparse's alphas takes: seven shared ones, then the generations."""
+    generations, population = search["generations"], search["population"]
+    return 7 + population - 1 + (generations - 1) * (population - max(2, population // 4))
+
+
+def told(by_model: Mapping[str, Any]) -> str:
+    """'3, smollm2: 1': what most models have, and which differ."""
+    values = list(by_model.values())
+    usual = max(values, key=values.count)
+    if values.count(usual) == 1 < len(values):
+        return ", ".join(f"{model} {value}" for model, value in by_model.items())
+    return ", ".join([f"{usual}", *(f"{model}: {value}" for model, value in by_model.items() if value != usual)])
 
 
 def verdict(result: Mapping[str, Any]) -> str:
@@ -125,19 +142,21 @@ def verdict(result: Mapping[str, Any]) -> str:
 
 
 def plot(rows: Sequence[Mapping[str, Any]], dense: Mapping[str, float]) -> str:
-    """A panel per model: loss over the saving on held-out text, with the range over seeds."""
-    width = LEFT + len(MODELS) * (WIDTH + GAP)
-    height = TOP + HEIGHT + 55
+    """A panel per model, two in a row: loss over the saving on held-out text, with the range over seeds."""
+    width = LEFT + max(COLUMNS * (WIDTH + GAP), 190 * len(METHODS))
+    height = -(-len(dense) // COLUMNS) * (TOP + HEIGHT + 55)
     parts = []
     for index, method in enumerate(METHODS):
         x = LEFT + index * 190
         parts.append(line([(x, 18), (x + 24, 18)], COLOURS[index], DASHES[index]) + text(x + 30, 22, method, "start"))
-    for index, model in enumerate(MODELS):
-        parts.append(_panel(LEFT + index * (WIDTH + GAP), model, [row for row in rows if row["model"] == model], dense))
+    for index, model in enumerate(dense):
+        row, column = divmod(index, COLUMNS)
+        corner = LEFT + column * (WIDTH + GAP), TOP + row * (TOP + HEIGHT + 55)
+        parts.append(_panel(*corner, model, [row for row in rows if row["model"] == model], dense))
     return picture(width, height, parts)
 
 
-def _panel(left: float, model: str, rows: Sequence[Mapping[str, Any]], dense: Mapping[str, float]) -> str:
+def _panel(left: float, top: float, model: str, rows: Sequence[Mapping[str, Any]], dense: Mapping[str, float]) -> str:
     title = "perplexity" if model != "minilm" else "1 - mean cosine with the original"
     reached = [row for row in rows if row["loss"] is not None]
     low = dense[model] if model != "minilm" else 0.0
@@ -145,15 +164,15 @@ def _panel(left: float, model: str, rows: Sequence[Mapping[str, Any]], dense: Ma
     high = low + 1.15 * (max(row["loss"] for row in reached if row["method"] != "CATS") - low)
 
     def point(saved: float, loss: float) -> tuple[float, float]:
-        return left + WIDTH * saved / 0.75, TOP + HEIGHT * (1 - (min(loss, high) - low) / (high - low))
+        return left + WIDTH * saved / 0.75, top + HEIGHT * (1 - (min(loss, high) - low) / (high - low))
 
     parts = [
-        f'<rect x="{left}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#888"/>',
-        text(left + WIDTH / 2, TOP - 10, f"{model}: {title}"),
-        text(left + WIDTH / 2, TOP + HEIGHT + 40, "weight bytes of the layers saved per token"),
+        f'<rect x="{left}" y="{top}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#888"/>',
+        text(left + WIDTH / 2, top - 10, f"{model}: {title}"),
+        text(left + WIDTH / 2, top + HEIGHT + 40, "weight bytes of the layers saved per token"),
     ]
     for share in (0.0, 0.25, 0.5, 0.75):
-        parts.append(text(left + WIDTH * share / 0.75, TOP + HEIGHT + 18, f"{share:.0%}"))
+        parts.append(text(left + WIDTH * share / 0.75, top + HEIGHT + 18, f"{share:.0%}"))
     for step in range(5):
         value = low + (high - low) * step / 4
         form = ".1f" if model != "minilm" else ".2f"

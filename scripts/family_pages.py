@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
 from actkit.catalogue import FAMILIES, Paper, papers  # noqa: E402
+from actkit.zoo.packaged import PACKAGED  # noqa: E402
 
 FOLDER = ROOT / "docs" / "families"
 SOURCE = ROOT / "src" / "actkit"
@@ -244,29 +245,36 @@ def runs(entry: Paper) -> str:
     title = "### In our own runs\n"
     if evidence is None:
         return f"{title}\nThe paper's claims were not run yet.\n"
-    machine = evidence["machine"]
-    seeds = len(evidence["seeds"])
-    where = (
-        f"{evidence['date'][:10]}, {machine['processor']}, {machine['threads']} "
-        f"thread{'s' if machine['threads'] > 1 else ''}, torch {evidence['versions']['torch']}, "
-        f"{seeds} seed{'s' if seeds > 1 else ''}, {evidence['seconds'] / 60:.0f} minutes"
-    )
-    lines = [
-        title,
-        f"**{entry.passed} of {entry.passed + entry.failed} claims hold here** ({where}). "
-        f"`actkit reproduce {entry.slug}` runs them again.\n",
-    ]
+    lines = [title]
+    for run in evidence["runs"]:
+        held, all_ = (sum(counts) for counts in zip(*(entry.by_subject[subject] for subject in run["subjects"])))
+        option = f" --subject {run['subjects'][0]}" if run["subjects"][0] in PACKAGED else ""
+        lines.append(
+            f"**{held} of {all_} claims hold here on {' and '.join(run['subjects'])}** ({circumstances(run)}). "
+            f"`actkit reproduce {entry.slug}{option}` runs them again.\n"
+        )
     for claim in evidence["claims"]:
         mark, kind = ("✓ Holds", "success") if claim["passed"] else ("✗ Does not hold", "failure")
         lines += [
             f'<details class="{kind}">'
-            f"<summary><strong>{mark}:</strong> {escape(claim['statement'], quote=False)}</summary>",
+            f"<summary><strong>{mark} on {claim['subject']}:</strong> {escape(claim['statement'], quote=False)}"
+            f"</summary>",
             f"<p>The paper: {escape(claim['paper'], quote=False)}</p>",
             f"<p>Here: {escape(claim['here'], quote=False)}</p>",
             f"<p>Holds where: {escape(claim['condition'], quote=False)}</p>",
             "</details>",
         ]
     return "\n".join(lines) + "\n"
+
+
+def circumstances(run: Mapping[str, Any]) -> str:
+    """When and where a run of claims was, with how many seeds."""
+    machine, seeds = run["machine"], len(run["seeds"])
+    return (
+        f"{run['date'][:10]}, {machine['processor']}, {machine['threads']} "
+        f"thread{'s' if machine['threads'] > 1 else ''}, torch {run['versions']['torch']}, "
+        f"{seeds} seed{'s' if seeds > 1 else ''}, {run['seconds'] / 60:.0f} minutes"
+    )
 
 
 def measured(short: str) -> list[str]:
@@ -282,8 +290,8 @@ def quality(short: str) -> str:
         return ""
     levels = sorted({row["level"] for row in result["rows"]})
     lines = [
-        f"Quality where a step reads fewer bytes ({when(result)}; the mean over calibration seeds, perplexity, for "
-        "minilm 1 - cosine; [the whole table](../sparsity/quality.md)):\n",
+        "Quality where a step reads fewer bytes (the mean over calibration seeds, perplexity, for minilm 1 - cosine; "
+        "[the whole table, and when it was measured](../sparsity/quality.md)):\n",
         "| model, setting | unchanged | " + " | ".join(f"{level:.0%} saved" for level in levels) + " |",
         "|---|---|" + "---|" * len(levels),
     ]

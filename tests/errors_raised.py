@@ -1086,6 +1086,7 @@ proof(lambda p: damaged(p, b'{"kind": "candidate"', b'{"kind" "candidate"'))
 
 proof(lambda p: catalogue.paper("nothing"))
 proof(lambda p: actkit.reproduce(next(x.slug for x in catalogue.papers() if x.slug not in claims.slugs())))
+proof(lambda p: actkit.reproduce("wina", subject="nothing"))
 proof(lambda p: catalogue.papers(family="nothing"))
 proof(
     lambda p: (

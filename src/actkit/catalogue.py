@@ -77,9 +77,10 @@ class Paper:
 
     @property
     def evidence(self) -> dict[str, Any] | None:
-        """The recorded outcome of the paper's claims, or None: slug, claims, seeds, seconds, machine, versions, date.
+        """The recorded outcome of the paper's claims, or None: slug, claims and runs.
 
-        Each claim holds statement, paper (its figure), here (ours), condition and passed.
+        Each claim holds statement, subject (the model that it was measured on), paper (its figure), here (ours),
+        condition and passed; each run its subjects, seeds, sizes, seconds, machine, versions and date.
         """
         path = EVIDENCE / f"{self.slug}.json"
         try:
@@ -89,7 +90,7 @@ class Paper:
         except ValueError as error:
             raise CatalogueError(f"The evidence {path} is not JSON: {error}. Record it again.") from error
         claims = found.get("claims") if isinstance(found, dict) and found.get("slug") == self.slug else None
-        if not claims or any("passed" not in claim for claim in claims):
+        if not claims or any(not {"passed", "subject"} <= claim.keys() for claim in claims) or "runs" not in found:
             raise CatalogueError(f"The evidence {path} holds no outcome for {self.slug!r}. Record it again.")
         return found
 
@@ -109,6 +110,15 @@ class Paper:
     def failed(self) -> int:
         """How many of its recorded claims do not hold here; 0 where none is recorded."""
         return self._outcomes().count(False)
+
+    @property
+    def by_subject(self) -> dict[str, tuple[int, int]]:
+        """Per subject how many of its recorded claims hold, and how many there are."""
+        evidence, found = self.evidence, {}
+        for claim in evidence["claims"] if evidence else ():
+            held, all_ = found.get(claim["subject"], (0, 0))
+            found[claim["subject"]] = (held + bool(claim["passed"]), all_ + 1)
+        return found
 
     def _outcomes(self) -> list[bool]:
         evidence = self.evidence
@@ -242,14 +252,15 @@ def details(entry: Paper) -> Table:
         "what it does": entry.summary,
         "entry point": entry.entry,
         "unsure": entry.unsure,
-        "status": _status(entry),
+        "status": _status_by_subject(entry),
     }
     for name, text in rows.items():
         if text:
             found.add_row(name, text)
     evidence = entry.evidence
     for claim in evidence["claims"] if evidence else ():
-        found.add_row("holds" if claim["passed"] else "does not hold", f"{claim['statement']}\n{claim['here']}")
+        verdict = "holds" if claim["passed"] else "does not hold"
+        found.add_row(verdict, f"{claim['statement']} ({claim['subject']})\n{claim['here']}")
     return found
 
 
@@ -257,6 +268,12 @@ def _status(entry: Paper) -> str:
     if entry.status != "working":
         return entry.status
     return f"working: {entry.passed} of {entry.passed + entry.failed} claims hold"
+
+
+def _status_by_subject(entry: Paper) -> str:
+    """'... claims hold (on smollm2 2 of 5, on swiglu 1 of 5)'."""
+    listed = ", ".join(f"on {subject} {held} of {all_}" for subject, (held, all_) in entry.by_subject.items())
+    return _status(entry) + (f" ({listed})" if listed else "")
 
 
 def readme_table() -> str:
@@ -271,7 +288,7 @@ def readme_table() -> str:
 
 def _row(entry: Paper) -> str:
     title = f"[{entry.title}]({entry.url})" if entry.url else entry.title
-    return f"| `{entry.slug}` | {title} ({entry.year}) | {', '.join(entry.kind)} | {_status(entry)} |"
+    return f"| `{entry.slug}` | {title} ({entry.year}) | {', '.join(entry.kind)} | {_status_by_subject(entry)} |"
 
 
 def document() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from actkit.core.anatomy import anatomy
 from actkit.core.capture import record
 from actkit.core.edits import temporarily
 from actkit.core.statistics import Moments
+from actkit.zoo.off_grid import off_grid_twin
 from actkit.zoo.outliers import outlier_twin
 
 TINY = awq.Sizes(seeds=(0, 1), calibration=1, held_out=2, sentences=4, search=64, grid=2, draws=2)
@@ -55,6 +58,26 @@ def test_the_condition_on_the_twin(natural, monkeypatch, rounded, clipped, passe
     arms_of(monkeypatch, rounded, *clipped)
     found = awq.on_the_twin(twin, natural, TINY)
     assert found.passed is passed and "of the gap is left" in found.here
+
+
+@pytest.mark.parametrize(("clipped", "passed"), [((31.0, 31.2), True), ((31.3, 31.2), False), ((30.0, 32.1), False)])
+def test_the_condition_on_the_off_grid_twin(natural, monkeypatch, clipped, passed):
+    twin = Subject("swiglu", calibration=1, split="train", held_out=2, model=off_grid_twin(natural.model))
+    monkeypatch.setattr(awq, "arms", lambda *_, scaled: ([32.0], list(clipped)))
+    monkeypatch.setattr(Subject, "perplexity", lambda *_: 30.0)
+    found = awq.on_the_off_grid_twin(twin, natural, TINY)
+    assert found.passed is passed and "twin, 3 bits: rounded 32.00" in found.here
+    largest = []
+    for block in natural.model.model.layers:
+        outputs = []
+        handle = block.register_forward_hook(lambda *given, to=outputs: to.append(given[-1][0]))
+        with torch.no_grad():
+            natural.model(**natural.calibration(0)[0])
+        handle.remove()
+        magnitude = (outputs[0] if outputs[0].dim() == 3 else outputs[0][None]).abs()
+        largest.append(float(magnitude.max() / magnitude.median()))
+    said = float(re.search(r"between blocks is ([\d,]+) times", found.here)[1].replace(",", ""))
+    assert said == pytest.approx(max(largest), rel=0.02)
 
 
 def test_a_twin_with_another_function_fails(natural, monkeypatch):

@@ -84,15 +84,15 @@ def test_the_condition_on_perplexities():
 
 
 def test_perplexities_of_both_masks(subject, monkeypatch):
-    found = wina.top_k(subject)
-    assert all(f"{p}: TEAL" in found.here for p in wina.SPARSITIES)
+    found = wina.top_k(subject, TINY)
+    assert all(f"{p}: TEAL" in found.here for p in TINY.sparsities)
     exact = subject.perplexity(Wina(sparsity=0.65, mode="top_k"))
     assert f"WINA {exact:.2f} (" in found.here
     found = wina.threshold(subject, TINY)
     both = [subject.perplexity(Teal(sparsity=0.5), seed) for seed in TINY.seeds]
     assert f"0.5: TEAL {spread(both)}" in found.here
     monkeypatch.setattr(Subject, "perplexity", lambda *_: 30.0)  # no difference at all
-    assert not wina.top_k(subject).passed and not wina.threshold(subject, TINY).passed
+    assert not wina.top_k(subject, TINY).passed and not wina.threshold(subject, TINY).passed
 
 
 def test_greedy_is_judged_in_every_seed(subject, monkeypatch):

@@ -40,7 +40,7 @@ OPTIONS = {
     "generate": MODEL | RUN | {"--chat", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--stop"},
     "show": MODEL | {"--data", "--json"},
     "papers": {"--family", "--kind", "--status", "--year", "--text", "--json"},
-    "reproduce": {"--record", "--threads", "--json"},
+    "reproduce": {"--subject", "--record", "--threads", "--json"},
 }
 
 

@@ -377,3 +377,17 @@ def test_empty_weight_has_the_shapes_of_a_quantized_one():
 def test_what_does_not_fit_is_refused(make, text):
     with pytest.raises(ValueError, match=text):
         make()
+
+
+@pytest.mark.parametrize("channels", [1, 5, 64])
+def test_top_k_is_what_a_stable_sort_keeps(channels):
+    generator = torch.Generator().manual_seed(channels)
+    x = torch.randn(3, 40, channels, generator=generator).mul(2).round()  # many are equal
+    weights = torch.rand(channels, generator=generator).round(decimals=1)
+    for k in (0, 1, channels // 2, channels - 1, channels, channels + 1):
+        for score in (None, weights):
+            scores = x.abs().numpy() * (1 if score is None else score.numpy())
+            kept = np.argsort(-scores, axis=-1, kind="stable")[..., :k]
+            expected = np.zeros(x.shape, bool)
+            np.put_along_axis(expected, kept, True, axis=-1)
+            assert np.array_equal(TopK(k, score).mask(x).numpy(), expected)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from actkit.claims.outcome import Experiment, Finding, Outcome, Statement, conduct
+from actkit.claims.outcome import SYNTHETIC, Experiment, Finding, Outcome, Statement, conduct
 from actkit.claims.subject import Subject, spread
 from actkit.data import Batches
 from actkit.sparsity.active_dendrites import DendriticSegments
@@ -69,24 +69,28 @@ SIMULATED_POSITIVES = Statement(
     "agrees with simulations of 1e8 trials",
     "really drawn codes, 1e6 trials each, (n, a, s, theta) = (300, 128, 24, 12), (200, 20, 10, 4), (500, 50, 20, 6), "
     "(1000, 30, 20, 4): every observed rate within 3.5 binomial standard deviations",
+    SYNTHETIC,
 )
 SIMULATED_NEGATIVES = Statement(
     "The false negative formula gives the rate at which noisy codes are missed",
     "agrees with simulations of 1e7 trials",
     "n = 1000, a = 128, s = 30, theta 8 to 16, v = 38, 45, 51, 64 ones replaced, 1e6 trials for each v: every observed "
     "rate whose expectation is above 1e-3 within 3.5 binomial standard deviations",
+    SYNTHETIC,
 )
 SCALING = Statement(
     "The error falls with the number of cells and of synapses, but not for dense codes",
     "falls faster than exponentially in n; stays high at a = n/2",
     "log10 of the rate falls at every step in n (300 to 5000, a = 64, s = 24, theta = 12) and in s (8 to 48 in steps "
     "of 8, theta = s/2, n = 1000, a = 64); at a = n/2, s = 24, theta = 12 the rate is above 0.5 for every n",
+    SYNTHETIC,
 )
 THRESHOLD = Statement(
     "Over the paper's ranges a threshold of about 10 synapses is enough",
     "predicted thresholds 9 to 20, measured in neurons 8 to 20",
     "n 10,000 to 200,000 (20 values), a 0.5 to 3 % (6), s 20 to 50 (7): the smallest threshold with a median error of "
     "at most 1e-9 is 9 or 10, and the median at 20 is below 1e-25",
+    SYNTHETIC,
 )
 UNIONS = Statement(
     "A segment can hold several codes: the formula for unions gives its false positives, and no noisy code is missed",
@@ -94,6 +98,7 @@ UNIONS = Statement(
     "(n, a, s, theta) = (2000, 40, 20, 8), M = 1 to 8 codes, 1e6 trials each: every observed rate within 3.5 "
     "binomial standard deviations of the average over union sizes; of 1e5 codes with s - theta of the stored ones "
     "lost, none is missed",
+    SYNTHETIC,
 )
 ACTIVATIONS = Statement(
     "Units of a real network are correlated, so real codes match more often than the theory says; a higher threshold "
@@ -102,12 +107,13 @@ ACTIVATIONS = Statement(
     "MiniLM, mlp.hidden (n = 1536) as top 32 by magnitude, s = 16, theta = 4 (the smallest with a theoretical rate "
     "below 1e-3), in each of the 6 blocks and of 3 seeds: at a threshold of at most theta + 6 the observed rate is at "
     "or below the theoretical rate of theta",
+    "minilm",
 )
 STATEMENTS = (SIMULATED_POSITIVES, SIMULATED_NEGATIVES, SCALING, THRESHOLD, UNIONS, ACTIVATIONS)
 
 
-def run(*, progress: bool = True, sizes: Sizes | None = None) -> Outcome:
-    """Run all experiments."""
+def run(*, subject: str | None = None, progress: bool = True, sizes: Sizes | None = None) -> Outcome:
+    """Run all experiments, or those about one subject."""
     sizes = sizes or Sizes()
     encoder = Subject("minilm", calibration=1, split="calibration", held_out=sizes.rows)
     experiments: list[Experiment] = [
@@ -118,7 +124,7 @@ def run(*, progress: bool = True, sizes: Sizes | None = None) -> Outcome:
         (UNIONS, partial(unions, sizes)),
         (ACTIVATIONS, partial(activations, encoder.model, encoder.held_out, sizes)),
     ]
-    return conduct("active-dendrites", experiments, sizes.seeds, progress)
+    return conduct("active-dendrites", experiments, sizes, subject, progress)
 
 
 # -- theory and simulation ---------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from statistics import mean
 
 from torch import nn
 
-from actkit.claims.outcome import Finding, Outcome, Statement, conduct
+from actkit.claims.outcome import SMALL, Finding, Outcome, Statement, conduct
 from actkit.claims.small_models import language_model, text
 from actkit.claims.subject import spread
 from actkit.core.quality import measure_quality
@@ -65,24 +65,27 @@ SPARSER = Statement(
     "Training with ProSparse leaves far more zeros than training with ReLU alone",
     "LLaMA2-7B: 88.1 % of the hidden values are 0, with ReLU alone 66.0 % at equal tokens (and the higher score)",
     "300 continued steps, in each of 3 seeds: sparsity(c) - sparsity(a) is at least 10 points",
+    SMALL,
 )
 PROGRESSIVE = Statement(
     "At equal sparsity, a factor that rises in stages costs less quality than a constant one",
     "LLaMA2-7B: mean score 38.46 at 88.1 %; with a constant factor 36.34 at 88.6 %",
     "sparsity(b) is within 1.5 points of sparsity(c) in each of 3 seeds, its factor found in at most 3 runs, and mean "
     "perplexity(c) is at most mean perplexity(b)",
+    SMALL,
 )
 THRESHOLD = Statement(
     "FATReLU adds zeros after training at almost no cost",
     "LLaMA2-7B: 88.11 % to 89.32 % at t = 0.01",
     "arm (c), t the largest that costs at most 0.25 % of perplexity on the validation split; in each of 3 seeds "
     "sparsity rises and perplexity changes by less than 0.5 % on the test split",
+    SMALL,
 )
 STATEMENTS = (SPARSER, PROGRESSIVE, THRESHOLD)
 
 
-def run(*, progress: bool = True, sizes: Sizes | None = None) -> Outcome:
-    """Run the claims. sizes: smaller ones, for a try."""
+def run(*, subject: str | None = None, progress: bool = True, sizes: Sizes | None = None) -> Outcome:
+    """Run the claims, or those about one subject. sizes: smaller ones, for a try."""
     sizes = sizes or Sizes()
     arms = Arms(sizes)
     experiments = [
@@ -90,7 +93,7 @@ def run(*, progress: bool = True, sizes: Sizes | None = None) -> Outcome:
         (PROGRESSIVE, partial(progressive, arms)),
         (THRESHOLD, partial(threshold, arms)),
     ]
-    return conduct("prosparse", experiments, sizes.seeds, progress)
+    return conduct("prosparse", experiments, sizes, subject, progress)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from actkit import zoo
-from actkit.claims.outcome import Finding, Outcome, Statement, conduct
+from actkit.claims.outcome import SMALL, SYNTHETIC, Finding, Outcome, Statement, conduct
 from actkit.claims.small_models import language_model
 from actkit.claims.subject import spread
 from actkit.core.anatomy import Site
@@ -79,44 +79,51 @@ COUNT = Statement(
     "least 1 - delta (quoted from memory)",
     "1000 rows of d = 4096, delta = 1e-3: the bound holds for all of them at k / d = 1, 5, 8 and 50 %, and the mean "
     "count is within 2 % of k at 5 and 8 %. Other distributions are reported, not judged",
+    SYNTHETIC,
 )
 SPEED = Statement(
     "It needs no sort, so it is much cheaper than top-k",
     "sorting slows training more than 10 times on TPUs, statistical top-k hardly",
     "on this CPU, [1024, 8192] in float32, k = 8 %: the median time of torch.topk and scatter is at least 3 times that "
     "of statistical top-k, in interleaved rounds without gradients",
+    SYNTHETIC,
 )
 DENSITY = Statement(
     "A Spark MLP trained for 8 % active neurons has about as many",
     "8 % of the neurons are not 0",
     "in each of 3 seeds, in every layer, 5 to 12 % of the neurons are active on the test split after training",
+    SMALL,
 )
 MLP_TOP_K = Statement(
     "The predictor's split of the inputs improves on top-k in front of an ordinary gated MLP",
     "Spark's MLP is better than top-k with GELU in training loss (figure not verified)",
     "in each of 3 seeds, equal weights and tokens: test loss(Spark MLP, 8 %) <= test loss(statistical top-k 8 % before "
     "the GELU of a gated MLP)",
+    SMALL,
 )
 MLP_DENSE = Statement(
     "A Spark MLP loses little against a dense gated MLP of as many weights",
     "near Gemma-2 2B in training loss",
     "in each of 3 seeds: test loss(Spark MLP, 8 %) <= test loss(SwiGLU) + 0.08 nats",
+    SMALL,
 )
 ATTENTION = Statement(
     "Spark attention loses little against ordinary attention",
     "at most 256 attended tokens, about the same quality",
     "256 tokens, k = 32, in each of 3 seeds: test loss(Spark attention) <= test loss(ordinary attention) + 0.08 nats",
+    SMALL,
 )
 ATTENDED = Statement(
     "Statistical top-k keeps the number of attended tokens near k",
     "at most 256 attended tokens",
     "256 tokens, k = 32, in each of 3 seeds, every query of every head on the test split: never more than 2 k attended",
+    SMALL,
 )
 STATEMENTS = (COUNT, SPEED, DENSITY, MLP_TOP_K, MLP_DENSE, ATTENTION, ATTENDED)
 
 
-def run(*, progress: bool = True, sizes: Sizes | None = None) -> Outcome:
-    """Run the claims. sizes: smaller ones, for a try."""
+def run(*, subject: str | None = None, progress: bool = True, sizes: Sizes | None = None) -> Outcome:
+    """Run the claims, or those about one subject. sizes: smaller ones, for a try."""
     sizes = sizes or Sizes()
     arms = Arms(sizes, progress)
     experiments = [
@@ -128,7 +135,7 @@ def run(*, progress: bool = True, sizes: Sizes | None = None) -> Outcome:
         (ATTENTION, partial(attention, arms)),
         (ATTENDED, partial(attended, arms)),
     ]
-    return conduct("spark", experiments, sizes.seeds, progress)
+    return conduct("spark", experiments, sizes, subject, progress)
 
 
 # -- the operator ------------------------------------------------------------------------------------------------------

@@ -6,39 +6,57 @@ Calibration and measurement never share a document: they read different splits o
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from statistics import mean
 from typing import Any
 
+import torch
 from torch import nn
 
 from actkit import zoo
-from actkit.core.edits import Edit, temporarily
+from actkit.core.anatomy import Site, anatomy
+from actkit.core.capture import record
+from actkit.core.edits import Edit, Replace, temporarily
 from actkit.core.quality import measure_quality
-from actkit.core.runner import apply
-from actkit.core.transform import Recipe
+from actkit.core.runner import Seen, apply
+from actkit.core.transform import Recipe, Transform
 from actkit.data import Batches, Split, load_data
+from actkit.sparsity.cats import Cats
+from actkit.sparsity.r_sparse import RSparse, cached_factors
+from actkit.sparsity.teal import Teal
 
 LENGTH = 256  # tokens per row, in calibration and measurement
 BATCH = 16
 
 
-class Subject:
-    """A float32 model, calibration text by seed, held-out text.
+REAL = ("smollm2",)  # real models from packages of their own, on which claims are asked again
 
-    name: of the tokenizer, and of the model where none is given. calibration: rows, of `split`. held_out: rows of the
-    test split. Rows have 256 tokens; those of an encoder are sentences.
+
+THRESHOLDS = (Teal, Cats, RSparse)  # what they need of the text is the same at every setting
+
+
+class Subject:
+    """A model, calibration text by seed, held-out text.
+
+    name: of the tokenizer, and of the model where none is given (in float32, a real one in bf16, as it is stored).
+    calibration: rows, of `split`. held_out: rows of the test split. Rows have 256 tokens; those of an encoder are
+    sentences.
     """
 
     def __init__(
         self, name: str, *, calibration: int, split: Split, held_out: int, model: nn.Module | None = None
     ) -> None:
-        self.model = zoo.load(name) if model is None else model
-        self._tokenizer = zoo.tokenizer(name)
+        if model is None:
+            model = zoo.load(name, dtype=torch.bfloat16) if name in REAL else zoo.load(name)
+        self.model = model
+        self.name, self._tokenizer = name, zoo.tokenizer(name)
         self._rows, self._split, self._held_out = calibration, split, held_out
         self._calibrations: dict[int, Batches] = {}
         self._perplexities: dict[tuple[str, int], float] = {}
+        self._seen: dict[tuple[Any, ...], dict[Site, Any]] = {}
+        self.factors = cached_factors(0.0)  # R-Sparse's, of every rank that some sparsity needs
 
     def calibration(self, seed: int) -> Batches:
         """The calibration text of a seed: other documents for another seed."""
@@ -62,14 +80,49 @@ class Subject:
             return self._remembered("original", 0, lambda: self._perplexity())
         recipe = Recipe.of(recipe)
 
-        def changed() -> float:
-            applied = apply(self.model, recipe, self.calibration(seed), undo="memory", progress=False)
-            try:
+        def measure() -> float:
+            with self.changed(recipe, seed):
                 return self._perplexity()
-            finally:
-                applied.undo()
 
-        return self._remembered(repr(recipe.dump()), seed, changed)
+        return self._remembered(repr(recipe.dump()), seed, measure)
+
+    @contextmanager
+    def changed(self, recipe: Any, seed: int = 0) -> Iterator[None]:
+        """The model under a recipe calibrated with that seed; undone at the end."""
+        recipe = Recipe.of(recipe)
+        only = recipe.transforms[0] if len(recipe.transforms) == 1 else None
+        if isinstance(only, THRESHOLDS) and getattr(only, "allocation", "uniform") == "uniform":
+            with temporarily(self.model, self.edits(only, seed)):
+                yield
+            return
+        applied = apply(self.model, recipe, self.calibration(seed), undo="memory", progress=False)
+        try:
+            yield
+        finally:
+            applied.undo()
+
+    def edits(self, method: Transform, seed: int) -> list[Edit]:
+        """What `apply` would do, for one of THRESHOLDS: they calibrate on the original model, so that one recording of
+        a seed serves all their settings, and R-Sparse's decompositions are kept."""
+        if method == type(method).identity():
+            return []
+        view = anatomy(self.model)
+        blocks = [view.block(block.index) for block in view.blocks]
+        key = (type(method), getattr(method, "norms", None), seed)
+        if key not in self._seen:
+            wanted = {site: each for block in blocks for site, each in method.observe(block).items()}
+            batches = self.calibration(seed)
+            self._seen[key] = dict(record(self.model, wanted, batches, anatomy=view, progress=False))
+        seen = self._seen[key]
+        if isinstance(method, RSparse):
+            linears = [linear for block in blocks for linear in method.targets(block)]
+            sites = [Site("layer.input", path=linear.path) for linear in linears]
+            return [
+                Replace(x.path, method.layer(x, method.alpha_of(x.path), seen[site], self.factors))
+                for x, site in zip(linears, sites, strict=True)
+            ]
+        found = (each for block in blocks for each in method.edit(block, Seen(None, block, method, seen)))
+        return [each for each in found if isinstance(each, Edit)]
 
     def edited_perplexity(self, edits: Iterable[Edit]) -> float:
         """Of the model on the held-out text under edits, which are undone after."""

@@ -540,7 +540,13 @@ def papers(
 @app.command()
 def reproduce(
     slug: Annotated[str, typer.Argument(help="The paper's slug, as in: actkit papers.")],
-    record: Annotated[bool, typer.Option("--record", help="Keep the outcome as the paper's evidence.")] = False,
+    subject: Annotated[
+        str | None,
+        typer.Option(help="Only the claims about this model, such as smollm2; else about all that comes with actkit."),
+    ] = None,
+    record: Annotated[
+        bool, typer.Option("--record", help="Keep the outcome as the paper's evidence on these subjects.")
+    ] = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -549,7 +555,7 @@ def reproduce(
     _set_up(threads)
     import actkit
 
-    outcome = actkit.reproduce(slug, record=record)
+    outcome = actkit.reproduce(slug, subject=subject, record=record)
     _show(outcome, as_json)
 
 

@@ -257,8 +257,14 @@ class TopK(Selection):
         self.k = k
 
     def mask(self, x: Tensor) -> Tensor:
-        order = self.scored(x).argsort(dim=-1, descending=True, stable=True)[..., : self.k]
-        return torch.zeros_like(x, dtype=torch.bool).scatter_(-1, order, True)
+        channels = x.shape[-1]
+        if self.k == 0 or self.k >= channels:
+            return torch.full_like(x, self.k > 0, dtype=torch.bool)
+        scored = self.scored(x).nan_to_num(nan=float("inf"), posinf=float("inf"))  # NaN is kept, so that it is seen
+        least = scored.topk(self.k, dim=-1, sorted=False).values.amin(-1, keepdim=True)  # far cheaper than a sort
+        larger, equal = scored > least, scored == least
+        room = self.k - larger.sum(-1, keepdim=True, dtype=torch.int32)
+        return larger | equal & (equal.cumsum(-1, dtype=torch.int32) <= room)
 
     def spec(self) -> dict[str, Any]:
         return {"kind": "top_k", "k": self.k, "score": self.score is not None}
