@@ -1,6 +1,6 @@
-"""The page and the plot of benchmarks/sparsity_quality.py, from its recorded result.
+"""The page and the plot of benchmarks/sparsity_quality.py, and README's table, from its recorded result.
 
-python benchmarks/sparsity_quality_page.py       # writes docs/sparsity/quality.md and quality.svg again
+python benchmarks/sparsity_quality_page.py       # writes docs/sparsity/quality.md, quality.svg and the table again
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from svg import COLOURS, circle, line, picture, text
 DASHES = ("none", "7 3", "none", "2 3", "9 3 2 3")  # of the methods' lines, to tell apart those that lie on each other
 WIDTH, HEIGHT, LEFT, TOP, GAP = 400, 260, 60, 60, 75  # of a panel and around it, in pixels
 COLUMNS = 2
+README = DOCS.parents[1] / "README.md"
+BEGIN, END = "<!-- by benchmarks/sparsity_quality_page.py -->", "<!-- end -->"
 ABOUT = """# Quality at equal bytes: TEAL, WINA, CATS, R-Sparse
 
 How good is a model when a decode step reads only a part of its weights? These tables compare the sparsity methods at
@@ -55,10 +57,28 @@ MEASURES = {
 
 
 def write(result: Mapping[str, Any], folder: Path) -> None:
-    """Write quality.md and quality.svg."""
+    """Write quality.md and quality.svg, and the table in README.md."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "quality.svg").write_text(plot(result["rows"], result["dense"]), encoding="utf-8")
     (folder / "quality.md").write_text(page(result), encoding="utf-8")
+    README.write_text(readme(result, README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def readme(result: Mapping[str, Any], text: str) -> str:
+    """README with what each method costs a real model, between its two marks."""
+    model = "smollm2"
+    rows = [row for row in result["rows"] if row["model"] == model]
+    levels = sorted({row["level"] for row in rows})
+    lines = [["method", *(f"{level:.0%} saved" for level in levels)], ["---"] * (1 + len(levels))]
+    for method in METHODS:
+        losses: dict[float, list[float]] = {level: [] for level in levels}
+        for row in rows:
+            if row["method"] == method and row["loss"] is not None:
+                losses[row["level"]].append(row["loss"] / result["dense"][model] - 1)
+        lines.append([method, *(f"{mean(losses[level]):.1%}" if losses[level] else "out of reach" for level in levels)])
+    before, rest = text.split(BEGIN)
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
 
 
 def page(result: Mapping[str, Any]) -> str:

@@ -148,3 +148,13 @@ def test_every_built_method_says_when_to_use_it_and_what_it_computes():
         assert any(dict(each.says(label)) for each in headers), f"{modules[0]}: its header has no '{label}: ...'"
         if modules != ["actkit.core.swap"]:  # no formula: it puts one function in the place of another
             assert any(each.formulas for each in headers), f"{modules[0]}: its header has no formula"
+
+
+def test_the_page_of_quality_is_what_was_recorded(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # which the benchmarks set
+    made = runpy.run_path(str(ROOT / "benchmarks" / "sparsity_quality_page.py"))
+    result = made["common"].committed("sparsity_quality")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert (DOCS / "sparsity" / "quality.md").read_text(encoding="utf-8") == made["page"](result)
+    assert made["readme"](result, readme) == readme

@@ -197,10 +197,12 @@ def test_the_recorded_evidence_is_of_the_claims_in_the_code(slug):
     texts = [
         tuple(claim[name] for name in ("statement", "subject", "paper", "condition")) for claim in recorded["claims"]
     ]
-    assert texts == [(each.statement, each.subject, each.paper, each.condition) for each in module.STATEMENTS]
-    assert all(type(claim["passed"]) is bool and claim["here"] for claim in recorded["claims"])
     subjects = [subject for run in recorded["runs"] for subject in run["subjects"]]
-    assert sorted(subjects) == sorted({each.subject for each in module.STATEMENTS})  # each in one run
+    asked = [each for each in module.STATEMENTS if each.subject in subjects]
+    assert texts == [(each.statement, each.subject, each.paper, each.condition) for each in asked]
+    assert all(type(claim["passed"]) is bool and claim["here"] for claim in recorded["claims"])
+    assert len(subjects) == len(set(subjects))  # each in one run
+    assert {each.subject for each in module.STATEMENTS} - set(PACKAGED) <= set(subjects)
     for run in recorded["runs"]:
         sizes = module.REAL_SIZES if set(run["subjects"]) & set(PACKAGED) else module.Sizes()
         assert {"seeds": run["seeds"], **run["sizes"]} == json.loads(json.dumps(asdict(sizes)))

@@ -168,6 +168,7 @@ def test_papers(run):
         (["papers", "--family", "nothing"], "family: 'nothing' is not known"),
         (["reproduce", "nothing"], "'nothing' is not in the catalogue"),
         (["reproduce", "edgemoe"], "edgemoe"),
+        (["reproduce", "wina", "--subject", "nothing"], "no claim of 'wina' is about it"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_1(run, folder, tmp_path, monkeypatch, arguments, words):

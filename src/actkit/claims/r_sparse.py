@@ -161,9 +161,9 @@ class _Errors:
 @torch.no_grad()
 def relative_error(layer: Any, linear: Linear, x: Tensor) -> float:
     """The mean over rows of x [tokens, in] of ||y - y'|| / ||y||, y = W x without the bias, which is exact in both."""
-    y = F.linear(x, linear.weight)
+    y = F.linear(x, linear.weight).float()
     bias = 0 if linear.bias is None else linear.bias
-    return float(((layer(x) - bias - y).norm(dim=1) / y.norm(dim=1)).mean())
+    return float(((layer(x).float() - bias - y).norm(dim=1) / y.norm(dim=1)).mean())
 
 
 def mixed_is_best(errors: _Errors) -> Finding:
