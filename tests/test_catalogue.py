@@ -34,8 +34,11 @@ def evidence(tmp_path, monkeypatch):
     monkeypatch.setattr(catalogue, "EVIDENCE", tmp_path)
 
     def record(slug: str, *passed: bool) -> None:
-        claims = [{"statement": "s", "paper": "1", "here": "2", "condition": "c", "passed": value} for value in passed]
-        (tmp_path / f"{slug}.json").write_text(json.dumps({"slug": slug, "claims": claims, "seeds": [0]}))
+        texts = {"statement": "s", "paper": "1", "here": "2", "condition": "c"}
+        subjects = ["swiglu", "swiglu", "smollm2"]
+        claims = [{**texts, "subject": on, "passed": value} for on, value in zip(subjects, passed, strict=False)]
+        runs = [{"subjects": ["swiglu", "smollm2"], "seeds": [0]}]
+        (tmp_path / f"{slug}.json").write_text(json.dumps({"slug": slug, "claims": claims, "runs": runs}))
 
     return record
 
@@ -110,7 +113,8 @@ def test_status_follows_the_entry_and_the_evidence(evidence):
     evidence("awq", True, False, True)
     assert (entry.status, entry.passed, entry.failed) == ("working", 2, 1)
     assert entry in papers(status="working")
-    assert "| working: 2 of 3 claims hold |" in catalogue.readme_table()
+    assert entry.by_subject == {"swiglu": (1, 2), "smollm2": (1, 1)}
+    assert "| working: 2 of 3 claims hold (on swiglu 1 of 2, on smollm2 1 of 1) |" in catalogue.readme_table()
     assert paper("kat").status == "planned"
 
 
@@ -118,10 +122,22 @@ def test_to_dict_is_plain(evidence):
     evidence("awq", True)
     entry = paper("awq").to_dict()
     assert json.loads(json.dumps(entry)) == entry
-    assert entry["status"] == "working" and entry["kind"] == ["transform"] and entry["evidence"]["seeds"] == [0]
+    assert (
+        entry["status"] == "working" and entry["kind"] == ["transform"] and entry["evidence"]["runs"][0]["seeds"] == [0]
+    )
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"slug": "awq"}', '{"slug": "wina", "claims": [{"passed": true}]}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"slug": "awq"}',
+        '{"slug": "wina", "claims": [{"passed": true, "subject": "swiglu"}], "runs": []}',
+        '{"slug": "awq", "claims": [{"passed": true}], "runs": []}',  # as it was before claims had subjects
+        '{"slug": "awq", "claims": [{"passed": true, "subject": "swiglu"}]}',
+    ],
+)
 def test_broken_evidence_is_an_error_that_names_the_file(evidence, content):
     (catalogue.EVIDENCE / "awq.json").write_text(content)
     with pytest.raises(CatalogueError, match=r"awq\.json"):

@@ -114,7 +114,8 @@ class Paper:
     @property
     def by_subject(self) -> dict[str, tuple[int, int]]:
         """Per subject how many of its recorded claims hold, and how many there are."""
-        evidence, found = self.evidence, {}
+        evidence = self.evidence
+        found: dict[str, tuple[int, int]] = {}
         for claim in evidence["claims"] if evidence else ():
             held, all_ = found.get(claim["subject"], (0, 0))
             found[claim["subject"]] = (held + bool(claim["passed"]), all_ + 1)

@@ -170,8 +170,9 @@ TINY = {
 
 @pytest.mark.parametrize("slug", TINY)
 def test_claims_are_asked_of_a_real_model(slug, monkeypatch):
-    for name in ("load", "tokenizer"):  # a small one in the real one's place
-        monkeypatch.setattr(zoo, name, lambda _, of=getattr(zoo, name), **settings: of("swiglu", **settings))
+    load, tokenizer = zoo.load, zoo.tokenizer  # a small one in the real one's place
+    monkeypatch.setattr(zoo, "load", lambda _, **settings: load("swiglu", **settings))
+    monkeypatch.setattr(zoo, "tokenizer", lambda _: tokenizer("swiglu"))
     module = importlib.import_module(f"actkit.claims.{slug.replace('-', '_')}")
     outcome = module.run(subject="smollm2", progress=False, sizes=module.Sizes(seeds=(0,), **TINY[slug]))
     asked = [each.statement for each in module.STATEMENTS if each.subject == "smollm2"]

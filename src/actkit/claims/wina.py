@@ -135,7 +135,7 @@ def run(*, subject: str | None = None, progress: bool = True, sizes: Sizes | Non
     rows: dict[str, Any] = {"split": "calibration", "held_out": sizes.held_out}
     language = Subject("swiglu", calibration=sizes.calibration, **rows)
     encoder = Subject("minilm", calibration=sizes.tokens // 8, **rows)  # sentences are short
-    experiments = [
+    experiments: list[Experiment] = [
         *_about_language(language, sizes),
         (ROTATION, partial(rotation, language)),
         (LAYERS_ENCODER, partial(layer_errors, encoder, sizes)),
