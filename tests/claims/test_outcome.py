@@ -159,7 +159,7 @@ def test_a_record_that_could_not_be_written_is_refused_before_the_run(evidence, 
 
 
 TINY = {
-    "awq": {"calibration": 1, "held_out": 1, "search": 64, "grid": 2, "draws": 1},
+    "awq": {"calibration": 1, "held_out": 1, "search": 64, "grid": 2},
     "cats": {"calibration": 1, "held_out": 1},
     "lazy-neuron": {"language": 1},
     "r-sparse": {"calibration": 64, "tokens": 16, "sequences": 1, "held_out": 1, "generations": 1, "population": 2},

@@ -9,6 +9,9 @@ from torch.nn import functional as F
 
 from actkit.claims import wina
 from actkit.claims.subject import Subject, spread
+from actkit.core.runner import apply
+from actkit.sparsity.cats import Cats
+from actkit.sparsity.r_sparse import RSparse
 from actkit.sparsity.teal import Teal
 from actkit.sparsity.wina import Wina
 
@@ -33,6 +36,18 @@ def test_perplexity_is_that_of_the_next_token_and_the_model_is_left_as_it_was(su
     assert subject.perplexity(Teal(sparsity=0.5)) > subject.perplexity()
     after = subject.model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Teal(sparsity=0.5), Wina(sparsity=0.4, mode="top_k"), Cats(sparsity=0.5), RSparse(sparsity=0.5, alpha=0.8)],
+    ids=lambda method: type(method).__name__,
+)
+def test_the_edits_of_one_recording_are_those_of_apply(subject, method):
+    applied = apply(subject.model, method, subject.calibration(1), undo="memory", progress=False)
+    expected = subject._perplexity()
+    applied.undo()
+    assert subject.perplexity(method, 1) == pytest.approx(expected, rel=1e-6)
 
 
 def test_calibration_and_measurement_share_no_row_and_seeds_differ(subject):
