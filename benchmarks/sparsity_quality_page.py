@@ -61,7 +61,6 @@ def write(result: Mapping[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "quality.svg").write_text(plot(result["rows"], result["dense"]), encoding="utf-8")
     (folder / "quality.md").write_text(page(result), encoding="utf-8")
-    README.write_text(readme(result, README.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def readme(result: Mapping[str, Any], text: str) -> str:
