@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -145,6 +146,29 @@ def test_all_others_work_beside_broken_ones(broken):
         registry.module_class("bare")
     with pytest.raises(RecipeError, match=r"'teal' is claimed by .*actkit.sparsity.teal:Teal, of the package actkit "):
         Recipe.of("rtn,teal")
+
+
+def test_a_class_may_be_named_where_its_package_imports_it(tmp_path, monkeypatch):
+    """`package:Class`, while it is written in `package.inner`; another class of that name is not taken for it."""
+    (tmp_path / "short_paths").mkdir()
+    (tmp_path / "short_paths" / "inner.py").write_text("class Inner: ...\n")
+    (tmp_path / "short_paths" / "other.py").write_text("class Inner: ...\n")
+    (tmp_path / "short_paths" / "__init__.py").write_text("from short_paths.inner import Inner\n")
+    about = tmp_path / "short_paths-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: short-paths\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[actkit.modules]\ninner = short_paths:Inner\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    registry._entries.cache_clear()
+    try:
+        written, other = (importlib.import_module(f"short_paths.{name}").Inner for name in ("inner", "other"))
+        assert registry.module_name(written) == "inner"
+        with pytest.raises(RecipeError, match=r'Inner is not registered: add `name = "short_paths.other:Inner"`'):
+            registry.module_name(other)
+    finally:
+        registry._entries.cache_clear()
+        for name in [name for name in sys.modules if name.startswith("short_paths")]:
+            del sys.modules[name]
 
 
 def test_a_rule_is_no_transform():

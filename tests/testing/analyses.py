@@ -1,12 +1,16 @@
-"""All analyses of actkit, each at one setting on a tiny model."""
+"""All analyses of actkit, each at one setting on a tiny model; and how tests find what is in no table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import actkit
 from actkit.search.profile import profile
 from actkit.sparsity.activation_ratio import activation_ratio, pareto
 from actkit.sparsity.activity_curve import activity_curve
@@ -74,3 +78,15 @@ WITHOUT_A_MODEL: dict[str, Callable[[], Any]] = {
     "silu law": lambda: fit_silu_law(TOKENS, [silu_law(each, 0.4, 0.2, 0.6) for each in BILLIONS]),
     "width law": lambda: fit_width_law([10, 20, 30, 40, 60], [0.1, 0.15, 0.2, 0.25, 0.25]),
 }
+
+
+def public_classes() -> Iterator[type]:
+    """All public classes of actkit, each once."""
+    seen = set()
+    for module in pkgutil.walk_packages(actkit.__path__, "actkit."):
+        if module.name == "actkit.__main__":
+            continue
+        for name, cls in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
+            if cls.__module__.startswith("actkit.") and not name.startswith("_") and cls not in seen:
+                seen.add(cls)
+                yield cls

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import math
 import os
-import pkgutil
 import random
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from analyses import ANALYSES, WITHOUT_A_MODEL
+from analyses import ANALYSES, WITHOUT_A_MODEL, public_classes
 from plotly.graph_objects import Figure, Scatter
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-import actkit
 from actkit.core.capture import record
 from actkit.core.edits import set_module
 from actkit.core.results import Result
@@ -59,30 +55,18 @@ def test_results_without_a_model_pass(name: str) -> None:
     assert outcomes(check_result(WITHOUT_A_MODEL[name]())) == dict.fromkeys(RESULT_CHECKS, "holds")
 
 
-def classes() -> Iterator[type]:
-    """All public classes of actkit, each once."""
-    seen = set()
-    for module in pkgutil.walk_packages(actkit.__path__, "actkit."):
-        if module.name == "actkit.__main__":
-            continue
-        for name, cls in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
-            if cls.__module__.startswith("actkit.") and not name.startswith("_") and cls not in seen:
-                seen.add(cls)
-                yield cls
-
-
 def test_every_analysis_is_in_the_table() -> None:
     """Whatever draws a figure is a Result, and stands in one of the tables; `table()` always gives a Table."""
-    drawn = {cls.__name__ for cls in classes() if hasattr(cls, "figure") and cls is not Result}
+    drawn = {cls.__name__ for cls in public_classes() if hasattr(cls, "figure") and cls is not Result}
     assert drawn == {made.result for made in ANALYSES.values()} | {
         type(make()).__name__ for make in WITHOUT_A_MODEL.values()
     }, "add the new analysis to tests/testing/analyses.py"
-    for cls in classes():
+    for cls in public_classes():
         if inspect.isfunction(table := vars(cls).get("table")) and len(inspect.signature(table).parameters) == 1:
             assert table.__annotations__["return"] == "Table", f"{cls.__name__}.table() gives something else"
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # two processes, which import everything, run all analyses
 def test_two_processes_find_the_same(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

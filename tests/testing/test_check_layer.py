@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from analyses import public_classes
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import MixtralConfig
@@ -16,10 +17,12 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from actkit.core import registry
 from actkit.core.activations import FUNCTIONS, Activation, Thresholded
 from actkit.core.architecture_rows import ExpertsRow
-from actkit.core.experts import ExpertList
+from actkit.core.experts import ExpertList, ScaledSigmoid
 from actkit.core.folding import ScaledActivation
 from actkit.core.linear import ActLinear, IntegerWeight, LowRank, Selection, Threshold, TopK
 from actkit.core.quantizer import QuantizationGrid
+from actkit.formats.compressed_tensors import RoundedTokens
+from actkit.sparsity.activation_predictor import ActivationPredictor
 from actkit.sparsity.active_dendrites import DendriticSegments, PatternMemory, sparse_code
 from actkit.sparsity.fatrelu import ShiftedRelu
 from actkit.sparsity.lazy_neuron import TopKActivation
@@ -147,7 +150,17 @@ LAYERS: dict[str, dict[str, Made]] = {
     "spark_attention": {"": attention()},
     "expert_list": {"": experts()},
 }
-NOT_SAVED = {  # layers that are used by hand and stand in no checkpoint
+NOT_SAVED = {  # layers that are used by hand, or inside another, and stand in no checkpoint by themselves
+    "Threshold": Made(lambda: Threshold(0.5, torch.rand(IN) + 0.5)),
+    "TopK": Made(lambda: TopK(5)),
+    "RoundedTokens": Made(RoundedTokens, settings={"smooth": False}),
+    "LowRank": Made(
+        lambda: LowRank(torch.randn(OUT, 2), torch.randn(2, IN)), settings={"shape": lambda shape: (*shape[:-1], OUT)}
+    ),
+    "ScaledSigmoid": Made(lambda: ScaledSigmoid(1.7)),
+    "ActivationPredictor": Made(
+        lambda: ActivationPredictor(IN, OUT, 3), settings={"shape": lambda shape: (*shape[:-1], OUT)}
+    ),
     "DendriticSegments": Made(segments, (codes(3), codes(1)), {"shape": lambda shape: (*shape[:-1], 5), "rows": False}),
     "PatternMemory": Made(memory, (codes(3), codes(1)), {"shape": lambda shape: shape[:1], "rows": False}),
 }
@@ -178,7 +191,18 @@ def test_layers_that_are_not_saved_pass(name: str) -> None:
     made = NOT_SAVED[name]
     found = outcomes(check_layer(made.make, made.inputs, **made.settings))
     assert found["the state holds everything"] == found["nothing is shared between layers"] == "holds"
-    assert found["settings are JSON"] == found["the dtype is kept"] == "does not apply"
+    assert found["settings are JSON"] == "does not apply"
+
+
+# classes that are tried as part of others: what they derive from, and storages, which compute nothing by themselves
+PARTS = {"KeepsDtype", "GrowingModule", "Selection", "DenseWeight", "IntegerWeight", "Expert"}
+MODELS = {"DigitsCNN", "TinyMlp"}  # see test_check_model.py
+
+
+def test_every_layer_is_in_a_table() -> None:
+    layers = {cls.__name__ for cls in public_classes() if issubclass(cls, nn.Module)}
+    registered = {registry.module_class(name).__name__ for name in LAYERS}
+    assert layers == registered | NOT_SAVED.keys() | PARTS | MODELS, "add the new layer to LAYERS or NOT_SAVED"
 
 
 def test_every_registered_module_is_in_the_table() -> None:

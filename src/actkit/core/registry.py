@@ -8,6 +8,7 @@ its package, once its name is used; all other names work.
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -126,10 +127,19 @@ def decoder_class(name: str) -> Any:
 
 def _name_of(group: str, cls: type) -> str:
     target = f"{cls.__module__}:{cls.__qualname__}"
-    for name, claims in _entries(group).items():
+    entries = _entries(group)
+    for name, claims in entries.items():
         if target in [entry.value for entry in claims]:
+            return name
+    package = cls.__module__.partition(".")[0]
+    for name, claims in entries.items():  # the package may name the class where it is imported, not where it is written
+        if claims[0].module.partition(".")[0] == package and claims[0].attr == cls.__qualname__ and _is(claims[0], cls):
             return name
     raise RecipeError(
         f'{cls.__name__} is not registered: add `name = "{target}"` to the entry-point group {group} of its package, '
         f"so that recipes and checkpoints can name it."
     )
+
+
+def _is(entry: EntryPoint, cls: type) -> bool:
+    return getattr(sys.modules.get(entry.module), entry.attr, None) is cls

@@ -92,7 +92,7 @@ def check_layer(
         original: builds what stands at its place in the unchanged model, as `from_spec` is given it.
         shape: the shape of the output for that of the first input; the same one by default.
         rows: the input is [..., channels] with any number of dimensions before the last.
-        smooth: its gradient is that of its function; False for one that passes gradients by (straight-through).
+        smooth: its gradient is that of its function; False for one that rounds or passes gradients by.
         compile_backend: check torch.compile too ('aot_eager' is fast, 'inductor' the real thing).
         export: check torch.export too.
 
@@ -175,7 +175,8 @@ def dtype_is_kept(case: LayerCase) -> None:
             assert bool(torch.isfinite(output).all()), f"the output holds NaN or Inf in a {dtype} layer"
     wide = case.outputs(case.made(torch.float64), torch.float64)
     assert wide[0].dtype == torch.float64, f"the output is {wide[0].dtype} in a float64 layer"
-    close([output.double() for output in case.expected], wide, "the float32 output", 1e-4)
+    if case.smooth:  # a value at a step may fall to either side of it
+        close([output.double() for output in case.expected], wide, "the float32 output", 1e-4)
 
 
 def gradients_match_differences(case: LayerCase) -> None:
