@@ -55,7 +55,7 @@ MODELS = ("smollm2", "swiglu", "relu", "minilm")
 METHODS = ("TEAL", "WINA", "CATS", "R-Sparse, one alpha", "R-Sparse, searched")
 LEVELS = (0.25, 0.4, 0.5, 0.65)
 SMALL: dict[str, Any] = {"levels": LEVELS, "seeds": (0, 1, 2), "search": {"generations": 3, "population": 8}}
-REAL: dict[str, Any] = {"levels": LEVELS, "seeds": (0,), "search": {"generations": 1, "population": 4}}
+REAL: dict[str, Any] = {"levels": (0.25, 0.4, 0.5), "seeds": (0,), "search": {"generations": 1, "population": 4}}
 FULL: dict[str, dict[str, Any]] = {  # rows: of calibration and held-out text
     "smollm2": {**REAL, "rows": (2, 16)},
     "swiglu": {**SMALL, "rows": (8, 40)},
@@ -267,9 +267,14 @@ def judged(rows: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], lis
     return published + order(rows, METHODS[4], METHODS[3]) + order(rows, METHODS[4], "WINA"), targets
 
 
+def levels_of(rows: Sequence[Mapping[str, Any]], model: str) -> list[float]:
+    """The levels at which a model was measured."""
+    return sorted({row["level"] for row in rows if row["model"] == model})
+
+
 def cells(rows: Sequence[Mapping[str, Any]], model: str) -> list[list[str]]:
     """The table of one model: a line per method, a cell per level."""
-    levels = sorted({row["level"] for row in rows})
+    levels = levels_of(rows, model)
     lines = []
     for method in METHODS:
         line = [method]
@@ -305,8 +310,8 @@ def show(console: Any, rows: list[dict[str, Any]]) -> None:
     """A table per model."""
     from rich.table import Table
 
-    levels = [f"{level:.0%} saved" for level in sorted({row["level"] for row in rows})]
     for model, _ in groupby(rows, key=lambda row: row["model"]):
+        levels = [f"{level:.0%} saved" for level in levels_of(rows, model)]
         measure = "perplexity" if model != "minilm" else "mean cosine with the original"
         table = Table("method", *levels, title=f"{model}: {measure}", title_justify="left", show_lines=True)
         for line in cells(rows, model):

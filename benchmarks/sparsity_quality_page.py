@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any
 
 import common
-from sparsity_quality import DOCS, METHODS, cells
+from sparsity_quality import DOCS, METHODS, cells, levels_of
 from svg import COLOURS, circle, line, picture, text
 
 DASHES = ("none", "7 3", "none", "2 3", "9 3 2 3")  # of the methods' lines, to tell apart those that lie on each other
@@ -61,13 +61,13 @@ def write(result: Mapping[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "quality.svg").write_text(plot(result["rows"], result["dense"]), encoding="utf-8")
     (folder / "quality.md").write_text(page(result), encoding="utf-8")
+    README.write_text(readme(result, README.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def readme(result: Mapping[str, Any], text: str) -> str:
     """README with what each method costs a real model, between its two marks."""
     model = "smollm2"
-    rows = [row for row in result["rows"] if row["model"] == model]
-    levels = sorted({row["level"] for row in rows})
+    rows, levels = [row for row in result["rows"] if row["model"] == model], levels_of(result["rows"], model)
     lines = [["method", *(f"{level:.0%} saved" for level in levels)], ["---"] * (1 + len(levels))]
     for method in METHODS:
         losses: dict[float, list[float]] = {level: [] for level in levels}
@@ -85,8 +85,8 @@ def page(result: Mapping[str, Any]) -> str:
     rows, measured = result["rows"], result["measured"]
     evaluations = told({model: _evaluations(run["search"]) for model, run in measured.items()})
     parts = [ABOUT.format(evaluations=evaluations, seeds=told({m: len(run["seeds"]) for m, run in measured.items()}))]
-    levels = sorted({row["level"] for row in rows})
     for model in measured:
+        levels = levels_of(rows, model)
         parts.append(f"## {MEASURES[model].format(dense=result['dense'][model])}\n")
         table = [["method", *(f"{level:.0%} saved" for level in levels)], ["---"] * (1 + len(levels))]
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in (*table, *cells(rows, model))) + "\n")

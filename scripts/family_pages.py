@@ -303,7 +303,8 @@ def quality(short: str) -> str:
                 for row in rows
                 if (row["model"], row["method"], row["level"]) == (model, name, level) and row.get("loss") is not None
             ]
-            cells.append(f"{sum(losses) / len(losses):.4g}" if losses else "not reached")
+            missing = "not reached" if level in result["measured"][model]["levels"] else "not measured"
+            cells.append(f"{sum(losses) / len(losses):.4g}" if losses else missing)
         setting = name.removeprefix(short).lstrip(", ")
         lines.append(
             f"| {model}{', ' + setting if setting else ''} | {result['dense'][model]:.4g} | {' | '.join(cells)} |"

@@ -156,4 +156,6 @@ def test_the_page_of_quality_is_what_was_recorded(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # which the benchmarks set
     made = runpy.run_path(str(ROOT / "benchmarks" / "sparsity_quality_page.py"))
     result = made["common"].committed("sparsity_quality")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert (DOCS / "sparsity" / "quality.md").read_text(encoding="utf-8") == made["page"](result)
+    assert made["readme"](result, readme) == readme
