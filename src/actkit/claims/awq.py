@@ -58,7 +58,7 @@ class Sizes:
     draws: int = 5
 
 
-REAL_SIZES = Sizes(calibration=4, held_out=16, search=512)
+REAL_SIZES = Sizes(calibration=4, held_out=8, search=512)
 TWIN = Statement(
     "Weight rounding loses less with AWQ than round-to-nearest where some channels carry large activations",
     "LLaMA-2-7B at 3 bits: perplexity 5.47 -> 6.66 by rounding, 6.24 with AWQ (65 % of the gap; from memory)",
