@@ -11,8 +11,8 @@ Models are trained on 1085 images (60 % of the digits; calibration, search and t
 or images are random on 512, so that 8 steps are an epoch instead of 17. Neither rate nor epochs were tuned for an arm.
 
 About 13 minutes on one idle core; the record took 21 on a busy one. The claim about the layers of a language model is
-asked of SmolLM2-135M as well (a quarter of a minute). Its SiLU has no zeros, so that a neuron counts as on above a magnitude of
-0.01, as on docs/sparsity/lazy-neuron.md.
+asked of SmolLM2-135M as well (a quarter of a minute). Its SiLU has no zeros, so that a neuron counts as on above a
+magnitude of 0.01, as on docs/sparsity/lazy-neuron.md.
 """
 
 from __future__ import annotations
