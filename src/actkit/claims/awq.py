@@ -9,9 +9,9 @@ the twin and on MiniLM (post-norm, so that it has no twin), whose error is the d
 The search of the ratio runs on the first 4,096 calibration tokens, the statistics on all. Perplexities of 7B models and
 the speed of kernels cannot be checked here.
 
-About 5 minutes on two idle cores. On SmolLM2-135M (some MINUTES more, on the fewer rows of `REAL_SIZES`) nothing is
-planted: it has such channels by itself. Its weights were rounded to 4 bits in groups of 32 before it was published, so
-it is judged on its off-grid twin, whose weights lie on no grid; the model itself is reported beside it.
+About 5 minutes on two idle cores. On SmolLM2-135M (9 minutes on a busy machine, on the fewer rows of `REAL_SIZES`)
+nothing is planted: it has such channels by itself. Its weights were rounded to 4 bits in groups of 32 before it was
+published, so it is judged on its off-grid twin, whose weights lie on no grid; the model itself is reported beside it.
 """
 
 from __future__ import annotations
