@@ -54,7 +54,7 @@ class Sizes:
     population: int = 16
 
 
-REAL_SIZES = Sizes(tokens=512, sequences=4, held_out=16, generations=2, population=8)
+REAL_SIZES = Sizes(tokens=256, sequences=4, held_out=8, generations=1, population=4)
 
 MIX = (
     "in each of 3 seeds, for at least a quarter of the linear layers the mean over held-out tokens of the relative "

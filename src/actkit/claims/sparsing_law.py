@@ -64,7 +64,7 @@ class Sizes:
     rows: int | None = None
 
 
-REAL_SIZES = Sizes(calibration=8, held_out=16)
+REAL_SIZES = Sizes(calibration=4, held_out=8)
 METRIC = Statement(
     "At equal shares of active neurons, dropping by contribution (CETT) leaves a better model than dropping by the "
     "gate's output, with one threshold (FAT) or a top-k",
