@@ -107,8 +107,8 @@ def page(result: Mapping[str, Any]) -> str:
     parts.append(
         "The loss is the perplexity, for MiniLM 1 - mean cosine. Savings meet their level within 0.2 points on the "
         f"calibration text and within {100 * off:.1f} on held-out text, which matters most at the highest one: "
-        "differences of the loss below half a percent say little, on smollm2 (one seed, little calibration) those below "
-        "two.\n"
+        "differences of the loss below half a percent say little, on smollm2 (one seed, little calibration) those "
+        "below two.\n"
     )
     natural = [row for row in rows if row["outcome"] == "natural"]
     if natural:
