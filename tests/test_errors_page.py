@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +14,11 @@ import pytest
 import actkit.catalogue
 import actkit.search.journal
 from actkit.core.ground import errors
-from errors_raised import PROOFS, Place
+from error_proofs import PROOFS, Place
 
 ROOT = Path(__file__).parents[1]
+for path in sorted((ROOT / "tests").rglob("errors_of_*.py")):  # those of each family stand beside its tests
+    runpy.run_path(str(path))
 PAGE = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
 SOURCES = ROOT / "src" / "actkit"
 GAP = "\x00"  # what varies in the text of a raise statement
@@ -129,6 +132,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place.make(tmp_path_factory.mktemp("errors"))
 
 
+def _place_of(proof: Callable[[Place], Any]) -> str:
+    """Where a proof stands, such as 'errors_of_gguf.py, line 30'."""
+    return f"{Path(proof.__code__.co_filename).name}, line {proof.__code__.co_firstlineno}"
+
+
 def collect(place: Place) -> list[tuple[str, str, Callable[[Place], Any]]]:
     found = []
     for number, proof in enumerate(PROOFS):
@@ -139,7 +147,7 @@ def collect(place: Place) -> list[tuple[str, str, Callable[[Place], Any]]]:
             except Exception as error:
                 found.append((type(error).__name__, str(error), proof))
             else:
-                raise AssertionError(f"proof {number} (line {proof.__code__.co_firstlineno}) raised nothing")
+                raise AssertionError(f"{_place_of(proof)}: it raised nothing")
     return found
 
 
@@ -147,7 +155,7 @@ def test_every_row_is_raised(place):
     seen = collect(place)
     proved = {row for row in ROWS for name, text, _ in seen if row.error == name and row.fits(text)}
     strange = [
-        f"line {proof.__code__.co_firstlineno}: {name}: {text[:300]}"
+        f"{_place_of(proof)}: {name}: {text[:300]}"
         for name, text, proof in seen
         if not any(row.error == name and row.fits(text) for row in ROWS)
     ]

@@ -1,0 +1,51 @@
+"""How a user meets the errors of core, the room `edit`: one function per way, which raises it."""
+
+from __future__ import annotations
+
+import torch
+from tiny_models import HIDDEN, build
+
+from actkit.core.edit.edits import Configure, Replace, Set, apply_edit, describe_module, get_module, get_tensor, replay
+from actkit.core.ground import registry
+from actkit.core.layers.activations import Activation
+from actkit.core.recipe.runner import apply
+from error_proofs import Place, points, proof
+
+proof(lambda p: apply_edit(build("mlp"), 3))
+
+
+@proof
+def a_hook_would_be_lost(p: Place) -> None:
+    model = build("llama")
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, output: 2 * output)
+    apply(model, {"actkit": 1, "transforms": [{"rtn": {"group_size": 8}}]}, progress=False)
+
+
+proof(lambda p: replay(build("mlp"), [{"run": 1}]))
+
+
+proof(lambda p: apply_edit(build("mlp"), Replace("", Activation("relu"))))
+
+
+proof(lambda p: get_module(build("mlp"), "a.b"))
+
+
+proof(lambda p: get_tensor(build("mlp"), "up.scale"))
+
+
+proof(lambda p: (points(p, registry.MODULES, ("bare", "tiny_models:Perceptron")), describe_module(build("mlp"))))
+
+
+proof(lambda p: apply_edit(build("mlp"), Configure("a", 1)))
+
+
+proof(lambda p: apply_edit(build("llama"), Configure("no_such_key", 1)))
+
+
+proof(lambda p: apply_edit(build("llama"), Configure("hidden_act", object())))
+
+
+proof(lambda p: apply_edit(build("mlp"), Set("up.bias", torch.zeros(3))))
+
+
+proof(lambda p: apply_edit(build("llama", tie_word_embeddings=True), Set("lm_head.weight", torch.zeros(50, HIDDEN))))

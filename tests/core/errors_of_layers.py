@@ -1,0 +1,37 @@
+"""How a user meets the errors of core, the room `layers`: one function per way, which raises it."""
+
+from __future__ import annotations
+
+import torch
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from tiny_models import build
+from torch import nn
+
+from actkit.core.layers.linear import ActLinear, LowRank
+from actkit.core.layers.selections import Threshold
+from actkit.core.model.anatomy import anatomy
+from error_proofs import proof
+
+
+def byte_layer() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.zeros(4, 2, dtype=torch.uint8), requires_grad=False)
+    return layer
+
+
+proof(lambda p: anatomy(get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"]))))
+
+
+proof(lambda p: anatomy(inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), build("llama"))))
+
+
+proof(lambda p: anatomy(nn.Sequential(byte_layer())))
+
+
+proof(lambda p: ActLinear.of(torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(2, 2))))
+
+
+proof(lambda p: torch.relu(ActLinear.of(torch.nn.Linear(2, 2), select=Threshold(0.5)).weight))
+
+
+proof(lambda p: LowRank(torch.ones(2, 3), torch.ones(2, 3)))

@@ -1,0 +1,214 @@
+"""How a user meets the errors of core, the room `store`: one function per way, which raises it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from tiny_models import Perceptron, build
+from transformers import AttentionInterface
+
+from actkit.core.layers.activations import Activation
+from actkit.core.store import checkpoint, checksums
+from actkit.core.store.quantized_source import _values
+from actkit.core.store.tensor_files import read_values, write_values
+from actkit.core.store.transformers_folder import remote_class, stored_dtype
+from error_proofs import Place, changed, proof, raising
+
+
+def resized(**values: Any) -> Any:
+    model = build("llama")
+    model.config.update(values)
+    return model
+
+
+def weights(folder: Path) -> Path:
+    return next(folder.glob("*.safetensors"))
+
+
+def cut(path: Path) -> Path:
+    path.write_bytes(path.read_bytes()[:-9])
+    return path.parent
+
+
+def tuned(p: Place, **values: Any) -> Path:
+    """A plain model with another config.json."""
+    folder = p.copy("plain")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, **values}))
+    return folder
+
+
+proof(lambda p: (p.file("x", "thesis.txt"), checkpoint.save(changed(), p.path, overwrite=True)))
+
+
+proof(lambda p: checkpoint.save(changed(), p.path))
+
+
+proof(
+    lambda p: (
+        p.patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=9)),
+        checkpoint.save(changed(), p.path / "new"),
+    )
+)
+
+
+proof(lambda p: checkpoint.save(build("mlp").to("meta"), p.path / "new"))
+
+
+@proof
+def other_module(p: Place) -> None:
+    model = changed()
+    model.model.layers[0].mlp.up_proj = Activation("relu")
+    checkpoint.save(model, p.path / "new")
+
+
+proof(lambda p: (p.file("x", "a\\b"), checksums.write(p.path)))
+
+
+proof(lambda p: checkpoint.read_manifest(p.path))
+
+
+proof(lambda p: checkpoint.load(p.manifest(lambda m: m.update(schema=99))))
+
+
+proof(lambda p: checkpoint.load(p.manifest(lambda m: m.pop("edits"))))
+
+
+proof(lambda p: ((folder := p.copy()) / checkpoint.MANIFEST).write_text("[]") and checkpoint.load(folder))
+
+
+proof(lambda p: ((folder := p.copy()) / checkpoint.MANIFEST).write_text("{") and checkpoint.load(folder))
+
+
+proof(
+    lambda p: (
+        folder := p.copy(),
+        weights(folder).write_bytes(b"x" * weights(folder).stat().st_size),
+        checkpoint.load(folder),
+    )
+)
+
+
+proof(lambda p: (folder := p.copy(sums=True), (folder / checksums.NAME).write_bytes(b"\xff"), checkpoint.load(folder)))
+
+
+proof(lambda p: (folder := p.copy(), weights(folder).unlink(), checkpoint.load(folder)))
+
+
+proof(lambda p: (folder := p.copy(sums=True), weights(folder).unlink(), checkpoint.load(folder)))
+
+
+proof(lambda p: checkpoint.load(cut(weights(p.copy()))))
+
+
+proof(lambda p: checkpoint.load(cut(weights(p.copy(sums=True)))))
+
+
+proof(lambda p: (folder := p.copy(sums=True), cut(folder / checksums.NAME), checkpoint.load(folder)))
+
+
+proof(lambda p: checkpoint.load(p.manifest(lambda m: m["tied"].update(alias="nothing"))))
+
+
+proof(lambda p: checkpoint.load(p.manifest(lambda m: m["edits"].append({"run": "rm"}))))
+
+
+proof(
+    lambda p: (
+        folder := p.copy(),
+        (folder / "config.json").write_text('{"hidden_size": "wide"}'),
+        checkpoint.load(folder),
+    )
+)
+
+
+proof(lambda p: checkpoint.load(p.manifest(lambda m: m.update(base_class="os.system"))))
+
+
+proof(lambda p: checkpoint.load(p.copy("own")))
+
+
+proof(lambda p: (folder := p.copy("plain"), weights(folder).unlink(), checkpoint.load(folder)))
+
+
+proof(lambda p: checkpoint.load(tuned(p, model_type="of_tomorrow")))
+
+
+proof(lambda p: checkpoint.load(tuned(p, architectures=["Mine"], auto_map={"AutoModel": "mine.Mine"})))
+
+
+proof(lambda p: checkpoint.load(tuned(p, architectures=["Mine"])))
+
+
+proof(lambda p: remote_class({"AutoConfig": "mine.Mine"}, None, p.path, True))
+
+
+proof(lambda p: (p.file("{}", "adapter_config.json"), checkpoint.load(p.path)))
+
+
+proof(lambda p: checkpoint.load(tuned(p, quantization_config={"quant_method": "gptq"})))
+
+
+proof(lambda p: list(_values("layer.", {"weight_packed": torch.ones(1)}, {})))
+
+
+proof(lambda p: stored_dtype({"a.weight": ("F8_E4M3", 1)}, p.path))
+
+
+proof(lambda p: checkpoint.load(cut(weights(p.copy("plain")))))
+
+
+proof(lambda p: checkpoint.load(p.path))
+
+
+proof(lambda p: checkpoint.load(p.path / "nowhere"))
+
+
+proof(
+    lambda p: (
+        p.patch.setattr("huggingface_hub.snapshot_download", raising(OSError("no network"))),
+        checkpoint.load("a/b"),
+    )
+)
+
+
+proof(lambda p: checkpoint.load_tokenizer(p.path))
+
+
+proof(lambda p: type(changed()).from_pretrained(p.copy(), device_map="auto"))
+
+
+proof(lambda p: write_values(p.path, {"a": object()}))
+
+
+proof(lambda p: write_values(p.path, {"a": {1: 2}}))
+
+
+proof(lambda p: read_values(p.path))
+
+
+proof(lambda p: checkpoint.save(resized(hidden_size=17), p.path / "new"))
+
+
+proof(lambda p: checkpoint.save(resized(vocab_size=51), p.path / "new"))
+
+
+@proof
+def attention_of_ones_own_saved(p: Place) -> None:
+    p.patch.setitem(AttentionInterface._global_mapping, "sdpa", build)
+    checkpoint.save(build("llama"), p.path / "new")
+
+
+@proof
+def a_module_of_ones_own_saved(p: Place) -> None:
+    model = build("llama")
+    model.model.norm = Perceptron()
+    checkpoint.save(model, p.path / "new")
+
+
+proof(lambda p: checkpoint.load(p.copy("own"), base=lambda: 3))

@@ -1,0 +1,100 @@
+"""How a user meets the errors of core, the room `train`: one function per way, which raises it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import batches, build
+
+from actkit.core.store.tensor_files import write_values
+from actkit.core.train import rules, staged_run, training
+from actkit.core.train.objective import Objective
+from actkit.core.train.training_setup import Settings, state_folder, steps_per_epoch
+from error_proofs import HOST, IDS, NAN, Place, beside, proof, raising, stages, train
+
+proof(lambda p: rules.AttachedRules([("A", rules.AttachedRule())]).load_state_dict({"2.B": {"x": 1}}))
+
+
+proof(
+    lambda p: rules.RuleCallback._load(
+        SimpleNamespace(resume_from=p.path, running=SimpleNamespace(state_dict=lambda: {"x": 1})), None, None
+    )
+)
+
+
+proof(lambda p: training._fill({"a": torch.ones(1)}, {}, p.path))
+
+
+@proof
+def another_setting(p: Place) -> None:
+    settings = Settings(9, 1e-3, 1, 0.0, "cosine", 0.0, "no", 0, None, 1, 1, 1, 1)
+    write_values(state_folder(p.path / "out"), {"settings": {"steps": 8}})
+    now = SimpleNamespace(folder=p.path / "out", settings=settings, described=[], batches=None, validation=None)
+    training._Run.restore(now)
+
+
+proof(lambda p: train(p, out=p.path / "new", resume=True))
+
+
+@proof
+def another_recipe(p: Place) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staged_run, "train", raising(RuntimeError("killed")))
+        with pytest.raises(RuntimeError):
+            stages(p)
+    stages(p, steps=2, resume=True)
+
+
+proof(lambda p: stages(p, resume=True))
+
+
+proof(lambda p: ((p.path / "out.stages").mkdir(), stages(p)))
+
+
+proof(lambda p: staged_run._read_json(p.path / "run.json"))
+
+
+proof(lambda p: ((p.path / "out.training").mkdir(), train(p, out=p.path / "out")))
+
+
+proof(lambda p: steps_per_epoch(1, 2, 2))
+
+
+proof(lambda p: Objective(build("vit"), None).labels(batches("vit")[0]))
+
+
+proof(lambda p: Objective(build("llama"), None).labels({**HOST, "labels": IDS * 0 - 100}))
+
+
+proof(lambda p: Objective(_silent(), None)(_silent(), {**HOST, "labels": IDS}))
+
+
+proof(lambda p: training.train(build("llama"), [HOST], validation=None, steps=1))
+
+
+def _silent() -> Any:
+    model = build("llama")
+    model.forward = lambda **_: SimpleNamespace(loss=None)
+    return model
+
+
+proof(lambda p: train(p, loss=lambda model, batch: model(**batch).logits.sum() * (NAN if model.training else 1)))
+
+
+proof(lambda p: train(p, loss=lambda model, batch: model(**batch).logits.sum() * NAN))
+
+
+@proof
+def reentrant(p: Place) -> None:
+    model = build("llama")
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    rules.refuse_reentrant_checkpointing(model)
+
+
+proof(lambda p: (beside(p), train(p)))
+
+
+proof(lambda p: train(p, steps=None))

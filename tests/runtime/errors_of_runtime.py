@@ -1,0 +1,63 @@
+"""How a user meets the errors of `runtime`: one function per way, which raises it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from tiny_models import build
+from torch import nn
+
+from actkit.runtime import decoder as cpu
+from actkit.runtime.shards import kind_of
+from error_proofs import NAN, Place, proof
+
+
+def a_decoder(**values: Any) -> Any:
+    """The CPU's decoder without its kernels: what it checks before they run."""
+    made = object.__new__(cpu.Decoder)
+    made.__dict__.update({"capacity": 8, "position": 0, "embedding": torch.ones(50, 4), "threads": 1, **values})
+    return made
+
+
+proof(lambda p: a_decoder()([]))
+
+
+proof(lambda p: a_decoder()([1] * 9))
+
+
+proof(lambda p: a_decoder()([99]))
+
+
+proof(lambda p: a_decoder().generate([1, 2], max_new_tokens=99))
+
+
+@proof
+def nothing_finite(p: Place) -> None:
+    work = SimpleNamespace(logits=np.zeros(4), finite=np.array([NAN]))
+    for running in ("_step", "_turn"):
+        p.patch.setattr(cpu.Decoder, running, lambda self, token: None)
+    a_decoder(_work=work, vocabulary=4, few=1)([1])
+
+
+proof(lambda p: cpu.Decoder(build("gpt2")))
+
+
+proof(lambda p: kind_of(nn.Identity(), 1, 1))
+
+
+proof(
+    lambda p: (
+        p.patch.setattr(cpu.psutil, "virtual_memory", lambda: SimpleNamespace(available=9)),
+        cpu.Decoder(build("llama")),
+    )
+)
+
+
+@proof
+def not_side_by_side(p: Place) -> None:
+    p.patch.setattr(cpu.steps, "step", lambda *_: False)
+    p.patch.setattr(cpu.Decoder, "_follow_threads", lambda self: None)
+    a_decoder(_plan=None, _work=None, _formats=None, _embedding=None)._step(1)
