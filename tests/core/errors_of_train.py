@@ -33,7 +33,7 @@ def another_setting(p: Place) -> None:
     settings = Settings(9, 1e-3, 1, 0.0, "cosine", 0.0, "no", 0, None, 1, 1, 1, 1)
     write_values(state_folder(p.path / "out"), {"settings": {"steps": 8}})
     now = SimpleNamespace(folder=p.path / "out", settings=settings, described=[], batches=None, validation=None)
-    training._Run.restore(now)
+    training._Loop.restore(now)
 
 
 proof(lambda p: train(p, out=p.path / "new", resume=True))

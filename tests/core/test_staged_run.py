@@ -164,8 +164,8 @@ def prepare(at):
     elif at == "first save":
         checkpoint.checksums.write = kill
     elif at == "training":
-        update = training._Run.update
-        training._Run.update = lambda self: kill() if self.step == 3 else update(self)
+        update = training._Loop.update
+        training._Loop.update = lambda self: kill() if self.step == 3 else update(self)
     elif at == "end of training":
         training.write_whole = kill
     elif at == "record of training":
@@ -414,14 +414,14 @@ def test_what_fails_restores_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_equal(given, model())
     assert type(given) is type(model()) and given.config.hidden_act == "silu"
 
-    real = training._Run.update
+    real = training._Loop.update
 
     def update(self: Any) -> None:
         real(self)
         if self.step == 3:
             raise NonFiniteError("made up")
 
-    monkeypatch.setattr(training._Run, "update", update)
+    monkeypatch.setattr(training._Loop, "update", update)
     with pytest.raises(NonFiniteError, match="made up"):
         staged(given)
     assert_equal(given, model())

@@ -211,7 +211,7 @@ def train(
         keep = keep or ("last" if any(rule.keep == "last" for rule in rules) else "best")
         before = changes.of(model)
         with attached(rules, model, optimizer, training[0]) as running, ExitStack() as wrapped:
-            run = _Run(model, training, held_out, settings, optimizer, running, accelerator, loss, folder, described)
+            run = _Loop(model, training, held_out, settings, optimizer, running, accelerator, loss, folder, described)
             wrapped.enter_context(modes_restored(model))  # before rules finish: new modules are in their mode then
             wrapped.callback(run.unwrap)
             if resume:
@@ -228,7 +228,7 @@ def train(
     return result
 
 
-class _Run:
+class _Loop:
     """One training: what changes from step to step, and how it is saved."""
 
     def __init__(
