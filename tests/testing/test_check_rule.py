@@ -9,6 +9,7 @@ import torch
 from pydantic import PrivateAttr
 from torch import Tensor, nn
 
+from actkit.core.edit.edits import Edit, Set
 from actkit.core.ground import registry
 from actkit.core.recipe.rule import AttachedRule, TrainingRule
 from actkit.sparsity.activation_penalty import ActivationPenalty
@@ -89,6 +90,13 @@ class AttachedSmall(AttachedRule):
 
     def detach(self) -> None:
         self.handle.remove()
+
+
+class EndsWithAnEdit(AttachedSmall):
+    """Sound: what it finishes with is done in all three loops."""
+
+    def finish(self) -> list[Edit]:
+        return [Set("model.norm.weight", torch.full_like(self.model.model.norm.weight, 0.5))]
 
 
 def at_work(kind: type) -> Small:
@@ -229,6 +237,7 @@ class CountsPadding(AttachedSmall):
         (SharesItsCount, "nothing is shared between models: model 1 of two trained otherwise"),
         (CountsPadding, "padding counts for nothing: with other tokens in the padding, step 1: the gradient of"),
         (AttachedSmall, "settings are strict: RecipeError: methods: 'small' is not known"),
+        (EndsWithAnEdit, "settings are strict: RecipeError: methods: 'small' is not known"),
     ],
 )
 def test_broken_rules_are_caught(kind: type, text: str) -> None:

@@ -32,7 +32,7 @@ from actkit.core.ground.random_numbers import own_random_numbers
 from actkit.core.measure.tasks.task import IGNORED
 from actkit.core.recipe.rule import AttachedRule, TrainingRule, dump_rules, parse_rules
 from actkit.core.train.objective import Objective, mask_of, parameter_groups
-from actkit.core.train.rules import RuleCallback, attach
+from actkit.core.train.rules import RuleCallback, attach, finish
 from actkit.core.train.training import Trained, train
 from actkit.testing.checks import (
     Check,
@@ -378,8 +378,10 @@ def _steps(case: RuleCase, ran: Ran, groups: Sequence[Group], rules: Sequence[Tr
             running.after_step((step + 1) / len(groups))
             optimizer.zero_grad()
             yield
-    finally:
+    except BaseException:
         running.detach()
+        raise
+    finish(running, model, groups[0][0])
 
 
 def in_our_loop(case: RuleCase, accumulation: int = 1) -> tuple[Ran, list[Group]]:
