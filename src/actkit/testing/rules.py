@@ -25,12 +25,14 @@ import yaml
 from pydantic import PrivateAttr, ValidationError
 from torch import Tensor, nn
 
+from actkit.core.edit import changes
 from actkit.core.edit.edits import tied_names
 from actkit.core.forward.hooks import hooked, main_input
 from actkit.core.ground.errors import RecipeError
 from actkit.core.ground.random_numbers import own_random_numbers
 from actkit.core.measure.tasks.task import IGNORED
 from actkit.core.recipe.rule import AttachedRule, TrainingRule, dump_rules, parse_rules
+from actkit.core.store import checkpoint
 from actkit.core.train.objective import Objective, mask_of, parameter_groups
 from actkit.core.train.rules import RuleCallback, attach, finish
 from actkit.core.train.training import Trained, train
@@ -220,6 +222,18 @@ def resumes_to_the_bit(case: RuleCase) -> None:
     State.of(whole.model).compare(resumed.model, "the model of the resumed training", modules=False)
 
 
+def what_it_ends_with_is_saved(case: RuleCase) -> None:
+    """The folder of a training under a rule that finishes with edits loads with equal tensors and outputs."""
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "whole"
+        model = _kept(case, folder).model
+        if changes.of(model) == changes.of(case.original):
+            raise NotApplicable("it finishes with no edits")
+        loaded = checkpoint.load(folder)
+    State.of(model).compare(loaded, "the loaded model", modules=False)
+    equal(outputs(loaded, case.batches), outputs(model, case.batches), "the outputs of the loaded model")
+
+
 def detach_leaves_the_plain_model(case: RuleCase) -> None:
     """After `detach()`, and after an error, modules, hooks and settings are those of the model without the rule."""
     for what, cut in (("after detach()", False), ("after detach() in the midst of a step", True)):
@@ -305,6 +319,7 @@ CHECKS: dict[str, Callable[[RuleCase], None]] = {
     "gradients are accumulated": gradients_are_accumulated,
     "ties are kept": ties_are_kept,
     "a resumed training is the same to the bit": resumes_to_the_bit,
+    "what it ends with is saved": what_it_ends_with_is_saved,
     "detach leaves the plain model": detach_leaves_the_plain_model,
     "nothing is shared between models": nothing_is_shared,
     "padding counts for nothing": padding_counts_for_nothing,
