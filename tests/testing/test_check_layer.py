@@ -83,7 +83,10 @@ def act_conv(grid: str, convolution: Callable[[], nn.Module], *inputs: Tensor) -
         stored = IntegerWeight.quantize(module.weight.flatten(1), rows) if grid == "int8 by rows" else None
         return ActConv.of(module, weight=stored)
 
-    return Made(make, inputs, {"rows": False, "original": convolution})
+    def shape(given: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(convolution()(torch.zeros(given)).shape)
+
+    return Made(make, inputs, {"rows": False, "original": convolution, "shape": shape})
 
 
 def attention() -> Made:

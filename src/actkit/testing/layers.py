@@ -26,6 +26,8 @@ from torch.utils._pytree import tree_leaves
 from actkit.core.forward.hooks import evaluating, first_tensor
 from actkit.core.ground import registry
 from actkit.core.ground.random_numbers import own_random_numbers
+from actkit.core.layers.selections import Selection
+from actkit.core.layers.weights import WeightStorage
 from actkit.testing.checks import (
     COMPILED,
     Check,
@@ -357,6 +359,8 @@ def _is_float(value: Any) -> bool:
 
 
 def _spec(layer: nn.Module) -> Any:
+    if isinstance(layer, Selection | WeightStorage):
+        raise NotApplicable("it is a slot of a layer, and is rebuilt with it")
     if not (hasattr(layer, "spec") and hasattr(layer, "from_spec")):
         raise NotApplicable("it has no spec() and from_spec(), so it stands in no checkpoint")
     return layer.spec()  # type: ignore[operator]
