@@ -33,7 +33,7 @@ from actkit.core.store import checkpoint
 from actkit.functions.swap import Swap, swap
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.teal import Teal
-from actkit.testing import tiny_model
+from actkit.testing import tiny_batches, tiny_model
 
 SMALL: dict[str, Any] = {
     "vocab_size": 40,
@@ -416,3 +416,11 @@ def test_what_stands_under_a_threshold_is_not_swapped_by_itself() -> None:
             swap(model, where, "relu")
     swap(model, "*.act_fn", "relu")
     assert all(name_of(layer.mlp.act_fn) == "relu" for layer in model.model.layers)
+
+
+def test_two_that_were_used_are_equal_by_their_settings() -> None:
+    used = [Swap(where="silu", new="relu") for _ in range(2)]
+    for each in used:
+        apply(tiny_model("llama"), [each], tiny_batches("llama"), progress=False)
+    assert used[0] == used[1] == Swap(where="silu", new="relu") and hash(used[0]) == hash(used[1])
+    assert used[0] != Swap(where="silu", new="gelu")

@@ -28,6 +28,13 @@ class Transform(BaseModel):
     tags: ClassVar[Tags] = Tags()
     not_proposed: ClassVar[str] = "it proposes nothing to the search; try it with recipes="
 
+    def __eq__(self, other: object) -> bool:
+        """Of one class and with equal settings; what a run left in it (a batch, modules) does not count."""
+        return type(self) is type(other) and self.model_dump() == other.model_dump()  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash((type(self), repr(self.model_dump())))
+
     @property
     def name(self) -> str:
         """The registered name. Raises RecipeError where the class is not registered."""
