@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 import time
@@ -704,6 +705,8 @@ class Terminal(io.StringIO):
 
 def show_on(screen: io.StringIO, patch: pytest.MonkeyPatch) -> io.StringIO:
     """In the test's own body: pytest puts its stderr back between a fixture and the test."""
+    gc.collect()  # the bar of an iterator that an error of a test before ended, and whose frame is not gone yet
+    assert not progress._shown.locked(), "a bar of a test before is still there"
     patch.setattr("sys.stderr", screen)
     patch.setenv("TERM", "xterm")
     patch.delenv("NO_COLOR", raising=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -171,12 +170,24 @@ class Recipe:
         return f"Recipe({self.label})"
 
 
-def transforms_of(recipe: Iterable[Mapping[str, Any]]) -> tuple[Transform, ...]:
-    """The transforms of a recorded recipe whose methods are installed here; a model loads without the others too."""
+def transforms_of(recipe: Iterable[Mapping[str, Any]], also: Sequence[Transform] = ()) -> tuple[Transform, ...]:
+    """The transforms of a recorded recipe.
+
+    Args:
+        recipe: the entries of a model's record, trainings among them.
+        also: transforms whose classes may not be registered, and are known all the same.
+
+    Returns:
+        Those whose methods are known; a model loads without the others too.
+    """
     known = []
     for entry in recipe:
-        with suppress(ActkitError):  # a training of a recipe with stages is no transform either
+        try:
             known.append(_transform(entry))
+        except ActkitError:
+            name, settings = next(iter(entry.items()))
+            own = next((type(each) for each in also if each.name == name), None)
+            known += [] if own is None else [own(**settings)]
     return tuple(known)
 
 

@@ -126,7 +126,7 @@ def apply(
     check_model(model)
     refuse_adapters(model)
     known = changes.of(model)
-    recipe.check(earlier=transforms_of(known.recipe) if known else ())
+    recipe.check(earlier=transforms_of(known.recipe, recipe.transforms) if known else ())
     transforms = [transform for transform in recipe if transform != type(transform).identity()]
     batches = batches_of(transforms, data)
     for batch in batches:

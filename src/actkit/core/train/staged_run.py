@@ -97,7 +97,7 @@ def run(
     runner.check_model(model)
     refuse_adapters(model)
     known = changes.of(model)
-    recipe.check(earlier=transforms_of(known.recipe) if known else ())
+    recipe.check(earlier=transforms_of(known.recipe, recipe.transforms) if known else ())
     refuse_offloaded(model, "stages change all weights in place")
     if any(isinstance(stage, Train) for stage in recipe.stages):
         check_parameters(model)
