@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from actkit.core.ground.errors import DataError
 from actkit.core.measure.quality import measure_quality, task_of
 from actkit.core.train.training import train
+from actkit.search.workshop import task_for
 
 SMALL = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
@@ -103,3 +106,14 @@ def test_bad_labels(labels, message):
     batch = {"inputs": torch.zeros(4, 3)} | ({} if labels is None else {"labels": labels})
     with pytest.raises(DataError, match=message):
         measure_quality(Affine().eval(), [batch], task="regression", progress=False)
+
+
+def test_a_search_without_labels_compares_outputs():
+    splits = SimpleNamespace(search=[{"input_ids": torch.ones(2, 4)}], test=[{"input_ids": torch.ones(2, 4)}])
+    for labels in (1, 3):  # a regressor, and a classifier
+        model = BertForSequenceClassification(BertConfig(**SMALL, num_labels=labels))
+        task, note = task_for(model, splits)  # type: ignore[arg-type]
+        assert task == "embedding" and "no labels" in note
+    splits = SimpleNamespace(search=[{"labels": torch.ones(2)}], test=[{"labels": torch.ones(2)}])
+    one = BertForSequenceClassification(BertConfig(**SMALL, num_labels=1))
+    assert task_for(one, splits) == ("regression", None)  # type: ignore[arg-type]

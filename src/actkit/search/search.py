@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,9 +60,6 @@ from actkit.search.splits import ROWS, split_data
 from actkit.search.verdict import TARGETS, Target, Verdict, decide
 from actkit.search.workshop import RANDOM, Workshop, recipe_key, task_for, transforms_key
 from actkit.zoo.loading import OWN_CLASSES, open_model
-
-if TYPE_CHECKING:
-    pass
 
 JOURNAL, RESULTS, REPORT, BEST, CANDIDATES, RECIPE = (
     "journal.jsonl",

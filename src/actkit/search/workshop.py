@@ -354,7 +354,10 @@ def task_for(model: nn.Module, splits: Splits) -> tuple[str, str | None]:
     """How quality is measured, and a note where the data do not allow what the model is for."""
     task = task_of(model)
     parts = (splits.search, splits.test)
-    if task == "classification" and not all(isinstance(b, dict) and "labels" in b for part in parts for b in part):
-        note = "the data have no labels, so quality is how close the outputs are to the original's, not the accuracy"
+    labelled = all(isinstance(b, dict) and "labels" in b for part in parts for b in part)
+    if task in ("classification", "regression") and not labelled:
+        note = (
+            "the data have no labels, so quality is how close the outputs are to the original's, not how right they are"
+        )
         return "embedding", note
     return task, None

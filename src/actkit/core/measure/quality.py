@@ -45,10 +45,15 @@ _DRAWS = 1 << 22  # documents drawn at a time in the bootstrap: 32 MiB of counts
 class Quality:
     """What `measure_quality` found.
 
-    metrics: perplexity, perplexity_ratio, kl, agreement (language); fidelity (embedding); accuracy, agreement, kl
-    (classification); those against the original only where there was a reference. loss: what a limit on the loss is
-    compared with, None without a reference: perplexity_ratio - 1, 1 - fidelity, or the drop of accuracy. documents: how
-    many were resampled. tokens: predictions (language, classification) or real tokens (embedding). data: one line.
+    Attributes:
+        task: its registered name; the task (`core/measure/tasks`) says what its metrics, its loss and its unit are.
+        metrics: by name; those against the original only if there was a reference.
+        loss: what a limit on the loss is compared with; None without a reference.
+        documents: how many were resampled.
+        tokens: how many of the task's unit were measured: predictions, real tokens, numbers.
+        data: one line.
+        confidence: of the intervals.
+        complete: False if the measurement was stopped before its end.
     """
 
     task: str
