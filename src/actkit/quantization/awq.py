@@ -4,13 +4,13 @@
 
 r is searched per set of layers that share an input, for the smallest output error of a small submodule with rounded
 weights; 1/s is folded into whatever produces the input (a norm, the rows of a linear layer, an activation). Then
-weights are clipped: per row and group the best of 10 bounds from 1.00 to 0.55 of the maximum. Then rounded.
-When to use it: for 3 or 4 bits per weight where some input channels carry large activations, as in language models of a
+weights are clipped: per row and group the best of 10 bounds from 1.00 to 0.55 of the maximum. Then they are rounded.
+When to use it: for 3 or 4 bits per weight if some input channels carry large activations, as in language models of a
 billion parameters and more. On the small embedded models it is as good as rounding, not better.
 Cost: two passes over the calibration tokens, and of each attention, MLP and down projection 20 runs on screen_tokens of
 them and 4 on all. No gradients.
-As in the release: calibrated on the original model's hidden states, r = 1 never tried, strict minimum, the value to
-output set only where their shapes agree, query and key are not clipped. `duo_scaling` is AutoAWQ's variant. The
+As in the release: calibrated on the original model's hidden states, r = 1 never tried, strict minimum, the set from
+value to output used only if their shapes agree, query and key are not clipped. `duo_scaling` is AutoAWQ's variant. The
 release's grid, which loses groups of one sign, is the setting `convention="llm-awq"` (core/layers/quantizer.py).
 Settled here: every r runs on 1,024 tokens, r = 0 and the three best on all (figures in LOG.md); clipping sees a random
 sample of tokens and not evenly spaced ones; padded tokens are masked out of means and errors; if nothing can take the
@@ -52,11 +52,21 @@ SEARCHED = 1024  # tokens that the search of a model's front replays for each ra
 class Awq(Transform):
     """Activation-aware weight quantization.
 
-    bits: 2 to 8. group_size: consecutive inputs per scale, must divide the layer; -1 a whole row. symmetric: no zero
-    point. n_grid: scales tried. duo_scaling: s = m^r / (w^(1-r) + 1e-4) with the mean relative weight w. clip: search
-    clipping bounds, on clip_tokens tokens. search_tokens: how many tokens the search of r runs on, None for all.
-    screen_tokens: r = 0 and the three best on so many tokens go on to all of search_tokens; None tries every r on all,
-    as the release does. convention: "llm-awq" for the grid of the release. Raises ValueError for values out of bounds.
+    Attributes:
+        bits: 2 to 8.
+        group_size: consecutive inputs per scale, must divide the layer; -1 a whole row.
+        symmetric: no zero point.
+        n_grid: scales tried.
+        duo_scaling: s = m^r / (w^(1-r) + 1e-4) with the mean relative weight w.
+        clip: search clipping bounds.
+        clip_tokens: how many tokens that search runs on.
+        search_tokens: how many tokens the search of r runs on; None for all.
+        screen_tokens: r = 0 and the three best on so many tokens go on to all of search_tokens; None tries every r on
+            all, as the release does.
+        convention: "llm-awq" for the grid of the release.
+
+    Raises:
+        ValueError: a value is out of bounds.
     """
 
     bits: int = Field(4, ge=2, le=8)
@@ -99,7 +109,7 @@ class Awq(Transform):
         if shapes.finer_group is not None:
             finer = four.model_copy(update={"group_size": shapes.finer_group})
             name = f"awq 4 bit, groups of {shapes.finer_group}"
-            yield Idea(name, finer, f"finer groups where 4 bits lose too much{hard}", 130)
+            yield Idea(name, finer, f"finer groups if 4 bits lose too much{hard}", 130)
 
     def conflicts(self, earlier: Transform) -> str | None:
         if {"select", "correction"} & set(earlier.tags.slots):
@@ -112,7 +122,7 @@ class Awq(Transform):
         return 1 + (tried + 4 * searched) / max(1, tokens)
 
     def _searched(self, tokens: int) -> tuple[int, int]:
-        """Of so many calibration tokens: how many r is searched on, and how many of these screen it (0: none)."""
+        """Of so many calibration tokens, on how many r is searched, and how many of these screen it (0: none)."""
         searched = tokens if self.search_tokens is None else min(self.search_tokens, tokens)
         return searched, self.screen_tokens if self.screen_tokens and self.screen_tokens < searched else 0
 
@@ -232,14 +242,14 @@ def _normalised(scale: Tensor) -> Tensor:
 
 
 def _relative_weight(weight: Tensor, grid: QuantizationGrid) -> Tensor:
-    """Mean over rows of |w| over the largest |w| of its group: [in]."""
+    """Return the mean over rows of |w| over the largest |w| of its group: [in]."""
     size = weight.shape[1] if grid.group_size == -1 else grid.group_size
     groups = weight.abs().reshape(weight.shape[0], -1, size)
     return (groups / (groups.amax(-1, keepdim=True) + 1e-6)).reshape(weight.shape).mean(0)
 
 
 def _squared_error(calls: list[Call], inspected: nn.Module, targets: list[Tensor]) -> tuple[float, int]:
-    """Sum of squared differences over the real tokens of all calls, and how many values that are."""
+    """Return the sum of squared differences over the real tokens of all calls, and how many values that is."""
     total, count = 0.0, 0
     for call, target in zip(calls, targets, strict=True):
         difference = call.real(call.replay(inspected).float() - target)
@@ -248,9 +258,14 @@ def _squared_error(calls: list[Call], inspected: nn.Module, targets: list[Tensor
 
 
 def fold(block: Block, group: EqualizationSet, scale: Tensor) -> Iterator[Edit]:
-    """The edits that multiply the consumers' columns by `scale` [in] and divide what produces their input by it.
+    """Yield the edits that multiply the consumers' columns by `scale` and divide what produces their input by it.
 
     Computed in float64 and rounded once, to the dtype of each weight.
+
+    Args:
+        block: the block.
+        group: consumers, and what produces their input.
+        scale: [in].
     """
     producer, scale = group.producer, scale.double()
     if isinstance(producer, Norm):
@@ -284,9 +299,17 @@ def _multiply_weight(linear: Linear, factor: Tensor) -> Set:
 
 
 def search_clip(weight: Tensor, x: Tensor, grid: QuantizationGrid) -> Tensor:
-    """The bound per row and group of a weight [out, in] that gives the smallest error on inputs x [tokens, in].
+    """Find the bound per row and group of a weight that gives the smallest error on inputs.
 
-    Returns [out, groups, 1]. The error is that of the group's own contribution to the output.
+    The error is that of the group's own contribution to the output.
+
+    Args:
+        weight: [out, in].
+        x: [tokens, in].
+        grid: what the weight is rounded to.
+
+    Returns:
+        [out, groups, 1].
     """
     size = weight.shape[1] if grid.group_size == -1 else grid.group_size
     columns = x.unflatten(1, (-1, size)).transpose(0, 1)  # [groups, tokens, size]
@@ -308,7 +331,7 @@ def search_clip(weight: Tensor, x: Tensor, grid: QuantizationGrid) -> Tensor:
 
 
 def clamp_groups(weight: Tensor, bound: Tensor) -> Tensor:
-    """A weight [out, in] clamped to +- bound [out, groups, 1]."""
+    """Clamp a weight [out, in] to +- bound [out, groups, 1]."""
     groups = weight.reshape(weight.shape[0], bound.shape[1], -1)
     return groups.clamp(-bound, bound).reshape(weight.shape)
 
@@ -320,9 +343,17 @@ def saliency_mask(
     by: Literal["activation", "weight", "random"] = "activation",
     seed: int = 0,
 ) -> Tensor:
-    """The `share` of input channels to keep exact: by mean |x| [in], by column norm of weight [out, in], or at random.
+    """Choose the `share` of input channels to keep exact. This is the paper's observation, not part of the method.
 
-    Returns bool [in]. This is the paper's observation, not part of the method.
+    Args:
+        mean_abs: [in], the mean |x|.
+        weight: [out, in].
+        share: of the channels.
+        by: mean |x|, the column norm of the weight, or at random.
+        seed: of the random choice.
+
+    Returns:
+        bool [in].
     """
     if not 0 < share <= 1:
         raise ValueError(f"share: {share} was given; give more than 0 and at most 1.")

@@ -33,9 +33,15 @@ from actkit.core.watch.statistics import Statistic
 class RoundToNearest(Transform):
     """Round the weights of linear layers to integers.
 
-    bits: 2 to 8. group_size: weights per scale, -1 for a whole row or column; must divide the layer. group_axis: along
-    'input' or 'output'. symmetric: no zero point. convention: "llm-awq" for the grid of AWQ's release. Raises
-    ValueError for values out of bounds.
+    Attributes:
+        bits: 2 to 8.
+        group_size: weights per scale, -1 for a whole row or column; must divide the layer.
+        group_axis: along 'input' or 'output'.
+        symmetric: no zero point.
+        convention: "llm-awq" for the grid of AWQ's release.
+
+    Raises:
+        ValueError: a value is out of bounds.
     """
 
     bits: int = Field(4, ge=2, le=8)
@@ -64,7 +70,7 @@ class RoundToNearest(Transform):
         if shapes.finer_group is not None and not shapes.scalable:
             finer = cls(bits=4, group_size=shapes.finer_group)
             name = f"rtn 4 bit, groups of {shapes.finer_group}"
-            yield Idea(name, finer, f"finer groups where 4 bits lose too much{hard}", 130)
+            yield Idea(name, finer, f"finer groups if 4 bits lose too much{hard}", 130)
         if shapes.output_group is not None:
             columns = cls(bits=4, group_size=shapes.output_group, group_axis="output")
             yield Idea("rtn 4 bit, groups of outputs", columns, "one scale per input channel, for outliers", 140)
@@ -95,7 +101,7 @@ class RoundToNearest(Transform):
 
 
 def refuse_groups(grid: QuantizationGrid, block: Block) -> None:
-    """Raise ValueError naming the first layer that the groups do not fit."""
+    """Raise ValueError that names the first layer that the groups do not fit."""
     for linear in block.linears():
         reason = grid.fits(linear.out_features, linear.in_features)
         if reason:

@@ -7,8 +7,8 @@
 When to use it: while training a model whose activation function can be 0 (after `swap` to ReLU), to be followed by a
 method that skips zeros. `prosparse` is L1 with the paper's schedule.
 Cost: the activations of the sites are kept for the backward pass, as they mostly are anyway. L1 shrinks the scale of
-the activations too; Hoyer, the square of Hoyer's measure (2020, arXiv:1908.09979), does not see scale.
-Factors are comparable only at the same measure and reduction. Means run over real tokens (padding is left out).
+the activations too; Hoyer, the square of Hoyer's measure (2020, arXiv:1908.09979), ignores scale.
+Factors are comparable only at the same measure and reduction. Means are over real tokens; padding is left out.
 """
 
 from __future__ import annotations
@@ -32,10 +32,17 @@ from actkit.core.watch.capture import live, resolve
 class ActivationPenalty(TrainingRule):
     """Add a penalty on activations to the loss.
 
-    weight: the factor, where the schedule is at 1. sites: as in `capture.live`, in every block unless one is named.
-    reduction: over channels, of l1. schedule: points (share of the training that is done, factor times weight); before
-    the first and after the last it is flat. interpolation: between the points: 'cosine' is half a period, flat at both
-    ends. Raises ValueError for values out of bounds.
+    Attributes:
+        weight: the factor when the schedule is at 1.
+        measure: 'l1' or 'hoyer', see above.
+        sites: as in `capture.live`; a name without a block means that site in every block.
+        reduction: over channels, for 'l1'.
+        schedule: points (share of the training that is done, factor relative to `weight`); flat before the first and
+            after the last.
+        interpolation: between the points; 'cosine' is half a period, flat at both ends.
+
+    Raises:
+        ValueError: a value is out of bounds.
     """
 
     weight: float = Field(1e-3, ge=0, allow_inf_nan=False)
@@ -65,7 +72,7 @@ class ActivationPenalty(TrainingRule):
         return schedule
 
     def factor(self, progress: float) -> float:
-        """What the penalty is multiplied by when a share `progress` of the training is done."""
+        """Return what the penalty is multiplied by when a share `progress` of the training is done."""
         points = self.schedule
         if progress <= points[0][0]:
             return self.weight * points[0][1]
@@ -79,26 +86,50 @@ class ActivationPenalty(TrainingRule):
     def attach(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, example: Any = None
     ) -> AttachedPenalty:
-        """Raises ValueError for unknown sites, UnsupportedModelError for a model whose activations have no graph."""
+        """Start penalising.
+
+        Args:
+            model: the model that is trained.
+            optimizer: not needed.
+            example: a batch, to trace a model whose architecture is not known.
+
+        Returns:
+            The penalty at work.
+
+        Raises:
+            ValueError: a site is unknown.
+            UnsupportedModelError: the model's activations have no graph.
+        """
         refuse_reentrant_checkpointing(model)
         return AttachedPenalty(self, anatomy(model, example))
 
 
 class AttachedPenalty(AttachedRule):
-    """An activation penalty at work. factor: what the penalty is multiplied by now."""
+    """An activation penalty at work.
+
+    Attributes:
+        factor: what the penalty is multiplied by now.
+    """
 
     def __init__(self, settings: ActivationPenalty, view: Anatomy) -> None:
         self.settings = settings
         self.factor = settings.factor(0.0)
         self._taps = {site: view.tap(view.canonical(site)) for site in resolve(view, dict.fromkeys(settings.sites))}
         with ExitStack() as stack:
-            # each pass of the model begins anew, also one that only evaluates; so nothing piles up
+            # each pass of the model begins anew, even one that only evaluates, so that nothing piles up
             stack.enter_context(hooked(view.model, before={"": lambda *_: self._activations.clear()}))
             self._activations = stack.enter_context(live(view.model, self._taps, view))
             self._detach = stack.pop_all().close
 
     def penalty(self, mask: Tensor | None = None) -> Tensor | None:
-        """Raises ValueError where the last forward pass left no activations with a graph."""
+        """Return the penalty of the last forward pass, to be added to the loss.
+
+        Args:
+            mask: [batch, length], 0 for padding; None if no token is padding.
+
+        Raises:
+            ValueError: the last forward pass left no activations with a graph.
+        """
         factor = self.factor
         if factor == 0:
             self._activations.clear()
@@ -133,7 +164,20 @@ class AttachedPenalty(AttachedRule):
 
 
 def token_rows(site: Site, tap: Tap, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """x as [rows, channels], and which rows are real (float32 [rows]; None where all are)."""
+    """Lay out activations as rows, and say which rows are real.
+
+    Args:
+        site: where x was read; named in errors.
+        tap: the tap that read it; it knows the layout.
+        x: the activations.
+        mask: [batch, length], 0 for padding; None if no token is padding.
+
+    Returns:
+        x as [rows, channels], and float32 [rows] with 1 for real rows; None if all are.
+
+    Raises:
+        ValueError: the batch is padded, and the mask does not fit the rows.
+    """
     if tap.layout in ("heads", "weights"):
         x = x.transpose(1, 2).flatten(2)
     elif tap.layout == "channels_first" and x.dim() > 2:

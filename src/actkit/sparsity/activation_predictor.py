@@ -1,9 +1,9 @@
-"""Which neurons of an MLP will fire, guessed from its input before they are computed (DejaVu; ProSparse, 2402.13516).
+"""Guess which neurons of an MLP will fire before they are computed (DejaVu; ProSparse, 2024, arXiv:2402.13516).
 
-    logits = second(relu(first(x)))      first: [rank, inputs], second: [neurons, rank]; neuron i is on where logit > 0
+    logits = second(relu(first(x)))      first: [rank, inputs], second: [neurons, rank]; neuron i is on if logit > 0
 
-The loss is binary cross entropy over (x, on) pairs, where an inactive neuron counts mean(on) + 0.005 of an active one,
-so that missing one costs more than computing one in vain. Cost per token: rank * (inputs + neurons) products.
+The loss is binary cross entropy over (x, on) pairs, in which an inactive neuron counts mean(on) + 0.005 of an active
+one, so that missing one costs more than computing one in vain. Cost per token: rank * (inputs + neurons) products.
 The recipe is DejaVu's: AdamW, learning rate 1e-4, weight decay 0.01, 1024 pairs a batch, up to 20 epochs, 5 % held out.
 DejaVu has no function between the layers, ProSparse says a ReLU: `between` chooses. Settled here: the weights with the
 least held-out loss are kept, not those with the best recall, as predicting every neuron has the best recall of all.
@@ -29,7 +29,12 @@ HELD_OUT, BATCH, SLACK = 0.05, 1024, 0.005
 
 
 class ActivationPairs(NamedTuple):
-    """x: float32 [tokens, inputs], what the MLP reads. active: bool [tokens, neurons], whose hidden value is not 0."""
+    """What an MLP read, and which of its neurons were on.
+
+    Attributes:
+        x: float32 [tokens, inputs], what the MLP reads.
+        active: bool [tokens, neurons], True if the hidden value is not 0.
+    """
 
     x: Tensor
     active: Tensor
@@ -38,9 +43,24 @@ class ActivationPairs(NamedTuple):
 def activation_pairs(
     model: nn.Module, batches: Iterable[Any], block: int, *, tokens: int = 400_000, seed: int = 0, progress: bool = True
 ) -> ActivationPairs:
-    """Pairs of the MLP in a block, of a random sample of the tokens (all where there are fewer).
+    """Collect pairs from the MLP of a block, at a random sample of the tokens.
 
-    Memory: 4 * (inputs + neurons) bytes per token. Raises what `record` raises; DataError where no hidden value is 0.
+    It takes 4 * (inputs + neurons) bytes of memory per token.
+
+    Args:
+        model: the model to read; its MLP needs a ReLU.
+        batches: dicts of the model's keywords, or tensors.
+        block: the index of the block.
+        tokens: how many to sample; all of them if there are fewer.
+        seed: of the sample.
+        progress: show a bar.
+
+    Returns:
+        One pair per token of the sample.
+
+    Raises:
+        DataError: no hidden value is 0.
+        ActkitError: what `record` raises.
     """
     sites = Site("mlp.input", block), Site("mlp.hidden", block)
     seen = record(model, {site: Sample(tokens, seed) for site in sites}, batches, progress=progress)
@@ -55,7 +75,14 @@ def activation_pairs(
 class ActivationPredictor(nn.Module):
     """Two linear layers of low rank that predict which neurons are on.
 
-    between: 'relu', or 'nothing'. Raises ValueError for sizes below 1.
+    Args:
+        inputs: the width of what the MLP reads.
+        neurons: of the MLP.
+        rank: the width between the two layers.
+        between: the function between them, 'relu' or 'nothing'.
+
+    Raises:
+        ValueError: a size is below 1, or `between` is unknown.
     """
 
     def __init__(
@@ -72,20 +99,20 @@ class ActivationPredictor(nn.Module):
         self.second = nn.Linear(rank, neurons, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., inputs] -> logits [..., neurons]."""
+        """Map x [..., inputs] to logits [..., neurons]."""
         return self.second(self.between(self.first(x)))
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """x [..., inputs] -> bool [..., neurons], which are on."""
+        """Predict from x [..., inputs] which neurons are on: bool [..., neurons]."""
         return self(x) > 0
 
     def recall(self, x: Tensor, active: Tensor) -> float:
-        """Of the neurons that are on (bool [..., neurons]), the share that is predicted; nan where none is."""
+        """Return the share of the neurons that are on (bool [..., neurons]) that is predicted; nan if none is on."""
         return float(self.predict(x)[active].double().mean())
 
     def predicted_sparsity(self, x: Tensor) -> float:
-        """The share of neurons that are predicted to be off."""
+        """Return the share of neurons that are predicted to be off."""
         return 1 - float(self.predict(x).double().mean())
 
     def fit(
@@ -98,8 +125,24 @@ class ActivationPredictor(nn.Module):
         seed: int = 0,
         progress: bool = True,
     ) -> Trained:
-        """Train on pairs, of which a random 5 % are held out. Raises ValueError for shapes that do not fit, DataError
-        for fewer than 20 pairs, and what `train` raises."""
+        """Train on pairs, of which a random 5 % are held out.
+
+        Args:
+            pairs: from `activation_pairs`.
+            epochs: passes over the pairs at most.
+            learning_rate: the peak.
+            batch_size: pairs per step.
+            seed: of the split and the order.
+            progress: show a bar.
+
+        Returns:
+            The training's record; the weights kept are those with the least held-out loss.
+
+        Raises:
+            ValueError: the shapes do not fit.
+            DataError: there are fewer than 20 pairs.
+            ActkitError: what `train` raises.
+        """
         x, active = pairs
         expected = (self.first.in_features, self.second.out_features)
         if x.dim() != 2 or active.shape != (len(x), expected[1]) or x.shape[1] != expected[0]:

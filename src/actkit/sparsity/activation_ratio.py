@@ -1,13 +1,12 @@
-"""How many neurons of a model are active, by four criteria, and at what perplexity: CETT and its baselines (2024,
-arXiv:2411.02335).
+"""Count active neurons by four criteria, and the perplexity: CETT and its baselines (2024, arXiv:2411.02335).
 
-    zero    s_i != 0                                              s: output of the nonlinearity (the gate, where gated)
+    zero    s_i != 0                                              s: output of the nonlinearity (the gate, if gated)
     fat     |s_i| >= eps, one eps for all layers
     topk    |s_i| among the largest of its layer, over all tokens of a batch together, as in the release
     cett    |h_i| * ||W_out[:, i]|| > eps of its layer            h: into the output layer (gate times up)
 
-A neuron is dropped by setting s or h to 0. Shares count real tokens (padding is left out). Everything runs in float32,
-on a copy where the model has 16-bit parameters; the model is left as it is.
+A neuron is dropped by setting s or h to 0. Shares count real tokens; padding is left out. Everything runs in float32,
+on a copy if the model has 16-bit parameters; the model is left as it is.
 Cost: two passes over the data for a point, and for 'cett' the sort of `cett.py`.
 """
 
@@ -48,9 +47,16 @@ EPSILON = 1e-18  # so that a threshold of 0 drops exact zeros
 
 @dataclass(frozen=True)
 class ActivationRatio:
-    """The active neurons by one criterion. value: eps (fat), share (topk) or CETT (cett). ratio: over all layers and
-    tokens; ratios: by the path of each MLP's nonlinearity or output layer. perplexity: of the model that drops the
-    others; dense_perplexity: of the model as it is."""
+    """The active neurons by one criterion.
+
+    Attributes:
+        method: the criterion.
+        value: eps (fat), share (topk) or CETT (cett).
+        ratio: the share of neurons that are active, over all layers and tokens.
+        ratios: the same by the path of each MLP's nonlinearity or output layer.
+        perplexity: of the model that drops the other neurons.
+        dense_perplexity: of the model as it is.
+    """
 
     method: Criterion
     value: float
@@ -79,7 +85,11 @@ class ActivationRatio:
         return table
 
     def figure(self) -> Figure:
-        """Active neurons by layer. Raises ImportError where plotly (the extra `report`) is missing."""
+        """Draw the active neurons by layer.
+
+        Raises:
+            ImportError: plotly (the extra `report`) is missing.
+        """
         from plotly.graph_objects import Bar, Figure
 
         figure = Figure(Bar(x=all_plain(self.ratios), y=list(self.ratios.values())))
@@ -97,13 +107,26 @@ def activation_ratio(
     loss: Loss | None = None,
     progress: bool = True,
 ) -> ActivationRatio:
-    """Active neurons and perplexity by one criterion.
+    """Measure active neurons and perplexity by one criterion.
 
-    value: eps for 'fat', the share that is kept for 'topk', the shared CETT for 'cett'; 'zero' takes none.
-    calibration: batches for the thresholds of 'cett', default the same; sample: tokens per layer that they are computed
-    from. loss: as in `ppl_sparsity`.
-    Raises ValueError for an unknown method or a value out of bounds, DataError for padded batches under 'topk' or a
-    model without a loss, CoverageError where there is no MLP, NonFiniteError where the loss is NaN.
+    Args:
+        model: the model to measure.
+        batches: as in `ppl_sparsity`.
+        method: the criterion.
+        value: eps for 'fat', the share that is kept for 'topk', the shared CETT for 'cett'; 'zero' takes none.
+        calibration: batches for the thresholds of 'cett'; by default the same.
+        sample: tokens per layer that these thresholds are computed from.
+        loss: as in `ppl_sparsity`.
+        progress: show a bar.
+
+    Returns:
+        The shares, and both perplexities.
+
+    Raises:
+        ValueError: the method is unknown, or the value is out of bounds.
+        DataError: batches are padded under 'topk', or the model has no loss.
+        CoverageError: there is no MLP.
+        NonFiniteError: the loss is NaN.
     """
     batches = sequence(batches)
     _check(method, value)
@@ -138,7 +161,7 @@ def _ratio(
 
 
 def gates(view: Anatomy) -> dict[Site, str]:
-    """Where the output s of every MLP's nonlinearity is read, and the path of the nonlinearity."""
+    """Return the site of the output s of every MLP's nonlinearity, and the path of the nonlinearity."""
     found = {}
     for block in view.blocks:
         for expert, mlp in view.block(block.index).mlps():
@@ -148,7 +171,7 @@ def gates(view: Anatomy) -> dict[Site, str]:
 
 
 def gate_quantile(view: Anatomy, batches: Sequence[Any], share: float, sample: int = 1024) -> float:
-    """The eps of 'fat' that keeps about `share` of all neurons: a quantile of |s| over all layers."""
+    """Return the eps of 'fat' that keeps about `share` of all neurons: a quantile of |s| over all layers."""
     seen = record(view.model, dict.fromkeys(gates(view), Sample(sample)), batches, anatomy=view, progress=False)
     values = torch.cat([each.rows.abs().flatten() for each in seen.values() if each.count]).sort().values
     dropped = round(len(values) * (1 - share))
@@ -190,7 +213,11 @@ def _replaced_activations(view: Anatomy, paths: Sequence[str], method: Criterion
 
 @dataclass(frozen=True)
 class Pareto:
-    """Perplexity over the share of active neurons, by criterion. points: in the order of methods and grid."""
+    """Perplexity over the share of active neurons, by criterion.
+
+    Attributes:
+        points: in the order of methods and grid.
+    """
 
     points: tuple[ActivationRatio, ...]
 
@@ -214,7 +241,11 @@ class Pareto:
         return table
 
     def figure(self) -> Figure:
-        """A line per criterion. Raises ImportError where plotly (the extra `report`) is missing."""
+        """Draw a line per criterion.
+
+        Raises:
+            ImportError: plotly (the extra `report`) is missing.
+        """
         from plotly.graph_objects import Figure, Scatter
 
         figure = Figure()
@@ -236,11 +267,24 @@ def pareto(
     loss: Loss | None = None,
     progress: bool = True,
 ) -> Pareto:
-    """Perplexity at several shares of active neurons, for several criteria.
+    """Measure perplexity at several shares of active neurons, by several criteria.
 
-    grid: shares that each method is set to: 'topk' keeps exactly that, 'fat' and 'cett' get the threshold that keeps it
-    on the dense model's states; the share that was measured is in the result. 'zero' is one point. calibration: for
-    these thresholds, default the batches themselves; sample: tokens per layer of it. Raises as `activation_ratio` does.
+    Args:
+        model: the model to measure.
+        batches: as in `ppl_sparsity`.
+        methods: the criteria; 'zero' gives one point.
+        grid: shares to set each method to. 'topk' keeps exactly that share; 'fat' and 'cett' get the threshold that
+            keeps it on the dense model's states. The result holds the share that was measured.
+        calibration: batches for these thresholds; by default the same.
+        sample: tokens per layer of them.
+        loss: as in `ppl_sparsity`.
+        progress: show a bar.
+
+    Returns:
+        One point per method and share.
+
+    Raises:
+        ActkitError: what `activation_ratio` raises.
     """
     batches = sequence(batches)
     calibration = batches if calibration is None else sequence(calibration)

@@ -35,10 +35,18 @@ REJECTED = -1  # the label and the segment of a code that matches nothing
 
 
 def sparse_code(x: Tensor, active: int, *, by: Literal["abs", "value"] = "abs") -> Tensor:
-    """The `active` (k) largest entries of each vector x [..., cells]: bool [..., cells]; of equal ones the first.
+    """Mark the `active` (k) largest entries of each vector; of equal ones, the first.
 
-    by: 'abs' goes by magnitude, 'value' by the signed value.
-    Raises ValueError for active outside 1 to cells, another `by`, or NaN in x.
+    Args:
+        x: [..., cells].
+        active: how many entries to mark.
+        by: 'abs' goes by magnitude, 'value' by the signed value.
+
+    Returns:
+        bool [..., cells].
+
+    Raises:
+        ValueError: `active` is outside 1 to cells, `by` is unknown, or x holds NaN.
     """
     if by not in ("abs", "value"):
         raise ValueError(f"by: {by!r} was given; allowed are 'abs' and 'value'.")
@@ -54,7 +62,7 @@ def sparse_code(x: Tensor, active: int, *, by: Literal["abs", "value"] = "abs") 
 
 
 class GrowingModule(nn.Module):
-    """A module whose buffers grow as it learns; it loads them in whatever length they were saved."""
+    """A module whose buffers grow as it learns; it loads them at whatever length they were saved."""
 
     growing: ClassVar[tuple[str, ...]] = ()
 
@@ -68,8 +76,13 @@ class GrowingModule(nn.Module):
 class DendriticSegments(GrowingModule):
     """A list of segments that match codes of `cells` (n) boolean entries.
 
-    synapses (s): how many ones of a code a segment stores. threshold (theta): how many of them make a match.
-    Raises ValueError unless 1 <= threshold <= synapses <= cells.
+    Args:
+        cells: the length of a code.
+        synapses: (s) how many ones of a code a segment stores.
+        threshold: (theta) how many of them make a match.
+
+    Raises:
+        ValueError: 1 <= threshold <= synapses <= cells does not hold.
     """
 
     growing = ("members", "offsets")
@@ -92,15 +105,24 @@ class DendriticSegments(GrowingModule):
 
     @property
     def sizes(self) -> Tensor:
-        """How many cells each segment holds: int64 [segments]; more than `synapses` in a union."""
+        """How many cells each segment holds: int64 [segments]; a union holds more than `synapses`."""
         return torch.diff(self.offsets, append=self.offsets.new_tensor([len(self.members)]))
 
     def learn(self, codes: Tensor, *, segment: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """Store random ones of each code [cells] or [batch, cells]; returns the segments, int64 [batch].
+        """Store random ones of each code.
 
-        segment: one that exists, which all of the codes join (a union); otherwise each gets a new one. Warns where a
-        union has become so dense that random codes as dense as the last would match it. generator: of the draws, on
-        the CPU. Raises ValueError where a code has fewer ones than `synapses`, or no segment has that index.
+        Warns if a union has become so dense that random codes as dense as the last would match it.
+
+        Args:
+            codes: bool [cells] or [batch, cells].
+            segment: an existing one that all of the codes join (a union); by default each gets a new one.
+            generator: of the draws, on the CPU.
+
+        Returns:
+            The segments, int64 [batch].
+
+        Raises:
+            ValueError: a code has fewer ones than `synapses`, or no segment has that index.
         """
         codes = self._checked(codes)
         ones = codes.sum(1)
@@ -127,7 +149,7 @@ class DendriticSegments(GrowingModule):
         return torch.full((len(drawn),), segment, device=self.offsets.device)
 
     def overlap(self, codes: Tensor) -> Tensor:
-        """How many cells of each segment are on in codes [cells] or [batch, cells]: int64 [batch, segments]."""
+        """Count how many cells of each segment are on in codes [cells] or [batch, cells]: int64 [batch, segments]."""
         codes = self._checked(codes)
         if len(self) == 0:
             return torch.zeros(len(codes), 0, dtype=torch.int64, device=codes.device)
@@ -135,15 +157,15 @@ class DendriticSegments(GrowingModule):
         return F.embedding_bag(self.members, codes.t().float(), self.offsets, mode="sum").t().long()
 
     def match(self, codes: Tensor) -> Tensor:
-        """Which segments each code matches: bool [batch, segments]."""
+        """Return which segments each code matches: bool [batch, segments]."""
         return self.overlap(codes) >= self.threshold
 
     def forward(self, codes: Tensor) -> Tensor:
-        """As `match`."""
+        """Do the same as `match`."""
         return self.match(codes)
 
     def false_positive(self, active: int) -> float:
-        """The probability that a random code with `active` ones matches any segment, taken as independent."""
+        """Return the probability that a random code with `active` ones matches any segment, taken as independent."""
         if len(self) == 0:
             return 0.0
         single = overlap_probability(self.cells, active, self.sizes.cpu().numpy(), self.threshold, form="log10")
@@ -178,7 +200,13 @@ def _draw(code: Tensor, count: int, generator: torch.Generator | None) -> Tensor
 
 @dataclass(frozen=True)
 class Recognised:
-    """What a memory made of a batch of codes, all int64 [batch]: labels, segments (both -1 where none), overlaps."""
+    """What a memory made of a batch of codes, all int64 [batch].
+
+    Attributes:
+        labels: of the segment that matched; -1 if none did.
+        segments: its index; -1 if none matched.
+        overlaps: how many of its cells are on in the code.
+    """
 
     labels: Tensor
     segments: Tensor
@@ -188,8 +216,12 @@ class Recognised:
 class PatternMemory(GrowingModule):
     """Stored codes with labels: a code gets the label of the segment that it overlaps most, or is rejected.
 
-    Arguments as of `DendriticSegments`. `segments.false_positive(active)` is the predicted rate at which a random code
-    gets any label.
+    `segments.false_positive(active)` is the predicted rate at which a random code gets any label.
+
+    Args:
+        cells: as in `DendriticSegments`.
+        synapses: as in `DendriticSegments`.
+        threshold: as in `DendriticSegments`.
     """
 
     growing = ("labels",)
@@ -203,7 +235,19 @@ class PatternMemory(GrowingModule):
     def learn(
         self, codes: Tensor, labels: Tensor | Sequence[int], *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Store codes [batch, cells] with labels [batch], each 0 or more; returns the segments, as their `learn`."""
+        """Store codes with labels.
+
+        Args:
+            codes: bool [batch, cells].
+            labels: [batch], each 0 or more.
+            generator: of the draws, on the CPU.
+
+        Returns:
+            The segments, int64 [batch].
+
+        Raises:
+            ValueError: the labels do not fit, or what `DendriticSegments.learn` raises.
+        """
         given = torch.as_tensor(labels, dtype=torch.int64, device=self.labels.device).reshape(-1)
         count = codes.shape[0] if codes.dim() == 2 else 1
         if len(given) != count or bool((given < 0).any()):
@@ -213,9 +257,16 @@ class PatternMemory(GrowingModule):
         return stored
 
     def classify(self, codes: Tensor) -> Recognised:
-        """The label of the segment with the largest overlap, the first of equal ones; -1 where none matches.
+        """Find the label of the segment with the largest overlap, the first of equal ones; -1 if none matches.
 
-        Raises ValueError where nothing was stored.
+        Args:
+            codes: bool [cells] or [batch, cells].
+
+        Returns:
+            Labels, segments and overlaps.
+
+        Raises:
+            ValueError: nothing was stored.
         """
         if len(self.segments) == 0:
             raise ValueError("classify: the memory is empty; call learn(codes, labels) first.")
@@ -227,5 +278,5 @@ class PatternMemory(GrowingModule):
         return Recognised(labels, best.masked_fill(rejected, REJECTED), most)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """The labels, as `classify`."""
+        """Return the labels, as `classify` does."""
         return self.classify(codes).labels

@@ -1,4 +1,4 @@
-"""The activity of the neurons along a training: `neuron_activity` of one checkpoint after another."""
+"""The activity of neurons over a training: `neuron_activity` of one checkpoint after another."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class ActivityCurve:
-    """The activity of several models, such as the checkpoints of a training: label (a step) -> activity."""
+    """The activity of several models, such as the checkpoints of a training.
+
+    Attributes:
+        points: label (a step) -> activity.
+    """
 
     points: Mapping[Any, NeuronActivity]
 
@@ -46,7 +50,11 @@ class ActivityCurve:
         return table
 
     def figure(self) -> Figure:
-        """A line per layer over the labels. Raises ImportError where plotly is missing."""
+        """Draw a line per layer over the labels.
+
+        Raises:
+            ImportError: plotly (the extra `report`) is missing.
+        """
         _, graphs = plotly()
         figure = graphs.Figure()
         labels = list(self.points)
@@ -66,11 +74,22 @@ def activity_curve(
     threshold: float = 0.0,
     progress: bool = True,
 ) -> ActivityCurve:
-    """`neuron_activity` of one model after another, on the same batches.
+    """Measure `neuron_activity` of one model after another, on the same batches.
 
-    models: label -> a model, or whatever `actkit.load` takes (read in float32, one at a time); or a list of them, whose
-    labels are 0, 1, 2 and so on; `zoo.checkpoints(name)` is labelled by its steps.
-    Raises DataError for an empty list, and what loading and measuring raise.
+    Args:
+        models: label -> a model, or whatever `actkit.load` takes (read in float32, one at a time); or a list of them,
+            labelled 0, 1, 2 and so on. `zoo.checkpoints(name)` is labelled by its steps.
+        batches: as in `neuron_activity`.
+        site: as in `neuron_activity`.
+        threshold: as in `neuron_activity`.
+        progress: show a bar.
+
+    Returns:
+        The activity by label.
+
+    Raises:
+        DataError: the list is empty.
+        ActkitError: what loading and measuring raise.
     """
     if not isinstance(models, Mapping):
         models = dict(_labelled(index, model) for index, model in enumerate(models))

@@ -1,21 +1,21 @@
 """CATS: zero the small gate values of gated MLPs, to skip rows of the other two matrices (2024, arXiv:2404.08763).
 
-    y = W_down (g * (W_up x)),  g = f_t(W_gate x);   f_t(z) = f(z) where |f(z)| >= t, else 0   (f is SiLU in Llama)
+    y = W_down (g * (W_up x)),  g = f_t(W_gate x);   f_t(z) = f(z) if |f(z)| >= t, else 0   (f is SiLU in Llama)
     t = the k-quantile of |f(W_gate x)| over the calibration tokens and channels: one scalar per MLP
 
-When to use it: where decoding a model with gated MLPs (Llama, Mistral, Qwen, Gemma) is bound by reading weights, and no
-training is wanted. One number, 0.3 to 0.5 to begin with. Where the activation gives exact zeros already (ReLU) it adds
+When to use it: if decoding a model with gated MLPs (Llama, Mistral, Qwen, Gemma) is bound by reading weights, and you
+do not want to train. One number, 0.3 to 0.5 to begin with. If the activation gives exact zeros already (ReLU), it adds
 nothing.
-Cost: one comparison per channel; the gate is computed in full, so the mask is exact and no predictor is needed. Where
+Cost: one comparison per channel; the gate is computed in full, so the mask is exact and no predictor is needed. If
 g_j = 0, row j of W_up and column j of W_down need not be read: a decode step reads (1 + 2 (1 - k)) / 3 of the MLP's
 weights, 67 % at k = 0.5. `gate_sparsity` (`sparsity/gate_sparsity.py`) measures what is reached. In the paper half of
 the gate values can go without training; at 70 % and more `finetune` recovers part of the loss.
 Settled here: ties are kept, as in the paper (the release drops |f| <= t); quantiles are exact to 1/512 of their value,
 while the release's bins are 0.002 wide and end at 1, so that a layer of larger values saturates and one of small values
 is coarse (`method="histogram"` reproduces them); padding is left out by the attention mask; the text of the calibration
-runs through the original model. Our own reading: in an MLP without a gate (GPT-2, BERT, ViT) the threshold stands on
-the activation's output, so that only columns of the down matrix are skipped; after AWQ there, what is compared is the
-output over AWQ's scale. The release's optional penalty on small gate values is not built.
+runs through the original model. Our own reading: in an MLP without a gate (GPT-2, BERT, ViT) the threshold applies to
+the activation's output, so that only columns of the down matrix are skipped; after AWQ, such an output is compared
+divided by AWQ's scale. The release's optional penalty on small gate values is not built.
 """
 
 from __future__ import annotations
@@ -48,11 +48,17 @@ TUNED: tuple[LinearRole, ...] = ("query", "key", "query_key_value", "gate", "gat
 class Cats(Transform):
     """Zero the gate values of each MLP whose magnitude is below a calibrated threshold.
 
-    sparsity: share of the gate values that become zero, in [0, 1), everywhere or as {index of a block: share}; blocks
-    that are not named stay as they are. method: 'exact' quantiles, or the release's 'histogram', for comparison only.
     An MLP without a gate is treated at its activation's output. Every token is sparse, in prefill too.
-    Raises ValueError for values out of bounds; where applied, RecipeError for a block that the model does not have and
-    CoverageError for a model whose MLPs actkit does not know.
+
+    Attributes:
+        sparsity: share of the gate values that become zero, in [0, 1), everywhere or as {index of a block: share};
+            blocks that are not named stay as they are.
+        method: 'exact' quantiles, or the release's 'histogram', for comparison only.
+
+    Raises:
+        ValueError: a value is out of bounds.
+        RecipeError: when applied, `sparsity` names a block that the model does not have.
+        CoverageError: when applied, actkit does not know the model's MLPs.
     """
 
     sparsity: float | dict[int, float] = 0.5
@@ -77,7 +83,7 @@ class Cats(Transform):
         return cls(sparsity=0.0)
 
     def share(self, block: Block) -> float:
-        """The share of the gate values of a block that is to become zero."""
+        """Return the share of a block's gate values that is to become zero."""
         return self.sparsity.get(block.index, 0.0) if isinstance(self.sparsity, dict) else self.sparsity
 
     def plan(self, trial: Trial, data: Sequence[Any]) -> Self:
@@ -119,10 +125,22 @@ class Cats(Transform):
 def finetune(
     model: nn.Module, batches: Iterable[Any], *, validation: Iterable[Any], rank: int = 8, **training: Any
 ) -> Trained:
-    """Train low-rank changes of the query, key, gate and down layers while the thresholds stand, and merge them.
+    """Train low-rank changes of the query, key, gate and down layers under the thresholds, and merge them.
 
-    In a model without gates the up layers take the place of the gates. training: as in `train_low_rank` (steps,
-    learning_rate, seed ...), whose errors are raised too: quantized layers are refused by name.
+    In a model without gates the up layers take the place of the gates.
+
+    Args:
+        model: a model that `Cats` changed.
+        batches: what to train on.
+        validation: held-out batches.
+        rank: of the changes.
+        training: as in `train_low_rank` (steps, learning_rate, seed ...).
+
+    Returns:
+        The training's record.
+
+    Raises:
+        ActkitError: what `train_low_rank` raises; quantized layers are refused by name.
     """
     gated = any(mlp.gated for block in anatomy(model).blocks for _, mlp in block.mlps())
     roles = TUNED if gated else (*TUNED, "up")
@@ -143,7 +161,7 @@ def _described(mlp: Mlp, share: float, threshold: float, achieved: float) -> str
 
 
 class ReleaseHistogram(Statistic):
-    """Quantiles of |x| as the paper's code takes them: 998 edges from -1 to 1, all that is larger in one last bin."""
+    """Quantiles of |x| as the paper's code takes them: 998 edges from -1 to 1, one last bin for all that is larger."""
 
     _bins: Tensor
 
@@ -158,9 +176,15 @@ class ReleaseHistogram(Statistic):
         self._bins += other._bins.to(self._device)
 
     def quantile(self, p: float) -> float:
-        """The smallest float32 above the lower edge of the bin that holds the p-quantile, as that edge is dropped too.
+        """Return the smallest float32 above the lower edge of the bin that holds the p-quantile.
 
-        0 where that is the bin around zero. At most just above 1, however large the values are.
+        That edge is dropped too.
+
+        Args:
+            p: the share of values below it.
+
+        Returns:
+            The threshold: 0 for the bin around zero, and at most just above 1, however large the values are.
         """
         self._needs_rows()
         cumulative = self._bins.cumsum(0) / self._bins.sum()
@@ -169,11 +193,11 @@ class ReleaseHistogram(Statistic):
         return float(torch.nextafter(lower, torch.tensor(math.inf))) if lower > 0 else 0.0
 
     def cdf(self, t: float) -> float:
-        """The share of the values in the bins that end below `t`."""
+        """Return the share of the values in the bins that end below `t`."""
         self._needs_rows()
         return int(self._bins[: int((self._edges() < t).sum())].sum()) / int(self._bins.sum()) if t > 0 else 0.0
 
     @staticmethod
     def _edges() -> Tensor:
-        """Those between the bins: float32 [998]."""
+        """Return the edges between the bins: float32 [998]."""
         return torch.linspace(-1, 1, 998)

@@ -1,11 +1,12 @@
-"""CETT, the cumulative error of tail truncation: what dropping an MLP's weak neurons does to its output (2024,
-arXiv:2411.02335).
+"""CETT: what dropping an MLP's weak neurons does to its output (2024, arXiv:2411.02335).
 
-    y = sum_i n_i,  n_i = W_out[:, i] h_i;   neuron i is weak where ||n_i|| = |h_i| * ||W_out[:, i]|| <= eps
+The name is short for cumulative error of tail truncation.
+
+    y = sum_i n_i,  n_i = W_out[:, i] h_i;   neuron i is weak if ||n_i|| = |h_i| * ||W_out[:, i]|| <= eps
     CETT(eps) = mean over tokens of ||sum over weak i of n_i|| / ||y||
 
 `CettCurve` holds it for every eps at once: with its neurons in rising order a token's error is a running sum, so a
-layer costs one sort and tokens x neurons x outputs additions, where the release bisects with two products per try.
+layer costs one sort and tokens x neurons x outputs additions; the release bisects with two products per try.
 CETT is not strictly monotone in eps (contributions cancel); thresholds go by its running maximum, the first crossing.
 The bias of the output layer belongs to no neuron and is left out of y.
 """
@@ -29,11 +30,18 @@ BLOCK = 32  # neurons summed by one small product
 
 @torch.no_grad()
 def cett(h: Tensor, w_out: Tensor, eps: float) -> float:
-    """The relative output error of an MLP that drops its weak neurons, averaged over tokens; tokens whose output is 0
-    count as 0.
+    """Measure the relative output error of an MLP that drops its weak neurons.
 
-    h: [tokens, neurons], into the output layer. w_out: [outputs, neurons], its weight. eps: threshold on the norm of a
-    neuron's contribution. Raises ValueError where the shapes do not fit, or eps is negative.
+    Args:
+        h: [tokens, neurons], into the output layer.
+        w_out: [outputs, neurons], its weight.
+        eps: threshold on the norm of a neuron's contribution.
+
+    Returns:
+        The mean over tokens; a token whose output is 0 counts as 0.
+
+    Raises:
+        ValueError: the shapes do not fit, or eps is negative.
     """
     h, w_out = _checked(h, w_out)
     weak = h.masked_fill(Threshold(eps, w_out.norm(dim=0)).mask(h), 0)
@@ -42,7 +50,20 @@ def cett(h: Tensor, w_out: Tensor, eps: float) -> float:
 
 
 def cett_thresholds(h: Tensor, w_out: Tensor, target: float, method: Method = "sort") -> float:
-    """The largest eps with CETT <= target; 0 where there is none. Arguments and errors as in `cett`."""
+    """Return the largest eps with CETT <= target.
+
+    Args:
+        h: [tokens, neurons], into the output layer.
+        w_out: [outputs, neurons], its weight.
+        target: the CETT that is allowed.
+        method: 'sort' is exact, 'grid' takes the release's candidates.
+
+    Returns:
+        The threshold; 0 if there is none.
+
+    Raises:
+        ValueError: the shapes do not fit, the target is negative, or the method is unknown.
+    """
     return CettCurve.of(h, w_out, method).threshold(target)
 
 
@@ -50,9 +71,11 @@ def cett_thresholds(h: Tensor, w_out: Tensor, target: float, method: Method = "s
 class CettCurve:
     """The CETT of a layer at every threshold: dropping all contributions of norm <= eps[k] gives at most cett[k].
 
-    eps: float32 [k], rising, the norms that occur. cett: float64 [k], its running maximum. dropped: float64 [k], the
-    share of the contributions with a norm up to eps[k]. grid: the candidates that thresholds are taken from, None for
-    all of eps.
+    Attributes:
+        eps: float32 [k], rising, the norms that occur.
+        cett: float64 [k], its running maximum.
+        dropped: float64 [k], the share of the contributions with a norm up to eps[k].
+        grid: the candidates that thresholds are taken from; None for all of eps.
     """
 
     eps: Tensor
@@ -63,7 +86,7 @@ class CettCurve:
     @classmethod
     @torch.no_grad()
     def of(cls, h: Tensor, w_out: Tensor, method: Method = "sort") -> Self:
-        """From h [tokens, neurons] and w_out [outputs, neurons]."""
+        """Compute the curve from h [tokens, neurons] and w_out [outputs, neurons]."""
         if method not in ("sort", "grid"):
             raise ValueError(f"method: {method!r} was given, allowed are 'sort' and 'grid'.")
         h, w_out = _checked(h, w_out)
@@ -85,7 +108,7 @@ class CettCurve:
         return cls(eps[last], curve[last].cummax(0).values, dropped, _grid(norms) if method == "grid" else None)
 
     def threshold(self, target: float) -> float:
-        """The largest threshold whose CETT is at most `target`; 0 where there is none, which drops exact zeros only."""
+        """Return the largest threshold whose CETT is at most `target`; without one, 0, which drops exact zeros only."""
         if not target >= 0:
             raise ValueError(f"target: {target} was given; CETT is a relative error, give 0 or more.")
         count = int((self.cett <= target).sum())  # it never falls
@@ -95,7 +118,7 @@ class CettCurve:
         return float(allowed[-1]) if len(allowed) else 0.0
 
     def dropped_at(self, eps: float) -> float:
-        """The share of the contributions that a threshold drops."""
+        """Return the share of the contributions that a threshold drops."""
         count = int((self.eps <= eps).sum())
         return float(self.dropped[count - 1]) if count else 0.0
 
@@ -110,8 +133,10 @@ def _checked(h: Tensor, w_out: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _running_sum(terms: Tensor) -> Tensor:
-    """terms.cumsum(1) of [tokens, neurons, outputs], several times faster on a CPU: within blocks it is a product with
-    a triangle of ones."""
+    """Compute terms.cumsum(1) of [tokens, neurons, outputs], several times faster on a CPU.
+
+    Within blocks it is a product with a triangle of ones.
+    """
     tokens, neurons, outputs = terms.shape
     padded = F.pad(terms, (0, 0, 0, -neurons % BLOCK)).view(tokens, -1, BLOCK, outputs)
     sums = torch.ones(BLOCK, BLOCK, device=terms.device).tril() @ padded

@@ -1,16 +1,16 @@
 """FATReLU: a ReLU whose small outputs are 0 too, put in after training (ProSparse, 2024, arXiv:2402.13516).
 
-    FATReLU_t(z) = z where z >= t, else 0
+    FATReLU_t(z) = z if z >= t, else 0
 
 The last of ProSparse's three steps (`prosparse` has the others): more zeros, no training; what is kept is not shifted.
 The paper takes t = 0.01 for 7B and 13B. The function is older (Kurtz et al. 2020). Here it is
 `core.layers.activations.Thresholded` around the ReLU; it differs from torch.nn.Threshold(t, 0) and from vLLM's kernel
 at z = t alone, which they set to 0 and the paper keeps.
 When to use it: after training a ReLU model, for more zeros at once.
-Cost: one comparison per hidden value; the rows of the up projection and the columns of the down projection of a zero
-need not be read. How to choose t the paper does not say: `sweep_threshold` measures a grid, on text that is neither
-trained on nor used for the final number. ShiftedRelu is the alternative that the paper compares with; its shift is ours
-to choose, as the paper names none.
+Cost: one comparison per hidden value; for a hidden value of zero, the row of the up projection and the column of the
+down projection need not be read. The paper does not say how to choose t: `sweep_threshold` measures a grid, on text
+that is neither trained on nor used for the final number. ShiftedRelu is the alternative that the paper compares with;
+its shift is our choice, as the paper names none.
 """
 
 from __future__ import annotations
@@ -47,7 +47,14 @@ GRID = (0.005, 0.01, 0.02, 0.03)  # the paper's sweep
 
 
 class ShiftedRelu(nn.Module):
-    """relu(x - shift): 0 below the shift, what is kept is lowered by it. Raises ValueError where it is not finite."""
+    """relu(x - shift): 0 below the shift; what is kept is lowered by it.
+
+    Args:
+        shift: in units of x; the paper names none.
+
+    Raises:
+        ValueError: the shift is not finite.
+    """
 
     elementwise: ClassVar[bool] = True
     gives_zeros: ClassVar[bool] = True
@@ -59,16 +66,16 @@ class ShiftedRelu(nn.Module):
         self.shift = float(shift)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [...] -> the same shape."""
+        """Apply it to x, of any shape."""
         return F.relu(x - self.shift)
 
     def spec(self) -> dict[str, Any]:
-        """Its JSON arguments, as a checkpoint keeps them."""
+        """Return its JSON arguments, as a checkpoint keeps them."""
         return {"shift": self.shift}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], original: nn.Module | None = None) -> ShiftedRelu:
-        """The function that `spec` described."""
+        """Make the function that `spec` described."""
         return cls(spec["shift"])
 
     def extra_repr(self) -> str:
@@ -78,8 +85,13 @@ class ShiftedRelu(nn.Module):
 class FatRelu(Transform):
     """Set the outputs of every MLP's ReLU below a threshold to 0.
 
-    threshold: in units of the ReLU's output; 0 leaves the model as it is. Of a traced model, the ReLU modules between
-    two layers are changed and other activations are skipped. Raises RecipeError where an MLP's activation is no ReLU.
+    In a traced model, the ReLU modules between two layers are changed and other activations are skipped.
+
+    Attributes:
+        threshold: in units of the ReLU's output; 0 leaves the model as it is.
+
+    Raises:
+        RecipeError: when applied, an MLP's activation is no ReLU.
     """
 
     threshold: float = Field(0.01, ge=0, allow_inf_nan=False)
@@ -113,9 +125,18 @@ class FatRelu(Transform):
 
 
 def relus(block: Block) -> dict[str, nn.Module]:
-    """path -> ReLU module of the block's MLPs; of a traced block, those between two layers.
+    """Find the ReLU modules of the block's MLPs; in a traced block, those between two layers.
 
-    A scale that an equalization divides by stays outermost. Raises RecipeError where an MLP's activation is no ReLU.
+    A scale that an equalization divides by stays outermost.
+
+    Args:
+        block: the block to look in.
+
+    Returns:
+        path -> module.
+
+    Raises:
+        RecipeError: an MLP's activation is no ReLU.
     """
     found: dict[str, nn.Module] = {}
     for _, mlp in block.mlps():
@@ -145,7 +166,13 @@ def _is_relu(module: nn.Module | None) -> bool:
 
 @dataclass(frozen=True)
 class ThresholdPoint:
-    """threshold; sparsity: share of exact zeros in the hidden values, mean over the MLPs; perplexity."""
+    """What one threshold gives.
+
+    Attributes:
+        threshold: in units of the ReLU's output.
+        sparsity: share of exact zeros in the hidden values, mean over the MLPs.
+        perplexity: of the model.
+    """
 
     threshold: float
     sparsity: float
@@ -154,14 +181,28 @@ class ThresholdPoint:
 
 @dataclass(frozen=True)
 class ThresholdSweep:
-    """What each threshold gives, rising. original: the model without one."""
+    """What each threshold gives, in rising order.
+
+    Attributes:
+        original: the model without a threshold.
+        points: one per threshold.
+    """
 
     original: ThresholdPoint
     points: tuple[ThresholdPoint, ...]
 
     def choose(self, max_loss: float = 0.005) -> ThresholdPoint:
-        """The largest threshold up to which the perplexity never exceeds the original's by more than a share max_loss;
-        the original itself where the first exceeds it. Raises ValueError for a max_loss below 0."""
+        """Return the largest threshold up to which the perplexity stays within `max_loss` of the original's.
+
+        Args:
+            max_loss: the largest rise of the perplexity, as a share of the original's.
+
+        Returns:
+            The point; the original if the first threshold exceeds the limit.
+
+        Raises:
+            ValueError: max_loss is below 0.
+        """
         if not max_loss >= 0:
             raise ValueError(f"max_loss: {max_loss} was given; it is a share of the perplexity, give 0 or more.")
         chosen = self.original
@@ -191,7 +232,11 @@ class ThresholdSweep:
         return table
 
     def figure(self) -> Figure:
-        """Perplexity over sparsity, a marker per threshold. Raises ImportError where plotly is missing."""
+        """Draw perplexity over sparsity, a marker per threshold.
+
+        Raises:
+            ImportError: plotly (the extra `report`) is missing.
+        """
         try:
             from plotly import graph_objects
         except ImportError as error:
@@ -212,12 +257,24 @@ class ThresholdSweep:
 def sweep_threshold(
     model: nn.Module, batches: Iterable[Any], grid: Sequence[float] = GRID, *, progress: bool = True
 ) -> ThresholdSweep:
-    """Zeros and perplexity of a language model under FATReLU at each threshold of a grid; the model stays as it is.
+    """Measure zeros and perplexity of a language model under FATReLU at each threshold of a grid.
 
-    batches: dicts of the model's keywords, read twice per threshold; not those of the final measurement, where the
-    threshold is chosen by them. grid: thresholds above 0, in any order. Raises ValueError for an empty grid or a
-    threshold out of bounds, RecipeError where an activation is no ReLU, UnsupportedModelError for a model that is no
-    language model or has no MLP that actkit knows.
+    The model stays as it is.
+
+    Args:
+        model: a language model with ReLU.
+        batches: dicts of the model's keywords, read twice per threshold; not those of the final measurement, if the
+            threshold is chosen by them.
+        grid: thresholds above 0, in any order.
+        progress: show a bar.
+
+    Returns:
+        One point per threshold, and the original's.
+
+    Raises:
+        ValueError: the grid is empty, or a threshold is out of bounds.
+        RecipeError: an activation is no ReLU.
+        UnsupportedModelError: the model is no language model, or has no MLP that actkit knows.
     """
     if not grid or not all(0 < threshold < float("inf") for threshold in grid):
         raise ValueError(f"grid: {list(grid)} was given; give at least one threshold, each above 0 and finite.")

@@ -1,4 +1,4 @@
-"""How sparse the MLPs of a model are on real text, and how many weight bytes a decode step still reads because of it.
+"""Measure how sparse the MLPs of a model are on real text, and how many weight bytes a decode step still reads.
 
     gated:     bytes(gate) + (1 - k) (bytes(up) + bytes(down)),  k = share of the gate values that are exactly zero
     ungated:   bytes(up) + (1 - k) bytes(down)
@@ -31,9 +31,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerSparsity:
-    """One MLP. zeros: share of its gate values (ungated: of its hidden values) that are exactly zero, over all tokens;
-    zeros_p05, zeros_p95: percentiles over tokens of a token's own share. traffic: share of its weight bytes that are
-    read for one token. tokens: that reached it, fewer than all for an expert; the shares are None where that is 0."""
+    """The zeros of one MLP. The shares are None if no token reached it.
+
+    Attributes:
+        path: of the MLP.
+        gated: whether it has a gate.
+        tokens: that reached it; fewer than all for an expert.
+        zeros: share of its gate values (ungated: of its hidden values) that are exactly zero, over all tokens.
+        zeros_p05: 5th percentile over tokens of a token's own share.
+        zeros_p95: 95th percentile of the same.
+        traffic: share of its weight bytes that are read for one token.
+    """
 
     path: str
     gated: bool
@@ -46,8 +54,14 @@ class LayerSparsity:
 
 @dataclass(frozen=True)
 class GateSparsity:
-    """What `gate_sparsity` found. mlp_traffic, block_traffic: share of the weight bytes of all MLPs, and of all linear
-    layers in the blocks, that a decode step of one token reads on average."""
+    """What `gate_sparsity` found: shares of the weight bytes that a decode step of one token reads on average.
+
+    Attributes:
+        layers: one per MLP.
+        mlp_traffic: share of the weight bytes of all MLPs.
+        block_traffic: share of the weight bytes of all linear layers in the blocks.
+        tokens: that were measured.
+    """
 
     layers: tuple[LayerSparsity, ...]
     mlp_traffic: float
@@ -83,7 +97,11 @@ class GateSparsity:
         return table
 
     def figure(self) -> go.Figure:
-        """The share of zeros by layer, with the range of 90 % of the tokens. Raises ImportError without plotly."""
+        """Draw the share of zeros by layer, with the range of 90 % of the tokens.
+
+        Raises:
+            ImportError: plotly (the extra `report`) is missing.
+        """
         try:
             import plotly.graph_objects as go
         except ImportError as error:
@@ -101,9 +119,19 @@ class GateSparsity:
 
 
 def gate_sparsity(model: nn.Module, batches: Iterable[Any], *, progress: bool = True) -> GateSparsity:
-    """Count the exact zeros that a model's MLPs compute on batches (dicts of the model's keywords), padding left out.
+    """Count the exact zeros that a model's MLPs compute on batches; padding is left out.
 
-    Raises CoverageError for a model whose MLPs actkit does not know, and what `record` raises for unusable data.
+    Args:
+        model: the model to measure.
+        batches: dicts of the model's keywords.
+        progress: show a bar.
+
+    Returns:
+        The zeros of each MLP, and the shares of the weights that are read.
+
+    Raises:
+        CoverageError: actkit does not know the model's MLPs.
+        ActkitError: what `record` raises for unusable data.
     """
     if not has_row(model):
         raise CoverageError(
@@ -138,7 +166,7 @@ def _layer(mlp: Mlp, seen: Density) -> LayerSparsity:
 
 
 def _bytes(linears: Iterable[Linear]) -> int:
-    """Of the weights as they are stored: codes and scales where they are quantized."""
+    """Bytes of the weights as they are stored: codes and scales if they are quantized."""
     modules = [linear.module for linear in linears]
     return sum((m.storage if isinstance(m, ActLinear) else m.weight).nbytes for m in modules)  # type: ignore[union-attr, misc]
 

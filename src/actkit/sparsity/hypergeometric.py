@@ -27,7 +27,7 @@ def tail(cells: ArrayLike, marked: ArrayLike, drawn: ArrayLike, least: ArrayLike
 
 
 def log_tail(cells: Any, marked: Any, drawn: Any, least: Any) -> NDArray[np.float64]:
-    """log P(hits >= least), for arrays that broadcast."""
+    """Return log P(hits >= least), for arrays that broadcast."""
     drawn, marked = np.minimum(drawn, marked), np.maximum(drawn, marked)  # the law is symmetric: fewer terms
     cells, marked, drawn, least = np.broadcast_arrays(cells, marked, drawn, least)
     first = np.maximum(least, marked + drawn - cells)
@@ -43,10 +43,19 @@ def log_tail(cells: Any, marked: Any, drawn: Any, least: Any) -> NDArray[np.floa
 
 
 def log_share(cells: Any, marked: Any, drawn: Any, hits: Any) -> NDArray[np.float64]:
-    """log P(exactly `hits` of the `drawn` cells are among the `marked` ones), as sums of logarithms of factors.
+    """Return log P(exactly `hits` of the `drawn` cells are among the `marked` ones), as sums of logarithms of factors.
 
     C(drawn, hits) marked! / (marked - hits)! ... : the factorials themselves are far larger than their quotient, and
     differences of their logarithms would lose digits.
+
+    Args:
+        cells: how many there are.
+        marked: how many of them are marked.
+        drawn: how many are drawn.
+        hits: how many of the drawn ones are marked.
+
+    Returns:
+        float64, of the shape that the arguments broadcast to.
     """
     cells, marked, drawn, hits = np.broadcast_arrays(cells, marked, drawn, hits)
     total = np.zeros(cells.shape)
@@ -79,13 +88,13 @@ def exact_tail(cells: int, marked: int, drawn: int, least: int) -> Fraction:
 
 
 def log_hazard(log_p: NDArray[np.float64]) -> NDArray[np.float64]:
-    """log(-log(1 - p)); for small p that is log p."""
+    """Return log(-log(1 - p)); for small p that is log p."""
     with np.errstate(divide="ignore"):
         return np.where(log_p < -40, log_p, np.log(-np.log1p(-np.exp(log_p))))
 
 
 def log_any(log_p: Any, log_count: Any) -> NDArray[np.float64]:
-    """log(1 - (1 - p)^count); for small count * p that is log(count p)."""
+    """Return log(1 - (1 - p)^count); for small count * p that is log(count p)."""
     log_rate = log_count + log_hazard(np.asarray(log_p))
     with np.errstate(divide="ignore"):
         return np.where(log_rate < -40, log_rate, np.log(-np.expm1(-np.exp(log_rate))))

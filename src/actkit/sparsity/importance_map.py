@@ -32,9 +32,13 @@ LARGEST_FIGURE = 256  # cells along a side; larger maps are averaged down
 
 @dataclass(frozen=True, eq=False)
 class ImportanceMap:
-    """importance: float64 [channels, directions], sorted both ways; channels: int64 [channels], the input of each row.
+    """Which pairs of input channel and singular direction matter, sorted both ways.
 
-    tokens: how many the mean is over.
+    Attributes:
+        path: of the layer.
+        importance: float64 [channels, directions].
+        channels: int64 [channels], the input of each row.
+        tokens: how many the mean is over.
     """
 
     path: str
@@ -43,9 +47,14 @@ class ImportanceMap:
     tokens: int
 
     def captured(self, channels: float, directions: float) -> float:
-        """The share of the energy, the sum of the squares, in the block of so large a share of channels and directions.
+        """Return the share of the energy that the top left block holds; the energy is the sum of the squares.
 
-        Raises ValueError for shares outside [0, 1].
+        Args:
+            channels: the block's share of the channels.
+            directions: its share of the directions.
+
+        Raises:
+            ValueError: a share is outside [0, 1].
         """
         for name, share in (("channels", channels), ("directions", directions)):
             if not 0 <= share <= 1:
@@ -55,7 +64,7 @@ class ImportanceMap:
         return float(energy[:rows, :columns].sum() / energy.sum())
 
     def table(self) -> Table:
-        """The captured energy, shares of channels down and of directions across, for a terminal."""
+        """The captured energy for a terminal: shares of channels down, of directions across."""
         from rich import box
 
         from actkit.core.ground.tables import PlainTable
@@ -70,7 +79,11 @@ class ImportanceMap:
         return table
 
     def figure(self) -> Figure:
-        """A heat map of log10 S, averaged down to 256 cells a side. Raises ImportError where plotly is missing."""
+        """Draw a heat map of log10 S, averaged down to 256 cells a side.
+
+        Raises:
+            ImportError: plotly (the extra `report`) is missing.
+        """
         import plotly.graph_objects as go
 
         cells = (min(len(self.importance), LARGEST_FIGURE), min(self.importance.shape[1], LARGEST_FIGURE))
@@ -93,9 +106,20 @@ class ImportanceMap:
 
 
 def importance_map(model: nn.Module, path: str, batches: Iterable[Any], *, progress: bool = True) -> ImportanceMap:
-    """The importance map of the linear layer at `path` on batches (dicts of the model's keywords, or tensors).
+    """Compute the importance map of the linear layer at `path`.
 
-    Raises ValueError where no linear layer is at `path`, and what `core.watch.capture.record` raises.
+    Args:
+        model: the model to read.
+        path: of the layer.
+        batches: dicts of the model's keywords, or tensors.
+        progress: show a bar.
+
+    Returns:
+        The map, sorted both ways.
+
+    Raises:
+        ValueError: no linear layer is at `path`.
+        ActkitError: what `core.watch.capture.record` raises.
     """
     module = dict(model.named_modules()).get(path)
     if module is None or not is_linear(module):

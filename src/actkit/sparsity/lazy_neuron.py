@@ -1,19 +1,19 @@
 """Top-k Transformer: of each token's hidden values in an MLP only the k largest stay (2022, arXiv:2210.06313).
 
     f(x) = down( top_k( act(up x) ) )            top_k: all entries of a token but the k largest become 0
-    f(x) = down( top_k( act(gate x) ) * up x )   where the MLP is gated: top-k acts on the gate's output
+    f(x) = down( top_k( act(gate x) ) * up x )   if the MLP is gated: top-k acts on the gate's output
 
 No new parameters; k = all neurons is the ordinary MLP. A gradient flows only through the entries that are kept. It is
-meant to be in place from the first training step; put into a trained model it changes the function. Where a token has
+meant to be in place from the first training step; put into a trained model it changes the function. If a token has
 fewer than k positive values after a ReLU, its zeros stay zeros.
-When to use it: before you train: it belongs into a model from the first step. To learn whether a trained model has
+When to use it: before you train: it belongs in a model from the first step. To learn whether a trained model has
 zeros that can be skipped at all, run `neuron_activity` instead; to cut a trained model, take a method with thresholds
 (`cats`, `teal`, `ppl_sparsity`).
 Cost: the choice of the k largest per token, here exact. The authors use an operator of TPUs that finds most of them;
 an estimate from mean and variance, which needs no sorting, is the transform `sparkify`. A gain in speed needs a kernel
 that skips the zeros of the down projection.
 Left open by the paper: gated MLPs (here the gate's output, whose zeros are zeros of the product), ties (here the first
-of equal values, so that exactly k survive), and activations other than ReLU, where `by="abs"` keeps by magnitude.
+of equal values, so that exactly k survive), and activations other than ReLU, for which `by="abs"` keeps by magnitude.
 How few neurons fire without any top-k is measured by `neuron_activity`.
 """
 
@@ -41,10 +41,15 @@ By = Literal["value", "abs"]
 class TopKActivation(nn.Module):
     """An activation of which each token keeps its k largest outputs; the others become 0.
 
-    base: the activation. k: how many of the channels (the last dimension), or as a float their share, in (0, 1].
-    by: what is compared, the outputs or their magnitudes. Of equal outputs the first ones are kept, so that exactly k
-    are; NaN is always kept, so that it is seen.
-    Raises ValueError for a k out of bounds (at the call, where k exceeds the channels) or an unknown `by`.
+    Of equal outputs the first ones are kept, so that exactly k are. NaN is always kept, so that it is seen.
+
+    Args:
+        base: the activation.
+        k: how many of the channels (the last dimension) to keep, or as a float their share, in (0, 1].
+        by: what is compared: 'value', the outputs, or 'abs', their magnitudes.
+
+    Raises:
+        ValueError: k is out of bounds (at the call, if k exceeds the channels), or `by` is unknown.
     """
 
     elementwise: ClassVar[bool] = False
@@ -57,19 +62,19 @@ class TopKActivation(nn.Module):
         self.base, self.k, self.by = base, checked_k(k), by
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., channels] -> the same shape."""
+        """Apply it to x [..., channels]; the shape stays."""
         y = self.base(x)
         score = y.detach() if self.by == "value" else y.detach().abs()
         kept = largest(score, neurons_kept(self.k, y.shape[-1]))
         return torch.where(kept, y, torch.zeros((), dtype=y.dtype, device=y.device))
 
     def spec(self) -> dict[str, Any]:
-        """Its JSON arguments, as a checkpoint keeps them."""
+        """Return its JSON arguments, as a checkpoint keeps them."""
         return {"k": self.k, "by": self.by}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], original: nn.Module) -> TopKActivation:
-        """Around the activation that stands at its place."""
+        """Make it around the activation that stands in its place."""
         return cls(original, spec["k"], spec["by"])
 
     def extra_repr(self) -> str:
@@ -77,12 +82,17 @@ class TopKActivation(nn.Module):
 
 
 class TopKMlp(Transform):
-    """Keep the k largest hidden values of each token in every MLP; where it is gated, of the gate's output.
+    """Keep the k largest hidden values of each token in every MLP; if it is gated, of the gate's output.
 
-    k: an integer is a number of neurons, a float a share of them (the paper's are 0.04 for T5, 0.08 for ViT).
-    activation: 'relu' also replaces the activation by ReLU, as the paper does with GELU; None leaves it. by: 'value' as
-    in the paper, or 'abs', which suits activations with negative outputs. Of a traced model, every activation module
-    between two linear layers is changed. Raises RecipeError where an MLP has fewer than k neurons.
+    In a traced model, every activation module between two linear layers is changed.
+
+    Attributes:
+        k: an integer is a number of neurons, a float a share of them (the paper's are 0.04 for T5, 0.08 for ViT).
+        activation: 'relu' also replaces the activation by ReLU, as the paper does with GELU; None leaves it.
+        by: 'value' as in the paper, or 'abs', which suits activations with negative outputs.
+
+    Raises:
+        RecipeError: when applied, an MLP has fewer than k neurons.
     """
 
     k: int | float = 0.0625
@@ -132,7 +142,7 @@ class TopKMlp(Transform):
             yield Replace(path, TopKActivation(get_module(block.root, path), self.k, self.by))
 
     def _traced(self, block: Block) -> Iterator[tuple[str, int] | Skip]:
-        """Of a traced model: path and neurons of each activation module, or why it is left alone."""
+        """Yield path and neurons of each activation module of a traced model, or why it is left alone."""
         modules = dict(block.module.named_modules())
         for chain in block.chains:
             module = modules.get(chain.nonlinearity)
@@ -145,9 +155,14 @@ class TopKMlp(Transform):
 
 
 def largest(score: Tensor, k: int) -> Tensor:
-    """Which k entries of each row of score [..., channels] are the largest, of equal ones the first: bool, like score.
+    """Mark the k largest entries of each row; of equal ones, the first. NaN is counted in, beyond k.
 
-    NaN is counted in, beyond k.
+    Args:
+        score: [..., channels].
+        k: how many to mark.
+
+    Returns:
+        bool, of the shape of `score`.
     """
     smallest = score.topk(k, dim=-1).values[..., -1:]
     above, equal = score > smallest, score == smallest
@@ -156,9 +171,17 @@ def largest(score: Tensor, k: int) -> Tensor:
 
 
 def neurons_kept(k: int | float, channels: int) -> int:
-    """The number that k stands for: itself, or as a float its share of the channels, rounded, at least 1.
+    """Return the number that k stands for.
 
-    Raises ValueError where it exceeds the channels.
+    Args:
+        k: a number, which stands for itself, or as a float a share of the channels.
+        channels: how many there are.
+
+    Returns:
+        The number; of a share, rounded, at least 1.
+
+    Raises:
+        ValueError: it exceeds the channels.
     """
     if isinstance(k, float):
         return max(1, round(k * channels))
@@ -168,7 +191,7 @@ def neurons_kept(k: int | float, channels: int) -> int:
 
 
 def checked_k(k: Any) -> int | float:
-    """k as it is. Raises ValueError for anything but an integer from 1 on or a float in (0, 1]."""
+    """Return k as it is. Raises ValueError for anything but an integer from 1 on or a float in (0, 1]."""
     whole = isinstance(k, int) and not isinstance(k, bool) and k >= 1
     share = isinstance(k, float) and 0 < k <= 1
     if not (whole or share):

@@ -45,8 +45,10 @@ WITH_ZEROS = ("relu", "relu2", "hardswish")  # functions of the table that are 0
 class Flops:
     """Floating-point operations of the measured MLPs over all their tokens (2 per weight and token).
 
-    dense: all neurons. achievable: the down projections skip the neurons that are off, exactly. ideal: the layers
-    before the activation skip them too, as if it were known beforehand which ones.
+    Attributes:
+        dense: all neurons are computed.
+        achievable: the down projections skip the neurons that are off, exactly.
+        ideal: the layers before the activation skip them too, as if it were known beforehand which ones.
     """
 
     dense: float
@@ -58,9 +60,16 @@ class Flops:
 class LayerActivity:
     """One layer's neurons over all tokens.
 
-    activation: the name of the function before it, None where unknown. share: mean over tokens of the share of neurons
-    that are on; low, high: its 5th and 95th percentile over tokens. frequency: float64 [neurons], the share of tokens
-    at which each is on. before, after: weights of the linear layers before and after the activation, 0 where unknown.
+    Attributes:
+        site: where they were read.
+        activation: the name of the function before it; None if unknown.
+        tokens: how many reached it.
+        share: mean over tokens of the share of neurons that are on.
+        low: the 5th percentile of that share over tokens.
+        high: its 95th percentile.
+        frequency: float64 [neurons], the share of tokens at which each is on.
+        before: weights of the linear layers before the activation; 0 if unknown.
+        after: weights of the linear layers after it; 0 if unknown.
     """
 
     site: str
@@ -80,7 +89,7 @@ class LayerActivity:
 
     @property
     def count(self) -> float:
-        """How many neurons are on, mean over tokens."""
+        """How many neurons are on, as a mean over tokens."""
         return self.share * self.neurons
 
     @property
@@ -91,7 +100,14 @@ class LayerActivity:
 
 @dataclass(frozen=True, eq=False)
 class NeuronActivity:
-    """The activity of all layers. notes: what to know before reading the numbers."""
+    """The activity of all layers.
+
+    Attributes:
+        site: the site that was asked for.
+        threshold: a neuron is on if |a| exceeds it.
+        layers: one per layer.
+        notes: what to know before reading the numbers.
+    """
 
     site: str
     threshold: float
@@ -100,12 +116,12 @@ class NeuronActivity:
 
     @property
     def share(self) -> float:
-        """Mean of the layers' shares, each layer counting once."""
+        """Mean of the layers' shares; each layer counts once."""
         return mean(layer.share for layer in self.layers)
 
     @property
     def flops(self) -> Flops:
-        """Of the layers whose weights are known."""
+        """The operations of the layers whose weights are known."""
         dense = sum(2.0 * layer.tokens * (layer.before + layer.after) for layer in self.layers)
         before = sum(2.0 * layer.tokens * layer.before for layer in self.layers)
         skipping = sum(2.0 * layer.tokens * layer.after * layer.share for layer in self.layers)
@@ -167,9 +183,10 @@ class NeuronActivity:
         return table
 
     def figure(self) -> Figure:
-        """Two panels: the share of each layer with its spread over tokens; the sorted frequencies of its neurons.
+        """Draw two panels: the share of each layer with its spread over tokens; the sorted frequencies of its neurons.
 
-        Raises ImportError where plotly is missing.
+        Raises:
+            ImportError: plotly (the extra `report`) is missing.
         """
         subplots, graphs = plotly()
         titles = ("Neurons on (%), mean and 5-95 % of tokens", "How often each neuron is on (% of tokens), sorted")
@@ -204,12 +221,23 @@ def neuron_activity(
 ) -> NeuronActivity:
     """Measure which neurons are on.
 
-    batches: dicts of the model's keywords, or single tensors; of sequences with an attention_mask only real tokens
-    count. site: 'mlp.hidden' is what the down projection reads (behind a gate the product), 'mlp.gate' the gate's
-    output; any other site of `record` is measured too, without flops. Of a model that is traced, 'mlp.hidden' stands
-    for the input of every layer that follows a nonlinearity. threshold: a neuron is on where |a| exceeds it.
-    Raises ValueError for an unknown site or a threshold below 0, DataError where no layer has an activation, and what
-    `record` raises.
+    Args:
+        model: the model to measure.
+        batches: dicts of the model's keywords, or single tensors; of sequences with an attention_mask only real tokens
+            count.
+        site: 'mlp.hidden' is what the down projection reads (behind a gate, the product), 'mlp.gate' the gate's output.
+            Any other site of `record` is measured too, without flops. In a traced model, 'mlp.hidden' stands for the
+            input of every layer that follows a nonlinearity.
+        threshold: a neuron is on if |a| exceeds it.
+        progress: show a bar.
+
+    Returns:
+        The activity of each layer.
+
+    Raises:
+        ValueError: the site is unknown, or the threshold is below 0.
+        DataError: no layer has an activation.
+        ActkitError: what `record` raises.
     """
     if not (threshold >= 0 and isfinite(threshold)):
         raise ValueError(f"threshold: {threshold} was given; it is a magnitude, give 0 or more, finite.")
@@ -246,7 +274,7 @@ class _Layer:
 
 
 def _layers(view: Anatomy, site: str) -> dict[Site, _Layer]:
-    """The layers that `site` stands for, where it is one of the MLP; empty for another site."""
+    """The layers that `site` stands for if it is one of the MLP; empty for another site."""
     blocks = [view.block(block.index) for block in view.blocks]  # experts may have been opened since
     if site == HIDDEN and view.architecture == "traced":
         found: dict[Site, _Layer] = {}
@@ -272,7 +300,7 @@ def _layers(view: Anatomy, site: str) -> dict[Site, _Layer]:
 
 
 def _size(layer: Linear | str) -> int:
-    """The number of weights; 0 for a convolution, whose work depends on the image."""
+    """Count the weights; 0 for a convolution, whose work depends on the image."""
     return layer.in_features * layer.out_features if isinstance(layer, Linear) else 0
 
 
@@ -294,7 +322,7 @@ def _measured(site: Site, density: Density, layer: _Layer | None) -> LayerActivi
 
 
 def plotly() -> tuple[Any, Any]:
-    """plotly's subplots and graph objects. Raises ImportError where it is missing."""
+    """Return plotly's subplots and graph objects. Raises ImportError if it is missing."""
     try:
         from plotly import graph_objects, subplots
     except ImportError as error:

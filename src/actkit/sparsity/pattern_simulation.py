@@ -1,14 +1,14 @@
 """Theory against observation: codes that are really drawn, and the codes of a network's activations.
 
 `simulate` draws random sets, without the formula that it tests, and counts overlaps. `expected_vs_observed` turns
-activations into codes, stores those of one half of the documents in segments (a segment each) and lets those of the
-other half be matched: the theory of `pattern_theory` (2016, arXiv:1601.00720) takes ones as uniform and independent,
-which the units of a network are not. How far off it is, is said as an effective n: the number of cells at which the
+activations into codes, stores those of one half of the documents in segments (a segment each) and matches those of the
+other half against them: the theory of `pattern_theory` (2016, arXiv:1601.00720) takes ones as uniform and independent,
+which the units of a network are not. How far off it is, is given as an effective n: the number of cells at which the
 theory gives the observed rate.
 Cost: simulations, 10^6 trials in a few seconds for a hundred ones; on a model one pass over the data and one sparse
 product per site.
 Our reading: the paper has no measurement on a network. Every match between tokens of different documents counts as
-false here, also where the same word stands in both.
+false here, even if the same word stands in both.
 """
 
 from __future__ import annotations
@@ -44,7 +44,12 @@ LARGEST = 1 << 40  # cells that an effective n may have
 
 @dataclass(frozen=True)
 class Rate:
-    """`count` of `trials`."""
+    """How often something happened: `count` of `trials`.
+
+    Attributes:
+        count: how often it did.
+        trials: how often it could have.
+    """
 
     count: int
     trials: int
@@ -64,7 +69,11 @@ class Rate:
 
 @dataclass(frozen=True)
 class Overlaps:
-    """How often a segment and a code shared 0, 1, 2, ... cells."""
+    """How often a segment and a code shared 0, 1, 2, ... cells.
+
+    Attributes:
+        counts: by the number of shared cells, from 0.
+    """
 
     counts: tuple[int, ...]
 
@@ -93,12 +102,25 @@ def simulate(
     seed: int = 0,
     progress: bool = True,
 ) -> Overlaps:
-    """Overlaps of random segments with random codes, every trial with new ones.
+    """Count overlaps of random segments with random codes; every trial draws new ones.
 
-    cells, active, synapses: n, a, s. replaced (v): None meets the segment with an independent code; a number meets it
-    with the code that it stores, after so many ones moved to cells that were off. patterns (M): how many codes the
-    segment holds; the first is the one that comes back. Raises ValueError unless 1 <= synapses <= active <= cells,
-    0 <= replaced <= active, replaced <= cells - active and patterns, trials >= 1.
+    Args:
+        cells: (n) the length of a code.
+        active: (a) the ones of a code.
+        synapses: (s) the cells that a segment holds of a code.
+        replaced: (v) None meets the segment with an independent code; a number meets it with the code that it stores,
+            after so many ones moved to cells that were off.
+        patterns: (M) how many codes the segment holds; the first is the one that comes back.
+        trials: how many pairs to draw.
+        seed: of the draws.
+        progress: show a bar.
+
+    Returns:
+        The counts.
+
+    Raises:
+        ValueError: 1 <= synapses <= active <= cells, 0 <= replaced <= active, replaced <= cells - active or patterns,
+            trials >= 1 does not hold.
     """
     _check(cells, active, synapses, replaced, patterns, trials)
     generator = torch.Generator().manual_seed(seed)
@@ -121,9 +143,18 @@ def simulate(
 
 
 def random_codes(rows: int, cells: int, active: int, generator: torch.Generator | None = None) -> Tensor:
-    """bool [rows, cells] with `active` ones in each row, every choice as likely.
+    """Draw codes, every choice as likely.
 
-    Floyd's algorithm (Bentley 1987): for j over the last `active` cells, a random one up to j, or j if it is taken.
+    Floyd's algorithm (Bentley 1987): for j over the last `active` cells, a random one up to j, or j if that is taken.
+
+    Args:
+        rows: how many codes.
+        cells: the length of a code.
+        active: ones in each.
+        generator: of the draws.
+
+    Returns:
+        bool [rows, cells].
     """
     codes = torch.zeros(rows, cells, dtype=torch.bool)
     row = torch.arange(rows)
@@ -134,7 +165,16 @@ def random_codes(rows: int, cells: int, active: int, generator: torch.Generator 
 
 
 def random_subsets(sets: Tensor, size: int, generator: torch.Generator | None = None) -> Tensor:
-    """`size` of the ones of each row of sets, bool [rows, cells] with equally many in each; every choice as likely."""
+    """Draw some of the ones of each row, every choice as likely.
+
+    Args:
+        sets: bool [rows, cells], with equally many ones in each row.
+        size: how many to draw.
+        generator: of the draws.
+
+    Returns:
+        bool [rows, cells].
+    """
     ones = sets.nonzero()[:, 1].view(len(sets), -1)
     return torch.zeros_like(sets).scatter_(1, ones, random_codes(len(sets), ones.shape[1], size, generator))
 
@@ -160,7 +200,18 @@ def _check(cells: int, active: int, synapses: int, replaced: int | None, pattern
 
 @dataclass(frozen=True)
 class SiteMatches:
-    """The codes of one site. stored, tested: how many tokens; overlaps: of each segment with each tested code."""
+    """The codes of one site.
+
+    Attributes:
+        site: where they were read.
+        cells: the length of a code.
+        active: its ones.
+        synapses: the cells that a segment holds.
+        threshold: how many of them make a match.
+        stored: how many tokens were stored.
+        tested: how many tokens were matched against them.
+        overlaps: of each segment with each tested code.
+    """
 
     site: str
     cells: int
@@ -188,7 +239,7 @@ class SiteMatches:
 
     @property
     def effective_cells(self) -> int | None:
-        """The smallest number of cells at which the theory gives the observed rate or less; None where that is 0."""
+        """The smallest number of cells at which the theory gives the observed rate or less; None if that is 0."""
         if self.observed == 0:
             return None
         low, high = self.active - 1, self.active  # the theory falls as n grows, from 1 at n = active
@@ -201,9 +252,9 @@ class SiteMatches:
 
     @property
     def threshold_needed(self) -> int | None:
-        """The smallest threshold, of at least the given one, with no more matches than the theory expects at the given.
+        """The smallest threshold, not below the given one, at which no more match than the theory expects at the given.
 
-        None where no threshold up to synapses has that.
+        None if no threshold up to `synapses` has that.
         """
         thresholds = range(self.threshold, self.synapses + 1)
         return next((each for each in thresholds if self.overlaps.matched(each).value <= self.expected), None)
@@ -221,7 +272,11 @@ class SiteMatches:
 
 @dataclass(frozen=True)
 class ExpectedVsObserved:
-    """False matches of real codes at one or more sites."""
+    """False matches of real codes at one or more sites.
+
+    Attributes:
+        sites: one per site.
+    """
 
     sites: tuple[SiteMatches, ...]
 
@@ -248,9 +303,10 @@ class ExpectedVsObserved:
         return table
 
     def figure(self) -> Figure:
-        """Rates against the threshold, a line per site and a dashed one for the theory of each size of site.
+        """Draw rates against the threshold: a line per site, and a dashed one for the theory of each size of site.
 
-        Raises ImportError where plotly is missing.
+        Raises:
+            ImportError: plotly (the extra `report`) is missing.
         """
         import plotly.graph_objects as go
 
@@ -282,11 +338,25 @@ def expected_vs_observed(
 ) -> ExpectedVsObserved:
     """Compare the false matches of a model's codes with those of random codes of the same size.
 
-    batches, site: as in `record`; a bare name is measured in every block. active (k): ones of a code. synapses (s),
-    threshold (theta): of the segments. tokens: how many to sample at each site; one half of the documents is stored,
-    the other tested. by: as in `sparse_code`. seed: of the sample, the halves and the synapses.
-    Raises ValueError unless 1 <= threshold <= synapses <= active <= channels of the site, DataError where the sample
-    is of one document only, and what `record` raises.
+    Args:
+        model: the model to read.
+        batches: as in `record`.
+        site: as in `record`; a bare name is measured in every block.
+        active: (k) ones of a code.
+        synapses: (s) cells of a segment.
+        threshold: (theta) how many of them make a match.
+        tokens: how many to sample at each site; one half of the documents is stored, the other tested.
+        by: as in `sparse_code`.
+        seed: of the sample, the halves and the synapses.
+        progress: show a bar.
+
+    Returns:
+        One result per site.
+
+    Raises:
+        ValueError: 1 <= threshold <= synapses <= active <= channels of the site does not hold.
+        DataError: the sample is of one document only.
+        ActkitError: what `record` raises.
     """
     if not 1 <= threshold <= synapses <= active:
         raise ValueError(
@@ -310,7 +380,7 @@ def expected_vs_observed(
 
 
 def _halves(codes: Tensor, documents: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """The codes of a random half of the documents, and those of the others."""
+    """Split off the codes of a random half of the documents; return these and the others."""
     names, owner = documents.unique(return_inverse=True)
     if len(names) < 2:
         raise DataError(

@@ -57,11 +57,20 @@ DENSE = 0.01  # a segment with more false positives than this says little
 def false_positive(
     cells: ArrayLike, active: ArrayLike, synapses: ArrayLike, threshold: ArrayLike, *, form: Form = "float"
 ) -> Any:
-    """The probability that a random code matches a segment that holds part of one stored code.
+    """Return the probability that a random code matches a segment that holds part of one stored code.
 
-    cells (n), active (a), synapses (s), threshold (theta): integers or arrays of them, which broadcast. form: 'float',
-    'log10' (of the probability) or 'fraction' (exact; arrays of dtype object). Returns a number, or an array.
-    Raises ValueError unless 1 <= threshold <= synapses <= active <= cells.
+    Args:
+        cells: (n) the length of a code; an integer or an array, as the next three; arrays broadcast.
+        active: (a) the ones of a code.
+        synapses: (s) the cells that the segment holds.
+        threshold: (theta) how many of them make a match.
+        form: 'float', 'log10' (of the probability) or 'fraction' (exact; arrays of dtype object).
+
+    Returns:
+        A number, or an array.
+
+    Raises:
+        ValueError: 1 <= threshold <= synapses <= active <= cells does not hold.
     """
     _require("threshold", threshold, "synapses", synapses, least=1)
     _require("synapses", synapses, "active", active)
@@ -71,9 +80,22 @@ def false_positive(
 def overlap_probability(
     cells: ArrayLike, active: ArrayLike, size: ArrayLike, threshold: ArrayLike, *, form: Form = "float"
 ) -> Any:
-    """As `false_positive`, for a segment of any size, such as a union, which may hold more cells than a code has ones.
+    """Return the same as `false_positive` for a segment of any size, such as a union.
 
-    Raises ValueError unless 1 <= threshold <= size <= cells and 0 <= active <= cells.
+    A union may hold more cells than a code has ones.
+
+    Args:
+        cells: (n) the length of a code.
+        active: (a) the ones of a code.
+        size: the cells that the segment holds.
+        threshold: (theta) how many of them make a match.
+        form: as in `false_positive`.
+
+    Returns:
+        A number, or an array.
+
+    Raises:
+        ValueError: 1 <= threshold <= size <= cells and 0 <= active <= cells does not hold.
     """
     _require("threshold", threshold, "size", size, least=1)
     _require("size", size, "cells", cells)
@@ -84,10 +106,22 @@ def overlap_probability(
 def false_negative(
     active: ArrayLike, synapses: ArrayLike, threshold: ArrayLike, replaced: ArrayLike, *, form: Form = "float"
 ) -> Any:
-    """The probability that a segment misses its own code after `replaced` (v) of its ones moved to other cells.
+    """Return the probability that a segment misses its own code after `replaced` (v) of its ones moved to other cells.
 
-    The number of cells does not matter. Arguments and result as in `false_positive`.
-    Raises ValueError unless 1 <= threshold <= synapses <= active and 0 <= replaced <= active.
+    The number of cells does not matter.
+
+    Args:
+        active: (a) the ones of a code.
+        synapses: (s) the cells that the segment holds.
+        threshold: (theta) how many of them make a match.
+        replaced: (v) how many ones moved.
+        form: as in `false_positive`.
+
+    Returns:
+        A number, or an array.
+
+    Raises:
+        ValueError: 1 <= threshold <= synapses <= active and 0 <= replaced <= active does not hold.
     """
     _require("threshold", threshold, "synapses", synapses, least=1)
     _require("synapses", synapses, "active", active)
@@ -105,9 +139,18 @@ def population_false_positive(
     *,
     form: Form = "float",
 ) -> Any:
-    """The probability that a random code matches any of `segments` (M) segments that hold independent codes.
+    """Return the probability that a random code matches any of `segments` (M) segments that hold independent codes.
 
-    Arguments and result as in `false_positive`; a fraction has `segments` times the digits of a single one's.
+    Args:
+        segments: (M) how many there are.
+        cells: as in `false_positive`.
+        active: as in `false_positive`.
+        synapses: as in `false_positive`.
+        threshold: as in `false_positive`.
+        form: as in `false_positive`; a fraction has `segments` times the digits of a single one's.
+
+    Returns:
+        A number, or an array.
     """
     _require("segments", segments, least=1)
     if form == "fraction":
@@ -121,9 +164,19 @@ def population_false_positive(
 
 
 def union_size(cells: ArrayLike, synapses: ArrayLike, patterns: ArrayLike, *, fraction: bool = False) -> Any:
-    """The expected number of cells in the union of `patterns` (M) random sets of `synapses` cells: n (1 - (1 - s/n)^M).
+    """Return the expected size of the union of `patterns` (M) random sets of `synapses` cells: n (1 - (1 - s/n)^M).
 
-    Raises ValueError unless 1 <= synapses <= cells and patterns >= 1.
+    Args:
+        cells: (n) the length of a code.
+        synapses: (s) the size of a set.
+        patterns: (M) how many sets.
+        fraction: give it exactly.
+
+    Returns:
+        A number, or an array.
+
+    Raises:
+        ValueError: 1 <= synapses <= cells and patterns >= 1 does not hold.
     """
     _require("synapses", synapses, "cells", cells, least=1)
     _require("patterns", patterns, least=1)
@@ -144,10 +197,24 @@ def union_false_positive(
     method: Literal["exact", "plugin"] = "exact",
     form: Form = "float",
 ) -> Any:
-    """The probability that a random code matches a segment that holds the union of `patterns` (M) codes' synapses.
+    """Return the probability that a random code matches a segment that holds the union of several codes' synapses.
 
-    method: 'exact' averages over the size of the union, 'plugin' takes its expectation, rounded. Otherwise as
-    `false_positive`. A pattern is still found with up to synapses - threshold of its ones lost, whatever joined it.
+    A pattern is still found with up to synapses - threshold of its ones lost, whatever joined it.
+
+    Args:
+        cells: as in `false_positive`.
+        active: as in `false_positive`.
+        synapses: (s) the cells that the segment took from each code.
+        threshold: as in `false_positive`.
+        patterns: (M) how many codes.
+        method: 'exact' averages over the size of the union, 'plugin' takes its expectation, rounded.
+        form: as in `false_positive`.
+
+    Returns:
+        A number, or an array.
+
+    Raises:
+        ValueError: as `false_positive`, or the method is unknown.
     """
     _require("threshold", threshold, "synapses", synapses, least=1)
     _require("synapses", synapses, "active", active)
@@ -196,10 +263,20 @@ def _union_sizes(cells: int, synapses: int, patterns: int, exact: bool) -> tuple
 
 
 def capacity(cells: int, active: int, synapses: int, threshold: int, max_error: float) -> int:
-    """How many segments a random code may meet until one of them matches it with more than `max_error`.
+    """Return how many segments a random code may meet until one of them matches it with more than `max_error`.
 
-    0 where a single one is already too many; of counts above 2^53 the leading digits hold.
-    Raises ValueError for max_error outside (0, 1), and what `false_positive` raises.
+    Args:
+        cells: as in `false_positive`.
+        active: as in `false_positive`.
+        synapses: as in `false_positive`.
+        threshold: as in `false_positive`.
+        max_error: the probability that is allowed.
+
+    Returns:
+        The count; 0 if a single one is already too many. Above 2^53 only the leading digits hold.
+
+    Raises:
+        ValueError: max_error is outside (0, 1), or what `false_positive` raises.
     """
     if not 0 < max_error < 1:
         raise ValueError(f"max_error: {max_error} was given; it is a probability, give more than 0 and less than 1.")
@@ -209,7 +286,7 @@ def capacity(cells: int, active: int, synapses: int, threshold: int, max_error: 
     log_count = math.log(-math.log1p(-max_error)) - float(log_hazard(np.asarray(single)))
     if log_count >= math.log(2**53):
         return int(Decimal(log_count).exp())
-    count = int(math.exp(log_count)) + 1  # or one less, where the exponential was rounded up
+    count = int(math.exp(log_count)) + 1  # or one less, if the exponential was rounded up
     while count and population_false_positive(count, cells, active, synapses, threshold) > max_error:
         count -= 1
     return count
@@ -223,10 +300,21 @@ def choose_threshold(
     replaced: int = 0,
     max_false_negative: float = 0.0,
 ) -> range:
-    """The thresholds with at most these error rates, the second after `replaced` ones of a stored code have moved.
+    """Return the thresholds with at most these error rates.
 
-    With max_false_negative=0 no code may be missed at all. Raises ValueError where no threshold satisfies both, and
-    what `false_positive` and `false_negative` raise.
+    Args:
+        cells: as in `false_positive`.
+        active: as in `false_positive`.
+        synapses: as in `false_positive`.
+        max_false_positive: the rate for random codes.
+        replaced: how many ones of a stored code have moved.
+        max_false_negative: the rate for stored codes after that; 0 allows none to be missed.
+
+    Returns:
+        The thresholds.
+
+    Raises:
+        ValueError: no threshold satisfies both, or what `false_positive` and `false_negative` raise.
     """
     thresholds = np.arange(1, synapses + 1)
     positive = false_positive(cells, active, synapses, thresholds) <= max_false_positive
@@ -245,14 +333,20 @@ def choose_threshold(
 
 @dataclass(frozen=True)
 class ThresholdCurve:
-    """The median over a grid of log10 of the false positive rate, for each threshold. combinations: of the grid."""
+    """The median over a grid of log10 of the false positive rate, for each threshold.
+
+    Attributes:
+        thresholds: of the grid.
+        log10_errors: the median at each.
+        combinations: how many the median is over.
+    """
 
     thresholds: tuple[int, ...]
     log10_errors: tuple[float, ...]
     combinations: int
 
     def smallest(self, max_error: float) -> int | None:
-        """The smallest threshold whose median error is at most `max_error`; None where there is none."""
+        """Return the smallest threshold whose median error is at most `max_error`; None if there is none."""
         pairs = zip(self.thresholds, self.log10_errors, strict=True)
         return next((threshold for threshold, error in pairs if error <= math.log10(max_error)), None)
 
@@ -274,7 +368,11 @@ class ThresholdCurve:
         return table
 
     def figure(self) -> Figure:
-        """log10 of the rate against the threshold. Raises ImportError where plotly is missing."""
+        """Draw log10 of the rate against the threshold.
+
+        Raises:
+            ImportError: plotly (the extra `report`) is missing.
+        """
         import plotly.graph_objects as go
 
         figure = go.Figure(go.Scatter(x=self.thresholds, y=self.log10_errors, mode="lines+markers"))
@@ -287,9 +385,21 @@ def threshold_curve(
     synapses: Sequence[int] = range(20, 51, 5),
     thresholds: Sequence[int] = range(8, 21),
 ) -> ThresholdCurve:
-    """The median false positive rate over all combinations, at each threshold; the defaults are the paper's ranges.
+    """Compute the median false positive rate over all combinations, at each threshold.
 
-    densities: shares of the cells that are active. Raises what `false_positive` raises.
+    The defaults are the paper's ranges.
+
+    Args:
+        cells: as in `false_positive`.
+        densities: shares of the cells that are active.
+        synapses: as in `false_positive`.
+        thresholds: where to compute the median.
+
+    Returns:
+        The curve.
+
+    Raises:
+        ValueError: what `false_positive` raises.
     """
     n, density, s = np.meshgrid(cells, densities, synapses, indexing="ij")
     active = np.rint(n * density).astype(np.int64)
@@ -301,7 +411,7 @@ def threshold_curve(
 
 
 def _require(name: str, value: Any, limit_name: str = "", limit: Any = None, least: int | None = None) -> None:
-    """Raises ValueError, with the inequality that does not hold, unless least <= value <= limit, in whole numbers."""
+    """Raise ValueError, with the inequality that does not hold, unless least <= value <= limit, in whole numbers."""
     for each, given in ((name, value), (limit_name, limit)):
         if given is not None and not np.issubdtype(np.asarray(given).dtype, np.integer):
             raise ValueError(f"{each}: {given!r} was given; it is a count, give whole numbers.")

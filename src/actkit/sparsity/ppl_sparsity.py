@@ -1,8 +1,8 @@
-"""How many neurons of a model may be skipped if perplexity may rise by p percent (2024, arXiv:2411.02335): one number
-for any activation function, with the thresholds that realise it.
+"""Find the neurons of a model that may be skipped if perplexity may rise by p percent (2024, arXiv:2411.02335).
 
-How they are found, what is settled and what it costs is told in `sparsing_law.py`, whose transform applies them. On the
-text that they were fitted to the rise is p by construction: give `held_out` to see what it is elsewhere.
+The share is one number for any activation function, and comes with the thresholds that realise it.
+`sparsing_law.py`, whose transform applies them, says how they are found, what is settled and what it costs. On the
+text that they were fitted to, the rise is p by construction: give `held_out` to see what it is elsewhere.
 """
 
 from __future__ import annotations
@@ -29,12 +29,20 @@ if TYPE_CHECKING:
 class PerplexitySparsityResult:
     """What `ppl_sparsity` found.
 
-    p: asked for, in percent. activation_ratio: share of the neurons that are active, over all layers and tokens;
-    ratios: by the path of each output layer, per_token: 5th, 50th and 95th percentile over tokens. cett: shared by all
-    layers; thresholds: eps by path, what `PerplexitySparsity(thresholds=...)` takes. ppl_dense, ppl_sparse: exp of the
-    loss on the batches. bracket: the last one around cett. reached: False where perplexity stays below 1 + p % even
-    with every neuron dropped. held_out: the same measurement on other batches, where they were given. trace: (cett,
-    perplexity ratio) in the order tried. tokens: of the batches.
+    Attributes:
+        p: the rise that was asked for, in percent.
+        activation_ratio: share of the neurons that are active, over all layers and tokens.
+        ratios: the same by the path of each output layer.
+        per_token: 5th, 50th and 95th percentile over tokens, by path.
+        cett: shared by all layers.
+        thresholds: eps by path, as `PerplexitySparsity(thresholds=...)` takes them.
+        ppl_dense: exp of the loss on the batches, without thresholds.
+        ppl_sparse: the same with them.
+        bracket: the last one around cett.
+        reached: False if perplexity stays below 1 + p % even with every neuron dropped.
+        held_out: the same measurement on other batches, if they were given.
+        trace: (cett, perplexity ratio) in the order tried.
+        tokens: of the batches.
     """
 
     p: float
@@ -88,7 +96,11 @@ class PerplexitySparsityResult:
         return table
 
     def figure(self) -> Figure:
-        """Active neurons by layer, with percentiles over tokens. Raises ImportError where plotly is missing."""
+        """Draw active neurons by layer, with percentiles over tokens.
+
+        Raises:
+            ImportError: plotly (the extra `report`) is missing.
+        """
         from plotly.graph_objects import Bar, Figure
 
         middle = list(self.ratios.values())
@@ -112,13 +124,28 @@ def ppl_sparsity(
     loss: Loss | None = None,
     progress: bool = True,
 ) -> PerplexitySparsityResult:
-    """The share of neurons that may be skipped if perplexity may rise by p percent, and the thresholds that do it.
+    """Find the share of neurons that may be skipped if perplexity may rise by p percent, and the thresholds for it.
 
-    batches: that the thresholds are fitted to, at least 20,000 tokens to be stable; dicts of the model's keywords, or
-    (input, labels); 'labels' where the model is no language model. held_out: batches to measure on as well. loss: of
-    (model, batch), a mean over the batch, for a model without one; "perplexity" is then exp of it. tolerance, method,
-    sample: as in `PerplexitySparsity`. Raises ValueError for values out of bounds, DataError where there is no loss,
-    CoverageError where there is no MLP, NonFiniteError where the loss is NaN.
+    Args:
+        model: the model to measure.
+        batches: what the thresholds are fitted to, at least 20,000 tokens to be stable; dicts of the model's keywords,
+            or (input, labels). A model that is no language model needs 'labels'.
+        p: in percent.
+        held_out: batches to measure on as well.
+        tolerance: as in `PerplexitySparsity`.
+        method: as in `PerplexitySparsity`.
+        sample: as in `PerplexitySparsity`.
+        loss: of (model, batch), a mean over the batch, for a model without one; "perplexity" is then exp of it.
+        progress: show a bar.
+
+    Returns:
+        The share, the thresholds, and what was measured.
+
+    Raises:
+        ValueError: a value is out of bounds.
+        DataError: there is no loss.
+        CoverageError: there is no MLP.
+        NonFiniteError: the loss is NaN.
     """
     batches = sequence(batches)
     with in_float32(model, batches[0]) as view:

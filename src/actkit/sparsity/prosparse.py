@@ -1,19 +1,19 @@
 """ProSparse: L1 on the hidden values of ReLU MLPs, raised in stages while training goes on (2024, arXiv:2402.13516).
 
-    loss + factor * sum over MLPs of mean |h|,   h = relu(gate x) * up x where the MLP is gated, else relu(up x)
+    loss + factor * sum over MLPs of mean |h|,   h = relu(gate x) * up x if the MLP is gated, else relu(up x)
     factor = 0                                       before `start`: the model gets used to its new ReLUs
            = peaks[0]                                until ends[0]
            = before + (after - before) * (1 + sin(pi (s - 1/2))) / 2    between two ends, at share s of the stage
 
 The second of three steps. The first replaces the activation, `swap(model, "silu", "relu")`; the third is the transform
 `fatrelu`, after training. The penalty is that of `activation_penalty`: half a sine is its 'cosine'.
-When to use it: where you can train the model on, for some hundred million tokens at least, and want zeros that are
+When to use it: if you can train the model further, for some hundred million tokens at least, and want zeros that are
 exact. Compare with plain ReLU, which in the paper's own figures scores higher at equal tokens, with fewer zeros.
 Cost: as there, and one comparison per hidden value to count the zeros.
 Left open by the paper: the scale of the norm. A plain sum over the neurons would swamp the loss, so here it is the mean
 over tokens and neurons, summed over the MLPs. That is our reading; the paper's peaks may mean less or more under it.
 Choose the last peak by trial: it decides the sparsity. The 1B preset leaves out the fine-tuning that followed at a
-smaller factor: that is a training of its own, with `activation_penalty`. No training code was published to compare.
+smaller factor: that is a separate training, with `activation_penalty`. No training code was published to compare.
 """
 
 from __future__ import annotations
@@ -37,7 +37,13 @@ from actkit.sparsity.activation_penalty import ActivationPenalty, AttachedPenalt
 
 
 class Stages(NamedTuple):
-    """start, ends: step numbers, or shares of the training; peaks: the factor at each end."""
+    """A schedule.
+
+    Attributes:
+        start: where the first stage begins: a step number, or a share of the training.
+        peaks: the factor at each end.
+        ends: where the stages end, in the same unit.
+    """
 
     start: float
     peaks: tuple[float, ...]
@@ -54,12 +60,18 @@ PRESETS = {
 class ProSparse(TrainingRule):
     """A penalty on the hidden values of MLPs that rises in stages.
 
-    peaks: the factor at the end of each stage, above 0, never falling; two equal ones make a plateau. ends: where the
-    stages end, as rising shares of the training or, where the last exceeds 1, as step numbers. start: where the first
-    begins, in the same unit; the factor is 0 before. total: steps of the training, where step numbers are given;
-    default the last end. preset: a schedule of the paper instead, scaled to the length of the training; '7b' where no
-    schedule is given. reduction: of |h| over the neurons; factors compare only at the same one. sites: what is
-    penalised, as in `capture.live`. Raises ValueError for values out of bounds.
+    Attributes:
+        preset: a schedule of the paper instead of peaks, ends and start, scaled to the length of the training; '7b' if
+            no schedule is given.
+        peaks: the factor at the end of each stage, above 0, never falling; two equal ones make a plateau.
+        ends: where the stages end, as rising shares of the training or, if the last exceeds 1, as step numbers.
+        start: where the first stage begins, in the same unit; the factor is 0 before.
+        total: steps of the training, if step numbers are given; by default the last end.
+        reduction: of |h| over the neurons; factors compare only at the same one.
+        sites: what is penalised, as in `capture.live`.
+
+    Raises:
+        ValueError: a value is out of bounds.
     """
 
     preset: Literal["7b", "13b", "1b"] | None = None
@@ -113,7 +125,7 @@ class ProSparse(TrainingRule):
 
     @property
     def stages(self) -> Stages:
-        """The schedule in shares of the training."""
+        """Return the schedule in shares of the training."""
         chosen = PRESETS[self.preset or "7b"]
         if self.peaks:
             chosen = Stages(self.start or 0.0, self.peaks, self.ends)
@@ -121,12 +133,12 @@ class ProSparse(TrainingRule):
         return Stages(chosen.start / total, chosen.peaks, tuple(end / total for end in chosen.ends))
 
     def factor(self, progress: float) -> float:
-        """What the penalty is multiplied by in a step before which a share `progress` of the training is done."""
+        """Return what the penalty is multiplied by in a step that begins at a share `progress` of the training."""
         return 0.0 if progress < self.stages.start else self.after_start.factor(progress)
 
     @property
     def after_start(self) -> ActivationPenalty:
-        """The same penalty, as it is once `start` is reached."""
+        """Return the same penalty, as it is once `start` is reached."""
         _, peaks, ends = self.stages
         points = tuple(zip(ends, peaks, strict=True))
         return ActivationPenalty(
@@ -136,8 +148,20 @@ class ProSparse(TrainingRule):
     def attach(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, example: Any = None
     ) -> AttachedProSparse:
-        """Raises ValueError for unknown sites, UnsupportedModelError for MLPs whose activation has no exact zeros and
-        for a model whose activations have no graph."""
+        """Start penalising.
+
+        Args:
+            model: the model that is trained.
+            optimizer: not needed.
+            example: a batch, to trace a model whose architecture is not known.
+
+        Returns:
+            The penalty at work.
+
+        Raises:
+            ValueError: a site is unknown.
+            UnsupportedModelError: an MLP's activation has no exact zeros, or the activations have no graph.
+        """
         refuse_reentrant_checkpointing(model)
         view = anatomy(model, example)
         _refuse_smooth(view, tuple(resolve(view, dict.fromkeys(self.sites))))
@@ -145,7 +169,7 @@ class ProSparse(TrainingRule):
 
 
 class AttachedProSparse(AttachedPenalty):
-    """ProSparse at work. It counts the zeros of the passes of a step, also before `start`."""
+    """ProSparse at work. It counts the zeros of the passes of a step, before `start` too."""
 
     def __init__(self, rule: ProSparse, view: Anatomy) -> None:
         super().__init__(rule.after_start, view)
@@ -155,7 +179,7 @@ class AttachedProSparse(AttachedPenalty):
 
     @property
     def sparsity(self) -> dict[str, float]:
-        """The share of exact zeros at each site, over the real tokens of the step so far; empty where none was made."""
+        """Return the share of exact zeros at each site, over the real tokens of the step so far; empty without any."""
         return {str(site): zeros / values for site, (zeros, values) in self._zeros.items()}
 
     def before_step(self, progress: float) -> None:

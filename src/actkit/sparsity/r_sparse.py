@@ -1,25 +1,25 @@
 """R-Sparse: large inputs go through the full weight, the rest through a low-rank copy of it (2025, arXiv:2504.19449).
 
     y = W (m * x) + U_r S_r V_r^T ((1 - m) * x) + b,   W [out, in] = U S V^T
-    m_j = 1 where |x_j| * c_j > t,   c_j = ||W[:, j]||_2 ("wina") or 1 ("magnitude")
+    m_j = 1 if |x_j| * c_j > t,   c_j = ||W[:, j]||_2 ("wina") or 1 ("magnitude")
 
 The budget C = 1 - sparsity, a share of the weight's elements, is split by alpha: the threshold t lets the share
 alpha * C of the inputs through (pooled over calibration tokens), and the rank r takes what is left, r (out + in) =
 (1 - alpha) * C * out * in. alpha = 1 is WINA with a mask per matrix (or TEAL), bit for bit; alpha = 0 is the low-rank
 copy alone. Both need data; a search over one alpha per layer costs up to 134 passes over it (`rank_search.py`).
-When to use it: where decoding is bound by reading weights, training is not possible, and WINA alone loses too much. Try
+When to use it: if decoding is bound by reading weights, training is not possible, and WINA alone loses too much. Try
 WINA first: it is this method without the second path, needs no memory and no search, and was as good here.
 Cost: two thin products per layer beside the masked one; the memory of a layer grows by its factors.
 
 Settled here: shapes are the true ones (the release counts keys and values as square, so that with grouped queries
 they exceed the budget), integers are otherwise the release's; one criterion at every alpha (the release falls back to
-|x| where alpha is exactly 1: that is criterion="magnitude"); decompositions are in float64, and the factors, which the
+|x| if alpha is exactly 1: that is criterion="magnitude"); decompositions are in float64, and the factors, which the
 release keeps in float16, in the model's dtype, each with the root of the singular values; every token is sparse (the
 release evaluates with the last tenth of the tokens); search and thresholds use the same batches. The budget counts
-elements, as the paper does: over a quantized weight, where a factor's element takes more bytes than a code, more than
+elements, as the paper does: over a quantized weight, a factor's element takes more bytes than a code, so more than
 C of the bytes is read, and the notes say how much. Loss of the search: perplexity of a language model; the paper has
-no other models, for them it is the relative error of the outputs. Where a quantizer comes before it in one recipe,
-the search runs on the model as it was; apply the quantizer first, in a run of its own, to search on the quantized one.
+no other models, and for them it is the relative error of the outputs. If a quantizer comes before it in one recipe,
+the search runs on the model as it was; to search on the quantized model, apply the quantizer first, in a separate run.
 """
 
 from __future__ import annotations
@@ -56,11 +56,19 @@ Factors = Callable[[Linear, int], tuple[Tensor, Tensor]]
 class RSparse(Transform):
     """Send the large inputs of linear layers through the weight and the others through a low-rank copy of it.
 
-    sparsity: share of the weight's elements that is not read, in [0, 1); 0 leaves the model as it is. alpha: share of
-    the rest that goes to inputs; one number, a mapping from patterns of layer paths to numbers (the first that matches
-    counts; 1 where none does), or "search". criterion: which inputs are large. skip: roles left dense, for example
-    ("output",). generations, population, seed: of the search, whose result takes the place of "search" in the recipe.
-    Raises ValueError for values out of bounds, RecipeError for a pattern that matches no layer.
+    Attributes:
+        sparsity: share of the weight's elements that is not read, in [0, 1); 0 leaves the model as it is.
+        alpha: share of the rest that goes to inputs: one number; a mapping from patterns of layer paths to numbers (the
+            first that matches counts; 1 if none does); or "search".
+        criterion: which inputs are large.
+        skip: roles left dense, for example ("output",).
+        generations: of the search, whose result takes the place of "search" in the recipe.
+        population: of the search.
+        seed: of the search.
+
+    Raises:
+        ValueError: a value is out of bounds.
+        RecipeError: when applied, a pattern matches no layer.
     """
 
     sparsity: float = Field(0.5, ge=0, lt=1)
@@ -89,7 +97,7 @@ class RSparse(Transform):
         return f"RSparse({', '.join(f'{key}={value}' for key, value in given.items())})"
 
     def plan(self, trial: Trial, data: Sequence[Any]) -> Self:
-        """Checks patterns; searches the alphas where asked to."""
+        """Check the patterns, and search the alphas if `alpha` is "search"."""
         if isinstance(self.alpha, dict):
             blocks = trial.anatomy.blocks
             paths = [x.path for block in blocks for x in self.targets(trial.anatomy.block(block.index))]
@@ -120,7 +128,7 @@ class RSparse(Transform):
             yield Replace(linear.path, layer)
 
     def alpha_of(self, path: str) -> float:
-        """The alpha of the layer at `path`. Raises RecipeError where the search has yet to find it."""
+        """Return the alpha of the layer at `path`. Raises RecipeError if the search has yet to find it."""
         if self.sparsity == 0:
             return 1.0  # the whole weight is read, so nothing is left to approximate
         if self.alpha == "search":
@@ -130,7 +138,17 @@ class RSparse(Transform):
         return float(self.alpha)
 
     def layer(self, linear: Linear, alpha: float, quantiles: Quantiles, factors: Factors | None = None) -> ActLinear:
-        """The changed layer. quantiles: of its input times the score; factors: what stands for `low_rank`."""
+        """Make the changed layer.
+
+        Args:
+            linear: the layer as it is.
+            alpha: share of the budget that goes to inputs.
+            quantiles: of its input times the score.
+            factors: used in place of `low_rank`.
+
+        Returns:
+            The layer that takes its place.
+        """
         budget = Budget.of(linear.out_features, linear.in_features, self.sparsity, alpha)
         select: Selection = TopK(0)  # no threshold drops everything for sure
         if budget.channels:
@@ -159,8 +177,16 @@ class RSparse(Transform):
     ) -> Evolution:
         """Search one alpha per layer on the model as it stands, and leave it as it was.
 
-        data: batches, for thresholds and loss. factors: `cached_factors` to share between searches at several
-        sparsities. Statistics and decompositions are computed once. Layers that no token reached are left out.
+        Statistics and decompositions are computed once. Layers that no token reached are left out.
+
+        Args:
+            trial: the model, to be tried with edits.
+            data: batches, for thresholds and loss.
+            factors: `cached_factors`, to share between searches at several sparsities.
+            progress: show a bar.
+
+        Returns:
+            The best alphas, and how the search went.
         """
         view = trial.anatomy
         linears = [x for block in view.blocks for x in self.targets(view.block(block.index))]
@@ -181,8 +207,12 @@ class RSparse(Transform):
 
 @dataclass(frozen=True)
 class Budget:
-    """How a layer spends the elements that it may read. dropped: share of the inputs that the threshold holds back;
-    channels: about so many are let through; rank: of the low-rank copy, which serves the others.
+    """How a layer spends the elements that it may read.
+
+    Attributes:
+        dropped: share of the inputs that the threshold holds back.
+        channels: about so many are let through.
+        rank: of the low-rank copy, which serves the others.
     """
 
     dropped: float
@@ -191,7 +221,7 @@ class Budget:
 
     @classmethod
     def of(cls, outputs: int, inputs: int, sparsity: float, alpha: float) -> Budget:
-        """The release's integers, with the true shape [outputs, inputs] of the weight."""
+        """Compute the release's integers, with the true shape [outputs, inputs] of the weight."""
         channels = max(int(inputs * (1 - sparsity) * alpha), 1)
         rank = max(int((inputs * outputs * (1 - sparsity) - channels * outputs) / (inputs + outputs)), 1)
         dropped = (1 - alpha) + alpha * sparsity  # so written, alpha = 1 gives the sparsity bit for bit
@@ -199,7 +229,7 @@ class Budget:
 
 
 def low_rank(linear: Linear, rank: int) -> tuple[Tensor, Tensor]:
-    """The best approximation of a weight of that rank: left [out, rank] and right [rank, in], in its dtype."""
+    """Return the best approximation of a weight of that rank: left [out, rank] and right [rank, in], in its dtype."""
     u, s, vh = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
     root = s[:rank].sqrt()
     left, right = u[:, :rank] * root, root[:, None] * vh[:rank]
@@ -208,7 +238,7 @@ def low_rank(linear: Linear, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def cached_factors(sparsity: float) -> Factors:
-    """`low_rank`, each weight decomposed once, at the largest rank that the budget allows."""
+    """Return `low_rank` with each weight decomposed once, at the largest rank that the budget allows."""
     known: dict[str, tuple[Tensor, Tensor]] = {}
 
     def factors(linear: Linear, rank: int) -> tuple[Tensor, Tensor]:
@@ -225,7 +255,7 @@ def _site(linear: Linear) -> Site:
 
 
 def _loss(trial: Trial, data: Sequence[Any]) -> Callable[[], float]:
-    """How far the model is now: its perplexity, or for other than language models its distance from how it was."""
+    """How far the model is now: its perplexity, or if it is no language model its distance from how it was."""
     if task_of(trial.model) == "language":
         settings: dict[str, Any] = {"task": "language", "resamples": 1, "progress": False}
         return lambda: measure_quality(trial.model, data, **settings).metrics["perplexity"].value

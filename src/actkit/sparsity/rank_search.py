@@ -26,9 +26,15 @@ Genome = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Evolution:
-    """What a search found. alphas: by name, with their `loss`; uniform: the best value of the grid, with its loss.
+    """What a search found.
 
-    history: the smallest loss after each generation. evaluations: how often the loss was computed.
+    Attributes:
+        alphas: by name.
+        loss: with these.
+        uniform: the best value of the grid.
+        uniform_loss: with that one.
+        history: the smallest loss after each generation.
+        evaluations: how often the loss was computed.
     """
 
     alphas: dict[str, float]
@@ -50,7 +56,21 @@ def evolve(
 ) -> Evolution:
     """Minimise `loss` over a value in [0, 1] for each name; the result is never worse than the best of the grid.
 
-    The same seed gives the same candidates where the loss is deterministic. Raises ValueError without names.
+    The same seed gives the same candidates if the loss is deterministic.
+
+    Args:
+        loss: of the values by name.
+        names: such as paths of layers.
+        generations: how many.
+        population: candidates in each.
+        seed: of the draws.
+        progress: show a bar.
+
+    Returns:
+        The best values, and how the search went.
+
+    Raises:
+        ValueError: there are no names.
     """
     if not names:
         raise ValueError("names: none were given; give at least one layer to search over.")

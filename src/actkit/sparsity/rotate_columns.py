@@ -2,15 +2,14 @@
 
     norm(x) -> (norm without gain)(x) Q,   W -> W diag(gain) Q,   Q = V of the SVD  W diag(gain) = U S V^T
 
-so that W diag(gain) Q = U S has orthogonal columns, for W the key and the gate matrix. The paper rotates the residual
+W diag(gain) Q = U S then has orthogonal columns, for W the key and the gate matrix. The paper rotates the residual
 stream and pays two d x d products at the residual additions; this form is local to a block, keeps ties, and costs the
 same: one d x d product per norm. The inputs of the layers, so also the masks, are those of the paper's form.
 With grouped-query attention only kv_dim columns of the key matrix stay non-zero: a gain of the rotation, not of WINA.
-When to use it: before `wina` or `teal` at high sparsity (0.5 and more), where the two more products per block are worth
-it.
-Settled here: for LayerNorm the bias b moves into the layers' biases (+ W b); fused query-key-value, and up where there
-is no gate, are the matrices made orthogonal; norms that feed anything else (post-norm, routers) are left alone. The
-release subtracts the mean of each embedding row while folding, which changes RMSNorm models: not done.
+When to use it: before `wina` or `teal` at high sparsity (0.5 and more), if that is worth two more products per block.
+Settled here: for LayerNorm the bias b moves into the layers' biases (+ W b); the matrices made orthogonal are instead
+the fused query-key-value, and up if there is no gate; norms that feed anything else (post-norm, routers) are left
+alone. The release subtracts the mean of each embedding row while folding, which changes RMSNorm models: not done.
 """
 
 from __future__ import annotations
@@ -31,7 +30,12 @@ from actkit.core.recipe.transform import Transform
 
 
 class RotatedNorm(nn.Module):
-    """norm(x) Q: a norm followed by a rotation. rotation: Parameter [d, d]."""
+    """norm(x) Q: a norm followed by a rotation.
+
+    Args:
+        norm: the norm.
+        rotation: Parameter [d, d].
+    """
 
     def __init__(self, norm: nn.Module, rotation: Tensor) -> None:
         super().__init__()
@@ -39,16 +43,16 @@ class RotatedNorm(nn.Module):
         self.rotation = nn.Parameter(rotation, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., d] -> [..., d]."""
+        """Map x [..., d] to [..., d]."""
         return self.norm(x) @ self.rotation
 
     def spec(self) -> dict[str, Any]:
-        """Its JSON arguments, as a checkpoint keeps them."""
+        """Return its JSON arguments, as a checkpoint keeps them."""
         return {"width": self.rotation.shape[0], "dtype": str(self.rotation.dtype).removeprefix("torch.")}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], original: nn.Module) -> RotatedNorm:
-        """The module that `spec` described; its values come from the checkpoint."""
+        """Make the module that `spec` described; its values come from the checkpoint."""
         return cls(original, torch.empty(spec["width"], spec["width"], dtype=getattr(torch, spec["dtype"])))
 
 
@@ -103,7 +107,7 @@ def _rotated(linear: Linear, gain: Tensor, shift: Tensor | None, rotation: Tenso
 
 
 def _sets(block: Block) -> list[tuple[tuple[Linear, ...], Norm | None, str | None]]:
-    """The layers that read a norm's output, where there is one, and why it cannot be rotated, or None."""
+    """The layers that read a norm's output, the norm if there is one, and why it cannot be rotated, or None."""
     found: list[tuple[tuple[Linear, ...], Norm | None, str | None]] = []
     for norm, inputs in block.norm_readers():
         refused = None

@@ -1,5 +1,6 @@
-"""A model whose layers all drop neurons up to one CETT, and the search for the largest that its loss allows (2024,
-arXiv:2411.02335): what `sparsing_law.py` applies and `ppl_sparsity.py` reports.
+"""Let all layers drop neurons up to one CETT, and search the largest that the loss allows (2024, arXiv:2411.02335).
+
+This is what `sparsing_law.py` applies and `ppl_sparsity.py` reports.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ TRIES = 20  # of false position; then bisection, which no noise can hold up
 
 
 def sequence(batches: Any) -> Sequence[Any]:
-    """Batches that can be passed over several times. Raises DataError where there are none."""
+    """Return batches that can be passed over several times. Raises DataError if there are none."""
     if isinstance(batches, Mapping | Tensor):
         return [batches]
     batches = batches if isinstance(batches, Sequence) else list(batches)
@@ -42,9 +43,14 @@ def sequence(batches: Any) -> Sequence[Any]:
 
 @contextmanager
 def in_float32(model: nn.Module, example: Any = None) -> Iterator[Anatomy]:
-    """The anatomy of the model, or of a float32 copy where it has 16-bit parameters; its experts stand opened.
+    """Give the anatomy of the model, or of a float32 copy if it has 16-bit parameters; its experts stand opened.
 
-    Raises CoverageError where the model has no MLP that can be read.
+    Args:
+        model: the model, which stays as it is.
+        example: a batch, to trace a model whose architecture is not known.
+
+    Raises:
+        CoverageError: the model has no MLP that can be read.
     """
     if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
         model = copy.deepcopy(model).float()
@@ -58,7 +64,7 @@ def in_float32(model: nn.Module, example: Any = None) -> Iterator[Anatomy]:
 
 
 def output_layers(view: Anatomy) -> dict[Site, Linear]:
-    """The output layer of every MLP and opened expert, by the site of its input."""
+    """Find the output layer of every MLP and opened expert, by the site of its input."""
     blocks = [view.block(block.index) for block in view.blocks]  # as they are now
     return {Site("mlp.hidden", block.index, expert): mlp.down for block in blocks for expert, mlp in block.mlps()}
 
@@ -66,9 +72,20 @@ def output_layers(view: Anatomy) -> dict[Site, Linear]:
 def measure(
     view: Anatomy, batches: Sequence[Any], objective: Objective, wanted: Mapping[Site, Statistic]
 ) -> tuple[float, dict[Site, Any]]:
-    """The mean loss over all labels, and the statistics, in one pass over the batches.
+    """Measure the mean loss over all labels, and the statistics, in one pass over the batches.
 
-    Raises DataError where the model has no loss on them, NonFiniteError where the loss is NaN or Inf.
+    Args:
+        view: the model's anatomy.
+        batches: what to run.
+        objective: the loss.
+        wanted: the statistics, by site.
+
+    Returns:
+        The loss in nats per label, and the statistics.
+
+    Raises:
+        DataError: the model has no loss on the batches.
+        NonFiniteError: the loss is NaN or Inf.
     """
     total, count, row = 0.0, 0, 0
     with evaluating(view.model), observe(view, wanted) as observer:
@@ -85,9 +102,16 @@ def measure(
 
 @dataclass(frozen=True)
 class Sparse:
-    """A model at one shared CETT. dense_loss: without thresholds, in nats; rise: above it. ratio: share of the neurons
-    that are active, over all layers and tokens; ratios: of each layer; per_token: 5th, 50th and 95th percentile over
-    tokens, of each layer."""
+    """A model at one shared CETT.
+
+    Attributes:
+        cett: shared by all layers.
+        dense_loss: without thresholds, in nats.
+        rise: above it, in nats.
+        ratio: share of the neurons that are active, over all layers and tokens.
+        ratios: of each layer.
+        per_token: 5th, 50th and 95th percentile over tokens, of each layer.
+    """
 
     cett: float
     dense_loss: float
@@ -100,8 +124,16 @@ class Sparse:
 class SharedCett:
     """A model whose layers all drop neurons up to one CETT, on its calibration batches.
 
-    view: from `in_float32`, and used inside that context. sample: tokens per layer that thresholds are computed from.
-    loss: of (model, batch), a mean over the batch, where the model has none of its own. Raises what `measure` raises.
+    Args:
+        view: from `in_float32`, and used inside that context.
+        batches: what thresholds and loss are computed on.
+        method: 'sort' is exact, 'grid' takes the release's candidates.
+        sample: tokens per layer that thresholds are computed from.
+        loss: of (model, batch), a mean over the batch, if the model has none of its own.
+        progress: show a bar.
+
+    Raises:
+        ActkitError: what `measure` raises.
     """
 
     def __init__(
@@ -130,17 +162,17 @@ class SharedCett:
 
     @property
     def dense_loss(self) -> float:
-        """In nats per label, on the calibration batches."""
+        """The loss in nats per label, on the calibration batches."""
         if self._dense is None:
             self._dense = measure(self.view, self.batches, self.objective, {})[0]
         return self._dense
 
     def thresholds(self, cett: float) -> dict[str, float]:
-        """eps of every layer, by its path."""
+        """Return the eps of every layer, by its path."""
         return {down.path: self._curves[site].threshold(cett) for site, down in self.layers.items()}
 
     def rise(self, cett: float) -> float:
-        """Of the loss on the calibration batches, in nats; measured once."""
+        """Return the rise of the loss on the calibration batches, in nats; it is measured once."""
         if cett not in self._rises:
             dense = self.dense_loss  # before the edits
             with temporarily(self.view.model, self._edits(self._selections(cett))):
@@ -148,7 +180,16 @@ class SharedCett:
         return self._rises[cett]
 
     def at(self, cett: float, batches: Sequence[Any] | None = None, dense_loss: float | None = None) -> Sparse:
-        """The rise and the active neurons, on the calibration batches or others. dense_loss: on those, where known."""
+        """Measure the rise and the active neurons, on the calibration batches or others.
+
+        Args:
+            cett: shared by all layers.
+            batches: others than the calibration batches.
+            dense_loss: on those, if known.
+
+        Returns:
+            What was measured.
+        """
         if batches is None:
             batches, dense_loss = self.batches, self.dense_loss
         dense = measure(self.view, batches, self.objective, {})[0] if dense_loss is None else dense_loss
@@ -160,7 +201,7 @@ class SharedCett:
         return Sparse(cett, dense, loss - dense, *ratios(densities))
 
     def cett_for(self, ratio: float) -> float:
-        """The shared CETT at which a share `ratio` of the neurons is active on the dense model's states."""
+        """Return the shared CETT at which a share `ratio` of the neurons is active on the dense model's states."""
         low, high = 0.0, 1.0
         while high - low > RESOLUTION:
             middle = (low + high) / 2
@@ -180,7 +221,7 @@ class SharedCett:
 def ratios(
     densities: Mapping[str, Density],
 ) -> tuple[float, dict[str, float], dict[str, tuple[float, float, float]]]:
-    """Overall, by path, and percentiles over tokens by path, of densities that have seen rows."""
+    """Return the ratio over all, by path, and percentiles over tokens by path, of densities that have seen rows."""
     size = {path: seen.count * int(seen.channels or 0) for path, seen in densities.items()}
     each = {path: seen.density for path, seen in densities.items()}
     overall = sum(each[path] * size[path] for path in each) / sum(size.values())
@@ -189,14 +230,19 @@ def ratios(
 
 
 def selection(down: Linear, eps: float) -> Threshold:
-    """Column norms in float32, of the dequantized weight."""
+    """Make the threshold on column norms, in float32, of the dequantized weight."""
     return Threshold(eps, down.weight.detach().float().norm(dim=0))
 
 
 @dataclass(frozen=True)
 class Root:
-    """Where the rise reaches its target. low, high: the last bracket; low is what is used, so the rise stays below.
-    reached: False where even `low` = 1, which drops every neuron, stays below. trace: (CETT, rise) in the order tried.
+    """Where the rise reaches its target.
+
+    Attributes:
+        low: of the last bracket; it is what is used, so the rise stays below.
+        high: of the last bracket.
+        reached: False if even `low` = 1, which drops every neuron, stays below.
+        trace: (CETT, rise) in the order tried.
     """
 
     low: float
@@ -206,11 +252,21 @@ class Root:
 
 
 def largest_cett(rise: Callable[[float], float], p: float, tolerance: float = 0.01) -> Root:
-    """The largest CETT in 0 to 1 under which the rise of the loss is at most ln(1 + p / 100) nats.
+    """Find the largest CETT in 0 to 1 under which the rise of the loss is at most ln(1 + p / 100) nats.
 
-    rise: of the loss at a CETT, in nats. tolerance: how far below that it may stay, as a share. Where the rise is not
-    monotone it is one of the crossings; where it jumps over the target (few tokens) the bracket shrinks to 1e-6.
-    Raises ValueError where p or tolerance is out of bounds.
+    If the rise is not monotone it is one of the crossings. If it jumps over the target (few tokens), the bracket
+    shrinks to 1e-6.
+
+    Args:
+        rise: of the loss at a CETT, in nats.
+        p: in percent.
+        tolerance: how far below the target the rise may stay, as a share.
+
+    Returns:
+        The bracket, and what was tried.
+
+    Raises:
+        ValueError: p or tolerance is out of bounds.
     """
     for name, value, most in (("p", p, math.inf), ("tolerance", tolerance, 1.0)):
         if not 0 < value < most:

@@ -1,5 +1,4 @@
-"""Spark Transformer: sparse neurons and sparse attention, chosen by a slice of the existing weights (2025,
-arXiv:2506.06644).
+"""Spark Transformer: sparse neurons and attention, chosen by a slice of the existing weights (2025, arXiv:2506.06644).
 
     y = down(f(top_k(gate(x[:r]))) * up(x[r:]))              x in R^d_model, d_ff neurons, f = GELU
 
@@ -49,9 +48,17 @@ if TYPE_CHECKING:
 class SparkFFN(nn.Module):
     """An MLP of which about k of d_ff neurons are active: [..., d_model] -> [..., d_model].
 
-    r: how many inputs the gate reads; the up projection reads the others. act: the activation, a name of
-    `core.layers.activations.FUNCTIONS` that maps 0 to 0. `act_fn.density` is the share of neurons that training saw
-    active. Raises ValueError for r outside of (0, d_model), k outside of (0, d_ff), or another act.
+    `act_fn.density` is the share of neurons that training saw active.
+
+    Args:
+        d_model: width of the hidden states.
+        d_ff: neurons.
+        k: how many of them are active.
+        r: how many inputs the gate reads; the up projection reads the others.
+        act: the activation, a name of `core.layers.activations.FUNCTIONS` that maps 0 to 0.
+
+    Raises:
+        ValueError: r is outside of (0, d_model), k outside of (0, d_ff), or `act` is another function.
     """
 
     decodes_as: ClassVar[str] = "spark_ffn"
@@ -73,9 +80,20 @@ class SparkFFN(nn.Module):
     def match_gated(
         cls, d_model: int, d_gated: int, density: float = 0.08, r: int | None = None, act: str = "gelu_tanh"
     ) -> Self:
-        """As many weights as a gated MLP of width d_gated, and round(density * d_ff) active neurons.
+        """Make one with as many weights as a gated MLP of width d_gated.
 
-        r: None for about d_model / 2, a multiple of 128 where d_model allows. Raises ValueError as the class does.
+        Args:
+            d_model: width of the hidden states.
+            d_gated: neurons of the gated MLP.
+            density: of the d_ff neurons, round(density * d_ff) are active.
+            r: None for about d_model / 2, a multiple of 128 if d_model allows it.
+            act: as in the class.
+
+        Returns:
+            The layer, with random weights.
+
+        Raises:
+            ValueError: as the class.
         """
         if not 0 < density < 1:
             raise ValueError(f"density: {density} was given; it is a share of the neurons, give more than 0, below 1.")
@@ -85,13 +103,17 @@ class SparkFFN(nn.Module):
         return cls(d_model, d_ff, max(round(density * d_ff), 1), r, act)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., d_model] -> the same shape."""
+        """Apply it to x [..., d_model]; the shape stays."""
         return self.down_proj(self.act_fn(self.gate_proj(x[..., : self.r])) * self.up_proj(x[..., self.r :]))
 
     def pack(self) -> PackedSparkFFN:
-        """The weights as the kernels read them: a second copy, which later changes do not reach.
+        """Pack the weights as the kernels read them: a second copy, which later changes do not reach.
 
-        Raises ValueError for a layer that is no plain nn.Linear, and as `kernels.pack` does.
+        Returns:
+            The copy.
+
+        Raises:
+            ValueError: a layer is no plain nn.Linear, or what `kernels.pack` raises.
         """
         for name in ("gate_proj", "up_proj", "down_proj"):
             if type(layer := getattr(self, name)) is not nn.Linear:
@@ -100,12 +122,12 @@ class SparkFFN(nn.Module):
         return PackedSparkFFN(gate, kernels.pack_rows(self.up_proj.weight), down, self.act_fn, self.r)
 
     def spec(self) -> dict[str, Any]:
-        """Its JSON arguments, as a checkpoint keeps them."""
+        """Return its JSON arguments, as a checkpoint keeps them."""
         return {"d_model": self.d_model, "d_ff": self.d_ff, "k": self.k, "r": self.r, "act": self.act}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], original: nn.Module) -> SparkFFN:
-        """In the dtype of what stands at its place; the values come from the weights file."""
+        """Make it in the dtype of what stands in its place; the values come from the weights file."""
         return cls(**spec).to(next(original.parameters()).dtype)
 
     def extra_repr(self) -> str:
@@ -114,7 +136,15 @@ class SparkFFN(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class PackedSparkFFN:
-    """The weights of a SparkFFN for one token at a time; of the up and down projection only active neurons are read."""
+    """The weights of a SparkFFN for one token at a time; of the up and down projection only active neurons are read.
+
+    Attributes:
+        gate: reads the first r inputs.
+        up: reads the others.
+        down: back to the width of the hidden states.
+        activation: behind statistical top-k.
+        r: how many inputs the gate reads.
+    """
 
     gate: kernels.PackedWeight
     up: kernels.PackedRows
@@ -124,7 +154,7 @@ class PackedSparkFFN:
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        """x [d_model], one token -> the same shape."""
+        """Apply it to x [d_model], one token; the shape stays."""
         if x.dim() != 1:
             raise ValueError(f"x: shape {tuple(x.shape)} was given; give one token, [{self.down.out_features}].")
         hidden = self.activation(kernels.dense_linear(x[: self.r], self.gate).float())
@@ -141,13 +171,22 @@ def spark_lm(
     r: int | None = None,
     act: str = "gelu_tanh",
 ) -> nn.Module:
-    """A LlamaForCausalLM with random weights whose MLPs and attention are Spark's, to be trained from scratch.
+    """Make a LlamaForCausalLM with random weights whose MLPs and attention are Spark's, to be trained from scratch.
 
-    config: of the Llama with gated MLPs that it has as many weights as. density: share of the neurons that are active,
-    None for ordinary gated MLPs. attended: keys per query, None for ordinary attention. r: inputs that the gate reads,
-    default about half; of a head half of the features choose the keys. act: as in SparkFFN; the config takes it over.
-    It is saved by `actkit.save`, loaded by `actkit.load` and generates through transformers. Raises ValueError for
-    sizes that do not fit, and for MLPs with biases.
+    It is saved by `actkit.save`, loaded by `actkit.load` and generates through transformers.
+
+    Args:
+        config: of the Llama with gated MLPs that it has as many weights as.
+        density: share of the neurons that are active; None for ordinary gated MLPs.
+        attended: keys per query; None for ordinary attention.
+        r: inputs that the gate reads, by default about half. Of a head, half of the features choose the keys.
+        act: as in SparkFFN; the config takes it over.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: sizes do not fit, or the MLPs have biases.
     """
     from transformers import LlamaForCausalLM
 
@@ -190,8 +229,11 @@ def _attention(config: LlamaConfig, attended: int, index: int) -> SparkAttention
 class Sparkify(Transform):
     """Put statistical top-k before the activation of gated MLPs, as Gemma 3n does in its first layers.
 
-    density: share of the neurons that stay active, in (0, 1]; 1 leaves the model as it is. first: only in so many
-    blocks, counted from the first; None for all. The model must be trained after it.
+    The model must be trained after it.
+
+    Attributes:
+        density: share of the neurons that stay active, in (0, 1]; 1 leaves the model as it is.
+        first: only in so many blocks, counted from the first; None for all.
     """
 
     density: float = Field(0.05, gt=0, le=1)

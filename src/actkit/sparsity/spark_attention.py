@@ -1,10 +1,11 @@
-"""Spark attention: a slice of each head chooses the keys, the rest weighs them (Spark Transformer, 2025,
-arXiv:2506.06644).
+"""Spark attention: a slice of each head chooses the keys, the rest weighs them (2025, arXiv:2506.06644).
+
+The attention of the Spark Transformer:
 
     a = softmax(Top_k^(-inf)(K1 q1 / sqrt(r))),   y = V^T (a * softplus(K2 q2 / sqrt(head_dim - r)))
 
 per head and query, with q1, K1 the first r features and q2, K2 the others. Top_k^(-inf) is statistical top-k over the
-visible keys: where at most k are visible, all are attended, and the one with the largest score always is. The weights
+visible keys: if at most k are visible, all are attended, and the one with the largest score always is. The weights
 do not sum to 1. Parameters, cache and cost of a dense pass are those of ordinary attention; decoding can read K1 of all
 keys, and K2 and V of about k.
 
@@ -28,7 +29,12 @@ Rotary = tuple[Tensor, Tensor]
 
 
 class Split(NamedTuple):
-    """The two parts of queries or keys, views of one tensor: chooses [..., r], weighs [..., head_dim - r]."""
+    """The two parts of queries or keys, views of one tensor.
+
+    Attributes:
+        chooses: [..., r], decides which keys are attended.
+        weighs: [..., head_dim - r], weighs them.
+    """
 
     chooses: Tensor
     weighs: Tensor
@@ -37,10 +43,18 @@ class Split(NamedTuple):
 class SparkAttention(nn.Module):
     """Causal attention of about k keys per query; takes the place of transformers' LlamaAttention.
 
-    d_model: width of the hidden states; heads of head_dim features, of which the first r choose the keys. k: keys to
-    attend to. key_value_heads: shared by groups of queries, default one per head. bias: of the query, key and value
-    layers. layer_index: which layer of a transformers cache is this one's.
-    Raises ValueError for sizes that do not fit.
+    Args:
+        d_model: width of the hidden states.
+        heads: how many.
+        head_dim: features of a head.
+        r: how many of them, the first, choose the keys.
+        k: keys to attend to.
+        key_value_heads: shared by groups of queries; by default one per head.
+        bias: of the query, key and value layers.
+        layer_index: which layer of a transformers cache is this one's.
+
+    Raises:
+        ValueError: sizes do not fit.
     """
 
     decodes_as: ClassVar[str] = "spark_attention"
@@ -86,11 +100,18 @@ class SparkAttention(nn.Module):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """hidden_states [batch, length, d_model] -> the same shape, and the weights [batch, heads, length, keys].
+        """Attend.
 
-        position_embeddings: (cos, sin) [batch, length, head_dim], None for no rotary embedding. attention_mask: bool
-        (True: visible) or additive [batch, 1, length, keys], or [batch, keys] with 0 for padding beside causality; None
-        for causality alone. past_key_values: a transformers cache, where K1 and K2 lie side by side as the key.
+        Args:
+            hidden_states: [batch, length, d_model].
+            position_embeddings: (cos, sin) [batch, length, head_dim]; None for no rotary embedding.
+            attention_mask: bool (True: visible) or additive [batch, 1, length, keys], or [batch, keys] with 0 for
+                padding beside causality; None for causality alone.
+            past_key_values: a transformers cache, in which K1 and K2 lie side by side as the key.
+            kwargs: what transformers passes besides, not read.
+
+        Returns:
+            The new hidden states, of the same shape, and the weights [batch, heads, length, keys].
         """
         batch, length = hidden_states.shape[:2]
 
@@ -109,18 +130,23 @@ class SparkAttention(nn.Module):
         return self.o_proj(mixed), weights
 
     def split(self, x: Tensor) -> Split:
-        """The parts of queries or keys [..., head_dim], such as those in a cache."""
+        """Split queries or keys [..., head_dim], such as those in a cache."""
         return Split(x[..., : self.r], x[..., self.r :])
 
     def weights(self, query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
-        """What each value is multiplied by, exactly 0 for keys that are not attended: [batch, heads, length, keys].
+        """Compute what each value is multiplied by, exactly 0 for keys that are not attended.
 
-        query: [batch, heads, length, head_dim]; key: [batch, key_value_heads, keys, head_dim]; visible: bool,
-        broadcastable to the result. A query that sees no key (padding) has the mean over all.
+        Args:
+            query: [batch, heads, length, head_dim].
+            key: [batch, key_value_heads, keys, head_dim].
+            visible: bool, broadcastable to the result.
+
+        Returns:
+            [batch, heads, length, keys]. A query that sees no key (padding) has the mean over all.
         """
         queries, keys = self.split(query), self.split(self._per_head(key))
         scores = queries.chooses @ keys.chooses.transpose(2, 3) * self.r**-0.5
-        scores = scores.masked_fill(~visible, 0)  # where padding is not finite
+        scores = scores.masked_fill(~visible, 0)  # padding may not be finite
         if self.k < scores.shape[-1]:
             chosen = statistical_topk(scores, self.k, mode="neg_inf", valid_mask=visible.expand_as(scores))
         else:
@@ -136,13 +162,13 @@ class SparkAttention(nn.Module):
         return x.repeat_interleave(self.heads // self.key_value_heads, dim=1)
 
     def _rotated(self, x: Tensor, rotary: Rotary) -> Tensor:
-        """x [batch, heads, length, head_dim] with each part turned as a head of its own width."""
+        """Turn each part of x [batch, heads, length, head_dim] as a head of its own width."""
         return torch.cat(
             [_rotate(part, *(_narrowed(each, part.shape[-1]) for each in rotary)) for part in self.split(x)], -1
         )
 
     def spec(self) -> dict[str, Any]:
-        """Its JSON arguments, as a checkpoint keeps them."""
+        """Return its JSON arguments, as a checkpoint keeps them."""
         return {
             "d_model": self.d_model,
             "heads": self.heads,
@@ -156,7 +182,7 @@ class SparkAttention(nn.Module):
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], original: nn.Module) -> SparkAttention:
-        """In the dtype of what stands at its place; the values come from the weights file."""
+        """Make it in the dtype of what stands in its place; the values come from the weights file."""
         return cls(**spec).to(next(original.parameters()).dtype)
 
     def extra_repr(self) -> str:
@@ -177,12 +203,12 @@ def _visible(mask: Tensor | None, length: int, keys: int, device: torch.device) 
 
 
 def _narrowed(table: Tensor, width: int) -> Tensor:
-    """Of a rotary table [batch, length, head_dim] the columns for a head of `width`: [batch, length, width]."""
+    """Take the columns of a rotary table [batch, length, head_dim] for a head of `width`: [batch, length, width]."""
     planes = torch.arange(width // 2, device=table.device) * table.shape[-1] // width
     return table[..., planes].repeat(1, 1, 2)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [batch, heads, length, width], turned in the planes (i, i + width / 2)."""
+    """Turn x [batch, heads, length, width] in the planes (i, i + width / 2)."""
     low, high = x.chunk(2, dim=-1)
     return x * cos.unsqueeze(1) + torch.cat((-high, low), dim=-1) * sin.unsqueeze(1)

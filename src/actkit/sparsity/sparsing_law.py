@@ -1,6 +1,6 @@
 """PPL-p% sparsity: the neurons of an MLP that may be skipped if perplexity may rise by p % (2024, arXiv:2411.02335).
 
-    neuron i is kept where |h_i| * ||W_out[:, i]|| > eps of its layer;  eps: the largest with CETT(eps) <= c (`cett.py`)
+    neuron i is kept if |h_i| * ||W_out[:, i]|| > eps of its layer;  eps: the largest with CETT(eps) <= c (`cett.py`)
     c, shared by all layers: the largest with exp(loss_sparse - loss_dense) <= 1 + p / 100 on the calibration data
 
 It counts contributions and not zeros, so it means the same for any activation function.
@@ -13,13 +13,13 @@ per layer), then about ten passes over the data, in float32: differences of the 
 so a 16-bit model is searched on a float32 copy.
 At run time one multiplication and one comparison per neuron; the columns of weak neurons are not read.
 
-Settled here: eps is exact (`method="sort"`: the CETT of every possible threshold in one sorted sum), where the release
-bisects over 65,536 candidates up to the 0.99 quantile (`method="grid"`). Where even the smallest candidate is too
+Settled here: eps is exact (`method="sort"`: the CETT of every possible threshold in one sorted sum); the release
+bisects over 65,536 candidates up to the 0.99 quantile (`method="grid"`). If even the smallest candidate is too
 large, eps is 0; the release then takes index -1, its largest candidate. The shared CETT is found by false position
 (Illinois) on the square root of the rise, which is nearly linear, instead of plain bisection, and the search stops
-where the rise is at most 1 % of p below p: bisection to 1e-6 would resolve the noise of single neurons.
+once the rise is at most 1 % of p below p: bisection to 1e-6 would resolve the noise of single neurons.
 As in the paper, thresholds come from the dense hidden states: errors that grow from layer to layer are counted in the
-loss, not corrected for. What is p here: the release's search over several checkpoints stops at a CETT tolerance of
+loss, not corrected for. What p is here: the release's search over several checkpoints stops at a CETT tolerance of
 1e-3, its search on one model at 1e-6, so the paper's figures may not all be equally exact.
 """
 
@@ -44,13 +44,20 @@ from actkit.sparsity.shared_cett import SharedCett, in_float32, largest_cett, se
 class PerplexitySparsity(Transform):
     """Drop the neurons of every MLP whose contribution is small, so that perplexity rises by at most p %.
 
-    p: in percent; for classifiers exp of the loss counts as perplexity (batches then hold 'labels'). tolerance: how far
-    below p the rise may stay, as a share of it. method: 'sort' is exact, 'grid' takes the release's candidates. sample:
-    tokens per layer that thresholds are computed from. cett: the shared CETT, found from p where None; given, no loss
-    is needed, and 0 leaves the model as it is. thresholds: eps by the path of the output layer, computed where None;
-    what `ppl_sparsity` found may be given. It changes the output layers of MLPs only. Thresholds are computed before
-    the recipe starts: over a quantizer, apply it in a run of its own.
-    Raises ValueError for values out of bounds, DataError for a model without a loss.
+    It changes the output layers of MLPs only. Thresholds are computed before the recipe starts: to use it over a
+    quantizer, apply the quantizer in a separate run first.
+
+    Attributes:
+        p: in percent; for classifiers exp of the loss counts as perplexity (batches then hold 'labels').
+        tolerance: how far below p the rise may stay, as a share of it.
+        method: 'sort' is exact, 'grid' takes the release's candidates.
+        sample: tokens per layer that thresholds are computed from.
+        cett: the shared CETT; None finds it from p. If it is given no loss is needed, and 0 leaves the model as it is.
+        thresholds: eps by the path of the output layer; None computes them. What `ppl_sparsity` found may be given.
+
+    Raises:
+        ValueError: a value is out of bounds.
+        DataError: when applied, the model has no loss.
     """
 
     p: float = Field(1.0, gt=0, allow_inf_nan=False)

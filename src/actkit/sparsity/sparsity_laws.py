@@ -1,5 +1,4 @@
-"""How the share of active neurons moves with training tokens and with shape: three laws and their fits (2024,
-arXiv:2411.02335).
+"""Fit how the share of active neurons moves with training tokens and with shape: three laws (2024, arXiv:2411.02335).
 
     relu:   A(D) = exp(b - c * D^alpha) + A0      falls towards A0
     silu:   A(D) = A0 - c / D^alpha               rises towards A0
@@ -10,7 +9,7 @@ else. A: PPL-p% activation ratios (`sparsing_law.py`), shares in 0 to 1.
 
 Cost: milliseconds. The paper fits with Levenberg-Marquardt; here it is scipy's trust-region method, as it keeps the
 bounds alpha > 0, c > 0 and 0 < A0 < 1, from several starts, on tokens divided by their geometric mean: over decades of
-raw tokens both diverge. Where no bound is reached the minimum is the same. The third law is our reading of the paper's
+raw tokens both diverge. If no bound is reached the minimum is the same. The third law is our reading of the paper's
 figure ("linear up to a bottleneck, then flat"); it gives no formula and no coefficients for it.
 """
 
@@ -55,8 +54,17 @@ _BOUNDS = {"alpha": (1e-3, 10.0), "b": (-np.inf, np.inf), "c": (0.0, np.inf), "a
 
 @dataclass(frozen=True)
 class LawFit:
-    """A fitted law. parameters: for tokens in billions. covariance: of the parameters, in their order; None where the
-    data do not determine it. r2: 1 - sse / total; sse: sum of squared errors. tokens, ratios: what was fitted."""
+    """A fitted law.
+
+    Attributes:
+        law: its name.
+        parameters: for tokens in billions.
+        covariance: of the parameters, in their order; None if the data do not determine it.
+        r2: 1 - sse / total.
+        sse: sum of squared errors.
+        tokens: what was fitted.
+        ratios: what was fitted.
+    """
 
     law: str
     parameters: dict[str, float]
@@ -67,12 +75,12 @@ class LawFit:
     ratios: tuple[float, ...]
 
     def predict(self, tokens: ArrayLike) -> Any:
-        """The activation ratio after so many tokens: a float, or an array of their shape."""
+        """Return the activation ratio after so many tokens: a float, or an array of their shape."""
         found = _LAWS[self.law][0](np.asarray(tokens, float) / BILLION, **self.parameters)
         return float(found) if np.ndim(found) == 0 else found
 
     def tokens_for(self, ratio: float) -> float:
-        """The tokens after which the activation ratio is `ratio`. Raises ValueError where it never is."""
+        """Return the tokens after which the activation ratio is `ratio`. Raises ValueError if it never is."""
         at = self.parameters
         low, high = (at["a0"], at["a0"] + math.exp(at["b"])) if self.law == "relu" else (-math.inf, at["a0"])
         if not low < ratio < high:
@@ -103,7 +111,11 @@ class LawFit:
         return table
 
     def figure(self) -> Figure:
-        """The points and the curve. Raises ImportError where plotly (the extra `report`) is missing."""
+        """Draw the points and the curve.
+
+        Raises:
+            ImportError: plotly (the extra `report`) is missing.
+        """
         from plotly.graph_objects import Figure, Scatter
 
         dense = np.geomspace(min(self.tokens), max(self.tokens), 200)
@@ -118,15 +130,34 @@ class LawFit:
 
 
 def fit_relu_law(tokens: ArrayLike, ratios: ArrayLike) -> LawFit:
-    """Fit A(D) = exp(b - c * D^alpha) + A0. tokens, ratios: equally many, at least five.
+    """Fit A(D) = exp(b - c * D^alpha) + A0.
 
-    Raises ValueError for too few points, tokens that are not positive or ratios outside 0 to 1.
+    Args:
+        tokens: training tokens, at least five.
+        ratios: as many, shares.
+
+    Returns:
+        The law.
+
+    Raises:
+        ValueError: there are too few points, tokens are not positive, or ratios are outside 0 to 1.
     """
     return _fit("relu", tokens, ratios)
 
 
 def fit_silu_law(tokens: ArrayLike, ratios: ArrayLike) -> LawFit:
-    """Fit A(D) = A0 - c / D^alpha. tokens, ratios: equally many, at least four. Raises as `fit_relu_law` does."""
+    """Fit A(D) = A0 - c / D^alpha.
+
+    Args:
+        tokens: training tokens, at least four.
+        ratios: as many, shares.
+
+    Returns:
+        The law.
+
+    Raises:
+        ValueError: as `fit_relu_law`.
+    """
     return _fit("silu", tokens, ratios)
 
 
@@ -185,8 +216,18 @@ def _start(law: str, d: Values, a: Values, alpha: float) -> list[float]:
 
 @dataclass(frozen=True)
 class WidthFit:
-    """The limit ratio over width / depth. bottleneck: where it turns flat, None where the points show no flat part
-    (then the line holds as far as they reach). plateau: the ratio beyond it."""
+    """The limit ratio over width / depth.
+
+    Attributes:
+        slope: of the line.
+        intercept: of the line.
+        bottleneck: where it turns flat; None if the points show no flat part (then the line holds as far as they
+            reach).
+        r2: 1 - sse / total.
+        sse: sum of squared errors.
+        shapes: what was fitted.
+        ratios: what was fitted.
+    """
 
     slope: float
     intercept: float
@@ -198,11 +239,11 @@ class WidthFit:
 
     @property
     def plateau(self) -> float | None:
-        """The share beyond the bottleneck; None where the fit has none."""
+        """The share beyond the bottleneck; None if the fit has none."""
         return None if self.bottleneck is None else self.intercept + self.slope * self.bottleneck
 
     def predict(self, shapes: ArrayLike) -> Any:
-        """The limit ratio at hidden size / layers: a float, or an array of their shape."""
+        """Return the limit ratio at hidden size / layers: a float, or an array of their shape."""
         x = np.minimum(np.asarray(shapes, float), math.inf if self.bottleneck is None else self.bottleneck)
         found = self.intercept + self.slope * x
         return float(found) if np.ndim(found) == 0 else found
@@ -226,7 +267,11 @@ class WidthFit:
         return table
 
     def figure(self) -> Figure:
-        """The points and the line. Raises ImportError where plotly (the extra `report`) is missing."""
+        """Draw the points and the line.
+
+        Raises:
+            ImportError: plotly (the extra `report`) is missing.
+        """
         from plotly.graph_objects import Figure, Scatter
 
         ends = [min(self.shapes), max(self.shapes)]
@@ -243,9 +288,18 @@ class WidthFit:
 def fit_width_law(shapes: ArrayLike, ratios: ArrayLike) -> WidthFit:
     """Fit a line up to a bottleneck and a constant beyond it, by least squares.
 
-    shapes: hidden size / number of layers of models that differ in nothing else, at least four. ratios: their limit
-    ratios (A0 of their laws, or the ratio at the end of training). The bottleneck is exact: between two neighbouring
-    points the best one follows from both parts' own fits, else it is at a point. Raises ValueError for too few points.
+    The bottleneck is exact: between two neighbouring points the best one follows from both parts' own fits, else it is
+    at a point.
+
+    Args:
+        shapes: hidden size / number of layers of models that differ in nothing else, at least four.
+        ratios: their limit ratios (A0 of their laws, or the ratio at the end of training).
+
+    Returns:
+        The line.
+
+    Raises:
+        ValueError: there are too few points.
     """
     x, a = _checked("shapes", shapes, ratios, 4)
     order = np.argsort(x, kind="stable")

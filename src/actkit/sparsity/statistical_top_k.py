@@ -1,17 +1,16 @@
-"""Statistical top-k: a threshold from mean and standard deviation instead of a sort (Spark Transformer, 2025,
-arXiv:2506.06644).
+"""Statistical top-k: a threshold from mean and standard deviation instead of a sort (2025, arXiv:2506.06644).
 
     theta(x, k) = mean(x) + std(x) * Q(1 - k / d)        x in R^d, Q: quantile function of the standard normal
     z = max(x - theta, 0)                                kept values are shifted by theta
 
-About k entries are kept where x is close to normal; z = argmin over z >= 0 of theta |z|_1 + |x - z|^2 / 2, continuous
-in x. Cost: three passes over x and no sort; gradients flow through mean and deviation. The same formula is in
-transformers' Gemma 3n, which divides the variance by d, as is the default here (`unbiased` divides by d - 1; which one
-the paper means we could not check).
+From the Spark Transformer. About k entries are kept if x is close to normal; z is the argmin over z >= 0 of
+theta |z|_1 + |x - z|^2 / 2, continuous in x. Cost: three passes over x and no sort; gradients flow through mean and
+deviation. The same formula is in transformers' Gemma 3n, which divides the variance by d, as is the default here
+(`unbiased` divides by d - 1; which one the paper means we could not check).
 
 Settled here: statistics are taken in float32 (float64 for float64) and of the valid entries alone. A row with at most k
 valid entries keeps all of them. A row that is constant to rounding has no order: "soft" and "mask" keep nothing,
-"neg_inf" everything. Where a few very low entries lift theta above the largest one, nothing would be kept: "neg_inf",
+"neg_inf" everything. If a few very low entries lift theta above the largest one, nothing would be kept: "neg_inf",
 which a softmax reads, then keeps the largest.
 Our own reading: the paper's variant with a continuous derivative is taken as Huber's function of the excess u = x -
 theta: 0 for u <= 0, u^2 / (2 h) up to u = h, then u - h / 2.
@@ -43,15 +42,25 @@ def statistical_topk(
     unbiased: bool = False,
     huber: float | None = None,
 ) -> Tensor:
-    """About the k largest entries of x along `dim`; the shape and dtype of x.
+    """Keep about the k largest entries of x along `dim`.
 
-    k: in (0, d], may be a fraction of an entry (0.05 * d). mode: 'soft' gives max(x - theta, 0); 'mask' gives x where
-    x > theta, else 0 (not shifted, so not continuous); 'neg_inf' gives x where x > theta, and the
-    largest one in any case, else -inf, for a softmax.
-    valid_mask: bool, broadcastable to x; entries that are not valid enter no statistic and are never kept. unbiased:
-    divide the variance by d - 1. huber: width of the quadratic part of 'soft', None for none.
-    Where all entries of a row are kept, 'soft' shifts by the smallest one. NaN in a row is seen in the row's output.
-    Raises ValueError for arguments outside of this, and for fewer than two entries.
+    If all entries of a row are kept, 'soft' shifts by the smallest one. NaN in a row is seen in the row's output.
+
+    Args:
+        x: floats, of any shape.
+        k: in (0, d], may be a fraction of an entry (0.05 * d).
+        dim: along which.
+        mode: 'soft' gives max(x - theta, 0); 'mask' gives x if x > theta, else 0 (not shifted, so not continuous);
+            'neg_inf', for a softmax, gives x if x > theta, and the largest one in any case, else -inf.
+        valid_mask: bool, broadcastable to x; entries that are not valid enter no statistic and are never kept.
+        unbiased: divide the variance by d - 1.
+        huber: width of the quadratic part of 'soft'; None for none.
+
+    Returns:
+        The shape and dtype of x.
+
+    Raises:
+        ValueError: an argument is outside of this, or there are fewer than two entries.
     """
     if mode not in MODES:
         raise ValueError(f"mode: {mode!r} was given, allowed are {', '.join(MODES)}.")
@@ -83,18 +92,34 @@ def statistical_topk(
 def threshold(
     x: Tensor, k: int | float, dim: int = -1, valid_mask: Tensor | None = None, unbiased: bool = False
 ) -> Tensor:
-    """theta(x, k), the shape of x with 1 at `dim`; -inf where at most k entries are valid.
+    """Compute theta(x, k). A row that is constant to rounding has that constant.
 
-    float32, float64 for float64. A row that is constant to rounding has that constant. Arguments and what is raised: as
-    in `statistical_topk`.
+    Args:
+        x: as in `statistical_topk`.
+        k: as in `statistical_topk`.
+        dim: as in `statistical_topk`.
+        valid_mask: as in `statistical_topk`.
+        unbiased: as in `statistical_topk`.
+
+    Returns:
+        float32 (float64 for float64), the shape of x with 1 at `dim`; -inf if at most k entries are valid.
+
+    Raises:
+        ValueError: as `statistical_topk`.
     """
     found = _statistics(x, k, dim, valid_mask, unbiased)
     return found.mean + found.shift
 
 
 class _Statistics(NamedTuple):
-    """centered: x - mean; shift: theta - mean, -inf where all entries are kept. constant: bool, rows whose
-    entries are equal to rounding, so that a threshold separates nothing."""
+    """What a threshold is made of.
+
+    Attributes:
+        mean: over the valid entries.
+        centered: x - mean.
+        shift: theta - mean; -inf if all entries are kept.
+        constant: bool, rows whose entries are equal to rounding, so that a threshold separates nothing.
+    """
 
     mean: Tensor
     centered: Tensor
@@ -128,7 +153,7 @@ def _statistics(x: Tensor, k: int | float, dim: int, valid_mask: Tensor | None, 
 
 
 def _check(x: Tensor, k: int | float, dim: int, valid_mask: Tensor | None) -> int:
-    """The width of x along `dim`; raises ValueError for arguments that make no sense."""
+    """Return the width of x along `dim`; raise ValueError for arguments that make no sense."""
     if not x.is_floating_point() or x.dim() == 0:
         raise ValueError(f"x: {x.dtype} {tuple(x.shape)} was given; give floats with at least one dimension.")
     if not -x.dim() <= dim < x.dim():
@@ -151,7 +176,7 @@ def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
 
 
 def _extreme(x: Tensor, dim: int, valid_mask: Tensor | None, largest: bool = False) -> Tensor:
-    """The smallest or largest valid entry, 0 where there is none."""
+    """Return the smallest or largest valid entry, 0 if there is none."""
     beyond = -math.inf if largest else math.inf
     if valid_mask is not None:
         x = x.masked_fill(~valid_mask, beyond)
@@ -162,10 +187,16 @@ def _extreme(x: Tensor, dim: int, valid_mask: Tensor | None, largest: bool = Fal
 class StatisticalTopK(KeepsDtype):
     """An activation function behind statistical top-k: f(max(x - theta(x, k), 0)) over the last dimension.
 
-    base: the activation f, with f(0) = 0, so that what is not kept is exactly 0. k: entries to keep, of the width of x.
-    density: float32 [2], a running mean over training batches of the share that was kept, and of its 95th percentile
-    over tokens; zeros before the first batch. It is measured in training mode only.
-    Raises ValueError for k of 0 or less and for an f that maps 0 elsewhere.
+    Args:
+        base: the activation f, with f(0) = 0, so that what is not kept is exactly 0.
+        k: entries to keep, of the width of x.
+
+    Attributes:
+        density: float32 [2], a running mean over training batches of the share that was kept, and of its 95th
+            percentile over tokens; zeros before the first batch. It is measured in training mode only.
+
+    Raises:
+        ValueError: k is 0 or less, or f maps 0 elsewhere.
     """
 
     elementwise: ClassVar[bool] = False
@@ -185,7 +216,7 @@ class StatisticalTopK(KeepsDtype):
         self.register_buffer("density", torch.zeros(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., width] -> the same shape."""
+        """Apply it to x [..., width]; the shape stays."""
         kept = statistical_topk(x, self.k)
         if self.training:
             self._measure(kept.detach())
@@ -200,12 +231,12 @@ class StatisticalTopK(KeepsDtype):
         self.density.copy_(torch.where(self.density == 0, now, self.density.lerp(now, MOMENTUM)))
 
     def spec(self) -> dict[str, Any]:
-        """Its JSON arguments, as a checkpoint keeps them."""
+        """Return its JSON arguments, as a checkpoint keeps them."""
         return {"k": self.k}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], original: nn.Module) -> StatisticalTopK:
-        """Around the activation that stands at its place."""
+        """Make it around the activation that stands in its place."""
         return cls(original, spec["k"])
 
     def extra_repr(self) -> str:
@@ -213,7 +244,7 @@ class StatisticalTopK(KeepsDtype):
 
 
 def keeps_zero(activation: nn.Module) -> bool:
-    """Whether an element-wise activation maps 0 to 0."""
+    """Return whether an element-wise activation maps 0 to 0."""
     like = next(chain(activation.parameters(), activation.buffers()), torch.empty(0, device="cpu"))
     with torch.no_grad():
         return not bool(activation(like.new_zeros(1)).any())

@@ -1,6 +1,6 @@
 """TEAL: drop the inputs of linear layers that are small in magnitude (2024, arXiv:2408.14690). The baseline of WINA.
 
-    y = W (m * x),  m_j = 1 where |x_j| > t;  t = the p-quantile of |x| on calibration text, per layer input
+    y = W (m * x),  m_j = 1 if |x_j| > t;  t = the p-quantile of |x| on calibration text, per layer input
 
 When to use it: to read fewer weights per decoded token in any model with linear layers, without training; it is the
 simplest method of its kind, and the one to beat. 0.25 to 0.5 to begin with.
@@ -43,7 +43,13 @@ GREEDY = "hundreds of passes over the calibration data; try it with recipes= and
 
 @dataclass(frozen=True)
 class MaskGroup:
-    """Linear layers that share one mask: where their input is observed, the score of its channels ([in] or None)."""
+    """Linear layers that share one mask.
+
+    Attributes:
+        site: where their input is observed.
+        linears: the layers.
+        score: of the input's channels, [in], or None.
+    """
 
     site: Site
     linears: tuple[Linear, ...]
@@ -53,11 +59,16 @@ class MaskGroup:
 class Teal(Transform):
     """Sparsify the inputs of linear layers by magnitude.
 
-    sparsity: share of the inputs dropped, in [0, 1); 0 leaves the model as it is. mode: one calibrated threshold per
-    input, or the exact top k of each token. allocation: the same share everywhere, or greedy within each block.
-    step: of the greedy search, for the largest mask's layers; smaller ones move further, in inverse proportion to their
-    size. Halving it doubles the cost. skip: roles left dense, for example ("output",).
-    Raises ValueError for values out of bounds.
+    Attributes:
+        sparsity: share of the inputs dropped, in [0, 1); 0 leaves the model as it is.
+        mode: one calibrated threshold per input, or the exact top k of each token.
+        allocation: the same share everywhere, or greedy within each block.
+        step: of the greedy search, for the largest mask's layers; smaller ones move further, in inverse proportion to
+            their size. Halving it doubles the cost.
+        skip: roles left dense, for example ("output",).
+
+    Raises:
+        ValueError: a value is out of bounds.
     """
 
     sparsity: float = Field(0.5, ge=0, lt=1)
@@ -78,7 +89,7 @@ class Teal(Transform):
 
     @classmethod
     def _of_zeros(cls, profile: Looked, shapes: Shapes) -> Iterable[Idea]:
-        """The share of exact zeros, for the layers that read them, if the profile finds such sites."""
+        """Propose the share of exact zeros, for the layers that read them, if the profile finds such sites."""
         sites = [site for site in profile.sites if site.read_by and 1 - site.density >= ZEROS]
         roles = {w.role for w in profile.weights for site in sites if w.path in site.read_by}
         if not sites or not roles:
@@ -103,7 +114,7 @@ class Teal(Transform):
         return [linear for linear in block.linears() if linear.role not in self.skip]
 
     def groups(self, block: Block) -> list[MaskGroup]:
-        """The masks of a block: here one per distinct input, by magnitude alone."""
+        """Return the masks of a block: here one per distinct input, by magnitude alone."""
         wanted = {linear.path for linear in self.targets(block)}
         groups = []
         for inputs in block.linear_inputs():
@@ -142,7 +153,7 @@ class Teal(Transform):
         return Threshold(seen[group.site].quantile(share), group.score)
 
     def _allocate(self, groups: list[MaskGroup], block: Block, seen: Seen) -> list[float]:
-        """Greedy sparsities, one per group, whose weighted mean is `sparsity`."""
+        """Find greedy sparsities, one per group, whose weighted mean is `sparsity`."""
         sizes = torch.tensor([float(sum(linear.weight.numel() for linear in group.linears)) for group in groups])
         calls = seen.block_calls
         module = block.module
@@ -174,9 +185,12 @@ class Teal(Transform):
 
 
 def _error(sparse: Tensor, dense: Tensor, mask: Tensor | None) -> float:
-    """The release's error: the L2 norm over the last quarter of the positions, averaged over channels and rows.
+    """Compute the release's error: the L2 norm over the last quarter of the positions, averaged over channels and rows.
 
-    sparse, dense: [batch, length, channels], or [rows, channels]. mask: bool [batch, length], which tokens are real.
+    Args:
+        sparse: [batch, length, channels], or [rows, channels].
+        dense: of the same shape.
+        mask: bool [batch, length], which tokens are real.
     """
     difference = (dense - sparse).float()
     if difference.dim() != 3:

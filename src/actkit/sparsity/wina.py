@@ -1,17 +1,17 @@
 """WINA: keep input j of a linear layer when |x_j| * ||W[:, j]|| is large (2025, arXiv:2505.19427).
 
-    y = W (m * x),  m_j = 1 where |x_j| * c_j > t (or is among the k largest),  c_j = ||W[:, j]||_2
+    y = W (m * x),  m_j = 1 if |x_j| * c_j > t (or is among the k largest),  c_j = ||W[:, j]||_2
 
 If the columns of W are orthogonal this choice has the smallest output error of all masks of its size; in general it
 has in expectation, for uncorrelated inputs of mean zero. Rescaling an input against its column leaves it unchanged.
 When to use it: to read fewer weights per decoded token in any model with linear layers, without training. It can gain
-over TEAL only where the norms of a weight's columns differ: in the embedded models they vary by 10 to 15 %, and it
+over TEAL only if the norms of a weight's columns differ: in the embedded models they vary by 10 to 15 %, and it
 gains nothing there.
 Cost: one multiply and one comparison per input; the columns of dropped inputs are not read.
 Left open by the paper: one mask for layers that share an input. Here `norms="joint"` takes the column norm of the
 stacked matrices, so that they share one mask; "each" gives every matrix its own; "release" reproduces the published
-code, where only the key and gate matrices get norms and the others fall back to magnitude. The paper's rotation, which
-makes columns orthogonal, is the transform `rotate_columns` before this one.
+code, in which only the key and gate matrices get norms and the others fall back to magnitude. The paper's rotation,
+which makes columns orthogonal, is the transform `rotate_columns` before this one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ RELEASE_ROLES = ("key", "gate", "query_key_value", "gate_up")
 class Wina(Teal):
     """Sparsify the inputs of linear layers by magnitude times weight norm.
 
-    norms: 'joint', 'each' or 'release' (see above). Everything else as in Teal.
+    Attributes:
+        norms: 'joint', 'each' or 'release' (see above); everything else is as in `Teal`.
     """
 
     norms: Literal["joint", "each", "release"] = "joint"
@@ -46,7 +47,7 @@ class Wina(Teal):
         yield LeftOut("wina with greedy allocation", GREEDY)
 
     def groups(self, block: Block) -> list[MaskGroup]:
-        """The masks of a block: one per input with joint norms, else one per matrix."""
+        """Return the masks of a block: one per input with joint norms, else one per matrix."""
         groups = []
         for group in super().groups(block):
             if self.norms == "joint":
@@ -60,6 +61,6 @@ class Wina(Teal):
 
 
 def column_norms(linears: Iterable[Linear]) -> Tensor:
-    """The column norms of the stacked weights [out, in] of linear layers that share an input: float32 [in]."""
+    """Compute the column norms of the stacked weights [out, in] of linear layers that share an input: float32 [in]."""
     squares = torch.stack([linear.weight.detach().float().square().sum(0) for linear in linears])
     return squares.sum(0).sqrt()
