@@ -51,17 +51,27 @@ def open_data(data: Any, model: nn.Module, tokenizer: Any, split: Split, **optio
     return load_data(data, model, tokenizer, split=split if data is None else None, **options)
 
 
-def profile(model: Model, data: Any = None, *, max_memory: int | str | None = None, **options: Any) -> Profile:
+def profile(
+    model: Model, data: Any = None, *, sites: Iterable[str] = (), max_memory: int | str | None = None, **options: Any
+) -> Profile:
     """What the activations of a model look like, and which methods that suggests.
 
-    data: None for the embedded calibration split. max_memory: cap for the statistics, bytes or '2GB'. options: of
-    `open_model` and `load_data`. Raises what these and `search.profile.profile` raise.
+    Args:
+        model: a model, or its name.
+        data: None for the embedded calibration split.
+        sites: further sites or patterns to show, such as 'activation.output'.
+        max_memory: cap for the statistics, bytes or '2GB'.
+        options: of `open_model` and `load_data`.
+
+    Raises:
+        ValueError: what these and `search.profile.profile` raise.
     """
     from actkit.search.profile import profile as measure
 
     opening, reading = _sorted(options)
     opened, tokenizer = open_model(model, **opening)
-    return measure(opened, open_data(data, opened, tokenizer, "calibration", **reading), max_memory=max_memory)
+    batches = open_data(data, opened, tokenizer, "calibration", **reading)
+    return measure(opened, batches, sites=sites, max_memory=max_memory)
 
 
 def apply(

@@ -57,6 +57,9 @@ IMAGES = nn.Sequential(nn.ReLU(), nn.Conv2d(1, 2, 1)), torch.zeros(1, 1, 4, 4)
 proof(lambda p: anatomy(*IMAGES).tap(Site("layer.output", path="0")))
 
 
+proof(lambda p: anatomy(*IMAGES).tap(Site("activation.output", path="1")))
+
+
 proof(lambda p: anatomy(build("mlp"), batches("mlp")[0]).block(3))
 
 

@@ -94,7 +94,7 @@ class Unknown(nn.Module):
 @pytest.mark.parametrize("path", ["raw", "split", "product", "flipped", "twice"])
 def test_what_is_not_known_is_an_error_before_any_statistic(path: str) -> None:
     model, x = Unknown(), torch.randn(2, 3, 6, 6)
-    message = rf"layer\.output:{path} is a tensor of [45] dimensions, and which of them holds the channels is not known"
+    message = rf"the output of {path} is a tensor of [45] dimensions, and which of them holds the channels is not known"
     with pytest.raises(ValueError, match=message):
         record(model, {f"layer.output:{path}": AbsMax()}, [x], progress=False)
     with pytest.raises(ValueError, match=message), live(model, f"layer.output:{path}", anatomy(model, x)):
@@ -111,5 +111,5 @@ def test_modules_of_known_families_are_read_as_hidden_states() -> None:
     assert torch.equal(seen["layer.output:model.layers.0.mlp"].rows.float(), found[0].flatten(0, 1))
     vit = build("vit")
     images = {"pixel_values": torch.randn(3, 3, 8, 8)}
-    with pytest.raises(ValueError, match=r"layer\.input:vit\.embeddings is a tensor of 4 dimensions"):
+    with pytest.raises(ValueError, match=r"the input of vit\.embeddings is a tensor of 4 dimensions"):
         record(vit, {"layer.input:vit.embeddings": AbsMax()}, [images], progress=False)

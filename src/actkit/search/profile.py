@@ -48,15 +48,28 @@ def profile(
     model: nn.Module,
     batches: Sequence[Any],
     *,
+    sites: Iterable[Site | str] = (),
     anatomy: Anatomy | None = None,
     max_memory: int | str | None = None,
     progress: bool = True,
 ) -> Profile:
-    """Profile the activations of a model on batches (dicts of its keywords, or tensors), in one pass.
+    """Profile the activations of a model, in one pass. Experts are opened for it and closed after it.
 
-    max_memory: cap for the statistics, bytes or '2GB'; spectra are left out first, and noted. Experts are opened for
-    the pass and closed after it. Raises DataError without batches, CoverageError where the model cannot be read,
-    MemoryLimitError above the cap, NonFiniteError where an activation is NaN or infinite.
+    Args:
+        model: neither compiled nor sharded.
+        batches: dicts of the model's keywords, or tensors.
+        sites: further sites or patterns to show, such as 'activation.output'; one more batch is run to see how many
+            channels they have.
+        anatomy: of the model, if it was read before.
+        max_memory: cap for the statistics, bytes or '2GB'; spectra are left out first, and noted.
+        progress: show a bar.
+
+    Raises:
+        DataError: there are no batches.
+        ValueError: a site is unknown.
+        CoverageError: the model cannot be read.
+        MemoryLimitError: the statistics need more than `max_memory`.
+        NonFiniteError: an activation is NaN or infinite.
     """
     if isinstance(batches, Tensor | Mapping):
         raise DataError(f"batches: one {type(batches).__name__} was given; give a list of batches: [batch].")
@@ -72,19 +85,21 @@ def profile(
         read_by = _readers(blocks)
         free = {e.consumers[0].path for b in blocks for e in equalization_sets(b) if e.consumers and not e.refused}
         widths = {site: width for block in blocks for site, width in _widths(view, block).items()}
+        widths |= {site: width for site, width in _widths_seen(view, sites, batches[0]).items() if site not in widths}
         wanted, notes = _statistics(widths, None if max_memory is None else parse_bytes(max_memory))
         seen = record(view.model, wanted, batches, anatomy=view, max_memory=max_memory, progress=progress)
         if seen.unseen:
             notes.append(f"no token reached {', '.join(map(str, seen.unseen))}")
         reached = [site for site in wanted if site not in seen.unseen]
-        sites = tuple(_site(site, seen[site], read_by.get(site, ()), free) for site in reached)
+        rows_by_site = tuple(_site(site, seen[site], read_by.get(site, ()), free) for site in reached)
         weights: list[WeightProfile] = []
         for block in blocks:
             with onloaded(view.model, block.path):
                 weights += [_weight(linear, block.index) for linear in block.linears()]
     rows = sum(BatchContext.of(batch).tokens for batch in batches)
-    findings = find(sites, weights)
-    return Profile(type(view.model).__name__, view.architecture, rows, sites, tuple(weights), findings, tuple(notes))
+    findings = find(rows_by_site, weights)
+    kind = type(view.model).__name__
+    return Profile(kind, view.architecture, rows, rows_by_site, tuple(weights), findings, tuple(notes))
 
 
 def snr(x: Tensor, rounded: Tensor) -> float | None:
@@ -119,6 +134,15 @@ def _widths(view: Anatomy, block: Block) -> dict[Site, int]:
         else:
             found[site] = widths.get(site, hidden)
     return found
+
+
+def _widths_seen(view: Anatomy, sites: Iterable[Site | str], batch: Any) -> dict[Site, int]:
+    """Sites by their own names, with the numbers of channels that one batch has there (0 where nothing came by)."""
+    sites = list(sites)
+    if not sites:
+        return {}
+    seen = record(view.model, dict.fromkeys(sites, AbsMax()), [batch], anatomy=view, progress=False)
+    return {view.canonical(site): statistic.channels or 0 for site, statistic in seen.items()}
 
 
 def _statistics(widths: Mapping[Site, int], cap: int | None) -> tuple[dict[Site, list[Statistic]], list[str]]:

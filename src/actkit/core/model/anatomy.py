@@ -7,15 +7,19 @@ pass (`core/model/tracing.py`): then the whole model is one block with linear la
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from actkit.core.forward.example import Inputs, example_of
 from actkit.core.forward.hooks import refuse_compiled_or_sharded
 from actkit.core.ground.errors import CoverageError
+from actkit.core.ground.modules import is_within
+from actkit.core.layers.activations import is_activation
 from actkit.core.layers.foreign_layers import refuse_foreign_layers
 from actkit.core.model.architectures import Architecture, find_architecture, known_model_types, register_architecture
-from actkit.core.model.channel_axes import FIRST, axis_of_class
+from actkit.core.model.channel_axes import FIRST
 from actkit.core.model.coverage import Coverage, CoverageRow, cover
 from actkit.core.model.equalization import EqualizationSet, equalization_sets
 from actkit.core.model.parts import (
@@ -34,7 +38,7 @@ from actkit.core.model.parts import (
 )
 from actkit.core.model.reading import BlockReader, submodule
 from actkit.core.model.sites import SITE_NAMES, Site, Tap, read_tap, refuse_unknown_layout
-from actkit.core.model.tracing import Trace, trace
+from actkit.core.model.tracing import Axis, Trace, trace
 
 __all__ = [
     "SITE_NAMES",
@@ -73,7 +77,7 @@ def anatomy(model: nn.Module, example: Any = None) -> Anatomy:
     refuse_foreign_layers(model)
     row = find_architecture(getattr(getattr(model, "config", None), "model_type", None))
     if row is not None:
-        return _Described(model, row)
+        return _Described(model, row, example)
     return _Traced(model, _trace(model, example))
 
 
@@ -128,12 +132,33 @@ class Anatomy:
         """Read a block of `blocks` again: as it was first read, it keeps modules in memory that were replaced since."""
         self.blocks = (*self.blocks[:index], self.block(index), *self.blocks[index + 1 :])
 
+    def activations(self) -> tuple[str, ...]:
+        """The paths of the activation functions that are modules; F.relu and the like have none.
+
+        They are of a class that torch, transformers or actkit calls one (`core/layers/activations.py`), or stand where
+        the anatomy has a nonlinearity. Those inside experts that are not opened are left out.
+        """
+        blocks = [self.block(index) for index in range(len(self.blocks))]
+        known = self._nonlinearities(blocks)
+        closed = [block.experts.path for block in blocks if block.experts is not None and not block.experts.members]
+        return tuple(
+            path
+            for path, module in self.model.named_modules()
+            if (is_activation(module) or path in known) and not any(is_within(path, experts) for experts in closed)
+        )
+
+    def _nonlinearities(self, blocks: Iterable[Block]) -> set[str]:
+        """Where this model has a nonlinearity, whatever the class of the module there."""
+        return {mlp.activation for block in blocks for _, mlp in block.mlps()}
+
     def sites(self) -> tuple[Site, ...]:
-        """Every site that can be read now: those of the blocks, then those of all linear layers and convolutions."""
+        """Every site: those of the blocks, then those of all linear layers, convolutions and activations."""
         found = [site for index in range(len(self.blocks)) for site in self.block(index).sites()]
         for path, module in self.model.named_modules():
             if is_linear(module) or isinstance(module, CONVOLUTIONS):
                 found += [Site("layer.input", path=path), Site("layer.output", path=path)]
+        for path in self.activations():
+            found += [Site("activation.input", path=path), Site("activation.output", path=path)]
         return tuple(dict.fromkeys(found))
 
     def tap(self, site: Site) -> Tap:
@@ -145,8 +170,8 @@ class Anatomy:
         blocks: dict[int, Block] = {}
         found: dict[Site, Tap] = {}
         for site in sites:
-            if site.is_layer:
-                found[site] = self._layer_tap(site)
+            if site.is_at_module:
+                found[site] = self._tap_at_module(site)
                 continue
             if site.block is None or not 0 <= site.block < len(self.blocks):
                 raise ValueError(f"site: {site} names no block of this model, which has {len(self.blocks)}.")
@@ -166,34 +191,64 @@ class Anatomy:
             )
         return taps[site]
 
-    def _layer_tap(self, site: Site) -> Tap:
+    def _tap_at_module(self, site: Site) -> Tap:
+        kind, _, side = site.name.partition(".")
+        where: Any = side
         if site.path is None:
-            raise ValueError(f"site: {site} stands for every layer; name one, as in '{site}:path.of.the.layer'.")
+            raise ValueError(f"site: {site} stands for every {kind}; name one, as in '{site}:path.of.the.{kind}'.")
         try:
             module = self.model.get_submodule(site.path)
         except AttributeError as error:
             raise ValueError(f"site: the model has no module {site.path!r}; list them with named_modules().") from error
-        where: Any = site.name.removeprefix("layer.")
+        if kind == "activation":
+            self._check_activation(site, module)
         for block in self._blocks_around(site.path):
             experts = block.experts
             if experts is not None and site.path.startswith(experts.path + "."):
                 member = site.path.removeprefix(experts.path + ".").partition(".")[0]
                 return Tap(site.path, where, layout="flat", expert=f"{experts.path}.{member}")
+            for _, mlp in block.mlps():
+                if site.path == mlp.activation:
+                    layout = block.taps[Site("mlp.preactivation", block.index)].layout
+                    return Tap(site.path, where, layout=layout, copied=_is_overwritten(module, where))
             for inputs in block.linear_inputs():
                 if inputs.site in block.taps and site.path in (linear.path for linear in inputs.linears):
                     return Tap(site.path, where, layout=block.taps[inputs.site].layout)
         if is_linear(module) or isinstance(module, CONVOLUTIONS):
             return Tap(site.path, where, layout=self._layout(site.path, module))
-        return self._module_tap(site.path, where, module)
+        return replace(self._module_tap(site.path, where, module), copied=_is_overwritten(module, where))
+
+    def _check_activation(self, site: Site, module: nn.Module) -> None:
+        known = self.activations()
+        if site.path in known:
+            return
+        listed = ", ".join(known[:12]) + (f" and {len(known) - 12} more" if len(known) > 12 else "")
+        raise ValueError(
+            f"site: {site} names a {type(module).__name__}, which is no activation; those of this model "
+            f"are {listed or 'none'}. Name one of them, or use layer.{site.name.partition('.')[2]}."
+        )
 
     def _layout(self, path: str, module: nn.Module) -> Any:
         return "channels_first" if isinstance(module, CONVOLUTIONS) else "tokens"
 
     def _module_tap(self, path: str, where: Any, module: nn.Module) -> Tap:
-        """Of a module that is no layer: hidden states of these families are [batch, positions, channels]."""
-        if axis_of_class(module) == FIRST:
+        """Of a module that is no linear layer or convolution: as a traced pass finds its tensor."""
+        axis = self._axis(where, path)
+        if axis is None:  # the pass did not call it: rows of channels, else it is an error when it runs
+            return Tap(path, where, layout="flat", most=2)
+        if axis.channels is None:
+            refuse_unknown_layout(where, path, axis.dimensions)
+        if axis.dimensions <= 2:
+            return Tap(path, where, layout="flat", most=2)
+        if axis.channels == axis.dimensions - 1:
+            return Tap(path, where)
+        if axis.channels == FIRST:
             return Tap(path, where, layout="channels_first")
-        return Tap(path, where, most=3)
+        refuse_unknown_layout(where, path, axis.dimensions)
+
+    def _axis(self, where: str, path: str) -> Axis | None:
+        """What a traced pass found of a module's tensor; None for one that it did not call."""
+        return None
 
     def _blocks_around(self, path: str) -> list[Block]:
         """The block that holds the module at `path`, read again; none for stem and head."""
@@ -277,16 +332,16 @@ class _Traced(Anatomy):
         layout = super()._layout(path, module)
         return "flat" if layout == "tokens" and self._trace.dimensions.get(path) == 2 else layout
 
-    def _module_tap(self, path: str, where: Any, module: nn.Module) -> Tap:
-        """Of a module that is no layer: as the traced pass found its tensor."""
-        dimensions, axis = self._trace.axes.get((where, path), (0, None))
-        if dimensions <= 2:  # channels are last, whatever stands before them
-            return Tap(path, where, layout="flat" if dimensions == 2 else "tokens", most=2)
-        if axis == dimensions - 1:
-            return Tap(path, where)
-        if axis == FIRST:
-            return Tap(path, where, layout="channels_first")
-        refuse_unknown_layout(where, path, dimensions)
+    def _axis(self, where: str, path: str) -> Axis | None:
+        return self._trace.axes.get((where, path))
+
+    def _nonlinearities(self, blocks: Iterable[Block]) -> set[str]:
+        return {nonlinearity for _, nonlinearity, _ in self._trace.chains}
+
+
+def _is_overwritten(module: nn.Module, where: str) -> bool:
+    """Whether a module changes its input in place, so that whoever keeps the input needs a copy."""
+    return where == "input" and bool(getattr(module, "inplace", False))
 
 
 def _embeddings(model: nn.Module, getter: str) -> tuple[str, ...]:
@@ -299,10 +354,11 @@ def _embeddings(model: nn.Module, getter: str) -> tuple[str, ...]:
 
 
 class _Described(Anatomy):
-    """A model whose row says where everything is."""
+    """A model whose row says where everything is, but for modules that no row describes: these are traced."""
 
-    def __init__(self, model: nn.Module, row: Architecture) -> None:
-        self.architecture, self.row = row.name, row
+    def __init__(self, model: nn.Module, row: Architecture, example: Any = None) -> None:
+        self.architecture, self.row, self._example = row.name, row, example
+        self._axes: Mapping[tuple[str, str], Axis] = {}
         prefix = getattr(model, "base_model_prefix", "")
         self._prefix = f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
         children = {name.partition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -320,3 +376,9 @@ class _Described(Anatomy):
         path = f"{self._prefix}{self.row.blocks}.{index}"
         row = self.row.of_block(self.model.config, index)
         return BlockReader(self.model, row, index, path).read(originals)
+
+    def _axis(self, where: str, path: str) -> Axis | None:
+        if (where, path) not in self._axes:  # nothing was traced, or modules were replaced since
+            example = example_of(self.model, [self._example]) if self._example is not None else None
+            self._axes = trace(self.model, Inputs.of(self.model).batch() if example is None else example).axes
+        return self._axes.get((where, path))

@@ -12,8 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
+from transformers.pytorch_utils import Conv1D
 
 from actkit.core.layers.conv import ActConv
+from actkit.core.layers.linear import ActLinear
 
 LAST, FIRST = -1, 1  # of functions and layers that say where their channels are
 _LAST = frozenset(["linear", "embedding", "embedding_bag", "layer_norm", "rms_norm"])
@@ -34,7 +36,7 @@ _CLASSES_FIRST = (
     *(nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd),
     *(nn.modules.pooling._AdaptiveMaxPoolNd, nn.modules.dropout.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Upsample),
 )
-_CLASSES_LAST = (nn.Linear, nn.Embedding)
+_CLASSES_LAST = (nn.Linear, nn.Embedding, Conv1D, ActLinear)
 
 
 def axis_of_class(module: nn.Module) -> int | None:

@@ -30,6 +30,8 @@ SITE_NAMES = (
     "router.logits",
     "layer.input",
     "layer.output",
+    "activation.input",
+    "activation.output",
 )
 
 _TEXT = re.compile(r"(?:blocks\.(?P<block>\d+)\.)?(?:experts\.(?P<expert>\d+)\.)?(?P<name>[a-z]+\.[a-z]+)")
@@ -39,9 +41,14 @@ _TEXT = re.compile(r"(?:blocks\.(?P<block>\d+)\.)?(?:experts\.(?P<expert>\d+)\.)
 class Site:
     """A named place where an activation lives.
 
-    name: one of SITE_NAMES. block: index of the block; None stands for every block (and always for layer sites).
-    expert: for sites inside one expert. path: the module of `layer.input` and `layer.output`; None stands for every
-    layer. Raises ValueError for an unknown name or parts that do not go together.
+    Attributes:
+        name: one of SITE_NAMES.
+        block: index of the block. None stands for every block, and is all that a site with a path may have.
+        expert: index of the expert, for sites inside one.
+        path: the module of a `layer` or an `activation` site; None stands for every one.
+
+    Raises:
+        ValueError: the name is unknown, or the parts do not go together.
     """
 
     name: str
@@ -52,15 +59,15 @@ class Site:
     def __post_init__(self) -> None:
         if self.name not in SITE_NAMES:
             raise ValueError(f"site: {self.name!r} was given, allowed are {', '.join(SITE_NAMES)}.")
-        if self.path is not None and not self.is_layer:
+        if self.path is not None and not self.is_at_module:
             raise ValueError(f"site: {self.name} has no path; name its block, or use layer.input or layer.output.")
-        if self.is_layer and (self.block is not None or self.expert is not None):
+        if self.is_at_module and (self.block is not None or self.expert is not None):
             raise ValueError(f"site: {self.name} is named by its module path, not by a block or an expert.")
 
     @property
-    def is_layer(self) -> bool:
-        """Whether the site is named by a module path."""
-        return self.name.startswith("layer.")
+    def is_at_module(self) -> bool:
+        """Whether the site is named by the path of a module."""
+        return self.name.startswith(("layer.", "activation."))
 
     def __str__(self) -> str:
         if self.path is not None:
@@ -222,8 +229,8 @@ def each_once(table: Tensor, angles: Angles) -> Tensor:
 def refuse_unknown_layout(where: str, path: str, dimensions: int) -> NoReturn:
     """Raise ValueError for a tensor of a module whose channels are in a dimension that is not known."""
     raise ValueError(
-        f"site: layer.{where}:{path} is a tensor of {dimensions} dimensions, and which of them holds the channels is "
-        f"not known; record a linear layer or a convolution beside it instead."
+        f"site: the {where} of {path} is a tensor of {dimensions} dimensions, and which of them holds the channels is "
+        f"not known, or changes from call to call; record a linear layer or a convolution beside it instead."
     )
 
 

@@ -37,15 +37,33 @@ Origins = Mapping[str, Pass | None]  # layer path -> the nonlinearity passed sin
 
 @dataclass(frozen=True)
 class Trace:
-    """inputs: groups of linear layers that read the same tensor, in the order of the pass. chains: (first,
-    nonlinearity, second), layers by path. dimensions: how many dimensions the input of a layer had. axes: for the first
-    tensor at the ('input' or 'output', path) of every module that ran, how many dimensions it had and which one holds
-    the channels; None where that is not known, or not the same at all of its calls."""
+    """What one traced pass found.
+
+    Attributes:
+        inputs: groups of linear layers that read the same tensor, in the order of the pass.
+        chains: (first, nonlinearity, second), layers by path.
+        dimensions: how many dimensions the input of each layer had.
+        axes: what is known of the first tensor at the ('input' or 'output', path) of every module that ran.
+    """
 
     inputs: tuple[tuple[str, ...], ...]
     chains: tuple[tuple[str, str, str], ...]
     dimensions: Mapping[str, int]
-    axes: Mapping[tuple[str, str], tuple[int, int | None]]
+    axes: Mapping[tuple[str, str], Axis]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where the channels of a tensor are.
+
+    Attributes:
+        dimensions: how many the tensor has; the most, if the calls of its module differ.
+        channels: the dimension that holds the channels; None if that is not known, or if the calls of its module
+            differ in it or in the number of channels.
+    """
+
+    dimensions: int
+    channels: int | None
 
 
 def trace(model: nn.Module, example: Any) -> Trace:
@@ -140,7 +158,8 @@ class _Watcher:
         self.calls: dict[str, list[tuple[Any, ...]]] = {}
         self.chains: list[tuple[str, str, str]] = []
         self.dimensions: dict[str, int] = {}
-        self.axes: dict[tuple[str, str], tuple[int, int | None]] = {}
+        self.axes: dict[tuple[str, str], Axis] = {}
+        self._widths: dict[tuple[str, str], int | None] = {}
         self._kept: list[Tensor] = []  # so that no storage is reused under the same key
 
     def before(self, path: str) -> Callable[..., None]:
@@ -178,10 +197,15 @@ class _Watcher:
             return
         if self.origins.axes.of(x) is None and x.is_floating_point():
             self.origins.axes.give(x, axis_of_class(module))
-        found = x.dim(), self.origins.axes.of(x)
-        known = self.axes.setdefault((where, path), found)
-        if known != found:
-            self.axes[where, path] = max(known[0], found[0]), None
+        axis = (
+            x.dim() - 1 if 0 < x.dim() <= 2 else self.origins.axes.of(x)
+        )  # rows: the channels are last, whatever stands before them
+        width = None if axis is None else x.shape[axis]
+        known, before = self.axes.get((where, path)), self._widths.setdefault((where, path), width)
+        if known is None:
+            self.axes[where, path] = Axis(x.dim(), axis)
+        elif known != Axis(x.dim(), axis) or before != width:
+            self.axes[where, path] = Axis(max(known.dimensions, x.dim()), None)
 
 
 def _identity(x: Tensor) -> tuple[Any, ...]:

@@ -228,9 +228,11 @@ def live(
     keys = [sites] if isinstance(sites, Site | str) else list(sites)
     found = resolve(view, dict.fromkeys(keys))
     activations = Activations(found)
+    names = {site: view.canonical(site) for site in found}
+    taps = view.taps(names.values())
     readers: dict[Tap, list[Site]] = {}
     for site in found:
-        readers.setdefault(view.tap(view.canonical(site)), []).append(site)
+        readers.setdefault(taps[names[site]], []).append(site)
 
     def keep(tap: Tap, value: Tensor, tokens: Tensor | None) -> None:
         for site in readers[tap]:
@@ -335,7 +337,7 @@ def _matching(view: Anatomy, key: Site | str, available: tuple[Site, ...]) -> tu
         return (site,)
     found = tuple(other for other in available if _stands_for(site, other))
     if not found:  # a module that is no linear layer, or an error that says what this model has
-        view.tap(site if site.is_layer or site.block is not None else replace(site, block=0))
+        view.tap(site if site.is_at_module or site.block is not None else replace(site, block=0))
         return (site,)
     return found
 
@@ -357,8 +359,8 @@ def _several(value: Any) -> list[Any]:
 @contextmanager
 def experts_for(view: Anatomy, wanted: Wanted) -> Iterator[None]:
     """Opens the experts where a key may mean sites inside them."""
-    names = [str(key) for key in wanted]
-    if any("mlp." in name or "layer." in name or "experts." in name or "*" in name for name in names):
+    inside = ("mlp.", "layer.", "activation.", "experts.", "*")
+    if any(part in str(key) for key in wanted for part in inside):
         with opened_experts(view):
             yield
     else:

@@ -46,9 +46,11 @@ def intervene(
     view = view_of(model, anatomy, None)
     with experts_for(view, changes):
         found = resolve(view, changes)
+        names = {site: view.canonical(site) for site in found}
+        taps = view.taps(names.values())
         by_tap: dict[Tap, list[tuple[Site, Change]]] = {}
         for site, given in found.items():
-            tap = view.tap(view.canonical(site))
+            tap = taps[names[site]]
             if tap.layout == "weights":
                 raise ValueError(
                     f"site: {site} can only be read, because attention gives its weights out after it used them; "
