@@ -8,7 +8,7 @@
     packed = pack_quantized(codes, scale, bits=4, ...)     the same for integer weights
     y = quantized_linear(x, packed, threshold=0.1)
 
-    packed = pack_rows(weight)                             where outputs are skipped instead, behind a sparse gate
+    packed = pack_rows(weight)                             to skip outputs instead, behind a sparse gate
     y = output_rows(x, packed, active)                     (pack_quantized_rows and quantized_output_rows for integers)
 
 Importing this registers the operators under `torch.ops.actkit`; Numba is imported when a kernel first runs.

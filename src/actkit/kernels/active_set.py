@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-UNUSED = -1  # a threshold or k that is not asked for; with both unused every input is active
+UNUSED = -1  # a threshold or k that is not given; with both unused every input is active
 MOST_ROWS = 2  # two independent masks at 50 % already need 75 % of the weight; above, a dense product wins
 MOST_DENSE_ROWS = 8  # a dense kernel keeps the sums of all rows in the L1 cache
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,8 +24,14 @@ INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class ActiveSet(NamedTuple):
     """The active inputs of x [..., in], one set per row.
 
-    indices: int32 [rows, in], ascending; values: float32 [rows, in]; counts: int32 [rows]. Of row r the first counts[r]
-    entries are the set, the others are zero. shape, dtype: those of x.
+    Of row r the first counts[r] entries are the set, the others are zero.
+
+    Attributes:
+        indices: int32 [rows, in], ascending.
+        values: float32 [rows, in].
+        counts: int32 [rows].
+        shape: that of x.
+        dtype: that of x.
     """
 
     indices: Tensor
@@ -41,10 +47,19 @@ class ActiveSet(NamedTuple):
 
 
 def compact(x: Tensor, threshold: float | None = None, k: int | None = None, score: Tensor | None = None) -> ActiveSet:
-    """The active inputs of x [..., in] with at most 2 rows; every input where neither threshold nor k is given.
+    """Find the active inputs; every input if neither threshold nor k is given.
 
-    threshold: 0 or more, compared as float32 with |x| * score. k: 0 or more; above `in` it means all. score: [in], None
-    for 1. Raises ValueError for arguments outside of this.
+    Args:
+        x: [..., in], with at most 2 rows.
+        threshold: 0 or more, compared as float32 with |x| * score.
+        k: 0 or more; above `in` it means all.
+        score: [in]; None for 1.
+
+    Returns:
+        One set per row.
+
+    Raises:
+        ValueError: an argument is outside of this.
     """
     threshold, k = selection(threshold, k, score)
     indices, values, counts = torch.ops.actkit.compact(x, score, threshold, k)
@@ -52,7 +67,7 @@ def compact(x: Tensor, threshold: float | None = None, k: int | None = None, sco
 
 
 def selection(threshold: float | None, k: int | None, score: Tensor | None) -> tuple[float, int]:
-    """Threshold and k as the operators take them, checked."""
+    """Check threshold and k, and return them as the operators take them."""
     if threshold is not None and k is not None:
         raise ValueError(f"threshold and k: {threshold} and {k} were given; give at most one of them.")
     if threshold is not None and (threshold < 0 or isnan(threshold)):
@@ -65,7 +80,7 @@ def selection(threshold: float | None, k: int | None, score: Tensor | None) -> t
 
 
 def check_input(x: Tensor, score: Tensor | None, dense: bool = False) -> None:
-    """Raise ValueError where x [..., in] or score [in] cannot be compacted, or x cannot enter a dense product."""
+    """Raise ValueError if x [..., in] or score [in] cannot be compacted, or x cannot enter a dense product."""
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: shape {tuple(x.shape)} was given; give [..., in_features], not empty.")
     if x.dtype not in INPUT_DTYPES:

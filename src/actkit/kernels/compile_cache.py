@@ -9,7 +9,10 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Named after the sources: Numba watches the file of a kernel, but not those of the functions that it calls."""
+    """Return the folder of the compile cache.
+
+    It is named after the sources: Numba watches the file of a kernel, but not those of the functions that it calls.
+    """
     home = Path.home()
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local"))
@@ -22,7 +25,7 @@ def cache_folder() -> Path:
 
 
 def nothing_compiled() -> bool:
-    """Whether the cache can hold kernels and holds none, so that the first one to decode has to wait for them."""
+    """Return whether the cache can hold kernels and holds none, so that the first to decode has to wait for them."""
     try:
         folder = Path(os.environ.get("NUMBA_CACHE_DIR") or cache_folder())
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""What a decoding step computes beside products: activations, norms, rotary embedding, attention; one thread, float32.
+"""What a decoding step computes besides products: activations, norms, rotary embedding, attention; one thread, float32.
 
-Sums run in vector lanes; still the same bits in every run.
+Sums run in vector lanes, and still give the same bits in every run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _from_bits(typingctx, bits):  # type: ignore[no-untyped-def]
 
 @compiled(inline=True)
 def exponential(x):  # type: ignore[no-untyped-def]
-    """e^x in float32 to two units in the last place, in operations that vectorise."""
+    """Compute e^x in float32 to two units in the last place, in operations that vectorise."""
     x = min(max(x, np.float32(-87.0)), np.float32(88.0))
     n = np.float32(math.floor(x * np.float32(1.4426950408889634) + np.float32(0.5)))
     r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
@@ -47,7 +47,7 @@ def exponential(x):  # type: ignore[no-untyped-def]
 
 @compiled()
 def activate(code, x):  # type: ignore[no-untyped-def]
-    """f(x), in place."""
+    """Compute f(x), in place."""
     one, half = np.float32(1.0), np.float32(0.5)
     if code == SILU:
         for i in range(x.size):
@@ -71,17 +71,17 @@ def activate(code, x):  # type: ignore[no-untyped-def]
 
 @compiled()
 def drop_below(threshold, x):  # type: ignore[no-untyped-def]
-    """0 in place of what is smaller in magnitude; NaN is kept."""
+    """Put 0 in place of what is smaller in magnitude; NaN is kept."""
     for i in range(x.size):
         x[i] = np.float32(0.0) if abs(x[i]) < threshold else x[i]
 
 
 @compiled()
 def active_ones(x, indices):  # type: ignore[no-untyped-def]
-    """Write where x is not 0; returns how many there are."""
+    """Write the indices at which x is not 0; return how many there are."""
     count = 0
     for i in range(x.size):
-        indices[count] = i  # without a branch: overwritten by the next where x is 0
+        indices[count] = i  # without a branch: overwritten by the next if x is 0
         count += x[i] != 0  # NaN too
     return count
 
@@ -96,7 +96,7 @@ def _squares(x):  # type: ignore[no-untyped-def]
 
 @compiled(fastmath=_ORDERLESS, inner=True)
 def nothing(x):  # type: ignore[no-untyped-def]
-    """0, or NaN where an entry is not finite."""
+    """Return 0, or NaN if an entry is not finite."""
     total = np.float32(0.0)
     for i in range(x.size):
         total += x[i] * np.float32(0.0)
@@ -105,7 +105,7 @@ def nothing(x):  # type: ignore[no-untyped-def]
 
 @compiled(inner=True)
 def rms_norm(x, weight, epsilon, out):  # type: ignore[no-untyped-def]
-    """x over its root mean square, times weight."""
+    """Divide x by its root mean square, times weight."""
     scale = np.float32(1.0) / np.sqrt(_squares(x) / np.float32(x.size) + epsilon)
     for i in range(x.size):
         out[i] = x[i] * scale * weight[i]
@@ -121,7 +121,7 @@ def _sum(x):  # type: ignore[no-untyped-def]
 
 @compiled(inner=True)
 def layer_norm(x, weight, bias, epsilon, out):  # type: ignore[no-untyped-def]
-    """x less its mean, over its standard deviation, times weight, plus bias (empty for none). out may be x."""
+    """Compute x less its mean, over its standard deviation, times weight, plus bias (empty for none). out may be x."""
     mean = _sum(x) / np.float32(x.size)
     for i in range(x.size):
         out[i] = x[i] - mean
@@ -135,14 +135,14 @@ def layer_norm(x, weight, bias, epsilon, out):  # type: ignore[no-untyped-def]
 
 @compiled(inner=True)
 def clamp(limit, x):  # type: ignore[no-untyped-def]
-    """Between -limit and limit, in place; NaN is kept."""
+    """Clamp to between -limit and limit, in place; NaN is kept."""
     for i in range(x.size):
         x[i] = limit if x[i] > limit else -limit if x[i] < -limit else x[i]
 
 
 @compiled(inner=True)
 def rotate_neighbours(x, cos, sin):  # type: ignore[no-untyped-def]
-    """Rotary embedding of one head, in place: entry 2i is paired with 2i + 1. cos, sin: as for `rotate`."""
+    """Apply the rotary embedding of one head, in place: entry 2i is paired with 2i + 1. cos, sin: as for `rotate`."""
     for i in range(cos.size // 2):
         a, b = x[2 * i], x[2 * i + 1]
         x[2 * i] = a * cos[i] - b * sin[i]
@@ -151,7 +151,7 @@ def rotate_neighbours(x, cos, sin):  # type: ignore[no-untyped-def]
 
 @compiled(inner=True)
 def rotate(x, cos, sin):  # type: ignore[no-untyped-def]
-    """Rotary embedding of one head, in place: entry i is paired with i + half."""
+    """Apply the rotary embedding of one head, in place: entry i is paired with i + half."""
     half = cos.size // 2
     for i in range(half):
         a, b = x[i], x[i + half]
@@ -172,7 +172,7 @@ def _dot(a, b):  # type: ignore[no-untyped-def]
 
 @compiled(fastmath=_LOOSE, inner=True)
 def _softmax(scores):  # type: ignore[no-untyped-def]
-    """In place, not divided by the sum, which is returned."""
+    """Take the softmax in place, not divided by the sum, which is returned."""
     largest = scores[0]
     for i in range(scores.size):
         largest = max(largest, scores[i])
@@ -185,7 +185,7 @@ def _softmax(scores):  # type: ignore[no-untyped-def]
 
 @compiled(inner=True)
 def attend(query, keys, values, scaling, scores, out):  # type: ignore[no-untyped-def]
-    """One head: query [size]; keys, values [tokens, size]; scores [tokens]; out [size]."""
+    """Attend with one head: query [size]; keys, values [tokens, size]; scores [tokens]; out [size]."""
     for t in range(len(keys)):
         scores[t] = _dot(query, keys[t]) * scaling
     total = _softmax(scores)
@@ -201,8 +201,13 @@ def attend(query, keys, values, scaling, scores, out):  # type: ignore[no-untype
 
 @compiled()
 def normal_quantile(p):  # type: ignore[no-untyped-def]
-    """Where the standard normal distribution reaches p, 0 < p < 1, in float64: the rational approximation of Acklam
-    (2003), of relative error 1e-9, and one step of Halley's method."""
+    """Return where the standard normal distribution reaches p, 0 < p < 1, in float64.
+
+    It is the rational approximation of Acklam (2003), of relative error 1e-9, and one step of Halley's method.
+
+    Args:
+        p: the probability.
+    """
     low = 0.02425
     if p < low or p > 1 - low:
         q = math.sqrt(-2 * math.log(min(p, 1 - p)))
@@ -231,7 +236,7 @@ def normal_quantile(p):  # type: ignore[no-untyped-def]
 
 @compiled(inner=True)
 def sums(x, out):  # type: ignore[no-untyped-def]
-    """The sum and the sum of squares of x, in float64, into out [2]."""
+    """Write the sum and the sum of squares of x, in float64, into out [2]."""
     total, squares = 0.0, 0.0
     for i in range(x.size):
         value = np.float64(x[i])
@@ -242,7 +247,7 @@ def sums(x, out):  # type: ignore[no-untyped-def]
 
 @compiled(inner=True)
 def statistical_cut(total, squares, count, quantile):  # type: ignore[no-untyped-def]
-    """mean + deviation * quantile of `count` values, and whether they are all alike to rounding."""
+    """Return mean + deviation * quantile of `count` values, and whether they are all alike to rounding."""
     mean = total / count
     deviation = math.sqrt(max(0.0, squares / count - mean * mean))
     return mean + deviation * quantile, deviation <= 5e-7 * abs(mean)
@@ -250,17 +255,25 @@ def statistical_cut(total, squares, count, quantile):  # type: ignore[no-untyped
 
 @compiled(inner=True)
 def shift_down(cut, x):  # type: ignore[no-untyped-def]
-    """max(x - cut, 0), in place; NaN is kept."""
+    """Compute max(x - cut, 0), in place; NaN is kept."""
     for i in range(x.size):
         x[i] = np.float32(0.0) if x[i] <= cut else x[i] - cut
 
 
 @compiled(inner=True)
 def attend_chosen(query, keys, values, r, k, scores, out):  # type: ignore[no-untyped-def]
-    """One head whose first r features choose about k keys by statistical top-k, and the others weigh them.
+    """Attend with one head whose first r features choose about k keys by statistical top-k; the others weigh them.
 
-    query [size]; keys, values [tokens, size]; scores [tokens]; out [size]. Of the other keys no more than r features
-    are read, and no value.
+    Of the other keys no more than r features are read, and no value.
+
+    Args:
+        query: [size].
+        keys: [tokens, size].
+        values: [tokens, size].
+        r: features that choose.
+        k: keys to attend to, about.
+        scores: [tokens], written.
+        out: [size], written.
     """
     tokens, rest = len(keys), query.size - r
     first, second = np.float32(1 / math.sqrt(r)), np.float32(1 / math.sqrt(rest))

@@ -1,8 +1,8 @@
 """The matrix products of a decoding step: one compiled function for each way that a matrix is stored.
 
-The step calls them by address, from a field of the product's row. So it is compiled once for all models, and a format
-when a model first has it; as branches of the step, every combination of formats would be compiled anew, for a minute.
-All have one signature:
+The step calls them by address, from a field of the product's row. So the step is compiled once for all models, and a
+format when a model first has it; as branches of the step, every combination of formats would be compiled anew, for a
+minute. All have one signature:
 
     function(row, x, indices, values, count, out, memory)
 
@@ -41,7 +41,13 @@ SUMS = 8 * 6144  # of the float kernels with groups of inputs: rows of x times c
 
 
 class Memory(NamedTuple):
-    """What a thread's products work in. addresses: int64 [6], of the others; sums: float32; the rest: `Scratch`."""
+    """What a thread's products work in.
+
+    Attributes:
+        addresses: int64 [6], of the others.
+        sums: float32.
+        fixed: for products in fixed point.
+    """
 
     addresses: np.ndarray
     sums: np.ndarray
@@ -49,7 +55,7 @@ class Memory(NamedTuple):
 
 
 def memory(columns: int) -> Memory:
-    """Memory for one thread's products. columns: of the widest tile."""
+    """Allocate memory for one thread's products. columns: of the widest tile."""
     sums, fixed = aligned(line_padded(max(columns, SUMS)), np.float32), numba_integer.scratch()
     addresses = np.array([array.ctypes.data for array in (sums, *fixed)], np.int64)
     return Memory(addresses, sums, fixed)
@@ -90,7 +96,7 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def address(make: Any, *settings: Any) -> int:
-    """Where the function that `make(*settings)` defines lies, compiled now where it is not yet."""
+    """Return where the function that `make(*settings)` defines lies; it is compiled now, if it is not yet."""
     key = (make, *settings)
     if key not in _compiled:
         _compiled[key] = called_by_address(_SIGNATURE)(make(*settings))
@@ -102,7 +108,7 @@ def address(make: Any, *settings: Any) -> int:
 
 @compiled(inner=True)
 def _arguments(row, indices, values, out):  # type: ignore[no-untyped-def]
-    """row [FIELDS], indices [in], values [1, in], out [1, tiles * tile] as arrays."""
+    """Make arrays of row [FIELDS], indices [in], values [1, in] and out [1, tiles * tile]."""
     row = carray(row, (FIELDS,))
     inputs = row[INPUTS]
     return row, carray(indices, (inputs,)), carray(values, (1, inputs)), carray(out, (1, row[TILES] * row[TILE]))
@@ -121,7 +127,7 @@ def _scratch(memory):  # type: ignore[no-untyped-def]
 
 
 def floats(stored: type) -> Any:
-    """A matrix of float32, or of bfloat16 in uint16."""
+    """Make the product with a matrix of float32, or of bfloat16 in uint16."""
 
     def product(row, x, indices, values, count, out, memory):  # type: ignore[no-untyped-def]
         row, chosen, given, sums = _arguments(row, indices, values, out)
@@ -133,8 +139,13 @@ def floats(stored: type) -> Any:
 
 
 def records(stored: type, scales: int, zeros: bool) -> Any:
-    """Integers of 8 bits (int8) or 4 (uint8) with scales per input. scales: of a block of outputs; zeros: whether they
-    are stored."""
+    """Make the product with integers of 8 bits (int8) or 4 (uint8) with scales per input.
+
+    Args:
+        stored: the type of the codes.
+        scales: how many a block of outputs has.
+        zeros: whether zero points are stored.
+    """
     block_bytes, pieces, kept = _block_bytes(stored), (0,) * scales, (0,) * zeros
 
     def product(row, x, indices, values, count, out, memory):  # type: ignore[no-untyped-def]
@@ -149,7 +160,7 @@ def records(stored: type, scales: int, zeros: bool) -> Any:
 
 
 def records_fixed(stored: type, zeros: bool) -> Any:
-    """As `records` with one scale per block, and activations in fixed point."""
+    """Make the product as `records` with one scale per block, and activations in fixed point."""
     block_bytes, kept = _block_bytes(stored), (0,) * zeros
 
     def product(row, x, indices, values, count, out, memory):  # type: ignore[no-untyped-def]
@@ -164,7 +175,7 @@ def records_fixed(stored: type, zeros: bool) -> Any:
 
 
 def groups(stored: type, zeros: bool, fixed: bool) -> Any:
-    """Integers with scales per output and group of inputs. fixed: activations in fixed point."""
+    """Make the product with integers with scales per output and group of inputs. fixed: activations in fixed point."""
     block_bytes, kept = _block_bytes(stored), (0,) * zeros
 
     def product(row, x, indices, values, count, out, memory):  # type: ignore[no-untyped-def]
@@ -188,7 +199,7 @@ def groups(stored: type, zeros: bool, fixed: bool) -> Any:
 
 
 def chosen_rows(stored: type) -> Any:
-    """Dot products of x with the rows of `count` outputs, whose indices are given; out[i] is that of the i-th."""
+    """Make the dot products of x with the rows of `count` outputs by index; out[i] is that of the i-th."""
 
     def product(row, x, indices, values, count, out, memory):  # type: ignore[no-untyped-def]
         row = carray(row, (FIELDS,))
@@ -200,7 +211,7 @@ def chosen_rows(stored: type) -> Any:
 
 
 def chosen_code_rows(stored: type, scales: int, zeros: bool) -> Any:
-    """As `chosen_rows`, of integers. scales: of a block of inputs."""
+    """Make them as `chosen_rows`, of integers. scales: of a block of inputs."""
     block_bytes, pieces, kept = _block_bytes(stored), (0,) * scales, (0,) * zeros
 
     def product(row, x, indices, values, count, out, memory):  # type: ignore[no-untyped-def]
@@ -214,7 +225,7 @@ def chosen_code_rows(stored: type, scales: int, zeros: bool) -> Any:
 
 
 def units(stored: type) -> Any:
-    """What `count` units of an MLP add to its outputs; values: their gates, changed."""
+    """Make what `count` units of an MLP add to its outputs; values: their gates, changed."""
     size = np.dtype(stored).itemsize
 
     def product(row, x, indices, values, count, out, memory):  # type: ignore[no-untyped-def]
@@ -227,5 +238,5 @@ def units(stored: type) -> Any:
 
 
 def _block_bytes(stored: type) -> int:
-    """Of the codes of 128 outputs."""
+    """Return the bytes of the codes of 128 outputs."""
     return BLOCK if stored is np.int8 else BLOCK // 2

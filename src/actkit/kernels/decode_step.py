@@ -1,9 +1,9 @@
 """One token through the layers of a decoder, in one compiled call.
 
 Each thread is a rank of tensor parallelism: it owns some key-value heads with the query heads that read them, and some
-units of every MLP, with the weights of both. So between two norms it needs nobody: query, key and value of its heads,
+units of every MLP, with the weights of both. So between two norms it works alone: query, key and value of its heads,
 attention, its inputs' share of the output projection; gate and up of its units, the activation, their share of the
-down projection. The shares are summed where threads meet, twice per layer. What is small (the residual stream, norms,
+down projection. The shares are summed when threads meet, twice per layer. What is small (the residual stream, norms,
 selections) every thread computes for itself, alike to the bit.
 
 All is float32 but the stored weights. The order of sums is fixed for a number of threads.
@@ -62,7 +62,7 @@ DENSE, THRESHOLD, TOP_K = range(3)  # how inputs are selected
 PLACES = 14
 QUERY_AT, KEY_AT, VALUE_AT, GATE_AT, UP_AT, WINDOW, FIRST_HEAD, HEADS, UNITS, FIRST_UNIT, ACTIVATION = range(PLACES, 25)
 # All units of an MLP whose gate passes a statistical top-k, else 0; features that choose the keys, and how many keys.
-# How query and key turn; UP_AT is negative where the MLP has no gate, and up stands in its place.
+# How query and key turn; UP_AT is negative if the MLP has no gate, and up stands in its place.
 ALL_UNITS, CHOOSING, KEYS, TURN = range(25, 29)
 LAYER_FIELDS = 29
 UNTURNED, HALVES, NEIGHBOURS = range(3)
@@ -71,16 +71,30 @@ UNTURNED, HALVES, NEIGHBOURS = range(3)
 class StepPlan(NamedTuple):
     """What is computed.
 
-    layers: int64 [threads, layers + 1, LAYER_FIELDS]; products: int64 [products, FIELDS]; thresholds: float32
-    [products]; gates: float32 [layers, 2], below which a gate is 0, and the normal quantile of a statistical top-k
-    before it; norms, biases: float32 [layers, 2, hidden], of the norms before attention and MLP; last_norm,
-    last_bias: [hidden]; behind: float32 [layers, 2, hidden], of norms behind attention
-    and MLP, or empty; before: whether there are norms before; centered: whether norms subtract the mean; parallel:
-    whether the MLP reads what attention reads; head_norms: float32 [layers, 2, head size] or empty; epsilon: of all
-    norms; rotary: float32 [2, capacity, rotated size]; hidden, size: of the residual stream, of a head; shared_by:
-    query heads per key-value head; scaling: of the attention's scores; limit: to which query, key and value are
-    clamped, 0 for not at all; embedding, added, scaled: what multiplies embeddings, what is added to the residual
-    stream, and logits.
+    Attributes:
+        layers: int64 [threads, layers + 1, LAYER_FIELDS].
+        products: int64 [products, FIELDS].
+        thresholds: float32 [products].
+        gates: float32 [layers, 2], below which a gate is 0, and the normal quantile of a statistical top-k before it.
+        norms: float32 [layers, 2, hidden], of the norms before attention and MLP.
+        biases: float32 [layers, 2, hidden], of the same.
+        last_norm: float32 [hidden].
+        last_bias: float32 [hidden].
+        behind: float32 [layers, 2, hidden], of norms behind attention and MLP, or empty.
+        before: whether there are norms before.
+        centered: whether norms subtract the mean.
+        parallel: whether the MLP reads what attention reads.
+        head_norms: float32 [layers, 2, head size] or empty.
+        epsilon: of all norms.
+        rotary: float32 [2, capacity, rotated size].
+        hidden: size of the residual stream.
+        size: of a head.
+        shared_by: query heads per key-value head.
+        scaling: of the attention's scores.
+        limit: to which query, key and value are clamped; 0 for not at all.
+        embedding: what multiplies embeddings.
+        added: what multiplies what is added to the residual stream.
+        scaled: what multiplies logits.
     """
 
     layers: np.ndarray
@@ -109,15 +123,29 @@ class StepPlan(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Memory of a decoder.
+    """Memory of a decoder. What begins with [threads] is each thread's own; the rest is shared.
 
-    [threads, ...] each thread's own: residual, normed, indices (int32), values, selected values, stage, scores. Shared:
-    embedded [hidden], of the token; partial [2, threads, width], mixed, hidden (all inputs of the output and down
-    projections, where a selection ranks all of them), keys and values [layers, key-value heads, capacity, head size],
-    logits (float32, the threads' shares one after another), finite (float32 [threads], not finite where a thread's
-    logits are not), counter, read (int64 [products]: rows that were read). factor: of low-rank corrections, each
-    thread's own; moments: float64 [threads, 8], of gates; memory: int64 [threads, 6], each thread's
-    `decode_products.Memory.addresses`.
+    Attributes:
+        embedded: float32 [hidden], of the token.
+        residual: float32 [threads, hidden].
+        normed: float32 [threads, hidden].
+        indices: int32 [threads, inputs], those that are selected.
+        values: float32 [threads, inputs], of these.
+        everything: int32 [inputs], the indices of all inputs.
+        stage: float32 [threads, width].
+        scores: float32 [threads, capacity].
+        partial: float32 [2, threads, width], the shares that are summed.
+        mixed: float32, all inputs of the output projection, for a selection that ranks all of them.
+        hidden: float32, all inputs of the down projection, for the same.
+        keys: float32 [layers, key-value heads, capacity, head size].
+        cached: the values, of the same shape.
+        logits: float32 [vocabulary], the threads' shares one after another.
+        finite: float32 [threads], not finite if a thread's logits are not.
+        counter: int64, of the meetings.
+        read: int64 [products], rows that were read.
+        factor: float32 [threads, 2 * width], of low-rank corrections.
+        moments: float64 [threads, 8], of gates.
+        memory: int64 [threads, 6], each thread's `decode_products.Memory.addresses`.
     """
 
     embedded: np.ndarray
@@ -147,8 +175,16 @@ class Work(NamedTuple):
 
 @compiled(inner=True)
 def product(row, indices, values, count, out, memory):  # type: ignore[no-untyped-def]
-    """All tiles of one matrix on the calling thread. row: int64 [FIELDS]; values: float32 [in]; out: float32
-    [tiles * tile]; memory: `decode_products.Memory.addresses`."""
+    """Multiply with all tiles of one matrix on the calling thread.
+
+    Args:
+        row: int64 [FIELDS].
+        indices: int32, the active inputs.
+        values: float32 [in].
+        count: how many are active.
+        out: float32 [tiles * tile], written.
+        memory: `decode_products.Memory.addresses`.
+    """
     call(row[FUNCTION], row, values, indices, values, np.int64(count), out, memory)
     if row[BIAS] != 0:
         bias = carray(address_of(row[BIAS]), (out.size,), np.float32)
@@ -158,7 +194,7 @@ def product(row, indices, values, count, out, memory):  # type: ignore[no-untype
 
 @compiled(inner=True)
 def _cut(scored, k):  # type: ignore[no-untyped-def]
-    """The k-th largest, and how many of those equal to it are kept."""
+    """Return the k-th largest, and how many of those equal to it are kept."""
     cut = np.partition(scored, scored.size - k)[scored.size - k]
     above = 0
     for i in range(scored.size):
@@ -168,7 +204,7 @@ def _cut(scored, k):  # type: ignore[no-untyped-def]
 
 @compiled(inner=True)
 def select_inputs(row, threshold, x, whole, indices, values, everything):  # type: ignore[no-untyped-def]
-    """The active ones of a thread's inputs x (a slice of `whole` from row[FIRST_INPUT] on); returns how many."""
+    """Select the active ones of a thread's inputs x (a slice of `whole` from row[FIRST_INPUT] on); return how many."""
     if row[SELECT] == DENSE:
         indices[: x.size] = everything[: x.size]
         values[: x.size] = x
@@ -191,7 +227,7 @@ def select_inputs(row, threshold, x, whole, indices, values, everything):  # typ
 
 @compiled(inner=True)
 def _stage(place, stage, thread, inputs, whole, out, plan, work):  # type: ignore[no-untyped-def]
-    """The products of one stage from inputs into out."""
+    """Compute the products of one stage from inputs into out."""
     first, number = place[2 * stage], place[2 * stage + 1]
     indices, values, memory = work.indices[thread], work.values[thread], work.memory[thread]
     count = 0
@@ -233,7 +269,7 @@ def _correct(row, thread, x, count, out, plan, work):  # type: ignore[no-untyped
 
 @compiled(inner=True)
 def _rest(x, indices, values, count):  # type: ignore[no-untyped-def]
-    """In place of the first `count` indices, in order, all others of x; returns how many."""
+    """Put all others of x, in order, in place of the first `count` indices; return how many."""
     taken = np.zeros(x.size, np.uint8)
     for i in range(count):
         taken[indices[i]] = 1
@@ -248,7 +284,7 @@ def _rest(x, indices, values, count):  # type: ignore[no-untyped-def]
 
 @compiled(inner=True)
 def _given(row, thread, inputs, work):  # type: ignore[no-untyped-def]
-    """The inputs of a product of rows, filled up with zeros to the rows' width."""
+    """Return the inputs of a product of rows, filled up with zeros to the rows' width."""
     given, count = work.stage[thread][row[OUT_AT] :][: row[TILE]], row[ALL_INPUTS]
     given[:count] = inputs[row[INPUTS_AT] : row[INPUTS_AT] + count]
     given[count:] = 0
@@ -257,7 +293,7 @@ def _given(row, thread, inputs, work):  # type: ignore[no-untyped-def]
 
 @compiled(inner=True)
 def _sparse_up(p, thread, gate, up, inputs, plan, work):  # type: ignore[no-untyped-def]
-    """up of the units whose gate is not 0, by dot products of their rows; of the others 0."""
+    """Compute up of the units whose gate is not 0, by dot products of their rows; of the others it is 0."""
     row, indices, found = plan.products[p], work.indices[thread], work.values[thread]
     count = active_ones(gate, indices)
     call(row[FUNCTION], row, _given(row, thread, inputs, work), indices, found, count, found, work.memory[thread])
@@ -270,8 +306,10 @@ def _sparse_up(p, thread, gate, up, inputs, plan, work):  # type: ignore[no-unty
 
 @compiled(inner=True)
 def _bundled(p, thread, gate, inputs, out, plan, work):  # type: ignore[no-untyped-def]
-    """This thread's share of the down projection, of the units whose gate is not 0: each unit's row of the up
-    projection and its column of the down projection lie side by side."""
+    """Compute this thread's share of the down projection, of the units whose gate is not 0.
+
+    Each unit's row of the up projection and its column of the down projection lie side by side.
+    """
     row, indices, values = plan.products[p], work.indices[thread], work.values[thread]
     count = active_ones(gate, indices)
     for i in range(count):
@@ -285,7 +323,7 @@ def _bundled(p, thread, gate, inputs, out, plan, work):  # type: ignore[no-untyp
 
 @compiled(inner=True)
 def _norm(x, weight, bias, plan, out):  # type: ignore[no-untyped-def]
-    """As the plan's norms do; out may be x."""
+    """Apply the plan's norm; out may be x."""
     if plan.centered:
         layer_norm(x, weight, bias, plan.epsilon, out)
     else:
@@ -297,7 +335,7 @@ def _add_shares(stage, owned, thread, threads, layer, own, whole, x, meetings, p
     """Add all threads' shares of a stage that ends in the residual stream to x, in their order.
 
     owned: the field that says whether a thread has one; own: this thread's inputs of `whole`, for bundled units their
-    gates. Returns the meetings so far, or -1 where a thread did not come.
+    gates. Returns the meetings so far, or -1 if a thread did not come.
     """
     place, half = plan.layers[thread, layer], np.int64(stage == DOWN)  # of memory that is not read any more
     if plan.products[place[2 * stage], SELECT] == TOP_K:  # which ranks the inputs of all threads
@@ -334,7 +372,7 @@ def _add_shares(stage, owned, thread, threads, layer, own, whole, x, meetings, p
 
 @compiled(inner=True)
 def _turn(x, cos, sin, how, choosing):  # type: ignore[no-untyped-def]
-    """Rotary embedding of one head; of its parts apart where some features choose the keys."""
+    """Apply the rotary embedding of one head; if some features choose the keys, to its two parts apart."""
     if how == UNTURNED:
         return
     if how == NEIGHBOURS:
@@ -348,7 +386,7 @@ def _turn(x, cos, sin, how, choosing):  # type: ignore[no-untyped-def]
 
 @compiled(inner=True)
 def _shift_gates(gate, count, quantile, thread, threads, meetings, work):  # type: ignore[no-untyped-def]
-    """Statistical top-k of the gates of all threads, on this thread's, in place; returns the meetings so far, or -1."""
+    """Take the statistical top-k of all threads' gates on this thread's, in place; return the meetings, or -1."""
     sums(gate, work.moments[thread])
     meetings += threads
     if not meet(work.counter, meetings):
@@ -364,7 +402,7 @@ def _shift_gates(gate, count, quantile, thread, threads, meetings, work):  # typ
 
 @compiled(inner=True)
 def _run(thread, threads, position, plan, work):  # type: ignore[no-untyped-def]
-    """One thread's part of a token; returns whether all threads came to every meeting."""
+    """Do one thread's part of a token; return whether all threads came to every meeting."""
     hidden, size, shared_by = plan.hidden, plan.size, plan.shared_by
     x, normed = work.residual[thread][:hidden], work.normed[thread][:hidden]
     stage, scores = work.stage[thread], work.scores[thread]
@@ -454,7 +492,7 @@ def _run(thread, threads, position, plan, work):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _embed(embedding, token, out):  # type: ignore[no-untyped-def]
-    """Apart from the step, which so is compiled once for embeddings of both kinds."""
+    """Look up the embedding: apart from the step, which is thus compiled once for embeddings of both kinds."""
     for i in range(out.size):
         out[i] = widen(embedding[token, i])
 
@@ -468,9 +506,18 @@ def _step(threads, position, plan, work):  # type: ignore[no-untyped-def]
 
 
 def step(threads: int, position: int, token: int, embedding: np.ndarray, plan: StepPlan, work: Work) -> bool:
-    """One token at a position; leaves work.logits. Returns whether the threads ran side by side.
+    """Run one token at a position; its logits are left in work.logits.
 
-    embedding: float32, or uint16 (bf16), [vocabulary, hidden].
+    Args:
+        threads: of the team.
+        position: of the token, from 0.
+        token: its index in the vocabulary.
+        embedding: float32, or uint16 (bf16), [vocabulary, hidden].
+        plan: what is computed.
+        work: memory.
+
+    Returns:
+        Whether the threads ran side by side.
     """
     _embed(embedding, token, work.embedded)
     work.counter[0] = 0

@@ -3,8 +3,8 @@
     x_j * scale_j = unit * (256 * high_j + low_j)      high and low: int8
 
 Four rows are multiplied at once by an instruction that adds four products of bytes (vpdpbusd): the bytes of four rows
-are interleaved with unpack instructions, four at a time beside each other, and meet four bytes of activations. That
-takes 7 instructions per cache line of 4-bit codes where widening them to floats takes 27, so that memory decides. The
+are interleaved with unpack instructions, four at a time side by side, and meet four bytes of activations. That
+takes 7 instructions per cache line of 4-bit codes, while widening them to floats takes 27, so that memory decides. The
 products and sums are exact; what is rounded is the activation, once, to 16 bits of the largest in its block. (8 bits
 would take half of the byte products, and no less time: those do not decide.)
 
@@ -31,7 +31,7 @@ LIMIT = 127.0 * 256  # the largest fixed-point activation: its high byte is sign
 
 
 def available() -> bool:
-    """Whether Numba compiles for a processor with these instructions."""
+    """Return whether Numba compiles for a processor with these instructions."""
     features = set(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
     return {"+avx512vnni", "+avx512bw", "+avx512vl"} <= features
 
@@ -69,7 +69,7 @@ def _transposed(builder: Any, u: list[Any]) -> list[Any]:
 
 
 def _dot(builder: Any, total: Any, codes: Any, activations: Any) -> Any:
-    """total + the sum of four products of unsigned and signed bytes, per word."""
+    """Return total + the sum of four products of unsigned and signed bytes, per word."""
     kind = ir.FunctionType(WORDS, [WORDS, BYTES, BYTES])
     dot = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
     return builder.call(dot, [total, builder.bitcast(codes, BYTES), builder.bitcast(activations, BYTES)])
@@ -94,9 +94,17 @@ def _words(builder: Any, offset: Any) -> Any:
 
 @intrinsic
 def largest(typingctx, maxima, at, weight, rows, values, scales):  # type: ignore[no-untyped-def]
-    """maxima[at + p] = max over rows r of |values[r] * scale[rows[r], p]| and itself, for 16 pieces p.
+    """Take the largest magnitudes: maxima[at + p] = max over rows r of |values[r] * scale[rows[r], p]| and itself.
 
-    scales: bytes from the beginning of a row to the scale of the first of them.
+    p runs over 16 pieces.
+
+    Args:
+        maxima: float32, updated.
+        at: its first entry.
+        weight: the records.
+        rows: bytes at which the rows begin.
+        values: one per row.
+        scales: bytes from the beginning of a row to the scale of the first piece.
     """
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -118,11 +126,26 @@ def largest(typingctx, maxima, at, weight, rows, values, scales):  # type: ignor
 
 @intrinsic
 def fix_points(typingctx, factors, at, step, apart, taken, factor, piece, weight, rows, values, scales, zeros, stored):  # type: ignore[no-untyped-def]
-    """The activations of some rows in fixed point, for 16 pieces: q = round(values[r] * scale * factor[piece + p]).
+    """Bring the activations of some rows into fixed point, for 16 pieces p.
 
-    Four rows make one word per piece, a byte each: factors[at + n * step + p] for the high bytes of the n-th four, and
-    `apart` further for the low ones. taken[piece + p] += sum of q times the zero stored at byte `zeros` of a
-    row; of q alone where the tuple `stored` is empty.
+        q = round(values[r] * scale * factor[piece + p])
+
+    Four rows make one word per piece, a byte each.
+
+    Args:
+        factors: written: [at + n * step + p] for the high bytes of the n-th four, and `apart` further for the low ones.
+        at: see `factors`.
+        step: see `factors`.
+        apart: see `factors`.
+        taken: [piece + p] += sum of q times the zero of the row; of q alone if none are stored.
+        factor: what an activation is multiplied by.
+        piece: the first piece.
+        weight: the records.
+        rows: bytes at which the rows begin.
+        values: one per row.
+        scales: bytes from the beginning of a row to the scale of the first piece.
+        zeros: the same to its zero.
+        stored: a tuple, empty if no zeros are stored.
     """
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -169,7 +192,7 @@ def fix_points(typingctx, factors, at, step, apart, taken, factor, piece, weight
 
 
 def _codes(builder: Any, kind: Any, rows: list[Any], place: Any, memory: Memory) -> list[Any]:
-    """A block of four rows as eight vectors of words of unsigned bytes; of 4-bit codes the upper four times 16."""
+    """Return a block of four rows as eight vectors of words of unsigned bytes; of 4-bit codes the upper times 16."""
     if kind == types.uint8:
         found = _side_by_side(builder, [memory.load(builder.add(row, place), WORDS) for row in rows])
         low, high = integers(0x0F0F0F0F, WIDE), integers(0xF0F0F0F0, WIDE)
@@ -183,7 +206,7 @@ def _codes(builder: Any, kind: Any, rows: list[Any], place: Any, memory: Memory)
 
 
 def _in_order(builder: Any, kind: Any, totals: list[Any]) -> list[Any]:
-    """The sums of a block, 16 columns each, in the order of the columns."""
+    """Return the sums of a block, 16 columns each, in the order of the columns."""
     first, second = totals[:4], totals[4:]
     if kind == types.uint8:  # columns of the lower and the upper codes take turns
         second = [builder.ashr(total, integers(4, WIDE)) for total in second]
@@ -198,10 +221,18 @@ def _places(builder: Any, first: Any) -> list[Any]:
 
 @intrinsic
 def add_dots(typingctx, sums, first, weight, rows, place, factors, at, step, apart):  # type: ignore[no-untyped-def]
-    """sums[first + c] += sum over rows of code * activation, for one block of 128 columns, in the order of unpacking.
+    """Add dot products: sums[first + c] += sum over rows of code * activation, for one block of 128 columns.
 
-    sums: int32. place: bytes from the beginning of a row to the block. factors: as `fix_points` writes them; at: the
-    word of the block's piece for the first four rows.
+    Args:
+        sums: int32, in the order of unpacking.
+        first: its first entry.
+        weight: the records.
+        rows: bytes at which the rows begin.
+        place: bytes from the beginning of a row to the block.
+        factors: as `fix_points` writes them.
+        at: the word of the block's piece for the first four rows.
+        step: as in `fix_points`.
+        apart: as in `fix_points`.
     """
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -231,7 +262,7 @@ def add_dots(typingctx, sums, first, weight, rows, place, factors, at, step, apa
 
 
 def _taken(builder: Any, memory: Memory, places: list[Any]) -> list[Any]:
-    """The sums of a block, which are set to zero."""
+    """Return the sums of a block, and set them to zero."""
     found = [memory.load(offset, WORDS) for offset in places]
     for offset in places:
         memory.store(integers(0, WIDE), offset)
@@ -240,7 +271,7 @@ def _taken(builder: Any, memory: Memory, places: list[Any]) -> list[Any]:
 
 @intrinsic
 def finish_records(typingctx, out, column, weight, sums, first, unit, taken):  # type: ignore[no-untyped-def]
-    """out[column + c] += unit * (sums[c] - taken), in the order of the columns of one block; sums become zero."""
+    """Add out[column + c] += unit * (sums[c] - taken), in the order of the columns of one block; sums become zero."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         out, column, _, sums, first, unit, taken = args
@@ -264,10 +295,22 @@ def finish_records(typingctx, out, column, weight, sums, first, unit, taken):  #
 def finish_groups(
     typingctx, out, column, weight, sums, first, unit, total, scale, scale_at, zeros, zeros_at, zero, stored
 ):  # type: ignore[no-untyped-def]
-    """out[column + c] += unit * scale[scale_at + c] * (sums[c] - total * zero[c]); sums become zero.
+    """Add out[column + c] += unit * scale[scale_at + c] * (sums[c] - total * zero[c]); sums become zero.
 
-    total: int32, the sum of the fixed-point activations. zeros: an array like weight, whose block at byte zeros_at
-    holds the zeros if the tuple `stored` is not empty; otherwise the float `zero` serves all.
+    Args:
+        out: float32, updated.
+        column: the first one.
+        weight: the codes, for their type.
+        sums: int32, as `add_dots` leaves them.
+        first: the first entry of the block.
+        unit: of the fixed-point activations.
+        total: int32, the sum of the fixed-point activations.
+        scale: float32.
+        scale_at: its first entry.
+        zeros: an array like weight, whose block at byte zeros_at holds the zeros, if they are stored.
+        zeros_at: see `zeros`.
+        zero: serves all columns if no zeros are stored.
+        stored: a tuple, empty if no zeros are stored.
     """
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]

@@ -12,7 +12,7 @@ threads.
 With more than one row of x the product is dense and each row of the weight serves all of them. Eight rows of x have
 eight times the accumulators, so a tile is then taken in runs of columns whose accumulators still fit the L1 cache.
 
-Cost: the bytes of the active rows. Imported on first use, as everything that imports Numba.
+Cost: the bytes of the active rows. Imported on first use, as is everything that imports Numba.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BATCHES = (1, 2, 4, 8)  # rows of x that a kernel is compiled for; others are fi
 
 @intrinsic
 def widen(typingctx, stored):  # type: ignore[no-untyped-def]
-    """A float32 as it is, or the one whose upper half is a bfloat16."""
+    """Return a float32 as it is, or the one whose upper half is a bfloat16."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         if signature.args[0] == types.float32:
@@ -51,9 +51,20 @@ def widen(typingctx, stored):  # type: ignore[no-untyped-def]
 
 @compiled()
 def select(x, score, cut, ties, indices, values):  # type: ignore[no-untyped-def]
-    """Write the inputs with |x| * score > cut, and the first `ties` of those equal to it; returns how many.
+    """Write the inputs with |x| * score > cut, and the first `ties` of those equal to it.
 
     A NaN is above any cut, and equal to a cut of NaN.
+
+    Args:
+        x: float32 [in].
+        score: float32 [in], or empty.
+        cut: the threshold.
+        ties: how many of the equal ones to take.
+        indices: int32 [in], written.
+        values: float32 [in], written.
+
+    Returns:
+        How many there are.
     """
     n = 0
     ranked = cut == cut
@@ -71,7 +82,7 @@ def select(x, score, cut, ties, indices, values):  # type: ignore[no-untyped-def
 
 
 def cut_of(x: np.ndarray, score: np.ndarray, threshold: float, k: int) -> tuple[np.float32, int]:
-    """The cut and the ties with which `select` makes the selection of a row."""
+    """Return the cut and the ties with which `select` makes the selection of a row."""
     if k < 0:
         return np.float32(threshold if threshold >= 0 else -np.inf), 0
     if k == 0:
@@ -86,7 +97,7 @@ def cut_of(x: np.ndarray, score: np.ndarray, threshold: float, k: int) -> tuple[
 
 
 def compact(x: Tensor, score: Tensor | None, threshold: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.compact`; x and score contiguous."""
+    """Compute what `reference.compact` does; x and score contiguous."""
     inputs, scores = array(x), array(score)
     indices = np.empty(inputs.shape, np.int32)
     values = np.empty(inputs.shape, np.float32)
@@ -97,7 +108,7 @@ def compact(x: Tensor, score: Tensor | None, threshold: float, k: int) -> tuple[
 
 
 def array(tensor: Tensor | None) -> np.ndarray:
-    """The tensor's memory: float32, or the words of a bfloat16. Float16 is widened, None is empty."""
+    """Return the tensor's memory: float32, or the words of a bfloat16. Float16 is widened, None is empty."""
     if tensor is None:
         return NOTHING
     if tensor.dtype == torch.bfloat16:
@@ -110,7 +121,7 @@ def array(tensor: Tensor | None) -> np.ndarray:
 
 @compiled(inner=True)
 def multiply_tile(weight, t, indices, values, count, out, batch, run):  # type: ignore[no-untyped-def]
-    """One tile of `multiply_batch`, on the thread that calls it."""
+    """Multiply one tile of `multiply_batch`, on the thread that calls it."""
     _, n_in, tile = weight.shape
     width, size, stride = out.shape[1], weight.itemsize, tile * weight.itemsize
     together = rows_at_once(weight, batch)
@@ -136,8 +147,16 @@ def multiply_tile(weight, t, indices, values, count, out, batch, run):  # type: 
 
 @compiled(parallel=True)
 def multiply_batch(weight, indices, values, count, out, batch, run):  # type: ignore[no-untyped-def]
-    """weight: uint16 (bf16) or float32 [n_tiles, in, tile]; indices: int32 [in]; values: float32 [batch, in]; out:
-    float32 [batch, n_tiles * tile]; batch: a tuple with an entry per row of values; run: columns taken at once.
+    """Multiply the active rows of a weight with the values of a batch.
+
+    Args:
+        weight: uint16 (bf16) or float32 [n_tiles, in, tile].
+        indices: int32 [in].
+        values: float32 [batch, in].
+        count: how many are active.
+        out: float32 [batch, n_tiles * tile], written.
+        batch: a tuple with an entry per row of values.
+        run: columns taken at once.
     """
     for t in prange(weight.shape[0]):
         multiply_tile(weight, t, indices, values, count, out, batch, run)
@@ -145,13 +164,13 @@ def multiply_batch(weight, indices, values, count, out, batch, run):  # type: ig
 
 @compiled()
 def multiply(weight, indices, values, count, out):  # type: ignore[no-untyped-def]
-    """One row: indices, values: [in]; out: float32 [n_tiles * tile]."""
+    """Multiply one row: indices, values: [in]; out: float32 [n_tiles * tile]."""
     multiply_batch(weight, indices, values.reshape(1, -1), count, out.reshape(1, -1), (0,), weight.shape[2])
 
 
 @intrinsic
 def as_stored(typingctx, value, y):  # type: ignore[no-untyped-def]
-    """The float32 as it is, or the words of y's bfloat16, rounded to the nearest even."""
+    """Return the float32 as it is, or the words of y's bfloat16, rounded to the nearest even."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         value, i16, i32 = args[0], ir.IntType(16), ir.IntType(32)
@@ -178,7 +197,7 @@ def _row_linear(x, score, cut, ties, weight, bias, y):  # type: ignore[no-untype
 
 
 def active_linear(indices: Tensor, values: Tensor, counts: Tensor, packed: Tensor) -> Tensor:
-    """As `reference.active_linear`."""
+    """Compute what `reference.active_linear` does."""
     weight, chosen, x = array(packed), indices.contiguous().numpy(), array(values.contiguous())
     out = np.empty((len(counts), weight.shape[0] * weight.shape[2]), np.float32)
     with LOCK:
@@ -191,10 +210,19 @@ def active_linear(indices: Tensor, values: Tensor, counts: Tensor, packed: Tenso
 def sparse_linear(
     x: Tensor, score: Tensor | None, threshold: float, k: int, packed: Tensor, bias: Tensor | None, out_features: int
 ) -> Tensor:
-    """As `reference.sparse_linear`; everything contiguous.
+    """Compute what `reference.sparse_linear` does; everything contiguous.
 
     Few calls on purpose: behind a weight that has just swept the caches, each call into torch or NumPy takes some 10
     microseconds.
+
+    Args:
+        x: as in `reference.sparse_linear`, and so are the others.
+        score: [in], or None.
+        threshold: negative if unused.
+        k: negative if unused.
+        packed: the buffer.
+        bias: [out], or None.
+        out_features: of the layer.
     """
     y = torch.empty(len(x), out_features, dtype=torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32)
     inputs, scores, weight, added, outputs = array(x), array(score), array(packed), array(bias), array(y)
@@ -206,20 +234,20 @@ def sparse_linear(
 
 
 def batched(x: Tensor) -> np.ndarray:
-    """x [rows, in] as float32, filled up with zero rows to one of BATCHES."""
+    """Return x [rows, in] as float32, filled up with zero rows to one of BATCHES."""
     rows = len(x)
     batch = next(batch for batch in BATCHES if batch >= rows)
     return torch.nn.functional.pad(x.float(), (0, 0, 0, batch - rows)).contiguous().numpy()
 
 
 def run_of(tile: int, batch: int, columns: int) -> int:
-    """How many columns of a tile are taken at once, of whole blocks: those whose accumulators fit the L1 cache."""
+    """Return how many columns of a tile, in whole blocks, to take at once: their accumulators must fit the L1 cache."""
     runs = -(-tile * batch // WIDEST_TILE)
     return -(-tile // (runs * columns)) * columns
 
 
 def dense_linear(x: Tensor, packed: Tensor) -> Tensor:
-    """As `reference.dense_linear`; everything contiguous."""
+    """Compute what `reference.dense_linear` does; everything contiguous."""
     values, weight = batched(x), array(packed)
     n_tiles, n_in, tile = weight.shape
     out = np.empty((len(values), n_tiles * tile), np.float32)

@@ -6,12 +6,12 @@
                         q_j = round(x_j / unit[block])
 
 `unit` is the largest |x_j * scale| of the block over 32512: activations have 16 bits. Sums are exact, so what is lost
-is their rounding: at most half a unit each, 1.5e-5 of the block's largest. That is finer than bfloat16 by 8 bits where
+is their rounding: at most half a unit each, 1.5e-5 of the block's largest. That is finer than bfloat16 by 8 bits if
 activations are alike; what is far smaller than the largest of its block is rounded more coarsely. Sums stay below
 2^31: 128 rows, codes below 2^8 (of which 16 times the upper of a byte's two codes is less too).
 
-Rows, tiles and order are those of `numba_quantized`. Needs the byte products of AVX-512 (`integer_dots.available`), and
-groups of outputs that fill whole blocks of 128.
+Rows, tiles and order are those of `numba_quantized`. It needs the byte products of AVX-512 (`integer_dots.available`),
+and groups of outputs that fill whole blocks of 128.
 """
 
 from __future__ import annotations
@@ -45,8 +45,15 @@ WIDEST = 48  # blocks of the most columns, in whole vectors
 
 
 class Scratch(NamedTuple):
-    """Memory of one thread. factors: int32 [2 * FOURS * WIDEST]; maxima, units: float32 [WIDEST]; taken: int32
-    [WIDEST]; sums: int32 [COLUMNS], zero between calls."""
+    """Memory of one thread.
+
+    Attributes:
+        factors: int32 [2 * FOURS * WIDEST].
+        maxima: float32 [WIDEST].
+        units: float32 [WIDEST].
+        taken: int32 [WIDEST].
+        sums: int32 [COLUMNS], zero between calls.
+    """
 
     factors: np.ndarray
     maxima: np.ndarray
@@ -56,7 +63,7 @@ class Scratch(NamedTuple):
 
 
 def scratch() -> Scratch:
-    """Memory for the products of one thread."""
+    """Allocate memory for the products of one thread."""
     return Scratch(
         np.zeros(2 * FOURS * WIDEST, np.int32),
         np.zeros(WIDEST, np.float32),
@@ -92,7 +99,7 @@ def _set_units(maxima, units, number, limit, broken):  # type: ignore[no-untyped
 
 @compiled(inner=True)
 def _broken(values, count):  # type: ignore[no-untyped-def]
-    """0, or NaN where an activation is not finite, which fixed point cannot say."""
+    """Return 0, or NaN if an activation is not finite, which fixed point cannot say."""
     total = np.float32(0.0)
     for i in range(count):
         total += values[i] * np.float32(0.0)
@@ -101,9 +108,19 @@ def _broken(values, count):  # type: ignore[no-untyped-def]
 
 @compiled()
 def record_dots(weight, t, indices, values, count, out, shape, middle, stored, scratch):  # type: ignore[no-untyped-def]
-    """One tile of `numba_quantized.multiply_records` for one row of x, pieces being whole blocks.
+    """Multiply one tile of `numba_quantized.multiply_records` for one row of x, pieces being whole blocks.
 
-    scratch: `Scratch`; middle: int32, the zero of all where none are stored.
+    Args:
+        weight: as in `multiply_records`, and so are the others.
+        t: the tile.
+        indices: int32 [in].
+        values: float32 [in].
+        count: how many are active.
+        out: float32, updated.
+        shape: of the records.
+        middle: int32, the zero of all if none are stored.
+        stored: a tuple, empty if no zeros are stored.
+        scratch: `Scratch`.
     """
     _, n_in, stride = weight.shape
     tile, block_bytes, scales, zeros = shape
@@ -180,7 +197,7 @@ def _fix_one(values, begin, end, factors):  # type: ignore[no-untyped-def]
 
 @compiled()
 def group_dots(weight, scale, zeros, t, indices, values, count, out, shape, zero, stored, scratch):  # type: ignore[no-untyped-def]
-    """One tile of `numba_quantized.multiply_groups` for one row of x; the rest as in `record_dots`."""
+    """Multiply one tile of `numba_quantized.multiply_groups` for one row of x; the rest as in `record_dots`."""
     _, n_in, stride = weight.shape
     tile, block_bytes, group = shape
     factors, _, _, _, sums = scratch
@@ -224,7 +241,7 @@ def group_dots(weight, scale, zeros, t, indices, values, count, out, shape, zero
 def multiply_record_dots(
     weight, indices, values, count, out, shape, middle, stored, factors, maxima, units, taken, sums
 ):  # type: ignore[no-untyped-def]
-    """All tiles of a matrix, over threads. factors ... sums: the arrays of `Scratch`, one row per tile."""
+    """Multiply all tiles of a matrix, over threads. factors ... sums: the arrays of `Scratch`, one row per tile."""
     for t in prange(weight.shape[0]):
         memory = (factors[t], maxima[t], units[t], taken[t], sums[t])
         record_dots(weight, t, indices, values, count, out, shape, middle, stored, memory)

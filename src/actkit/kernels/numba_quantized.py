@@ -8,8 +8,8 @@ Groups of inputs: the inputs of a group are summed unscaled, beside the output; 
 
     out[c] += scale[g, c] * sum over active j in g of x_j * (code[j, c] - zero[g, c])
 
-Threads, tiles, order of the sum and prefetch are those of `numba_cpu`. Four rows are read at once, and those ahead are
-asked for a fixed number of bytes early, as a row of codes is short.
+Threads, tiles, order of the sum and prefetch are those of `numba_cpu`. Four rows are read at once; prefetches run a
+fixed number of bytes ahead, as a row of codes is short.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _distance(together, stride):  # type: ignore[no-untyped-def]
 
 @compiled(inner=True)
 def records_tile(weight, t, indices, values, count, out, shape, zero, batch, pieces, stored):  # type: ignore[no-untyped-def]
-    """One tile of `multiply_records`, on the thread that calls it."""
+    """Multiply one tile of `multiply_records`, on the thread that calls it."""
     _, n_in, stride = weight.shape
     tile, run, block_bytes, scales, zeros = shape
     width = out.shape[1]
@@ -66,10 +66,19 @@ def records_tile(weight, t, indices, values, count, out, shape, zero, batch, pie
 
 @compiled(parallel=True)
 def multiply_records(weight, indices, values, count, out, shape, zero, batch, pieces, stored):  # type: ignore[no-untyped-def]
-    """Scales in the records. weight: uint8 (4 bits) or int8 (8 bits) [n_tiles, in, record bytes]; indices: int32 [in];
-    values: float32 [batch, in]; out: float32 [batch, n_tiles * tile]; shape: (tile, columns at once, bytes of a block,
-    first byte of the scales, of the zeros); zero: where none are stored. batch, pieces, stored: tuples with an entry
-    per row of values, per scale of a block, and one entry if zeros are stored.
+    """Multiply with integers whose scales are in the records.
+
+    Args:
+        weight: uint8 (4 bits) or int8 (8 bits) [n_tiles, in, record bytes].
+        indices: int32 [in].
+        values: float32 [batch, in].
+        count: how many are active.
+        out: float32 [batch, n_tiles * tile], written.
+        shape: (tile, columns at once, bytes of a block, first byte of the scales, of the zeros).
+        zero: of all, if none are stored.
+        batch: a tuple with an entry per row of values.
+        pieces: a tuple with an entry per scale of a block.
+        stored: a tuple with one entry if zeros are stored, else empty.
     """
     for t in prange(weight.shape[0]):
         records_tile(weight, t, indices, values, count, out, shape, zero, batch, pieces, stored)
@@ -77,7 +86,7 @@ def multiply_records(weight, indices, values, count, out, shape, zero, batch, pi
 
 @compiled(inner=True)
 def groups_tile(weight, scale, zeros, t, indices, values, count, out, sums, shape, zero, batch, stored):  # type: ignore[no-untyped-def]
-    """One tile of `multiply_groups`, on the thread that calls it. sums: float32 [batch * columns at once]."""
+    """Multiply one tile of `multiply_groups`, on the thread that calls it. sums: float32 [batch * columns at once]."""
     _, n_in, stride = weight.shape
     tile, run, block_bytes, group = shape
     groups = scale.shape[1]
@@ -117,8 +126,20 @@ def groups_tile(weight, scale, zeros, t, indices, values, count, out, sums, shap
 
 @compiled(parallel=True)
 def multiply_groups(weight, scale, zeros, indices, values, count, out, shape, zero, batch, stored):  # type: ignore[no-untyped-def]
-    """Scales beside the codes: scale: float32 [n_tiles, groups, tile]; zeros: like weight [n_tiles, groups, record
-    bytes], or empty; shape: (tile, columns at once, bytes of a block, inputs of a group). The rest as above.
+    """Multiply with integers whose scales lie beside the codes.
+
+    Args:
+        weight: as in `multiply_records`.
+        scale: float32 [n_tiles, groups, tile].
+        zeros: like weight [n_tiles, groups, record bytes], or empty.
+        indices: int32 [in].
+        values: float32 [batch, in].
+        count: how many are active.
+        out: float32 [batch, n_tiles * tile], written.
+        shape: (tile, columns at once, bytes of a block, inputs of a group).
+        zero: as in `multiply_records`.
+        batch: as in `multiply_records`.
+        stored: as in `multiply_records`.
     """
     sums = np.empty((weight.shape[0], len(batch) * shape[1]), np.float32)
     for t in prange(weight.shape[0]):
@@ -130,7 +151,7 @@ def multiply_groups(weight, scale, zeros, indices, values, count, out, shape, ze
 
 @compiled(parallel=True)
 def _widen_records(weight, t, low, out, shape, zero, pieces, stored):  # type: ignore[no-untyped-def]
-    """out[i, c] = weight of input i and column low + c of a tile; out: float32 [in, whole blocks]."""
+    """Compute out[i, c], the weight of input i and column low + c of a tile; out: float32 [in, whole blocks]."""
     _, n_in, stride = weight.shape
     block_bytes, scales, zeros = shape
     width = out.shape[1]
@@ -171,7 +192,7 @@ def _widen_groups(weight, scale, zeros, t, low, out, shape, zero, stored):  # ty
 
 
 def widened_columns(packed: QuantizedWeight, columns: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The weight [in, at most `columns`] piece by piece, over all columns of all tiles, padding included."""
+    """Yield the weight [in, at most `columns`] piece by piece, over all columns of all tiles, padding included."""
     layout = packed.layout
     given = _Arguments(packed.buffer, packed.scale, packed.zero, layout)
     common = given.shape(1)
@@ -198,7 +219,7 @@ def widened_columns(packed: QuantizedWeight, columns: int, dtype: torch.dtype) -
 
 @compiled()
 def _finish(sums, bias, group, padded, y):  # type: ignore[no-untyped-def]
-    """y = sums + bias, without the padding of groups and rounded. y: float32 or uint16 (bf16) [out]."""
+    """Compute y = sums + bias, without the padding of groups and rounded. y: float32 or uint16 (bf16) [out]."""
     for first in range(0, y.size, group):
         shift = first // group * (padded - group)
         for i in range(first, min(first + group, y.size)):
@@ -249,7 +270,7 @@ class _Arguments:
         return (0,) * (BLOCK // self.layout.piece)
 
     def multiply(self, indices: np.ndarray, values: np.ndarray, count: int, out: np.ndarray) -> None:
-        """out float32 [batch, n_tiles * tile] of values float32 [batch, in]."""
+        """Write out float32 [batch, n_tiles * tile] of values float32 [batch, in]."""
         batch, shape = (0,) * len(values), self.shape(len(values))
         shared = (indices, values, count, out, shape, self.zero, batch)
         if self.layout.by_input:
@@ -279,7 +300,7 @@ def quantized_active_linear(
     zero: Tensor | None,
     layout: Layout,
 ) -> Tensor:
-    """As `reference.quantized_active_linear`."""
+    """Compute what `reference.quantized_active_linear` does."""
     chosen, x = indices.contiguous().numpy(), array(values.contiguous())
     packed = _Arguments(buffer, scale, zero, layout)
     out = np.empty((len(counts), packed.width), np.float32)
@@ -293,7 +314,7 @@ def quantized_active_linear(
 def quantized_dense_linear(
     x: Tensor, buffer: Tensor, scale: Tensor | None, zero: Tensor | None, layout: Layout
 ) -> Tensor:
-    """As `reference.quantized_dense_linear`."""
+    """Compute what `reference.quantized_dense_linear` does."""
     values, packed = batched(x), _Arguments(buffer, scale, zero, layout)
     out = np.empty((len(values), packed.width), np.float32)
     with LOCK:
@@ -313,7 +334,7 @@ def quantized_linear(
     layout: Layout,
     bias: Tensor | None,
 ) -> Tensor:
-    """As `reference.quantized_linear`; everything contiguous."""
+    """Compute what `reference.quantized_linear` does; everything contiguous."""
     y = torch.empty(len(x), layout.out_features, dtype=torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32)
     inputs, scores, added, outputs = array(x), array(score), array(bias), array(y)
     packed = _Arguments(buffer, scale, zero, layout)

@@ -37,8 +37,16 @@ def _offsets(rows, i, last, stride):  # type: ignore[no-untyped-def]
 
 @compiled(inner=True)
 def chosen_dots(weight, x, rows, first, last, out):  # type: ignore[no-untyped-def]
-    """out[i] for i from first to last, on the calling thread. weight: uint16 (bf16) or float32 [rows, width]; x:
-    float32 [width]; rows: int32."""
+    """Compute out[i] for i from first to last, on the calling thread.
+
+    Args:
+        weight: uint16 (bf16) or float32 [rows, width].
+        x: float32 [width].
+        rows: int32, the chosen rows.
+        first: the first entry to compute.
+        last: the one after the last.
+        out: float32, written.
+    """
     width, stride = weight.shape[1], weight.shape[1] * weight.itemsize
     for i in range(first, last, TOGETHER):
         here = _offsets(rows, i, last - 1, stride)
@@ -53,9 +61,20 @@ def chosen_dots(weight, x, rows, first, last, out):  # type: ignore[no-untyped-d
 
 @compiled(inner=True)
 def chosen_codes(weight, x, rows, first, last, out, shape, zero, pieces, stored):  # type: ignore[no-untyped-def]
-    """As `chosen_dots`, of integer rows as `quantized_rows` stores them: weight uint8 (4 bits) or int8 (8 bits) [rows,
-    row bytes]; x: float32 in whole blocks; shape: (bytes of a block, first byte of the scales, of the zeros); zero:
-    where none are stored. pieces, stored: as in `numba_quantized.multiply_records`."""
+    """Compute what `chosen_dots` does, of integer rows as `quantized_rows` stores them.
+
+    Args:
+        weight: uint8 (4 bits) or int8 (8 bits) [rows, row bytes].
+        x: float32 in whole blocks.
+        rows: int32, the chosen rows.
+        first: the first entry to compute.
+        last: the one after the last.
+        out: float32, written.
+        shape: (bytes of a block, first byte of the scales, of the zeros).
+        zero: of all, if none are stored.
+        pieces: as in `numba_quantized.multiply_records`.
+        stored: as in `numba_quantized.multiply_records`.
+    """
     stride, (block_bytes, scales, zeros) = weight.shape[1], shape
     blocks = scales // block_bytes
     for i in range(first, last, TOGETHER):
@@ -71,10 +90,16 @@ def chosen_codes(weight, x, rows, first, last, out, shape, zero, pieces, stored)
 
 @compiled()
 def bundled_units(weight, x, units, values, count, out):  # type: ignore[no-untyped-def]
-    """out = sum over i < count of values[i] * (row . x) * column, on the calling thread.
+    """Compute out = sum over i < count of values[i] * (row . x) * column, on the calling thread.
 
-    weight: uint16 (bf16) or float32 [all units, width]: a unit's row of the up projection, [x.size], then its column
-    of the down projection, [out.size], each in whole blocks. values: float32, changed; units: int32.
+    Args:
+        weight: uint16 (bf16) or float32 [all units, width]: a unit's row of the up projection, [x.size], then its
+            column of the down projection, [out.size], each in whole blocks.
+        x: float32, the inputs.
+        units: int32, the chosen units.
+        values: float32, changed.
+        count: how many are chosen.
+        out: float32, written.
     """
     stride, down = weight.shape[1] * weight.itemsize, x.size * weight.itemsize
     size, batch = weight.itemsize, (0,)
@@ -117,7 +142,7 @@ def _chosen_codes(weight, x, rows, out, shape, zero, pieces, stored):  # type: i
 
 
 def output_rows(x: Tensor, buffer: Tensor, rows: Tensor) -> Tensor:
-    """As `reference.output_rows`."""
+    """Compute what `reference.output_rows` does."""
     weight, given, chosen = array(buffer), x.float().contiguous().numpy(), rows.contiguous().numpy()
     out = np.empty((len(given), len(chosen)), np.float32)
     with LOCK:
@@ -128,7 +153,7 @@ def output_rows(x: Tensor, buffer: Tensor, rows: Tensor) -> Tensor:
 
 
 def quantized_output_rows(x: Tensor, buffer: Tensor, rows: Tensor, layout: RowLayout) -> Tensor:
-    """As `reference.quantized_output_rows`."""
+    """Compute what `reference.quantized_output_rows` does."""
     weight = buffer.numpy().view(np.uint8 if layout.stored_bits == 4 else np.int8)
     padded = torch.nn.functional.pad(x.float(), (0, layout.blocks * BLOCK - layout.in_features))
     given, chosen = padded.contiguous().numpy(), rows.contiguous().numpy()

@@ -1,7 +1,7 @@
 """The operators `actkit::sparse_linear`, `compact`, `active_linear` and `dense_linear`, and their Python face.
 
 `sparse_linear` is one call for one layer; `compact` and `active_linear` are its two halves, for layers that share an
-input; `dense_linear` reads everything, once for up to eight rows. They run in Numba, or in plain torch where Numba
+input; `dense_linear` reads everything, once for up to eight rows. They run in Numba, or in plain torch if Numba
 cannot be imported, without gradients: for training compute F.linear on the masked input. They are opaque to
 torch.compile and torch.export, which see the shapes only.
 """
@@ -29,14 +29,26 @@ def sparse_linear(
     k: int | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """y = W select(x) + bias, reading the weights of the selected inputs only. Returns [..., out] in x's dtype.
+    """Compute y = W select(x) + bias, reading the weights of the selected inputs only.
 
-    x: float32, bfloat16 or float16 [..., in] with at most 2 rows, each with its own selection; or the ActiveSet that
-    `compact` made of it, then without score, threshold and k. packed: from `pack`. bias: [out]. score, threshold, k: as
-    in `compact`; every input where none is given. Sums are taken in float32, in a fixed order. Inputs that are not
-    selected count as absent, so a NaN or Inf among their weights is not seen.
+    Sums are taken in float32, in a fixed order. Inputs that are not selected count as absent, so a NaN or Inf among
+    their weights is not seen.
 
-    Raises ValueError for arguments outside of this and RuntimeError where a gradient would be needed.
+    Args:
+        x: float32, bfloat16 or float16 [..., in] with at most 2 rows, each with its own selection; or the ActiveSet
+            that `compact` made of it, then without score, threshold and k.
+        packed: from `pack`.
+        score: as in `compact`.
+        threshold: as in `compact`; every input is selected if neither this nor k is given.
+        k: as in `compact`.
+        bias: [out].
+
+    Returns:
+        [..., out] in x's dtype.
+
+    Raises:
+        ValueError: an argument is outside of this.
+        RuntimeError: a gradient would be needed.
     """
     if not isinstance(x, ActiveSet):
         threshold, k = selection(threshold, k, score)
@@ -48,22 +60,34 @@ def sparse_linear(
 
 
 def dense_linear(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    """y = W x + bias for x [..., in] with at most 8 rows, reading the weight once. Returns [..., out] in x's dtype.
+    """Compute y = W x + bias, reading the weight once.
 
-    packed, bias, the sums and what is raised: as in `sparse_linear`.
+    Sums are taken as in `sparse_linear`.
+
+    Args:
+        x: [..., in] with at most 8 rows.
+        packed: from `pack`.
+        bias: [out].
+
+    Returns:
+        [..., out] in x's dtype.
+
+    Raises:
+        ValueError: an argument is outside of this.
+        RuntimeError: a gradient would be needed.
     """
     return torch.ops.actkit.dense_linear.default(x, packed.buffer, bias, packed.out_features)
 
 
 @cache
 def engine(name: str = "numba_cpu") -> Any:
-    """The module that computes: one with Numba's kernels, or the reference."""
+    """Return the module that computes: one with Numba's kernels, or the reference."""
     return import_module(f"actkit.kernels.{name}") if has_numba() else reference
 
 
 @cache
 def has_numba() -> bool:
-    """Whether Numba can be imported; where not, a warning says what that costs."""
+    """Return whether Numba can be imported; if not, a warning says what that costs."""
     try:
         import_module("actkit.kernels.numba_cpu")
     except ImportError as error:
@@ -77,7 +101,7 @@ def has_numba() -> bool:
 
 
 def check_gradient(*tensors: Tensor | None) -> None:
-    """Raise RuntimeError where a gradient is wanted, as the kernels have none."""
+    """Raise RuntimeError if a gradient is wanted, as the kernels have none."""
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise RuntimeError(
             "actkit.kernels: an argument requires a gradient, and the kernels have none; call them under "
@@ -99,7 +123,7 @@ def _check_packed(in_features: int, packed: Tensor, bias: Tensor | None, out_fea
 
 
 def check_active(indices: Tensor, values: Tensor, counts: Tensor) -> None:
-    """The compiled kernel does not check bounds, so that an index outside of the weight must not reach it."""
+    """Raise ValueError for an index outside of the weight, as the compiled kernel does not check bounds."""
     rows, width = indices.shape
     sound = (
         (indices.dtype, values.dtype, counts.dtype) == (torch.int32, torch.float32, torch.int32)
@@ -113,7 +137,7 @@ def check_active(indices: Tensor, values: Tensor, counts: Tensor) -> None:
 
 
 def rows_of(x: Tensor, score: Tensor | None, dense: bool = False) -> tuple[Tensor, Tensor | None]:
-    """x [rows, in] and score, checked, contiguous and without a graph."""
+    """Return x [rows, in] and score, checked, contiguous and without a graph."""
     check_input(x, score, dense)
     check_gradient(x, score)
     if score is not None:
@@ -122,7 +146,7 @@ def rows_of(x: Tensor, score: Tensor | None, dense: bool = False) -> tuple[Tenso
 
 
 def plain(x: Tensor) -> Tensor:
-    """x, contiguous and without a graph; behind cold caches a call into torch costs 10 microseconds, hence the ifs."""
+    """Return x, contiguous and without a graph; the ifs save calls into torch, 10 microseconds behind cold caches."""
     x = x.detach() if x.requires_grad else x
     return x if x.is_contiguous() else x.contiguous()
 
@@ -134,7 +158,7 @@ def _compact(x: Tensor, score: Tensor | None, threshold: float, k: int) -> tuple
 def _active_linear(
     indices: Tensor, values: Tensor, counts: Tensor, packed: Tensor, bias: Tensor | None, out_features: int
 ) -> Tensor:
-    """float32 [rows, out_features]."""
+    """Compute it as float32 [rows, out_features]."""
     check_active(indices, values, counts)
     _check_packed(indices.shape[-1], packed, bias, out_features)
     check_gradient(values, packed, bias)

@@ -4,9 +4,9 @@
     active = gate.nonzero()[:, 0]                        behind a sparse gate, the units that are not 0
     up = output_rows(x, packed, active)                  float32 [len(active)]
 
-A projection whose outputs are skipped wants its weight as it is, one row per output, and dot products; the other
-kernels of this package skip inputs. Rows are padded with zeros to whole cache lines. In bfloat16 inputs c and c + 16 of
-each block of 32 share a word, as outputs do in `packing`.
+To skip outputs a projection needs its weight as it is, one row per output, and dot products; the other kernels of this
+package skip inputs. Rows are padded with zeros to whole cache lines. In bfloat16 inputs c and c + 16 of each block of
+32 share a word, as outputs do in `packing`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,12 @@ MOST_ROWS = 8  # of x
 
 @dataclass(frozen=True, eq=False)
 class PackedRows:
-    """A weight, row by row. buffer: float32 or bfloat16 [out, width], the width padded, on the CPU."""
+    """A weight, row by row.
+
+    Attributes:
+        buffer: float32 or bfloat16 [out, width], the width padded, on the CPU.
+        in_features: columns of the weight.
+    """
 
     buffer: Tensor
     in_features: int
@@ -42,7 +47,7 @@ class PackedRows:
         return self.buffer.nbytes
 
     def dense(self) -> Tensor:
-        """The weight [out, in]."""
+        """Return the weight [out, in]."""
         return in_order(self.buffer)[:, : self.in_features]
 
 
@@ -63,10 +68,15 @@ def pack_rows(weight: Tensor) -> PackedRows:
 
 @dataclass(frozen=True, eq=False)
 class BundledUnits:
-    """The units of an MLP, each one's row of the up projection and column of the down projection side by side: behind
-    a sparse gate one run of memory per active unit, and one list of them.
+    """The units of an MLP, each one's row of the up projection and column of the down projection side by side.
 
-    buffer: float32 or bfloat16 [units, width], on the CPU: a row, padded to `down_at`, a column, padded.
+    Behind a sparse gate that makes one run of memory per active unit, and one list of them.
+
+    Attributes:
+        buffer: float32 or bfloat16 [units, width], on the CPU: a row, padded to `down_at`, a column, padded.
+        inputs: of the up projection.
+        outputs: of the down projection.
+        down_at: where the column begins.
     """
 
     buffer: Tensor
@@ -80,17 +90,17 @@ class BundledUnits:
         return self.buffer.nbytes
 
     def up(self) -> Tensor:
-        """[units, inputs]"""
+        """Return the weight of the up projection: [units, inputs]."""
         return in_order(self.buffer[:, : self.down_at])[:, : self.inputs]
 
     def down(self) -> Tensor:
-        """[units, outputs]: the weight of the down projection, transposed."""
+        """Return the weight of the down projection, transposed: [units, outputs]."""
         width = blocks_of(self.outputs)
         return in_order(self.buffer[:, self.down_at : self.down_at + width])[:, : self.outputs]
 
 
 def bundle_units(up: Tensor, down: Tensor) -> BundledUnits:
-    """Copy the weights up [units, in] and down [out, units]. Raises ValueError where they do not belong together."""
+    """Copy the weights up [units, in] and down [out, units]. Raises ValueError if they do not belong together."""
     if up.dim() != 2 or down.dim() != 2 or len(up) != down.shape[1] or up.dtype != down.dtype:
         raise ValueError(
             f"up {up.dtype} {tuple(up.shape)} and down {down.dtype} {tuple(down.shape)} were given; give "
@@ -108,7 +118,7 @@ def bundle_units(up: Tensor, down: Tensor) -> BundledUnits:
 
 
 def blocks_of(width: int) -> int:
-    """The width in whole blocks of columns."""
+    """Return the width in whole blocks of columns."""
     return -(-width // COLUMNS) * COLUMNS
 
 
@@ -121,10 +131,19 @@ def _store(buffer: Tensor, rows: Tensor) -> None:
 
 
 def output_rows(x: Tensor, packed: PackedRows, rows: Tensor) -> Tensor:
-    """x W[rows].T for x [..., in] with at most 8 rows; rows: int32 [n], any of the outputs. Returns float32 [..., n].
+    """Compute x W[rows].T. Sums are taken in float32, in a fixed order.
 
-    Sums are taken in float32, in a fixed order. Raises ValueError for arguments outside of this and RuntimeError where
-    a gradient would be needed.
+    Args:
+        x: [..., in] with at most 8 rows.
+        packed: from `pack_rows`.
+        rows: int32 [n], any of the outputs.
+
+    Returns:
+        float32 [..., n].
+
+    Raises:
+        ValueError: an argument is outside of this.
+        RuntimeError: a gradient would be needed.
     """
     return torch.ops.actkit.output_rows(x, packed.buffer, rows, packed.in_features)
 

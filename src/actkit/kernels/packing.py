@@ -5,13 +5,13 @@ this was tuned on (two Xeon cores, 4096 -> 11008, half of the rows, at random) r
 2752 at 29 and of 5504 at 31 GB/s. So a thread gets one tile as wide as its share of the outputs, up to the width
 whose float32 accumulators still stay in the L1 cache beside the rows. A tile has one owner: no atomics, no reduction.
 
-    buffer[t, i, c] = weight[t * tile + c, i]      zero where t * tile + c >= out_features
+    buffer[t, i, c] = weight[t * tile + c, i]      zero if t * tile + c >= out_features
 
 In bfloat16, outputs c and c + 16 of each block of 32 share a 32-bit word. One shift makes float32 of the first 16
 outputs, and one mask of the others, both in order: 5 % faster than widening 16-bit words, whose extra instructions keep
 later loads out of the processor's window.
 
-Cost: a second copy of the weight. Rows start on cache lines, and never at multiples of 4 KB from each other, where the
+Cost: a second copy of the weight. Rows start on cache lines, and never at multiples of 4 KB from each other: there the
 eight rows that are read at once and the accumulators would fall into one set of the cache.
 """
 
@@ -36,7 +36,12 @@ PAGE = 4096  # bytes; rows at this distance share their cache sets
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """A weight in column tiles. buffer: float32 or bfloat16 [n_tiles, in_features, tile], on the CPU."""
+    """A weight in column tiles.
+
+    Attributes:
+        buffer: float32 or bfloat16 [n_tiles, in_features, tile], on the CPU.
+        out_features: rows of the weight.
+    """
 
     buffer: Tensor
     out_features: int
@@ -57,15 +62,23 @@ class PackedWeight:
         return self.buffer.nbytes
 
     def dense(self) -> Tensor:
-        """The weight [out_features, in_features], as it was given to `pack`."""
+        """Return the weight [out_features, in_features], as it was given to `pack`."""
         return in_order(self.buffer).transpose(1, 2).reshape(-1, self.in_features)[: self.out_features]
 
 
 def pack(weight: Tensor, threads: int | None = None) -> PackedWeight:
-    """Copy a weight [out_features, in_features] into column tiles.
+    """Copy a weight into column tiles.
 
-    threads: how many threads will read it; torch.get_num_threads() where None. Any number of threads gives the same
-    result, bit for bit; this one sets the tile's width. Raises ValueError for a weight that the kernel cannot read.
+    Args:
+        weight: float32 or bfloat16 [out_features, in_features], on the CPU.
+        threads: how many threads will read it, by default torch.get_num_threads(); it sets the tile's width. Any number
+            of threads gives the same result, bit for bit.
+
+    Returns:
+        The copy.
+
+    Raises:
+        ValueError: the kernel cannot read the weight.
     """
     if weight.dim() != 2 or weight.numel() == 0:
         raise ValueError(f"weight: shape {tuple(weight.shape)} was given; give a non-empty [out, in].")
@@ -89,14 +102,14 @@ def pack(weight: Tensor, threads: int | None = None) -> PackedWeight:
 
 
 def in_order(stored: Tensor) -> Tensor:
-    """Rows of a packed buffer [..., tile] with their outputs in order."""
+    """Return rows of a packed buffer [..., tile] with their outputs in order."""
     if stored.dtype != torch.bfloat16:
         return stored
     return stored.unflatten(-1, (-1, HALF, 2)).transpose(-1, -2).flatten(-3)
 
 
 def tiling(out_features: int, threads: int, itemsize: int) -> tuple[int, int]:
-    """The number of tiles (a multiple of the threads, unless there are too few outputs) and their width."""
+    """Return the number of tiles (a multiple of the threads, unless there are too few outputs) and their width."""
     shares = threads * ceil(out_features / (threads * WIDEST_TILE))
     tile = ceil(ceil(out_features / shares) / COLUMNS) * COLUMNS
     if tile * itemsize % PAGE == 0:
@@ -105,10 +118,14 @@ def tiling(out_features: int, threads: int, itemsize: int) -> tuple[int, int]:
 
 
 def allocate(shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor on huge pages that starts on a cache line, with two more behind it that may be read.
+    """Allocate an uninitialised tensor on huge pages that starts on a cache line.
 
-    NumPy asks the system for huge pages for every large array, torch does not; without them each skipped row costs a
-    page walk.
+    Two more lines behind it may be read. NumPy asks the system for huge pages for every large array, torch does not;
+    without them each skipped row costs a page walk.
+
+    Args:
+        shape: of the tensor.
+        dtype: of the tensor.
     """
     nbytes = shape[0] * shape[1] * shape[2] * dtype.itemsize
     memory = np.empty(nbytes + 192, np.uint8)
@@ -117,7 +134,7 @@ def allocate(shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
 
 
 def aligned(shape: tuple[int, ...] | int, dtype: Any) -> np.ndarray:
-    """Zeros that begin on a cache line: a vector that crosses two of them costs two accesses."""
+    """Make zeros that begin on a cache line: a vector that crosses two of them costs two accesses."""
     count = int(np.prod(shape))
     whole = np.zeros(count * np.dtype(dtype).itemsize + LINE, np.uint8)
     start = -whole.ctypes.data % LINE

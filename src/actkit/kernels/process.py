@@ -29,7 +29,7 @@ _started_in: int | None = None
 
 
 def _choose_cache() -> str | None:
-    """The folder of the compile cache: the one the user chose, or ours; None where none can be written."""
+    """Return the folder of the compile cache: the one the user chose, or ours; None if none can be written."""
     if _CONFIG.CACHE_DIR:
         return str(_CONFIG.CACHE_DIR)
     try:
@@ -47,10 +47,14 @@ _ALWAYS: Any = {"nogil": True, "error_model": "numpy", "boundscheck": False}
 def compiled(
     parallel: bool = False, fastmath: Any = False, inline: bool = False, inner: bool = False
 ) -> Callable[[Any], Any]:
-    """Decorate a kernel: compiled by Numba when it first runs, and kept in the compile cache.
+    """Decorate a kernel: it is compiled by Numba when it first runs, and kept in the compile cache.
 
-    inner: only other kernels call it, so that it has no entry from Python and no place in the cache of its own, which
-    saves a sixth of the decoding step's compiling.
+    Args:
+        parallel: as Numba takes it.
+        fastmath: as Numba takes it.
+        inline: into its callers.
+        inner: only other kernels call it, so it has no entry from Python and no place of its own in the cache, which
+            saves a sixth of the decoding step's compiling.
     """
 
     def decorate(function: Any) -> Any:
@@ -69,7 +73,7 @@ def compiled(
 
 
 def called_by_address(signature: Any) -> Callable[[Any], Any]:
-    """Decorate a kernel that other kernels call by its `.address`, at once compiled or read from the compile cache."""
+    """Decorate a kernel that other kernels call by its `.address`: compiled at once, or read from the compile cache."""
 
     def decorate(function: Any) -> Any:
         with _own_cache():
@@ -80,7 +84,7 @@ def called_by_address(signature: Any) -> Callable[[Any], Any]:
 
 @contextmanager
 def _own_cache() -> Iterator[None]:
-    """Our folder is for our kernels only."""
+    """Choose our folder, for our kernels only."""
     before = _CONFIG.CACHE_DIR
     _CONFIG.CACHE_DIR = _CACHE or before
     try:
@@ -93,7 +97,7 @@ def _own_cache() -> Iterator[None]:
 
 
 def _start() -> None:
-    """Start Numba's threads: the layer `omp`, which shares torch's OpenMP pool where torch was imported first."""
+    """Start Numba's threads: the layer `omp`, which shares torch's OpenMP pool if torch was imported first."""
     global _started_in
     threads = torch.get_num_threads()
     if _CONFIG.THREADING_LAYER == "default":
@@ -108,12 +112,12 @@ def _start() -> None:
 
 
 def most_threads() -> int:
-    """How many threads Numba can run side by side in this process."""
+    """Return how many threads Numba can run side by side in this process."""
     return int(_CONFIG.NUMBA_NUM_THREADS)
 
 
 def follow_torch_threads(nbytes: int) -> int:
-    """As many threads as torch has; one for a small weight. Returns how many; call it with the lock held."""
+    """Use as many threads as torch has; one for a small weight. Returns how many; call it with the lock held."""
     if _started_in is None:
         _start()
     elif _started_in != os.getpid():

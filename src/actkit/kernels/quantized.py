@@ -4,9 +4,9 @@
 
 The layout is that of `packing`: an input's row is one contiguous run of codes within a tile, a tile belongs to one
 thread. Codes of 4 bits and less take half a byte, others a byte; each block of 128 outputs has the order of
-`vectors`, so that shifts alone bring the outputs out in sequence. What a scale is shared by decides where it lies:
+`vectors`, so that shifts alone bring the outputs out in sequence. What shares a scale decides where the scale lies:
 
-- groups of *outputs* (one scale per input and group of outputs): scales, and zeros where there are any, follow the
+- groups of *outputs* (one scale per input and group of outputs): scales, and zeros if there are any, follow the
   codes in the input's record. A skipped input skips its scales, and a scale multiplies the input once for a whole
   group. A scale is kept for each 16, 64 or 128 columns: groups are padded to a multiple of that, and longer ones
   repeat their scale.
@@ -39,9 +39,17 @@ GroupAxis = Literal["input", "output"]
 class Layout(NamedTuple):
     """What the operators must know of a packed weight, as integers.
 
-    stored_bits: 4 or 8. by_input: whether scales are shared by groups of inputs. zeros: whether there are zero points;
-    otherwise `middle` is the zero of all. group: inputs or outputs that share a scale. piece: outputs per stored scale
-    (groups of outputs only). padded: columns of a group of outputs. tile: columns of a tile.
+    Attributes:
+        stored_bits: 4 or 8.
+        by_input: whether scales are shared by groups of inputs.
+        zeros: whether there are zero points.
+        middle: the zero of all, if there are none.
+        group: inputs or outputs that share a scale.
+        piece: outputs per stored scale (groups of outputs only).
+        padded: columns of a group of outputs.
+        tile: columns of a tile.
+        in_features: columns of the weight.
+        out_features: rows of the weight.
     """
 
     stored_bits: int
@@ -94,8 +102,12 @@ class Layout(NamedTuple):
 class QuantizedWeight:
     """An integer weight in column tiles, on the CPU.
 
-    buffer: uint8 [n_tiles, in_features, record bytes]. For groups of inputs also scale: float32 [n_tiles, groups, tile]
-    and, with zero points, zero: uint8 [n_tiles, groups, record bytes], laid out as the codes; otherwise both None.
+    Attributes:
+        buffer: uint8 [n_tiles, in_features, record bytes].
+        scale: float32 [n_tiles, groups, tile] for groups of inputs, else None.
+        zero: uint8 [n_tiles, groups, record bytes], laid out as the codes, for groups of inputs with zero points, else
+            None.
+        layout: what the operators must know.
     """
 
     buffer: Tensor
@@ -119,7 +131,7 @@ class QuantizedWeight:
         return sum(part.nbytes for part in (self.buffer, self.scale, self.zero) if part is not None)
 
     def dense(self) -> Tensor:
-        """The weight float32 [out_features, in_features] that codes and parameters stand for."""
+        """Return the weight float32 [out_features, in_features] that codes and parameters stand for."""
         rows = decode(self.buffer, self.scale, self.zero, self.layout)
         return outputs_of(rows.permute(1, 0, 2).flatten(1), self.layout).t()
 
@@ -136,10 +148,20 @@ def pack_quantized(
 ) -> QuantizedWeight:
     """Copy integer codes and their parameters into column tiles.
 
-    codes: uint8 [out, in], or for 4 bits and less [out, ceil(in / 2)] with the first of two codes in the low half.
-    scale: float32, and zero: uint8 or None for 2^(bits - 1), both [out, groups] for group_axis "input" and
-    [groups, in] for "output"; groups have equal size. in_features: only needed where 4-bit codes of an odd number of
-    inputs have groups along the input. threads: as in `pack`. Raises ValueError for anything else.
+    Args:
+        codes: uint8 [out, in], or for 4 bits and less [out, ceil(in / 2)] with the first of two codes in the low half.
+        scale: float32, [out, groups] for group_axis "input" and [groups, in] for "output"; groups have equal size.
+        zero: uint8, of the same shape; None for 2^(bits - 1).
+        bits: 2 to 8.
+        group_axis: along which weights share a scale.
+        in_features: only needed if 4-bit codes of an odd number of inputs have groups along the input.
+        threads: as in `pack`.
+
+    Returns:
+        The copy.
+
+    Raises:
+        ValueError: an argument is outside of this.
     """
     codes, scale, zero, in_features = _checked(codes, scale, zero, bits, group_axis, in_features)
     threads = torch.get_num_threads() if threads is None else threads
@@ -187,7 +209,7 @@ def pack_quantized(
 def _checked(
     codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_axis: str, in_features: int | None
 ) -> tuple[Tensor, Tensor, Tensor | None, int]:
-    """Codes [out, in] one per byte, scale and zero, checked; the number of inputs."""
+    """Return codes [out, in] one per byte, scale and zero, checked; and the number of inputs."""
     if not 2 <= bits <= 8:
         raise ValueError(f"bits: {bits} was given, allowed are 2 to 8.")
     if group_axis not in ("input", "output"):
@@ -228,14 +250,14 @@ def _checked(
 
 
 def columns_of(rows: Tensor, layout: Layout) -> Tensor:
-    """Rows over outputs [..., out] with each group padded to whole pieces: [..., columns]."""
+    """Return rows over outputs [..., out] with each group padded to whole pieces: [..., columns]."""
     if layout.by_input or layout.padded == layout.group:
         return rows
     return F.pad(rows.unflatten(-1, (-1, layout.group)), (0, layout.padded - layout.group)).flatten(-2)
 
 
 def outputs_of(columns: Tensor, layout: Layout) -> Tensor:
-    """The inverse, with the padding of tiles cut off: [..., n_tiles * tile] to [..., out]."""
+    """Invert `columns_of`, with the padding of tiles cut off: [..., n_tiles * tile] to [..., out]."""
     columns = columns[..., : layout.columns]
     if layout.by_input or layout.padded == layout.group:
         return columns
@@ -243,7 +265,7 @@ def outputs_of(columns: Tensor, layout: Layout) -> Tensor:
 
 
 def _tiles(rows: Tensor, layout: Layout, width: int | None = None) -> Tensor:
-    """[n, columns] to [n_tiles, n, width], width being that of a tile, zero-padded."""
+    """Cut [n, columns] into [n_tiles, n, width], width being that of a tile, zero-padded."""
     width = layout.tile if width is None else width
     rows = F.pad(rows, (0, layout.n_tiles * width - rows.shape[1]))
     return rows.unflatten(1, (layout.n_tiles, width)).transpose(0, 1)
@@ -264,7 +286,7 @@ def _store_parameters(buffer: Tensor, values: Tensor, layout: Layout, at: int) -
 
 
 def interleave(codes: Tensor, stored_bits: int) -> Tensor:
-    """Codes uint8 [n, whole blocks] in the order of `vectors`: uint8 [n, bytes]."""
+    """Put codes uint8 [n, whole blocks] in the order of `vectors`: uint8 [n, bytes]."""
     per_word = 32 // stored_bits
     words = codes.unflatten(1, (-1, per_word, LANES)).transpose(2, 3)  # [n, chunks, lane, place in the word]
     if stored_bits == 4:
@@ -273,7 +295,7 @@ def interleave(codes: Tensor, stored_bits: int) -> Tensor:
 
 
 def in_sequence(packed: Tensor, stored_bits: int) -> Tensor:
-    """The inverse of `interleave` for [..., bytes]: uint8 [..., columns]."""
+    """Invert `interleave` for [..., bytes]: uint8 [..., columns]."""
     if stored_bits == 4:
         packed = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
     per_word = 32 // stored_bits
@@ -283,7 +305,7 @@ def in_sequence(packed: Tensor, stored_bits: int) -> Tensor:
 def decode(
     buffer: Tensor, scale: Tensor | None, zero: Tensor | None, layout: Layout, chosen: Tensor | None = None
 ) -> Tensor:
-    """Records of the inputs `chosen` (all where None) as float32 [n_tiles, n, tile]."""
+    """Return records of the inputs `chosen` (all if None) as float32 [n_tiles, n, tile]."""
     if chosen is None:
         chosen = torch.arange(layout.in_features)
     records = buffer[:, chosen]

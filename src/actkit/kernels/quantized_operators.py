@@ -24,14 +24,27 @@ def quantized_linear(
     k: int | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """y = W select(x) + bias for an integer weight. Returns [..., out] in x's dtype.
+    """Compute y = W select(x) + bias for an integer weight.
 
-    x: float32, bfloat16 or float16 [..., in], with at most 2 rows where inputs are selected, each with its own
-    selection, and at most 8 where not; or the ActiveSet that `compact` made of it, then without score, threshold and k.
-    packed: from `pack_quantized`. score, threshold, k: as in `compact`. bias: [out]. Codes less their zero are exact,
-    sums are taken in float32, in a fixed order; no weight is rounded to another format.
+    Codes less their zero are exact; sums are taken in float32, in a fixed order; no weight is rounded to another
+    format.
 
-    Raises ValueError for arguments outside of this and RuntimeError where a gradient would be needed.
+    Args:
+        x: float32, bfloat16 or float16 [..., in], with at most 2 rows if inputs are selected, each with its own
+            selection, and at most 8 if not; or the ActiveSet that `compact` made of it, then without score, threshold
+            and k.
+        packed: from `pack_quantized`.
+        score: as in `compact`.
+        threshold: as in `compact`.
+        k: as in `compact`.
+        bias: [out].
+
+    Returns:
+        [..., out] in x's dtype.
+
+    Raises:
+        ValueError: an argument is outside of this.
+        RuntimeError: a gradient would be needed.
     """
     parts = (packed.buffer, packed.scale, packed.zero, list(packed.layout))
     if not isinstance(x, ActiveSet):
@@ -51,7 +64,7 @@ def _checked_layout(
     layout: list[int],
     bias: Tensor | None,
 ) -> Layout:
-    """The layout, if it is that of the tensors: the compiled kernels do not check bounds."""
+    """Return the layout, if it is that of the tensors: the compiled kernels do not check bounds."""
     if len(layout) != len(Layout._fields):
         raise ValueError(f"layout: {len(layout)} integers were given; give those of pack_quantized(...).layout.")
     known = Layout(*layout)
@@ -123,7 +136,7 @@ def _quantized_active_linear(
     layout: list[int],
     bias: Tensor | None,
 ) -> Tensor:
-    """float32 [rows, out_features]."""
+    """Compute it as float32 [rows, out_features]."""
     check_active(indices, values, counts)
     known = _checked_layout(indices.shape[-1], buffer, scale, zero, layout, bias)
     check_gradient(values, bias)
@@ -163,10 +176,19 @@ register(
 
 
 def quantized_output_rows(x: Tensor, packed: QuantizedRows, rows: Tensor) -> Tensor:
-    """x W[rows].T for x [..., in] with at most 8 rows; rows: int32 [n], any of the outputs. Returns float32 [..., n].
+    """Compute x W[rows].T for an integer weight. Sums are taken in float32, in a fixed order.
 
-    Sums are taken in float32, in a fixed order. Raises ValueError for arguments outside of this and RuntimeError where
-    a gradient would be needed.
+    Args:
+        x: [..., in] with at most 8 rows.
+        packed: from `pack_quantized_rows`.
+        rows: int32 [n], any of the outputs.
+
+    Returns:
+        float32 [..., n].
+
+    Raises:
+        ValueError: an argument is outside of this.
+        RuntimeError: a gradient would be needed.
     """
     return torch.ops.actkit.quantized_output_rows(x, packed.buffer, rows, list(packed.layout))
 

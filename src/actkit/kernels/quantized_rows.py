@@ -5,7 +5,7 @@
     up = quantized_output_rows(x, packed, active)        float32 [len(active)]
 
 As `output_rows.pack_rows`, for weights with one scale per output and group of inputs. A row is one run of memory: codes
-in blocks of 128 inputs in the order of `vectors`, then a scale (float32) and, where there are any, a zero (uint8) for
+in blocks of 128 inputs in the order of `vectors`, then a scale (float32) and, if there are any, a zero (uint8) for
 each piece of a block. Groups are 16, 32 or 64 inputs, multiples of 128, or all inputs; longer ones than a block repeat
 their scale.
 
@@ -29,8 +29,15 @@ PIECES = (16, 32, 64, 128)  # inputs that may share a scale
 
 
 class RowLayout(NamedTuple):
-    """What the operator must know, as integers. stored_bits: 4 or 8. zeros: whether there are zero points; otherwise
-    `middle` is the zero of all. piece: inputs per stored scale."""
+    """What the operator must know, as integers.
+
+    Attributes:
+        stored_bits: 4 or 8.
+        zeros: whether there are zero points.
+        middle: the zero of all, if there are none.
+        piece: inputs per stored scale.
+        in_features: columns of the weight.
+    """
 
     stored_bits: int
     zeros: int
@@ -60,14 +67,19 @@ class RowLayout(NamedTuple):
 
     @property
     def row_bytes(self) -> int:
-        """Whole cache lines, and no multiple of 512, where cache sets repeat."""
+        """Bytes of a row: whole cache lines, and no multiple of 512, where cache sets repeat."""
         lines = ceil((self.zeros_at + self.zeros * self.pieces) / LINE)
         return LINE * (lines + (lines % 8 == 0))
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedRows:
-    """An integer weight, row by row. buffer: uint8 [out, row bytes] on the CPU."""
+    """An integer weight, row by row.
+
+    Attributes:
+        buffer: uint8 [out, row bytes] on the CPU.
+        layout: what the operator must know.
+    """
 
     buffer: Tensor
     layout: RowLayout
@@ -88,12 +100,12 @@ class QuantizedRows:
         return self.buffer.nbytes
 
     def dense(self) -> Tensor:
-        """The weight float32 [out, in] that codes and parameters stand for."""
+        """Return the weight float32 [out, in] that codes and parameters stand for."""
         return decode_rows(self.buffer, self.layout)
 
 
 def piece_of(group: int, in_features: int) -> int | None:
-    """Inputs per stored scale for groups of so many inputs; None where rows cannot hold them."""
+    """Return the inputs per stored scale for groups of so many inputs; None if rows cannot hold them."""
     if group >= in_features or group % BLOCK == 0:
         return BLOCK
     return group if group in PIECES else None
@@ -104,8 +116,18 @@ def pack_quantized_rows(
 ) -> QuantizedRows:
     """Copy integer codes and their parameters row by row.
 
-    codes: uint8 [out, in], one per byte. scale: float32 [out, groups]; zero: uint8 like it, or None for 2^(bits - 1).
-    group: inputs that share a scale; the last may have fewer. Raises ValueError for anything else.
+    Args:
+        codes: uint8 [out, in], one per byte.
+        scale: float32 [out, groups].
+        zero: uint8, of the same shape; None for 2^(bits - 1).
+        bits: 2 to 8.
+        group: inputs that share a scale; the last group may have fewer.
+
+    Returns:
+        The copy.
+
+    Raises:
+        ValueError: an argument is outside of this.
     """
     if codes.dim() != 2 or codes.numel() == 0 or codes.dtype != torch.uint8 or codes.device.type != "cpu":
         raise ValueError(
@@ -137,7 +159,7 @@ def pack_quantized_rows(
 
 
 def decode_rows(buffer: Tensor, layout: RowLayout) -> Tensor:
-    """Rows uint8 [n, row bytes] as float32 [n, in]."""
+    """Return rows uint8 [n, row bytes] as float32 [n, in]."""
     codes = in_sequence(buffer[:, : layout.scales_at], layout.stored_bits).float()
     scale = buffer[:, layout.scales_at : layout.zeros_at].contiguous().view(torch.float32)
     zero = torch.full_like(scale, float(layout.middle))

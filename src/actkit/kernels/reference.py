@@ -16,7 +16,7 @@ from actkit.kernels.quantized_rows import RowLayout, decode_rows
 
 
 def mask(x: Tensor, score: Tensor | None, threshold: float, k: int) -> Tensor:
-    """The active inputs of x float32 [rows, in]: bool [rows, in]. A negative threshold or k is unused."""
+    """Mark the active inputs of x float32 [rows, in]: bool [rows, in]. A negative threshold or k is unused."""
     scored = x.abs() if score is None else x.abs() * score
     if k >= 0:
         order = scored.argsort(dim=-1, descending=True, stable=True)[:, :k]
@@ -27,7 +27,7 @@ def mask(x: Tensor, score: Tensor | None, threshold: float, k: int) -> Tensor:
 
 
 def compact(x: Tensor, score: Tensor | None, threshold: float, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of x [rows, in]: active indices int32 and values float32 [rows, in], zero-filled; their counts int32 [rows]."""
+    """Return active indices int32 and values float32 of x, [rows, in], zero-filled; and their counts int32 [rows]."""
     x = x.float()
     active = mask(x, score, threshold, k)
     indices = torch.zeros(x.shape, dtype=torch.int32)
@@ -40,7 +40,7 @@ def compact(x: Tensor, score: Tensor | None, threshold: float, k: int) -> tuple[
 
 
 def active_linear(indices: Tensor, values: Tensor, counts: Tensor, packed: Tensor) -> Tensor:
-    """The product with a packed weight [n_tiles, in, tile]: float32 [rows, n_tiles * tile]."""
+    """Multiply with a packed weight [n_tiles, in, tile]: float32 [rows, n_tiles * tile]."""
     out = torch.zeros(len(counts), packed.shape[0] * packed.shape[2])
     for row, count in enumerate(counts.tolist()):
         rows = in_order(packed[:, indices[row, :count].long()]).float()
@@ -51,13 +51,13 @@ def active_linear(indices: Tensor, values: Tensor, counts: Tensor, packed: Tenso
 def sparse_linear(
     x: Tensor, score: Tensor | None, threshold: float, k: int, packed: Tensor, bias: Tensor | None, out_features: int
 ) -> Tensor:
-    """Both of the above, the bias added: [rows, out_features]."""
+    """Do both of the above, and add the bias: [rows, out_features]."""
     y = active_linear(*compact(x, score, threshold, k), packed)[:, :out_features]
     return (y if bias is None else y + bias).to(x.dtype)
 
 
 def dense_linear(x: Tensor, packed: Tensor) -> Tensor:
-    """All inputs of x [rows, in]: float32 [rows, n_tiles * tile]."""
+    """Multiply all inputs of x [rows, in]: float32 [rows, n_tiles * tile]."""
     return (x.float() @ in_order(packed).float()).transpose(0, 1).flatten(1)
 
 
@@ -70,7 +70,7 @@ def quantized_active_linear(
     zero: Tensor | None,
     layout: Layout,
 ) -> Tensor:
-    """The product with an integer weight as `quantized.pack_quantized` stores it: float32 [rows, n_tiles * tile]."""
+    """Multiply with an integer weight as `quantized.pack_quantized` stores it: float32 [rows, n_tiles * tile]."""
     out = torch.zeros(len(counts), layout.n_tiles * layout.tile)
     for row, count in enumerate(counts.tolist()):
         chosen = indices[row, :count].long()
@@ -81,7 +81,7 @@ def quantized_active_linear(
 def quantized_dense_linear(
     x: Tensor, buffer: Tensor, scale: Tensor | None, zero: Tensor | None, layout: Layout
 ) -> Tensor:
-    """All inputs of x [rows, in]: float32 [rows, n_tiles * tile]."""
+    """Multiply all inputs of x [rows, in]: float32 [rows, n_tiles * tile]."""
     return (x.float() @ decode(buffer, scale, zero, layout)).transpose(0, 1).flatten(1)
 
 
@@ -96,17 +96,17 @@ def quantized_linear(
     layout: Layout,
     bias: Tensor | None,
 ) -> Tensor:
-    """Selection, product and bias: [rows, out_features]."""
+    """Do selection, product and bias: [rows, out_features]."""
     columns = quantized_active_linear(*compact(x, score, threshold, k), buffer, scale, zero, layout)
     y = outputs_of(columns, layout)
     return (y if bias is None else y + bias).to(x.dtype)
 
 
 def output_rows(x: Tensor, buffer: Tensor, rows: Tensor) -> Tensor:
-    """Some rows of a weight as `output_rows.pack_rows` stores it, times x [n, width]: float32 [n, rows]."""
+    """Multiply some rows of a weight as `output_rows.pack_rows` stores it with x [n, width]: float32 [n, rows]."""
     return x @ in_order(buffer[rows.long()]).float().t()
 
 
 def quantized_output_rows(x: Tensor, buffer: Tensor, rows: Tensor, layout: RowLayout) -> Tensor:
-    """Some rows of a weight as `quantized_rows.pack_quantized_rows` stores it, times x [n, in]: float32 [n, rows]."""
+    """Multiply some rows of a weight, as `pack_quantized_rows` stores it, with x [n, in]: float32 [n, rows]."""
     return x @ decode_rows(buffer[rows.long()], layout).t()

@@ -2,10 +2,10 @@
 
 The plain torch reference is each statistic's own `_update` in `core/watch/statistics.py`, with which the integers here
 agree bit for bit and the moments to rounding. Rows are read in pieces that stay in the cache: the mean of a piece
-first, then its central moments, which join those of the rows before by the pairwise formulas of Pébay (2008). A thread
-takes every so-manieth strip of channels, and the strips are the same for any number of threads; so are all results.
+first, then its central moments, which join those of the rows before by the pairwise formulas of Pébay (2008). The
+strips of channels are dealt out to the threads in turn, and are the same for any number of threads; so are all results.
 
-Imported on first use, as everything that imports Numba.
+Imported on first use, as is everything that imports Numba.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from actkit.kernels.process import LOCK, compiled, follow_torch_threads
 
 ROWS, STRIP = 256, 128  # of a piece: 128 KB of values, 5 KB of sums
 SIGNLESS, INFINITY = np.int32(0x7FFFFFFF), np.int32(0x7F800000)  # bits of a float32
-FLOATS, COUNTS, WORDS = np.zeros(0), np.zeros(0, np.int64), np.zeros((0, 0), np.uint16)  # where nothing is given
+FLOATS, COUNTS, WORDS = np.zeros(0), np.zeros(0, np.int64), np.zeros((0, 0), np.uint16)  # if nothing is given
 
 
 @compiled(inner=True)
@@ -64,7 +64,7 @@ def _moments(values, piece, before, sums, mean, m2, m3, m4, absolute):  # type: 
             d, e = np.float64(row[c]) - own[c], (np.float64(below[c]) - own[c]) * both
             second[c] += d * d + e * e
             third[c] += d * d * d + e * e * e
-        for c in range(row.size):  # apart: LLVM checks few arrays of a loop for overlaps, and gives up vectors beyond
+        for c in range(row.size):  # apart: with more arrays LLVM gives up on vectors
             d, e = np.float64(row[c]) - own[c], (np.float64(below[c]) - own[c]) * both
             fourth[c] += d * d * (d * d) + e * e * (e * e)
     for c in range(right - left):
@@ -157,12 +157,16 @@ def summarise(
     histogram: tuple[int, Tensor] | None = None,
     active: tuple[float, Tensor, Tensor] | None = None,
 ) -> None:
-    """Add rows x (bfloat16 or float32 [n, channels], contiguous) to what is given.
+    """Add rows to what is given.
 
-    moments: the number of rows before; their mean, sums of the second to fourth power of x - mean, and of |x|: float64
-    [channels] each. largest: float64 [channels]. histogram: how many bits of the magnitude's pattern are dropped, and
-    the counts int64 [bins]. active: a threshold, and the counts of magnitudes above it, int64 per channel [channels],
-    and of rows with so many of them [channels + 1].
+    Args:
+        x: bfloat16 or float32 [n, channels], contiguous.
+        moments: the number of rows before; their mean, sums of the second to fourth power of x - mean, and of |x|:
+            float64 [channels] each.
+        largest: float64 [channels].
+        histogram: how many bits of the magnitude's pattern are dropped, and the counts int64 [bins].
+        active: a threshold, and the counts of magnitudes above it, int64 per channel [channels], and of rows with so
+            many of them [channels + 1].
     """
     narrow = x.dtype == torch.bfloat16
     words = x.view(torch.uint16).numpy() if narrow else WORDS

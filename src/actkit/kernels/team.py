@@ -1,7 +1,7 @@
 """A team of threads inside one compiled call: barriers that spin, and memory by address.
 
 A decoder crosses some fifty layers in ten milliseconds and its threads must meet twice in each. Leaving the parallel
-region to meet costs 20 to 40 microseconds where idle threads sleep; a counter that all increment and watch costs less
+region to meet costs 20 to 40 microseconds if idle threads sleep; a counter that all increment and watch costs less
 than one. A thread that waits long yields its core, and one that waits for seconds gives up, so that a team whose
 threads do not run side by side ends with an error instead of hanging.
 """
@@ -27,7 +27,7 @@ _PAUSES = {"x86_64", "amd64", "i386", "i686"}
 
 @intrinsic
 def address_of(typingctx, address):  # type: ignore[no-untyped-def]
-    """An integer as a pointer, for `carray`."""
+    """Return an integer as a pointer, for `carray`."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return builder.inttoptr(args[0], cgutils.voidptr_t)
@@ -83,8 +83,14 @@ def _yield_core(typingctx):  # type: ignore[no-untyped-def]
 
 @compiled()
 def meet(counter, goal):  # type: ignore[no-untyped-def]
-    """Wait until all threads of the team are here. counter: int64 [1], at zero when the team starts; goal: threads
-    times the number of this meeting. Returns whether they came.
+    """Wait until all threads of the team are here.
+
+    Args:
+        counter: int64 [1], at zero when the team starts.
+        goal: threads times the number of this meeting.
+
+    Returns:
+        Whether they came.
     """
     _arrive(counter)
     looks = 0
@@ -100,10 +106,10 @@ def meet(counter, goal):  # type: ignore[no-untyped-def]
 
 
 def line_padded(size: int) -> int:
-    """A number of 4-byte values that fills whole cache lines, and one more, so that threads share none."""
+    """Return a number of 4-byte values that fills whole cache lines, and one more, so that threads share none."""
     return -(-size // 16) * 16 + 16
 
 
 def address(array: np.ndarray) -> int:
-    """Where an array lies; keep it alive while the address is used."""
+    """Return where an array lies; keep it alive while the address is used."""
     return int(array.ctypes.data)

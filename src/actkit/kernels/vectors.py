@@ -13,7 +13,7 @@ A code becomes the float of code - zero *exactly*, so that a column of zeros giv
 the low four bits of a lane pick it from a table of 16 floats, in which the zero is taken off already (vpermps).
 Elsewhere the bits of the code are set into those of a power of two, and that goes together with the zero; this is done
 without a shift for codes of 4 bits at bit 16 (in 2^7), and of 8 bits at bits 0 and 8 (in 2^23 and 2^15). Taking the
-power out of whole sums instead costs no less, and three digits where large terms cancel.
+power out of whole sums instead costs no less, and loses three digits if large terms cancel.
 """
 
 from __future__ import annotations
@@ -34,7 +34,14 @@ INTO_L2, ONCE = 2, 0  # the locality argument of llvm.prefetch: prefetcht1, pref
 
 @dataclass(frozen=True)
 class Format:
-    """How a stored type is read. lanes: of a vector; columns, nbytes: of a block; unroll: rows at once."""
+    """How a stored type is read.
+
+    Attributes:
+        lanes: of a vector.
+        columns: of a block.
+        nbytes: of a block.
+        unroll: rows at once.
+    """
 
     lanes: int
     columns: int
@@ -58,23 +65,23 @@ def _vector(kind: ir.Type, lanes: int) -> ir.VectorType:
 
 
 def constant(value: float, lanes: int) -> Any:
-    """A float vector with the value in every lane."""
+    """Make a float vector with the value in every lane."""
     return ir.Constant(_vector(FLOAT, lanes), [float(value)] * lanes)
 
 
 def integers(value: int, lanes: int) -> Any:
-    """A 32-bit integer vector with the value in every lane."""
+    """Make a 32-bit integer vector with the value in every lane."""
     return ir.Constant(_vector(I32, lanes), [value] * lanes)
 
 
 def splat(builder: Any, value: Any, lanes: int) -> Any:
-    """A vector with the same float in all lanes."""
+    """Make a vector with the same float in all lanes."""
     undefined = ir.Constant(_vector(FLOAT, lanes), ir.Undefined)
     return builder.shuffle_vector(builder.insert_element(undefined, value, I32(0)), undefined, integers(0, lanes))
 
 
 def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    """a * b + c, lane by lane, rounded once where the processor can."""
+    """Compute a * b + c, lane by lane, rounded once if the processor can."""
     lanes = a.type.count
     kind = ir.FunctionType(a.type, [a.type] * 3)
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{lanes}f32"), [a, b, c])
@@ -89,11 +96,11 @@ class Memory:
         self.start = builder.bitcast(data, I8.as_pointer())
 
     def address(self, offset: Any, pointee: ir.Type) -> Any:
-        """The address at an offset in elements, as a pointer to `pointee`."""
+        """Return the address at an offset in elements, as a pointer to `pointee`."""
         return self.builder.bitcast(self.builder.gep(self.start, [offset]), pointee.as_pointer())
 
     def load(self, offset: Any, kind: ir.Type, align: int = 4) -> Any:
-        """The value of this kind at an offset in elements."""
+        """Read the value of this kind at an offset in elements."""
         return self.builder.load(self.address(offset, kind), align=align)
 
     def store(self, value: Any, offset: Any) -> None:
@@ -102,12 +109,12 @@ class Memory:
 
 
 def _has(context: Any, *features: str) -> bool:
-    """Whether the code is compiled for a processor with these features."""
+    """Return whether the code is compiled for a processor with these features."""
     return {f"+{feature}" for feature in features} <= set(context.codegen().magic_tuple()[2].split(","))
 
 
 def _high_halves(memory: Memory, offset: Any) -> Any:
-    """32 bfloat16 from memory with the even ones set to zero: one masked load, where loading and masking are two."""
+    """Read 32 bfloat16 from memory with the even ones set to zero: one masked load instead of loading and masking."""
     halves, mask = _vector(ir.IntType(16), 32), _vector(ir.IntType(1), 32)
     address = memory.address(offset, halves)
     odd, zeros = ir.Constant(mask, [lane % 2 for lane in range(32)]), ir.Constant(halves, [0] * 32)
@@ -137,7 +144,7 @@ class Block:
         return shift(word, integers(abs(left), self.format.lanes))
 
     def floats(self, k: int) -> Any:
-        """Columns k * lanes to (k + 1) * lanes of a bf16 or float32 row."""
+        """Return columns k * lanes to (k + 1) * lanes of a bf16 or float32 row."""
         if self.kind == types.float32:
             return self.words[k]
         lanes = self.format.lanes
@@ -150,7 +157,7 @@ class Block:
         )
 
     def offsets(self, zero: Any) -> tuple[Any, Any]:
-        """What `codes` needs for a vector of zeros (as floats): the same for all rows and columns with this zero."""
+        """Return what `codes` needs for a vector of zeros (as floats): the same for all rows and columns of it."""
         lanes = self.format.lanes
         second = self.builder.fadd(zero, constant(2.0 ** (23 - self._second), lanes))
         if self._looks_up:
@@ -159,7 +166,7 @@ class Block:
         return self.builder.fadd(zero, constant(2.0**23, lanes)), second
 
     def codes(self, k: int, offsets: tuple[Any, Any]) -> Any:
-        """The codes of columns k * 16 to (k + 1) * 16, less the zero that went into `offsets`."""
+        """Return the codes of columns k * 16 to (k + 1) * 16, less the zero that went into `offsets`."""
         if self.kind == types.uint8:  # columns k and k + 4 share a shift
             is_second, word, right = k >= 4, self.words[0], 4 * (k % 4)
         else:
@@ -188,13 +195,13 @@ class Block:
 
 
 def unroll(kind: Any, batch: int) -> int:
-    """Rows that are read at once for a batch: all their values stay in registers."""
+    """Return the rows that are read at once for a batch: all their values stay in registers."""
     return min(FORMATS[kind].unroll, 8 if batch == 1 else 4)
 
 
 @intrinsic
 def rows_at_once(typingctx, weight, batch):  # type: ignore[no-untyped-def]
-    """How many rows `row_offsets` gives for this weight and batch (a tuple with one entry per row of x)."""
+    """Return how many rows `row_offsets` gives for this weight and batch (a tuple with one entry per row of x)."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return I64(unroll(signature.args[0].dtype, signature.args[1].count))
@@ -204,7 +211,22 @@ def rows_at_once(typingctx, weight, batch):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def row_offsets(typingctx, weight, batch, indices, i, count, start, stride):  # type: ignore[no-untyped-def]
-    """Bytes at which the active rows from i on begin, start + indices[i + r] * stride; past the last, it again."""
+    """Return the bytes at which the active rows from i on begin; past the last, that of the last.
+
+        start + indices[i + r] * stride
+
+    Args:
+        weight: for its type.
+        batch: a tuple with one entry per row of x.
+        indices: int32, the active inputs.
+        i: the first of them.
+        count: how many are active.
+        start: of the tile, in bytes.
+        stride: of a row, in bytes.
+
+    Returns:
+        A tuple of int64.
+    """
     rows = unroll(weight.dtype, batch.count)
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -224,7 +246,7 @@ def row_offsets(typingctx, weight, batch, indices, i, count, start, stride):  # 
 
 @intrinsic
 def row_values(typingctx, weight, batch, values, i, end):  # type: ignore[no-untyped-def]
-    """values[b, i + r] for each b and each row of `row_offsets`, b slowest; 0 at and past end."""
+    """Return values[b, i + r] for each b and each row of `row_offsets`, b slowest; 0 at and past end."""
     rows = unroll(weight.dtype, batch.count)
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -271,7 +293,7 @@ prefetch_ahead, prefetch_once = _prefetcher(INTO_L2), _prefetcher(ONCE)
 
 
 class Accumulators:
-    """float32 [batch, width] sums of one block: vector k of batch row b."""
+    """Sums of one block, float32 [batch, width]: vector k of batch row b."""
 
     def __init__(self, memory: Memory, first: Any, width: Any, lanes: int) -> None:
         self.memory, self.first, self.width, self.lanes = memory, first, width, lanes
@@ -282,7 +304,7 @@ class Accumulators:
         return builder.mul(builder.add(column, builder.mul(self.width, I64(b))), I64(4))
 
     def load(self, b: int, k: int) -> Any:
-        """The sums of row b, column block k."""
+        """Read the sums of row b, column block k."""
         return self.memory.load(self._place(b, k), _vector(FLOAT, self.lanes))
 
     def store(self, b: int, k: int, value: Any) -> None:
@@ -291,7 +313,7 @@ class Accumulators:
 
 
 def _add(builder: Any, sums: Accumulators, k: int, weights: list[Any], x: list[list[Any]]) -> None:
-    """sums[b, k] += sum over r of weights[r] * x[b][r], in this order."""
+    """Add sums[b, k] += sum over r of weights[r] * x[b][r], in this order."""
     for b, values in enumerate(x):
         total = sums.load(b, k)
         for weight, value in zip(weights, values):
@@ -305,9 +327,16 @@ def _per_batch(values: list[Any], rows: int) -> list[list[Any]]:
 
 @intrinsic
 def add_rows(typingctx, out, first, width, weight, rows, values, place):  # type: ignore[no-untyped-def]
-    """out[first + b * width + c] += sum over r of values[b, r] * weight[rows[r], c] for one block of bf16 or float32.
+    """Add out[first + b * width + c] += sum over r of values[b, r] * weight[rows[r], c], for one block.
 
-    place: bytes from the beginning of a row to the block.
+    Args:
+        out: float32, updated.
+        first: its first entry.
+        width: of a batch row.
+        weight: bf16 or float32.
+        rows: bytes at which the rows begin.
+        values: by batch row and row.
+        place: bytes from the beginning of a row to the block.
     """
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -328,11 +357,21 @@ def add_rows(typingctx, out, first, width, weight, rows, values, place):  # type
 
 @intrinsic
 def add_scaled_rows(typingctx, out, first, width, weight, rows, values, place, scales, zeros, zero, pieces, stored):  # type: ignore[no-untyped-def]
-    """out[first + b * width + c] += sum over r of values[b, r] * (code[rows[r], c] - zero) * scale, for one block.
+    """Add out[first + b * width + c] += sum over r of values[b, r] * (code[rows[r], c] - zero) * scale, for one block.
 
-    pieces: a tuple with one entry per scale of a block. place, scales, zeros: bytes from the beginning of a row to the
-    block's codes (uint8 or int8 weight), scales (float32) and zeros (uint8). stored: a tuple, not empty if the rows
-    hold zeros; otherwise the float `zero` serves all.
+    Args:
+        out: float32, updated.
+        first: its first entry.
+        width: of a batch row.
+        weight: uint8 or int8.
+        rows: bytes at which the rows begin.
+        values: by batch row and row.
+        place: bytes from the beginning of a row to the block's codes.
+        scales: the same to its scales (float32).
+        zeros: the same to its zeros (uint8).
+        zero: serves all if the rows hold no zeros.
+        pieces: a tuple with one entry per scale of a block.
+        stored: a tuple, not empty if the rows hold zeros.
     """
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -377,11 +416,20 @@ def add_scaled_rows(typingctx, out, first, width, weight, rows, values, place, s
 
 @intrinsic
 def add_codes(typingctx, out, first, width, weight, rows, values, place, zeros, zeros_at, zero, stored):  # type: ignore[no-untyped-def]
-    """out[first + b * width + c] += sum over r of values[b, r] * (code[rows[r], c] - zero[c]), for one block.
+    """Add out[first + b * width + c] += sum over r of values[b, r] * (code[rows[r], c] - zero[c]), for one block.
 
-    place: bytes from the beginning of a row to the block's codes (uint8 or int8 weight). zeros: an array like weight,
-    whose block at byte zeros_at holds the zeros of these columns, if the tuple `stored` is not empty; otherwise the
-    float `zero` serves all.
+    Args:
+        out: float32, updated.
+        first: its first entry.
+        width: of a batch row.
+        weight: uint8 or int8.
+        rows: bytes at which the rows begin.
+        values: by batch row and row.
+        place: bytes from the beginning of a row to the block's codes.
+        zeros: an array like weight, whose block at byte zeros_at holds the zeros of these columns, if they are stored.
+        zeros_at: see `zeros`.
+        zero: serves all if no zeros are stored.
+        stored: a tuple, empty if no zeros are stored.
     """
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -414,9 +462,16 @@ def add_codes(typingctx, out, first, width, weight, rows, values, place, zeros, 
 
 @intrinsic
 def dot_rows(typingctx, weight, rows, x, width):  # type: ignore[no-untyped-def]
-    """The dot products of some rows with x, as a tuple of floats: one pass over x, sums in the lanes of two vectors.
+    """Compute the dot products of some rows with x: one pass over x, sums in the lanes of two vectors.
 
-    weight: bf16 or float32; rows: bytes at which they begin; x: float32 [width], width a whole number of blocks.
+    Args:
+        weight: bf16 or float32.
+        rows: bytes at which they begin.
+        x: float32 [width].
+        width: a whole number of blocks.
+
+    Returns:
+        A tuple of floats.
     """
     count = rows.count
 
@@ -454,10 +509,18 @@ def dot_rows(typingctx, weight, rows, x, width):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def dot_codes(typingctx, weight, rows, x, blocks, scales, zeros, zero, pieces, stored):  # type: ignore[no-untyped-def]
-    """As `dot_rows`, of rows of integer codes: the sum of (code - zero) * x of a piece of a block, times its scale.
+    """Compute what `dot_rows` does, of rows of integer codes: the sum of (code - zero) * x of a piece, times its scale.
 
-    weight: uint8 or int8; blocks: of 128 inputs; scales, zeros: bytes from the beginning of a row to its scales
-    (float32) and zeros (uint8). pieces, stored, zero: as in `add_scaled_rows`.
+    Args:
+        weight: uint8 or int8.
+        rows: bytes at which they begin.
+        x: float32, in whole blocks.
+        blocks: of 128 inputs.
+        scales: bytes from the beginning of a row to its scales (float32).
+        zeros: the same to its zeros (uint8).
+        zero: as in `add_scaled_rows`.
+        pieces: as in `add_scaled_rows`.
+        stored: as in `add_scaled_rows`.
     """
     count = rows.count
 
