@@ -13,7 +13,7 @@ from rich.console import Console
 from actkit import catalogue, claims, zoo
 from actkit.catalogue import CatalogueError, paper
 from actkit.claims import Outcome, Statement, reproduce, slugs
-from actkit.claims.outcome import Finding, conduct, merged
+from actkit.claims.outcome import Measurement, conduct, merged
 from actkit.zoo.packaged import PACKAGED
 
 TRUE = Statement("The earth is round", "r = 6371 km", "the ratio of two radii is between 0.99 and 1.01", "swiglu")
@@ -29,8 +29,8 @@ class Sizes:
 
 
 def outcome(slug: str = "wina", subject: str | None = None, true: str = "0.997") -> Outcome:
-    small = [(TRUE, lambda: Finding(true, True)), (FALSE, lambda: Finding("2 < 3", 2 >= 3))]
-    experiments = [(REAL, lambda: Finding("0.5", False))] if subject == "smollm2" else small
+    small = [(TRUE, lambda: Measurement(true, True)), (FALSE, lambda: Measurement("2 < 3", 2 >= 3))]
+    experiments = [(REAL, lambda: Measurement("0.5", False))] if subject == "smollm2" else small
     return conduct(slug, experiments, Sizes(), subject, progress=False)
 
 
@@ -72,7 +72,7 @@ def test_the_table_shows_every_claim_with_its_verdict():
 
 def test_an_experiment_that_breaks_is_no_outcome():
     with pytest.raises(ZeroDivisionError):
-        conduct("wina", [(TRUE, lambda: Finding("", bool(1 / 0)))], Sizes(), progress=False)
+        conduct("wina", [(TRUE, lambda: Measurement("", bool(1 / 0)))], Sizes(), progress=False)
 
 
 def test_one_subject_alone():

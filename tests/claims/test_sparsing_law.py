@@ -107,7 +107,7 @@ def test_the_condition_on_shapes():
 def test_every_statement_is_judged(monkeypatch, language):
     called = []
     for name in ("metric", "order", "consistent", "law", "shape"):
-        monkeypatch.setattr(claim, name, lambda *args, name=name: called.append(name) or claim.Finding(name, True))
+        monkeypatch.setattr(claim, name, lambda *args, name=name: called.append(name) or claim.Measurement(name, True))
     outcome = claim.run(progress=False, sizes=TINY)
     assert outcome.passed and outcome.slug == "sparsing-law"
     assert {c.statement for c in outcome.claims} == {s.statement for s in claim.STATEMENTS}

@@ -2,8 +2,8 @@
 
 One module per paper, named as its slug with underscores, with a function `run(*, subject, progress) -> Outcome`. Its
 conditions stand in the code before the run and are those of the record. A claim that does not hold is recorded as
-failed. A claim is about one subject: a small model, or a real one from a package of its own (`smollm2`), on which the
-same condition is asked again.
+failed. A claim is about one subject: a small model, or a real one from a package of its own (`smollm2`), for which the
+same condition is tested again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _HERE = Path(__file__).parent
 
 
 def slugs() -> list[str]:
-    """The papers whose claims can be run, in the order of the catalogue."""
+    """Return the papers whose claims can be run, in the order of the catalogue."""
     return [entry.slug for entry in catalogue.papers() if _module(entry.slug).is_file()]
 
 
@@ -35,17 +35,20 @@ def reproduce(slug: str, *, subject: str | None = None, record: bool = False, pr
 
     Args:
         slug: of the paper, as the catalogue has it.
-        subject: only the claims about this model (or `synthetic`, `small models`); where None, those about all that
-            comes with actkit, so not those about `smollm2`.
+        subject: only the claims about this model (or `synthetic`, `small models`); None for those about all that comes
+            with actkit, so not those about `smollm2`.
         record: also write the outcome to `claims/evidence/SLUG.json` in the package, where it replaces what is recorded
             for the same subjects; otherwise the record stays as it is.
         progress: show bars.
 
+    Returns:
+        What each claim found, and on which machine.
+
     Raises:
-        CatalogueError: for a slug that the catalogue does not know, for a paper without claims, and for a subject that
-            none of its claims is about, before any work.
-        ImportError: where the package that holds the subject is missing; it says which line installs it.
-        OSError: where the evidence cannot be written.
+        CatalogueError: before any work, if the catalogue does not know the slug, the paper has no claims, or none of
+            them is about the subject.
+        ImportError: the package that holds the subject is missing; the error says which line installs it.
+        OSError: the evidence cannot be written.
     """
     paper = catalogue.paper(slug)
     if not _module(slug).is_file():
@@ -60,7 +63,7 @@ def reproduce(slug: str, *, subject: str | None = None, record: bool = False, pr
             f"subject: {subject!r} was given, but no claim of {slug!r} is about it; choose one of {', '.join(known)}."
         )
     if subject in packaged.PACKAGED:
-        packaged.pieces(subject)  # raises where they are missing
+        packaged.pieces(subject)  # raises if they are missing
     if record and not os.access(catalogue.EVIDENCE.parent, os.W_OK):
         raise PermissionError(
             f"record: {catalogue.EVIDENCE} cannot be written, and the run would take minutes. Run without record, or "

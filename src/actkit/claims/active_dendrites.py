@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from actkit.claims.outcome import SYNTHETIC, Experiment, Finding, Outcome, Statement, conduct
+from actkit.claims.outcome import SYNTHETIC, Experiment, Measurement, Outcome, Statement, conduct
 from actkit.claims.subject import Subject, spread
 from actkit.data import Batches
 from actkit.sparsity.active_dendrites import DendriticSegments
@@ -53,8 +53,14 @@ MORE = 6  # by how much the threshold may rise
 
 @dataclass(frozen=True)
 class Sizes:
-    """trials: of each simulated rate; noisy: codes that a union must find; seeds, rows (sentences) and tokens: of the
-    measurement on MiniLM.
+    """How much is drawn and measured.
+
+    Attributes:
+        trials: of each simulated rate.
+        noisy: codes that a union must find.
+        seeds: of the measurement on MiniLM.
+        rows: sentences of that measurement.
+        tokens: of that measurement.
     """
 
     trials: int = 1_000_000
@@ -130,7 +136,7 @@ def run(*, subject: str | None = None, progress: bool = True, sizes: Sizes | Non
 # -- theory and simulation ---------------------------------------------------------------------------------------------
 
 
-def simulated_positives(sizes: Sizes) -> Finding:
+def simulated_positives(sizes: Sizes) -> Measurement:
     """Observed and expected rates of the four settings."""
     parts, deviations = [], []
     for n, a, s, theta in POSITIVES:
@@ -139,10 +145,10 @@ def simulated_positives(sizes: Sizes) -> Finding:
         deviations.append(_deviation(observed, expected))
         parts.append(f"{(n, a, s, theta)}: {observed.value:.4g} for {expected:.4g} ({deviations[-1]:+.1f})")
     here = f"observed for expected (standard deviations): {'; '.join(parts)}; {sizes.trials:,} trials each"
-    return Finding(here, max(map(abs, deviations)) <= SIGMAS)
+    return Measurement(here, max(map(abs, deviations)) <= SIGMAS)
 
 
-def simulated_negatives(sizes: Sizes) -> Finding:
+def simulated_negatives(sizes: Sizes) -> Measurement:
     """Observed and expected rates of all thresholds, for each number of replaced ones."""
     n, a, s = NEGATIVES
     deviations, smallest = [], 1.0
@@ -158,18 +164,18 @@ def simulated_negatives(sizes: Sizes) -> Finding:
         f"{len(deviations)} rates from {smallest:.4f} on: at most {largest:.1f} standard deviations off, on average "
         f"{sum(map(abs, deviations)) / len(deviations):.1f}; {sizes.trials:,} trials for each v"
     )
-    return Finding(here, largest <= SIGMAS)
+    return Measurement(here, largest <= SIGMAS)
 
 
 def _deviation(observed: Rate, expected: float) -> float:
-    """In binomial standard deviations."""
+    """The distance in binomial standard deviations."""
     return (observed.value - expected) / math.sqrt(expected * (1 - expected) / observed.trials)
 
 
 # -- formulas ----------------------------------------------------------------------------------------------------------
 
 
-def scaling() -> Finding:
+def scaling() -> Measurement:
     """The formulas along n, along s and at half density."""
     cells = np.arange(300, 5001, 100)
     by_cells = false_positive(cells, 64, 24, 12, form="log10")
@@ -181,10 +187,10 @@ def scaling() -> Finding:
         f"s = 8 to {by_synapses[-1]:.1f} at s = 48; a = n/2: {dense.min():.3f} to {dense.max():.3f}"
     )
     falls = bool((np.diff(by_cells) < 0).all() and (np.diff(by_synapses) < 0).all())
-    return Finding(here, falls and float(dense.min()) > 0.5)
+    return Measurement(here, falls and float(dense.min()) > 0.5)
 
 
-def threshold() -> Finding:
+def threshold() -> Measurement:
     """The medians on the whole grid; those of its slice n = 10,000 are reported."""
     curve, slice_ = threshold_curve(), threshold_curve(cells=[10_000])
     medians = dict(zip(curve.thresholds, curve.log10_errors, strict=True))
@@ -193,13 +199,13 @@ def threshold() -> Finding:
         f"smallest threshold {curve.smallest(1e-9)}; medians of {curve.combinations} combinations {shown}. With "
         f"n = 10,000 alone: {slice_.smallest(1e-9)}"
     )
-    return Finding(here, curve.smallest(1e-9) in (9, 10) and medians[20] < -25)
+    return Measurement(here, curve.smallest(1e-9) in (9, 10) and medians[20] < -25)
 
 
 # -- unions ------------------------------------------------------------------------------------------------------------
 
 
-def unions(sizes: Sizes) -> Finding:
+def unions(sizes: Sizes) -> Measurement:
     """Observed and expected false positives for M = 1 to 8, and misses of a union of 8 by the layer itself."""
     n, a, s, theta = UNION
     deviations, plugin, exact = [], [], []
@@ -215,11 +221,11 @@ def unions(sizes: Sizes) -> Finding:
         f"code, {exact[-1]:.1e} for 8 (the paper's formula, with the mean size: {plugin[-1]:.1e}); {missed} of "
         f"{sizes.noisy:,} noisy codes missed"
     )
-    return Finding(here, largest <= SIGMAS and missed == 0)
+    return Measurement(here, largest <= SIGMAS and missed == 0)
 
 
 def _missed(sizes: Sizes, patterns: int = 8, batch: int = 1000) -> int:
-    """How many noisy codes a segment misses that holds their code and seven more; a new segment for each batch.
+    """Count the noisy codes that a segment misses which holds their code and seven more; a new segment for each batch.
 
     The ones that are lost are those that the segment stores, as many as it may lose; as many others come on.
     """
@@ -245,7 +251,7 @@ def _missed(sizes: Sizes, patterns: int = 8, batch: int = 1000) -> int:
 # -- activations -------------------------------------------------------------------------------------------------------
 
 
-def activations(model: nn.Module, text: Batches, sizes: Sizes) -> Finding:
+def activations(model: nn.Module, text: Batches, sizes: Sizes) -> Measurement:
     """Every block's real codes at theta = 4 and above."""
     return judge([measure(model, text, sizes.tokens, seed) for seed in sizes.seeds])
 
@@ -257,7 +263,7 @@ def measure(model: nn.Module, text: Batches, tokens: int, seed: int) -> Expected
     )
 
 
-def judge(runs: list[ExpectedVsObserved]) -> Finding:
+def judge(runs: list[ExpectedVsObserved]) -> Measurement:
     """The condition, over all blocks and seeds."""
     sites = [site for found in runs for site in found.sites]
     expected = sites[0].expected
@@ -274,4 +280,4 @@ def judge(runs: list[ExpectedVsObserved]) -> Finding:
         f"{'; '.join(parts)}; {len(runs)} seeds of at least {pairs:,} pairs"
     )
     passed = all(site.threshold_needed is not None and site.threshold_needed <= 4 + MORE for site in sites)
-    return Finding(here, passed)
+    return Measurement(here, passed)

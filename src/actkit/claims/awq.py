@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 
 from actkit import zoo
-from actkit.claims.outcome import Experiment, Finding, Outcome, Statement, conduct
+from actkit.claims.outcome import Experiment, Measurement, Outcome, Statement, conduct
 from actkit.claims.subject import REAL, Subject, spread
 from actkit.core.edit.edits import Replace
 from actkit.core.forward.hooks import evaluating, first_tensor, forward
@@ -47,7 +47,17 @@ KEPT = 0.01  # share of the input channels kept exact
 
 @dataclass(frozen=True)
 class Sizes:
-    """calibration, held_out: rows of 256 tokens; sentences: of MiniLM; search: tokens for the search of the ratio."""
+    """How much is measured, and how often.
+
+    Attributes:
+        seeds: of the calibration text.
+        calibration: rows of 256 tokens.
+        held_out: rows of 256 tokens.
+        sentences: of MiniLM.
+        search: tokens for the search of the ratio.
+        grid: ratios tried.
+        draws: of random channels.
+    """
 
     seeds: tuple[int, ...] = (0, 1, 2)
     calibration: int = 64
@@ -130,16 +140,16 @@ def _on_a_real_model(name: str, progress: bool, sizes: Sizes) -> Outcome:
 # -- the method --------------------------------------------------------------------------------------------------------
 
 
-def on_the_twin(twin: Subject, natural: Subject, sizes: Sizes) -> Finding:
+def on_the_twin(twin: Subject, natural: Subject, sizes: Sizes) -> Measurement:
     """The gap that rounding opens on the twin, and how much of it is left with AWQ."""
     moved = _moved(natural, twin)
     rounded, _, clipped = arms(twin, sizes, 3, sizes.seeds)
     left, holds = _left(twin, rounded[0], clipped)
     here = f"{described(twin, sizes)}; {spread(left, '.2f')} of the gap is left at 3 bits; logits differ by {moved:.0e}"
-    return Finding(here, moved <= 1e-4 and holds)
+    return Measurement(here, moved <= 1e-4 and holds)
 
 
-def on_the_off_grid_twin(twin: Subject, published: Subject, sizes: Sizes) -> Finding:
+def on_the_off_grid_twin(twin: Subject, published: Subject, sizes: Sizes) -> Measurement:
     """The same on a model with large channels of its own, and the model beside its twin."""
     moved, seeds = _moved(published, twin), sizes.seeds
     rounded, clipped = arms(twin, sizes, 3, seeds, scaled=False)
@@ -155,7 +165,7 @@ def on_the_off_grid_twin(twin: Subject, published: Subject, sizes: Sizes) -> Fin
         f"perplexity {twin.perplexity():.2f} in float32; {'; '.join(parts)}. {spread(left, '.2f')} of the gap is left "
         f"at 3 bits; logits differ by {moved:.0e}. {_large_channels(published)}"
     )
-    return Finding(here, moved <= 1e-4 and holds)
+    return Measurement(here, moved <= 1e-4 and holds)
 
 
 def _moved(natural: Subject, twin: Subject) -> float:
@@ -187,19 +197,29 @@ def _large_channels(subject: Subject) -> str:
     )
 
 
-def on_the_natural_model(natural: Subject, sizes: Sizes) -> Finding:
+def on_the_natural_model(natural: Subject, sizes: Sizes) -> Measurement:
     """The same arms on the model as it was trained."""
     rounded, _, clipped = arms(natural, sizes, 3, sizes.seeds)
     ratios = [perplexity / rounded[0] for perplexity in clipped]
     here = f"{described(natural, sizes)}; {spread(ratios, '.4f')} x round-to-nearest at 3 bits"
-    return Finding(here, mean(ratios) <= 1.01)
+    return Measurement(here, mean(ratios) <= 1.01)
 
 
 def arms(
     subject: Subject, sizes: Sizes, bits: int, seeds: tuple[int, ...], scaled: bool = True
 ) -> tuple[list[float], ...]:
-    """Perplexities: of round-to-nearest (one), of AWQ with scales (left out where not `scaled`), and with scales and
-    clipping (one per seed)."""
+    """Measure perplexities under the three ways of rounding.
+
+    Args:
+        subject: the model and its text.
+        sizes: how much is measured.
+        bits: of the weights.
+        seeds: of the calibration text.
+        scaled: False leaves out AWQ with scales alone.
+
+    Returns:
+        Of round-to-nearest (one), of AWQ with scales, and with scales and clipping (one per seed).
+    """
     grid: Any = {"bits": bits, "group_size": GROUP, "convention": CONVENTION}
     awq = partial(Awq, **grid, n_grid=sizes.grid, search_tokens=sizes.search)
     rounded = [subject.perplexity(RoundToNearest(**grid))]
@@ -219,7 +239,7 @@ def described(subject: Subject, sizes: Sizes) -> str:
 # -- the observation behind it -----------------------------------------------------------------------------------------
 
 
-def saliency(subject: Subject, sizes: Sizes) -> Finding:
+def saliency(subject: Subject, sizes: Sizes) -> Measurement:
     """The error with exact channels chosen by activation (over calibration seeds), by weight, and at random."""
     is_language = hasattr(subject.model, "lm_head")
     form = ".2f" if is_language else ".4f"
@@ -239,13 +259,19 @@ def saliency(subject: Subject, sizes: Sizes) -> Finding:
         f"{spread(drawn, form)} in {len(drawn)} draws, with nothing kept {error('nothing'):{form}}; "
         f"by activation {ratio:.2f} x the best of the others"
     )
-    return Finding(here, ratio < 0.8)
+    return Measurement(here, ratio < 0.8)
 
 
 def kept_exact(subject: Subject, by: Choice, seed: int) -> list[Replace]:
-    """Edits that round every linear layer to 3 bits but for the columns of its salient inputs.
+    """Round every linear layer to 3 bits but for the columns of its salient inputs.
 
-    seed: of the calibration text where they are chosen by activation; of the draw where at random.
+    Args:
+        subject: the model and its text.
+        by: how the salient inputs are chosen.
+        seed: of the calibration text if they are chosen by activation; of the draw if at random.
+
+    Returns:
+        The edits.
     """
     grid = QuantizationGrid(3, GROUP, convention=CONVENTION)
     inputs = [each for block in anatomy(subject.model).blocks for each in block.linear_inputs()]

@@ -9,7 +9,7 @@ most). The training takes batches of 8 x 128 tokens in bf16 (the paper's code: 8
 one core; the learning rate of each side is the best of three on the validation text, in the first seed. Speed is
 measured in benchmarks/sparsity.py. Averages of tasks on 7B models cannot be checked here.
 
-About 20 minutes on one core. The claims that need no training are asked of SmolLM2-135M as well, under the same
+About 20 minutes on one core. The claims that need no training are tested on SmolLM2-135M as well, under the same
 conditions, on the fewer rows of `REAL_SIZES`: 12 minutes on a busy machine.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 from torch import nn
 
 from actkit import zoo
-from actkit.claims.outcome import Experiment, Finding, Outcome, Statement, conduct
+from actkit.claims.outcome import Experiment, Measurement, Outcome, Statement, conduct
 from actkit.claims.subject import REAL, Subject, spread
 from actkit.core.measure.quality import measure_quality
 from actkit.core.recipe.runner import apply
@@ -41,8 +41,19 @@ RELU = Swap(where=("silu",), new="relu")
 
 @dataclass(frozen=True)
 class Sizes:
-    """calibration, held_out: rows of 256 tokens; sentences: of MiniLM, of each kind; steps: of the training, rows: of
-    128 tokens in its batches, validation: such rows; rank: of the changes; rates: learning rates to choose from."""
+    """How much is measured and trained.
+
+    Attributes:
+        seeds: of the calibration and training text.
+        calibration: rows of 256 tokens.
+        held_out: rows of 256 tokens.
+        sentences: of MiniLM, of each kind.
+        steps: of the training.
+        rows: of 128 tokens in its batches.
+        validation: such rows.
+        rank: of the changes.
+        rates: learning rates to choose from.
+    """
 
     seeds: tuple[int, ...] = (0, 1, 2)
     calibration: int = 64
@@ -115,16 +126,16 @@ def run(*, subject: str | None = None, progress: bool = True, sizes: Sizes | Non
 # -- without training --------------------------------------------------------------------------------------------------
 
 
-def quality(subject: Subject, sizes: Sizes) -> Finding:
+def quality(subject: Subject, sizes: Sizes) -> Measurement:
     """Perplexity at 0.5, the one that is judged, and at the other shares."""
     dense = subject.perplexity()
     found = {k: [subject.perplexity(Cats(sparsity=k), seed) for seed in sizes.seeds] for k in CONTROLLED}
     parts = [f"{k}: {spread(values)}" for k, values in found.items()]
     here = f"perplexity {dense:.2f}; with CATS {', '.join(parts)}; at 0.5 {max(found[0.5]) / dense - 1:+.1%} at most"
-    return Finding(here, max(found[0.5]) <= 1.03 * dense)
+    return Measurement(here, max(found[0.5]) <= 1.03 * dense)
 
 
-def substitution(subject: Subject, sizes: Sizes) -> Finding:
+def substitution(subject: Subject, sizes: Sizes) -> Measurement:
     """CATS at the share of zeros that ReLU makes."""
     relu = subject.perplexity(RELU)
     shares, ours = [], []
@@ -135,10 +146,10 @@ def substitution(subject: Subject, sizes: Sizes) -> Finding:
         f"{spread(shares, '.1%')} zeros: perplexity {relu:.2f} with ReLU, {spread(ours)} with CATS "
         f"({max(ours) / relu:.2f}x at most); {subject.perplexity():.2f} with SiLU"
     )
-    return Finding(here, max(ours) <= 0.8 * relu)
+    return Measurement(here, max(ours) <= 0.8 * relu)
 
 
-def control(subject: Subject, sizes: Sizes) -> Finding:
+def control(subject: Subject, sizes: Sizes) -> Measurement:
     """The share of zeros of every layer on held-out text, in the model as it is changed."""
     parts, off = [], 0.0
     for k in CONTROLLED:
@@ -150,7 +161,7 @@ def control(subject: Subject, sizes: Sizes) -> Finding:
             f"{k}: layers {min(zeros):.1%} to {max(zeros):.1%} (5 % of the tokens below {busiest:.0%} in one), which "
             f"reads {runs[0].mlp_traffic:.0%} of the MLPs' weights and {runs[0].block_traffic:.0%} of the blocks'"
         )
-    return Finding(f"{'; '.join(parts)}. Largest distance {100 * off:.1f} points", off <= 0.02)
+    return Measurement(f"{'; '.join(parts)}. Largest distance {100 * off:.1f} points", off <= 0.02)
 
 
 def sparsity_under(subject: Subject, transform: Transform, batches: Batches, seed: int = 0) -> GateSparsity:
@@ -159,7 +170,7 @@ def sparsity_under(subject: Subject, transform: Transform, batches: Batches, see
         return gate_sparsity(subject.model, batches, progress=False)
 
 
-def embeddings(subject: Subject, sizes: Sizes) -> Finding:
+def embeddings(subject: Subject, sizes: Sizes) -> Measurement:
     """Cosines of MiniLM's sentence embeddings to the original ones."""
     original = copy.deepcopy(subject.model)
     cosines = []
@@ -169,13 +180,13 @@ def embeddings(subject: Subject, sizes: Sizes) -> Finding:
                 subject.model, subject.held_out, reference=original, task="embedding", resamples=1, progress=False
             )
         cosines.append(found.metrics["fidelity"].value)
-    return Finding(f"cosine {spread(cosines, '.4f')}; {len(cosines)} calibration seeds", min(cosines) >= 0.98)
+    return Measurement(f"cosine {spread(cosines, '.4f')}; {len(cosines)} calibration seeds", min(cosines) >= 0.98)
 
 
 # -- with training -----------------------------------------------------------------------------------------------------
 
 
-def tuning(subject: Subject, sizes: Sizes) -> Finding:
+def tuning(subject: Subject, sizes: Sizes) -> Measurement:
     """Losses on held-out text after the same low-rank training of both."""
     parts, losses = [], []
     for name, transform in (("CATS", Cats(sparsity=TUNED)), ("ReLU", RELU)):
@@ -189,7 +200,7 @@ def tuning(subject: Subject, sizes: Sizes) -> Finding:
         )
     dense = math.log(subject.perplexity())
     here = f"loss on held-out text, {dense:.3f} without either; {'; '.join(parts)}"
-    return Finding(here, all(cats < relu for cats, relu in zip(*losses, strict=True)))
+    return Measurement(here, all(cats < relu for cats, relu in zip(*losses, strict=True)))
 
 
 class Tuned:

@@ -7,11 +7,12 @@ choosing by a clean validation loss would hide what label noise does. Activity i
 was trained on, accuracy and calibration error on the 338 test images, which no training saw. ImageNet, T5 and the
 speed on TPUs cannot be checked here.
 
-Models are trained on 1085 images (60 % of the digits; calibration, search and test split hold the rest); where labels
-or images are random on 512, so that 8 steps are an epoch instead of 17. Neither rate nor epochs were tuned for an arm.
+Models are trained on 1085 images (60 % of the digits; calibration, search and test split hold the rest); those with
+random labels or images on 512, so that 8 steps are an epoch instead of 17. Neither rate nor epochs were tuned for an
+arm.
 
 About 13 minutes on one idle core; the record took 21 on a busy one. The claim about the layers of a language model is
-asked of SmolLM2-135M as well (a quarter of a minute). Its SiLU has no zeros, so that a neuron counts as on above a
+tested on SmolLM2-135M as well (a quarter of a minute). Its SiLU has no zeros, so that a neuron counts as on above a
 magnitude of 0.01, as on docs/sparsity/lazy-neuron.md.
 """
 
@@ -28,7 +29,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from actkit.claims.outcome import SMALL, SYNTHETIC, Experiment, Finding, Outcome, Statement, conduct
+from actkit.claims.outcome import SMALL, SYNTHETIC, Experiment, Measurement, Outcome, Statement, conduct
 from actkit.claims.subject import REAL, Subject, spread
 from actkit.core.forward.hooks import evaluating, first_tensor, forward
 from actkit.core.ground.progress import track
@@ -48,9 +49,19 @@ DATA: tuple[Data, ...] = ("true labels", "random labels", "random images")
 
 @dataclass(frozen=True)
 class Sizes:
-    """seeds: of the comparison with top-k; the first `few` of them serve the rest. memorised: training images where
-    labels or images are random. images: training images elsewhere, all where None. k: of `width` neurons. language:
-    rows of 256 tokens. draws: of a random last layer.
+    """How much is trained and measured.
+
+    Attributes:
+        seeds: of the comparison with top-k.
+        few: the first so many of them serve the rest.
+        epochs: of each training.
+        memorised: training images if labels or images are random.
+        images: training images elsewhere; None for all.
+        width: neurons of an MLP.
+        widths: that are compared.
+        k: of `width` neurons.
+        language: rows of 256 tokens.
+        draws: of a random last layer.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -172,7 +183,15 @@ def run(*, subject: str | None = None, progress: bool = True, sizes: Sizes | Non
 
 @dataclass(frozen=True)
 class Arm:
-    """One training. k: None for all neurons. noise: share of the labels that are redrawn."""
+    """One training.
+
+    Attributes:
+        seed: of weights and batches.
+        width: neurons of an MLP.
+        k: how many of them a token keeps; None for all.
+        noise: share of the labels that are redrawn.
+        data: what is learned.
+    """
 
     seed: int
     width: int
@@ -224,7 +243,7 @@ class Workshop:
         return model if arm.k is None else apply(model, TopKMlp(k=arm.k), undo="off", progress=False).model
 
     def trained(self, arms: Sequence[Arm], what: str) -> list[nn.Module]:
-        """The trained model of each arm, from this run's memory where it was trained before."""
+        """The trained model of each arm, from this run's memory if it was trained before."""
         for arm in track(arms, f"Training: {what}", enabled=self.progress):
             if arm not in self._trained:
                 model = self.untrained(arm)
@@ -271,9 +290,13 @@ class Workshop:
 # -- emergence ---------------------------------------------------------------------------------------------------------
 
 
-def emergence(workshop: Workshop, judge_end: bool = False) -> Finding:
-    """The share of non-zeros before and after training on each kind of data. judge_end: by what is left, not by the
-    fall."""
+def emergence(workshop: Workshop, judge_end: bool = False) -> Measurement:
+    """Compare the share of non-zeros before and after training, on each kind of data.
+
+    Args:
+        workshop: where models are trained.
+        judge_end: judge by what is left, not by the fall.
+    """
     parts, falls, ends = [], [], []
     for data in DATA:
         arms = workshop.arms(workshop.few, data=data)
@@ -290,9 +313,9 @@ def emergence(workshop: Workshop, judge_end: bool = False) -> Finding:
     true = workshop.trained(workshop.arms(workshop.few), DATA[0])
     parts.append(f"true labels, on test images: {spread([_activity(model, test).share for model in true], '.1%')}")
     if judge_end:
-        return Finding(f"{spread(ends, '.1%')} after training, {len(ends)} models", max(ends) < 0.25)
+        return Measurement(f"{spread(ends, '.1%')} after training, {len(ends)} models", max(ends) < 0.25)
     here = f"{'; '.join(parts)}; {len(workshop.few)} seeds, {workshop.sizes.epochs} epochs"
-    return Finding(here, min(falls) >= 0.15)
+    return Measurement(here, min(falls) >= 0.15)
 
 
 def _fitted(workshop: Workshop, model: nn.Module, arm: Arm) -> float:
@@ -307,7 +330,7 @@ def _activity(model: nn.Module, batches: list[dict[str, Tensor]]) -> Any:
     return neuron_activity(model, batches, progress=False)
 
 
-def width(workshop: Workshop) -> Finding:
+def width(workshop: Workshop) -> Measurement:
     """Share and count of non-zeros at several widths."""
     shares: dict[int, list[float]] = {}
     counts: dict[int, list[float]] = {}
@@ -326,27 +349,27 @@ def width(workshop: Workshop) -> Finding:
         f"share (count) of non-zeros: {listed}; Spearman {spread(falling)} for the share, {spread(rising)} for the "
         f"count; {len(workshop.few)} seeds"
     )
-    return Finding(here, mean(falling) <= -0.8 and mean(rising) >= 0.8)
+    return Measurement(here, mean(falling) <= -0.8 and mean(rising) >= 0.8)
 
 
 # -- top-k against all neurons -----------------------------------------------------------------------------------------
 
 
-def label_noise(workshop: Workshop) -> Finding:
+def label_noise(workshop: Workshop) -> Measurement:
     """Clean test accuracy after training on noisy labels."""
     dense, top_k = ([workshop.accuracy(model) for model in models] for models in _pair(workshop, noise=NOISE))
     gains = _gains(dense, top_k)
     here = f"{NOISE:.0%} noise, test accuracy in %: {_compared(dense, top_k)}"
-    return Finding(here, mean(gains) >= 1.0 and _paired_t(gains) > 2)
+    return Measurement(here, mean(gains) >= 1.0 and _paired_t(gains) > 2)
 
 
-def natural(workshop: Workshop) -> Finding:
+def natural(workshop: Workshop) -> Measurement:
     """Test accuracy after training on true labels."""
     dense, top_k = ([workshop.accuracy(model) for model in models] for models in _pair(workshop))
-    return Finding(f"test accuracy in %: {_compared(dense, top_k)}", abs(mean(_gains(dense, top_k))) <= 1.5)
+    return Measurement(f"test accuracy in %: {_compared(dense, top_k)}", abs(mean(_gains(dense, top_k))) <= 1.5)
 
 
-def corrupted(workshop: Workshop) -> Finding:
+def corrupted(workshop: Workshop) -> Measurement:
     """Accuracy on the test images under each noise, mean over five severities."""
     found: dict[str, list[list[float]]] = {}  # noise -> one list for all neurons, one for top-k
     for kind in CORRUPTIONS:
@@ -359,10 +382,10 @@ def corrupted(workshop: Workshop) -> Finding:
     gains = _gains(dense, top_k)
     listed = "; ".join(f"{kind} {mean(pair[0]):.1f} and {mean(pair[1]):.1f}" for kind, pair in found.items())
     here = f"accuracy in %, mean of all: {_compared(dense, top_k)}; all neurons and top-k: {listed}"
-    return Finding(here, mean(gains) > 0 and _paired_t(gains) > 2)
+    return Measurement(here, mean(gains) > 0 and _paired_t(gains) > 2)
 
 
-def calibrated(workshop: Workshop) -> Finding:
+def calibrated(workshop: Workshop) -> Measurement:
     """Expected calibration error on the test images, judged for true labels."""
 
     def errors(models: list[nn.Module]) -> list[float]:
@@ -374,7 +397,7 @@ def calibrated(workshop: Workshop) -> Finding:
         f"expected calibration error in %: {_compared(dense, top_k)}; after {NOISE:.0%} label noise {noisy[0]:.1f} "
         f"with all neurons, {noisy[1]:.1f} with top-k"
     )
-    return Finding(here, mean(_gains(dense, top_k)) <= 0.5)
+    return Measurement(here, mean(_gains(dense, top_k)) <= 0.5)
 
 
 def _pair(workshop: Workshop, noise: float = 0.0) -> list[list[nn.Module]]:
@@ -391,7 +414,7 @@ def _gains(dense: Sequence[float], top_k: Sequence[float]) -> list[float]:
 
 
 def _paired_t(gains: Sequence[float]) -> float:
-    """The mean over its standard error; infinite where all gains are the same."""
+    """The mean over its standard error; infinite if all gains are the same."""
     deviation = stdev(gains)
     return mean(gains) * sqrt(len(gains)) / deviation if deviation else copysign(inf, mean(gains))
 
@@ -407,7 +430,7 @@ def _compared(dense: Sequence[float], top_k: Sequence[float]) -> str:
 # -- a language model, and the theory ----------------------------------------------------------------------------------
 
 
-def layers_of_a_language_model(subject: Subject, above: float = 0.0) -> Finding:
+def layers_of_a_language_model(subject: Subject, above: float = 0.0) -> Measurement:
     """The share of the neurons of each layer that are on (of a magnitude above that) on the held-out text."""
     activity = neuron_activity(subject.model, list(subject.held_out), threshold=above, progress=False)
     first, *middle, last = [layer.share for layer in activity.layers]
@@ -415,10 +438,10 @@ def layers_of_a_language_model(subject: Subject, above: float = 0.0) -> Finding:
     listed = ", ".join(f"{layer.share:.1%}" for layer in activity.layers)
     what = f"{dead} neurons never on" if not above else f"{dead} neurons never above {above:g}"
     here = f"first to last layer {listed} on {activity.layers[0].tokens:,} tokens; {what}"
-    return Finding(here, mean(middle) < min(first, last))
+    return Measurement(here, mean(middle) < min(first, last))
 
 
-def first_gradient(sizes: Sizes, neurons: int = 64) -> Finding:
+def first_gradient(sizes: Sizes, neurons: int = 64) -> Measurement:
     """The gradient of the cross-entropy with respect to pre-activations, mean over draws of the last layer."""
     lowest, totals = [], []
     for seed in sizes.seeds[: sizes.few]:
@@ -433,13 +456,20 @@ def first_gradient(sizes: Sizes, neurons: int = 64) -> Finding:
         f"smallest mean over its standard error {spread(lowest, '.1f')}, of the sum {spread(totals, '.0f')}; "
         f"{len(lowest)} seeds of {sizes.draws:,} draws"
     )
-    return Finding(here, min(lowest) > -4 and min(totals) > 10)
+    return Measurement(here, min(lowest) > -4 and min(totals) > 10)
 
 
 def last_layer_gradients(hidden: Tensor, label: int, draws: int, generator: torch.Generator) -> Tensor:
-    """dL/dp of the cross-entropy of V relu(p) where p > 0, for random V [classes, neurons] of variance 1 / neurons.
+    """Draw dL/dp of the cross-entropy of V relu(p) at p > 0, for random V [classes, neurons] of variance 1 / neurons.
 
-    hidden: relu(p), [neurons]. Returns [draws, neurons].
+    Args:
+        hidden: relu(p), [neurons].
+        label: the class.
+        draws: how many V.
+        generator: of the draws.
+
+    Returns:
+        [draws, neurons].
     """
     last = torch.randn(draws, CLASSES, len(hidden), generator=generator) / sqrt(len(hidden))
     wrong = (last @ hidden).softmax(-1)

@@ -1,7 +1,7 @@
 """The outcome of a paper's claims: for each what the paper found, what was found here, and whether that passes.
 
 A claim is written down in two halves. Its Statement (with the condition to pass) is a constant of the module and stands
-before the run; the experiment adds what it measured.
+before the run; the experiment adds its Measurement.
 """
 
 from __future__ import annotations
@@ -25,8 +25,14 @@ SMALL = "small models"  # the subject of what needs models that are trained for 
 
 @dataclass(frozen=True)
 class Statement:
-    """statement: what is claimed. paper: its figure. condition: what must be measured here for it to pass. subject: the
-    model that it is measured on, by its name in the zoo, or SYNTHETIC or SMALL."""
+    """What is claimed, before it is measured.
+
+    Attributes:
+        statement: what is claimed.
+        paper: its figure.
+        condition: what must be measured here for it to pass.
+        subject: the model that it is measured on, by its name in the zoo, or SYNTHETIC or SMALL.
+    """
 
     statement: str
     paper: str
@@ -38,8 +44,13 @@ class Statement:
         return replace(self, subject=subject)
 
 
-class Finding(NamedTuple):
-    """What an experiment measured: a short text with the figures and their spread, and whether the condition holds."""
+class Measurement(NamedTuple):
+    """What an experiment measured.
+
+    Attributes:
+        here: a short text with the figures and their spread.
+        passed: whether the condition holds.
+    """
 
     here: str
     passed: bool
@@ -47,7 +58,16 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement with its finding."""
+    """A statement with its measurement.
+
+    Attributes:
+        statement: as in `Statement`.
+        subject: as in `Statement`.
+        paper: as in `Statement`.
+        here: as in `Measurement`.
+        condition: as in `Statement`.
+        passed: as in `Measurement`.
+    """
 
     statement: str
     subject: str
@@ -59,8 +79,18 @@ class Claim:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run of a paper's claims found, and where. sizes: how much data and how many tries, by name; seconds: of
-    the whole run; date: ISO, UTC."""
+    """What a run of a paper's claims found, and on which machine.
+
+    Attributes:
+        slug: of the paper.
+        claims: in the order of the module.
+        seeds: of the run.
+        sizes: how much data and how many tries, by name.
+        seconds: of the whole run.
+        machine: that it ran on.
+        versions: of the libraries.
+        date: ISO, UTC.
+    """
 
     slug: str
     claims: tuple[Claim, ...]
@@ -89,7 +119,7 @@ class Outcome:
         return {"slug": slug, "claims": list(claims), "runs": [run]}
 
     def table(self) -> Table:
-        """Claim, subject, paper, here and pass, one row per claim, for a terminal."""
+        """Claim, subject, paper, here and pass, a row per claim, for a terminal."""
         from rich import box
         from rich.markup import escape
         from rich.table import Table
@@ -126,7 +156,7 @@ def merged(recorded: Mapping[str, Any], new: Mapping[str, Any], order: Sequence[
     return {"slug": new["slug"], "claims": kept, "runs": [*runs, *new["runs"]]}
 
 
-Experiment = tuple[Statement, Callable[[], Finding]]
+Experiment = tuple[Statement, Callable[[], Measurement]]
 
 
 def conduct(
@@ -138,8 +168,11 @@ def conduct(
         slug: of the paper.
         experiments: each statement with what measures it.
         sizes: a dataclass with `seeds`, for the record.
-        subject: only the experiments on it; all where None.
+        subject: only the experiments on it; None for all.
         progress: show a bar.
+
+    Returns:
+        The outcome, with the machine and the time.
     """
     started = time.perf_counter()
     chosen = [(statement, measure) for statement, measure in experiments if subject in (None, statement.subject)]

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import nn
 
-from actkit.claims.outcome import SMALL, Finding, Outcome, Statement, conduct
+from actkit.claims.outcome import SMALL, Measurement, Outcome, Statement, conduct
 from actkit.claims.small_models import language_model, text
 from actkit.claims.subject import spread
 from actkit.core.measure.quality import measure_quality
@@ -46,9 +46,19 @@ MATCH, GAIN = 0.015, 0.10  # sparsities of (b) and (c) differ by at most, of (a)
 
 @dataclass(frozen=True)
 class Sizes:
-    """peak: the last factor of (c). start, steps: of the training from scratch, of an arm. tries: runs that look for
-    the factor of (b). training, validation, held_out: rows of 64 tokens, None for all of the split. hidden, layers: of
-    the model.
+    """How much is trained and measured.
+
+    Attributes:
+        seeds: of the batches.
+        peak: the last factor of (c).
+        start: steps of the training from scratch.
+        steps: of an arm.
+        tries: runs that look for the factor of (b).
+        training: rows of 64 tokens; None for all of the split.
+        validation: the same.
+        held_out: the same.
+        hidden: size of the model.
+        layers: of the model.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -100,7 +110,13 @@ def run(*, subject: str | None = None, progress: bool = True, sizes: Sizes | Non
 
 @dataclass(frozen=True)
 class Arm:
-    """A trained model with its sparsity and perplexity on the test split."""
+    """A trained model.
+
+    Attributes:
+        model: the model.
+        sparsity: on the test split.
+        perplexity: on the test split.
+    """
 
     model: nn.Module
     sparsity: float
@@ -125,12 +141,12 @@ class Arms:
 
     @cached_property
     def relu(self) -> list[Arm]:
-        """(a)"""
+        """(a): ReLU only."""
         return [self._measured(self._continued((), seed)) for seed in self.sizes.seeds]
 
     @cached_property
     def rising(self) -> list[Arm]:
-        """(c)"""
+        """(c): ProSparse."""
         return [self._measured(self._continued((self.rule,), seed)) for seed in self.sizes.seeds]
 
     @cached_property
@@ -184,8 +200,16 @@ def constant_factor(factor: float) -> ProSparse:
 
 
 def next_factor(tried: list[tuple[float, float]], wanted: float, first: float) -> float:
-    """The factor to try after those tried (factor, sparsity): `first`, then twice or half of it, then where a straight
-    line through the last two, sparsity over log factor, meets `wanted`; never more than 4 times or a quarter."""
+    """Choose the factor to try next.
+
+    It is `first`, then twice or half of that, then where a straight line through the last two, sparsity over log
+    factor, meets `wanted`; never more than 4 times or less than a quarter.
+
+    Args:
+        tried: (factor, sparsity) so far.
+        wanted: the sparsity to reach.
+        first: the factor to begin with.
+    """
     if not tried:
         return first
     factor, found = tried[-1]
@@ -210,7 +234,7 @@ def perplexity(model: nn.Module, batches: Batches) -> float:
 # -- what is measured --------------------------------------------------------------------------------------------------
 
 
-def sparser(arms: Arms) -> Finding:
+def sparser(arms: Arms) -> Measurement:
     """Sparsity of (c) over that of (a), seed by seed."""
     gains = [c.sparsity - a.sparsity for a, c in zip(arms.relu, arms.rising, strict=True)]
     here = (
@@ -219,11 +243,11 @@ def sparser(arms: Arms) -> Finding:
         f"{perplexity(arms.swiglu, arms.test):.2f}, (a) {_perplexities(arms.relu)}, (c) {_perplexities(arms.rising)}; "
         f"{len(gains)} seeds"
     )
-    return Finding(here, min(gains) >= GAIN)
+    return Measurement(here, min(gains) >= GAIN)
 
 
-def progressive(arms: Arms) -> Finding:
-    """Perplexity of (b) and (c) where their sparsities match."""
+def progressive(arms: Arms) -> Measurement:
+    """Compare the perplexity of (b) and (c) if their sparsities match."""
     b, c = arms.constant, arms.rising
     apart = max(abs(mine.sparsity - other.sparsity) for mine, other in zip(b, c, strict=True))
     cost = [arm.perplexity for arm in b], [arm.perplexity for arm in c]
@@ -233,10 +257,10 @@ def progressive(arms: Arms) -> Finding:
         f"(b) {_perplexities(b)}, (c) {_perplexities(c)}, (a) {_perplexities(arms.relu)}. Last peak of (c) "
         f"{arms.sizes.peak:g}; factors tried for (b), on the validation split: {tried}"
     )
-    return Finding(here, apart <= MATCH and mean(cost[1]) <= mean(cost[0]))
+    return Measurement(here, apart <= MATCH and mean(cost[1]) <= mean(cost[0]))
 
 
-def threshold(arms: Arms) -> Finding:
+def threshold(arms: Arms) -> Measurement:
     """FATReLU on (c): t chosen on the validation split, zeros and perplexity on the test split."""
     chosen, gains, costs = [], [], []
     for arm in arms.rising:
@@ -255,7 +279,7 @@ def threshold(arms: Arms) -> Finding:
         f"points, perplexity by {spread([100 * cost for cost in costs], '.2f')} %. Each arm's sparsity with perplexity "
         f"up by at most 1 % (validation split, first seed): {', '.join(loose)}"
     )
-    return Finding(here, min(gains) > 0 and max(map(abs, costs)) < 0.005)
+    return Measurement(here, min(gains) > 0 and max(map(abs, costs)) < 0.005)
 
 
 def _sparsities(arms: list[Arm]) -> str:

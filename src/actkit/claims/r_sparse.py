@@ -9,7 +9,7 @@ texts, and other candidates. Quality at equal bytes beside TEAL, WINA and CATS i
 the time of the kernels in benchmarks/sparsity.py: neither is judged here. Averages of tasks on 7B models cannot be
 checked.
 
-About 10 minutes on one core. The claims about a language model are asked of SmolLM2-135M as well, under the same
+About 10 minutes on one core. The claims about a language model are tested on SmolLM2-135M as well, under the same
 conditions, on the fewer rows and with the smaller search of `REAL_SIZES`: 11 minutes on a busy machine.
 """
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from actkit.claims.outcome import Experiment, Finding, Outcome, Statement, conduct
+from actkit.claims.outcome import Experiment, Measurement, Outcome, Statement, conduct
 from actkit.claims.subject import REAL, Subject, spread
 from actkit.core.model.anatomy import Linear, Site, anatomy
 from actkit.core.recipe.seen import Trial
@@ -40,9 +40,16 @@ ALPHAS = (1.0, 0.9, 0.8, 0.6, 0.4, 0.2, 0.0)
 
 @dataclass(frozen=True)
 class Sizes:
-    """calibration: tokens that set the thresholds of single layers; tokens: held-out ones whose errors are taken.
-    sequences: rows of 256 tokens that the search sees; held_out: rows that perplexity is measured on. generations,
-    population: of the search.
+    """How much is measured.
+
+    Attributes:
+        seeds: of texts and candidates.
+        calibration: tokens that set the thresholds of single layers.
+        tokens: held-out ones whose errors are taken.
+        sequences: rows of 256 tokens that the search sees.
+        held_out: rows that perplexity is measured on.
+        generations: of the search.
+        population: of the search.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -166,8 +173,8 @@ def relative_error(layer: Any, linear: Linear, x: Tensor) -> float:
     return float(((layer(x).float() - bias - y).norm(dim=1) / y.norm(dim=1)).mean())
 
 
-def mixed_is_best(errors: _Errors) -> Finding:
-    """Where the error is smallest, of the seven mixes."""
+def mixed_is_best(errors: _Errors) -> Measurement:
+    """Find which of the seven mixes has the smallest error."""
     found = errors.by_seed()
     parts, least = [], 0.0
     for budget in BUDGETS:
@@ -181,10 +188,10 @@ def mixed_is_best(errors: _Errors) -> Finding:
         least = min(shares) if budget == 0.3 else least
     count = len(found[0][BUDGETS[0]])
     here = f"alpha < 1 is best, of {count} layers, at budget {'; '.join(parts)}. {_about(errors)}"
-    return Finding(here, least >= 0.25)
+    return Measurement(here, least >= 0.25)
 
 
-def rank_is_worse(errors: _Errors) -> Finding:
+def rank_is_worse(errors: _Errors) -> Measurement:
     """The two ends of the mix at budget 0.5."""
     tables = [each[0.5] for each in errors.by_seed()]
     shares = [float((table[:, -1] > table[:, 0]).double().mean()) for table in tables]
@@ -193,7 +200,7 @@ def rank_is_worse(errors: _Errors) -> Finding:
         f"rank alone is worse in {spread(shares, '.0%')} of {len(tables[0])} layers; mean error {spread(rank, '.3f')}, "
         f"inputs alone {spread(inputs, '.3f')}. {_about(errors)}"
     )
-    return Finding(here, min(shares) >= 0.9)
+    return Measurement(here, min(shares) >= 0.9)
 
 
 def _about(errors: _Errors) -> str:
@@ -203,7 +210,7 @@ def _about(errors: _Errors) -> str:
 # -- the model ---------------------------------------------------------------------------------------------------------
 
 
-def search(subject: Subject, sizes: Sizes, sparsity: float = 0.5) -> Finding:
+def search(subject: Subject, sizes: Sizes, sparsity: float = 0.5) -> Measurement:
     """Perplexities with the mixes found and with the best uniform one, both chosen on the same calibration text."""
     method = RSparse(sparsity=sparsity, alpha="search", generations=sizes.generations, population=sizes.population)
     found: list[Evolution] = []
@@ -224,14 +231,14 @@ def search(subject: Subject, sizes: Sizes, sparsity: float = 0.5) -> Finding:
         f"{spread([mean(e.alphas.values()) for e in found])}, below 1 in {spread(below, '.0%')} of the layers; "
         f"{max(e.evaluations for e in found)} evaluations"
     )
-    return Finding(here, all(mixed <= uniform for mixed, uniform in pairs))
+    return Measurement(here, all(mixed <= uniform for mixed, uniform in pairs))
 
 
-def ends(subject: Subject, sizes: Sizes, sparsity: float = 0.5) -> Finding:
+def ends(subject: Subject, sizes: Sizes, sparsity: float = 0.5) -> Measurement:
     """Perplexities with inputs only and with rank only."""
     inputs, rank = (
         [subject.perplexity(RSparse(sparsity=sparsity, alpha=alpha), seed) for seed in sizes.seeds]
         for alpha in (1.0, 0.0)
     )
     here = f"perplexity, dense {subject.perplexity():.2f}: inputs only {spread(inputs)}, rank only {spread(rank)}"
-    return Finding(here, all(a <= 0.95 * b for a, b in zip(inputs, rank)))
+    return Measurement(here, all(a <= 0.95 * b for a, b in zip(inputs, rank)))

@@ -45,6 +45,6 @@ def language_model(
 
 
 def text(model: nn.Module, split: Split, rows: int | None, *, seed: int = 0, length: int = LENGTH) -> Batches:
-    """Rows of the embedded text in batches of 16; all of the split where rows is None. seed: which documents."""
+    """Rows of the embedded text in batches of 16; None for all of the split. seed: which documents."""
     tokenizer = zoo.tokenizer("swiglu")
     return load_data(None, model, tokenizer, sequences=rows, length=length, batch_size=BATCH, seed=seed, split=split)

@@ -1,5 +1,4 @@
-"""Spark Transformer's claims: a threshold from mean and deviation does for a sort, and models trained with it lose
-little.
+"""Spark Transformer's claims: mean and deviation can replace a sort, and models trained with that lose little.
 
 What is measured here: the counts of statistical top-k on Gaussian rows (and, without judging, on others and on real
 pre-activations), its time beside torch.topk; language models of 1.1 M parameters trained from scratch with an ordinary
@@ -9,7 +8,7 @@ three seeds for weights and texts); nothing was tuned for an arm. Losses are tho
 split, in float32, per next token.
 
 A step is 1,024 tokens, so that the whole fits one core: 400 steps of 8 x 128 tokens for MLPs, 300 of 4 x 256 for
-attention. Models that small and short of training say little about 2B parameters and 2T tokens. The decoding speed at
+attention. Models so small, trained so briefly, say little about 2B parameters and 2T tokens. The decoding speed at
 the paper's shapes is measured in benchmarks/sparsity.py; benchmarks of Gemma-2 cannot be checked here.
 
 About 10 minutes on one core.
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from actkit import zoo
-from actkit.claims.outcome import SMALL, SYNTHETIC, Finding, Outcome, Statement, conduct
+from actkit.claims.outcome import SMALL, SYNTHETIC, Measurement, Outcome, Statement, conduct
 from actkit.claims.small_models import language_model
 from actkit.claims.subject import spread
 from actkit.core.forward.hooks import evaluating, forward, hooked
@@ -55,9 +54,20 @@ RATE = 2e-3
 
 @dataclass(frozen=True)
 class Sizes:
-    """draws: Gaussian rows of `width` per density. timed: shape of the timed tensor, rounds: of timings. layers: of the
-    trained models. steps, attention_steps: of training. rows: of 128 tokens per step; of 256, half as many. attended:
-    keys per query. held_out: rows of 128 test tokens; of 256, half as many.
+    """How much is drawn, timed and trained.
+
+    Attributes:
+        seeds: of weights and texts.
+        draws: Gaussian rows of `width` per density.
+        width: of a row.
+        timed: shape of the timed tensor.
+        rounds: of timings.
+        layers: of the trained models.
+        steps: of training, for MLPs.
+        attention_steps: of training, for attention.
+        rows: of 128 tokens per step; of 256, half as many.
+        attended: keys per query.
+        held_out: rows of 128 test tokens; of 256, half as many.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -152,7 +162,7 @@ def kept(x: Tensor, share: float) -> Tensor:
     return (x > threshold(x, k)).sum(-1).double() / k
 
 
-def counts(sizes: Sizes) -> Finding:
+def counts(sizes: Sizes) -> Measurement:
     """Counts over k of Gaussian rows; of rows from other distributions, and of real gates, for the report."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(sizes.draws, sizes.width, generator=generator)
@@ -172,7 +182,7 @@ def counts(sizes: Sizes) -> Finding:
         "gates of the SwiGLU zoo model": _real_gates(),
     }
     found = "; ".join(f"{name} {float(kept(rows, KEPT).mean()):.2f} k" for name, rows in others.items())
-    return Finding(f"{'; '.join(parts)}. At {KEPT:.0%}, not judged: {found}", passed)
+    return Measurement(f"{'; '.join(parts)}. At {KEPT:.0%}, not judged: {found}", passed)
 
 
 def _real_gates() -> Tensor:
@@ -183,7 +193,7 @@ def _real_gates() -> Tensor:
     return torch.cat([sample.rows.float() for sample in seen.values()])
 
 
-def speed(sizes: Sizes) -> Finding:
+def speed(sizes: Sizes) -> Measurement:
     """Seconds of both, in random order, without gradients."""
     x = torch.randn(*sizes.timed, generator=torch.Generator().manual_seed(0))
     k = round(KEPT * x.shape[-1])
@@ -209,7 +219,7 @@ def speed(sizes: Sizes) -> Finding:
         f"{slow / fast:.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f}): {slow * 1e3:.1f} and {fast * 1e3:.1f} ms, "
         f"medians of {sizes.rounds} interleaved rounds, {torch.get_num_threads()} threads"
     )
-    return Finding(here, slow / fast >= FASTER)
+    return Measurement(here, slow / fast >= FASTER)
 
 
 # -- trained models ----------------------------------------------------------------------------------------------------
@@ -217,7 +227,12 @@ def speed(sizes: Sizes) -> Finding:
 
 @dataclass
 class Arms:
-    """The trained models, each trained when it is first asked for. Beside the models: their test losses."""
+    """The trained models and their test losses; each is trained when it is first needed.
+
+    Attributes:
+        sizes: how much is trained.
+        progress: show bars.
+    """
 
     sizes: Sizes
     progress: bool = False
@@ -289,7 +304,7 @@ def _text(model: nn.Module, split: Split, rows: int, length: int, *, batch: int,
     return load_data(None, model, tokenizer, sequences=rows, length=length, batch_size=batch, seed=seed, split=split)
 
 
-def density(arms: Arms) -> Finding:
+def density(arms: Arms) -> Measurement:
     """The share of neurons that are not 0 on the test split, by layer; of the other sparse arm too, not judged."""
     found = {arm: [_densities(arms, arm, seed) for seed in arms.sizes.seeds] for arm in ("Spark", "top-k")}
     parts = []
@@ -299,7 +314,7 @@ def density(arms: Arms) -> Finding:
         listed = ", ".join(f"{value:.1%}" for value in layers)
         parts.append(f"{arm}: {listed} (mean over seeds; {min(every):.1%} to {max(every):.1%})")
     passed = all(0.05 <= value <= 0.12 for values in found["Spark"] for value in values)
-    return Finding(f"by layer, {'; '.join(parts)}", passed)
+    return Measurement(f"by layer, {'; '.join(parts)}", passed)
 
 
 def _densities(arms: Arms, arm: str, seed: int) -> list[float]:
@@ -308,31 +323,31 @@ def _densities(arms: Arms, arm: str, seed: int) -> list[float]:
     return [seen[Site("mlp.hidden", index)].density for index in range(arms.sizes.layers)]
 
 
-def against_top_k(arms: Arms) -> Finding:
+def against_top_k(arms: Arms) -> Measurement:
     """Test losses of Spark's MLP and of statistical top-k in front of a gated MLP."""
     return _compared(arms, "Spark", "top-k", 0.0)
 
 
-def against_dense(arms: Arms) -> Finding:
+def against_dense(arms: Arms) -> Measurement:
     """Test losses of Spark's MLP and of SwiGLU."""
     return _compared(arms, "Spark", "SwiGLU", LOSS)
 
 
-def attention(arms: Arms) -> Finding:
+def attention(arms: Arms) -> Measurement:
     """Test losses of Spark attention and of ordinary attention."""
     return _compared(arms, "Spark attention", "ordinary attention", LOSS)
 
 
-def _compared(arms: Arms, ours: str, theirs: str, margin: float) -> Finding:
+def _compared(arms: Arms, ours: str, theirs: str, margin: float) -> Measurement:
     a, b = arms.losses(ours), arms.losses(theirs)
     differences = [x - y for x, y in zip(a, b, strict=True)]
     listed = ", ".join(f"{value:+.3f}" for value in differences)
     size = sum(parameter.numel() for parameter in arms.model(ours, arms.sizes.seeds[0]).parameters())
     here = f"nats: {ours} {spread(a, '.3f')}, {theirs} {spread(b, '.3f')}; differences {listed}; {size:,} parameters"
-    return Finding(here, all(value <= margin for value in differences))
+    return Measurement(here, all(value <= margin for value in differences))
 
 
-def attended(arms: Arms) -> Finding:
+def attended(arms: Arms) -> Measurement:
     """How many keys the queries of the trained models attend to on the test split."""
     found: list[Tensor] = []
     for seed in arms.sizes.seeds:
@@ -345,7 +360,7 @@ def attended(arms: Arms) -> Finding:
         f"{int(counts.sort().values[int(0.99 * (len(counts) - 1))])}, at most {int(counts.max())}; {above:.3%} of "
         f"{len(counts):,} are above {2 * k}"
     )
-    return Finding(here, above == 0)
+    return Measurement(here, above == 0)
 
 
 def _attended(model: nn.Module, batches: Sequence[Any]) -> list[Tensor]:

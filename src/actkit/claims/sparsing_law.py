@@ -3,13 +3,13 @@
 What is measured: CETT against the two baselines at equal shares of active neurons, on held-out text, for three
 language models (the zoo's ReLU and SiLU ones of 5.2 M parameters, and a GELU one of 1.1 M, trained here for 500 steps,
 as the zoo has none); the order of ReLU and SiLU; twelve checkpoints of a ReLU and a SiLU model of 1.1 M parameters
-along 2.5 M tokens at a constant rate, measured with one shared CETT as in the paper's appendix E; the self-consistency
+over 2.5 M tokens at a constant rate, measured with one shared CETT as in the paper's appendix E; the self-consistency
 of the search; and five ReLU models of one size and different width / depth after 150 steps. Thresholds are fitted to
 20,480 tokens of the calibration split. The paper's models see 10^5 times as many tokens: the limits of its curves, its
 benchmarks and the decoding speed of its 2.4B model cannot be checked here.
 
-About 18 minutes on one idle core (35 where two other processes share it). The two claims that need one trained model
-are asked of SmolLM2-135M as well, under the same conditions, on the fewer rows of `REAL_SIZES`: 10 minutes on a busy
+About 18 minutes on one idle core (35 if two other processes share it). The two claims that need one trained model
+are tested on SmolLM2-135M as well, under the same conditions, on the fewer rows of `REAL_SIZES`: 10 minutes on a busy
 machine.
 """
 
@@ -30,7 +30,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from actkit.claims import small_models
-from actkit.claims.outcome import SMALL, Finding, Outcome, Statement, conduct
+from actkit.claims.outcome import SMALL, Measurement, Outcome, Statement, conduct
 from actkit.claims.subject import REAL, Subject
 from actkit.core.recipe.rule import AttachedRule, TrainingRule
 from actkit.core.train.training import train
@@ -45,11 +45,21 @@ PERCENTAGES = (0.5, 1.0, 2.0, 5.0, 10.0)
 
 @dataclass(frozen=True)
 class Sizes:
-    """seeds: one, as models are trained. calibration, held_out: rows of 256 tokens; twice as many of 128 for the models
-    trained here. sample: tokens per layer that thresholds are computed from. gelu, law, shape: training steps of
-    2,048 tokens. checkpoints: of a run, equally far apart in log tokens, from 5 % of its steps (warm-up is over at
-    4 %) to the end; stable: how many of the last ones the shared CETT is found on. shapes: (hidden size, layers).
-    rows: of the training split, None for all.
+    """How much is measured and trained.
+
+    Attributes:
+        seeds: one, as models are trained.
+        calibration: rows of 256 tokens; twice as many of 128 for the models trained here.
+        held_out: the same.
+        sample: tokens per layer that thresholds are computed from.
+        gelu: training steps of 2,048 tokens, of the GELU model.
+        law: the same, of the models whose checkpoints are measured.
+        checkpoints: of a run, equally far apart in log tokens, from 5 % of its steps (warm-up is over at 4 %) to the
+            end.
+        stable: how many of the last ones the shared CETT is found on.
+        shape: training steps of 2,048 tokens, of the models of several shapes.
+        shapes: (hidden size, layers).
+        rows: of the training split; None for all.
     """
 
     seeds: tuple[int, ...] = (0,)
@@ -152,7 +162,13 @@ def _on_a_real_model(name: str, progress: bool, sizes: Sizes) -> Outcome:
 
 
 class Text(NamedTuple):
-    """A model with the text that its thresholds are fitted to, and the text that it is measured on."""
+    """A model with its text.
+
+    Attributes:
+        model: the model.
+        calibration: what its thresholds are fitted to.
+        held_out: what it is measured on.
+    """
 
     model: nn.Module
     calibration: Batches
@@ -195,7 +211,7 @@ class Case:
         return self._roots[p]
 
 
-def metric(cases: Sequence[Case]) -> Finding:
+def metric(cases: Sequence[Case]) -> Measurement:
     """Held-out perplexities at the share that CETT leaves active there."""
     parts, passed = [], True
     for case in cases:
@@ -213,16 +229,16 @@ def metric(cases: Sequence[Case]) -> Finding:
             f"{case.name}: dense {math.exp(cett.dense_loss):.2f}, CETT {perplexity:.2f} ({cett.ratio:.1%} active, "
             f"x {math.exp(cett.rise):.4f}), {found}"
         )
-    return Finding("; ".join(parts), passed)
+    return Measurement("; ".join(parts), passed)
 
 
-def order(relu: Case, silu: Case) -> Finding:
+def order(relu: Case, silu: Case) -> Measurement:
     """PPL-1% activation ratios on the calibration text."""
     first, second = (case.search.at(case.root(1.0).low).ratio for case in (relu, silu))
-    return Finding(f"ReLU {first:.1%}, SiLU {second:.1%} active", second - first >= 0.05)
+    return Measurement(f"ReLU {first:.1%}, SiLU {second:.1%} active", second - first >= 0.05)
 
 
-def consistent(cases: Sequence[Case]) -> Finding:
+def consistent(cases: Sequence[Case]) -> Measurement:
     """What the search achieves, and sparsity over p."""
     parts, passed = [], True
     for case in cases:
@@ -232,14 +248,18 @@ def consistent(cases: Sequence[Case]) -> Finding:
         passed &= root.reached and abs(ratio - 1.01) <= 0.0005 and shares == sorted(shares)
         listed = ", ".join(f"{share:.1%}" for share in shares)
         parts.append(f"{case.name}: x {ratio:.5f} in {len(root.trace)} tries; sparsity {listed}")
-    return Finding("; ".join(parts), passed)
+    return Measurement("; ".join(parts), passed)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
 class Snapshots(TrainingRule):
-    """Keeps a copy of the weights after the given steps."""
+    """Keep a copy of the weights after the given steps.
+
+    Attributes:
+        steps: after which a copy is kept.
+    """
 
     steps: tuple[int, ...]
 
@@ -292,15 +312,24 @@ def _trained(activation: str, steps: int, sizes: Sizes, rules: Sequence[Training
 # -- the laws ----------------------------------------------------------------------------------------------------------
 
 
-def law(activation: Literal["relu", "silu"], sizes: Sizes) -> Finding:
+def law(activation: Literal["relu", "silu"], sizes: Sizes) -> Measurement:
     """The trend over a training, and both laws."""
     tokens, ratios, cett = run_of_checkpoints(activation, sizes)
     return judged(activation, tokens, ratios, f"shared CETT {cett:.3f}")
 
 
 def run_of_checkpoints(activation: str, sizes: Sizes) -> tuple[list[float], list[float], float]:
-    """Tokens and PPL-1% activation ratios along a training, and the CETT that all checkpoints share: the one under
-    which the mean perplexity ratio of the last ones is 1.01."""
+    """Measure PPL-1% activation ratios over a training.
+
+    The CETT that all checkpoints share is the one under which the mean perplexity ratio of the last ones is 1.01.
+
+    Args:
+        activation: of the model.
+        sizes: how much is trained.
+
+    Returns:
+        Tokens, ratios, and the shared CETT.
+    """
     steps = np.unique(np.geomspace(max(1, 0.05 * sizes.law), sizes.law, sizes.checkpoints).round().astype(int)).tolist()
     snapshots = Snapshots(steps=tuple(steps))
     model = _trained(activation, sizes.law, sizes, [snapshots])
@@ -319,7 +348,7 @@ def run_of_checkpoints(activation: str, sizes: Sizes) -> tuple[list[float], list
     return [float(step * per_step) for step in steps], ratios, root.low
 
 
-def judged(activation: str, tokens: Sequence[float], ratios: Sequence[float], note: str) -> Finding:
+def judged(activation: str, tokens: Sequence[float], ratios: Sequence[float], note: str) -> Measurement:
     """Whether the ratios of a run follow the law of its activation function."""
     fits: dict[str, LawFit] = {"relu": fit_relu_law(tokens, ratios), "silu": fit_silu_law(tokens, ratios)}
     mine, other = fits[activation], fits["silu" if activation == "relu" else "relu"]
@@ -333,10 +362,10 @@ def judged(activation: str, tokens: Sequence[float], ratios: Sequence[float], no
     )
     if not right:
         here += ". The trend is not reproduced at this scale"
-    return Finding(here, right and mine.r2 >= 0.9 and other.sse > mine.sse)
+    return Measurement(here, right and mine.r2 >= 0.9 and other.sse > mine.sse)
 
 
-def shape(sizes: Sizes) -> Finding:
+def shape(sizes: Sizes) -> Measurement:
     """PPL-1% activation ratios over width / depth, and the line up to a bottleneck."""
     shapes, ratios = [], []
     for hidden, layers in sizes.shapes:
@@ -349,10 +378,10 @@ def shape(sizes: Sizes) -> Finding:
     return judged_shape(shapes, ratios)
 
 
-def judged_shape(shapes: Sequence[float], ratios: Sequence[float]) -> Finding:
+def judged_shape(shapes: Sequence[float], ratios: Sequence[float]) -> Measurement:
     """Whether the active share rises with width / depth, as the fit of its law and Spearman's correlation say."""
     fit, trend = fit_width_law(shapes, ratios), float(spearmanr(shapes, ratios).statistic)
     listed = ", ".join(f"{shape:.0f}: {ratio:.1%}" for shape, ratio in zip(shapes, ratios, strict=True))
     flat = "none" if fit.bottleneck is None else f"{fit.bottleneck:.0f} (then {fit.plateau:.1%})"
     here = f"{listed}; Spearman {trend:.2f}; slope {fit.slope:.1e} per unit, bottleneck {flat}, R2 {fit.r2:.2f}"
-    return Finding(here, trend >= 0.6 and fit.slope > 0)
+    return Measurement(here, trend >= 0.6 and fit.slope > 0)

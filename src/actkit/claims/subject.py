@@ -40,11 +40,14 @@ THRESHOLDS = (Teal, Cats, RSparse)  # what they need of the text is the same at 
 
 
 class Subject:
-    """A model, calibration text by seed, held-out text.
+    """A model, calibration text by seed, held-out text. Rows have 256 tokens; those of an encoder are sentences.
 
-    name: of the tokenizer, and of the model where none is given (in float32, a real one in bf16, as it is stored).
-    calibration: rows, of `split`. held_out: rows of the test split. Rows have 256 tokens; those of an encoder are
-    sentences.
+    Args:
+        name: of the tokenizer, and of the model if none is given (in float32, a real one in bf16, as it is stored).
+        calibration: rows of `split`.
+        split: where the calibration text is from.
+        held_out: rows of the test split.
+        model: another model than the one of that name.
     """
 
     def __init__(
@@ -77,7 +80,14 @@ class Subject:
         )
 
     def perplexity(self, recipe: Any = None, seed: int = 0) -> float:
-        """Of the model on the held-out text, after a recipe calibrated with that seed; measured once, undone after."""
+        """Measure the perplexity on the held-out text, after a recipe calibrated with that seed.
+
+        It is measured once and remembered; the recipe is undone after.
+
+        Args:
+            recipe: None for the model as it is.
+            seed: of the calibration text.
+        """
         if recipe is None:
             return self._remembered("original", 0, lambda: self._perplexity())
         recipe = Recipe.of(recipe)
@@ -90,7 +100,7 @@ class Subject:
 
     @contextmanager
     def changed(self, recipe: Any, seed: int = 0) -> Iterator[None]:
-        """The model under a recipe calibrated with that seed; undone at the end."""
+        """Put the model under a recipe calibrated with that seed; undo it at the end."""
         recipe = Recipe.of(recipe)
         only = recipe.transforms[0] if len(recipe.transforms) == 1 else None
         if isinstance(only, THRESHOLDS) and getattr(only, "allocation", "uniform") == "uniform":
@@ -104,8 +114,18 @@ class Subject:
             applied.undo()
 
     def edits(self, method: Transform, seed: int) -> list[Edit]:
-        """What `apply` would do, for one of THRESHOLDS: they calibrate on the original model, so that one recording of
-        a seed serves all their settings, and R-Sparse's decompositions are kept."""
+        """Make the edits that `apply` would make, for one of THRESHOLDS.
+
+        These calibrate on the original model, so that one recording of a seed serves all their settings, and R-Sparse's
+        decompositions are kept.
+
+        Args:
+            method: the transform.
+            seed: of the calibration text.
+
+        Returns:
+            The edits.
+        """
         if method == type(method).identity():
             return []
         view = anatomy(self.model)
@@ -128,12 +148,12 @@ class Subject:
         return [each for each in found if isinstance(each, Edit)]
 
     def edited_perplexity(self, edits: Iterable[Edit]) -> float:
-        """Of the model on the held-out text under edits, which are undone after."""
+        """Measure the perplexity on the held-out text under edits, which are undone after."""
         with temporarily(self.model, edits):
             return self._perplexity()
 
     def edited_distance(self, edits: Iterable[Edit]) -> float:
-        """1 - mean cosine between the held-out sentences' embeddings under edits and before them."""
+        """Measure 1 - mean cosine between the held-out sentences' embeddings under edits and before them."""
         original = copy.deepcopy(self.model)
         with temporarily(self.model, edits):
             quality = measure_quality(
@@ -152,7 +172,7 @@ class Subject:
 
 
 def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """'31.20 (31.10 to 31.30)': the mean, and the range where there are several values."""
+    """Format values as '31.20 (31.10 to 31.30)': the mean, and the range if there are several values."""
     if len(values) == 1:
         return f"{values[0]:{form}}"
     return f"{mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"

@@ -1,12 +1,12 @@
 """WINA's claims: weighing a channel by the norm of its weight column makes better masks than magnitude (TEAL).
 
 What is measured, at zoo size: the output error of single layers (all 42 of the SwiGLU language model, all 36 of
-MiniLM) and of a layer with orthogonal columns, where the mask is provably the best; perplexity on 33,000 held-out
+MiniLM) and of a layer with orthogonal columns, for which the mask is provably the best; perplexity on 33,000 held-out
 tokens with every token sparse, for both masks, as top-k and with calibrated thresholds; TEAL's greedy allocation; the
-rotation that makes columns orthogonal; and the time of the kernel at 4096 -> 11008. Where a mask needs calibration
+rotation that makes columns orthogonal; and the time of the kernel at 4096 -> 11008. If a mask needs calibration
 (thresholds, greedy), three seeds draw other texts. Averages of benchmarks on 7B models cannot be checked here.
 
-About 5 minutes on two idle cores. The claims about a language model, but for the rotation, are asked of SmolLM2-135M
+About 5 minutes on two idle cores. The claims about a language model, but for the rotation, are tested on SmolLM2-135M
 as well (in bf16, as it is stored), under the same conditions, on the fewer rows of `REAL_SIZES`: 19 minutes on a busy
 machine.
 """
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from actkit import kernels
-from actkit.claims.outcome import SYNTHETIC, Experiment, Finding, Outcome, Statement, conduct
+from actkit.claims.outcome import SYNTHETIC, Experiment, Measurement, Outcome, Statement, conduct
 from actkit.claims.subject import REAL, Subject, spread
 from actkit.core.forward.hooks import evaluating, first_tensor, forward
 from actkit.core.layers.selections import TopK
@@ -43,9 +43,20 @@ SPEEDS = {0.5: 1.15, 0.7: 1.7}  # sparsity -> the least gain over the kernel wit
 
 @dataclass(frozen=True)
 class Sizes:
-    """sparsities: of the top-k. calibration, greedy, held_out: rows of 256 tokens; tokens: whose layer errors are
-    taken; step: of the greedy search (the release's is 0.008 in these units: more than twice the time, the same result
-    here); layer: inputs and outputs of the one that is timed, copies: of its weight, rounds: of timings.
+    """How much is measured, and how often.
+
+    Attributes:
+        seeds: of the calibration text.
+        sparsities: of the top-k.
+        calibration: rows of 256 tokens.
+        greedy: rows of 256 tokens.
+        held_out: rows of 256 tokens.
+        tokens: whose layer errors are taken.
+        step: of the greedy search (the release's is 0.008 in these units: more than twice the time, the same result
+            here).
+        layer: inputs and outputs of the one that is timed.
+        copies: of its weight.
+        rounds: of timings.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -161,7 +172,7 @@ def _about_language(language: Subject, sizes: Sizes) -> list[Experiment]:
 # -- layers ------------------------------------------------------------------------------------------------------------
 
 
-def layer_errors(subject: Subject, sizes: Sizes, sparsity: float = 0.65) -> Finding:
+def layer_errors(subject: Subject, sizes: Sizes, sparsity: float = 0.65) -> Measurement:
     """Relative output error of every linear layer on the tokens that it really reads, by three masks of one size."""
     blocks = anatomy(subject.model).blocks
     inputs = [each for block in blocks for each in block.linear_inputs()]
@@ -187,7 +198,7 @@ def layer_errors(subject: Subject, sizes: Sizes, sparsity: float = 0.65) -> Find
         f"{spread(lower, '.1%')}, with norms shared by layers of one input by {spread(lower_joint, '.1%')}; "
         f"{len(sizes.seeds)} seeds of {sizes.tokens} tokens. The norms of a layer's columns vary by {varied:.0%}"
     )
-    return Finding(here, min(better) >= 0.9 and min(lower) >= 0.03)
+    return Measurement(here, min(better) >= 0.9 and min(lower) >= 0.03)
 
 
 def _error(weight: Tensor, x: Tensor, score: Tensor | None, sparsity: float) -> Tensor:
@@ -196,7 +207,7 @@ def _error(weight: Tensor, x: Tensor, score: Tensor | None, sparsity: float) -> 
     return ((x - kept) @ weight.t()).norm(dim=1) / (x @ weight.t()).norm(dim=1)
 
 
-def theorem(sizes: Sizes, sparsity: float = 0.65) -> Finding:
+def theorem(sizes: Sizes, sparsity: float = 0.65) -> Measurement:
     """The optimality for orthogonal columns: against TEAL at 256 inputs, against every mask at 12."""
     shares, gains, excess = [], [], 0.0
     for seed in sizes.seeds:
@@ -217,7 +228,7 @@ def theorem(sizes: Sizes, sparsity: float = 0.65) -> Finding:
         f"at most TEAL for {min(shares):.0%} of {sizes.tokens} tokens in each of {len(shares)} seeds, error lower by "
         f"{spread(gains, '.0%')}; at most {excess:.0e} relative from the best of all masks"
     )
-    return Finding(here, min(shares) == 1 and excess <= 1e-6)
+    return Measurement(here, min(shares) == 1 and excess <= 1e-6)
 
 
 def _orthogonal(inputs: int, generator: torch.Generator) -> Tensor:
@@ -229,7 +240,7 @@ def _orthogonal(inputs: int, generator: torch.Generator) -> Tensor:
 # -- the model ---------------------------------------------------------------------------------------------------------
 
 
-def top_k(subject: Subject, sizes: Sizes) -> Finding:
+def top_k(subject: Subject, sizes: Sizes) -> Measurement:
     """Perplexities at several sparsities; a top-k needs no calibration, so there is one run of each."""
     pairs = {
         p: tuple(subject.perplexity(method(sparsity=p, mode="top_k")) for method in (Teal, Wina))
@@ -237,17 +248,17 @@ def top_k(subject: Subject, sizes: Sizes) -> Finding:
     }
     each = subject.perplexity(Wina(sparsity=JUDGED[-1], mode="top_k", norms="each"))
     here = _pairs(subject, {p: ([teal], [wina]) for p, (teal, wina) in pairs.items()})
-    return Finding(f"{here} ({each:.2f} where each matrix has its own norms)", _better([pairs]))
+    return Measurement(f"{here} ({each:.2f} if each matrix has its own norms)", _better([pairs]))
 
 
-def threshold(subject: Subject, sizes: Sizes) -> Finding:
+def threshold(subject: Subject, sizes: Sizes) -> Measurement:
     """Perplexities at the two sparsities that are judged, with thresholds from other texts for each seed."""
     runs = [
         {p: tuple(subject.perplexity(method(sparsity=p), seed) for method in (Teal, Wina)) for p in JUDGED}
         for seed in sizes.seeds
     ]
     found = {p: tuple([pairs[p][i] for pairs in runs] for i in (0, 1)) for p in JUDGED}
-    return Finding(_pairs(subject, found), _better(runs))
+    return Measurement(_pairs(subject, found), _better(runs))
 
 
 def _better(runs: list[dict[float, Any]]) -> bool:
@@ -260,17 +271,17 @@ def _pairs(subject: Subject, found: dict[float, Any]) -> str:
     return f"perplexity, dense {subject.perplexity():.2f}; " + "; ".join(parts)
 
 
-def greedy(subject: Subject, sizes: Sizes) -> Finding:
+def greedy(subject: Subject, sizes: Sizes) -> Measurement:
     """TEAL with thresholds at effective sparsity 0.5, uniform and greedy, calibrated on the same texts."""
     uniform, allocated = (
         [subject.perplexity(method, seed) for seed in sizes.seeds]
         for method in (Teal(sparsity=0.5), Teal(sparsity=0.5, allocation="greedy", step=sizes.step))
     )
     here = f"perplexity: uniform {spread(uniform)}, greedy {spread(allocated)}; {len(uniform)} calibration seeds"
-    return Finding(here, all(g < u for g, u in zip(allocated, uniform)))
+    return Measurement(here, all(g < u for g, u in zip(allocated, uniform)))
 
 
-def rotation(subject: Subject, sparsity: float = 0.65) -> Finding:
+def rotation(subject: Subject, sparsity: float = 0.65) -> Measurement:
     """Logits and columns after the rotation, and the perplexities of both methods on the rotated model."""
     model, batch = subject.model, subject.held_out[0]
     with evaluating(model):
@@ -299,7 +310,7 @@ def rotation(subject: Subject, sparsity: float = 0.65) -> Finding:
         f"saves {int(sparsity * weights):,} of {weights:,}; {empty:.0%} of the key's columns are empty after it "
         f"(grouped-query attention)"
     )
-    return Finding(here, moved < 1e-4 and max(angles) <= 1e-5)
+    return Measurement(here, moved < 1e-4 and max(angles) <= 1e-5)
 
 
 def _largest_product(weight: Tensor) -> float:
@@ -311,7 +322,7 @@ def _largest_product(weight: Tensor) -> float:
 # -- the kernel --------------------------------------------------------------------------------------------------------
 
 
-def speed(sizes: Sizes) -> Finding:
+def speed(sizes: Sizes) -> Measurement:
     """Seconds of the kernel with and without sparsity, interleaved in random order, a new mask in every round."""
     inputs, outputs = sizes.layer
     generator = torch.Generator().manual_seed(0)
@@ -341,4 +352,4 @@ def speed(sizes: Sizes) -> Finding:
         f"interleaved rounds (deciles of their ratios), {torch.get_num_threads()} threads, "
         f"{sum(each.nbytes for each in packed) >> 20} MB of weights"
     )
-    return Finding(here, passed)
+    return Measurement(here, passed)

@@ -49,7 +49,14 @@ SUMS = 1e-5  # relative: sums over batches in another order
 
 @dataclass(frozen=True)
 class AnalysisCase:
-    """What all checks share: the analysis, the model and the batches."""
+    """What all checks share.
+
+    Attributes:
+        analysis: what is checked.
+        original: the model, as it was given.
+        batches: what it is measured on.
+        several: it finds the same in several processes.
+    """
 
     analysis: Analysis
     original: nn.Module
@@ -96,7 +103,17 @@ def check_analysis(
 
 
 def check_result(result: Any) -> list[Check]:
-    """Check what is asked of a result alone, of one that is not measured on a model. Raises as `check_analysis`."""
+    """Check what a result alone must satisfy, for one that is not measured on a model.
+
+    Args:
+        result: what an analysis returned.
+
+    Returns:
+        What was checked, and what did not apply and why.
+
+    Raises:
+        AssertionError: it begins with the name of the first property that fails.
+    """
     return run_checks(RESULT_CHECKS, _Found(result))
 
 

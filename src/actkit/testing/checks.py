@@ -28,7 +28,13 @@ CaseT = TypeVar("CaseT")
 
 @dataclass(frozen=True)
 class Check:
-    """A property that was asked for. outcome: it 'holds', or it 'does not apply', for the reason given."""
+    """A property that was checked.
+
+    Attributes:
+        name: of the property.
+        outcome: it 'holds', or it 'does not apply'.
+        reason: why it does not apply.
+    """
 
     name: str
     outcome: Literal["holds", "does not apply"]
@@ -36,18 +42,18 @@ class Check:
 
 
 class NotApplicable(Exception):
-    """Raised inside a check: the property cannot be asked of what is checked; the text says why."""
+    """Raised inside a check: the property does not apply to what is checked; the text says why."""
 
 
 def run_checks(
     checks: Mapping[str, Callable[[CaseT], None]], case: CaseT, after: Callable[[str], None] | None = None
 ) -> list[Check]:
-    """Ask for one property after another.
+    """Check one property after another.
 
     Args:
         checks: name of a property -> a function that raises AssertionError if it does not hold.
         case: what the functions are given.
-        after: called with the name behind each check, to see that the check changed nothing of the caller's.
+        after: called with the name after each check, to see that the check changed nothing of the caller's.
 
     Returns:
         A `Check` for each property.
@@ -73,7 +79,7 @@ def run_checks(
 
 
 def works(do: Callable[[], Any]) -> bool:
-    """Whether a call ends without an exception."""
+    """Return whether a call ends without an exception."""
     try:
         do()
     except Exception:
@@ -86,7 +92,16 @@ def works(do: Callable[[], Any]) -> bool:
 
 @dataclass(frozen=True)
 class State:
-    """A model's tensors (copies), modules, class, config and record of changes at one moment."""
+    """A model at one moment.
+
+    Attributes:
+        tensors: parameters and buffers by name, copied.
+        modules: by path.
+        kind: its class.
+        config: as a dictionary; None without one.
+        changes: its record of edits.
+        trains: whether each parameter requires a gradient.
+    """
 
     tensors: dict[str, Tensor]
     modules: dict[str, nn.Module]
@@ -110,7 +125,13 @@ class State:
         )
 
     def compare(self, model: nn.Module, what: str, modules: bool = True) -> None:
-        """Assert that `model` is as this state says. modules: the very same objects, and record, else equal tensors."""
+        """Assert that `model` is as this state says.
+
+        Args:
+            model: the model now.
+            what: how to call it in the error.
+            modules: compare the very same objects, and the record; otherwise equal tensors.
+        """
         now = State.of(model)
         assert now.tensors.keys() == self.tensors.keys(), (
             f"{what}: other tensors: {', '.join(sorted(now.tensors.keys() ^ self.tensors.keys())[:4])}"
@@ -157,13 +178,13 @@ def modes_of(model: nn.Module) -> dict[str, bool]:
 
 
 def outputs(model: nn.Module, batches: Iterable[Any]) -> list[Tensor]:
-    """The main output on each batch, in evaluation mode without gradients."""
+    """Compute the main output on each batch, in evaluation mode without gradients."""
     with evaluating(model):
         return [first_tensor(forward(model, batch)).detach() for batch in batches]
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Equal shape, dtype and bits; NaN equals NaN of the same bits."""
+    """Return whether two tensors have equal shape, dtype and bits; NaN equals NaN of the same bits."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     raw = [x.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for x in (a, b)]
@@ -203,6 +224,6 @@ def in_dtype(batch: Any, dtype: torch.dtype) -> Any:
 
 
 def random_numbers() -> list[Any]:
-    """Where the global random generators of torch, NumPy and Python stand; equal lists for equal states."""
+    """Return where the global random generators of torch, NumPy and Python stand; equal lists for equal states."""
     state = random_state(torch.device("cpu"))
     return [value.tolist() if isinstance(value, Tensor) else value for value in tree_leaves(state)]

@@ -5,7 +5,7 @@
     def test_my_layer():
         check_layer(lambda: Clipped(nn.ReLU(), 1.5), [torch.randn(3, 5, 16)], original=nn.ReLU)
 
-A layer is a plain `torch.nn.Module`. It is named by a function that makes it, so that two of them can be compared.
+A layer is a plain `torch.nn.Module`. It is given as a function that makes it, so that two of them can be compared.
 """
 
 from __future__ import annotations
@@ -48,7 +48,18 @@ OF_TORCH = frozenset(vars(nn.Module()))  # attributes that every module has
 
 @dataclass(frozen=True)
 class LayerCase:
-    """What all checks share: how the layer is made, and what it is called with."""
+    """What all checks share; most is as in `check_layer`.
+
+    Attributes:
+        make: builds the layer.
+        inputs: what it is called with.
+        original: builds what it replaces.
+        shape: of the output.
+        rows: the input may have any number of dimensions.
+        smooth: its gradient is that of its function.
+        compile_backend: for torch.compile; None for no check.
+        export: check torch.export.
+    """
 
     make: Callable[[], nn.Module]
     inputs: Sequence[Any]
@@ -88,10 +99,12 @@ def check_layer(
 ) -> list[Check]:
     """Check everything that a layer promises.
 
+    A class may say `compiles = False` or `exports = False`.
+
     Args:
         make: builds the layer in float32, at settings at which it does something.
         inputs: what it is called with: tensors, tuples of arguments or dicts of keywords, in float32.
-        original: builds what stands at its place in the unchanged model, as `from_spec` is given it.
+        original: builds what stands in its place in the unchanged model, as `from_spec` is given it.
         shape: the shape of the output for that of the first input; the same one by default.
         rows: the input is [..., channels] with any number of dimensions before the last.
         smooth: its gradient is that of its function; False for one that rounds or passes gradients by.
@@ -99,7 +112,7 @@ def check_layer(
         export: check torch.export too.
 
     Returns:
-        What was checked, and what did not apply and why. A class may say `compiles = False` or `exports = False`.
+        What was checked, and what did not apply and why.
 
     Raises:
         AssertionError: it begins with the name of the first property that fails.
@@ -109,7 +122,7 @@ def check_layer(
 
 
 def call(layer: nn.Module, given: Any) -> Tensor:
-    """The first output of a layer that is called with a tensor, a tuple of arguments or a dict of keywords."""
+    """Call a layer with a tensor, a tuple of arguments or a dict of keywords, and return its first output."""
     args, kwargs = _arguments(given)
     return first_tensor(layer(*args, **kwargs))
 
@@ -134,7 +147,7 @@ def same_result_twice(case: LayerCase) -> None:
 
 
 def shapes_are_as_promised(case: LayerCase) -> None:
-    """The output has the promised shape; where rows stand before the last dimension, in any arrangement, none too."""
+    """The output has the promised shape, however rows are arranged before the last dimension, and if there are none."""
     layer = case.made()
     for given, output in zip(case.inputs, case.expected, strict=True):
         x = _first(given)

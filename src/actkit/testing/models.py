@@ -194,11 +194,20 @@ class TinyMlp(nn.Module):
 
 
 def tiny_model(kind: str, **changes: Any) -> Any:
-    """A float32 model in evaluation mode with two blocks ('mlp': two linear layers) and random weights.
+    """Make a float32 model in evaluation mode with two blocks ('mlp': two linear layers) and random weights.
 
-    kind: one of KINDS or ARCHITECTURES (model types). Decoders that can have grouped-query attention, llama also has
-    tied embeddings, mlp is traced; where a family mixes kinds of blocks, the two are one of each. Norms and biases are
-    drawn too, so that a forgotten one shows. changes: entries of the config. Raises ValueError for an unknown kind.
+    Decoders that can have it use grouped-query attention; llama also has tied embeddings; mlp is traced. If a family
+    mixes kinds of blocks, the two are one of each. Norms and biases are drawn too, so that a forgotten one shows.
+
+    Args:
+        kind: one of KINDS or ARCHITECTURES (model types).
+        changes: entries of the config.
+
+    Returns:
+        The model; for the same arguments the same weights.
+
+    Raises:
+        ValueError: the kind is unknown.
     """
     if kind not in (*KINDS, *ARCHITECTURES):
         raise ValueError(f"kind: {kind!r} was given, allowed are {', '.join(dict.fromkeys((*KINDS, *ARCHITECTURES)))}.")
@@ -218,9 +227,15 @@ def tiny_model(kind: str, **changes: Any) -> Any:
 
 
 def tiny_batches(kind: str, *, seed: int = 1, lengths: tuple[tuple[int, ...], ...] = ((9, 4, 6), (7, 2))) -> list[Any]:
-    """One batch per entry of `lengths`, with a row per number in it: so many token ids, padded on the right.
+    """Make one batch per entry of `lengths`, with a row for each number in it: so many token ids, padded on the right.
 
-    Images and vectors take the number of rows only.
+    Args:
+        kind: as in `tiny_model`.
+        seed: of the values.
+        lengths: tokens of each row of each batch; images and vectors take the number of rows only.
+
+    Returns:
+        Batches as the model takes them.
     """
     generator = torch.Generator().manual_seed(seed)
     if kind in ("vit", "deit"):

@@ -1,12 +1,12 @@
-"""What a model of one's own must satisfy, so that methods work on it: `check_model`, one small function per property.
+"""What your own model must satisfy, so that methods work on it: `check_model`, one small function per property.
 
     from actkit.testing import check_model
 
     def test_my_model():
         check_model(MyModel, [{"pixel_values": torch.rand(4, 1, 8, 8), "labels": torch.arange(4)}])
 
-A model of one's own is an `nn.Module` that no library describes: actkit traces it, and a changed one is loaded around
-what `make` builds (`base=`).
+Your own model is an `nn.Module` that no library describes: actkit traces it, and a changed one is loaded around what
+`make` builds (`base=`).
 """
 
 from __future__ import annotations
@@ -56,7 +56,15 @@ CHANGE = RoundToNearest(bits=4, group_size=-1)  # a change that any linear layer
 
 @dataclass(frozen=True)
 class ModelCase:
-    """What all checks share: how the model is built, and batches for it."""
+    """What all checks share; most is as in `check_model`.
+
+    Attributes:
+        make: builds the model.
+        batches: what it is called with.
+        fresh: a process that loads saved folders.
+        compile_backend: for torch.compile; None for no check.
+        export: check torch.export.
+    """
 
     make: Callable[[], nn.Module]
     batches: Sequence[Any]
@@ -90,10 +98,10 @@ def check_model(
     compile_backend: str | None = None,
     export: bool = False,
 ) -> list[Check]:
-    """Check everything that a model of one's own promises.
+    """Check everything that your own model promises.
 
     Args:
-        make: builds the unchanged model in float32, without arguments; of a module of its own if `fresh` is given.
+        make: builds the unchanged model in float32, without arguments; it must be importable if `fresh` is given.
         batches: tensors, tuples of arguments or dicts of keywords; a classifier is measured if they have "labels".
         fresh: a process that loads saved folders, such as `actkit.core.measure.fresh.FreshProcess()`.
         compile_backend: check torch.compile too ('aot_eager' is fast, 'inductor' the real thing).
@@ -260,7 +268,7 @@ def loaded_in_fresh_process(case: ModelCase) -> None:
 
 
 def random_inputs_fit(case: ModelCase) -> None:
-    """It can be called with what actkit makes up for it, going by `input_shape` or its first layer."""
+    """It can be called with the inputs that actkit makes up for it from `input_shape` or its first layer."""
     model = case.model()
     takes = Inputs.of(model)
     if takes.vocabulary is None and takes.shape is None:

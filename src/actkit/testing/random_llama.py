@@ -1,4 +1,4 @@
-"""A Llama of any size with random weights, made in a second or two: for what is measured at a size and needs no text.
+"""A Llama of any size with random weights, made in a second or two: for measurements at a size that need no text.
 
 Imports torch and transformers only, so that a benchmark's other environments can use it too.
 """
@@ -16,7 +16,7 @@ BLOCK = 1 << 22  # random numbers that are drawn; every matrix is pieced togethe
 
 
 def random_llama(shape: Mapping[str, Any], seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """A LlamaForCausalLM in eval mode. shape: of its LlamaConfig; embeddings are tied where it says so."""
+    """Make a LlamaForCausalLM in evaluation mode. shape: of its LlamaConfig; embeddings are tied if it says so."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.initialization import no_init_weights
 

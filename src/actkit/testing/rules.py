@@ -59,7 +59,13 @@ Group = Sequence[Any]  # the batches of one optimizer step
 
 @dataclass(frozen=True)
 class Ran:
-    """A training: the model after it, the gradients of each step by parameter, the progress that rules were told."""
+    """A training.
+
+    Attributes:
+        model: after it.
+        gradients: of each step, by parameter.
+        progress: that rules were given before each step.
+    """
 
     model: nn.Module
     gradients: list[dict[str, Tensor]]
@@ -98,7 +104,13 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class RuleCase:
-    """What all checks share: the rule, the model and batches with labels."""
+    """What all checks share.
+
+    Attributes:
+        rule: what is checked.
+        original: the model, as it was given.
+        batches: with labels.
+    """
 
     rule: TrainingRule
     original: nn.Module
@@ -120,13 +132,15 @@ class RuleCase:
 
     @cached_property
     def by_hand(self) -> Ran:
-        """The training under the rule, in a loop written by hand."""
+        """The training under the rule, in a hand-written loop."""
         return by_hand(self, self.groups())
 
     @cached_property
     def trainer_is_plain(self) -> bool:
-        """Whether the Trainer agrees with the loop by hand if there is no rule. It does not for GPT-2, whose labels it
-        counts before they are shifted."""
+        """Whether the Trainer agrees with the loop by hand if there is no rule.
+
+        It does not for GPT-2, whose labels it counts before they are shifted.
+        """
         plain, found = by_hand(self, self.groups(), rules=()), in_trainer(self, self.groups(), rules=())
         return works(partial(found.compare, plain, "Trainer"))
 
@@ -189,10 +203,10 @@ def our_loop_agrees(case: RuleCase) -> None:
 
 
 def trainer_agrees(case: RuleCase) -> None:
-    """transformers' Trainer with a `RuleCallback` gives them too."""
+    """The Trainer of transformers with a `RuleCallback` gives them too."""
     if not case.trainer_is_plain:
         kind = type(case.original).__name__
-        raise NotApplicable(f"without any rule the Trainer weighs the loss of a {kind} otherwise than its labels do")
+        raise NotApplicable(f"without any rule the Trainer weighs the loss of a {kind} differently than its labels do")
     in_trainer(case, case.groups()).compare(case.by_hand, "Trainer")
 
 
@@ -278,11 +292,11 @@ def nothing_is_shared(case: RuleCase) -> None:
         for _ in zip_longest(*(_steps(case, each, case.groups(), (case.rule,)) for each in ran)):
             pass  # one step of the first, one of the second, and so on
     for index, found in enumerate(ran, start=1):
-        assert found.same(case.by_hand), f"model {index} of two trained otherwise than alone"
+        assert found.same(case.by_hand), f"model {index} of two trained differently than alone"
 
 
 def padding_counts_for_nothing(case: RuleCase) -> None:
-    """Other tokens in the place of padding leave the gradients as they are, to rounding."""
+    """Other tokens in place of padding leave the gradients as they are, to rounding."""
     masks = [mask_of(batch, CPU) for batch in case.batches]
     if all(mask is None or bool(mask.all()) for mask in masks):
         raise NotApplicable("no batch is padded")
@@ -331,7 +345,7 @@ CHECKS: dict[str, Callable[[RuleCase], None]] = {
 
 
 class _Watch(TrainingRule):
-    """Copies what a training does: the gradients behind each step, and the progress that rules are told."""
+    """Copies what a training does: the gradients after each step, and the progress that rules are given."""
 
     _ran: Ran = PrivateAttr()
 
@@ -368,7 +382,16 @@ def _optimizer(model: nn.Module) -> torch.optim.AdamW:
 
 
 def by_hand(case: RuleCase, groups: Sequence[Group], rules: Sequence[TrainingRule] | None = None) -> Ran:
-    """Train in a loop of one's own. rules: the rule of the case if None."""
+    """Train in a hand-written loop.
+
+    Args:
+        case: the model and the batches.
+        groups: the batches of each step.
+        rules: None for the rule of the case.
+
+    Returns:
+        The training.
+    """
     ran = Ran(case.model(), [], [])
     with own_random_numbers(CPU, 0):
         for _ in _steps(case, ran, groups, (case.rule,) if rules is None else rules):
@@ -400,7 +423,7 @@ def _steps(case: RuleCase, ran: Ran, groups: Sequence[Group], rules: Sequence[Tr
 
 
 def in_our_loop(case: RuleCase, accumulation: int = 1) -> tuple[Ran, list[Group]]:
-    """Train in `core.train.training.train`, and tell in which order it took the batches."""
+    """Train in `core.train.training.train`, and return in which order it took the batches."""
     ran, order = Ran(case.model(), [], []), []
     places = {main_input(batch).data_ptr(): index for index, batch in enumerate(case.batches)}
 
@@ -415,7 +438,7 @@ def in_our_loop(case: RuleCase, accumulation: int = 1) -> tuple[Ran, list[Group]
 
 
 def in_trainer(case: RuleCase, groups: Sequence[Group], rules: Sequence[TrainingRule] | None = None) -> Ran:
-    """Train in transformers' Trainer, in the order of `groups`. rules: the rule of the case if None."""
+    """Train in transformers' Trainer, in the order of `groups`. rules: None for the rule of the case."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     ran = Ran(case.model(), [], [])
@@ -497,7 +520,7 @@ def _kept(case: RuleCase, folder: Path, *, cut_at: int | None = None, resume: bo
 
 
 def _other_padding(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with other tokens of it in the place of padding."""
+    """Return the batch with other tokens in place of padding."""
     mask = mask_of(batch, CPU)
     if mask is None or "input_ids" not in batch:
         return batch

@@ -5,7 +5,7 @@
     def test_my_decoder():
         check_runtime(MyDecoder, model, range(1, 20), tolerance=1e-4)
 
-A runtime computes a model another way, from memory of its own (`core.measure.decoding.Decoder`): it must give what the
+A runtime computes a model another way, from its own memory (`core.measure.decoding.Decoder`): it must give what the
 model gives, and give back what it took.
 """
 
@@ -51,7 +51,15 @@ SHARE = 0.1  # by which what it holds may differ from what it says
 
 @dataclass(frozen=True)
 class RuntimeCase:
-    """What all checks share: how the runtime is made, the model, and a text."""
+    """What all checks share.
+
+    Attributes:
+        make: makes the runtime.
+        original: the model, as it was given.
+        ids: a text.
+        tolerance: how far logits may be from the model's own.
+        other: a model that the runtime must refuse.
+    """
 
     make: Callable[..., Any]
     original: nn.Module
@@ -78,7 +86,13 @@ class RuntimeCase:
         return stepped(self.runtime(), self.ids)
 
     def assert_close(self, found: Tensor, place: int, what: str) -> None:
-        """Assert that logits are those of the model after a token, within the stated tolerance."""
+        """Assert that logits are those of the model after a token, within the stated tolerance.
+
+        Args:
+            found: [vocabulary].
+            place: of the token, from 0.
+            what: how to call the logits in the error.
+        """
         expected = self.reference[place]
         assert found.dtype == torch.float32, f"{what} are {found.dtype}, not torch.float32"
         assert found.shape == expected.shape, f"{what} have the shape {tuple(found.shape)}, not {tuple(expected.shape)}"
@@ -97,7 +111,7 @@ def check_runtime(
     """Check everything that a runtime promises, on one model.
 
     Args:
-        make: the class, or what calls it: make(model, capacity=tokens, decode_only=False).
+        make: the class, or a function that calls it: make(model, capacity=tokens, decode_only=False).
         model: a language model that it takes; never changed, each check works on a copy.
         ids: a text of eight tokens or more.
         tolerance: how far logits may be from the model's own, as a share of the largest one.
@@ -108,7 +122,7 @@ def check_runtime(
 
     Raises:
         AssertionError: it begins with the name of the first property that fails.
-        ValueError: fewer than eight tokens.
+        ValueError: there are fewer than eight tokens.
     """
     text = [int(token) for token in ids]
     if len(text) < 8:
@@ -201,7 +215,7 @@ def model_is_not_changed(case: RuntimeCase) -> None:
 
 
 def decode_only_gives_the_same(case: RuntimeCase) -> None:
-    """With `decode_only=True`, where it may take the model's weights, the logits are the same."""
+    """With `decode_only=True`, which lets it take the model's weights, the logits are the same."""
     equal(stepped(case.runtime(decode_only=True), case.ids), case.expected, "with decode_only=True the logits")
 
 
@@ -219,7 +233,7 @@ def memory_is_as_planned(case: RuntimeCase) -> None:
 
 
 def too_little_memory_is_refused(case: RuntimeCase) -> None:
-    """Where memory is short it raises MemoryLimitError before it takes any; the model stays as it was."""
+    """If memory is short it raises MemoryLimitError before it takes any; the model stays as it was."""
     model = case.model()
     before = State.of(model)
     with mock.patch("psutil.virtual_memory", return_value=SimpleNamespace(available=0, total=0, free=0)):

@@ -5,9 +5,9 @@
     def test_my_method():
         checks = check_transform(MyMethod(strength=0.5), model, batches)
 
-A property that fails raises AssertionError, which names it. A property that cannot be asked of this transform or this
+A property that fails raises AssertionError, which names it. A property that does not apply to this transform or this
 model is listed with the reason. The model is never changed: each check works on a copy. "Equal" means bit for bit;
-where a rewrite or a compiler may round differently, that is said and bounded.
+if a rewrite or a compiler may round differently, the check says so and bounds the difference.
 """
 
 from __future__ import annotations
@@ -63,7 +63,18 @@ class Process(Protocol):
 
 @dataclass(frozen=True)
 class Case:
-    """What all checks share: the transform and copies of the model, before and after it."""
+    """What all checks share; most is as in `check_transform`.
+
+    Attributes:
+        transform: what is checked.
+        original: the model, as it was given.
+        batches: calibration batches.
+        conflicting: transforms that it must refuse to follow.
+        fresh: a process that loads saved folders.
+        compile_backend: for torch.compile; None for no check.
+        export: check torch.export.
+        repeatable: it may follow itself.
+    """
 
     transform: Transform
     original: nn.Module
@@ -127,14 +138,22 @@ def check_transform(
 ) -> list[Check]:
     """Check everything that a transform promises, on one model.
 
-    transform: at a setting that changes something. model: small, in float32, in evaluation mode, with the attention
-    implementation that its class takes by itself (another one is not saved). batches: calibration batches, which also
-    serve as inputs; the best have padding. conflicting: transforms that it must refuse to follow.
-    fresh: a process that loads saved folders. compile_backend: check torch.compile too ('aot_eager' is fast,
-    'inductor' the real thing). export: check torch.export too, with any number of rows and tokens where the original
-    model can. repeatable: it may follow itself.
-    Returns what was checked, and what did not apply and why. Raises AssertionError that starts with the name of the
-    first property that fails.
+    Args:
+        transform: at a setting that changes something.
+        model: small, in float32, in evaluation mode, with the attention implementation that its class takes by itself
+            (another one is not saved).
+        batches: calibration batches, which also serve as inputs; the best have padding.
+        conflicting: transforms that it must refuse to follow.
+        fresh: a process that loads saved folders.
+        compile_backend: check torch.compile too ('aot_eager' is fast, 'inductor' the real thing).
+        export: check torch.export too, with any number of rows and tokens if the original model can.
+        repeatable: it may follow itself.
+
+    Returns:
+        What was checked, and what did not apply and why.
+
+    Raises:
+        AssertionError: it begins with the name of the first property that fails.
     """
     case = Case(transform, model, list(batches), tuple(conflicting), fresh, compile_backend, export, repeatable)
     start = State.of(model)
@@ -230,7 +249,7 @@ def undo_is_exact(case: Case) -> None:
 
 
 def undo_from_source_is_exact(case: Case) -> None:
-    """The same, where the tensors come back from the folder that the model was loaded from."""
+    """The same, with the tensors read from the folder that the model was loaded from."""
     if not is_pretrained(case.original) or changes.of(case.original) is not None:
         raise NotApplicable("only an unchanged transformers model can be read again from its folder")
     with tempfile.TemporaryDirectory() as parent:
@@ -249,7 +268,7 @@ def no_hook_is_left(case: Case) -> None:
 
 
 def failure_restores(case: Case) -> None:
-    """Where something fails after its edits were made, the model is as it was."""
+    """If something fails after its edits were made, the model is as it was."""
     model = case.model()
     kept = State.of(model)
     _fail_midway(case, model)
@@ -345,7 +364,10 @@ def compiles(case: Case) -> None:
 def exports(case: Case) -> None:
     """The changed model can be exported by torch.export, and the program computes the same on every batch.
 
-    Rows and tokens are dynamic where the original model can be exported so.
+    Rows and tokens are dynamic if the original model can be exported so.
+
+    Args:
+        case: what is checked.
     """
     if not case.export:
         raise NotApplicable("it was not asked for (export=)")
@@ -477,7 +499,7 @@ def _exported(model: nn.Module, batch: Any, dynamic: bool) -> nn.Module:
 
 
 def _original_too(case: Case, run: Callable[[nn.Module], Any], what: str) -> None:
-    """Raise NotApplicable where the original model fails as the changed one did."""
+    """Raise NotApplicable if the original model fails as the changed one did."""
     if not works(partial(run, case.original)):
         raise NotApplicable(f"{what} does not take the original model either")
 
