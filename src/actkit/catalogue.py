@@ -56,12 +56,18 @@ class CatalogueError(ActkitError, ValueError):
 class Paper:
     """A paper of the catalogue.
 
-    slug: its name in actkit. title, short: its own names. year: of the first public version.
-    family: one of FAMILIES. kind: what it adds to actkit, among KINDS.
-    summary: what it does, in a sentence. arxiv: its number there.
-    reference: repository of code by the authors, or marked as a third party's.
-    entry: where the method lives (`module:object`), once it is built.
-    unsure: what could not be checked against the paper or its code.
+    Attributes:
+        slug: its name in actkit.
+        title: its own.
+        short: its own.
+        year: of the first public version.
+        family: one of FAMILIES.
+        kind: what it adds to actkit, among KINDS.
+        summary: what it does, in a sentence.
+        arxiv: its number there.
+        reference: repository of code by the authors, or marked as a third party's.
+        entry: where the method lives (`module:object`), once it is built.
+        unsure: what could not be checked against the paper or its code.
     """
 
     slug: str
@@ -104,12 +110,12 @@ class Paper:
 
     @property
     def passed(self) -> int:
-        """How many of its recorded claims hold here; 0 where none is recorded."""
+        """How many of its recorded claims hold here; 0 if none is recorded."""
         return self._outcomes().count(True)
 
     @property
     def failed(self) -> int:
-        """How many of its recorded claims do not hold here; 0 where none is recorded."""
+        """How many of its recorded claims do not hold here; 0 if none is recorded."""
         return self._outcomes().count(False)
 
     @property
@@ -144,10 +150,20 @@ def papers(
     year: int | None = None,
     text: str | None = None,
 ) -> list[Paper]:
-    """The papers that meet every filter given, by family and then by slug.
+    """Return the papers that meet every filter given, by family and then by slug.
 
-    text: words that must all occur in the slug, names or summary, whatever their case.
-    Raises CatalogueError, which lists the allowed values, for an unknown family, kind, status or year.
+    Args:
+        family: one of FAMILIES.
+        kind: one of KINDS.
+        status: 'working', 'built' or 'planned'.
+        year: of the first public version.
+        text: words that must all occur in the slug, names or summary, whatever their case.
+
+    Returns:
+        The papers.
+
+    Raises:
+        CatalogueError: a family, kind, status or year is unknown; it lists the allowed values.
     """
     found = load()
     _check("family", family, FAMILIES)
@@ -167,7 +183,7 @@ def papers(
 
 
 def paper(slug: str) -> Paper:
-    """The paper of that slug. Raises CatalogueError, which suggests near names, where there is none."""
+    """Return the paper of that slug. Raises CatalogueError, which suggests near names, if there is none."""
     known = {entry.slug: entry for entry in load()}
     if slug in known:
         return known[slug]

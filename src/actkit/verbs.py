@@ -54,7 +54,7 @@ def open_data(data: Any, model: nn.Module, tokenizer: Any, split: Split, **optio
 def profile(
     model: Model, data: Any = None, *, sites: Iterable[str] = (), max_memory: int | str | None = None, **options: Any
 ) -> Profile:
-    """What the activations of a model look like, and which methods that suggests.
+    """Show what the activations of a model look like, and which methods that suggests.
 
     Args:
         model: a model, or its name.
@@ -62,6 +62,9 @@ def profile(
         sites: further sites or patterns to show, such as 'activation.output'.
         max_memory: cap for the statistics, bytes or '2GB'.
         options: of `open_model` and `load_data`.
+
+    Returns:
+        Sites, weights and findings.
 
     Raises:
         ValueError: what these and `search.profile.profile` raise.
@@ -97,15 +100,20 @@ def apply(
     Args:
         model: a model, which is changed in place unless `inplace` is False, or its name; one that is named and trained
             is opened in float32.
+        recipe: transforms, names, a path, or stages.
         data: what transforms calibrate on, read only if one does; None is the embedded calibration split.
-        training: what `train` stages that name no data of their own train on; by default the train split of `data`,
-            or `data` itself if that is batches.
+        training: what `train` stages that name no data of their own train on; by default the train split of `data`, or
+            `data` itself if that is batches.
         validation: what they are measured on; by default the search split of the same. Needed for batches.
         out: the folder to write, nothing if None. A recipe with stages keeps its state beside it, and goes on there.
         resume: go on after the last finished stage of a recipe that was interrupted.
         overwrite: replace what is in `out`.
-        inplace: as in `core.recipe.runner.apply`, and so are undo, min_coverage, max_memory, progress and announce; a
-            recipe with stages is undone from memory.
+        inplace: change `model` itself, else a copy.
+        undo: as in `core.recipe.runner.apply`; a recipe with stages is undone from memory.
+        min_coverage: as in `core.recipe.runner.apply`.
+        max_memory: cap for calibration, bytes or '2GB'.
+        progress: show bars.
+        announce: called with each line of the plan before work starts.
         options: of `open_model` and `load_data`. `sequences` is for calibration; a stage says how much it trains on.
 
     Returns:
@@ -198,7 +206,14 @@ def _training_data(
 
 @dataclass(frozen=True)
 class Saved:
-    """A changed model on disk: what the run did, and the proof that the folder loads as the model was."""
+    """A changed model on disk.
+
+    Attributes:
+        folder: what was written.
+        disk_bytes: of the whole folder.
+        report: what the run did.
+        proof: that the folder loads as the model was.
+    """
 
     folder: Path
     disk_bytes: int
@@ -247,10 +262,25 @@ def apply_and_save(
 ) -> Saved:
     """Apply a recipe, save the model to `out`, and prove in a fresh process that the folder loads as the model was.
 
-    resume: go on with a recipe of stages that was interrupted. base: for one's own nn.Module, what builds the unchanged
-    model. The proof runs the first rows of given batches if the model takes more than tokens or images, else random
-    ones. options: as in `apply`. Raises what `apply`, `save` and `prove` raise, and ActkitError where the proof fails
-    (the folder is left for inspection). Of several processes the first one saves and proves; the others get no proof.
+    The proof runs the first rows of given batches if the model takes more than tokens or images, else random ones. Of
+    several processes the first one saves and proves; the others get no proof.
+
+    Args:
+        model: a model, or its name.
+        recipe: as in `apply`.
+        out: the folder to write.
+        data: as in `apply`.
+        resume: go on with a recipe of stages that was interrupted.
+        overwrite: replace what is in `out`.
+        proof: False leaves the proof out.
+        base: for your own nn.Module, a function that builds the unchanged model.
+        options: as in `apply`.
+
+    Returns:
+        The folder, the report and the proof.
+
+    Raises:
+        ActkitError: what `apply`, `save` and `prove` raise, or the proof fails (the folder is left for inspection).
     """
     from actkit.core.forward.example import example_of
     from actkit.core.measure.cost import folder_bytes
@@ -287,11 +317,25 @@ def export(
 ) -> Exported:
     """Write a model so that others load it without actkit, and say what the format could not hold (docs/formats.md).
 
-    model: changed, in memory or a folder that actkit saved. format: 'compressed-tensors' (transformers, vLLM) or 'gguf'
-    (llama.cpp). tokenizer: by default the one beside the model. evaluation: what `evaluate` found, for the card; by
-    default what the model's folder says was measured. measure: evaluate it now, on `data` as in `evaluate`. options: of
-    `open_model` and `load_data`. activations, overwrite, proof, max_shard, and what is raised: as in
-    `formats.export.export`.
+    Args:
+        model: changed, in memory or a folder that actkit saved.
+        folder: where to write.
+        format: 'compressed-tensors' (transformers, vLLM) or 'gguf' (llama.cpp).
+        activations: 'int8' to have the reader round activations, as in `formats.export.export`.
+        tokenizer: by default the one beside the model.
+        evaluation: what `evaluate` found, for the card; by default what the model's folder says was measured.
+        data: for `measure`, as in `evaluate`.
+        measure: evaluate the model now.
+        overwrite: replace a checkpoint at `folder`.
+        proof: read the folder back in a fresh process with transformers alone.
+        max_shard: largest size of a file, bytes or '4GB'.
+        options: of `open_model` and `load_data`.
+
+    Returns:
+        What is quantized, what is dense and why, and the proof.
+
+    Raises:
+        ActkitError: what `formats.export.export` raises.
     """
     from actkit.formats.export import check, read
     from actkit.formats.export import export as write
@@ -335,13 +379,27 @@ def evaluate(
     threads: int | None = None,
     **options: Any,
 ) -> Evaluation:
-    """Measure a model, and against an original how far it is from it: quality, cost, and speed where asked for.
+    """Measure a model, and how far it is from an original: quality, cost, and with `speed` also speed.
 
-    data: None for the embedded test split, which no calibration and no search saw. speed: in fresh processes, of
-    `batch` rows with a prompt of `prompt` tokens and `max_new_tokens` more, in interleaved `rounds`; threads: torch's
-    number where None. tasks: names and task files of lm-eval (docs/tasks.md), run on both models beside the rest.
-    options: of `open_model` and `load_data`. Raises what these, `core.measure.evaluation.evaluate` and
-    `core.measure.harness.load_tasks` raise.
+    Args:
+        model: a model, or its name.
+        data: None for the embedded test split, which no calibration and no search saw.
+        against: the original, a model or its name.
+        tasks: names and task files of lm-eval (docs/tasks.md), run on both models beside the rest.
+        speed: measure it too, in fresh processes.
+        prompt: tokens of the prompt, for speed.
+        max_new_tokens: tokens to decode, for speed.
+        batch: rows, for speed.
+        rounds: interleaved, for speed.
+        threads: for speed; None for torch's number.
+        options: of `open_model` and `load_data`.
+
+    Returns:
+        Every figure, with its interval.
+
+    Raises:
+        ActkitError: what opening, reading, `core.measure.evaluation.evaluate` and `core.measure.harness.load_tasks`
+            raise.
     """
     from actkit.core.measure import harness
     from actkit.core.measure.evaluation import evaluate as measure
@@ -410,11 +468,25 @@ def train(
 ) -> Trained:
     """Fine-tune a model, under training rules if any; the weights kept are those of the least validation loss.
 
-    data: None for the embedded train split, validated on the search split, so that the test split stays unseen; a file
-    or folder is cut the same way; batches need `validation`. rules: as in `core.recipe.rule.parse_rules`. out: the
-    folder to write, nothing where None. accumulation: batches per step. steps, learning_rate, resume, overwrite: as in
-    `core.train.training.train`. options: of `open_model` (dtype float32 where none is given) and `load_data`. Raises
-    what these and `core.train.training.train` raise.
+    Args:
+        model: a model, or its name; one that is named is opened in float32 unless `dtype` is given.
+        data: None for the embedded train split, validated on the search split, so that the test split stays unseen; a
+            file or folder is cut the same way; batches need `validation`.
+        out: the folder to write, nothing if None.
+        rules: as in `core.recipe.rule.parse_rules`.
+        validation: held-out batches.
+        steps: of the optimizer.
+        learning_rate: the peak.
+        accumulation: batches per step.
+        resume: go on with the state kept in `out`.
+        overwrite: replace what is in `out`.
+        options: of `open_model` and `load_data`.
+
+    Returns:
+        The trained model, and the record of each step.
+
+    Raises:
+        ActkitError: what opening, reading and `core.train.training.train` raise.
     """
     from actkit.core.train.training import train as run_training
 
@@ -450,14 +522,28 @@ def generate(
     announce: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Iterator[str]:
-    """Text that goes on from the prompt, piece by piece; with chat the answer to it, by the model's chat template.
+    """Write text that follows the prompt, piece by piece; with chat the answer to it, by the model's chat template.
 
-    max_new_tokens, sampling, stop, chat: as in `core.measure.generation.generate`. tokenizer: for a model that has none
-    beside it. options: of `open_model`.
+    On the CPU a decoder writes if it takes the model, else transformers. Each call packs the weights anew: for many
+    texts make a `runtime.decoder.Decoder` once.
 
-    On the CPU a decoder writes where it takes the model, else transformers; announce is told which, and why not a
-    decoder. Each call packs the weights anew: for many texts make a `runtime.decoder.Decoder` once.
-    Raises DataError without a tokenizer, and what `core.measure.generation.generate` raises.
+    Args:
+        model: a language model, or its name.
+        prompt: the text to go on from.
+        max_new_tokens: at most so many.
+        sampling: how a token is chosen; by default the likeliest.
+        stop: texts to stop before.
+        chat: answer the prompt, by the model's chat template.
+        tokenizer: for a model that has none beside it.
+        announce: called with what writes, and why it is not a decoder.
+        options: of `open_model`.
+
+    Returns:
+        An iterator over the pieces.
+
+    Raises:
+        DataError: there is no tokenizer.
+        ActkitError: what `core.measure.generation.generate` raises.
     """
     from actkit.core.measure.generation import generate as write
 
@@ -479,10 +565,15 @@ def generate(
 
 
 def show(model: Model, data: Any = None, **options: Any) -> Summary:
-    """What a model is: its parts, its coverage, and what actkit changed on it.
+    """Show what a model is: its parts, its coverage, and what actkit changed on it.
 
-    data: one row of it is read where the architecture is not known, random values where None. options: as in
-    `open_model`.
+    Args:
+        model: a model, or its name.
+        data: one row of it is read if the architecture is not known; None for random values.
+        options: as in `open_model`.
+
+    Returns:
+        The summary.
     """
     opened, tokenizer = open_model(model, **options)
     results = {}
@@ -505,7 +596,7 @@ def _sorted(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _folder(model: Model, opened: nn.Module, stack: ExitStack, needed: bool) -> Path | None:
-    """A folder that holds the model: its own, or where one is needed a temporary copy."""
+    """A folder that holds the model: its own, or if one is needed a temporary copy."""
     folder = None
     if not isinstance(model, nn.Module):
         folder = locate(model)

@@ -87,7 +87,7 @@ def _first() -> bool:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """Several processes as one, where torchrun started them."""
+    """Run several processes as one, if torchrun started them."""
     from actkit.core.ground.processes import together
 
     with together():

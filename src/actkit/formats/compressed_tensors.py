@@ -39,7 +39,14 @@ Activations = Literal["int8"]
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one layer's weight is stored. bits: of the container, 4 or 8. group_size: -1 is one scale per row."""
+    """How one layer's weight is stored.
+
+    Attributes:
+        bits: of the container, 4 or 8.
+        symmetric: no zero point.
+        group_size: -1 is one scale per row.
+        activations: how the reader rounds activations; None for not at all.
+    """
 
     bits: int
     symmetric: bool
@@ -84,9 +91,19 @@ class Scheme:
 
 
 def write(plain: Plain, folder: Path, activations: Activations | None, max_shard: int | str) -> dict[str, Any]:
-    """Write weights and config into an existing folder; returns quantized, dense and notes, as `Exported` has them.
+    """Write weights and config into an existing folder.
 
-    Raises ExportError where no layer can be written quantized, or activations were asked for over other weights.
+    Args:
+        plain: the model.
+        folder: where to write.
+        activations: 'int8' to have the reader round activations.
+        max_shard: largest size of a file.
+
+    Returns:
+        quantized, dense and notes, as `Exported` has them.
+
+    Raises:
+        ExportError: no layer can be written quantized, or the weights do not allow the activations.
     """
     schemes: dict[str, Scheme] = {}
     quantized: dict[str, str] = {}
@@ -126,7 +143,7 @@ class RoundedTokens(Selection):
     """Inputs rounded to 8 bits, one scale per token, as transformers' reader of compressed-tensors does it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> the values that its codes stand for: round(x / scale) * scale, scale = max|x| / 127.5."""
+        """Map x [..., in] to the values that its codes stand for: round(x / scale) * scale, scale = max|x| / 127.5."""
         scale = x.abs().amax(-1, keepdim=True) / 127.5
         scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
         return (x / scale).clamp(-128, 127).round() * scale
@@ -173,7 +190,7 @@ def quantization_config(schemes: dict[str, Scheme], ignore: list[str]) -> dict[s
         "kv_cache_scheme": None,
     }
     if not all(kind.symmetric for kind in kinds):
-        # transformers 5 builds the compressed layers on the meta device, where the package (0.20) does not pack zero
+        # transformers 5 builds the compressed layers on the meta device, on which the package (0.20) does not pack zero
         # points, so that their shapes clash; this makes it unpack while it loads. vLLM reads other keys only.
         found["dequantize"] = True
     return found
@@ -238,7 +255,7 @@ def _check_activations(path: str, weight: IntegerWeight) -> None:
 
 
 def _notes(plain: Plain, schemes: dict[str, Scheme]) -> tuple[str, ...]:
-    """What a reader will do, and where vLLM would not load what transformers loads."""
+    """What a reader will do, and what vLLM would not load though transformers does."""
     notes = ["scales are stored in float32; a reader that computes in 16 bits rounds them to its dtype"]
     if any(scheme.activations for scheme in schemes.values()):
         notes.append(

@@ -39,14 +39,28 @@ def export(
 ) -> Exported:
     """Write a model to a folder that others read without actkit.
 
-    format: 'compressed-tensors' (transformers, vLLM) or 'gguf' (llama.cpp). activations: 'int8' to have the reader
-    round activations to 8 bits per token (compressed-tensors over symmetric weights with one scale per row).
-    tokenizer: written beside the weights, into the file for GGUF. evaluation: what `evaluate` measured of the model,
-    for the card (README.md); measured: the same as fields of a card. overwrite: replace a checkpoint at `folder`.
-    proof: load the folder in a fresh process with transformers alone and compare outputs.
-    Raises ExportError for what the format cannot say (the folder is then not written) or where the proof fails (it is
-    left for inspection), CheckpointError where the folder exists or cannot be written, ImportError without the package
-    that the format needs, ValueError for an unknown format or activations.
+    Args:
+        model: a changed model.
+        folder: where to write.
+        format: 'compressed-tensors' (transformers, vLLM) or 'gguf' (llama.cpp).
+        activations: 'int8' to have the reader round activations to 8 bits per token (compressed-tensors over symmetric
+            weights with one scale per row).
+        tokenizer: written beside the weights, into the file for GGUF.
+        evaluation: what `evaluate` measured of the model, for the card (README.md).
+        measured: the same as fields of a card.
+        overwrite: replace a checkpoint at `folder`.
+        proof: load the folder in a fresh process with transformers alone and compare outputs.
+        max_shard: largest size of a file, bytes or '4GB'.
+
+    Returns:
+        What is quantized, what is dense and why, and the proof.
+
+    Raises:
+        ExportError: the format cannot say something (the folder is then not written), or the proof fails (it is left
+            for inspection).
+        CheckpointError: the folder exists or cannot be written.
+        ImportError: the package that the format needs is missing.
+        ValueError: the format or the activations are unknown.
     """
     folder = Path(folder)
     check(format, folder, activations=activations, overwrite=overwrite, proof=proof)
@@ -103,7 +117,7 @@ def _card(model: nn.Module, format: str, file: str | None) -> dict[str, Any]:
 
 
 def read(model: nn.Module, format: str) -> Plain:
-    """What a format would write of a model; raises ExportError where it would not."""
+    """Read what a format would write of a model; raise ExportError if it would not."""
     plain = Plain.of(model)
     if format == "gguf":
         gguf_file.refuse(plain)

@@ -18,9 +18,14 @@ if TYPE_CHECKING:
 class Exported:
     """An exported model.
 
-    folder: what was written, a folder. format: 'compressed-tensors' or 'gguf'. quantized: path -> how its weight is
-    stored. dense: path -> why it is not quantized. notes: what else a user of the files must know. disk_bytes: of the
-    whole folder. reading: what plain transformers read back in a fresh process, None where that was not asked for.
+    Attributes:
+        folder: what was written.
+        format: 'compressed-tensors' or 'gguf'.
+        quantized: path -> how its weight is stored.
+        dense: path -> why it is not quantized.
+        notes: what else a user of the files must know.
+        disk_bytes: of the whole folder.
+        reading: what plain transformers read back in a fresh process; None without a proof.
     """
 
     folder: Path

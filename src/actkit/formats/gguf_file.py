@@ -7,8 +7,8 @@ A block of 32 inputs in a row, after the source of the package gguf (0.19); d an
     Q4_1   d, m, 16 bytes of two codes    w = d q + m
 
 Groups along the inputs whose size is a multiple of 32 (or whole rows) are such blocks with one scale. What is not is
-written dense. The rows of query and key are reordered for the llama architecture, which rotates neighbouring channels
-where transformers rotates halves.
+written dense. The rows of query and key are reordered for the llama architecture, which rotates neighbouring channels;
+transformers rotates halves.
 """
 
 from __future__ import annotations
@@ -40,17 +40,30 @@ DENSE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of the file. kind: its type as GGUF calls it. data: bytes uint8 [rows, bytes of a row], or values."""
+    """One tensor of the file.
+
+    Attributes:
+        kind: its type as GGUF calls it.
+        data: bytes uint8 [rows, bytes of a row], or values.
+    """
 
     kind: str
     data: np.ndarray
 
 
 def write(plain: Plain, path: Path, tokenizer: Any) -> dict[str, Any]:
-    """Write one GGUF file; returns quantized, dense and notes, as `Exported` has them.
+    """Write one GGUF file.
 
-    plain: of a model that `refuse` takes. tokenizer: of transformers, or None for a file that takes token ids only.
-    Raises ExportError for a module that llama.cpp has no place for.
+    Args:
+        plain: of a model that `refuse` takes.
+        path: of the file.
+        tokenizer: of transformers, or None for a file that takes token ids only.
+
+    Returns:
+        quantized, dense and notes, as `Exported` has them.
+
+    Raises:
+        ExportError: llama.cpp has no place for a module.
     """
     import gguf
 
@@ -98,7 +111,7 @@ def write(plain: Plain, path: Path, tokenizer: Any) -> dict[str, Any]:
     if quantized:
         notes.append(
             f"scales are float16 here, up to {worst:.1e} of their value off; llama.cpp also rounds activations to 8 "
-            f"bits where it multiplies them with quantized weights"
+            f"bits when it multiplies them with quantized weights"
         )
     return {"quantized": quantized, "dense": dense, "notes": tuple(notes)}
 
@@ -114,9 +127,14 @@ def gguf_name(module: str) -> str:
 
 
 def blocks(weight: IntegerWeight, order: Tensor | None = None) -> tuple[Stored, float]:
-    """A weight [out, in] in blocks of 32 inputs, and the largest relative error that float16 makes on a scale.
+    """Cut a weight [out, in] into blocks of 32 inputs.
 
-    order: of the rows, None where they stay.
+    Args:
+        weight: the weight.
+        order: of the rows; None if they stay.
+
+    Returns:
+        The blocks, and the largest relative error that float16 makes on a scale.
     """
     outputs, inputs = weight.shape
     codes = (unpack_nibbles(weight.codes, inputs) if weight.grid.bits <= 4 else weight.codes).cpu()
@@ -271,7 +289,7 @@ def _add_settings(writer: Any, config: Any) -> list[str]:
 
 
 def _ends(plain: Plain, tokenizer: Any) -> list[str]:
-    """A note where transformers' `generate` stops at tokens that the file does not name."""
+    """A note if transformers' `generate` stops at tokens that the file does not name."""
     stops = getattr(getattr(plain.skeleton, "generation_config", None), "eos_token_id", None)
     stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
     others = [] if tokenizer is None else [str(token) for token in stops if token != tokenizer.eos_token_id]

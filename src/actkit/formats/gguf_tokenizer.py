@@ -12,10 +12,18 @@ NAMES = {pattern: name for name, pattern in reversed(PATTERNS.items())}  # the f
 
 
 def add_vocabulary(writer: Any, config: Any, tokenizer: Any) -> list[str]:
-    """Write the tokenizer's tokens, merges and special tokens; returns notes.
+    """Write the tokenizer's tokens, merges and special tokens.
 
-    writer: a GGUFWriter. tokenizer: of transformers, or None. Where llama.cpp could not split text as the tokenizer
-    does, nothing of it is written, and the note says why: the file then takes token ids only.
+    If llama.cpp could not split text as the tokenizer does, nothing of it is written, and the note says why: the file
+    then takes token ids only.
+
+    Args:
+        writer: a GGUFWriter.
+        config: of the model.
+        tokenizer: of transformers, or None.
+
+    Returns:
+        Notes.
     """
     if tokenizer is None:
         return _without(writer, "the model has none beside it")

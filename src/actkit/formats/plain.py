@@ -31,9 +31,11 @@ from actkit.core.store.skeleton import plain_model
 class Plain:
     """A model that plain transformers can compute.
 
-    skeleton: the plain model on the meta device, of the changed model's dtype and settings. layers: path -> ActLinear
-    with the weight slot only. transposed: paths of those that stand where the plain model has a Conv1D, whose weight
-    is [in, out].
+    Attributes:
+        model: the changed model.
+        skeleton: the plain model on the meta device, of the changed model's dtype and settings.
+        layers: path -> ActLinear with the weight slot only.
+        transposed: paths at which the plain model has a Conv1D, whose weight is [in, out].
     """
 
     model: PreTrainedModel
@@ -43,8 +45,18 @@ class Plain:
 
     @classmethod
     def of(cls, model: nn.Module) -> Plain:
-        """Read a model. Raises ExportError naming what plain transformers cannot compute, UnsupportedModelError for a
-        compiled or sharded model."""
+        """Read a model.
+
+        Args:
+            model: a changed model.
+
+        Returns:
+            What plain transformers can compute.
+
+        Raises:
+            ExportError: plain transformers cannot compute something; the error names it.
+            UnsupportedModelError: the model is compiled or sharded.
+        """
         refuse_compiled_or_sharded(model)
         refuse_foreign_layers(model)
         if not isinstance(model, PreTrainedModel):
@@ -170,12 +182,12 @@ def _refuse_slots(path: str, layer: ActLinear, model: nn.Module) -> None:
 
 
 def _same_function(module: nn.Module, plain: nn.Module) -> bool:
-    """Whether an activation by name stands where the plain model, by its config, computes the same function."""
+    """Return whether an activation by name computes the function that the plain model has there by its config."""
     return isinstance(module, Activation) and module.name == name_of(plain)
 
 
 def _by(model: nn.Module, path: str) -> str:
-    """' (from wina)': the methods of the recipe, where there is one to name."""
+    """Return ' (from wina)': the methods of the recipe, if there is one to name."""
     known = changes.of(model)
     methods = [] if known is None else changes.methods_of(known.recipe)
     return f" (recipe: {', '.join(methods)})" if methods else ""

@@ -15,7 +15,7 @@ from typing import Any
 
 
 def read(entry: dict[str, Any]) -> dict[str, Any]:
-    """Load one folder, run the batch, write the outputs. Raises ValueError where keys are missing or unexpected."""
+    """Load one folder, run the batch, write the outputs. Raises ValueError if keys are missing or unexpected."""
     import torch
     import transformers
     from safetensors.torch import load_file, save_file

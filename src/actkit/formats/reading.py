@@ -2,8 +2,7 @@
 
 Compared are the outputs on fixed random rows. What the format itself rounds is rounded in memory too, each layer as
 its reader computes it (`as_read` of each format: scales in the reader's dtype or in float16, activations in 8 bits), so
-that what is left is another order of summation, and the limit is that of `core/measure/rounding.py` where anything is
-left:
+that what is left is another order of summation; if anything is left, the limit is that of `core/measure/rounding.py`:
 
     max |as read, in memory - read back| <= limit(model)
 """
@@ -42,10 +41,15 @@ Case = tuple[Path, torch.dtype, Mapping[str, Tensor], str | None]
 class Reading:
     """What a fresh process without actkit read back.
 
-    passed: whether the difference is within the tolerance. largest_difference: of all outputs, inf where shapes differ
-    or something is not finite. moved: how far the format's own rounding moves the model's outputs, on both sides alike.
-    scale: the largest |output| in memory. tolerance: in the outputs' unit; 0 where nothing differs, as it is measured
-    only then. dtype: both sides'. reader: what loaded it. seconds: of the whole comparison.
+    Attributes:
+        passed: whether the difference is within the tolerance.
+        largest_difference: of all outputs, inf if shapes differ or something is not finite.
+        moved: how far the format's own rounding moves the model's outputs, on both sides alike.
+        scale: the largest |output| in memory.
+        tolerance: in the outputs' unit; 0 if nothing differs, as it is measured only then.
+        dtype: both sides'.
+        reader: what loaded it.
+        seconds: of the whole comparison.
     """
 
     passed: bool
@@ -73,8 +77,16 @@ class Reading:
 
 
 def expected_outputs(model: nn.Module, batch: Any, as_read: Mapping[str, nn.Module] | None = None) -> Tensor:
-    """The outputs of a model in memory on a batch, float32 on the CPU. as_read: path -> what the reader computes in
-    place of that layer."""
+    """Compute the outputs of a model in memory on a batch.
+
+    Args:
+        model: the model.
+        batch: its keywords.
+        as_read: path -> what the reader computes in place of that layer.
+
+    Returns:
+        float32, on the CPU.
+    """
     with evaluating(model), _standing(model, as_read or {}):
         return first_tensor(forward(model, batch)).float().cpu()
 
@@ -84,7 +96,7 @@ def _standing(model: nn.Module, layers: Mapping[str, nn.Module]) -> AbstractCont
 
 
 def read_back(cases: Sequence[Case]) -> list[Tensor]:
-    """The outputs of exported folders in one fresh process. Raises ExportError where a folder does not load or run."""
+    """Compute the outputs of exported folders in one fresh process. Raises ExportError if one does not load or run."""
     found = try_reading(cases)
     for (folder, *_), outputs in zip(cases, found, strict=True):
         if isinstance(outputs, str):
@@ -93,10 +105,16 @@ def read_back(cases: Sequence[Case]) -> list[Tensor]:
 
 
 def try_reading(cases: Sequence[Case]) -> list[Tensor | str]:
-    """The outputs of exported folders in one fresh process, or for a folder that fails the reason.
+    """Compute the outputs of exported folders in one fresh process, or the reason why a folder fails.
 
-    cases: (folder, dtype, batch of tensors by keyword, GGUF file or None) each. Raises ExportError where the process
-    itself fails.
+    Args:
+        cases: (folder, dtype, batch of tensors by keyword, GGUF file or None) each.
+
+    Returns:
+        Outputs or a reason, for each case.
+
+    Raises:
+        ExportError: the process itself fails.
     """
     with tempfile.TemporaryDirectory(prefix="actkit-export-") as temporary:
         entries: list[dict[str, Any]] = []
@@ -141,7 +159,14 @@ def compare(
 ) -> Reading:
     """Load an exported folder in a fresh process and compare its outputs with those of the model in memory.
 
-    as_read: path -> what the format's reader computes in place of that layer.
+    Args:
+        model: in memory.
+        folder: what was exported.
+        as_read: path -> what the format's reader computes in place of that layer.
+        gguf_file: its name in the folder, for GGUF.
+
+    Returns:
+        The difference, and the limit.
     """
     started = time.perf_counter()
     dtype: Any = model.dtype

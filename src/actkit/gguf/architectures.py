@@ -1,6 +1,6 @@
 """What a GGUF file's settings and tensors are called in transformers, by architecture.
 
-The reader is strict: a setting of the architecture that nothing here asks for may change what the model computes, so
+The reader is strict: a setting of the architecture that nothing here reads may change what the model computes, so
 it is an error, and so is a tensor without a place.
 """
 
@@ -53,7 +53,7 @@ class Settings:
         }
 
     def take(self, name: str, default: Any = REQUIRED) -> Any:
-        """A setting by its name without the architecture. Raises CheckpointError where it is missing and required."""
+        """Take a setting by its name without the architecture. Raises CheckpointError if it is missing and required."""
         value = self._left.pop(name, default)
         if value is REQUIRED:
             raise CheckpointError(f"{self.path}: the setting {self.architecture}.{name} is missing; convert it anew.")
@@ -82,9 +82,13 @@ class Settings:
 class GgufArchitecture:
     """How one architecture of GGUF is built in transformers.
 
-    model_type, model_class: of transformers. blocks: module in a block -> its name in the file. config: settings -> the
-    config's entries. rotates_neighbours: whether query and key rotate neighbouring channels, where transformers rotates
-    halves. norm_offset: what the file's norms hold more than transformers'.
+    Attributes:
+        model_type: of transformers.
+        model_class: of transformers.
+        config: settings -> the config's entries.
+        blocks: module in a block -> its name in the file.
+        rotates_neighbours: whether query and key rotate neighbouring channels; transformers rotates halves.
+        norm_offset: what the file's norms hold more than transformers'.
     """
 
     model_type: str
@@ -105,9 +109,16 @@ class GgufArchitecture:
 
 
 def row_order(module: str, heads: int, key_value_heads: int, size: int) -> Tensor | None:
-    """Which row of query or key of transformers comes where, where neighbouring channels rotate; None for others.
+    """Return which row of query or key of transformers comes where, if neighbouring channels rotate.
 
-    size: channels per head.
+    Args:
+        module: name of the layer in a block.
+        heads: of the query.
+        key_value_heads: of the key.
+        size: channels per head.
+
+    Returns:
+        int64 [rows]; None for other layers.
     """
     leaf = module.rpartition(".")[2]
     if leaf not in ("q_proj", "k_proj"):

@@ -34,12 +34,19 @@ def cached(
     digest: str | None = None,
     before: Callable[[], None] = lambda: None,
 ) -> Path:
-    """The folder of a plain checkpoint with the content of a GGUF file.
+    """Return the folder of a plain checkpoint with the content of a GGUF file.
 
-    parts: the file, or the pieces that it was cut into byte by byte, in order. dtype: of the weights; where None,
-    bfloat16 for a quantized file and as stored for another. digest: the SHA-256 that the file must have. before: called
-    before the file is converted, and not where its checkpoint is there already.
-    Raises CheckpointError where the digest is another, the cache folder cannot be written, and what `convert` raises.
+    Args:
+        parts: the file, or the pieces that it was cut into byte by byte, in order.
+        dtype: of the weights; None for bfloat16 for a quantized file and as stored for another.
+        digest: the SHA-256 that the file must have.
+        before: called before the file is converted, and not if its checkpoint is there already.
+
+    Returns:
+        The folder, in the user's cache.
+
+    Raises:
+        CheckpointError: the digest is another, the cache folder cannot be written, or what `convert` raises.
     """
     found = _digest(parts)
     if digest is not None and found != digest:
@@ -102,9 +109,16 @@ def stored_dtype(path: Path) -> torch.dtype:
 
 
 def gguf_file(source: str | Path) -> Path | None:
-    """The GGUF file that a source means: the file itself, or the single one in a folder without other weights.
+    """Return the GGUF file that a source means: the file itself, or the single one in a folder without other weights.
 
-    Raises CheckpointError for a folder that holds several.
+    Args:
+        source: a file or a folder.
+
+    Returns:
+        The file; None if the source means none.
+
+    Raises:
+        CheckpointError: the folder holds several.
     """
     path = Path(source)
     if path.is_file() and path.suffix.lower() == ".gguf":

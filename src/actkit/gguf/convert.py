@@ -25,11 +25,19 @@ SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p"}
 
 
 def convert(path: Path, folder: Path, dtype: torch.dtype) -> SourceGrid:
-    """Write the checkpoint of a GGUF file into an empty folder; returns how its weights were stored.
+    """Write the checkpoint of a GGUF file into an empty folder.
 
-    dtype: of the tensors; each is dequantized to float32 and rounded once.
-    Raises CheckpointError for what cannot be read, naming the architecture, setting, tensor or tokenizer, and what
-    `GgufFile` raises.
+    Args:
+        path: the file.
+        folder: an empty folder.
+        dtype: of the tensors; each is dequantized to float32 and rounded once.
+
+    Returns:
+        How the file's weights were stored.
+
+    Raises:
+        CheckpointError: something cannot be read: the error names the architecture, setting, tensor or tokenizer; or
+            what `GgufFile` raises.
     """
     file = GgufFile(path)
     architecture, config, tied = read_config(file)

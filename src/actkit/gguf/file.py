@@ -1,8 +1,9 @@
 """The content of one GGUF file: settings, a table of tensors, and their values as float32.
 
 Little-endian, after the format's description (versions 2 and 3): the magic bytes, counts, settings with a type each,
-the table of tensors, and behind the next multiple of the alignment their data. Nothing is read before it is asked for
-but the settings and the table. The package gguf reads this too, and takes seconds for the vocabulary alone.
+the table of tensors, and after the next multiple of the alignment their data. Only the settings and the table are read
+at once; the rest is read when it is needed. The package gguf reads this too, and takes seconds for the vocabulary
+alone.
 """
 
 from __future__ import annotations
@@ -29,9 +30,14 @@ INSTALL = "pip install 'actkit[zoo]'"
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of the table. shape: outputs first, as torch has it. kind: its type as GGUF calls it, such as 'Q4_K'.
+    """One tensor of the table.
 
-    offset, size: of its bytes in the file.
+    Attributes:
+        name: in the file.
+        shape: outputs first, as torch has it.
+        kind: its type as GGUF calls it, such as 'Q4_K'.
+        offset: of its bytes in the file.
+        size: of its bytes in the file.
     """
 
     name: str
@@ -44,9 +50,17 @@ class TensorEntry:
 class GgufFile:
     """An open GGUF file.
 
-    settings: name -> number, text or list of these. tensors: name -> entry.
-    Raises CheckpointError for a file of another kind or version, a truncated one, one part of several, and tensors of a
-    type that the package gguf does not know; ImportError without that package.
+    Args:
+        path: of the file.
+
+    Attributes:
+        settings: name -> number, text or list of these.
+        tensors: name -> entry.
+
+    Raises:
+        CheckpointError: the file is of another kind or version, is truncated or one part of several, or has tensors of
+            a type that the package gguf does not know.
+        ImportError: that package is missing.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -105,7 +119,7 @@ class GgufFile:
         return found, {name: self._entry(name, shape, kind, start + at) for name, shape, kind, at in table}
 
     def setting(self, name: str) -> Any:
-        """A setting that must be there. Raises CheckpointError where it is missing."""
+        """Return a setting that must be there. Raises CheckpointError if it is missing."""
         if name not in self.settings:
             raise CheckpointError(f"{self.path}: the setting {name} is missing; {AGAIN}.")
         return self.settings[name]

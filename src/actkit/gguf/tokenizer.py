@@ -3,7 +3,7 @@
     byte-level       merges as listed; text is cut by a pattern that the file names
     SentencePiece    the two neighbours are merged whose union has the largest score, ties from the left
 
-A pattern that is not known here is an error: another one would give other tokens, and nothing would say so.
+A pattern that is not known here is an error: another one would give other tokens, and nobody would notice.
 """
 
 from __future__ import annotations
@@ -41,9 +41,16 @@ ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<
 
 
 def build_tokenizer(file: GgufFile) -> Any | None:
-    """The tokenizer of a file as a fast tokenizer of transformers, with its chat template; None where it has none.
+    """Build the tokenizer of a file as a fast tokenizer of transformers, with its chat template.
 
-    Raises CheckpointError for a kind of tokenizer or a pattern that is not known.
+    Args:
+        file: the open file.
+
+    Returns:
+        The tokenizer; None if the file has none.
+
+    Raises:
+        CheckpointError: the kind of tokenizer or its pattern is not known.
     """
     from tokenizers import AddedToken, processors
     from transformers import PreTrainedTokenizerFast

@@ -2,7 +2,7 @@
 
 A block is described by the kind of its attention and of its MLP; each kind fills its stages of a `Share`, one thread's
 part of the block. Another kind is another function beside `grouped_query` and `gated`, and its stage in
-`kernels.decode_step`. A module that computes in a way of its own names its kind by a class attribute `decodes_as`:
+`kernels.decode_step`. A module that computes differently names its kind by a class attribute `decodes_as`:
 'spark_ffn' (gate_proj of the first r inputs, up_proj of the others, down_proj, act_fn), 'spark_attention' (q_proj,
 k_proj, v_proj, o_proj; of a head r features choose k keys), or, of an activation, 'statistical_top_k' (base, k).
 """
@@ -38,7 +38,7 @@ ACTIVATIONS = {
 
 
 def described(model: nn.Module, block: Block) -> Block:
-    """The block with attention and MLP also where modules stand that name their kind."""
+    """Return the block with its attention and MLP, even if their modules are of kinds that only `decodes_as` names."""
     attention, mlp = block.attention, block.mlp
     at, path = f"{block.path}.self_attn", f"{block.path}.mlp"
     if kind_named(model, at) == "spark_attention":
@@ -67,7 +67,7 @@ def _linear(model: nn.Module, path: str) -> Linear:
 
 
 def check(model: nn.Module, block: Block) -> None:
-    """Raise UnsupportedModelError where a block is made of something else."""
+    """Raise UnsupportedModelError if a block is made of something else."""
     attention, mlp = block.attention, block.mlp
     if attention is None or (attention.query_key_value is not None and _fused_rows(attention) is None):
         raise UnsupportedModelError(
@@ -91,7 +91,7 @@ def check(model: nn.Module, block: Block) -> None:
 
 
 def _fused_rows(attention: Attention) -> tuple[range, range, range] | None:
-    """Which rows of one layer are query's, key's and value's, where each stands in one piece: all queries first."""
+    """Which rows of one layer are query's, key's and value's, if each stands in one piece: all queries first."""
     rows, size = attention.value_rows, attention.head_dim
     query, other = attention.heads * size, attention.key_value_heads * size
     if rows is None or (rows.start, len(rows), rows.count) != (query + other, other, 1):
@@ -105,8 +105,13 @@ def _shifted(rows: range, by: int) -> range:
 
 @dataclass(frozen=True)
 class Gate:
-    """The activation of a gate. base: without what makes it sparse; threshold: below which it is 0, None where it has
-    none; k: of a statistical top-k before it, None where it has none."""
+    """The activation of a gate.
+
+    Attributes:
+        base: without what makes it sparse.
+        threshold: below which it is 0; None if it has none.
+        k: of a statistical top-k before it; None if it has none.
+    """
 
     base: nn.Module
     threshold: float | None = None
@@ -145,11 +150,17 @@ def _function(module: Any) -> Gate:
 class Product:
     """One matrix of a thread: some outputs, or some inputs, of linear layers that are stored and select alike.
 
-    parts: each layer with its outputs (`by_rows` False) or its inputs (True). kind: how the matrix is stored. at: where
-    its outputs begin among those of the stage. biased: whether the layers' biases belong to this share. zeros: whether
-    many inputs are exactly 0, which are left out even where nothing selects. apart: whether each output has its own
-    row, to be skipped behind a sparse gate. down: of bundled units, the layer that their column is taken from. factor:
-    of the layer's low-rank correction, the one that this is. inputs_at: where its inputs begin in those of the stage.
+    Attributes:
+        parts: each layer with its outputs (`by_rows` False) or its inputs (True).
+        kind: how the matrix is stored.
+        at: where its outputs begin among those of the stage.
+        by_rows: it holds some inputs of the layers.
+        biased: whether the layers' biases belong to this share.
+        zeros: whether many inputs are exactly 0; these are left out even if nothing selects.
+        apart: whether each output has its own row, to be skipped behind a sparse gate.
+        down: of bundled units, the layer that their column is taken from.
+        factor: of the layer's low-rank correction, the one that this is.
+        inputs_at: where its inputs begin in those of the stage.
     """
 
     parts: tuple[tuple[Linear, range], ...]
@@ -165,7 +176,7 @@ class Product:
 
     @property
     def select(self) -> Selection | None:
-        """What selects the inputs; raises ValueError where the layers no longer agree."""
+        """What selects the inputs; raises ValueError if the layers no longer agree."""
         if self.factor:
             return None
         first, *others = (selection_of(linear.module) for linear, _ in self.parts)
@@ -196,7 +207,7 @@ class Product:
         return _correction(self.parts[0][0].module)
 
     def factors(self) -> tuple[Product, Product] | None:
-        """The two products of the correction, right and left, where there is one."""
+        """The two products of the correction, right and left, if there is one."""
         correction = self.correction
         if correction is None or self.factor:
             return None
@@ -236,7 +247,7 @@ class Product:
 
 
 def selection_of(module: nn.Module) -> Selection | None:
-    """What selects the inputs of a layer, None where nothing does."""
+    """Return what selects the inputs of a layer; None if nothing does."""
     return module.select if isinstance(module, ActLinear) else None
 
 
@@ -258,9 +269,9 @@ def same_selection(a: Selection | None, b: Selection | None) -> bool:
 def _columns(
     layers: Sequence[tuple[Linear, range]], begins: Sequence[int] | None = None
 ) -> tuple[list[Product], list[int]]:
-    """Some outputs of layers that share an input, as few products as possible, and where each layer's begin.
+    """Some outputs of layers that share an input, in as few products as possible, and where each layer's begin.
 
-    begins: where in the stage's inputs each layer's begin, where that is not 0 for all.
+    begins: where in the stage's inputs each layer's begin, if that is not 0 for all.
     """
     begins = begins or [0] * len(layers)
     runs: list[list[tuple[Linear, range, Kind]]] = []
@@ -307,7 +318,12 @@ def share_of(total: int, index: int, count: int, unit: int = 1) -> range:
 
 @dataclass
 class Share:
-    """One thread's part of a block: the products of each stage, and where to find what in their outputs."""
+    """One thread's part of a block.
+
+    Attributes:
+        stages: the products of each.
+        places: where to find what in their outputs.
+    """
 
     stages: dict[int, list[Product]] = field(default_factory=dict)
     places: dict[int, int] = field(default_factory=dict)
@@ -345,12 +361,19 @@ def _query_key_value(attention: Attention, queries: range, keys: range) -> list[
 
 
 def gated(share: Share, block: Block, thread: int, threads: int, gate: Gate) -> None:
-    """An MLP: whole units, in multiples that cut no group of the weights where that can be. Without a gate the up
-    projection stands in its place.
+    """Add an MLP: whole units, in multiples that cut no group of the weights, if possible.
 
-    Behind a sparse gate only the rows of the up projection are read whose gate is not 0, where nothing selects its
-    inputs and its weights are floats or have groups of inputs, and the down projection leaves out the others. Where
-    both are floats and select nothing, a unit's row and column lie side by side. Exact.
+    Without a gate the up projection takes its place. Behind a sparse gate only the rows of the up projection are read
+    whose gate is not 0, if nothing selects its inputs and its weights are floats or have groups of inputs; the down
+    projection leaves out the others. If both are floats and select nothing, a unit's row and column lie side by side.
+    Exact.
+
+    Args:
+        share: filled.
+        block: whose MLP.
+        thread: whose share, from 0.
+        threads: of the team.
+        gate: the activation.
     """
     mlp = block.mlp
     assert mlp is not None
@@ -414,7 +437,7 @@ def _bundles(up: Linear, down: Linear) -> bool:
 
 
 def head(share: Share, module: nn.Module, thread: int, threads: int) -> None:
-    """The output layer: some words of the vocabulary, whole groups of the weights where that can be."""
+    """Add the output layer: some words of the vocabulary, in whole groups of the weights, if possible."""
     outputs: int = module.out_features  # type: ignore[assignment]
     unit = BLOCK if outputs >= 4 * threads * BLOCK else PIECES[0]
     own = share_of(outputs, thread, threads, unit)

@@ -5,7 +5,7 @@
 
 The model's layers are packed once, each thread's share apart (`kernels.decode_step` says how it is shared); plain
 layers and ActLinears (integer weights, inputs selected by threshold or top-k) decode alike. A prompt goes through
-dense matrix products in chunks, or step by step where it has up to `few` tokens, a number that the model's shapes and
+dense matrix products in chunks, or step by step if it has up to `few` tokens, a number that the model's shapes and
 formats give (`runtime.prompt`). `runtime.blocks` says what a block is made of.
 
 Exactness: everything but the stored weights is float32, the cache too, with two exceptions. Integer weights meet
@@ -90,15 +90,23 @@ def supports(model: nn.Module) -> str | None:
 class Decoder:
     """Decodes a model of the Llama family on the CPU.
 
-    model: of one of `runtime.families.FAMILIES`, with nn.Linear or ActLinear layers. capacity: tokens that the cache
-    holds; the model's context, at most 4096, where None. threads: torch's number where None. activations: what
-    integer weights are multiplied with, 'float32' or 'int16'; None for 'int16' where processor and weights allow it.
-    decode_only: leave the model without its layers' weights, which the decoder holds packed; it can then do nothing
-    else. progress: show a bar.
+    A decoder is used by one thread at a time; several decoders take turns. `close()`, or the end of a `with`, gives its
+    memory back.
 
-    Raises UnsupportedModelError for another model, MemoryLimitError before anything is allocated where weights and
-    cache do not fit into free memory, ValueError for settings out of bounds. A decoder is used by one thread at a time;
-    several decoders take turns. `close()`, or the end of a `with`, gives its memory back.
+    Args:
+        model: of one of `runtime.families.FAMILIES`, with nn.Linear or ActLinear layers.
+        capacity: tokens that the cache holds; None for the model's context, at most 4096.
+        threads: None for torch's number.
+        activations: what integer weights are multiplied with, 'float32' or 'int16'; None for 'int16' if processor and
+            weights allow it.
+        decode_only: leave the model without its layers' weights, which the decoder holds packed; it can then do nothing
+            else.
+        progress: show a bar.
+
+    Raises:
+        UnsupportedModelError: the model is another.
+        MemoryLimitError: weights and cache do not fit into free memory; raised before anything is allocated.
+        ValueError: a setting is out of bounds.
     """
 
     closed = False
@@ -178,8 +186,10 @@ class Decoder:
 
     @property
     def density(self) -> float | None:
-        """Share of the weight bytes that was read by single steps since the last reset, of layers that select their
-        inputs or whose outputs are skipped; low-rank corrections are not counted."""
+        """Share of the weight bytes that single steps have read since the last reset; None if nothing is skipped.
+
+        It counts layers that select their inputs or whose outputs are skipped, without low-rank corrections.
+        """
         table, products = self._plan.products, self._matrices.products
         skips = [product is not None and product.apart for product in products]
         chosen = (table[:, forms.SELECT] != steps.DENSE) | np.array(skips)
@@ -195,8 +205,10 @@ class Decoder:
         return float((self._work.read * self._row_bytes).sum()) / self._steps + shared
 
     def reads(self) -> list[tables.Read]:
-        """What a single step reads of the packed weights, piece by piece: for whoever compares it with the memory's
-        speed. Scales of groups of inputs, which lie apart, are left out."""
+        """Return what a single step reads of the packed weights, piece by piece, to compare with the memory's speed.
+
+        Scales of groups of inputs, which lie apart, are left out.
+        """
         table, places, found = self._plan.products, self._plan.layers, []
         stages = range(steps.UNITS_BUNDLED + 1)
         for layer in range(places.shape[1]):
@@ -237,17 +249,22 @@ class Decoder:
     def follow_selections(self) -> None:
         """Select as the model's layers and gates do now: their thresholds, numbers and scores were changed in place.
 
-        Raises ValueError where layers that were packed as one matrix no longer select alike.
+        Raises:
+            ValueError: layers that were packed as one matrix no longer select alike.
         """
         thresholds, self._selections = tables.write_selections(self._matrices, self._plan.products, self._plan.layers)
         self._plan.thresholds[:] = thresholds
         self._plan.gates[:] = tables.gates(self.model, _blocks(self.model))
 
     def __call__(self, new: Sequence[int]) -> Tensor:
-        """Logits of the token after some more tokens: float32 [vocabulary].
+        """Return the logits of the token after some more tokens: float32 [vocabulary].
 
-        Raises DataError where the cache is full or a token is not in the vocabulary, NonFiniteError for logits that
-        are NaN or Inf.
+        Args:
+            new: token ids.
+
+        Raises:
+            DataError: the cache is full, or a token is not in the vocabulary.
+            NonFiniteError: logits are NaN or Inf.
         """
         self._check_open()
         tokens = [int(token) for token in new]
@@ -284,9 +301,16 @@ class Decoder:
         sampling: Sampling = LIKELIEST,
         end: Collection[int] | None = None,
     ) -> Iterator[int]:
-        """The tokens that follow a prompt, one by one, from an empty cache; as `core.measure.generation.generate_ids`.
+        """Yield the tokens that follow a prompt, one by one, from an empty cache.
 
-        Raises DataError before the first token where prompt and new tokens exceed the cache.
+        Args:
+            input_ids: the prompt.
+            max_new_tokens: at most so many.
+            sampling: as in `core.measure.generation.generate_ids`.
+            end: tokens that end the text; by default the model's.
+
+        Raises:
+            DataError: before the first token, if prompt and new tokens exceed the cache.
         """
         length = torch.as_tensor(input_ids).numel()
         if length + max_new_tokens > self.capacity:
@@ -315,7 +339,7 @@ class Decoder:
             raise MemoryLimitError(
                 f"capacity: packed weights ({format_bytes(needed)}) and a cache of {self.capacity} tokens "
                 f"({format_bytes(cache)}) do not fit into the {format_bytes(free)} that are free; give a smaller "
-                f"capacity, or decode_only=True where the model is needed for nothing else."
+                f"capacity, or decode_only=True if the model is needed for nothing else."
             )
 
     def _share(self, model: nn.Module, block: Block, form: Form, thread: int) -> parts.Share:

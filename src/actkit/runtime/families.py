@@ -1,7 +1,7 @@
 """The families that the decoder takes: how their blocks are put together, read off their rows and configurations.
 
 A row (`core/model/architectures.py`) says where the norms stand, what query and key turn by and what is clamped. What
-no row says, as it concerns decoding alone, stands here: multipliers, and whether the family has windows.
+no row says, as it concerns decoding alone, is here: multipliers, and whether the family has windows.
 """
 
 from __future__ import annotations
@@ -23,9 +23,15 @@ from actkit.kernels import decode_step as steps
 
 @dataclass(frozen=True)
 class Family:
-    """windows: the blocks that `sliding_window` counts for: none, all, or those that `layer_types` names. embedding,
-    residual, logits: entries of the configuration that multiply embeddings, what is added to the residual stream, and
-    logits. over: one that divides the logits."""
+    """What a family needs for decoding that its row does not say.
+
+    Attributes:
+        windows: the blocks that `sliding_window` counts for: none, all, or those that `layer_types` names.
+        embedding: entry of the configuration that multiplies embeddings.
+        residual: entry that multiplies what is added to the residual stream.
+        logits: entry that multiplies logits.
+        over: entry that divides logits.
+    """
 
     windows: Literal["none", "all", "named"] = "none"
     embedding: str | None = None
@@ -49,10 +55,16 @@ CENTERED = ("LayerNorm", "CohereLayerNorm", "Cohere2LayerNorm", "OlmoLayerNorm",
 class Form:
     """How the blocks of a model are put together.
 
-    before, behind: of each block, the paths of the norms before and behind attention and MLP, None where there are
-    none. last: path of the last norm. offset: added to the norms' weights. parallel: whether the MLP reads what
-    attention reads. turns: of each block, how query and key turn (`steps.UNTURNED` and its kin). limit: to which query,
-    key and value are clamped, 0 for not at all.
+    Attributes:
+        family: what the row does not say.
+        rows: of each block.
+        before: of each block, the paths of the norms before attention and MLP; None without one.
+        behind: of each block, the paths of the norms behind attention and MLP; None without one.
+        last: path of the last norm.
+        offset: added to the norms' weights.
+        parallel: whether the MLP reads what attention reads.
+        turns: of each block, how query and key turn (`steps.UNTURNED` and its kin).
+        limit: to which query, key and value are clamped; 0 for not at all.
     """
 
     family: Family
@@ -66,7 +78,7 @@ class Form:
     limit: float
 
     def factor(self, config: Any, name: str) -> float:
-        """A multiplier of the family, 1 where it has none."""
+        """Return a multiplier of the family, 1 if it has none."""
         entry = getattr(self.family, name)
         return 1.0 if entry is None else float(getattr(config, entry))
 
@@ -91,7 +103,7 @@ def model_type(model: nn.Module) -> str:
 
 
 def form_of(model: nn.Module, blocks: Sequence[Block]) -> Form:
-    """Raises UnsupportedModelError where the blocks are put together in another way."""
+    """Read how blocks are put together. Raises UnsupportedModelError if they are put together in another way."""
     config: Any = model.config
     row = find_architecture(model_type(model))
     assert row is not None
@@ -146,7 +158,7 @@ def epsilon_of(norm: Any) -> float:
 
 
 def head_norms_of(form: Form, blocks: Sequence[Block]) -> list[tuple[str, str]]:
-    """Of each block, the paths of the norms of query and key; empty where there are none."""
+    """Return, of each block, the paths of the norms of query and key; empty if there are none."""
     found = []
     for row, block in zip(form.rows, blocks):
         assert isinstance(row.attention, AttentionRow)
@@ -156,7 +168,7 @@ def head_norms_of(form: Form, blocks: Sequence[Block]) -> list[tuple[str, str]]:
 
 
 def _check_windows(config: Any, family: Family) -> None:
-    """Where a class does not apply the windows of its configuration, its forward pass and its cache disagree."""
+    """Refuse a class that does not apply the windows of its configuration: its forward pass and its cache disagree."""
     window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
     if family.windows == "none" and (window or "sliding_attention" in kinds):
         raise UnsupportedModelError("its configuration has a sliding_window, which its class does not apply")

@@ -1,7 +1,7 @@
 """A prompt through a decoder's layers: dense matrix products of many tokens, from the packed weights.
 
 Each token's inputs are selected as in the step. Products and attention take the dtype of the model: in bfloat16 their
-inputs and outputs are rounded to it, as the processor's matrix units want it and as transformers does, and integer
+inputs and outputs are rounded to it, as the processor's matrix units need it and as transformers does, and integer
 weights are widened to it, some columns at a time, so that they stay in the cache. Residual stream and norms are
 float32.
 """
@@ -64,9 +64,15 @@ def few_tokens(plan: steps.StepPlan, matrices: Matrices, dtype: torch.dtype) -> 
 def read_prompt(
     x: Tensor, begin: int, plan: steps.StepPlan, work: steps.Work, matrices: Matrices, selections: list[Any]
 ) -> None:
-    """Some tokens through all layers, into the cache from `begin` on; leaves the last one's logits in work.logits.
+    """Run some tokens through all layers, into the cache; leave the last one's logits in work.logits.
 
-    x: their embeddings [tokens, hidden], in the dtype that products are computed in.
+    Args:
+        x: their embeddings [tokens, hidden], in the dtype that products are computed in.
+        begin: where in the cache they go.
+        plan: what is computed.
+        work: the decoder's memory.
+        matrices: the packed weights.
+        selections: how each product selects its inputs.
     """
     _Prompt(plan, work, matrices, selections, x.dtype).read(x.float() * float(plan.embedding), begin)
 
@@ -136,7 +142,7 @@ class _Prompt:
     def _attend(
         self, out: Tensor, layer: int, place: np.ndarray, begin: int, mask: Tensor | None, cos: Tensor, sin: Tensor
     ) -> Tensor:
-        """One thread's heads: [tokens, heads * size]. mask: None where each token sees all before it."""
+        """Attend with one thread's heads: [tokens, heads * size]. mask: None if each token sees all before it."""
         plan, work, end = self.plan, self.work, begin + len(out)
         out = out.clamp(-float(plan.limit), float(plan.limit)) if plan.limit > 0 else out
         heads, first = int(place[steps.HEADS]), int(place[steps.FIRST_HEAD])
@@ -164,7 +170,7 @@ class _Prompt:
         return mixed.transpose(0, 1).reshape(len(out), -1)
 
     def _norm(self, x: Tensor, weight: np.ndarray, bias: np.ndarray, before: bool = False) -> Tensor:
-        """Normed, in the dtype of the products. before: whether there is such a norm, also where blocks have none."""
+        """Apply the norm, in the dtype of the products. before: whether there is one, also if blocks have none."""
         if not (before or self.plan.before):
             return x.to(self.dtype)
         return self._plain_norm(x, weight, bias).to(self.dtype)
@@ -178,7 +184,7 @@ class _Prompt:
     def _heads(
         self, out: Tensor, at: int, heads: int, layer: int, norm: int | None, turn: int, cos: Tensor, sin: Tensor
     ) -> Tensor:
-        """[tokens, ...] to [heads, tokens, size]; where norm (0 query, 1 key) is given, normed and rotated."""
+        """Split [tokens, ...] into [heads, tokens, size]; if norm (0 query, 1 key) is given, normed and rotated."""
         size = self.plan.size
         found = out[:, at : at + heads * size].unflatten(1, (heads, size)).transpose(0, 1)
         if norm is None:
@@ -207,8 +213,7 @@ class _Prompt:
         return found * cos + torch.cat(turned, -1) * sin
 
     def _add(self, x: Tensor, layer: int, stage: int, inputs: list[Tensor], others: Sequence[Tensor] = ()) -> None:
-        """Add the products of a stage, each thread's of its own inputs, to the residual stream. others: further
-        shares."""
+        """Add each thread's products of a stage, of its own inputs, to the residual stream. others: further shares."""
         plan = self.plan
         shares = [*others, *(out for out in self._products(layer, stage, inputs) if out.shape[1])]
         if not len(plan.behind):
@@ -220,8 +225,10 @@ class _Prompt:
         x += normed * float(plan.added)
 
     def _products(self, layer: int, stage: int, inputs: list[Tensor]) -> list[Tensor]:
-        """Each thread's products of a stage, [tokens, width]. inputs: what each thread has of them, [tokens, own]; all
-        of them for the stages that read the residual stream."""
+        """Compute each thread's products of a stage, [tokens, width].
+
+        inputs: what each thread has of them, [tokens, own]; all of them for the stages that read the residual stream.
+        """
         outs = []
         shared = stage not in (steps.OUTPUT, steps.DOWN)
         for thread, (first, number) in enumerate(self.plan.layers[:, layer, 2 * stage : 2 * stage + 2].tolist()):

@@ -25,8 +25,15 @@ from actkit.kernels.quantized import PIECES, QuantizedWeight, pack_quantized
 
 @dataclass(frozen=True)
 class Kind:
-    """How a part of a weight is stored: dtype, of a dense one; or bits, axis, group (outputs or inputs that share a
-    scale) and zeros (whether there are zero points)."""
+    """How a part of a weight is stored.
+
+    Attributes:
+        dtype: of a dense one.
+        bits: of codes.
+        axis: along which weights share a scale.
+        group: outputs or inputs that share a scale.
+        zeros: whether there are zero points.
+    """
 
     dtype: torch.dtype | None = None
     bits: int = 0
@@ -46,8 +53,15 @@ class Kind:
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows or columns of a weight. dense: float32 or bfloat16 [out, in]; or codes uint8 [out, in], scale and zero
-    as in `pack_quantized`."""
+    """Some rows or columns of a weight.
+
+    Attributes:
+        kind: how they are stored.
+        dense: float32 or bfloat16 [out, in]; None for integers.
+        codes: uint8 [out, in].
+        scale: as in `pack_quantized`.
+        zero: as in `pack_quantized`.
+    """
 
     kind: Kind
     dense: Tensor | None = None
@@ -66,9 +80,15 @@ class Part:
 
 
 def kind_of(module: nn.Module, outputs: range | None = None, inputs: range | None = None) -> Kind:
-    """How some outputs or some inputs of the weight of a linear layer (nn.Linear or ActLinear) are stored.
+    """Return how some outputs or some inputs of the weight of a linear layer are stored.
 
-    Raises UnsupportedModelError for any other module.
+    Args:
+        module: nn.Linear or ActLinear.
+        outputs: None for all.
+        inputs: None for all.
+
+    Raises:
+        UnsupportedModelError: the module is another.
     """
     if isinstance(module, ActLinear):
         if isinstance(module.storage, IntegerWeight):

@@ -35,9 +35,14 @@ SLICE = [forms.INPUTS_AT, forms.INPUTS]  # of the stage's inputs
 
 
 class Read(NamedTuple):
-    """A piece of a packed weight, and how many of its rows a single step reads, in the mean since the last reset.
+    """A piece of a packed weight, and how many of its rows a single step reads.
 
-    address: of the first row; row_bytes: of one, rows lie side by side; rows: how many there are; thread: which reads.
+    Attributes:
+        address: of the first row.
+        row_bytes: of one row; rows lie side by side.
+        rows: how many there are.
+        mean: how many a step reads, since the last reset.
+        thread: which reads them.
     """
 
     address: int
@@ -49,8 +54,14 @@ class Read(NamedTuple):
 
 @dataclass(frozen=True)
 class Matrices:
-    """The packed matrices, in the order of the step's table: product (None where a thread has no share), weight, and
-    bias float32 [columns], or None."""
+    """The packed matrices, in the order of the step's table.
+
+    Attributes:
+        products: None if a thread has no share.
+        weights: packed.
+        biases: float32 [columns], or None.
+        scores: of the selections.
+    """
 
     products: tuple[Product | None, ...]
     weights: tuple[Packed, ...]
@@ -64,9 +75,17 @@ class Matrices:
 
 
 def choose_activations(wanted: str | None, products: Iterable[Product]) -> str:
-    """What integer weights are multiplied with. wanted: None for fixed point where machine and weights allow it.
+    """Choose what integer weights are multiplied with.
 
-    Raises ValueError where they do not allow what is wanted.
+    Args:
+        wanted: None for fixed point if machine and weights allow it.
+        products: of the decoder.
+
+    Returns:
+        'int16' or 'float32'.
+
+    Raises:
+        ValueError: machine and weights do not allow what is wanted.
     """
     if wanted is not None and wanted not in ACTIVATIONS:
         raise ValueError(f"activations: {wanted!r} was given; give {', '.join(ACTIVATIONS)}, or None.")
@@ -91,11 +110,16 @@ def _takes_dots(product: Product) -> bool:
 def build(
     layers: Sequence[Sequence[Share]], fixed: bool, packed_one: Callable[[int], None], progress: bool = False
 ) -> tuple[Matrices, np.ndarray, np.ndarray]:
-    """Pack all products. layers: [layer, thread], the output layer last; fixed: whether integer weights
-    meet activations in fixed point where they can; packed_one: told each layer that is done.
+    """Pack all products.
 
-    Returns the matrices, the table int64 [products, FIELDS] and the layers' table int64 [threads, layers,
-    LAYER_FIELDS].
+    Args:
+        layers: [layer, thread], the output layer last.
+        fixed: whether integer weights meet activations in fixed point, if they can.
+        packed_one: called with each layer that is done.
+        progress: show a bar.
+
+    Returns:
+        The matrices, the table int64 [products, FIELDS] and the layers' table int64 [threads, layers, LAYER_FIELDS].
     """
     found: list[Product | None] = []
     weights: list[Packed] = []
@@ -165,7 +189,7 @@ def _row(weight: Packed, product: Product, dots: bool) -> tuple[list[int], Tenso
         row[forms.STRIDE], row[forms.MIDDLE] = rows.row_bytes, rows.middle
         row[forms.SCALES_AT], row[forms.ZEROS_AT] = rows.scales_at, rows.zeros_at
     elif not isinstance(weight, QuantizedWeight):
-        # Of rows for outputs, the outputs stand where an input-major weight has its inputs.
+        # Of rows for outputs, the outputs take the place that inputs have in an input-major weight.
         tiles, inputs, tile = weight.buffer.shape if isinstance(weight, PackedWeight) else (1, *weight.buffer.shape)
         stored = np.uint16 if weight.buffer.dtype == torch.bfloat16 else np.float32
         make = {PackedRows: forms.chosen_rows, BundledUnits: forms.units}.get(type(weight), forms.floats)
@@ -209,10 +233,18 @@ def _integers(layout: Layout, dots: bool) -> int:
 
 
 def write_selections(matrices: Matrices, table: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, list[Any]]:
-    """Write into the table how the products' layers select their inputs now; thresholds float32 [products], and the
-    selections.
+    """Write into the table how the products' layers select their inputs now.
 
-    Raises ValueError where layers that were packed as one matrix no longer agree.
+    Args:
+        matrices: the packed weights.
+        table: int64 [products, FIELDS], written.
+        places: of the layers.
+
+    Returns:
+        Thresholds float32 [products], and the selections.
+
+    Raises:
+        ValueError: layers that were packed as one matrix no longer agree.
     """
     thresholds = np.zeros(len(table), np.float32)
     selections: list[Selection | None] = [None if product is None else product.select for product in matrices.products]
@@ -256,11 +288,20 @@ def gates(model: nn.Module, blocks: Sequence[Block]) -> np.ndarray:
 
 
 def rotaries(model: nn.Module, blocks: Sequence[Block], form: Form, capacity: int) -> list[np.ndarray]:
-    """Cosine and sine: float32 [2, tokens, rotated size], one table or two, the shortest first.
+    """Compute cosine and sine, in one table or two, the shortest first.
 
     A pass rotates by the first table that reaches its last token. LongRoPE has two: the frequencies of a whole pass
-    change where it goes beyond the original context, and what is in the cache by then stays as it was rotated.
-    Where some features of a head choose the keys, both of its parts turn as heads of their width, one after the other.
+    change when it goes beyond the original context, and what is in the cache by then stays as it was rotated. If some
+    features of a head choose the keys, both of its parts turn as heads of their width, one after the other.
+
+    Args:
+        model: the model.
+        blocks: its blocks.
+        form: how they are put together.
+        capacity: tokens.
+
+    Returns:
+        float32 [2, tokens, rotated size] each.
     """
     core: Any = model.get_submodule(model.base_model_prefix)  # type: ignore[arg-type]
     settings: Any = model.config.rope_parameters or {}  # type: ignore[union-attr]
@@ -282,8 +323,14 @@ def rotaries(model: nn.Module, blocks: Sequence[Block], form: Form, capacity: in
 
 
 def choosing_features(blocks: Sequence[Block]) -> int:
-    """How many features of a head choose its keys, 0 for ordinary attention. Raises UnsupportedModelError where blocks
-    differ, as they share one rotary table."""
+    """Return how many features of a head choose its keys, 0 for ordinary attention.
+
+    Args:
+        blocks: of the model.
+
+    Raises:
+        UnsupportedModelError: blocks differ; they share one rotary table.
+    """
     found = {getattr(block.attention.module, "r", 0) if block.attention else 0 for block in blocks}
     if len(found) > 1:
         raise UnsupportedModelError(
@@ -341,8 +388,19 @@ def model_tables(model: nn.Module, blocks: Sequence[Block], form: Form, rotary: 
 def memory(
     plan: steps.StepPlan, threads: int, heads: int, key_value_heads: int, capacity: int, vocabulary: int
 ) -> tuple[steps.Work, list[forms.Memory]]:
-    """The memory that the step works in, and the key-value cache; and what each thread's products work in, which the
-    first holds the addresses of."""
+    """Allocate the memory that the step works in, and the key-value cache.
+
+    Args:
+        plan: what is computed.
+        threads: of the team.
+        heads: of the query.
+        key_value_heads: of the cache.
+        capacity: tokens.
+        vocabulary: words.
+
+    Returns:
+        The step's memory, and what each thread's products work in, whose addresses the first holds.
+    """
     products, layers = plan.products, len(plan.norms)
     widths = products[:, forms.OUT_AT] + products[:, forms.TILES] * products[:, forms.TILE]
     widths = np.append(widths, blocks_of(plan.hidden))  # what bundled units add to
