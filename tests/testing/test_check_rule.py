@@ -243,7 +243,7 @@ class CountsPadding(AttachedSmall):
         (Freezes, r"detach leaves the plain model: after detach\(\): requires_grad differs"),
         (ChangesAnAttribute, r"detach leaves the plain model: after detach\(\) the outputs and a plain model's differ"),
         (BreaksTie, "ties are kept: .* is no longer tied to"),
-        (SharesItsCount, "nothing is shared between models: model 1 of two trained otherwise"),
+        (SharesItsCount, "nothing is shared between models: model 1 of two trained differently"),
         (CountsPadding, "padding counts for nothing: with other tokens in the padding, step 1: the gradient of"),
         (EndsWithMore, "what it ends with is saved: the outputs of the loaded model differ"),
         (AttachedSmall, "settings are strict: RecipeError: methods: 'small' is not known"),

@@ -47,7 +47,8 @@ def hooked(
 
     Args:
         model: any module that is neither compiled nor sharded.
-        before, after: by path.
+        before: by path.
+        after: by path.
         replacing: what a hook returns, if not None, takes the place of (args, kwargs) or of the output; otherwise it
             is dropped.
 

@@ -178,7 +178,10 @@ def write_tap(
     Args:
         tap: of the site.
         value: in the tap's layout.
-        args, kwargs, output, position_embeddings: as in `read_tap`.
+        args: as in `read_tap`.
+        kwargs: as in `read_tap`.
+        output: as in `read_tap`.
+        position_embeddings: as in `read_tap`.
 
     Returns:
         The output, or (args, kwargs) if the tap reads an argument; nothing that was given is changed in place.

@@ -52,7 +52,7 @@ class Apply:
 class Train(BaseModel):
     """A stage that trains the model; the settings are those of `core.train.training.train`.
 
-    Args:
+    Attributes:
         rules: training rules, what `parse_rules` takes.
         steps: optimizer steps; or epochs, passes over the data.
         data: what to train on, by name: a file, a folder or 'random'. None is the data that the recipe is applied with:
