@@ -127,7 +127,7 @@ def overview() -> str:
         lines.append(f"| [{title}]({family}.md) | {ABOUT[family]} | {count} |")
     lines.append(
         "\nEach page gives, for every method that is built, the formula, what it costs, when to use it, what came out "
-        "when the paper's claims were run here (also where they failed), and what is our own reading because the paper "
+        "when the paper's claims were run here (those that failed too), and what is our own reading because the paper "
         "leaves it open. What is planned is listed with what could not be checked so far. "
         "[The papers](../papers.md) has all of them in one table."
     )
@@ -171,7 +171,7 @@ def item(entry: Paper) -> str:
 
 
 def cited(entry: Paper) -> str:
-    """Title, year and number of a paper, with a link where it has one."""
+    """Title, year and number of a paper, with a link if it has one."""
     title = f"[{entry.title}]({entry.url})" if entry.url else entry.title
     return f"{title}, {entry.year}" + (f", arXiv:{entry.arxiv}" if entry.arxiv else "")
 
@@ -261,14 +261,14 @@ def runs(entry: Paper) -> str:
             f"</summary>",
             f"<p>The paper: {escape(claim['paper'], quote=False)}</p>",
             f"<p>Here: {escape(claim['here'], quote=False)}</p>",
-            f"<p>Holds where: {escape(claim['condition'], quote=False)}</p>",
+            f"<p>Holds if: {escape(claim['condition'], quote=False)}</p>",
             "</details>",
         ]
     return "\n".join(lines) + "\n"
 
 
 def circumstances(run: Mapping[str, Any]) -> str:
-    """When and where a run of claims was, with how many seeds."""
+    """When and on what machine a run of claims was, with how many seeds."""
     machine, seeds = run["machine"], len(run["seeds"])
     return (
         f"{run['date'][:10]}, {machine['processor']}, {machine['threads']} "
@@ -290,7 +290,7 @@ def quality(short: str) -> str:
         return ""
     levels = sorted({row["level"] for row in result["rows"]})
     lines = [
-        "Quality where a step reads fewer bytes (the mean over calibration seeds, perplexity, for minilm 1 - cosine; "
+        "Quality if a step reads fewer bytes (the mean over calibration seeds, perplexity, for minilm 1 - cosine; "
         "[the whole table, and when it was measured](../sparsity/quality.md)):\n",
         "| model, setting | unchanged | " + " | ".join(f"{level:.0%} saved" for level in levels) + " |",
         "|---|---|" + "---|" * len(levels),
@@ -338,7 +338,7 @@ def named(text: str, short: str) -> bool:
 
 @cache
 def results(name: str) -> Mapping[str, Any]:
-    """A recorded benchmark; empty where none is recorded."""
+    """A recorded benchmark; empty if none is recorded."""
     path = ROOT / "benchmarks" / "results" / name
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 

@@ -1,6 +1,6 @@
 """The public names of actkit and whether they have docstrings, read from the source without importing it.
 
-    python scripts/public_names.py      # lists what has none, and fails where there is any
+    python scripts/public_names.py      # lists what has none, and fails if there is any
 
 Public are modules, and in them classes, functions, methods and properties, whose names have no leading underscore. A
 method that overrides one of a base class shares its docstring. Of what a user sets (the settings of transforms, the
@@ -66,7 +66,7 @@ class Source:
         raise LookupError("actkit/__init__.py: the table _HOMES of public names is gone; teach this file the new one.")
 
     def first_line(self, path: str) -> str:
-        """The first sentence or line that the docstring at a dotted path says; '' where there is none."""
+        """The first sentence or line that the docstring at a dotted path says; '' if there is none."""
         module, _, name = (path, "", "") if path in self.trees else path.rpartition(".")
         body = self.trees[module].body
         node = next((each for each in body if getattr(each, "name", None) == name), self.trees[module])

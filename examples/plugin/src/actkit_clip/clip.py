@@ -3,7 +3,7 @@
     y = clamp(f(x), -t, t),    f: the MLP's activation function, t: the (1 - share)-quantile of |f(x)|
 
 Few values of an activation are far larger than all others, and a quantizer with one scale for all of them wastes its
-levels on those. Cost: two comparisons per value. Each MLP has a limit of its own, each expert too.
+levels on those. Cost: two comparisons per value. Each MLP has its own limit, each expert too.
 """
 
 from __future__ import annotations
@@ -29,8 +29,12 @@ from actkit.core.watch.statistics import Quantiles, Statistic
 class Clipped(KeepsDtype):
     """An activation function whose outputs are clamped to [-limit, limit].
 
-    base: the function. limit: float32 scalar, a buffer that keeps its dtype. `spec` and `from_spec` are what a
-    checkpoint needs: structure in JSON; the limit, as every tensor, comes from the weights file.
+    `spec` and `from_spec` are what a checkpoint needs: structure in JSON; the limit, as every tensor, comes from the
+    weights file.
+
+    Args:
+        base: the function.
+        limit: float32 scalar, a buffer that keeps its dtype.
     """
 
     elementwise: ClassVar[bool] = True  # so that it is still read as the MLP's activation
@@ -42,7 +46,7 @@ class Clipped(KeepsDtype):
         self.register_buffer("limit", torch.tensor(float(limit), dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [...] -> the same shape."""
+        """Apply it to x, of any shape."""
         limit = self.limit.to(x.dtype)
         return self.base(x).clamp(-limit, limit)
 
@@ -51,15 +55,17 @@ class Clipped(KeepsDtype):
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], original: nn.Module) -> Clipped:
-        """Around the function that stands at its place."""
+        """Make it around the function that stands in its place."""
         return cls(original)
 
 
 class Clip(Transform):
     """Clip the outputs of every MLP's activation function.
 
-    share: of the calibration values that are clipped, in [0, 1); 0 leaves the model as it is. A model whose MLPs actkit
-    does not know (a traced one) has nothing to clip.
+    A model whose MLPs actkit does not know (a traced one) has nothing to clip.
+
+    Attributes:
+        share: of the calibration values that are clipped, in [0, 1); 0 leaves the model as it is.
     """
 
     share: float = Field(0.001, ge=0, lt=1)
@@ -87,5 +93,5 @@ class Clip(Transform):
 
 
 def site_of(block: Block, expert: int | None, mlp: Mlp) -> Site:
-    """Where the outputs of the activation live."""
+    """Return the site of the activation's outputs."""
     return Site("mlp.gate" if mlp.gated else "mlp.hidden", block.index, expert)

@@ -1,7 +1,7 @@
 """The form of a decoder: the model's own forward pass, with transformers' cache.
 
-It is no faster than `model.generate`, and is registered under no name; a decoder of yours stands in the entry-point
-group `actkit.decoders`, and its layers say `decodes_as`, so that actkit asks it.
+It is no faster than `model.generate`, and is registered under no name. To be used, a decoder must be in the entry-point
+group `actkit.decoders`, and its layers must say `decodes_as`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from actkit.core.ground.errors import DataError, MemoryLimitError, UnsupportedMo
 
 
 class ClippedDecoder:
-    """Decodes Llamas, clipped or not, until it is closed. capacity: tokens that the cache may hold."""
+    """Decodes Llamas, clipped or not, until it is closed.
+
+    Args:
+        model: a Llama.
+        capacity: tokens that the cache may hold.
+        decode_only: not used, as it keeps no weights of its own.
+    """
 
     nbytes = 0  # the weights are those of the model
 
@@ -37,7 +43,7 @@ class ClippedDecoder:
 
     @staticmethod
     def supports(model: nn.Module) -> str | None:
-        """Why it cannot decode a model, or None."""
+        """Return why it cannot decode a model, or None."""
         return None if isinstance(model, LlamaForCausalLM) else "it is no Llama"
 
     def reset(self) -> None:
@@ -46,7 +52,7 @@ class ClippedDecoder:
 
     @torch.no_grad()
     def __call__(self, new: Sequence[int]) -> Tensor:
-        """Logits of the token after some more tokens: float32 [vocabulary]."""
+        """Return the logits of the token after some more tokens: float32 [vocabulary]."""
         if self.model is None:
             raise ValueError("decoder: it was closed; build another one.")
         if not new or not 0 <= min(new) <= max(new) < self.model.config.vocab_size:

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Headroom:
-    """limits: the (1 - share)-quantile of |f(x)| by site; largest: the largest |f(x)|."""
+    """What `clip` would cut off.
+
+    Attributes:
+        share: of the values that would be clipped.
+        limits: the (1 - share)-quantile of |f(x)| by site.
+        largest: the largest |f(x)| by site.
+    """
 
     share: float
     limits: dict[str, float]
@@ -42,7 +48,7 @@ class Headroom:
         return table
 
     def figure(self) -> Figure:
-        """Two bars per MLP. Raises ImportError if plotly (the extra `report`) is missing."""
+        """Draw two bars per MLP. Raises ImportError if plotly (the extra `report`) is missing."""
         from plotly.graph_objects import Bar, Figure
 
         bars = [
@@ -53,7 +59,7 @@ class Headroom:
 
 
 def headroom(model: nn.Module, batches: Iterable[Any], share: float = 0.001, *, progress: bool = True) -> Headroom:
-    """What `Clip(share=share)` would cut off, in one pass over the batches; the model stays as it is."""
+    """Measure what `Clip(share=share)` would cut off, in one pass over the batches; the model stays as it is."""
     view = anatomy(model)
     with opened_experts(view):
         blocks = [view.block(block.index) for block in view.blocks]

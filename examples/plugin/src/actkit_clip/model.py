@@ -1,4 +1,4 @@
-"""A model of one's own, which actkit traces: a classifier of vectors whose activation is clipped."""
+"""Your own model, which actkit traces: a classifier of vectors whose activation is clipped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from actkit_clip.clip import Clipped
 
 
 class ClippedClassifier(nn.Module):
-    """Vectors [batch, 16] -> logits [batch, 4]."""
+    """Maps vectors [batch, 16] to logits [batch, 4]."""
 
     input_shape = (16,)  # of one example, so that actkit can make some up
 

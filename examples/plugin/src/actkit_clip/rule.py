@@ -20,7 +20,12 @@ from actkit.core.recipe.rule import AttachedRule, TrainingRule
 
 
 class LimitPenalty(TrainingRule):
-    """weight: of the penalty. limit: the magnitude up to which an activation costs nothing. Experts are left alone."""
+    """Penalise activations above a limit. Experts are left alone.
+
+    Attributes:
+        weight: of the penalty.
+        limit: the magnitude up to which an activation costs nothing.
+    """
 
     weight: float = Field(0.1, ge=0, allow_inf_nan=False)
     limit: float = Field(1.0, gt=0, allow_inf_nan=False)
