@@ -2,6 +2,7 @@
 
 import pytest
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from actkit.cli.main import app
 
@@ -32,17 +33,17 @@ OPTIONS = {
     | RUN
     | WRITE
     | {"--recipe", "--min-coverage", "--proof", "--no-proof", "--max-memory", "--resume"},
-    "export": DATA
-    | RUN
-    | {"--format", "--activations", "--measure", "--proof", "--no-proof"}
-    | {"--dtype", "--trust-remote-code", "--overwrite"},
-    "train": DATA | MODEL | RUN | WRITE | {"--rule", "--steps", "--learning-rate", "--accumulation", "--resume"},
     "evaluate": DATA
     | MODEL
     | RUN
     | {"--against", "--tasks", "--speed", "--no-speed", "--prompt", "--max-new-tokens", "--batch"},
     "generate": MODEL | RUN | {"--chat", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--stop"},
     "show": MODEL | {"--data", "--json"},
+    "export": DATA
+    | RUN
+    | {"--format", "--activations", "--measure", "--proof", "--no-proof"}
+    | {"--dtype", "--trust-remote-code", "--overwrite"},
+    "train": DATA | MODEL | RUN | WRITE | {"--rule", "--steps", "--learning-rate", "--accumulation", "--resume"},
     "papers": {"--family", "--kind", "--status", "--year", "--text", "--json"},
     "reproduce": {"--subject", "--record", "--threads", "--json"},
 }
@@ -52,8 +53,17 @@ def commands():
     return get_command(app).commands
 
 
-def test_the_verbs():
-    assert set(commands()) == set(OPTIONS)
+def test_the_verbs_in_order_of_use():
+    assert list(commands()) == list(OPTIONS)
+
+
+@pytest.mark.parametrize("verb", [None, *OPTIONS])
+def test_help_fits_80_columns(verb):
+    words = ["--help"] if verb is None else [verb, "--help"]
+    shown = CliRunner().invoke(app, words, env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}).output
+    assert "Show this message" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown
 
 
 @pytest.mark.parametrize("verb", OPTIONS)

@@ -257,6 +257,7 @@ def apply(
         typer.Option(
             min=0,
             max=1,
+            metavar="SHARE",
             help="Least share of the parameters in blocks that a transform must touch; "
             "by default what the method itself expects, mostly 0.5.",
         ),
@@ -305,105 +306,6 @@ def apply(
         if not state_of(out).is_dir():  # nothing to go on with
             raise
         _note(f"stopped. The state is kept in {state_of(out)}; go on with the same command and --resume.")
-        raise typer.Exit(130) from None
-    _show(result, as_json)
-
-
-@app.command()
-def export(
-    model: ModelName,
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    format: Annotated[
-        str, typer.Option(help="compressed-tensors (transformers, vLLM) or gguf (llama.cpp).")
-    ] = "compressed-tensors",
-    activations: Annotated[
-        str | None, typer.Option(help="'int8': the reader rounds activations to 8 bits per token.")
-    ] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Evaluate the model first, for the card.")] = False,
-    data: Data = None,
-    sequences: Sequences = None,
-    length: Length = None,
-    batch_size: BatchSize = 8,
-    proof: Annotated[bool, typer.Option(help="Read it back in a fresh process without actkit and compare.")] = True,
-    dtype: Dtype = None,
-    threads: Threads = None,
-    seed: Seed = 0,
-    trust_remote_code: RemoteCode = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Write a quantized model so that others load it without actkit; say what the format could not hold."""
-    _set_up(threads, seed)
-    import actkit
-
-    result = actkit.export(
-        model,
-        out,
-        format,
-        activations=activations,
-        measure=measure,
-        data=data,
-        sequences=sequences,
-        length=length,
-        batch_size=batch_size,
-        proof=proof,
-        dtype=dtype,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
-        overwrite=overwrite,
-    )
-    _show(result, as_json)
-
-
-@app.command()
-def train(
-    model: ModelName,
-    out: Out,
-    data: Data = None,
-    rule: Annotated[
-        list[str] | None,
-        typer.Option(help="A training rule, such as 'activation_penalty:weight=1e-4'. Repeatable."),
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 200,
-    learning_rate: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 1e-4,
-    accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimizer step.")] = 1,
-    sequences: Sequences = None,
-    length: Length = None,
-    batch_size: BatchSize = 8,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the state kept in --out.")] = False,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    threads: Threads = None,
-    seed: Seed = 0,
-    trust_remote_code: RemoteCode = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Fine-tune a model, under training rules if any. Kept is the least validation loss, or what the rules ask for."""
-    _set_up(threads, seed)
-    from actkit import verbs
-
-    try:
-        result = verbs.train(
-            model,
-            data,
-            out=out,
-            rules=rule or (),
-            steps=steps,
-            learning_rate=learning_rate,
-            accumulation=accumulation,
-            sequences=sequences,
-            length=length,
-            batch_size=batch_size,
-            resume=resume,
-            device=device,
-            dtype=dtype,
-            seed=seed,
-            trust_remote_code=trust_remote_code,
-            overwrite=overwrite,
-        )
-    except KeyboardInterrupt:
-        _note(f"stopped. The state is kept in {out}; go on with the same command and --resume.")
         raise typer.Exit(130) from None
     _show(result, as_json)
 
@@ -519,6 +421,105 @@ def show(
     from actkit import verbs
 
     _show(verbs.show(model, data, device=device, dtype=dtype, trust_remote_code=trust_remote_code), as_json)
+
+
+@app.command()
+def export(
+    model: ModelName,
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    format: Annotated[
+        str, typer.Option(help="compressed-tensors (transformers, vLLM) or gguf (llama.cpp).")
+    ] = "compressed-tensors",
+    activations: Annotated[
+        str | None, typer.Option(help="'int8': the reader rounds activations to 8 bits per token.")
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Evaluate the model first, for the card.")] = False,
+    data: Data = None,
+    sequences: Sequences = None,
+    length: Length = None,
+    batch_size: BatchSize = 8,
+    proof: Annotated[bool, typer.Option(help="Read it back in a fresh process without actkit and compare.")] = True,
+    dtype: Dtype = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    trust_remote_code: RemoteCode = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write a quantized model so that others load it without actkit; say what the format could not hold."""
+    _set_up(threads, seed)
+    import actkit
+
+    result = actkit.export(
+        model,
+        out,
+        format,
+        activations=activations,
+        measure=measure,
+        data=data,
+        sequences=sequences,
+        length=length,
+        batch_size=batch_size,
+        proof=proof,
+        dtype=dtype,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+    )
+    _show(result, as_json)
+
+
+@app.command()
+def train(
+    model: ModelName,
+    out: Out,
+    data: Data = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(help="A training rule, such as 'prosparse:preset=7b'. Repeatable."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 200,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 1e-4,
+    accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimizer step.")] = 1,
+    sequences: Sequences = None,
+    length: Length = None,
+    batch_size: BatchSize = 8,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the state kept in --out.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    threads: Threads = None,
+    seed: Seed = 0,
+    trust_remote_code: RemoteCode = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a model, under training rules if any. Keeps the least validation loss, or what the rules ask for."""
+    _set_up(threads, seed)
+    from actkit import verbs
+
+    try:
+        result = verbs.train(
+            model,
+            data,
+            out=out,
+            rules=rule or (),
+            steps=steps,
+            learning_rate=learning_rate,
+            accumulation=accumulation,
+            sequences=sequences,
+            length=length,
+            batch_size=batch_size,
+            resume=resume,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            overwrite=overwrite,
+        )
+    except KeyboardInterrupt:
+        _note(f"stopped. The state is kept in {out}; go on with the same command and --resume.")
+        raise typer.Exit(130) from None
+    _show(result, as_json)
 
 
 @app.command()

@@ -11,7 +11,7 @@ ModelName = Annotated[
     str,
     typer.Argument(
         help="An embedded model (swiglu, geglu, relu, mixtral, minilm, vit, cnn; with their packages smollm2, gemma3), "
-        "a folder, a GGUF file, a hub id."
+        "a folder, a GGUF file or a hub id."
     ),
 ]
 Data = Annotated[
@@ -20,13 +20,13 @@ Data = Annotated[
         help="A .txt, .md or .jsonl file, a folder of these or of images, or 'random'. Default: the embedded data."
     ),
 ]
-Sequences = Annotated[int | None, typer.Option(min=1, help="How many rows of data.")]
-Length = Annotated[int | None, typer.Option(min=1, help="Tokens per row. Default: the model's context, at most 512.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Rows per forward pass.")]
+Sequences = Annotated[int | None, typer.Option(min=1, metavar="N", help="How many rows of data.")]
+Length = Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens per row. Default: the model's context, at most 512.")]
+BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Rows per forward pass.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: as stored.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the processor. Default: torch's choice.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads of the processor. Default: torch's choice.")]
+Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")]
 MaxMemory = Annotated[str | None, typer.Option(help="Hard cap for calibration beside the model, such as 2GB.")]
