@@ -234,7 +234,7 @@ class Saved:
             found.add_row("note", note)
         found.add_row("on disk", format_bytes(self.disk_bytes))
         found.add_row("time", f"{self.report.seconds:.1f} s")
-        found.add_row("proof", "not asked for" if self.proof is None else self.proof.describe())
+        found.add_row("proof", "not requested" if self.proof is None else self.proof.describe())
         return found
 
     def to_dict(self) -> dict[str, Any]:

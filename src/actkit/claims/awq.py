@@ -131,7 +131,7 @@ def run(*, subject: str | None = None, progress: bool = True, sizes: Sizes | Non
 
 def _on_a_real_model(name: str, progress: bool, sizes: Sizes) -> Outcome:
     rows: dict[str, Any] = {"calibration": sizes.calibration, "held_out": sizes.held_out, "split": "train"}
-    published = Subject(name, model=zoo.load(name), **rows)  # float32: what is told apart is small
+    published = Subject(name, model=zoo.load(name), **rows)  # float32: the differences are small
     twin = Subject(name, model=off_grid_twin(published.model), **rows)
     only: Experiment = (OFF_GRID, partial(on_the_off_grid_twin, twin, published, sizes))
     return conduct("awq", [only], sizes, name, progress)

@@ -137,7 +137,7 @@ class Outcome:
 
 
 def merged(recorded: Mapping[str, Any], new: Mapping[str, Any], order: Sequence[Statement]) -> dict[str, Any]:
-    """An evidence file with the claims of a new run in the place of those on its subjects; the others stay.
+    """Merge an evidence file with a new run, whose claims replace those on its subjects; the others stay.
 
     Args:
         recorded: what the file holds.

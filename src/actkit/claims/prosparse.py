@@ -124,7 +124,7 @@ class Arm:
 
 
 class Arms:
-    """The three arms, one model per seed; each is trained when it is first asked for."""
+    """The three arms, one model per seed; each is trained when it is first needed."""
 
     def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes

@@ -195,7 +195,7 @@ class Case:
 
     @cached_property
     def text(self) -> Text:
-        """The model with its calibration and held-out text, made when first asked for."""
+        """The model with its calibration and held-out text, made when first needed."""
         return self._make()
 
     @cached_property

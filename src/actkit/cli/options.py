@@ -21,11 +21,15 @@ Data = Annotated[
     ),
 ]
 Sequences = Annotated[int | None, typer.Option(min=1, metavar="N", help="How many rows of data.")]
-Length = Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens per row. Default: the model's context, at most 512.")]
+Length = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Tokens per row. Default: the model's context, at most 512.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Rows per forward pass.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: as stored.")]
-Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="Threads of the processor. Default: torch's choice.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Threads of the processor. Default: torch's choice.")
+]
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")]

@@ -97,7 +97,7 @@ def export(
 
 
 def _card(model: nn.Module, format: str, file: str | None) -> dict[str, Any]:
-    """What the card of an exported model says otherwise than that of a saved one."""
+    """What the card of an exported model says differently from that of a saved one."""
     base_class = getattr(type(model), "actkit_base", type(model)).__name__
     if format == "gguf":
         return {

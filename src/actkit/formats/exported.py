@@ -64,7 +64,7 @@ class Exported:
         for note in self.notes:
             found.add_row("note", Text(note))
         found.add_row("on disk", format_bytes(self.disk_bytes))
-        found.add_row("read back", Text("not asked for" if self.reading is None else self.reading.describe()))
+        found.add_row("read back", Text("not requested" if self.reading is None else self.reading.describe()))
         return found
 
 

@@ -42,7 +42,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 
 class Settings:
-    """The settings of one architecture, which remember what was asked for."""
+    """The settings of one architecture, which remember what was read."""
 
     def __init__(self, path: Path, architecture: str, settings: Mapping[str, Any]) -> None:
         self.path, self.architecture = path, architecture
@@ -70,7 +70,7 @@ class Settings:
         return value
 
     def finish(self) -> None:
-        """Raise CheckpointError for a setting that nothing asked for."""
+        """Raise CheckpointError for a setting that nothing read."""
         if self._left:
             raise CheckpointError(
                 f"{self.path}: actkit does not know what {', '.join(sorted(self._left))} of the architecture "

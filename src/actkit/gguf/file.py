@@ -155,7 +155,7 @@ class GgufFile:
     def _text(self) -> str:
         (length,) = self._unpack("Q")
         if self._at + length > len(self._bytes):
-            raise IndexError(f"a text of {length} bytes at {self._at}, behind the end")
+            raise IndexError(f"a text of {length} bytes at {self._at}, past the end")
         self._at += length
         return self._bytes[self._at - length : self._at].decode("utf-8")
 

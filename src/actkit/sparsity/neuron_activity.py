@@ -103,7 +103,7 @@ class NeuronActivity:
     """The activity of all layers.
 
     Attributes:
-        site: the site that was asked for.
+        site: as it was given.
         threshold: a neuron is on if |a| exceeds it.
         layers: one per layer.
         notes: what to know before reading the numbers.

@@ -30,7 +30,7 @@ class PerplexitySparsityResult:
     """What `ppl_sparsity` found.
 
     Attributes:
-        p: the rise that was asked for, in percent.
+        p: the rise that is allowed, in percent.
         activation_ratio: share of the neurons that are active, over all layers and tokens.
         ratios: the same by the path of each output layer.
         per_token: 5th, 50th and 95th percentile over tokens, by path.

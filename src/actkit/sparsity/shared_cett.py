@@ -58,7 +58,7 @@ def in_float32(model: nn.Module, example: Any = None) -> Iterator[Anatomy]:
     with opened_experts(view):
         if not output_layers(view):
             raise CoverageError(
-                f"model: no MLP was found in {type(model).__name__} ({view.architecture}); its neurons cannot be told."
+                f"model: no MLP was found in {type(model).__name__} ({view.architecture}); its neurons are not known."
             )
         yield view
 

@@ -315,7 +315,7 @@ def rebuilt_from_settings(case: LayerCase) -> None:
 def compiles(case: LayerCase) -> None:
     """It runs under torch.compile(fullgraph=True)."""
     if case.compile_backend is None:
-        raise NotApplicable("it was not asked for (compile_backend=)")
+        raise NotApplicable("it was not requested (compile_backend=)")
     layer = case.made()
     if not getattr(layer, "compiles", True):
         raise NotApplicable("its class says compiles = False")
@@ -327,7 +327,7 @@ def compiles(case: LayerCase) -> None:
 def exports(case: LayerCase) -> None:
     """torch.export makes a program of it that computes the same."""
     if not case.export:
-        raise NotApplicable("it was not asked for (export=)")
+        raise NotApplicable("it was not requested (export=)")
     layer = case.made()
     if not getattr(layer, "exports", True):
         raise NotApplicable("its class says exports = False")

@@ -294,7 +294,7 @@ def quality_is_measured(case: ModelCase) -> None:
 def compiles(case: ModelCase) -> None:
     """It runs under torch.compile(fullgraph=True)."""
     if case.compile_backend is None:
-        raise NotApplicable("it was not asked for (compile_backend=)")
+        raise NotApplicable("it was not requested (compile_backend=)")
     torch.compiler.reset()
     compiled: Any = torch.compile(case.model(), fullgraph=True, dynamic=False, backend=case.compile_backend)  # type: ignore[arg-type]
     close(outputs(compiled, case.batches), case.expected, "the output of the compiled model", COMPILED)
@@ -303,7 +303,7 @@ def compiles(case: ModelCase) -> None:
 def exports(case: ModelCase) -> None:
     """torch.export makes a program of it that computes the same."""
     if not case.export:
-        raise NotApplicable("it was not asked for (export=)")
+        raise NotApplicable("it was not requested (export=)")
     model = case.model()
     args, kwargs = arguments(model, case.batches[0])
     with evaluating(model):

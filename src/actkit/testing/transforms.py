@@ -341,7 +341,7 @@ def settings_are_strict(case: Case) -> None:
 def compiles(case: Case) -> None:
     """The changed model runs under torch.compile(fullgraph=True), on a batch and on a single token."""
     if case.compile_backend is None:
-        raise NotApplicable("it was not asked for (compile_backend=)")
+        raise NotApplicable("it was not requested (compile_backend=)")
     if not case.transform.tags.compiles:
         raise NotApplicable("its tags say that it does not compile")
 
@@ -370,7 +370,7 @@ def exports(case: Case) -> None:
         case: what is checked.
     """
     if not case.export:
-        raise NotApplicable("it was not asked for (export=)")
+        raise NotApplicable("it was not requested (export=)")
     if not case.transform.tags.exports:
         raise NotApplicable("its tags say that it does not export")
 
