@@ -23,7 +23,7 @@ DOCS = ROOT / "docs"
 BLOCK = re.compile(r"(<!-- not run: [^>]+ -->\n)?^```([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)")
 # every block of these says what it is
-STRICT = [DOCS / "index.md", DOCS / "recipes.md", *sorted((DOCS / "tutorials").glob("*.md"))]
+STRICT = [DOCS / "index.md", DOCS / "recipes.md", DOCS / "training.md", *sorted((DOCS / "tutorials").glob("*.md"))]
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 RUN = [page for page in PAGES if page in STRICT or "```python" in page.read_text(encoding="utf-8")]
 

@@ -29,7 +29,7 @@ from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.stage import Train
 from actkit.core.recipe.transform import Transform
 from actkit.core.store.checkpoint import MANIFEST, check_savable, check_target, read_manifest, save
-from actkit.data import Batches, Split, load_data
+from actkit.data import Batches, Split, Stream, load_data
 from actkit.zoo.loading import OWN_CLASSES, locate, open_model
 
 if TYPE_CHECKING:
@@ -188,15 +188,19 @@ def _training_data(
     *,
     sequences: int | None = None,
     **reading: Any,
-) -> tuple[Batches, Any]:
+) -> tuple[Batches | Stream, Any]:
     """What is trained on, and what is measured: the train and search splits of data by name, or what was given.
 
     Raises DataError for batches without any to validate on (what: begins its text), and what `load_data` raises.
     """
     named = data is None or isinstance(data, str | Path)
+    if isinstance(data, Stream) and sequences is not None:
+        raise DataError(f"sequences: {sequences} was given for {data}, which has no end; leave it out, and give steps.")
     if not named and validation is None:
         raise DataError(f"validation: {what} without any to validate on; pass validation=, held-out batches.")
-    batches = load_data(data, model, tokenizer, split="train" if named else None, sequences=sequences, **reading)
+    batches: Any = data
+    if not isinstance(data, Stream):
+        batches = load_data(data, model, tokenizer, split="train" if named else None, sequences=sequences, **reading)
     if validation is None:
         return batches, load_data(data, model, tokenizer, split="search", **reading)
     if isinstance(validation, str | Path):
@@ -461,29 +465,39 @@ def train(
     validation: Any = None,
     steps: int = 200,
     learning_rate: float = 1e-4,
+    learning_rates: Mapping[str, float] | None = None,
+    optimizer: Any = "adamw",
+    trainable: Any = None,
+    score: Any = None,
     accumulation: int = 1,
     resume: bool = False,
     overwrite: bool = False,
     **options: Any,
 ) -> Trained:
-    """Fine-tune a model, under training rules if any; the weights kept are those of the least validation loss.
+    """Fine-tune a model, under training rules if any.
+
+    The test split of the embedded data stays unseen. docs/training.md shows what can be set.
 
     Args:
-        model: a model, or its name; one that is named is opened in float32 unless `dtype` is given.
-        data: None for the embedded train split, validated on the search split, so that the test split stays unseen; a
-            file or folder is cut the same way; batches need `validation`.
+        model: a model, which is trained in place, or its name; one that is named is opened in float32.
+        data: None for the embedded train split, validated on the search split; a file or folder is cut the same way;
+            batches or a `data.Stream` need `validation`.
         out: the folder to write, nothing if None.
         rules: as in `core.recipe.rule.parse_rules`.
-        validation: held-out batches.
+        validation: held-out batches, or their name.
         steps: of the optimizer.
         learning_rate: the peak.
+        learning_rates: other peaks for some parameters, by a pattern of their names.
+        optimizer: 'adamw', 'sgd:momentum=0.9' and so on, or a function of parameter groups.
+        trainable: patterns of the names of the parameters that train, or a function of the model.
+        score: what the best step is judged by, such as 'accuracy:better=higher'; None is the validation loss.
         accumulation: batches per step.
         resume: go on with the state kept in `out`.
         overwrite: replace what is in `out`.
         options: of `open_model` and `load_data`.
 
     Returns:
-        The trained model, and the record of each step.
+        The model with its history. The weights are those of the best step, or the last ones if a rule says so.
 
     Raises:
         ActkitError: what opening, reading and `core.train.training.train` raise.
@@ -501,6 +515,10 @@ def train(
         validation=held_out,
         steps=steps,
         learning_rate=learning_rate,
+        learning_rates=learning_rates,
+        optimizer=optimizer,
+        trainable=trainable,
+        score=score,
         rules=rules,
         gradient_accumulation=accumulation,
         seed=reading.get("seed", 0),

@@ -43,7 +43,12 @@ OPTIONS = {
     | RUN
     | {"--format", "--activations", "--measure", "--proof", "--no-proof"}
     | {"--dtype", "--trust-remote-code", "--overwrite"},
-    "train": DATA | MODEL | RUN | WRITE | {"--rule", "--steps", "--learning-rate", "--accumulation", "--resume"},
+    "train": DATA
+    | MODEL
+    | RUN
+    | WRITE
+    | {"--rule", "--steps", "--learning-rate", "--rate", "--accumulation", "--resume"}
+    | {"--optimizer", "--trainable", "--score"},
     "papers": {"--family", "--kind", "--status", "--year", "--text", "--json"},
     "reproduce": {"--subject", "--record", "--threads", "--json"},
 }

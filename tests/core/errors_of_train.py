@@ -9,11 +9,16 @@ import pytest
 import torch
 from tiny_models import batches, build
 
+from actkit import verbs
+from actkit.core.forward.stream import Stream
 from actkit.core.store.tensor_files import write_values
 from actkit.core.train import rules, staged_run, training
 from actkit.core.train.objective import Objective
 from actkit.core.train.training_setup import Settings, state_folder, steps_per_epoch
+from actkit.data import load_data
 from error_proofs import HOST, IDS, NAN, Place, beside, proof, raising, stages, train
+
+STREAM = Stream(lambda generator: HOST)
 
 proof(lambda p: rules.AttachedRules([("A", rules.AttachedRule())]).load_state_dict({"2.B": {"x": 1}}))
 
@@ -92,6 +97,30 @@ def reentrant(p: Place) -> None:
     model = build("llama")
     model.gradient_checkpointing_enable({"use_reentrant": True})
     rules.refuse_reentrant_checkpointing(model)
+
+
+proof(lambda p: train(p, optimizer=3))
+
+
+proof(lambda p: train(p, optimizer="sgd:lr=0.1"))
+
+
+proof(lambda p: train(p, optimizer="sgd:speed=1"))
+
+
+proof(lambda p: train(p, score="accuracy"))
+
+
+proof(lambda p: train(p, optimizer="sgd:["))
+
+
+proof(lambda p: STREAM[-1])
+
+
+proof(lambda p: load_data(STREAM, build("llama")))
+
+
+proof(lambda p: verbs.train(build("llama"), STREAM, sequences=3))
 
 
 proof(lambda p: (beside(p), train(p)))

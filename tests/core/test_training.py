@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from actkit.core.ground.errors import CheckpointError, DataError, NonFiniteError
 from actkit.core.recipe.rule import AttachedRule, TrainingRule
 from actkit.core.store import checkpoint
-from actkit.core.train.objective import parameter_groups
+from actkit.core.train.choice import parameter_groups
 from actkit.core.train.training import train
 from actkit.core.train.training_setup import Settings, count_steps, rate, steps_per_epoch
 from actkit.sparsity.activation_penalty import ActivationPenalty

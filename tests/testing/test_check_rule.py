@@ -86,7 +86,7 @@ class AttachedSmall(AttachedRule):
     def factor(self) -> Any:
         return self.settings.weight
 
-    def penalty(self, mask: Tensor | None = None) -> Tensor | None:
+    def penalty(self, mask: Tensor | None = None, batch: Any = None, output: Any = None) -> Tensor | None:
         return self.factor() * self.seen[mask.bool()].square().mean()
 
     def detach(self) -> None:
@@ -108,7 +108,7 @@ def at_work(kind: type) -> Small:
 
 
 class DoesNothing(AttachedSmall):
-    def penalty(self, mask: Tensor | None = None) -> Tensor | None:
+    def penalty(self, mask: Tensor | None = None, batch: Any = None, output: Any = None) -> Tensor | None:
         return None
 
 
@@ -135,7 +135,7 @@ class CountsEvaluations(AttachedSmall):
 class CallsTheModel(AttachedSmall):
     """Makes a pass of its own, which the Trainer's hook on the model takes for one of the training."""
 
-    def penalty(self, mask: Tensor | None = None) -> Tensor | None:
+    def penalty(self, mask: Tensor | None = None, batch: Any = None, output: Any = None) -> Tensor | None:
         ids = torch.arange(5)[None]
         return self.model(input_ids=ids, labels=ids).loss
 
@@ -148,8 +148,8 @@ class KeepsTheGraph(AttachedSmall):
     def before_step(self, progress: float) -> None:
         self.total = 0.0
 
-    def penalty(self, mask: Tensor | None = None) -> Tensor | None:
-        self.total = self.total + super().penalty(mask)
+    def penalty(self, mask: Tensor | None = None, batch: Any = None, output: Any = None) -> Tensor | None:
+        self.total = self.total + super().penalty(mask, batch, output)
         return self.total
 
 
@@ -225,7 +225,7 @@ class EndsWithMore(EndsWithAnEdit):
 
 
 class CountsPadding(AttachedSmall):
-    def penalty(self, mask: Tensor | None = None) -> Tensor | None:
+    def penalty(self, mask: Tensor | None = None, batch: Any = None, output: Any = None) -> Tensor | None:
         return self.factor() * self.seen.square().mean()
 
 

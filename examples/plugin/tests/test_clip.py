@@ -45,8 +45,9 @@ def test_the_analysis_keeps_what_every_analysis_promises():
 
 
 def test_the_rule_keeps_what_every_rule_promises():
-    checks = check_rule(LimitPenalty(weight=3.0, limit=0.1), tiny_model("llama"), tiny_batches("llama"))
-    assert [check.name for check in checks if check.outcome != "holds"] == ["what it ends with is saved"]
+    for rule in (LimitPenalty(weight=3.0, limit=0.1), LimitPenalty(weight=3.0, limit=0.1, only=["*mlp*", "*norm*"])):
+        checks = check_rule(rule, tiny_model("llama"), tiny_batches("llama"))
+        assert [check.name for check in checks if check.outcome != "holds"] == ["what it ends with is saved"]
 
 
 def test_the_decoder_keeps_what_every_runtime_promises():

@@ -469,6 +469,15 @@ def export(
     _show(result, as_json)
 
 
+def _rate(text: str) -> tuple[str, float]:
+    """A pattern of names and its learning rate, from 'PATTERN=RATE'."""
+    pattern, _, rate = text.rpartition("=")
+    try:
+        return pattern, float(rate)
+    except ValueError:
+        raise ValueError(f"rate: {text!r} was given; write it like '*norm*=1e-3'.") from None
+
+
 @app.command()
 def train(
     model: ModelName,
@@ -480,6 +489,18 @@ def train(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 200,
     learning_rate: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 1e-4,
+    optimizer: Annotated[str, typer.Option(metavar="NAME", help="adamw, sgd:momentum=0.9, muon ...")] = "adamw",
+    trainable: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAMES", help="Train only parameters of such names: '*norm*'. Repeatable."),
+    ] = None,
+    rates: Annotated[
+        list[str] | None,
+        typer.Option("--rate", metavar="NAMES=RATE", help="Another peak for some: '*norm*=1e-3'. Repeatable."),
+    ] = None,
+    score: Annotated[
+        str | None, typer.Option(help="Judges the best step: 'accuracy:better=higher'. Default: the loss.")
+    ] = None,
     accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimizer step.")] = 1,
     sequences: Sequences = None,
     length: Length = None,
@@ -505,6 +526,10 @@ def train(
             rules=rule or (),
             steps=steps,
             learning_rate=learning_rate,
+            learning_rates=dict(map(_rate, rates or ())),
+            optimizer=optimizer,
+            trainable=trainable or None,
+            score=score,
             accumulation=accumulation,
             sequences=sequences,
             length=length,

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from actkit.core.forward.stream import Stream as Stream
     from actkit.data.batches import Batches as Batches
     from actkit.data.images import digits as digits
     from actkit.data.loading import load_data as load_data
@@ -17,14 +18,15 @@ if TYPE_CHECKING:
 
 # Read on first use, so that the words of the corpus do not cost an import of torch.
 _HOMES = {
-    "Batches": "batches",
-    "digits": "images",
-    "load_data": "loading",
-    "SPLITS": "text",
-    "Document": "text",
-    "Split": "text",
-    "documents": "text",
-    "sentences": "text",
+    "Batches": "actkit.data.batches",
+    "Stream": "actkit.core.forward.stream",
+    "digits": "actkit.data.images",
+    "load_data": "actkit.data.loading",
+    "SPLITS": "actkit.data.text",
+    "Document": "actkit.data.text",
+    "Split": "actkit.data.text",
+    "documents": "actkit.data.text",
+    "sentences": "actkit.data.text",
 }
 __all__ = list(_HOMES)
 
@@ -32,5 +34,5 @@ __all__ = list(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
     return value

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from actkit.core.forward.example import DECODER_TOKENS, TOKENS, Inputs, first_rows
 from actkit.core.forward.hooks import check_batch, main_input
+from actkit.core.forward.stream import Stream
 from actkit.core.ground.errors import DataError
 from actkit.core.ground.progress import track
 from actkit.data.batches import Batch, Batches
@@ -327,6 +328,8 @@ def _given(source: Iterable[Batch], model: nn.Module, sequences: int | None, spl
         raise DataError(
             f"split={split!r}: batches cannot be split by document; pass other batches for each split, and no split."
         )
+    if isinstance(source, Stream):
+        raise DataError(f"source: {source} has no end; give some of its batches: stream.take(8).")
     if isinstance(source, Mapping | Tensor):
         source = [source]
     documents_given = getattr(source, "document_ids", None)

@@ -52,9 +52,11 @@ def train_low_rank(
         raise ValueError(f"alpha: {alpha} was given, allowed is a number above 0.")
     for name in {"out", "resume", "overwrite"} & training.keys():
         raise ValueError(f"{name}: adapters are not saved; train without it, then save the model with actkit.save.")
+    if "trainable" in training:
+        raise ValueError("trainable: adapters alone are trained; say with roles= beside which layers they stand.")
     targets = _targets(model, roles)
     with _adapters(model, targets, rank, alpha, seed) as adapted:
-        trained = train(model, batches, validation=validation, seed=seed, **training)
+        trained = train(model, batches, validation=validation, seed=seed, trainable="*.lora_*", **training)
         for layer in adapted:
             weight = layer.get_base_layer().weight
             with torch.no_grad():

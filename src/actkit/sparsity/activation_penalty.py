@@ -121,11 +121,13 @@ class AttachedPenalty(AttachedRule):
             self._activations = stack.enter_context(live(view.model, self._taps, view))
             self._detach = stack.pop_all().close
 
-    def penalty(self, mask: Tensor | None = None) -> Tensor | None:
+    def penalty(self, mask: Tensor | None = None, batch: Any = None, output: Any = None) -> Tensor | None:
         """Return the penalty of the last forward pass, to be added to the loss.
 
         Args:
             mask: [batch, length], 0 for padding; None if no token is padding.
+            batch: not read, as the activations were recorded.
+            output: not read either.
 
         Raises:
             ValueError: the last forward pass left no activations with a graph.
@@ -147,6 +149,10 @@ class AttachedPenalty(AttachedRule):
 
     def before_step(self, progress: float) -> None:
         self.factor = self.settings.factor(progress)
+
+    def report(self) -> dict[str, Any]:
+        """The factor of the step."""
+        return {"factor": self.factor}
 
     def detach(self) -> None:
         self._detach()

@@ -186,7 +186,11 @@ class AttachedProSparse(AttachedPenalty):
         self.factor = self.rule.factor(progress)
         self._zeros.clear()
 
-    def penalty(self, mask: Tensor | None = None) -> Tensor | None:
+    def report(self) -> dict[str, Any]:
+        """The factor of the step, and the share of zeros at each site."""
+        return {**super().report(), "sparsity": self.sparsity}
+
+    def penalty(self, mask: Tensor | None = None, batch: Any = None, output: Any = None) -> Tensor | None:
         for site, tensors in self._activations.items():
             for x in tensors:
                 rows, real = token_rows(site, self._taps[site], x.detach(), mask)
@@ -197,7 +201,7 @@ class AttachedProSparse(AttachedPenalty):
                     before[0] + float((zeros * weights).sum()),
                     before[1] + float(weights.sum()) * rows.shape[-1],
                 )
-        return super().penalty(mask)
+        return super().penalty(mask, batch, output)
 
 
 def _refuse_smooth(view: Anatomy, sites: Sequence[Site]) -> None:

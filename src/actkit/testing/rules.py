@@ -12,6 +12,7 @@ The learning rate is so small that the weights hardly move, and the gradients of
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,9 +34,11 @@ from actkit.core.ground.random_numbers import own_random_numbers
 from actkit.core.measure.tasks.task import IGNORED
 from actkit.core.recipe.rule import AttachedRule, TrainingRule, dump_rules, parse_rules
 from actkit.core.store import checkpoint
-from actkit.core.train.objective import Objective, mask_of, parameter_groups
+from actkit.core.train.choice import parameter_groups, trained_parameters
+from actkit.core.train.objective import Objective, mask_of
 from actkit.core.train.rules import RuleCallback, attach, finish
 from actkit.core.train.training import Trained, train
+from actkit.core.train.training_setup import prepare_modes
 from actkit.testing.checks import (
     Check,
     NotApplicable,
@@ -248,21 +251,37 @@ def what_it_ends_with_is_saved(case: RuleCase) -> None:
     equal(outputs(loaded, case.batches), outputs(model, case.batches), "the outputs of the loaded model")
 
 
+def what_it_reports_is_kept(case: RuleCase) -> None:
+    """What it reports of a step is JSON, and stands in the `training.json` of the folder."""
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "whole"
+        found = [step.reports for step in _kept(case, folder).history]
+        kept = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    if not any(found):
+        raise NotApplicable("it reports nothing")
+    again = [step["reports"] for step in kept["history"]]
+    assert again == found, f"training.json holds {again}, not {found}"
+
+
 def detach_leaves_the_plain_model(case: RuleCase) -> None:
     """After `detach()`, and after an error, modules, hooks and settings are those of the model without the rule."""
     for what, cut in (("after detach()", False), ("after detach() in the midst of a step", True)):
         model = case.model()
         before = State.of(model)
-        running = attach(case.rule, model, _optimizer(model), case.batches[0])
-        try:
-            model.train()
-            running.before_step(0.0)
-            loss = running.add(model(**case.batches[0]).loss, mask_of(case.batches[0], CPU))
-            if not cut:
-                loss.backward()
-                running.after_step(1.0)
-        finally:
-            running.detach()
+        batch = case.batches[0]
+        with trained_parameters(model, [case.rule]):
+            running = attach(case.rule, model, _optimizer(model), batch)
+            try:
+                model.train()
+                running.before_step(0.0)
+                output = model(**batch)
+                loss = running.add(output.loss, mask_of(batch, CPU), batch, output)
+                if not cut:
+                    loss.backward()
+                    running.after_backward(0.0)
+                    running.after_step(1.0)
+            finally:
+                running.detach()
         assert_no_hook_left(model, hooks_of(case.original), what)
         now = State.of(model)
         assert now.modules == before.modules, f"{what}: other modules than before it was attached"
@@ -334,6 +353,7 @@ CHECKS: dict[str, Callable[[RuleCase], None]] = {
     "ties are kept": ties_are_kept,
     "a resumed training is the same to the bit": resumes_to_the_bit,
     "what it ends with is saved": what_it_ends_with_is_saved,
+    "what it reports is kept": what_it_reports_is_kept,
     "detach leaves the plain model": detach_leaves_the_plain_model,
     "nothing is shared between models": nothing_is_shared,
     "padding counts for nothing": padding_counts_for_nothing,
@@ -401,25 +421,29 @@ def by_hand(case: RuleCase, groups: Sequence[Group], rules: Sequence[TrainingRul
 
 def _steps(case: RuleCase, ran: Ran, groups: Sequence[Group], rules: Sequence[TrainingRule]) -> Iterator[None]:
     """One optimizer step at a time: the mean loss over all labels of a group, and the mean penalty of its batches."""
-    model, optimizer = ran.model, _optimizer(ran.model)
-    running = attach([*rules, _Watch.on(ran)], model, optimizer, groups[0][0])
-    try:
-        for step, group in enumerate(groups):
-            model.train()
-            running.before_step(step / len(groups))
-            labels = [case.objective.labels(batch) for batch in group]
-            for batch, count in zip(group, labels, strict=True):
-                loss = model(**batch).loss * (count / sum(labels))
-                penalty = running.penalty(mask_of(batch, CPU))
-                (loss if penalty is None else loss + penalty / len(group)).backward()
-            optimizer.step()
-            running.after_step((step + 1) / len(groups))
-            optimizer.zero_grad()
-            yield
-    except BaseException:
-        running.detach()
-        raise
-    finish(running, model, groups[0][0])
+    model = ran.model
+    with trained_parameters(model, rules):
+        optimizer = _optimizer(model)
+        running = attach([*rules, _Watch.on(ran)], model, optimizer, groups[0][0])
+        try:
+            for step, group in enumerate(groups):
+                prepare_modes(model)
+                running.before_step(step / len(groups))
+                labels = [case.objective.labels(batch) for batch in group]
+                for batch, count in zip(group, labels, strict=True):
+                    output = model(**batch)
+                    loss = output.loss * (count / sum(labels))
+                    penalty = running.penalty(mask_of(batch, CPU), batch, output)
+                    (loss if penalty is None else loss + penalty / len(group)).backward()
+                running.after_backward(step / len(groups))
+                optimizer.step()
+                running.after_step((step + 1) / len(groups))
+                optimizer.zero_grad()
+                yield
+        except BaseException:
+            running.detach()
+            raise
+        finish(running, model, groups[0][0])
 
 
 def in_our_loop(case: RuleCase, accumulation: int = 1) -> tuple[Ran, list[Group]]:
@@ -442,7 +466,9 @@ def in_trainer(case: RuleCase, groups: Sequence[Group], rules: Sequence[Training
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     ran = Ran(case.model(), [], [])
-    with tempfile.TemporaryDirectory() as folder, own_random_numbers(CPU, 0):
+    rules = (case.rule,) if rules is None else rules
+    chosen = trained_parameters(ran.model, rules)  # before the optimizer is made
+    with tempfile.TemporaryDirectory() as folder, own_random_numbers(CPU, 0), chosen:
         settings = TrainingArguments(
             output_dir=folder,
             per_device_train_batch_size=1,  # an example of the data set is a batch of ours
@@ -460,8 +486,7 @@ def in_trainer(case: RuleCase, groups: Sequence[Group], rules: Sequence[Training
         )
         optimizer = _optimizer(ran.model)
         constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-        given = [*((case.rule,) if rules is None else rules), _Watch.on(ran)]
-        with RuleCallback(given, example=groups[0][0]) as callback:
+        with RuleCallback([*rules, _Watch.on(ran)], example=groups[0][0]) as callback:
             trainer = Trainer(
                 ran.model,
                 settings,

@@ -45,6 +45,27 @@ def parse_yaml(text: str, what: str, source: str) -> Any:
         raise RecipeError(f"{what}: {source} is not valid YAML: {shorten(str(error), 1000)}") from error
 
 
+def parse_call(text: str, what: str) -> dict[str, Any]:
+    """The name and the settings of 'name:setting=value,setting=value', as the command line takes it.
+
+    Args:
+        text: to read.
+        what: with which an error begins, such as 'rules'.
+
+    Returns:
+        {name: settings}.
+
+    Raises:
+        RecipeError: it is not written like that.
+    """
+    name, colon, settings = text.partition(":")
+    try:
+        values = parse_yaml("{" + settings.replace("=", ": ") + "}", what, repr(text)) if colon else {}
+    except RecipeError as error:
+        raise RecipeError(f"{what}: {text!r} was given; write it like 'name:setting=value,setting=value'.") from error
+    return {name.strip(): values}
+
+
 def shorten(text: str, most: int = SHOWN) -> str:
     """A text cut in its middle, for values in errors."""
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 4 :]}"

@@ -16,21 +16,29 @@ from torch import Tensor, nn
 from actkit.core.edit.edits import Edit
 from actkit.core.ground import registry
 from actkit.core.ground.errors import CheckpointError, RecipeError
-from actkit.core.ground.yaml_files import explain, parse_yaml, read_yaml, shorten
+from actkit.core.ground.yaml_files import explain, parse_call, read_yaml, shorten
 
 RULES_VERSION = 1
 
 
 class TrainingRule(BaseModel):
-    """The settings of a rule. keep: which weights a training under it should end with, where the user does not say:
-    'last' for a rule that trades loss for something else, so that the least loss is where it has worked least."""
+    """The settings of a rule.
+
+    Attributes:
+        keep: which weights a training under it ends with, if the user does not say: 'last' for a rule that trades loss
+            for something else, so that the least loss is where it has worked least.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     keep: ClassVar[Literal["best", "last"]] = "best"
 
     @property
     def name(self) -> str:
-        """The registered name. Raises RecipeError where the class is not registered."""
+        """The registered name.
+
+        Raises:
+            RecipeError: the class is not registered.
+        """
         return registry.method_name(type(self))
 
     @property
@@ -39,41 +47,83 @@ class TrainingRule(BaseModel):
         given = ", ".join(f"{key}={value}" for key, value in self.model_dump(exclude_defaults=True).items())
         return f"{type(self).__name__}({given})"
 
+    def trainable(self, model: nn.Module) -> Iterable[str] | None:
+        """Name the parameters that train under this rule; all others are frozen meanwhile.
+
+        Args:
+            model: before the rule is attached. What `attach` itself adds or unfreezes is trained too.
+
+        Returns:
+            Names, or patterns of names such as '*norm*'; None for the parameters that require a gradient anyway.
+        """
+        return None
+
     def attach(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, example: Any = None
     ) -> AttachedRule:
         """Put the rule to work on a model.
 
-        optimizer: for rules that act on gradients or moments (its step hooks) or on parameter groups. example: one
-        batch, needed by rules that read sites of a model of unknown architecture. Raises what the rule cannot do with
-        this model; nothing is left behind then.
+        Args:
+            model: in place.
+            optimizer: for rules that act on moments (its step hooks) or on parameter groups.
+            example: one batch, needed by rules that read sites of a model of unknown architecture.
+
+        Raises:
+            Exception: what the rule cannot do with this model; nothing is left behind then.
         """
         raise NotImplementedError
 
 
 class AttachedRule:
-    """A rule at work on one model, with its running state. What a rule does not need stays as it is here."""
+    """A rule at work on one model, with its running state. What a rule does not need stays as it is here.
 
-    def penalty(self, mask: Tensor | None = None) -> Tensor | None:
-        """What to add to the loss of the forward pass that was just made; None where there is nothing.
+    In an optimizer step the calls are: `before_step`, `penalty` after each forward pass, `after_backward`, then the
+    gradients are clipped and the optimizer steps, `after_step`.
+    """
 
-        mask: bool or integer [batch, length], which tokens are real; None where all are. Returns a scalar with its
-        graph; a mean over the batch, as the loss is, since it is scaled with the loss.
+    def penalty(self, mask: Tensor | None = None, batch: Any = None, output: Any = None) -> Tensor | None:
+        """What to add to the loss of the forward pass that was just made; None for nothing.
+
+        Args:
+            mask: bool or integer [batch, length], which tokens are real; None if all are.
+            batch: what the model was called on, labels included; None in a loop that does not say.
+            output: what the model returned; None in a loop that does not say.
+
+        Returns:
+            A scalar with its graph: a mean over the batch, as the loss is, since it is scaled with the loss.
         """
         return None
 
     def before_step(self, progress: float) -> None:
         """Called before the forward passes of an optimizer step. progress: share of the steps that are done."""
 
+    def after_backward(self, progress: float) -> None:
+        """Called when the gradients of a step are complete and not yet clipped; it may change them.
+
+        Args:
+            progress: share of the steps that are done, as `before_step` was told.
+        """
+
     def after_step(self, progress: float) -> None:
         """Called after the optimizer's step, while its gradients still stand."""
+
+    def report(self) -> dict[str, Any]:
+        """What the rule has to say of the step that was just made, as JSON takes it.
+
+        Asked for after the steps that are validated, before the validation; kept in the history, `training.json`.
+        """
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs: tensors and JSON values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` gave. Raises CheckpointError where it does not fit."""
+        """Take back what `state_dict` gave.
+
+        Raises:
+            CheckpointError: it does not fit.
+        """
         if state:
             raise CheckpointError(f"state: {', '.join(state)} was given; {type(self).__name__} keeps no state.")
 
@@ -130,7 +180,7 @@ def _rule(entry: Any) -> TrainingRule:
     if isinstance(entry, TrainingRule):
         return entry
     if isinstance(entry, str):
-        entry = _from_text(entry)
+        entry = parse_call(entry, "rules")
     if not isinstance(entry, Mapping) or len(entry) != 1:
         raise RecipeError(f"rules: {shorten(repr(entry))} was given; give a rule, its name, or {{name: settings}}.")
     name, settings = next(iter(entry.items()))
@@ -145,13 +195,3 @@ def _rule(entry: Any) -> TrainingRule:
         return cls(**(settings or {}))
     except ValidationError as error:
         raise RecipeError(f"rules: {name}: {explain(error, cls)}") from error
-
-
-def _from_text(text: str) -> dict[str, Any]:
-    """'name:setting=value,setting=value', as the command line takes it."""
-    name, colon, settings = text.partition(":")
-    try:
-        values = parse_yaml("{" + settings.replace("=", ": ") + "}", "rules", repr(text)) if colon else {}
-    except RecipeError as error:
-        raise RecipeError(f"rules: {text!r} was given; write it like 'name:setting=value,setting=value'.") from error
-    return {name.strip(): values}

@@ -16,12 +16,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from actkit.core.ground.errors import RecipeError
 from actkit.core.ground.yaml_files import explain, shorten
+from actkit.core.recipe.optimizer import OptimizerSettings, ScoreSettings
 from actkit.core.recipe.rule import TrainingRule, dump_rules, parse_rules
 from actkit.core.recipe.transform import Transform
 
@@ -55,6 +56,10 @@ class Train(BaseModel):
     Attributes:
         rules: training rules, what `parse_rules` takes.
         steps: optimizer steps; or epochs, passes over the data.
+        optimizer: what `OptimizerSettings.parse` reads.
+        learning_rates: other peaks for some parameters, by patterns of their names.
+        trainable: patterns of the names of the parameters that train.
+        score: of the best step, what `ScoreSettings.parse` reads.
         data: what to train on, by name: a file, a folder or 'random'. None is the data that the recipe is applied with:
             the train split of the embedded data, of a file or of a folder.
         validation: what is measured and not trained on, by name; None is the search split of the same data.
@@ -71,6 +76,9 @@ class Train(BaseModel):
     steps: int | None = Field(None, ge=1)
     epochs: int | None = Field(None, ge=1)
     learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False)
+    learning_rates: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+    optimizer: Any = "adamw"
+    trainable: tuple[str, ...] | None = None
     data: str | None = None
     validation: str | None = None
     sequences: int | None = Field(None, ge=1)
@@ -84,12 +92,28 @@ class Train(BaseModel):
     mixed_precision: Precision = "no"
     evaluate_every: int | None = Field(None, ge=1)
     keep: Keep | None = None
+    score: Any = None
     seed: int | None = Field(None, ge=0)
 
     @field_validator("rules", mode="before")
     @classmethod
     def _parsed(cls, rules: Any) -> Any:
         return parse_rules(rules)
+
+    @field_validator("optimizer")
+    @classmethod
+    def _named(cls, optimizer: Any) -> Any:
+        return OptimizerSettings.parse(optimizer).dump()
+
+    @field_validator("score")
+    @classmethod
+    def _directed(cls, score: Any) -> Any:
+        return None if score is None else ScoreSettings.parse(score).dump()
+
+    @field_validator("trainable", mode="before")
+    @classmethod
+    def _several(cls, trainable: Any) -> Any:
+        return (trainable,) if isinstance(trainable, str) else trainable
 
     @field_validator("mixed_precision", mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""What is minimised and over which parameters: the loss of a batch, and the groups that an optimizer takes."""
+"""What is minimised: the loss of a batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from actkit.core.forward.hooks import arguments, first_tensor
 from actkit.core.ground.errors import DataError
-from actkit.core.layers.activations import is_activation
 from actkit.core.measure.quality import task_of
 from actkit.core.measure.tasks.task import IGNORED
 
@@ -38,12 +37,13 @@ class Objective:
                 raise DataError(f"loss: {type(self.model).__name__} gives none for its labels; pass loss=.")
             return loss
         logits = first_tensor(model(*args, **kwargs))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         labels = labels.to(device)
         if labels.is_floating_point():
-            return F.mse_loss(logits.float().reshape(labels.shape), labels.float())
+            return F.mse_loss(logits.reshape(labels.shape), labels.to(logits.dtype))
         if self.task == "language":
             logits, labels = logits[:, :-1], labels[:, 1:]
-        return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED)
+        return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
 
     def labels(self, batch: Any) -> int:
         """How many labels the mean is over; 1 for an own loss. Raises DataError where there are none."""
@@ -81,29 +81,3 @@ def mask_of(batch: Any, device: torch.device) -> Tensor | None:
     """The attention mask of a batch, [batch, length], on the device; None where it has none."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return None if mask is None else mask.to(device)
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters for an optimizer: weight matrices decay; biases, norms, scalars and whatever belongs to
-    an activation function do not (decay would pull it towards another function).
-
-    A module whose coefficients form a matrix says `weight_decay = False` (class attribute); that holds for the modules
-    inside it too. For the Trainer: `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 0.01)), None))`.
-    """
-    spared: set[int] = set()
-    for module in model.modules():
-        if getattr(module, "weight_decay", None) is False:
-            spared |= {id(parameter) for parameter in module.parameters()}
-        elif "Norm" in type(module).__name__ or is_activation(module):
-            spared |= {id(parameter) for parameter in module.parameters(recurse=False)}
-    decaying: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            spare = parameter.dim() < 2 or name.endswith("bias") or id(parameter) in spared
-            (others if spare else decaying).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decaying, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]

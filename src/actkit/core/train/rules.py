@@ -7,11 +7,16 @@ returns what holds its running state. In our loop: `core.train.training.train(..
     with attached([rule], model, optimizer) as rules:
         for step, batch in enumerate(batches):
             rules.before_step(step / len(batches))
-            loss = rules.add(model(**batch).loss, batch.get("attention_mask"))
+            output = model(**batch)
+            loss = rules.add(output.loss, batch.get("attention_mask"), batch, output)
             loss.backward()
+            rules.after_backward(step / len(batches))  # before gradients are clipped, if they are
             optimizer.step()
             rules.after_step((step + 1) / len(batches))
             optimizer.zero_grad()
+
+If a rule says what trains (`TrainingRule.trainable`), make the optimizer inside `with trained_parameters(model, rules)`
+(`core/train/choice.py`). What a rule unfreezes or adds when it is attached is given to the optimizer.
 
 At its end the rules are detached, and the edits that they finish with are made and recorded on the model. Where
 gradients are accumulated, divide what `add` returns by the number of batches, as you would the loss.
@@ -37,6 +42,7 @@ from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.rule import AttachedRule, parse_rules
 from actkit.core.recipe.runner import apply_edits
 from actkit.core.store.tensor_files import read_values, write_values
+from actkit.core.train.choice import add_new_parameters, chooses, trained_parameters
 
 
 class AttachedRules(AttachedRule):
@@ -45,13 +51,19 @@ class AttachedRules(AttachedRule):
     def __init__(self, rules: Iterable[tuple[str, AttachedRule]]) -> None:
         self._rules = {f"{index}.{name}": rule for index, (name, rule) in enumerate(rules)}
 
-    def add(self, loss: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The loss with the penalties of the forward pass that gave it."""
-        penalty = self.penalty(mask)
+    @property
+    def acts_on_gradients(self) -> bool:
+        """Whether one of them changes gradients before they are clipped."""
+        return any(type(rule).after_backward is not AttachedRule.after_backward for rule in self._rules.values())
+
+    def add(self, loss: Tensor, mask: Tensor | None = None, batch: Any = None, output: Any = None) -> Tensor:
+        """The loss with the penalties of the forward pass that gave it; the others as in `AttachedRule.penalty`."""
+        penalty = self.penalty(mask, batch, output)
         return loss if penalty is None else loss + penalty.to(loss.device)
 
-    def penalty(self, mask: Tensor | None = None) -> Tensor | None:
-        found = [penalty for rule in self._rules.values() if (penalty := rule.penalty(mask)) is not None]
+    def penalty(self, mask: Tensor | None = None, batch: Any = None, output: Any = None) -> Tensor | None:
+        given = (rule.penalty(mask, batch, output) for rule in self._rules.values())
+        found = [penalty for penalty in given if penalty is not None]
         if not found:
             return None
         total = found[0]
@@ -63,9 +75,18 @@ class AttachedRules(AttachedRule):
         for rule in self._rules.values():
             rule.before_step(progress)
 
+    def after_backward(self, progress: float) -> None:
+        for rule in self._rules.values():
+            rule.after_backward(progress)
+
     def after_step(self, progress: float) -> None:
         for rule in self._rules.values():
             rule.after_step(progress)
+
+    def report(self) -> dict[str, Any]:
+        """One dict per rule, by '0.name', without those that report nothing."""
+        reports = {key: rule.report() for key, rule in self._rules.items()}
+        return {key: report for key, report in reports.items() if report}
 
     def state_dict(self) -> dict[str, Any]:
         """One dict per rule, by '0.name', without those that keep no state."""
@@ -92,16 +113,31 @@ class AttachedRules(AttachedRule):
 
 
 def attach(
-    rules: Any, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, example: Any = None
+    rules: Any,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    example: Any = None,
+    **rates: Any,
 ) -> AttachedRules:
-    """Put rules to work on a model (see `TrainingRule.attach`); whoever calls this calls `detach()`.
+    """Put rules to work on a model; whoever calls this calls `detach()`.
 
-    rules: what `parse_rules` takes. Where one cannot be attached, those before it are detached again.
+    Args:
+        rules: what `parse_rules` takes.
+        model: in place.
+        optimizer: as in `TrainingRule.attach`; it is given the parameters that the rules unfreeze or add.
+        example: as in `TrainingRule.attach`.
+        rates: of those parameters: `weight_decay`, `learning_rate` and `learning_rates` (`parameter_groups`).
+
+    Raises:
+        Exception: what the rules raise; those that were attached are detached again.
     """
     done: list[tuple[str, AttachedRule]] = []
+    known = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     try:
         for rule in parse_rules(rules):
             done.append((type(rule).__name__, rule.attach(model, optimizer, example)))
+        if optimizer is not None:
+            add_new_parameters(optimizer, model, known, **rates)
     except BaseException:
         AttachedRules(done).detach()
         raise
@@ -110,11 +146,18 @@ def attach(
 
 @contextmanager
 def attached(
-    rules: Any, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, example: Any = None
+    rules: Any,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    example: Any = None,
+    **rates: Any,
 ) -> Iterator[AttachedRules]:
-    """with attached(rules, model, optimizer) as rules: train. They are detached at the end, also after an exception;
-    if there was none, the edits that they finish with are made."""
-    running = attach(rules, model, optimizer, example)
+    """Let rules work while a model is trained: `with attached(rules, model, optimizer) as rules:`.
+
+    They are detached at the end, also after an exception; if there was none, the edits that they finish with are made.
+    The arguments are those of `attach`.
+    """
+    running = attach(rules, model, optimizer, example, **rates)
     try:
         yield running
     except BaseException:
@@ -164,15 +207,28 @@ class RuleCallback(TrainerCallback):
             Trainer(model, args, train_dataset=..., callbacks=[callback]).train()
 
     While the Trainer trains, a hook on the model adds the penalty to the loss that the model returns, so that the
-    logged loss contains it; evaluation is left alone. Where the Trainer normalises by the number of labels of the
-    whole step (it passes `num_items_in_batch`) it divides no loss by the accumulation steps, so the penalty is divided
-    here; elsewhere the Trainer divides both. State of the rules is saved beside the Trainer's checkpoints, and read
-    back from `resume_from`, or from where the Trainer writes its checkpoints. example: as in `TrainingRule.attach`.
+    logged loss contains it; evaluation is left alone. A Trainer that normalises by the number of labels of the whole
+    step (it passes `num_items_in_batch`) divides no loss by the accumulation steps, so the penalty is divided here;
+    otherwise the Trainer divides both. State of the rules is saved beside the Trainer's checkpoints.
 
-    Raises ValueError for what would make the penalty wrong: label smoothing, a loss computed outside the model
-    (`compute_loss_func`), torch.compile, DataParallel, FSDP, DeepSpeed, and accumulation over a dataset without a
-    length, whose last step has an unknown number of batches; UnsupportedModelError for re-entrant gradient
-    checkpointing. A Trainer subclass that sets `loss_is_scaled_for_ga` is not supported.
+    If a rule says what trains, that holds from the making of the Trainer on, until `detach()`.
+
+    Args:
+        rules: what `parse_rules` takes.
+        example: as in `TrainingRule.attach`.
+        resume_from: where the state of the rules is read; by default the folder of the Trainer's checkpoints.
+
+    Attributes:
+        reports: what the rules had to say of the last step, once training has ended.
+
+    Raises:
+        ValueError: something would make a rule do the wrong thing: label smoothing, a loss computed outside the model
+            (`compute_loss_func`), torch.compile, DataParallel, FSDP, DeepSpeed, accumulation over a dataset without a
+            length, whose last step has an unknown number of batches; for a rule that changes gradients also clipping
+            and fp16, since the Trainer clips before it asks; an optimizer that lacks parameters that a rule trains.
+        UnsupportedModelError: re-entrant gradient checkpointing.
+
+    A Trainer subclass that sets `loss_is_scaled_for_ga` is not supported.
     """
 
     def __init__(self, rules: Any, *, example: Any = None, resume_from: str | Path | None = None) -> None:
@@ -180,6 +236,9 @@ class RuleCallback(TrainerCallback):
         self.example = example
         self.resume_from = resume_from
         self.running: AttachedRules | None = None
+        self.reports: dict[str, Any] = {}
+        self._choice = ExitStack()  # which parameters train
+        self._chosen = False
         self._remove: Callable[[], None] | None = None
         self._batches = 1  # of the running optimizer step
         self._updates: tuple[int, int] | None = None  # (optimizer steps of an epoch, batches of its last one)
@@ -201,9 +260,22 @@ class RuleCallback(TrainerCallback):
         if self.running is not None:
             self.running.detach()
             self.running = None
+        self._choice.close()
+        self._chosen = False
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Choose the parameters that train, before the Trainer makes its optimizer."""
+        self.detach()
+        self._choose(kwargs["model"])
+
+    def _choose(self, model: nn.Module) -> None:
+        if not self._chosen and chooses(self.rules, None):
+            self._choice.enter_context(trained_parameters(model, self.rules))
+            self._chosen = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.detach()  # of a training that was cut off
+        if self.running is not None:
+            self.detach()  # of a training that was cut off
         model, optimizer, loader = kwargs["model"], kwargs.get("optimizer"), kwargs.get("train_dataloader")
         accumulation = args.gradient_accumulation_steps
         self._updates = _updates(loader, accumulation)
@@ -214,8 +286,13 @@ class RuleCallback(TrainerCallback):
         self._batches = accumulation
         resumed = state.global_step > 0 and self._updates is not None and not args.ignore_data_skip
         self._update = state.global_step % self._updates[0] if resumed else 0  # type: ignore[index]
-        self.running = attach(self.rules, model, getattr(optimizer, "optimizer", optimizer), self.example)
+        self._choose(model)
+        inner = getattr(optimizer, "optimizer", optimizer)
         try:
+            groups = 0 if inner is None else len(inner.param_groups)
+            self.running = attach(self.rules, model, inner, self.example)
+            _refuse_late_parameters(model, inner, groups, self._chosen)
+            _refuse_clipping(args, self.running)
             if state.global_step > 0:
                 self._load(args, state)
         except BaseException:
@@ -231,6 +308,10 @@ class RuleCallback(TrainerCallback):
             self._batches = last if self._update == count - 1 else args.gradient_accumulation_steps
         self.running.before_step(state.global_step / state.max_steps)
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.running is not None:
+            self.running.after_backward(state.global_step / state.max_steps)
+
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.running is not None:
             self._update += 1
@@ -245,6 +326,8 @@ class RuleCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         running = self.running
+        if running is not None:
+            self.reports = running.report()
         self.detach()
         if running is not None:
             finish(running, kwargs["model"], self.example)
@@ -270,7 +353,7 @@ class RuleCallback(TrainerCallback):
                 "RuleCallback: the model returned no loss in training, so the Trainer computes it outside the model "
                 "(compute_loss_func, an own compute_loss) or gave no labels; let the model compute it from its labels."
             )
-        penalty = self.running.penalty(kwargs.get("attention_mask"))
+        penalty = self.running.penalty(kwargs.get("attention_mask"), kwargs, output)
         if penalty is None:
             return None
         if kwargs.get("num_items_in_batch") is not None:
@@ -300,6 +383,32 @@ def _refuse(args: Any, countable: bool) -> None:
     for name, reason in reasons.items():
         if reason:
             raise ValueError(f"{name}: {getattr(args, name)!r} was given, which RuleCallback refuses: {reason}.")
+
+
+def _refuse_late_parameters(model: nn.Module, optimizer: Any, groups: int, chosen: bool) -> None:
+    """Parameters that a rule trains and the Trainer's optimizer or schedule, made before, does not know."""
+    if optimizer is None:
+        return
+    held = {id(parameter) for group in optimizer.param_groups[:groups] for parameter in group["params"]}
+    late = chosen or len(optimizer.param_groups) > groups
+    names = [name for name, each in model.named_parameters() if each.requires_grad and id(each) not in held]
+    if late and names:
+        raise ValueError(
+            f"optimizer: it was made before a rule let {', '.join(names[:3])} train. Name these in the rule's "
+            f"trainable(model), give the Trainer this callback when it is made, and an optimizer of your own inside "
+            f"`with trained_parameters(model, rules)`."
+        )
+
+
+def _refuse_clipping(args: Any, running: AttachedRules) -> None:
+    if not running.acts_on_gradients:
+        return
+    for name, given, other in (("max_grad_norm", args.max_grad_norm > 0, "0"), ("fp16", args.fp16, "False")):
+        if given:
+            raise ValueError(
+                f"{name}: {getattr(args, name)!r} was given, and a rule changes gradients before they are clipped, "
+                f"which the Trainer does first; pass {name}={other}, or train with actkit.train."
+            )
 
 
 def _checkpoint(args: Any, state: Any) -> Path:

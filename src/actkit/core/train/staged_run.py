@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from actkit.core.edit import changes
 from actkit.core.edit.edits import get_module, set_module
+from actkit.core.forward.stream import Stream
 from actkit.core.ground import processes, whole_folder
 from actkit.core.ground.errors import CheckpointError
 from actkit.core.ground.fingerprint import fingerprint, model_fingerprint
@@ -40,6 +41,7 @@ from actkit.core.recipe.runner import Applied, Report
 from actkit.core.recipe.stage import Apply, Stage, Train
 from actkit.core.store import checkpoint
 from actkit.core.store.pretrained import record_training, restore
+from actkit.core.train.choice import chooses
 from actkit.core.train.training import train
 from actkit.core.train.training_setup import RECORD as HISTORY
 from actkit.core.train.training_setup import check_folder, check_parameters, sequences, state_folder
@@ -99,7 +101,7 @@ def run(
     known = changes.of(model)
     recipe.check(earlier=transforms_of(known.recipe, recipe.transforms) if known else ())
     refuse_offloaded(model, "stages change all weights in place")
-    if any(isinstance(stage, Train) for stage in recipe.stages):
+    if any(isinstance(stage, Train) and not chooses(stage.rules, stage.trainable) for stage in recipe.stages):
         check_parameters(model)
     if not inplace:
         model = changes.copy_of(model)
@@ -134,7 +136,7 @@ def run(
     return Applied(model, edits, report, None if before is None else take_back)
 
 
-def _read(model: nn.Module, stage: Stage, data: Any) -> tuple[Sequence[Any], ...]:
+def _read(model: nn.Module, stage: Stage, data: Any) -> tuple[Any, ...]:
     """What a stage reads, checked before any stage begins: (calibration,), or (batches, validation)."""
     if isinstance(stage, Train):
         return sequences(model, *data)
@@ -241,7 +243,7 @@ class _Stages:
 
 
 def _description(batches: Sequence[Any]) -> str:
-    return getattr(batches, "description", f"{len(batches)} batches")
+    return getattr(batches, "description", None) or f"{len(batches)} batches"
 
 
 def _outcome(trained: Mapping[str, Any]) -> str:
@@ -277,7 +279,7 @@ class _State:
         identity = {
             "recipe": recipe.dump(),
             "model": model_fingerprint(model),
-            "data": [fingerprint([list(part) for part in parts]) for parts in given],
+            "data": [fingerprint([_identity(part) for part in parts]) for parts in given],
         }
         if resume and (self.place / IDENTITY).is_file():
             self._check(identity)
@@ -330,6 +332,10 @@ class _State:
                 f"resume: the {key} is another than the run in {self.place} began with{difference}; "
                 f"give the same, or start anew with overwrite=True and without resume (--overwrite)."
             )
+
+
+def _identity(batches: Sequence[Any] | Stream) -> list[Any]:
+    return batches.take(2) if isinstance(batches, Stream) else list(batches)
 
 
 def _difference(began: Any, now: Any) -> str:

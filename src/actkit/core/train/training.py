@@ -1,4 +1,4 @@
-"""The training loop: AdamW on accelerate, with a validation split, under training rules, and resumable to the bit.
+"""The training loop: on accelerate, with a validation split, under training rules, and resumable to the bit.
 
     trained = train(model, batches, validation=held_out, steps=500, rules=[ActivationPenalty(weight=1e-3)], out="run")
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.edit import changes
-from actkit.core.forward.hooks import evaluating
+from actkit.core.forward.hooks import evaluating, hooked
+from actkit.core.forward.stream import Stream
 from actkit.core.ground import processes, whole_folder
 from actkit.core.ground.errors import CheckpointError, NonFiniteError, ProcessError
 from actkit.core.ground.offload import refuse_offloaded
@@ -36,8 +37,11 @@ from actkit.core.recipe.runner import check_model
 from actkit.core.recipe.stage import Keep, Precision, Schedule
 from actkit.core.store import checkpoint
 from actkit.core.store.tensor_files import read_values, write_values
-from actkit.core.train.objective import Loss, Objective, mask_of, parameter_groups
+from actkit.core.train.choice import Trainable, trained_parameters
+from actkit.core.train.objective import Loss, Objective, mask_of
+from actkit.core.train.optimizers import Optimizer, describe, make_optimizer, optimizer_state, restore_optimizer
 from actkit.core.train.rules import AttachedRules, attached
+from actkit.core.train.score import Score
 from actkit.core.train.training_setup import (
     RECORD,
     Settings,
@@ -49,6 +53,7 @@ from actkit.core.train.training_setup import (
     interruptible,
     modes_restored,
     one_accelerator,
+    prepare_modes,
     rate,
     sequences,
     state_folder,
@@ -65,8 +70,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """One optimizer step. loss: without penalty, in nats per label. gradient_norm: before clipping. validation: loss
-    on the validation split after it, where it was measured. Step 0 is the model before training."""
+    """One optimizer step; step 0 is the model before training.
+
+    Attributes:
+        step: its number.
+        loss: without penalty, in nats per label.
+        penalty: what the rules added to it.
+        learning_rate: of the parameters that `learning_rates` does not name.
+        gradient_norm: before clipping.
+        validation: loss on the validation split after it, if it was measured.
+        score: by which the best step is found, if it is not the validation loss and was measured.
+        reports: what each rule had to say of it, by '0.name', if it was validated.
+    """
 
     step: int
     loss: float | None = None
@@ -74,13 +89,24 @@ class TrainingStep:
     learning_rate: float | None = None
     gradient_norm: float | None = None
     validation: float | None = None
+    score: float | None = None
+    reports: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model. best_step: the one with the least validation loss (never step 0). kept: which weights the model
-    has, 'best' or 'last'. validation: their loss, after the edits that rules finish with. folder: where the model was
-    saved, if it was."""
+    """A trained model.
+
+    Attributes:
+        model: the one that was given.
+        history: the steps.
+        best_step: the one with the best score, by default the least validation loss; never step 0.
+        kept: which weights the model has, 'best' or 'last'.
+        validation: their validation loss, after the edits that rules finish with.
+        trainable: how many numbers were trained.
+        seconds: it took.
+        folder: where the model was saved, if it was.
+    """
 
     model: nn.Module
     history: tuple[TrainingStep, ...]
@@ -117,11 +143,13 @@ class Trained:
 
         title = f"Training ({self.steps} steps, {self.trainable:,} parameters, {self.seconds:.0f} s; kept: {self.kept})"
         table = PlainTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-        for name in ("step", "loss", "penalty", "validation loss", "learning rate"):
+        scored = any(step.score is not None for step in self.history)
+        names = ["step", "loss", "penalty", "validation loss", *["score"] * scored, "learning rate"]
+        for name in names:
             table.add_column(name, justify="right", no_wrap=True)
         for step in self.history:
             if step.validation is not None:
-                numbers = (step.loss, step.penalty, step.validation, step.learning_rate)
+                numbers = [step.loss, step.penalty, step.validation, *[step.score] * scored, step.learning_rate]
                 cells = ["" if number is None else f"{number:.4g}" for number in numbers]
                 table.add_row(f"{step.step}{' *' if step.step == self.best_step else ''}", *cells)
         return table
@@ -132,12 +160,15 @@ class Trained:
 
 def train(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | Stream,
     *,
     validation: Iterable[Any] | None = None,
     steps: int | None = None,
     epochs: int | None = None,
     learning_rate: float = 1e-4,
+    learning_rates: Mapping[str, float] | None = None,
+    optimizer: Optimizer = "adamw",
+    trainable: Trainable | None = None,
     rules: Any = (),
     gradient_accumulation: int = 1,
     warmup: float = 0.05,
@@ -151,26 +182,62 @@ def train(
     max_grad_norm: float | None = 1.0,
     evaluate_every: int | None = None,
     keep: Keep | None = None,
+    score: Any = None,
     loss: Loss | None = None,
     progress: bool = True,
 ) -> Trained:
-    """Train a model in place, where it lies (under `accelerate launch`, on the devices of its processes).
+    """Train a model in place.
 
-    batches: dicts of the model's keywords, or (input, labels). Labels are those of the batch; a language model without
-    any learns the next token. validation: batches that are not trained on; needed. steps or epochs: how long; a step
-    is one update of the weights. learning_rate: the peak; warmup: share of the steps in which it rises. rules: what
-    `parse_rules` takes. weight_decay: of weight matrices (`parameter_groups`). max_grad_norm: gradients are scaled
-    down to it; None: never. evaluate_every: steps between validations and saves, default a tenth of all. keep: weights
-    to end with, default those of the least validation loss, or the last ones where a rule says so. loss: of (model,
-    batch), a mean over the batch; batches then count equally. It may draw from the global random generators of torch,
-    NumPy and Python: they begin with `seed`, in each validation anew, and are afterwards as before. out: folder for
-    state and result; an interrupted training (Ctrl-C, a kill) goes on with the same call and resume=True. overwrite:
-    replace what is in `out`.
+    The model stays on its device; under `accelerate launch` it is on those of its processes. An interrupted training
+    (Ctrl-C, a kill) goes on with the same call and `resume=True`, and ends as if nothing had happened.
 
-    Raises ValueError for settings out of bounds or 16-bit parameters, UnsupportedModelError for a model that is
-    compiled, sharded or offloaded, ProcessError inside `core.ground.processes.together`, DataError for unusable data,
-    NonFiniteError where loss or gradient is NaN or Inf (naming the step), CheckpointError where `out` holds something
-    else or its state is of another training, and what the rules raise.
+    Data:
+
+    - A batch holds the model's keywords, and "labels". A language model without labels learns the next token.
+    - The global random generators of torch, NumPy and Python begin with `seed`, in each validation anew, and are
+      afterwards as before. So dropout, and a loss that draws, train alike however often is validated.
+
+    Args:
+        model: in float32, or with 16-bit parameters frozen.
+        batches: what is trained on, in an order that follows from the seed; or a stream.
+        validation: batches that are measured and not trained on; needed.
+        steps: updates of the weights; or give `epochs`.
+        epochs: passes over the batches.
+        learning_rate: the peak.
+        learning_rates: other peaks for some parameters, by a pattern of their names such as '*norm*'; the first that
+            fits counts.
+        optimizer: a class of torch.optim, 'sgd:momentum=0.9' or {'sgd': {'momentum': 0.9}}; or a function of parameter
+            groups that makes one.
+        trainable: the parameters that train: names, patterns, or a function from the model to these; those that rules
+            name train too. None: all that require a gradient.
+        rules: what `parse_rules` takes.
+        gradient_accumulation: batches of a step.
+        warmup: share of the steps in which the rate rises.
+        schedule: its course after that: 'cosine', 'linear' or 'constant'.
+        weight_decay: of weight matrices (`parameter_groups`), in the way of the optimizer.
+        mixed_precision: 'no', 'bf16' or 'fp16'.
+        seed: of the order of the batches and of everything random.
+        out: folder for state and result.
+        resume: go on with the state there.
+        overwrite: replace what is there.
+        max_grad_norm: gradients are scaled down to it; None: never.
+        evaluate_every: steps between validations and saves; by default a tenth of all.
+        keep: weights to end with, 'best' or 'last'; by default the best, or the last if a rule says so.
+        score: by which a step is the best: a metric of the model's task with its direction, 'accuracy:better=higher',
+            or a `Score` with a function. None: the validation loss, the lower the better.
+        loss: of (model, batch), a mean over the batch; batches then count equally.
+        progress: show a bar.
+
+    Returns:
+        The model with its history.
+
+    Raises:
+        ValueError: a setting is out of bounds, or a trained parameter has 16 bits.
+        UnsupportedModelError: the model is compiled, sharded or offloaded.
+        ProcessError: it is called inside `core.ground.processes.together`.
+        DataError: the data cannot be used.
+        NonFiniteError: loss or gradient is NaN or Inf; the text names the step.
+        CheckpointError: `out` holds something else, or its state is of another training.
     """
     started = time.perf_counter()
     rules = parse_rules(rules)
@@ -180,16 +247,19 @@ def train(
     check_model(model)
     if out is not None:
         checkpoint.check_savable(model)
-    check_parameters(model)
-    training, held_out = sequences(model, batches, validation)
     folder = None if out is None else Path(out)
-    check_folder(folder, resume, overwrite)
-    if folder is not None and not resume:
-        whole_folder.discard(state_folder(folder))  # of a training that is given up
     with ExitStack() as stack:
+        stack.enter_context(trained_parameters(model, rules, trainable))
+        check_parameters(model)
+        training, held_out = sequences(model, batches, validation)
+        check_folder(folder, resume, overwrite)
+        if folder is not None and not resume:
+            whole_folder.discard(state_folder(folder))  # of a training that is given up
         accelerator = stack.enter_context(one_accelerator(model, mixed_precision))
+        of_epoch = 0 if isinstance(training, Stream) else len(training)
+        judge = None if score is None else Score.of(score)
         settings = Settings(
-            steps=count_steps(steps, epochs, len(training), gradient_accumulation * accelerator.num_processes),
+            steps=count_steps(steps, epochs, of_epoch, gradient_accumulation * accelerator.num_processes),
             learning_rate=learning_rate,
             gradient_accumulation=gradient_accumulation,
             warmup=warmup,
@@ -200,18 +270,28 @@ def train(
             max_grad_norm=max_grad_norm,
             evaluate_every=0,
             processes=accelerator.num_processes,
-            batches=len(training),
+            batches=of_epoch,
             validation_batches=len(held_out),
+            optimizer=describe(optimizer),
+            learning_rates=dict(learning_rates or {}),
+            trainable=_described(trainable),
+            score=None if judge is None else judge.describe(),
         )
         settings = checked(settings, evaluate_every)
         device = next(model.parameters()).device
         stack.enter_context(own_random_numbers(device, seed))
-        optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=learning_rate)
         described = [{type(rule).__name__: rule.model_dump(mode="json")} for rule in rules]
         keep = keep or ("last" if any(rule.keep == "last" for rule in rules) else "best")
         before = changes.of(model)
-        with attached(rules, model, optimizer, training[0]) as running, ExitStack() as wrapped:
-            run = _Loop(model, training, held_out, settings, optimizer, running, accelerator, loss, folder, described)
+        rates: dict[str, Any] = {
+            "learning_rate": learning_rate,
+            "learning_rates": learning_rates,
+            "weight_decay": weight_decay,
+        }
+        made = make_optimizer(optimizer, model, **rates)
+        with attached(rules, model, made, training[0], **rates) as running, ExitStack() as wrapped:
+            check_parameters(model)  # those that a rule has unfrozen too
+            run = _Loop(model, training, held_out, settings, made, running, accelerator, loss, judge, folder, described)
             wrapped.enter_context(modes_restored(model))  # before rules finish: new modules are in their mode then
             wrapped.callback(run.unwrap)
             if resume:
@@ -219,7 +299,7 @@ def train(
             run.go(progress)
             result = run.finish(keep)
         if changes.of(model) is not before:  # by edits that a rule finished with
-            result = replace(result, validation=run.validation_loss())
+            result = replace(result, validation=run.measured()[0])
         result = replace(result, seconds=time.perf_counter() - started)
     if folder is not None and accelerator.is_main_process:
         checkpoint.save(model, folder, overwrite=True)
@@ -228,25 +308,44 @@ def train(
     return result
 
 
+def _described(trainable: Trainable | None) -> Any:
+    """What says which parameters train, as JSON keeps it."""
+    if callable(trainable):
+        return f"{trainable.__module__}.{getattr(trainable, '__qualname__', type(trainable).__name__)}"
+    return trainable if trainable is None or isinstance(trainable, str) else list(trainable)
+
+
+@dataclass(frozen=True)
+class _Best:
+    """The best step so far, and a copy of what training had changed after it."""
+
+    score: float
+    loss: float
+    step: int
+    tensors: dict[str, Tensor]
+
+
 class _Loop:
     """One training: what changes from step to step, and how it is saved."""
 
     def __init__(
         self,
         model: nn.Module,
-        batches: Sequence[Any],
+        batches: Sequence[Any] | Stream,
         validation: Sequence[Any],
         settings: Settings,
         optimizer: torch.optim.Optimizer,
         rules: AttachedRules,
         accelerator: Accelerator,
         loss: Loss | None,
+        score: Score | None,
         folder: Path | None,
         described: list[dict[str, Any]],
     ) -> None:
         self.model, self.batches, self.validation, self.settings = model, batches, validation, settings
         self.inner, self.rules, self.accelerator, self.folder = optimizer, rules, accelerator, folder
-        self.described = described
+        self.described, self.score = described, score
+        self.output: Any = None  # of the last forward pass, for the penalties
         self.objective = Objective(model, loss)
         distributed = accelerator.num_processes > 1
         self.called = accelerator.prepare(model) if distributed else model
@@ -254,11 +353,12 @@ class _Loop:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.step = 0
         self.history: list[TrainingStep] = []
-        self.best: tuple[float, int, dict[str, Tensor]] | None = None
+        self.best: _Best | None = None
 
     def go(self, progress: bool) -> None:
         remaining = range(self.step, self.settings.steps)
-        with interruptible(self.folder is not None) as interrupted:
+        watched = hooked(self.model, after={"": self._see}) if self.described else nullcontext()
+        with watched, interruptible(self.folder is not None) as interrupted:
             for _ in track(remaining, "Training", enabled=progress and self.accelerator.is_main_process):
                 self.evaluate_if_due()
                 if interrupted():
@@ -272,15 +372,18 @@ class _Loop:
                 self.save()
                 raise KeyboardInterrupt(f"stopped after step {self.step}; go on from {self.folder} with resume=True")
 
+    def _see(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self.output = output if torch.is_grad_enabled() else None
+
     # -- one step
 
     def update(self) -> None:
         settings, accelerator = self.settings, self.accelerator
-        learning_rate = settings.learning_rate * rate(self.step, settings)
+        share_of_peak, done = rate(self.step, settings), self.step / settings.steps
         for each in self.inner.param_groups:
-            each["lr"] = learning_rate
-        self.rules.before_step(self.step / settings.steps)
-        self.model.train()
+            each["lr"] = each.setdefault("initial_lr", each["lr"]) * share_of_peak
+        self.rules.before_step(done)
+        prepare_modes(self.model)
         group = self._group()
         labels = [self.objective.labels(self.batches[index]) for index in group]
         mine = range(accelerator.process_index, len(group), accelerator.num_processes)
@@ -291,7 +394,8 @@ class _Loop:
             with nullcontext() if last or accelerator.num_processes == 1 else accelerator.no_sync(self.called):
                 with accelerator.autocast():
                     loss = self.objective(self.called, batch)
-                    penalty = self.rules.penalty(mask_of(batch, loss.device))
+                    penalty = self.rules.penalty(mask_of(batch, loss.device), batch, self.output)
+                self.output = None
                 self._check_finite("loss", loss, group[place])
                 share = labels[place] / sum(labels)
                 objective = loss * (share * accelerator.num_processes)
@@ -301,8 +405,10 @@ class _Loop:
                     objective = objective + penalty.to(loss.device) / len(mine)
                     total_penalty, penalised = total_penalty + float(penalty.detach()) / len(mine), True
                 accelerator.backward(objective)
+        accelerator.unscale_gradients(self.optimizer)
+        self.rules.after_backward(done)
         bound = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
-        norm = accelerator.clip_grad_norm_(self.parameters, bound)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, bound)
         if settings.mixed_precision != "fp16":  # there the scaler skips such steps
             self._check_finite("gradient", norm)
         self.optimizer.step()
@@ -313,11 +419,14 @@ class _Loop:
             sums = accelerator.reduce(torch.tensor([total_loss, total_penalty], device=norm.device), "sum")
             total_loss, total_penalty = float(sums[0]), float(sums[1]) / accelerator.num_processes
         penalties = total_penalty if penalised else None
+        learning_rate = settings.learning_rate * share_of_peak
         self.history.append(TrainingStep(self.step, total_loss, penalties, learning_rate, float(norm)))
 
     def _group(self) -> list[int]:
-        """Indices of the batches of this step, those of all processes."""
+        """Numbers of the batches of this step, those of all processes."""
         size = self.settings.gradient_accumulation * self.settings.processes
+        if isinstance(self.batches, Stream):
+            return list(range(self.step * size, (self.step + 1) * size))
         per_epoch = steps_per_epoch(len(self.batches), size, self.settings.processes)
         epoch, place = divmod(self.step, per_epoch)
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
@@ -345,29 +454,34 @@ class _Loop:
         due = self.step % settings.evaluate_every == 0 or self.step == settings.steps
         if not due or (self.history and self.history[-1].validation is not None):
             return
-        loss = self.validation_loss()
+        reports = self.rules.report() if self.step else {}
+        loss, score = self.measured()
         if self.step == 0:
-            self.history.append(TrainingStep(0, validation=loss))
+            self.history.append(TrainingStep(0, validation=loss, score=score))
             return
-        self.history[-1] = TrainingStep(**{**asdict(self.history[-1]), "validation": loss})
-        if self.best is None or loss < self.best[0]:
+        self.history[-1] = replace(self.history[-1], validation=loss, score=score, reports=reports or None)
+        number = loss if score is None else score
+        lower = self.score is None or self.score.better == "lower"
+        if self.best is None or (number < self.best.score if lower else number > self.best.score):
             copies = {name: tensor.detach().cpu().clone() for name, tensor in _tensors(self.model).items()}
-            self.best = (loss, self.step, copies)
+            self.best = _Best(number, loss, self.step, copies)
         self.save()
 
-    def validation_loss(self) -> float:
-        """Nats per label on the validation split, of the weights as they are."""
+    def measured(self) -> tuple[float, float | None]:
+        """Nats per label on the validation split, of the weights as they are; and the score if there is one."""
         # With numbers of its own, the same each time: whether a step is measured does not change what is trained.
         own = own_random_numbers(self.parameters[0].device, self.settings.seed)
         with own, evaluating(self.model), self.accelerator.autocast():
             counts = [self.objective.labels(batch) for batch in self.validation]
             losses = [float(self.objective(self.model, batch)) for batch in self.validation]
+            score = None if self.score is None else float(self.score.measure(self.model, self.validation))
         loss = math.fsum(count * each for count, each in zip(counts, losses, strict=True)) / sum(counts)
-        if not math.isfinite(loss):
-            raise NonFiniteError(
-                f"training: the validation loss after step {self.step} is {loss}; lower learning_rate."
-            )
-        return loss
+        for name, number in (("loss", loss), ("score", score)):
+            if number is not None and not math.isfinite(number):
+                raise NonFiniteError(
+                    f"training: the validation {name} after step {self.step} is {number}; lower learning_rate."
+                )
+        return loss, score
 
     def save(self) -> None:
         """Write the state to `out.training`, whole or not at all."""
@@ -380,11 +494,9 @@ class _Loop:
             "data": fingerprints(self.batches, self.validation),
             "step": self.step,
             "history": [asdict(step) for step in self.history],
-            "best": None
-            if self.best is None
-            else {"loss": self.best[0], "step": self.best[1], "tensors": self.best[2]},
+            "best": None if self.best is None else vars(self.best),
             "model": _tensors(self.model),
-            "optimizer": self._moments(),
+            "optimizer": optimizer_state(self.inner, self._names()),
             "running": self.rules.state_dict(),
             "random": random_state(self.parameters[0].device),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -407,24 +519,17 @@ class _Loop:
                 )
         tensors = _tensors(self.model)
         _fill(tensors, values["model"], self.folder)
-        names = {id(tensor): name for name, tensor in tensors.items()}
-        for parameter in self.parameters:
-            moments = values["optimizer"].get(names[id(parameter)])
-            if moments is not None:
-                self.inner.state[parameter] = {
-                    key: value.to(parameter.device if value.dim() else "cpu") for key, value in moments.items()
-                }
+        restore_optimizer(self.inner, values["optimizer"], self._names())
         self.rules.load_state_dict(values["running"])
         self.step, best = values["step"], values["best"]
         self.history = [TrainingStep(**step) for step in values["history"]]
-        self.best = None if best is None else (best["loss"], best["step"], best["tensors"])
+        self.best = None if best is None else _Best(**best)
         if values["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(values["scaler"])  # type: ignore[union-attr]
         set_random_state(values["random"], self.parameters[0].device)
 
-    def _moments(self) -> dict[str, dict[str, Tensor]]:
-        names = {id(tensor): name for name, tensor in _tensors(self.model).items()}
-        return {names[id(parameter)]: dict(state) for parameter, state in self.inner.state.items() if state}
+    def _names(self) -> dict[int, str]:
+        return {id(tensor): name for name, tensor in _tensors(self.model).items()}
 
     def unwrap(self) -> None:
         """Undo what accelerate did to the model for several processes."""
@@ -436,13 +541,12 @@ class _Loop:
         """The result, with the weights that are to be kept in the model; seconds: not known here."""
         assert self.best is not None
         last = self.history[-1].validation
-        loss, step, copies = self.best
         if keep == "best":
-            _fill(_tensors(self.model), copies, self.folder)
-        validation = loss if keep == "best" else last
+            _fill(_tensors(self.model), self.best.tensors, self.folder)
+        validation = self.best.loss if keep == "best" else last
         assert validation is not None
         size = sum(parameter.numel() for parameter in self.parameters)
-        return Trained(self.model, tuple(self.history), step, keep, validation, size, 0.0, self.folder)
+        return Trained(self.model, tuple(self.history), self.best.step, keep, validation, size, 0.0, self.folder)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

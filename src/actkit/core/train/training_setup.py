@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.forward.hooks import check_batch
+from actkit.core.forward.stream import Stream
 from actkit.core.ground import whole_folder
 from actkit.core.ground.errors import CheckpointError, DataError
+from actkit.core.ground.fingerprint import fingerprint
 from actkit.core.recipe.stage import Precision, Schedule
 from actkit.core.store import checkpoint
 
@@ -29,7 +31,7 @@ STATE, RECORD = ".training", "training.json"  # suffix of the state's folder; th
 
 @dataclass(frozen=True)
 class Settings:
-    """What must be the same when a training is resumed."""
+    """What must be the same when a training is resumed; `train` says what each is. batches: 0 for a stream."""
 
     steps: int
     learning_rate: float
@@ -44,13 +46,19 @@ class Settings:
     processes: int
     batches: int
     validation_batches: int
+    optimizer: Any = "adamw"
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
+    trainable: Any = None
+    score: Any = None
 
 
 def checked(settings: Settings, evaluate_every: int | None) -> Settings:
     """The settings, checked."""
     every = max(1, settings.steps // 10) if evaluate_every is None else evaluate_every
     norm = settings.max_grad_norm
+    rates = settings.learning_rates
     bounds: dict[str, tuple[Any, bool, str]] = {
+        "learning_rates": (rates, all(each > 0 for each in rates.values()), "numbers above 0, by patterns of names"),
         "learning_rate": (settings.learning_rate, settings.learning_rate > 0, "a number above 0"),
         "gradient_accumulation": (settings.gradient_accumulation, settings.gradient_accumulation >= 1, "1 or more"),
         "warmup": (settings.warmup, 0 <= settings.warmup < 1, "a share of the steps, 0 to below 1"),
@@ -67,12 +75,24 @@ def checked(settings: Settings, evaluate_every: int | None) -> Settings:
 
 
 def count_steps(steps: int | None, epochs: int | None, batches: int, size: int) -> int:
-    """Optimizer steps of a training that was given in steps or in epochs. Raises ValueError."""
+    """The optimizer steps of a training that was given in steps or in epochs.
+
+    Args:
+        steps: as it was given.
+        epochs: passes over the data.
+        batches: of a pass; 0 for a stream, which has no end.
+        size: batches of a step.
+
+    Raises:
+        ValueError: both or none are given, epochs of a stream, or a number that is not allowed.
+    """
     if (steps is None) == (epochs is None):
         raise ValueError(f"steps, epochs: {steps} and {epochs} were given; give one of the two.")
     given: Any = epochs if steps is None else steps
     if given < 1 or given != int(given):
         raise ValueError(f"{'epochs' if steps is None else 'steps'}: {given} was given, allowed is 1 or more, whole.")
+    if epochs is not None and not batches:
+        raise ValueError(f"epochs: {epochs} was given for a stream, which has no end; give steps.")
     return given if epochs is None else given * max(1, -(-batches // max(1, size)))
 
 
@@ -95,20 +115,27 @@ def rate(step: int, settings: Settings) -> float:
     return falling[settings.schedule]
 
 
-def sequences(model: nn.Module, batches: Any, validation: Any) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Training and validation batches as sequences, checked."""
+def sequences(model: nn.Module, batches: Any, validation: Any) -> tuple[Sequence[Any] | Stream, Sequence[Any]]:
+    """Training and validation batches as sequences; training batches may be a stream.
+
+    Raises:
+        DataError: no validation, no batch, a batch that the model cannot be called with, or the training data again.
+    """
     if validation is None:
         raise DataError(
             "validation: none was given; without data that is not trained on nobody sees when the model gets worse. "
             "Pass some batches."
         )
-    found = []
+    if isinstance(validation, Stream):
+        raise DataError(f"validation: {validation} has no end; give some of its batches: stream.take(8).")
+    found: list[Any] = []
     for name, given in (("batches", batches), ("validation", validation)):
         sequence = [given] if isinstance(given, Mapping | Tensor) else given
-        sequence = sequence if isinstance(sequence, Sequence) else list(sequence)
-        if not len(sequence):
+        if not isinstance(sequence, Sequence | Stream):
+            sequence = list(sequence)
+        if not isinstance(sequence, Stream) and not len(sequence):
             raise DataError(f"{name}: 0 batches were given; give at least one.")
-        for batch in sequence:
+        for batch in sequence.take(1) if isinstance(sequence, Stream) else sequence:
             if isinstance(batch, Mapping) and "input_ids" in batch:  # a loss of one's own takes any batch
                 check_batch(model, batch, name)
         found.append(sequence)
@@ -119,8 +146,25 @@ def sequences(model: nn.Module, batches: Any, validation: Any) -> tuple[Sequence
 
 
 def fingerprints(*data: Any) -> list[str | None]:
-    """The fingerprint of each data set, None where it has none."""
-    return [getattr(batches, "fingerprint", None) for batches in data]
+    """The fingerprint of each data set; None if it has none. That of a stream is of its first two batches."""
+    return [
+        fingerprint(each.take(2)) if isinstance(each, Stream) else getattr(each, "fingerprint", None) for each in data
+    ]
+
+
+def prepare_modes(model: nn.Module) -> None:
+    """Put a model in training mode, but leave frozen batch norms in evaluation mode, so that their statistics stay.
+
+    A batch norm is frozen if none of its parameters trains; one without parameters, if none of the module around it
+    does.
+    """
+    model.train()
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            around = model.get_submodule(path.rpartition(".")[0])
+            deciding = list(module.parameters()) or list(around.parameters())
+            if deciding and not any(parameter.requires_grad for parameter in deciding):
+                module.eval()
 
 
 def state_folder(folder: Path) -> Path:
