@@ -499,7 +499,7 @@ def train(
         typer.Option("--rate", metavar="NAMES=RATE", help="Another peak for some: '*norm*=1e-3'. Repeatable."),
     ] = None,
     score: Annotated[
-        str | None, typer.Option(help="Judges the best step: 'accuracy:better=higher'. Default: the loss.")
+        str | None, typer.Option(metavar="METRIC", help="Judges the best step: accuracy:better=higher. Default: loss.")
     ] = None,
     accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimizer step.")] = 1,
     sequences: Sequences = None,
