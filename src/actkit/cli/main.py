@@ -6,13 +6,9 @@ process prints.
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -32,6 +28,7 @@ from actkit.cli.options import (
     Sequences,
     Threads,
 )
+from actkit.cli.terminal import alone, is_expected, note, print_error, print_result, prints, set_up, together
 
 app = typer.Typer(
     name="actkit",
@@ -47,90 +44,10 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        if not _expected(error):
+        if not is_expected(error):
             raise
-        _print_error(f"error: {error}")
+        print_error(f"error: {error}")
         sys.exit(1)
-
-
-def _expected(error: Exception) -> bool:
-    """Whether the text of the error tells the user what to do; anything else is a bug and shows its traceback."""
-    from actkit.core.ground.errors import ActkitError
-
-    missing_extra = isinstance(error, ImportError) and "pip install" in str(error)
-    refused = (
-        isinstance(error, ValueError | TypeError) and (type(error).__module__ + _raised_in(error)).find("actkit") >= 0
-    )
-    return isinstance(error, ActkitError) or missing_extra or refused
-
-
-def _raised_in(error: Exception) -> str:
-    """The module whose code raised the error."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
-
-
-def _print_error(text: str) -> None:
-    if not _first():  # an error of another process reaches the first one too, and is printed there
-        return
-    from rich.console import Console
-
-    Console(stderr=True, highlight=False).print(text, markup=False)
-
-
-def _first() -> bool:
-    """Whether this process prints: the only one, or the first of those that torchrun started."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
-
-
-@contextmanager
-def _together() -> Iterator[None]:
-    """Run several processes as one, if torchrun started them."""
-    from actkit.core.ground.processes import together
-
-    with together():
-        yield
-
-
-def _alone(verb: str) -> None:
-    from actkit.core.ground.processes import refuse
-
-    refuse(verb, f"run it without torchrun: actkit {verb} ...")
-
-
-def _set_up(threads: int | None = None, seed: int = 0) -> None:
-    """Threads and seeds of torch; transformers' own bars would stand between ours."""
-    import torch
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-
-
-def _show(result: Any, as_json: bool) -> None:
-    """A result's table on the terminal, or its dictionary as JSON."""
-    if not _first():
-        return
-    if as_json:
-        typer.echo(json.dumps(result if isinstance(result, dict | list) else result.to_dict(), indent=2, default=str))
-        return
-    from rich.console import Console
-
-    Console(highlight=False).print(result.table())
-
-
-def _note(text: str) -> None:
-    """A line for people, on standard error, so that standard output stays what was asked for."""
-    if not _first():
-        return
-    from rich.console import Console
-
-    Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -151,12 +68,12 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Show what the activations look like, and which methods that suggests."""
-    _set_up(threads, seed)
+    set_up(threads, seed)
     from actkit import verbs
 
     if figure is not None and figure.exists() and not overwrite:
         raise ValueError(f"figure: {figure} exists already; choose another file, or pass --overwrite.")
-    with _together():
+    with together():
         result = verbs.profile(
             model,
             data,
@@ -169,10 +86,10 @@ def profile(
             seed=seed,
             trust_remote_code=trust_remote_code,
         )
-    _show(result, as_json)
-    if figure is not None and _first():
+    print_result(result, as_json)
+    if figure is not None and prints():
         result.figure().write_html(figure)
-        _note(f"pictures: {figure}")
+        note(f"pictures: {figure}")
 
 
 @app.command()
@@ -209,8 +126,8 @@ def optimize(
     as_json: Json = False,
 ) -> None:
     """Search for a cheaper model that is as good: measured, proved, saved, or refused with the reasons."""
-    _alone("optimize")
-    _set_up(threads, seed)
+    alone("optimize")
+    set_up(threads, seed)
     import actkit
 
     try:
@@ -234,13 +151,13 @@ def optimize(
             overwrite=overwrite,
         )
     except KeyboardInterrupt:
-        _note(f"stopped. What was measured is in {out / 'journal.jsonl'}; go on with the same command and --resume.")
+        note(f"stopped. What was measured is in {out / 'journal.jsonl'}; go on with the same command and --resume.")
         raise typer.Exit(130) from None
-    _show(result, as_json)
+    print_result(result, as_json)
     if not as_json:
         from actkit.search.closing import in_short
 
-        _note(in_short(result, out))
+        note(in_short(result, out))
 
 
 @app.command()
@@ -276,11 +193,11 @@ def apply(
     as_json: Json = False,
 ) -> None:
     """Apply a recipe, save the changed model and prove that it loads as it was."""
-    _set_up(threads, seed)
+    set_up(threads, seed)
     from actkit import verbs
 
     try:
-        with _together():
+        with together():
             result = verbs.apply_and_save(
                 model,
                 recipe,
@@ -298,16 +215,16 @@ def apply(
                 seed=seed,
                 trust_remote_code=trust_remote_code,
                 overwrite=overwrite,
-                announce=None if as_json else _note,
+                announce=None if as_json else note,
             )
     except KeyboardInterrupt:
         from actkit.core.train.staged_run import state_of
 
         if not state_of(out).is_dir():  # nothing to go on with
             raise
-        _note(f"stopped. The state is kept in {state_of(out)}; go on with the same command and --resume.")
+        note(f"stopped. The state is kept in {state_of(out)}; go on with the same command and --resume.")
         raise typer.Exit(130) from None
-    _show(result, as_json)
+    print_result(result, as_json)
 
 
 @app.command()
@@ -334,10 +251,10 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure quality, cost, and with --speed also speed and memory, with intervals."""
-    _set_up(threads, seed)
+    set_up(threads, seed)
     from actkit import verbs
 
-    with _together():
+    with together():
         result = verbs.evaluate(
             model,
             data,
@@ -356,7 +273,7 @@ def evaluate(
             seed=seed,
             trust_remote_code=trust_remote_code,
         )
-    _show(result, as_json)
+    print_result(result, as_json)
 
 
 @app.command()
@@ -377,14 +294,14 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Write text with a language model, as it comes."""
-    _alone("generate")
-    _set_up(threads, seed)
+    alone("generate")
+    set_up(threads, seed)
     from actkit import verbs
     from actkit.core.ground.compiling import compiling
     from actkit.core.measure.sampling import Sampling
 
     engine: list[str] = []
-    with compiling(lambda: _note("compiling the kernels for these weights, once on this machine: about a minute")):
+    with compiling(lambda: note("compiling the kernels for these weights, once on this machine: about a minute")):
         pieces = verbs.generate(
             model,
             prompt,
@@ -398,9 +315,9 @@ def generate(
             announce=engine.append,
         )
         if as_json:
-            _show({"prompt": prompt, "text": "".join(pieces), "engine": engine[0]}, True)
+            print_result({"prompt": prompt, "text": "".join(pieces), "engine": engine[0]}, True)
             return
-        _note(f"engine: {engine[0]}")
+        note(f"engine: {engine[0]}")
         for piece in pieces:
             typer.echo(piece, nl=False)
         typer.echo()
@@ -416,11 +333,11 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show what a model is: its parts, its coverage, and what actkit changed on it."""
-    _alone("show")
-    _set_up()
+    alone("show")
+    set_up()
     from actkit import verbs
 
-    _show(verbs.show(model, data, device=device, dtype=dtype, trust_remote_code=trust_remote_code), as_json)
+    print_result(verbs.show(model, data, device=device, dtype=dtype, trust_remote_code=trust_remote_code), as_json)
 
 
 @app.command()
@@ -447,7 +364,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a quantized model so that others load it without actkit; say what the format could not hold."""
-    _set_up(threads, seed)
+    set_up(threads, seed)
     import actkit
 
     result = actkit.export(
@@ -466,7 +383,7 @@ def export(
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
     )
-    _show(result, as_json)
+    print_result(result, as_json)
 
 
 def _rate(text: str) -> tuple[str, float]:
@@ -515,7 +432,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Fine-tune a model, under training rules if any. Keeps the least validation loss, or what the rules ask for."""
-    _set_up(threads, seed)
+    set_up(threads, seed)
     from actkit import verbs
 
     try:
@@ -542,9 +459,9 @@ def train(
             overwrite=overwrite,
         )
     except KeyboardInterrupt:
-        _note(f"stopped. The state is kept in {out}; go on with the same command and --resume.")
+        note(f"stopped. The state is kept in {out}; go on with the same command and --resume.")
         raise typer.Exit(130) from None
-    _show(result, as_json)
+    print_result(result, as_json)
 
 
 @app.command()
@@ -566,7 +483,7 @@ def papers(
         else catalogue.papers(family=family, kind=kind, status=status, year=year, text=text)
     )
     if as_json:
-        _show([entry.to_dict() for entry in found], True)
+        print_result([entry.to_dict() for entry in found], True)
         return
     from rich.console import Console
 
@@ -587,12 +504,12 @@ def reproduce(
     as_json: Json = False,
 ) -> None:
     """Run a paper's claims as experiments: what it says, what it measures here, and whether that holds."""
-    _alone("reproduce")
-    _set_up(threads)
+    alone("reproduce")
+    set_up(threads)
     import actkit
 
     outcome = actkit.reproduce(slug, subject=subject, record=record)
-    _show(outcome, as_json)
+    print_result(outcome, as_json)
 
 
 if __name__ == "__main__":

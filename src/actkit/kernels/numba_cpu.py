@@ -26,7 +26,8 @@ from torch import Tensor
 
 from actkit.kernels.packing import COLUMNS, WIDEST_TILE
 from actkit.kernels.process import LOCK, compiled, follow_torch_threads
-from actkit.kernels.vectors import add_rows, prefetch_once, row_offsets, row_values, rows_at_once
+from actkit.kernels.vector_products import add_rows
+from actkit.kernels.vectors import prefetch_once, row_offsets, row_values, rows_at_once
 
 NOTHING = np.empty(0, np.float32)
 AHEAD = 256  # bytes of each row that are asked for early; the processor's own prefetchers do the rest

@@ -24,7 +24,8 @@ from torch import Tensor
 from actkit.kernels.numba_cpu import array, as_stored, batched, cut_of, run_of, select, widen
 from actkit.kernels.process import LOCK, compiled, follow_torch_threads
 from actkit.kernels.quantized import BLOCK, Layout, QuantizedWeight
-from actkit.kernels.vectors import add_codes, add_scaled_rows, prefetch_ahead, row_offsets, row_values, rows_at_once
+from actkit.kernels.vector_products import add_codes, add_scaled_rows
+from actkit.kernels.vectors import prefetch_ahead, row_offsets, row_values, rows_at_once
 
 LINE = 64
 PARTS = 16  # of the inputs, over threads

@@ -18,7 +18,8 @@ from actkit.kernels.packing import COLUMNS
 from actkit.kernels.process import LOCK, compiled, follow_torch_threads
 from actkit.kernels.quantized import BLOCK
 from actkit.kernels.quantized_rows import RowLayout
-from actkit.kernels.vectors import add_rows, dot_codes, dot_rows, prefetch_once, row_offsets, row_values, rows_at_once
+from actkit.kernels.vector_products import add_rows, dot_codes, dot_rows
+from actkit.kernels.vectors import prefetch_once, row_offsets, row_values, rows_at_once
 
 TOGETHER = 4
 PARTS = 16  # of the list, over threads
