@@ -184,7 +184,7 @@ class ReleaseHistogram(Statistic):
             p: the share of values below it.
 
         Returns:
-            The threshold: 0 for the bin around zero, and at most just above 1, however large the values are.
+            The threshold, 0 for the bin around zero, and at most just above 1, however large the values are.
         """
         self._needs_rows()
         cumulative = self._bins.cumsum(0) / self._bins.sum()
