@@ -24,6 +24,7 @@ OUTSIDE = {
         "on_train_begin",
         "on_train_end",
         "on_step_begin",
+        "on_pre_optimizer_step",
         "on_optimizer_step",
         "on_epoch_end",
         "on_save",
