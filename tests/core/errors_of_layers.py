@@ -7,6 +7,8 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from tiny_models import build
 from torch import nn
 
+from actkit.core.layers.activation_function import ActivationFunction
+from actkit.core.layers.activations import Activation
 from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.layers.selections import Threshold
 from actkit.core.model.anatomy import anatomy
@@ -32,6 +34,17 @@ proof(lambda p: ActLinear.of(torch.nn.utils.parametrizations.weight_norm(torch.n
 
 
 proof(lambda p: torch.relu(ActLinear.of(torch.nn.Linear(2, 2), select=Threshold(0.5)).weight))
+
+
+proof(lambda p: ActivationFunction(name="mine", function=torch.tanh))
+
+
+proof(
+    lambda p: ActivationFunction(name="mine", function=torch.tanh, derivative=torch.tanh, limits=(-1.0, 1.0), pieces=())
+)
+
+
+proof(lambda p: Activation("softmax"))
 
 
 proof(lambda p: LowRank(torch.ones(2, 3), torch.ones(2, 3)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from actkit.core.ground.errors import CoverageError
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.selections import Threshold
 from actkit.core.model.anatomy import Chain, Site, anatomy, equalization_sets, read_tap
+from actkit.core.model.tracing import trace
 
 
 def chains(model: nn.Module, example: object) -> set[tuple[str, str, str]]:
@@ -105,6 +108,41 @@ class Opaque(nn.Module):
 def test_an_activation_class_is_one_nonlinearity(activation: nn.Module) -> None:
     model = nn.Sequential(nn.Linear(4, 4), activation, nn.Linear(4, 4))
     assert chains(model, torch.randn(2, 4)) == {("0", "1", "2")}
+
+
+class Squared(nn.Module):
+    """A bump made of products and sums alone: only its class says that it is an activation."""
+
+    mixes: ClassVar[tuple[str, ...]] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x + x
+
+
+class Plain(nn.Module):
+    """The same, of which its class says nothing."""
+
+    forward = Squared.forward
+
+
+def test_a_class_that_says_what_it_mixes_is_a_nonlinearity_whatever_it_calls() -> None:
+    for inner, chains in ((Squared(), (("0", "1", "2"),)), (Plain(), ())):
+        assert trace(nn.Sequential(nn.Linear(3, 4), inner, nn.Linear(4, 2)), torch.ones(2, 3)).chains == chains
+    inside = nn.Sequential(nn.Linear(3, 4), Holder(), nn.Linear(4, 2))
+    assert trace(inside, torch.ones(2, 3)).chains == (("0", "1", "2"),)
+
+
+class Holder(nn.Module):
+    """An activation module of one's own that uses another and a function."""
+
+    mixes: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Squared()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).relu()
 
 
 def test_one_module_called_twice_is_two_nonlinearities() -> None:

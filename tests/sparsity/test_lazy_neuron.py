@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from actkit.core.forward.hooks import evaluating, first_tensor, forward
 from actkit.core.ground.errors import RecipeError
-from actkit.core.layers.activations import Activation, is_activation
+from actkit.core.layers.activations import Activation, is_activation, mixes_of
 from actkit.core.layers.folding import ScaledActivation
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.recipe import Recipe
@@ -111,7 +111,7 @@ def test_spec_and_traits() -> None:
     again = TopKActivation.from_spec(layer.spec(), nn.SiLU())
     x = torch.randn(4, 10)
     assert torch.equal(layer(x), again(x)) and again.spec() == {"k": 0.5, "by": "abs"}
-    assert is_activation(layer) and not TopKActivation.elementwise
+    assert is_activation(layer) and mixes_of(layer) == ("channels",)
 
 
 # -- the transform -----------------------------------------------------------------------------------------------------

@@ -15,7 +15,13 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from actkit.core.ground import registry
-from actkit.core.layers.activations import FUNCTIONS, Activation, Thresholded
+from actkit.core.layers.activations import (
+    Activation,
+    Thresholded,
+    activation_function,
+    function_names,
+    says_what_it_mixes,
+)
 from actkit.core.layers.conv import ActConv
 from actkit.core.layers.folding import ScaledActivation
 from actkit.core.layers.linear import ActLinear, LowRank
@@ -138,6 +144,7 @@ def memory() -> nn.Module:
     return learned
 
 
+FUNCTIONS = [name for name in function_names() if activation_function(name).elementwise]
 # registered name -> its instances
 LAYERS: dict[str, dict[str, Made]] = {
     "act_linear": {
@@ -202,7 +209,7 @@ def test_layers_pass(name: str) -> None:
     assert [check.name for check in checks] == list(CHECKS)
     left = {check.name for check in checks if check.outcome != "holds"}
     layer = made.make()
-    says = getattr(layer, "elementwise", False) or getattr(layer, "gives_zeros", False)
+    says = says_what_it_mixes(layer) or getattr(layer, "gives_zeros", False)
     assert left == (set() if says else {"what its class says is true"}) | (set() if asked else COMPILING)
 
 
@@ -421,7 +428,7 @@ class Branches(Scale):
         (Flattens, r"the shapes are as promised: \(6, 16\) for \(2, 3, 16\), \(2, 3, 16\) was promised"),
         (NeedsRows, "the shapes are as promised: IndexError"),
         (MixesRows, r"the shapes are as promised: the output for \(16,\) differs by"),
-        (OnlySaysElementwise, "what its class says is true: elementwise: the output for reordered inputs differs"),
+        (OnlySaysElementwise, "what its class says is true: element-wise: the output for reordered inputs differs"),
         (OnlySaysZeros, "what its class says is true: gives_zeros: no output is 0"),
         (Widens, r"the dtype is kept: the output is torch.float32 in a torch.bfloat16 layer"),
         (Overflows, "the dtype is kept: the output holds NaN or Inf in a torch.bfloat16 layer"),

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 import actkit.testing
-from actkit.testing import analyses, layers, own_models, rules, runtimes, transforms
+from actkit.testing import analyses, functions, layers, own_models, rules, runtimes, transforms
 
 ROOT = Path(__file__).parents[2]
 TESTERS = {
     "check_transform": transforms,
     "check_layer": layers,
+    "check_function": functions,
     "check_analysis": analyses,
     "check_rule": rules,
     "check_runtime": runtimes,

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from actkit_clip import Clip, Clipped, ClippedClassifier, ClippedDecoder, LimitPenalty, headroom
+from actkit_clip import SQUAREPLUS, Clip, Clipped, ClippedClassifier, ClippedDecoder, LimitPenalty, headroom
 from torch import nn
 
 from actkit.core.recipe.runner import apply
 from actkit.testing import (
     check_analysis,
+    check_function,
     check_layer,
     check_model,
     check_rule,
@@ -34,6 +35,11 @@ def test_the_layer_keeps_what_every_layer_promises():
         export=True,
     )
     assert {check.outcome for check in checks} == {"holds"}
+
+
+def test_the_record_of_the_function_is_true():
+    left = {check.name for check in check_function(SQUAREPLUS) if check.outcome != "holds"}
+    assert left == {"what breaks is right"}  # nothing does
 
 
 def test_the_analysis_keeps_what_every_analysis_promises():

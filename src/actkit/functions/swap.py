@@ -25,7 +25,14 @@ from actkit.core.forward.hooks import evaluating, forward, hooked
 from actkit.core.ground import registry
 from actkit.core.ground.errors import EditError, RecipeError
 from actkit.core.ground.yaml_files import explain
-from actkit.core.layers.activations import CONFIG_NAMES, FUNCTIONS, Activation, is_activation, name_of
+from actkit.core.layers.activations import (
+    Activation,
+    activation_function,
+    function_names,
+    is_activation,
+    name_of,
+    without_inner,
+)
 from actkit.core.model.anatomy import Block, Linear
 from actkit.core.model.experts import ExpertList
 from actkit.core.recipe.runner import Applied, apply
@@ -41,15 +48,18 @@ New = str | Callable[[], nn.Module]
 class Swap(Transform):
     """Replace activation functions.
 
-    where: which, each entry the name of a function ('silu', or what transformers calls it), the path of a module, or a
-    pattern of paths ('model.layers.[0-3].*'; patterns match activation functions only). new: the name of a function
-    (`core.layers.activations.FUNCTIONS`), the registered name of a module that is made without arguments, or
-    {"module": registered name, "spec": its JSON arguments}. A module that stands at several paths gets one successor;
-    where it has parameters, which then are tied, it is refused. What stands inside another activation (the function
-    under a threshold) goes with it and matches nothing by itself. A norm, dropout, pooling or any other module of torch
-    or transformers that is no activation function is refused; one of a class of your own, named by its path or class,
-    is taken at your word, with a note. Where learned parameters come to be shared, because the model calls one module
-    more than once, a note says so.
+    A module that stands at several paths gets one successor; if it has parameters, which then are tied, it is refused.
+    What stands inside another activation (the function under a threshold) goes with it and matches nothing by itself.
+
+    A norm, dropout, pooling or any other module of torch or transformers that is no activation function is refused; one
+    of a class of your own, named by its path or class, is taken at your word, with a note. If learned parameters come
+    to be shared, because the model calls one module more than once, a note says so.
+
+    Attributes:
+        where: which; each entry is the name of a function ('silu', or what transformers calls it), the path of a
+            module, or a pattern of paths ('model.layers.[0-3].*'; patterns match activation functions only).
+        new: the name of an element-wise function (entry-point group `actkit.functions`), the registered name of a
+            module that is made without arguments, or {"module": registered name, "spec": its JSON arguments}.
     """
 
     where: tuple[str, ...]
@@ -78,11 +88,13 @@ class Swap(Transform):
     def _known(cls, new: str | dict[str, Any]) -> str | dict[str, Any]:
         if isinstance(new, dict) and set(new) != {"module", "spec"}:
             raise ValueError("give a module as {'module': registered name, 'spec': its arguments}")
-        if isinstance(new, dict) or new not in FUNCTIONS:
+        if isinstance(new, str) and new in function_names():
+            Activation(new)  # raises what is wrong with it
+        else:
             try:
                 registry.module_class(new if isinstance(new, str) else new["module"])
             except ValueError as error:
-                raise ValueError(f"it is none of the functions {', '.join(FUNCTIONS)}, and {error}") from error
+                raise ValueError(f"it is none of the functions {', '.join(function_names())}, and {error}") from error
         return new
 
     @classmethod
@@ -178,13 +190,13 @@ class Swap(Transform):
         elif isinstance(self.new, dict):
             new = registry.module_class(self.new["module"]).from_spec(self.new["spec"], old)
         else:
-            new = Activation(self.new) if self.new in FUNCTIONS else registry.module_class(self.new)()
+            new = Activation(self.new) if self.new in function_names() else registry.module_class(self.new)()
         return new
 
     def _chosen(self, model: nn.Module) -> dict[str, nn.Module]:
         found: dict[str, nn.Module] = {}
         for entry in self.where:
-            matches = {path: module for path, module in _outermost(model) if _matches(entry, path, module)}
+            matches = {path: module for path, module in without_inner(model) if _matches(entry, path, module)}
             if not matches:
                 raise EditError(f"where: {entry!r} matches no activation function; {_listed(model)}.")
             found |= matches
@@ -201,10 +213,10 @@ class Swap(Transform):
             value = getattr(config, key, None)
             if not isinstance(value, str) or value not in ACT2FN:
                 continue
-            named = {path for path, module in _outermost(model) if _matches(value, path, module)}
+            named = {path for path, module in without_inner(model) if _matches(value, path, module)}
             if not named & chosen:
                 continue
-            name = CONFIG_NAMES.get(self.new) if isinstance(self.new, str) else None
+            name = _config_name(self.new)
             if named <= chosen and name is not None:
                 yield Configure(key, name)
             elif named <= chosen:
@@ -237,6 +249,11 @@ def _checked(cls: type[Swap], **settings: Any) -> Any:
         raise RecipeError(f"swap: {explain(error, cls)}") from error
 
 
+def _config_name(new: str | dict[str, Any]) -> str | None:
+    """What transformers calls the new function; None if it has no name for it."""
+    return activation_function(new).config_name if isinstance(new, str) and new in function_names() else None
+
+
 def _is_something_else(module: nn.Module) -> bool:
     """Whether a module is known to be no activation function; that of an unknown class may be one."""
     kind = type(module)
@@ -267,18 +284,6 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return model.named_modules(remove_duplicate=False)
 
 
-def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`_modules` without those inside an activation, such as the function under a threshold that was set for it."""
-    inside: set[str] = set()
-    for path, module in _modules(model):
-        if path.rpartition(".")[0] in inside:
-            inside.add(path)
-            continue
-        if is_activation(module):
-            inside.add(path)
-        yield path, module
-
-
 def _paths_of(module: nn.Module, path: str, model: nn.Module) -> list[str]:
     """Where a module that was at `path` stands now. Raises EditError where it stands nowhere."""
     now = dict(_modules(model))
@@ -299,7 +304,7 @@ def _matches(entry: str, path: str, module: nn.Module) -> bool:
         return True
     if not is_activation(module):
         return False
-    if entry in FUNCTIONS:
+    if entry in function_names():
         return name_of(module) == entry
     if entry in ACT2FN:
         theirs = ACT2FN[entry]
@@ -311,7 +316,7 @@ def _matches(entry: str, path: str, module: nn.Module) -> bool:
 def _listed(model: nn.Module) -> str:
     """What could have been named."""
     names: dict[str, str] = {}
-    for path, module in _outermost(model):
+    for path, module in without_inner(model):
         if is_activation(module):
             names.setdefault(name_of(module) or type(module).__name__, path)
     found = ", ".join(f"{name} (first at {path})" for name, path in names.items())

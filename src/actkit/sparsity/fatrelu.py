@@ -28,8 +28,10 @@ from torch.nn import functional as F
 from actkit.core.edit.edits import Edit, Note, Replace, Skip, get_module, temporarily
 from actkit.core.ground.errors import RecipeError, UnsupportedModelError
 from actkit.core.ground.progress import track
+from actkit.core.layers.activation_function import ActivationFunction, Axis
 from actkit.core.layers.activations import Thresholded, name_of
 from actkit.core.layers.folding import ScaledActivation
+from actkit.core.layers.known_functions import shifted_relu
 from actkit.core.measure.quality import measure_quality, task_of
 from actkit.core.model.anatomy import Block, Linear, anatomy
 from actkit.core.recipe.seen import Seen
@@ -56,7 +58,7 @@ class ShiftedRelu(nn.Module):
         ValueError: the shift is not finite.
     """
 
-    elementwise: ClassVar[bool] = True
+    mixes: ClassVar[tuple[Axis, ...]] = ()
     gives_zeros: ClassVar[bool] = True
 
     def __init__(self, shift: float = 0.1) -> None:
@@ -68,6 +70,10 @@ class ShiftedRelu(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply it to x, of any shape."""
         return F.relu(x - self.shift)
+
+    def record(self) -> ActivationFunction:
+        """What is known of it."""
+        return shifted_relu(self.shift)
 
     def spec(self) -> dict[str, Any]:
         """Return its JSON arguments, as a checkpoint keeps them."""

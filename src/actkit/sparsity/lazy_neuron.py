@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from actkit.core.edit.edits import Edit, Note, Replace, Skip, get_module
 from actkit.core.ground.errors import RecipeError
+from actkit.core.layers.activation_function import Axis
 from actkit.core.layers.activations import Activation, is_activation
 from actkit.core.layers.folding import ScaledActivation
 from actkit.core.model.anatomy import Block, Linear
@@ -52,7 +53,7 @@ class TopKActivation(nn.Module):
         ValueError: k is out of bounds (at the call, if k exceeds the channels), or `by` is unknown.
     """
 
-    elementwise: ClassVar[bool] = False
+    mixes: ClassVar[tuple[Axis, ...]] = ("channels",)
     gives_zeros: ClassVar[bool] = True
 
     def __init__(self, base: nn.Module, k: int | float, by: By = "value") -> None:

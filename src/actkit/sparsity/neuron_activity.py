@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from actkit.core.ground.errors import DataError
 from actkit.core.ground.figure_text import all_plain, plain
-from actkit.core.layers.activations import FUNCTIONS, name_of
+from actkit.core.layers.activations import activation_function, function_names, name_of
 from actkit.core.model.anatomy import Anatomy, Linear, Site, anatomy
 from actkit.core.watch.capture import opened_experts, record
 from actkit.core.watch.statistics import Density
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 
 HIDDEN, GATE = "mlp.hidden", "mlp.gate"
-WITH_ZEROS = ("relu", "relu2", "hardswish")  # functions of the table that are 0 on a whole interval
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
@@ -252,10 +251,11 @@ def neuron_activity(
     silent = {str(one) for one in seen.unseen}
     layers = tuple(_measured(one, density, known.get(one)) for one, density in seen.items() if density.count)
     notes = [f"{name} was reached by no token and is left out" for name in sorted(silent)]
-    smooth = {layer.activation for layer in layers} & set(FUNCTIONS) - set(WITH_ZEROS)
+    named = {layer.activation for layer in layers if layer.activation is not None} & set(function_names())
+    smooth = {name for name in named if not activation_function(name).zeros}
     if smooth and threshold == 0:
         notes.append(
-            f"{', '.join(sorted(map(str, smooth)))} has no exact zeros, so with threshold 0 nearly every neuron counts "
+            f"{', '.join(sorted(smooth))} has no exact zeros, so with threshold 0 nearly every neuron counts "
             f"as on; give a threshold above 0, or see the transform ppl_sparsity"
         )
     return NeuronActivity(site, threshold, layers, tuple(notes))

@@ -28,7 +28,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from actkit.core.ground.errors import UnsupportedModelError
-from actkit.core.layers.activations import FUNCTIONS, name_of
+from actkit.core.layers.activations import record_of
 from actkit.core.model.anatomy import Anatomy, Site, anatomy
 from actkit.core.recipe.rule import TrainingRule
 from actkit.core.train.rules import refuse_reentrant_checkpointing
@@ -209,8 +209,9 @@ def _refuse_smooth(view: Anatomy, sites: Sequence[Site]) -> None:
         if site.name != "mlp.hidden":
             continue
         path = dict(view.block(site.block or 0).mlps())[site.expert].activation
-        name = name_of(view.model.get_submodule(path))
-        if name is not None and float(FUNCTIONS[name](torch.tensor(-4.0))) != 0:
+        record = record_of(view.model.get_submodule(path))
+        if record is not None and record.elementwise and not record.zeros:
+            name = record.name
             raise UnsupportedModelError(
                 f"ProSparse: the activation at {path} is {name}, which has no exact zeros, so the penalty would only "
                 f"make it smaller; replace it first: swap(model, {name!r}, 'relu')."

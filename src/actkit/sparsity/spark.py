@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from actkit import kernels
 from actkit.core.edit.edits import Edit, Note, Replace, Skip, get_module
-from actkit.core.layers.activations import CONFIG_NAMES, Activation
+from actkit.core.layers.activations import Activation, activation_function, function_names
 from actkit.core.model.anatomy import Block, Linear, anatomy
 from actkit.core.model.parts import Mlp
 from actkit.core.recipe.runner import apply_edits
@@ -55,7 +55,7 @@ class SparkFFN(nn.Module):
         d_ff: neurons.
         k: how many of them are active.
         r: how many inputs the gate reads; the up projection reads the others.
-        act: the activation, a name of `core.layers.activations.FUNCTIONS` that maps 0 to 0.
+        act: the activation, by name: an element-wise function that maps 0 to 0.
 
     Raises:
         ValueError: r is outside of (0, d_model), k outside of (0, d_ff), or `act` is another function.
@@ -194,9 +194,10 @@ def spark_lm(
     if density is not None:
         if config.mlp_bias:
             raise ValueError("config.mlp_bias: True was given; a SparkFFN has no biases, set it to False.")
-        if act not in CONFIG_NAMES:
-            raise ValueError(f"act: {act!r} was given, allowed are {', '.join(CONFIG_NAMES)}.")
-        config.hidden_act = CONFIG_NAMES[act]
+        name = activation_function(act).config_name if act in function_names() else None
+        if name is None:
+            raise ValueError(f"act: {act!r} was given, allowed are functions that transformers names, such as relu.")
+        config.hidden_act = name
     model = LlamaForCausalLM(config)
     edits: list[Replace] = []
     for index in range(config.num_hidden_layers):

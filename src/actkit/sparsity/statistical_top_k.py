@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from actkit.core.layers.activation_function import Axis
 from actkit.core.layers.keeps_dtype import KeepsDtype
 
 Mode = Literal["soft", "mask", "neg_inf"]
@@ -199,7 +200,7 @@ class StatisticalTopK(KeepsDtype):
         ValueError: k is 0 or less, or f maps 0 elsewhere.
     """
 
-    elementwise: ClassVar[bool] = False
+    mixes: ClassVar[tuple[Axis, ...]] = ("channels",)
     gives_zeros: ClassVar[bool] = True
     decodes_as: ClassVar[str] = "statistical_top_k"
     density: Tensor

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from actkit.core.forward.hooks import evaluating, first_tensor
 from actkit.core.ground import registry
 from actkit.core.ground.random_numbers import own_random_numbers
+from actkit.core.layers.activations import mixes_of, says_what_it_mixes
 from actkit.core.layers.selections import Selection
 from actkit.core.layers.weights import WeightStorage
 from actkit.testing.checks import (
@@ -164,20 +165,28 @@ def shapes_are_as_promised(case: LayerCase) -> None:
 
 
 def class_is_true(case: LayerCase) -> None:
-    """`elementwise = True`: each output depends on its own input alone. `gives_zeros = True`: some are exactly 0."""
+    """`mixes`: what an output depends on besides its own input. `gives_zeros = True`: some outputs are exactly 0."""
     layer = case.made()
-    elementwise, zeros = getattr(layer, "elementwise", None), getattr(layer, "gives_zeros", False)
-    if not (elementwise or zeros):
-        raise NotApplicable("its class says neither elementwise = True nor gives_zeros = True")
+    says, zeros = says_what_it_mixes(layer), getattr(layer, "gives_zeros", False)
+    if not (says or zeros):
+        raise NotApplicable("its class says neither `mixes` nor gives_zeros = True")
     for given, output in zip(case.inputs, case.expected, strict=True):
         assert not zeros or bool((output == 0).any()), "gives_zeros: no output is 0"
-        if not elementwise:
-            continue
-        x = _first(given)
-        order = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(0))
-        with evaluating(layer):
+        if says:
+            _mixes_no_more(layer, _first(given), output, mixes_of(layer) or ())
+
+
+def _mixes_no_more(layer: nn.Module, x: Tensor, output: Tensor, mixes: Sequence[str]) -> None:
+    """Inputs [batch, channels] or [batch, positions, channels] alone give what they give among others."""
+    with evaluating(layer):
+        if not mixes:
+            order = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(0))
             moved = call(layer, x.flatten()[order].view_as(x))
-        close([moved.flatten()], [output.flatten()[order]], "elementwise: the output for reordered inputs")
+            close([moved.flatten()], [output.flatten()[order]], "element-wise: the output for reordered inputs")
+        if "batch" not in mixes and x.dim() > 1:
+            close([call(layer, x[:1])], [output[:1]], f"mixes = {mixes}: the output for one of the batch")
+        if "positions" not in mixes and x.dim() == 3:
+            close([call(layer, x[:, :1])], [output[:, :1]], f"mixes = {mixes}: the output for one position")
 
 
 def dtype_is_kept(case: LayerCase) -> None:

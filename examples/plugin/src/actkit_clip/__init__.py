@@ -2,8 +2,18 @@
 
 from actkit_clip.clip import Clip, Clipped
 from actkit_clip.decoder import ClippedDecoder
+from actkit_clip.function import SQUAREPLUS
 from actkit_clip.headroom import Headroom, headroom
 from actkit_clip.model import ClippedClassifier
 from actkit_clip.rule import LimitPenalty
 
-__all__ = ["Clip", "Clipped", "ClippedClassifier", "ClippedDecoder", "Headroom", "LimitPenalty", "headroom"]
+__all__ = [
+    "SQUAREPLUS",
+    "Clip",
+    "Clipped",
+    "ClippedClassifier",
+    "ClippedDecoder",
+    "Headroom",
+    "LimitPenalty",
+    "headroom",
+]

@@ -37,7 +37,7 @@ class Clipped(KeepsDtype):
         limit: float32 scalar, a buffer that keeps its dtype.
     """
 
-    elementwise: ClassVar[bool] = True  # so that it is still read as the MLP's activation
+    mixes: ClassVar[tuple[str, ...]] = ()  # element-wise: so that it is still read as the MLP's activation
     limit: Tensor
 
     def __init__(self, base: nn.Module, limit: float = math.inf) -> None:

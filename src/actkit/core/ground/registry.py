@@ -1,6 +1,7 @@
-"""Names from the entry-point groups: `actkit.methods`, `actkit.modules` (saved modules) with `actkit.weights` and
-`actkit.selections` (what a changed layer holds), `actkit.tasks` and
-`actkit.decoders`.
+"""Names from the entry-point groups, which third parties add to.
+
+`actkit.methods`; `actkit.modules` (saved modules) with `actkit.weights` and `actkit.selections` (what a changed layer
+holds); `actkit.functions` (activation functions), `actkit.tasks` and `actkit.decoders`.
 
 Our own names and those of third parties are read the same way, lazily: listing names imports nothing, and a plug-in
 that does not import, is something else than it should be, or claims the name of another is an error that names it and
@@ -24,6 +25,7 @@ from actkit.core.ground.yaml_files import shorten
 
 METHODS, MODULES, DECODERS = "actkit.methods", "actkit.modules", "actkit.decoders"
 WEIGHTS, SELECTIONS, TASKS = "actkit.weights", "actkit.selections", "actkit.tasks"
+FUNCTIONS = "actkit.functions"
 MEND = "Update or uninstall that package (pip uninstall NAME), or report it to its author."
 
 
@@ -128,6 +130,26 @@ def selection_class(kind: str) -> Any:
     """The class that selects inputs as `kind`, a `core.layers.selections.Selection`. Raises RecipeError."""
     wanted = "a torch.nn.Module with spec() and from_spec()"
     return _class(SELECTIONS, kind, wanted, lambda found: issubclass(found, nn.Module) and _has_spec(found))
+
+
+def function_names() -> list[str]:
+    """The names of all registered activation functions; imports none of them."""
+    return list(_entries(FUNCTIONS))
+
+
+def function_record(name: str) -> Any:
+    """The record of the activation function `name`, a `core.layers.activation_function.ActivationFunction`.
+
+    Raises:
+        RecipeError: an unknown name, one that two packages claim, or a plug-in that is broken or names it otherwise.
+    """
+    found = _load(FUNCTIONS, name)
+    if not (hasattr(found, "function") and getattr(found, "name", None) == name):
+        raise RecipeError(
+            f"{FUNCTIONS}: {name!r} ({_origin(_entries(FUNCTIONS)[name][0])}) is a {type(found).__name__}, not an "
+            f"ActivationFunction of that name. {MEND}"
+        )
+    return found
 
 
 def task_names() -> list[str]:

@@ -1,115 +1,78 @@
-"""Activation functions by name: one small module that a checkpoint can hold, and the names of others'; thresholds.
+"""Activation functions as modules: one by name that a checkpoint can hold, thresholds, and what a module computes.
 
-`Activation("relu")` computes what torch or transformers computes under that name. Nothing here has parameters; methods
-with learned functions bring modules of their own, which say by a class attribute `elementwise` that they are activation
-functions: True where each output depends on its own input alone, False where one mixes channels or positions; and by
-`gives_zeros = True` that many outputs are exactly 0.
+`Activation("relu")` computes what torch or transformers computes under that name; the names are those of the
+entry-point group `actkit.functions`, each with a record (`activation_function.py`). Nothing here has parameters.
+Methods with learned functions bring modules of their own, which say by a class attribute `mixes` that they are
+activation functions: () if each output depends on its own input alone, else what it depends on besides ("channels",
+"positions", "batch"). `record()` answers what is known of the function at its present coefficients, `gives_zeros =
+True` says that many outputs are exactly 0. The older flag `elementwise = True` means `mixes = ()`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import activations as theirs
 
+from actkit.core.ground import registry
+from actkit.core.layers.activation_function import AXES, ActivationFunction, Axis, thresholded
 from actkit.core.layers.keeps_dtype import KeepsDtype
+from actkit.core.layers.known_functions import ACTIVATION_CLASSES, of_class
 
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "elu": F.elu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "hardswish": F.hardswish,
-    "identity": lambda x: x,
-    "leaky_relu": F.leaky_relu,
-    "mish": F.mish,
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "selu": F.selu,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "softplus": F.softplus,
-    "tanh": torch.tanh,
-}
+MANY = 0.25  # of the outputs for a standard normal input
 
-# What a transformers config calls them, where it has a name: `hidden_act` and its kin.
-CONFIG_NAMES = {
-    "gelu": "gelu",
-    "gelu_tanh": "gelu_pytorch_tanh",
-    "hardswish": "hardswish",
-    "identity": "linear",
-    "leaky_relu": "leaky_relu",
-    "mish": "mish",
-    "relu": "relu",
-    "relu2": "relu2",
-    "sigmoid": "sigmoid",
-    "silu": "silu",
-    "tanh": "tanh",
-}
 
-# Classes of torch and transformers that compute one function of the table, at the settings that `name_of` checks.
-_CLASSES: dict[type[nn.Module], str] = {
-    nn.ELU: "elu",
-    nn.Hardswish: "hardswish",
-    nn.Identity: "identity",
-    nn.LeakyReLU: "leaky_relu",
-    nn.Mish: "mish",
-    nn.ReLU: "relu",
-    nn.SELU: "selu",
-    nn.SiLU: "silu",
-    nn.Sigmoid: "sigmoid",
-    nn.Softplus: "softplus",
-    nn.Tanh: "tanh",
-    theirs.AccurateGELUActivation: "gelu_tanh",
-    theirs.FastGELUActivation: "gelu_tanh",
-    theirs.GELUActivation: "gelu",
-    theirs.GELUTanh: "gelu_tanh",
-    theirs.LinearActivation: "identity",
-    theirs.MishActivation: "mish",
-    theirs.NewGELUActivation: "gelu_tanh",
-    theirs.ReLUSquaredActivation: "relu2",
-    theirs.SiLUActivation: "silu",
-}
-_SETTINGS: dict[str, dict[str, float]] = {
-    "elu": {"alpha": 1.0},
-    "leaky_relu": {"negative_slope": 0.01},
-    "softplus": {"beta": 1, "threshold": 20},
-}
+def function_names() -> list[str]:
+    """The names of all registered functions."""
+    return registry.function_names()
 
-_OTHERS = (
-    nn.CELU,
-    nn.GLU,
-    nn.Hardshrink,
-    nn.Hardsigmoid,
-    nn.Hardtanh,
-    nn.LogSigmoid,
-    nn.PReLU,
-    nn.RReLU,
-    nn.ReLU6,
-    nn.Softshrink,
-    nn.Softsign,
-    nn.Tanhshrink,
-    nn.Threshold,
-)
+
+def activation_function(name: str) -> ActivationFunction:
+    """The record that is registered under a name.
+
+    Args:
+        name: as in `function_names()`.
+
+    Returns:
+        The record.
+
+    Raises:
+        RecipeError: an unknown name, one that two packages claim, or a broken plug-in.
+    """
+    return registry.function_record(name)
 
 
 class Activation(nn.Module):
-    """The element-wise function `name` of the table FUNCTIONS. Raises ValueError for a name that is not in it."""
+    """The element-wise function that is registered under a name.
 
-    elementwise: ClassVar[bool] = True
+    Args:
+        name: as in `function_names()`.
+
+    Raises:
+        ValueError: an unknown name, or a function that mixes.
+    """
+
+    mixes: ClassVar[tuple[Axis, ...]] = ()
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        if name not in FUNCTIONS:
-            raise ValueError(f"activation: {name!r} was given, allowed are {', '.join(FUNCTIONS)}.")
-        self.name = name
+        if name not in function_names():
+            raise ValueError(f"activation: {name!r} was given, allowed are {', '.join(function_names())}.")
+        record = activation_function(name)
+        if record.mixes:
+            raise ValueError(f"activation: {name!r} mixes {', '.join(record.mixes)}; give an element-wise function.")
+        self.name, self.function = name, record.function
 
     def forward(self, x: Tensor) -> Tensor:
         """x [...] -> the same shape."""
-        return FUNCTIONS[self.name](x)
+        return self.function(x)
+
+    def record(self) -> ActivationFunction | None:
+        """What is known of its function."""
+        return activation_function(self.name)
 
     def spec(self) -> dict[str, Any]:
         """Its JSON arguments, as a checkpoint keeps them."""
@@ -123,17 +86,29 @@ class Activation(nn.Module):
     def extra_repr(self) -> str:
         return self.name
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "function"}  # which need not be picklable
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.function = activation_function(self.name).function
+
 
 class Thresholded(KeepsDtype):
-    """An activation whose small outputs are 0: f(x) where |f(x)| >= threshold, else 0; NaN is kept, so that it is seen.
+    """An activation whose small outputs are 0: f(x) if |f(x)| >= threshold, else 0; NaN is kept, so that it is seen.
 
-    base: the activation f. threshold: float32 scalar, a buffer that keeps its dtype. What is kept is not shifted; the
-    gradient is that of f where kept, 0 elsewhere. Over SiLU or GELU this is CATS (2024, arXiv:2404.08763), over ReLU it
-    is FATReLU (Kurtz et al. 2020; ProSparse, arXiv:2402.13516).
-    Raises ValueError for a threshold below 0 or not finite.
+    What is kept is not shifted; the gradient is that of f for what is kept, 0 for the rest. Over SiLU or GELU this is
+    CATS (2024, arXiv:2404.08763), over ReLU it is FATReLU (Kurtz et al. 2020; ProSparse, arXiv:2402.13516).
+
+    Args:
+        base: the activation f.
+        threshold: a magnitude of outputs; becomes a float32 scalar, a buffer that keeps its dtype.
+
+    Raises:
+        ValueError: a threshold below 0 or not finite.
     """
 
-    elementwise: ClassVar[bool] = True
+    mixes: ClassVar[tuple[Axis, ...]] = ()
     gives_zeros: ClassVar[bool] = True
     threshold: Tensor
 
@@ -151,6 +126,13 @@ class Thresholded(KeepsDtype):
             y.detach().float().abs() < self.threshold, torch.zeros((), dtype=y.dtype, device=y.device), y
         )
 
+    def record(self) -> ActivationFunction | None:
+        """What is known of it at the present threshold; None if nothing is known of the base."""
+        base = record_of(self.base)
+        if base is None or base.mixes or self.threshold.is_meta:
+            return None
+        return thresholded(base, float(self.threshold))
+
     def spec(self) -> dict[str, Any]:
         """Its JSON arguments, as a checkpoint keeps them."""
         return {}
@@ -164,30 +146,83 @@ class Thresholded(KeepsDtype):
         return f"threshold={float(self.threshold):.4g}"
 
 
+def record_of(module: nn.Module) -> ActivationFunction | None:
+    """What is known of the function that a module computes at its present settings.
+
+    Args:
+        module: any module.
+
+    Returns:
+        The record; None if it is no activation function, or one of which nothing is known (random, or with other
+        coefficients for each channel).
+    """
+    if not says_what_it_mixes(module):
+        return of_class(module)
+    answer = getattr(module, "record", None)
+    return None if answer is None else answer()
+
+
 def name_of(module: nn.Module) -> str | None:
-    """The name in the table of what a module computes; None for other functions and other settings.
+    """The registered name of what a module computes; None for other functions and other settings.
 
     The tanh approximations of GELU are one name, though they round differently.
     """
     if isinstance(module, Activation):
         return module.name
-    if type(module) is nn.GELU:
-        return "gelu" if module.approximate == "none" else "gelu_tanh"
-    name = _CLASSES.get(type(module))
-    wanted = _SETTINGS.get(name or "", {})
-    return name if all(getattr(module, key) == value for key, value in wanted.items()) else None
+    record = record_of(module)
+    return record.name if record is not None and record.name in function_names() else None
+
+
+def mixes_of(module: nn.Module) -> tuple[Axis, ...] | None:
+    """What an output of an activation depends on besides its own input; None for a module that is not known as one."""
+    kind = type(module)
+    if hasattr(kind, "mixes"):
+        return kind.mixes
+    if hasattr(kind, "elementwise"):
+        return () if kind.elementwise else AXES[:2]
+    record = of_class(module)
+    return None if record is None else record.mixes
 
 
 def gives_zeros(module: nn.Module) -> bool:
-    """Whether many outputs of an activation are exactly 0 for any input, so that what they multiply need not be read:
-    ReLU and its square, and modules that say so by `gives_zeros`."""
-    return getattr(module, "gives_zeros", False) or name_of(module) in ("relu", "relu2")
+    """Whether many outputs of an activation are exactly 0, so that what they multiply need not be read.
+
+    Of a known function that is a quarter of the outputs for a standard normal input, as of ReLU and its square; other
+    modules say so by `gives_zeros`.
+    """
+    if getattr(module, "gives_zeros", False):
+        return True
+    record = record_of(module)
+    return record is not None and record.share_of_zeros() >= MANY
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether a module is an activation function of torch or transformers, or says so by `elementwise` (nn.Identity is
-    none)."""
-    if type(module) is nn.Identity:
+    """Whether a module is an activation function of torch or transformers, or says so by `mixes`.
+
+    nn.Identity is none, and nn.Softmax makes probabilities of scores.
+    """
+    if isinstance(module, nn.Identity | nn.Softmax):
         return False
-    known = hasattr(type(module), "elementwise") or isinstance(module, (nn.GELU, *_OTHERS)) or type(module) in _CLASSES
-    return known or type(module).__module__ == theirs.__name__
+    known = isinstance(module, ACTIVATION_CLASSES) or type(module).__module__ == theirs.__name__
+    return known or says_what_it_mixes(module)
+
+
+def without_inner(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every path with its module, without those inside an activation.
+
+    The function under a threshold that was set for it is one of these. A module that stands at several paths comes with
+    each.
+    """
+    inside: set[str] = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path.rpartition(".")[0] in inside:
+            inside.add(path)
+            continue
+        if is_activation(module):
+            inside.add(path)
+        yield path, module
+
+
+def says_what_it_mixes(module: nn.Module) -> bool:
+    """Whether the class of a module says by `mixes` that it is an activation function."""
+    return hasattr(type(module), "mixes") or hasattr(type(module), "elementwise")

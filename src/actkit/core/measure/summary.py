@@ -11,6 +11,7 @@ from torch import nn
 
 from actkit.core.edit import changes
 from actkit.core.ground.memory import format_bytes, parameter_bytes
+from actkit.core.layers.activations import is_activation, record_of, without_inner
 from actkit.core.layers.linear import ActLinear
 from actkit.core.model.anatomy import anatomy
 
@@ -24,11 +25,23 @@ if TYPE_CHECKING:
 class Summary:
     """What a model is.
 
-    parameters: how many, ties once, quantized weights as the parameters they stand for. bytes: of all tensors.
-    dtypes: bytes by dtype. linears: count of linear layers by what they are ('dense', '4-bit groups of 64, threshold').
-    sites: names of the sites that can be read. coverage: lines of the coverage report. recipe: what was applied.
-    edits: count by kind. results: what `actkit.json` recorded when the model was saved. source_grid: how a quantized
-    source was stored (`changes.SourceGrid`).
+    Attributes:
+        model: name of its class.
+        architecture: of its row, or 'traced'.
+        source: folder or name that it was loaded from.
+        blocks: how many.
+        parameters: how many, ties once, quantized weights as the parameters they stand for.
+        bytes: of all tensors.
+        dtypes: bytes by dtype.
+        linears: count of linear layers by what they are ('dense', '4-bit groups of 64, threshold').
+        activations: of each activation function that is a module, by name: `count`, and for a standard normal input the
+            `mean` and `second_moment` of the output and its share of exact `zeros`, as far as they are known.
+        sites: names of the sites that can be read.
+        coverage: lines of the coverage report.
+        recipe: what was applied.
+        edits: count by kind.
+        results: what `actkit.json` recorded when the model was saved.
+        source_grid: how a quantized source was stored (`changes.SourceGrid`).
     """
 
     model: str
@@ -39,6 +52,7 @@ class Summary:
     bytes: int
     dtypes: dict[str, int]
     linears: dict[str, int]
+    activations: dict[str, dict[str, float]]
     sites: tuple[str, ...]
     coverage: tuple[str, ...]
     recipe: list[dict[str, Any]]
@@ -65,6 +79,10 @@ class Summary:
         dtypes = ", ".join(f"{format_bytes(size)} {dtype}" for dtype, size in self.dtypes.items())
         yield "parameters", f"{self.parameters:,} in {format_bytes(self.bytes)} ({dtypes})"
         yield "linear layers", "\n".join(f"{count} x {kind}" for kind, count in self.linears.items()) or "none"
+        yield (
+            "activations",
+            "\n".join(_activation(*each) for each in self.activations.items()) or "none that is a module",
+        )
         yield "coverage", "\n".join(self.coverage)
         yield "sites", ", ".join(self.sites)
         if self.recipe:
@@ -106,6 +124,7 @@ def summarise(model: nn.Module, example: Any = None, results: dict[str, Any] | N
         bytes=parameter_bytes(model),
         dtypes=dict(dtypes.most_common()),
         linears=dict(linears.most_common()),
+        activations=_activations(model),
         sites=tuple(dict.fromkeys(site.name for site in view.sites())),
         coverage=_lines(coverage),
         recipe=[] if known is None else known.recipe,
@@ -118,6 +137,30 @@ def summarise(model: nn.Module, example: Any = None, results: dict[str, Any] | N
 def _lines(coverage: Coverage) -> tuple[str, ...]:
     lines = [f"{numel:>16,}  {tensors:>6} tensors  {key}" for key, numel, tensors in coverage.groups()]
     return (*(line.strip() for line in lines), coverage.describe())
+
+
+def _activations(model: nn.Module) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for _, module in without_inner(model):
+        if not is_activation(module):
+            continue
+        record = record_of(module)
+        known = found.setdefault(type(module).__name__ if record is None else record.name, {"count": 0})
+        known["count"] += 1
+        moments = None if record is None else record.moments()
+        if record is not None and moments is not None:
+            known |= {"mean": moments.mean, "second_moment": moments.second, "zeros": record.share_of_zeros()}
+    return found
+
+
+def _activation(name: str, known: dict[str, float]) -> str:
+    line = f"{known['count']} x {name}"
+    if "mean" not in known:
+        return line
+    return (
+        f"{line}: of a standard normal input mean {known['mean']:.3f}, second moment {known['second_moment']:.3f}, "
+        f"{known['zeros']:.0%} zeros"
+    )
 
 
 def _kind(module: nn.Module) -> str:

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from actkit.core.forward.hooks import evaluating, forward, hooked
+from actkit.core.layers.activations import says_what_it_mixes
 from actkit.core.model.channel_axes import ChannelAxes, axis_of_class
 from actkit.core.model.parts import CONVOLUTIONS, is_linear
 
@@ -186,9 +187,13 @@ class _Watcher:
             self._see_axis("output", path, module, y)
             if path in self.layers:
                 self.origins.give(output, {path: None})
-            elif path in self.origins.free and not any(x in self.origins.of for x in tensors(output)):
-                # what it does cannot be followed (an autograd.Function, an own operator): it counts as a nonlinearity
-                self.origins.give(output, self.origins.marked(self.origins.merged((args, kwargs)), running))
+            elif path in self.origins.free and (
+                says_what_it_mixes(module) or not any(x in self.origins.of for x in tensors(output))
+            ):
+                # it says that it is an activation, though it may be made of products and sums; or what it does cannot
+                # be followed (an autograd.Function, an own operator)
+                passing = self.origins.module_in_charge() or running
+                self.origins.give(output, self.origins.marked(self.origins.merged((args, kwargs)), passing))
 
         return hook
 
