@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from actkit import zoo
+from actkit.core.store import checkpoint
 from actkit.data import digits, documents, load_data
 from actkit.zoo.cnn import DigitsCNN
 
@@ -492,12 +493,10 @@ def train_classifier(name: str, arguments: argparse.Namespace) -> None:
         optimizer.zero_grad()
     model.cpu().to(torch.bfloat16)
     if isinstance(model, DigitsCNN):
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(model.state_dict(), folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps({"channels": [16, 32], "hidden": 64}) + "\n")
+        checkpoint.save(model, folder, overwrite=True, keep_others=True)
     else:
         model.save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)
+        (folder / "model.safetensors").chmod(0o644)
     record = {
         "model": name,
         "steps": steps,

@@ -82,6 +82,13 @@ class Place:
         (folder / checkpoint.MANIFEST).write_text(json.dumps(content))
         return folder
 
+    def own_model(self, described: Any) -> Path:
+        """A model of one's own whose actkit.json says that it is another one."""
+        folder = self.copy("own")
+        content = json.loads((folder / checkpoint.MANIFEST).read_text())
+        (folder / checkpoint.MANIFEST).write_text(json.dumps({**content, "model": described}))
+        return folder
+
     def file(self, content: str | bytes, name: str = "recipe.yaml") -> Path:
         path = self.path / name
         path.write_bytes(content.encode() if isinstance(content, str) else content)

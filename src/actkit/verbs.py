@@ -30,7 +30,7 @@ from actkit.core.recipe.stage import Train
 from actkit.core.recipe.transform import Transform
 from actkit.core.store.checkpoint import MANIFEST, check_savable, check_target, read_manifest, save
 from actkit.data import Batches, Split, Stream, load_data
-from actkit.zoo.loading import OWN_CLASSES, locate, open_model
+from actkit.zoo.loading import locate, open_model
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -296,7 +296,6 @@ def apply_and_save(
         data = [data] if isinstance(data, Mapping | Tensor) else list(data)
     applied = apply(model, recipe, data, out=out, resume=resume, overwrite=overwrite, undo="off", **options)
     folder = Path(out)
-    base = base or OWN_CLASSES.get(type(applied.model).__name__)
     example = None if isinstance(data, str) else example_of(applied.model, data)
     proved = processes.on_first("proof", lambda: prove(applied.model, folder, example, base=base)) if proof else None
     if proved is not None and not proved.passed:
@@ -423,7 +422,6 @@ def evaluate(
         harness.check_model(opened, tokenizer)
         loaded = harness.load_tasks(tasks, TASKS)
     batches = open_data(data, opened, tokenizer, "test", **reading)
-    base = opening.get("base") or OWN_CLASSES.get(type(opened).__name__)
     with ExitStack() as stack:
         found = measure(
             opened,
@@ -438,7 +436,7 @@ def evaluate(
             rounds=rounds,
             threads=threads,
             dtype=opening.get("dtype"),
-            base=base,
+            base=opening.get("base"),
             trust_remote_code=bool(opening.get("trust_remote_code")),
             seed=reading.get("seed", 0),
         )

@@ -17,6 +17,7 @@ from actkit.core.store import checkpoint, checksums
 from actkit.core.store.quantized_source import _values
 from actkit.core.store.tensor_files import read_values, write_values
 from actkit.core.store.transformers_folder import remote_class, stored_dtype
+from actkit.zoo.cnn import DigitsCNN
 from error_proofs import Place, changed, proof, raising
 
 
@@ -212,3 +213,16 @@ def a_module_of_ones_own_saved(p: Place) -> None:
 
 
 proof(lambda p: checkpoint.load(p.copy("own"), base=lambda: 3))
+
+
+proof(lambda p: checkpoint.load(p.own_model({"name": "no_such_model", "spec": {}})))
+
+
+proof(lambda p: checkpoint.load(p.own_model({"name": "digits_cnn", "spec": {"channels": 3}})))
+
+
+@proof
+def a_spec_that_is_no_json(p: Place) -> None:
+    model = DigitsCNN()
+    model.settings = {"channels": (1, 2)}
+    checkpoint.save(model, p.path / "new")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from typing import Any, ClassVar
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from actkit.core.ground import registry
 from actkit.core.measure.fresh import FreshProcess
 from actkit.core.watch.capture import record
 from actkit.sparsity.active_dendrites import DendriticSegments, PatternMemory, sparse_code
@@ -17,7 +19,6 @@ from actkit.testing import Check, check_model, own_models
 from actkit.testing.models import TinyMlp
 from actkit.testing.own_models import CHECKS
 from actkit.zoo.cnn import DigitsCNN
-from actkit.zoo.loading import OWN_CLASSES
 
 CHANNELS, CLASSES = 16, 8
 
@@ -67,6 +68,7 @@ def memory() -> nn.Module:
 
 IDS = torch.randint(20, (3, 7), generator=torch.Generator().manual_seed(0))
 ALWAYS = {"it is loaded in a fresh process", "it compiles", "it exports"}  # only if they are asked for
+NO_NAME = {"it is rebuilt from its spec", "it is loaded by its name"}
 NO_LINEAR = {
     "the dtype is kept",
     "gradients reach all parameters",
@@ -74,15 +76,14 @@ NO_LINEAR = {
     "sites hold what layers read",
     "it is changed and put back",
     "a changed one is saved and loaded",
-    "it is loaded by its name",
     "random inputs fit",
     "its quality is measured",
 }
 # how it is built, its batches, what does not apply
 MODELS: dict[str, tuple[Callable[[], nn.Module], list[Any], set[str]]] = {
     "DigitsCNN": (DigitsCNN, images(), set()),
-    "TinyMlp": (TinyMlp, vectors(), {"it is loaded by its name", "its quality is measured"}),
-    "a language model": (SmallLanguageModel, [{"input_ids": IDS}], {"it is loaded by its name"}),
+    "TinyMlp": (TinyMlp, vectors(), {*NO_NAME, "its quality is measured"}),
+    "a language model": (SmallLanguageModel, [{"input_ids": IDS}], NO_NAME),
     "PatternMemory": (memory, [codes(3), codes(2)], NO_LINEAR),
     "DendriticSegments": (segments, [codes(3), codes(2)], NO_LINEAR),
 }
@@ -102,7 +103,8 @@ def test_models_pass(name: str) -> None:
 
 
 def test_every_model_of_our_own_is_in_the_table() -> None:
-    assert set(OWN_CLASSES) <= set(MODELS), "add the new model to MODELS"
+    classes = {registry.model_class(name).__name__ for name in registry.model_names()}
+    assert classes <= set(MODELS), "add the new model to MODELS"
 
 
 def test_a_fresh_process_the_compiler_and_the_exporter() -> None:
@@ -274,10 +276,91 @@ def test_a_recorder_that_sees_something_else_is_caught(monkeypatch: pytest.Monke
         check_model(Small, vectors())
 
 
-def test_a_name_that_stands_for_something_else_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(OWN_CLASSES, "Small", DigitsCNN)
+class Registered(Small):
+    """A sound one, with the spec that a checkpoint keeps."""
+
+    def spec(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> nn.Module:
+        return cls(**spec)
+
+
+class TupleInSpec(Registered):
+    def spec(self) -> dict[str, Any]:
+        return {"sizes": (1, 2)}
+
+
+class OtherTensors(Registered):
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> nn.Module:
+        made = cls()
+        made.extra = nn.Parameter(torch.ones(1))
+        return made
+
+
+class OtherClass(Registered):
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> nn.Module:
+        return Small()
+
+
+class NoSpec(Registered):
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> nn.Module:
+        return cls(**spec, width=3)
+
+
+@pytest.fixture
+def named(monkeypatch: pytest.MonkeyPatch) -> Callable[[type], None]:
+    """Registers a class as the model `mine`."""
+
+    def register(cls: type) -> None:
+        monkeypatch.setitem(registry._entries(registry.MODELS), "mine", (entry(cls),))
+        point_at(cls, monkeypatch)
+
+    return register
+
+
+def point_at(cls: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = registry._load
+    monkeypatch.setattr(registry, "_load", lambda *asked: cls if asked == (registry.MODELS, "mine") else load(*asked))
+
+
+def entry(cls: type) -> EntryPoint:
+    return EntryPoint("mine", f"{cls.__module__}:{cls.__qualname__}", registry.MODELS)
+
+
+def test_a_registered_one_is_loaded_by_its_name(named: Callable[[type], None]) -> None:
+    named(Registered)
+    assert left_out(check_model(Registered, vectors())) == ALWAYS | {"its quality is measured"}
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (TupleInSpec, "it is rebuilt from its spec: spec\\(\\) gives"),
+        (OtherTensors, "it is rebuilt from its spec: from_spec gives other tensors: extra"),
+        (OtherClass, "it is rebuilt from its spec: from_spec gives a Small"),
+        (NoSpec, "it is rebuilt from its spec: TypeError"),
+    ],
+)
+def test_a_spec_that_does_not_build_it_is_caught(
+    named: Callable[[type], None], make: type[nn.Module], text: str
+) -> None:
+    named(make)
+    with pytest.raises(AssertionError, match=f"^{text}"):
+        check_model(make, vectors())
+
+
+def test_a_name_that_stands_for_something_else_is_caught(
+    named: Callable[[type], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named(Registered)
+    point_at(DigitsCNN, monkeypatch)
     with pytest.raises(AssertionError, match=r"^it is loaded by its name: CheckpointError"):
-        check_model(Small, vectors())
+        check_model(Registered, vectors())
 
 
 def test_another_process_that_differs_is_caught() -> None:
@@ -298,5 +381,5 @@ def test_what_no_graph_holds_is_caught() -> None:
         check_model(Branches, vectors(), compile_backend="aot_eager")
     with pytest.raises(AssertionError, match=r"^it exports: "):
         check_model(Branches, vectors(), export=True)
-    assert left_out(check_model(Small, vectors())) == ALWAYS | {"it is loaded by its name", "its quality is measured"}
-    assert left_out(check_model(Small, labelled())) == ALWAYS | {"it is loaded by its name"}
+    assert left_out(check_model(Small, vectors())) == ALWAYS | NO_NAME | {"its quality is measured"}
+    assert left_out(check_model(Small, labelled())) == ALWAYS | NO_NAME

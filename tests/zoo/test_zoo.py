@@ -4,17 +4,22 @@ import importlib.util
 import json
 import math
 import re
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import EntryPoint, PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import actkit
 from actkit import zoo
 from actkit.core.edit import changes
+from actkit.core.ground import registry
+from actkit.core.ground.errors import CheckpointError
 from actkit.data import digits, load_data
+from actkit.quantization.rtn import RoundToNearest
 from actkit.zoo import packaged
+from actkit.zoo.cnn import DigitsCNN
 from actkit.zoo.loading import open_model
 from actkit.zoo.packaged import PACKAGED, is_installed
 
@@ -183,3 +188,38 @@ def test_unknown_names():
             function("gpt5")
     with pytest.raises(ValueError, match="has no tokenizer"):
         zoo.tokenizer("vit")
+
+
+def test_a_folder_of_an_earlier_version_loads_by_the_name_of_the_class(tmp_path: Path) -> None:
+    """It said no registered name and no spec; there was one size of the model."""
+    model = actkit.load("cnn")
+    applied = actkit.apply(
+        model, RoundToNearest(group_size=-1), [torch.rand(2, 1, 8, 8)], min_coverage=0.0, progress=False
+    )
+    folder = actkit.save(applied.model, tmp_path / "changed")
+    manifest = json.loads((folder / "actkit.json").read_text())
+    assert manifest["model"] == {"name": "digits_cnn", "spec": {"channels": [16, 32], "hidden": 64}}
+    del manifest["model"]
+    (folder / "actkit.json").write_text(json.dumps(manifest))
+    (folder / "actkit.sha256").unlink()
+    x = torch.rand(3, 1, 8, 8).to(torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(actkit.load(folder)(x), applied.model(x))
+
+
+def test_other_sizes_of_the_network_come_back() -> None:
+    small = DigitsCNN((4, 8), 16)
+    again = DigitsCNN.from_spec(json.loads(json.dumps(small.spec())))
+    assert {k: v.shape for k, v in small.state_dict().items()} == {k: v.shape for k, v in again.state_dict().items()}
+
+
+def test_the_registered_models_say_two_claims_and_unknown_names(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = actkit.save(DigitsCNN(), tmp_path / "cnn")
+    mine, other = registry._entries(registry.MODELS)["digits_cnn"][0], "somewhere:Else"
+    rival = EntryPoint("digits_cnn", other, registry.MODELS)
+    registry._load.cache_clear()
+    monkeypatch.setitem(registry._entries(registry.MODELS), "digits_cnn", (mine, rival))
+    with pytest.raises(CheckpointError, match=r"its model does not load: .*'digits_cnn' is claimed by .* and by"):
+        actkit.load(folder)

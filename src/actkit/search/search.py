@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from actkit.core.edit import changes
 from actkit.core.forward.example import Inputs, main_dtype
-from actkit.core.ground import processes, whole_folder
+from actkit.core.ground import processes, registry, whole_folder
 from actkit.core.ground.errors import ActkitError, MemoryLimitError
 from actkit.core.ground.fingerprint import model_fingerprint
 from actkit.core.ground.machine import machine, versions
@@ -59,7 +59,7 @@ from actkit.search.speed_row import SpeedRow, measure_speed_row
 from actkit.search.splits import ROWS, split_data
 from actkit.search.verdict import TARGETS, Target, Verdict, decide
 from actkit.search.workshop import RANDOM, Workshop, recipe_key, task_for, transforms_key
-from actkit.zoo.loading import OWN_CLASSES, open_model
+from actkit.zoo.loading import open_model
 
 JOURNAL, RESULTS, REPORT, BEST, CANDIDATES, RECIPE = (
     "journal.jsonl",
@@ -142,7 +142,6 @@ def optimize(
     refuse_offloaded(opened, "every candidate is a copy of it in memory")
     check_model(opened)
     checkpoint.check_savable(opened)
-    base = base or OWN_CLASSES.get(type(opened).__name__)
     _check_base(opened, base)
     with _threads(threads):
         known = changes.of(opened)
@@ -569,10 +568,11 @@ def _check_report() -> None:
 def _check_base(model: nn.Module, base: Callable[[], nn.Module] | None) -> None:
     if base is not None:
         import_name(base)
-    elif not isinstance(model, PreTrainedModel):
+    elif not isinstance(model, PreTrainedModel) and registry.model_name(type(model)) is None:
         raise ValueError(
-            f"base: {type(model).__name__} is not a transformers model; pass a function that builds it unchanged, in a "
-            f"module that can be imported, so that candidates can be loaded in a fresh process."
+            f"base: {type(model).__name__} is not a transformers model, nor registered under actkit.models; pass a "
+            f"function that builds it unchanged, in a module that can be imported, so that candidates can be loaded in "
+            f"a fresh process."
         )
 
 

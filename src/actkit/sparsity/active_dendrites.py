@@ -21,7 +21,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -66,6 +66,25 @@ class GrowingModule(nn.Module):
 
     growing: ClassVar[tuple[str, ...]] = ()
 
+    def __init__(self, cells: int, synapses: int, threshold: int) -> None:
+        super().__init__()
+        self.cells, self.synapses, self.threshold = cells, synapses, threshold
+
+    def spec(self) -> dict[str, Any]:
+        """Its JSON arguments, as a checkpoint keeps them, and how long its buffers have become."""
+        lengths = {name: len(buffer) for name, buffer in self.named_buffers()}
+        return {"cells": self.cells, "synapses": self.synapses, "threshold": self.threshold, "lengths": lengths}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any]) -> Self:
+        """The module that `spec` described; its values come from the weights file."""
+        made = cls(spec["cells"], spec["synapses"], spec["threshold"])
+        for name, length in spec["lengths"].items():
+            parent, _, leaf = name.rpartition(".")
+            holder = made.get_submodule(parent)
+            setattr(holder, leaf, getattr(holder, leaf).new_zeros(length))
+        return made
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name in self.growing:
             if f"{prefix}{name}" in state_dict:
@@ -90,13 +109,12 @@ class DendriticSegments(GrowingModule):
     offsets: Tensor  # int64 [segments]: where each segment begins
 
     def __init__(self, cells: int, synapses: int, threshold: int) -> None:
-        super().__init__()
+        super().__init__(cells, synapses, threshold)
         if not 1 <= threshold <= synapses <= cells:
             raise ValueError(
                 f"1 <= threshold <= synapses <= cells does not hold: threshold={threshold}, synapses={synapses} and "
                 f"cells={cells} were given."
             )
-        self.cells, self.synapses, self.threshold = cells, synapses, threshold
         self.register_buffer("members", torch.zeros(0, dtype=torch.int64))
         self.register_buffer("offsets", torch.zeros(0, dtype=torch.int64))
 
@@ -228,7 +246,7 @@ class PatternMemory(GrowingModule):
     labels: Tensor  # int64 [segments]
 
     def __init__(self, cells: int, synapses: int, threshold: int) -> None:
-        super().__init__()
+        super().__init__(cells, synapses, threshold)
         self.segments = DendriticSegments(cells, synapses, threshold)
         self.register_buffer("labels", torch.zeros(0, dtype=torch.int64))
 

@@ -5,15 +5,17 @@
     def test_my_model():
         check_model(MyModel, [{"pixel_values": torch.rand(4, 1, 8, 8), "labels": torch.arange(4)}])
 
-Your own model is an `nn.Module` that no library describes: actkit traces it, and a changed one is loaded around what
-`make` builds (`base=`).
+Your own model is an `nn.Module` that no library describes: actkit traces it, and a changed one is loaded by its
+registered name and its spec (entry-point group `actkit.models`), or around what `make` builds (`base=`).
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from actkit.core.forward.example import Inputs, first_rows
 from actkit.core.forward.hooks import arguments, check_batch, evaluating, first_tensor, forward, hooked, main_input
+from actkit.core.ground import registry
 from actkit.core.ground.random_numbers import own_random_numbers
 from actkit.core.measure.quality import measure_quality, task_of
 from actkit.core.model.anatomy import Site, anatomy
@@ -48,7 +51,6 @@ from actkit.testing.checks import (
     tensors_in,
 )
 from actkit.testing.transforms import Process
-from actkit.zoo.loading import OWN_CLASSES, load
 
 CPU = torch.device("cpu")
 CHANGE = RoundToNearest(bits=4, group_size=-1)  # a change that any linear layer takes
@@ -83,6 +85,13 @@ class ModelCase:
         if not applied.edits:
             raise NotApplicable("it has no linear layer that methods change")
         return applied
+
+    def registered(self) -> Any:
+        """A new model whose class is registered. Raises NotApplicable if it is not."""
+        model = self.model()
+        if registry.model_name(type(model)) is None:
+            raise NotApplicable("its class is not registered under actkit.models: pass base= to load it")
+        return model
 
     @cached_property
     def expected(self) -> list[Tensor]:
@@ -244,14 +253,30 @@ def saved_and_loaded(case: ModelCase) -> None:
     equal(outputs(loaded, case.batches), outputs(changed, case.batches), "the outputs of the loaded model")
 
 
+def rebuilt_from_spec(case: ModelCase) -> None:
+    """JSON gives back what `spec()` gave, and `from_spec` makes the same tensors by name, shape and dtype."""
+    model = case.registered()
+    spec = model.spec()
+    back = json.loads(json.dumps(spec))
+    assert back == spec, f"spec() gives {spec!r}, JSON gives back {back!r}"
+    again = type(model).from_spec(back)
+    assert type(again) is type(model), f"from_spec gives a {type(again).__name__}"
+    one, other = _kinds(model), _kinds(again)
+    differ = sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+    assert not differ, f"from_spec gives other tensors: {', '.join(differ[:4])}"
+    assert again.spec() == spec, f"the model from the spec has another one: {again.spec()!r}"
+
+
 def loaded_by_name(case: ModelCase) -> None:
-    """`actkit.load` needs no `base=` for a model of actkit's own."""
-    changed = case.changed().model
-    if type(changed).__name__ not in OWN_CLASSES:
-        raise NotApplicable("actkit knows no model by its name: pass base=")
-    with tempfile.TemporaryDirectory() as parent:
-        loaded = load(checkpoint.save(changed, Path(parent) / "changed"))
-    equal(outputs(loaded, case.batches), outputs(changed, case.batches), "the outputs of the loaded model")
+    """The model, and a changed one if methods change it, load from their folders without `base=`."""
+    models = [case.registered()]
+    with suppress(NotApplicable):
+        models.append(case.changed().model)
+    for model in models:
+        with tempfile.TemporaryDirectory() as parent:
+            loaded = checkpoint.load(checkpoint.save(model, Path(parent) / "saved"))
+        State.of(model).compare(loaded, "the loaded model", modules=False)
+        equal(outputs(loaded, case.batches), outputs(model, case.batches), "the outputs of the loaded model")
 
 
 def loaded_in_fresh_process(case: ModelCase) -> None:
@@ -321,6 +346,7 @@ CHECKS: dict[str, Callable[[ModelCase], None]] = {
     "the anatomy reads it": anatomy_reads_it,
     "sites hold what layers read": sites_hold_what_layers_read,
     "it is changed and put back": changed_and_put_back,
+    "it is rebuilt from its spec": rebuilt_from_spec,
     "a changed one is saved and loaded": saved_and_loaded,
     "it is loaded by its name": loaded_by_name,
     "it is loaded in a fresh process": loaded_in_fresh_process,

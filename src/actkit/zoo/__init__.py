@@ -71,14 +71,9 @@ def load(name: str, *, dtype: torch.dtype | None = None) -> nn.Module:
     dtype = dtype or torch.float32
     folder = path(name, dtype)
     if name == "cnn":
-        from safetensors.torch import load_file
+        from actkit.core.store import checkpoint
 
-        from actkit.zoo.cnn import DigitsCNN
-
-        config = json.loads((folder / "config.json").read_text())
-        cnn = DigitsCNN(tuple(config["channels"]), config["hidden"])
-        cnn.load_state_dict(load_file(folder / "model.safetensors"))
-        return cnn.to(dtype).eval()
+        return checkpoint.load(folder, dtype=dtype)
     import transformers
 
     special = {

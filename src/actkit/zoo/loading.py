@@ -17,12 +17,8 @@ from actkit.core.edit import changes
 from actkit.core.ground.errors import CheckpointError
 from actkit.core.store import checkpoint
 from actkit.gguf.cached import cached, gguf_file
-from actkit.zoo.cnn import DigitsCNN
 
 Source = str | Path
-
-# Models in plain torch whose changed folders load without `base=`, by class name.
-OWN_CLASSES: dict[str, Callable[[], nn.Module]] = {"DigitsCNN": DigitsCNN}
 
 
 def load(
@@ -43,10 +39,6 @@ def load(
     Raises CheckpointError naming the file, the keys, or what is not there.
     """
     folder = locate(source, dtype)
-    if source == "cnn":
-        return zoo.load("cnn", dtype=checkpoint.parse_dtype(dtype) or torch.bfloat16).to(device)
-    if base is None and (folder / checkpoint.MANIFEST).exists():
-        base = OWN_CLASSES.get(checkpoint.read_manifest(folder)["model_class"])
     return checkpoint.load(folder, device=device, dtype=dtype, base=base, trust_remote_code=trust_remote_code)
 
 

@@ -15,8 +15,17 @@ class ClippedClassifier(nn.Module):
     def __init__(self, limit: float = 2.0) -> None:
         super().__init__()
         self.hidden = nn.Linear(16, 32)
-        self.act = Clipped(nn.GELU(), limit)
+        self.limit, self.act = limit, Clipped(nn.GELU(), limit)
         self.head = nn.Linear(32, 4)
+
+    def spec(self) -> dict[str, float]:
+        """What `from_spec` needs to build it, as JSON; weights come from the weights file."""
+        return {"limit": self.limit}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, float]) -> ClippedClassifier:
+        """The model that `spec` described."""
+        return cls(**spec)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.head(self.act(self.hidden(pixel_values)))

@@ -1,7 +1,7 @@
 """Names from the entry-point groups, which third parties add to.
 
 `actkit.methods`; `actkit.modules` (saved modules) with `actkit.weights` and `actkit.selections` (what a changed layer
-holds); `actkit.functions` (activation functions), `actkit.tasks` and `actkit.decoders`.
+holds); `actkit.functions` (activation functions), `actkit.models` (of one's own), `actkit.tasks` and `actkit.decoders`.
 
 Our own names and those of third parties are read the same way, lazily: listing names imports nothing, and a plug-in
 that does not import, is something else than it should be, or claims the name of another is an error that names it and
@@ -25,7 +25,7 @@ from actkit.core.ground.yaml_files import shorten
 
 METHODS, MODULES, DECODERS = "actkit.methods", "actkit.modules", "actkit.decoders"
 WEIGHTS, SELECTIONS, TASKS = "actkit.weights", "actkit.selections", "actkit.tasks"
-FUNCTIONS = "actkit.functions"
+FUNCTIONS, MODELS = "actkit.functions", "actkit.models"
 MEND = "Update or uninstall that package (pip uninstall NAME), or report it to its author."
 
 
@@ -152,6 +152,32 @@ def function_record(name: str) -> Any:
     return found
 
 
+def model_names() -> list[str]:
+    """The names of all registered models; imports none of them."""
+    return list(_entries(MODELS))
+
+
+def model_class(name: str) -> Any:
+    """The class of the model registered as `name`.
+
+    Raises:
+        RecipeError: an unknown name, one that two packages claim, or a broken plug-in.
+    """
+    wanted = "a torch.nn.Module with spec() and from_spec()"
+    return _class(MODELS, name, wanted, lambda found: issubclass(found, nn.Module) and _has_spec(found))
+
+
+def model_name(cls: type) -> str | None:
+    """The registered name of a model class; None if it has none."""
+    return _find_name(MODELS, cls)
+
+
+def model_name_of_class(name: str) -> str | None:
+    """The registered name of the model whose class is called `name`; None if there is none, or more than one."""
+    found = [each for each, claims in _entries(MODELS).items() if claims[0].attr.rpartition(".")[2] == name]
+    return found[0] if len(found) == 1 else None
+
+
 def task_names() -> list[str]:
     """The names of all installed tasks; imports none of them."""
     return list(_entries(TASKS))
@@ -180,6 +206,17 @@ def decoder_class(name: str) -> Any:
 
 
 def _name_of(group: str, cls: type) -> str:
+    name = _find_name(group, cls)
+    if name is None:
+        target = f"{cls.__module__}:{cls.__qualname__}"
+        raise RecipeError(
+            f'{cls.__name__} is not registered: add `name = "{target}"` to the entry-point group {group} of its '
+            f"package, so that recipes and checkpoints can name it."
+        )
+    return name
+
+
+def _find_name(group: str, cls: type) -> str | None:
     target = f"{cls.__module__}:{cls.__qualname__}"
     entries = _entries(group)
     for name, claims in entries.items():
@@ -189,10 +226,7 @@ def _name_of(group: str, cls: type) -> str:
     for name, claims in entries.items():  # the package may name the class where it is imported, not where it is written
         if claims[0].module.partition(".")[0] == package and claims[0].attr == cls.__qualname__ and _is(claims[0], cls):
             return name
-    raise RecipeError(
-        f'{cls.__name__} is not registered: add `name = "{target}"` to the entry-point group {group} of its package, '
-        f"so that recipes and checkpoints can name it."
-    )
+    return None
 
 
 def _is(entry: EntryPoint, cls: type) -> bool:

@@ -26,8 +26,8 @@ from actkit.core.edit.changes import Changes, Source, SourceGrid
 from actkit.core.edit.edits import describe_module, get_module, replay
 from actkit.core.forward.hooks import refuse_compiled_or_sharded
 from actkit.core.forward.named_functions import unknown_function
-from actkit.core.ground import offload, processes
-from actkit.core.ground.errors import ActkitError, CheckpointError
+from actkit.core.ground import offload, processes, registry
+from actkit.core.ground.errors import ActkitError, CheckpointError, RecipeError
 from actkit.core.ground.machine import versions
 from actkit.core.ground.memory import format_bytes, parameter_bytes, parse_bytes
 from actkit.core.ground.modules import is_pretrained
@@ -199,6 +199,7 @@ def _write(model: nn.Module, folder: Path, max_shard: int, results: dict[str, An
         "schema": SCHEMA,
         "base_class": None,
         "model_class": type(model).__name__,
+        "model": _own_model(model),
         "architecture": known.architecture,
         "edits": _current(model, known.edits),
         "recipe": known.recipe,
@@ -221,6 +222,28 @@ def _write(model: nn.Module, folder: Path, max_shard: int, results: dict[str, An
         if generation is not None:
             generation.save_pretrained(folder)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+
+
+def _own_model(model: nn.Module) -> dict[str, Any] | None:
+    """The registered name and the spec of a model of one's own; None if it is not registered.
+
+    Raises:
+        CheckpointError: what `spec()` gives is not what JSON gives back.
+    """
+    name = registry.model_name(type(model))
+    if name is None:
+        return None
+    spec = model.spec()  # type: ignore[operator]
+    try:
+        same = json.loads(json.dumps(spec)) == spec
+    except (TypeError, ValueError):
+        same = False
+    if not same or not isinstance(spec, dict):
+        raise CheckpointError(
+            f"save: the spec() of {type(model).__name__} is {spec!r}; give a dict that JSON gives back as it was, with "
+            f"text as keys and no tuples."
+        )
+    return {"name": name, "spec": spec}
 
 
 def _current(model: nn.Module, edits: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -419,11 +442,20 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
              "files": dict, "results": dict}  # fmt: skip
     wrong = [key for key, kind in kinds.items() if not isinstance(manifest.get(key), kind)]
     wrong += [] if isinstance(manifest.get("base_class"), str | None) else ["base_class"]
+    wrong += [] if _is_own_model(manifest.get("model")) else ["model"]
     wrong += [f"files: {name}" for name in manifest.get("files", {}) if Path(name).name != name] if not wrong else []
     if wrong or not isinstance(schema, int) or schema < 1:
         what = ", ".join(wrong or ["schema"])
         raise CheckpointError(f"{path}: {what} is missing or malformed; the folder is damaged, save the model again.")
     return manifest
+
+
+def _is_own_model(described: Any) -> bool:
+    """Whether this is what `_own_model` wrote; earlier versions wrote nothing."""
+    if described is None:
+        return True
+    kinds = {"name": str, "spec": dict}
+    return isinstance(described, dict) and all(isinstance(described.get(key), kind) for key, kind in kinds.items())
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -481,10 +513,7 @@ def _load_changed(
     elif manifest["base_class"] is not None:
         model = _build_pretrained(folder, manifest, trust_remote_code)
     else:
-        raise CheckpointError(
-            f"{folder}: it holds a {manifest['model_class']}, which is not a transformers model; "
-            f"pass base= in Python (actkit.load), a function that builds the unchanged model."
-        )
+        model = _build_own(folder, manifest)
     known = changes.of(model)  # of one that `load_into` goes on with; a base model has none
     try:
         replay(model, manifest["edits"][len(known.edits) if known else 0 :])
@@ -498,6 +527,31 @@ def _load_changed(
         Changes(manifest["edits"], manifest["recipe"], manifest["architecture"], manifest["base_class"]),
     )
     return model, _grid(folder / MANIFEST, manifest.get("source_grid"))  # earlier versions did not write it
+
+
+def _build_own(folder: Path, manifest: dict[str, Any]) -> nn.Module:
+    """The unchanged model of one's own, from its registered name and its spec."""
+    described = manifest.get("model")
+    if described is None:  # it was not registered when it was saved, or actkit did not write that yet
+        described = {"name": registry.model_name_of_class(manifest["model_class"]), "spec": {}}
+    if described["name"] is None:
+        raise CheckpointError(
+            f"{folder}: it holds a {manifest['model_class']}, which is not a transformers model; pass base= in Python "
+            f"(actkit.load), a function that builds the unchanged model, or register its class under actkit.models."
+        )
+    try:
+        cls = registry.model_class(described["name"])
+    except RecipeError as error:
+        raise CheckpointError(f"{folder}: its model does not load: {error}") from error
+    try:
+        model = cls.from_spec(described["spec"])
+        assert isinstance(model, cls), f"from_spec gave a {type(model).__name__}"
+    except Exception as error:  # each class checks its values in its own way
+        raise CheckpointError(
+            f"{folder}: no {cls.__name__} can be built from its spec {described['spec']} "
+            f"({type(error).__name__}: {error}); install the version of its package that saved it, or pass base=."
+        ) from error
+    return model
 
 
 def write_grid(path: Path, grid: SourceGrid) -> None:
