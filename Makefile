@@ -16,8 +16,8 @@ demo: .venv/.installed
 # The kernels and the decoder run teams of threads, so alone; they leave compiled kernels for the others.
 TEAMS := tests/kernels tests/runtime
 test: .venv/.installed
-	$(BIN)/python -m pytest $(TEAMS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests $(TEAMS:%=--ignore=%) --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest $(TEAMS) --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests $(TEAMS:%=--ignore=%) --numprocesses auto --maxprocesses 8 --dist loadfile --durations=15
 
 # Also every method on every architecture.
 test-all: test

@@ -12,6 +12,7 @@ import shlex
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -89,7 +90,23 @@ def forget_names() -> None:
     registry._load.cache_clear()
 
 
-@pytest.mark.parametrize("page", RUN, ids=lambda page: page.relative_to(ROOT).with_suffix("").as_posix())
+SLOW = {
+    "README": "it searches for the front of a model, trains and proves",
+    "docs/testers": "it runs every tester once, and compiles the decoder's kernels",
+    "docs/tutorials/make-a-model-cheaper": "it searches for the front of a model",
+}
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).with_suffix("").as_posix()
+
+
+def runs(page: Path) -> Any:
+    reason = SLOW.get(name_of(page))
+    return pytest.param(page, id=name_of(page), marks=[] if reason is None else [pytest.mark.slow(reason=reason)])
+
+
+@pytest.mark.parametrize("page", map(runs, RUN))
 def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = set(sys.modules)

@@ -61,7 +61,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "site"
 
 
-@pytest.mark.slow  # two processes: pip, and a user who runs the command line and all tests of the example
+@pytest.mark.slow(reason="pip installs the example, and a user's process runs the command line and its tests")
 def test_the_example_is_installed_and_used(installed, tmp_path):
     source = tmp_path / "model"
     tiny_models.build("llama").save_pretrained(source)

@@ -38,7 +38,8 @@ from actkit.sparsity.spark import Sparkify
 from actkit.sparsity.teal import Teal
 from actkit.sparsity.wina import Wina
 from actkit.testing import check_transform, tiny_batches, tiny_model
-from actkit.testing.models import ARCHITECTURES, HEADS, HIDDEN, INNER, KINDS
+from actkit.testing.models import ARCHITECTURES, HEADS, HIDDEN, INNER
+from representative import product
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{kind: (kind, {}) for kind in ARCHITECTURES},
@@ -61,12 +62,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3, queries of full rank": ("deepseek_v3", {"q_lora_rank": None, "rope_interleave": False}),
     "opt, norms after": ("opt", {"do_layer_norm_before": False, "activation_function": "gelu"}),
 }
+VARIANTS = [case for case in CASES if case not in ARCHITECTURES]  # of an architecture, at other settings
 TRANSFORMS = {
     "teal": Teal(sparsity=0.5),
     "wina": Wina(sparsity=0.5),
     "rtn": RoundToNearest(bits=4, group_size=8),
     "awq": Awq(bits=3, group_size=8, n_grid=2),
 }
+PAIRS = [*product(TRANSFORMS, list(ARCHITECTURES)), *product(TRANSFORMS, VARIANTS, often=("awq",))]
 
 
 def build(case: str, **changes: Any) -> Any:
@@ -586,20 +589,7 @@ def test_scales_move_where_they_can(case: str) -> None:
 # -- transforms --------------------------------------------------------------------------------------------------------
 
 
-def _every(names: list[str], cases: list[str]) -> list[Any]:
-    """Each method with each case: those that tell most run always, the others with `make test-all`."""
-    often = {
-        "awq": set(cases),
-        "wina": {"llama", "phi", "lfm2", "falcon", "qwen2_moe", "gpt_oss", "deepseek_v3", "opt"},
-    }
-    return [
-        pytest.param(name, case, marks=[] if case in often.get(name, KINDS) else pytest.mark.exhaustive)
-        for name in names
-        for case in cases
-    ]
-
-
-@pytest.mark.parametrize(("name", "case"), _every(list(TRANSFORMS), list(CASES)))
+@pytest.mark.parametrize(("name", "case"), PAIRS)
 def test_transforms_keep_their_promises(name: str, case: str) -> None:
     check_transform(TRANSFORMS[name], build(case), given(case))
 

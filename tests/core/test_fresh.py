@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import Perceptron
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -130,8 +131,13 @@ def test_own_modules_take_a_factory(worker: FreshProcess, cnn: tuple[nn.Module, 
     assert worker.time_forward(images) > 0
     started = time.perf_counter()
     assert worker.time_forward(images, at_least=0.1) > 0 and time.perf_counter() - started > 0.1
-    with pytest.raises(FreshProcessError, match=r"CheckpointError: .* pass base="):
-        worker.load(folder)
+    worker.load(folder)  # its class is registered
+    torch.testing.assert_close(worker.outputs(images), expected)
+
+
+def test_own_modules_that_are_not_registered_need_one(worker: FreshProcess, tmp_path: Path) -> None:
+    with pytest.raises(FreshProcessError, match=r"CheckpointError: .*Perceptron.* pass base="):
+        worker.load(save(Perceptron(), tmp_path / "mlp"))
 
 
 def test_decoding_equals_the_whole_sequence_again(worker: FreshProcess, folder: Path, tmp_path: Path) -> None:
@@ -159,6 +165,7 @@ def test_decoding_equals_the_whole_sequence_again(worker: FreshProcess, folder: 
         worker.time_decode(ids, 1)
 
 
+@pytest.mark.slow(reason="it compiles the decoder's kernels, unless an earlier run has left them")
 def test_one_row_decodes_through_a_decoder(worker: FreshProcess, folder: Path, tmp_path: Path) -> None:
     ids = torch.randint(VOCABULARY, (1, 5))
     sparse = select_inputs(llama(), 0.2)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import Perceptron
 from torch import nn
 from transformers import (
     BertConfig,
@@ -202,8 +203,8 @@ def test_it_starts_a_process_of_its_own_and_ends_it(tmp_path: Path, monkeypatch:
             started.append(self)
 
     monkeypatch.setattr("actkit.core.measure.proof.FreshProcess", Known)
-    model = build("cnn")
-    folder = save(model, tmp_path / "cnn")
+    model = Perceptron()
+    folder = save(model, tmp_path / "mlp")
     with pytest.raises(FreshProcessError, match="pass base="):
         prove(model, folder)
     assert len(started) == 1 and started[0].closed

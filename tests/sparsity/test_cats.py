@@ -23,6 +23,7 @@ from actkit.sparsity.cats import Cats, ReleaseHistogram, finetune
 from actkit.sparsity.gate_sparsity import gate_sparsity
 from actkit.sparsity.teal import Teal
 from actkit.testing import check_transform, tiny_batches, tiny_model
+from representative import architectures
 
 LENGTHS = ((30, 11, 25), (28, 9))
 KINDS = ("llama", "gemma", "mixtral", "gpt2", "bert", "vit")
@@ -124,12 +125,12 @@ def test_where_the_quantile_is_zero_only_zeros_are_dropped() -> None:
 # -- what it does to models --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", architectures(KINDS))
 def test_it_keeps_what_a_transform_promises(kind: str) -> None:
     check_transform(Cats(sparsity=0.6), tiny_model(kind), tiny_batches(kind))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", architectures(KINDS))
 def test_every_family_reaches_the_share(kind: str) -> None:
     model, batches = tiny_model(kind), tiny_batches(kind, lengths=((20, 20, 20),) * 3)
     report = apply(model, Cats(sparsity=0.5), batches, min_coverage=0.0, progress=False).report

@@ -23,6 +23,7 @@ from actkit.sparsity.activation_predictor import ActivationPairs, ActivationPred
 from actkit.sparsity.fatrelu import FatRelu, ShiftedRelu, ThresholdPoint, ThresholdSweep, sweep_threshold
 from actkit.sparsity.teal import Teal
 from actkit.testing import check_transform, tiny_batches, tiny_model
+from representative import architectures
 
 CHANGES = {"gpt2": "activation_function"}
 
@@ -100,7 +101,7 @@ def test_any_mlp_becomes_a_shifted_relu_one_and_is_saved(kind: str, old: str, tm
 # -- the transform -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "mixtral", "mlp"])
+@pytest.mark.parametrize("kind", architectures(["llama", "mlp", "bert", "mixtral", "gpt2"]))
 def test_what_every_transform_promises(kind: str) -> None:
     check_transform(FatRelu(threshold=0.2), relu_model(kind), tiny_batches(kind), conflicting=[FatRelu()])
 

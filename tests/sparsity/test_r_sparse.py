@@ -29,6 +29,7 @@ from actkit.sparsity.rotate_columns import RotateColumns
 from actkit.sparsity.teal import Teal
 from actkit.sparsity.wina import Wina
 from actkit.testing import check_transform, tiny_batches, tiny_model
+from representative import architectures
 
 DOWN = "model.layers.0.mlp.down_proj"
 
@@ -175,7 +176,7 @@ def test_alphas_by_pattern() -> None:
 # -- the contract ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["llama", "mixtral", "bert", "vit", "mlp"])
+@pytest.mark.parametrize("kind", architectures(["llama", "mixtral", "bert", "vit", "mlp"]))
 def test_it_is_a_transform(kind: str) -> None:
     batches = tiny_batches(kind, lengths=((20, 20, 20),) * 3) if kind == "mixtral" else tiny_batches(kind)
     conflicting = (Teal(), Wina(norms="each"))

@@ -66,7 +66,7 @@ def test_every_analysis_is_in_the_table() -> None:
             assert table.__annotations__["return"] == "Table", f"{cls.__name__}.table() gives something else"
 
 
-@pytest.mark.slow  # two processes, which import everything, run all analyses
+@pytest.mark.slow(reason="two processes, which import everything, run all analyses")
 def test_two_processes_find_the_same(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -107,9 +107,8 @@ def test_every_model_of_our_own_is_in_the_table() -> None:
     assert classes <= set(MODELS), "add the new model to MODELS"
 
 
-def test_a_fresh_process_the_compiler_and_the_exporter() -> None:
-    with FreshProcess(threads=1) as process:
-        checks = check_model(DigitsCNN, images()[:1], fresh=process, compile_backend="aot_eager", export=True)
+def test_a_fresh_process_the_compiler_and_the_exporter(worker: FreshProcess) -> None:
+    checks = check_model(DigitsCNN, images()[:1], fresh=worker, compile_backend="aot_eager", export=True)
     assert left_out(checks) == set()
 
 

@@ -27,6 +27,7 @@ from actkit.sparsity.wina import Wina
 from actkit.testing import Check, check_transform, tiny_batches, tiny_model
 from actkit.testing.models import KINDS
 from actkit.testing.transforms import CHECKS, State
+from representative import product
 
 AWQ, RTN = Awq(bits=3, group_size=8, n_grid=4), RoundToNearest(bits=4, group_size=8)
 # registered name -> settings to check, each with what it must refuse to follow; the first one on every family
@@ -54,8 +55,7 @@ def outcomes(checks: list[Check]) -> dict[str, str]:
     return {check.name: check.outcome for check in checks}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", list(SETTINGS))
+@pytest.mark.parametrize(("name", "kind"), product(SETTINGS, KINDS))
 def test_registered_transforms_pass(name: str, kind: str) -> None:
     if name == "rotate_columns" and kind == "mlp":
         pytest.skip("a plain MLP has no norm in front of its layers")
@@ -82,12 +82,9 @@ def test_every_registered_transform_is_in_the_table() -> None:
     assert all("check_transform(" in (folder / file).read_text(encoding="utf-8") for file in ELSEWHERE.values())
 
 
-def test_a_fresh_process_the_compiler_and_the_exporter() -> None:
+def test_a_fresh_process_the_compiler_and_the_exporter(worker: FreshProcess) -> None:
     model, batches = tiny_model("llama", num_hidden_layers=1), tiny_batches("llama", lengths=((9, 4),))
-    with FreshProcess() as process:
-        checks = check_transform(
-            Wina(sparsity=0.5), model, batches, fresh=process, compile_backend="aot_eager", export=True
-        )
+    checks = check_transform(Wina(sparsity=0.5), model, batches, fresh=worker, compile_backend="aot_eager", export=True)
     found = outcomes(checks)
     assert found["load in a fresh process"] == found["it compiles"] == found["it exports"] == "holds"
 
