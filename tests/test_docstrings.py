@@ -20,19 +20,13 @@ SOURCE = Path(actkit.__file__).parent
 NOT_YET = (
     "core/edit",
     "core/forward",
-    "core/ground",
-    "core/layers",
     "core/measure",
     "core/model",
     "core/recipe",
-    "core/store",
     "core/train",
     "core/watch",
     "data",
-    "finetuning",
-    "functions",
     "search",
-    "zoo",
 )
 FILES = [
     file

@@ -19,9 +19,10 @@ from tiny_models import HIDDEN, INNER, KINDS, Perceptron, batches, bits, build, 
 from torch import nn
 
 from actkit.core.edit import changes
-from actkit.core.edit.edits import Configure, Replace, Set, apply_edit, describe, tied_names
+from actkit.core.edit.edits import Configure, Replace, Set, apply_edit, describe
 from actkit.core.ground import whole_folder
 from actkit.core.ground.errors import CheckpointError
+from actkit.core.ground.modules import tied_names
 from actkit.core.layers.folding import ScaledActivation
 from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.measure.summary import summarise

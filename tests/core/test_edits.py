@@ -21,9 +21,9 @@ from actkit.core.edit.edits import (
     get_tensor,
     replay,
     temporarily,
-    tied_names,
 )
 from actkit.core.ground.errors import EditError, RecipeError
+from actkit.core.ground.modules import tied_names
 from actkit.core.layers.folding import ScaledActivation
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.quantizer import QuantizationGrid

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from actkit.core.edit.edits import tied_names
 from actkit.core.ground.errors import CoverageError, RecipeError
+from actkit.core.ground.modules import tied_names
 from actkit.core.layers.linear import ActLinear
 from actkit.core.recipe.runner import apply
 from actkit.quantization.awq import Awq

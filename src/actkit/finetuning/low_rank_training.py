@@ -39,11 +39,24 @@ def train_low_rank(
 ) -> Trained:
     """Train low-rank changes of some linear layers of a model, in place, and merge them into its weights.
 
-    roles: of the layers in the blocks that are trained, such as ("query", "gate"). alpha: the change is multiplied by
-    alpha / rank; default 2 * rank. seed: of A and of the training. training: what `train` takes (steps, learning_rate,
-    rules, mixed_precision ...) except `out`: save the model afterwards.
-    Raises ImportError without peft, ValueError for a layer whose weight is quantized or packed, roles that the model
-    does not have, or settings out of bounds, and what `train` raises; then the model is as it was.
+    Args:
+        model: of transformers; as it was, if an error is raised.
+        batches: to train on.
+        validation: batches for the loss that chooses the best step.
+        roles: of the layers in the blocks that are trained, such as ("query", "gate").
+        rank: of the changes.
+        alpha: the change is multiplied by alpha / rank; default 2 * rank.
+        seed: of A and of the training.
+        training: what `train` takes (steps, learning_rate, rules, mixed_precision ...) except `out`: save the model
+            afterwards.
+
+    Returns:
+        What `train` returns.
+
+    Raises:
+        ImportError: peft is missing.
+        ValueError: a layer whose weight is quantized or packed, roles that the model does not have, or settings out of
+            bounds; and what `train` raises.
     """
     if rank < 1:
         raise ValueError(f"rank: {rank} was given, allowed is 1 or more.")

@@ -5,7 +5,7 @@ function of a model changes with it, so it is usually followed by training (`cor
 calibrated on the *original* model (most transforms) should come in a run of its own, after the swap and the training.
 When to use it: to change the activation function of a model before it is trained on, such as SiLU to ReLU for exact
 zeros.
-Where all activations that a transformers config names (`hidden_act`, `activation_function`) change to one that it
+If all activations that a transformers config names (`hidden_act`, `activation_function`) change to one that it
 can name, the config says so too.
 """
 
@@ -24,6 +24,7 @@ from actkit.core.forward.example import Inputs
 from actkit.core.forward.hooks import evaluating, forward, hooked
 from actkit.core.ground import registry
 from actkit.core.ground.errors import EditError, RecipeError
+from actkit.core.ground.modules import is_within
 from actkit.core.ground.yaml_files import explain
 from actkit.core.layers.activations import (
     Activation,
@@ -70,7 +71,7 @@ class Swap(Transform):
     _factory: Callable[[], nn.Module] | None = PrivateAttr(default=None)
     _places: dict[str, tuple[int, nn.Module]] = PrivateAttr(default_factory=dict)  # path -> its block, what is there
     _all: dict[str, nn.Module] = PrivateAttr(default_factory=dict)  # the same, and kept
-    _batch: Any = PrivateAttr(default=None)  # what the model can be called with, None where none was given
+    _batch: Any = PrivateAttr(default=None)  # what the model can be called with, None if none was given
     _last: list[Configure | Note] = PrivateAttr(default_factory=list)  # after the last block
     _calls: dict[int, int] | None = PrivateAttr(default=None)  # id of a module -> how often a pass calls it
     _made: dict[int, tuple[nn.Module, nn.Module]] = PrivateAttr(default_factory=dict)  # id of an old module -> old, new
@@ -99,9 +100,20 @@ class Swap(Transform):
 
     @classmethod
     def of(cls, model: nn.Module, where: Where | Iterable[str], new: New) -> Self:
-        """From a class as `where`, or a factory as `new` (its modules must be registered under `actkit.modules`).
+        """Make the transform from a class as `where`, or a factory as `new`.
 
-        Raises EditError where no module of the model has that class, TypeError for a `new` of another kind.
+        Args:
+            model: whose modules are named.
+            where: the name of a function, a class of modules, a path or pattern of paths, or several of these texts.
+            new: a name, or a function that makes a module for each place, of a class registered under `actkit.modules`.
+
+        Returns:
+            The transform.
+
+        Raises:
+            EditError: no module of the model has that class.
+            RecipeError: an unknown name, or a module that is not registered.
+            TypeError: `new` is of another kind.
         """
         if isinstance(where, type):
             paths = [path for path, module in _modules(model) if isinstance(module, where)]
@@ -124,13 +136,21 @@ class Swap(Transform):
         return swap
 
     def plan(self, trial: Trial, data: Sequence[Any]) -> Self:
-        """Finds the places. Raises EditError for an entry of `where` that matches nothing."""
+        """Find the places.
+
+        Args:
+            trial: the model as it is.
+            data: batches; the first one tells how often each module is called.
+
+        Raises:
+            EditError: an entry of `where` matches nothing.
+        """
         chosen = self._chosen(trial.model)
         blocks = trial.anatomy.blocks
         planned = self.model_copy()
         planned._made, planned._places = {}, {}
         for path, module in chosen.items():
-            inside = (block.index for block in blocks if block.path == "" or path.startswith(block.path + "."))
+            inside = (block.index for block in blocks if is_within(path, block.path))
             planned._places[path] = (next(inside, 0), module)
         planned._all, planned._batch = dict(chosen), next(iter(data), None)
         planned._last = [
@@ -167,7 +187,7 @@ class Swap(Transform):
             self._made, self._last, self._all = {}, [], {}
 
     def _shared_parameters(self, old: nn.Module, model: nn.Module) -> Iterator[Note]:
-        """A note where the learned parameters of what follows `old` serve several places."""
+        """Note that the learned parameters of what follows `old` serve several places."""
         if self._calls is None:
             self._calls = _calls(model, self._all.values(), self._batch)
         paths = [path for path, module in self._all.items() if module is old]
@@ -233,11 +253,21 @@ def swap(
     undo: str | None = None,
     inplace: bool = True,
 ) -> Applied:
-    """Replace activation functions: swap(model, "silu", "relu"), swap(model, nn.GELU, CRReLU).
+    """Replace activation functions: `swap(model, "silu", "relu")`, `swap(model, nn.GELU, CRReLU)`.
 
-    where: the name of a function, a class of modules, a path or pattern of paths, or several of these texts. new: a
-    name, or a function that makes a registered module for each place. undo, inplace: as in `apply`.
-    Raises EditError where nothing matches, RecipeError for an unknown name or an unregistered module.
+    Args:
+        model: changed in place, unless `inplace=False`.
+        where: the name of a function, a class of modules, a path or pattern of paths, or several of these texts.
+        new: a name, or a function that makes a registered module for each place.
+        undo: as in `apply`.
+        inplace: as in `apply`.
+
+    Returns:
+        What `apply` returns.
+
+    Raises:
+        EditError: nothing matches.
+        RecipeError: an unknown name, or a module that is not registered.
     """
     return apply(model, Swap.of(model, where, new), undo=undo, inplace=inplace, progress=False)
 
@@ -285,7 +315,7 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _paths_of(module: nn.Module, path: str, model: nn.Module) -> list[str]:
-    """Where a module that was at `path` stands now. Raises EditError where it stands nowhere."""
+    """Where a module that was at `path` stands now. Raises EditError if it stands nowhere."""
     now = dict(_modules(model))
     if now.get(path) is module:
         return [path]

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from actkit.core.edit import changes
 from actkit.core.forward.example import Inputs, main_dtype
@@ -30,6 +29,7 @@ from actkit.core.ground.errors import ActkitError, MemoryLimitError
 from actkit.core.ground.fingerprint import model_fingerprint
 from actkit.core.ground.machine import machine, versions
 from actkit.core.ground.memory import release_memory
+from actkit.core.ground.modules import is_pretrained
 from actkit.core.ground.offload import refuse_offloaded
 from actkit.core.ground.progress import say, step, track
 from actkit.core.ground.whole_file import write_whole
@@ -568,7 +568,7 @@ def _check_report() -> None:
 def _check_base(model: nn.Module, base: Callable[[], nn.Module] | None) -> None:
     if base is not None:
         import_name(base)
-    elif not isinstance(model, PreTrainedModel) and registry.model_name(type(model)) is None:
+    elif not is_pretrained(model) and registry.model_name(type(model)) is None:
         raise ValueError(
             f"base: {type(model).__name__} is not a transformers model, nor registered under actkit.models; pass a "
             f"function that builds it unchanged, in a module that can be imported, so that candidates can be loaded in "

@@ -27,6 +27,7 @@ from actkit.core.model.anatomy import Anatomy, Site, Tap, anatomy
 from actkit.core.recipe.rule import AttachedRule, TrainingRule
 from actkit.core.train.rules import refuse_reentrant_checkpointing
 from actkit.core.watch.capture import live, resolve
+from actkit.core.watch.rows import channels_last
 
 
 class ActivationPenalty(TrainingRule):
@@ -184,10 +185,7 @@ def token_rows(site: Site, tap: Tap, x: Tensor, mask: Tensor | None) -> tuple[Te
     Raises:
         ValueError: the batch is padded, and the mask does not fit the rows.
     """
-    if tap.layout in ("heads", "weights"):
-        x = x.transpose(1, 2).flatten(2)
-    elif tap.layout == "channels_first" and x.dim() > 2:
-        x = x.flatten(2).transpose(1, 2)
+    x = channels_last(tap, x)
     rows = x.reshape(-1, x.shape[-1])
     if mask is None or bool(mask.all()) or tap.layout == "channels_first":
         return rows, None

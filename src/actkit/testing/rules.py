@@ -27,9 +27,9 @@ from pydantic import PrivateAttr, ValidationError
 from torch import Tensor, nn
 
 from actkit.core.edit import changes
-from actkit.core.edit.edits import tied_names
 from actkit.core.forward.hooks import hooked, main_input
 from actkit.core.ground.errors import RecipeError
+from actkit.core.ground.modules import tied_names
 from actkit.core.ground.random_numbers import own_random_numbers
 from actkit.core.measure.tasks.task import IGNORED
 from actkit.core.recipe.rule import AttachedRule, TrainingRule, dump_rules, parse_rules

@@ -25,10 +25,9 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from actkit.core.edit import changes
-from actkit.core.edit.edits import tied_names
 from actkit.core.forward.hooks import arguments, evaluating, first_tensor
 from actkit.core.ground.errors import ActkitError, DataError, NonFiniteError, RecipeError, UnsupportedModelError
-from actkit.core.ground.modules import is_pretrained
+from actkit.core.ground.modules import is_pretrained, tied_names
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import Applied, apply

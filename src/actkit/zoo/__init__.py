@@ -40,10 +40,15 @@ def names() -> list[str]:
 
 
 def path(name: str, dtype: torch.dtype | None = None) -> Path:
-    """The folder of a model: `from_pretrained` reads all but `cnn`, which is plain torch (`load`).
+    """Return the folder of a model: `from_pretrained` reads all but `cnn`, which is plain torch (`load`).
 
-    dtype: of the weights of `smollm2` and `gemma3`, which are dequantized into the user's cache; bfloat16 where None.
-    Raises ValueError for an unknown name and ImportError where the package that holds the weights is missing.
+    Args:
+        name: one of `names()`.
+        dtype: of the weights of `smollm2` and `gemma3`, which are dequantized into the user's cache; default bfloat16.
+
+    Raises:
+        ValueError: an unknown name.
+        ImportError: the package that holds the weights is missing.
     """
     if name not in names():
         raise ValueError(f"name={name!r} is not in the zoo; choose one of {', '.join(names())}.")
@@ -62,9 +67,14 @@ def path(name: str, dtype: torch.dtype | None = None) -> Path:
 
 
 def load(name: str, *, dtype: torch.dtype | None = None) -> nn.Module:
-    """A model of the zoo on the CPU, in evaluation mode. dtype: of its parameters, float32 where None.
+    """Load a model of the zoo on the CPU, in evaluation mode.
 
-    Raises what `path` raises.
+    Args:
+        name: one of `names()`.
+        dtype: of its parameters, default float32.
+
+    Raises:
+        ValueError, ImportError: as in `path`.
     """
     import torch
 
@@ -87,7 +97,14 @@ def load(name: str, *, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 def tokenizer(name: str) -> Any:
-    """The tokenizer of a language model or of `minilm`. Raises ValueError for a model of images."""
+    """Load the tokenizer of a language model or of `minilm`.
+
+    Args:
+        name: of the model.
+
+    Raises:
+        ValueError: it is a model of images.
+    """
     folder = path(name)
     if name in ("cnn", "vit"):
         usable = ", ".join(("minilm", *_LANGUAGE, *packaged.PACKAGED))
@@ -105,10 +122,15 @@ def card(name: str) -> str:
 
 
 def checkpoints(name: str, folder: str | Path = "artifacts/zoo/checkpoints") -> list[Checkpoint]:
-    """The twelve checkpoints along the training of a language model, first to last; `from_pretrained` reads each.
+    """List the twelve checkpoints along the training of a language model, first to last; `from_pretrained` reads each.
 
-    folder: where `scripts/train_zoo.py` wrote them, with their record; they are too large for the package.
-    Raises ValueError for a model without them and FileNotFoundError where they were not built.
+    Args:
+        name: of the model.
+        folder: where `scripts/train_zoo.py` wrote them, with their record; they are too large for the package.
+
+    Raises:
+        ValueError: a model without them.
+        FileNotFoundError: they were not built.
     """
     if name not in _LANGUAGE:
         raise ValueError(f"name={name!r} has no checkpoints; choose one of {', '.join(_LANGUAGE)}.")

@@ -31,26 +31,52 @@ def load(
 ) -> nn.Module:
     """Load a model in evaluation mode; every key must match.
 
-    source: a zoo name (`actkit.zoo.names()`), a local folder, a GGUF file (or a folder that holds a single one) or a
-    hub id (safetensors only). dtype: as stored where None (the zoo's own models are stored in bf16; what a GGUF file
-    holds quantized is dequantized to bf16). base: builds the unchanged model, for a folder that `actkit.save` wrote of
-    one's own nn.Module. trust_remote_code: run code that a hub repository brings; off unless asked for.
-    device: where its tensors go.
-    Raises CheckpointError naming the file, the keys, or what is not there.
+    Args:
+        source: a zoo name (`actkit.zoo.names()`), a local folder, a GGUF file (or a folder that holds a single one) or
+            a hub id (safetensors only).
+        device: where its tensors go.
+        dtype: default as stored (the zoo's own models are stored in bf16; what a GGUF file holds quantized is
+            dequantized to bf16).
+        base: builds the unchanged model, for a folder that `actkit.save` wrote of your own nn.Module, if its class is
+            not registered under `actkit.models`.
+        trust_remote_code: run code that a hub repository brings; off unless asked for.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: names the file, the keys, or what is not there.
     """
     folder = locate(source, dtype)
     return checkpoint.load(folder, device=device, dtype=dtype, base=base, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer beside a model. source, trust_remote_code: as in `load`. Raises CheckpointError without one."""
+    """Load the tokenizer beside a model.
+
+    Args:
+        source: as in `load`.
+        trust_remote_code: as in `load`.
+
+    Returns:
+        The tokenizer of transformers.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     return checkpoint.load_tokenizer(locate(source), trust_remote_code=trust_remote_code)
 
 
 def find_tokenizer(
     source: Source, *, dtype: torch.dtype | str | None = None, trust_remote_code: bool = False
 ) -> Any | None:
-    """The tokenizer beside a model, or None where its folder holds none. dtype: that the model is loaded with."""
+    """Load the tokenizer beside a model; None if its folder holds none.
+
+    Args:
+        source: as in `load`.
+        dtype: that the model is loaded with.
+        trust_remote_code: as in `load`.
+    """
     folder = locate(source, dtype)
     if not checkpoint.has_tokenizer(folder):
         return None
@@ -58,9 +84,14 @@ def find_tokenizer(
 
 
 def locate(source: Source, dtype: torch.dtype | str | None = None) -> Path:
-    """The local folder of a source; a hub id is downloaded, and a GGUF file is converted into the cache once.
+    """Find the local folder of a source; a hub id is downloaded, and a GGUF file is converted into the cache once.
 
-    dtype: that the model is to be loaded with, for a GGUF file. Raises CheckpointError where there is none.
+    Args:
+        source: as in `load`.
+        dtype: that the model is to be loaded with, for a GGUF file.
+
+    Raises:
+        CheckpointError: there is none.
     """
     if isinstance(source, str) and source in zoo.names():
         return zoo.path(source, checkpoint.parse_dtype(dtype))
@@ -83,10 +114,18 @@ def open_model(
     base: Callable[[], nn.Module] | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Any | None]:
-    """A model and its tokenizer (None where there is none), from a source as in `load`, or the model itself.
+    """Return a model and its tokenizer (None if there is none), from a source as in `load`, or the model itself.
 
-    A model in memory is taken as it is; its tokenizer is that of the folder it was loaded from.
-    Raises ValueError where device, dtype or base are given for a model in memory.
+    Args:
+        model: a source; or a model in memory, which is taken as it is, with the tokenizer of the folder that it was
+            loaded from.
+        device: as in `load`.
+        dtype: as in `load`.
+        base: as in `load`.
+        trust_remote_code: as in `load`.
+
+    Raises:
+        ValueError: device, dtype or base are given for a model in memory.
     """
     if not isinstance(model, nn.Module):
         loaded = load(model, device=device, dtype=dtype, base=base, trust_remote_code=trust_remote_code)

@@ -26,11 +26,20 @@ SMALLEST, LARGEST = 0.7, 1.4
 
 
 def off_grid_twin(model: nn.Module, seed: int = 0) -> nn.Module:
-    """A copy of a model that computes the same, each channel between its layers scaled by a factor of 0.7 to 1.4.
+    """Copy a model so that it computes the same, each channel between its layers scaled by a factor of 0.7 to 1.4.
 
     Scaled are norm -> linear, value -> output and up -> down in every block. Equal to rounding: within 1e-4 of the
     outputs in float32; a bf16 model's weights are rounded to bf16 once more.
-    Raises UnsupportedModelError, naming the layer, where no scale can be moved or actkit has changed the layers.
+
+    Args:
+        model: left as it is.
+        seed: of the factors.
+
+    Returns:
+        The twin.
+
+    Raises:
+        UnsupportedModelError: names the layer: no scale can be moved, or actkit has changed the layers.
     """
     check_family(model)
     twin = copy.deepcopy(model)
@@ -47,7 +56,7 @@ def off_grid_twin(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def _shared_heads(block: Block, group: EqualizationSet) -> Tensor | None:
-    """Which value channel each column of the output projection reads, where query heads share value heads."""
+    """Which value channel each column of the output projection reads, if query heads share value heads."""
     attention = block.attention
     if attention is None or group.consumers != (attention.output,) or attention.heads == attention.key_value_heads:
         return None

@@ -3,7 +3,7 @@
     norm weight_j -> factor * norm weight_j,   W[:, j] -> W[:, j] / factor     for random channels j of each norm
 
 Large language models have such channels by themselves, small ones do not; quantizers that care about them can only be
-told apart where there are some. The outliers are planted, so report results on the natural model next to them.
+told apart if there are some. The outliers are planted, so report results on the natural model next to them.
 """
 
 from __future__ import annotations
@@ -21,11 +21,23 @@ from actkit.zoo.rescaling import changed_before, check_family, move_scale
 
 
 def outlier_twin(model: nn.Module, *, channels: int = 4, factor: float = 30.0, seed: int = 0) -> nn.Module:
-    """A copy of a model with `channels` random channels per norm made `factor` times larger; the function stays.
+    """Copy a model and make random channels of each norm larger; the function stays.
 
-    Every norm inside a block draws its own channels. Equal to rounding: use a float32 model where that matters.
-    Raises ValueError for values out of bounds and UnsupportedModelError, naming the norm, where no scale can be moved
-    (post-norm, routers, weights that are shared), or where actkit has changed the layers already.
+    Every norm inside a block draws its own channels. Equal to rounding: use a float32 model if that matters.
+
+    Args:
+        model: left as it is.
+        channels: how many per norm.
+        factor: how much larger.
+        seed: of the draws.
+
+    Returns:
+        The twin.
+
+    Raises:
+        ValueError: a value out of bounds.
+        UnsupportedModelError: names the norm: no scale can be moved (post-norm, routers, weights that are shared), or
+            actkit has changed the layers already.
     """
     if channels < 1:
         raise ValueError(f"channels: {channels} was given; give at least 1.")

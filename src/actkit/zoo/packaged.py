@@ -18,9 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Packaged:
-    """Where a model's file lies. package: that is installed, with its version. files: module and name of each piece.
+    """Where a model's file lies.
 
-    digest: SHA-256 of the whole file. terms: of use, said before the first one.
+    Attributes:
+        package: that is installed.
+        version: of the package.
+        files: module and name of each piece.
+        digest: SHA-256 of the whole file.
+        flags: of pip.
+        terms: of use, said before the first one.
     """
 
     package: str
@@ -59,9 +65,13 @@ PACKAGED = {
 
 
 def pieces(name: str) -> list[Path]:
-    """The GGUF file of a model, or the pieces that it was cut into, in order.
+    """List the GGUF file of a model, or the pieces that it was cut into, in order.
 
-    Raises ImportError where the package is missing, incomplete or of another version.
+    Args:
+        name: of the model.
+
+    Raises:
+        ImportError: the package is missing, incomplete or of another version.
     """
     model = PACKAGED[name]
     installed = _version(model.package)
@@ -76,9 +86,14 @@ def pieces(name: str) -> list[Path]:
 
 
 def path(name: str, dtype: torch.dtype | None = None) -> Path:
-    """The folder of the model's checkpoint in the user's cache; the first call converts the file.
+    """Return the folder of the model's checkpoint in the user's cache; the first call converts the file.
 
-    dtype: of its weights, bfloat16 where None. Raises what `pieces` and `gguf.cached.cached` raise.
+    Args:
+        name: of the model.
+        dtype: of its weights, default bfloat16.
+
+    Raises:
+        ImportError: as in `pieces`; and what `gguf.cached.cached` raises.
     """
     from actkit.gguf.cached import cached
 

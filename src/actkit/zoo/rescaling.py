@@ -32,10 +32,15 @@ def changed_before(group: EqualizationSet) -> str | None:
 
 @torch.no_grad()
 def move_scale(group: EqualizationSet, scale: Tensor, repeats: Tensor | None = None) -> None:
-    """Multiply the producer's channels by scale [channels] and divide the consumers' columns by it.
+    """Multiply the producer's channels by a scale and divide the consumers' columns by it, in place.
 
-    repeats: which channel each column reads, int64 [columns], where one channel is read by several (value heads shared
-    by query heads); None where it is one each. Computed in float32 and rounded once, to the dtype of each weight.
+    Computed in float32 and rounded once, to the dtype of each weight.
+
+    Args:
+        group: the producer and what reads it.
+        scale: [channels].
+        repeats: which channel each column reads, int64 [columns], if one channel is read by several (value heads shared
+            by query heads); None if it is one each.
     """
     producer = group.producer
     assert isinstance(producer, Norm | Linear)

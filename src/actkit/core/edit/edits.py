@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from actkit.core.ground import offload, registry
 from actkit.core.ground.errors import EditError
+from actkit.core.ground.modules import is_within, names_of_parameters
 from actkit.core.layers.known_layers import hooks_of
 from actkit.core.layers.linear import ActLinear
 
@@ -98,25 +99,10 @@ def get_tensor(model: nn.Module, name: str) -> Tensor:
     return tensor
 
 
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """For every parameter name that shares its tensor with an earlier name: that earlier name, and the reverse."""
-    first: dict[int, str] = {}
-    tied: dict[str, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in first:
-            tied[name] = first[id(parameter)]
-            tied[first[id(parameter)]] = name
-        first.setdefault(id(parameter), name)
-    return tied
-
-
 def shared_parameters(model: nn.Module) -> Shared:
     """The names of each parameter that has several, by the parameter's `id`."""
-    names: dict[int, list[str]] = {}
     known = dict(model.named_parameters(remove_duplicate=False))
-    for name, parameter in known.items():
-        names.setdefault(id(parameter), []).append(name)
-    shared = {key: same for key, same in names.items() if len(same) > 1}
+    shared = {id(known[names[0]]): names for names in names_of_parameters(model) if len(names) > 1}
     for same in offload.shared_tensors(model) if offload.is_offloaded(model) else ():
         shared |= {id(known[name]): same for name in same if name in known}  # an object each, while they are elsewhere
     return shared
@@ -246,7 +232,7 @@ def _refuse_tied(model: nn.Module, changed: Iterable[Tensor], where: str, shared
     """Raise EditError where a parameter that is to change has another name outside of `where`."""
     shared = shared_parameters(model) if shared is None else shared
     for names in (shared.get(id(parameter), []) for parameter in changed) if shared else ():
-        inside = [name for name in names if name == where or name.startswith(where + ".")]
+        inside = [name for name in names if is_within(name, where)]
         outside = [name for name in names if name not in inside]
         if outside:
             raise EditError(

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measured number and its 95 % interval. low, high: -inf and inf where one document says nothing about others."""
+    """A measured number and its 95 % interval.
+
+    Attributes:
+        value: the number.
+        low: the lower end; -inf if one document says nothing about others.
+        high: the upper end; inf then.
+    """
 
     value: float
     low: float

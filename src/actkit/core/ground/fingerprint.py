@@ -1,6 +1,6 @@
 """What a model or a batch is, as 64 hex digits: equal for equal values, and others for any edit.
 
-Every byte is read. SHA-256 reads about 2 GB a second and core where the processor has instructions for it, so a model
+Every byte is read. SHA-256 reads about 2 GB a second and core if the processor has instructions for it, so a model
 of a billion weights in 16 bits takes a second of one core, and tensors are shared among torch's threads. Nothing is
 remembered between calls: what could tell that nothing was written since (version counters, times of files) is not told
 of writes through `.data` or NumPy, and a second is less than any of the work that a fingerprint stands before.
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from actkit.core.ground.modules import memory_of
 from actkit.core.ground.offload import value_of
 
 
@@ -27,28 +28,26 @@ def fingerprint(value: Any) -> str:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the class, and of the names, shapes, types and values of all saved tensors, offloaded ones too.
+    """Hash the class, and names, shapes, types and values of all saved tensors, offloaded ones too, with SHA-256.
 
-    Raises UnsupportedModelError for a tensor on the meta device that nothing fills.
+    Args:
+        model: in memory, or offloaded.
+
+    Raises:
+        UnsupportedModelError: a tensor is on the meta device, and nothing fills it.
     """
     state = model.state_dict(keep_vars=True)
     alike: dict[Any, str] = {}  # tied tensors are read once
     for name, tensor in state.items():
-        alike.setdefault(_identity(name, tensor), name)
+        alike.setdefault(memory_of(name, tensor), name)
 
     def read(name: str) -> str:
         return fingerprint(value_of(model, name, state[name]))
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing holds no lock of Python's
         digests = dict(zip(alike.values(), pool.map(read, alike.values()), strict=True))
-    rows = [f"{name} {digests[alike[_identity(name, tensor)]]}" for name, tensor in state.items()]
+    rows = [f"{name} {digests[alike[memory_of(name, tensor)]]}" for name, tensor in state.items()]
     return hashlib.sha256("\n".join([type(model).__name__, *rows]).encode()).hexdigest()
-
-
-def _identity(name: str, tensor: Tensor) -> Any:
-    if tensor.is_meta:
-        return name
-    return tensor.data_ptr() or name, tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def _read(value: Any, update: Callable[[Any], None]) -> None:

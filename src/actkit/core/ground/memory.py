@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from actkit.core.ground.errors import MemoryLimitError
 
@@ -23,7 +24,14 @@ _UNITS |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", sta
 
 
 def parse_bytes(value: int | str) -> int:
-    """Bytes from a number or a text such as '2GB', '512 MiB' or '1000'. Raises ValueError for anything else."""
+    """Read bytes from a number or a text such as '2GB', '512 MiB' or '1000'.
+
+    Args:
+        value: bytes, or a text with a unit.
+
+    Raises:
+        ValueError: it is anything else.
+    """
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value) if isinstance(value, str) else None
@@ -43,7 +51,12 @@ def format_bytes(size: int | float) -> str:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a recording will hold. rows: (site, statistic, bytes). seconds: estimate for all batches, or None."""
+    """What a recording will hold.
+
+    Attributes:
+        rows: (site, statistic, bytes).
+        seconds: estimate for all batches, or None.
+    """
 
     rows: tuple[tuple[str, str, int], ...]
     seconds: float | None = None
@@ -71,7 +84,7 @@ class MemoryPlan:
         return table
 
     def check(self, max_memory: int | str) -> None:
-        """Raise MemoryLimitError where the plan needs more than `max_memory` (bytes or a text like '2GB')."""
+        """Raise MemoryLimitError if the plan needs more than `max_memory` (bytes or a text like '2GB')."""
         cap = parse_bytes(max_memory)
         if self.total <= cap:
             return
@@ -84,16 +97,23 @@ class MemoryPlan:
 
 
 def release_memory() -> None:
-    """Hand what was dropped back to the system; the allocator keeps it otherwise (2.8 GB after the profile of a model
-    of 135M parameters)."""
+    """Hand what was dropped back to the system.
+
+    The allocator keeps it otherwise (2.8 GB after the profile of a model of 135M parameters).
+    """
     gc.collect()
     with suppress(OSError, AttributeError):  # only the GNU C library has it
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def parameter_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, ties counted once."""
-    seen: dict[Any, int] = {}
+def distinct_tensors(model: nn.Module) -> Iterable[Tensor]:
+    """List the saved parameters and buffers, tied ones once; offloaded ones are on the meta device."""
+    found: dict[Any, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        seen[name if tensor.is_meta else tensor.data_ptr()] = tensor.nbytes  # offloaded ones have no address
-    return sum(seen.values())
+        found.setdefault(name if tensor.is_meta else tensor.data_ptr(), tensor)
+    return found.values()
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Count the bytes of all parameters and buffers, ties once."""
+    return sum(tensor.nbytes for tensor in distinct_tensors(model))

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from actkit.core.ground.errors import UnsupportedModelError
+from actkit.core.ground.modules import is_within, memory_of
 
 M = TypeVar("M", bound=nn.Module)
 Source = Tensor | tuple[Mapping[str, Tensor], str] | Path  # a tensor, another map's entry, a file that holds it
@@ -116,9 +117,15 @@ def place_of(model: nn.Module, name: str) -> Place | None:
 
 
 def value_of(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """The values of the parameter or buffer `name`, which is `tensor` in the model; on the CPU where it is offloaded.
+    """Return the values of the parameter or buffer `name`; on the CPU if it is offloaded.
 
-    Raises UnsupportedModelError for one on the meta device that nothing fills.
+    Args:
+        model: that holds it.
+        name: of the tensor.
+        tensor: what stands there in the model.
+
+    Raises:
+        UnsupportedModelError: it is on the meta device, and nothing fills it.
     """
     if not tensor.is_meta:
         return tensor
@@ -129,8 +136,15 @@ def value_of(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 
 def in_place(model: nn.Module, path: str, module: M) -> M:
-    """The module at `path` itself, or a copy with its values in place where it is offloaded: for what is read outside
-    of its call. Meant for small ones."""
+    """Return the module at `path` itself, or a copy with its values in place if it is offloaded.
+
+    For what is read outside of its call, of small modules.
+
+    Args:
+        model: that holds it.
+        path: of the module.
+        module: what stands there.
+    """
     named = [*module.named_parameters(), *module.named_buffers()]
     if not any(tensor.is_meta for _, tensor in named):
         return module
@@ -148,7 +162,7 @@ def shared_tensors(model: nn.Module) -> list[list[str]]:
         place = place_of(model, name)
         source = None if place is None else _source(place.hook.weights_map, place.name)
         if source is not None and source.numel():
-            groups.setdefault(_memory(source), []).append(name)
+            groups.setdefault(memory_of(name, source), []).append(name)
     found = [names for names in groups.values() if len(names) > 1]
     for alias, name in (getattr(model, "all_tied_weights_keys", None) or {}).items():  # read from files they look apart
         if {alias, name} <= state.keys() and not any({alias, name} <= {*names} for names in found):
@@ -185,7 +199,7 @@ class _Onloaded:
     def unchanged(self) -> Iterator[tuple[Any, Source]]:
         for name, tensor in _held(self.module, self.hook).items():
             if self._is_as_it_was(name, tensor):
-                yield _memory(tensor), (self.hook.weights_map, name)
+                yield memory_of(name, tensor), (self.hook.weights_map, name)
 
     def _is_as_it_was(self, name: str, tensor: Tensor) -> bool:
         before, version = self.before.get(name, (None, 0))
@@ -194,12 +208,16 @@ class _Onloaded:
 
 @contextmanager
 def onloaded(model: nn.Module, path: str, *, weights: bool = True) -> Iterator[None]:
-    """The weights of the module at `path` are in place inside, on the device that they are brought to for its call.
+    """Hold the weights of the module at `path` in place, on the device that they are brought to for its call.
 
     At the end they are put away, changed ones and new modules included, also after an exception; a model that is not
-    offloaded is left alone, but for new modules, which get the hooks of those whose place they took. weights: False for
-    who changes modules without any, so that nothing is brought in place. A new module that keeps modules of the old one
-    inside must call them, as their hooks fire in their calls.
+    offloaded is left alone, but for new modules, which get the hooks of those whose place they took. A new module that
+    keeps modules of the old one inside must call them, as their hooks fire in their calls.
+
+    Args:
+        model: offloaded, or not.
+        path: of the module.
+        weights: False for who changes modules without any, so that nothing is brought in place.
     """
     root = model.get_submodule(path)
     before = dict(root.named_modules(remove_duplicate=False))
@@ -227,7 +245,7 @@ def _carry(before: Mapping[str, nn.Module], root: nn.Module, known: dict[Any, So
         carried.append(path)
         if _covered(root, path):
             continue  # by the hook of a module around it
-        inside = [m for name, m in before.items() if name == path or name.startswith(f"{path}.")]
+        inside = [m for name, m in before.items() if is_within(name, path)]
         template = next((hook for m in inside if (hook := offloading_hook(m)) is not None), None)
         if template is not None:
             _offload(module, template, known)
@@ -313,16 +331,14 @@ def _empty(module: nn.Module, hook: Any) -> None:
         _put(module, name, torch.empty_like(tensor, device="meta"), tensor)
 
 
-def _memory(tensor: Tensor) -> Any:
-    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
-
-
 def _stored(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], known: dict[Any, Source]) -> dict[str, Source]:
-    """Where tensors are kept from now on: in a file where the map that they belong to reads files, else in memory.
+    """Where tensors are kept from now on: in a file if the map that they belong to reads files, else in memory.
 
     known: what is kept already, by memory.
     """
-    found: dict[str, Source] = {name: known[_memory(x)] for name, x in tensors.items() if _memory(x) in known}
+    found: dict[str, Source] = {
+        name: known[memory_of(name, x)] for name, x in tensors.items() if memory_of(name, x) in known
+    }
     fresh = {name: x.detach().cpu().contiguous() for name, x in tensors.items() if name not in found}
     folder = _folder(like) if fresh else None
     if folder is None:

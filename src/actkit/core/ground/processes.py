@@ -5,7 +5,7 @@
 
 Inside `together` every process runs the same program on the same model and is given all the batches. `record`, `apply`
 and `evaluate` run the model on every n-th batch only and exchange what they saw, so that each process ends with what
-one process would have found. Outside of it, and where there is one process, nothing here does anything: a process group
+one process would have found. Outside of it, and if there is one process, nothing here does anything: a process group
 may then be someone else's, of a training for example.
 
 Every exchange begins with a header from all: whether the sender failed, what it is about to exchange, and how long its
@@ -39,8 +39,15 @@ FAILURE = 2000  # characters sent of an error's text
 
 @dataclass
 class _Group:
-    """headers: the group that carries tensors on the CPU. nccl: whether tensors on GPUs are sent as they are. ended:
-    why nothing can be exchanged any more, once an error has ended it."""
+    """The processes that work together.
+
+    Attributes:
+        rank: of this one.
+        count: of them all.
+        headers: the group that carries tensors on the CPU.
+        nccl: whether tensors on GPUs are sent as they are.
+        ended: why nothing can be exchanged any more, once an error has ended it.
+    """
 
     rank: int
     count: int
@@ -73,8 +80,13 @@ def is_first() -> bool:
 
 
 def mine(batch: int) -> bool:
-    """Whether this process runs the batch with that index: each runs every n-th. None where there are fewer batches
-    than processes; it takes part in all exchanges all the same."""
+    """Say whether this process runs the batch with that index: each runs every n-th.
+
+    It may run none, if there are fewer batches than processes; it takes part in all exchanges all the same.
+
+    Args:
+        batch: index of a batch, from 0.
+    """
     return batch % count() == rank()
 
 
@@ -85,7 +97,7 @@ def started_by_torchrun() -> bool:
 
 
 def refuse(what: str, instead: str) -> None:
-    """Raise ProcessError where torchrun started several processes, for what runs in one; instead: what to do."""
+    """Raise ProcessError if torchrun started several processes, for what runs in one; instead: what to do."""
     if several() or started_by_torchrun():
         running = count() if several() else os.environ["WORLD_SIZE"]
         raise ProcessError(f"{what}: it runs in one process, and {running} were started; {instead}.")
@@ -154,11 +166,16 @@ def _join() -> _Group | None:
 def everyone(
     label: str, tensors: Mapping[str, Tensor] | None = None, about: Any = None
 ) -> Iterator[tuple[Any, dict[str, Tensor]]]:
-    """What each process holds, in the order of their ranks; all must ask, and take all of it.
+    """Return what each process holds, in the order of their ranks; all must ask, and take all of it.
 
-    label: what is exchanged, the same in all. tensors: may differ in names and shapes from process to process; those of
-    others come on the CPU, or on this process's GPU where nccl carried them. about: JSON that goes with them.
-    Raises ProcessError where another process failed, is gone, or exchanges something else.
+    Args:
+        label: what is exchanged, the same in all.
+        tensors: may differ in names and shapes from process to process; those of others come on the CPU, or on this
+            process's GPU if nccl carried them.
+        about: JSON that goes with them.
+
+    Raises:
+        ProcessError: another process failed, is gone, or exchanges something else.
     """
     tensors = tensors or {}
     if _group is None:
@@ -176,8 +193,14 @@ def everyone(
 
 
 def total(label: str, values: Tensor) -> Tensor:
-    """The sum over all processes, on the device of the values. It is taken in the order of the ranks, so that all get
-    the same bits."""
+    """Sum a tensor over all processes, on the device of the values.
+
+    It is done in the order of the ranks, so that all get the same bits.
+
+    Args:
+        label: what is summed, the same in all processes.
+        values: of this process, of the same shape in all.
+    """
     if _group is None:
         return values
     found = [tensors["values"].to(values.device) for _, tensors in everyone(label, {"values": values.detach()})]
@@ -188,7 +211,7 @@ def total(label: str, values: Tensor) -> Tensor:
 
 
 def agree(**what: str) -> None:
-    """Raise ProcessError, in all processes, where one of these texts is not the same in all."""
+    """Raise ProcessError, in all processes, if one of these texts is not the same in all."""
     found = [theirs for theirs, _ in everyone("what the processes were given", about=what)]
     for other, theirs in enumerate(found):
         wrong = [name for name in found[0] if theirs.get(name) != found[0][name]]

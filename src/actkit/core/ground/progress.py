@@ -1,6 +1,6 @@
 """The one progress bar: it appears on stderr once something takes longer than two seconds, and goes when it is done.
 
-Where stderr is no terminal, what took so long gets a line there when it is done, and one every half minute until then.
+If stderr is no terminal, what took so long gets a line there when it is done, and one every half minute until then.
 """
 
 from __future__ import annotations
@@ -20,9 +20,13 @@ _shown = Lock()  # one bar at a time: what runs inside a shown one stays quiet
 
 
 def track(iterable: Iterable[Item], description: str, total: int | None = None, enabled: bool = True) -> Iterator[Item]:
-    """Yield the items of `iterable` while a bar counts them.
+    """Yield the items of `iterable` while a bar counts them; only the first of several processes shows one.
 
-    total: how many there are, where `len(iterable)` does not say. Only the first of several processes shows anything.
+    Args:
+        iterable: whose items are counted.
+        description: beside the bar.
+        total: how many there are, if `len(iterable)` does not say.
+        enabled: False shows nothing.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -92,15 +96,22 @@ def say(text: str) -> None:
 
 
 def step(text: str, enabled: bool = True) -> None:
-    """A line on a finished step, where stderr is no terminal; there the bar tells."""
+    """A line on a finished step, if stderr is no terminal; there the bar tells."""
     if enabled and not sys.stderr.isatty():
         say(text)
 
 
 def remaining(elapsed: float, done: int, total: int | None, at: float) -> float | None:
-    """Seconds that are left, each further item taking the mean of those that are done; None while that is unknown.
+    """Estimate the seconds that are left, each further item taking the mean of those that are done.
 
-    elapsed: seconds since the start. at: of it, when the last item was done.
+    Args:
+        elapsed: seconds since the start.
+        done: items.
+        total: items.
+        at: of `elapsed`, when the last item was done.
+
+    Returns:
+        Seconds; None while that is unknown.
     """
     if not done or total is None:
         return None

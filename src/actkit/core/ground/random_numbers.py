@@ -13,9 +13,11 @@ import torch
 
 @contextmanager
 def own_random_numbers(device: torch.device, seed: int) -> Iterator[None]:
-    """Inside, the generators begin with `seed`; afterwards they go on where they stood, as if nothing had been drawn.
+    """Let the generators begin with `seed`; afterwards they go on from where they stood, as if nothing had been drawn.
 
-    device: whose generator is meant, beside the CPU's. Generators that are made by hand are left alone.
+    Args:
+        device: whose generator is meant, beside the CPU's; generators that are made by hand are left alone.
+        seed: of all of them.
     """
     before = random_state(device)
     torch.manual_seed(seed)

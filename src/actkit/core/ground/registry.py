@@ -29,7 +29,7 @@ FUNCTIONS, MODELS = "actkit.functions", "actkit.models"
 MEND = "Update or uninstall that package (pip uninstall NAME), or report it to its author."
 
 
-Entries = tuple[EntryPoint, ...]  # what stands behind a name: one entry, several where packages disagree
+Entries = tuple[EntryPoint, ...]  # what stands behind a name: one entry, several if packages disagree
 
 
 @cache
@@ -69,7 +69,7 @@ def _load(group: str, name: str) -> Any:
 
 
 def _class(group: str, name: str, wanted: str, fits: Callable[[type], bool]) -> Any:
-    """The class behind a name. Raises RecipeError where it is something else than is `wanted`."""
+    """The class behind a name. Raises RecipeError if it is something else than is `wanted`."""
     found = _load(group, name)
     if not (isinstance(found, type) and fits(found)):
         kind = f"the class {found.__name__}" if isinstance(found, type) else f"a {type(found).__name__}"
@@ -78,7 +78,7 @@ def _class(group: str, name: str, wanted: str, fits: Callable[[type], bool]) -> 
 
 
 def _origin(entry: EntryPoint) -> str:
-    """'its_package.module:Class, of the package NAME VERSION'"""
+    """Such as 'its_package.module:Class, of the package NAME VERSION'."""
     return f"{entry.value}, of the package {f'{entry.dist.name} {entry.dist.version}' if entry.dist else 'unknown'}"
 
 
@@ -93,9 +93,13 @@ def method_names() -> list[str]:
 
 
 def method_class(name: str) -> Any:
-    """The class of the method (a transform or a rule) registered as `name`.
+    """Return the class of the method (a transform or a rule) registered as `name`.
 
-    Raises RecipeError for an unknown name, one that two packages claim, and a broken plug-in.
+    Args:
+        name: that is registered.
+
+    Raises:
+        RecipeError: an unknown name, one that two packages claim, or a broken plug-in.
     """
     return _class(METHODS, name, "a Transform or TrainingRule", lambda found: issubclass(found, BaseModel))
 
@@ -106,7 +110,14 @@ def method_name(cls: type) -> str:
 
 
 def module_class(name: str) -> Any:
-    """The module class registered as `name`. Raises RecipeError as `method_class`."""
+    """Return the module class registered as `name`.
+
+    Args:
+        name: that is registered.
+
+    Raises:
+        RecipeError: as in `method_class`.
+    """
     wanted = "a torch.nn.Module with spec() and from_spec()"
     return _class(MODULES, name, wanted, lambda found: issubclass(found, nn.Module) and _has_spec(found))
 
@@ -121,13 +132,27 @@ def module_name(cls: type) -> str:
 
 
 def weight_class(kind: str) -> Any:
-    """The class that stores weights as `kind`, a `core.layers.weights.WeightStorage`. Raises RecipeError."""
+    """Return the class that stores weights as `kind`, a `core.layers.weights.WeightStorage`.
+
+    Args:
+        kind: that is registered.
+
+    Raises:
+        RecipeError: as in `method_class`.
+    """
     wanted = "a torch.nn.Module with spec() and from_spec()"
     return _class(WEIGHTS, kind, wanted, lambda found: issubclass(found, nn.Module) and _has_spec(found))
 
 
 def selection_class(kind: str) -> Any:
-    """The class that selects inputs as `kind`, a `core.layers.selections.Selection`. Raises RecipeError."""
+    """Return the class that selects inputs as `kind`, a `core.layers.selections.Selection`.
+
+    Args:
+        kind: that is registered.
+
+    Raises:
+        RecipeError: as in `method_class`.
+    """
     wanted = "a torch.nn.Module with spec() and from_spec()"
     return _class(SELECTIONS, kind, wanted, lambda found: issubclass(found, nn.Module) and _has_spec(found))
 
@@ -139,6 +164,9 @@ def function_names() -> list[str]:
 
 def function_record(name: str) -> Any:
     """The record of the activation function `name`, a `core.layers.activation_function.ActivationFunction`.
+
+    Args:
+        name: that is registered.
 
     Raises:
         RecipeError: an unknown name, one that two packages claim, or a plug-in that is broken or names it otherwise.
@@ -159,6 +187,9 @@ def model_names() -> list[str]:
 
 def model_class(name: str) -> Any:
     """The class of the model registered as `name`.
+
+    Args:
+        name: that is registered.
 
     Raises:
         RecipeError: an unknown name, one that two packages claim, or a broken plug-in.
@@ -184,7 +215,14 @@ def task_names() -> list[str]:
 
 
 def task_class(name: str) -> Any:
-    """The class of the task `name`, a `core.measure.tasks.task.Task`. Raises RecipeError."""
+    """Return the class of the task `name`, a `core.measure.tasks.task.Task`.
+
+    Args:
+        name: that is registered.
+
+    Raises:
+        RecipeError: as in `method_class`.
+    """
     wanted = "a Task with fits(), sums() and estimates()"
     return _class(
         TASKS, name, wanted, lambda found: all(hasattr(found, each) for each in ("fits", "sums", "estimates"))
@@ -198,6 +236,9 @@ def decoder_names() -> list[str]:
 
 def decoder_class(name: str) -> Any:
     """The class registered as the decoder `name`; `core.measure.decoding.Decoder` says what it offers.
+
+    Args:
+        name: that is registered.
 
     Raises:
         RecipeError: no decoder has this name.

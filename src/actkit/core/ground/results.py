@@ -17,7 +17,11 @@ class Result(Protocol):
         """For a terminal: what `rich` prints; a page of several parts is one `Table.grid`."""
 
     def figure(self) -> Figure:
-        """For a browser. Raises ImportError if plotly (the extra `report`) is missing."""
+        """Draw it for a browser.
+
+        Raises:
+            ImportError: plotly (the extra `report`) is missing.
+        """
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""

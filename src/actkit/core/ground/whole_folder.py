@@ -21,9 +21,13 @@ from actkit.core.ground.whole_file import flush
 
 @contextmanager
 def complete_or_nothing(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` if nothing goes wrong, and leaves no trace otherwise.
+    """Give a temporary folder that becomes `folder` if nothing goes wrong, and leaves no trace otherwise.
 
-    Raises CheckpointError where the disk does not take it.
+    Args:
+        folder: that is to be written; one that is there is replaced at the end.
+
+    Raises:
+        CheckpointError: the disk does not take it.
     """
     folder = folder.resolve()  # of a link, the folder that it points to is replaced
     temporary = _hidden(folder)
@@ -52,8 +56,13 @@ def complete_or_nothing(folder: Path) -> Iterator[Path]:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder as one step: it is there whole, or not at all. What a kill leaves is hidden, and removed by the
-    next save or `discard` there."""
+    """Remove a folder as one step: it is there whole, or not at all.
+
+    What a kill leaves is hidden, and removed by the next save or `discard` there.
+
+    Args:
+        folder: to remove; nothing happens if it is not there.
+    """
     folder = folder.resolve()
     if folder.parent.is_dir():
         _remove(folder, folder)
@@ -84,7 +93,7 @@ def previous_of(folder: Path) -> Path:
 
 
 def recover(folder: Path) -> None:
-    """Put the old folder back where a save was killed between its two renames."""
+    """Put the old folder back if a save was killed between its two renames."""
     folder = folder.resolve()  # a link's target, as in `complete_or_nothing`
     if not folder.exists() and previous_of(folder).is_dir():
         previous_of(folder).rename(folder)

@@ -21,9 +21,17 @@ SHOWN = 120  # characters of a value in an error
 
 
 def read_yaml(path: Path, what: str) -> Any:
-    """The content of a file. what: 'recipe' or 'rules', with which an error begins.
+    """Read a file of plain data.
 
-    Raises RecipeError for a file that is missing, too large, not UTF-8, no YAML, or not plain data.
+    Args:
+        path: of the file.
+        what: 'recipe' or 'rules', with which an error begins.
+
+    Returns:
+        Its content.
+
+    Raises:
+        RecipeError: the file is missing, too large, not UTF-8, no YAML, or not plain data.
     """
     if not path.is_file():
         raise RecipeError(f"{what}: there is no file {path}.")
@@ -38,7 +46,19 @@ def read_yaml(path: Path, what: str) -> Any:
 
 
 def parse_yaml(text: str, what: str, source: str) -> Any:
-    """The content of a text. source: where it stands, for errors. Raises RecipeError as `read_yaml`."""
+    """Read a text of plain data.
+
+    Args:
+        text: YAML.
+        what: 'recipe' or 'rules', with which an error begins.
+        source: where it stands, for errors.
+
+    Returns:
+        Its content.
+
+    Raises:
+        RecipeError: as in `read_yaml`.
+    """
     try:
         return yaml.load(text, _Plain)
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # ValueError: a date or number
@@ -86,7 +106,7 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> str:
 
 
 class _Plain(yaml.SafeLoader):
-    """Refuses what is not plain data where it stands, before anything is built from it."""
+    """Refuses what is not plain data, before anything is built from it."""
 
     depth = nodes = 0
 

@@ -166,6 +166,9 @@ def name_of(module: nn.Module) -> str | None:
     """The registered name of what a module computes; None for other functions and other settings.
 
     The tanh approximations of GELU are one name, though they round differently.
+
+    Args:
+        module: any module.
     """
     if isinstance(module, Activation):
         return module.name
@@ -189,6 +192,9 @@ def gives_zeros(module: nn.Module) -> bool:
 
     Of a known function that is a quarter of the outputs for a standard normal input, as of ReLU and its square; other
     modules say so by `gives_zeros`.
+
+    Args:
+        module: any module.
     """
     if getattr(module, "gives_zeros", False):
         return True
@@ -200,6 +206,9 @@ def is_activation(module: nn.Module) -> bool:
     """Whether a module is an activation function of torch or transformers, or says so by `mixes`.
 
     nn.Identity is none, and nn.Softmax makes probabilities of scores.
+
+    Args:
+        module: any module.
     """
     if isinstance(module, nn.Identity | nn.Softmax):
         return False
@@ -212,6 +221,9 @@ def without_inner(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     The function under a threshold that was set for it is one of these. A module that stands at several paths comes with
     each.
+
+    Args:
+        model: any module.
     """
     inside: set[str] = set()
     for path, module in model.named_modules(remove_duplicate=False):

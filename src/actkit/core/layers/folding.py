@@ -11,7 +11,12 @@ from actkit.core.layers.keeps_dtype import KeepsDtype
 
 
 class ScaledActivation(KeepsDtype):
-    """act(x) / scale: lets a scale pass a nonlinearity that does not commute with it. scale: float32 [channels]."""
+    """act(x) / scale: lets a scale pass a nonlinearity that does not commute with it.
+
+    Args:
+        activation: act.
+        scale: [channels]; kept in float32.
+    """
 
     scale: Tensor
 

@@ -20,7 +20,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def why_unread(module: nn.Module) -> str | None:
-    """Why an nn.Linear or Conv1D (or a subclass) may not be W x + b, or None where it is.
+    """Why an nn.Linear or Conv1D (or a subclass) may not be W x + b, or None if it is.
 
     Args:
         module: any module.

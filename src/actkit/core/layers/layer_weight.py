@@ -1,4 +1,4 @@
-"""What `layer.weight` answers where a layer is more than a stored matrix.
+"""What `layer.weight` answers if a layer is more than a stored matrix.
 
 Much code reads the `weight` of a linear layer from outside: its dtype or device before the call, or the values, to
 multiply by them itself (torch's fused encoder layer and multi-head attention do). The first must cost nothing, the
@@ -32,8 +32,9 @@ DESCRIBE = frozenset([
 class LayerWeight(Tensor):
     """The weight [out, in] of an ActLinear, dequantized when it is computed with.
 
-    Raises UnsupportedModelError when it is computed with and the layer also selects inputs or adds a correction, which
-    the result would leave out.
+    Raises:
+        UnsupportedModelError: it is computed with, and the layer also selects inputs or adds a correction, which the
+            result would leave out.
     """
 
     layer: ActLinear

@@ -6,7 +6,7 @@ quantizer is still one module, and whatever runs or exports models knows this mo
 
 The weight slot is held in `storage`; `weight` answers a tensor, as that of every linear layer does.
 The logical layout is the state that is saved. `pack()` builds the input-major buffer that the sparse kernel reads; it
-is never saved. With gradients, with more rows than the kernel takes (two, or eight where an integer weight is read
+is never saved. With gradients, with more rows than the kernel takes (two, or eight if an integer weight is read
 whole), under torch.export or without `pack()` the layer computes in plain torch.
 """
 
@@ -31,11 +31,20 @@ if TYPE_CHECKING:
 
 OLD_STORAGE = "weight"  # what the module that stores the weight was called until it was `storage`
 KERNEL_ROWS = 2  # above it a dense product wins: two independent masks at 50 % already need 75 % of the weight
-INTEGER_ROWS = 8  # as many as the kernel for integer weights takes where no input is skipped
+INTEGER_ROWS = 8  # as many as the kernel for integer weights takes if no input is skipped
 
 
 class LowRank(nn.Module):
-    """Adds left @ right @ x. left: [out, rank], right: [rank, in]. of: 'all' inputs, or only the 'dropped' ones."""
+    """A correction: adds left @ right @ x.
+
+    Args:
+        left: [out, rank].
+        right: [rank, in].
+        of: 'all' inputs, or only the 'dropped' ones.
+
+    Raises:
+        ValueError: the two do not share a rank.
+    """
 
     def __init__(self, left: Tensor, right: Tensor, of: Literal["all", "dropped"] = "all") -> None:
         super().__init__()
@@ -58,9 +67,10 @@ class LowRank(nn.Module):
 
 
 class ActLinear(nn.Module):
-    """A linear layer with three slots: y = W select(x) + bias + correction(x).
+    """A linear layer with three slots: y = W select(x) + bias + correction(x); [..., in] -> [..., out].
 
-    Input [..., in], output [..., out]. Raises ValueError where the slots do not fit each other.
+    Raises:
+        ValueError: the slots do not fit each other.
     """
 
     def __init__(
@@ -100,11 +110,22 @@ class ActLinear(nn.Module):
         select: Selection | None = None,
         correction: LowRank | None = None,
     ) -> ActLinear:
-        """A changed copy of a linear layer; slots that are not given stay as the layer had them.
+        """Make a changed copy of a linear layer; slots that are not given stay as the layer had them.
 
-        linear: an anatomy's Linear, nn.Linear, transformers' Conv1D or ActLinear. Dense weights and biases are shared
-        with the source, not copied. Raises ValueError where a slot does not fit the layer, CoverageError for a layer
-        that may compute something else than its weight says.
+        Dense weights and biases are shared with the source, not copied.
+
+        Args:
+            linear: an anatomy's Linear, nn.Linear, transformers' Conv1D or ActLinear.
+            weight: how the weight is stored.
+            select: which inputs are read.
+            correction: what is added.
+
+        Returns:
+            The layer.
+
+        Raises:
+            ValueError: a slot does not fit the layer.
+            CoverageError: a layer that may compute something else than its weight says.
         """
         module = linear if isinstance(linear, nn.Module) else linear.module
         reason = why_unread(module)
@@ -136,7 +157,11 @@ class ActLinear(nn.Module):
         return self.storage.dequantize()
 
     def dense(self) -> nn.Linear:
-        """A plain nn.Linear with the dequantized weight. Raises ValueError where select or correction would be lost."""
+        """Make a plain nn.Linear with the dequantized weight.
+
+        Raises:
+            ValueError: select or correction would be lost.
+        """
         if self.select is not None or self.correction is not None:
             raise ValueError("dense(): a plain linear layer cannot hold this layer's select or correction slot.")
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
@@ -158,7 +183,7 @@ class ActLinear(nn.Module):
     # -- decoding through the kernel
 
     def pack(self) -> bool:
-        """Build the kernel's buffer (a second copy of the weight). Returns whether the kernel can serve this layer."""
+        """Build the kernel's buffer, a second copy of the weight; return whether the kernel can serve this layer."""
         self._packed = self._kernel_weight()
         if self._packed is not None and isinstance(self.select, Threshold):
             self._packed_threshold = float(self.select.threshold)
@@ -171,7 +196,7 @@ class ActLinear(nn.Module):
         return self.storage.packed(self.select is not None)
 
     def packed_tensors(self) -> tuple[Tensor, ...]:
-        """The tensors of the kernel's buffer, none where there is none."""
+        """List the tensors of the kernel's buffer, if there is one."""
         parts = (getattr(self._packed, name, None) for name in ("buffer", "scale", "zero"))
         return tuple(part for part in parts if part is not None)
 

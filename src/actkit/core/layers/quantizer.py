@@ -33,8 +33,12 @@ Convention = Literal["zero_in_range", "llm-awq"]
 class QuantizationGrid:
     """Bits, groups and symmetry of an integer grid.
 
-    bits: 2 to 8. group_size: weights per scale; -1 takes the whole row (or column). convention: how a group's range is
-    found, see above; what codes and parameters stand for is the same in both.
+    Attributes:
+        bits: 2 to 8.
+        group_size: weights per scale; -1 takes the whole row (or column).
+        group_axis: the dimension that groups lie along, 'input' or 'output'.
+        symmetric: whether the range is as large below 0 as above, so that there is no zero point.
+        convention: how a group's range is found, see above; what codes and parameters stand for is the same in both.
     """
 
     bits: int
@@ -69,7 +73,15 @@ class QuantizationGrid:
         return None
 
     def parameter_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
-        """The shape of scale and zero for a weight [out, in]. Raises ValueError where the groups do not fit."""
+        """Return the shape of scale and zero for a weight [out, in].
+
+        Args:
+            out_features: rows of the weight.
+            in_features: columns of the weight.
+
+        Raises:
+            ValueError: the groups do not fit.
+        """
         reason = self.fits(out_features, in_features)
         if reason:
             raise ValueError(reason + ".")
@@ -78,10 +90,17 @@ class QuantizationGrid:
         return 1 if self.group_size == -1 else out_features // self.group_size, in_features
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes and parameters of a weight [out, in].
+        """Find codes and parameters of a weight.
 
-        Returns codes uint8 [out, in], scale float32 and zero uint8, both [out, groups] for groups along the input
-        and [groups, in] along the output; zero is None when symmetric. Raises ValueError where the groups do not fit.
+        Args:
+            weight: [out, in].
+
+        Returns:
+            Codes, uint8 [out, in]; scale, float32, and zero, uint8 (None if symmetric), both [out, groups] for groups
+            along the input and [groups, in] along the output.
+
+        Raises:
+            ValueError: the groups do not fit.
         """
         parts = [self._quantize(rows.float()) for rows in parcels(self._grouped(weight))]
         codes, scale, zero = (torch.cat(each) for each in zip(*parts, strict=True))
@@ -132,8 +151,14 @@ class QuantizationGrid:
 
 
 def parcels(tensor: Tensor, values: int = 1 << 20) -> tuple[Tensor, ...]:
-    """Views of consecutive rows with about so many values each, so that what is computed from one stays in the caches,
-    and copies in float32 stay small beside the tensor."""
+    """Split a tensor into views of consecutive rows with about so many values each.
+
+    What is computed from one stays in the caches, and copies in float32 stay small beside the tensor.
+
+    Args:
+        tensor: [rows, ...].
+        values: how many a view holds, about; one row at least.
+    """
     return tensor.split(max(1, values * len(tensor) // max(1, tensor.numel())))
 
 

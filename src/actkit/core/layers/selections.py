@@ -11,7 +11,11 @@ from actkit.core.layers.keeps_dtype import KeepsDtype
 
 
 class Selection(KeepsDtype):
-    """Which inputs are read: those with a large |x| * score. score: float32 [in], or None for 1."""
+    """Which inputs are read: those with a large |x| * score.
+
+    Args:
+        score: float32 [in], or None for 1.
+    """
 
     kind: ClassVar[str]
     score: Tensor | None
@@ -48,7 +52,7 @@ class Selection(KeepsDtype):
 
 
 class Threshold(Selection):
-    """Keeps input i where |x_i| * score_i > threshold."""
+    """Keeps input i if |x_i| * score_i > threshold."""
 
     kind = "threshold"
     threshold: Tensor

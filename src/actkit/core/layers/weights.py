@@ -61,16 +61,24 @@ class WeightStorage(KeepsDtype):
         return self.kind
 
     def packed(self, selects: bool) -> PackedWeight | QuantizedWeight | None:
-        """The buffer of a kernel that multiplies it, or None. selects: whether inputs are left out."""
+        """Return the buffer of a kernel that multiplies it, or None.
+
+        Args:
+            selects: whether inputs are left out.
+        """
         return None
 
     def product(self, x: Tensor, packed: Any, bias: Tensor | None, **chosen: Any) -> Tensor:
-        """The kernel's product of x [rows, in] with what `packed` gave. chosen: which inputs are read."""
+        """Return the kernel's product of x [rows, in] with what `packed` gave."""
         raise NotImplementedError
 
 
 class DenseWeight(WeightStorage):
-    """A weight kept as it is. tensor: Parameter [out, in]."""
+    """A weight kept as it is.
+
+    Args:
+        tensor: [out, in]; becomes a Parameter.
+    """
 
     kind = "dense"
 
@@ -118,8 +126,13 @@ class DenseWeight(WeightStorage):
 class IntegerWeight(WeightStorage):
     """Codes and scales of a quantized weight.
 
-    codes: uint8 [out, in], or [out, ceil(in / 2)] with two codes per byte for 4 bits and less. scale: float32 and
-    zero: uint8 or None, shaped as `QuantizationGrid.quantize` returns them. dtype: what `dequantize` returns.
+    Args:
+        codes: uint8 [out, in], or [out, ceil(in / 2)] with two codes per byte for 4 bits and less.
+        scale: float32, shaped as `QuantizationGrid.quantize` returns it.
+        zero: uint8 of that shape, or None.
+        dtype: what `dequantize` returns.
+        shape: (out, in).
+        grid: that the codes are of.
     """
 
     kind = "integer"
@@ -144,7 +157,15 @@ class IntegerWeight(WeightStorage):
 
     @classmethod
     def quantize(cls, weight: Tensor, grid: QuantizationGrid) -> IntegerWeight:
-        """Round a weight [out, in] to the grid. Raises ValueError where the groups do not fit."""
+        """Round a weight [out, in] to the grid.
+
+        Args:
+            weight: [out, in].
+            grid: to round to.
+
+        Raises:
+            ValueError: the groups do not fit.
+        """
         weight = weight.detach()
         codes, scale, zero = grid.quantize(weight)
         if grid.bits <= 4:
@@ -153,7 +174,16 @@ class IntegerWeight(WeightStorage):
 
     @classmethod
     def empty(cls, shape: tuple[int, int], grid: QuantizationGrid, dtype: torch.dtype) -> IntegerWeight:
-        """A weight [out, in] of zeros, whose values come from a file. Raises ValueError where the groups do not fit."""
+        """Make a weight [out, in] of zeros, whose values come from a file.
+
+        Args:
+            shape: (out, in).
+            grid: of the codes.
+            dtype: what `dequantize` returns.
+
+        Raises:
+            ValueError: the groups do not fit.
+        """
         codes = torch.zeros(shape[0], ceil(shape[1] / 2) if grid.bits <= 4 else shape[1], dtype=torch.uint8)
         parameters = grid.parameter_shape(*shape)
         zero = None if grid.symmetric else torch.zeros(parameters, dtype=torch.uint8)
@@ -232,8 +262,13 @@ class IntegerWeight(WeightStorage):
 
 @contextmanager
 def widened(model: nn.Module) -> Iterator[None]:
-    """Keep what the integer weights of a model stand for while it is measured: each is dequantized once, not for every
-    batch. The values are those of `dequantize`, bit for bit; a copy of the weights in the dtype of the layers is held.
+    """Keep what the integer weights of a model stand for while it is measured.
+
+    Each is dequantized once, not for every batch. The values are those of `dequantize`, bit for bit; a copy of the
+    weights in the dtype of the layers is held.
+
+    Args:
+        model: any model.
     """
     weights = [module for module in model.modules() if isinstance(module, IntegerWeight)]
     try:

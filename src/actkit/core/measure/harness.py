@@ -26,13 +26,13 @@ import numpy as np
 import torch
 import yaml
 from torch import nn
-from transformers import PreTrainedModel
 
 from actkit.core.forward.example import Inputs
 from actkit.core.forward.hooks import evaluating
 from actkit.core.ground import processes
 from actkit.core.ground.errors import ActkitError, DataError, UnsupportedModelError
 from actkit.core.ground.estimate import Estimate
+from actkit.core.ground.modules import is_pretrained
 from actkit.core.measure.task_scores import NORMAL, TaskScore, score
 
 FILES = (".yaml", ".yml")
@@ -125,7 +125,7 @@ def load_tasks(tasks: str | Path | Sequence[str | Path], own: Mapping[str, Path]
 
 def check_model(model: nn.Module, tokenizer: Any) -> None:
     """Raises UnsupportedModelError if tasks cannot be run on a model."""
-    if not isinstance(model, PreTrainedModel) or not model.can_generate() or not Inputs.of(model).causal:
+    if not is_pretrained(model) or not model.can_generate() or not Inputs.of(model).causal:
         raise UnsupportedModelError(
             f"tasks: {type(model).__name__} is no language model of transformers, and tasks are made of text; leave "
             f"out tasks."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from actkit.core.edit import changes
-from actkit.core.ground.memory import format_bytes, parameter_bytes
+from actkit.core.ground.memory import distinct_tensors, format_bytes, parameter_bytes
 from actkit.core.layers.activations import is_activation, record_of, without_inner
 from actkit.core.layers.linear import ActLinear
 from actkit.core.model.anatomy import anatomy
@@ -107,11 +107,8 @@ def summarise(model: nn.Module, example: Any = None, results: dict[str, Any] | N
     origin, known = changes.source(model), changes.of(model)
     coverage = view.coverage()
     dtypes: Counter[str] = Counter()
-    seen: set[int] = set()
-    for tensor in model.state_dict(keep_vars=True).values():
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    for tensor in distinct_tensors(model):
+        dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
     linears: Counter[str] = Counter()
     for index in range(len(view.blocks)):
         linears.update(_kind(linear.module) for linear in view.block(index).linears())

@@ -15,7 +15,7 @@ from torch import nn
 from actkit.core.forward.example import Inputs, example_of
 from actkit.core.forward.hooks import refuse_compiled_or_sharded
 from actkit.core.ground.errors import CoverageError
-from actkit.core.ground.modules import is_within
+from actkit.core.ground.modules import is_within, tied_names
 from actkit.core.layers.activations import is_activation
 from actkit.core.layers.foreign_layers import refuse_foreign_layers
 from actkit.core.model.architectures import Architecture, find_architecture, known_model_types, register_architecture
@@ -272,10 +272,7 @@ class Anatomy:
     @property
     def tied(self) -> dict[str, str]:
         """For each parameter that the model holds under several names: another of its names."""
-        names: dict[int, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
-        return {same[i]: same[i - 1] for same in names.values() if len(same) > 1 for i in range(len(same))}
+        return tied_names(self.model)
 
     def __repr__(self) -> str:
         return f"Anatomy({type(self.model).__name__}, architecture={self.architecture!r}, blocks={len(self.blocks)})"

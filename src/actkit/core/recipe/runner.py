@@ -36,6 +36,7 @@ from actkit.core.forward.hooks import check_batch, evaluating, refuse_compiled_o
 from actkit.core.ground import offload, processes
 from actkit.core.ground.errors import DataError, EditError, NonFiniteError
 from actkit.core.ground.fingerprint import fingerprint, model_fingerprint
+from actkit.core.ground.modules import is_within
 from actkit.core.ground.progress import track
 from actkit.core.layers.foreign_layers import refuse_adapters, refuse_quantized
 from actkit.core.model.anatomy import Anatomy, Block, Site, anatomy, has_row, unread
@@ -416,7 +417,7 @@ def _restore_from_source(model: nn.Module, described: list[dict[str, Any]], orig
     restored: set[str] = set()
 
     def covered(name: str) -> bool:
-        return any(name == path or name.startswith(path + ".") for path in restored)
+        return any(is_within(name, path) for path in restored)
 
     # Modules first, outer ones before inner ones: a tensor that was set may have been replaced since, and then comes
     # back with its module.

@@ -37,11 +37,23 @@ KEPT = ("license", "license_name", "license_link", "language")  # of the origina
 class Card:
     """What a card says. All texts are taken as they are and escaped where they are put.
 
-    title: the first heading. library: who loads it ('actkit', 'transformers', 'gguf'). made: a sentence or two of
-    Markdown. use: Python that loads it. base_model: what it was made from, by name, or None. task: the hub's name of
-    it, by default what the metrics say. metrics: by name, of the data in `data`. rows: (label, text) of further
-    numbers. recipe: as a recipe lists it. notes: what else to know, one line each. kept: metadata of the original's
-    card. machine: of the measurements, one line.
+    Attributes:
+        title: the first heading.
+        library: who loads it ('actkit', 'transformers', 'gguf').
+        made: a sentence or two of Markdown.
+        use: Python that loads it.
+        base_model: what it was made from, by name, or None.
+        task: the hub's name of it, by default what the metrics say.
+        metrics: by name, of the data in `data`.
+        data: what was measured on.
+        rows: (label, text) of further numbers.
+        recipe: as a recipe lists it.
+        notes: what else to know, one line each.
+        kept: metadata of the original's card.
+        machine: of the measurements, one line.
+        methods: names of what was applied.
+        tags: of the hub.
+        versions: of the packages, by name.
     """
 
     title: str
@@ -130,9 +142,17 @@ class Measured(Protocol):
 def card_of(
     model: nn.Module, evaluation: Measured | None = None, *, title: str | None = None, made: str = "", **given: Any
 ) -> Card:
-    """The card of a model in memory: its recipe, what it was made from, and what `evaluate` measured of it.
+    """Make the card of a model in memory: its recipe, what it was made from, and what `evaluate` measured of it.
 
-    title: by default the class, and the methods. given: other fields of `Card`, which win.
+    Args:
+        model: changed or not.
+        evaluation: what was measured, or None.
+        title: by default the class, and the methods.
+        made: how it was made, in a sentence.
+        given: other fields of `Card`, which win.
+
+    Returns:
+        The card.
     """
     known = changes.of(model)
     recipe = [] if known is None else known.recipe
@@ -161,9 +181,10 @@ def card_of(
 
 
 def measured_before(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a card for what a saved folder's actkit.json says was measured; none where nothing was.
+    """Return the fields of a card for what a saved folder's actkit.json says was measured; none if nothing was.
 
-    results: of the manifest: an 'evaluation' that `save` was given, or the 'candidate' of a search with its 'data'.
+    Args:
+        results: of the manifest: an 'evaluation' that `save` was given, or the 'candidate' of a search with its 'data'.
     """
     found = results.get("evaluation", {}).get("quality") or results.get("candidate") or {}
     metrics = {
@@ -190,7 +211,7 @@ def base_model(model: nn.Module) -> str | None:
 
 
 def escape(text: str) -> str:
-    """Text for one line of Markdown, where none of it acts as markup."""
+    """Text for one line of Markdown, none of which acts as markup."""
     plain = html.escape(" ".join(str(text).split()), quote=False)
     return re.sub(r"([\\`*_|\[\]#])", r"\\\1", plain)
 
@@ -213,8 +234,10 @@ def _made(base_class: str, methods: Iterable[str]) -> str:
 
 
 def _kept(model: nn.Module) -> dict[str, Any]:
-    """Licence and language from the card beside the original, where it has one that reads; and where the original is
-    itself a folder that actkit saved, what that one was made from."""
+    """Licence and language from the card beside the original, if it has one that reads.
+
+    If the original is itself a folder that actkit saved, also what that one was made from.
+    """
     from huggingface_hub import ModelCard
 
     origin = changes.source(model)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from actkit.core.ground import offload, processes, registry
 from actkit.core.ground.errors import ActkitError, CheckpointError, RecipeError
 from actkit.core.ground.machine import versions
 from actkit.core.ground.memory import format_bytes, parameter_bytes, parse_bytes
-from actkit.core.ground.modules import is_pretrained
+from actkit.core.ground.modules import is_pretrained, is_within, memory_of
 from actkit.core.ground.whole_folder import complete_or_nothing, recover
 from actkit.core.layers.foreign_layers import refuse_foreign_layers
 from actkit.core.layers.linear import OLD_STORAGE, ActLinear
@@ -45,7 +45,7 @@ GRID = "source_grid.json"  # beside a plain checkpoint whose weights came from a
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".onnx", ".msgpack", ".gguf", ".index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
 CHAT_TEMPLATES = "additional_chat_templates"  # as transformers names the folder
-CODE = ".py"  # of a repository that brings its own; run only where it is trusted
+CODE = ".py"  # of a repository that brings its own; run only if it is trusted
 BESIDE = (".txt", ".jinja", ".model", ".vocab", ".merges", ".tiktoken")  # and .json: tokenizers, templates
 SETTINGS = (MANIFEST, "config.json", "generation_config.json", GRID)
 NOT_COPIED = ("config.json", "README.md", MANIFEST, "training.json", GRID)
@@ -68,15 +68,27 @@ def save(
 ) -> Path:
     """Write a model to a folder that `load` reads back exactly.
 
-    A transformers model that actkit has not changed is written in transformers' own format. overwrite: replace an
-    existing checkpoint (only once the new one is complete). card: text of README.md; by default it says what the model
-    is and what `evaluation` (of `evaluate`) measured. results: further measured numbers, kept in actkit.json.
-    keep_others: of a replaced folder, keep the files that are not the model's (a tokenizer).
-    max_shard: largest weights file, bytes or '4GB'. Several processes (`core.ground.processes.together`) all call it;
-    the first one writes, and the others wait for it.
-    Raises CheckpointError where the folder exists, is no checkpoint, the disk is full, a tensor has no values, or the
-    model computes what loading would not build again, UnsupportedModelError for a compiled or sharded model, or one
-    with adapters or quantized layers of another package.
+    A transformers model that actkit has not changed is written in transformers' own format. Several processes
+    (`core.ground.processes.together`) all call it; the first one writes, and the others wait for it.
+
+    Args:
+        model: of transformers, or your own.
+        folder: to write.
+        tokenizer: saved beside it; that of the model's source comes along by itself.
+        overwrite: replace an existing checkpoint, only once the new one is complete.
+        card: text of README.md; by default it says what the model is and what `evaluation` measured.
+        evaluation: what `evaluate` gave.
+        results: further measured numbers, kept in actkit.json.
+        max_shard: largest weights file, bytes or '4GB'.
+        keep_others: of a replaced folder, keep the files that are not the model's (a tokenizer).
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the folder exists or is no checkpoint, the disk is full, a tensor has no values, the `spec()`
+            of your model is no JSON, or the model computes what loading would not build again.
+        UnsupportedModelError: the model is compiled or sharded, or has adapters or quantized layers of another package.
     """
     check_savable(model)
     folder = Path(folder)
@@ -89,6 +101,9 @@ def save(
 
 def check_savable(model: nn.Module) -> None:
     """Refuse a model that a folder cannot hold; ask before long work, not after it.
+
+    Args:
+        model: to be saved.
 
     Raises:
         UnsupportedModelError: it is compiled or sharded, or has adapters or quantized layers of another package.
@@ -164,7 +179,7 @@ def _measured(evaluation: Measured | None) -> dict[str, Any]:
 
 
 def check_target(folder: str | Path, *, overwrite: bool = False) -> None:
-    """Raise CheckpointError where a folder exists and is not to be replaced; ask before long work, not after it."""
+    """Raise CheckpointError if a folder exists and is not to be replaced; ask before long work, not after it."""
     folder = Path(folder)
     recover(folder)
     if folder.exists() and not overwrite:
@@ -253,7 +268,7 @@ def _current(model: nn.Module, edits: list[dict[str, Any]]) -> list[dict[str, An
     for edit in reversed(edits):
         path = edit.get("replace")
         if path is not None:
-            if not any(path == other or path.startswith(other + ".") for other in later):
+            if not any(is_within(path, other) for other in later):
                 described = describe_module(get_module(model, path))
                 if described["module"] != edit["module"]:
                     raise CheckpointError(
@@ -267,19 +282,18 @@ def _current(model: nn.Module, edits: list[dict[str, Any]]) -> list[dict[str, An
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The persistent tensors, each once, and alias -> name for those that are tied. Offloaded ones are on the meta
-    device still."""
+    """The persistent tensors, each once, and alias -> name for tied ones; offloaded ones are on the meta device."""
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
-    first: dict[tuple[Any, ...], str] = {}
+    first: dict[Hashable, str] = {}
     offloaded = {name: names[0] for names in offload.shared_tensors(model) for name in names}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_meta:
             if offload.place_of(model, name) is None:
                 raise CheckpointError(f"save: {name} is on the meta device and has no values; load the weights first.")
-            same: tuple[Any, ...] = (offloaded.get(name, name),)
+            same: Hashable = offloaded.get(name, name)
         else:
-            same = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+            same = memory_of(name, tensor)
         if same in first:
             tied[name] = first[same]
             continue
@@ -358,10 +372,21 @@ def load(
 ) -> nn.Module:
     """Load a model in evaluation mode from a local folder or a hub id; every key must match.
 
-    dtype: default as stored, which is what most bytes of the tensors are; scales and thresholds of changed layers keep
-    float32. base: builds the unchanged model, for a checkpoint of one's own nn.Module.
-    trust_remote_code: run code that a hub repository brings; off unless asked. A file that `actkit.sha256`
-    lists must be as it was saved. Raises CheckpointError naming the file or the keys.
+    A file that `actkit.sha256` lists must be as it was saved.
+
+    Args:
+        source: folder, or hub id.
+        device: where its tensors go.
+        dtype: default as stored, which is what most bytes of the tensors are; scales and thresholds of changed layers
+            keep float32.
+        base: builds the unchanged model, for a folder of your own nn.Module whose class is not registered.
+        trust_remote_code: run code that a hub repository brings; off unless asked.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: names the file or the keys.
     """
     folder = resolve(source)
     dtype = parse_dtype(dtype)
@@ -429,7 +454,14 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The content of a folder's actkit.json. Raises CheckpointError where it is missing, malformed or newer."""
+    """Read a folder's actkit.json.
+
+    Args:
+        folder: that `save` wrote.
+
+    Raises:
+        CheckpointError: it is missing, malformed or newer.
+    """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{folder}: there is no {MANIFEST}; it is not a folder that actkit saved.")
@@ -471,7 +503,18 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer beside a model. Raises CheckpointError where there is none."""
+    """Load the tokenizer beside a model.
+
+    Args:
+        source: folder, or hub id.
+        trust_remote_code: as in `load`.
+
+    Returns:
+        The tokenizer of transformers.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     from transformers import AutoTokenizer
 
     folder = resolve(source)
@@ -678,9 +721,13 @@ def _assign(model: nn.Module, name: str, tensor: Tensor, old: Tensor) -> None:
 
 
 def resolve(source: str | Path) -> Path:
-    """The local folder of a checkpoint; a hub id is downloaded (safetensors and small files only).
+    """Find the local folder of a checkpoint; a hub id is downloaded (safetensors and small files only).
 
-    Raises CheckpointError where there is no such folder or the hub does not give it.
+    Args:
+        source: a folder, or a hub id (owner/name).
+
+    Raises:
+        CheckpointError: there is no such folder, or the hub does not give it.
     """
     path = Path(source)
     recover(path)
@@ -715,7 +762,14 @@ def _download(name: str) -> Path:
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype from its name. Raises ValueError for another name."""
+    """Read a dtype from its name.
+
+    Args:
+        dtype: a dtype, its name such as 'bfloat16', or None.
+
+    Raises:
+        ValueError: it is another name.
+    """
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     found = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(

@@ -22,7 +22,15 @@ THREADS = 4  # hashing releases Python's lock, so several files are read side by
 
 
 def write(folder: Path, leave_out: Iterable[str] = ()) -> None:
-    """List all files in and below `folder` but those named. Raises CheckpointError for a name that no line can hold."""
+    """List all files in and below `folder` but those named.
+
+    Args:
+        folder: that is complete.
+        leave_out: names of files that may be changed.
+
+    Raises:
+        CheckpointError: a name that no line can hold.
+    """
     hidden = {NAME, *leave_out}
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     names = [path.relative_to(folder).as_posix() for path in paths]
@@ -35,9 +43,15 @@ def write(folder: Path, leave_out: Iterable[str] = ()) -> None:
 
 
 def verify(folder: Path, wanted: Callable[[str], bool] = lambda name: True, advice: str = COPY) -> None:
-    """Raise CheckpointError for a listed file that is missing or not as it was saved, of those that are `wanted`.
+    """Check the files that are listed in a folder.
 
-    advice: what to do then.
+    Args:
+        folder: a folder without a list is left unchecked.
+        wanted: says of a name whether it is checked.
+        advice: what to do about a file that differs.
+
+    Raises:
+        CheckpointError: a wanted file is missing, or not as it was saved.
     """
     listed = {name: digest for name, digest in _read(folder, advice).items() if wanted(name)}
     for name in listed:

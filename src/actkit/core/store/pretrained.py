@@ -40,7 +40,18 @@ class ChangedModel:
     def from_pretrained(
         cls, folder: str | Path, *args: Any, config: Any = None, dtype: Any = None, **kwargs: Any
     ) -> Any:
-        """Load an actkit folder strictly. Raises CheckpointError for missing, unexpected or mismatched keys."""
+        """Load an actkit folder strictly.
+
+        Args:
+            folder: that `save` wrote.
+            args: of transformers; nothing reads them.
+            config: the folder's own is used.
+            dtype: as in `load`.
+            kwargs: others of transformers; `device_map`, `quantization_config` and `state_dict` are refused.
+
+        Raises:
+            CheckpointError: keys are missing, unexpected or mismatched.
+        """
         from actkit.core.store import checkpoint
 
         loading_info = kwargs.pop("output_loading_info", False)
@@ -62,8 +73,15 @@ class ChangedModel:
         return (model, empty) if loading_info else model
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write an actkit folder; files beside the model's own (a tokenizer) stay. Raises CheckpointError where the
-        folder holds a plain model or something else. max_shard_size: as in transformers."""
+        """Write an actkit folder; files beside the model's own (a tokenizer) stay. max_shard_size is transformers'.
+
+        Args:
+            save_directory: to write.
+            kwargs: others of transformers.
+
+        Raises:
+            CheckpointError: the folder holds a plain model or something else.
+        """
         from actkit.core.store import checkpoint
 
         _refuse(
@@ -90,8 +108,11 @@ def _refuse(options: dict[str, Any]) -> None:
 
 
 class ChangedConfig:
-    """What the config of a changed model adds: the model classes are made when a config is first read from a file, as
-    that is when an Auto class is about to look for them; importing all of them would take seconds."""
+    """What the config of a changed model adds.
+
+    The model classes are made when a config is first read from a file, as that is when an Auto class is about to look
+    for them; importing all of them would take seconds.
+    """
 
     actkit_base: Any
 
@@ -173,7 +194,14 @@ def restore(model: nn.Module, known: Changes | None) -> None:
 
 
 def class_by_name(name: str) -> type[PreTrainedModel]:
-    """A model class of transformers by its name (never an import path). Raises CheckpointError for another name."""
+    """Find a model class of transformers by its name (never an import path).
+
+    Args:
+        name: of the class.
+
+    Raises:
+        CheckpointError: there is none of that name.
+    """
     if not has_class(name):
         raise CheckpointError(
             f"base_class: {name!r} is not a model class of transformers {transformers.__version__}; install one that "

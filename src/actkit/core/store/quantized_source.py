@@ -238,10 +238,11 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """Experts' weights as transformers keeps them: float32 [experts, in, out].
+    """Decode experts' weights to float32 [experts, in, out], as transformers keeps them.
 
-    blocks: uint8 [experts, out, groups, 16], two codes a byte, the first in the low half. scales: uint8 [experts, out,
-    groups].
+    Args:
+        blocks: uint8 [experts, out, groups, 16], two codes a byte, the first in the low half.
+        scales: uint8 [experts, out, groups].
     """
     codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2).long()
     values = torch.tensor(FP4)[codes] * exponent(scales).unsqueeze(-1)

@@ -32,9 +32,14 @@ def plain_model(model: PreTrainedModel, **settings: Any) -> PreTrainedModel:
 
 
 def check_rebuilds(model: PreTrainedModel, edits: Sequence[dict[str, Any]]) -> None:
-    """Raise CheckpointError for a model whose tensors are not those that its config builds, naming them.
+    """Refuse a model whose tensors are not those that its config builds, naming them.
 
-    edits: of actkit; the modules that they replace say their own shapes.
+    Args:
+        model: of transformers.
+        edits: of actkit; the modules that they replace say their own shapes.
+
+    Raises:
+        CheckpointError: tensors differ.
     """
     before = {str(edit["configure"]): edit["before"] for edit in reversed(edits) if "before" in edit}
     name = getattr(type(model), "actkit_base", type(model)).__name__

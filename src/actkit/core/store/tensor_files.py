@@ -1,5 +1,7 @@
-"""Nested dicts of tensors and JSON values on disk without pickle: a safetensors file and a JSON file in a folder, with
-their digests."""
+"""Nested dicts of tensors and JSON values on disk without pickle.
+
+A safetensors file and a JSON file in a folder, with their digests.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,14 @@ TENSOR = "$tensor"  # in the JSON file, {"$tensor": name} stands for a tensor of
 
 
 def write_values(folder: Path, values: Mapping[str, Any]) -> None:
-    """Write a dict of tensors, JSON values and dicts of these to `folder`, which is made where it is missing.
+    """Write a dict of tensors, JSON values and dicts of these to `folder`, which is made if it is missing.
 
-    Raises CheckpointError for a value of another kind or a key that is no string.
+    Args:
+        folder: to write to.
+        values: by name.
+
+    Raises:
+        CheckpointError: a value of another kind, or a key that is no string.
     """
     tensors: dict[str, Tensor] = {}
     content = _split(values, "", tensors)
@@ -36,7 +43,14 @@ def write_values(folder: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_values(folder: Path) -> dict[str, Any]:
-    """The dict that `write_values` wrote. Raises CheckpointError where a file is missing or damaged."""
+    """Read the dict that `write_values` wrote.
+
+    Args:
+        folder: that was written.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
     checksums.verify(folder, advice="start the training anew")
     try:
         content = json.loads((folder / "values.json").read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """A folder in transformers' own format: which class it is, which dtype its tensors have, and that every key matches.
 
 What the tensors say counts, and not what `config.json` says of them: its `dtype` may be another one. Quantized weights
-are read as the numbers that they stand for (`quantized_source.py`). Where `config.json` names no class, a language
+are read as the numbers that they stand for (`quantized_source.py`). If `config.json` names no class, a language
 model whose head is tied to its embedding holds the same tensors as one without a head; such a folder is refused.
 """
 
@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from actkit.core.edit.changes import SourceGrid
-from actkit.core.edit.edits import tied_names
 from actkit.core.ground.errors import CheckpointError
+from actkit.core.ground.modules import tied_names
 from actkit.core.store.quantized_source import is_code, quantization_of, read_dequantized, refuse_unread
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -38,7 +38,7 @@ def load_folder(
         trust_remote_code: run code that the folder brings.
 
     Returns:
-        The model, and how its weights were quantized, None where they were not.
+        The model, and how its weights were quantized, None if they were not.
 
     Raises:
         CheckpointError: naming the file or the keys.
@@ -100,8 +100,14 @@ def refuse_adapter(folder: Path) -> None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold the model: those of the index, the one file, or all. Raises CheckpointError
-    where there is none."""
+    """List the safetensors files that hold the model: those of the index, the one file, or all.
+
+    Args:
+        folder: of a model.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -131,10 +137,15 @@ def _kinds(files: list[Path]) -> dict[str, tuple[str, int]]:
 
 
 def stored_dtype(kinds: dict[str, tuple[str, int]], folder: Path, *, quantized: bool = False) -> torch.dtype:
-    """The dtype that most bytes of the floating tensors have; float32 without any.
+    """Return the dtype that most bytes of the floating tensors have; float32 without any.
 
-    kinds: tensor -> (dtype as safetensors names it, values). quantized: codes and their scales do not count.
-    Raises CheckpointError for float8 weights that nothing says the scale of.
+    Args:
+        kinds: tensor -> (dtype as safetensors names it, values).
+        folder: named in errors.
+        quantized: codes and their scales do not count.
+
+    Raises:
+        CheckpointError: float8 weights that nothing says the scale of.
     """
     sizes: Counter[torch.dtype] = Counter()
     for name, (kind, values) in kinds.items():
@@ -165,7 +176,7 @@ def _class_of(config: Any, folder: Path, names: list[str], trust_remote_code: bo
     if stated is None and type(config) not in transformers.MODEL_FOR_MASKED_LM_MAPPING:
         prefix = f"{causal.base_model_prefix}."  # of names that were written from a model with a head
         if any(name.startswith(prefix) for name in names):
-            return causal  # where its head is not tied, a missing one is refused by name
+            return causal  # if its head is not tied, a missing one is refused by name
     given = "names no class" if stated is None else f"names the class {stated}, which transformers does not have,"
     known = " or ".join(f'["{found.__name__}"]' for found in (causal, headless) if found is not None)
     raise CheckpointError(
@@ -175,9 +186,16 @@ def _class_of(config: Any, folder: Path, names: list[str], trust_remote_code: bo
 
 
 def remote_class(auto_map: dict[str, Any], stated: str | None, folder: Path, trust_remote_code: bool) -> Any:
-    """The model class that a folder's own code defines. stated: its name, as config.json has it.
+    """Return the model class that a folder's own code defines.
 
-    Raises CheckpointError unless the code is trusted.
+    Args:
+        auto_map: of config.json.
+        stated: the name of the class, as config.json has it.
+        folder: that holds the code.
+        trust_remote_code: whether it may be run.
+
+    Raises:
+        CheckpointError: the code is not trusted.
     """
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 

@@ -22,6 +22,13 @@ from actkit.core.model.sites import Site, Tap
 from actkit.core.watch.streaming import Rows
 
 
+def channels_last(tap: Tap, value: Tensor) -> Tensor:
+    """Lay out a tensor as [..., channels], the rows as they were: heads side by side, pixels one after another."""
+    if tap.layout in ("heads", "weights"):
+        return value.transpose(1, 2).flatten(2)
+    return value.flatten(2).transpose(1, 2) if tap.layout == "channels_first" and value.dim() > 2 else value
+
+
 def as_rows(
     site: Site,
     tap: Tap,
@@ -38,10 +45,7 @@ def as_rows(
     if tap.layout == "weights" and not equal_lengths:
         yield from _weights(site, value, keys)
         return
-    if tap.layout in ("heads", "weights"):
-        value = value.transpose(1, 2).flatten(2)
-    elif tap.layout == "channels_first" and value.dim() > 2:
-        value = value.flatten(2).transpose(1, 2)
+    value = channels_last(tap, value)
     real, rows = keys.locate(site, value.shape[:-1]) if tokens is None else keys.choose(site, tokens)
     x = value.reshape(-1, value.shape[-1])
     yield (x if real is None else x[real]), rows
