@@ -106,7 +106,7 @@ def runs(page: Path) -> Any:
     return pytest.param(page, id=name_of(page), marks=[] if reason is None else [pytest.mark.slow(reason=reason)])
 
 
-@pytest.mark.parametrize("page", map(runs, RUN))
+@pytest.mark.parametrize("page", [runs(page) for page in RUN])
 def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = set(sys.modules)
