@@ -98,7 +98,7 @@ def view_of(model: Own) -> Any:
         SimpleNamespace(index=i, path=f"layers.{i}", module=module, linears=tuple)
         for i, module in enumerate(model.layers)
     ]
-    return SimpleNamespace(model=model, blocks=blocks)
+    return SimpleNamespace(model=model, head=(), blocks=blocks)
 
 
 def test_blocks_that_return_tuples_and_take_keywords():

@@ -333,12 +333,13 @@ def test_spectra_are_left_out_within_a_small_memory_and_that_is_said():
     assert full.notes == () and all(site.effective_rank for site in full.sites)
     with pytest.raises(MemoryLimitError):
         profile(model, data, max_memory=1000, progress=False)
-    parts = [(AbsMax(), Moments(), Density(), Quantiles(), Sample(2048)) for _ in full.sites]
-    others = sum(
-        part.memory(site.channels) for site, several in zip(full.sites, parts, strict=True) for part in several
-    )
+    block = [site for site in full.sites if site.block == 0]
+    parts = (AbsMax(), Moments(), Density(), Quantiles(), Sample(2048))
+    others = sum(part.memory(site.channels) for site in block for part in parts)
     tight = profile(model, data, max_memory=others + 3 * Spectrum().memory(32), progress=False)
-    assert sum(site.effective_rank is not None for site in tight.sites) == 3
+    assert [sum(s.effective_rank is not None for s in tight.sites if s.block == k) for k in (0, 1)] == [3, 3]
+    with pytest.raises(MemoryLimitError):  # the sites of one block are held together
+        profile(model, data, max_memory=others - 1, progress=False)
     assert "effective rank not measured at" in tight.notes[0]
 
 
@@ -425,8 +426,8 @@ def test_words():
 
 
 def test_a_deep_model_has_spectra_in_blocks_that_are_evenly_spread():
-    seen = profile(tiny_model("llama", num_hidden_layers=15), tiny_batches("llama"), progress=False)
+    seen = profile(tiny_model("llama", num_hidden_layers=9), tiny_batches("llama"), progress=False)
     measured = {site.block for site in seen.sites if site.effective_rank is not None}
-    assert measured == {0, 2, 4, 6, 8, 10, 12, 14}
-    assert seen.notes == ("effective rank measured in 8 of 15 blocks, evenly spread: 0, 2, 4, 6, 8, 10, 12, 14",)
+    assert measured == {0, 2, 4, 6, 8}
+    assert seen.notes == ("effective rank measured in 5 of 9 blocks, evenly spread: 0, 2, 4, 6, 8",)
     assert all(site.effective_rank for site in seen.sites if site.block in measured)

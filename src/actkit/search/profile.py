@@ -1,14 +1,15 @@
 """profile(model, batches): what the activations of a model look like, and which methods that suggests.
 
-One recorded pass. How each number is defined stands at its field (`SiteProfile`, `WeightProfile`); what counts as
-unusual stands in the constants below, with its reason.
+One pass, block by block, so that the statistics of one block are held at a time. How each number is defined stands at
+its field (`SiteProfile`, `WeightProfile`); what counts as unusual stands in the constants below, with its reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import log10
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,25 +17,22 @@ from torch import Tensor, nn
 from actkit.core.edit.edits import Replace, temporarily
 from actkit.core.forward.hooks import BatchContext
 from actkit.core.ground.errors import DataError
-from actkit.core.ground.memory import parse_bytes
+from actkit.core.ground.memory import MemoryPlan, parse_bytes
 from actkit.core.ground.offload import onloaded, refuse_offloaded
 from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.model.anatomy import Anatomy, Block, Linear, Site, equalization_sets
 from actkit.core.model.anatomy import anatomy as read_anatomy
 from actkit.core.model.experts import ExpertList
+from actkit.core.recipe.blockwise import record_by_block
 from actkit.core.recipe.proposals import INT4_POOR
-from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import AbsMax, Density, Moments, Quantiles, Sample, Spectrum, Statistic
 from actkit.search.results import Finding, Profile, SiteProfile, WeightProfile
-
-if TYPE_CHECKING:
-    pass
 
 SITES = ("block.output", "attention.input", "attention.mixed", "mlp.input", "mlp.gate", "mlp.hidden", "layer.input")
 SAMPLED = 1 << 19  # values kept per site (2 MiB), for the error of rounding; 64 to 2048 rows
 WIDEST_SPECTRUM = 4096  # channels; beyond it X^T X alone takes more than 128 MiB and its eigenvalues minutes
-SPECTRUM_BUDGET = 1 << 30  # bytes for X^T X over all sites, where max_memory says nothing
-SPECTRUM_BLOCKS = 8  # blocks, evenly spread, whose spectra are taken; that of all 30 costs four plain passes and more
+SPECTRUM_BUDGET = 1 << 30  # bytes for X^T X of one block, if max_memory says nothing
+SPECTRUM_BLOCKS = 5  # blocks, evenly spread, whose spectra are taken; that of all 30 costs six plain passes
 GROUP = 64
 OUTLIER = 6.0  # times the median channel: LLM.int8() calls an activation an outlier from magnitude 6 on
 MASSIVE, MASSIVE_RATIO = 100.0, 1000.0  # Sun et al. 2024: |x| > 100 and > 1000 x the median
@@ -61,14 +59,14 @@ def profile(
         sites: further sites or patterns to show, such as 'activation.output'; one more batch is run to see how many
             channels they have.
         anatomy: of the model, if it was read before.
-        max_memory: cap for the statistics, bytes or '2GB'; spectra are left out first, and noted.
+        max_memory: cap for the statistics of one block, bytes or '2GB'; spectra are left out first, and noted.
         progress: show a bar.
 
     Raises:
         DataError: there are no batches.
         ValueError: a site is unknown.
         CoverageError: the model cannot be read.
-        MemoryLimitError: the statistics need more than `max_memory`.
+        MemoryLimitError: the statistics of a block need more than `max_memory`.
         NonFiniteError: an activation is NaN or infinite.
     """
     if isinstance(batches, Tensor | Mapping):
@@ -82,24 +80,29 @@ def profile(
         refuse_offloaded(experts.module, f"{experts.path} holds all experts in one tensor")
     with temporarily(view.model, [Replace(e.path, ExpertList.of(e.module, e.row)) for e in closed]):
         blocks = [view.block(block.index) for block in view.blocks]
-        read_by = _readers(blocks)
         free = {e.consumers[0].path for b in blocks for e in equalization_sets(b) if e.consumers and not e.refused}
-        widths = {site: width for block in blocks for site, width in _widths(view, block).items()}
-        widths |= {site: width for site, width in _widths_seen(view, sites, batches[0]).items() if site not in widths}
-        wanted, notes = _statistics(widths, None if max_memory is None else parse_bytes(max_memory))
-        seen = record(view.model, wanted, batches, anatomy=view, max_memory=max_memory, progress=progress)
-        if seen.unseen:
-            notes.append(f"no token reached {', '.join(map(str, seen.unseen))}")
-        reached = [site for site in wanted if site not in seen.unseen]
-        rows_by_site = tuple(_site(site, seen[site], read_by.get(site, ()), free) for site in reached)
+        plan = _Plan.of(view, blocks, _widths_seen(view, sites, batches[0]), max_memory)
+        found: list[SiteProfile] = []
         weights: list[WeightProfile] = []
-        for block in blocks:
+        unseen: list[Site] = []
+
+        def add(seen: Mapping[Site, Any], read_by: Mapping[Site, tuple[str, ...]]) -> None:
+            for site, statistics in seen.items():
+                if any(statistic.count for statistic in statistics):
+                    found.append(_site(site, statistics, read_by.get(site, ()), free))
+                else:
+                    unseen.append(site)
+
+        for block, seen in record_by_block(view, plan.statistics, batches, progress=progress):
+            add(seen, _readers(block))
             with onloaded(view.model, block.path):
                 weights += [_weight(linear, block.index) for linear in block.linears()]
+        if outside := plan.statistics(None):
+            add(record(view.model, outside, batches, anatomy=view, progress=progress), {})
     rows = sum(BatchContext.of(batch).tokens for batch in batches)
-    findings = find(rows_by_site, weights)
-    kind = type(view.model).__name__
-    return Profile(kind, view.architecture, rows, rows_by_site, tuple(weights), findings, tuple(notes))
+    notes = [*plan.notes, *([f"no token reached {', '.join(map(str, unseen))}"] if unseen else [])]
+    kind, findings = type(view.model).__name__, find(found, weights)
+    return Profile(kind, view.architecture, rows, tuple(found), tuple(weights), findings, tuple(notes))
 
 
 def snr(x: Tensor, rounded: Tensor) -> float | None:
@@ -108,13 +111,12 @@ def snr(x: Tensor, rounded: Tensor) -> float | None:
     return 10 * log10(signal / noise) if signal and noise else None
 
 
-def _readers(blocks: Iterable[Block]) -> dict[Site, tuple[str, ...]]:
+def _readers(block: Block) -> dict[Site, tuple[str, ...]]:
     """The linear layers that read each site; those of all experts for the block's mlp.input."""
     found: dict[Site, tuple[str, ...]] = {}
-    for block in blocks:
-        for inputs in block.linear_inputs():
-            site = Site("mlp.input", block.index) if inputs.site.name == "mlp.input" else inputs.site
-            found[site] = (*found.get(site, ()), *(linear.path for linear in inputs.linears))
+    for inputs in block.linear_inputs():
+        site = Site("mlp.input", block.index) if inputs.site.name == "mlp.input" else inputs.site
+        found[site] = (*found.get(site, ()), *(linear.path for linear in inputs.linears))
     return found
 
 
@@ -136,44 +138,71 @@ def _widths(view: Anatomy, block: Block) -> dict[Site, int]:
     return found
 
 
-def _widths_seen(view: Anatomy, sites: Iterable[Site | str], batch: Any) -> dict[Site, int]:
-    """Sites by their own names, with the numbers of channels that one batch has there (0 where nothing came by)."""
-    sites = list(sites)
-    if not sites:
-        return {}
-    seen = record(view.model, dict.fromkeys(sites, AbsMax()), [batch], anatomy=view, progress=False)
-    return {view.canonical(site): statistic.channels or 0 for site, statistic in seen.items()}
+@dataclass(frozen=True)
+class _Plan:
+    """What is recorded of each block.
+
+    Attributes:
+        widths: the sites of each block, with their numbers of channels; those outside of all blocks under None.
+        spectra: the sites whose spectrum is taken.
+        notes: what is left out, and why.
+    """
+
+    widths: Mapping[int | None, Mapping[Site, int]]
+    spectra: frozenset[Site]
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, view: Anatomy, blocks: Sequence[Block], further: Mapping[Site, int], max_memory: int | str | None
+    ) -> _Plan:
+        """Spectra, narrow sites first, as long as there is room; of some blocks, evenly spread.
+
+        Raises:
+            MemoryLimitError: the rest of a block needs more than `max_memory`.
+        """
+        widths: dict[int | None, dict[Site, int]] = {block.index: _widths(view, block) for block in blocks}
+        for site, width in further.items():
+            widths.setdefault(_block_of(view, site), {}).setdefault(site, width)
+        notes: list[str] = []
+        last = SPECTRUM_BLOCKS - 1
+        spread = {blocks[round(i * (len(blocks) - 1) / last)].index for i in range(SPECTRUM_BLOCKS)}
+        if len(spread) < len(blocks):
+            numbers = ", ".join(map(str, sorted(spread)))
+            notes.append(f"effective rank measured in {len(spread)} of {len(blocks)} blocks, evenly spread: {numbers}")
+        spectra: set[Site] = set()
+        without: list[Site] = []
+        for index, sites in widths.items():
+            rows = [(str(s), type(each).__name__, each.memory(w)) for s, w in sites.items() for each in _statistics(w)]
+            plan = MemoryPlan(tuple(rows))
+            if max_memory is not None:
+                plan.check(max_memory)
+            left = SPECTRUM_BUDGET if max_memory is None else parse_bytes(max_memory) - plan.total
+            if index is not None and index not in spread:
+                continue
+            for site, width in sorted(sites.items(), key=lambda item: item[1]):
+                left -= Spectrum().memory(width)
+                fits = width <= WIDEST_SPECTRUM and left >= 0
+                spectra.add(site) if fits else without.append(site)
+        if without:
+            more = f" and {len(without) - 4} more" if len(without) > 4 else ""
+            notes.append(
+                f"effective rank not measured at {', '.join(map(str, without[:4]))}{more}: more than "
+                f"{WIDEST_SPECTRUM} channels, or past the memory"
+            )
+        return cls(widths, frozenset(spectra), tuple(notes))
+
+    def statistics(self, block: Block | None) -> dict[Site, list[Statistic]]:
+        """Fresh ones for the sites of a block, or for those outside of all."""
+        return {
+            site: [*_statistics(width), *([Spectrum()] if site in self.spectra else [])]
+            for site, width in self.widths.get(None if block is None else block.index, {}).items()
+        }
 
 
-def _statistics(widths: Mapping[Site, int], cap: int | None) -> tuple[dict[Site, list[Statistic]], list[str]]:
-    """What to record at each site; spectra, narrow sites first, as long as there is room. Then what is left out."""
-    wanted: dict[Site, list[Statistic]] = {
-        site: [AbsMax(), Moments(), Density(), Quantiles(), Sample(min(2048, max(64, SAMPLED // width)))]
-        for site, width in widths.items()
-    }
-    others = sum(statistic.memory(widths[site]) for site, several in wanted.items() for statistic in several)
-    budget = SPECTRUM_BUDGET if cap is None else cap - others
-    notes, without = [], []
-    blocks = sorted({site.block for site in widths if site.block is not None})
-    last = SPECTRUM_BLOCKS - 1
-    spread = {blocks[round(i * (len(blocks) - 1) / last)] for i in range(SPECTRUM_BLOCKS)} if blocks else set()
-    if len(spread) < len(blocks):
-        numbers = ", ".join(map(str, sorted(spread)))
-        notes.append(f"effective rank measured in {len(spread)} of {len(blocks)} blocks, evenly spread: {numbers}")
-    for site, width in sorted(widths.items(), key=lambda item: item[1]):
-        if site.block is not None and site.block not in spread:
-            continue
-        budget -= Spectrum().memory(width)
-        if width > WIDEST_SPECTRUM or budget < 0:
-            without.append(str(site))
-        else:
-            wanted[site].append(Spectrum())
-    if without:
-        listed = ", ".join(without[:4]) + (f" and {len(without) - 4} more" if len(without) > 4 else "")
-        notes.append(
-            f"effective rank not measured at {listed}: more than {WIDEST_SPECTRUM} channels, or past the memory"
-        )
-    return wanted, notes
+def _statistics(width: int) -> list[Statistic]:
+    """What is recorded at every site of so many channels."""
+    return [AbsMax(), Moments(), Density(), Quantiles(), Sample(min(2048, max(64, SAMPLED // max(1, width))))]
 
 
 def _site(site: Site, seen: Sequence[Any], read_by: tuple[str, ...], free: Container[str]) -> SiteProfile:

@@ -10,7 +10,8 @@ batches (`core/ground/processes.py`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -18,11 +19,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actkit.core.forward.hooks import BatchContext, StopForward, arguments, forward, hooked
+from actkit.core.forward.hooks import (
+    BatchContext,
+    StopForward,
+    arguments,
+    check_batch,
+    evaluating,
+    forward,
+    hooked,
+    refuse_compiled_or_sharded,
+)
 from actkit.core.ground import processes
 from actkit.core.ground.errors import UnsupportedModelError
-from actkit.core.model.anatomy import Anatomy
+from actkit.core.ground.fingerprint import fingerprint, model_fingerprint
+from actkit.core.ground.offload import onloaded
+from actkit.core.ground.progress import track
+from actkit.core.model.anatomy import Anatomy, Block, Site
 from actkit.core.watch.calls import Call
+from actkit.core.watch.capture import observe
+from actkit.core.watch.merging import merge
 
 
 class Walk:
@@ -113,7 +128,12 @@ class Walk:
 
             return hook
 
-        with torch.no_grad(), hooked(self.anatomy.model, before={path: keep(path) for path in paths}):
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if len(seen) == len(paths):  # logits of a whole batch are the largest tensor of a language model
+                raise StopForward
+
+        before = {path: keep(path) for path in paths} | {path: stop for path in self.anatomy.head if path not in paths}
+        with torch.no_grad(), hooked(self.anatomy.model, before=before), suppress(StopForward):
             forward(self.anatomy.model, batch)
         for path in paths:
             if path not in seen:
@@ -179,16 +199,23 @@ class Walk:
             self._rows_apart = _same(lambda: cut.replay(module), call.replay(module)[:rows])
         return cut if self._rows_apart else call
 
-    def following(self, k: int, stream: str) -> list[Call]:
-        """What block k + 1 will be called with: block k, as it stands now, run over the stream."""
+    def following(self, k: int, stream: str, outputs: Sequence[Tensor] | None = None) -> list[Call]:
+        """What block k + 1 will be called with.
+
+        Args:
+            k: the block that the stream has reached.
+            stream: 'original' or 'edited'.
+            outputs: what block k, as it stands now, gives on each call of the stream; None runs it.
+        """
         if k + 1 >= len(self.anatomy.blocks):
             return []
         if not self.chained:
             return self._from_prefix(k + 1, stream)
         module = self.anatomy.model.get_submodule(self.anatomy.blocks[k].path)
+        if outputs is None:
+            outputs = [call.replay(module) for call in self._calls[stream]]
         return [
-            prototype[k + 1].with_hidden(call.replay(module))
-            for prototype, call in zip(self._prototypes, self._calls[stream], strict=True)
+            prototype[k + 1].with_hidden(hidden) for prototype, hidden in zip(self._prototypes, outputs, strict=True)
         ]
 
     def move(self, stream: str, calls: list[Call]) -> None:
@@ -219,6 +246,56 @@ class Walk:
                 except StopForward:
                     calls.append(found[0])
         return calls
+
+
+def record_by_block(
+    view: Anatomy,
+    wanted: Callable[[Block], Mapping[Site, Any]],
+    batches: Sequence[Any],
+    *,
+    progress: bool = True,
+) -> Iterator[tuple[Block, Mapping[Site, Any]]]:
+    """Record statistics block by block, so that only those of one block are held at a time.
+
+    Args:
+        view: of the model; experts must have been opened to be seen.
+        wanted: of a block, its sites and the fresh statistics that each gets.
+        batches: as `record` takes them. Of several processes each runs its share, and all get the statistics of all.
+        progress: show a bar.
+
+    Yields:
+        Each block with its statistics by site. To be read before the next block is asked for.
+
+    Raises:
+        DataError: the model cannot be called with a batch.
+        NonFiniteError: a value is NaN or infinite.
+        UnsupportedModelError: a block runs several times in one pass, or not at all.
+    """
+
+    def tracked(items: Any, description: str) -> Iterator[Any]:
+        return track(items, description, enabled=progress)
+
+    refuse_compiled_or_sharded(view.model)
+    for batch in batches:
+        check_batch(view.model, batch)
+    share = None
+    if processes.several():
+        processes.agree(model=model_fingerprint(view.model), data=fingerprint([fingerprint(each) for each in batches]))
+        share = [index for index in range(len(batches)) if processes.mine(index)]
+    walk = Walk(view, batches, tracked, share)
+    with evaluating(view.model):
+        walk.start(["original"])
+        for index in tracked(range(len(view.blocks)), "Recording activations"):
+            block = view.block(index)
+            module = view.model.get_submodule(block.path)
+            outputs = []
+            with onloaded(view.model, block.path), observe(view, wanted(block)) as observer:
+                for call in walk.calls(index, "original"):
+                    observer.begin(call.context, call.kwargs)
+                    outputs.append(call.replay(module))
+            merge(observer.statistics)
+            yield block, observer.statistics
+            walk.move("original", walk.following(index, "original", outputs))
 
 
 def _documents(batches: Any, index: int) -> Tensor | None:
