@@ -123,6 +123,28 @@ def test_a_search_without_time_says_so_and_goes_on_later(llama, tmp_path, monkey
     assert (NAMES[1], f"minutes=60: {NAMES[1]} is too long") in {(e.what, e.reason) for e in found.left_out}
 
 
+def test_a_candidate_ends_when_the_minutes_do(llama, tmp_path, monkeypatch):
+    out, passes = tmp_path / "out", []
+    real = searching.Workshop._measured
+
+    def measured(shop, model, batches, stop=None):
+        if model is not shop.originals:
+            passes.append(batches)
+            monkeypatch.setattr(Budget, "left", property(lambda self: 0.0 if len(passes) == 3 else 60.0))
+        return real(shop, model, batches, stop)
+
+    monkeypatch.setattr(searching.Workshop, "_measured", measured)
+    options = {"recipes": recipes()[1:], "max_loss": 1e9, **OPTIONS}
+    found = optimize(llama, out=out, minutes=1, **options)
+    first, second = NAMES[1], NAMES[2]
+    assert [each.name for each in found.candidates] == [first] and len(passes) == 3  # its two, and one begun
+    assert (second, "minutes=1: they were over before it was measured") in {(e.what, e.reason) for e in found.left_out}
+
+    monkeypatch.undo()
+    found = optimize(llama, out=out, resume=True, **options)
+    assert [each.name for each in found.candidates] == [first, second]
+
+
 def test_lines_tell_how_far_it_is(llama, tmp_path, capfd):
     optimize(llama, out=tmp_path / "out", recipes=recipes()[2:], max_loss=1.0, **{**OPTIONS, "progress": True})
     said = capfd.readouterr().err

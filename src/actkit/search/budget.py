@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from actkit.core.ground.errors import ActkitError
 from actkit.core.recipe.transform import Transform
@@ -20,6 +21,10 @@ from actkit.search.splits import Splits
 FRESH = 8.0  # seconds of a fresh process that imports torch and transformers, before one was seen
 HEADS = 1.15  # of the original's own measurement: the other model's head runs too
 SPEED = 2.0  # of the seconds of a reload proof: a process of its own, one round to warm up and those that count
+
+
+class OutOfTime(Exception):
+    """The minutes were over in the middle of a candidate; the text says so."""
 
 
 @dataclass
@@ -74,6 +79,11 @@ class Budget:
     def left(self) -> float:
         """Seconds that remain."""
         return float("inf") if self.minutes is None else 60 * self.minutes - self.spent
+
+    def interrupt(self, *_: Any) -> None:
+        """Raise OutOfTime once the minutes are over. Takes and drops what a hook is called with."""
+        if self.left <= 0:
+            raise OutOfTime(f"minutes={self.minutes:g}: they were over before it was measured")
 
     def over(self, seconds: float, what: str) -> str | None:
         """Why a step of so many seconds is left out, or None where it fits."""

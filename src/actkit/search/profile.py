@@ -25,6 +25,7 @@ from actkit.core.model.anatomy import anatomy as read_anatomy
 from actkit.core.model.experts import ExpertList
 from actkit.core.recipe.blockwise import record_by_block
 from actkit.core.recipe.proposals import INT4_POOR
+from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import AbsMax, Density, Moments, Quantiles, Sample, Spectrum, Statistic
 from actkit.search.results import Finding, Profile, SiteProfile, WeightProfile
 
@@ -62,12 +63,16 @@ def profile(
         max_memory: cap for the statistics of one block, bytes or '2GB'; spectra are left out first, and noted.
         progress: show a bar.
 
+    Returns:
+        What each site and each weight is like, and what that suggests.
+
     Raises:
-        DataError: there are no batches.
+        DataError: there are no batches, or the model cannot be called with one.
         ValueError: a site is unknown.
         CoverageError: the model cannot be read.
         MemoryLimitError: the statistics of a block need more than `max_memory`.
         NonFiniteError: an activation is NaN or infinite.
+        UnsupportedModelError: a block runs several times in one pass, or not at all.
     """
     if isinstance(batches, Tensor | Mapping):
         raise DataError(f"batches: one {type(batches).__name__} was given; give a list of batches: [batch].")

@@ -44,7 +44,7 @@ from actkit.core.recipe.runner import check_model
 from actkit.core.store import checkpoint
 from actkit.kernels.compile_cache import nothing_compiled
 from actkit.search.answers import ask
-from actkit.search.budget import Budget, check_minutes, out_of_time
+from actkit.search.budget import Budget, OutOfTime, check_minutes, out_of_time
 from actkit.search.cache import last_level_cache
 from actkit.search.candidates import MOST, given, propose
 from actkit.search.card import model_card
@@ -171,6 +171,7 @@ def optimize(
         budget = Budget(splits, minutes, started)
         task, note = task_for(opened, splits)
         shop = Workshop(opened, tokenizer, task, splits, out / CANDIDATES, base, max_loss, max_memory, seed, progress)
+        shop.interrupt = budget.interrupt
         shop.by_divergence = task == "language" and isinstance(data, str) and data == "random"
         search = _Search(out, name, shop, journal, max_loss, target, trust_remote_code, budget)
         search.notes += [note] if note else []
@@ -342,7 +343,11 @@ class _Search:
             if over is not None:
                 left.append(LeftOut(proposal.name, f"minutes={budget.minutes:g}: {over}"))
                 continue
-            found = self.shop.measure(proposal)
+            try:
+                found = self.shop.measure(proposal)
+            except OutOfTime as error:
+                left.append(LeftOut(proposal.name, str(error)))
+                continue
             if budget.pass_seconds:
                 found = replace(found, passes=found.seconds / budget.pass_seconds)
             known[keys[proposal.name]] = found

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.forward.example import Inputs, example_of
-from actkit.core.forward.hooks import evaluating, forward
+from actkit.core.forward.hooks import Before, evaluating, forward, hooked
 from actkit.core.forward.outputs import KEEP, Outputs
 from actkit.core.ground.errors import ActkitError
 from actkit.core.ground.estimate import Estimate
@@ -39,6 +39,7 @@ from actkit.core.recipe.runner import Applied, apply
 from actkit.core.recipe.steps import Steps
 from actkit.core.recipe.transform import Transform
 from actkit.core.store.checkpoint import save
+from actkit.search.budget import OutOfTime
 from actkit.search.measured import Candidate
 from actkit.search.own_grid import own_grid_warning
 from actkit.search.results import Proposal
@@ -61,6 +62,7 @@ class Workshop:
 
     folder: where candidates are saved, one folder each. base: builds the unchanged model, for one's own nn.Module.
     by_divergence: the loss of a language model is exp(KL) - 1, because its data are random tokens (see `RANDOM`).
+    interrupt: called before each batch that a candidate is measured on; what it raises ends the measurement.
     """
 
     model: nn.Module
@@ -74,6 +76,7 @@ class Workshop:
     seed: int
     progress: bool
     by_divergence: bool = False
+    interrupt: Before | None = None
     _process: FreshProcess | None = None
     _originals: Outputs | None = None
     _steps: dict[str, Steps] = field(default_factory=dict)  # by the recipe that longer ones begin with
@@ -162,13 +165,20 @@ class Workshop:
             self._hopeless[recipe_key(proposal.recipe)] = candidate
 
     def measure(self, proposal: Proposal) -> Candidate:
-        """One candidate, measured and saved as far as it deserves; whatever breaks is recorded as why it failed."""
+        """One candidate, measured and saved as far as it deserves; whatever breaks is recorded as why it failed.
+
+        Raises:
+            OutOfTime: the minutes were over; nothing is left of it.
+        """
         started = time.perf_counter()
         clock = _Clock()
         found = Candidate(proposal.name, proposal.recipe.dump()["transforms"], proposal.why)
         folder = self.make_folder(proposal.name)
         try:
             found = self._measure(found, proposal, folder, clock)
+        except OutOfTime:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         except Broken as error:
             shutil.rmtree(folder, ignore_errors=True)
             found = replace(found, failed=f"{type(error).__name__}: {error}")
@@ -245,15 +255,18 @@ class Workshop:
         )
 
     def _measured(self, model: Any, batches: Any, stop: Callable[[Quality], bool] | None = None) -> Quality:
-        return measure_quality(
-            model.model if isinstance(model, Outputs) else model,
-            batches,
-            reference=self.originals,
-            task=self.task,
-            seed=self.seed,
-            progress=self.progress,
-            stop=stop,
-        )
+        measured = model.model if isinstance(model, Outputs) else model
+        hooks = {"": self.interrupt} if self.interrupt is not None and measured is not self.model else {}
+        with hooked(measured, before=hooks):
+            return measure_quality(
+                measured,
+                batches,
+                reference=self.originals,
+                task=self.task,
+                seed=self.seed,
+                progress=self.progress,
+                stop=stop,
+            )
 
     def _loss(self, quality: Quality) -> Estimate:
         loss = _as_ratio(quality.metrics["kl"]) if self.by_divergence else quality.loss
