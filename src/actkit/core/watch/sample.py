@@ -70,10 +70,14 @@ class Sample(Statistic):
             hashes = torch.cat([known, hashes])
         order = None if not len(known) else hashes.argsort(stable=True)  # new ones alone are in order
         ordered = hashes if order is None else hashes[order]
-        tied = bool((ordered.diff() == 0).any())
-        if tied:  # rows that share a key go by their content, then by their sequence, so no order counts
+        same = ordered.diff() == 0
+        if bool(same.any()):  # rows that share a key go by their content, then by their sequence, so no order counts
+            tied = torch.nn.functional.pad(same, (1, 0)) | torch.nn.functional.pad(same, (0, 1))
+            at = torch.arange(len(hashes), device=hashes.device) if order is None else order
+            digests = torch.zeros_like(hashes)
+            digests[at[tied]] = _digest(kept[0][at[tied]].float())
             order = kept[3].argsort(stable=True)
-            order = order[_digest(kept[0].float())[order].argsort(stable=True)]
+            order = order[digests[order].argsort(stable=True)]
             order = order[hashes[order].argsort(stable=True)]
         if order is not None:  # else they are sorted, and not too many
             order = order[: self.size]
