@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from actkit.core.forward.hooks import BatchContext, evaluating, forward
+from actkit.core.forward.hooks import BatchContext, evaluating
+from actkit.core.forward.outputs import find_head, output_of
 from actkit.core.ground import processes
 from actkit.core.ground.errors import DataError
 from actkit.core.ground.offload import in_place
@@ -416,16 +417,18 @@ def _measure(
     tokens = 0
     if not wanted or view is None:
         return _Seen(sum(BatchContext.of(batch).tokens for batch in batches), {}, {}, tally, {})
-    with evaluating(model), observe(view, wanted) as observer:
-        row = 0
-        for index, batch in enumerate(track(batches, "Measuring the density", enabled=progress)):
-            context = BatchContext.of(batch, first_row=row)
-            row += context.batch_size
-            tokens += context.tokens
-            if processes.mine(index):
-                observer.begin(context)
-                forward(model, batch)
-                tally.close_batch()
+    with evaluating(model):
+        head = find_head(model, batches[0])  # a pass may end before it: whole logits are the largest tensor
+        with observe(view, wanted) as observer:
+            row = 0
+            for index, batch in enumerate(track(batches, "Measuring the density", enabled=progress)):
+                context = BatchContext.of(batch, first_row=row)
+                row += context.batch_size
+                tokens += context.tokens
+                if processes.mine(index):
+                    observer.begin(context)
+                    output_of(model, batch, head)
+                    tally.close_batch()
     found = observer.statistics
     merge(found)
     tally.merge()
