@@ -143,6 +143,23 @@ def _widths(view: Anatomy, block: Block) -> dict[Site, int]:
     return found
 
 
+def _widths_seen(view: Anatomy, sites: Iterable[Site | str], batch: Any) -> dict[Site, int]:
+    """Sites by their own names, with the numbers of channels that one batch has there (0 if nothing came by)."""
+    sites = list(sites)
+    if not sites:
+        return {}
+    seen = record(view.model, dict.fromkeys(sites, AbsMax()), [batch], anatomy=view, progress=False)
+    return {view.canonical(site): statistic.channels or 0 for site, statistic in seen.items()}
+
+
+def _block_of(view: Anatomy, site: Site) -> int | None:
+    """The block in which a site is read; None for stem and head."""
+    if site.block is not None:
+        return site.block
+    holding = (b.index for b in view.blocks if b.path == "" or (site.path or "").startswith(b.path + "."))
+    return next(holding, None)
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What is recorded of each block.
