@@ -65,6 +65,7 @@ def peer(model: Any, new: int) -> list[int]:
     return output[0, len(PROMPT) :].tolist()
 
 
+@pytest.mark.slow(reason="it compiles the decoder's kernels, unless an earlier run has left them")
 def test_the_decoder_that_comes_with_actkit() -> None:
     model = build("llama")
     engine = choose_engine(model, capacity=20)

@@ -177,7 +177,7 @@ LAYERS: dict[str, dict[str, Made]] = {
     "spark_attention": {"": attention()},
     "expert_list": {"": experts()},
 }
-NOT_SAVED = {  # layers that are used by hand, or inside another, and stand in no checkpoint by themselves
+NOT_SAVED = {  # layers that are used by hand, or inside another, or are models: no checkpoint holds them as a layer
     "Threshold": Made(lambda: Threshold(0.5, torch.rand(IN) + 0.5)),
     "TopK": Made(lambda: TopK(5)),
     "RoundedTokens": Made(RoundedTokens, settings={"smooth": False}),

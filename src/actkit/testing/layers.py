@@ -385,6 +385,8 @@ def _spec(layer: nn.Module) -> Any:
         raise NotApplicable("it is a slot of a layer, and is rebuilt with it")
     if not (hasattr(layer, "spec") and hasattr(layer, "from_spec")):
         raise NotApplicable("it has no spec() and from_spec(), so it stands in no checkpoint")
+    if registry.model_name(type(layer)) is not None:
+        raise NotApplicable("it is registered as a model; check_model checks how it is rebuilt")
     return layer.spec()  # type: ignore[operator]
 
 
