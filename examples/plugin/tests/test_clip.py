@@ -6,6 +6,8 @@ from actkit_clip import SQUAREPLUS, Clip, Clipped, ClippedClassifier, ClippedDec
 from torch import nn
 
 from actkit.core.recipe.runner import apply
+from actkit.core.store import checkpoint
+from actkit.functions.swap import swap
 from actkit.testing import (
     check_analysis,
     check_function,
@@ -40,6 +42,14 @@ def test_the_layer_keeps_what_every_layer_promises():
 def test_the_record_of_the_function_is_true():
     left = {check.name for check in check_function(SQUAREPLUS) if check.outcome != "holds"}
     assert left == {"what breaks is right"}  # nothing does
+
+
+def test_the_function_is_known_by_its_name(tmp_path):
+    model, batch = tiny_model("llama"), tiny_batches("llama")[0]
+    swap(model, "silu", "squareplus")
+    checkpoint.save(model, tmp_path / "swapped")
+    with torch.no_grad():
+        assert torch.equal(checkpoint.load(tmp_path / "swapped")(**batch).logits, model(**batch).logits)
 
 
 def test_the_analysis_keeps_what_every_analysis_promises():

@@ -1,7 +1,7 @@
 """Names from the entry-point groups, which third parties add to.
 
 `actkit.methods`; `actkit.modules` (saved modules) with `actkit.weights` and `actkit.selections` (what a changed layer
-holds); `actkit.functions` (activation functions), `actkit.models` (of one's own), `actkit.tasks` and `actkit.decoders`.
+holds); `actkit.functions` (activation functions), `actkit.models` (your own), `actkit.tasks` and `actkit.decoders`.
 
 Our own names and those of third parties are read the same way, lazily: listing names imports nothing, and a plug-in
 that does not import, is something else than it should be, or claims the name of another is an error that names it and

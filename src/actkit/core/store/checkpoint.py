@@ -240,7 +240,7 @@ def _write(model: nn.Module, folder: Path, max_shard: int, results: dict[str, An
 
 
 def _own_model(model: nn.Module) -> dict[str, Any] | None:
-    """The registered name and the spec of a model of one's own; None if it is not registered.
+    """The registered name and the spec of a user's own model; None if it is not registered.
 
     Raises:
         CheckpointError: what `spec()` gives is not what JSON gives back.
@@ -573,7 +573,7 @@ def _load_changed(
 
 
 def _build_own(folder: Path, manifest: dict[str, Any]) -> nn.Module:
-    """The unchanged model of one's own, from its registered name and its spec."""
+    """A user's own model, unchanged, from its registered name and its spec."""
     described = manifest.get("model")
     if described is None:  # it was not registered when it was saved, or actkit did not write that yet
         described = {"name": registry.model_name_of_class(manifest["model_class"]), "spec": {}}
