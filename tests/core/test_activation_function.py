@@ -109,6 +109,9 @@ def test_solutions() -> None:
     assert known.SILU.solve(-0.1) == pytest.approx((-3.53725962678964172, -0.225265528810478872))  # mpmath
     assert known.SILU.solve(-0.3) == () == known.TANH.solve(1.5)
     assert known.HARDSWISH.solve(5.0) == (5.0,) and known.RELU.solve(0.0) == (0.0,)
+    assert known.GELU.solve(0.0) == pytest.approx((0.0,), abs=1e-12) and known.SIGMOID.solve(1.0) == ()
+    assert known.SOFTPLUS.solve(0.0) == () == known.RELU.solve(-1.0)
+    assert known.HARDSHRINK.solve(0.2) == () and known.HARDSHRINK.solve(-0.7) == (-0.7,)
     assert known.TANH.solve(0.5) == pytest.approx((math.atanh(0.5),))
 
 

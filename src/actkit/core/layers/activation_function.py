@@ -210,15 +210,16 @@ class ActivationFunction:
     def _solve(self, piece: Piece, output: float) -> float | None:
         from scipy.optimize import brentq
 
-        low, high = (max(piece.start, -1e9), min(piece.end, 1e9))
+        assert self.limits is not None
         # an end may be a jump, and belong to the other side
-        low, high = math.nextafter(low, high), math.nextafter(high, low)
-        first, last = self.at(low) - output, self.at(high) - output
-        if first * last > 0:
+        low, high = math.nextafter(piece.start, math.inf), math.nextafter(piece.end, -math.inf)
+        first = self.limits[0] if math.isinf(piece.start) else self.at(low)
+        last = self.limits[1] if math.isinf(piece.end) else self.at(high)
+        if not min(first, last) < output < max(first, last):  # a limit is not reached, though it may be by rounding
             return next((x for x in (piece.start, piece.end) if math.isfinite(x) and self.at(x) == output), None)
         if piece.inverse is not None:
             return float(piece.inverse(torch.tensor([output], dtype=torch.float64)))
-        return float(brentq(lambda x: self.at(x) - output, low, high, xtol=1e-15))
+        return float(brentq(lambda x: self.at(x) - output, max(low, -1e9), min(high, 1e9), xtol=1e-15))
 
 
 @lru_cache(maxsize=64)
