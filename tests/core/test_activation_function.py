@@ -93,6 +93,26 @@ def test_moments_of_a_step_that_is_narrow_beside_the_density() -> None:
         known.RELU.moments(0.0, 0)
 
 
+@pytest.mark.parametrize("name", ["relu", "silu", "gelu", "tanh", "softplus", "leaky_relu"])
+def test_weights_drawn_by_the_moments_keep_the_size_of_activations_and_gradients(name: str) -> None:
+    """Ten random layers, 512 wide: as the page says; the moments are those of a sample, to its error."""
+    record, width = activation_function(name), 512
+    found: Any = record.moments()
+    generator = torch.Generator().manual_seed(0)
+    x = start = torch.randn(512, width, generator=generator, dtype=torch.float64).requires_grad_()
+    sizes = []
+    for _ in range(10):
+        weight = torch.randn(width, width, generator=generator, dtype=torch.float64) / math.sqrt(width * found.second)
+        x = record.function(x) @ weight.T
+        sizes.append(float(x.detach().square().mean()))
+    # a layer's mean square is at most as uncertain as a chi-squared of 512 degrees, and layers add up: three deviations
+    assert max(abs(math.log(size)) for size in sizes) < 3 * math.sqrt(10 * 2 / width)
+    first = record.function(start)
+    assert float(first.detach().square().mean()) == pytest.approx(found.second, rel=0.02)
+    slopes = torch.autograd.grad(first.sum(), start)[0]
+    assert float(slopes.square().mean()) == pytest.approx(found.squared_slope, rel=0.02)
+
+
 def test_zeros() -> None:
     assert known.RELU.zeros == ((-INF, 0.0),) and known.RELU.share_of_zeros() == 0.5
     assert known.HARDSHRINK.zeros == ((-0.5, 0.5),) and known.SILU.zeros == () == known.HARDTANH.zeros

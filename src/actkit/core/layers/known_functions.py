@@ -1,9 +1,9 @@
 """The records of the activation functions of torch and transformers, and which module computes which.
 
 A name without settings (`LEAKY_RELU`) is registered in the entry-point group `actkit.functions`; a function such as
-`leaky_relu(0.2)` gives the record at other settings. Antiderivatives of SiLU, softplus and log-sigmoid need the
-dilogarithm, which torch does not have; those of Mish and of GELU's tanh form have no closed form; nor has an inverse of
-GELU, SiLU, Mish and tanhshrink. These fields are None.
+`leaky_relu(0.2)` gives the record at other settings. Antiderivatives of SiLU, quick-GELU, softplus and
+log-sigmoid need the dilogarithm, which torch does not have; those of Mish and of GELU's tanh form have no closed form;
+nor has an inverse of GELU, SiLU, quick-GELU, Mish and tanhshrink. These fields are None.
 """
 
 from __future__ import annotations
