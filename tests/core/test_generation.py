@@ -521,7 +521,7 @@ def test_nan_logits():
     with torch.no_grad():
         model.lm_head.weight[3, 0] = math.nan
     steps = generate_ids(model, [1, 2], max_new_tokens=4)
-    with pytest.raises(NonFiniteError, match="NaN or Inf where token 1 after the prompt is chosen"):
+    with pytest.raises(NonFiniteError, match="NaN or Inf at token 1 after the prompt"):
         next(steps)
 
 

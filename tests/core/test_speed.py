@@ -135,7 +135,7 @@ def test_rounds_rotate_and_ratios_are_paired(scripted: dict[str, Path]) -> None:
     assert (a.kind, a.unit, a.rounds, a.threads, a.dtype, a.packed) == ("decode", "tokens/s", 3, 7, "bfloat16", 3)
     assert (a.batch, a.prompt, a.new_tokens, a.peak_bytes) == (2, 9, 4, 1004)
     assert Scripted.packs == [("a", None), ("b", None), ("c", None)]
-    assert (a.engine, a.engine_reason) == ("transformers", "2 rows at a time, where a decoder takes one")
+    assert (a.engine, a.engine_reason) == ("transformers", "2 rows at a time, and a decoder takes one")
     content = b.to_dict()
     assert content["ratio"] == b.ratio.to_dict() and content["unit"] == "tokens/s" and len(content) == 15
     assert (content["engine"], content["engine_reason"]) == ("transformers", a.engine_reason)
@@ -238,7 +238,7 @@ def test_settings_out_of_bounds(scripted: dict[str, Path], monkeypatch: pytest.M
             measure_speed(scripted, progress=False, **settings)
     with pytest.raises(ValueError, match="folders: none were given"):
         measure_speed({})
-    with pytest.raises(DataError, match=r"'x' is .*, where there is no folder"):
+    with pytest.raises(DataError, match=r"'x' is .*, which is no folder"):
         measure_speed({"x": tmp_path / "none"})
     with pytest.raises(ValueError, match=r"60 \+ 32 tokens were asked for, the model's context is 64"):
         measure_speed(scripted, prompt=60, progress=False)

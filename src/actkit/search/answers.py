@@ -1,8 +1,8 @@
 """How often the original and the candidates that matter answer questions rightly, for the report of a search.
 
 The questions are the first of the task `documentation` (`actkit.data.tasks`), scored by `core.measure.multiple_choice`:
-lm-eval is not needed. Asked are the original, then the best and others of the front, as far as the minutes go. If the
-original answers no better than by chance, nobody else is asked: there is nothing that a candidate could lose.
+lm-eval is not needed. The original is asked first, then the best and others of the front, as far as the minutes go. If
+the original answers no better than by chance, no candidate is asked: there is nothing that it could lose.
 """
 
 from __future__ import annotations

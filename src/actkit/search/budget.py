@@ -1,9 +1,11 @@
 """What candidates cost: an estimate for each before it starts, and how many of them a number of minutes pays for.
 
 The unit that carries over to other models is the plain forward pass over the test split; it is timed once. An estimate
-adds up what was seen so far on this model: of the newest candidate that was measured whole, else of the original, the
-seconds of both splits and of the rest (saving, cost, the reload proof); and for calibration the passes that the
-transforms declare.
+adds up what was seen so far on this model:
+
+- the seconds of both splits and of the rest (saving, cost, the reload proof), of the newest candidate that was measured
+  whole, else of the original;
+- for calibration, the passes that the transforms declare.
 """
 
 from __future__ import annotations
@@ -29,7 +31,18 @@ class OutOfTime(Exception):
 
 @dataclass
 class Budget:
-    """minutes: of the whole search, None for no end. pass_seconds: of one plain pass over the test split."""
+    """The time of a search: what is spent, what is left, and what the next step is thought to take.
+
+    Attributes:
+        splits: the data.
+        minutes: of the whole search; None for no end.
+        started: when the search began.
+        pass_seconds: of one plain pass over the test split.
+        search: seconds that the search split is thought to take.
+        test: seconds that the test split is thought to take.
+        rest: seconds that saving, cost and the reload proof are thought to take.
+        measured: how many candidates were measured, stopped ones included.
+    """
 
     splits: Splits
     minutes: float | None = None
@@ -41,21 +54,27 @@ class Budget:
     measured: int = 0  # candidates, stopped ones included
 
     def original(self, original: Candidate) -> None:
-        """What the original tells of the candidates."""
+        """Note what the original tells of the candidates."""
         parts = original.parts
         self.pass_seconds = parts.get("pass", 0.0)
         self.search, self.test = HEADS * parts.get("search", 0.0), HEADS * parts.get("test", 0.0)
         self.rest = FRESH + 2 * parts.get("rest", 0.0)
 
     def seen(self, candidate: Candidate) -> None:
-        """What a measured candidate tells of the next ones."""
+        """Note what a measured candidate tells of the next ones."""
         self.measured += 1
         if {"search", "test", "rest"} <= candidate.parts.keys():
             self.search, self.test, self.rest = (candidate.parts[name] for name in ("search", "test", "rest"))
 
     def estimate(self, transforms: Sequence[Transform] | None) -> float:
-        """Seconds of a candidate with these transforms left to compute, where nothing stops it early; None: of one that
-        is not made."""
+        """Estimate the seconds of a candidate if nothing stops it early.
+
+        Args:
+            transforms: those left to compute; None for a candidate that is not made.
+
+        Returns:
+            Seconds.
+        """
         if transforms is None:
             return 0.0
         tokens = self.splits.calibration.tokens
@@ -67,7 +86,7 @@ class Budget:
         return calibration + self.search + self.test + self.rest
 
     def speeds(self, count: int) -> float:
-        """Seconds until the speeds of so many candidates are measured, and the best is saved."""
+        """Estimate the seconds until the speeds of so many candidates are measured, and the best is saved."""
         return (SPEED * (count + 1) + 1) * self.rest if count else self.rest
 
     @property
@@ -81,12 +100,19 @@ class Budget:
         return float("inf") if self.minutes is None else 60 * self.minutes - self.spent
 
     def interrupt(self, *_: Any) -> None:
-        """Raise OutOfTime once the minutes are over. Takes and drops what a hook is called with."""
+        """Raise OutOfTime once the minutes are over.
+
+        Args:
+            *_: what a hook is called with; it is dropped.
+
+        Raises:
+            OutOfTime: they are.
+        """
         if self.left <= 0:
             raise OutOfTime(f"minutes={self.minutes:g}: they were over before it was measured")
 
     def over(self, seconds: float, what: str) -> str | None:
-        """Why a step of so many seconds is left out, or None where it fits."""
+        """Say why a step of so many seconds is left out; None if there is time for it."""
         if seconds <= self.left:
             return None
         return (
@@ -101,7 +127,7 @@ def check_minutes(minutes: float | None) -> None:
 
 
 def out_of_time(minutes: float, journal: str, why: str) -> ActkitError:
-    """The error of a search that ended before one candidate did."""
+    """Make the error of a search that ended before one candidate did."""
     return ActkitError(
         f"minutes: {minutes:g} were over before one candidate was measured ({why}). What is done is in {journal}: go "
         f"on with resume=True (--resume) and more minutes."

@@ -9,7 +9,7 @@ from actkit.core.ground.memory import parse_bytes
 
 
 def last_level_cache() -> int | None:
-    """Bytes of the largest cache of the first core, or None where the system does not tell."""
+    """Return the bytes of the largest cache of the first core, or None if the system does not say."""
     sizes = []
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         try:

@@ -23,9 +23,19 @@ RULE = "it is a training rule, not a change of a trained model"
 def propose(
     profile: Profile, shapes: Shapes, *, most: int = MOST, earlier: Sequence[Transform] = ()
 ) -> tuple[list[Proposal], list[LeftOut]]:
-    """The recipes to try, most promising first, at most `most`; then what is left out, each with its reason.
+    """List the recipes to try, most promising first.
 
-    earlier: what the model went through already. Raises ValueError for most outside of 1 to 12.
+    Args:
+        profile: of the model.
+        shapes: of its layers.
+        most: how many at most, 1 to 12.
+        earlier: what the model went through already.
+
+    Returns:
+        The recipes, and what is left out, each with its reason.
+
+    Raises:
+        ValueError: `most` is out of bounds.
     """
     if not 1 <= most <= MOST:
         raise ValueError(f"max_recipes: {most} was given, allowed are 1 to {MOST}.")
@@ -47,7 +57,18 @@ def propose(
 
 
 def given(recipes: Iterable[Any], earlier: Sequence[Transform] = ()) -> list[Proposal]:
-    """The user's own recipes instead. Raises RecipeError for what is not one, or does not fit the model's changes."""
+    """List the user's own recipes instead.
+
+    Args:
+        recipes: each as `Recipe.of` takes it.
+        earlier: what the model went through already.
+
+    Returns:
+        The recipes, by names that tell them apart.
+
+    Raises:
+        RecipeError: one is no recipe, or does not fit the model's changes.
+    """
     found: list[Proposal] = []
     for source in recipes:
         recipe = Recipe.of(source).unstaged("actkit.optimize")

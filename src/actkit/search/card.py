@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def model_card(result: Optimization, best: Candidate) -> str:
-    """The text of README.md."""
+    """Write the text of README.md."""
     original, info = result.original, result.machine
     rows: list[tuple[str, str]] = []
     if best.loss is not None:
@@ -27,7 +27,7 @@ def model_card(result: Optimization, best: Candidate) -> str:
         if mine is not None and other:
             rows.append((label, f"{format_bytes(mine)} ({mine / other:.1%} of the original's {format_bytes(other)})"))
     if best.density is not None:
-        rows.append(("inputs read where some are chosen", f"{best.density:.1%}"))
+        rows.append(("inputs read by layers that choose some", f"{best.density:.1%}"))
     if best.speed is not None and best.speed.ratio is not None:
         rate, ratio = best.speed.rate, best.speed.ratio
         through = f"through {best.speed.engine}"

@@ -19,14 +19,14 @@ COSTS = {
 
 
 def in_short(found: Optimization, folder: str | Path) -> str:
-    """One paragraph for whoever never saw such a search.
+    """Say in one paragraph what was found, for a reader who never saw such a search.
 
     Args:
         found: what the search found.
         folder: where it wrote, as the user named it.
 
     Returns:
-        Plain text, with the command that talks to the result where it is a language model.
+        Plain text, with the command that talks to the result if it is a language model.
     """
     folder = Path(folder)
     if found.best is None:
@@ -47,7 +47,7 @@ def in_short(found: Optimization, folder: str | Path) -> str:
 
 
 def _next(found: Optimization, best: Path) -> str:
-    """The command that uses the model, where it writes text."""
+    """The command that uses the model, if it writes text."""
     if found.prompt is None:
         return ""
     if (best / "chat_template.jinja").exists():

@@ -1,8 +1,8 @@
 """Compiling ahead: what decodes the models is compiled in a process of its own while the search still measures quality.
 
-On a machine where nothing is compiled yet, kernels take half a minute, one core of it, and only when speeds are timed
-at last. So each kind of model that is to be timed is decoded for two tokens there as soon as it is saved, which leaves
-its kernels in the compile cache. Where the cache holds something already, nothing is started.
+On a machine with nothing compiled yet, kernels take half a minute of one core, and only at the end, when speeds are
+timed. So each kind of model that is to be timed is decoded for two tokens there as soon as it is saved, which leaves
+its kernels in the compile cache. If the cache holds something already, nothing is started.
 """
 
 from __future__ import annotations
@@ -20,8 +20,13 @@ from actkit.core.measure.fresh import FreshProcess
 
 
 class CompileAhead:
-    """A process that decodes with saved models, one after another. ids: int64 [1, prompt]. capacity: tokens that the
-    models are timed with. options: as in `FreshProcess.load`."""
+    """A process that decodes with saved models, one after another.
+
+    Args:
+        ids: int64 [1, prompt].
+        capacity: tokens that the models are timed with.
+        **options: as in `FreshProcess.load`.
+    """
 
     def __init__(self, ids: Tensor, capacity: int, **options: Any) -> None:
         self._ids, self._capacity, self._options = ids, capacity, options
@@ -32,7 +37,7 @@ class CompileAhead:
         self._thread.start()
 
     def add(self, kind: str, folder: Path) -> None:
-        """A saved model, for the first one of its kind."""
+        """Decode with a saved model, if it is the first one of its kind."""
         if kind not in self._kinds:
             self._kinds.add(kind)
             self._folders.put(folder)
@@ -45,7 +50,7 @@ class CompileAhead:
 
     def _run(self) -> None:
         while (folder := self._folders.get()) is not None and not self._process.closed:
-            with suppress(ActkitError, OSError, ValueError):  # what fails here is told where the model is timed
+            with suppress(ActkitError, OSError, ValueError):  # what fails here is reported when the model is timed
                 self._process.load(folder, **self._options)
                 self._process.pack(self._capacity)
                 self._process.time_decode(self._ids, 2)

@@ -23,7 +23,15 @@ RADIUS = {"original": 7.0, "best": 8.0, "front": 6.0, "other": 5.0}
 
 @dataclass(frozen=True)
 class Mark:
-    """One candidate in a picture. share: of the original's bytes or time. label: beside it; title: on hover."""
+    """One candidate in a picture.
+
+    Attributes:
+        share: of the original's bytes or time.
+        loss: of quality.
+        kind: what it is drawn as.
+        label: beside it.
+        title: on hover.
+    """
 
     share: Estimate
     loss: Estimate
@@ -33,8 +41,18 @@ class Mark:
 
 
 def scatter(marks: Sequence[Mark], x_title: str, limit: float) -> str:
-    """Loss against a share of bytes or time, with the intervals of both and the limit on the loss. Losses far beyond
-    the limit stand at the upper edge, with an arrow and their value."""
+    """Draw the loss against a share of bytes or time, with the intervals of both and the limit on the loss.
+
+    Losses far beyond the limit stand at the upper edge, with an arrow and their value.
+
+    Args:
+        marks: the candidates.
+        x_title: what the share is of.
+        limit: on the loss.
+
+    Returns:
+        SVG.
+    """
     highest = max((m.loss.high if isfinite(m.loss.high) else m.loss.value for m in marks), default=limit)
     top = max(1.3 * limit, min(1.05 * highest, 2.5 * limit if limit else 0.1), 1e-4)
     lowest = min((m.loss.low if isfinite(m.loss.low) else m.loss.value for m in marks), default=0.0)
@@ -99,8 +117,10 @@ def _diamond(cx: float, cy: float, radius: float) -> str:
 def _place(
     cx: float, cy: float, width: float, taken: list[tuple[float, float, float, float]], *, beside: bool
 ) -> tuple[float, float, str]:
-    """Where a label of that width stands free: beside its point (if no interval lies there), above or below, and a
-    little further out."""
+    """The place of a label of that width: beside its point, above, below, or a little further out.
+
+    It is beside its point only if no interval lies there.
+    """
     found = None
     for away in (11, 19, 28, 38):
         level = ((away, 4, "start"), (-away, 4, "end"))
@@ -123,7 +143,13 @@ def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, 
 
 @dataclass(frozen=True)
 class Bar:
-    """One row of `bars`."""
+    """One row of `bars`.
+
+    Attributes:
+        label: above it.
+        value: its length, with an interval.
+        text: at its end.
+    """
 
     label: str
     value: Estimate
@@ -131,7 +157,7 @@ class Bar:
 
 
 def bars(rows: Sequence[Bar]) -> str:
-    """Horizontal bars with intervals, each with its label above and its text at the end."""
+    """Draw horizontal bars with intervals, each with its label above and its text at the end."""
     width, step, left = 680, 46, 4
     longest = max((row.value.high if isfinite(row.value.high) else row.value.value for row in rows), default=1.0)
     x = _scale(0.0, longest, left, width - 270)
@@ -166,7 +192,13 @@ PANELS: tuple[tuple[str, Reader, bool], ...] = (
 
 @dataclass(frozen=True)
 class Panel:
-    """A small picture of a profile, with its title, and the legend of its lines: (class, name)."""
+    """A small picture of a profile.
+
+    Attributes:
+        title: above it.
+        svg: the picture.
+        legend: of its lines: (class, name).
+    """
 
     title: str
     svg: str
@@ -174,7 +206,14 @@ class Panel:
 
 
 def profile_panels(profile: Profile) -> list[Panel]:
-    """Six panels over the blocks (over the layers of a traced model), a line per site, in the last one per role."""
+    """Draw six panels over the blocks (over the layers of a traced model).
+
+    Args:
+        profile: of a model.
+
+    Returns:
+        The panels; a line is a site, in the last panel a role.
+    """
     places = list(dict.fromkeys(_place_of(site) for site in profile.sites))
     names = list(dict.fromkeys(site.name for site in profile.sites))[:8]
     legend = tuple((f"c{index}", name) for index, name in enumerate(names))

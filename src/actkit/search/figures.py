@@ -36,7 +36,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#0
 
 
 def profile_table(profile: Profile) -> Table:
-    """Sites, weights, findings and notes, one below the other, for 80 columns."""
+    """Show sites, weights, findings and notes, one below the other, for 80 columns."""
     page = Table.grid()
     page.add_row(Text(f"{profile.model} ({profile.architecture}), {profile.rows:,} tokens or images", style="bold"))
     page.add_row(ABOUT_SITES)
@@ -111,9 +111,16 @@ def _weights(weights: Sequence[WeightProfile]) -> Table:
 
 
 def profile_figure(profile: Profile) -> Figure:
-    """Six panels over the blocks (over the layers of a traced model), a line per site.
+    """Draw six panels over the blocks (over the layers of a traced model), a line per site.
 
-    Raises ImportError where plotly is missing.
+    Args:
+        profile: of a model.
+
+    Returns:
+        A figure of plotly.
+
+    Raises:
+        ImportError: plotly is missing.
     """
     subplots = _plotly()
     panels: list[tuple[str, Callable[[SiteProfile], float | None]]] = [
@@ -193,7 +200,7 @@ def _step(profile: Profile) -> int:
 
 
 def optimization_table(result: Optimization) -> Table:
-    """The verdict, then every candidate with what it gives, then why some do not pay; for 80 columns."""
+    """Show the verdict, every candidate with what it gives, and why some do not pay, for 80 columns."""
     verdict = result.verdict
     said = [Text(f"  {line}") for line in (verdict.speed, verdict.memory, verdict.disk, verdict.quality)]
     table = _plain("candidate", ("loss on test", "disk", "mem.", "speed ratio", ""))
@@ -265,7 +272,7 @@ def _afterwards(result: Optimization) -> list[Text]:
 
 
 def interval(estimate: Estimate, form: str) -> str:
-    """'0.5% (0.3% to 0.7%)', without the interval where it is not known."""
+    """Say '0.5% (0.3% to 0.7%)', without the interval if it is not known."""
     value, low, high = (_unsigned(f"{number:{form}}") for number in (estimate.value, estimate.low, estimate.high))
     known = isfinite(estimate.low) and isfinite(estimate.high)
     return f"{value} ({low} to {high})" if known else value

@@ -1,10 +1,13 @@
 """The front: the candidates that no other beats on quality, speed, peak memory and disk at once.
 
-One beats another if it is nowhere worse and somewhere better, by what was measured. Bytes read per token are no axis:
-they are a cause of speed, and count through the speed that they give. Losses are compared to 0.01 %, memory and disk in
-whole percent of the original's, as they are shown. A speed counts as worse if it lies below the other's interval, and
-as better if the intervals do not overlap. So noise puts nobody on the front. It is never empty either: among those that
-are equal in all but speed, beating means being surely faster, and the other costs are compared without intervals.
+One beats another if it is nowhere worse and somewhere better, by what was measured.
+
+- Bytes read per token are no axis: they are a cause of speed, and count through the speed that they give.
+- Losses are compared to 0.01 %, memory and disk in whole percent of the original's, as they are shown.
+- A speed counts as worse if it lies below the other's interval, and as better if the intervals do not overlap. So noise
+  alone puts no candidate on the front.
+- The front is never empty: among those that are equal in all but speed, beating means being surely faster, and the
+  other costs are compared without intervals.
 """
 
 from __future__ import annotations
@@ -19,8 +22,14 @@ from actkit.search.measured import Candidate
 
 @dataclass(frozen=True)
 class Point:
-    """Where a candidate stands. loss: on the test split. memory, disk: peak memory and bytes on disk over the
-    original's; less is better. ratio: of the speed to the original's, more is better. None: it was not measured."""
+    """What a candidate gives and costs; None for what was not measured.
+
+    Attributes:
+        loss: on the test split.
+        ratio: of the speed to the original's; more is better.
+        memory: peak memory over the original's; less is better.
+        disk: bytes on disk over the original's; less is better.
+    """
 
     loss: float
     ratio: Estimate | None = None
@@ -37,7 +46,15 @@ class Point:
 
 
 def point(candidate: Candidate, original: Candidate) -> Point | None:
-    """Where a measured candidate stands; None for one that nobody can use: it failed, it does not reload or write."""
+    """Return the point of a measured candidate.
+
+    Args:
+        candidate: measured.
+        original: what it is compared with.
+
+    Returns:
+        The point; None for a candidate that cannot be used: it failed, it does not reload, or it does not write.
+    """
     if candidate.failed is not None or candidate.loss is None or not math.isfinite(candidate.loss.value):
         return None
     if candidate.writes or (candidate.proof is not None and not candidate.proof.passed):
@@ -49,8 +66,17 @@ def point(candidate: Candidate, original: Candidate) -> Point | None:
 
 
 def beats(one: Point, other: Point) -> bool:
-    """Whether `one` is nowhere worse than `other` and somewhere better. What is unknown of one cannot beat what is
-    known of the other."""
+    """Say whether a point is nowhere worse than another and somewhere better.
+
+    What is unknown of one cannot beat what is known of the other.
+
+    Args:
+        one: the point.
+        other: what it is compared with.
+
+    Returns:
+        Whether it is.
+    """
     better = False
     for mine, theirs in zip(one.costs, other.costs, strict=True):
         if theirs is None:
@@ -66,7 +92,7 @@ def beats(one: Point, other: Point) -> bool:
 
 
 def front(points: Sequence[Point | None]) -> list[int]:
-    """Indices of the points that none of the others beats."""
+    """Return the indices of the points that none of the others beats."""
     return [
         index
         for index, mine in enumerate(points)

@@ -1,9 +1,9 @@
 """The journal of a search: one JSON line per finished measurement, on the disk before the next one begins.
 
-The first line says what the measurements depend on (model, data, settings, versions, machine); a search resumes only
-where that is the same. A line is written in one piece and flushed to the disk, so that after Ctrl-C, kill -9 or a power
-cut every line is whole, save perhaps the last, which is then dropped and measured again. Each line ends with a digest
-of its content, so that a damaged number is an error and no other measurement.
+The first line says what the measurements depend on (model, data, settings, versions, machine); a search resumes only if
+that is the same. A line is written in one piece and flushed to the disk, so that after Ctrl-C, kill -9 or a power cut
+every line is whole, save perhaps the last, which is then dropped and measured again. Each line ends with a digest of
+its content, so that a damaged number is an error and no other measurement.
 """
 
 from __future__ import annotations
@@ -27,14 +27,28 @@ class JournalError(ActkitError):
 
 
 class Journal:
-    """The lines of one search. entries: what was measured, oldest first; notes: what was mended while reading."""
+    """The lines of one search.
+
+    Args:
+        path: of the file.
+        entries: what was measured, oldest first.
+        notes: what was mended while reading.
+    """
 
     def __init__(self, path: Path, entries: list[dict[str, Any]], notes: list[str]) -> None:
         self.path, self.entries, self.notes = path, entries, notes
 
     @classmethod
     def start(cls, path: str | Path, header: Mapping[str, Any]) -> Self:
-        """A new journal; what stood at `path` is replaced."""
+        """Start a new journal.
+
+        Args:
+            path: of the file; what it held is replaced.
+            header: what the measurements depend on.
+
+        Returns:
+            The journal, without entries.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
@@ -47,8 +61,16 @@ class Journal:
     def resume(cls, path: str | Path, header: Mapping[str, Any]) -> Self:
         """Go on with a journal. A torn last line is cut off, and noted.
 
-        Raises JournalError where there is none, a line inside is damaged, or the header is of another search; the text
-        names what differs.
+        Args:
+            path: of the file.
+            header: what the measurements depend on.
+
+        Returns:
+            The journal, with its entries.
+
+        Raises:
+            JournalError: there is no journal, a line inside is damaged, or the header is of another search; the error
+                says what differs.
         """
         path = Path(path)
         lines, notes = _read(path)
@@ -78,7 +100,7 @@ class Journal:
         self.entries.append(json.loads(json.dumps(entry)))
 
     def find(self, kind: str) -> list[dict[str, Any]]:
-        """The entries of one kind, oldest first."""
+        """Return the entries of one kind, oldest first."""
         return [entry for entry in self.entries if entry["kind"] == kind]
 
     def _write(self, entry: Mapping[str, Any]) -> None:
@@ -128,7 +150,16 @@ def _digest(entry: Mapping[str, Any]) -> str:
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any], where: str = "") -> list[str]:
-    """'seed was 0 and is 1': where two JSON objects differ, by dotted name."""
+    """Say how two JSON objects differ.
+
+    Args:
+        found: the one.
+        expected: the other.
+        where: what the names begin with.
+
+    Returns:
+        Texts such as 'seed was 0 and is 1', with dotted names.
+    """
     texts: list[str] = []
     for key in dict.fromkeys((*found, *expected)):
         before, now = found.get(key), expected.get(key)

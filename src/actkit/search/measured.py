@@ -21,17 +21,36 @@ from actkit.core.recipe.recipe import Recipe
 class Candidate:
     """A recipe and what it gave. `original` is one too, with no recipe.
 
-    name: short, unique in a run. recipe: its transforms as in the YAML form. why: what in the profile or the shapes
-    suggests it. failed: why there is nothing to measure, or None. stopped: why it was not measured further than
-    search_loss, which may be of a part of the search split, or None. search_loss, loss: on the search and the test
-    split (what max_loss limits, see `Quality.loss`). metrics: of the test split. disk_bytes: of the whole saved folder.
-    weight_bytes: held in memory. bytes_per_token, dense_bytes_per_token, density, density_p05, density_p95: see `Cost`.
-    speed, speed_failed: against the original in fresh processes, or why not. peak_share: peak memory of the process
-    over the original's, measured in the same rounds. proof: of the reload. writes: '' where the generation check
-    passed, the reason where it did not, None where the model writes no text. text: what it wrote after the prompt.
-    coverage: share of the parameters in blocks by method. changed: edits made. skipped: (path, method, reason).
-    seconds: of making and measuring it, without the speed; parts: where they went ('make', 'search', 'test', 'rest').
-    passes: the same in plain forward passes over the test split, None where that was not timed.
+    Attributes:
+        name: short, unique in a run.
+        recipe: its transforms as in the YAML form.
+        why: what in the profile or the shapes suggests it.
+        failed: why there is nothing to measure, or None.
+        stopped: why it was not measured further than `search_loss`, which may be of a part of the search split, or
+            None.
+        search_loss: on the search split; what max_loss limits, see `Quality.loss`.
+        loss: the same on the test split.
+        metrics: of the test split.
+        disk_bytes: of the whole saved folder.
+        weight_bytes: held in memory.
+        bytes_per_token: see `Cost`.
+        dense_bytes_per_token: see `Cost`.
+        density: see `Cost`.
+        density_p05: see `Cost`.
+        density_p95: see `Cost`.
+        speed: against the original in fresh processes.
+        speed_failed: why there is no speed.
+        peak_share: peak memory of the process over the original's, measured in the same rounds.
+        proof: of the reload.
+        writes: '' if the generation check passed, else why it did not; None if the model writes no text.
+        text: what it wrote after the prompt.
+        coverage: share of the parameters in blocks by method.
+        changed: edits made.
+        skipped: (path, method, reason).
+        notes: what else is worth knowing.
+        seconds: of making and measuring it, without the speed.
+        parts: the seconds by what they went into ('make', 'search', 'test', 'rest').
+        passes: the seconds in plain forward passes over the test split; None if that was not timed.
     """
 
     name: str
@@ -65,7 +84,11 @@ class Candidate:
 
     @property
     def methods(self) -> Recipe:
-        """The recipe as transforms. Raises RecipeError for the original, which has none."""
+        """The recipe as transforms.
+
+        Raises:
+            RecipeError: it is the original, which has none.
+        """
         return Recipe.parse({"actkit": 1, "transforms": self.recipe})
 
     @property
@@ -74,30 +97,30 @@ class Candidate:
         return None if self.speed is None else self.speed.ratio
 
     def disk_share(self, original: Candidate) -> float | None:
-        """Bytes on disk over the original's."""
+        """Return its bytes on disk over the original's."""
         return _share(self.disk_bytes, original.disk_bytes)
 
     def read_share(self, original: Candidate) -> float | None:
-        """Weight bytes read per token over the original's."""
+        """Return its weight bytes read per token over the original's."""
         return _share(self.bytes_per_token, original.bytes_per_token)
 
     def with_cost(self, cost: Cost) -> Candidate:
-        """The same with what `measure_cost` found."""
+        """Return the same with what `measure_cost` found."""
         names = ("disk_bytes", "weight_bytes", "bytes_per_token", "dense_bytes_per_token", "density")
         found = {name: getattr(cost, name) for name in (*names, "density_p05", "density_p95")}
         return replace(self, **found)
 
     def with_speed(self, speed: Speed, original: Speed) -> Candidate:
-        """The same with a speed, and the original's from the same rounds."""
+        """Return the same with a speed, and the original's from the same rounds."""
         return replace(self, speed=speed, speed_failed=None, peak_share=speed.peak_bytes / original.peak_bytes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it; None for what is not known."""
+        """Return everything, as JSON takes it; None for what is not known."""
         return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Candidate:
-        """What `to_dict` gave, also after a way through JSON."""
+        """Read what `to_dict` gave, also after a way through JSON."""
         found = {item.name: content[item.name] for item in fields(cls) if item.name in content}
         for name in ("search_loss", "loss"):
             found[name] = estimate(found.get(name))
@@ -110,7 +133,7 @@ class Candidate:
 
 
 def estimate(content: Mapping[str, float | None] | None) -> Estimate | None:
-    """An Estimate from its dictionary, where a bound that is not known is None."""
+    """Read an Estimate from its dictionary, in which a bound that is not known is None."""
     if content is None:
         return None
     value, low, high = (content[name] for name in ("value", "low", "high"))
@@ -120,7 +143,7 @@ def estimate(content: Mapping[str, float | None] | None) -> Estimate | None:
 
 
 def speed_from(content: Mapping[str, Any]) -> Speed:
-    """A Speed from its dictionary."""
+    """Read a Speed from its dictionary."""
     names = ("rate", "first_token_seconds", "ratio")
     return Speed(**{**content, **{name: estimate(content[name]) for name in names}})  # type: ignore[arg-type]
 

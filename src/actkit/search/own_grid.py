@@ -1,9 +1,9 @@
-"""Whether rounding lands on the grid that a source's weights were rounded to before, where it costs nothing.
+"""Whether rounding lands on the grid that a source's weights were rounded to before, so that it costs nothing.
 
     rounding error of a layer in steps of its new grid, over what a weight between the points has (step / sqrt(12))
 
-Weights that were never rounded come out near 1. Where half of a source's quantized layers come out below a half, the
-loss that was measured does not say what these bits cost, and the report says so.
+Weights that were never rounded come out near 1. If half of a source's quantized layers come out below a half, the loss
+that was measured does not say what these bits cost, and the report says so.
 """
 
 from __future__ import annotations
@@ -19,9 +19,14 @@ ON_GRID = 0.5  # of the error of weights that lie anywhere
 
 
 def own_grid_warning(original: nn.Module, changed: nn.Module) -> str | None:
-    """What to say of a changed model whose weights went back to their source's own grid, or None.
+    """Say whether the weights of a changed model went back to their source's own grid.
 
-    original: with the record of its source; changed: a copy of it on which weights were quantized.
+    Args:
+        original: with the record of its source.
+        changed: a copy of it on which weights were quantized.
+
+    Returns:
+        The warning, or None.
     """
     grid = changes.source_grid(original)
     if grid is None:
@@ -37,7 +42,7 @@ def own_grid_warning(original: nn.Module, changed: nn.Module) -> str | None:
 
 
 def _share(original: nn.Module, changed: nn.Module, path: str) -> float | None:
-    """The rounding error of a layer as a share of that of weights between the points; None where it is not rounded."""
+    """The rounding error of a layer as a share of that of weights between the points; None if it is not rounded."""
     try:
         before, after = original.get_submodule(path), changed.get_submodule(path)
     except AttributeError:

@@ -1,7 +1,7 @@
 """profile(model, batches): what the activations of a model look like, and which methods that suggests.
 
-One pass, block by block, so that the statistics of one block are held at a time. How each number is defined stands at
-its field (`SiteProfile`, `WeightProfile`); what counts as unusual stands in the constants below, with its reason.
+One pass, block by block, so that the statistics of one block are held at a time. `SiteProfile` and `WeightProfile` say
+how each number is defined; the constants below say what counts as unusual, and why.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def profile(
     max_memory: int | str | None = None,
     progress: bool = True,
 ) -> Profile:
-    """Profile the activations of a model, in one pass. Experts are opened for it and closed after it.
+    """Profile the activations of a model, in one pass.
+
+    Experts are opened for it and closed after it.
 
     Args:
         model: neither compiled nor sharded.
@@ -111,7 +113,15 @@ def profile(
 
 
 def snr(x: Tensor, rounded: Tensor) -> float | None:
-    """Signal-to-noise ratio in dB, 10 log10(sum x^2 / sum (x - rounded)^2); None where either sum is 0."""
+    """Return the signal-to-noise ratio in dB, 10 log10(sum x^2 / sum (x - rounded)^2).
+
+    Args:
+        x: exact values.
+        rounded: the same, rounded.
+
+    Returns:
+        dB; None if either sum is 0.
+    """
     signal, noise = float(x.double().square().sum()), float((x.double() - rounded.double()).square().sum())
     return 10 * log10(signal / noise) if signal and noise else None
 
@@ -281,7 +291,7 @@ def _weight(linear: Linear, block: int) -> WeightProfile:
 
 
 def _remarks(s: SiteProfile) -> Iterator[tuple[str, float, str]]:
-    """What stands out at one site: (what, number, suggestion), with {} for the number where the text wants it."""
+    """What stands out at one site: (what, number, suggestion), with {} for the number if the text holds it."""
     zeros, small = 100 * (1 - s.density), 100 * (1 - s.above_one_percent)
     if s.massive and s.ratio:
         advice = "round weights only (rtn, awq): one scale for these activations loses everything else"
@@ -308,7 +318,15 @@ def _remarks(s: SiteProfile) -> Iterator[tuple[str, float, str]]:
 
 
 def find(sites: Sequence[SiteProfile], weights: Sequence[WeightProfile]) -> tuple[Finding, ...]:
-    """What stands out, in words, from the first block on; what several blocks have in common is one finding."""
+    """Say what stands out, in words, from the first block on.
+
+    Args:
+        sites: their profiles.
+        weights: their profiles.
+
+    Returns:
+        The findings; what several blocks have in common is one of them.
+    """
     groups: dict[tuple[str, str, str], list[tuple[SiteProfile, float]]] = {}
     for site in sites:
         name = site.site if site.block is None else f"experts' {site.name}" if ".experts." in site.site else site.name
@@ -338,13 +356,13 @@ def _about_weights(weights: Sequence[WeightProfile]) -> list[Finding]:
 
 
 def spread(numbers: Sequence[float]) -> str:
-    """'12', or '12-40': the range of several numbers, to three digits."""
+    """Say '12', or '12-40': the range of several numbers, to three digits."""
     texts = [f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}" for number in (min(numbers), max(numbers))]
     return "-".join(dict.fromkeys(texts))
 
 
 def in_blocks(blocks: Iterable[int | None]) -> str:
-    """' of blocks 0-3, 5', or '' where the sites have no block."""
+    """Say ' of blocks 0-3, 5', or '' if the sites have no block."""
     indices = sorted({block for block in blocks if block is not None})
     runs: list[list[int]] = []
     for index in indices:

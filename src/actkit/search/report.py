@@ -28,7 +28,17 @@ APART = 0.05  # an axis on which all stand closer together shows nothing
 
 
 def render(result: Optimization) -> str:
-    """The page. Raises ImportError where jinja2 (the extra `report`) is missing."""
+    """Write the page.
+
+    Args:
+        result: of a search.
+
+    Returns:
+        HTML.
+
+    Raises:
+        ImportError: jinja2 (the extra `report`) is missing.
+    """
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
         from markupsafe import Markup
@@ -204,7 +214,7 @@ def _densities(result: Optimization) -> list[tuple[str, str, str]]:
 
 
 def _writing(result: Optimization) -> dict[str, Any] | None:
-    """The same prompt gone on with by the original and by the best (or, where nothing pays, the least lossy)."""
+    """How the original and the best (or, if nothing pays, the least lossy) go on from the same prompt."""
     if result.original.text is None or result.prompt is None:
         return None
     written = [

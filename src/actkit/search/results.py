@@ -1,7 +1,7 @@
 """What the search finds and hands on: the profile of a model, what is proposed, and the outcome of it all.
 
-These classes know what they hold. How they look in a terminal, in a browser and in a card is said in `figures`,
-`report` and `card`.
+These classes say what they hold; `figures`, `report` and `card` say how they look in a terminal, in a browser and in a
+card.
 """
 
 from __future__ import annotations
@@ -30,14 +30,31 @@ if TYPE_CHECKING:
 class SiteProfile:
     """The activations x at one site: [rows, channels], padding left out.
 
-    density: share of |x| > 0. above_one_percent: share of |x| above 1 % of `scale`, the 99.9th percentile of |x|.
-    dead: channels that were 0 on every row. largest, at channel `largest_channel`; ratio: largest / median |x|, None
-    where the median is 0. massive: largest > 100 and ratio > 1000. outliers: channels whose largest |x| exceeds 6
-    times that of the median channel. kurtosis_median, kurtosis_max: over channels (3 is a bell curve; None where all
-    are constant). effective_rank: exp of the entropy of the singular values, None where not measured. int8_snr,
-    int4_snr: dB left by rounding to nearest, symmetric, one scale for the tensor (from `largest`), on a sample of rows;
-    None where rounding is exact. thresholds: for 25, 50 and 70 % of the values, the |x| that they do not exceed.
-    read_by: paths of the linear layers that read x. scalable: whether a scale per channel can move out of x (awq).
+    Attributes:
+        site: with its block.
+        name: without it.
+        block: its index; None if the site names no block.
+        rows: how many.
+        channels: how many.
+        density: share of |x| > 0.
+        above_one_percent: share of |x| above 1 % of `scale`.
+        scale: the 99.9th percentile of |x|.
+        dead: channels that were 0 on every row.
+        largest: the largest |x|.
+        largest_channel: the channel that it is in.
+        median: of |x|.
+        ratio: largest / median |x|; None if the median is 0.
+        massive: largest > 100 and ratio > 1000.
+        outliers: channels whose largest |x| exceeds 6 times that of the median channel.
+        kurtosis_median: over channels (3 is a bell curve); None if all are constant.
+        kurtosis_max: the same.
+        effective_rank: exp of the entropy of the singular values; None if it was not measured.
+        int8_snr: dB left by rounding to nearest, symmetric, one scale for the tensor (from `largest`), on a sample of
+            rows; None if rounding is exact.
+        int4_snr: the same at 4 bits.
+        thresholds: for 25, 50 and 70 % of the values, the |x| that they do not exceed.
+        read_by: paths of the linear layers that read x.
+        scalable: whether a scale per channel can move out of x (awq).
     """
 
     site: str
@@ -72,8 +89,16 @@ class SiteProfile:
 
 @dataclass(frozen=True)
 class WeightProfile:
-    """One linear layer: dB left by rounding its weight to nearest, asymmetric, in groups of group_size inputs (-1:
-    whole rows, where 64 does not divide them)."""
+    """One linear layer, and how well its weight can be rounded to nearest, asymmetric, in groups of inputs.
+
+    Attributes:
+        path: of the layer.
+        role: what it does in its block.
+        block: its index.
+        group_size: inputs per group; -1 for whole rows, if 64 does not divide them.
+        int8_snr: dB left at 8 bits; None if rounding is exact.
+        int4_snr: dB left at 4 bits; None if rounding is exact.
+    """
 
     path: str
     role: str
@@ -85,7 +110,14 @@ class WeightProfile:
 
 @dataclass(frozen=True)
 class Finding:
-    """What stands out, where, and what it suggests. value: the number in `what`, the smallest where it is a range."""
+    """What stands out at a site.
+
+    Attributes:
+        site: of it, with its blocks.
+        what: stands out.
+        value: the number in `what`, the smallest if it is a range.
+        suggestion: what it suggests.
+    """
 
     site: str
     what: str
@@ -95,8 +127,16 @@ class Finding:
 
 @dataclass(frozen=True)
 class Profile:
-    """What `profile` saw. rows: tokens, or images (a site may have several rows of each: patches, pixels).
-    notes: what was not measured, and why.
+    """What `profile` saw.
+
+    Attributes:
+        model: name of its class.
+        architecture: of its row, or 'traced'.
+        rows: tokens, or images (a site may have several rows of each: patches, pixels).
+        sites: what the activations are like.
+        weights: how well they can be rounded.
+        findings: what stands out.
+        notes: what was not measured, and why.
     """
 
     model: str
@@ -108,19 +148,26 @@ class Profile:
     notes: tuple[str, ...]
 
     def table(self) -> Table:
-        """Sites, weights and findings for a terminal."""
+        """Show sites, weights and findings, for a terminal."""
         from actkit.search.figures import profile_table
 
         return profile_table(self)
 
     def figure(self) -> Figure:
-        """Six panels over the blocks. Raises ImportError where plotly (the extra `report`) is missing."""
+        """Draw six panels over the blocks.
+
+        Returns:
+            A figure of plotly.
+
+        Raises:
+            ImportError: plotly (the extra `report`) is missing.
+        """
         from actkit.search.figures import profile_figure
 
         return profile_figure(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
+        """Return everything, as JSON takes it."""
         return asdict(self)
 
 
@@ -129,7 +176,13 @@ class Profile:
 
 @dataclass(frozen=True)
 class Proposal:
-    """One recipe to try. name: short, unique. why: what suggests it."""
+    """One recipe to try.
+
+    Attributes:
+        name: short, unique.
+        recipe: what to apply.
+        why: what suggests it.
+    """
 
     name: str
     recipe: Recipe
@@ -138,7 +191,14 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Answers:
-    """scores: by name, the original first; each `acc` and `acc_norm`. notes: who was not asked, and why."""
+    """How often models answer questions rightly.
+
+    Attributes:
+        scores: by name, the original first; each `acc` and `acc_norm`.
+        notes: who was not asked, and why.
+        questions: how many were asked.
+        chance: the share that guessing gets right.
+    """
 
     scores: dict[str, tuple[TaskScore, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -146,7 +206,7 @@ class Answers:
     chance: float = 0.0
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """Name, metric and value with its interval, and from the second name on the difference to the original."""
+        """Return name, metric, value with its interval, and the difference to the original ('' for the original)."""
         return [
             (name, f"{each.metric} {level(each.value)}", "" if each.difference is None else words(each.difference))
             for name, scores in self.scores.items()
@@ -154,7 +214,7 @@ class Answers:
         ]
 
     def lines(self) -> list[str]:
-        """A line per model, by `acc_norm`, and one if nobody but the original was asked."""
+        """Return a line per model, by `acc_norm`, and one if no candidate was asked."""
         found = []
         for name, scores in self.scores.items():
             value, difference = scores[-1].value, scores[-1].difference
@@ -164,7 +224,7 @@ class Answers:
         return [*found, *(f"questions: {note}" for note in self.notes)] if found else []
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
+        """Return everything, as JSON takes it."""
         scores = {name: [each.to_dict() for each in found] for name, found in self.scores.items()}
         return {"questions": self.questions, "chance": self.chance, "scores": scores, "notes": list(self.notes)}
 
@@ -173,11 +233,27 @@ class Answers:
 class Optimization:
     """What a search found.
 
-    name: of the model. original: measured like the candidates. candidates: in the order they were tried. left_out:
-    what was not tried, and why. front: names of those that nothing beats, 'original' among them where so. verdict: who
-    pays. best: the folder with the best model, or None; proof: of its reload. speed_row: at a fixed larger shape, or
-    None; speed_row_note: why not. prompt: what the generation check goes on from. coverage: lines of the coverage
-    report. settings, data, machine, versions, notes: how it was measured. seconds: of this run. answers: to questions.
+    Attributes:
+        name: of the model.
+        profile: of the model.
+        original: measured like the candidates.
+        candidates: in the order they were tried.
+        left_out: what was not tried, and why.
+        front: names of those that nothing beats; 'original' may be among them.
+        verdict: which candidates pay, and which is best.
+        best: the folder with the best model, or None.
+        proof: of the reload of the best.
+        speed_row: speed at a fixed larger shape, or None.
+        speed_row_note: why there is none.
+        prompt: what the generation check goes on from.
+        coverage: lines of the coverage report.
+        settings: of the search.
+        data: what each split is.
+        machine: that it was measured on.
+        versions: of the packages, by name.
+        notes: what else is worth knowing of how it was measured.
+        seconds: of this run.
+        answers: to questions.
     """
 
     name: str
@@ -202,17 +278,17 @@ class Optimization:
     answers: Answers = field(default_factory=Answers)
 
     def candidate(self, name: str) -> Candidate:
-        """A candidate, or the original, by name."""
+        """Return a candidate, or the original, by name."""
         return next(each for each in (self.original, *self.candidates) if each.name == name)
 
     def table(self) -> Table:
-        """The verdict and all candidates, for a terminal of 100 columns."""
+        """Show the verdict and all candidates, for a terminal of 100 columns."""
         from actkit.search.figures import optimization_table
 
         return optimization_table(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
+        """Return everything, as JSON takes it."""
         return {
             "name": self.name,
             "verdict": self.verdict.to_dict(),

@@ -1,10 +1,10 @@
-"""One row of speed where speed shows: a random-weight Llama of 0.5B parameters, dense and with thresholded inputs.
+"""One row of speed at a size that shows it: a Llama of 0.5B random parameters, dense and with thresholded inputs.
 
 A small model fits in the caches, and there nothing is gained by reading less. This one does not (0.99 GB in bf16):
 
     hidden 1536, intermediate 4096, 18 layers, 16 heads, 4 key-value heads, vocabulary 32,000, tied embeddings
 
-Its weights are random, so it says nothing on quality; what is measured is the decode loop of `actkit generate`, with
+Its weights are random, so it says nothing on quality. What is measured is the decode loop of `actkit generate`, with
 masks about as scattered as random ones. Thresholds are TEAL's, calibrated on random tokens. All variants go through the
 decoder and take turns in one process, round by round; ratios are to the dense one, paired by round. The dense model
 through transformers is a row too, so that the engine's own part can be seen.
@@ -48,9 +48,16 @@ NEEDED = 5  # times the dense weights: they, a packed copy for dense and for eac
 
 @dataclass(frozen=True)
 class Row:
-    """share: of the inputs that the thresholds were set to drop; 0 is dense. density: inputs that were read. ratio: of
-    the rate to the first row's, dense through the decoder, paired by round; None for that row itself. engine: 'decoder'
-    or 'transformers'."""
+    """The speed with one share of the inputs dropped.
+
+    Attributes:
+        share: of the inputs that the thresholds were set to drop; 0 is dense.
+        tokens_per_second: median over rounds with its interval.
+        ratio: of the rate to the first row's, dense through the decoder, paired by round; None for that row itself.
+        density: share of the inputs that were read.
+        bytes_per_token: weight bytes that were read.
+        engine: 'decoder' or 'transformers'.
+    """
 
     share: float
     tokens_per_second: Estimate
@@ -62,8 +69,20 @@ class Row:
 
 @dataclass(frozen=True)
 class SpeedRow:
-    """What was measured at the fixed shape. rows: dense first, dense through transformers last. weight_bytes: of the
-    dense model. dtype, threads, prompt, new_tokens, rounds: how. seconds: of all. about: what it is not, in words."""
+    """What was measured at the fixed shape.
+
+    Attributes:
+        parameters: how many.
+        weight_bytes: of the dense model.
+        rows: dense first, dense through transformers last.
+        dtype: of the model.
+        threads: that it ran with.
+        prompt: tokens of the prompt.
+        new_tokens: tokens that were decoded.
+        rounds: that were counted.
+        seconds: of all.
+        about: what it is not, in words.
+    """
 
     parameters: int
     weight_bytes: int
@@ -77,7 +96,7 @@ class SpeedRow:
     about: str = "random weights and random tokens: speed only, it says nothing on quality"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
+        """Return everything, as JSON takes it."""
         rows = [
             {
                 **vars(row),
@@ -90,7 +109,7 @@ class SpeedRow:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> SpeedRow:
-        """What `to_dict` gave, also after a way through JSON."""
+        """Read what `to_dict` gave, also after a way through JSON."""
         names = ("tokens_per_second", "ratio")
         rows = tuple(Row(**{**row, **{name: estimate(row[name]) for name in names}}) for row in content["rows"])
         return cls(**{**content, "rows": rows})
@@ -104,9 +123,20 @@ def measure_speed_row(
     seed: int = 0,
     progress: bool = True,
 ) -> SpeedRow:
-    """Time one token after another at `shape` (of a LlamaConfig), dense and with each share of the inputs dropped.
+    """Time one token after another, dense and with each share of the inputs dropped.
 
-    Raises MemoryError before anything is built where less than five times the dense weights are free.
+    Args:
+        shape: of a LlamaConfig.
+        shares: of the inputs.
+        rounds: that are counted.
+        seed: of weights and tokens.
+        progress: show a bar.
+
+    Returns:
+        The speeds, a row each.
+
+    Raises:
+        MemoryError: less than five times the dense weights are free, before anything is built.
     """
     started = time.perf_counter()
     _check_memory(shape)

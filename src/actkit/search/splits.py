@@ -21,8 +21,14 @@ RANDOM_ROWS = {"calibration": 16, "search": 16, "test": 32}
 
 @dataclass(frozen=True)
 class Splits:
-    """calibration: what transforms and the profile see. search: what chooses. test: what is reported. length: tokens
-    asked for per row, None for images and given batches."""
+    """The three parts of the data of a search.
+
+    Attributes:
+        calibration: what transforms and the profile see.
+        search: what chooses.
+        test: what is reported.
+        length: tokens asked for per row; None for images and given batches.
+    """
 
     calibration: Batches
     search: Batches
@@ -30,15 +36,15 @@ class Splits:
     length: int | None = None
 
     def parts(self) -> dict[str, Batches]:
-        """The three by name."""
+        """Return the three by name."""
         return {"calibration": self.calibration, "search": self.search, "test": self.test}
 
     def fingerprints(self) -> dict[str, str]:
-        """SHA-256 of each part."""
+        """Return the SHA-256 of each part."""
         return {name: part.fingerprint for name, part in self.parts().items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """What each part is, as JSON takes it."""
+        """Return what each part is, as JSON takes it."""
         return {
             name: {"data": part.description, "rows": part.rows, "tokens": part.tokens, "fingerprint": part.fingerprint}
             for name, part in self.parts().items()
@@ -46,10 +52,24 @@ class Splits:
 
 
 def split_data(source: Any, model: nn.Module, tokenizer: Any, *, seed: int = 0) -> Splits:
-    """The three parts of a source as in `load_data`: the embedded data and files by their splits, random values by
-    seed, given batches in order (a half, a quarter, a quarter).
+    """Split a source into three parts.
 
-    Raises what `load_data` raises, and DataError for fewer than 3 given batches.
+    - The embedded data and files are split by their own splits.
+    - Random values are split by seed.
+    - Given batches are split in order: a half, a quarter, a quarter.
+
+    Args:
+        source: as in `load_data`.
+        model: that the data are for.
+        tokenizer: its tokenizer, or None.
+        seed: of what is drawn.
+
+    Returns:
+        The parts.
+
+    Raises:
+        DataError: fewer than 3 batches are given, or `load_data` cannot read the source.
+        ActkitError: what else `load_data` raises.
     """
     length = None
     if vocabulary_size(model) is not None:

@@ -1,15 +1,19 @@
-"""Which candidates pay, which of them is best for what, and what to say where none does.
+"""Which candidates pay, which of them is best for what, and what to say if none does.
 
-A candidate pays where something is gained and the loss is known to be small:
+A candidate pays if something is gained and the loss is known to be small:
 
     gained   the lower bound of its speed ratio exceeds 1.03, or its peak memory or disk is at most 0.9 of the old one
     small    the upper bound of its loss is within max_loss, on the split that chose it and on the one that reports it
 
-and where its folder reloads and, of a language model, it still writes. The best is one that pays and that no other that
-pays beats (see `front`). Which one depends on the target: latency, memory or disk takes the largest gain of that kind,
-and the smallest loss among gains within 5 % of it; quality takes the smallest loss. Without a target it is latency if
-that pays, else disk, else memory. Losses rank on the search split: the test split may reject a candidate, for its loss
-or because another beats it, but never ranks them.
+and if its folder reloads and, of a language model, it still writes. The best is one that pays and that no other that
+pays beats (see `front`). Which one depends on the target:
+
+- latency, memory or disk takes the largest gain of that kind, and the smallest loss among gains within 5 % of it;
+- quality takes the smallest loss;
+- without a target it is latency if that pays, else disk, else memory.
+
+Losses rank on the search split: the test split may reject a candidate, for its loss or because another beats it, but
+never ranks them.
 """
 
 from __future__ import annotations
@@ -33,8 +37,15 @@ BY_DEFAULT: tuple[Target, ...] = ("latency", "disk", "memory")
 
 @dataclass(frozen=True)
 class Judgement:
-    """Of one candidate. gains: what it gives, in words, by target; against: why it does not pay, empty where it does;
-    beaten_by: another one that pays and is as good in everything and better in something, '' where there is none."""
+    """Whether one candidate pays.
+
+    Attributes:
+        name: of the candidate.
+        pays: it does.
+        gains: what it gives, in words, by target.
+        against: why it does not pay; empty if it does.
+        beaten_by: another one that pays and is as good in everything and better in something; '' if there is none.
+    """
 
     name: str
     pays: bool
@@ -45,9 +56,20 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Verdict:
-    """pays: whether any candidate does, for the target. best: its name, or None. target: what the best was chosen for.
-    runner_up: what would be the best without it, or None. headline: a few sentences. speed, memory, disk, quality: a
-    sentence each on what can be gained and what it costs. judgements: one per candidate, in their order."""
+    """Which candidate is best, and what can be gained.
+
+    Attributes:
+        pays: whether any candidate does, for the target.
+        best: its name, or None.
+        target: what the best was chosen for.
+        runner_up: what would be the best without it, or None.
+        headline: a few sentences.
+        speed: a sentence on the speed that can be gained and what it costs.
+        memory: the same of memory.
+        disk: the same of the disk.
+        quality: the same of quality.
+        judgements: one per candidate, in their order.
+    """
 
     pays: bool
     best: str | None
@@ -61,18 +83,27 @@ class Verdict:
     judgements: tuple[Judgement, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
+        """Return everything, as JSON takes it."""
         names = ("pays", "best", "target", "runner_up", "headline", "speed", "memory", "disk", "quality")
         judged = [{**vars(each), "gains": dict(each.gains), "against": list(each.against)} for each in self.judgements]
         return {**{name: getattr(self, name) for name in names}, "judgements": judged}
 
     def of(self, name: str) -> Judgement:
-        """The judgement of a candidate."""
+        """Return the judgement of a candidate."""
         return next(each for each in self.judgements if each.name == name)
 
 
 def judge(candidate: Candidate, original: Candidate, max_loss: float) -> Judgement:
-    """Whether one candidate pays, and why not."""
+    """Judge whether one candidate pays.
+
+    Args:
+        candidate: measured.
+        original: measured.
+        max_loss: largest loss that the upper bound of its interval may reach.
+
+    Returns:
+        Whether it pays, and why not.
+    """
     if candidate.failed is not None:
         return Judgement(candidate.name, False, {}, (f"it failed: {candidate.failed}",))
     if candidate.stopped is not None:
@@ -98,10 +129,17 @@ def decide(
     target: Target | None = None,
     cache: int | None = None,
 ) -> Verdict:
-    """The verdict over all candidates.
+    """Decide over all candidates.
 
-    target: what the best is chosen for; None: latency where that pays, else disk, else memory. cache: bytes of the
-    last-level cache, for the words on speed.
+    Args:
+        candidates: measured.
+        original: measured.
+        max_loss: largest loss that the upper bound of its interval may reach.
+        target: what the best is chosen for; None for latency if that pays, else disk, else memory.
+        cache: bytes of the last-level cache, for the words on speed.
+
+    Returns:
+        The verdict.
     """
     judged = [judge(candidate, original, max_loss) for candidate in candidates]
     paying = [candidate for candidate, each in zip(candidates, judged) if each.pays]
@@ -136,8 +174,17 @@ def decide(
 
 
 def gain(candidate: Candidate, original: Candidate, target: Target) -> float | None:
-    """How much it gives of what a target asks for, as a factor: speed by its lower bound, memory and disk by how often
-    they fit; None where that is no gain. For quality the largest of the three."""
+    """Compute how much a candidate gives of what a target asks for, as a factor.
+
+    Args:
+        candidate: measured.
+        original: measured.
+        target: what is asked for.
+
+    Returns:
+        For speed the lower bound of its ratio; for memory and disk how often it fits in the original's; for quality the
+            largest of the three. None if that is no gain.
+    """
     if target == "quality":
         return max((each for kind in BY_DEFAULT if (each := gain(candidate, original, kind))), default=None)
     if target == "latency":
@@ -201,7 +248,7 @@ def _beaten_by(candidate: Candidate, paying: Sequence[Candidate], original: Cand
 
 
 def _default(candidates: Sequence[Candidate], original: Candidate) -> Target:
-    """The target where none was given: the first that something pays for."""
+    """The target if none was given: the first that something pays for."""
     return next((kind for kind in BY_DEFAULT if _for(kind, candidates, original)), BY_DEFAULT[0])
 
 
@@ -229,7 +276,7 @@ def _search_loss(candidate: Candidate) -> float:
 
 
 def times(ratio: Estimate) -> str:
-    """'1.24x (1.18 to 1.30)'."""
+    """Say '1.24x (1.18 to 1.30)'."""
     if not (math.isfinite(ratio.low) and math.isfinite(ratio.high)):
         return f"{ratio.value:.2f}x"
     return f"{ratio.value:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"

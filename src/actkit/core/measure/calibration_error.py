@@ -10,10 +10,20 @@ from torch import Tensor
 
 
 def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """In [0, 1]; 0 where in every bin the mean confidence is the accuracy.
+    """Return the expected calibration error, in [0, 1]; 0 if the mean confidence of every bin is its accuracy.
 
-    logits: [n, classes], before the softmax. labels: int64 [n]. bins: how many, of equal width. Noisy where n is small.
-    Raises ValueError for shapes that do not fit, no item, labels that are no class, or fewer than one bin.
+    It is noisy if there are few items.
+
+    Args:
+        logits: [n, classes], before the softmax.
+        labels: int64 [n].
+        bins: how many, of equal width.
+
+    Returns:
+        The error.
+
+    Raises:
+        ValueError: shapes do not fit, there is no item, a label is no class, or there is no bin.
     """
     if logits.dim() != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise ValueError(

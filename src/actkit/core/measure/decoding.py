@@ -4,7 +4,7 @@
     engine.describe()  # 'decoder, 2 threads', or 'transformers (why not the decoder)'
 
 A decoder computes the logits another way, from a copy of the weights that is made once. It calls no module's forward
-pass, so a model in which something computes in a way of its own (a hook, another module) is left to transformers.
+pass. So a model with a hook, or with a module that a decoder does not know, is left to transformers.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from actkit.core.forward.named_functions import unknown_function
 from actkit.core.ground import registry
 from actkit.core.ground.errors import ActkitError, RecipeError
 
-# Where the classes of modules come from whose computation a decoder may know. Another class says by an attribute
-# `decodes_as` what it computes, and a decoder whether it knows that (`supports`).
+# The packages of modules whose computation a decoder may know. A class of another package says by an attribute
+# `decodes_as` what it computes, and a decoder says whether it knows that (`supports`).
 KNOWN = (
     *("torch.nn.", "transformers.", "actkit.core.layers.linear", "actkit.core.layers.weights"),
     *("actkit.core.layers.selections", "actkit.core.layers.activations"),
@@ -30,30 +30,42 @@ KNOWN = (
 class Decoder(Protocol):
     """What a class of the group `actkit.decoders` offers: logits token by token, from a cache of its own.
 
-    It is made by `Class(model, capacity=tokens, decode_only=False)`; decode_only: the model is needed for nothing else,
-    so its weights may go. It raises MemoryLimitError, UnsupportedModelError or ValueError where
-    it cannot be made. threads: that it runs with.
+    It is made by `Class(model, capacity=tokens, decode_only=False)`. With `decode_only` the model is needed for nothing
+    else, so its weights may go.
+
+    Attributes:
+        threads: that it runs with.
+
+    Raises:
+        MemoryLimitError: it does not fit into memory.
+        UnsupportedModelError: it cannot be made for this model.
+        ValueError: it cannot be made with this capacity.
     """
 
     threads: int
 
     @staticmethod
     def supports(model: nn.Module) -> str | None:
-        """Why it cannot decode a model, or None."""
+        """Say why it cannot decode a model, or None."""
 
     def reset(self) -> None:
         """Forget all tokens."""
 
     def close(self) -> None:
-        """Give all memory back; it decodes no more. More than once is fine."""
+        """Give all memory back; it decodes no more. It may be closed twice."""
 
     def __call__(self, new: Sequence[int]) -> Tensor:
-        """Logits of the token after some more tokens: float32 [vocabulary]."""
+        """Return the logits of the token after some more tokens: float32 [vocabulary]."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What decodes a model. decoder: None for transformers. reason: why there is no decoder, '' where there is one."""
+    """What decodes a model.
+
+    Attributes:
+        decoder: None for transformers.
+        reason: why there is no decoder; '' if there is one.
+    """
 
     decoder: Decoder | None
     reason: str = ""
@@ -64,18 +76,27 @@ class Engine:
         return "transformers" if self.decoder is None else "decoder"
 
     def describe(self) -> str:
-        """'decoder, 2 threads', or 'transformers (why not the decoder)'."""
+        """Say it: 'decoder, 2 threads', or 'transformers (why not the decoder)'."""
         if self.decoder is None:
             return f"transformers ({self.reason})"
         return f"decoder, {self.decoder.threads} thread{'s' if self.decoder.threads > 1 else ''}"
 
 
 def choose_engine(model: nn.Module, *, capacity: int, decode_only: bool = False) -> Engine:
-    """The first registered decoder that takes a model and fits into memory, ready for `capacity` tokens of one text;
-    transformers where there is none. decode_only: a decoder may take the weights out of the model.
+    """Return the first registered decoder that takes a model and fits into memory, else transformers.
 
-    Raises RecipeError for a decoder that does not import or says nothing on what it supports, and with decode_only what
-    a decoder raises after it began to take weights.
+    Args:
+        model: a language model.
+        capacity: tokens of one text, for which the decoder is ready.
+        decode_only: a decoder may take the weights out of the model.
+
+    Returns:
+        What decodes the model, and why it is not a decoder.
+
+    Raises:
+        RecipeError: a decoder does not import, or does not say what it supports.
+        ActkitError: with `decode_only`, what a decoder raises after it began to take weights.
+        ValueError: the same.
     """
     reasons = []
     for name in registry.decoder_names():
@@ -97,7 +118,7 @@ def choose_engine(model: nn.Module, *, capacity: int, decode_only: bool = False)
 
 
 def _own_forward(model: nn.Module) -> str | None:
-    """Where a model computes what its weights do not tell, or None."""
+    """What a model computes that its weights do not tell, or None."""
     function = unknown_function(model)
     if function is not None:
         return function

@@ -41,8 +41,11 @@ PROMPTS, PROMPT, CONTINUATION = 4, 32, 32  # of the generation check: texts, and
 class Memory:
     """What a fresh process took, Python and its libraries included.
 
-    peak_bytes: the largest resident set since the model was loaded. resident_bytes: afterwards; None where the peak
-    comes from the speed measurement. load_peak_bytes: the largest while it was loaded, or None. doing: what it ran.
+    Attributes:
+        peak_bytes: the largest resident set since the model was loaded.
+        resident_bytes: afterwards; None if the peak comes from the measurement of speed.
+        load_peak_bytes: the largest while it was loaded, or None.
+        doing: what it ran.
     """
 
     peak_bytes: int
@@ -55,10 +58,24 @@ class Memory:
 class Evaluation:
     """What `evaluate` found.
 
-    model: its class. quality, cost: always there. original_cost, original_speed: of the reference, where it was given.
-    speed, memory: None where they were not asked for. generation: None where the model writes no text. threads, dtype:
-    of the measurements in memory (a speed has its own). data, fingerprint: one line, and the SHA-256 of its tensors
-    (None for plain batches). seconds: of the whole evaluation. tasks: a row per task and metric, where any were run.
+    Attributes:
+        model: its class.
+        quality: of the model, and against the reference if one was given.
+        cost: of the model.
+        original_cost: of the reference; None if none was given.
+        speed: of the saved model; None if it was not asked for.
+        original_speed: of the saved reference; None if none was given.
+        memory: of a fresh process; None if it was not asked for.
+        generation: None if the model writes no text.
+        machine: that it was measured on.
+        versions: of the packages, by name.
+        threads: of the measurements in memory; a speed has its own.
+        dtype: of the measurements in memory; a speed has its own.
+        data: one line.
+        fingerprint: SHA-256 of the data's tensors; None for plain batches.
+        seed: of the resampling.
+        seconds: of the whole evaluation.
+        tasks: a row per task and metric, if any were run.
     """
 
     model: str
@@ -80,7 +97,7 @@ class Evaluation:
     tasks: tuple[TaskScore, ...] = ()
 
     def card_fields(self) -> dict[str, Any]:
-        """What a model card says of it, as fields of `core.store.card.Card`."""
+        """Return what a model card says of it, as fields of `core.store.card.Card`."""
         quality, info = self.quality, self.machine
         loss = [] if quality.loss is None else [("loss against the original", quality.loss.text(".2%"))]
         return {
@@ -92,7 +109,7 @@ class Evaluation:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it; None for what was not measured."""
+        """Return everything, as JSON takes it; None for what was not measured."""
         found: dict[str, Any] = dict(vars(self))
         for name in ("quality", "cost", "original_cost", "speed", "original_speed", "generation"):
             if found[name] is not None:
@@ -102,7 +119,7 @@ class Evaluation:
         return found
 
     def table(self) -> Table:
-        """Quality, then cost and speed beside the original's, then how it was measured."""
+        """Show quality, then cost and speed beside the original's, then how it was measured."""
         from rich.table import Table
         from rich.text import Text
 
@@ -153,7 +170,7 @@ class Evaluation:
             spread = ""
             if cost.density_p05 is not None and cost.density_p95 is not None:
                 spread = f" ({cost.density_p05:.1%} to {cost.density_p95:.1%} in 90 % of the tokens)"
-            yield f"inputs that are read, where some are chosen{spread}", f"{cost.density:.1%}", "", ""
+            yield f"inputs read by layers that choose some{spread}", f"{cost.density:.1%}", "", ""
         if self.speed is not None:
             yield from self._speeds(self.speed)
 
@@ -206,14 +223,38 @@ def evaluate(
 ) -> Evaluation:
     """Measure a model, and how it compares with its original.
 
-    batches, reference, task, resamples, seed: as in `measure_quality`; the batches also give the density of selections
-    and the prompts of the generation check. folder: where the model is saved (bytes on disk; needed for what follows).
-    process: a FreshProcess to measure memory in: it loads the folder, runs the first batch, and stays open. speed: time
-    the folder (and reference_folder, in turns with it) by `measure_speed` with batch, prompt, max_new_tokens, rounds,
-    threads, dtype, base and trust_remote_code; its peak memory counts where there is no process. Several processes
-    (`core.ground.processes.together`) share the batches of quality and density; all get the whole result.
+    Several processes (`core.ground.processes.together`) share the batches of quality and density; all get the whole
+    result.
 
-    Raises what these functions raise, and ValueError for a process or a speed without a folder or in several processes.
+    Args:
+        model: what is measured.
+        batches: as in `measure_quality`; they also give the density of selections and the prompts of the generation
+            check.
+        reference: the original, as in `measure_quality`.
+        folder: where the model is saved, for its bytes on disk; `process` and `speed` need it.
+        reference_folder: where the original is saved, for its bytes on disk, and timed in turns with `folder`.
+        process: measures memory: it loads the folder, runs the first batch, and stays open.
+        speed: time the folders by `measure_speed`; without `process` the peak memory is that of the timed process.
+        task: as in `measure_quality`.
+        generation: check that a language model still writes.
+        batch: rows that are timed at a time.
+        prompt: tokens of the prompt that is timed.
+        max_new_tokens: per row, of what is timed.
+        rounds: of the timing.
+        threads: of the timed processes.
+        dtype: in which the folders are loaded.
+        base: as in `FreshProcess.load`, for one's own nn.Module.
+        trust_remote_code: run code that a folder brings.
+        resamples: as in `measure_quality`.
+        seed: as in `measure_quality`.
+        progress: show bars.
+
+    Returns:
+        Everything that was measured, and with what.
+
+    Raises:
+        ValueError: a process or a speed is asked for without a folder, or in several processes.
+        ActkitError: what `measure_quality`, `measure_cost`, `check_generation`, `measure_speed` and the process raise.
     """
     from actkit.core.forward.example import main_dtype
     from actkit.core.measure.cost import measure_cost
@@ -339,7 +380,7 @@ def _writes(check: GenerationCheck) -> str:
 
 
 def _range(estimate: Estimate, form: str = ".3g") -> str:
-    """'12 (11 to 13)', without the interval where it is not known."""
+    """'12 (11 to 13)', without the interval if it is not known."""
     if not (math.isfinite(estimate.low) and math.isfinite(estimate.high)):
         return f"{estimate.value:{form}}"
     return f"{estimate.value:{form}} ({estimate.low:{form}} to {estimate.high:{form}})"

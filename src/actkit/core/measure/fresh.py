@@ -51,10 +51,16 @@ Base = str | Callable[[], nn.Module]
 class FreshProcess:
     """A worker process; use it as a context manager, or `close()` it.
 
-    One worker can load several folders one after another; each load drops the model before. threads: of the worker,
-    torch's number here where None. timeout: seconds that one request may take.
-    Every method raises FreshProcessError where the worker reports an error (it then stays usable), dies or takes too
-    long (it is then closed).
+    One worker can load several folders one after another; each load drops the model before.
+
+    Args:
+        threads: of the worker; None for torch's number here.
+        timeout: seconds that one request may take.
+
+    Raises:
+        ValueError: there are fewer threads than 1.
+        FreshProcessError: the worker could not be started. Every method raises it too: if the worker reports an error,
+            it stays usable; if the worker dies or takes too long, it is closed.
     """
 
     def __init__(self, *, threads: int | None = None, timeout: float = TIMEOUT) -> None:
@@ -89,7 +95,7 @@ class FreshProcess:
         self.close()
 
     def close(self) -> None:
-        """End the worker and remove its temporary files; more than once is fine."""
+        """End the worker and remove its temporary files; it may be closed twice."""
         self._end()
 
     @property
@@ -116,11 +122,29 @@ class FreshProcess:
     ) -> dict[str, Any]:
         """Load a folder (transformers' or actkit's) as `core.store.checkpoint.load` does.
 
-        decode: build the sparse kernel's buffers (`pack`). base: for a folder of one's own nn.Module, what builds the
-        unchanged model: 'package.module:function', or a function or class that can be imported by its name.
-        Returns model_class, dtype, threads, attention (the implementation), unsaved (`unsaved_dtypes`), inputs
-        (`Inputs.to_dict`), weight_bytes,
-        packed (layers that decode through the kernel), seconds, and load_peak_bytes (None where unknown).
+        Args:
+            folder: of a saved model.
+            dtype: of the loaded model; None for the stored one.
+            decode: build the sparse kernel's buffers (`pack`).
+            base: builds the unchanged model, for a folder of one's own nn.Module: 'package.module:function', or a
+                function or class that can be imported by its name.
+            device: to load on.
+            trust_remote_code: run code that the folder brings.
+
+        Returns:
+            A dictionary with
+
+                - `model_class`, `dtype`, `threads`;
+                - `attention`: the implementation;
+                - `unsaved`: `unsaved_dtypes`;
+                - `inputs`: `Inputs.to_dict`;
+                - `weight_bytes`;
+                - `packed`: layers that decode through the sparse kernel;
+                - `seconds`, and `load_peak_bytes` (None if unknown).
+
+        Raises:
+            FreshProcessError: the folder does not load.
+            ValueError: `base` could not be imported in a fresh process.
         """
         self.loaded = {}
         self.loaded = self._ask(
@@ -137,47 +161,84 @@ class FreshProcess:
     def pack(self, capacity: int | None = None) -> dict[str, Any]:
         """Get the loaded model ready for `time_decode`; another call replaces what was built.
 
-        capacity: tokens of one text, prompt and new ones, for which a decoder is made where one takes the model
-        (`core.measure.decoding`); None for transformers in any case, whose layers then get the sparse kernel's buffers.
-        Returns engine ('decoder' or 'transformers'), reason (why not the decoder, or ''), threads (that it runs with)
-        and packed (layers with buffers of the sparse kernel).
+        Args:
+            capacity: tokens of one text, prompt and new ones, for which a decoder is made if one takes the model
+                (`core.measure.decoding`); None for transformers in any case, whose layers then get the sparse kernel's
+                buffers.
+
+        Returns:
+            A dictionary with
+
+                - `engine`: 'decoder' or 'transformers';
+                - `reason`: why it is not the decoder, or '';
+                - `threads`: that it runs with;
+                - `packed`: layers with buffers of the sparse kernel.
         """
         return self._ask("pack", capacity=capacity)
 
     def outputs(self, batch: Any) -> Tensor:
-        """The model's logits, or its first output, on one batch: float32, on the CPU.
+        """Return the model's logits, or its first output, on one batch.
 
-        batch: a dict of the model's keywords, a tensor or a tuple of tensors.
+        Args:
+            batch: a dict of the model's keywords, a tensor or a tuple of tensors.
+
+        Returns:
+            float32, on the CPU.
         """
         reply = self._ask("outputs", batch=_write_batch(batch, self._folder))
         return _read_tensors(self._folder, reply["file"])["output"]
 
     def time_decode(self, input_ids: Tensor, new_tokens: int) -> dict[str, Any]:
-        """Decode greedily with a key-value cache. input_ids: int64 [batch, prompt]. new_tokens: 2 or more, per row.
+        """Decode greedily with a key-value cache.
 
-        A single row goes through the decoder where `pack` made one. Returns first_token_seconds (the prompt's pass),
-        token_seconds (one per following step), tokens_per_second (of the following steps, all rows together), tokens
-        (the chosen ids [batch, new_tokens] as lists), engine ('decoder' or 'transformers') and compiled: whether
-        kernels were compiled meanwhile, which took time and leaves some 300 MB in the process.
+        A single row goes through the decoder if `pack` made one.
+
+        Args:
+            input_ids: int64 [batch, prompt].
+            new_tokens: 2 or more, per row.
+
+        Returns:
+            A dictionary with
+
+                - `first_token_seconds`: of the prompt's pass;
+                - `token_seconds`: one per following step;
+                - `tokens_per_second`: of the following steps, all rows together;
+                - `tokens`: the chosen ids [batch, new_tokens] as lists;
+                - `engine`: 'decoder' or 'transformers';
+                - `compiled`: whether kernels were compiled meanwhile, which took time and leaves some 300 MB in the
+                  process.
+
+        Raises:
+            ValueError: there are fewer new tokens than 2.
         """
         if new_tokens < 2:
             raise ValueError(f"new_tokens: {new_tokens} was given; give 2 or more, as the first one is timed alone.")
         return self._ask("time_decode", batch=_write_batch(input_ids, self._folder), new_tokens=new_tokens)
 
     def time_forward(self, batch: Any, at_least: float = 0.0) -> float:
-        """Seconds of one forward pass over a batch (as in `outputs`), without a cache.
+        """Return the seconds of one forward pass over a batch, without a cache.
 
-        at_least: repeat until so many seconds have passed and give the mean, as one short pass is mostly noise.
+        Args:
+            batch: as in `outputs`.
+            at_least: repeat until so many seconds have passed and give the mean, as one short pass is mostly noise.
+
+        Returns:
+            Seconds of one pass.
         """
         reply = self._ask("time_forward", batch=_write_batch(batch, self._folder), at_least=at_least)
         return reply["seconds"]
 
     def memory(self) -> dict[str, Any]:
-        """Bytes of the whole worker, libraries included.
+        """Return the bytes of the whole worker, libraries included.
 
-        peak_bytes: largest resident set since the load ended, resident_bytes: now, before_bytes: resident just before
-        the load. peak: 'VmHWM' where the system lets a process reset its peak, else 'ru_maxrss', the largest since the
-        worker started, the load included.
+        Returns:
+            A dictionary with
+
+                - `peak_bytes`: largest resident set since the load ended;
+                - `resident_bytes`: now;
+                - `before_bytes`: resident just before the load;
+                - `peak`: 'VmHWM' if the system lets a process reset its peak, else 'ru_maxrss', the largest since the
+                  worker started, the load included.
         """
         return self._ask("memory")
 
@@ -243,9 +304,16 @@ class FreshProcess:
 
 
 def import_name(base: Base) -> str:
-    """'package.module:name' of a function or class, or of that text itself.
+    """Return 'package.module:name' of a function or class, or of that text itself.
 
-    Raises ValueError for what a fresh process could not import: lambdas, nested functions, the main script's own.
+    Args:
+        base: what builds a model.
+
+    Returns:
+        The name to import it by.
+
+    Raises:
+        ValueError: a fresh process could not import it: a lambda, a nested function, or one of the main script.
     """
     if isinstance(base, str):
         module, _, name = base.partition(":")
@@ -419,7 +487,7 @@ class _Worker:
             nonlocal compiled
             compiled = True
 
-        # Where no kernel of ours runs, Numba is not imported: it would count as memory of the model's process.
+        # If no kernel of ours runs, Numba is not imported: it would count as memory of the model's process.
         with compiling(compiles) if self._kernels else nullcontext(), evaluating(model):
             for _ in range(new_tokens):
                 started = time.perf_counter()
@@ -541,7 +609,7 @@ def _status(key: str) -> int | None:
 
 
 def _serve(folder: Path, threads: int) -> None:
-    """Answer requests until stdin closes. File descriptors 0 and 1 are given to nobody else meanwhile."""
+    """Answer requests until stdin closes. Nothing else uses file descriptors 0 and 1 meanwhile."""
     import faulthandler
 
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w", encoding="utf-8")

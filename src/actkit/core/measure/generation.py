@@ -42,22 +42,33 @@ def generate(
     decode_only: bool = False,
     announce: Callable[[str], None] | None = None,
 ) -> Iterator[str]:
-    """What a model writes after a prompt, in pieces that are whole characters as soon as they are known.
+    """Write on after a prompt, in pieces that are whole characters as soon as they are known.
 
-    An empty prompt starts from the token that begins a text. sampling: how each token is chosen; the likeliest by
-    default. stop: texts that end it and are not returned, or token ids. It also ends at the model's or tokenizer's
-    end of a text, or after max_new_tokens. Nothing else of a generation config (penalties, bad words) is applied.
+    A decoder writes if one takes the model, else transformers (`core.measure.decoding.choose_engine`). For float32
+    models a decoder writes what transformers writes; for others it rounds elsewhere, so that texts may part. Nothing
+    else of a generation config (penalties, bad words) is applied.
 
-    chat: the prompt is what a user says, and the tokenizer's chat template stands around it.
+    Args:
+        model: a language model.
+        tokenizer: its tokenizer.
+        prompt: what it goes on from; an empty one starts from the token that begins a text.
+        max_new_tokens: at most; the text also ends at the model's or tokenizer's end of a text.
+        sampling: how each token is chosen; the likeliest by default.
+        stop: texts that end it and are not returned, or token ids.
+        chat: the prompt is what a user says, and the tokenizer's chat template stands around it.
+        decode_only: a decoder, which packs the weights first, takes them out of the model; the model is then of no
+            other use.
+        announce: called with which of the two writes, and why.
 
-    A decoder writes where one takes the model, else transformers (`core.measure.decoding.choose_engine`); announce is
-    told which, and why. A decoder packs the weights first; with decode_only out of the model, which is then of no other
-    use. For float32 models it writes what transformers writes; for others it rounds elsewhere, so that texts may part.
+    Returns:
+        The text, piece by piece.
 
-    Raises DataError for a chat without a template, where prompt and new tokens exceed the model's context or the prompt
-    is no text (token ids go to `generate_ids`), holds a lone surrogate or does not fit its vocabulary,
-    ValueError for a setting out of bounds, UnsupportedModelError for a model that generates nothing, and
-    NonFiniteError where logits are NaN or Inf.
+    Raises:
+        DataError: there is no chat template; prompt and new tokens exceed the model's context; or the prompt is no text
+            (token ids go to `generate_ids`), holds a lone surrogate or does not fit its vocabulary.
+        ValueError: a setting is out of bounds.
+        UnsupportedModelError: the model generates nothing.
+        NonFiniteError: a logit is NaN or Inf.
     """
     stops = [stop] if isinstance(stop, str | int) else list(stop)
     texts = [each for each in stops if isinstance(each, str)]
@@ -70,7 +81,7 @@ def generate(
     engine = choose_engine(model, capacity=len(ids) + max_new_tokens, decode_only=decode_only)
     if announce is not None:
         announce(engine.describe())
-    if engine.decoder is None and decode_only:  # nobody else holds the model
+    if engine.decoder is None and decode_only:  # nothing else holds the model
         pack_for_decode(model)
     tokens = generate_ids(
         model,
@@ -84,7 +95,15 @@ def generate(
 
 
 def end_tokens(model: nn.Module, tokenizer: Any = None) -> frozenset[int]:
-    """The tokens that end a text: of the generation config, else the config, else the tokenizer; none is possible."""
+    """Return the tokens that end a text: of the generation config, else the config, else the tokenizer.
+
+    Args:
+        model: a language model.
+        tokenizer: its tokenizer, or None.
+
+    Returns:
+        Token ids; there may be none.
+    """
     for source in (*_configs(model), tokenizer):
         found = getattr(source, "eos_token_id", None)
         if found is not None:
@@ -93,7 +112,7 @@ def end_tokens(model: nn.Module, tokenizer: Any = None) -> frozenset[int]:
 
 
 def _configs(model: nn.Module) -> tuple[Any, Any]:
-    """Where a model may say how its texts begin and end."""
+    """The configs in which a model may say how its texts begin and end."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(model, "generation_config", None), text
@@ -117,7 +136,7 @@ def _encode(model: nn.Module, tokenizer: Any, prompt: str) -> list[int]:
 
 
 def _encode_turn(tokenizer: Any, prompt: str) -> list[int]:
-    """A user's turn in the chat template, up to where the answer begins."""
+    """A user's turn in the chat template, up to the beginning of the answer."""
     from jinja2 import TemplateError
 
     if not getattr(tokenizer, "chat_template", None):
@@ -193,11 +212,27 @@ def generate_ids(
     end: Collection[int] | None = None,
     decoder: Decoder | None = None,
 ) -> Iterator[int]:
-    """The tokens that a model writes after some, one by one; settings and errors as in `generate`.
+    """Return the tokens that a model writes after some, one by one.
 
-    input_ids: int64 [length] or [1, length]. end: the tokens that end it, which are yielded too; None for those of the
-    model (`end_tokens`), () for max_new_tokens in any case. decoder: what computes the logits, of this model and with
-    room for all tokens; transformers where None. Everything is checked here, before the first is asked for.
+    Everything is checked here, before the first is asked for. Settings and errors are as in `generate`.
+
+    Args:
+        model: a language model.
+        input_ids: int64 [length] or [1, length].
+        max_new_tokens: at most.
+        sampling: how each token is chosen.
+        end: the tokens that end it, which are yielded too; None for those of the model (`end_tokens`), () to go on to
+            `max_new_tokens` in any case.
+        decoder: computes the logits, of this model and with room for all tokens; None for transformers.
+
+    Returns:
+        The token ids, one by one.
+
+    Raises:
+        DataError: the shape is none of these, or the tokens do not fit the model.
+        ValueError: a setting is out of bounds.
+        UnsupportedModelError: the model generates nothing, or chooses a token that it does not embed.
+        NonFiniteError: a logit is NaN or Inf.
     """
     prompt = torch.as_tensor(input_ids).tolist()
     if len(prompt) == 1 and isinstance(prompt[0], list):
@@ -253,7 +288,7 @@ class _Transformers:
         """new: the tokens since the last call; returns float32 [vocabulary]."""
         self.tokens += new
         ids = new if self.cache is not None else self.tokens  # a model that returns no cache reads all again
-        # Around each pass, not around the loop: whoever reads the tokens computes in a mode of his own in between.
+        # Around each pass, not around the loop: between two tokens the caller computes in the mode that it has set.
         with evaluating(self.model) if self.training else torch.no_grad():
             output = self.model(
                 input_ids=torch.tensor([ids], device=self.device), past_key_values=self.cache, **self.options
@@ -263,8 +298,8 @@ class _Transformers:
         logits = output.logits[0, -1].float()
         if not bool(torch.isfinite(logits).all()):
             raise NonFiniteError(
-                f"logits: NaN or Inf where token {self.written} after the prompt is chosen; check the weights and "
-                f"scales of the model, or compute in a wider dtype."
+                f"logits: NaN or Inf at token {self.written} after the prompt; check the weights and scales of the "
+                f"model, or compute in a wider dtype."
             )
         return logits
 
@@ -306,9 +341,13 @@ def _check_fits(model: nn.Module, prompt: list[int], max_new_tokens: int) -> Non
 class GenerationCheck:
     """Whether a model still writes.
 
-    reason: why not, empty where it passed. tokens: the greedy continuation of each prompt. agreeing_prefix: how many of
-    its leading tokens are the original's, the mean over prompts; None without one. distinct_share: distinct tokens over
-    all, the smallest over prompts.
+    Attributes:
+        passed: it does.
+        reason: why it does not; empty if it passed.
+        tokens: the greedy continuation of each prompt.
+        agreeing_prefix: how many of its leading tokens are the original's, the mean over prompts; None without an
+            original.
+        distinct_share: distinct tokens over all, the smallest over prompts.
     """
 
     passed: bool
@@ -318,7 +357,7 @@ class GenerationCheck:
     distinct_share: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
+        """Return everything, as JSON takes it."""
         return asdict(self)
 
 
@@ -327,9 +366,22 @@ def check_generation(
 ) -> GenerationCheck:
     """Let a model continue prompts greedily, past the end of a text too, and look at what comes.
 
-    input_ids: int64 [length], or [prompts, length] without padding. It passes where all logits are finite, every token
-    is in the vocabulary, and no continuation is one token throughout, unless that of the reference (the original) is.
-    Raises what `generate_ids` raises before the first token.
+    It passes if all logits are finite, every token is in the vocabulary, and no continuation is one token throughout,
+    unless that of the reference is.
+
+    Args:
+        model: a language model.
+        input_ids: int64 [length], or [prompts, length] without padding.
+        max_new_tokens: of each prompt.
+        reference: the original.
+
+    Returns:
+        Whether it passed, and what was written.
+
+    Raises:
+        DataError: a prompt does not fit the model, as in `generate_ids`.
+        ValueError: a setting is out of bounds.
+        NonFiniteError: the reference does not write either.
     """
     prompts = input_ids if input_ids.dim() == 2 else input_ids[None]
     written: list[tuple[int, ...]] = []

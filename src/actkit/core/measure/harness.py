@@ -43,14 +43,30 @@ WAIT = 3.0  # seconds for the hub to answer
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks with their data, ready to be run. loaded: lm-eval's tasks and groups. by: lm-eval and its version."""
+    """Tasks with their data, ready to be run.
+
+    Attributes:
+        loaded: lm-eval's tasks and groups.
+        by: lm-eval and its version.
+    """
 
     loaded: dict[str, Any]
     by: str
 
 
 def names_of(tasks: str | Path | Sequence[str | Path], own: Mapping[str, Path]) -> list[str | Path]:
-    """What `tasks=` names, split at commas, with files for the names in `own`. Raises ValueError if it is nothing."""
+    """Return what `tasks=` names, split at commas.
+
+    Args:
+        tasks: names and task files; a text may hold several with commas between them.
+        own: task files by name, which stand for these names.
+
+    Returns:
+        Names and files, each once.
+
+    Raises:
+        ValueError: nothing is named, or an empty name is among them.
+    """
     given = [tasks] if isinstance(tasks, str | Path) else list(tasks)
     found: list[str | Path] = []
     for each in given:
@@ -124,7 +140,15 @@ def load_tasks(tasks: str | Path | Sequence[str | Path], own: Mapping[str, Path]
 
 
 def check_model(model: nn.Module, tokenizer: Any) -> None:
-    """Raises UnsupportedModelError if tasks cannot be run on a model."""
+    """Check that tasks can be run on a model.
+
+    Args:
+        model: should be a language model of transformers.
+        tokenizer: its tokenizer.
+
+    Raises:
+        UnsupportedModelError: it is another model, or has no tokenizer.
+    """
     if not is_pretrained(model) or not model.can_generate() or not Inputs.of(model).causal:
         raise UnsupportedModelError(
             f"tasks: {type(model).__name__} is no language model of transformers, and tasks are made of text; leave "
@@ -301,7 +325,7 @@ def _beside(files: Any, folder: Path) -> Any:
 
 
 def _reach(why: str) -> None:
-    """Raises DataError at once where the hub cannot be reached; `datasets` would try for half a minute."""
+    """Raise DataError at once if the hub cannot be reached; `datasets` would try for half a minute."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

@@ -2,7 +2,7 @@
 
 As lm-eval scores them: a choice is appended to the question after a space, its log-likelihood is the sum over its
 tokens, `acc` takes the largest sum and `acc_norm` the largest sum per character of the choice. Nothing is generated,
-and nothing beyond the logits of the choices' tokens is computed where the model's head allows that.
+and only the logits of the choices' tokens are computed if the model's head allows that.
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ _LOGITS = 1 << 23  # logits computed at a time: 32 MiB in float32
 
 @dataclass(frozen=True)
 class Question:
-    """A text, the choices that may follow it, and which of them is right (counted from 0)."""
+    """A question of a text and the choices that may follow it.
+
+    Attributes:
+        text: the question.
+        choices: the texts that may follow.
+        answer: which of them is right, counted from 0.
+    """
 
     text: str
     choices: tuple[str, ...]
@@ -37,7 +43,7 @@ class Question:
 def log_likelihoods(
     model: nn.Module, tokenizer: Any, questions: Sequence[Question], *, progress: bool = True
 ) -> Tensor:
-    """The log-likelihood of each choice after its question, in nats.
+    """Compute the log-likelihood of each choice after its question, in nats.
 
     Args:
         model: a language model that takes input_ids.
@@ -94,10 +100,20 @@ def log_likelihoods(
 
 
 def encode(tokenizer: Any, question: Question) -> list[tuple[list[int], int]]:
-    """For each choice the tokens of question and choice, and how many of them, at the end, are the choice's.
+    """Turn a question into tokens, with each of its choices.
 
-    They begin as the tokenizer begins a text. Where a word goes across the end of the question, its tokens count as the
-    question's up to as many as the question alone has, as lm-eval counts them.
+    The tokens begin as the tokenizer begins a text. If a word goes across the end of the question, its tokens count as
+    the question's up to as many as the question alone has, as lm-eval counts them.
+
+    Args:
+        tokenizer: of the model that is asked.
+        question: and its choices.
+
+    Returns:
+        For each choice the tokens of question and choice, and how many of them, at the end, are the choice's.
+
+    Raises:
+        DataError: a choice has no token of its own.
     """
     before = tokenizer.encode(question.text)
     found = []
@@ -124,11 +140,14 @@ def _predicted(rows: Sequence[tuple[list[int], int]], longest: int) -> tuple[Ten
 
 
 def hits(questions: Sequence[Question], found: Tensor) -> dict[str, Tensor]:
-    """Whether each question is answered rightly, float64 [questions] of 0 and 1, without and with length normalisation.
+    """Say whether each question is answered rightly, without and with length normalisation.
 
     Args:
         questions: as they were asked.
         found: what `log_likelihoods` found, [questions, choices].
+
+    Returns:
+        `acc` and `acc_norm`, float64 [questions] of 0 and 1 each.
     """
     lengths = np.array([[len(choice) for choice in question.choices] for question in questions], dtype=np.float64)
     answers = np.array([question.answer for question in questions])

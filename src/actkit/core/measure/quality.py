@@ -1,10 +1,10 @@
 """How good a model is, and how far a changed one is from its original, with intervals over documents.
 
-Every token goes through the model as it stands, also where a runtime would treat the prompt otherwise: what is measured
-is what decoding does. Model and reference run batch by batch side by side, and only sums per document are kept
-(negative log-likelihoods, divergences, hits and how many of each); several processes each measure their share of the
-batches and exchange these sums. The intervals resample documents: of one resample
-the sums of model and reference go together, so what both find hard cancels (a paired bootstrap).
+Every token goes through the model as it stands, even if a runtime would treat the prompt otherwise: what is measured is
+what decoding does. Model and reference run batch by batch side by side, and only sums per document are kept (negative
+log-likelihoods, divergences, hits and how many of each). Several processes each measure their share of the batches and
+exchange these sums. The intervals resample documents: of one resample the sums of model and reference go together, so
+what both find hard cancels (a paired bootstrap).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Quality:
     complete: bool = True
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
+        """Return everything, as JSON takes it."""
         return {
             "task": self.task,
             "metrics": {name: estimate.to_dict() for name, estimate in self.metrics.items()},
@@ -79,7 +79,7 @@ class Quality:
         }
 
     def table(self) -> Table:
-        """One row per metric: value, 95 % interval, what it is."""
+        """Show one row per metric: value, 95 % interval, what it is."""
         from rich import box
 
         from actkit.core.ground.tables import PlainTable
@@ -104,11 +104,18 @@ class Quality:
 
 
 def task_of(model: nn.Module) -> str:
-    """How a model's quality is measured, the name of a task: those of other packages are asked first, then ours.
+    """Name the task by which a model's quality is measured: those of other packages are asked first, then ours.
 
-    A transformers model that generates is a language model; one named for classification is a regressor if its config
-    says so, else a classifier; any other is an encoder. A plain module that begins with an embedding of tokens is a
-    language model, any other a classifier.
+    - A transformers model that generates is a language model.
+    - One named for classification is a regressor if its config says so, else a classifier.
+    - Any other transformers model is an encoder.
+    - A plain module that begins with an embedding of tokens is a language model, any other a classifier.
+
+    Args:
+        model: any.
+
+    Returns:
+        The registered name of the task.
 
     Raises:
         UnsupportedModelError: it is an encoder-decoder.
@@ -133,22 +140,34 @@ def measure_quality(
     progress: bool = True,
     stop: Callable[[Quality], bool] | None = None,
 ) -> Quality:
-    """The quality of a model on batches, and against its original.
+    """Measure the quality of a model on batches, and against its original.
 
-    batches: dicts of the model's keywords (with `labels` for a classifier: int64 [batch], or [batch, length] where -100
-    is left out) or tensors; best `actkit.data.Batches`, whose `document_ids` say what to resample (without them every
-    row is a document). A token counts for its own document, and only where the token before it belongs to the same
-    one; a language model's labels, where given, leave out the tokens at -100. reference: the original; the model itself
-    is allowed, and `Outputs` that keep what the original gave. task: default by `task_of`. resamples, seed: of the
-    bootstrap. Where no document changed the interval is a point: of n documents, a change that touches fewer than 3 in
-    n is easily not seen.
-    stop: asked after each batch but the last, from 10 documents on, with the quality so far, whose intervals leave out
-    5 % divided by the number of batches, so that all these looks together err in 5 % at most; True ends the measurement
-    there, with that quality. Not in several processes.
+    A token counts for its own document, and only if the token before it belongs to the same one. If no document
+    changed, the interval is a point. Of n documents, a change that touches fewer than 3 in n is easily not seen.
 
-    Raises DataError for data that the task cannot use (no labels, no reference for an encoder, outputs of different
-    shapes), NonFiniteError naming the document where an output is NaN or Inf, UnsupportedModelError for what cannot
-    be measured, ValueError for a task or a number of resamples that is not allowed.
+    Args:
+        model: what is measured.
+        batches: dicts of the model's keywords, or tensors; best `actkit.data.Batches`, whose `document_ids` say what to
+            resample (without them every row is a document). A classifier needs `labels`: int64 [batch], or [batch,
+            length]. Labels of -100 are left out, also those of a language model if it has any.
+        reference: the original; the model itself is allowed, and `Outputs` that keep what the original gave.
+        task: a registered name; None for what `task_of` says.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+        progress: show a bar.
+        stop: called after each batch but the last, from 10 documents on, with the quality so far; True ends the
+            measurement there, with that quality. These intervals leave out 5 % divided by the number of batches, so
+            that all these looks together err in 5 % at most. Not in several processes.
+
+    Returns:
+        The metrics and the loss, with their intervals.
+
+    Raises:
+        DataError: the task cannot use the data: there are no labels, no reference for an encoder, or outputs of
+            different shapes.
+        NonFiniteError: an output is NaN or Inf; the error names the document.
+        UnsupportedModelError: the model cannot be measured.
+        ValueError: a task, a number of resamples or `stop` is not allowed.
     """
     if task is not None and task not in registry.task_names():
         raise ValueError(f"task: {task!r} was given, allowed are {', '.join(registry.task_names())}.")
@@ -286,10 +305,17 @@ def _per_document(owners: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def resampled_totals(sums: Tensor, resamples: int, seed: int) -> Tensor:
-    """Totals of the sums of as many documents, drawn with replacement.
+    """Sum as many documents as there are, drawn with replacement.
 
-    sums: float64 [documents, columns]; returns float64 [resamples, columns]. The columns of a row are of the same draw,
-    so what is computed from several of them is paired.
+    The columns of a row are of the same draw, so what is computed from several of them is paired.
+
+    Args:
+        sums: float64 [documents, columns].
+        resamples: how often it is drawn.
+        seed: of the drawing.
+
+    Returns:
+        float64 [resamples, columns].
     """
     generator = torch.Generator().manual_seed(seed)
     count = len(sums)

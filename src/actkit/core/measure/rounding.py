@@ -2,12 +2,14 @@
 
     limit = max(2 max |f(x) - wide(x)|, eps max |f(x)|)
 
-wide is the same model in the next wider dtype (float32 for 16 bits, float64 for float32), with the same weights: each
-of two computations in the model's own dtype, whatever their orders of summation, lies about as far from it. eps is the
-dtype's distance from 1 to the next number, so that one unit in the last place of the largest output is always allowed.
-Where the model does not run in the wider dtype the limit is a share of the largest output, and the reason is said.
+- `wide` is the same model in the next wider dtype (float32 for 16 bits, float64 for float32), with the same weights.
+  Each of two computations in the model's own dtype, whatever their orders of summation, lies about as far from it.
+- `eps` is the dtype's distance from 1 to the next number, so that one unit in the last place of the largest output is
+  always allowed.
 
-Cost: one copy of the model in the wider dtype and one forward pass, so it is asked for only where outputs differ.
+If the model does not run in the wider dtype, the limit is a share of the largest output, and the reason is given.
+
+Cost: one copy of the model in the wider dtype and one forward pass, so it is computed only if outputs differ.
 """
 
 from __future__ import annotations
@@ -25,24 +27,29 @@ from actkit.core.forward.hooks import evaluating, first_tensor, forward
 
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 SIDES = 2  # both computations are rounded
-SHARE = {torch.bfloat16: 1e-2, torch.float16: 1e-2}  # of the largest output, where nothing could be measured
+SHARE = {torch.bfloat16: 1e-2, torch.float16: 1e-2}  # of the largest output, if nothing could be measured
 EXACT = 1e-5  # the same for float32 and float64
 
 
 @dataclass(frozen=True)
 class Limit:
-    """How far outputs may lie apart. value: in their unit. reason: why it was not measured on the model, else ''."""
+    """How far outputs may lie apart.
+
+    Attributes:
+        value: in the outputs' unit.
+        reason: why it was not measured on the model; '' if it was.
+    """
 
     value: float
     reason: str = ""
 
     def describe(self) -> str:
-        """'0.3', or '0.2 (not measured: it does not run in float32)'."""
+        """Say it: '0.3', or '0.2 (not measured: it does not run in float32)'."""
         return f"{self.value:.3g}" + (f" (not measured: {self.reason})" if self.reason else "")
 
 
 def limit(model: nn.Module, batch: Any, outputs: Tensor) -> Limit:
-    """How far the outputs of another right computation may lie from these.
+    """Find how far the outputs of another right computation may lie from these.
 
     Args:
         model: as it computed the outputs; it is left as it was.

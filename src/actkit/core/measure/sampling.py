@@ -42,22 +42,25 @@ class Sampling:
                 )
 
     def generator(self) -> torch.Generator:
-        """A fresh source of random numbers for one text."""
+        """Make a fresh source of random numbers for one text."""
         return torch.Generator().manual_seed(self.seed)
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> int:
-        """The next token.
+        """Choose the next token.
 
         Args:
             logits: [vocabulary].
             generator: what `generator()` gave for this text.
+
+        Returns:
+            The token's id.
         """
         if self.temperature == 0:
             return int(logits.argmax())
         return int(torch.multinomial(self.distribution(logits), 1, generator=generator))
 
     def distribution(self, logits: Tensor) -> Tensor:
-        """What tokens are drawn from, for a temperature above 0.
+        """Return what tokens are drawn from, for a temperature above 0.
 
         Args:
             logits: [vocabulary].

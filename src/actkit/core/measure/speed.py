@@ -1,15 +1,16 @@
 """How fast saved models run on this machine: each in a fresh process of its own, compared round by round.
 
 A machine drifts (heat, neighbours, clock), so the candidates take turns: in every round each is timed once, and the
-order rotates from round to round. A ratio is formed inside a round, where both saw the same machine, and its interval
-resamples rounds. A round of a small model repeats until it took a while, and rounds go on, up to a limit, until every
-ratio is known to 10 %: on a busy machine a few steps of microseconds say nothing. The first round is a warm-up and is
-not counted; a process that compiled kernels in it is replaced by a new one, which reads them from the compile cache, so
-that no memory of the compiler is measured. Language models decode a fixed random prompt with a key-value cache; other
-models run forward passes.
+order rotates from round to round.
 
-A single text goes through a decoder (`core.measure.decoding`) where one takes every candidate, else all through
-transformers: ratios compare models, never engines.
+- A ratio is formed inside a round, in which both saw the same machine, and its interval resamples rounds.
+- A round of a small model repeats until it took a while, and rounds go on, up to a limit, until every ratio is known to
+  10 %: on a busy machine a few steps of microseconds say nothing.
+- The first round is a warm-up and is not counted. A process that compiled kernels in it is replaced by a new one, which
+  reads them from the compile cache, so that no memory of the compiler is measured.
+- Language models decode a fixed random prompt with a key-value cache; other models run forward passes.
+- A single text goes through a decoder (`core.measure.decoding`) if one takes every candidate, else all go through
+  transformers: ratios compare models, never engines.
 """
 
 from __future__ import annotations
@@ -46,15 +47,25 @@ BUILDING = 2  # more copies while a decoder is built, one at a time: integer cod
 class Speed:
     """How fast one candidate is.
 
-    kind: 'decode' or 'forward'. unit: of rate: 'tokens/s' (following tokens, all rows together), 'sequences/s' or
-    'examples/s'. rate, first_token_seconds (decode only): median over rounds with its 95 % interval. ratio: rate over
-    the first candidate's, paired by round; None for the first itself. peak_bytes: of the whole process since its load
-    ended, so Python and its libraries, the model, and beside it what decodes it, while it is built too: the decoder's
-    packed copy of all weights and its cache, or the sparse kernel's copy of the layers it serves (compiling is left
-    out, except where no compile cache can be written). batch: rows. prompt: tokens of a prompt or sequence, 0 for
-    examples without tokens. new_tokens: per row, 0 for 'forward'. packed: layers that transformers decodes through the
-    sparse kernel. engine: 'decoder' or 'transformers' for 'decode', 'torch' for 'forward', the same for all candidates
-    of a measurement. engine_reason: why it is not the decoder, or ''.
+    Attributes:
+        kind: 'decode' or 'forward'.
+        unit: of the rate: 'tokens/s' (following tokens, all rows together), 'sequences/s' or 'examples/s'.
+        rate: median over rounds with its 95 % interval.
+        first_token_seconds: the same, of 'decode' only.
+        ratio: rate over the first candidate's, paired by round; None for the first itself.
+        peak_bytes: of the whole process since its load ended: Python and its libraries, the model, and what decodes it,
+            while it is built too. That is the decoder's packed copy of all weights and its cache, or the sparse
+            kernel's copy of the layers it serves. Compiling is left out, unless no compile cache can be written.
+        batch: rows.
+        prompt: tokens of a prompt or sequence; 0 for examples without tokens.
+        new_tokens: per row; 0 for 'forward'.
+        threads: of the process.
+        dtype: of the model.
+        rounds: that were counted.
+        packed: layers that transformers decodes through the sparse kernel.
+        engine: 'decoder' or 'transformers' for 'decode', 'torch' for 'forward'; the same for all candidates of a
+            measurement.
+        engine_reason: why it is not the decoder, or ''.
     """
 
     kind: Literal["decode", "forward"]
@@ -84,7 +95,7 @@ class Speed:
         return f"{self.engine} ({self.engine_reason})" if self.engine_reason else self.engine
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
+        """Return everything, as JSON takes it."""
         estimates = ("rate", "first_token_seconds", "ratio")
         found = {name: getattr(self, name) for name in estimates}
         rest = {name: value for name, value in self.__dict__.items() if name not in estimates}
@@ -109,14 +120,30 @@ def measure_speed(
 ) -> dict[str, Speed]:
     """Time saved models against the first of them.
 
-    folders: name -> folder. batch: rows. prompt: tokens of the prompt, or of the sequences of a model that does not
-    decode. max_new_tokens: decoded per row, 2 or more. rounds: counted ones, and up to 4 times as many within a minute
-    if the interval of a ratio is wider than `precision` to either side, as a share of the ratio; precision=None: no
-    more. threads: of each process, torch's number here where None. dtype: as stored where None. base: as in
-    `FreshProcess.load`. example: one batch, timed as it is if the models do not decode and take more than tokens or
-    images. max_memory: bytes that all processes may take together; what is free now where None.
-    Raises MemoryLimitError before anything starts where they do not fit, ValueError for settings out of bounds or
-    candidates of different kinds, FreshProcessError where a folder does not load or run.
+    Args:
+        folders: name -> folder.
+        batch: rows.
+        prompt: tokens of the prompt, or of the sequences of a model that does not decode.
+        max_new_tokens: decoded per row, 2 or more.
+        rounds: that are counted; up to 4 times as many within a minute, as `precision` says.
+        precision: go on if the interval of a ratio is wider than this to either side, as a share of the ratio; None to
+            stop after `rounds`.
+        threads: of each process; None for torch's number here.
+        dtype: of the loaded models; None for the stored one.
+        base: as in `FreshProcess.load`, for one's own nn.Module.
+        trust_remote_code: run code that a folder brings.
+        example: one batch, timed as it is if the models do not decode and take more than tokens or images.
+        max_memory: bytes that all processes may take together; None for what is free now.
+        progress: show a bar.
+
+    Returns:
+        The speeds, by name.
+
+    Raises:
+        MemoryLimitError: they do not fit, before anything starts.
+        ValueError: a setting is out of bounds, or candidates are of different kinds.
+        DataError: a folder does not exist.
+        FreshProcessError: a folder does not load or run.
     """
     _check(folders, batch=batch, prompt=prompt, max_new_tokens=max_new_tokens, rounds=rounds)
     if precision is not None and not precision > 0:
@@ -185,7 +212,7 @@ class _Runner:
         self.example = example
         self.folder, self.asked_threads, self.options = folder, threads, options
         self.rows, self.asked_prompt, self.asked_new = batch, prompt, new_tokens
-        self.without = "" if batch == 1 else f"{batch} rows at a time, where a decoder takes one"
+        self.without = "" if batch == 1 else f"{batch} rows at a time, and a decoder takes one"
 
     def start(self) -> None:
         """Load the candidate in a new process and get it ready to decode."""
@@ -220,7 +247,7 @@ class _Runner:
         return self.engine["engine"] == "decoder"
 
     def close(self) -> None:
-        """End the process, where there is one."""
+        """End the process, if there is one."""
         if hasattr(self, "process"):
             self.process.close()
 
@@ -241,7 +268,7 @@ class _Runner:
         return {"rate": tokens / sum(following), "first": sum(first) / len(first), "compiled": compiled}
 
     def warm_up(self) -> None:
-        """A round that is not counted; in a new process once more where kernels were compiled in it."""
+        """A round that is not counted; once more in a new process if kernels were compiled in it."""
         if self.run(0.0)["compiled"]:
             self.start()
             self.run(0.0)
@@ -270,7 +297,15 @@ class _Runner:
 
 
 def median(values: np.ndarray, seed: int = 0) -> Estimate:
-    """The median of measured rounds [n] and its 95 % bootstrap interval; one round alone says nothing about others."""
+    """Take the median of measured rounds, with its 95 % bootstrap interval; one round alone says nothing about others.
+
+    Args:
+        values: [rounds].
+        seed: of the bootstrap.
+
+    Returns:
+        The median.
+    """
     value = float(np.median(values))
     if len(values) < 2:
         return Estimate(value, -np.inf, np.inf)
@@ -298,7 +333,7 @@ def _check(folders: Mapping[str, str | Path], **settings: int) -> None:
             raise ValueError(f"{name}: {value} was given; give {least} or more.")
     for name, folder in folders.items():
         if not Path(folder).is_dir():
-            raise DataError(f"folders: {name!r} is {str(folder)!r}, where there is no folder; save the model first.")
+            raise DataError(f"folders: {name!r} is {str(folder)!r}, which is no folder; save the model first.")
 
 
 def _check_memory(
@@ -319,7 +354,15 @@ def _check_memory(
 
 
 def weight_file_bytes(folder: str | Path, dtype: torch.dtype | str | None = None) -> int:
-    """Bytes of a folder's weights in memory: as stored, or with float tensors in `dtype` where that is larger."""
+    """Return the bytes of a folder's weights in memory.
+
+    Args:
+        folder: of a saved model.
+        dtype: of the float tensors; None for the stored one.
+
+    Returns:
+        Bytes, as stored, or with float tensors in `dtype` if that is larger.
+    """
     from safetensors import safe_open
 
     from actkit.core.store.checkpoint import parse_dtype
@@ -362,7 +405,7 @@ def _check_kinds(runners: Mapping[str, _Runner]) -> None:
 
 
 def _share_engine(runners: Mapping[str, _Runner]) -> None:
-    """Where a decoder does not take one candidate, all are started again without: nobody's process holds more of it."""
+    """If a decoder does not take one candidate, all start again without: no process keeps memory of it."""
     refused = {name: runner.engine["reason"] for name, runner in runners.items() if not runner.decodes}
     if not refused or len(refused) == len(runners):
         return

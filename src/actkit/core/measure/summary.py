@@ -61,7 +61,7 @@ class Summary:
     source_grid: dict[str, Any] | None = None
 
     def table(self) -> Table:
-        """Two columns for a terminal."""
+        """Show it in two columns, for a terminal."""
         from actkit.core.ground.tables import PlainTable
 
         table = PlainTable(show_header=False, title=self.model, title_justify="left", box=None, padding=(0, 2))
@@ -94,14 +94,23 @@ class Summary:
             yield "measured", "recorded in actkit.json; see --json"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
+        """Return everything, as JSON takes it."""
         return asdict(self)
 
 
 def summarise(model: nn.Module, example: Any = None, results: dict[str, Any] | None = None) -> Summary:
-    """The summary of a model. example: a batch, needed where the architecture has no row and must be traced.
+    """Summarise a model.
 
-    Raises CoverageError where the model cannot be read.
+    Args:
+        model: any.
+        example: a batch, needed if the architecture has no row and must be traced.
+        results: what `actkit.json` recorded when the model was saved.
+
+    Returns:
+        What the model is, and what actkit changed on it.
+
+    Raises:
+        CoverageError: the model cannot be read.
     """
     view = anatomy(model, example)
     origin, known = changes.source(model), changes.of(model)

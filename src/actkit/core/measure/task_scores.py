@@ -28,8 +28,15 @@ NORMAL = 1.96  # standard errors on either side of a mean: 95 %
 class TaskScore:
     """A metric of a task.
 
-    value, original: of the model and of the original, if there was one. difference: value - original over the same
-    items; None if the metric is no mean over items. items: how many. by: what scored it, with its version.
+    Attributes:
+        task: its name.
+        metric: its name.
+        value: of the model.
+        original: of the original; None without one.
+        difference: value - original over the same items; None without an original, or if the metric is no mean over
+            items.
+        items: how many.
+        by: what scored it, with its version.
     """
 
     task: str
@@ -41,7 +48,7 @@ class TaskScore:
     by: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
+        """Return everything, as JSON takes it."""
         estimates = {name: getattr(self, name) for name in ("value", "original", "difference")}
         return {
             **vars(self),
@@ -50,7 +57,7 @@ class TaskScore:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> TaskScore:
-        """What `to_dict` gave, also after a way through JSON."""
+        """Read what `to_dict` gave, also after a way through JSON."""
         estimates = {name: _estimate(content[name]) for name in ("value", "original", "difference")}
         return cls(**{**content, **estimates})
 
@@ -72,7 +79,7 @@ def score(
     resamples: int = 1000,
     seed: int = 0,
 ) -> TaskScore:
-    """A metric that is a mean over items.
+    """Score a metric that is a mean over items.
 
     Args:
         task: its name.
@@ -92,14 +99,24 @@ def score(
 
 
 def mean(values: Tensor) -> Estimate:
-    """The mean of float64 [items] -+ 1.96 standard errors."""
+    """Return the mean of float64 [items] -+ 1.96 standard errors."""
     middle, count = float(values.mean()), len(values)
     margin = NORMAL * float(values.std()) / math.sqrt(count) if count > 1 else math.inf
     return Estimate(middle, middle - margin, middle + margin)
 
 
 def paired_difference(values: Tensor, others: Tensor, *, resamples: int = 1000, seed: int = 0) -> Estimate:
-    """The mean of values - others, float64 [items] each, with the 95 % interval of a bootstrap over items."""
+    """Return the mean of values - others, with the 95 % interval of a bootstrap over items.
+
+    Args:
+        values: float64 [items].
+        others: float64 [items], of the same items in the same order.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Returns:
+        The difference; its interval is not known for fewer than 2 items.
+    """
     apart = values - others
     middle = float(apart.mean())
     if len(apart) < 2:
@@ -110,7 +127,7 @@ def paired_difference(values: Tensor, others: Tensor, *, resamples: int = 1000, 
 
 
 def scores_table(scores: Sequence[TaskScore]) -> Table:
-    """One row per task and metric, for a terminal."""
+    """Show one row per task and metric, for a terminal."""
     from rich import box
 
     from actkit.core.ground.tables import PlainTable
@@ -133,12 +150,12 @@ def scores_table(scores: Sequence[TaskScore]) -> Table:
 
 
 def level(estimate: Estimate) -> str:
-    """'0.512 ±0.044': a value and how far its interval goes to either side, if that is known."""
+    """Say '0.512 ±0.044': a value and how far its interval goes to either side, if that is known."""
     margin = f" ±{estimate.high - estimate.value:.3f}" if math.isfinite(estimate.high) else ""
     return f"{estimate.value:.3f}{margin}"
 
 
 def words(estimate: Estimate) -> str:
-    """'0.012 (-0.008 to 0.030)', without the interval if it is not known."""
+    """Say '0.012 (-0.008 to 0.030)', without the interval if it is not known."""
     known = math.isfinite(estimate.low) and math.isfinite(estimate.high)
     return f"{estimate.value:.3f}" + (f" ({estimate.low:.3f} to {estimate.high:.3f})" if known else "")

@@ -27,7 +27,7 @@ class Classification(Task):
 
     @classmethod
     def fits(cls, model: nn.Module) -> bool:
-        """A transformers model named for classification, or a plain module of no other kind."""
+        """Say whether it is a transformers model named for classification, or a plain module of no other kind."""
         if getattr(model, "can_generate", None) is None:
             return True
         return "Classification" in type(model).__name__

@@ -29,7 +29,7 @@ class Embedding(Task):
 
     @classmethod
     def fits(cls, model: nn.Module) -> bool:
-        """A transformers model that neither generates nor classifies."""
+        """Say whether it is a transformers model that neither generates nor classifies."""
         can_generate: Any = getattr(model, "can_generate", None)
         return can_generate is not None and not can_generate() and "Classification" not in type(model).__name__
 
@@ -42,7 +42,7 @@ class Embedding(Task):
             _pooled(each.tensor, mask, owners, whose)
             for each, whose in ((output, "the model's output"), (other, "the reference's output"))
         )
-        # For vectors of length 1 this is their cosine, exact where they are equal and sharp where they nearly are. A
+        # For vectors of length 1 this is their cosine, exact if they are equal and sharp if they nearly are. A
         # vector of zeros has no direction: it is like another one of zeros, and like nothing else.
         distance = (vectors - others).square().sum(1)
         zeros = ~(vectors.any(1) & others.any(1))

@@ -31,7 +31,7 @@ class Language(Task):
 
     @classmethod
     def fits(cls, model: nn.Module) -> bool:
-        """A transformers model that generates, or a plain module that begins with an embedding of tokens."""
+        """Say whether it is a transformers model that generates, or a plain module that begins by embedding tokens."""
         can_generate: Any = getattr(model, "can_generate", None)
         if can_generate is not None:
             return bool(can_generate())
@@ -77,7 +77,7 @@ def _rise(sums: Sums) -> Tensor:
 
 
 def tokens_of(batch: Any) -> Tensor | None:
-    """The token ids int64 [batch, length] of a batch, or None."""
+    """Return the token ids int64 [batch, length] of a batch, or None."""
     tokens = batch.get("input_ids") if isinstance(batch, Mapping) else batch[0] if isinstance(batch, tuple) else batch
     if isinstance(tokens, Tensor) and tokens.dim() == 2 and tokens.dtype in (torch.int64, torch.int32):
         return tokens.long()

@@ -20,10 +20,21 @@ METRICS = {
 def predictions(
     logits: Output, other: Output | None, position: Tensor, targets: Tensor, owners: Tensor, likelihood: bool
 ) -> Sums:
-    """Sums of predictions: of the rows of logits those at position int64 [n] are wanted.
+    """Score predictions, for a chunk of rows at a time; log-probabilities are float32.
 
-    likelihood: score by the negative log-likelihood of the targets, else by whether they are the first choice.
-    Log-probabilities are float32, for a chunk of rows at a time.
+    Args:
+        logits: of the model.
+        other: of the original, None without one; the same object as `logits` if the model is the original.
+        position: int64 [n], the rows of the logits that are wanted.
+        targets: int64 [n], the right class of each.
+        owners: int64 [n], the document of each.
+        likelihood: score by the negative log-likelihood of the targets, else by whether they are the first choice.
+
+    Returns:
+        Sums, float64 [n] each.
+
+    Raises:
+        NonFiniteError: a logit is NaN or Inf.
     """
     classes = logits.shape[-1]
     rows, some = max(1, SLICE // classes), max(1, CHUNK // classes)
@@ -68,18 +79,18 @@ def _divergence(first: Tensor, second: Tensor) -> Tensor:
     """Kullback-Leibler divergence of log-probabilities [rows, classes], first || second, in nats: [rows].
 
     Summed as p (r - 1 - log r) with r = q / p, which is the same because both sum to 1. No term is negative, and the
-    rounding of the two normalisations cancels, where the usual p (log p - log q) drowns small divergences in it.
+    rounding of the two normalisations cancels; the usual p (log p - log q) drowns small divergences in it.
     """
     p, difference = first.exp(), second - first
     near = p * (difference.expm1() - difference)
     if bool((difference < 1).all()):
         return near.sum(-1)
-    far = second.exp() - p * (1 + difference)  # expm1 overflows where q is many times p
+    far = second.exp() - p * (1 + difference)  # expm1 overflows if q is many times p
     return torch.where(difference < 1, near, far).sum(-1)
 
 
 def compared(estimate: Estimating, names: frozenset[str]) -> dict[str, Estimate]:
-    """Divergence and agreement, if there was an original."""
+    """Return divergence and agreement, if there was an original."""
     if "kl" not in names:
         return {}
     return {

@@ -28,7 +28,14 @@ class Regression(Task):
 
     @classmethod
     def fits(cls, model: nn.Module) -> bool:
-        """A transformers model for classification whose config says that it regresses, by its problem or one label."""
+        """Say whether it is a transformers model for classification that regresses.
+
+        Args:
+            model: its config says so by its problem or by one label.
+
+        Returns:
+            Whether it is one.
+        """
         config = getattr(model, "config", None)
         if config is None or "Classification" not in type(model).__name__:
             return False

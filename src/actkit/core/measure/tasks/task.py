@@ -32,6 +32,9 @@ class Estimating(Protocol):
             mean: from the sums over all documents, and over documents drawn anew.
             scale: what rises with the mean and is applied to it and to its ends, so that these stay finite longer.
             compares: it compares with the original, so that it is exact if the model is the original itself.
+
+        Returns:
+            The number with its interval.
         """
         ...
 
@@ -64,11 +67,11 @@ class Task(ABC):
     @classmethod
     @abstractmethod
     def fits(cls, model: nn.Module) -> bool:
-        """Whether a model is of the kind that this task is for."""
+        """Say whether a model is of the kind that this task is for."""
 
     @abstractmethod
     def sums(self, output: Output, other: Output | None, batch: Any, documents: Tensor) -> tuple[Tensor, Sums]:
-        """What one batch adds.
+        """Compute what one batch adds.
 
         Args:
             output: of the model.
@@ -85,11 +88,28 @@ class Task(ABC):
 
     @abstractmethod
     def estimates(self, estimate: Estimating, names: frozenset[str]) -> tuple[dict[str, Estimate], Estimate | None]:
-        """The metrics, in their order, and the loss; None without an original. names: of the sums there are."""
+        """Compute the metrics and the loss from sums.
+
+        Args:
+            estimate: makes an estimate of what is computed from sums.
+            names: of the sums there are.
+
+        Returns:
+            The metrics, in their order, and the loss; None without an original.
+        """
 
 
 def check_finite(values: Tensor, owners: Tensor, whose: str) -> None:
-    """Raise NonFiniteError naming the document where values [n, columns] of the documents owners [n] are NaN or Inf."""
+    """Check that no value is NaN or Inf.
+
+    Args:
+        values: [n, columns].
+        owners: int64 [n], the document of each row.
+        whose: words for the error, such as 'the outputs'.
+
+    Raises:
+        NonFiniteError: one is; the error names the document.
+    """
     bad = ~torch.isfinite(values).all(-1)
     if bool(bad.any()):
         document = int(owners[bad.cpu()][0])
@@ -100,7 +120,14 @@ def check_finite(values: Tensor, owners: Tensor, whose: str) -> None:
 
 
 def of_rows(documents: Tensor) -> Tensor:
-    """The document of each row: that of its first real token; -1 where a row is all padding."""
+    """Return the document of each row: that of its first real token.
+
+    Args:
+        documents: of each token int64 [batch, length], or of each row [batch]; -1 on padding.
+
+    Returns:
+        int64 [batch]; -1 if a row is all padding.
+    """
     if documents.dim() == 1:
         return documents
     first = (documents >= 0).int().argmax(1, keepdim=True)
