@@ -41,6 +41,7 @@ INTERNAL = {
     "core/train/staged_run.py: KeyboardInterrupt": "the same",
     "cli/main.py: typer.Exit": "Ctrl-C",
     "search/search.py: out_of_time": "ActkitError, the row `minutes: ... were over before one candidate was measured`",
+    "search/budget.py: OutOfTime": "a note in the report: which candidate the minutes did not pay for",
     "search/journal.py: _damaged": "JournalError, the row `resume: line ... of ... is damaged`",
     "core/store/quantized_source.py: _unread": "CheckpointError, `...: its weight is stored ..., which is not read`",
     "core/layers/quantizer.py: ValueError": "the reason in `...: group_size ...`",

@@ -4,7 +4,7 @@
     with the original -> front -> verdict -> the best saved with a card, and proved once more -> report
 
 Every finished measurement is in OUT/journal.jsonl before the next one begins, so a search that was stopped in any way
-resumes. OUT holds at the end: journal.jsonl, results.json, index.html and, where something pays, best/ and recipe.yaml.
+resumes. OUT holds at the end: journal.jsonl, results.json, index.html and, if something pays, best/ and recipe.yaml.
 The other candidates are removed; their recipes are in the report and make them again.
 """
 
@@ -104,24 +104,45 @@ def optimize(
 ) -> Optimization:
     """Search for a cheaper model that is as good.
 
-    model: a zoo name, a folder, a hub id, or a model in memory (left as it is: candidates are copies). out: the folder
-    to write. data: as in `load_data`; None is the embedded data. max_loss: largest loss of quality, as a share, that
-    the upper bound of its interval may reach. target: what the best is chosen for among those that pay, 'latency',
-    'memory', 'disk' or 'quality'; None: latency if that pays, else disk, else memory. max_recipes: 1 to 12. recipes:
-    try these instead (whatever `Recipe.of` takes). minutes: what the search may take at most, None for no limit; what
-    does not fit by its estimate is left out, and said. resume: go on with the journal in `out`. overwrite: replace what
-    an earlier search left in `out`.
-    speed: measure speed and memory in fresh processes. speed_row: measure the 0.5B shape (`speed_row.py`); None: where
-    speed is measured and the model is a language model that fits in the cache, so that its own speed says little.
-    max_memory: hard cap for calibration beside the model. base: builds the unchanged model, for one's own nn.Module, by
-    a function that a fresh process can import. threads: torch's number where None. device, dtype, trust_remote_code: as
-    in `load`. seed: of everything random. progress: show bars.
+    What a candidate raises is recorded with it. Errors come before the first measurement, except that of minutes that
+    are over.
 
-    Raises ProcessError in one of several processes (its measurements need the machine to themselves), ValueError for
-    settings out of bounds or an `out` that exists, DataError for data that do not serve,
-    JournalError where resuming is not possible, ImportError where jinja2 (the extra `report`) is missing, and what
-    loading a model raises; all before the first measurement. What a candidate raises is recorded with it. Raises
-    ActkitError where the minutes are over before one candidate was measured; resume then goes on.
+    Args:
+        model: a zoo name, a folder, a hub id, or a model in memory (left as it is: candidates are copies).
+        out: the folder to write.
+        data: as in `load_data`; None for the embedded data.
+        max_loss: largest loss of quality, as a share, that the upper bound of its interval may reach.
+        target: what the best is chosen for among those that pay: 'latency', 'memory', 'disk' or 'quality'; None for
+            latency if that pays, else disk, else memory.
+        max_recipes: 1 to 12.
+        recipes: try these instead (whatever `Recipe.of` takes).
+        minutes: what the search may take at most; None for no limit. What does not fit by its estimate is left out, and
+            noted.
+        resume: go on with the journal in `out`.
+        overwrite: replace what an earlier search left in `out`.
+        speed: measure speed and memory in fresh processes.
+        speed_row: measure the 0.5B shape (`speed_row.py`); None to do so if speed is measured and the model is a
+            language model that fits in the cache, so that its own speed says little.
+        max_memory: hard cap for calibration beside the model.
+        device: as in `load`.
+        dtype: as in `load`.
+        base: builds the unchanged model, for one's own nn.Module, by a function that a fresh process can import.
+        trust_remote_code: as in `load`.
+        threads: of torch; None for its number now.
+        seed: of everything random.
+        progress: show bars.
+
+    Returns:
+        The original, the candidates, the verdict, and the folder of the best if one pays.
+
+    Raises:
+        ProcessError: it is called in one of several processes; its measurements need the machine to themselves.
+        ValueError: a setting is out of bounds, or `out` exists.
+        DataError: the data do not serve.
+        JournalError: resuming is not possible.
+        ImportError: jinja2 (the extra `report`) is missing.
+        ActkitError: the model does not load, or the minutes were over before one candidate was measured; `resume` then
+            goes on.
     """
     started = time.perf_counter()
     processes.refuse(
@@ -414,7 +435,7 @@ class _Search:
         return (original if original.speed is None else replace(original, peak_share=1.0)), timed
 
     def _time(self, original: Candidate, group: Sequence[Candidate]) -> Iterator[tuple[Candidate, dict[str, Any]]]:
-        """Each of a group with its speed, or why there is none; in smaller groups where they do not fit together."""
+        """Each of a group with its speed, or why there is none; in smaller groups if they do not fit together."""
         folders = {each.name: self._folder(each) for each in (original, *group)}
         prompt, new_tokens = self._decoded()
         decodes = Inputs.of(self.shop.model).causal

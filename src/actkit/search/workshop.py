@@ -1,9 +1,9 @@
 """Making and measuring one candidate: apply its recipe to a copy, measure quality and cost, save, prove the reload.
 
-A candidate goes on only while it can still be recommended. On the search split it is looked at after each batch: where
-even the lower bound of its loss is above the limit, it ends there. Only one whose whole search split is within the
-limit is measured on the test split, saved and proved. What the original gave is kept, so that it runs once; what
-recipes begin with in common is computed once.
+A candidate goes on only while it can still be recommended. On the search split it is looked at after each batch, and
+ends there if even the lower bound of its loss is above the limit. Only one whose whole search split is within the limit
+is measured on the test split, saved and proved. What the original gave is kept, so that it runs once; what recipes
+begin with in common is computed once.
 """
 
 from __future__ import annotations
@@ -58,11 +58,21 @@ Broken = (ActkitError, ValueError, TypeError, RuntimeError, ArithmeticError, Mem
 
 @dataclass
 class Workshop:
-    """Holds what all candidates share: the original, its data, and one fresh process for the reload proofs.
+    """What all candidates share: the original, its data, and one fresh process for the reload proofs.
 
-    folder: where candidates are saved, one folder each. base: builds the unchanged model, for one's own nn.Module.
-    by_divergence: the loss of a language model is exp(KL) - 1, because its data are random tokens (see `RANDOM`).
-    interrupt: called before each batch that a candidate is measured on; what it raises ends the measurement.
+    Attributes:
+        model: the original.
+        tokenizer: its tokenizer, or None.
+        task: by which quality is measured.
+        splits: the data.
+        folder: in which candidates are saved, one folder each.
+        base: builds the unchanged model, for one's own nn.Module.
+        max_loss: largest loss that the upper bound of its interval may reach.
+        max_memory: hard cap for calibration beside the model.
+        seed: of everything random.
+        progress: show bars.
+        by_divergence: the loss of a language model is exp(KL) - 1, because its data are random tokens (see `RANDOM`).
+        interrupt: called before each batch that a candidate is measured on; what it raises ends the measurement.
     """
 
     model: nn.Module
@@ -83,18 +93,18 @@ class Workshop:
     _hopeless: dict[str, Candidate] = field(default_factory=dict)  # by recipe
 
     def close(self) -> None:
-        """End the fresh process, where there is one."""
+        """End the fresh process, if there is one."""
         if self._process is not None:
             self._process.close()
 
     def _fresh(self) -> FreshProcess:
-        """The process of the reload proofs; another one where a candidate ended it."""
+        """The process of the reload proofs; another one if a candidate ended it."""
         if self._process is None or self._process.closed:
             self._process = FreshProcess()
         return self._process
 
     def example(self) -> Any:
-        """What proofs run: the first given rows if the model takes more than tokens or images, None for random ones."""
+        """Return the first given rows if the model takes more than tokens or images; None to prove random ones."""
         return example_of(self.model, self.splits.search)
 
     @property
@@ -105,12 +115,12 @@ class Workshop:
         return self._originals
 
     def saved_original(self) -> Path:
-        """The folder of the original, saved where it is not yet."""
+        """Return the folder of the original, saved if it is not yet."""
         folder = self.folder_of("original")
         return folder if folder.is_dir() else save(self.model, folder, tokenizer=self.tokenizer)
 
     def original(self) -> Candidate:
-        """The original, measured and saved like the candidates."""
+        """Measure and save the original like the candidates."""
         started = time.perf_counter()
         clock = _Clock()
         with clock("rest"):
@@ -127,21 +137,28 @@ class Workshop:
         return replace(found, seconds=time.perf_counter() - started, parts={**clock.parts, "pass": seconds})
 
     def share(self, proposals: Sequence[Proposal]) -> None:
-        """Say which candidates come, so that what several of them begin with is kept from the first one on."""
+        """Take note of which candidates come, so that what several begin with is kept from the first one on."""
         for proposal in proposals:
             first = proposal.recipe.transforms[:-1]
             if first and all(t.tags.needs_data and t.tags.stream == "original" for t in first):
                 self._steps.setdefault(recipe_key(Recipe(first)), Steps(len(first)))
 
     def steps_of(self, proposal: Proposal) -> Steps | None:
-        """Where the edits of the first transforms of a recipe are kept, if they are."""
+        """Return what keeps the edits of the first transforms of a recipe, or None."""
         counts = range(len(proposal.recipe.transforms), 0, -1)
         keys = (recipe_key(Recipe(proposal.recipe.transforms[:count])) for count in counts)
         return next((self._steps[key] for key in keys if key in self._steps), None)
 
     def to_compute(self, proposal: Proposal, held: set[int] | None = None) -> list[Transform] | None:
-        """The transforms of a recipe whose edits are not kept yet; None where it is not made at all. held: of a list of
-        proposals, the kept ones that those before it bring; this one's are added."""
+        """List the transforms of a recipe whose edits are not kept yet.
+
+        Args:
+            proposal: the recipe.
+            held: of a list of proposals, the kept ones that those before it bring; this one's are added.
+
+        Returns:
+            The transforms; None if the recipe is not made at all.
+        """
         if self._without(proposal) is not None:
             return None
         steps, transforms = self.steps_of(proposal), list(proposal.recipe.transforms)
@@ -153,7 +170,7 @@ class Workshop:
         return transforms[steps.count :] if known else transforms
 
     def _without(self, proposal: Proposal) -> Candidate | None:
-        """The candidate that a recipe goes on from, where that loses too much already."""
+        """The candidate that a recipe goes on from, if that loses too much already."""
         transforms = proposal.recipe.transforms
         keys = (recipe_key(Recipe(transforms[:count])) for count in range(1, len(transforms)))
         return next((self._hopeless[key] for key in keys if key in self._hopeless), None)
@@ -165,7 +182,13 @@ class Workshop:
             self._hopeless[recipe_key(proposal.recipe)] = candidate
 
     def measure(self, proposal: Proposal) -> Candidate:
-        """One candidate, measured and saved as far as it deserves; whatever breaks is recorded as why it failed.
+        """Measure one candidate, and save it as far as it deserves; whatever breaks is recorded as why it failed.
+
+        Args:
+            proposal: the recipe.
+
+        Returns:
+            What is known of it.
 
         Raises:
             OutOfTime: the minutes were over; nothing is left of it.
@@ -224,7 +247,7 @@ class Workshop:
         return replace(found, proof=proof)
 
     def make_again(self, candidate: Candidate) -> Path:
-        """Save a measured candidate once more, where its folder is gone; nothing is measured."""
+        """Save a measured candidate once more, if its folder is gone; nothing is measured."""
         folder = self.make_folder(candidate.name)
         model = self.model
         if candidate.recipe:
@@ -232,11 +255,11 @@ class Workshop:
         return save(model, folder, tokenizer=self.tokenizer)
 
     def folder_of(self, name: str) -> Path:
-        """Where a candidate is saved."""
+        """Return the folder in which a candidate is saved."""
         return self.folder / "".join(c if c.isalnum() else "-" for c in name).strip("-").replace("--", "-")
 
     def make_folder(self, name: str) -> Path:
-        """The same, free for a new save."""
+        """Return the same, free for a new save."""
         folder = self.folder_of(name)
         shutil.rmtree(folder, ignore_errors=True)
         return folder
@@ -312,7 +335,7 @@ class Workshop:
         return found.with_cost(measure_cost(model, batches, folder=folder, progress=False))
 
     def prompt(self) -> Tensor | None:
-        """Token ids [1, length] from the test split that the generation check goes on from; None for other tasks."""
+        """Return token ids [1, length] of the test split for the generation check; None for other tasks."""
         if self.task != "language" or not Inputs.of(self.model).causal:
             return None
         batch = self.splits.test[0]
@@ -349,12 +372,12 @@ class _Clock:
 
 
 def recipe_key(recipe: Recipe) -> str:
-    """The same for recipes with the same transforms and settings."""
+    """Return the same text for recipes with the same transforms and settings."""
     return transforms_key(recipe.dump()["transforms"])
 
 
 def transforms_key(transforms: list[dict[str, Any]]) -> str:
-    """The same, from the form that candidates and journals hold."""
+    """Return the same, from the form that candidates and journals hold."""
     return hashlib.sha256(json.dumps(transforms).encode()).hexdigest()
 
 
@@ -364,7 +387,15 @@ def _as_ratio(divergence: Estimate) -> Estimate:
 
 
 def task_for(model: nn.Module, splits: Splits) -> tuple[str, str | None]:
-    """How quality is measured, and a note where the data do not allow what the model is for."""
+    """Choose how quality is measured.
+
+    Args:
+        model: the original.
+        splits: the data.
+
+    Returns:
+        The task, and a note if the data do not allow what the model is for.
+    """
     task = task_of(model)
     parts = (splits.search, splits.test)
     labelled = all(isinstance(b, dict) and "labels" in b for part in parts for b in part)

@@ -1,9 +1,9 @@
 """What a model costs: bytes it holds, bytes it reads per token, bytes on disk, and the density behind the second.
 
-Decoding reads every weight once per token, so the bytes touched are what its time follows. Counted here per token
-(per example where there are no tokens), as the layers stand:
+Decoding reads every weight once per token, so the bytes touched are what its time follows. They are counted per token
+(per example if there are no tokens), as the layers stand:
 
-    embedding: one row.   linear layer: all of it, biases included; the head too, also where tied to the embedding
+    embedding: one row.   linear layer: all of it, biases included; the head too, even if it is tied to the embedding
     ActLinear with a selection: weight * density + its scores + correction + bias
     MLP whose activation gives exact zeros (ReLU, a threshold, a top-k): of up and down only the rows and columns of the
     units that are not 0, of a layer for gate and up together up's share
@@ -52,10 +52,17 @@ LOW, HIGH = 0.05, 0.95
 class LayerCost:
     """One linear layer with a selection, or one module that holds other weights.
 
-    weight_bytes: what it holds. density: share of its inputs that are read, None where it selects none or that was not
-    measured; density_p05, density_p95: percentiles over tokens. units: behind an activation that gives zeros, the share
-    of the MLP's units that are not 0; None elsewhere, or where that was not measured. share: of the tokens that reach
-    it, below 1 for experts. bytes_per_token: None where a density is unknown.
+    Attributes:
+        path: of the module.
+        weight_bytes: what it holds.
+        bytes_per_token: what is read of it; None if a density is unknown.
+        dense_bytes_per_token: the same with everything read.
+        density: share of its inputs that are read; None if it selects none or that was not measured.
+        density_p05: 5th percentile of the density over tokens.
+        density_p95: 95th percentile of the density over tokens.
+        units: behind an activation that gives zeros, the share of the MLP's units that are not 0; None elsewhere, or if
+            that was not measured.
+        share: of the tokens that reach it, below 1 for experts.
     """
 
     path: str
@@ -73,11 +80,16 @@ class LayerCost:
 class Cost:
     """What `measure_cost` found.
 
-    weight_bytes: of all parameters and buffers that are saved, and of the sparse kernel's copies, each memory once.
-    bytes_per_token: weight bytes touched per decoded token (per example without tokens); None where a density is not
-    known. dense_bytes_per_token: the same with everything read. density: share of the inputs
-    that selections read, weighted by weight bytes; None without selections. density_p05, density_p95: percentiles over
-    tokens of a token's own density. disk_bytes: of all files of the folder, or None. layers: what it is made of.
+    Attributes:
+        weight_bytes: of all parameters and buffers that are saved, and of the sparse kernel's copies, each memory once.
+        bytes_per_token: weight bytes touched per decoded token (per example without tokens); None if a density is
+            unknown.
+        dense_bytes_per_token: the same with everything read.
+        density: share of the inputs that selections read, weighted by weight bytes; None without selections.
+        density_p05: 5th percentile over tokens of a token's own density.
+        density_p95: 95th percentile over tokens of a token's own density.
+        disk_bytes: of all files of the folder, or None.
+        layers: what it is made of.
     """
 
     weight_bytes: int
@@ -90,7 +102,7 @@ class Cost:
     layers: tuple[LayerCost, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
+        """Return everything, as JSON takes it."""
         return asdict(self)
 
 
@@ -99,12 +111,23 @@ def measure_cost(
 ) -> Cost:
     """Count what a model holds and reads.
 
-    batches: real inputs (dicts of the model's keywords; attention_mask tells padding), needed for the density of
-    thresholds, for the zeros of activations and for how often each expert is chosen; without them a top-k's density is
-    k / inputs, a threshold's and an activation's is unknown, and experts are chosen equally often. folder: the saved
-    model, for the bytes on disk.
-    Raises DataError for 0 batches or a folder that is not there, NonFiniteError for NaN at a selection's input,
-    CoverageError where the model selects inputs or has zeros to count, and its anatomy cannot be read.
+    Real inputs are needed for the density of thresholds, for the zeros of activations and for how often each expert is
+    chosen. Without them a top-k's density is k / inputs, a threshold's and an activation's is unknown, and experts are
+    chosen equally often.
+
+    Args:
+        model: what is measured.
+        batches: dicts of the model's keywords, in which attention_mask tells padding; None for no data.
+        folder: the saved model, for the bytes on disk.
+        progress: show a bar.
+
+    Returns:
+        The bytes and the densities, also layer by layer.
+
+    Raises:
+        DataError: there are 0 batches, or the folder is not there.
+        NonFiniteError: an input of a selection is NaN.
+        CoverageError: the model selects inputs or has zeros to count, and its anatomy cannot be read.
     """
     disk = None if folder is None else folder_bytes(folder)
     weights = _resident_bytes(model)
@@ -137,7 +160,17 @@ def measure_cost(
 
 
 def folder_bytes(folder: str | Path) -> int:
-    """Bytes of all files of a saved model. Raises DataError where there is no such folder."""
+    """Return the bytes of all files of a saved model.
+
+    Args:
+        folder: of the model.
+
+    Returns:
+        Bytes.
+
+    Raises:
+        DataError: there is no such folder.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"folder: there is no folder {folder}; give the one that the model was saved to.")
@@ -148,7 +181,7 @@ def folder_bytes(folder: str | Path) -> int:
 
 
 def _resident_bytes(model: nn.Module) -> int:
-    """Bytes of memory that the saved tensors and the kernel's buffers lie in; where they share it, once."""
+    """Bytes of memory that the saved tensors and the kernel's buffers lie in; once if they share it."""
     tensors = list(model.state_dict(keep_vars=True).values())
     tensors += [part for m in model.modules() if isinstance(m, ActLinear) for part in m.packed_tensors()]
     spans: list[tuple[str, int, int]] = []
@@ -175,7 +208,7 @@ def _resident_bytes(model: nn.Module) -> int:
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module that holds weights of its own, and every ActLinear as a whole."""
+    """Every module with weights that are not a child's, and every ActLinear as a whole."""
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
         if path.startswith(inside):
@@ -198,8 +231,13 @@ def _own_bytes(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class _Gate:
-    """Which units of an MLP are 0, for a layer of it. site: where they are seen. skips: its rows or its columns. part:
-    the share of its weight that belongs to these units."""
+    """Which units of an MLP are 0, for a layer of it.
+
+    Attributes:
+        site: at which they are seen.
+        skips: its rows or its columns.
+        part: the share of its weight that belongs to these units.
+    """
 
     site: Site
     skips: Literal["rows", "columns"]
@@ -256,7 +294,7 @@ def _cost_of(
 
 
 def _known_density(selecting: Mapping[str, ActLinear]) -> float | None:
-    """Without data: of the layers by weight bytes, where all of them are top-k."""
+    """Without data: of the layers by weight bytes, if all of them are top-k."""
     weights = [layer.storage.nbytes for layer in selecting.values()]
     shares = [_top_k_density(layer) for layer in selecting.values()]
     if None in shares:
@@ -281,7 +319,7 @@ class _Tally:
         self.all: list[Tensor] = []
 
     def add(self, rows: Rows, shares: Tensor, size: float) -> None:
-        """rows: keys of n tokens. shares: float64 [n], of the layer's inputs that each keeps. size: weight bytes."""
+        """Keys of n tokens, float64 [n] of the layer's inputs that each keeps, and the layer's weight bytes."""
         self._parts.append((rows, shares.cpu(), size))
 
     def close_batch(self) -> None:
@@ -307,9 +345,9 @@ class _Tally:
 
 
 class _Reads(Density):
-    """Density of a layer's inputs under its selection, told to the tally token by token.
+    """Density of a layer's inputs under its selection, added to the tally token by token.
 
-    path: of the layer, so that layers which share an input and a selection still count one by one.
+    It knows the path of the layer, so that layers which share an input and a selection still count one by one.
     """
 
     _settings = ("active", "tally", "size", "path")  # type: ignore[assignment]
@@ -329,8 +367,15 @@ class _Reads(Density):
 
 @dataclass(frozen=True)
 class _Seen:
-    """What the batches showed. tokens: real ones. reads: by path of the layer. experts: (path of the experts, index) ->
-    tokens that were sent there; None without data. zeros: by site of a gate."""
+    """What the batches showed.
+
+    Attributes:
+        tokens: real ones.
+        reads: by path of the layer.
+        experts: path of an expert -> tokens that were sent there; None without data.
+        tally: of the densities of tokens.
+        zeros: by site of a gate.
+    """
 
     tokens: int = 0
     reads: Mapping[str, Density] | None = None
@@ -384,8 +429,10 @@ def _chosen(model: nn.Module) -> int:
 
 
 def _view(model: nn.Module, batches: Sequence[Any] | None) -> Anatomy | None:
-    """The anatomy, where it is needed: for experts, for zeros of activations, and to tell padding at the inputs of
-    selections."""
+    """The anatomy, if it is needed.
+
+    It is for experts, for zeros of activations, and to tell padding at the inputs of selections.
+    """
     row = find_architecture(getattr(getattr(model, "config", None), "model_type", None))
     selects = any(isinstance(m, ActLinear) and m.select is not None for m in model.modules())
     if row is not None and (row.experts is not None or selects or any(map(gives_zeros, model.modules()))):
@@ -401,7 +448,7 @@ def _measure(
     batches: Sequence[Any],
     progress: bool,
 ) -> _Seen:
-    """Run the batches and count. Nothing is run where there is nothing to count."""
+    """Run the batches and count. If there is nothing to count, nothing is run."""
     tally = _Tally()
     wanted: dict[Site, Any] = {}
     for path, layer in selecting.items():

@@ -1,10 +1,9 @@
 """The reload proof: a saved folder, loaded in a fresh process, gives the outputs of the model in memory.
 
-Both run the same fixed rows in the same dtype with the same number of threads. Where the code path is the same too,
-the outputs agree bit for bit. They need not where it is not: another attention implementation, a rotary table that
-`model.to` has rounded, or a matrix product that takes another path because the weights lie elsewhere in memory. So what
-is checked where they differ is a tolerance, what rounding to its dtype does on this very model
-(`core/measure/rounding.py`):
+Both run the same fixed rows in the same dtype with the same number of threads. If the code path is the same too, the
+outputs agree bit for bit. Otherwise they need not: another attention implementation, a rotary table that `model.to` has
+rounded, or a matrix product that takes another path because the weights lie elsewhere in memory. So if they differ, a
+tolerance is checked: what rounding to its dtype does on this very model (`core/measure/rounding.py`),
 
     max |memory - reloaded| <= limit(model)
 
@@ -38,11 +37,19 @@ ROWS = 2
 class Proof:
     """What a reload gave.
 
-    largest_difference: of all outputs; NaN or inf where one side is not finite or the shapes differ. scale: the
-    largest |output| in memory. tolerance: the largest difference that passes, in the outputs' unit; 0 where nothing
-    differs, as it is measured only then. tokens: real tokens compared, or examples. seconds: of the whole proof.
-    reason: why it passed or failed, in words. bit_equal: no output differs in any bit of its value. dtype, threads: of
-    both sides.
+    Attributes:
+        folder: that was loaded.
+        passed: it gives what the model in memory gives.
+        largest_difference: of all outputs; NaN or inf if one side is not finite or the shapes differ.
+        scale: the largest |output| in memory.
+        tolerance: the largest difference that passes, in the outputs' unit; 0 if nothing differs, as it is measured
+            only if something does.
+        tokens: real tokens compared, or examples.
+        seconds: of the whole proof.
+        reason: why it passed or failed, in words.
+        bit_equal: no output differs in any bit of its value.
+        dtype: of both sides.
+        threads: of both sides.
     """
 
     folder: str
@@ -58,13 +65,13 @@ class Proof:
     threads: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it; None for a number that is not finite."""
+        """Return everything, as JSON takes it; None for a number that is not finite."""
         values = asdict(self)
         finite = {key: not isinstance(value, float) or math.isfinite(value) for key, value in values.items()}
         return {key: value if finite[key] else None for key, value in values.items()}
 
     def describe(self) -> str:
-        """One line."""
+        """Say it in one line."""
         verdict = "reloads" if self.passed else "DOES NOT RELOAD"
         how = f"{self.tokens} tokens or images, {self.dtype}, {self.seconds:.1f} s"
         return f"{self.folder} {verdict}: {self.reason} ({how})"
@@ -81,11 +88,20 @@ def prove(
 ) -> Proof:
     """Compare a model in memory with the folder it was saved to, loaded in a fresh process.
 
-    batch: what both are run on; fixed random rows (2, of min(64, context) tokens) where None. process: a FreshProcess
-    to use, and to leave open; one of its own otherwise. base: as in `FreshProcess.load`, for one's own nn.Module.
-    trust_remote_code: run code that the folder brings; where None, if the model was loaded so.
-    Raises FreshProcessError where the folder does not load or run there, DataError where the model does not say what
-    it takes.
+    Args:
+        model: in memory.
+        folder: that it was saved to.
+        batch: what both are run on; None for fixed random rows (2, of min(64, context) tokens).
+        process: to load the folder in, and to leave open; None for one of its own.
+        base: as in `FreshProcess.load`, for one's own nn.Module.
+        trust_remote_code: run code that the folder brings; None to do so if the model was loaded so.
+
+    Returns:
+        Whether it passed, and how far the outputs lie apart.
+
+    Raises:
+        FreshProcessError: the folder does not load or run there.
+        DataError: the model does not say what it takes.
     """
     started = time.perf_counter()
     dtype, threads = main_dtype(model), torch.get_num_threads()
@@ -131,7 +147,17 @@ def prove(
 
 
 def compared(expected: Tensor, found: Tensor) -> tuple[float, bool]:
-    """The largest difference, and whether all values are equal. Infinities of one sign are equal, NaN never is."""
+    """Return the largest difference, and whether all values are equal.
+
+    Infinities of one sign are equal, NaN never is.
+
+    Args:
+        expected: outputs of any shape.
+        found: outputs to compare with them; other shapes differ by inf.
+
+    Returns:
+        The difference, and whether all are equal.
+    """
     if expected.shape != found.shape:
         return float("inf"), False
     if not expected.numel():
