@@ -38,7 +38,8 @@ del sys.path[:2]  # where kernels.py lies, which transformers would take for the
 from actkit import zoo
 from actkit.core.model.anatomy import Anatomy, Site, anatomy
 from actkit.core.watch.capture import record
-from actkit.core.forward.hooks import evaluating, forward
+from actkit.core.forward.batch import forward
+from actkit.core.forward.hooks import evaluating
 from actkit.core.ground.memory import parameter_bytes
 from actkit.core.recipe.runner import apply
 from actkit.core.watch.statistics import AbsMax, Density, Gram, Moments, Quantiles, Sample, Spectrum, Statistic

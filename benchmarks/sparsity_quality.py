@@ -36,7 +36,8 @@ from actkit.claims.subject import Subject
 from actkit.core.model.anatomy import Anatomy, Site, anatomy
 from actkit.core.watch.capture import observe
 from actkit.core.edit.edits import Edit, temporarily
-from actkit.core.forward.hooks import BatchContext, hooked
+from actkit.core.forward.batch import BatchContext
+from actkit.core.forward.hooks import hooked
 from actkit.core.layers.linear import ActLinear
 from actkit.core.ground.machine import machine, versions
 from actkit.core.ground.progress import track

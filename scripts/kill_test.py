@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from actkit.core.forward.hooks import first_tensor, forward
+from actkit.core.forward.batch import first_tensor, forward
 from actkit.core.ground import whole_folder
 from actkit.core.ground.errors import CheckpointError
 from actkit.core.measure import proof

@@ -15,9 +15,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from actkit.core.edit import changes
+from actkit.core.forward.batch import sequence_of
 from actkit.core.ground import processes
 from actkit.core.ground.errors import ActkitError, DataError
 from actkit.core.ground.memory import format_bytes
@@ -293,7 +294,7 @@ def apply_and_save(
     if not isinstance(model, nn.Module):
         options["base"] = base
     if not (data is None or isinstance(data, str | Path | Sequence)):  # read here, and once more for the proof
-        data = [data] if isinstance(data, Mapping | Tensor) else list(data)
+        data = sequence_of(data, "data")
     applied = apply(model, recipe, data, out=out, resume=resume, overwrite=overwrite, undo="off", **options)
     folder = Path(out)
     example = None if isinstance(data, str) else example_of(applied.model, data)
@@ -597,7 +598,8 @@ def show(model: Model, data: Any = None, **options: Any) -> Summary:
         results = read_manifest(locate(model))["results"]
     example = None
     if find_architecture(getattr(getattr(opened, "config", None), "model_type", None)) is None:
-        example = open_data("random" if data is None else data, opened, tokenizer, "calibration", sequences=1)[0]
+        few = {"sequences": 1} if data is None or isinstance(data, str | Path) else {}
+        example = open_data("random" if data is None else data, opened, tokenizer, "calibration", **few)[0]
     return summarise(opened, example, results)
 
 

@@ -9,8 +9,8 @@ from tiny_models import HIDDEN, Perceptron, batches, build
 from torch import nn
 from transformers import AttentionMaskInterface
 
+from actkit.core.forward.batch import check_batch, forward
 from actkit.core.forward.example import Inputs
-from actkit.core.forward.hooks import check_batch, forward
 from actkit.core.measure import generation
 from actkit.core.measure.quality import measure_quality
 from actkit.core.recipe.runner import apply

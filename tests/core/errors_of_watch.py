@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from tiny_models import batches, build
 
-from actkit.core.forward.hooks import BatchContext
+from actkit.core.forward.batch import BatchContext
 from actkit.core.model.anatomy import Site
 from actkit.core.recipe.runner import apply
 from actkit.core.watch.calls import Call

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import actkit
 from actkit.core.edit.edits import Replace, temporarily
-from actkit.core.forward.hooks import first_tensor, forward
+from actkit.core.forward.batch import first_tensor, forward
 from actkit.core.layers.activations import Thresholded
 from actkit.core.model.anatomy import anatomy
 from actkit.core.watch.capture import live, opened_experts, record

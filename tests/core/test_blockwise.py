@@ -10,7 +10,8 @@ import torch
 from tiny_models import KINDS, batches, build, run
 from torch import Tensor, nn
 
-from actkit.core.forward.hooks import BatchContext, evaluating
+from actkit.core.forward.batch import BatchContext
+from actkit.core.forward.hooks import evaluating
 from actkit.core.ground.errors import UnsupportedModelError
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.blockwise import Walk

@@ -25,7 +25,7 @@ from transformers import (
     ViTModel,
 )
 
-from actkit.core.forward.hooks import BatchContext, forward
+from actkit.core.forward.batch import BatchContext, forward
 from actkit.core.ground import progress
 from actkit.core.ground.errors import DataError, MemoryLimitError, NonFiniteError, UnsupportedModelError
 from actkit.core.ground.memory import MemoryPlan, format_bytes, parse_bytes

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import actkit
 from actkit.core.edit.edits import Replace, apply_edit
-from actkit.core.forward.hooks import first_tensor, forward
+from actkit.core.forward.batch import first_tensor, forward
 from actkit.core.layers.known_layers import hooks_of
 from actkit.core.layers.linear import ActLinear
 from actkit.core.measure.decoding import choose_engine

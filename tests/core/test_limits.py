@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
+from actkit.core.forward.batch import check_batch
 from actkit.core.forward.example import Inputs
-from actkit.core.forward.hooks import check_batch
 from actkit.core.forward.limits import context_length
 from actkit.core.ground.errors import DataError
 from actkit.data import load_data

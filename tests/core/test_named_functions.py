@@ -17,7 +17,7 @@ from transformers.masking_utils import eager_mask
 
 import actkit
 from actkit import verbs
-from actkit.core.forward.hooks import check_batch
+from actkit.core.forward.batch import check_batch
 from actkit.core.ground.errors import CheckpointError, DataError, ExportError, UnsupportedModelError
 from actkit.core.measure.decoding import choose_engine
 from actkit.core.measure.generation import generate_ids

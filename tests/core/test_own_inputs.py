@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from actkit import verbs
-from actkit.core.forward.example import Inputs, example_of, is_encoder_decoder
-from actkit.core.forward.hooks import check_batch, forward
+from actkit.core.forward.batch import check_batch, forward
+from actkit.core.forward.example import Inputs, example_of
+from actkit.core.forward.limits import is_encoder_decoder
 from actkit.core.ground.errors import DataError, UnsupportedModelError
 from actkit.core.measure.quality import measure_quality, task_of
 from actkit.core.measure.speed import measure_speed

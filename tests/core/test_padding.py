@@ -9,7 +9,7 @@ import torch
 from test_limits import encoder
 from torch import Tensor, nn
 
-from actkit.core.forward.hooks import first_tensor, forward
+from actkit.core.forward.batch import first_tensor, forward
 from actkit.core.ground.errors import DataError
 from actkit.core.measure.quality import measure_quality
 from actkit.core.watch.capture import record

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from actkit.core.forward.batch import first_tensor, forward
 from actkit.core.forward.example import Inputs
-from actkit.core.forward.hooks import evaluating, first_tensor, forward
+from actkit.core.forward.hooks import evaluating
 from actkit.core.measure.rounding import limit
 
 

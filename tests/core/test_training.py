@@ -188,7 +188,7 @@ def test_labels_and_losses_of_other_models() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(32, 4), torch.randint(0, 3, (32,))
     model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
-    pairs = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 32, 8)]
+    pairs = [{"input": x[i : i + 8], "labels": y[i : i + 8]} for i in range(0, 32, 8)]
     result = train(model, pairs, validation=pairs[:1], epochs=20, learning_rate=3e-2, gradient_accumulation=3)
     assert result.steps == 20 * 2 and result.validation < 0.6 * result.history[0].validation
     with torch.no_grad():
@@ -418,14 +418,16 @@ def test_nan_stops_with_the_step() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.where(x[:, :1] > 100, x.new_tensor(math.nan), self.linear(x))
 
+    def of(x: Tensor) -> dict[str, Tensor]:
+        return {"x": x, "labels": torch.zeros(4, dtype=torch.int64)}
+
     good, bad = torch.zeros(4, 2), torch.full((4, 2), 1000.0)
-    labels = torch.zeros(4, dtype=torch.int64)
     model = Bad()
     with pytest.raises(NonFiniteError, match=r"loss of step \d+ \(batch 1\) is nan"):
-        train(model, [(good, labels), (bad, labels)], validation=[(good + 1, labels)], steps=4)
+        train(model, [of(good), of(bad)], validation=[of(good + 1)], steps=4)
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     with pytest.raises(NonFiniteError, match="validation loss after step 0"):
-        train(Bad(), [(good, labels)], validation=[(bad, labels)], steps=4)
+        train(Bad(), [of(good)], validation=[of(bad)], steps=4)
 
 
 def test_bad_data_and_settings() -> None:

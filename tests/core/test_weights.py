@@ -10,7 +10,7 @@ from tiny_models import build
 from torch import nn
 
 from actkit.core.edit.edits import Replace, apply_edit, describe
-from actkit.core.forward.hooks import first_tensor, forward
+from actkit.core.forward.batch import first_tensor, forward
 from actkit.core.ground import registry
 from actkit.core.ground.errors import ActkitError
 from actkit.core.layers.linear import ActLinear, pack_for_decode

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from actkit.core.edit.edits import temporarily
-from actkit.core.forward.hooks import BatchContext
+from actkit.core.forward.batch import BatchContext
 from actkit.core.ground.errors import NonFiniteError, RecipeError
 from actkit.core.layers.folding import ScaledActivation
 from actkit.core.layers.linear import ActLinear

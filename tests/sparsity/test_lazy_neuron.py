@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from actkit.core.forward.hooks import evaluating, first_tensor, forward
+from actkit.core.forward.batch import first_tensor, forward
+from actkit.core.forward.hooks import evaluating
 from actkit.core.ground.errors import RecipeError
 from actkit.core.layers.activations import Activation, is_activation, mixes_of
 from actkit.core.layers.folding import ScaledActivation

@@ -10,7 +10,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from actkit.core.forward.hooks import evaluating, forward
+from actkit.core.forward.batch import forward
+from actkit.core.forward.hooks import evaluating
 from actkit.core.ground.errors import CoverageError, DataError, RecipeError
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.selections import Threshold

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import actkit
-from actkit.core.forward.hooks import evaluating, forward
+from actkit.core.forward.batch import forward
+from actkit.core.forward.hooks import evaluating
 from actkit.core.ground import registry
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.selections import Threshold

@@ -27,7 +27,8 @@ from actkit import zoo
 from actkit.claims.outcome import Experiment, Measurement, Outcome, Statement, conduct
 from actkit.claims.subject import REAL, Subject, spread
 from actkit.core.edit.edits import Replace
-from actkit.core.forward.hooks import evaluating, first_tensor, forward
+from actkit.core.forward.batch import first_tensor, forward
+from actkit.core.forward.hooks import evaluating
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.quantizer import Convention, QuantizationGrid
 from actkit.core.layers.weights import DenseWeight

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from actkit.claims.outcome import SMALL, SYNTHETIC, Experiment, Measurement, Outcome, Statement, conduct
 from actkit.claims.subject import REAL, Subject, spread
-from actkit.core.forward.hooks import evaluating, first_tensor, forward
+from actkit.core.forward.batch import first_tensor, forward
+from actkit.core.forward.hooks import evaluating
 from actkit.core.ground.progress import track
 from actkit.core.measure.calibration_error import expected_calibration_error
 from actkit.core.recipe.runner import apply

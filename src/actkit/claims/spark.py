@@ -32,7 +32,8 @@ from actkit import zoo
 from actkit.claims.outcome import SMALL, SYNTHETIC, Measurement, Outcome, Statement, conduct
 from actkit.claims.small_models import language_model
 from actkit.claims.subject import spread
-from actkit.core.forward.hooks import evaluating, forward, hooked
+from actkit.core.forward.batch import forward
+from actkit.core.forward.hooks import evaluating, hooked
 from actkit.core.measure.quality import measure_quality
 from actkit.core.model.anatomy import Site
 from actkit.core.recipe.runner import apply

@@ -27,7 +27,8 @@ from torch import Tensor
 from actkit import kernels
 from actkit.claims.outcome import SYNTHETIC, Experiment, Measurement, Outcome, Statement, conduct
 from actkit.claims.subject import REAL, Subject, spread
-from actkit.core.forward.hooks import evaluating, first_tensor, forward
+from actkit.core.forward.batch import first_tensor, forward
+from actkit.core.forward.hooks import evaluating
 from actkit.core.layers.selections import TopK
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.runner import apply

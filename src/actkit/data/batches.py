@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from actkit.core.forward.hooks import is_tokens, main_input
+from actkit.core.forward.batch import is_tokens, main_input, mask_of
 from actkit.core.ground.errors import DataError
 
 Batch = Any  # a dict of the model's keywords, or a tensor (or tuple of tensors) that is its argument
@@ -19,21 +19,28 @@ Batch = Any  # a dict of the model's keywords, or a tensor (or tuple of tensors)
 class Batches(Sequence[Batch]):
     """An immutable sequence of batches: iterate it as often as you like.
 
-    items: the batches, on the CPU; dicts such as {"input_ids": int64 [batch, length], "attention_mask": the same} or
-    {"pixel_values": float32 [batch, channels, height, width], "labels": int64 [batch]}.
-    document_ids: per batch, int64 [batch, length] (tokens; -1 on padding) or [batch] (everything else): which document
-    each came from, for intervals that resample documents. They stay out of the batches, so out of the model's call.
-    Without them every row counts as a document. description: one line for reports.
+    Args:
+        items: the batches, on the CPU; dicts such as {"input_ids": int64 [batch, length], "attention_mask": the same}
+            or {"pixel_values": float32 [batch, channels, height, width], "labels": int64 [batch]}.
+        document_ids: per batch, int64 [batch, length] (tokens; -1 on padding) or [batch] (everything else): which
+            document each came from, for intervals that resample documents. They stay out of the batches, so out of the
+            model's call. Without them every row counts as a document.
+        description: one line for reports.
+        model: that is called on them, which says what the main input is; needed for inputs of unusual names.
     """
 
     def __init__(
-        self, items: Sequence[Batch], document_ids: Sequence[Tensor] | None = None, description: str = "batches"
+        self,
+        items: Sequence[Batch],
+        document_ids: Sequence[Tensor] | None = None,
+        description: str = "batches",
+        model: nn.Module | None = None,
     ) -> None:
         if not items:
             raise DataError("data: 0 batches were given; give at least one.")
         self.items = tuple(items)
         self.description = description
-        self.document_ids = tuple(document_ids) if document_ids is not None else _rows_as_documents(self.items)
+        self.document_ids = tuple(document_ids) if document_ids is not None else _rows_as_documents(self.items, model)
         if len(self.document_ids) != len(self.items):
             raise DataError(
                 f"document_ids: {len(self.document_ids)} tensors were given for {len(self.items)} batches; "
@@ -54,12 +61,12 @@ class Batches(Sequence[Batch]):
 
     @property
     def rows(self) -> int:
-        """How many sequences or images there are."""
-        return sum(len(main_input(batch)) for batch in self.items)
+        """How many sequences, images or other examples there are."""
+        return sum(len(ids) for ids in self.document_ids)
 
     @property
     def tokens(self) -> int:
-        """How many tokens are not padding; the number of rows where there are no tokens."""
+        """How many tokens are not padding; the number of rows if there are no tokens."""
         return sum(int((ids >= 0).sum()) for ids in self.document_ids)
 
     @cached_property
@@ -85,15 +92,15 @@ def _tuple(batch: Batch) -> tuple[Any, ...]:
     return batch if isinstance(batch, tuple) else (batch,)
 
 
-def _rows_as_documents(items: Sequence[Batch]) -> tuple[Tensor, ...]:
+def _rows_as_documents(items: Sequence[Batch], model: nn.Module | None) -> tuple[Tensor, ...]:
     first, found = 0, []
     for batch in items:
-        main = main_input(batch)
+        main = main_input(batch, model)
         ids = torch.arange(first, first + len(main))
         first += len(main)
-        if is_tokens(main):
+        if is_tokens(batch, model):
             ids = ids[:, None].expand(main.shape).clone()
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            mask = mask_of(batch)
             if mask is not None and mask.shape == main.shape:
                 ids[mask.cpu() == 0] = -1
         found.append(ids)

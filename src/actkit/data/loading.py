@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from actkit.core.forward.example import DECODER_TOKENS, TOKENS, Inputs, first_rows
-from actkit.core.forward.hooks import check_batch, main_input
+from actkit.core.forward.batch import as_batches, check_batch, first_rows, main_input
+from actkit.core.forward.example import Inputs, has_example, make_example
+from actkit.core.forward.limits import DECODER_TOKENS, TOKENS
 from actkit.core.forward.stream import Stream
 from actkit.core.ground.errors import DataError
 from actkit.core.ground.progress import track
@@ -73,7 +74,7 @@ def load_data(
     length = length or min(DEFAULT_LENGTH, context or DEFAULT_LENGTH)
 
     if isinstance(source, str) and source == "random":
-        return _random(takes, sequences or _RANDOM_SEQUENCES, length, batch_size, seed, split)
+        return _random(model, takes, sequences or _RANDOM_SEQUENCES, length, batch_size, seed, split)
     if source is not None and not isinstance(source, str | Path):
         return _given(source, model, sequences, split)
     if source is None and tokenizer is None and takes.shape == (1, 8, 8):
@@ -296,9 +297,15 @@ def _image_batches(takes: Inputs, images: Tensor, labels: Tensor | None, batch_s
     return _batches(found, description)
 
 
-def _random(takes: Inputs, sequences: int, length: int, batch_size: int, seed: int, split: Split | None) -> Batches:
-    # Another split is other data, also where the data are random.
-    generator = torch.Generator().manual_seed(seed * len(SPLITS) + SPLITS.index(split or "calibration"))
+def _random(
+    model: nn.Module, takes: Inputs, sequences: int, length: int, batch_size: int, seed: int, split: Split | None
+) -> Batches:
+    number = seed * len(SPLITS) + SPLITS.index(split or "calibration")  # another split is other data
+    sizes = [min(batch_size, sequences - at) for at in range(0, sequences, batch_size)]
+    if has_example(model):
+        examples = [make_example(model, size, number * len(sizes) + index) for index, size in enumerate(sizes)]
+        return Batches(examples, description=f"random, {sequences} examples of the model's own", model=model)
+    generator = torch.Generator().manual_seed(number)
     shape, vocabulary = takes.shape, takes.vocabulary
     make: Callable[[int], Batch]
     if shape is not None:
@@ -317,9 +324,8 @@ def _random(takes: Inputs, sequences: int, length: int, batch_size: int, seed: i
     else:
         raise DataError(
             "source='random': the model states neither a vocabulary (config.vocab_size) nor an input shape "
-            "(config.image_size, input_shape); pass an iterable of batches."
+            "(config.image_size, input_shape); pass an iterable of batches, or give the model example(rows, seed)."
         )
-    sizes = [min(batch_size, sequences - at) for at in range(0, sequences, batch_size)]
     return Batches([make(size) for size in sizes], description=f"random, {sequences} {what}")
 
 
@@ -330,25 +336,24 @@ def _given(source: Iterable[Batch], model: nn.Module, sequences: int | None, spl
         )
     if isinstance(source, Stream):
         raise DataError(f"source: {source} has no end; give some of its batches: stream.take(8).")
-    if isinstance(source, Mapping | Tensor):
-        source = [source]
+    source = as_batches(source, "source")
     documents_given = getattr(source, "document_ids", None)
     description = getattr(source, "description", "given batches")
-    given = source if isinstance(source, Batches) else Batches(list(source), documents_given, description)
+    given = source if isinstance(source, Batches) else Batches(list(source), documents_given, description, model)
     if sequences is not None:
         _take(range(given.rows), sequences, "rows", given.description)
-        given = _first_rows(given, sequences)
+        given = _first_rows(given, sequences, model)
     for batch in given:
         check_batch(model, batch)
     return given
 
 
-def _first_rows(batches: Batches, count: int) -> Batches:
+def _first_rows(batches: Batches, count: int, model: nn.Module) -> Batches:
     items: list[Batch] = []
     ids: list[Tensor] = []
     for batch, owners in zip(batches.items, batches.document_ids):
-        size = len(main_input(batch))
-        items.append(first_rows(batch, count))
+        size = len(main_input(batch, model))
+        items.append(batch if count >= size else first_rows(batch, count, model))
         ids.append(owners[:count])
         count -= size
         if count <= 0:

@@ -26,8 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from actkit.core.edit.edits import Replace, temporarily
-from actkit.core.forward.example import Inputs, fit_dtype
-from actkit.core.forward.hooks import evaluating, first_tensor, forward
+from actkit.core.forward.batch import first_tensor, forward
+from actkit.core.forward.example import fit_dtype, make_example
+from actkit.core.forward.hooks import evaluating
 from actkit.core.ground.errors import ExportError
 from actkit.core.measure.proof import compared
 from actkit.core.measure.rounding import Limit, limit
@@ -170,7 +171,7 @@ def compare(
     """
     started = time.perf_counter()
     dtype: Any = model.dtype
-    batch = fit_dtype(Inputs.of(model).batch(ROWS), dtype)
+    batch = fit_dtype(make_example(model, ROWS), dtype)
     expected = expected_outputs(model, batch, as_read)
     moved = float((expected_outputs(model, batch) - expected).abs().max()) if as_read else 0.0
     (found,) = read_back([(folder, dtype, batch, gguf_file)])

@@ -20,8 +20,9 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from actkit.core.edit.edits import Configure, Edit, Note, Replace, Skip
-from actkit.core.forward.example import Inputs
-from actkit.core.forward.hooks import evaluating, forward, hooked
+from actkit.core.forward.batch import forward
+from actkit.core.forward.example import make_example
+from actkit.core.forward.hooks import evaluating, hooked
 from actkit.core.ground import registry
 from actkit.core.ground.errors import EditError, RecipeError
 from actkit.core.ground.modules import is_within
@@ -303,7 +304,7 @@ def _calls(model: nn.Module, modules: Iterable[nn.Module], batch: Any) -> dict[i
     paths = {id(module): path for path, module in _modules(model) if id(module) in counts}
     try:
         with evaluating(model), hooked(model, after=dict.fromkeys(paths.values(), count)):
-            forward(model, Inputs.of(model).batch() if batch is None else batch)
+            forward(model, make_example(model) if batch is None else batch)
     except Exception:  # whatever a model raises that cannot be called so: the note says that nothing is known
         return {}
     return counts

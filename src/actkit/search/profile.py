@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.edit.edits import Replace, temporarily
-from actkit.core.forward.hooks import BatchContext
+from actkit.core.forward.batch import BatchContext
 from actkit.core.ground.errors import DataError
 from actkit.core.ground.memory import MemoryPlan, parse_bytes
 from actkit.core.ground.offload import onloaded, refuse_offloaded
@@ -106,7 +106,7 @@ def profile(
                 weights += [_weight(linear, block.index) for linear in block.linears()]
         if outside := plan.statistics(None):
             add(record(view.model, outside, batches, anatomy=view, progress=progress), {})
-    rows = sum(BatchContext.of(batch).tokens for batch in batches)
+    rows = sum(BatchContext.of(batch, view.model).tokens for batch in batches)
     notes = [*plan.notes, *([f"no token reached {', '.join(map(str, unseen))}"] if unseen else [])]
     kind, findings = type(view.model).__name__, find(found, weights)
     return Profile(kind, view.architecture, rows, tuple(found), tuple(weights), findings, tuple(notes))

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from actkit.core.forward.example import vocabulary_size
-from actkit.core.forward.limits import context_length
+from actkit.core.forward.limits import context_length, vocabulary_size
 from actkit.core.ground.errors import DataError
 from actkit.data import Batches, Split, load_data
 

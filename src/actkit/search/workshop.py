@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from actkit.core.forward.batch import forward
 from actkit.core.forward.example import Inputs, example_of
-from actkit.core.forward.hooks import Before, evaluating, forward, hooked
+from actkit.core.forward.hooks import Before, evaluating, hooked
 from actkit.core.forward.outputs import KEEP, Outputs
 from actkit.core.ground.errors import ActkitError
 from actkit.core.ground.estimate import Estimate

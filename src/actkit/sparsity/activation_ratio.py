@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.edit.edits import get_module, set_module
-from actkit.core.forward.hooks import BatchContext
+from actkit.core.forward.batch import BatchContext
 from actkit.core.ground.errors import DataError
 from actkit.core.ground.figure_text import all_plain
 from actkit.core.ground.progress import track
@@ -150,7 +150,7 @@ def _ratio(
     if search is not None and method == "cett":
         found = search.at(value, batches, dense)
         return ActivationRatio(method, value, found.ratio, found.ratios, math.exp(dense + found.rise), math.exp(dense))
-    masks = [BatchContext.of(batch).mask for batch in batches]
+    masks = [BatchContext.of(batch, view.model).mask for batch in batches]
     if method == "topk" and not all(mask is None or bool(mask.all()) for mask in masks):
         raise DataError("batches: some are padded, and 'topk' chooses among all positions of a batch; give full rows.")
     places = gates(view)

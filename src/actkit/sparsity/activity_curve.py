@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from actkit.core.forward.batch import sequence_of
 from actkit.core.ground.errors import DataError
 from actkit.core.ground.figure_text import all_plain, plain
 from actkit.core.ground.progress import track
@@ -95,7 +96,7 @@ def activity_curve(
         models = dict(_labelled(index, model) for index, model in enumerate(models))
     if not models:
         raise DataError("models: 0 were given; pass at least one model or folder.")
-    batches = [batches] if isinstance(batches, Mapping | Tensor) else list(batches)
+    batches = sequence_of(batches)
     points = {}
     for label, source in track(models.items(), "Measuring checkpoints", len(models), progress):
         model = source if isinstance(source, nn.Module) else load(source, dtype="float32")

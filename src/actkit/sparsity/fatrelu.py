@@ -15,7 +15,7 @@ its shift is our choice, as the paper names none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from statistics import mean
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from actkit.core.edit.edits import Edit, Note, Replace, Skip, get_module, temporarily
+from actkit.core.forward.batch import sequence_of
 from actkit.core.ground.errors import RecipeError, UnsupportedModelError
 from actkit.core.ground.progress import track
 from actkit.core.layers.activation_function import ActivationFunction, Axis
@@ -286,9 +287,7 @@ def sweep_threshold(
         raise ValueError(f"grid: {list(grid)} was given; give at least one threshold, each above 0 and finite.")
     if task_of(model) != "language":
         raise UnsupportedModelError(f"model: {type(model).__name__} writes no text, so it has no perplexity.")
-    if isinstance(batches, Mapping | Tensor):
-        batches = [batches]
-    batches = batches if isinstance(batches, Sequence) else list(batches)
+    batches = sequence_of(batches)
     view = anatomy(model)
     with opened_experts(view):
         places = {path: relu for block in view.blocks for path, relu in relus(view.block(block.index)).items()}

@@ -14,7 +14,7 @@ it is computed, which the paper leaves to approximate search; `flops` states bot
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from statistics import mean
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from actkit.core.forward.batch import sequence_of
 from actkit.core.ground.errors import DataError
 from actkit.core.ground.figure_text import all_plain, plain
 from actkit.core.layers.activations import activation_function, function_names, name_of
@@ -240,8 +241,8 @@ def neuron_activity(
     """
     if not (threshold >= 0 and isfinite(threshold)):
         raise ValueError(f"threshold: {threshold} was given; it is a magnitude, give 0 or more, finite.")
-    batches = [batches] if isinstance(batches, Mapping | Tensor) else list(batches)
-    if not batches:
+    batches = sequence_of(batches)
+    if not len(batches):
         raise DataError("batches: 0 were given; pass at least one dict of the model's keywords.")
     view = anatomy(model, batches[0])
     with opened_experts(view):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from actkit.core.forward.hooks import BatchContext
+from actkit.core.forward.batch import BatchContext
 from actkit.core.ground.figure_text import all_plain
 from actkit.core.train.objective import Loss
 from actkit.sparsity.cett import Method
@@ -128,8 +128,8 @@ def ppl_sparsity(
 
     Args:
         model: the model to measure.
-        batches: what the thresholds are fitted to, at least 20,000 tokens to be stable; dicts of the model's keywords,
-            or (input, labels). A model that is no language model needs 'labels'.
+        batches: what the thresholds are fitted to, at least 20,000 tokens to be stable; dicts of the model's keywords.
+            A model that is no language model needs 'labels'.
         p: in percent.
         held_out: batches to measure on as well.
         tolerance: as in `PerplexitySparsity`.
@@ -165,5 +165,5 @@ def ppl_sparsity(
             reached=root.reached,
             held_out=None if held_out is None else search.at(root.low, sequence(held_out)),
             trace=tuple((cett, math.exp(rise)) for cett, rise in root.trace),
-            tokens=sum(BatchContext.of(batch).tokens for batch in batches),
+            tokens=sum(BatchContext.of(batch, model).tokens for batch in batches),
         )

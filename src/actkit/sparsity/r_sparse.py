@@ -34,7 +34,7 @@ from pydantic import Field
 from torch import Tensor
 
 from actkit.core.edit.edits import Edit, Note, Replace, Skip
-from actkit.core.forward.hooks import BatchContext
+from actkit.core.forward.batch import BatchContext
 from actkit.core.ground.errors import RecipeError
 from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.layers.selections import Selection, Threshold, TopK
@@ -259,7 +259,7 @@ def _loss(trial: Trial, data: Sequence[Any]) -> Callable[[], float]:
     if task_of(trial.model) == "language":
         settings: dict[str, Any] = {"task": "language", "resamples": 1, "progress": False}
         return lambda: measure_quality(trial.model, data, **settings).metrics["perplexity"].value
-    masks = [BatchContext.of(batch).mask for batch in data]
+    masks = [BatchContext.of(batch, trial.model).mask for batch in data]
 
     def outputs() -> Iterable[Tensor]:
         for output, mask in zip(trial.outputs(), masks, strict=True):

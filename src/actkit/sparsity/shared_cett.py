@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from actkit.core.edit.edits import Replace, temporarily
-from actkit.core.forward.hooks import BatchContext, evaluating
+from actkit.core.forward.batch import BatchContext, sequence_of
+from actkit.core.forward.hooks import evaluating
 from actkit.core.ground.errors import CoverageError, DataError, NonFiniteError
 from actkit.core.ground.progress import track
 from actkit.core.layers.linear import ActLinear
@@ -33,9 +34,7 @@ TRIES = 20  # of false position; then bisection, which no noise can hold up
 
 def sequence(batches: Any) -> Sequence[Any]:
     """Return batches that can be passed over several times. Raises DataError if there are none."""
-    if isinstance(batches, Mapping | Tensor):
-        return [batches]
-    batches = batches if isinstance(batches, Sequence) else list(batches)
+    batches = sequence_of(batches)
     if not len(batches):
         raise DataError("batches: 0 were given; pass at least one.")
     return batches
@@ -90,7 +89,7 @@ def measure(
     total, count, row = 0.0, 0, 0
     with evaluating(view.model), observe(view, wanted) as observer:
         for batch in batches:
-            context = BatchContext.of(batch, first_row=row)
+            context = BatchContext.of(batch, view.model, first_row=row)
             row += context.batch_size
             observer.begin(context)
             labels = objective.labels(batch)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from actkit.core.edit import changes
-from actkit.core.forward.hooks import evaluating, first_tensor, forward
+from actkit.core.forward.batch import first_tensor, forward
+from actkit.core.forward.hooks import evaluating
 from actkit.core.ground.random_numbers import random_state
 
 COMPILED = 1e-5  # of the largest value, in float32

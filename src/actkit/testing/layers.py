@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from actkit.core.forward.hooks import evaluating, first_tensor
+from actkit.core.forward.batch import first_tensor
+from actkit.core.forward.hooks import evaluating
 from actkit.core.ground import registry
 from actkit.core.ground.random_numbers import own_random_numbers
 from actkit.core.layers.activations import mixes_of, says_what_it_mixes

@@ -24,15 +24,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actkit.core.forward.example import Inputs, first_rows
-from actkit.core.forward.hooks import arguments, check_batch, evaluating, first_tensor, forward, hooked, main_input
+from actkit.core.forward.batch import (
+    arguments,
+    check_batch,
+    first_rows,
+    first_tensor,
+    forward,
+    has_rows,
+    main_input,
+    mask_of,
+)
+from actkit.core.forward.example import make_example
+from actkit.core.forward.hooks import evaluating, hooked
 from actkit.core.ground import registry
+from actkit.core.ground.errors import DataError
 from actkit.core.ground.random_numbers import own_random_numbers
 from actkit.core.measure.quality import measure_quality, task_of
 from actkit.core.model.anatomy import Site, anatomy
 from actkit.core.recipe.runner import Applied, apply
 from actkit.core.store import checkpoint
-from actkit.core.train.objective import mask_of
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import AbsMax
 from actkit.quantization.rtn import RoundToNearest
@@ -156,8 +166,11 @@ def rows_do_not_mix(case: ModelCase) -> None:
     """The first row of a batch alone gives what it gives among others, to rounding; else no document is measured."""
     model = case.model()
     for batch, expected in zip(case.batches, case.expected, strict=True):
-        assert len(expected) == len(main_input(batch)), f"{len(expected)} outputs for {len(main_input(batch))} rows"
-        (alone,) = outputs(model, [first_rows(batch, 1)])
+        if not has_rows(batch, model):
+            raise NotApplicable("a batch is one whole, such as a graph: not every tensor has one entry per example")
+        rows = len(main_input(batch, model))
+        assert len(expected) == rows, f"{len(expected)} outputs for {rows} rows"
+        (alone,) = outputs(model, [first_rows(batch, 1, model)])
         same = close if expected.is_floating_point() else equal
         same([alone], [expected[:1]], "the output of a row alone")
 
@@ -295,10 +308,11 @@ def loaded_in_fresh_process(case: ModelCase) -> None:
 def random_inputs_fit(case: ModelCase) -> None:
     """It can be called with the inputs that actkit makes up for it from `input_shape` or its first layer."""
     model = case.model()
-    takes = Inputs.of(model)
-    if takes.vocabulary is None and takes.shape is None:
-        raise NotApplicable("it does not say what it takes; set input_shape, or give data with each call")
-    batch = takes.batch()
+    try:
+        batch = make_example(model)
+    except DataError:
+        raise NotApplicable("it does not say what it takes; set input_shape or give it example(rows, seed)") from None
+    equal(tensors_in(batch), tensors_in(make_example(model)), "two examples of one seed")
     check_batch(model, batch)
     (output,) = outputs(model, [batch])
     assert bool(torch.isfinite(output).all()), "the output of random inputs holds NaN or Inf"

@@ -27,7 +27,8 @@ from pydantic import PrivateAttr, ValidationError
 from torch import Tensor, nn
 
 from actkit.core.edit import changes
-from actkit.core.forward.hooks import hooked, main_input
+from actkit.core.forward.batch import main_input, mask_of
+from actkit.core.forward.hooks import hooked
 from actkit.core.ground.errors import RecipeError
 from actkit.core.ground.modules import tied_names
 from actkit.core.ground.random_numbers import own_random_numbers
@@ -35,7 +36,7 @@ from actkit.core.measure.tasks.task import IGNORED
 from actkit.core.recipe.rule import AttachedRule, TrainingRule, dump_rules, parse_rules
 from actkit.core.store import checkpoint
 from actkit.core.train.choice import parameter_groups, trained_parameters
-from actkit.core.train.objective import Objective, mask_of
+from actkit.core.train.objective import Objective
 from actkit.core.train.rules import RuleCallback, attach, finish
 from actkit.core.train.training import Trained, train
 from actkit.core.train.training_setup import prepare_modes

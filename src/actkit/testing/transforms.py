@@ -25,7 +25,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from actkit.core.edit import changes
-from actkit.core.forward.hooks import arguments, evaluating, first_tensor
+from actkit.core.forward.batch import arguments, first_tensor
+from actkit.core.forward.hooks import evaluating
 from actkit.core.ground.errors import ActkitError, DataError, NonFiniteError, RecipeError, UnsupportedModelError
 from actkit.core.ground.modules import is_pretrained, tied_names
 from actkit.core.model.anatomy import anatomy

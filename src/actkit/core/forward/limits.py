@@ -1,11 +1,17 @@
-"""How long a sequence a model takes, and by which numbers it counts the positions of its tokens."""
+"""What a model takes: tokens or a shape, how long a sequence, and by which numbers it counts positions."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from actkit.core.layers.linear import ActLinear
+
+# The first input of a model of tokens, and the second one of an encoder-decoder, as transformers calls them.
+TOKENS, DECODER_TOKENS = "input_ids", "decoder_input_ids"
 LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx")
 
 
@@ -58,3 +64,47 @@ def _padding_offset(model: nn.Module, length: int) -> int:
 def _is_position_table(name: str, module: nn.Module) -> bool:
     own = name.rpartition(".")[2]
     return ("pos" in own or own == "wpe") and type(module).__name__.endswith("Embedding") and hasattr(module, "weight")
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model takes two sequences: one to encode, one to decode. Its encoder alone does not."""
+    return DECODER_TOKENS in inspect.signature(model.forward).parameters
+
+
+def vocabulary_size(model: nn.Module) -> int | None:
+    """How many tokens the model embeds; None if it embeds none, or takes something else (audio, images)."""
+    if getattr(model, "main_input_name", TOKENS) != TOKENS:
+        return None
+    find: Any = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = None if find is None else find()
+    except NotImplementedError:  # a transformers model without tokens
+        embedding = None
+    count = getattr(embedding, "num_embeddings", None) or getattr(text_config(model), "vocab_size", None)
+    if count is None:
+        first = _first_layer(model)
+        count = first.num_embeddings if isinstance(first, nn.Embedding) else None
+    return count
+
+
+def input_shape(model: nn.Module) -> tuple[int, ...] | None:
+    """The shape of one example of a model that takes no tokens, if the model says it."""
+    stated: Any = getattr(model, "input_shape", None)
+    if isinstance(stated, tuple | list):
+        return tuple(int(size) for size in stated)
+    config: Any = getattr(model, "config", None)
+    size = getattr(config, "image_size", None)
+    if size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        return getattr(config, "num_channels", 3), height, width
+    timm: Any = getattr(model, "pretrained_cfg", None)
+    if isinstance(timm, Mapping) and "input_size" in timm:
+        return tuple(timm["input_size"])
+    first = _first_layer(model) if config is None else None
+    features = getattr(first, "in_features", None)  # nn.Linear or what replaced it
+    return None if features is None else (int(features),)
+
+
+def _first_layer(model: nn.Module) -> nn.Module | None:
+    owners = (m for m in model.modules() if isinstance(m, ActLinear) or any(True for _ in m.parameters(recurse=False)))
+    return next(owners, None)

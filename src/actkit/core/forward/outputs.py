@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actkit.core.forward.hooks import StopForward, forward, hooked
+from actkit.core.forward.batch import forward
+from actkit.core.forward.hooks import StopForward, hooked
 from actkit.core.ground.errors import UnsupportedModelError
 from actkit.core.layers.linear import ActLinear
 

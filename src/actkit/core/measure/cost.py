@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from actkit.core.forward.hooks import BatchContext, evaluating
+from actkit.core.forward.batch import BatchContext, sequence_of
+from actkit.core.forward.hooks import evaluating
 from actkit.core.forward.outputs import find_head, output_of
 from actkit.core.ground import processes
 from actkit.core.ground.errors import DataError
@@ -132,8 +133,8 @@ def measure_cost(
     disk = None if folder is None else folder_bytes(folder)
     weights = _resident_bytes(model)
     if batches is not None:
-        batches = [batches] if isinstance(batches, Mapping | Tensor) else list(batches)
-        if not batches:
+        batches = sequence_of(batches)
+        if not len(batches):
             raise DataError("batches: 0 batches were given; pass at least one dict of the model's keywords.")
     with ExitStack() as stack:
         view = _view(model, batches)
@@ -463,13 +464,13 @@ def _measure(
     wanted |= {site: Density() for site in (*members.values(), *(gate.site for gate in gates.values()))}
     tokens = 0
     if not wanted or view is None:
-        return _Seen(sum(BatchContext.of(batch).tokens for batch in batches), {}, {}, tally, {})
+        return _Seen(sum(BatchContext.of(batch, model).tokens for batch in batches), {}, {}, tally, {})
     with evaluating(model):
         head = find_head(model, batches[0])  # a pass may end before it: whole logits are the largest tensor
         with observe(view, wanted) as observer:
             row = 0
             for index, batch in enumerate(track(batches, "Measuring the density", enabled=progress)):
-                context = BatchContext.of(batch, first_row=row)
+                context = BatchContext.of(batch, model, first_row=row)
                 row += context.batch_size
                 tokens += context.tokens
                 if processes.mine(index):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from actkit.core.forward.batch import sequence_of
 from actkit.core.ground import processes
 from actkit.core.ground.errors import DataError
 from actkit.core.ground.estimate import Estimate
@@ -268,9 +269,7 @@ def evaluate(
             f"speed, process: time and memory are measured with the machine to itself, and {processes.count()} "
             f"processes share it here; measure them in one, without torchrun."
         )
-    if isinstance(batches, Mapping | Tensor):
-        batches = [batches]
-    batches = batches if isinstance(batches, Sequence) else list(batches)  # each measurement reads them again
+    batches = sequence_of(batches)  # each measurement reads them again
     for each in (model, reference):
         if each is not None:
             refuse_quantized(each)

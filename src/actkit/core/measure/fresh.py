@@ -467,7 +467,8 @@ class _Worker:
         return {"engine": engine.name, "reason": engine.reason, "threads": threads, "packed": packed}
 
     def outputs(self, batch: dict[str, Any]) -> dict[str, Any]:
-        from actkit.core.forward.hooks import evaluating, first_tensor, forward
+        from actkit.core.forward.batch import first_tensor, forward
+        from actkit.core.forward.hooks import evaluating
 
         with evaluating(self._loaded):
             output = first_tensor(forward(self._loaded, _read_batch(batch, self._folder)))
@@ -505,7 +506,8 @@ class _Worker:
         }
 
     def time_forward(self, batch: dict[str, Any], at_least: float) -> dict[str, Any]:
-        from actkit.core.forward.hooks import evaluating, forward
+        from actkit.core.forward.batch import forward
+        from actkit.core.forward.hooks import evaluating
 
         model, inputs = self._loaded, _read_batch(batch, self._folder)
         device = _device(model)

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.edit import changes
-from actkit.core.forward.example import Inputs, fit_dtype, main_dtype, unsaved_dtypes
-from actkit.core.forward.hooks import BatchContext, evaluating, first_tensor, forward
+from actkit.core.forward.batch import BatchContext, first_tensor, forward
+from actkit.core.forward.example import fit_dtype, main_dtype, make_example, unsaved_dtypes
+from actkit.core.forward.hooks import evaluating
 from actkit.core.ground.offload import device_of
 from actkit.core.measure.fresh import Base, FreshProcess
 from actkit.core.measure.rounding import Limit, limit
@@ -106,7 +107,7 @@ def prove(
     started = time.perf_counter()
     dtype, threads = main_dtype(model), torch.get_num_threads()
     if batch is None:
-        batch = fit_dtype(Inputs.of(model).batch(ROWS), dtype)
+        batch = fit_dtype(make_example(model, ROWS), dtype)
     with evaluating(model):
         expected = first_tensor(forward(model, batch)).float().cpu()
     origin = changes.source(model)
@@ -137,7 +138,7 @@ def prove(
         difference,
         scale,
         allowed.value,
-        BatchContext.of(batch).tokens,
+        BatchContext.of(batch, model).tokens,
         time.perf_counter() - started,
         _reason(expected, found, difference, allowed, equal, _other_path(model, loaded)),
         equal,

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from actkit.core.forward.example import is_encoder_decoder
-from actkit.core.forward.hooks import BatchContext, check_batch, evaluating, refuse_compiled_or_sharded
+from actkit.core.forward.batch import BatchContext, as_batches, check_batch
+from actkit.core.forward.hooks import evaluating, refuse_compiled_or_sharded
+from actkit.core.forward.limits import is_encoder_decoder
 from actkit.core.forward.outputs import Outputs
 from actkit.core.ground import processes, registry
 from actkit.core.ground.errors import DataError, UnsupportedModelError
@@ -188,8 +189,7 @@ def measure_quality(
         raise DataError(
             f"reference: none was given, and {measured.needs_reference}; pass the original as reference= (--against)."
         )
-    if isinstance(batches, Mapping | Tensor):
-        batches = [batches]
+    batches = as_batches(batches)
     if isinstance(batches, Sequence):
         _check_batches(models, batches)  # before any work is done
     if stop is not None and processes.several():
@@ -202,7 +202,7 @@ def measure_quality(
         for each in models:
             stack.enter_context(evaluating(each))
         total = len(batches) if isinstance(batches, Sized) else None
-        tracked = track(_with_documents(batches), "Measuring quality", total, enabled=progress)
+        tracked = track(_with_documents(model, batches), "Measuring quality", total, enabled=progress)
         for index, (batch, documents) in enumerate(tracked):
             if processes.several():
                 given.append(fingerprint((batch, documents)))
@@ -268,12 +268,12 @@ def _check_batches(models: Sequence[nn.Module], batches: Iterable[Any]) -> None:
             check_batch(model, batch)
 
 
-def _with_documents(batches: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:
+def _with_documents(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:
     """Each batch with the document of each token int64 [batch, length] or row [batch]; -1 on padding."""
     given = getattr(batches, "document_ids", None)
     first = 0
     for index, batch in enumerate(batches):
-        context = BatchContext.of(batch, first_row=first, documents=None if given is None else given[index])
+        context = BatchContext.of(batch, model, first_row=first, documents=None if given is None else given[index])
         first += context.batch_size
         documents = context.documents.cpu()
         if context.length is not None:

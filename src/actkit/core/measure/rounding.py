@@ -22,8 +22,9 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from actkit.core.forward.batch import first_tensor, forward
 from actkit.core.forward.example import main_dtype
-from actkit.core.forward.hooks import evaluating, first_tensor, forward
+from actkit.core.forward.hooks import evaluating
 
 WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 SIDES = 2  # both computations are rounded

@@ -25,8 +25,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from actkit.core.forward.batch import main_input
 from actkit.core.forward.example import Inputs, fit_dtype
-from actkit.core.forward.hooks import main_input
 from actkit.core.ground.errors import DataError, MemoryLimitError
 from actkit.core.ground.estimate import Estimate
 from actkit.core.ground.memory import format_bytes

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from actkit.core.forward.example import Inputs, example_of
+from actkit.core.forward.example import example_of, has_example, make_example
 from actkit.core.forward.hooks import refuse_compiled_or_sharded
 from actkit.core.ground.errors import CoverageError
 from actkit.core.ground.modules import is_within, tied_names
@@ -100,11 +100,13 @@ def _trace(model: nn.Module, example: Any) -> Trace:
     kind = type(model).__name__
     if example is not None:
         return trace(model, example)
+    if has_example(model):
+        return trace(model, make_example(model))
     dummy = getattr(model, "dummy_inputs", None)
     if dummy is None:
         raise CoverageError(
             f"example: {kind} is none of the known model types ({', '.join(known_model_types())}), so it is traced: "
-            f"pass example=, one batch that the model can be called with."
+            f"pass example=, one batch that the model can be called with, or give the model example(rows, seed)."
         )
     try:
         return trace(model, dummy)
@@ -377,5 +379,5 @@ class _Described(Anatomy):
     def _axis(self, where: str, path: str) -> Axis | None:
         if (where, path) not in self._axes:  # nothing was traced, or modules were replaced since
             example = example_of(self.model, [self._example]) if self._example is not None else None
-            self._axes = trace(self.model, Inputs.of(self.model).batch() if example is None else example).axes
+            self._axes = trace(self.model, make_example(self.model) if example is None else example).axes
         return self._axes.get((where, path))

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from actkit.core.forward.hooks import evaluating, forward, hooked
+from actkit.core.forward.batch import forward
+from actkit.core.forward.hooks import evaluating, hooked
 from actkit.core.layers.activations import says_what_it_mixes
 from actkit.core.model.channel_axes import ChannelAxes, axis_of_class
 from actkit.core.model.parts import CONVOLUTIONS, is_linear

@@ -19,16 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actkit.core.forward.hooks import (
-    BatchContext,
-    StopForward,
-    arguments,
-    check_batch,
-    evaluating,
-    forward,
-    hooked,
-    refuse_compiled_or_sharded,
-)
+from actkit.core.forward.batch import BatchContext, arguments, check_batch, forward
+from actkit.core.forward.hooks import StopForward, evaluating, hooked, refuse_compiled_or_sharded
 from actkit.core.ground import processes
 from actkit.core.ground.errors import UnsupportedModelError
 from actkit.core.ground.fingerprint import fingerprint, model_fingerprint
@@ -100,13 +92,14 @@ class Walk:
     @cached_property
     def tokens_before(self) -> list[int]:
         """Per batch, how many real tokens (or images) the batches before it hold, those of other processes included."""
-        return [0, *accumulate(BatchContext.of(batch).tokens for batch in self.batches)]
+        return [0, *accumulate(BatchContext.of(batch, self.anatomy.model).tokens for batch in self.batches)]
 
     def _contexts(self) -> Iterable[tuple[Any, BatchContext]]:
         """The batches of this process; their rows are numbered as among all."""
         row = 0
         for index, batch in enumerate(self.batches):
-            context = BatchContext.of(batch, first_row=row, documents=_documents(self.batches, index))
+            owners = _documents(self.batches, index)
+            context = BatchContext.of(batch, self.anatomy.model, first_row=row, documents=owners)
             row += context.batch_size
             if index in self.share:
                 yield batch, context

@@ -14,7 +14,8 @@ from math import ceil
 from typing import Any
 
 from actkit.core.edit.edits import refuse_hooks
-from actkit.core.forward.hooks import BatchContext, evaluating
+from actkit.core.forward.batch import BatchContext
+from actkit.core.forward.hooks import evaluating
 from actkit.core.ground import offload, processes
 from actkit.core.ground.errors import CoverageError, MemoryLimitError
 from actkit.core.ground.memory import format_bytes, parameter_bytes, parse_bytes
@@ -130,8 +131,9 @@ def _cost(
     needy = [t for t in transforms if t.tags.needs_data]
     if not needy or not len(batches):
         return [], 0.0
-    tokens = [context.batch_size * (context.length or 1) for context in map(BatchContext.of, batches)]
-    longest = max(range(len(batches)), key=lambda index: BatchContext.of(batches[index]).length or 1)
+    contexts = [BatchContext.of(batch, view.model) for batch in batches]
+    tokens = [context.batch_size * (context.length or 1) for context in contexts]
+    longest = max(range(len(batches)), key=lambda index: contexts[index].length or 1)
     most = max(sum(tokens[first :: processes.count()]) for first in range(processes.count()))
     scale = most / tokens[longest]
     streams = {s for t in needy for s in (("original", "edited") if t.tags.stream == "both" else (t.tags.stream,))}

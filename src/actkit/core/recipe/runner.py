@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from actkit.core.edit import changes
 from actkit.core.edit.edits import (
@@ -32,7 +32,8 @@ from actkit.core.edit.edits import (
     set_module,
     shared_parameters,
 )
-from actkit.core.forward.hooks import check_batch, evaluating, refuse_compiled_or_sharded
+from actkit.core.forward.batch import check_batch, sequence_of
+from actkit.core.forward.hooks import evaluating, refuse_compiled_or_sharded
 from actkit.core.ground import offload, processes
 from actkit.core.ground.errors import DataError, EditError, NonFiniteError
 from actkit.core.ground.fingerprint import fingerprint, model_fingerprint
@@ -459,9 +460,7 @@ def batches_of(transforms: Sequence[Transform], data: Iterable[Any] | None) -> A
     """The batches as a sequence; DataError where a transform needs some and there are none."""
     if isinstance(data, str | bytes):
         raise DataError("data: a text was given; pass batches, or give the text to actkit.apply, which makes them.")
-    if isinstance(data, Mapping | Tensor):
-        data = [data]
-    batches = [] if data is None else data if isinstance(data, Sequence) else list(data)
+    batches = [] if data is None else sequence_of(data, "data")
     needy = next((t for t in transforms if t.tags.needs_data), None)
     if needy is not None and not len(batches):
         given = "none was given" if data is None else "0 batches were given"

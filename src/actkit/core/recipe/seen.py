@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from actkit.core.edit.edits import Edit, get_module, temporarily
-from actkit.core.forward.hooks import evaluating, first_tensor, forward, hooked
+from actkit.core.forward.batch import first_tensor, forward
+from actkit.core.forward.hooks import evaluating, hooked
 from actkit.core.ground import offload, processes
 from actkit.core.ground.errors import DataError, RecipeError
 from actkit.core.model.anatomy import Anatomy, Block, Site

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from actkit.core.forward.hooks import arguments, first_tensor
+from actkit.core.forward.batch import arguments, first_tensor, labels_of, main_input, mask_of
 from actkit.core.ground.errors import DataError
 from actkit.core.measure.quality import task_of
 from actkit.core.measure.tasks.task import IGNORED
@@ -30,7 +30,7 @@ class Objective:
             return self.loss(model, batch)
         labels = self._labels(batch)
         device = next(self.model.parameters()).device
-        args, kwargs = arguments(self.model, tuple(batch[:1]) if _is_pair(batch) else batch)
+        args, kwargs = arguments(self.model, batch)
         if hasattr(self.model, "config"):
             loss = getattr(model(*args, **kwargs, labels=labels.to(device)), "loss", None)
             if loss is None:
@@ -59,25 +59,13 @@ class Objective:
 
     def _labels(self, batch: Any) -> Tensor:
         """int64 [batch, length] with IGNORED where nothing is to be predicted, or what the batch holds."""
-        if isinstance(batch, Mapping) and "labels" in batch:
-            return batch["labels"]
-        if _is_pair(batch):
-            return batch[1]
+        labels = labels_of(batch)
+        if labels is not None:
+            return labels
         if self.task != "language":
             raise DataError(
                 f"labels: a batch has none, and {type(self.model).__name__} is no language model that could learn the "
-                f"next token; give batches with 'labels', or pass loss=."
+                f"next token; give dicts with 'labels' (a tuple holds the arguments of a call), or pass loss=."
             )
-        tokens: Tensor = batch["input_ids"] if isinstance(batch, Mapping) else batch
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        tokens, mask = main_input(batch, self.model), mask_of(batch)
         return tokens if mask is None else tokens.masked_fill(mask == 0, IGNORED)
-
-
-def _is_pair(batch: Any) -> bool:
-    return isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(item, Tensor) for item in batch)
-
-
-def mask_of(batch: Any, device: torch.device) -> Tensor | None:
-    """The attention mask of a batch, [batch, length], on the device; None where it has none."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return None if mask is None else mask.to(device)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.edit import changes
+from actkit.core.forward.batch import mask_of
 from actkit.core.forward.hooks import evaluating, hooked
 from actkit.core.forward.stream import Stream
 from actkit.core.ground import processes, whole_folder
@@ -38,7 +39,7 @@ from actkit.core.recipe.stage import Keep, Precision, Schedule
 from actkit.core.store import checkpoint
 from actkit.core.store.tensor_files import read_values, write_values
 from actkit.core.train.choice import Trainable, trained_parameters
-from actkit.core.train.objective import Loss, Objective, mask_of
+from actkit.core.train.objective import Loss, Objective
 from actkit.core.train.optimizers import Optimizer, describe, make_optimizer, optimizer_state, restore_optimizer
 from actkit.core.train.rules import AttachedRules, attached
 from actkit.core.train.score import Score
@@ -251,7 +252,7 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(trained_parameters(model, rules, trainable))
         check_parameters(model)
-        training, held_out = sequences(model, batches, validation)
+        training, held_out = sequences(model, batches, validation, loss)
         check_folder(folder, resume, overwrite)
         if folder is not None and not resume:
             whole_folder.discard(state_folder(folder))  # of a training that is given up

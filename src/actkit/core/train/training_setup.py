@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from actkit.core.forward.hooks import check_batch
+from actkit.core.forward.batch import check_batch, sequence_of
 from actkit.core.forward.stream import Stream
 from actkit.core.ground import whole_folder
 from actkit.core.ground.errors import CheckpointError, DataError
@@ -115,8 +115,16 @@ def rate(step: int, settings: Settings) -> float:
     return falling[settings.schedule]
 
 
-def sequences(model: nn.Module, batches: Any, validation: Any) -> tuple[Sequence[Any] | Stream, Sequence[Any]]:
+def sequences(
+    model: nn.Module, batches: Any, validation: Any, own_loss: Any = None
+) -> tuple[Sequence[Any] | Stream, Sequence[Any]]:
     """Training and validation batches as sequences; training batches may be a stream.
+
+    Args:
+        model: that is trained.
+        batches: what is trained on.
+        validation: what is measured.
+        own_loss: a loss of the user's, which may read batches of another kind.
 
     Raises:
         DataError: no validation, no batch, a batch that the model cannot be called with, or the training data again.
@@ -130,13 +138,11 @@ def sequences(model: nn.Module, batches: Any, validation: Any) -> tuple[Sequence
         raise DataError(f"validation: {validation} has no end; give some of its batches: stream.take(8).")
     found: list[Any] = []
     for name, given in (("batches", batches), ("validation", validation)):
-        sequence = [given] if isinstance(given, Mapping | Tensor) else given
-        if not isinstance(sequence, Sequence | Stream):
-            sequence = list(sequence)
+        sequence = given if isinstance(given, Stream) else sequence_of(given, name)
         if not isinstance(sequence, Stream) and not len(sequence):
             raise DataError(f"{name}: 0 batches were given; give at least one.")
         for batch in sequence.take(1) if isinstance(sequence, Stream) else sequence:
-            if isinstance(batch, Mapping) and "input_ids" in batch:  # a loss of one's own takes any batch
+            if own_loss is None or (isinstance(batch, Mapping) and "input_ids" in batch):  # else any batch will do
                 check_batch(model, batch, name)
         found.append(sequence)
     prints = [getattr(sequence, "fingerprint", None) for sequence in found]

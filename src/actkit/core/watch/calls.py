@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actkit.core.forward.hooks import BatchContext, first_tensor
+from actkit.core.forward.batch import BatchContext, first_tensor
 from actkit.core.ground.errors import DataError
 
 

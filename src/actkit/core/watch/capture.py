@@ -5,6 +5,7 @@ How the tensor of a site becomes rows is told in `core/watch/rows.py`.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
@@ -18,16 +19,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from actkit.core.edit.edits import set_module
-from actkit.core.forward.hooks import (
-    After,
-    BatchContext,
-    Before,
-    check_batch,
-    evaluating,
-    forward,
-    hooked,
-    refuse_compiled_or_sharded,
-)
+from actkit.core.forward.batch import BatchContext, as_batches, check_batch, forward
+from actkit.core.forward.hooks import After, Before, evaluating, hooked, refuse_compiled_or_sharded
 from actkit.core.ground import processes
 from actkit.core.ground.errors import DataError
 from actkit.core.ground.fingerprint import fingerprint, model_fingerprint
@@ -101,15 +94,14 @@ def record(
     """
     refuse_compiled_or_sharded(model)
     started = time.perf_counter()
-    if isinstance(batches, Mapping | Tensor):
-        batches = [batches]
+    batches = as_batches(batches)
     remaining = iter(batches)
     first = next(remaining, None)
     if first is None:
         raise DataError("calibration data: 0 batches were given; pass at least one dict of the model's keywords.")
     view = view_of(model, anatomy, first)
     total = len(batches) if isinstance(batches, Sized) else None
-    equal = _equal_lengths(batches)
+    equal = _equal_lengths(model, batches)
     with experts_for(view, wanted):
         sites = resolve(view, wanted)
         if max_memory is not None:
@@ -143,7 +135,7 @@ def plan_memory(
         raise DataError("calibration data: 0 batches were given; pass at least one dict of the model's keywords.")
     view = view_of(model, anatomy, batches[0])
     with experts_for(view, wanted):
-        return _plan(view, resolve(view, wanted), batches[0], len(batches), _equal_lengths(batches))
+        return _plan(view, resolve(view, wanted), batches[0], len(batches), _equal_lengths(model, batches))
 
 
 class Observer:
@@ -263,7 +255,8 @@ def calls(
         if max_tokens is not None and tokens >= max_tokens:
             context = None
             return
-        context = BatchContext.of({"inputs": args[0], **kwargs} if args else kwargs, first_row=first_row)
+        named = dict(zip(inspect.signature(module.forward).parameters, args))
+        context = BatchContext.of({**named, **kwargs}, module, first_row=first_row)
         tokens += context.tokens
         first_row += context.batch_size
 
@@ -485,15 +478,16 @@ def _contexts(
     for index, batch in enumerate(batches):
         if documents is not None and index >= len(documents):
             raise DataError(f"document_ids: {len(documents)} tensors were given for more batches; give one per batch.")
-        context = BatchContext.of(batch, first_row=row, documents=None if documents is None else documents[index])
         check_batch(model, batch)
+        owners = None if documents is None else documents[index]
+        context = BatchContext.of(batch, model, first_row=row, documents=owners)
         row += context.batch_size
         yield batch, context
 
 
-def _equal_lengths(batches: Iterable[Any]) -> bool:
+def _equal_lengths(model: nn.Module, batches: Iterable[Any]) -> bool:
     """Whether all batches are known to have sequences of one length; not known of what can be read only once."""
-    return isinstance(batches, Sequence) and len({BatchContext.of(batch).length for batch in batches}) == 1
+    return isinstance(batches, Sequence) and len({BatchContext.of(batch, model).length for batch in batches}) == 1
 
 
 def _plan(view: Anatomy, wanted: Mapping[Site, Any], batch: Any, total: int | None, equal: bool) -> MemoryPlan:

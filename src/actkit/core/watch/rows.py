@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from actkit.core.forward.hooks import BatchContext
+from actkit.core.forward.batch import BatchContext
 from actkit.core.ground.errors import DataError, NonFiniteError
 from actkit.core.model.sites import Site, Tap
 from actkit.core.watch.streaming import Rows

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from actkit.core.forward.batch import labels_of
 from actkit.core.forward.outputs import Output
 from actkit.core.ground.errors import DataError
 from actkit.core.ground.estimate import Estimate
@@ -33,7 +33,7 @@ class Classification(Task):
         return "Classification" in type(model).__name__
 
     def sums(self, logits: Output, other: Output | None, batch: Any, documents: Tensor) -> tuple[Tensor, Sums]:
-        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        labels = labels_of(batch)
         if not isinstance(labels, Tensor):
             raise DataError(
                 "labels: none are in the data, and accuracy needs the right class of each example; give batches like "

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from actkit.core.forward.batch import labels_of
 from actkit.core.forward.outputs import Output
 from actkit.core.ground.errors import DataError
 from actkit.core.ground.estimate import Estimate
@@ -49,7 +50,7 @@ class Language(Task):
             )
         targets, owners = tokens[:, 1:].cpu(), documents[:, 1:]
         counted = (owners >= 0) & (documents[:, :-1] == owners)
-        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        labels = labels_of(batch)
         if isinstance(labels, Tensor) and labels.shape == tokens.shape:
             counted &= labels[:, 1:].cpu() != IGNORED
         rows, columns = counted.nonzero(as_tuple=True)

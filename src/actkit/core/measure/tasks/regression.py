@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from actkit.core.forward.batch import labels_of
 from actkit.core.forward.outputs import Output, Whole
 from actkit.core.ground.errors import DataError
 from actkit.core.ground.estimate import Estimate
@@ -43,7 +43,7 @@ class Regression(Task):
         return problem == "regression" or (problem is None and getattr(config, "num_labels", None) == 1)
 
     def sums(self, output: Output, other: Output | None, batch: Any, documents: Tensor) -> tuple[Tensor, Sums]:
-        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        labels = labels_of(batch)
         if not isinstance(labels, Tensor) or not labels.is_floating_point():
             given = "none are" if not isinstance(labels, Tensor) else f"{str(labels.dtype).removeprefix('torch.')} are"
             raise DataError(
