@@ -10,6 +10,7 @@ import torch
 from tiny_models import batches, build
 
 from actkit import verbs
+from actkit.core.forward.batch import as_batches, check_batch, first_rows
 from actkit.core.forward.stream import Stream
 from actkit.core.store.tensor_files import write_values
 from actkit.core.train import rules, staged_run, training
@@ -112,6 +113,18 @@ proof(lambda p: train(p, score="accuracy"))
 
 
 proof(lambda p: train(p, optimizer="sgd:["))
+
+
+proof(lambda p: as_batches((IDS, IDS)))
+
+
+proof(lambda p: check_batch(build("mlp"), (IDS.float(), IDS)))
+
+
+proof(lambda p: check_batch(torch.nn.Bilinear(2, 2, 2), IDS.float()))
+
+
+proof(lambda p: first_rows({"x": IDS.float(), "edge_index": torch.ones(2, 5).long()[:, :1].T}, 1))
 
 
 proof(lambda p: STREAM[-1])
