@@ -24,9 +24,15 @@ _STRENGTH = {
 def corrupt_images(x: Tensor, kind: Corruption, severity: int, seed: int = 0) -> Tensor:
     """Images with noise, in [0, 1] like x.
 
-    x: float, any shape, in [0, 1] (before any normalisation). kind: 'gaussian' adds normal noise, 'shot' draws each
-    value from a Poisson distribution, 'impulse' makes some values 0 or 1. severity: 1 to 5.
-    Raises ValueError for an unknown kind or severity and for values outside [0, 1].
+    Args:
+        x: float, any shape, in [0, 1] (before any normalisation).
+        kind: 'gaussian' adds normal noise, 'shot' draws each value from a Poisson distribution, 'impulse' makes some
+            values 0 or 1.
+        severity: 1 to 5.
+        seed: of the noise.
+
+    Raises:
+        ValueError: kind or severity is unknown, or values lie outside [0, 1].
     """
     if kind not in CORRUPTIONS:
         raise ValueError(f"kind: {kind!r} was given, allowed are {', '.join(CORRUPTIONS)}.")
@@ -49,8 +55,17 @@ def corrupt_images(x: Tensor, kind: Corruption, severity: int, seed: int = 0) ->
 def add_label_noise(labels: Tensor, share: float, classes: int, seed: int = 0) -> Tensor:
     """Labels of which a share is redrawn uniformly from all classes, so that some keep their value by chance.
 
-    labels: int64 [n]. The items are fixed by the seed: draw once and keep the result, noise that is drawn anew in each
-    epoch is another thing. Raises ValueError for a share outside [0, 1], no class, or labels beyond the classes.
+    The items are fixed by the seed: draw once and keep the result. Noise that is drawn anew in each epoch is another
+    thing.
+
+    Args:
+        labels: int64 [n].
+        share: of the items, 0 to 1.
+        classes: how many there are.
+        seed: of the choice and of the new labels.
+
+    Raises:
+        ValueError: the share lies outside [0, 1], there is no class, or a label is beyond the classes.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share: {share} was given; it is a share of the items, give 0 to 1.")

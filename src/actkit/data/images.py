@@ -14,11 +14,17 @@ _BOUNDS = (0.6, 0.7, 0.8, 1.0)
 
 
 def digits(split: Split) -> tuple[Tensor, Tensor]:
-    """Images float32 [n, 1, 8, 8] in [0, 1] and labels int64 [n] of one split.
+    """The handwritten digits of one split; train has 60, calibration 10, search 10 and test 20 % of them.
 
-    The shares are train 60, calibration 10, search 10 and test 20 %.
+    Args:
+        split: which part.
 
-    Raises DataError for an unknown split and ImportError without scikit-learn.
+    Returns:
+        Images float32 [n, 1, 8, 8] in [0, 1], and labels int64 [n].
+
+    Raises:
+        DataError: the split is unknown.
+        ImportError: scikit-learn is missing.
     """
     check_split(split)
     images, labels = _all()

@@ -43,22 +43,38 @@ def load_data(
 ) -> Batches:
     """Batches that the model can be called with.
 
-    source: None for the embedded data (text through the tokenizer: documents for causal models, sentences for encoders;
-    the digits for models of 8 x 8 images), a .txt or .md file (one text), a .jsonl file (objects with a field `text`,
-    one document each), a folder of such files (a .txt or .md is one document), a folder of images, an iterable of
-    batches (dicts, tensors or tuples, used as they are) or "random".
-    tokenizer: the model's own; for a folder of images an image processor, whose mean and standard deviation are used
-    (0.5 each without one).
-    sequences: how many rows, all where None (32 for random); fewer in the source is an error.
-    length: tokens per row; None is the model's context, at most 512. seed: order of the documents, and random values.
-    split: which part of the source; None is `calibration` for embedded data and all of yours. Your files are cut like
-    the embedded text, 84 / 4 / 4 / 8 %: by a hash of each document or file name, a single .txt or .md by position.
-    pack: concatenate the documents with the end-of-text token between and cut them in rows (default for causal models);
-    each row begins with what the tokenizer puts first (`<bos>`), and the description says so. Otherwise every document
-    is a row, a longer one is cut in windows; what is short is padded under `attention_mask`.
+    Args:
+        source: what is read:
 
-    Raises DataError (a ValueError) for data that are missing, empty, too few, too long for the context or outside the
-    vocabulary, and ImportError where pillow or scikit-learn is needed and missing.
+            - None for the embedded data: text through the tokenizer (documents for causal models, sentences for
+              encoders), the digits for models of 8 x 8 images;
+            - a .txt or .md file (one text), a .jsonl file (objects with a field `text`, one document each), or a folder
+              of such files (a .txt or .md is one document);
+            - a folder of images;
+            - an iterable of batches, used as they are (`core/forward/batch.py` says what a batch is);
+            - "random".
+
+        model: that is called on them.
+        tokenizer: the model's own; for a folder of images an image processor, whose mean and standard deviation are
+            used (0.5 each without one).
+        sequences: how many rows, all if None (32 for random); fewer in the source is an error.
+        length: tokens per row; None is the model's context, at most 512.
+        batch_size: rows of a batch.
+        seed: order of the documents, and random values.
+        split: which part of the source; None is `calibration` for embedded data and all of yours. Your files are cut
+            like the embedded text, 84 / 4 / 4 / 8 %: by a hash of each document or file name, a single .txt or .md by
+            position.
+        pack: concatenate the documents with the end-of-text token between and cut them in rows (default for causal
+            models); each row begins with what the tokenizer puts first (`<bos>`), and the description says so.
+            Otherwise every document is a row, a longer one is cut in windows; what is short is padded under
+            `attention_mask`.
+
+    Returns:
+        The batches, with the document of each token or row.
+
+    Raises:
+        DataError: data are missing, empty, too few, too long for the context or outside the vocabulary.
+        ImportError: pillow or scikit-learn is needed and missing.
     """
     if split is not None:
         check_split(split)
@@ -280,7 +296,7 @@ def _images(
             picture = opened.convert("L" if channels == 1 else "RGB").resize((width, height), Image.Resampling.BICUBIC)
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(height, width, -1)
         images.append((pixels.permute(2, 0, 1).float() / 255 - mean) / deviation)
-    # Folder names are labels only where the model itself knows them; anything else would be a guess.
+    # Folder names are labels only if the model itself knows them; anything else would be a guess.
     known = getattr(getattr(model, "config", None), "label2id", None) or {}
     labels = [known.get(file.parent.name) for file in files]
     targets = torch.tensor(labels) if None not in labels else None

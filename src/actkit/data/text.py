@@ -43,13 +43,18 @@ class Document(NamedTuple):
 
 
 def split_of(name: str, bounds: tuple[float, ...] = BOUNDS) -> Split:
-    """The split of a document, from the SHA-256 of its name alone; bounds: the cumulative shares of SPLITS."""
+    """The split of a document, from the SHA-256 of its name alone.
+
+    Args:
+        name: of the document.
+        bounds: the cumulative shares of SPLITS.
+    """
     position = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
     return SPLITS[sum(position >= bound for bound in bounds)]
 
 
 def check_split(split: str) -> None:
-    """Raises DataError if `split` is not one of SPLITS."""
+    """Raise DataError if `split` is not one of SPLITS."""
     if split not in SPLITS:
         raise DataError(f"split={split!r} is not known; choose one of {', '.join(SPLITS)}.")
 
@@ -57,7 +62,11 @@ def check_split(split: str) -> None:
 def documents(split: Split) -> list[Document]:
     """The documents of one split, sorted by name; no text occurs in two splits.
 
-    Raises DataError for an unknown split, or where Python came without the sources of its standard library.
+    Args:
+        split: which part.
+
+    Raises:
+        DataError: the split is unknown, or Python came without the sources of its standard library.
     """
     check_split(split)
     return [document for document in _corpus() if split_of(document.name) == split]

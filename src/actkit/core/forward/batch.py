@@ -156,7 +156,7 @@ def mask_of(batch: Any, device: torch.device | None = None) -> Tensor | None:
 
     Args:
         batch: a dict, tuple or tensor.
-        device: to put it on; None leaves it where it is.
+        device: to put it on; None leaves it there.
     """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return None if mask is None else mask.to(device)

@@ -1,4 +1,4 @@
-"""How activations are watched: one way to call a model on a batch, one way to hook its modules.
+"""How activations are watched: one way to hook the modules of a model.
 
 Hooks read; what actkit changes for good, it changes by replacing modules. Only `core.watch.intervene` replaces what
 passes by, as long as its context lasts. Hooks are removed when their context ends, also after an exception.
@@ -80,31 +80,35 @@ def _silent_after(hook: After) -> After:
 def refuse_compiled_or_sharded(model: nn.Module) -> None:
     """Raise UnsupportedModelError for a model that is compiled, sharded (FSDP, tensor parallel) or wrapped (DDP)."""
     for name, module in model.named_modules():
-        kind, where = type(module).__name__, name or "it"
+        kind, place = type(module).__name__, name or "it"
         compiled = getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None) is not None
         if kind == "OptimizedModule" or module._compiled_call_impl is not None or compiled:
             raise UnsupportedModelError(
-                f"model: {where} is compiled (torch.compile or model.compile()), so hooks do not fire and replaced "
+                f"model: {place} is compiled (torch.compile or model.compile()), so hooks do not fire and replaced "
                 f"modules are not seen. Give the model as it was before: transform first, compile after."
             )
         if kind.startswith("FSDP") or kind == "FullyShardedDataParallel":
             raise UnsupportedModelError(
-                f"model: {where} is sharded ({kind}), so its weights are in pieces. Give the whole model: transform "
+                f"model: {place} is sharded ({kind}), so its weights are in pieces. Give the whole model: transform "
                 f"first, shard after. Several processes can share the batches instead (core.ground.processes.together)."
             )
         if kind in ("DistributedDataParallel", "DataParallel"):
-            raise UnsupportedModelError(f"model: {where} is wrapped in {kind}; give what is inside: its .module.")
+            raise UnsupportedModelError(f"model: {place} is wrapped in {kind}; give what is inside: its .module.")
         for parameter, tensor in module._parameters.items():
             if type(tensor).__name__ == "DTensor":
                 raise UnsupportedModelError(
-                    f"model: {parameter} of {where} is in pieces over several processes (a DTensor, as tensor "
+                    f"model: {parameter} of {place} is in pieces over several processes (a DTensor, as tensor "
                     f"parallelism makes them). Load the whole model."
                 )
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; each module's training flag is restored after."""
+    """Put a model in evaluation mode without gradients; each module's training flag is restored after.
+
+    Args:
+        model: in place.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

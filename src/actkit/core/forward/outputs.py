@@ -1,9 +1,9 @@
 """What a model gives on a batch, as a measurement reads it: its output, or what a language model's head works on.
 
 The logits of a whole batch are the largest tensor of a language model by far (vocabulary over hidden size: 85 times its
-last hidden states for a model of 135M parameters). Where the head is a linear layer and nothing follows it, the pass
+last hidden states for a model of 135M parameters). If the head is a linear layer and nothing follows it, the pass
 ends before the head, and logits are computed for a slice of rows when these are asked for. Whether that is so is tried
-on the first row of the first batch: only where head(states) equals the model's own logits in every bit.
+on the first row of the first batch: only if head(states) equals the model's own logits in every bit.
 
 `Outputs` keeps an original's outputs over batches, so that it runs once however many changed models it is compared
 with.
@@ -29,28 +29,45 @@ KEEP = 1 << 28  # bytes: the last hidden states of a search's 37,000 tokens in b
 
 @dataclass(frozen=True)
 class Whole:
-    """An output tensor [..., classes]."""
+    """An output tensor.
+
+    Attributes:
+        tensor: [..., classes].
+    """
 
     tensor: Tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the output."""
+        """The shape of the output."""
         return tuple(self.tensor.shape)
 
     @property
     def nbytes(self) -> int:
-        """What it holds."""
+        """The bytes that it holds."""
         return self.tensor.nbytes
 
-    def rows(self, where: Tensor) -> Tensor:
-        """The rows int64 [n] of the output as [rows, classes]: [n, classes]."""
-        return self.tensor.flatten(0, -2)[where.to(self.tensor.device)]
+    def rows(self, chosen: Tensor) -> Tensor:
+        """Some rows of the output.
+
+        Args:
+            chosen: int64 [n], counted over the whole batch.
+
+        Returns:
+            [n, classes].
+        """
+        return self.tensor.flatten(0, -2)[chosen.to(self.tensor.device)]
 
 
 @dataclass(frozen=True)
 class BeforeHead:
-    """Logits [batch, length, classes], as the states [batch, length, channels] that the head reads."""
+    """Logits [batch, length, classes], as the states that the head reads.
+
+    Attributes:
+        states: [batch, length, channels].
+        head: gives the logits.
+        classes: how many.
+    """
 
     states: Tensor
     head: nn.Module
@@ -58,17 +75,24 @@ class BeforeHead:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the logits."""
+        """The shape of the logits."""
         return (*self.states.shape[:-1], self.classes)
 
     @property
     def nbytes(self) -> int:
-        """What it holds."""
+        """The bytes that it holds."""
         return self.states.nbytes
 
-    def rows(self, where: Tensor) -> Tensor:
-        """The logits of the rows int64 [n], counted over the whole batch: [n, classes]."""
-        return self.head(self.states.flatten(0, -2)[where.to(self.states.device)])
+    def rows(self, chosen: Tensor) -> Tensor:
+        """The logits of some rows.
+
+        Args:
+            chosen: int64 [n], counted over the whole batch.
+
+        Returns:
+            [n, classes].
+        """
+        return self.head(self.states.flatten(0, -2)[chosen.to(self.states.device)])
 
 
 Output = Whole | BeforeHead
@@ -77,8 +101,10 @@ Output = Whole | BeforeHead
 class Outputs:
     """A model's outputs, batch by batch, for a task of `measure_quality`.
 
-    keep: bytes of outputs that are kept, so that the model runs once over batches that come again (the same objects);
-    what goes beyond is computed each time. The model must stay as it is meanwhile.
+    Args:
+        model: must stay as it is meanwhile.
+        keep: bytes of outputs that are kept, so that the model runs once over batches that come again (the same
+            objects); what goes beyond is computed each time.
     """
 
     def __init__(self, model: nn.Module, keep: int = 0) -> None:
@@ -142,8 +168,15 @@ def output_of(model: nn.Module, batch: Any, head: nn.Module | None = None, *, hi
 
 
 def find_head(model: nn.Module, batch: Any) -> nn.Module | None:
-    """The linear layer whose outputs are a language model's logits, tried on a batch's first row; None where there is
-    none, or where something follows it (a cap, a scale)."""
+    """The linear layer whose outputs are a language model's logits, tried on a batch's first row.
+
+    Args:
+        model: in evaluation mode.
+        batch: as the model is called with it.
+
+    Returns:
+        The layer; None if there is none, or if something follows it (a cap, a scale).
+    """
     find: Any = getattr(model, "get_output_embeddings", None)
     try:
         head = None if find is None else find()
@@ -163,7 +196,7 @@ def find_head(model: nn.Module, batch: Any) -> nn.Module | None:
 
 
 def _states(model: nn.Module, batch: Any, head: nn.Module) -> Tensor | None:
-    """What the head is called with, without running it; None where it does not run."""
+    """What the head is called with, without running it; None if it does not run."""
     path = next(name for name, module in model.named_modules() if module is head)
     found: list[Tensor] = []
 

@@ -48,7 +48,11 @@ class Stream:
         return (self[number] for number in count(position))
 
     def take(self, batches: int, start: int = 0) -> list[Any]:
-        """As many batches, from a position on.
+        """The batches from a position on.
+
+        Args:
+            batches: how many.
+            start: the number of the first.
 
         Raises:
             ValueError: fewer than 1.

@@ -8,7 +8,15 @@ from actkit.core.ground.errors import DataError
 
 
 def check_text(text: Any, name: str) -> None:
-    """Raise DataError for what is no text, or holds half of a character. name: of the text, in the error."""
+    """Refuse what is no text, or holds half of a character.
+
+    Args:
+        text: to check.
+        name: of the text, in the error.
+
+    Raises:
+        DataError: it is refused.
+    """
     if not isinstance(text, str):
         raise DataError(f"{name} is a {type(text).__name__}; it must be a string.")
     try:

@@ -18,14 +18,27 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 
 class Objective:
-    """The mean loss of a batch over its labels, and how many labels that are."""
+    """The mean loss of a batch over its labels, and how many labels that are.
+
+    Args:
+        model: that is trained or measured.
+        loss: of the user's own, of (model, batch); None for that of the model's task.
+    """
 
     def __init__(self, model: nn.Module, loss: Loss | None) -> None:
         self.model, self.loss = model, loss
         self.task = None if loss is not None else task_of(model)
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
-        """A scalar. model: the one to call, perhaps wrapped."""
+        """The loss of a batch, a scalar.
+
+        Args:
+            model: the one to call, perhaps wrapped.
+            batch: with its labels.
+
+        Raises:
+            DataError: there are no labels, or the model gives no loss for them.
+        """
         if self.loss is not None:
             return self.loss(model, batch)
         labels = self._labels(batch)
@@ -46,7 +59,14 @@ class Objective:
         return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
 
     def labels(self, batch: Any) -> int:
-        """How many labels the mean is over; 1 for an own loss. Raises DataError where there are none."""
+        """How many labels the mean is over; 1 for a loss of the user's own.
+
+        Args:
+            batch: with its labels.
+
+        Raises:
+            DataError: there are none.
+        """
         if self.loss is not None:
             return 1
         labels = self._labels(batch)
@@ -58,7 +78,7 @@ class Objective:
         return count
 
     def _labels(self, batch: Any) -> Tensor:
-        """int64 [batch, length] with IGNORED where nothing is to be predicted, or what the batch holds."""
+        """int64 [batch, length] with IGNORED if nothing is to be predicted, or what the batch holds."""
         labels = labels_of(batch)
         if labels is not None:
             return labels

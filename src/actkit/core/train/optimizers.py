@@ -18,6 +18,9 @@ Optimizer = str | Mapping[str, Any] | OptimizerSettings | Callable[[list[dict[st
 def describe(optimizer: Optimizer) -> Any:
     """An optimizer as JSON keeps it: its name and options, or the name of the function that makes it.
 
+    Args:
+        optimizer: as in `make_optimizer`.
+
     Raises:
         RecipeError: what `OptimizerSettings.parse` raises.
     """
@@ -152,7 +155,13 @@ def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) 
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], names: Mapping[int, str]) -> None:
-    """Take back what `optimizer_state` gave."""
+    """Take back what `optimizer_state` gave.
+
+    Args:
+        optimizer: made as it was then.
+        state: of it.
+        names: of the parameters, by their id.
+    """
     for index, group in enumerate(optimizer.param_groups):
         group.update(_numbers(state["groups"].get(str(index), {})))
         for parameter in group["params"]:

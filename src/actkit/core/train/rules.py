@@ -18,7 +18,7 @@ returns what holds its running state. In our loop: `core.train.training.train(..
 If a rule says what trains (`TrainingRule.trainable`), make the optimizer inside `with trained_parameters(model, rules)`
 (`core/train/choice.py`). What a rule unfreezes or adds when it is attached is given to the optimizer.
 
-At its end the rules are detached, and the edits that they finish with are made and recorded on the model. Where
+At its end the rules are detached, and the edits that they finish with are made and recorded on the model. If
 gradients are accumulated, divide what `add` returns by the number of batches, as you would the loss.
 """
 
@@ -62,6 +62,7 @@ class AttachedRules(AttachedRule):
         return loss if penalty is None else loss + penalty.to(loss.device)
 
     def penalty(self, mask: Tensor | None = None, batch: Any = None, output: Any = None) -> Tensor | None:
+        """The sum of the rules' penalties; None if there is none."""
         given = (rule.penalty(mask, batch, output) for rule in self._rules.values())
         found = [penalty for penalty in given if penalty is not None]
         if not found:
@@ -72,14 +73,17 @@ class AttachedRules(AttachedRule):
         return total
 
     def before_step(self, progress: float) -> None:
+        """Tell each rule that a step begins."""
         for rule in self._rules.values():
             rule.before_step(progress)
 
     def after_backward(self, progress: float) -> None:
+        """Let each rule act on the gradients."""
         for rule in self._rules.values():
             rule.after_backward(progress)
 
     def after_step(self, progress: float) -> None:
+        """Tell each rule that a step is done."""
         for rule in self._rules.values():
             rule.after_step(progress)
 
@@ -94,6 +98,7 @@ class AttachedRules(AttachedRule):
         return {key: state for key, state in states.items() if state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Give each rule its state. Raises CheckpointError for the state of a rule that is not here."""
         unknown = [key for key in state if key not in self._rules]
         if unknown:
             raise CheckpointError(
@@ -104,11 +109,13 @@ class AttachedRules(AttachedRule):
             rule.load_state_dict(state.get(key, {}))
 
     def detach(self) -> None:
-        with ExitStack() as stack:  # all are detached, also where one fails
+        """Detach all, also if one fails."""
+        with ExitStack() as stack:  # all are detached, also if one fails
             for rule in self._rules.values():
                 stack.callback(rule.detach)
 
     def finish(self) -> Iterable[Edit]:
+        """The edits of all, in order."""
         return chain.from_iterable(rule.finish() for rule in self._rules.values())
 
 
@@ -152,10 +159,19 @@ def attached(
     example: Any = None,
     **rates: Any,
 ) -> Iterator[AttachedRules]:
-    """Let rules work while a model is trained: `with attached(rules, model, optimizer) as rules:`.
+    """Let rules work while a model is trained.
 
     They are detached at the end, also after an exception; if there was none, the edits that they finish with are made.
-    The arguments are those of `attach`.
+
+    Args:
+        rules: as in `attach`, and so are all others.
+        model: in place.
+        optimizer: of its parameters.
+        example: one batch.
+        rates: of parameters that the rules unfreeze or add.
+
+    Yields:
+        The rules at work.
     """
     running = attach(rules, model, optimizer, example, **rates)
     try:
@@ -185,8 +201,16 @@ def finish(running: AttachedRule, model: nn.Module, example: Any = None) -> None
 
 
 def refuse_reentrant_checkpointing(model: nn.Module) -> None:
-    """Raise UnsupportedModelError where a model recomputes its blocks with re-entrant gradient checkpointing: their
-    first pass builds no graph, so that a penalty on what is inside them would have no gradient."""
+    """Refuse a model that recomputes its blocks with re-entrant gradient checkpointing.
+
+    Their first pass builds no graph, so that a penalty on what is inside them would have no gradient.
+
+    Args:
+        model: that is trained.
+
+    Raises:
+        UnsupportedModelError: it does.
+    """
     for path, module in model.named_modules():
         function = getattr(module, "_gradient_checkpointing_func", None)
         reentrant = getattr(function, "keywords", {}).get("use_reentrant", False)
@@ -216,7 +240,7 @@ class RuleCallback(TrainerCallback):
     Args:
         rules: what `parse_rules` takes.
         example: as in `TrainingRule.attach`.
-        resume_from: where the state of the rules is read; by default the folder of the Trainer's checkpoints.
+        resume_from: the folder that holds the state of the rules; by default that of the Trainer's checkpoints.
 
     Attributes:
         reports: what the rules had to say of the last step, once training has ended.
@@ -252,8 +276,10 @@ class RuleCallback(TrainerCallback):
         self.detach()
 
     def detach(self) -> None:
-        """Take hook and rules off the model. Done if training ends (then the rules also finish); after an exception
-        by leaving the `with`."""
+        """Take hook and rules off the model.
+
+        Done if training ends (then the rules also finish); after an exception by leaving the `with`.
+        """
         if self._remove is not None:
             self._remove()
             self._remove = None
@@ -274,6 +300,7 @@ class RuleCallback(TrainerCallback):
             self._chosen = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attach the rules, and take back their state if a training is resumed."""
         if self.running is not None:
             self.detach()  # of a training that was cut off
         model, optimizer, loader = kwargs["model"], kwargs.get("optimizer"), kwargs.get("train_dataloader")
@@ -301,6 +328,7 @@ class RuleCallback(TrainerCallback):
         self._remove = model.register_forward_hook(self._add, with_kwargs=True).remove
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the rules that a step begins."""
         if self.running is None:
             return
         if self._updates is not None:
@@ -309,22 +337,27 @@ class RuleCallback(TrainerCallback):
         self.running.before_step(state.global_step / state.max_steps)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let the rules act on the gradients."""
         if self.running is not None:
             self.running.after_backward(state.global_step / state.max_steps)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell the rules that a step is done."""
         if self.running is not None:
             self._update += 1
             self.running.after_step((state.global_step + 1) / state.max_steps)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the steps of an epoch anew."""
         self._update = 0
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save the state of the rules beside the Trainer's."""
         if self.running is not None and state.is_world_process_zero and (values := self.running.state_dict()):
             write_values(_checkpoint(args, state) / "actkit_rules", values)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the reports, detach the rules, and make the edits that they finish with."""
         running = self.running
         if running is not None:
             self.reports = running.report()
@@ -362,7 +395,7 @@ class RuleCallback(TrainerCallback):
 
 
 def _updates(loader: Any, accumulation: int) -> tuple[int, int] | None:
-    """(optimizer steps of an epoch, batches of its last one); None where the length is unknown and it matters."""
+    """(optimizer steps of an epoch, batches of its last one); None if the length is unknown and it matters."""
     try:
         length = len(loader)
     except TypeError:
@@ -416,7 +449,7 @@ def _checkpoint(args: Any, state: Any) -> Path:
 
 
 def _loss(output: Any) -> Tensor | None:
-    """The loss that the Trainer would take; None where the output holds none."""
+    """The loss that the Trainer would take; None if the output holds none."""
     if isinstance(output, Mapping):
         return output.get("loss")
     if isinstance(output, tuple) and output and isinstance(output[0], Tensor) and output[0].dim() == 0:

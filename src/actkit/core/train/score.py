@@ -32,7 +32,10 @@ class Score:
 
     @classmethod
     def of(cls, given: Score | ScoreSettings | str | Mapping[str, Any]) -> Score:
-        """A score from a metric's name and direction, such as 'accuracy:better=higher', or itself.
+        """A score from a metric's name and direction, or itself.
+
+        Args:
+            given: 'accuracy:better=higher', {'accuracy': {'better': 'higher'}}, or a score.
 
         Raises:
             RecipeError: what `ScoreSettings.parse` raises, for a bare function too.

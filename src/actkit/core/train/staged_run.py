@@ -178,7 +178,7 @@ class _Stages:
             self._report(record)
 
     def _go_on_from(self, number: int) -> None:
-        """Bring the model to where it was after a stage."""
+        """Bring the model to its state after a stage."""
         known = changes.of(self.model)
         checkpoint.load_into(self.model, self.state.folder(number))  # type: ignore[union-attr]
         if changes.of(self.model) is known:  # a plain checkpoint holds no record: only trained so far
@@ -247,7 +247,7 @@ def _description(batches: Sequence[Any]) -> str:
 
 
 def _outcome(trained: Mapping[str, Any]) -> str:
-    """'300 steps, validation loss 4.51 -> 3.98 (kept: last)'"""
+    """A line such as '300 steps, validation loss 4.51 -> 3.98 (kept: last)'."""
     first = next((step["validation"] for step in trained["history"] if step["validation"] is not None), None)
     began = "" if first is None else f"{first:.4g} -> "
     return f"{trained['steps']} steps, validation loss {began}{trained['validation']:.4g} (kept: {trained['kept']})"
@@ -257,7 +257,7 @@ def _outcome(trained: Mapping[str, Any]) -> str:
 
 
 def state_of(out: Path) -> Path:
-    """Where the state of a run is kept while it writes to `out`."""
+    """The folder of a run's state while it writes to `out`."""
     return out.with_name(out.name + STATE)
 
 
@@ -290,7 +290,7 @@ class _State:
         self.finished = max((n for n in range(1, len(recipe.stages) + 1) if self._is_finished(n)), default=0)
 
     def folder(self, number: int) -> Path:
-        """Where the model after a stage is kept."""
+        """The folder of the model after a stage."""
         return self.place / str(number)
 
     def record(self, number: int) -> dict[str, Any]:
@@ -322,7 +322,7 @@ class _State:
         return folder.is_dir() and not state_folder(folder).is_dir()
 
     def _check(self, identity: dict[str, Any]) -> None:
-        """Raise CheckpointError where the interrupted run is another one."""
+        """Raise CheckpointError if the interrupted run is another one."""
         began = _read_json(self.place / IDENTITY)
         for key, now in json.loads(json.dumps(identity)).items():
             if began.get(key) == now:

@@ -106,7 +106,7 @@ class Trained:
         validation: their validation loss, after the edits that rules finish with.
         trainable: how many numbers were trained.
         seconds: it took.
-        folder: where the model was saved, if it was.
+        folder: that the model was saved to, if it was.
     """
 
     model: nn.Module
@@ -442,9 +442,9 @@ class _Loop:
         saved = (
             "" if self.folder is None else f" The state before is in {state_folder(self.folder)}, if any was saved yet."
         )
-        where = "" if batch is None else f" (batch {batch})"
+        which = "" if batch is None else f" (batch {batch})"
         raise NonFiniteError(
-            f"training: the {what} of step {self.step + 1}{where} is {number}; lower learning_rate, raise "
+            f"training: the {what} of step {self.step + 1}{which} is {number}; lower learning_rate, raise "
             f"warmup, or look at the batch.{saved}"
         )
 
@@ -506,7 +506,7 @@ class _Loop:
             write_values(temporary, values)
 
     def restore(self) -> None:
-        """Take the state of `out.training` back. Raises CheckpointError where it is of another training."""
+        """Take the state of `out.training` back. Raises CheckpointError if it is of another training."""
         assert self.folder is not None
         whole_folder.recover(state_folder(self.folder))
         values = read_values(state_folder(self.folder))

@@ -31,7 +31,7 @@ STATE, RECORD = ".training", "training.json"  # suffix of the state's folder; th
 
 @dataclass(frozen=True)
 class Settings:
-    """What must be the same when a training is resumed; `train` says what each is. batches: 0 for a stream."""
+    """What must be the same when a training is resumed; `train` says what each is, `batches` is 0 for a stream."""
 
     steps: int
     learning_rate: float
@@ -163,6 +163,9 @@ def prepare_modes(model: nn.Module) -> None:
 
     A batch norm is frozen if none of its parameters trains; one without parameters, if none of the module around it
     does.
+
+    Args:
+        model: in place.
     """
     model.train()
     for path, module in model.named_modules():
@@ -174,7 +177,7 @@ def prepare_modes(model: nn.Module) -> None:
 
 
 def state_folder(folder: Path) -> Path:
-    """Where the state is kept while the training into `folder` runs: beside it, so that `folder` is never half done."""
+    """The folder of a training's state while it runs: beside `folder`, so that this is never half done."""
     return folder.with_name(folder.name + STATE)
 
 
@@ -187,15 +190,19 @@ def check_folder(
     record: str = RECORD,
     what: str = "training",
 ) -> None:
-    """Raise CheckpointError where the state to resume is missing, or something would be lost that nobody gave up.
+    """Refuse a folder whose state to resume is missing, or that holds something which nobody gave up.
 
     Args:
         folder: what is going to be written; None for nothing.
         resume: go on with a state that is there.
         overwrite: replace what is there.
-        state: where the state is kept, by default that of a training into `folder`.
+        state: the folder of the state, by default that of a training into `folder`.
         record: the file by which a finished folder is known.
         what: whose state it is, for errors.
+
+    Raises:
+        ValueError: `resume` without a folder.
+        CheckpointError: there is nothing to resume, or something would be lost.
     """
     if folder is None:
         if resume:
@@ -224,7 +231,7 @@ def check_folder(
 
 
 def check_parameters(model: nn.Module) -> None:
-    """Raise ValueError where nothing is trainable, or where parameters are too coarse for small updates."""
+    """Raise ValueError if nothing is trainable, or if parameters are too coarse for small updates."""
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError("model: none of its parameters requires a gradient; call model.requires_grad_(True).")
@@ -238,7 +245,17 @@ def check_parameters(model: nn.Module) -> None:
 
 @contextmanager
 def one_accelerator(model: nn.Module, mixed_precision: str) -> Iterator[Accelerator]:
-    """accelerate for one training. Its settings belong to the process: what was not set before is unset after."""
+    """Provide accelerate for one training.
+
+    Its settings belong to the process: what was not set before is unset after.
+
+    Args:
+        model: that is trained, on its device.
+        mixed_precision: as in `train`.
+
+    Raises:
+        ValueError: the precision is unknown, or cannot be used here.
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, is_initialized
 
@@ -265,7 +282,11 @@ def one_accelerator(model: nn.Module, mixed_precision: str) -> Iterator[Accelera
 
 @contextmanager
 def interruptible(enabled: bool) -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C was pressed, so that a step is finished first; pressed again it interrupts at once."""
+    """Tell whether Ctrl-C was pressed, so that a step is finished first; pressed again it interrupts at once.
+
+    Args:
+        enabled: False leaves Ctrl-C as it is.
+    """
     pressed = threading.Event()
     if not enabled or threading.current_thread() is not threading.main_thread():
         yield pressed.is_set
@@ -285,7 +306,7 @@ def interruptible(enabled: bool) -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def modes_restored(model: nn.Module) -> Iterator[None]:
-    """Inside, modules may change between training and evaluation mode; afterwards each is in its own again."""
+    """Put each module back into its own mode afterwards, training or evaluation."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield

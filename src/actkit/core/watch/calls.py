@@ -16,7 +16,7 @@ from actkit.core.ground.errors import DataError
 class Call:
     """One recorded call of a module: its arguments and which of its tokens are real.
 
-    context: token mask and keys of the batch (see core/forward/hooks.py).
+    context: token mask and keys of the batch (see core/forward/batch.py).
     """
 
     args: tuple[Any, ...]
