@@ -112,7 +112,7 @@ def test_one_training_is_train() -> None:
 def test_several_trainings_and_a_model_of_ones_own() -> None:
     """No transformers model, trained twice with a swap in between."""
     pairs = [
-        (torch.randn(4, 16, generator=torch.Generator().manual_seed(n)), torch.tensor([0, 1, 2, 3])) for n in (0, 1)
+        {"x": torch.randn(4, 16, generator=torch.Generator().manual_seed(n)), "labels": torch.arange(4)} for n in (0, 1)
     ]
     recipe = Recipe([Train(steps=2), Swap(where="middle_act", new="relu"), Train(epochs=1)])
 
@@ -128,11 +128,11 @@ def test_several_trainings_and_a_model_of_ones_own() -> None:
         torch.manual_seed(0)
         return Own()
 
-    given = [(pairs[:1], pairs[1:]), [pairs[0][0]], (pairs[:1], pairs[1:])]
+    given = [(pairs[:1], pairs[1:]), [pairs[0]["x"]], (pairs[:1], pairs[1:])]
     ours, theirs = made(), made()
     done = staged_run.run(ours, recipe, given, progress=False)
     train(theirs, pairs[:1], validation=pairs[1:], steps=2, progress=False)
-    apply(theirs, recipe.transforms, [pairs[0][0]], progress=False)
+    apply(theirs, recipe.transforms, [pairs[0]["x"]], progress=False)
     train(theirs, pairs[:1], validation=pairs[1:], epochs=1, progress=False)
     for (name, one), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
