@@ -2,7 +2,7 @@
 
 The first line says what the measurements depend on (model, data, settings, versions, machine); a search resumes only if
 that is the same. A line is written in one piece and flushed to the disk, so that after Ctrl-C, kill -9 or a power cut
-every line is whole, save perhaps the last, which is then dropped and measured again. Each line ends with a digest of
+every line is whole, except perhaps the last, which is then dropped and measured again. Each line ends with a digest of
 its content, so that a damaged number is an error and no other measurement.
 """
 

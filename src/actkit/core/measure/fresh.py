@@ -8,7 +8,7 @@ What this process holds in memory (a changed model, warm caches, other candidate
 It is one worker, `python -m actkit.core.measure.fresh`: requests and replies are JSON lines on its stdin and stdout,
 tensors cross in temporary safetensors files, and whatever a library prints goes to stderr, whose last lines end up in
 errors. The worker has its own process group (Ctrl-C reaches it through us only), no network, and goes when its stdin
-closes, so also when we are killed; whoever of the two goes last removes the temporary files.
+closes, so also when we are killed; the last of the two to go removes the temporary files.
 """
 
 from __future__ import annotations
@@ -259,7 +259,7 @@ class FreshProcess:
             self.close()
             raise
         if "error" in reply:
-            for left in self._folder.iterdir():  # what the request brought and nobody read
+            for left in self._folder.iterdir():  # what the request brought and was not read
                 left.unlink(missing_ok=True)
             raise FreshProcessError(f"{what}: the fresh process reports {reply['error']}{self._tail()}")
         return reply
@@ -537,7 +537,7 @@ class _Worker:
 def _steps_of_model(model: Any) -> Callable[[Tensor], Tensor]:
     """From a prompt, then from the tokens before, int64 [batch, length], to the likeliest next ones [batch, 1]."""
     last = "logits_to_keep" in inspect.signature(model.forward).parameters
-    keep = {"logits_to_keep": 1} if last else {}  # nobody needs the logits inside a prompt
+    keep = {"logits_to_keep": 1} if last else {}  # the logits inside a prompt are not needed
     past: Any = None
 
     def step(ids: Tensor) -> Tensor:
@@ -633,7 +633,7 @@ def _serve(folder: Path, threads: int) -> None:
                 reply = {"error": f"{type(error).__name__}: {error}"}
             replies.write(json.dumps(reply) + "\n")
             replies.flush()
-    except BrokenPipeError:  # whoever asked is gone
+    except BrokenPipeError:  # the process that asked is gone
         pass
     finally:
         shutil.rmtree(folder, ignore_errors=True)
