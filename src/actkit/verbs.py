@@ -19,6 +19,7 @@ from torch import nn
 
 from actkit.core.edit import changes
 from actkit.core.forward.batch import sequence_of
+from actkit.core.forward.hooks import refuse_compiled_or_sharded
 from actkit.core.ground import processes
 from actkit.core.ground.errors import ActkitError, DataError
 from actkit.core.ground.memory import format_bytes
@@ -49,6 +50,7 @@ READING = ("sequences", "length", "batch_size", "seed")  # options of `load_data
 
 def open_data(data: Any, model: nn.Module, tokenizer: Any, split: Split, **options: Any) -> Batches:
     """Batches for a verb: the `split` of the embedded data, or all that the user gave. options: as in `load_data`."""
+    refuse_compiled_or_sharded(model)  # no verb takes one, and its call says nothing of what it takes
     return load_data(data, model, tokenizer, split=split if data is None else None, **options)
 
 
