@@ -45,6 +45,13 @@ def not_like_its_family(p: Place) -> None:
 
 
 @proof
+def a_wrapper_of_nothing(p: Place) -> None:
+    model = build("llama")
+    model.model.layers[0].mlp = type("Around", (nn.Module,), {"wraps": "inner"})()
+    anatomy(model)
+
+
+@proof
 def other_experts(p: Place) -> None:
     model = build("mixtral")
     del model.model.layers[0].mlp.experts.down_proj

@@ -22,6 +22,7 @@ from actkit.core.layers.activations import Thresholded, name_of
 from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.layers.selections import Selection, Threshold
 from actkit.core.model.parts import Attention, Block, Linear, Mlp
+from actkit.core.model.wrapping import inside
 from actkit.kernels import decode_math as functions
 from actkit.kernels import decode_step as steps
 from actkit.kernels.quantized import BLOCK, PIECES
@@ -40,7 +41,7 @@ ACTIVATIONS = {
 def described(model: nn.Module, block: Block) -> Block:
     """Return the block with its attention and MLP, even if their modules are of kinds that only `decodes_as` names."""
     attention, mlp = block.attention, block.mlp
-    at, path = f"{block.path}.self_attn", f"{block.path}.mlp"
+    at, path = inside(model, f"{block.path}.self_attn"), inside(model, f"{block.path}.mlp")
     if kind_named(model, at) == "spark_attention":
         spark: Any = get_module(model, at)
         query, key, value, output = (

@@ -18,6 +18,7 @@ from actkit.core.ground.errors import UnsupportedModelError
 from actkit.core.model.architectures import Architecture, AttentionRow, MlpRow, find_architecture
 from actkit.core.model.parts import Block
 from actkit.core.model.sites import each_once
+from actkit.core.model.wrapping import outside
 from actkit.kernels import decode_step as steps
 
 
@@ -114,10 +115,11 @@ def form_of(model: nn.Module, blocks: Sequence[Block]) -> Form:
     for own, block in zip(rows, blocks):
         attention, mlp = own.attention, own.mlp
         assert isinstance(attention, AttentionRow) and isinstance(mlp, MlpRow)
-        found = {role: f"{block.path}.{norm.path}" for norm in own.norms for role in _roles(norm.role)}
+        found = {role: outside(model, f"{block.path}.{norm.path}") for norm in own.norms for role in _roles(norm.role)}
         before.append((found.get("attention"), found.get("mlp")))
         added = (attention.added, mlp.added)
-        behind.append(tuple(None if path is None else f"{block.path}.{path}" for path in added))  # type: ignore[arg-type]
+        paths = (None if path is None else outside(model, f"{block.path}.{path}") for path in added)
+        behind.append(tuple(paths))  # type: ignore[arg-type]
         turned = steps.HALVES if attention.pairs == "halves" else steps.NEIGHBOURS
         turns.append(turned if attention.rotary else steps.UNTURNED)
     first: Any = rows[0]
@@ -163,7 +165,8 @@ def head_norms_of(form: Form, blocks: Sequence[Block]) -> list[tuple[str, str]]:
     for row, block in zip(form.rows, blocks):
         assert isinstance(row.attention, AttentionRow)
         if row.attention.query_norm is not None:
-            found.append((f"{block.path}.{row.attention.query_norm}", f"{block.path}.{row.attention.key_norm}"))
+            query, key = (f"{block.path}.{path}" for path in (row.attention.query_norm, row.attention.key_norm))
+            found.append((outside(block.root, query), outside(block.root, key)))
     return found
 
 

@@ -111,7 +111,9 @@ def _sets(block: Block) -> list[tuple[tuple[Linear, ...], Norm | None, str | Non
     found: list[tuple[tuple[Linear, ...], Norm | None, str | None]] = []
     for norm, inputs in block.norm_readers():
         refused = None
-        if norm is None or norm.feeds_residual:
+        if norm is None:
+            refused = "no norm of the block is known to produce what these layers read"
+        elif norm.feeds_residual:
             refused = "post-norm: the residual stream reads what these layers read, so it cannot be rotated for them"
         elif norm.role == "both" and (block.attention is None or block.mlp is None):
             refused = "another part of the block, which is not described, reads the norm's output too"

@@ -39,6 +39,7 @@ from actkit.core.model.parts import (
 from actkit.core.model.reading import BlockReader, submodule
 from actkit.core.model.sites import SITE_NAMES, Site, Tap, read_tap, refuse_unknown_layout
 from actkit.core.model.tracing import Axis, Trace, trace
+from actkit.core.model.wrapping import inside
 
 __all__ = [
     "SITE_NAMES",
@@ -364,7 +365,8 @@ class _Described(Anatomy):
         self.stem = self._present(model, row.stem)
         outside = tuple(sorted(children - {self._prefix[:-1]})) if self._prefix else ()
         self.head = self._present(model, row.head) + outside
-        super().__init__(model, len(submodule(model, self._prefix + row.blocks, row)))  # type: ignore[arg-type]
+        self._blocks = inside(model, self._prefix + row.blocks)
+        super().__init__(model, len(submodule(model, self._blocks, row)))  # type: ignore[arg-type]
 
     def _present(self, model: nn.Module, paths: tuple[str, ...]) -> tuple[str, ...]:
         """The full paths of those that this model has (a pooler is optional)."""
@@ -372,7 +374,7 @@ class _Described(Anatomy):
         return tuple(self._prefix + path for path in paths if self._prefix + path in modules)
 
     def block(self, index: int, originals: Mapping[str, nn.Module] | None = None) -> Block:
-        path = f"{self._prefix}{self.row.blocks}.{index}"
+        path = f"{self._blocks}.{index}"
         row = self.row.of_block(self.model.config, index)
         return BlockReader(self.model, row, index, path).read(originals)
 

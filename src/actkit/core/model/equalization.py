@@ -102,7 +102,7 @@ def _with_known_layers(found: EqualizationSet, tied: set[int]) -> EqualizationSe
 
 def _refused(found: EqualizationSet, tied: set[int]) -> str | None:
     if found.producer is None:
-        return "post-norm: no norm of the block produces this input, it is the residual stream itself"
+        return "no norm of the block is known to produce this input: it is the residual stream itself, or is wrapped"
     if isinstance(found.producer, Norm):
         if found.producer.feeds_residual:
             return "post-norm: the residual stream reads the norm's output too"

@@ -3,7 +3,7 @@
 A module that computes in a way of its own where the row has attention or an MLP says so by a class attribute
 `linear_inputs`: pairs of a site's name (None for `layer.input`) and the linear layers inside that read this one tensor.
 Such a part is no Attention or Mlp, so that no method takes it for one; its layers are among `Block.other`. A LayersRow
-says the same of a class of another library.
+says the same of a class of another library. A module that only wraps a part of the row is entered (`wrapping.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from actkit.core.model.experts import ExpertList
 from actkit.core.model.fused_layers import PartRows, query_key_value_rows
 from actkit.core.model.parts import Attention, Block, Experts, Linear, LinearInput, LinearRole, Mlp, Norm, is_linear
 from actkit.core.model.sites import Site, Tap
+from actkit.core.model.wrapping import inside, outside
 
 
 class BlockReader:
@@ -47,7 +48,7 @@ class BlockReader:
         attention, mlp, experts = None, None, None
         if isinstance(row.attention, LayersRow):
             self._layers(row.attention, "attention")
-            self._tap("attention.weights", self._full(row.attention.path), "output", 1, layout="weights")
+            self._tap("attention.weights", self._inside(row.attention.path), "output", 1, layout="weights")
         elif row.attention is not None and not self._own(row.attention, "attention"):
             attention = self._attention(row.attention, feeding.get("attention"))
         if row.experts is not None and (row.mlp is None or self._has(row.experts.path)):
@@ -75,16 +76,30 @@ class BlockReader:
         )
 
     def _full(self, path: str) -> str:
-        return f"{self.path}.{path}"
+        """Where a module of the row stands; a wrapper that stands there itself is not entered."""
+        return outside(self.model, f"{self.path}.{path}")
+
+    def _inside(self, path: str) -> str:
+        """As `_full`, and inside of the wrappers that stand there."""
+        return inside(self.model, f"{self.path}.{path}")
 
     def _module(self, path: str) -> nn.Module:
         return submodule(self.model, self._full(path), self.row)
 
+    def _part(self, path: str) -> nn.Module:
+        """The attention, MLP or experts of the row, inside of their wrappers."""
+        return submodule(self.model, self._inside(path), self.row)
+
+    def _feeding(self, part: str, norm: Norm | None) -> Norm | None:
+        """The norm in front of a part; None if the part is wrapped, as something else may come between the two."""
+        return norm if self._inside(part) == self._full(part) else None
+
     def _has(self, path: str) -> bool:
-        module: nn.Module | None = submodule(self.model, self.path, self.row)
-        for name in path.split("."):
-            module = getattr(module, name, None)
-        return module is not None
+        try:
+            self.model.get_submodule(self._full(path))
+        except AttributeError:
+            return False
+        return True
 
     def _linear(self, path: str, role: LinearRole, expert: int | None = None) -> Linear:
         return Linear(self._full(path), role, self._module(path), expert)
@@ -99,7 +114,7 @@ class BlockReader:
 
     def _own(self, row: AttentionRow | MlpRow, name: str) -> bool:
         """Whether a module stands here that says itself what its linear layers read; then reads those."""
-        declared = getattr(type(self._module(row.path)), "linear_inputs", None)
+        declared = getattr(type(self._part(row.path)), "linear_inputs", None)
         if declared is None:
             return False
         for _, names in declared:
@@ -111,7 +126,7 @@ class BlockReader:
     def _layers(self, row: LayersRow, name: str | None = None, added: str | None = None) -> None:
         """Read linear layers alone. name: of the part ('attention', 'mlp') where its input and output are sites."""
         if name is not None:
-            self._tap(f"{name}.input", self._full(row.path), "input")
+            self._tap(f"{name}.input", self._inside(row.path), "input")
         for site_name, names in row.linear_inputs:
             paths = [f"{row.path}.{each}" for each in names if self._has(f"{row.path}.{each}")]
             if not paths:
@@ -143,8 +158,8 @@ class BlockReader:
                     f"Correct the row, or set layout=None where the layout is not known."
                 )
         attention = Attention(
-            self._full(row.path),
-            self._module(row.path),
+            self._inside(row.path),
+            self._part(row.path),
             self._optional(row.query, "query"),
             self._optional(row.key, "key"),
             self._optional(row.value, "value"),
@@ -153,7 +168,7 @@ class BlockReader:
             heads,
             key_value_heads,
             head_dim,
-            norm,
+            self._feeding(row.path, norm),
             None if rows is None else rows[2],
             row.limit,
         )
@@ -188,7 +203,8 @@ class BlockReader:
         else:
             raise CoverageError(f"MlpRow: the row {self.row.name!r} names neither up nor gate_up; give one of them.")
         self._module(row.activation)
-        mlp = Mlp(self._full(row.path), self._module(row.path), gate, up, down, self._full(row.activation), norm, rows)
+        norm, activation = self._feeding(row.path, norm), self._full(row.activation)
+        mlp = Mlp(self._inside(row.path), self._part(row.path), gate, up, down, activation, norm, rows)
         layout = "flat" if row.flat else "tokens"
         self._mlp_taps(mlp, self._full(row.added or row.path), row.overwritten, layout=layout)
         return mlp
@@ -202,9 +218,9 @@ class BlockReader:
         self._tap("mlp.output", added, "output", copied=overwritten, **settings)
 
     def _experts(self, row: ExpertsRow, norm: Norm | None) -> Experts:
-        module, path, router = self._module(row.path), self._full(row.path), self._full(row.router)
+        module, path, router = self._part(row.path), self._inside(row.path), self._full(row.router)
         self._module(row.router)
-        self._tap("mlp.input", self._full(row.module), "input")
+        self._tap("mlp.input", self._inside(row.module), "input")
         self._tap("router.logits", router, "output", layout="flat")
         members: tuple[Mlp, ...] = ()
         if isinstance(module, ExpertList):
@@ -217,7 +233,7 @@ class BlockReader:
                 raise CoverageError(f"{path}: a {kind} without the 3-D parameter {row.down!r} stands here.")
             count = stacked.shape[0]
         self._tap("mlp.output", self._full(row.module), "output")
-        return Experts(path, module, router, count, members, norm, row)
+        return Experts(path, module, router, count, members, self._feeding(row.module, norm), row)
 
     def _expert(self, path: str, e: int) -> Mlp:
         gate, up, down = (self._linear(f"{path}.{role}", role, e) for role in ("gate", "up", "down"))
@@ -227,11 +243,16 @@ class BlockReader:
 
 
 def submodule(model: nn.Module, path: str, row: Architecture) -> nn.Module:
-    """The module at a full path. Raises CoverageError where the model does not fit the row."""
+    """Return the module at a full path.
+
+    Raises:
+        CoverageError: there is none, so that the model does not fit its row.
+    """
     try:
         return model.get_submodule(path)
     except AttributeError as error:
         raise CoverageError(
             f"{type(model).__name__}: the row {row.name!r} expects a module at {path!r}, and there is none. "
-            f"Register a row that describes this model (register_architecture)."
+            f"Register a row that describes this model (register_architecture). A class of your own around a part "
+            f"of the model says so: wraps = 'the attribute that holds the part'."
         ) from error

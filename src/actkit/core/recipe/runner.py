@@ -192,6 +192,25 @@ def refuse_later_changes(model: nn.Module, record: changes.Changes | None) -> No
         )
 
 
+@dataclass
+class _Opened:
+    """Experts that stand as a list while their block is changed.
+
+    Attributes:
+        block: the path of the block.
+        stock: the module with the 3-D parameters.
+        experts: the list that stands in its place.
+        entry: which of the described edits opened them.
+        changed: whether an edit changed something inside.
+    """
+
+    block: str
+    stock: nn.Module
+    experts: ExpertList
+    entry: int
+    changed: bool = False
+
+
 class _Run:
     """One pass of a list of transforms over a model."""
 
@@ -214,7 +233,7 @@ class _Run:
         self._shared: Shared = {}
         origin = changes.source(view.model)
         self._origin = origin if origin is not None and origin.untouched(view.model) else None
-        self._opened: tuple[str, nn.Module, int] | None = None
+        self._opened: _Opened | None = None
 
     def plan_transforms(self) -> None:
         trial = Trial(self.view, self.batches)
@@ -305,6 +324,9 @@ class _Run:
 
     def _apply_edit(self, edit: Edit) -> None:
         description = describe(edit, self.model)
+        if self._opened is not None and not isinstance(edit, Configure):
+            path = edit.path if isinstance(edit, Replace) else edit.parameter
+            self._opened.changed |= _is_inside(self.model, path, self._opened.experts)
         if isinstance(edit, Replace):
             old = get_module(self.model, edit.path)
             self._frozen |= {f"{edit.path}.{name}" for name, p in old.named_parameters() if not p.requires_grad}
@@ -320,18 +342,20 @@ class _Run:
         wanted = any(transform.tags.parts for transform in self.transforms)
         if wanted and experts is not None and not isinstance(experts.module, ExpertList):
             self._shared = shared_parameters(self.model)
-            self._apply_edit(Replace(experts.path, ExpertList.of(experts.module, experts.row, own_rows=True)))
-            self._opened = (experts.path, experts.module, len(self.described))
+            opened = ExpertList.of(experts.module, experts.row, own_rows=True)
+            self._apply_edit(Replace(experts.path, opened))
+            self._opened = _Opened(block.path, experts.module, opened, len(self.described) - 1)
 
     def _close_experts(self) -> None:
-        """Nothing inside was replaced: the 3-D parameters stand again."""
-        if self._opened is None:
+        """Nothing inside was replaced: the 3-D parameters stand again, also if a wrapper moved them meanwhile."""
+        opened, self._opened = self._opened, None
+        if opened is None or opened.changed:
             return
-        path, module, mark = self._opened
-        if not any(str(e.get("replace", e.get("set", ""))).startswith(path + ".") for e in self.described[mark:]):
-            set_module(self.model, path, module)
-            del self.described[mark - 1]
-        self._opened = None
+        inside = get_module(self.model, opened.block).named_modules(prefix=opened.block)
+        path = next((path for path, module in inside if module is opened.experts), None)
+        if path is not None:
+            set_module(self.model, path, opened.stock)
+            del self.described[opened.entry]
 
     def finish(self) -> None:
         """New modules get the mode of those whose place they took, and the model its record of the changes."""
@@ -369,6 +393,16 @@ class _Run:
 
     def _track(self, items: Any, description: str) -> Iterable[Any]:
         return track(items, description, enabled=self.progress)
+
+
+def _is_inside(model: nn.Module, path: str, outer: nn.Module) -> bool:
+    """Whether what stands at a path lies inside a module of the model."""
+    module: nn.Module | None = model
+    for name in path.split("."):
+        if module is outer:
+            return True
+        module = None if module is None else module._modules.get(name)
+    return False
 
 
 def apply_edits(model: nn.Module, edits: Iterable[Edit], architecture: Callable[[], str]) -> None:
