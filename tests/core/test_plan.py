@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from tiny_models import HIDDEN, INNER, LAYERS, batches, build, snapshot
+from tiny_models import HIDDEN, INNER, LAYERS, batches, bits, build, snapshot
 from torch import nn
 
-from actkit.core.ground.errors import CoverageError, MemoryLimitError
+from actkit.core.ground.errors import CoverageError, EditError, MemoryLimitError
 from actkit.core.ground.memory import parameter_bytes
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.quantizer import QuantizationGrid
@@ -18,9 +18,12 @@ from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import Block, Linear, Site, anatomy
 from actkit.core.model.experts import ExpertList
 from actkit.core.recipe.plan import Plan, make_plan
+from actkit.core.recipe.runner import apply
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
 from actkit.core.watch.statistics import Gram, Moments
+from actkit.quantization.awq import Awq
+from actkit.sparsity.rotate_columns import RotateColumns
 
 EXPERTS = 4
 ATTENTION = HIDDEN * (2 * HIDDEN + 2 * HIDDEN // 2)  # query, output; key and value have half the heads
@@ -40,6 +43,20 @@ class OnlyAttention(Transform):
 class OnlyDownOfExperts(Transform):
     def targets(self, block: Block) -> Iterable[Linear]:
         return [linear for linear in block.linears() if linear.role == "down"]
+
+
+class Named(Transform):
+    """What is named of each block, by the path inside it."""
+
+    names: tuple[str, ...]
+
+    def targets(self, block: Block) -> Iterable[str]:
+        return [f"{block.path}.{name}".removeprefix(".") for name in self.names]
+
+
+class Nonlinearities(Transform):
+    def targets(self, block: Block) -> Iterable[str]:
+        return block.nonlinearities()
 
 
 class Observing(Transform):
@@ -115,6 +132,52 @@ def test_convolutions_count_against_the_share():
     found = plan(build("conv"), Everything(), given)
     assert found.coverage == {"Everything": pytest.approx(dense / total)}
     assert ("conv.weight", "convolution") in found.untouched
+
+
+def test_parameters_and_modules_may_be_aimed_at():
+    total = ATTENTION + GATED + NORMS
+    for names, touched in (
+        (("input_layernorm.weight",), HIDDEN),
+        (("input_layernorm", "input_layernorm.weight"), HIDDEN),
+        (("mlp",), GATED),
+        (("mlp.act_fn",), GATED),
+        (("mlp.act_fn", "self_attn.q_proj", "post_attention_layernorm.weight"), GATED + HIDDEN * HIDDEN + HIDDEN),
+        (("self_attn",), ATTENTION),
+    ):
+        found = plan(build("llama"), Named(names=names))
+        assert found.coverage == {"Named": pytest.approx(touched / total)}, names
+        untouched = {name for name, _ in found.untouched}
+        assert ("model.layers.0.mlp.up_proj.weight" in untouched) == (touched < GATED)
+    with pytest.raises(EditError, match=r"the model has no module 'model\.layers\.0\.mlp\.nothing'"):
+        plan(build("llama"), Named(names=("mlp.nothing",)))
+
+
+def test_an_activation_counts_for_the_layers_that_it_stands_between():
+    assert plan(build("llama"), Nonlinearities()).coverage["Nonlinearities"] == pytest.approx(
+        GATED / (ATTENTION + GATED + NORMS)
+    )
+    experts = EXPERTS * GATED / (ATTENTION + EXPERTS * GATED + NORMS + ROUTER)
+    assert plan(build("mixtral"), Nonlinearities()).coverage["Nonlinearities"] == pytest.approx(experts)
+    given = batches("conv")  # a module between a convolution and a linear layer, and between two linear layers
+    weights = 4 * 64 * INNER + INNER * 10 + 4 * 9
+    assert plan(build("conv"), Nonlinearities(), given).coverage["Nonlinearities"] == pytest.approx(
+        weights / (weights + INNER + 10 + 4)
+    )
+    given = batches("mlp")  # its functions are no modules
+    assert plan(build("mlp"), Nonlinearities(), given).coverage["Nonlinearities"] > 0.9
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_methods_say_which_norms_they_change(kind):
+    """The parameters that AWQ and the rotation touch are those that differ afterwards, but for biases."""
+    for method in (Awq(bits=4, group_size=-1), RotateColumns()):
+        model, given = build(kind), batches(kind)
+        said = {name for name, _ in plan(model, method, given).untouched}
+        before = {name: bits(tensor) for name, tensor in model.named_parameters() if "norm" in name}
+        apply(model, method, given, min_coverage=0, progress=False)
+        after = dict(model.named_parameters())
+        changed = {name for name in before if name not in after or bits(after[name]) != before[name]}
+        assert changed and changed == before.keys() - said, type(method).__name__
 
 
 def test_memory_by_hand():

@@ -116,6 +116,12 @@ class Awq(Transform):
             return "it rescales the inputs that thresholds, scores and corrections were made for; put it first"
         return super().conflicts(earlier)
 
+    def targets(self, block: Block) -> Iterable[Linear | str]:
+        yield from block.linears()
+        for group in equalization_sets(block):
+            if isinstance(group.producer, Norm) and not group.refused:
+                yield f"{group.producer.path}.weight"
+
     def passes(self, tokens: int) -> float:
         searched, screened = self._searched(tokens)
         tried = self.n_grid * screened + FINALISTS * searched if screened else self.n_grid * searched

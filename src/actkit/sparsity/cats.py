@@ -32,7 +32,7 @@ from actkit.core.edit.edits import Edit, Note, Replace, Skip
 from actkit.core.ground.errors import CoverageError, RecipeError
 from actkit.core.layers.activations import Thresholded
 from actkit.core.layers.linear import ActLinear
-from actkit.core.model.anatomy import Block, Linear, Mlp, Site, anatomy
+from actkit.core.model.anatomy import Block, Mlp, Site, anatomy
 from actkit.core.model.parts import LinearRole
 from actkit.core.recipe.seen import Seen, Trial
 from actkit.core.recipe.tags import Tags
@@ -98,9 +98,8 @@ class Cats(Transform):
             raise RecipeError(f"sparsity: block {unknown[0]} was named; the model has blocks 0 to {len(blocks) - 1}.")
         return self
 
-    def targets(self, block: Block) -> Iterable[Linear]:
-        """All layers of the MLPs: the gate decides, the others are read in part."""
-        return () if self.share(block) == 0 else block.around_activations()
+    def targets(self, block: Block) -> Iterable[str]:
+        return () if self.share(block) == 0 else block.nonlinearities()
 
     def observe(self, block: Block) -> Mapping[Site, Statistic]:
         if self.share(block) == 0:

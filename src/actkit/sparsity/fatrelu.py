@@ -34,7 +34,7 @@ from actkit.core.layers.activations import Thresholded, name_of
 from actkit.core.layers.folding import ScaledActivation
 from actkit.core.layers.known_functions import shifted_relu
 from actkit.core.measure.quality import measure_quality, task_of
-from actkit.core.model.anatomy import Block, Linear, anatomy
+from actkit.core.model.anatomy import Block, anatomy
 from actkit.core.recipe.seen import Seen
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
@@ -112,8 +112,8 @@ class FatRelu(Transform):
     def identity(cls) -> Self:
         return cls(threshold=0.0)
 
-    def targets(self, block: Block) -> Iterable[Linear]:
-        return block.around_activations()
+    def targets(self, block: Block) -> Iterable[str]:
+        return block.nonlinearities()
 
     def conflicts(self, earlier: Transform) -> str | None:
         if "select" in earlier.tags.slots:

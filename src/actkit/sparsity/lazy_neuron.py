@@ -112,8 +112,8 @@ class TopKMlp(Transform):
     def identity(cls) -> Self:
         return cls(k=1.0)
 
-    def targets(self, block: Block) -> Iterable[Linear]:
-        return block.around_activations()
+    def targets(self, block: Block) -> Iterable[str]:
+        return block.nonlinearities()
 
     def conflicts(self, earlier: Transform) -> str | None:
         if "select" in earlier.tags.slots:

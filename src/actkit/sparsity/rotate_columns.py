@@ -65,8 +65,11 @@ class RotateColumns(Transform):
         "try it with recipes=['rotate_columns,wina']"
     )
 
-    def targets(self, block: Block) -> Iterable[Linear]:
-        return [linear for inputs, _, refused in _sets(block) if refused is None for linear in inputs]
+    def targets(self, block: Block) -> Iterable[Linear | str]:
+        for inputs, norm, refused in _sets(block):
+            if refused is None and norm is not None:
+                yield norm.path
+                yield from inputs
 
     def conflicts(self, earlier: Transform) -> str | None:
         if earlier.tags.slots:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from actkit.core.edit.edits import Edit, Replace, Skip
 from actkit.core.layers.keeps_dtype import KeepsDtype
-from actkit.core.model.anatomy import Block, Linear, Site
+from actkit.core.model.anatomy import Block, Site
 from actkit.core.model.parts import Mlp
 from actkit.core.recipe.seen import Seen
 from actkit.core.recipe.tags import Tags
@@ -76,8 +76,8 @@ class Clip(Transform):
     def identity(cls) -> Self:
         return cls(share=0.0)
 
-    def targets(self, block: Block) -> Iterable[Linear]:
-        return block.around_activations()
+    def targets(self, block: Block) -> Iterable[str]:
+        return block.nonlinearities()
 
     def observe(self, block: Block) -> Mapping[Site, Statistic]:
         return {site_of(block, expert, mlp): Quantiles() for expert, mlp in block.mlps()}

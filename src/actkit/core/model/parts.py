@@ -289,11 +289,24 @@ class Block:
                 found.append((part.norm, part.inputs))
         return tuple(found)
 
-    def around_activations(self) -> tuple[Linear, ...]:
-        """The linear layers of MLPs (of opened experts too), and of a traced block those of its chains, each once."""
-        found = [linear for _, mlp in self.mlps() for linear in (*mlp.inputs, mlp.down)]
-        found += [end for chain in self.chains for end in (chain.first, chain.second) if isinstance(end, Linear)]
-        return tuple({linear.path: linear for linear in found}.values())
+    def nonlinearities(self) -> tuple[str, ...]:
+        """Return the paths of the activation functions of MLPs (of opened experts too) and chains, each once.
+
+        A function that is no module goes by its name, such as 'relu'.
+        """
+        found = [mlp.activation for _, mlp in self.mlps()] + [chain.nonlinearity for chain in self.chains]
+        return tuple(dict.fromkeys(found))
+
+    def around(self, nonlinearity: str) -> tuple[str, ...]:
+        """Return the paths of the linear layers and convolutions that an activation function stands between.
+
+        Args:
+            nonlinearity: one of `nonlinearities()`; any other path has none.
+        """
+        found = [x.path for _, mlp in self.mlps() if mlp.activation == nonlinearity for x in (*mlp.inputs, mlp.down)]
+        ends = [end for x in self.chains if x.nonlinearity == nonlinearity for end in (x.first, x.second)]
+        found += [end if isinstance(end, str) else end.path for end in ends]
+        return tuple(dict.fromkeys(found))
 
     def linears(self) -> tuple[Linear, ...]:
         """All linear layers that actkit can read, those of opened experts included."""

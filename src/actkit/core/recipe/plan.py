@@ -8,12 +8,12 @@ sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
-from actkit.core.edit.edits import refuse_hooks
+from actkit.core.edit.edits import get_module, refuse_hooks
 from actkit.core.forward.batch import BatchContext
 from actkit.core.forward.hooks import evaluating
 from actkit.core.ground import offload, processes
@@ -22,7 +22,7 @@ from actkit.core.ground.memory import format_bytes, parameter_bytes, parse_bytes
 from actkit.core.ground.modules import is_within
 from actkit.core.model.anatomy import Anatomy, Block, Site
 from actkit.core.recipe.blockwise import Walk
-from actkit.core.recipe.transform import Transform
+from actkit.core.recipe.transform import Target, Transform
 from actkit.core.watch.capture import opened_experts
 
 
@@ -105,11 +105,12 @@ def _coverage(view: Anatomy, transforms: Sequence[Transform]) -> tuple[dict[str,
     for transform in transforms:
         if not transform.tags.parts:
             continue
-        targets = [linear for block in blocks for linear in transform.targets(block)]
-        for linear in targets if transform.tags.slots else ():  # who fills no slot replaces none of them
-            refuse_hooks(linear.path, linear.module)
-        paths = {f"{linear.path}.weight" for linear in targets}
-        touched = {name for name in inside if name.replace(".storage.tensor", ".weight") in paths}
+        touched: set[str] = set()
+        for block in blocks:
+            for target in transform.targets(block):
+                if not isinstance(target, str) and transform.tags.slots:  # who fills no slot replaces no layer
+                    refuse_hooks(target.path, target.module)
+                touched |= _parameters_of(target, block, inside)
         coverage[type(transform).__name__] = sum(inside[name] for name in touched) / total
         touched_by_any |= touched
     untouched = [
@@ -118,6 +119,18 @@ def _coverage(view: Anatomy, transforms: Sequence[Transform]) -> tuple[dict[str,
         if row.parameter not in touched_by_any
     ]
     return coverage, untouched
+
+
+def _parameters_of(target: Target, block: Block, inside: Iterable[str]) -> set[str]:
+    """The names among those inside blocks that a target stands for."""
+    if not isinstance(target, str):
+        weights, named = {f"{target.path}.weight"}, set()
+    else:
+        weights = {f"{path}.weight" for path in block.around(target)}
+        named = {name for name in inside if is_within(name, target)}
+        if not weights and not named:
+            get_module(block.root, target)  # raises if the model has no such module
+    return named | {name for name in inside if name.replace(".storage.tensor", ".weight") in weights}
 
 
 _OUTSIDE = {"linear": "linear layer that the recipe does not aim at", "experts": "experts that could not be opened"}

@@ -20,6 +20,8 @@ from actkit.core.recipe.seen import Seen, Trial
 from actkit.core.recipe.tags import Tags
 from actkit.core.watch.statistics import Statistic
 
+Target = Linear | Convolution | str  # a string is the name of a parameter, or the path of a module or nonlinearity
+
 
 class Transform(BaseModel):
     """Changes a trained model once, from what calibration saw; produces edits. Subclasses set `tags`."""
@@ -50,8 +52,14 @@ class Transform(BaseModel):
         """Settings that need the whole model (a budget, a global search). The default returns itself."""
         return self
 
-    def targets(self, block: Block) -> Iterable[Linear | Convolution]:
-        """The layers it means to change: for the coverage report."""
+    def targets(self, block: Block) -> Iterable[Target]:
+        """Say what it means to change in a block, for the report of coverage.
+
+        Returns:
+            Linear layers and convolutions, of which the weights count; names of parameters; paths of modules, all of
+            whose parameters count. An activation function (`block.nonlinearities()`) counts for the weights of the
+            layers that it stands between. The default are all linear layers.
+        """
         return block.linears()
 
     def passes(self, tokens: int) -> float:
