@@ -17,7 +17,7 @@ from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import Block, Linear, Site, anatomy
 from actkit.core.model.experts import ExpertList
-from actkit.core.recipe.plan import Plan, make_plan
+from actkit.core.recipe.plan import Plan, make_plan, turns
 from actkit.core.recipe.runner import apply
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
@@ -198,6 +198,20 @@ def test_time_is_counted_in_passes(monkeypatch):
     monkeypatch.setattr("actkit.core.recipe.blockwise.time.perf_counter", lambda: float(next(ticks)))
     # a pass of the longest batch (14 of 26 tokens) takes 1 tick; 1 to record, 2 streams, 3 of the transform
     assert plan(build("llama"), Observing(), given).seconds == pytest.approx(26 / 14 * (1 + 2 + 3))
+
+
+class InTurn(Observing):
+    tags: ClassVar[Tags] = Tags(needs_data=True, stream="original", passes=3, plans_in_turn=True)
+
+
+def test_who_plans_in_turn_begins_a_walk_of_its_own(monkeypatch):
+    model, given = build("llama"), batches("llama", padding=False)
+    assert turns([InTurn(), Everything(), InTurn(), InTurn()]) == [range(2), range(2, 3), range(3, 4)]
+    assert turns([]) == []
+    ticks = iter(range(1000))
+    monkeypatch.setattr("actkit.core.recipe.blockwise.time.perf_counter", lambda: float(next(ticks)))
+    found = make_plan(anatomy(model), [Observing(), InTurn()], given, min_coverage=0)
+    assert found.seconds == pytest.approx(26 / 14 * (1 + 2 + 3 + 1 + 1 + 3))
 
 
 def test_the_cap():

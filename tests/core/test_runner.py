@@ -268,6 +268,48 @@ def test_traced_models(kind):
     assert isinstance(model.hidden if kind == "conv" else model.middle, ActLinear)
 
 
+class Late(SpyOriginal):
+    """Logs the outputs of the model that it plans on."""
+
+    tags: ClassVar[Tags] = Tags(needs_data=True, stream="original", plans_in_turn=True)
+    name: ClassVar[str] = "spy"  # type: ignore[assignment]
+    planned: ClassVar[list[Any]] = []
+
+    def plan(self, trial: Any, data: Any) -> Any:
+        self.planned.append((snapshot(trial.model), list(trial.outputs())))
+        return self
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "conv", "loose"])
+def test_who_plans_in_turn_sees_what_those_before_left(kind):
+    """As two runs one after the other would: the plan, the original stream, and the way back."""
+    apart, data = build(kind), given(kind)
+    changed(apart, kind, [Round()])
+    expected = snapshot(apart), [run(apart, batch) for batch in data]
+    changed(apart, kind, [SpyOriginal()])
+    alone = list(Spy.log)
+    Spy.log.clear()
+    Late.planned.clear()
+    model = build(kind)
+    before = snapshot(model)
+    done = changed(model, kind, [Round(), Late(), SpyBoth()])
+    ((state, outputs),) = Late.planned
+    of_the_record = ("mode", "gradient", "config", "module ")  # written when the run ends
+    same = {
+        key: value for key, value in state.items() if key.startswith("module m") or not key.startswith(of_the_record)
+    }
+    assert same == {key: expected[0][key] for key in same}
+    assert all(torch.equal(a, b) for a, b in zip(outputs, expected[1], strict=True))
+    late = [entry for entry in Spy.log if entry["name"] == "Late"]
+    assert len(late) == len(alone)
+    for mine, other in zip(late, alone, strict=True):
+        for site, moments in mine["moments"].items():
+            assert torch.equal(torch.as_tensor(moments.mean), torch.as_tensor(other["moments"][site].mean))
+    assert [name for _, name in done.report.changed] and "Late" in {name for _, name, _ in done.report.skipped}
+    done.undo()
+    assert snapshot(model) == before
+
+
 def test_a_trial_inside_and_before_the_run_is_taken_back():
     class Searching(Round):
         def plan(self, trial: Any, data: Any) -> Any:

@@ -18,6 +18,8 @@ from actkit.core.layers.selections import Threshold
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.runner import apply
+from actkit.core.store.checkpoint import load, save
+from actkit.functions.swap import Swap
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.cett import cett, cett_thresholds
 from actkit.sparsity.shared_cett import SharedCett, in_float32, largest_cett, output_layers
@@ -187,6 +189,35 @@ def test_over_a_quantizer_it_is_one_layer_with_dequantized_norms() -> None:
         torch.testing.assert_close(layer.select.score, weight.norm(dim=0))
         assert float(layer.select.threshold) == cett_thresholds(states[path], weight, 0.2)
         assert torch.equal(layer.dequantized(), weight)
+
+
+@pytest.mark.parametrize("first", [Swap(where=("silu",), new="relu"), RoundToNearest(bits=3, group_size=8)])
+def test_after_another_method_in_one_recipe_its_plan_is_of_the_changed_model(first: Any, tmp_path: Any) -> None:
+    batches, method = own_words("llama"), PerplexitySparsity(p=20.0)
+    apart = tiny_model("llama")
+    apply(apart, first, batches, progress=False)
+    apply(apart, method, batches, progress=False)
+    model = tiny_model("llama")
+    alone = apply(tiny_model("llama"), method, batches, progress=False).model
+    done = apply(model, [first, method], batches, progress=False)
+    found, expected, plain = (
+        {
+            path: float(m.select.threshold)
+            for path, m in each.named_modules()
+            if isinstance(getattr(m, "select", None), Threshold)
+        }
+        for each in (model, apart, alone)
+    )
+    assert len(found) == 2 and found == expected != plain
+    save(model, tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    with torch.no_grad():
+        for batch in batches:
+            wanted = apart(**batch).logits
+            assert torch.equal(model(**batch).logits, wanted) and torch.equal(loaded(**batch).logits, wanted)
+    done.undo()
+    with torch.no_grad():
+        assert torch.equal(model(**batches[0]).logits, tiny_model("llama")(**batches[0]).logits)
 
 
 def test_given_thresholds_are_applied_and_an_unreachable_target_is_said() -> None:

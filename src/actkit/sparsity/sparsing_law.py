@@ -44,8 +44,8 @@ from actkit.sparsity.shared_cett import SharedCett, in_float32, largest_cett, se
 class PerplexitySparsity(Transform):
     """Drop the neurons of every MLP whose contribution is small, so that perplexity rises by at most p %.
 
-    It changes the output layers of MLPs only. Thresholds are computed before the recipe starts: to use it over a
-    quantizer, apply the quantizer in a separate run first.
+    It changes the output layers of MLPs only. What stands before it in a recipe (a quantizer, other activation
+    functions) is applied first, and perplexity may rise by p % over that of what they left.
 
     Attributes:
         p: in percent; for classifiers exp of the loss counts as perplexity (batches then hold 'labels').
@@ -67,7 +67,9 @@ class PerplexitySparsity(Transform):
     cett: float | None = Field(None, ge=0, le=1)
     thresholds: dict[str, float] | None = None
 
-    tags: ClassVar[Tags] = Tags(slot="select", needs_data=True, stream="original", passes=12, least_coverage=0.15)
+    tags: ClassVar[Tags] = Tags(
+        slot="select", needs_data=True, stream="original", plans_in_turn=True, passes=12, least_coverage=0.15
+    )
     not_proposed: ClassVar[str] = "it needs thousands of tokens to be stable; try it with recipes=['ppl_sparsity']"
 
     @classmethod

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import ceil
 from typing import Any
 
@@ -149,7 +150,7 @@ def _cost(
     longest = max(range(len(batches)), key=lambda index: contexts[index].length or 1)
     most = max(sum(tokens[first :: processes.count()]) for first in range(processes.count()))
     scale = most / tokens[longest]
-    streams = {s for t in needy for s in (("original", "edited") if t.tags.stream == "both" else (t.tags.stream,))}
+    streams = _streams(needy)
     walk = Walk(view, [batches[longest]], lambda items, text: items)
     with evaluating(view.model):
         walk.start(sorted(streams))
@@ -167,8 +168,26 @@ def _cost(
         rows = most if walk.whole_model else ceil(_rows(walk) * scale)
         copies = size + 2 * 4  # as recorded, and two copies in float32 to compute with
         memory.append(("recorded calls of one module", rows * widest * copies))
-    passes = 1 + len(streams) + sum(t.passes(sum(tokens)) for t in needy)
+    passes = sum(t.passes(sum(tokens)) for t in needy)
+    for turn in turns(transforms):  # each is a walk of its own
+        own = _streams([t for t in transforms[turn.start : turn.stop] if t.tags.needs_data])
+        passes += 1 + len(own) if own else 0
     return memory, walk.seconds * scale * passes
+
+
+def turns(transforms: Sequence[Transform]) -> list[range]:
+    """Return which transforms are planned and applied together, as ranges of their positions.
+
+    A new range begins with each transform that plans on what those before it left (`Tags.plans_in_turn`).
+    """
+    starts = [i for i, transform in enumerate(transforms) if i == 0 or transform.tags.plans_in_turn]
+    return [range(a, b) for a, b in pairwise([*starts, len(transforms)])]
+
+
+def _streams(transforms: Iterable[Transform]) -> set[str]:
+    """The streams that transforms calibrate on."""
+    streams = (t.tags.stream for t in transforms)
+    return {each for stream in streams for each in (("original", "edited") if stream == "both" else (stream,))}
 
 
 def _rows(walk: Walk) -> int:

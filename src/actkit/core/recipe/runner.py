@@ -43,7 +43,7 @@ from actkit.core.layers.foreign_layers import refuse_adapters, refuse_quantized
 from actkit.core.model.anatomy import Anatomy, Block, Site, anatomy, has_row, unread
 from actkit.core.model.experts import ExpertList
 from actkit.core.recipe.blockwise import Walk
-from actkit.core.recipe.plan import Plan, make_plan
+from actkit.core.recipe.plan import Plan, make_plan, turns
 from actkit.core.recipe.recipe import Recipe, transforms_of
 from actkit.core.recipe.seen import Seen, Trial, check_shares
 from actkit.core.recipe.steps import Steps
@@ -167,8 +167,9 @@ def apply(
     before = changes.of(model)
     try:
         with evaluating(model):
-            run.plan_transforms()
-            run.walk()
+            for turn in turns(transforms):
+                run.plan_transforms(turn)
+                run.walk(turn)
         run.finish()
     except BaseException:
         run.give_up()
@@ -224,7 +225,7 @@ class _Run:
         progress: bool,
         steps: Steps | None,
     ) -> None:
-        self.view, self.model, self.transforms, self.batches = view, view.model, transforms, batches
+        self.view, self.model, self.transforms, self.batches = view, view.model, list(transforms), batches
         self.mode, self.report, self.progress, self.steps = mode, report, progress, steps or Steps(0)
         self.described: list[dict[str, Any]] = []
         self.undos: list[Undo] = []
@@ -235,17 +236,17 @@ class _Run:
         self._origin = origin if origin is not None and origin.untouched(view.model) else None
         self._opened: _Opened | None = None
 
-    def plan_transforms(self) -> None:
+    def plan_transforms(self, turn: range) -> None:
+        self.model.eval()  # what the turns before put into it too
         trial = Trial(self.view, self.batches)
-        planned = []
-        for transform in self.transforms:
+        for position in turn:
+            transform = self.transforms[position]
             # opened, so that the layers of experts can be tried too; one that goes by modules sees them as they are
             with opened_experts(self.view) if transform.tags.parts else nullcontext():
-                planned.append(transform.plan(trial, self.batches))
-        self.transforms = planned
+                self.transforms[position] = transform.plan(trial, self.batches)
 
-    def walk(self) -> None:
-        needed = {t.tags.stream for t in self.transforms if t.tags.needs_data}
+    def walk(self, turn: range) -> None:
+        needed = {t.tags.stream for t in self.transforms[turn.start : turn.stop] if t.tags.needs_data}
         streams = [s for s in ("original", "edited") if s in needed or "both" in needed]
         share = [index for index in range(len(self.batches)) if processes.mine(index)] if processes.several() else None
         walk = Walk(self.view, self.batches, self._track, share) if streams else None
@@ -257,19 +258,22 @@ class _Run:
                     "from passes over the whole prefix (slower, same result)"
                 )
         for index in self._track(range(len(self.view.blocks)), "Changing block by block"):
-            weights = any(transform.tags.parts for transform in self.transforms)
+            weights = any(transform.tags.parts for transform in self.transforms[turn.start : turn.stop])
             with offload.onloaded(self.model, self.view.blocks[index].path, weights=weights):
-                following = self._change_block(index, walk, streams)
+                following = self._change_block(index, turn, walk, streams)
             self.view.refresh(index)  # the old weights are freed, where no undo keeps them
             for stream, calls in following.items():
                 walk.move(stream, calls)  # type: ignore[union-attr]
 
-    def _change_block(self, index: int, walk: Walk | None, streams: Sequence[str]) -> dict[str, list[Call]]:
-        """Run the transforms on a block; returns the calls of the next one, by stream."""
+    def _change_block(
+        self, index: int, turn: range, walk: Walk | None, streams: Sequence[str]
+    ) -> dict[str, list[Call]]:
+        """Run the transforms of a turn on a block; returns the calls of the next one, by stream."""
         following = {"original": walk.following(index, "original")} if walk and "original" in streams else {}
         self._open_experts(self.view.block(index))
         originals: dict[str, nn.Module] = {}
-        for position, transform in enumerate(self.transforms):
+        for position in turn:
+            transform = self.transforms[position]
             edits: Iterable[Edit | Skip | Note] | None = self.steps.take(position, index)
             if edits is None:
                 edits = self.steps.keep(position, index, self._edits(transform, index, walk, originals))

@@ -14,31 +14,37 @@ class Tags:
 
     Attributes:
         slot: the slot of ActLinear that it fills, or several; two transforms that fill the same one conflict.
+        changes_function: 'exact' edits keep the outputs to rounding.
+        parts: it goes by the parts of the anatomy. False for one that goes by modules alone and changes no weights: it
+            works on a model that cannot be read, and no coverage is asked of it.
+        least_coverage: share of the parameters inside blocks that it touches at least, if the model was read as it is.
         needs_data: calibration batches are required.
         stream: the hidden states it calibrates on, of the original or of the edited model, or both.
-        changes_function: 'exact' edits keep the outputs to rounding.
+        plans_in_turn: its `plan` needs the model as the transforms before it left it. These are applied to all blocks
+            first, and what they left is the original from there on, for this transform and those after it.
         records_calls: it replays recorded calls, which count in the memory plan.
         sums_calls: it adds up with `seen.total` what it computes from recorded calls, so that it may run in several
             processes, each of which has a share of the calls.
         passes: forward passes over the data that it costs, for the estimate of time.
         compiles: the changed model runs under torch.compile.
         exports: the changed model runs through torch.export.
-        parts: it goes by the parts of the anatomy. False for one that goes by modules alone and changes no weights: it
-            works on a model that cannot be read, and no coverage is asked of it.
-        least_coverage: share of the parameters inside blocks that it touches at least, if the model was read as it is.
     """
 
+    # what it changes
     slot: Slot | tuple[Slot, ...] | None = None
+    changes_function: Literal["exact", "approximate"] = "approximate"
+    parts: bool = True
+    least_coverage: float = 0.5
+    # what it calibrates on
     needs_data: bool = False
     stream: Literal["original", "edited", "both"] = "edited"
-    changes_function: Literal["exact", "approximate"] = "approximate"
+    plans_in_turn: bool = False
     records_calls: bool = False
     sums_calls: bool = False
     passes: float = 1.0
+    # what the changed model can do
     compiles: bool = True
     exports: bool = True
-    parts: bool = True
-    least_coverage: float = 0.5
 
     @property
     def slots(self) -> tuple[Slot, ...]:
