@@ -16,18 +16,7 @@ import actkit
 import actkit.testing
 
 SOURCE = Path(actkit.__file__).parent
-# Folders whose docstrings are not in sections yet; the same stand in pyproject.toml, under per-file-ignores.
-NOT_YET = (
-    "core/edit",
-    "core/model",
-    "core/recipe",
-    "core/watch",
-)
-FILES = [
-    file
-    for file in sorted(SOURCE.rglob("*.py"))
-    if not file.relative_to(SOURCE).as_posix().startswith(tuple(f"{folder}/" for folder in NOT_YET))
-]
+FILES = sorted(SOURCE.rglob("*.py"))
 FOLDERS = sorted({file.parent for file in FILES})
 TAKEN_FOR_GRANTED = {"self", "cls", "typingctx"}  # the last is Numba's
 
@@ -110,8 +99,3 @@ def test_the_public_functions_explain_all(module):
         if given.return_annotation not in (None, "None") and not said.keys() & {"Returns", "Yields"}:
             missing.append(f"{name}: what it returns")
     assert not missing, "\n".join(missing)
-
-
-def test_the_list_of_folders_is_that_of_the_linter():
-    text = (SOURCE.parents[1] / "pyproject.toml").read_text(encoding="utf-8")
-    assert re.findall(r'^"src/actkit/(.+)/\*" = \["D"\]', text, re.MULTILINE) == list(NOT_YET)

@@ -17,10 +17,14 @@ CHANGES, SOURCE = "actkit_changes", "actkit_source"
 
 @dataclass(frozen=True)
 class Changes:
-    """The edits on a model, the recipe that made them, both in their JSON form, and the architecture row used.
+    """The edits on a model, the recipe that made them, and the row of its architecture.
 
-    recipe: an entry per transform, and `{"train": settings}` per training of a recipe with stages;
-    `core.recipe.recipe.transforms_of` reads the transforms back.
+    Attributes:
+        edits: in their JSON form.
+        recipe: an entry per transform, and `{"train": settings}` per training of a recipe with stages;
+            `core.recipe.recipe.transforms_of` reads the transforms back.
+        architecture: the name of the row.
+        base_class: the name of the model's class before it was changed; None for one that is not of transformers.
     """
 
     edits: list[dict[str, Any]] = field(default_factory=list)
@@ -33,9 +37,11 @@ class Changes:
 class SourceGrid:
     """How the weights of a quantized source were stored; they were dequantized when it was read.
 
-    format: of the files, such as 'compressed-tensors', 'gguf' or 'fp8'. layers: module path -> how its weight was
-    stored, such as '4 bits, groups of 128 inputs, symmetric' or 'Q4_K'; a module that is not named was not quantized.
-    notes: what the format's own readers compute besides and this model does not, one line each.
+    Attributes:
+        format: of the files, such as 'compressed-tensors', 'gguf' or 'fp8'.
+        layers: module path -> how its weight was stored, such as '4 bits, groups of 128 inputs, symmetric' or 'Q4_K'; a
+            module that is not named was not quantized.
+        notes: what the format's own readers compute besides and this model does not, one line each.
     """
 
     format: str
@@ -44,15 +50,15 @@ class SourceGrid:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> SourceGrid:
-        """What `to_dict` wrote, also after a way through JSON."""
+        """Read what `to_dict` wrote, also after a way through JSON."""
         return cls(content["format"], dict(content["layers"]), tuple(content["notes"]))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
+        """Return everything, as JSON takes it."""
         return asdict(self)
 
     def describe(self) -> str:
-        """One line, such as 'gguf: 12 x Q4_K, 2 x Q6_K; dequantized when it was read'."""
+        """Say it in one line, such as 'gguf: 12 x Q4_K, 2 x Q6_K; dequantized when it was read'."""
         kinds = Counter(self.layers.values()).most_common()
         return f"{self.format}: {', '.join(f'{count} x {kind}' for kind, count in kinds)}; dequantized when it was read"
 
@@ -61,9 +67,14 @@ class SourceGrid:
 class Source:
     """The folder that a model was loaded from, and the state of its tensors then.
 
-    tensors: name -> (address, version counter); an in-place change raises the counter, a replaced tensor the address.
-    options: what `load` was told. files: name -> (bytes, time of change) of the weights and settings in the folder.
-    grid: how the first source of the weights was quantized, also after it was saved by actkit; None where it was not.
+    Attributes:
+        name: the folder.
+        tensors: name -> (address, version counter); an in-place change raises the counter, a replaced tensor has
+            another
+            address.
+        options: what `load` was given.
+        files: name -> (bytes, time of change) of the weights and settings in the folder.
+        grid: how the first source of the weights was quantized, also after it was saved by actkit; None if it was not.
     """
 
     name: str
@@ -74,19 +85,19 @@ class Source:
 
     @classmethod
     def of(cls, name: str, model: nn.Module, *, grid: SourceGrid | None = None, **options: Any) -> Source:
-        """The source of a model just loaded from `name` with these options."""
+        """Return the source of a model just loaded from `name` with these options."""
         return cls(name, _fingerprint(model), options, _stamp(name), grid)
 
     def untouched(self, model: nn.Module) -> bool:
-        """Whether every tensor is as it was when the model was loaded."""
+        """Say whether every tensor is as it was when the model was loaded."""
         return self.tensors == _fingerprint(model)
 
     def unchanged(self) -> bool:
-        """Whether the folder still holds the files that the model was loaded from."""
+        """Say whether the folder still holds the files that the model was loaded from."""
         return self.files == _stamp(self.name)
 
     def rebound(self, model: nn.Module) -> Source:
-        """The same source for a model whose tensors hold the same values again, or for a copy of it."""
+        """Return the same source for a model whose tensors hold the same values again, or for a copy of it."""
         return replace(self, tensors=_fingerprint(model))
 
 
@@ -113,23 +124,23 @@ def keep(model: nn.Module, changes: Changes | None) -> None:
 
 
 def of(model: nn.Module) -> Changes | None:
-    """The changes on a model, or None for one that actkit has not changed."""
+    """Return the changes on a model, or None for one that actkit has not changed."""
     return model.__dict__.get(CHANGES)
 
 
 def source(model: nn.Module) -> Source | None:
-    """Where the model was loaded from, if `actkit.load` did."""
+    """Return the source of a model that `actkit.load` read, or None."""
     return model.__dict__.get(SOURCE)
 
 
 def source_grid(model: nn.Module) -> SourceGrid | None:
-    """How the source of a loaded model was quantized, or None."""
+    """Return how the source of a loaded model was quantized, or None."""
     origin = source(model)
     return None if origin is None else origin.grid
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy, which can be undone from the same files as the model."""
+    """Return a deep copy, which can be undone from the same files as the model."""
     duplicate = copy.deepcopy(model)
     origin = source(model)
     if origin is not None and origin.untouched(model):
@@ -138,7 +149,7 @@ def copy_of(model: nn.Module) -> nn.Module:
 
 
 def methods_of(entries: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The names of the methods in a record, transforms and rules, each once."""
+    """Return the names of the methods in a record, transforms and rules, each once."""
     return list(dict.fromkeys(_names(entries)))
 
 
@@ -149,7 +160,7 @@ def _names(entries: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def recipe_of(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The YAML form of the recipe that a record tells of."""
+    """Return the YAML form of the recipe that a record tells of."""
     plain = [dict(entry) for entry in entries]
     if not any("train" in entry for entry in plain):
         return {"actkit": 1, "transforms": plain}

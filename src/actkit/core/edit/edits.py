@@ -1,8 +1,8 @@
 """Edits: the unit that is applied, undone, saved and replayed at load.
 
-A changed model is its base architecture plus an ordered list of edits. Values live in the weights file; what is
-listed is structure only: which module stands where (a registered name and JSON arguments, never an import path) and
-which settings of the config differ.
+A changed model is its base architecture plus an ordered list of edits. Values are in the weights file; the list holds
+structure only: the modules that were put in (a registered name and JSON arguments, never an import path) and the
+settings of the config that differ.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ from actkit.core.layers.linear import ActLinear
 
 @dataclass(frozen=True, eq=False)
 class Replace:
-    """Put `module` at `path`. The module must offer `spec()` and `from_spec()` and be registered by name."""
+    """Put a module at a path.
+
+    Attributes:
+        path: of the module that it takes the place of.
+        module: offers `spec()` and `from_spec()`, and is registered by name.
+    """
 
     path: str
     module: nn.Module
@@ -32,7 +37,12 @@ class Replace:
 
 @dataclass(frozen=True, eq=False)
 class Set:
-    """Give the parameter or buffer `parameter` the values of `tensor` (same shape and dtype)."""
+    """Give a parameter or buffer other values.
+
+    Attributes:
+        parameter: its name.
+        tensor: of the same shape and dtype.
+    """
 
     parameter: str
     tensor: Tensor
@@ -40,7 +50,12 @@ class Set:
 
 @dataclass(frozen=True)
 class Configure:
-    """Set `model.config.key` (an attention implementation, `hidden_act`, a cache class) to a JSON value."""
+    """Set an entry of the model's config (an attention implementation, `hidden_act`, a cache class).
+
+    Attributes:
+        key: of `model.config`.
+        value: a JSON value.
+    """
 
     key: str
     value: Any
@@ -48,7 +63,12 @@ class Configure:
 
 @dataclass(frozen=True)
 class Skip:
-    """Not an edit: says that `path` is left as it is, and why. Ends up in the report."""
+    """Say in the report that something is left as it is; not an edit.
+
+    Attributes:
+        path: of what is left.
+        reason: why.
+    """
 
     path: str
     reason: str
@@ -56,7 +76,12 @@ class Skip:
 
 @dataclass(frozen=True)
 class Note:
-    """Not an edit: something worth reading about `path` (a search's outcome). Ends up in the report."""
+    """Say in the report something worth reading (a search's outcome); not an edit.
+
+    Attributes:
+        path: of what it is about.
+        text: what to say.
+    """
 
     path: str
     text: str
@@ -70,7 +95,15 @@ ATTENTION = "attn_implementation"  # a setting that is no entry of the config
 
 
 def get_module(model: nn.Module, path: str) -> nn.Module:
-    """The submodule at `path` ('' is the model). Raises EditError where there is none."""
+    """Return the submodule at `path` ('' is the model).
+
+    Args:
+        model: any module.
+        path: as `named_modules` lists it.
+
+    Raises:
+        EditError: there is none.
+    """
     try:
         return model.get_submodule(path)
     except AttributeError as error:
@@ -78,7 +111,16 @@ def get_module(model: nn.Module, path: str) -> nn.Module:
 
 
 def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` at `path`."""
+    """Put `module` at `path`.
+
+    Args:
+        model: changed in place.
+        path: of one of its submodules.
+        module: takes that place.
+
+    Raises:
+        EditError: the path is '' (the model itself), or nothing holds it.
+    """
     if not path:
         raise EditError("path: the model itself ('') cannot be replaced; name one of its submodules.")
     parent, _, name = path.rpartition(".")
@@ -90,7 +132,15 @@ def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def get_tensor(model: nn.Module, name: str) -> Tensor:
-    """The parameter or buffer `name`, one that a checkpoint keeps. Raises EditError where there is none."""
+    """Return a parameter or buffer that a checkpoint keeps.
+
+    Args:
+        model: any module.
+        name: as `state_dict` lists it.
+
+    Raises:
+        EditError: there is none.
+    """
     parent, _, leaf = name.rpartition(".")
     module = get_module(model, parent)
     tensor = module._parameters.get(leaf, module._buffers.get(leaf))
@@ -100,7 +150,7 @@ def get_tensor(model: nn.Module, name: str) -> Tensor:
 
 
 def shared_parameters(model: nn.Module) -> Shared:
-    """The names of each parameter that has several, by the parameter's `id`."""
+    """Return the names of each parameter that has several, by the parameter's `id`."""
     known = dict(model.named_parameters(remove_duplicate=False))
     shared = {id(known[names[0]]): names for names in names_of_parameters(model) if len(names) > 1}
     for same in offload.shared_tensors(model) if offload.is_offloaded(model) else ():
@@ -111,9 +161,17 @@ def shared_parameters(model: nn.Module) -> Shared:
 def apply_edit(model: nn.Module, edit: Edit, *, remember: bool = True, shared: Shared | None = None) -> Undo | None:
     """Apply one edit in place.
 
-    remember: keep what is needed to undo it and return the function that does, else None. shared: what
-    `shared_parameters(model)` gave, for whoever applies many edits; read off the model where None.
-    Raises EditError for an unknown path, a wrong shape or dtype, or one side of tied parameters.
+    Args:
+        model: changed in place.
+        edit: what to change.
+        remember: keep what is needed to undo it.
+        shared: what `shared_parameters(model)` gave, for whoever applies many edits; None reads it off the model.
+
+    Returns:
+        The function that undoes it, or None if nothing was to be remembered.
+
+    Raises:
+        EditError: a path is unknown, a shape or dtype differs, or only one side of tied parameters would change.
     """
     if isinstance(edit, Configure):
         return _configure(model, edit)
@@ -126,7 +184,18 @@ def apply_edit(model: nn.Module, edit: Edit, *, remember: bool = True, shared: S
 
 @contextmanager
 def temporarily(model: nn.Module, edits: Iterable[Edit]) -> Iterator[nn.Module]:
-    """with temporarily(model, edits): measure. The edits are undone at the end, also after an exception."""
+    """Apply edits for as long as a context lasts.
+
+        with temporarily(model, edits):
+            measure(model)
+
+    Args:
+        model: changed in place, and as before at the end, also after an exception.
+        edits: applied in their order.
+
+    Yields:
+        The model.
+    """
     undos: list[Undo] = []
     shared = shared_parameters(model)
     try:
@@ -141,8 +210,14 @@ def temporarily(model: nn.Module, edits: Iterable[Edit]) -> Iterator[nn.Module]:
 
 
 def describe(edit: Edit, model: nn.Module | None = None) -> dict[str, Any]:
-    """The JSON form of an edit, as a checkpoint keeps it. model: before the edit, whose setting is kept with the new
-    one, so that loading builds the same base model and only then changes the setting."""
+    """Return the JSON form of an edit, as a checkpoint keeps it.
+
+    Args:
+        edit: what was or will be applied.
+        model: before the edit; its setting is kept with the new one, so that loading builds the same base model and
+            only
+            then changes the setting.
+    """
     if isinstance(edit, Replace):
         return {"replace": edit.path, **describe_module(edit.module)}
     if isinstance(edit, Set):
@@ -155,7 +230,15 @@ def describe(edit: Edit, model: nn.Module | None = None) -> dict[str, Any]:
 
 
 def describe_module(module: nn.Module) -> dict[str, Any]:
-    """The registered name and the spec of a module. Raises EditError or RecipeError where it has none."""
+    """Return the registered name and the spec of a module.
+
+    Args:
+        module: what an edit puts in.
+
+    Raises:
+        EditError: it has no `spec()` or `from_spec()`.
+        RecipeError: its class is not registered.
+    """
     name = registry.module_name(type(module))
     if not (hasattr(module, "spec") and hasattr(module, "from_spec")):
         raise EditError(f"module: {type(module).__name__} lacks spec() or from_spec(), so it could never be loaded.")
@@ -163,7 +246,15 @@ def describe_module(module: nn.Module) -> dict[str, Any]:
 
 
 def replay(model: nn.Module, described: list[dict[str, Any]]) -> None:
-    """Give a freshly built base model the structure that a list of described edits leads to; values come later."""
+    """Give a freshly built base model the structure that described edits lead to; values come later.
+
+    Args:
+        model: changed in place.
+        described: what `describe` gave of each edit.
+
+    Raises:
+        EditError: an entry is none of replace, set, configure.
+    """
     for entry in described:
         if "replace" in entry:
             path = entry["replace"]
@@ -229,7 +320,7 @@ def _replace(model: nn.Module, edit: Replace, remember: bool, shared: Shared | N
 
 
 def _refuse_tied(model: nn.Module, changed: Iterable[Tensor], where: str, shared: Shared | None) -> None:
-    """Raise EditError where a parameter that is to change has another name outside of `where`."""
+    """Raise EditError if a parameter that is to change has another name outside of `where`."""
     shared = shared_parameters(model) if shared is None else shared
     for names in (shared.get(id(parameter), []) for parameter in changed) if shared else ():
         inside = [name for name in names if is_within(name, where)]
@@ -242,7 +333,16 @@ def _refuse_tied(model: nn.Module, changed: Iterable[Tensor], where: str, shared
 
 
 def refuse_hooks(path: str, old: nn.Module, new: nn.Module | None = None) -> None:
-    """Raise EditError where a module that is to go has hooks of somebody else, which would go with it."""
+    """Refuse to lose hooks that somebody else registered.
+
+    Args:
+        path: of the module that is to go.
+        old: that module.
+        new: what comes in its place, if that is known; what it keeps of the old one keeps its hooks.
+
+    Raises:
+        EditError: a module that goes has hooks.
+    """
     stays = set() if new is None else {id(module) for module in new.modules()}
     for name, module in old.named_modules(prefix=path):
         hooks = [] if id(module) in stays else hooks_of(module)

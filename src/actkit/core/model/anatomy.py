@@ -68,11 +68,18 @@ __all__ = [
 
 
 def anatomy(model: nn.Module, example: Any = None) -> Anatomy:
-    """The anatomy of a model.
+    """Read the anatomy of a model.
 
-    example: one batch (a dict of keywords, or the one argument), needed where `config.model_type` has no row.
-    Raises CoverageError where the model does not fit its row or cannot be traced, UnsupportedModelError for a compiled
-    or sharded model, and for one with adapters or quantized layers of another package.
+    Args:
+        model: neither compiled nor sharded.
+        example: one batch (a dict of keywords, or the one argument), needed if `config.model_type` has no row.
+
+    Returns:
+        Its stem, blocks and head; of a model without a row one block of linear layers and chains.
+
+    Raises:
+        CoverageError: the model does not fit its row, or cannot be traced.
+        UnsupportedModelError: the model is compiled or sharded, or has adapters or quantized layers of another package.
     """
     refuse_compiled_or_sharded(model)
     refuse_foreign_layers(model)
@@ -83,9 +90,13 @@ def anatomy(model: nn.Module, example: Any = None) -> Anatomy:
 
 
 def unread(model: nn.Module) -> Anatomy:
-    """A model as one block without parts: for what goes by modules alone, on a model that there is no row for.
+    """Return a model as one block without parts: for what goes by modules alone, on a model that there is no row for.
 
-    Raises UnsupportedModelError as `anatomy` does.
+    Args:
+        model: neither compiled nor sharded.
+
+    Raises:
+        UnsupportedModelError: as of `anatomy`.
     """
     refuse_compiled_or_sharded(model)
     refuse_foreign_layers(model)
@@ -93,7 +104,7 @@ def unread(model: nn.Module) -> Anatomy:
 
 
 def has_row(model: nn.Module) -> bool:
-    """Whether the model's architecture has a row, so that its anatomy needs no example."""
+    """Say whether the model's architecture has a row, so that its anatomy needs no example."""
     return find_architecture(getattr(getattr(model, "config", None), "model_type", None)) is not None
 
 
@@ -117,7 +128,19 @@ def _trace(model: nn.Module, example: Any) -> Trace:
 
 
 class Anatomy:
-    """model, architecture (the row's name, or 'traced'), blocks, and the paths of the modules of stem and head."""
+    """A typed view of a model: stem, blocks and head.
+
+    Attributes:
+        model: what is described.
+        architecture: the name of the row, or 'traced'.
+        blocks: as they were first read.
+        stem: paths of the modules before the blocks.
+        head: paths of the modules behind them.
+
+    Args:
+        model: what is described.
+        count: of its blocks.
+    """
 
     architecture: str
     stem: tuple[str, ...] = ()
@@ -128,18 +151,27 @@ class Anatomy:
         self.blocks: tuple[Block, ...] = tuple(self.block(index) for index in range(count))
 
     def block(self, index: int, originals: Mapping[str, nn.Module] | None = None) -> Block:
-        """The block, read again from the model as it is now. originals: what `Block.original` answers, by full path."""
+        """Read a block again from the model as it is now.
+
+        Args:
+            index: of the block.
+            originals: what `Block.original` answers, by full path.
+        """
         raise NotImplementedError
 
     def refresh(self, index: int) -> None:
-        """Read a block of `blocks` again: as it was first read, it keeps modules in memory that were replaced since."""
+        """Read a block of `blocks` again: as it was first read, it keeps modules in memory that were replaced since.
+
+        Args:
+            index: of the block.
+        """
         self.blocks = (*self.blocks[:index], self.block(index), *self.blocks[index + 1 :])
 
     def activations(self) -> tuple[str, ...]:
-        """The paths of the activation functions that are modules; F.relu and the like have none.
+        """Return the paths of the activation functions that are modules; F.relu and the like have none.
 
-        They are of a class that torch, transformers or actkit calls one (`core/layers/activations.py`), or stand where
-        the anatomy has a nonlinearity. Those inside experts that are not opened are left out.
+        They are of a class that torch, transformers or actkit calls one (`core/layers/activations.py`), or stand at a
+        nonlinearity of the anatomy. Those inside experts that are not opened are left out.
         """
         blocks = [self.block(index) for index in range(len(self.blocks))]
         known = self._nonlinearities(blocks)
@@ -151,11 +183,11 @@ class Anatomy:
         )
 
     def _nonlinearities(self, blocks: Iterable[Block]) -> set[str]:
-        """Where this model has a nonlinearity, whatever the class of the module there."""
+        """The paths at which this model has a nonlinearity, whatever the class of the module there."""
         return {mlp.activation for block in blocks for _, mlp in block.mlps()}
 
     def sites(self) -> tuple[Site, ...]:
-        """Every site: those of the blocks, then those of all linear layers, convolutions and activations."""
+        """Return every site: of the blocks, then of all linear layers, convolutions and activations."""
         found = [site for index in range(len(self.blocks)) for site in self.block(index).sites()]
         for path, module in self.model.named_modules():
             if is_linear(module) or isinstance(module, CONVOLUTIONS):
@@ -165,11 +197,22 @@ class Anatomy:
         return tuple(dict.fromkeys(found))
 
     def tap(self, site: Site) -> Tap:
-        """How to read a site. Raises ValueError where this model does not have it, or does not form its tensor."""
+        """Say how a site is read.
+
+        Args:
+            site: with its block or path.
+
+        Raises:
+            ValueError: this model does not have it, or does not form its tensor, or its layout is not known.
+        """
         return self.taps([site])[site]
 
     def taps(self, sites: Iterable[Site]) -> dict[Site, Tap]:
-        """How to read several sites, as `tap` does; each block is read once."""
+        """Say how several sites are read, as `tap` does; each block is read once.
+
+        Args:
+            sites: with their blocks or paths.
+        """
         blocks: dict[int, Block] = {}
         found: dict[Site, Tap] = {}
         for site in sites:
@@ -259,7 +302,11 @@ class Anatomy:
         return [self.block(index) for index in holding]
 
     def canonical(self, site: Site) -> Site:
-        """The one name of a tensor that has several: a `layer.input` becomes the site that its block reads there."""
+        """Return the one name of a tensor that has several: a `layer.input` is called as its block calls what it reads.
+
+        Args:
+            site: any of this model.
+        """
         if site.name != "layer.input" or site.path is None:
             return site
         for block in self._blocks_around(site.path):
@@ -269,7 +316,7 @@ class Anatomy:
         return site
 
     def coverage(self) -> Coverage:
-        """Every parameter of the model once, with what it belongs to or why it is left alone."""
+        """Account for every parameter of the model once: what it belongs to, or why it is left alone."""
         return cover(self)
 
     @property
@@ -354,7 +401,7 @@ def _embeddings(model: nn.Module, getter: str) -> tuple[str, ...]:
 
 
 class _Described(Anatomy):
-    """A model whose row says where everything is, but for modules that no row describes: these are traced."""
+    """A model whose row says what is at which path; modules that no row describes are traced."""
 
     def __init__(self, model: nn.Module, row: Architecture, example: Any = None) -> None:
         self.architecture, self.row, self._example = row.name, row, example

@@ -1,4 +1,4 @@
-"""What one declarative row says about an architecture family: where its norms, linear layers and nonlinearities are.
+"""What one declarative row says about an architecture family: the paths of its norms, linear layers and nonlinearities.
 
 Paths in a row are relative: those of `blocks`, `stem` and `head` to the base model, all others to one block.
 """
@@ -17,8 +17,14 @@ Role = Literal["attention", "mlp", "both", "other"]
 
 @dataclass(frozen=True)
 class NormRow:
-    """A norm. role: what reads it ('both': attention and MLP side by side). offset: added to its weight before use.
-    feeds_residual: the residual stream reads it too (post-norm), so that no scale can be moved out of it."""
+    """A norm.
+
+    Attributes:
+        path: its module.
+        role: what reads it ('both': attention and MLP side by side).
+        offset: added to its weight before use.
+        feeds_residual: the residual stream reads it too (post-norm), so that no scale can be moved out of it.
+    """
 
     path: str
     role: Role
@@ -28,16 +34,27 @@ class NormRow:
 
 @dataclass(frozen=True)
 class AttentionRow:
-    """Attention. Either query, key and value, or one fused query_key_value.
+    """Attention: either query, key and value, or one fused query_key_value.
 
-    layout: of the rows of query_key_value (`core/model/fused_layers.py`); None where it is not known, and then query,
-    key and value cannot be read and no scale moves out of value. query_norm, key_norm: norms before the rotary
-    embedding, of each head or of all side by side. heads_first: these norms are called on [batch, heads, length,
-    head_dim]. rotary: the first features of query and key are turned, as many as the tables have. angles, pairs: how
-    the tables list their angles, and which two features turn together (`core/model/sites.py`). limit: to which query,
-    key and value are clamped before that. readable: False where query, key and value cannot be read off a module, as
-    their rotary embedding is told to no call. added: the module whose output is added to the residual stream, where
-    that is not the attention module.
+    Attributes:
+        path: its module.
+        output: the layer that mixes the heads.
+        query: a layer.
+        key: a layer.
+        value: a layer.
+        query_key_value: one layer for all three.
+        layout: of the rows of query_key_value (`core/model/fused_layers.py`); None if it is not known, and then query,
+            key
+            and value cannot be read and no scale moves out of value.
+        query_norm: a norm before the rotary embedding, of each head or of all side by side.
+        key_norm: the same for the key.
+        heads_first: these norms are called on [batch, heads, length, head_dim].
+        rotary: the first features of query and key are turned, as many as the tables have.
+        angles: how the tables list their angles (`core/model/sites.py`).
+        pairs: which two features turn together.
+        limit: query, key and value are clamped to it before that.
+        readable: False if query, key and value cannot be read off a module, as no call receives their rotary embedding.
+        added: the module whose output is added to the residual stream, if that is not the attention module.
     """
 
     path: str
@@ -60,10 +77,13 @@ class AttentionRow:
 
 @dataclass(frozen=True)
 class LayersRow:
-    """A part that computes in a way of its own, of which only the linear layers are described.
+    """A part of which only the linear layers are described, because it computes in another way.
 
-    path: its module. linear_inputs: (site, layers) pairs, of the layers that read one tensor: the site's, or with None
-    one that has no name. Layers are named inside the module; those that a model does not have are left out.
+    Attributes:
+        path: its module.
+        linear_inputs: (site, layers) pairs, of the layers that read one tensor: the site's, or with None one that has
+            no
+            name. Layers are named inside the module; those that a model does not have are left out.
     """
 
     path: str
@@ -74,9 +94,16 @@ class LayersRow:
 class MlpRow:
     """An MLP: down(activation(up)), or down(activation(gate) * up).
 
-    path: the module that is the MLP; where there is none, the one whose output shows what changed inputs do. Either
-    up, or gate_up: one layer whose rows are first the gate's, then up's. flat: the layers are called on
-    [batch * length, channels]. added: as in AttentionRow. overwritten: the model adds to its output in place.
+    Attributes:
+        path: the module that is the MLP; if there is none, the one whose output shows what changed inputs do.
+        down: a layer.
+        activation: the module of the nonlinearity.
+        up: a layer.
+        gate: a layer.
+        gate_up: one layer whose rows are first the gate's, then up's.
+        flat: the layers are called on [batch * length, channels].
+        added: as in AttentionRow.
+        overwritten: the model adds to its output in place.
     """
 
     path: str
@@ -94,11 +121,19 @@ class MlpRow:
 class ExpertsRow:
     """Gated experts kept as 3-D parameters, one matrix per expert.
 
-    module: what the block calls (its input and output are those of the MLP). path, router: inside the block. The
-    other names are attributes of the experts' module. transposed: matrices are [in, out], not [out, in]. interleaved:
-    gate and up alternate, instead of first all gates, then all ups. bias: parameters with the suffix `_bias` exist.
-    limit: attribute with the bound to which gate (from above) and up (both sides) are clamped. alpha: attribute with
-    the slope of x * sigmoid(alpha * x), for experts that have no activation module. up_offset: added to up.
+    Attributes:
+        module: what the block calls; its input and output are those of the MLP.
+        path: the module with the parameters.
+        router: the module that chooses.
+        gate_up: the parameter of gate and up.
+        down: the parameter of down.
+        activation: the attribute of the nonlinearity; None if there is no such module.
+        transposed: matrices are [in, out], not [out, in].
+        interleaved: gate and up alternate, instead of first all gates, then all ups.
+        bias: parameters with the suffix `_bias` exist.
+        limit: the attribute with the bound to which gate (from above) and up (both sides) are clamped.
+        alpha: the attribute with the slope of x * sigmoid(alpha * x), for experts that have no activation module.
+        up_offset: added to up.
     """
 
     module: str
@@ -117,12 +152,22 @@ class ExpertsRow:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family. model_types: values of `config.model_type`. heads, key_value_heads: names in the config; the latter may
-    be a number.
+    """A family.
 
-    Where both mlp and experts are given, a block has experts if it has a module at `experts.path`, else the MLP.
-    beside: linear layers beside these parts, such as of experts that every token goes to.
-    adapt: (row, config, index) -> the row of that block, for what the configuration decides.
+    Attributes:
+        name: as reports call it.
+        model_types: values of `config.model_type`.
+        blocks: the list of blocks.
+        stem: modules before the blocks.
+        head: modules behind them.
+        norms: of a block.
+        attention: of a block.
+        mlp: of a block. If experts are given too, a block has them if it has a module at `experts.path`, else the MLP.
+        experts: of a block.
+        beside: linear layers beside these parts, such as of experts that every token goes to.
+        heads: the name of their number in the config.
+        key_value_heads: the same for key and value, or the number itself.
+        adapt: (row, config, index) -> the row of that block, for what the configuration decides.
     """
 
     name: str
@@ -140,5 +185,5 @@ class Architecture:
     adapt: Callable[[Architecture, Any, int], Architecture] | None = None
 
     def of_block(self, config: Any, index: int) -> Architecture:
-        """The row of one block."""
+        """Return the row of one block."""
         return self if self.adapt is None else self.adapt(self, config, index)

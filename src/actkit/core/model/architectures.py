@@ -1,6 +1,6 @@
 """One declarative row per architecture family, by model_type.
 
-A model_type is listed only where its modeling file has exactly this layout and a test reads every site of it. What
+A model_type is listed only if its modeling file has exactly this layout and a test reads every site of it. What
 depends on the configuration or differs between the blocks of a model is a small function beside the row (`adapt`).
 """
 
@@ -34,7 +34,14 @@ _rows: dict[str, Architecture] = {}
 
 
 def register_architecture(row: Architecture) -> None:
-    """Make a family known. Raises ValueError for a model_type that another row describes already."""
+    """Make a family known.
+
+    Args:
+        row: describes it.
+
+    Raises:
+        ValueError: another row describes one of its model types already.
+    """
     for model_type in row.model_types:
         if _rows.get(model_type, row) != row:
             raise ValueError(f"model_types: {model_type!r} is described already by the row {_rows[model_type].name!r}.")
@@ -42,12 +49,16 @@ def register_architecture(row: Architecture) -> None:
 
 
 def find_architecture(model_type: str | None) -> Architecture | None:
-    """The row of a model_type; a model changed by actkit ('actkit_llama') has the row of its base."""
+    """Return the row of a model type, or None.
+
+    Args:
+        model_type: of the config; a model changed by actkit ('actkit_llama') has the row of its base.
+    """
     return _rows.get((model_type or "").removeprefix("actkit_"))
 
 
 def known_model_types() -> tuple[str, ...]:
-    """All model types that have a row, sorted."""
+    """Return all model types that have a row, sorted."""
     return tuple(sorted(_rows))
 
 

@@ -1,7 +1,7 @@
 """Which dimension of a tensor holds the channels, followed through one forward pass.
 
 Linear and embedding layers put the channels last, convolutions and whatever works on images into dimension 1. What
-keeps the shape keeps the dimension, transposing moves it, and reshaping keeps it where the dimensions before or behind
+keeps the shape keeps the dimension, transposing moves it, and reshaping keeps it if the dimensions before or behind
 stay as they are. Of any other tensor the dimension is not known, and nothing is guessed from its sizes.
 """
 
@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from actkit.core.layers.conv import ActConv
 from actkit.core.layers.linear import ActLinear
 
-LAST, FIRST = -1, 1  # of functions and layers that say where their channels are
+LAST, FIRST = -1, 1  # of functions and layers whose channels are known
 _LAST = frozenset(["linear", "embedding", "embedding_bag", "layer_norm", "rms_norm"])
 _FIRST = (
     *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
@@ -40,7 +40,7 @@ _CLASSES_LAST = (nn.Linear, nn.Embedding, Conv1D, ActLinear)
 
 
 def axis_of_class(module: nn.Module) -> int | None:
-    """1 or -1 where every instance of the class has its channels there, at the input and the output; else None."""
+    """Return 1 or -1 if every instance of the class has its channels there, at input and output; else None."""
     if isinstance(module, _CLASSES_FIRST):
         return FIRST
     one = isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1
@@ -54,16 +54,23 @@ class ChannelAxes:
         self._of: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def of(self, x: Tensor) -> int | None:
-        """The dimension, or None where it is not known."""
+        """Return the dimension, or None if it is not known."""
         return self._of.get(x)
 
     def give(self, x: Tensor, axis: int | None) -> None:
-        """Say which it is; counted from the end where negative."""
+        """Say which dimension it is; a negative one counts from the end."""
         if axis is not None and -x.dim() <= axis < x.dim():
             self._of[x] = axis % x.dim()
 
     def follow(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
-        """After a torch function: what its result holds where."""
+        """Find the channels of what a torch function gave.
+
+        Args:
+            name: of the function, without trailing underscores.
+            args: positional, as it was called.
+            kwargs: by keyword.
+            result: what it returned.
+        """
         tensors = [x for x in _flat(args) if isinstance(x, Tensor)]
         for found in _flat((result,)):
             if not isinstance(found, Tensor) or found in self._of or not found.is_floating_point():
@@ -78,7 +85,7 @@ class ChannelAxes:
                     self.give(found, axes.pop())
 
     def _moved(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], x: Tensor, y: Tensor) -> int | None:
-        """Where the channels of x are in y, which came from it; None where that is not known."""
+        """Where the channels of x are in y, which came from it; None if that is not known."""
         axis = self._of[x]
         if name in _LOST:
             return None

@@ -1,4 +1,4 @@
-"""Coverage: every parameter of a model, once, with what it belongs to and, where actkit leaves it alone, why."""
+"""Coverage: every parameter of a model, once, with what it belongs to, or why actkit leaves it alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,14 @@ Where = Literal["linear", "convolution", "experts", "norm", "stem", "head", "bia
 
 @dataclass(frozen=True)
 class CoverageRow:
-    """One parameter. reason: why it is left alone, where it is uncovered."""
+    """One parameter.
+
+    Attributes:
+        parameter: its name.
+        numel: how many numbers it holds.
+        where: what it belongs to.
+        reason: why it is left alone, if it is uncovered.
+    """
 
     parameter: str
     numel: int
@@ -36,17 +43,22 @@ class CoverageRow:
 
 @dataclass(frozen=True)
 class Coverage:
-    """rows: every parameter once (ties once). share: weights of linear layers and experts, of all inside blocks."""
+    """What every parameter belongs to.
+
+    Attributes:
+        rows: every parameter once (ties once).
+        share: of the parameters inside blocks, those that are weights of linear layers, convolutions and experts.
+    """
 
     rows: tuple[CoverageRow, ...]
     share: float
 
     def uncovered(self) -> tuple[CoverageRow, ...]:
-        """The rows that no part of the anatomy describes, each with its reason."""
+        """Return the rows that no part of the anatomy describes, each with its reason."""
         return tuple(row for row in self.rows if row.where == "uncovered")
 
     def groups(self) -> list[tuple[str, int, int]]:
-        """(what the parameters belong to, with the reason; how many numbers; how many tensors), largest first."""
+        """Return (what it belongs to, with the reason; how many numbers; how many tensors), largest first."""
         numels: Counter[str] = Counter()
         tensors: Counter[str] = Counter()
         for row in self.rows:
@@ -56,11 +68,11 @@ class Coverage:
         return [(key, numel, tensors[key]) for key, numel in numels.most_common()]
 
     def describe(self) -> str:
-        """'98.0% of the parameters inside blocks are ...'"""
+        """Say the share in words: '98.0% of the parameters inside blocks are ...'."""
         return f"{self.share:.1%} of the parameters inside blocks are weights of linear layers, convolutions or experts"
 
     def table(self) -> Table:
-        """Parameters by what they belong to, largest first, with the reasons."""
+        """Return the parameters by what they belong to, largest first, with the reasons."""
         from rich import box
         from rich.text import Text
 

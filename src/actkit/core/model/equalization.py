@@ -1,7 +1,7 @@
-"""Where a scale per channel can move: out of what produces a tensor, into the linear layers that read it.
+"""The places at which a scale per channel can move from what produces a tensor into the linear layers that read it.
 
 Dividing the producer's channels by s and multiplying the consumers' columns by s leaves the function as it is
-(SmoothQuant, AWQ). Where a pair looks possible but is not, the set is listed with the reason.
+(SmoothQuant, AWQ). If a pair looks possible but is not, the set is listed with the reason.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ from actkit.core.model.parts import Attention, Block, Linear, Mlp, Norm, is_line
 class EqualizationSet:
     """A producer and all its consumers.
 
-    producer: a norm, a linear layer, or the path of an activation (which then needs a scale of its own); None where
-    it is outside the block. producer_rows: the part of the producer's output rows that is meant, None for all.
-    inspect: path of the module whose output shows the damage of quantizing the consumers. refused: why no scale can
-    move here, or None.
+    Attributes:
+        producer: a norm, a linear layer, or the path of an activation (which then needs a scale of its own); None if it
+            is
+            outside the block.
+        producer_rows: the part of the producer's output rows that is meant, None for all.
+        consumers: the layers that read what it gives.
+        inspect: path of the module whose output shows the damage of quantizing the consumers.
+        refused: why no scale can move here, or None.
     """
 
     producer: Norm | Linear | str | None
@@ -34,7 +38,7 @@ class EqualizationSet:
 
 
 def equalization_sets(block: Block) -> tuple[EqualizationSet, ...]:
-    """The sets of a block, in the order of computation; none for traced models."""
+    """Return the sets of a block, in the order of computation; none for traced models."""
     tied = _shared_parameters(block.root)
     return tuple(_with_known_layers(found, tied) for found in _sets(block))
 

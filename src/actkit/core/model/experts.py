@@ -1,8 +1,8 @@
 """Experts kept as 3-D parameters, opened as a list of linear layers that can be seen and replaced one by one.
 
 The layers are views: nothing is copied, and a layer that is not replaced still lives in the memory of the parameter it
-came from. Where the list is there to stay and the parameters do not hold rows one after another (transposed,
-interleaved), the layers own copies (`own_rows`): a checkpoint loads them so, and other strides round differently.
+came from. If the list is there to stay and the parameters do not hold rows one after another (transposed, interleaved),
+the layers own copies (`own_rows`): a checkpoint loads them so, and other strides round differently.
 """
 
 from __future__ import annotations
@@ -25,12 +25,21 @@ class ScaledSigmoid(nn.Module):
         self.alpha = alpha
 
     def forward(self, x: Tensor) -> Tensor:
-        """Element-wise, any shape."""
+        """Map x to x * sigmoid(alpha * x), element by element."""
         return x * torch.sigmoid(self.alpha * x)
 
 
 class Expert(nn.Module):
-    """One expert: down(activation(gate(x)) * up(x)), with the clamp and the offset of its family."""
+    """One expert: down(activation(gate(x)) * up(x)), with the clamp and the offset of its family.
+
+    Args:
+        gate: linear layer, [n, hidden] -> [n, intermediate].
+        up: as gate.
+        down: linear layer, [n, intermediate] -> [n, hidden].
+        activation: element-wise.
+        limit: gate is clamped to it from above, up from both sides; None for not at all.
+        up_offset: added to up.
+    """
 
     def __init__(
         self,
@@ -46,10 +55,16 @@ class Expert(nn.Module):
         self.limit, self.up_offset = limit, up_offset
 
     def forward(self, x: Tensor, rows: Tensor) -> Tensor:
-        """x [n, hidden] -> [n, hidden], before the router's weight.
+        """Compute one expert for its tokens, before the router's weight.
 
-        rows: [n], which of the batch's tokens (flat indices) x holds; not used here, but whoever watches this call
-        needs it to tell real tokens from padding.
+        Args:
+            x: [n, hidden].
+            rows: [n], which of the batch's tokens (flat indices) x holds; not used here, but whoever watches this call
+                needs
+                it to tell real tokens from padding.
+
+        Returns:
+            [n, hidden].
         """
         gate, up = self.gate(x), self.up(x)
         if self.limit is not None:
@@ -60,7 +75,14 @@ class Expert(nn.Module):
 
 
 class ExpertList(nn.ModuleList):
-    """Drop-in for a module of 3-D expert parameters; its children "0", "1", ... are `Expert`s."""
+    """Drop-in for a module of 3-D expert parameters; its children "0", "1", ... are `Expert`s.
+
+    Args:
+        experts: in their order.
+        hidden: channels of input and output.
+        intermediate: hidden units of each.
+        row: how the parameters were stored.
+    """
 
     def __init__(self, experts: list[Expert], hidden: int, intermediate: int, row: ExpertsRow) -> None:
         super().__init__(experts)
@@ -68,10 +90,15 @@ class ExpertList(nn.ModuleList):
 
     @classmethod
     def of(cls, module: nn.Module, row: ExpertsRow, *, own_rows: bool = False) -> ExpertList:
-        """Open the 3-D parameters of `module`, stored as `row` says; the layers are views of them.
+        """Open 3-D parameters; the layers are views of them.
 
-        own_rows: copies instead of views whose rows are not contiguous.
-        Raises ValueError where the parameters do not have the shapes the row promises.
+        Args:
+            module: holds the parameters.
+            row: how it stores them.
+            own_rows: copies instead of views whose rows are not contiguous.
+
+        Raises:
+            ValueError: the parameters do not have the shapes that the row promises.
         """
         gate_up, down = _matrices(module, row.gate_up, row), _matrices(module, row.down, row)
         count, double, hidden = gate_up.shape
@@ -107,10 +134,19 @@ class ExpertList(nn.ModuleList):
         return cls(experts, hidden, half, row).train(module.training)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states [tokens, hidden], top_k_index and top_k_weights [tokens, k] -> [tokens, hidden].
+        """Compute the chosen experts of each token.
 
-        An index equal to the number of experts stands for none. Under torch.compile and torch.export each expert
-        computes every token, as the shapes may not depend on what the router chose.
+        Under torch.compile and torch.export each expert computes every token, as the shapes may not depend on what the
+        router
+        chose.
+
+        Args:
+            hidden_states: [tokens, hidden].
+            top_k_index: [tokens, k]; an index equal to the number of experts stands for none.
+            top_k_weights: [tokens, k].
+
+        Returns:
+            [tokens, hidden].
         """
         if torch.compiler.is_compiling():
             return self._on_every_token(hidden_states, top_k_index, top_k_weights)
@@ -128,19 +164,24 @@ class ExpertList(nn.ModuleList):
         for e, expert in enumerate(self):
             chosen = top_k_index == e
             weighted = expert(hidden_states, rows) * (top_k_weights * chosen).sum(-1, keepdim=True)
-            # where, not a product with 0: what an expert makes of a token that is not its own may be Inf
+            # a choice, not a product with 0: what an expert makes of a token that is not its own may be Inf
             result = result + torch.where(chosen.any(-1, keepdim=True), weighted, 0).to(result.dtype)
         return result
 
     def spec(self) -> dict[str, Any]:
-        """The JSON arguments from which `from_spec` rebuilds the structure."""
+        """Return the JSON arguments from which `from_spec` rebuilds the structure."""
         return {"count": len(self), "hidden": self.hidden, "intermediate": self.intermediate, "row": asdict(self.row)}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], original: nn.Module) -> ExpertList:
-        """Open `original`, the base model's 3-D module, which may be uninitialised or on the meta device.
+        """Open the experts of a base model again.
 
-        Raises ValueError where it has other sizes than the spec.
+        Args:
+            spec: what `spec` gave.
+            original: the base model's 3-D module, which may be uninitialised or on the meta device.
+
+        Raises:
+            ValueError: it has other sizes than the spec.
         """
         opened = cls.of(original, ExpertsRow(**spec["row"]))
         if opened.spec() != spec:

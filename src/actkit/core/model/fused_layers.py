@@ -1,4 +1,4 @@
-"""Fused linear layers: which output rows are whose where one layer computes query, key and value, or gate and up."""
+"""Fused linear layers: which output rows belong to query, key and value, or to gate and up."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ FusedLayout = Literal["parts", "by_head"]
 
 @dataclass(frozen=True)
 class PartRows:
-    """The output rows of one part: `count` runs of `size` rows, the first at `start`, each `step` after the last."""
+    """The output rows of one part of a fused layer: runs of rows at equal distances.
+
+    Attributes:
+        start: the first row.
+        size: rows of a run.
+        count: how many runs.
+        step: from the start of one run to the next.
+    """
 
     start: int
     size: int
@@ -24,28 +31,33 @@ class PartRows:
         return self.size * self.count
 
     def indices(self, device: torch.device | str = "cpu") -> Tensor:
-        """The rows in the order of the part's channels: int64 [count * size]."""
+        """Return the rows in the order of the part's channels: int64 [count * size]."""
         runs = torch.arange(self.count, device=device)[:, None] * self.step
         return (self.start + runs + torch.arange(self.size, device=device)).flatten()
 
     def of(self, output: Tensor) -> Tensor:
-        """The part of the layer's output [..., rows]: [..., count * size]."""
+        """Return the part of the layer's output [..., rows]: [..., count * size]."""
         if self.count == 1:
             return output[..., self.start : self.start + self.size]
         return output[..., self.indices(output.device)]
 
     def replaced(self, output: Tensor, part: Tensor) -> Tensor:
-        """The layer's output [..., rows] with another part [..., count * size] in its place."""
+        """Return the layer's output [..., rows] with another part [..., count * size] in its place."""
         return output.index_copy(-1, self.indices(output.device), part)
 
 
 def query_key_value_rows(
     layout: FusedLayout, heads: int, key_value_heads: int, head_dim: int
 ) -> tuple[PartRows, PartRows, PartRows]:
-    """The rows of query, key and value.
+    """Return the rows of query, key and value.
 
-    layout: 'parts' is all queries, then all keys, then all values; 'by_head' is for each key-value head its queries,
-    its key and its value. A head has head_dim rows.
+    Args:
+        layout: 'parts' is all queries, then all keys, then all values; 'by_head' is for each key-value head its
+            queries,
+            its key and its value.
+        heads: of the queries.
+        key_value_heads: of key and value.
+        head_dim: rows of a head.
     """
     readers = heads // key_value_heads  # queries per key-value head
     if layout == "parts":

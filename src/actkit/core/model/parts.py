@@ -29,9 +29,10 @@ CONVOLUTIONS = (
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a linear layer that actkit can read: nn.Linear, transformers' Conv1D or ActLinear.
+    """Say whether a module is a linear layer that actkit can read: nn.Linear, transformers' Conv1D or ActLinear.
 
-    What may compute something else behind a weight (`known_layers.why_unread`) is not.
+    Args:
+        module: any; what may compute something else behind a weight (`known_layers.why_unread`) is not.
     """
     if isinstance(module, ActLinear):
         return type(module).forward is ActLinear.forward
@@ -40,7 +41,14 @@ def is_linear(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer of the model. expert: its index where the layer belongs to an expert."""
+    """A linear layer of the model.
+
+    Attributes:
+        path: of its module.
+        role: what it computes in its block.
+        module: nn.Linear, Conv1D or ActLinear.
+        expert: the index of the expert that it belongs to, if it does.
+    """
 
     path: str
     role: LinearRole
@@ -49,10 +57,11 @@ class Linear:
 
     @property
     def weight(self) -> Tensor:
-        """[out, in]: the parameter itself, transposed view for Conv1D, dequantized for ActLinear.
+        """The weight [out, in]: the parameter itself, a transposed view for Conv1D, dequantized for ActLinear.
 
-        Raises CoverageError for a module that actkit does not read as a linear layer, UnsupportedModelError for one
-        whose weight is on the meta device, as accelerate's offload leaves it.
+        Raises:
+            CoverageError: actkit does not read the module as a linear layer.
+            UnsupportedModelError: the weight is on the meta device, as accelerate's offload leaves it.
         """
         if any(tensor.is_meta for tensor in (*self.module.parameters(), *self.module.buffers())):
             raise UnsupportedModelError(
@@ -73,7 +82,7 @@ class Linear:
 
     @property
     def bias(self) -> Tensor | None:
-        """[out], or None."""
+        """The bias [out], or None."""
         return getattr(self.module, "bias", None)
 
     @property
@@ -89,7 +98,12 @@ class Linear:
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution of a traced model: Conv1d, Conv2d or ActConv."""
+    """A convolution of a traced model.
+
+    Attributes:
+        path: of its module.
+        module: Conv1d, Conv2d or ActConv.
+    """
 
     path: str
     module: Any = field(repr=False)
@@ -101,13 +115,18 @@ class Convolution:
 
     @property
     def bias(self) -> Tensor | None:
-        """[out], or None."""
+        """The bias [out], or None."""
         return self.module.bias
 
 
 @dataclass(frozen=True)
 class LinearInput:
-    """Linear layers that read one and the same tensor, the one at `site`."""
+    """Linear layers that read one and the same tensor.
+
+    Attributes:
+        site: of the tensor.
+        linears: the layers.
+    """
 
     site: Site
     linears: tuple[Linear, ...]
@@ -115,8 +134,15 @@ class LinearInput:
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm. role: what reads it ('both': attention and MLP). offset: added to its weight before use (1 in Gemma).
-    feeds_residual: post-norm."""
+    """A norm.
+
+    Attributes:
+        path: of its module.
+        module: computes it.
+        role: what reads it ('both': attention and MLP).
+        offset: added to its weight before use (1 in Gemma).
+        feeds_residual: the residual stream reads it too (post-norm).
+    """
 
     path: str
     module: nn.Module = field(repr=False)
@@ -129,9 +155,21 @@ class Norm:
 class Attention:
     """Attention: query, key and value, or query_key_value.
 
-    norm: what its input comes from, None where that is outside the block (post-norm). value_rows: which output rows of
-    query_key_value are the value's, None where that is not known (and where value is a layer of its own). limit: to
-    which query, key and value are clamped before anything else, None for not at all.
+    Attributes:
+        path: of its module, inside of what wraps it.
+        module: computes it.
+        query: a layer.
+        key: a layer.
+        value: a layer.
+        query_key_value: one layer for all three.
+        output: the layer that mixes the heads.
+        heads: of the queries.
+        key_value_heads: of key and value.
+        head_dim: channels of a head.
+        norm: produces its input; None if that comes from outside of the block (post-norm) or through a wrapper.
+        value_rows: which output rows of query_key_value are the value's; None if that is not known, or value is a
+            layer.
+        limit: query, key and value are clamped to it before anything else; None for not at all.
     """
 
     path: str
@@ -156,9 +194,17 @@ class Attention:
 
 @dataclass(frozen=True)
 class Mlp:
-    """down(activation(up)), or down(activation(gate) * up) where gated. activation: path of the nonlinearity.
+    """An MLP: down(activation(up)), or down(activation(gate) * up) if it is gated.
 
-    up_rows: where one layer computes gate and up, it stands as `up` with the role gate_up, and these are up's rows.
+    Attributes:
+        path: of its module, inside of what wraps it.
+        module: computes it.
+        gate: a layer, or None.
+        up: a layer; one that computes gate and up has the role gate_up.
+        down: a layer.
+        activation: path of the nonlinearity.
+        norm: produces its input, as in Attention.
+        up_rows: the rows of up, if one layer computes gate and up.
     """
 
     path: str
@@ -186,15 +232,22 @@ class Mlp:
         return (self.up,) if self.gate is None else (self.gate, self.up)
 
     def zeros_at(self, block: int, expert: int | None = None) -> Site:
-        """Where its zeros are seen: at its gate, or without one at its activation's output."""
+        """Return the site at which its zeros are seen: its gate, or without one its activation's output."""
         return Site("mlp.gate" if self.gated else "mlp.hidden", block, expert)
 
 
 @dataclass(frozen=True)
 class Experts:
-    """A choice of MLPs. module: 3-D parameters, or the ExpertList they were opened as; then `members` are its MLPs.
+    """A choice of MLPs.
 
-    router: path of the module that chooses. norm: what feeds router and experts. row: how the parameters are stored.
+    Attributes:
+        path: of the module that holds them, inside of what wraps it.
+        module: 3-D parameters, or the ExpertList that they were opened as.
+        router: path of the module that chooses.
+        count: how many there are.
+        members: their MLPs, if they are opened.
+        norm: feeds router and experts, as in Attention.
+        row: how the parameters are stored.
     """
 
     path: str
@@ -208,10 +261,12 @@ class Experts:
 
 @dataclass(frozen=True)
 class Chain:
-    """Traced models: first -> nonlinearity -> second, with nothing but norms, sums and reshapes between.
+    """Two layers of a traced model with a nonlinearity, and nothing else but norms, sums and reshapes, between them.
 
-    first, second: a Linear, or the path of a convolution. nonlinearity: the path of its module, or the name of the
-    function ('relu').
+    Attributes:
+        first: a Linear, or the path of a convolution.
+        nonlinearity: the path of its module, or the name of the function ('relu').
+        second: as first.
     """
 
     first: Linear | str
@@ -221,7 +276,21 @@ class Chain:
 
 @dataclass(frozen=True)
 class Block:
-    """One block. path: full path in the model ('' is the whole model, as a traced model is one block)."""
+    """One block.
+
+    Attributes:
+        index: among the blocks.
+        path: full path in the model ('' is the whole model, as a traced model is one block).
+        module: stands there, with what wraps it.
+        attention: None if there is none, or it is not described.
+        mlp: None if there is none, or it is not described.
+        experts: None if there are none.
+        norms: all that the row names.
+        other: linear layers that belong to none of these parts.
+        chains: of traced models.
+        root: the model.
+        taps: how each site of the block is read.
+    """
 
     index: int
     path: str
@@ -237,7 +306,7 @@ class Block:
     _originals: Mapping[str, nn.Module] | None = field(default=None, repr=False, compare=False)
 
     def linear_inputs(self) -> tuple[LinearInput, ...]:
-        """The tensors that linear layers read, in the order of computation, each with its layers.
+        """Return the tensors that linear layers read, in the order of computation, each with its layers.
 
         Layers of a kind that actkit does not read are left out; `coverage()` names them.
         """
@@ -253,7 +322,7 @@ class Block:
         yield from self.other
 
     def unread(self) -> tuple[tuple[str, str], ...]:
-        """Paths of the block's linear layers that actkit does not read, each with the reason."""
+        """Return the paths of the block's linear layers that actkit does not read, each with the reason."""
         found = {linear.path: linear.module for group in self._linear_inputs() for linear in group.linears}
         known = {id(module) for module in found.values()}
         found |= {
@@ -271,14 +340,16 @@ class Block:
         )
 
     def mlps(self) -> tuple[tuple[int | None, Mlp], ...]:
-        """The block's MLP with None, or its opened experts with their indices."""
+        """Return the block's MLP with None, or its opened experts with their indices."""
         if self.mlp is not None:
             return ((None, self.mlp),)
         return () if self.experts is None else tuple(enumerate(self.experts.members))
 
     def norm_readers(self) -> tuple[tuple[Norm | None, tuple[Linear, ...]], ...]:
-        """Of attention and MLP: the norm that produces their input, with all layers that read it; where attention and
-        MLP stand side by side behind one norm, that norm once."""
+        """Return the norm that produces the input of attention and of the MLP, with all layers that read it.
+
+        If attention and MLP stand side by side behind one norm, that norm is there once.
+        """
         found: list[tuple[Norm | None, tuple[Linear, ...]]] = []
         for part in (self.attention, self.mlp):
             if part is None:
@@ -309,11 +380,14 @@ class Block:
         return tuple(dict.fromkeys(found))
 
     def linears(self) -> tuple[Linear, ...]:
-        """All linear layers that actkit can read, those of opened experts included."""
+        """Return all linear layers that actkit can read, those of opened experts included."""
         return tuple(linear for inputs in self.linear_inputs() for linear in inputs.linears)
 
     def convolutions(self) -> tuple[Convolution, ...]:
-        """The plain convolutions of a traced model; a family with a row may call its own by their weights alone."""
+        """Return the plain convolutions of a traced model.
+
+        A family with a row may call its own by their weights alone.
+        """
         if self.path:  # one of several blocks, read off a row
             return ()
         return tuple(
@@ -323,13 +397,16 @@ class Block:
         )
 
     def sites(self) -> tuple[Site, ...]:
-        """The sites that can be read now (attention.weights only where the implementation forms them)."""
+        """Return the sites that can be read now; attention.weights only if the implementation forms them."""
         return tuple(site for site in self.taps if site.name != "attention.weights" or forms_weights(self.root))
 
     def original(self, path: str) -> nn.Module:
-        """The module that stood at `path` (full path) before the run replaced it; else the module itself.
+        """Return the module that stood at a path before the run replaced it; else the module itself.
 
         What was set in it before that is in it: a scale that was folded into it belongs to what it computes now.
+
+        Args:
+            path: full path in the model.
         """
         if self._originals is not None and path in self._originals:
             return self._originals[path]
@@ -344,11 +421,11 @@ def _readable(groups: Iterator[LinearInput]) -> Iterator[LinearInput]:
 
 
 def attention_implementation(model: nn.Module) -> str | None:
-    """The name of the attention implementation of a transformers model."""
+    """Return the name of the attention implementation of a transformers model."""
     config: Any = getattr(model, "config", None)
     return getattr(config, "_attn_implementation", None)
 
 
 def forms_weights(model: nn.Module) -> bool:
-    """Whether the model's attention forms its weights, so that they can be read."""
+    """Say whether the model's attention forms its weights, so that they can be read."""
     return attention_implementation(model) == "eager"

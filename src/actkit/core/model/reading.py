@@ -1,9 +1,10 @@
 """Reads one block of a model as its architecture's row describes it, with a tap for every site.
 
-A module that computes in a way of its own where the row has attention or an MLP says so by a class attribute
-`linear_inputs`: pairs of a site's name (None for `layer.input`) and the linear layers inside that read this one tensor.
-Such a part is no Attention or Mlp, so that no method takes it for one; its layers are among `Block.other`. A LayersRow
-says the same of a class of another library. A module that only wraps a part of the row is entered (`wrapping.py`).
+If a module stands at the attention or MLP of the row and computes in another way, its class says by an attribute
+`linear_inputs` what its layers read: pairs of a site's name (None for `layer.input`) and the linear layers inside that
+read this one tensor. Such a part is no Attention or Mlp, so that no method takes it for one; its layers are among
+`Block.other`. A LayersRow says the same of a class of another library. A module that only wraps a part of the row is
+entered (`wrapping.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,14 @@ from actkit.core.model.wrapping import inside, outside
 
 
 class BlockReader:
-    """Reads one block as its row describes it."""
+    """Reads one block as its row describes it.
+
+    Args:
+        model: holds the block.
+        row: of the model's family, adapted to this block.
+        index: of the block.
+        path: of the block.
+    """
 
     def __init__(self, model: nn.Module, row: Architecture, index: int, path: str) -> None:
         self.model, self.row, self.index, self.path = model, row, index, path
@@ -31,7 +39,11 @@ class BlockReader:
         self.other: list[LinearInput] = []
 
     def read(self, originals: Mapping[str, nn.Module] | None) -> Block:
-        """The block as the model holds it now."""
+        """Return the block as the model holds it now.
+
+        Args:
+            originals: what `Block.original` answers, by full path.
+        """
         row = self.row
         norms = tuple(
             Norm(self._full(norm.path), self._module(norm.path), norm.role, norm.offset, norm.feeds_residual)
@@ -124,7 +136,7 @@ class BlockReader:
         return True
 
     def _layers(self, row: LayersRow, name: str | None = None, added: str | None = None) -> None:
-        """Read linear layers alone. name: of the part ('attention', 'mlp') where its input and output are sites."""
+        """Read linear layers alone; name: of the part ('attention', 'mlp'), if its input and output are sites."""
         if name is not None:
             self._tap(f"{name}.input", self._inside(row.path), "input")
         for site_name, names in row.linear_inputs:
@@ -155,7 +167,7 @@ class BlockReader:
                 raise CoverageError(
                     f"{fused.path}: it has {fused.out_features} outputs, and the row {self.row.name!r} says that they "
                     f"are query, key and value of {heads} and {key_value_heads} heads of {head_dim} features each. "
-                    f"Correct the row, or set layout=None where the layout is not known."
+                    f"Correct the row, or set layout=None if the layout is not known."
                 )
         attention = Attention(
             self._inside(row.path),
@@ -244,6 +256,11 @@ class BlockReader:
 
 def submodule(model: nn.Module, path: str, row: Architecture) -> nn.Module:
     """Return the module at a full path.
+
+    Args:
+        model: any module.
+        path: as the row says.
+        row: for the error.
 
     Raises:
         CoverageError: there is none, so that the model does not fit its row.

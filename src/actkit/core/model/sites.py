@@ -1,4 +1,4 @@
-"""Sites: named places where activations live, and taps: how each one is read off a module's call."""
+"""Sites: named places of activations, and taps: how each one is read off a module's call."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _TEXT = re.compile(r"(?:blocks\.(?P<block>\d+)\.)?(?:experts\.(?P<expert>\d+)\.)
 
 @dataclass(frozen=True)
 class Site:
-    """A named place where an activation lives.
+    """A named place of an activation.
 
     Attributes:
         name: one of SITE_NAMES.
@@ -78,7 +78,14 @@ class Site:
 
     @classmethod
     def parse(cls, text: str) -> Site:
-        """The site that `str(site)` wrote. Raises ValueError for anything else."""
+        """Read what `str(site)` wrote.
+
+        Args:
+            text: such as 'blocks.3.mlp.hidden' or 'layer.input:a.b'.
+
+        Raises:
+            ValueError: it is anything else.
+        """
         name, colon, path = text.partition(":")
         if colon:
             return cls(name, path=path)
@@ -98,18 +105,32 @@ Pairs = Literal["halves", "neighbours"]  # of n turned features: i and i + n / 2
 class Tap:
     """How a site is read: at which module's call, which of its tensors, and how that tensor is laid out.
 
-    path: the module whose call is watched. index: position or keyword of the argument, or position in an output
-    tuple. columns: these of the last dimension (a fused qkv). heads: the last dimension is split into so many heads.
-    heads_first: it is split already, and the heads stand before the positions. rotary: the rotary embedding still has
-    to be applied; its (cos, sin) are the keyword `position_embeddings` of the module at `attention`. angles, pairs: how
-    these tables and the features that they turn are laid out. limit: both signs of the tensor are clamped to it.
-    copied: it is copied, as the model changes it in place afterwards. expert: path of the expert around the tap; its
-    second argument says which tokens (flat indices) the rows are. most: how many dimensions the tensor may have so
-    that the layout holds.
+    The layout of the result is one of
 
-    layout of the result: tokens [batch, length, channels] (or [batch, channels] where a layer reads one vector per
-    sequence); flat [batch * length, channels]; heads [batch, heads, length, head_dim]; weights [batch, heads, query,
-    key]; channels_first [batch, channels, ...].
+    - tokens: [batch, length, channels], or [batch, channels] if a layer reads one vector per sequence;
+    - flat: [batch * length, channels];
+    - heads: [batch, heads, length, head_dim];
+    - weights: [batch, heads, query, key];
+    - channels_first: [batch, channels, ...].
+
+    Attributes:
+        path: the module whose call is watched.
+        where: at its input or its output.
+        index: position or keyword of the argument, or position in an output tuple.
+        layout: of the result.
+        heads: the last dimension is split into so many heads.
+        columns: these of the last dimension (a fused qkv).
+        heads_first: it is split already, and the heads stand before the positions.
+        rotary: the rotary embedding still has to be applied; its (cos, sin) are the keyword `position_embeddings` of
+            the
+            module at `attention`.
+        angles: how these tables are laid out.
+        pairs: how the features that they turn are laid out.
+        limit: both signs of the tensor are clamped to it.
+        copied: it is copied, as the model changes it in place afterwards.
+        attention: path of the module that is given the tables.
+        expert: path of the expert around the tap; its second argument says which tokens (flat indices) the rows are.
+        most: how many dimensions the tensor may have so that the layout holds.
     """
 
     path: str
@@ -136,11 +157,21 @@ def read_tap(
     output: Any = None,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The tensor of a site, in the tap's layout, from one call of the module at `tap.path`.
+    """Read the tensor of a site off one call of the module at `tap.path`.
 
-    position_embeddings: (cos, sin), each [batch, length, features that are turned] (half as many where `tap.angles` is
-    'once'); needed where `tap.rotary`.
-    Raises ValueError where the call does not hold the tensor.
+    Args:
+        tap: of the site.
+        args: of the call.
+        kwargs: of the call.
+        output: of the call, if the tap reads it.
+        position_embeddings: (cos, sin), each [batch, length, features that are turned] (half as many if `tap.angles` is
+            'once'); needed if `tap.rotary`.
+
+    Returns:
+        The tensor, in the tap's layout.
+
+    Raises:
+        ValueError: the call does not hold the tensor, or its layout is not known.
     """
     value = _argument(tap, args, kwargs) if tap.where == "input" else _output(tap, output)
     if not isinstance(value, Tensor):
@@ -173,7 +204,7 @@ def write_tap(
     output: Any = None,
     position_embeddings: tuple[Tensor, Tensor] | None = None,
 ) -> Any:
-    """One call of the module at `tap.path` with another tensor at the site: what `read_tap` reads off it is `value`.
+    """Put another tensor at a site, in one call of the module at `tap.path`: `read_tap` would read it then.
 
     Args:
         tap: of the site.
@@ -190,7 +221,7 @@ def write_tap(
     if tap.rotary:
         assert position_embeddings is not None  # it was read with them
         cos, sin = (each_once(table, tap.angles) for table in position_embeddings)
-        length = cos.square() + sin.square()  # not 1 where the tables are scaled, as YaRN's
+        length = cos.square() + sin.square()  # not 1 if the tables are scaled, as YaRN's
         value = _rotate(value, cos / length, -sin / length, tap.pairs)
     if tap.heads is not None and not tap.heads_first:
         value = value.transpose(1, 2)
@@ -223,14 +254,23 @@ def _with_output(tap: Tap, value: Tensor, output: Any) -> Any:
 
 
 def each_once(table: Tensor, angles: Angles) -> Tensor:
-    """A rotary table with each angle once: [..., n / 2] of [..., n], or itself."""
+    """Return a rotary table with each angle once: [..., n / 2] of [..., n], or itself."""
     if angles == "once":
         return table
     return table[..., ::2] if angles == "neighbours" else table[..., : table.shape[-1] // 2]
 
 
 def refuse_unknown_layout(where: str, path: str, dimensions: int) -> NoReturn:
-    """Raise ValueError for a tensor of a module whose channels are in a dimension that is not known."""
+    """Refuse a tensor of a module whose channels are in a dimension that is not known.
+
+    Args:
+        where: 'input' or 'output'.
+        path: of the module.
+        dimensions: how many the tensor has.
+
+    Raises:
+        ValueError: always.
+    """
     raise ValueError(
         f"site: the {where} of {path} is a tensor of {dimensions} dimensions, and which of them holds the channels is "
         f"not known, or changes from call to call; record a linear layer or a convolution beside it instead."
@@ -252,8 +292,7 @@ def _output(tap: Tap, output: Any) -> Any:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: Pairs) -> Tensor:
-    """x [batch, heads, length, head_dim]: its first n features are turned, by cos and sin [batch, length, n / 2]; the
-    others stay."""
+    """Turn the first n features of x [batch, heads, length, head_dim] by cos, sin [batch, length, n / 2]."""
     cos, sin, size = cos.unsqueeze(1), sin.unsqueeze(1), 2 * cos.shape[-1]
     turned, rest = x[..., :size], x[..., size:]
     first, second = turned.chunk(2, dim=-1) if pairs == "halves" else (turned[..., ::2], turned[..., 1::2])

@@ -69,9 +69,14 @@ class Axis:
 
 
 def trace(model: nn.Module, example: Any) -> Trace:
-    """Run `model` once on `example` (a dict of keywords, or the one argument), in evaluation mode, and watch.
+    """Run a model once in evaluation mode and watch.
 
-    Raises UnsupportedModelError for a compiled or sharded model, and what the model itself raises.
+    Args:
+        model: any module; what it raises is passed on.
+        example: a dict of keywords, or the one argument.
+
+    Raises:
+        UnsupportedModelError: the model is compiled or sharded.
     """
     layers = {path for path, module in model.named_modules() if is_linear(module) or isinstance(module, CONVOLUTIONS)}
     inner = {path for path, _ in model.named_modules() if any(path.startswith(layer + ".") for layer in layers)}
@@ -221,7 +226,7 @@ def _identity(x: Tensor) -> tuple[Any, ...]:
 
 
 def tensors(values: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists and mappings."""
+    """Yield the tensors in nested tuples, lists and mappings."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, Mapping):

@@ -45,7 +45,15 @@ def outside(model: nn.Module, path: str) -> str:
 
 
 def inside(model: nn.Module, path: str) -> str:
-    """Return the path of what stands at a place: as `outside`, and the wrappers at this place are entered too."""
+    """Return the path of what stands at a place: as `outside`, and the wrappers at this place are entered too.
+
+    Args:
+        model: any module.
+        path: as it would be without wrappers.
+
+    Raises:
+        CoverageError: a class says that it wraps a module that it does not have.
+    """
     found = outside(model, path)
     try:
         module = model.get_submodule(found)

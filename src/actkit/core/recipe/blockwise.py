@@ -2,8 +2,8 @@
 
 One forward pass per batch records how each block is called (masks, rotary tables, sizes) and what enters the first
 block. From then on block k runs alone, on the outputs of block k - 1. That a block's output *is* the next block's
-input is checked on the first batch; where it is not (something happens between blocks), the inputs are taken from
-passes over the whole prefix instead, which is slower and is said so. Of several processes each walks its share of the
+input is checked on the first batch; if it is not (something happens between blocks), the inputs are taken from passes
+over the whole prefix instead, which is slower and is said so. Of several processes each walks its share of the
 batches (`core/ground/processes.py`).
 """
 
@@ -35,9 +35,15 @@ from actkit.core.watch.merging import merge
 class Walk:
     """The calls of each block on calibration batches, for the streams 'original' and 'edited'.
 
-    share: the indices of the batches that this process walks, all where None. Blocks must be visited in order:
-    `calls(k, stream)`; then `following` before the edits for the original stream, after them for the edited one; then
-    `move`.
+    Blocks must be visited in order: `calls(k, stream)`; then `following` before the edits for the original stream,
+    after
+    them for the edited one; then `move`.
+
+    Args:
+        anatomy: of the model.
+        batches: of all processes.
+        track: wraps what is iterated over in a bar.
+        share: the indices of the batches that this process walks; None for all.
     """
 
     def __init__(
@@ -59,10 +65,14 @@ class Walk:
         self._first: list[Call] = []  # per batch, the call of the first block
         self._calls: dict[str, list[Call]] = {}  # stream -> per batch, the call of the block it has reached
         self._prototypes: list[list[Call]] = []  # per batch, per block: the call without its hidden states
-        self._originals: list[list[Tensor]] = []  # per batch, per block: kept only where the chain is broken
+        self._originals: list[list[Tensor]] = []  # per batch, per block: kept only if the chain is broken
 
     def start(self, streams: Iterable[str]) -> None:
-        """The one pass over the whole model."""
+        """Make the one pass over the whole model.
+
+        Args:
+            streams: to carry from block to block.
+        """
         paths = [block.path for block in self.anatomy.blocks]
         first: list[Call] = []
         if not self.share:
@@ -91,7 +101,7 @@ class Walk:
 
     @cached_property
     def tokens_before(self) -> list[int]:
-        """Per batch, how many real tokens (or images) the batches before it hold, those of other processes included."""
+        """Per batch, how many real tokens (or images) are in the batches before it, of all processes."""
         return [0, *accumulate(BatchContext.of(batch, self.anatomy.model).tokens for batch in self.batches)]
 
     def _contexts(self) -> Iterable[tuple[Any, BatchContext]]:
@@ -149,7 +159,11 @@ class Walk:
         return tuple(self._calls)
 
     def bytes(self, streams: Iterable[str]) -> dict[str, int]:
-        """What the walk holds at its peak with these streams, by what it is; after `start`, for its batches."""
+        """Return what the walk holds at its peak, by what it is; after `start`, for its batches.
+
+        Args:
+            streams: to be carried.
+        """
         if self.whole_model:
             return {}
         streams = list(streams)
@@ -169,11 +183,17 @@ class Walk:
         return held if self.chained else {**held, "hidden states of all blocks (no chain)": kept}
 
     def calls(self, k: int, stream: str) -> list[Call]:
-        """Block k's calls, one per batch, with the hidden states of the stream."""
+        """Return block k's calls, one per batch, with the hidden states of the stream."""
         return self._calls[stream]
 
     def some_calls(self, k: int, stream: str, max_tokens: int | None) -> Iterator[tuple[int, Call]]:
-        """Block k's calls with the index of their batch, until they hold so many real tokens; the last one is cut."""
+        """Yield block k's calls with the index of their batch, until they hold enough real tokens; the last one is cut.
+
+        Args:
+            k: index of the block.
+            stream: 'original' or 'edited'.
+            max_tokens: None for all.
+        """
         for index, call in zip(self.share, self.calls(k, stream), strict=True):
             left = None if max_tokens is None else max_tokens - self.tokens_before[index]
             if left is not None and left <= 0:
@@ -193,7 +213,7 @@ class Walk:
         return cut if self._rows_apart else call
 
     def following(self, k: int, stream: str, outputs: Sequence[Tensor] | None = None) -> list[Call]:
-        """What block k + 1 will be called with.
+        """Return what block k + 1 will be called with.
 
         Args:
             k: the block that the stream has reached.
@@ -212,7 +232,12 @@ class Walk:
         ]
 
     def move(self, stream: str, calls: list[Call]) -> None:
-        """Go on to the next block of a stream."""
+        """Go on to the next block of a stream.
+
+        Args:
+            stream: 'original' or 'edited'.
+            calls: what `following` gave.
+        """
         self._calls[stream] = calls
         self._first = []
 

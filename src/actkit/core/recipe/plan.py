@@ -29,8 +29,14 @@ from actkit.core.watch.capture import opened_experts
 
 @dataclass(frozen=True)
 class Plan:
-    """coverage: method -> share of the parameters inside blocks it means to touch. untouched: (parameter, reason)
-    rows of what no method touches. memory: (what, bytes) rows. seconds: estimate for the whole run."""
+    """What a run will touch, hold and take.
+
+    Attributes:
+        coverage: method -> share of the parameters inside blocks that it means to touch.
+        untouched: (parameter, reason) rows of what no method touches.
+        memory: (what, bytes) rows.
+        seconds: estimate for the whole run.
+    """
 
     coverage: dict[str, float] = field(default_factory=dict)
     untouched: list[tuple[str, str]] = field(default_factory=list)
@@ -43,7 +49,7 @@ class Plan:
         return sum(size for _, size in self.memory)
 
     def lines(self) -> list[str]:
-        """The plan in words, a line each."""
+        """Return the plan in words, a line each."""
         lines = [f"{name} touches {share:.0%} of the parameters inside blocks" for name, share in self.coverage.items()]
         reasons: dict[str, int] = {}
         for _, reason in self.untouched:
@@ -65,8 +71,21 @@ def make_plan(
     min_coverage: float | None = None,
     max_memory: int | str | None = None,
 ) -> Plan:
-    """Plan a run. Raises CoverageError below `min_coverage` (where None, below what the transform's tags say) and
-    MemoryLimitError above `max_memory`; EditError where a layer has hooks, which would be lost."""
+    """Plan a run.
+
+    Args:
+        view: of the model.
+        transforms: in their order.
+        batches: calibration data.
+        min_coverage: least share of the parameters inside blocks that each transform must touch; None for what its tags
+            say.
+        max_memory: cap for calibration, bytes or '2GB'.
+
+    Raises:
+        CoverageError: a transform would touch less.
+        MemoryLimitError: calibration would hold more.
+        EditError: a layer has hooks, which would be lost.
+    """
     if min_coverage is not None and not 0 <= min_coverage <= 1:
         raise ValueError(f"min_coverage: {min_coverage} was given; it is a share, give 0 to 1.")
     cap = None if max_memory is None else parse_bytes(max_memory)
@@ -140,8 +159,10 @@ _OUTSIDE = {"linear": "linear layer that the recipe does not aim at", "experts":
 def _cost(
     view: Anatomy, transforms: Sequence[Transform], batches: Sequence[Any]
 ) -> tuple[list[tuple[str, int]], float]:
-    """What the walk holds, measured on the batch with the longest sequences, and the time of its pass; of several
-    processes, for the largest share of the batches."""
+    """What the walk holds, measured on the batch with the longest sequences, and the time of its pass.
+
+    Of several processes, for the largest share of the batches.
+    """
     needy = [t for t in transforms if t.tags.needs_data]
     if not needy or not len(batches):
         return [], 0.0
@@ -179,6 +200,9 @@ def turns(transforms: Sequence[Transform]) -> list[range]:
     """Return which transforms are planned and applied together, as ranges of their positions.
 
     A new range begins with each transform that plans on what those before it left (`Tags.plans_in_turn`).
+
+    Args:
+        transforms: of a recipe.
     """
     starts = [i for i, transform in enumerate(transforms) if i == 0 or transform.tags.plans_in_turn]
     return [range(a, b) for a, b in pairwise([*starts, len(transforms)])]

@@ -104,7 +104,8 @@ class Shapes:
     """What decides which methods fit a model.
 
     Attributes:
-        inputs, outputs: of all linear layers in blocks.
+        inputs: channels of the inputs of all linear layers in blocks.
+        outputs: channels of their outputs.
         scalable: how many sets of layers can take a scale.
         refused: why others cannot.
         roles: of the layers.
@@ -166,8 +167,16 @@ def poor_at_four_bits(profile: Looked) -> str:
 
 
 def small_inputs(profile: Looked) -> str:
-    """What the profile says of small inputs: over the sites that linear layers read, the median share of values below
-    1 % of the site's scale; 'always' if there is no such site."""
+    """Say what the profile tells of small inputs.
+
+    Args:
+        profile: of the model.
+
+    Returns:
+        Over the sites that linear layers read, the median share of values below 1 % of the site's scale; 'always' if
+        there
+        is no such site.
+    """
     shares = sorted(1 - site.above_one_percent for site in profile.sites if site.read_by)
     if not shares:
         return "always"

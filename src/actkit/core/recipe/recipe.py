@@ -47,9 +47,13 @@ class Recipe:
 
     @classmethod
     def of(cls, source: Recipe | Transform | Stage | Iterable[Any] | Mapping[str, Any] | str | Path) -> Recipe:
-        """A recipe from itself, one transform or stage, a list, a mapping in the YAML form, a YAML file, or 'awq,wina'.
+        """Read a recipe.
 
-        Raises RecipeError naming the unknown method or setting, or the value out of bounds.
+        Args:
+            source: a recipe, one transform or stage, a list, a mapping in the YAML form, a YAML file, or 'awq,wina'.
+
+        Raises:
+            RecipeError: it names an unknown method or setting, or a value out of bounds.
         """
         if isinstance(source, Recipe):
             return source
@@ -76,7 +80,14 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Read a YAML file. Raises RecipeError for one that is missing or malformed, or holds tags or anchors."""
+        """Read a YAML file.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            RecipeError: it is missing or malformed, or holds tags or anchors.
+        """
         return cls.parse(read_yaml(Path(path), "recipe"))
 
     @classmethod
@@ -108,7 +119,14 @@ class Recipe:
         return len(self.stages) > 1 or any(isinstance(stage, Train) for stage in self.stages)
 
     def unstaged(self, what: str) -> Recipe:
-        """Itself, for whoever runs one list of transforms only. Raises RecipeError if it has stages."""
+        """Return the recipe itself, for whoever runs one list of transforms only.
+
+        Args:
+            what: who that is, for the error.
+
+        Raises:
+            RecipeError: it has stages.
+        """
         if self.staged:
             kinds = ", ".join("train" if isinstance(stage, Train) else "apply" for stage in self.stages)
             raise RecipeError(
@@ -137,7 +155,14 @@ class Recipe:
         return path
 
     def check(self, earlier: Sequence[Transform] = ()) -> None:
-        """Raise RecipeError where a transform may not follow one before it (in the recipe or already on the model)."""
+        """Refuse an order that methods rule out.
+
+        Args:
+            earlier: transforms that are already on the model.
+
+        Raises:
+            RecipeError: a transform may not follow one before it, in the recipe or on the model.
+        """
         if not self.stages or (not self.staged and not self.transforms):
             raise RecipeError("recipe: it lists no transform; give at least one.")
         for number, stage in enumerate(self.stages, 1):
@@ -171,7 +196,7 @@ class Recipe:
 
 
 def transforms_of(recipe: Iterable[Mapping[str, Any]], also: Sequence[Transform] = ()) -> tuple[Transform, ...]:
-    """The transforms of a recorded recipe.
+    """Return the transforms of a recorded recipe.
 
     Args:
         recipe: the entries of a model's record, trainings among them.

@@ -26,7 +26,7 @@ class TrainingRule(BaseModel):
 
     Attributes:
         keep: which weights a training under it ends with, if the user does not say: 'last' for a rule that trades loss
-            for something else, so that the least loss is where it has worked least.
+            for something else, so that the loss is least when it has worked least.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,14 +75,14 @@ class TrainingRule(BaseModel):
 
 
 class AttachedRule:
-    """A rule at work on one model, with its running state. What a rule does not need stays as it is here.
+    """A rule at work on one model, with its running state. A method that a rule does not need stays as it is here.
 
     In an optimizer step the calls are: `before_step`, `penalty` after each forward pass, `after_backward`, then the
     gradients are clipped and the optimizer steps, `after_step`.
     """
 
     def penalty(self, mask: Tensor | None = None, batch: Any = None, output: Any = None) -> Tensor | None:
-        """What to add to the loss of the forward pass that was just made; None for nothing.
+        """Return what to add to the loss of the forward pass that was just made; None for nothing.
 
         Args:
             mask: bool or integer [batch, length], which tokens are real; None if all are.
@@ -98,19 +98,19 @@ class AttachedRule:
         """Called before the forward passes of an optimizer step. progress: share of the steps that are done."""
 
     def after_backward(self, progress: float) -> None:
-        """Called when the gradients of a step are complete and not yet clipped; it may change them.
+        """Change the gradients of a step, which are complete and not yet clipped.
 
         Args:
-            progress: share of the steps that are done, as `before_step` was told.
+            progress: share of the steps that are done, as `before_step` was given.
         """
 
     def after_step(self, progress: float) -> None:
         """Called after the optimizer's step, while its gradients still stand."""
 
     def report(self) -> dict[str, Any]:
-        """What the rule has to say of the step that was just made, as JSON takes it.
+        """Return what the rule has to say of the step that was just made, as JSON takes it.
 
-        Asked for after the steps that are validated, before the validation; kept in the history, `training.json`.
+        It is asked after the steps that are validated, before the validation; kept in the history, `training.json`.
         """
         return {}
 
@@ -120,6 +120,9 @@ class AttachedRule:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave.
+
+        Args:
+            state: of a rule with the same settings.
 
         Raises:
             CheckpointError: it does not fit.
@@ -131,9 +134,10 @@ class AttachedRule:
         """Leave the model as it would be without the rule (hooks removed); what was trained stays."""
 
     def finish(self) -> Iterable[Edit]:
-        """Edits that end the training, such as a quantized layer in the place of one that was trained to be rounded.
+        """Return edits that end the training, such as a quantized layer for one that was trained to be rounded.
 
-        Asked for once, after `detach`, on the weights that are kept; not after an exception. Each is applied as it is
+        It is asked once, after `detach`, on the weights that are kept; not after an exception. Each edit is applied as
+        it is
         yielded and recorded on the model, so that it is saved, loaded and proved like those of a transform.
         """
         return ()
@@ -143,13 +147,17 @@ class AttachedRule:
 
 
 def parse_rules(source: Any) -> tuple[TrainingRule, ...]:
-    """Rules from a rule, 'name', 'name:setting=value,setting=value', {name: settings}, a list of these, or a YAML file.
+    """Read training rules.
 
-    actkit: 1
-    rules:
-      - activation_penalty: {weight: 0.001}
+        actkit: 1
+        rules:
+          - activation_penalty: {weight: 0.001}
 
-    Raises RecipeError naming the unknown rule or setting, or the value out of bounds.
+    Args:
+        source: a rule, 'name', 'name:setting=value,setting=value', {name: settings}, a list of these, or a YAML file.
+
+    Raises:
+        RecipeError: it names an unknown rule or setting, or a value out of bounds.
     """
     if source is None:
         return ()

@@ -59,8 +59,17 @@ UNDO_MODES = ("source", "memory", "off")
 
 @dataclass
 class Report:
-    """What a run did. changed: (path, method) rows; skipped: (path, method, reason) rows; notes: what else was said.
-    stages: of a recipe with stages, what each did, {"apply": its report} or {"train": what `Trained.to_dict` says}."""
+    """What a run did.
+
+    Attributes:
+        recipe: in its YAML form.
+        plan: what was known before work started.
+        changed: (path, method) rows.
+        skipped: (path, method, reason) rows.
+        notes: what else was said.
+        seconds: what the run took.
+        stages: of a recipe with stages, what each did: {"apply": its report} or {"train": what `Trained.to_dict` says}.
+    """
 
     recipe: dict[str, Any]
     plan: Plan
@@ -71,13 +80,19 @@ class Report:
     stages: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it; `stages` only of a recipe that has some."""
+        """Return everything, as JSON takes it; `stages` only of a recipe that has some."""
         return {name: value for name, value in asdict(self).items() if name != "stages" or value}
 
 
 @dataclass
 class Applied:
-    """A changed model, the edits that made it (their JSON form), and the report."""
+    """A changed model.
+
+    Attributes:
+        model: the same object as was given, or a copy.
+        edits: that made it, in their JSON form.
+        report: what the run did.
+    """
 
     model: nn.Module
     edits: list[dict[str, Any]]
@@ -85,7 +100,11 @@ class Applied:
     _undo: Callable[[], None] | None = None
 
     def undo(self) -> nn.Module:
-        """Take all edits back, bit for bit. Raises EditError where undo was switched off or is done already."""
+        """Take all edits back, bit for bit.
+
+        Raises:
+            EditError: undo was switched off, or is done already.
+        """
         if self._undo is None:
             raise EditError(
                 "undo: nothing is left to undo with (undo='off', or undone already); load the original model."
@@ -108,18 +127,38 @@ def apply(
     announce: Callable[[str], None] | None = None,
     steps: Steps | None = None,
 ) -> Applied:
-    """Apply a recipe to a model.
+    """Apply a recipe to a model. If something fails midway, the model is restored (unless undo is 'off').
 
-    data: calibration batches (dicts of the model's keywords, or tensors). inplace: change `model` itself, else a copy.
-    undo: 'source' reads what was changed from the folder the model came from (the default where `actkit.load` loaded
-    it and nothing was changed since), 'memory' keeps the old tensors, 'off' keeps nothing. min_coverage: least share
-    of the parameters inside blocks that each transform must touch, None for what each declares. max_memory: hard cap
-    for calibration, bytes or '2GB'. announce: called with each line of the plan (coverage, memory, time) before work
-    starts. steps: takes from it the edits that it holds of the first transforms, and keeps theirs in it
-    (`core/recipe/steps.py` says when that is right). Several processes (`core.ground.processes.together`) are given the
-    same model and all batches; each runs its share, and all end with the same edits.
-    Raises RecipeError, DataError, CoverageError, MemoryLimitError, NonFiniteError or UnsupportedModelError before work
-    starts; where something fails midway the model is restored (unless undo is 'off').
+    Several processes (`core.ground.processes.together`) are given the same model and all batches; each runs its share,
+    and
+    all end with the same edits.
+
+    Args:
+        model: neither compiled nor sharded.
+        recipe: what `Recipe.of` reads, without stages.
+        data: calibration batches (dicts of the model's keywords, or tensors).
+        inplace: change `model` itself, else a copy.
+        undo: 'source' reads what was changed from the folder that the model came from (the default if `actkit.load`
+            loaded
+            it and nothing was changed since), 'memory' keeps the old tensors, 'off' keeps nothing.
+        min_coverage: least share of the parameters inside blocks that each transform must touch; None for what each
+            declares.
+        max_memory: hard cap for calibration, bytes or '2GB'.
+        progress: show bars.
+        announce: called with each line of the plan (coverage, memory, time) before work starts.
+        steps: takes from it the edits that it holds of the first transforms, and keeps theirs in it
+            (`core/recipe/steps.py` says when that is right).
+
+    Returns:
+        The model, its edits, the report, and the way back.
+
+    Raises:
+        RecipeError: the recipe is not understood, or its order is ruled out.
+        DataError: data are missing, or the model cannot be called with them.
+        CoverageError: a transform would touch too little, or the model cannot be read.
+        MemoryLimitError: calibration would hold more than `max_memory`.
+        NonFiniteError: a tensor or an activation holds NaN or Inf.
+        UnsupportedModelError: the model is compiled, sharded or changed by another package.
     """
     started = time.perf_counter()
     recipe = Recipe.of(recipe).unstaged("core.recipe.runner.apply")
@@ -186,7 +225,15 @@ def apply(
 
 
 def refuse_later_changes(model: nn.Module, record: changes.Changes | None) -> None:
-    """Raise EditError if a model's record is no longer the one that a change left, which then cannot be undone."""
+    """Refuse to undo a change that is not the last one.
+
+    Args:
+        model: that was changed.
+        record: what the change left on it.
+
+    Raises:
+        EditError: the model's record is another one by now.
+    """
     if changes.of(model) is not record:
         raise EditError(
             "undo: the model was changed again since; undo the later change first, or load the original model."
@@ -261,7 +308,7 @@ class _Run:
             weights = any(transform.tags.parts for transform in self.transforms[turn.start : turn.stop])
             with offload.onloaded(self.model, self.view.blocks[index].path, weights=weights):
                 following = self._change_block(index, turn, walk, streams)
-            self.view.refresh(index)  # the old weights are freed, where no undo keeps them
+            self.view.refresh(index)  # the old weights are freed, if no undo keeps them
             for stream, calls in following.items():
                 walk.move(stream, calls)  # type: ignore[union-attr]
 
@@ -368,7 +415,7 @@ class _Run:
             record(self.model, self.described, Recipe(self.transforms).dump()["transforms"], self.view.architecture)
 
     def give_up(self) -> None:
-        """Something failed: restore the model, or where undo is off record what was done, so that saving is right."""
+        """Restore the model after a failure; with undo off, record what was done, so that saving is right."""
         if self.mode == "off":
             self._close_experts()
             self.finish()
@@ -410,8 +457,7 @@ def _is_inside(model: nn.Module, path: str, outer: nn.Module) -> bool:
 
 
 def apply_edits(model: nn.Module, edits: Iterable[Edit], architecture: Callable[[], str]) -> None:
-    """Apply edits that no transform makes (those of a rule that has ended, of a function that builds a model), and
-    record them.
+    """Apply and record edits that no transform makes: of a rule that has ended, of a function that builds a model.
 
     Args:
         model: changed in place; a new module gets the mode of the one whose place it takes.
@@ -445,7 +491,7 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit], architecture: Callable[
 def _restore_from_source(model: nn.Module, described: list[dict[str, Any]], origin: changes.Source) -> None:
     """Take what the edits touched from a fresh load of the model's source.
 
-    Raises EditError where the files are no longer those that the model was loaded from.
+    Raises EditError if the files are no longer those that the model was loaded from.
     """
     if not origin.unchanged():
         raise EditError(
@@ -477,10 +523,15 @@ def _configured(model: nn.Module, key: str) -> Edit:
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse a model that cannot be read or changed: compiled, sharded, quantized by another package, on the meta
-    device, NaN or Inf in a tensor.
+    """Refuse a model that cannot be read or changed.
 
-    Raises UnsupportedModelError or NonFiniteError, naming the parameter.
+    Args:
+        model: any object.
+
+    Raises:
+        TypeError: it is no module.
+        UnsupportedModelError: it is compiled, sharded, quantized by another package, or on the meta device.
+        NonFiniteError: a tensor, which is named, holds NaN or Inf.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -495,7 +546,15 @@ def check_model(model: nn.Module) -> None:
 
 
 def batches_of(transforms: Sequence[Transform], data: Iterable[Any] | None) -> Any:
-    """The batches as a sequence; DataError where a transform needs some and there are none."""
+    """Return the batches as a sequence.
+
+    Args:
+        transforms: of the recipe.
+        data: what was given: batches, or one.
+
+    Raises:
+        DataError: a transform needs some and there are none, or a text was given.
+    """
     if isinstance(data, str | bytes):
         raise DataError("data: a text was given; pass batches, or give the text to actkit.apply, which makes them.")
     batches = [] if data is None else sequence_of(data, "data")

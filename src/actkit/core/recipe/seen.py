@@ -25,6 +25,13 @@ class Seen:
 
     Of several processes each has the calls of its own batches, which may be none; statistics and what goes through
     `total` are those of all.
+
+    Args:
+        method: the name of the class that sees it.
+        tags: of that class.
+        walk: None if it needs no data.
+        block: what was seen.
+        statistics: by site.
     """
 
     def __init__(
@@ -53,24 +60,39 @@ class Seen:
         return walk.calls(self._block.index, self._tags.observed_stream)
 
     def trial(self, edits: Iterable[Edit]) -> AbstractContextManager[nn.Module]:
-        """with seen.trial(edits): replay calls on the block with those edits; they are undone at the end."""
+        """Replay calls on the block with edits, which are undone at the end of the context.
+
+        Args:
+            edits: applied in their order.
+        """
         return temporarily(self._walked("trial").anatomy.model, edits)
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum of what each process computed from its calls (errors, counts): a tensor of the same shape in all.
+        """Return the sum of what each process computed from its calls (errors, counts).
 
         What a transform chooses by calls goes through here, so that all processes choose alike; it then declares
         `Tags(sums_calls=True)`.
+
+        Args:
+            values: of this process, of one shape in all.
         """
         return processes.total(f"a total of {self._method} in {self._block.path}", values)
 
     def calls(self, path: str, *, stream: str | None = None, max_tokens: int | None = None) -> list[Call]:
-        """The calls that the module at `path` gets when the block, *as it stands now*, runs on its inputs.
+        """Return the calls that a module gets when the block, *as it stands now*, runs on its inputs.
 
-        stream: 'original' or 'edited' inputs of the block; default as the transform declares. max_tokens: stop at the
-        row that reaches so many real tokens. `call.replay(module)` runs a module on them. Inside an expert, the mask of
-        a call is [rows]: which of the tokens sent there are real.
-        Raises RecipeError in several processes, where the transform does not declare `sums_calls`.
+        `call.replay(module)` runs a module on them. Inside an expert, the mask of a call is [rows]: which of the tokens
+        sent
+        there are real.
+
+        Args:
+            path: of the module.
+            stream: 'original' or 'edited' inputs of the block; None as the transform declares.
+            max_tokens: stop at the row that reaches so many real tokens.
+
+        Raises:
+            RecipeError: there are several processes, and the transform does not declare `sums_calls`.
+            DataError: the transform runs without data.
         """
         check_shares(self._method, self._tags)
         walk = self._walked("calls")
@@ -115,29 +137,48 @@ class Seen:
 
 
 class Trial:
-    """Tries edits over the whole model and takes them back: for transforms that search in `plan`."""
+    """Tries edits over the whole model and takes them back: for transforms that search in `plan`.
+
+    Args:
+        view: of the model.
+        batches: calibration data.
+    """
 
     def __init__(self, view: Anatomy, batches: Sequence[Any]) -> None:
         self.anatomy, self.model, self.batches = view, view.model, batches
 
     def __call__(self, edits: Iterable[Edit]) -> AbstractContextManager[nn.Module]:
-        """with trial(edits) as model: measure; the edits are undone at the end, also after an exception.
+        """Apply edits for as long as a context lasts; they are undone at its end, also after an exception.
 
-        Raises UnsupportedModelError for a model that accelerate offloads.
+            with trial(edits) as model:
+                measure(model)
+
+        Args:
+            edits: applied in their order.
+
+        Raises:
+            UnsupportedModelError: accelerate offloads the model.
         """
         offload.refuse_offloaded(self.model, "a search tries changes of the whole model at once")
         return temporarily(self.model, edits)
 
     def outputs(self) -> Iterator[Tensor]:
-        """The model's first output on each calibration batch: logits or hidden states."""
+        """Yield the model's first output on each calibration batch: logits or hidden states."""
         with evaluating(self.model):
             for batch in self.batches:
                 yield first_tensor(forward(self.model, batch))
 
 
 def check_shares(method: str, tags: Tags) -> None:
-    """Raise RecipeError if a transform goes by recorded calls, of which several processes have a share each, and does
-    not say that it adds up what it computes from them."""
+    """Refuse a transform that goes by recorded calls of which it has only a share.
+
+    Args:
+        method: the name of its class.
+        tags: of its class.
+
+    Raises:
+        RecipeError: several processes have a share each, and it does not say that it adds up what it computes.
+    """
     if processes.several() and not tags.sums_calls:
         raise RecipeError(
             f"{method}: it goes by recorded calls, and each of the {processes.count()} processes has only a share of "

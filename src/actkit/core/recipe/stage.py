@@ -6,8 +6,8 @@
       - train: {rules: [prosparse], steps: 300}
       - apply: [{fatrelu: {threshold: 0.01}}]
 
-In Python a recipe is the same list, `Recipe([Swap(where="silu", new="relu"), Train(steps=300), FatRelu()])`. What runs
-it is `core/train/staged_run.py`.
+In Python a recipe is the same list, `Recipe([Swap(where="silu", new="relu"), Train(steps=300), FatRelu()])`. It is run
+by `core/train/staged_run.py`.
 """
 
 from __future__ import annotations
@@ -140,7 +140,15 @@ class Train(BaseModel):
 
     @classmethod
     def parse(cls, settings: Any, number: int) -> Self:
-        """A stage from its YAML form. number: which it is. Raises RecipeError naming the stage and the setting."""
+        """Read a stage from its YAML form.
+
+        Args:
+            settings: its settings by name.
+            number: which stage it is, for the error.
+
+        Raises:
+            RecipeError: it names the stage and the setting that is wrong.
+        """
         if not isinstance(settings, Mapping):
             raise RecipeError(
                 f"recipe: stage {number} (train): the settings are {shorten(repr(settings))}; give a mapping such as "

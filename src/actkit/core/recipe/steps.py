@@ -21,15 +21,27 @@ Step = Edit | Skip | Note
 
 
 class Steps:
-    """count: of how many transforms, from the first on, the edits are kept."""
+    """The edits that a recipe made, by transform and block.
+
+    Args:
+        count: of how many transforms, from the first on, the edits are kept.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._found: dict[tuple[int, int], list[Step]] = {}  # by transform and block
 
     def check(self, transforms: list[Transform]) -> None:
-        """Raise RecipeError where a later transform would have to be seen by a kept one: on the edited stream, what
-        enters a block depends on all transforms, those behind it in the recipe included."""
+        """Refuse to keep the edits of a transform that later ones would have changed.
+
+        On the edited stream, what enters a block depends on all transforms, those behind it in the recipe included.
+
+        Args:
+            transforms: of the recipe.
+
+        Raises:
+            RecipeError: a later transform would have to be seen by one whose edits are kept.
+        """
         kept = transforms[: self.count]
         if len(transforms) > self.count and any(t.tags.needs_data and t.tags.stream != "original" for t in kept):
             names = ", ".join(type(transform).__name__ for transform in kept)
@@ -41,11 +53,22 @@ class Steps:
         return bool(self._found)
 
     def take(self, position: int, block: int) -> list[Step] | None:
-        """What the transform at `position` of the recipe did to a block, where that is known."""
+        """Return what a transform did to a block, if that is known.
+
+        Args:
+            position: of the transform in the recipe.
+            block: its index.
+        """
         return self._found.get((position, block))
 
     def keep(self, position: int, block: int, edits: Iterable[Step]) -> Iterator[Step]:
-        """The same edits, kept as they come."""
+        """Yield the same edits, and keep them as they come.
+
+        Args:
+            position: of the transform in the recipe.
+            block: its index.
+            edits: of that transform on that block.
+        """
         if position >= self.count:
             yield from edits
             return

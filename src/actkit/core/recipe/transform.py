@@ -24,7 +24,12 @@ Target = Linear | Convolution | str  # a string is the name of a parameter, or t
 
 
 class Transform(BaseModel):
-    """Changes a trained model once, from what calibration saw; produces edits. Subclasses set `tags`."""
+    """Changes a trained model once, from what calibration saw; produces edits.
+
+    Attributes:
+        tags: what the class declares about itself.
+        not_proposed: why the class proposes nothing to the search, if it does not.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     tags: ClassVar[Tags] = Tags()
@@ -39,7 +44,11 @@ class Transform(BaseModel):
 
     @property
     def name(self) -> str:
-        """The registered name. Raises RecipeError where the class is not registered."""
+        """The registered name.
+
+        Raises:
+            RecipeError: the class is not registered.
+        """
         return registry.method_name(type(self))
 
     @property
@@ -49,33 +58,62 @@ class Transform(BaseModel):
         return f"{type(self).__name__}({given})"
 
     def plan(self, trial: Trial, data: Sequence[Any]) -> Self:
-        """Settings that need the whole model (a budget, a global search). The default returns itself."""
+        """Return itself with settings that need the whole model (a budget, a global search). The default changes none.
+
+        Args:
+            trial: tries edits on the model.
+            data: calibration batches.
+        """
         return self
 
     def targets(self, block: Block) -> Iterable[Target]:
         """Say what it means to change in a block, for the report of coverage.
 
+        Args:
+            block: to be changed.
+
         Returns:
             Linear layers and convolutions, of which the weights count; names of parameters; paths of modules, all of
-            whose parameters count. An activation function (`block.nonlinearities()`) counts for the weights of the
-            layers that it stands between. The default are all linear layers.
+            whose
+            parameters count. An activation function (`block.nonlinearities()`) counts for the weights of the layers
+            that it
+            stands between. The default are all linear layers.
         """
         return block.linears()
 
     def passes(self, tokens: int) -> float:
-        """Forward passes over calibration data of so many real tokens that it costs, for the estimate of time."""
+        """Return how many forward passes over the calibration data it costs, for the estimate of time.
+
+        Args:
+            tokens: how many real tokens the data hold.
+        """
         return self.tags.passes
 
     def observe(self, block: Block) -> Mapping[Site, Statistic | Sequence[Statistic]]:
-        """Which statistics it needs of this block; several of one site are given as a sequence."""
+        """Say which statistics it needs of a block; several of one site are given as a sequence.
+
+        Args:
+            block: to be changed.
+        """
         return {}
 
     def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
-        """The edits of this block; each is applied as it is yielded, so the code after a yield sees it done."""
+        """Return the edits of a block; each is applied as it is yielded, so the code after a yield sees it done.
+
+        Args:
+            block: to be changed.
+            seen: what calibration saw of it.
+        """
         raise NotImplementedError
 
     def conflicts(self, earlier: Transform) -> str | None:
-        """Why it may not follow `earlier`, or None. The default refuses the same method, or the same slot, twice."""
+        """Say why it may not follow another transform, or None.
+
+        The default refuses the same method, or the same slot, twice.
+
+        Args:
+            earlier: in the recipe, or already on the model.
+        """
         if type(earlier) is type(self):
             return f"{type(self).__name__} was applied already; undo it first, or load the original model"
         shared = [slot for slot in self.tags.slots if slot in earlier.tags.slots]
@@ -85,13 +123,17 @@ class Transform(BaseModel):
 
     @classmethod
     def proposals(cls, profile: Looked, shapes: Shapes) -> Iterable[Idea | LeftOut]:
-        """Settings that the search should try on a model, and what it should not, with the reasons.
+        """Return settings that the search should try on a model, and what it should not try, with the reasons.
 
         The default proposes nothing, because of what the class says in `not_proposed`.
+
+        Args:
+            profile: of the model.
+            shapes: of its layers.
         """
         yield LeftOut(registry.method_name(cls), cls.not_proposed)
 
     @classmethod
     def identity(cls) -> Self | None:
-        """The setting that changes nothing, where there is one."""
+        """Return the setting that changes nothing, or None if there is none."""
         return None

@@ -14,9 +14,12 @@ from actkit.core.ground.errors import DataError
 
 @dataclass(frozen=True)
 class Call:
-    """One recorded call of a module: its arguments and which of its tokens are real.
+    """One recorded call of a module.
 
-    context: token mask and keys of the batch (see core/forward/batch.py).
+    Attributes:
+        args: positional.
+        kwargs: by keyword.
+        context: token mask and keys of the batch (`core/forward/batch.py`).
     """
 
     args: tuple[Any, ...]
@@ -24,7 +27,11 @@ class Call:
     context: BatchContext
 
     def replay(self, module: nn.Module) -> Tensor:
-        """The (first) output of `module` on these arguments, without gradients."""
+        """Return the (first) output of a module on these arguments, without gradients.
+
+        Args:
+            module: that was called, or another one.
+        """
         with torch.no_grad():
             return first_tensor(module(*self.args, **self.kwargs))
 
@@ -34,9 +41,16 @@ class Call:
         return self.args[0] if self.args else self.kwargs["hidden_states"]
 
     def real(self, x: Tensor) -> Tensor:
-        """The rows [n, channels] of x, a tensor of this call, that belong to real tokens.
+        """Return the rows of a tensor of this call that belong to real tokens.
 
-        Raises DataError if there is padding and the rows cannot be told apart: they are never counted in silence.
+        Args:
+            x: [..., channels].
+
+        Returns:
+            [n, channels].
+
+        Raises:
+            DataError: there is padding and the rows cannot be told apart; they are never counted in silence.
         """
         mask, rows = self.context.mask, x.reshape(-1, x.shape[-1])  # a layer may be called on flat rows too
         if mask is None or len(rows) == self.context.batch_size != mask.numel():
@@ -51,7 +65,11 @@ class Call:
         )
 
     def first_rows(self, count: int) -> Call:
-        """The call on the first `count` rows of its batch: tensors with a row of it each are cut, all others stay."""
+        """Return the call on the first rows of its batch: tensors with a row of it each are cut, all others stay.
+
+        Args:
+            count: how many rows.
+        """
 
         def cut(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -63,7 +81,7 @@ class Call:
         return Call(cut(self.args), cut(self.kwargs), self.context.first_rows(count))
 
     def with_hidden(self, hidden: Tensor) -> Call:
-        """The same call on other hidden states."""
+        """Return the same call on other hidden states."""
         if self.args:
             return replace(self, args=(hidden, *self.args[1:]))
         return replace(self, kwargs={**self.kwargs, "hidden_states": hidden})

@@ -1,6 +1,6 @@
 """Reads activations while a model runs: statistics of sites, live tensors for penalties, calls of submodules.
 
-How the tensor of a site becomes rows is told in `core/watch/rows.py`.
+`core/watch/rows.py` says how the tensor of a site becomes rows.
 """
 
 from __future__ import annotations
@@ -41,9 +41,11 @@ Wanted = Mapping[Any, Any]  # site, its name or a pattern -> a statistic or seve
 
 
 class Observations(Mapping[Site, Any]):
-    """What was recorded: seen[site] or seen["blocks.0.mlp.hidden"]; a list where a site has several statistics.
+    """What was recorded: seen[site] or seen["blocks.0.mlp.hidden"]; a list if a site has several statistics.
 
-    seconds: what the recording took.
+    Args:
+        statistics: by site.
+        seconds: what the recording took.
     """
 
     def __init__(self, statistics: Mapping[Site, Any], seconds: float = 0.0) -> None:
@@ -82,15 +84,30 @@ def record(
 ) -> Observations:
     """Record statistics of activations over batches, in evaluation mode without gradients.
 
-    wanted: a site, its text, a bare name ('mlp.hidden': in every block and every expert) or a pattern
-    ('layer.input:*.down_proj') -> one statistic or a list; each site gets fresh ones with those settings. Sites that
-    are one and the same tensor share equal statistics. batches: dicts of the model's keywords (attention_mask
-    [batch, length] tells padding, labels are dropped) or single arguments; `batches.document_ids` are used where
-    present, else every row is a document. max_memory: cap for the statistics, bytes or '2GB'. Several processes
-    (`core.ground.processes.together`) are given all batches and run their share each; all get the statistics of all
-    batches. anatomy: of the model, where it was read before. progress: show a bar.
-    Raises ValueError for unknown sites, DataError for unusable data, MemoryLimitError before work starts,
-    NonFiniteError for NaN or Inf at a site, UnsupportedModelError for a compiled or sharded model.
+    Sites that are one and the same tensor share equal statistics. Several processes (`core.ground.processes.together`)
+    are
+    given all batches and run their share each; all get the statistics of all batches.
+
+    Args:
+        model: neither compiled nor sharded.
+        wanted: a site, its text, a bare name ('mlp.hidden': in every block and every expert) or a pattern
+            ('layer.input:*.down_proj') -> one statistic or a list; each site gets fresh ones with those settings.
+        batches: dicts of the model's keywords (attention_mask [batch, length] tells padding, labels are dropped) or
+            single
+            arguments; `batches.document_ids` are used if present, else every row is a document.
+        anatomy: of the model, if it was read before.
+        max_memory: cap for the statistics, bytes or '2GB'.
+        progress: show a bar.
+
+    Returns:
+        The statistics by site.
+
+    Raises:
+        ValueError: a site is unknown, or the layout of its tensor is.
+        DataError: the data cannot be used.
+        MemoryLimitError: the statistics would need more than `max_memory`; nothing has begun.
+        NonFiniteError: a site holds NaN or Inf.
+        UnsupportedModelError: the model is compiled or sharded.
     """
     refuse_compiled_or_sharded(model)
     started = time.perf_counter()
@@ -126,9 +143,19 @@ def record(
 def plan_memory(
     model: nn.Module, wanted: Wanted, batches: Sequence[Any], *, anatomy: Anatomy | None = None
 ) -> MemoryPlan:
-    """The bytes that `record` would hold and the seconds it would take, from one forward pass of the first batch.
+    """Estimate what `record` would hold and take, from one forward pass of the first batch.
 
-    Raises as `record` does; DataError where there is no batch.
+    Args:
+        model: as of `record`, and so are the others.
+        wanted: site -> statistics.
+        batches: at least one.
+        anatomy: of the model, if it was read before.
+
+    Returns:
+        Bytes by site and statistic, and seconds.
+
+    Raises:
+        DataError: there is no batch; otherwise as `record`.
     """
     refuse_compiled_or_sharded(model)
     if not len(batches):
@@ -141,7 +168,13 @@ def plan_memory(
 class Observer:
     """Fills statistics while its hooks are in place: `begin(context)` before each forward pass.
 
-    statistics: site -> its statistic, or a list where several were wanted.
+    Attributes:
+        statistics: site -> its statistic, or a list if several were wanted.
+
+    Args:
+        view: of the model.
+        wanted: site -> one statistic or a list.
+        equal_lengths: as of `observe`.
     """
 
     def __init__(self, view: Anatomy, wanted: Mapping[Site, Any], equal_lengths: bool = False) -> None:
@@ -153,11 +186,16 @@ class Observer:
         self.statistics = self._readings.statistics
 
     def begin(self, context: BatchContext, kwargs: Mapping[str, Any] | None = None) -> None:
-        """Say what the rows of the next pass are. kwargs: those of the call, for rotary tables given only there."""
+        """Say what the rows of the next pass are.
+
+        Args:
+            context: of the batch.
+            kwargs: those of the call, for rotary tables given only there.
+        """
         self._context, self._keywords, self._keys = context, kwargs or {}, {}
 
     def hooks(self) -> tuple[dict[str, Before], dict[str, After]]:
-        """What to call before and after which modules, by path."""
+        """Return what to call before and after which modules, by path."""
         return tap_hooks(self._readings.taps, self._see, lambda: self._keywords.get("position_embeddings"))
 
     def _see(self, tap: Tap, value: Tensor, tokens: Tensor | None) -> None:
@@ -174,9 +212,18 @@ class Observer:
 
 @contextmanager
 def observe(view: Anatomy, wanted: Mapping[Site, Any], *, equal_lengths: bool = False) -> Iterator[Observer]:
-    """Hooks that fill fresh statistics of exactly these sites; whoever runs the model calls `observer.begin` first.
+    """Place hooks that fill fresh statistics of exactly these sites.
 
-    equal_lengths: all batches have one length, so that attention weights can keep their shape (`core/watch/rows.py`).
+    Whoever runs the model calls `observer.begin` before each pass.
+
+    Args:
+        view: of the model.
+        wanted: site -> one statistic or a list.
+        equal_lengths: all batches have one length, so that attention weights can keep their shape
+            (`core/watch/rows.py`).
+
+    Yields:
+        The observer.
     """
     observer = Observer(view, wanted, equal_lengths)
     before, after = observer.hooks()
@@ -185,7 +232,11 @@ def observe(view: Anatomy, wanted: Mapping[Site, Any], *, equal_lengths: bool = 
 
 
 class Activations(Mapping[Site, list[Tensor]]):
-    """Tensors with their graph: activations[site] holds one tensor per call since the last `clear()`."""
+    """Tensors with their graph: activations[site] holds one tensor per call since the last `clear()`.
+
+    Args:
+        sites: that are collected.
+    """
 
     def __init__(self, sites: Iterable[Site]) -> None:
         self._tensors: dict[Site, list[Tensor]] = {site: [] for site in sites}
@@ -211,9 +262,21 @@ def live(
 ) -> Iterator[Activations]:
     """Collect the tensors of sites with their graph, for penalties; whole, in the layout of the site's tap.
 
-    anatomy: of the model, where it was read before.
     Padding is included: whoever adds the penalty knows the mask. Mode and gradients of the model are left alone.
-    Experts must have been opened (`ExpertList`) to be seen here. Raises ValueError for unknown sites.
+    Experts
+    must have been opened (`ExpertList`) to be seen here.
+
+    Args:
+        model: neither compiled nor sharded.
+        sites: one or several, or patterns.
+        anatomy: of the model, if it was read before.
+
+    Yields:
+        The tensors by site, as they come.
+
+    Raises:
+        ValueError: a site is unknown, or the layout of its tensor is.
+        UnsupportedModelError: the model is compiled or sharded.
     """
     refuse_compiled_or_sharded(model)
     view = view_of(model, anatomy, None)
@@ -239,10 +302,17 @@ def live(
 def calls(
     model: nn.Module, paths: Iterable[str] | str, max_tokens: int | None = None
 ) -> Iterator[dict[str, list[Call]]]:
-    """Record how the modules at `paths` are called while the whole model runs (`hooks.forward(model, batch)`).
+    """Record how modules are called while the whole model runs (`hooks.forward(model, batch)`).
 
-    Yields path -> list of Call(args, kwargs, context): copies without graph; caches are dropped, and a decoder keeps
-    none. max_tokens: record no further batch after that many real tokens. Evaluation mode, no gradients.
+    Evaluation mode, no gradients; a decoder keeps no cache.
+
+    Args:
+        model: neither compiled nor sharded.
+        paths: of the modules.
+        max_tokens: record no further batch after that many real tokens.
+
+    Yields:
+        path -> list of Call(args, kwargs, context): copies without graph, caches dropped.
     """
     recorded: dict[str, list[Call]] = {path: [] for path in ([paths] if isinstance(paths, str) else paths)}
     context: BatchContext | None = None
@@ -288,7 +358,11 @@ def calls(
 
 @contextmanager
 def opened_experts(view: Anatomy) -> Iterator[None]:
-    """Experts kept as 3-D parameters stand as an ExpertList of views meanwhile; afterwards the stock modules do."""
+    """Let experts kept as 3-D parameters stand as an ExpertList of views for as long as a context lasts.
+
+    Args:
+        view: of the model.
+    """
     stock: list[tuple[str, nn.Module]] = []
     try:
         for block in view.blocks:
@@ -307,9 +381,17 @@ def opened_experts(view: Anatomy) -> Iterator[None]:
 
 
 def resolve(view: Anatomy, wanted: Wanted) -> dict[Site, Any]:
-    """The sites that the keys of `wanted` stand for, with their values; lists where several keys name one site.
+    """Return the sites that the keys of `wanted` stand for, with their values.
 
-    Raises ValueError for a key that no site of this model matches.
+    Args:
+        view: of the model.
+        wanted: site, its text, a bare name or a pattern -> any value.
+
+    Returns:
+        Lists of values if several keys name one site.
+
+    Raises:
+        ValueError: no site of this model matches a key.
     """
     available = view.sites()
     found: dict[Site, Any] = {}
@@ -351,7 +433,12 @@ def _several(value: Any) -> list[Any]:
 
 @contextmanager
 def experts_for(view: Anatomy, wanted: Wanted) -> Iterator[None]:
-    """Opens the experts where a key may mean sites inside them."""
+    """Open the experts, if a key may mean sites inside them.
+
+    Args:
+        view: of the model.
+        wanted: as of `resolve`.
+    """
     inside = ("mlp.", "layer.", "activation.", "experts.", "*")
     if any(part in str(key) for key in wanted for part in inside):
         with opened_experts(view):
@@ -395,12 +482,13 @@ def tap_hooks(
     see: Callable[[Tap, Tensor, Tensor | None], Tensor | None],
     rotary: Callable[[], Any] = lambda: None,
 ) -> tuple[dict[str, Before], dict[str, After]]:
-    """One hook before and one after each watched module; they call `see(tap, tensor, tokens)`.
+    """Make one hook before and one after each watched module; they call `see(tap, tensor, tokens)`.
 
     Args:
         taps: what is watched.
         see: a tensor that it returns stands at the site from there on, if the hooks are registered as replacing.
-            tokens: inside an expert, which of the batch's tokens (flat) the rows are.
+            tokens:
+            inside an expert, which of the batch's tokens (flat) the rows are.
         rotary: gives (cos, sin), if all else fails.
 
     Returns:
@@ -464,7 +552,16 @@ def _all(hooks: list[Any]) -> Callable[..., Any]:
 
 
 def view_of(model: nn.Module, anatomy: Anatomy | None, example: Any) -> Anatomy:
-    """The anatomy that was given, which must be of this model, or one read now. Raises ValueError for another's."""
+    """Return the anatomy that was given, or one read now.
+
+    Args:
+        model: it is of.
+        anatomy: None reads it.
+        example: one batch, for a model without a row.
+
+    Raises:
+        ValueError: the anatomy is of another model.
+    """
     if anatomy is not None and anatomy.model is not model:
         raise ValueError("anatomy: it was read off another model; pass anatomy(model), or leave it out.")
     return read_anatomy(model, example) if anatomy is None else anatomy
@@ -473,7 +570,7 @@ def view_of(model: nn.Module, anatomy: Anatomy | None, example: Any) -> Anatomy:
 def _contexts(
     model: nn.Module, batches: Iterable[Any], documents: Sequence[Tensor] | None
 ) -> Iterator[tuple[Any, BatchContext]]:
-    """Each batch with what its rows are. Raises DataError where the model cannot be called with it."""
+    """Each batch with what its rows are. Raises DataError if the model cannot be called with it."""
     row = 0
     for index, batch in enumerate(batches):
         if documents is not None and index >= len(documents):

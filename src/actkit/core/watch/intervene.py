@@ -38,6 +38,9 @@ def intervene(
             device of what stood there. Several keys that name one site act in their order.
         anatomy: of the model, if it was read before.
 
+    Yields:
+        Nothing.
+
     Raises:
         ValueError: a site is unknown or can only be read, or what takes its place has another shape.
         UnsupportedModelError: the model is compiled or sharded.

@@ -12,7 +12,8 @@ from actkit.core.watch.streaming import Statistic
 def merge(statistics: Mapping[Any, Statistic | Iterable[Statistic]]) -> None:
     """Turn statistics of each process's share into those of all, in place and in the same order everywhere.
 
-    statistics: by site, the same ones in all processes; one that stands at several sites is merged once.
+    Args:
+        statistics: by site, the same ones in all processes; one that stands at several sites is merged once.
     """
     if not processes.several():
         return

@@ -19,7 +19,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float32 holds their v
 
 
 def update_all(statistics: Iterable[Statistic], x: Tensor, rows: Rows | None = None) -> None:
-    """Read x [n, channels] into every statistic, as `statistic.update(x, rows)` does; raises as that."""
+    """Read rows into every statistic, as `statistic.update(x, rows)` does; raises as that.
+
+    Args:
+        statistics: of one site.
+        x: [n, channels].
+        rows: which tokens they are.
+    """
     waiting = list(statistics)
     if x.numel() >= LEAST and x.device.type == "cpu" and x.dtype in DTYPES:
         waiting = _in_one_pass(waiting, x, rows)
@@ -47,7 +53,7 @@ def _in_one_pass(statistics: list[Statistic], x: Tensor, rows: Rows | None) -> l
 
 
 def _readable(x: Tensor) -> Iterator[Tensor]:
-    """The rows as the kernel takes them: contiguous, float32 or bfloat16; where that means a copy, a part at a time."""
+    """The rows as the kernel takes them, contiguous, float32 or bfloat16; if that means a copy, a part at a time."""
     if x.is_contiguous() and x.dtype != torch.float16:
         yield x
         return

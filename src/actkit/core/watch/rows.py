@@ -1,11 +1,13 @@
 """From the tensor of a site to rows of a statistic: which rows are real, and which token each one is.
 
-A tensor that holds one vector per token gives one row per real token (padding is left out), its heads side by side:
-[batch, heads, length, head_dim] -> [tokens, heads * head_dim]. One vector per sequence gives one row per sequence; an
-image or the output of a convolution [batch, channels, ...] one row per position. Inside an expert the rows are the
-tokens that were sent there. Attention weights [batch, heads, query, key] give one row per real query with heads * key
-channels (padded keys included, which are 0) where all batches are known to have one length; else one row per value
-with one channel, of real queries and real keys, the zeros above a causal diagonal included.
+- One vector per token: one row per real token (padding is left out), its heads side by side: [batch, heads, length,
+  head_dim] -> [tokens, heads * head_dim].
+- One vector per sequence: one row per sequence.
+- An image or the output of a convolution [batch, channels, ...]: one row per position.
+- Inside an expert: one row per token that was sent there.
+- Attention weights [batch, heads, query, key]: one row per real query with heads * key channels (padded keys included,
+  which are 0) if all batches are known to have one length; else one row per value with one channel, of real queries
+  and real keys, the zeros above a causal diagonal included.
 """
 
 from __future__ import annotations
@@ -37,10 +39,21 @@ def as_rows(
     tokens: Tensor | None = None,
     equal_lengths: bool = False,
 ) -> Iterator[tuple[Tensor, Rows]]:
-    """The real rows [n, channels] of a tensor in the tap's layout, with their keys; in one or more parts.
+    """Yield the real rows of a tensor with their keys, in one or more parts.
 
-    keys: of the batch. tokens: flat indices [n] of the rows, inside an expert. Raises DataError where there is padding
-    and the rows cannot be told apart: they are never miscounted silently.
+    Args:
+        site: for errors.
+        tap: of the site.
+        value: in the tap's layout.
+        keys: of the batch.
+        tokens: flat indices [n] of the rows, inside an expert.
+        equal_lengths: all batches are known to have sequences of one length.
+
+    Yields:
+        Rows [n, channels], and which tokens they are.
+
+    Raises:
+        DataError: there is padding and the rows cannot be told apart; they are never miscounted silently.
     """
     if tap.layout == "weights" and not equal_lengths:
         yield from _weights(site, value, keys)
@@ -55,6 +68,10 @@ class Keys:
     """Which tokens of a batch are real, and their keys, flat; sizes with padding are known by the mask.
 
     Made once per batch, so that its sites share the keys of the tokens and what is computed from them.
+
+    Args:
+        context: of the batch.
+        device: of the tensors that are read.
     """
 
     def __init__(self, context: BatchContext, device: torch.device) -> None:
@@ -137,7 +154,16 @@ def _weights(site: Site, value: Tensor, keys: Keys) -> Iterator[tuple[Tensor, Ro
 
 
 def check_finite(site: Site, x: Tensor, rows: Rows) -> None:
-    """Raise NonFiniteError for NaN or Inf in x [n, channels], naming the site and the first such row."""
+    """Refuse NaN and Inf.
+
+    Args:
+        site: for the error.
+        x: [n, channels].
+        rows: which tokens they are.
+
+    Raises:
+        NonFiniteError: x holds some; the site and the first such row are named.
+    """
     total = x.sum(dtype=torch.float32 if x.dtype == torch.float16 else None)
     if bool(torch.isfinite(total)):
         return  # a sum with NaN or Inf in it is one of them; that of large numbers may be too

@@ -13,10 +13,15 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class Sample(Statistic):
-    """The `size` rows with the smallest hash of (document, position, seed): a random sample that no order changes.
+    """A random sample of rows that no order changes: those with the smallest hash of (document, position, seed).
 
     Rows that share document and position (a long document fills many sequences) go by their values. Which row of the
-    data each is, (sequence, position) says.
+    data
+    each is, (sequence, position) says.
+
+    Args:
+        size: how many rows.
+        seed: of the hash.
     """
 
     _settings = ("size", "seed")
@@ -26,7 +31,7 @@ class Sample(Statistic):
     _documents: Tensor
     _positions: Tensor
     _sequences: Tensor
-    _hashes: Tensor | None = None  # of the kept rows, where known
+    _hashes: Tensor | None = None  # of the kept rows, if known
 
     def __init__(self, size: int, seed: int = 0) -> None:
         if size < 1:
@@ -110,7 +115,7 @@ class Sample(Statistic):
 
     @property
     def rows(self) -> Tensor:
-        """float32 [size, channels] (fewer where fewer were seen), sorted by document, then position."""
+        """float32 [size, channels] (fewer if fewer were seen), sorted by document, then position."""
         self._needs_rows()
         return self._rows[self._order()].float()
 
@@ -141,10 +146,15 @@ class Sample(Statistic):
 
 
 def paired(first: Sample, second: Sample) -> tuple[Tensor, Tensor]:
-    """The rows of two samples of equal settings, token by token: float32 [tokens, channels] each, in the data's order.
+    """Return the rows of two samples of equal settings, token by token, in the data's order.
 
-    The samples are of two sites and of the same tokens, but for the last of those that share document and position:
-    such tokens, which only one sample kept, are left out.
+    Args:
+        first: of one site.
+        second: of another site and the same tokens, but for the last of those that share document and position: such
+            tokens, which only one sample kept, are left out.
+
+    Returns:
+        float32 [tokens, channels] each.
     """
     each = (first, second)
     keys, place = torch.cat([torch.stack([one.sequences, one.positions], 1) for one in each]).unique(

@@ -40,8 +40,11 @@ class Gram(Statistic):
 class Spectrum(Statistic):
     """Singular values of the rows X [n, channels], from X^T X.
 
-    rank: how many `values` to give, None for all. centred: of X minus its mean. Singular values below about 1e-8 of
-    the largest are lost to rounding. Memory: 8 * channels^2 bytes.
+    Singular values below about 1e-8 of the largest are lost to rounding. Memory: 8 * channels^2 bytes.
+
+    Args:
+        rank: how many `values` to give, None for all.
+        centred: of X minus its mean.
     """
 
     _settings = ("rank", "centred")

@@ -71,7 +71,7 @@ class Moments(Statistic):
 
     @property
     def mean(self) -> Tensor:
-        """[channels]"""
+        """Mean per channel: [channels]."""
         self._needs_rows()
         return self._mean
 
@@ -83,24 +83,24 @@ class Moments(Statistic):
 
     @property
     def variance(self) -> Tensor:
-        """[channels], divided by n (not n - 1)."""
+        """Variance per channel, divided by n (not n - 1): [channels]."""
         self._needs_rows()
         return self._m2 / self.count
 
     @property
     def std(self) -> Tensor:
-        """[channels], the root of `variance`."""
+        """The root of `variance`: [channels]."""
         return self.variance.sqrt()
 
     @property
     def skewness(self) -> Tensor:
-        """E[(x - mean)^3] / std^3: [channels]; NaN where a channel is constant."""
+        """E[(x - mean)^3] / std^3: [channels]; NaN if a channel is constant."""
         self._needs_rows()
         return self._standardised(self._m3, 3)
 
     @property
     def kurtosis(self) -> Tensor:
-        """E[(x - mean)^4] / variance^2, 3 for a Gaussian: [channels]; NaN where a channel is constant."""
+        """E[(x - mean)^4] / variance^2, 3 for a Gaussian: [channels]; NaN if a channel is constant."""
         self._needs_rows()
         return self._standardised(self._m4, 4)
 
@@ -132,7 +132,7 @@ class AbsMax(Statistic):
 
     @property
     def value(self) -> Tensor:
-        """[channels]"""
+        """The largest |x| of each channel: [channels]."""
         self._needs_rows()
         return self._largest
 
@@ -143,10 +143,14 @@ class AbsMax(Statistic):
 
 
 class Quantiles(Statistic):
-    """Quantiles of |x| (times `weight` [channels], where given) over all rows and channels.
+    """Quantiles of |x|, or of |x| times a weight, over all rows and channels.
 
     Counts in fixed bins: the sign-free float32 pattern of the magnitude, cut to 8 exponent and 9 mantissa bits. A bin
-    is 1/512 of its lower edge wide, so that is the relative error; zero has a bin of its own. 1 MB for any site.
+    is
+    1/512 of its lower edge wide, so that is the relative error; zero has a bin of its own. 1 MB for any site.
+
+    Args:
+        weight: [channels], a factor of the magnitudes; None for 1.
     """
 
     _settings = ("weight",)
@@ -168,7 +172,7 @@ class Quantiles(Statistic):
         return self._SHIFT, self._bins
 
     def _zeros(self, channels: int, device: torch.device) -> dict[str, Tensor]:
-        if device.type == "cpu":  # numpy leaves it to the system to give memory where something is counted
+        if device.type == "cpu":  # numpy's pages take memory only once something is counted in them
             return {"bins": torch.from_numpy(np.zeros(self.BINS + 1, np.int64))}
         return {"bins": torch.zeros(self.BINS + 1, dtype=torch.int64, device=device)}  # the first counts exact zeros
 
@@ -188,7 +192,11 @@ class Quantiles(Statistic):
         self._bins += other._bins.to(self._device)
 
     def quantile(self, p: float) -> float:
-        """The magnitude that the share `p` of the values does not exceed, linear inside its bin; 0 for p = 0."""
+        """Return the magnitude that a share of the values does not exceed, linear inside its bin; 0 for p = 0.
+
+        Args:
+            p: the share, 0 to 1.
+        """
         if not 0 <= p <= 1:
             raise ValueError(f"p: {p} was given; it is a share, give 0 to 1.")
         self._needs_rows()
@@ -202,7 +210,11 @@ class Quantiles(Statistic):
         return lower + (upper - lower) * (target - int(cumulative[index]) + inside) / inside
 
     def cdf(self, t: float) -> float:
-        """The share of the values whose magnitude is at most `t`, linear inside its bin; the inverse of `quantile`."""
+        """Return the share of the values whose magnitude is at most `t`; the inverse of `quantile`.
+
+        Args:
+            t: a magnitude; linear inside its bin.
+        """
         self._needs_rows()
         if t < 0:
             return 0.0
@@ -221,7 +233,12 @@ class Quantiles(Statistic):
 
 
 class Density(Statistic):
-    """How many values are active: |x| > threshold, or where `active(x)` (a bool mask like x [n, channels]) says so."""
+    """How many values are active.
+
+    Args:
+        active: x [n, channels] -> a bool mask like it; None for |x| > threshold.
+        threshold: a magnitude.
+    """
 
     _settings = ("active", "threshold")
 

@@ -17,10 +17,13 @@ CHUNK = 1 << 20  # values handled at a time, so that temporary float64 and index
 class Rows:
     """Which tokens the rows are; the same keys in whatever order, batch or shard they come.
 
-    documents, positions: int64 [n], the document and the place in the sequence. A long document fills many sequences,
-    so these are not unique. sequences: int64 [n], the running number of the sequence among all; with the position it
-    is. By default every document is one sequence.
-    memo: what a statistic has computed from the keys alone; the rows of a batch are the same at many sites.
+    A long document fills many sequences, so documents and positions are not unique; sequence and position are.
+
+    Attributes:
+        documents: int64 [n].
+        positions: int64 [n], the place in the sequence.
+        sequences: int64 [n], the running number of the sequence among all; by default every document is one.
+        memo: what a statistic has computed from the keys alone; the rows of a batch are the same at many sites.
     """
 
     documents: Tensor
@@ -40,7 +43,12 @@ class Rows:
 
 
 def chunks(x: Tensor, rows: Rows | None) -> Iterator[tuple[Tensor, Rows | None]]:
-    """The rows [n, channels] a part at a time."""
+    """Yield the rows a part at a time.
+
+    Args:
+        x: [n, channels].
+        rows: which tokens they are.
+    """
     size = max(1, CHUNK // max(1, x.shape[1]))
     for start in range(0, len(x), size):
         chosen = slice(start, start + size)
@@ -58,12 +66,17 @@ class Statistic(ABC):
     _in_chunks: ClassVar[bool] = True  # whether `_update` makes copies as large as the rows, which are then cut
     count: int = 0  # rows seen
     channels: int | None = None  # known from the first rows on
-    _device: torch.device  # where the state lives
+    _device: torch.device  # of the state
 
     def update(self, x: Tensor, rows: Rows | None = None) -> None:
-        """Read x [n, channels]. rows: its keys, needed by `Sample` only.
+        """Read rows.
 
-        Raises ValueError where x is not a float matrix, or its channels do not match earlier rows or the settings.
+        Args:
+            x: [n, channels], any float dtype.
+            rows: their keys, needed by `Sample` only.
+
+        Raises:
+            ValueError: x is not a float matrix, or its channels do not match earlier rows or the settings.
         """
         self.begin(x, rows)
         x = x.detach()
@@ -72,7 +85,12 @@ class Statistic(ABC):
             self.count += len(part)
 
     def begin(self, x: Tensor, rows: Rows | None = None) -> None:
-        """Make the state where there is none yet; raises as `update` does."""
+        """Make the state if there is none yet; raises as `update` does.
+
+        Args:
+            x: [n, channels].
+            rows: their keys.
+        """
         if x.dim() != 2 or not x.is_floating_point():
             raise ValueError(f"x: {x.dtype} of shape {list(x.shape)} was given; give float rows [n, channels].")
         if rows is not None and len(rows) != len(x):
@@ -83,9 +101,17 @@ class Statistic(ABC):
             raise ValueError(f"x: {x.shape[1]} channels were given, earlier rows had {self.channels}.")
 
     def merge(self, other: Self) -> Self:
-        """Add what `other` has seen; returns self.
+        """Add what another statistic has seen.
 
-        Raises TypeError for another kind of statistic, ValueError for other settings or another number of channels.
+        Args:
+            other: of the same kind and settings.
+
+        Returns:
+            Itself.
+
+        Raises:
+            TypeError: it is of another kind.
+            ValueError: it has other settings or another number of channels.
         """
         if type(other) is not type(self):
             raise TypeError(f"merge: {type(other).__name__} was given, give another {type(self).__name__}.")
@@ -103,39 +129,53 @@ class Statistic(ABC):
 
     @property
     def kernel_name(self) -> str | None:
-        """The keyword of `kernels/summaries.py: summarise` that stands for this one; None where it has none."""
+        """The keyword of `kernels/summaries.py: summarise` that stands for this one, or None."""
         return None
 
     def kernel_state(self, dtype: torch.dtype) -> Any:
-        """What that keyword is given for rows of this dtype: tensors of the state, which the kernel adds to."""
+        """Return what that keyword is given: tensors of the state, which the kernel adds to.
+
+        Args:
+            dtype: of the rows.
+        """
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
-        """The constructor's arguments."""
+        """Return the constructor's arguments."""
         return {name: getattr(self, name) for name in self._settings}
 
     def matches(self, other: Statistic) -> bool:
-        """Whether the two are of one kind and have equal settings."""
+        """Say whether the two are of one kind and have equal settings."""
         if type(other) is not type(self):
             return False
         mine, theirs = self.settings(), other.settings()
         return all(_equal(mine[name], theirs[name]) for name in mine)
 
     def empty(self) -> Self:
-        """A fresh one with the same settings."""
+        """Return a fresh one with the same settings."""
         return type(self)(**self.settings())
 
     def memory(self, channels: int) -> int:
-        """Bytes that the state takes for so many channels."""
+        """Return the bytes that the state takes for so many channels."""
         return sum(tensor.nbytes for tensor in self._zeros(channels, torch.device("meta")).values())
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of all that was accumulated, and `count`; without the settings."""
+        """Return copies of all that was accumulated, and `count`; without the settings."""
         tensors = {} if self.channels is None else {name: getattr(self, f"_{name}").clone() for name in self._fields}
         return {"count": torch.tensor(self.count), "channels": torch.tensor(self.channels or 0), **tensors}
 
     def load_state(self, state: dict[str, Tensor]) -> Self:
-        """Take over what `state()` gave; returns self. Raises ValueError where it is of another kind of statistic."""
+        """Take over what `state()` gave.
+
+        Args:
+            state: of a statistic of this kind.
+
+        Returns:
+            Itself.
+
+        Raises:
+            ValueError: it is of another kind of statistic.
+        """
         fields = [name for name in state if name not in ("count", "channels")]
         if fields and set(fields) != set(self._fields):
             needed = ", ".join(self._fields)
