@@ -81,7 +81,7 @@ class WeightSeen(Protocol):
 
     @property
     def int4_snr(self) -> float | None:
-        """dB left by rounding to 4 bits."""
+        """The signal-to-noise ratio that rounding to 4 bits leaves, in dB."""
         ...
 
 

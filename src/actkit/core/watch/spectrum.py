@@ -77,7 +77,7 @@ class Spectrum(Statistic):
 
     @property
     def effective_rank(self) -> float:
-        """exp of the entropy of the singular values as shares of their sum (Roy and Vetterli 2007); 0 for X = 0."""
+        """The exponential of the entropy of the singular values as shares (Roy and Vetterli 2007); 0 for X = 0."""
         values = self._all()
         if not values.any():
             return 0.0
