@@ -100,7 +100,7 @@ def test_post_norm_is_refused() -> None:
     assert not applied.edits
     assert {reason.partition(":")[0] for _, _, reason in applied.report.skipped} == {
         "post-norm",
-        "no norm of the block is known to produce what these layers read",
+        "no norm of the block produces what these layers read",
     }
 
 

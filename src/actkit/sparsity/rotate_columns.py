@@ -115,7 +115,7 @@ def _sets(block: Block) -> list[tuple[tuple[Linear, ...], Norm | None, str | Non
     for norm, inputs in block.norm_readers():
         refused = None
         if norm is None:
-            refused = "no norm of the block is known to produce what these layers read"
+            refused = "no norm of the block produces what these layers read: post-norm, or a wrapper comes between"
         elif norm.feeds_residual:
             refused = "post-norm: the residual stream reads what these layers read, so it cannot be rotated for them"
         elif norm.role == "both" and (block.attention is None or block.mlp is None):

@@ -14,6 +14,7 @@ from torch import nn
 from actkit.core.layers.known_layers import scales_with_weight, why_unread
 from actkit.core.model.fused_layers import PartRows
 from actkit.core.model.parts import Attention, Block, Linear, Mlp, Norm, is_linear
+from actkit.core.model.wrapping import is_wrapped
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ def _sets(block: Block) -> Iterator[EqualizationSet]:
         yield EqualizationSet(norm, None, readers, block.path)
     if block.attention is not None:
         if not shared:
-            yield _norm_to_inputs(block.attention)
+            yield _norm_to_inputs(block.attention, block.root)
         yield _value_to_output(block.attention)
     if block.mlp is not None:
         if not shared:
-            yield _norm_to_inputs(block.mlp)
+            yield _norm_to_inputs(block.mlp, block.root)
         yield _up_to_down(block.mlp, block.root)
     if block.experts is not None:
         experts = block.experts
@@ -70,9 +71,11 @@ def _sets(block: Block) -> Iterator[EqualizationSet]:
             yield EqualizationSet(None, None, inputs.linears, inputs.linears[0].path, unknown)
 
 
-def _norm_to_inputs(part: Attention | Mlp) -> EqualizationSet:
+def _norm_to_inputs(part: Attention | Mlp, root: nn.Module) -> EqualizationSet:
     half = part.norm is not None and part.norm.role == "both"
     refused = "another part of the block, which is not described, reads the norm's output too" if half else None
+    if is_wrapped(root, part.path):
+        refused = f"{part.path} is wrapped, and something else may come between it and its norm"
     return EqualizationSet(part.norm, None, part.inputs, part.path, refused)
 
 
@@ -106,7 +109,7 @@ def _with_known_layers(found: EqualizationSet, tied: set[int]) -> EqualizationSe
 
 def _refused(found: EqualizationSet, tied: set[int]) -> str | None:
     if found.producer is None:
-        return "no norm of the block is known to produce this input: it is the residual stream itself, or is wrapped"
+        return "post-norm: no norm of the block produces this input, it is the residual stream itself"
     if isinstance(found.producer, Norm):
         if found.producer.feeds_residual:
             return "post-norm: the residual stream reads the norm's output too"

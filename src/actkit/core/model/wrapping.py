@@ -62,6 +62,17 @@ def inside(model: nn.Module, path: str) -> str:
     return _entered(module, found)[1]
 
 
+def is_wrapped(model: nn.Module, path: str) -> bool:
+    """Say whether the module at a path is what the one above it wraps.
+
+    Args:
+        model: any module.
+        path: of one of its modules.
+    """
+    above, _, name = path.rpartition(".")
+    return bool(name) and getattr(type(model.get_submodule(above)), WRAPS, None) == name
+
+
 def _entered(module: nn.Module, path: str) -> tuple[nn.Module, str]:
     """The innermost module of wrappers, and its path."""
     name = getattr(type(module), WRAPS, None)
