@@ -73,7 +73,7 @@ def test_the_example_is_installed_and_used(installed, tmp_path):
     )
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     assert "reloads: the outputs are equal bit for bit" in " ".join(ended.stdout.split())
-    with pytest.raises(CheckpointError, match=r"'clipped' is not known\..*where the plug-in's package is installed"):
+    with pytest.raises(CheckpointError, match=r"'clipped' is not known\..*if the plug-in's package is installed"):
         checkpoint.load(tmp_path / "out")  # here it is not
 
 

@@ -50,7 +50,7 @@ def _load(group: str, name: str) -> Any:
         hint = f" Did you mean {', '.join(near)}?" if near else ""
         raise RecipeError(
             f"{group.split('.')[1]}: {shorten(name)!r} is not known.{hint} Known are {', '.join(entries) or 'none'}. "
-            f"One of a plug-in is known where the plug-in's package is installed."
+            f"One of a plug-in is known if the plug-in's package is installed."
         )
     if len(entries[name]) > 1:
         claims = " and by ".join(sorted(map(_origin, entries[name])))

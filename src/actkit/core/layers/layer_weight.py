@@ -77,6 +77,6 @@ class LayerWeight(Tensor):
             raise UnsupportedModelError(
                 f"weight: {reader} was called with the weight of a layer [{layer.out_features}, {layer.in_features}] "
                 f"that also {more}, which the result would leave out. Call the layer itself; for the values alone "
-                f"read layer.dequantized(). Where a model's own code does this, leave the layer out of the recipe."
+                f"read layer.dequantized(). If a model's own code does this, leave the layer out of the recipe."
             )
         return layer.dequantized()
