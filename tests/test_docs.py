@@ -90,10 +90,14 @@ def forget_names() -> None:
     registry._load.cache_clear()
 
 
-SLOW = {
-    "README": "it searches for the front of a model, trains and proves",
+SLOW = {  # page -> what takes more than 20 seconds
+    "README": "it changes, measures and saves models of the zoo",
+    "docs/index": "it changes and measures models of the zoo",
+    "docs/sparsity/cats": "it changes and measures a model of the zoo several times",
+    "docs/sparsity/sparsing-law": "it searches for thresholds on a model of the zoo, and measures it",
     "docs/testers": "it runs every tester once, and compiles the decoder's kernels",
     "docs/tutorials/make-a-model-cheaper": "it searches for the front of a model",
+    "docs/tutorials/try-a-method": "it changes, measures, saves and proves two models",
 }
 
 

@@ -274,6 +274,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_starts(
         measure_speed(folders, batch=1, max_memory=enough, progress=False)
 
 
+@pytest.mark.slow(reason="it times two models in processes of their own, twice, and compiles the decoder's kernels")
 def test_two_folders_side_by_side(folders: dict[str, Path]) -> None:
     found = measure_speed(folders, prompt=16, max_new_tokens=4, rounds=2, threads=1, progress=False)
     original, sparse = found["original"], found["sparse"]

@@ -260,6 +260,7 @@ def test_the_proof_compares(monkeypatch, tmp_path):
         export(model, tmp_path / "wrong", overwrite=True)
 
 
+@pytest.mark.slow(reason="it exports a model of the zoo twice, and reads each export with transformers")
 def test_a_documented_export_of_the_model_as_stored(tmp_path, monkeypatch):
     """In bfloat16, whose rounding moves the outputs by more than a hundredth; another folder's outputs still fail."""
     model = embedded(None, ROWS)

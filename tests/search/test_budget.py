@@ -73,6 +73,7 @@ def recipes() -> list[Recipe]:
     return [Recipe.parse({"actkit": 1, "transforms": each}) for each in LIST]
 
 
+@pytest.mark.slow(reason="whole searches, which save and measure each candidate")
 def test_what_loses_too_much_is_stopped_and_nothing_is_built_on_it(llama, tmp_path, monkeypatch):
     passes: list[int] = []
     measured = searching.Workshop._measured
@@ -105,6 +106,7 @@ def test_what_loses_too_much_is_stopped_and_nothing_is_built_on_it(llama, tmp_pa
     assert all(each.stopped is None and each.loss is not None and each.passes > 0 for each in found.candidates)
 
 
+@pytest.mark.slow(reason="whole searches, which save and measure each candidate")
 def test_a_search_without_time_says_so_and_goes_on_later(llama, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with pytest.raises(ActkitError, match=r"minutes: 0\.0001 were over before one candidate was measured \(.*rtn"):
@@ -123,6 +125,7 @@ def test_a_search_without_time_says_so_and_goes_on_later(llama, tmp_path, monkey
     assert (NAMES[1], f"minutes=60: {NAMES[1]} is too long") in {(e.what, e.reason) for e in found.left_out}
 
 
+@pytest.mark.slow(reason="whole searches, which save and measure each candidate")
 def test_a_candidate_ends_when_the_minutes_do(llama, tmp_path, monkeypatch):
     out, passes = tmp_path / "out", []
     real = searching.Workshop._measured
@@ -145,6 +148,7 @@ def test_a_candidate_ends_when_the_minutes_do(llama, tmp_path, monkeypatch):
     assert [each.name for each in found.candidates] == [first, second]
 
 
+@pytest.mark.slow(reason="whole searches, which save and measure each candidate")
 def test_lines_tell_how_far_it_is(llama, tmp_path, capfd):
     optimize(llama, out=tmp_path / "out", recipes=recipes()[2:], max_loss=1.0, **{**OPTIONS, "progress": True})
     said = capfd.readouterr().err
