@@ -7,6 +7,9 @@ import copy
 import functools
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -701,3 +704,48 @@ def test_without_a_choice_nothing_changes() -> None:
     with trained_parameters(model, trainable="first.*"):
         assert model.first.weight.requires_grad and not model.last.weight.requires_grad
     assert not model.first.weight.requires_grad and model.last.weight.requires_grad
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+SHARED = """
+import sys, torch
+from test_training_choices import shared
+
+model = shared(2)
+torch.save(model.state_dict(), f"{sys.argv[1]}/{torch.distributed.get_rank()}.pt")
+"""
+
+
+def shared(processes: int) -> nn.Module:
+    """A model that so many processes have trained on the same steps of four batches."""
+    model = Net()
+    ours(
+        model,
+        batches=Stream(drawn, 1),
+        validation=Stream(drawn, 2).take(2),
+        optimizer="sgd:momentum=0.9",
+        trainable=["first.*", "last.weight"],
+        rules=[Centred()],
+        gradient_accumulation=4 // processes,
+        max_grad_norm=0.05,
+        score="accuracy:better=higher",
+        learning_rate=0.1,
+    )
+    return model
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Under torchrun without an accelerator, on a stream, with clipping behind a rule: the weights of one process."""
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(script), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    alone = shared(1).state_dict()
+    for found in (torch.load(tmp_path / "0.pt"), torch.load(tmp_path / "1.pt")):
+        for name, value in alone.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    assert not torch.equal(alone["first.weight"], Net().first.weight)

@@ -266,7 +266,9 @@ def one_accelerator(model: nn.Module, mixed_precision: str) -> Iterator[Accelera
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     on_cpu = next(model.parameters()).device.type == "cpu"
     try:
-        accelerator = Accelerator(mixed_precision=mixed_precision, cpu=alone and on_cpu)
+        # several processes train on the accelerators that there are, and without any on the processor
+        stays = on_cpu and (alone or not torch.accelerator.is_available())
+        accelerator = Accelerator(mixed_precision=mixed_precision, cpu=stays)
     except ValueError as error:
         raise ValueError(
             f"mixed_precision: {mixed_precision!r} cannot be used here: {error} If accelerate is in use in this "
