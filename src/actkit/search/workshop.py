@@ -180,7 +180,9 @@ class Workshop:
         """Take note of a measured candidate: what begins with one that loses too much is not made."""
         loss = candidate.search_loss
         if candidate.stopped is not None and loss is not None and loss.low > self.max_loss:
-            self._hopeless[recipe_key(proposal.recipe)] = candidate
+            key = recipe_key(proposal.recipe)
+            self._hopeless[key] = candidate
+            self._steps.pop(key, None)  # nothing goes on from it
 
     def measure(self, proposal: Proposal) -> Candidate:
         """Measure one candidate, and save it as far as it deserves; whatever breaks is recorded as why it failed.
