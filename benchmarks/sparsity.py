@@ -49,9 +49,9 @@ from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.layers.selections import Threshold
 from actkit.core.watch.statistics import Quantiles
 from actkit.runtime.decoder import Decoder
-from actkit.sparsity.r_sparse import Budget
-from actkit.sparsity.spark import spark_lm
-from actkit.sparsity.wina import column_norms
+from actkit.sparsity.r_sparse.r_sparse import Budget
+from actkit.sparsity.spark.sparkify import spark_lm
+from actkit.sparsity.wina.wina import column_norms
 from actkit.testing.random_llama import random_llama
 
 PROMPT = 128

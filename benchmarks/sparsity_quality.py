@@ -46,10 +46,10 @@ from actkit.core.recipe.runner import apply
 from actkit.core.recipe.seen import Trial
 from actkit.core.watch.statistics import Density
 from actkit.core.recipe.transform import Transform
-from actkit.sparsity.cats import Cats
-from actkit.sparsity.r_sparse import RSparse
+from actkit.sparsity.cats.cats import Cats
+from actkit.sparsity.r_sparse.r_sparse import RSparse
 from actkit.sparsity.teal import Teal
-from actkit.sparsity.wina import Wina
+from actkit.sparsity.wina.wina import Wina
 
 DOCS = Path(__file__).parents[1] / "docs" / "sparsity"
 MODELS = ("smollm2", "swiglu", "relu", "minilm")

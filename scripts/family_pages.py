@@ -96,8 +96,8 @@ def modules_of(entry: Paper) -> list[str]:
     """The modules of a paper: its entry point's, then those of the family whose header cites it in the title."""
     assert entry.entry is not None
     found = [entry.entry.split(":")[0]]
-    for file in sorted((SOURCE / entry.family).glob("*.py")):
-        module = f"actkit.{entry.family}.{file.stem}"
+    for file in sorted((SOURCE / entry.family).rglob("*.py"), key=lambda file: file.stem):
+        module = ".".join(("actkit", *file.relative_to(SOURCE).with_suffix("").parts))
         if module not in found and file.stem != "__init__" and entry.arxiv and entry.arxiv in header(module).title:
             found.append(module)
     return found

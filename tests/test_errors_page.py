@@ -51,10 +51,10 @@ INTERNAL = {
 }
 PYDANTIC = (
     "core/recipe/stage.py",
-    "sparsity/activation_penalty.py",
-    "sparsity/cats.py",
-    "sparsity/prosparse.py",
-    "sparsity/sparsing_law.py",
+    "sparsity/prosparse/activation_penalty.py",
+    "sparsity/cats/cats.py",
+    "sparsity/prosparse/prosparse.py",
+    "sparsity/sparsing_law/perplexity_sparsity.py",
 )
 QUIET = ("AttributeError", "_Planned", "NotApplicable", "AssertionError")  # Python's protocol, and actkit.testing's
 

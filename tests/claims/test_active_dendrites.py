@@ -6,7 +6,7 @@ import pytest
 
 from actkit.claims import active_dendrites as claims
 from actkit.claims.subject import Subject
-from actkit.sparsity.pattern_simulation import ExpectedVsObserved, Overlaps, SiteMatches
+from actkit.sparsity.active_dendrites.pattern_simulation import ExpectedVsObserved, Overlaps, SiteMatches
 
 TINY = claims.Sizes(trials=20_000, noisy=300, seeds=(0, 1), rows=24, tokens=300)
 

@@ -7,8 +7,8 @@ import torch
 
 from actkit.claims import cats
 from actkit.claims.subject import Subject
-from actkit.sparsity.cats import Cats
-from actkit.sparsity.gate_sparsity import gate_sparsity
+from actkit.sparsity.cats.cats import Cats
+from actkit.sparsity.cats.gate_sparsity import gate_sparsity
 
 TINY = cats.Sizes(seeds=(0, 1), calibration=1, held_out=2, sentences=4, steps=2, rows=2, validation=2, rates=(1e-3,))
 

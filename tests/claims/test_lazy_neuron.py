@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from actkit.claims import lazy_neuron
 from actkit.claims.lazy_neuron import Arm, Sizes, Workshop
-from actkit.sparsity.lazy_neuron import TopKActivation
-from actkit.sparsity.neuron_activity import neuron_activity
+from actkit.sparsity.lazy_neuron.neuron_activity import neuron_activity
+from actkit.sparsity.lazy_neuron.top_k_mlp import TopKActivation
 from actkit.testing import tiny_batches, tiny_model
 
 TINY = Sizes(seeds=(0, 1), few=2, epochs=1, memorised=64, images=64, widths=(16, 32), draws=500)

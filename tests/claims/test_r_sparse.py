@@ -12,7 +12,7 @@ from actkit.claims.subject import Subject
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.selections import Threshold
 from actkit.core.model.anatomy import Linear
-from actkit.sparsity.r_sparse import RSparse
+from actkit.sparsity.r_sparse.r_sparse import RSparse
 
 TINY = r_sparse.Sizes((0, 1), calibration=64, tokens=32, sequences=1, held_out=2, generations=1, population=2)
 

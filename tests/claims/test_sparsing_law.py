@@ -12,9 +12,9 @@ import torch
 from actkit.claims import sparsing_law as claim
 from actkit.claims.subject import Subject
 from actkit.core.train.training import train
-from actkit.sparsity.ppl_sparsity import ppl_sparsity
-from actkit.sparsity.shared_cett import Root
-from actkit.sparsity.sparsity_laws import relu_law, silu_law
+from actkit.sparsity.sparsing_law.laws import relu_law, silu_law
+from actkit.sparsity.sparsing_law.ppl_sparsity import ppl_sparsity
+from actkit.sparsity.sparsing_law.shared_cett import Root
 
 TINY = claim.Sizes(
     calibration=1, held_out=1, sample=64, gelu=1, law=8, checkpoints=5, stable=2, shape=1, shapes=((16, 2),), rows=32

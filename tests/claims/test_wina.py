@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from actkit.claims import wina
 from actkit.claims.subject import Subject, spread
 from actkit.core.recipe.runner import apply
-from actkit.sparsity.cats import Cats
-from actkit.sparsity.r_sparse import RSparse
+from actkit.sparsity.cats.cats import Cats
+from actkit.sparsity.r_sparse.r_sparse import RSparse
 from actkit.sparsity.teal import Teal
-from actkit.sparsity.wina import Wina
+from actkit.sparsity.wina.wina import Wina
 
 TINY = wina.Sizes(seeds=(0, 1), calibration=1, greedy=1, held_out=2, tokens=48, step=0.5, layer=(256, 512), rounds=4)
 

@@ -15,8 +15,8 @@ from actkit.core.ground.errors import DataError, RecipeError
 from actkit.core.recipe.stage import Train
 from actkit.core.train import staged_run
 from actkit.functions.swap import Swap
-from actkit.sparsity.fatrelu import FatRelu
-from actkit.sparsity.wina import Wina
+from actkit.sparsity.prosparse.fatrelu import FatRelu
+from actkit.sparsity.wina.wina import Wina
 from actkit.verbs import apply_and_save
 
 SIZES = ["--length", 16, "--batch-size", 2, "--seed", 5, "--threads", 1]

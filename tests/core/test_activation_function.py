@@ -29,8 +29,8 @@ from actkit.core.layers.activations import (
     record_of,
 )
 from actkit.core.measure.summary import summarise
-from actkit.sparsity.fatrelu import ShiftedRelu
-from actkit.sparsity.lazy_neuron import TopKActivation
+from actkit.sparsity.lazy_neuron.top_k_mlp import TopKActivation
+from actkit.sparsity.prosparse.fatrelu import ShiftedRelu
 from actkit.testing import check_function, tiny_model
 
 ROOT = Path(__file__).parents[2]

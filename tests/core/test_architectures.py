@@ -30,13 +30,13 @@ from actkit.core.watch.statistics import Moments
 from actkit.quantization.awq import Awq, fold
 from actkit.quantization.rtn import RoundToNearest
 from actkit.runtime.families import FAMILIES
-from actkit.sparsity.cats import Cats
-from actkit.sparsity.gate_sparsity import gate_sparsity
-from actkit.sparsity.lazy_neuron import TopKMlp
-from actkit.sparsity.rotate_columns import RotateColumns
-from actkit.sparsity.spark import Sparkify
+from actkit.sparsity.cats.cats import Cats
+from actkit.sparsity.cats.gate_sparsity import gate_sparsity
+from actkit.sparsity.lazy_neuron.top_k_mlp import TopKMlp
+from actkit.sparsity.spark.sparkify import Sparkify
 from actkit.sparsity.teal import Teal
-from actkit.sparsity.wina import Wina
+from actkit.sparsity.wina.rotate_columns import RotateColumns
+from actkit.sparsity.wina.wina import Wina
 from actkit.testing import check_transform, tiny_batches, tiny_model
 from actkit.testing.models import ARCHITECTURES, HEADS, HIDDEN, INNER
 from representative import product

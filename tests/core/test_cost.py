@@ -33,7 +33,7 @@ from actkit.core.layers.weights import IntegerWeight
 from actkit.core.measure.cost import folder_bytes, measure_cost
 from actkit.core.model.anatomy import anatomy
 from actkit.core.model.experts import ExpertList
-from actkit.sparsity.lazy_neuron import TopKActivation
+from actkit.sparsity.lazy_neuron.top_k_mlp import TopKActivation
 from actkit.zoo.cnn import DigitsCNN
 
 HIDDEN, INNER, VOCABULARY, BLOCKS = 16, 24, 50, 2

@@ -15,7 +15,7 @@ from actkit.core.ground.errors import RecipeError
 from actkit.core.measure.decoding import choose_engine
 from actkit.core.measure.generation import generate_ids
 from actkit.core.recipe.runner import apply
-from actkit.sparsity.rotate_columns import RotateColumns
+from actkit.sparsity.wina.rotate_columns import RotateColumns
 
 PROMPT = [3, 5, 7, 11]
 

@@ -28,11 +28,11 @@ from actkit.core.watch.capture import calls, live, plan_memory, record
 from actkit.core.watch.statistics import AbsMax, Moments
 from actkit.quantization.awq import Awq
 from actkit.runtime.decoder import Decoder
-from actkit.sparsity.cats import Cats
-from actkit.sparsity.r_sparse import RSparse
-from actkit.sparsity.rotate_columns import RotateColumns
-from actkit.sparsity.sparsing_law import PerplexitySparsity
-from actkit.sparsity.wina import Wina
+from actkit.sparsity.cats.cats import Cats
+from actkit.sparsity.r_sparse.r_sparse import RSparse
+from actkit.sparsity.sparsing_law.perplexity_sparsity import PerplexitySparsity
+from actkit.sparsity.wina.rotate_columns import RotateColumns
+from actkit.sparsity.wina.wina import Wina
 
 MIXED = {
     "model.embed_tokens": "cpu",

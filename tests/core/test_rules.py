@@ -24,7 +24,7 @@ from actkit.core.store.tensor_files import read_values, write_values
 from actkit.core.train.rules import RuleCallback, attached
 from actkit.core.train.training import train
 from actkit.quantization.rtn import RoundToNearest
-from actkit.sparsity.activation_penalty import ActivationPenalty
+from actkit.sparsity.prosparse.activation_penalty import ActivationPenalty
 
 WEIGHT = 3.0
 RULE = ActivationPenalty(weight=WEIGHT)

@@ -16,8 +16,8 @@ from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.stage import Apply, Train
 from actkit.functions.swap import Swap
 from actkit.quantization.rtn import RoundToNearest
-from actkit.sparsity.fatrelu import FatRelu
-from actkit.sparsity.prosparse import ProSparse
+from actkit.sparsity.prosparse.fatrelu import FatRelu
+from actkit.sparsity.prosparse.prosparse import ProSparse
 
 TEXT = """
 actkit: 1

@@ -24,9 +24,9 @@ from actkit.core.train import staged_run, training
 from actkit.core.train.training import train
 from actkit.functions.swap import Swap
 from actkit.quantization.rtn import RoundToNearest
-from actkit.sparsity.activation_penalty import ActivationPenalty
-from actkit.sparsity.fatrelu import FatRelu
-from actkit.sparsity.wina import Wina
+from actkit.sparsity.prosparse.activation_penalty import ActivationPenalty
+from actkit.sparsity.prosparse.fatrelu import FatRelu
+from actkit.sparsity.wina.wina import Wina
 
 RULE = ActivationPenalty(weight=0.1)
 TRAIN = Train(rules=(RULE,), steps=4, learning_rate=1e-2, evaluate_every=2, seed=3)
@@ -151,7 +151,7 @@ sys.path[:0] = {path!r}
 from actkit.core.recipe import runner
 from actkit.core.store import checkpoint
 from actkit.core.train import staged_run, training
-from actkit.sparsity import wina
+from actkit.sparsity.wina import wina
 from pathlib import Path
 from test_staged_run import KILLS, model, staged
 

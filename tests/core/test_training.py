@@ -24,7 +24,7 @@ from actkit.core.store import checkpoint
 from actkit.core.train.choice import parameter_groups
 from actkit.core.train.training import train
 from actkit.core.train.training_setup import Settings, count_steps, rate, steps_per_epoch
-from actkit.sparsity.activation_penalty import ActivationPenalty
+from actkit.sparsity.prosparse.activation_penalty import ActivationPenalty
 
 
 def llama() -> LlamaForCausalLM:

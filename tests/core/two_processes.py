@@ -35,10 +35,10 @@ from actkit.core.store.checkpoint import load, save
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import AbsMax, Density, Gram, Moments, Quantiles, Sample, Spectrum
 from actkit.quantization.awq import Awq
-from actkit.sparsity.r_sparse import RSparse
-from actkit.sparsity.sparsing_law import PerplexitySparsity
+from actkit.sparsity.r_sparse.r_sparse import RSparse
+from actkit.sparsity.sparsing_law.perplexity_sparsity import PerplexitySparsity
 from actkit.sparsity.teal import Teal
-from actkit.sparsity.wina import Wina
+from actkit.sparsity.wina.wina import Wina
 
 FOLDER = Path(sys.argv[1])
 STATISTICS = [Moments(), AbsMax(), Quantiles(), Density(), Gram(), Spectrum(), Spectrum(4, True), Sample(7)]

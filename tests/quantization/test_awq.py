@@ -34,7 +34,7 @@ from actkit.quantization.awq import (
     search_scale,
 )
 from actkit.quantization.rtn import RoundToNearest
-from actkit.sparsity.wina import Wina
+from actkit.sparsity.wina.wina import Wina
 from actkit.testing import tiny_batches, tiny_model
 from actkit.testing.transforms import close, equal, outputs
 

@@ -31,7 +31,7 @@ from actkit.kernels import integer_dots
 from actkit.quantization.rtn import RoundToNearest
 from actkit.runtime.decoder import Decoder
 from actkit.runtime.prompt import few_tokens
-from actkit.sparsity.spark import Sparkify, spark_lm
+from actkit.sparsity.spark.sparkify import Sparkify, spark_lm
 from actkit.sparsity.teal import Teal
 
 SHAPE = {

@@ -8,17 +8,17 @@ from torch import nn
 
 from actkit.core.train import rules
 from actkit.core.train.objective import Objective
-from actkit.sparsity.activation_predictor import ActivationPredictor, activation_pairs
-from actkit.sparsity.activation_ratio import activation_ratio
-from actkit.sparsity.activity_curve import activity_curve
-from actkit.sparsity.cats import Cats
-from actkit.sparsity.fatrelu import FatRelu, sweep_threshold
-from actkit.sparsity.lazy_neuron import TopKMlp
-from actkit.sparsity.neuron_activity import neuron_activity
-from actkit.sparsity.pattern_simulation import _halves
-from actkit.sparsity.prosparse import ProSparse
-from actkit.sparsity.r_sparse import RSparse
-from actkit.sparsity.shared_cett import in_float32, measure
+from actkit.sparsity.active_dendrites.pattern_simulation import _halves
+from actkit.sparsity.cats.cats import Cats
+from actkit.sparsity.lazy_neuron.activity_curve import activity_curve
+from actkit.sparsity.lazy_neuron.neuron_activity import neuron_activity
+from actkit.sparsity.lazy_neuron.top_k_mlp import TopKMlp
+from actkit.sparsity.prosparse.activation_predictor import ActivationPredictor, activation_pairs
+from actkit.sparsity.prosparse.fatrelu import FatRelu, sweep_threshold
+from actkit.sparsity.prosparse.prosparse import ProSparse
+from actkit.sparsity.r_sparse.r_sparse import RSparse
+from actkit.sparsity.sparsing_law.activation_ratio import activation_ratio
+from actkit.sparsity.sparsing_law.shared_cett import in_float32, measure
 from error_proofs import HOST, NAN, PADDED, Place, proof, run
 
 proof(lambda p: run(Cats(sparsity={99: 0.5})))

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from actkit.core.train.rules import attached
 from actkit.core.train.training import train
-from actkit.sparsity.activation_penalty import ActivationPenalty
+from actkit.sparsity.prosparse.activation_penalty import ActivationPenalty
 
 
 class Mlp(nn.Module):

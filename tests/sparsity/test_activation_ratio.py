@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from actkit.core.ground.errors import DataError
-from actkit.sparsity.activation_ratio import activation_ratio, pareto
+from actkit.sparsity.sparsing_law.activation_ratio import activation_ratio, pareto
 from actkit.testing import tiny_batches, tiny_model
 
 LENGTHS = ((20, 20, 20), (20, 20))

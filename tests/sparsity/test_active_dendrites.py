@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from actkit.sparsity.active_dendrites import DendriticSegments, PatternMemory, sparse_code
-from actkit.sparsity.pattern_simulation import random_codes
-from actkit.sparsity.pattern_theory import overlap_probability
+from actkit.sparsity.active_dendrites.pattern_simulation import random_codes
+from actkit.sparsity.active_dendrites.pattern_theory import overlap_probability
+from actkit.sparsity.active_dendrites.segments import DendriticSegments, PatternMemory, sparse_code
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -19,8 +19,8 @@ from actkit.core.recipe.runner import apply
 from actkit.functions.swap import swap
 from actkit.quantization.awq import Awq
 from actkit.quantization.rtn import RoundToNearest
-from actkit.sparsity.cats import Cats, ReleaseHistogram, finetune
-from actkit.sparsity.gate_sparsity import gate_sparsity
+from actkit.sparsity.cats.cats import Cats, ReleaseHistogram, finetune
+from actkit.sparsity.cats.gate_sparsity import gate_sparsity
 from actkit.sparsity.teal import Teal
 from actkit.testing import check_transform, tiny_batches, tiny_model
 from representative import architectures

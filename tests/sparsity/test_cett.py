@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from actkit.sparsity.cett import CettCurve, cett, cett_thresholds
+from actkit.sparsity.sparsing_law.cett import CettCurve, cett, cett_thresholds
 
 
 def layer(tokens: int = 40, neurons: int = 30, outputs: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,8 @@ from actkit.core.store import checkpoint
 from actkit.data import Batches
 from actkit.functions.swap import Swap, swap
 from actkit.quantization.rtn import RoundToNearest
-from actkit.sparsity.activation_predictor import ActivationPairs, ActivationPredictor, activation_pairs
-from actkit.sparsity.fatrelu import FatRelu, ShiftedRelu, ThresholdPoint, ThresholdSweep, sweep_threshold
+from actkit.sparsity.prosparse.activation_predictor import ActivationPairs, ActivationPredictor, activation_pairs
+from actkit.sparsity.prosparse.fatrelu import FatRelu, ShiftedRelu, ThresholdPoint, ThresholdSweep, sweep_threshold
 from actkit.sparsity.teal import Teal
 from actkit.testing import check_transform, tiny_batches, tiny_model
 from representative import architectures

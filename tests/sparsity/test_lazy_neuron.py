@@ -24,8 +24,8 @@ from actkit.core.train.training import train
 from actkit.functions.swap import swap
 from actkit.quantization.awq import Awq
 from actkit.quantization.rtn import RoundToNearest
-from actkit.sparsity.lazy_neuron import TopKActivation, TopKMlp, largest
-from actkit.sparsity.neuron_activity import neuron_activity
+from actkit.sparsity.lazy_neuron.neuron_activity import neuron_activity
+from actkit.sparsity.lazy_neuron.top_k_mlp import TopKActivation, TopKMlp, largest
 from actkit.sparsity.teal import Teal
 from actkit.testing import check_transform, tiny_batches, tiny_model
 from actkit.testing.models import INNER

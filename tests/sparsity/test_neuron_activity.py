@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from actkit.core.ground.errors import DataError
 from actkit.core.store.checkpoint import save
 from actkit.core.train.training import train
-from actkit.sparsity.activity_curve import activity_curve
-from actkit.sparsity.neuron_activity import Flops, neuron_activity
+from actkit.sparsity.lazy_neuron.activity_curve import activity_curve
+from actkit.sparsity.lazy_neuron.neuron_activity import Flops, neuron_activity
 from actkit.testing import tiny_batches, tiny_model
 from actkit.testing.models import HIDDEN, INNER, KINDS
 from actkit.zoo import Checkpoint

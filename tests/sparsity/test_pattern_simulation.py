@@ -13,8 +13,7 @@ from scipy.stats import beta, chisquare
 from actkit.core.ground.errors import DataError
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import Sample
-from actkit.sparsity.active_dendrites import sparse_code
-from actkit.sparsity.pattern_simulation import (
+from actkit.sparsity.active_dendrites.pattern_simulation import (
     Overlaps,
     Rate,
     SiteMatches,
@@ -23,7 +22,8 @@ from actkit.sparsity.pattern_simulation import (
     random_subsets,
     simulate,
 )
-from actkit.sparsity.pattern_theory import false_negative, false_positive, union_false_positive
+from actkit.sparsity.active_dendrites.pattern_theory import false_negative, false_positive, union_false_positive
+from actkit.sparsity.active_dendrites.segments import sparse_code
 from actkit.testing import tiny_batches, tiny_model
 
 

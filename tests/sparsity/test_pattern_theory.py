@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy.stats import hypergeom
 
-from actkit.sparsity.pattern_theory import (
+from actkit.sparsity.active_dendrites.pattern_theory import (
     ThresholdCurve,
     capacity,
     choose_threshold,

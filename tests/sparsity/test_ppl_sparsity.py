@@ -11,8 +11,8 @@ import torch
 from actkit.core.ground.errors import CoverageError, DataError, NonFiniteError
 from actkit.core.layers.linear import ActLinear
 from actkit.core.recipe.runner import apply
-from actkit.sparsity.ppl_sparsity import ppl_sparsity
-from actkit.sparsity.sparsing_law import PerplexitySparsity
+from actkit.sparsity.sparsing_law.perplexity_sparsity import PerplexitySparsity
+from actkit.sparsity.sparsing_law.ppl_sparsity import ppl_sparsity
 from actkit.testing import tiny_batches, tiny_model
 
 

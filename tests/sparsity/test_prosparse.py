@@ -19,9 +19,9 @@ from actkit.core.recipe.rule import dump_rules, parse_rules
 from actkit.core.train.rules import RuleCallback, attached
 from actkit.core.train.training import train
 from actkit.functions.swap import swap
-from actkit.sparsity.fatrelu import ShiftedRelu
-from actkit.sparsity.neuron_activity import neuron_activity
-from actkit.sparsity.prosparse import PRESETS, ProSparse
+from actkit.sparsity.lazy_neuron.neuron_activity import neuron_activity
+from actkit.sparsity.prosparse.fatrelu import ShiftedRelu
+from actkit.sparsity.prosparse.prosparse import PRESETS, ProSparse
 from actkit.testing import tiny_batches, tiny_model
 
 PEAKS, ENDS, START = (0.5, 2.0, 2.0, 8.0), (30, 50, 60, 100), 20

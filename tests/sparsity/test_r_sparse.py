@@ -22,12 +22,12 @@ from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
 from actkit.quantization.awq import Awq
 from actkit.quantization.rtn import RoundToNearest
-from actkit.sparsity.importance_map import importance_map
-from actkit.sparsity.r_sparse import Budget, RSparse, low_rank
-from actkit.sparsity.rank_search import GRID, evolve
-from actkit.sparsity.rotate_columns import RotateColumns
+from actkit.sparsity.r_sparse.importance_map import importance_map
+from actkit.sparsity.r_sparse.r_sparse import Budget, RSparse, low_rank
+from actkit.sparsity.r_sparse.rank_search import GRID, evolve
 from actkit.sparsity.teal import Teal
-from actkit.sparsity.wina import Wina
+from actkit.sparsity.wina.rotate_columns import RotateColumns
+from actkit.sparsity.wina.wina import Wina
 from actkit.testing import check_transform, tiny_batches, tiny_model
 from representative import architectures
 

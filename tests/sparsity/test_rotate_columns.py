@@ -14,8 +14,8 @@ from actkit.core.layers.linear import ActLinear
 from actkit.core.recipe.runner import apply
 from actkit.quantization.awq import Awq
 from actkit.quantization.rtn import RoundToNearest
-from actkit.sparsity.rotate_columns import RotateColumns, RotatedNorm
-from actkit.sparsity.wina import Wina
+from actkit.sparsity.wina.rotate_columns import RotateColumns, RotatedNorm
+from actkit.sparsity.wina.wina import Wina
 from actkit.testing import tiny_batches, tiny_model
 from actkit.testing.transforms import outputs
 

@@ -25,9 +25,9 @@ from actkit.core.train.training import train
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import Quantiles
 from actkit.quantization.rtn import RoundToNearest
-from actkit.sparsity.spark import SparkFFN, Sparkify, spark_lm
-from actkit.sparsity.spark_attention import SparkAttention
-from actkit.sparsity.statistical_top_k import StatisticalTopK, statistical_topk
+from actkit.sparsity.spark.spark_attention import SparkAttention
+from actkit.sparsity.spark.sparkify import SparkFFN, Sparkify, spark_lm
+from actkit.sparsity.spark.statistical_top_k import StatisticalTopK, statistical_topk
 from actkit.sparsity.teal import Teal
 from actkit.testing import check_transform, tiny_batches, tiny_model
 

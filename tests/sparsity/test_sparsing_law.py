@@ -21,10 +21,10 @@ from actkit.core.recipe.runner import apply
 from actkit.core.store.checkpoint import load, save
 from actkit.functions.swap import Swap
 from actkit.quantization.rtn import RoundToNearest
-from actkit.sparsity.cett import cett, cett_thresholds
-from actkit.sparsity.shared_cett import SharedCett, in_float32, largest_cett, output_layers
-from actkit.sparsity.sparsing_law import PerplexitySparsity
-from actkit.sparsity.wina import Wina
+from actkit.sparsity.sparsing_law.cett import cett, cett_thresholds
+from actkit.sparsity.sparsing_law.perplexity_sparsity import PerplexitySparsity
+from actkit.sparsity.sparsing_law.shared_cett import SharedCett, in_float32, largest_cett, output_layers
+from actkit.sparsity.wina.wina import Wina
 from actkit.testing import check_transform, tiny_batches, tiny_model
 
 LENGTHS = ((20, 14, 20), (18, 20))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.optimize import curve_fit
 
-from actkit.sparsity.sparsity_laws import fit_relu_law, fit_silu_law, fit_width_law, relu_law, silu_law
+from actkit.sparsity.sparsing_law.laws import fit_relu_law, fit_silu_law, fit_width_law, relu_law, silu_law
 
 RELU = {  # size: alpha, b, c, A0
     "0.1B": (0.101, -0.0151, 3.20, 0.0614),

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
 
 from actkit.core.layers.activations import Activation
-from actkit.sparsity.statistical_top_k import StatisticalTopK, statistical_topk, threshold
+from actkit.sparsity.spark.statistical_top_k import StatisticalTopK, statistical_topk, threshold
 
 
 def _theta(row: np.ndarray, k: float, ddof: int = 0) -> float:

@@ -18,7 +18,7 @@ from actkit.core.recipe.runner import apply
 from actkit.quantization.awq import Awq
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.teal import Teal
-from actkit.sparsity.wina import Wina, column_norms
+from actkit.sparsity.wina.wina import Wina, column_norms
 from actkit.testing import tiny_batches, tiny_model
 
 ORDINARY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

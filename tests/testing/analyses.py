@@ -12,16 +12,16 @@ from typing import Any
 
 import actkit
 from actkit.search.profile import profile
-from actkit.sparsity.activation_ratio import activation_ratio, pareto
-from actkit.sparsity.activity_curve import activity_curve
-from actkit.sparsity.fatrelu import sweep_threshold
-from actkit.sparsity.gate_sparsity import gate_sparsity
-from actkit.sparsity.importance_map import importance_map
-from actkit.sparsity.neuron_activity import neuron_activity
-from actkit.sparsity.pattern_simulation import expected_vs_observed
-from actkit.sparsity.pattern_theory import threshold_curve
-from actkit.sparsity.ppl_sparsity import ppl_sparsity
-from actkit.sparsity.sparsity_laws import fit_relu_law, fit_silu_law, fit_width_law, relu_law, silu_law
+from actkit.sparsity.active_dendrites.pattern_simulation import expected_vs_observed
+from actkit.sparsity.active_dendrites.pattern_theory import threshold_curve
+from actkit.sparsity.cats.gate_sparsity import gate_sparsity
+from actkit.sparsity.lazy_neuron.activity_curve import activity_curve
+from actkit.sparsity.lazy_neuron.neuron_activity import neuron_activity
+from actkit.sparsity.prosparse.fatrelu import sweep_threshold
+from actkit.sparsity.r_sparse.importance_map import importance_map
+from actkit.sparsity.sparsing_law.activation_ratio import activation_ratio, pareto
+from actkit.sparsity.sparsing_law.laws import fit_relu_law, fit_silu_law, fit_width_law, relu_law, silu_law
+from actkit.sparsity.sparsing_law.ppl_sparsity import ppl_sparsity
 from actkit.testing import tiny_batches, tiny_model
 
 

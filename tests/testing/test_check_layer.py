@@ -31,14 +31,14 @@ from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.architecture_rows import ExpertsRow
 from actkit.core.model.experts import ExpertList, ScaledSigmoid
 from actkit.formats.compressed_tensors import RoundedTokens
-from actkit.sparsity.activation_predictor import ActivationPredictor
-from actkit.sparsity.active_dendrites import DendriticSegments, PatternMemory, sparse_code
-from actkit.sparsity.fatrelu import ShiftedRelu
-from actkit.sparsity.lazy_neuron import TopKActivation
-from actkit.sparsity.rotate_columns import RotatedNorm
-from actkit.sparsity.spark import SparkFFN
-from actkit.sparsity.spark_attention import SparkAttention
-from actkit.sparsity.statistical_top_k import StatisticalTopK
+from actkit.sparsity.active_dendrites.segments import DendriticSegments, PatternMemory, sparse_code
+from actkit.sparsity.lazy_neuron.top_k_mlp import TopKActivation
+from actkit.sparsity.prosparse.activation_predictor import ActivationPredictor
+from actkit.sparsity.prosparse.fatrelu import ShiftedRelu
+from actkit.sparsity.spark.spark_attention import SparkAttention
+from actkit.sparsity.spark.sparkify import SparkFFN
+from actkit.sparsity.spark.statistical_top_k import StatisticalTopK
+from actkit.sparsity.wina.rotate_columns import RotatedNorm
 from actkit.testing import Check, check_layer
 from actkit.testing.layers import CHECKS
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from actkit.core.ground import registry
 from actkit.core.measure.fresh import FreshProcess
 from actkit.core.watch.capture import record
-from actkit.sparsity.active_dendrites import DendriticSegments, PatternMemory, sparse_code
+from actkit.sparsity.active_dendrites.segments import DendriticSegments, PatternMemory, sparse_code
 from actkit.testing import Check, check_model, own_models
 from actkit.testing.models import TinyMlp
 from actkit.testing.own_models import CHECKS

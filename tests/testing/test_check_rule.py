@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from actkit.core.edit.edits import Edit, Set
 from actkit.core.ground import registry
 from actkit.core.recipe.rule import AttachedRule, TrainingRule
-from actkit.sparsity.activation_penalty import ActivationPenalty
-from actkit.sparsity.prosparse import ProSparse
+from actkit.sparsity.prosparse.activation_penalty import ActivationPenalty
+from actkit.sparsity.prosparse.prosparse import ProSparse
 from actkit.testing import Check, check_rule, tiny_batches, tiny_model
 from actkit.testing.checks import State
 from actkit.testing.rules import CHECKS

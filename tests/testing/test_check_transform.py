@@ -21,9 +21,9 @@ from actkit.core.recipe.transform import Transform
 from actkit.functions.swap import Swap
 from actkit.quantization.awq import Awq
 from actkit.quantization.rtn import RoundToNearest
-from actkit.sparsity.rotate_columns import RotateColumns
 from actkit.sparsity.teal import Teal
-from actkit.sparsity.wina import Wina
+from actkit.sparsity.wina.rotate_columns import RotateColumns
+from actkit.sparsity.wina.wina import Wina
 from actkit.testing import Check, check_transform, tiny_batches, tiny_model
 from actkit.testing.models import KINDS
 from actkit.testing.transforms import CHECKS, State

@@ -27,8 +27,7 @@ from torch import nn
 from actkit.claims.outcome import SYNTHETIC, Experiment, Measurement, Outcome, Statement, conduct
 from actkit.claims.subject import Subject, spread
 from actkit.data import Batches
-from actkit.sparsity.active_dendrites import DendriticSegments
-from actkit.sparsity.pattern_simulation import (
+from actkit.sparsity.active_dendrites.pattern_simulation import (
     ExpectedVsObserved,
     Rate,
     expected_vs_observed,
@@ -36,12 +35,13 @@ from actkit.sparsity.pattern_simulation import (
     random_subsets,
     simulate,
 )
-from actkit.sparsity.pattern_theory import (
+from actkit.sparsity.active_dendrites.pattern_theory import (
     false_negative,
     false_positive,
     threshold_curve,
     union_false_positive,
 )
+from actkit.sparsity.active_dendrites.segments import DendriticSegments
 
 POSITIVES = ((300, 128, 24, 12), (200, 20, 10, 4), (500, 50, 20, 6), (1000, 30, 20, 4))  # n, a, s, theta
 NEGATIVES = (1000, 128, 30)  # n, a, s

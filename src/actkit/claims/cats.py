@@ -31,8 +31,8 @@ from actkit.core.recipe.runner import apply
 from actkit.core.recipe.transform import Transform
 from actkit.data import Batches, Split, load_data
 from actkit.functions.swap import Swap
-from actkit.sparsity.cats import Cats, finetune
-from actkit.sparsity.gate_sparsity import GateSparsity, gate_sparsity
+from actkit.sparsity.cats.cats import Cats, finetune
+from actkit.sparsity.cats.gate_sparsity import GateSparsity, gate_sparsity
 
 CONTROLLED = (0.3, 0.5, 0.7, 0.9)
 TUNED = 0.7

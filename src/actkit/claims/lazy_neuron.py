@@ -39,8 +39,8 @@ from actkit.core.recipe.runner import apply
 from actkit.core.train.training import train
 from actkit.data import digits
 from actkit.data.corruptions import CORRUPTIONS, SEVERITIES, add_label_noise, corrupt_images
-from actkit.sparsity.lazy_neuron import TopKMlp
-from actkit.sparsity.neuron_activity import neuron_activity
+from actkit.sparsity.lazy_neuron.neuron_activity import neuron_activity
+from actkit.sparsity.lazy_neuron.top_k_mlp import TopKMlp
 
 CLASSES, BATCH, RATE = 10, 64, 1e-3
 NOISE = 0.4

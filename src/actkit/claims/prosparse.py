@@ -31,9 +31,9 @@ from actkit.core.recipe.stage import Train
 from actkit.core.train.staged_run import run as run_stages
 from actkit.data import Batches
 from actkit.functions.swap import Swap
-from actkit.sparsity.fatrelu import FatRelu, sweep_threshold
-from actkit.sparsity.neuron_activity import neuron_activity
-from actkit.sparsity.prosparse import ProSparse
+from actkit.sparsity.lazy_neuron.neuron_activity import neuron_activity
+from actkit.sparsity.prosparse.fatrelu import FatRelu, sweep_threshold
+from actkit.sparsity.prosparse.prosparse import ProSparse
 
 LENGTH = 64  # tokens of a row; 16 rows a step
 START, RATE = 2e-3, 1e-3  # learning rates: from scratch, and of the arms

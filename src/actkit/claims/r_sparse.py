@@ -30,9 +30,9 @@ from actkit.core.model.anatomy import Linear, Site, anatomy
 from actkit.core.recipe.seen import Trial
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import Quantiles, Sample
-from actkit.sparsity.r_sparse import Factors, RSparse, cached_factors
-from actkit.sparsity.rank_search import Evolution
-from actkit.sparsity.wina import column_norms
+from actkit.sparsity.r_sparse.r_sparse import Factors, RSparse, cached_factors
+from actkit.sparsity.r_sparse.rank_search import Evolution
+from actkit.sparsity.wina.wina import column_norms
 
 BUDGETS = (0.5, 0.4, 0.3)  # share of the weight that is read
 ALPHAS = (1.0, 0.9, 0.8, 0.6, 0.4, 0.2, 0.0)

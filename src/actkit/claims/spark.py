@@ -41,9 +41,9 @@ from actkit.core.train.training import train
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import Density, Sample
 from actkit.data import Batches, Split, load_data
-from actkit.sparsity.spark import Sparkify, spark_lm
-from actkit.sparsity.spark_attention import SparkAttention
-from actkit.sparsity.statistical_top_k import statistical_topk, threshold
+from actkit.sparsity.spark.spark_attention import SparkAttention
+from actkit.sparsity.spark.sparkify import Sparkify, spark_lm
+from actkit.sparsity.spark.statistical_top_k import statistical_topk, threshold
 
 DENSITIES = (0.01, 0.05, 0.08, 0.5)
 DELTA = 1e-3  # the share of draws for which the bound may fail

@@ -35,9 +35,9 @@ from actkit.claims.subject import REAL, Subject
 from actkit.core.recipe.rule import AttachedRule, TrainingRule
 from actkit.core.train.training import train
 from actkit.data import Batches
-from actkit.sparsity.activation_ratio import activation_ratio, gate_quantile
-from actkit.sparsity.shared_cett import Root, SharedCett, in_float32, largest_cett
-from actkit.sparsity.sparsity_laws import LawFit, fit_relu_law, fit_silu_law, fit_width_law
+from actkit.sparsity.sparsing_law.activation_ratio import activation_ratio, gate_quantile
+from actkit.sparsity.sparsing_law.laws import LawFit, fit_relu_law, fit_silu_law, fit_width_law
+from actkit.sparsity.sparsing_law.shared_cett import Root, SharedCett, in_float32, largest_cett
 
 RATE = 2e-3  # learning rate of every training here
 PERCENTAGES = (0.5, 1.0, 2.0, 5.0, 10.0)

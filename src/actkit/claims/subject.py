@@ -25,8 +25,8 @@ from actkit.core.recipe.seen import Seen
 from actkit.core.recipe.transform import Transform
 from actkit.core.watch.capture import record
 from actkit.data import Batches, Split, load_data
-from actkit.sparsity.cats import Cats
-from actkit.sparsity.r_sparse import RSparse, cached_factors
+from actkit.sparsity.cats.cats import Cats
+from actkit.sparsity.r_sparse.r_sparse import RSparse, cached_factors
 from actkit.sparsity.teal import Teal
 
 LENGTH = 256  # tokens per row, in calibration and measurement

@@ -34,9 +34,9 @@ from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.runner import apply
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import Sample
-from actkit.sparsity.rotate_columns import RotateColumns
 from actkit.sparsity.teal import Teal
-from actkit.sparsity.wina import Wina, column_norms
+from actkit.sparsity.wina.rotate_columns import RotateColumns
+from actkit.sparsity.wina.wina import Wina, column_norms
 
 JUDGED = (0.5, 0.65)  # sparsities of whole models
 SPEEDS = {0.5: 1.15, 0.7: 1.7}  # sparsity -> the least gain over the kernel without sparsity

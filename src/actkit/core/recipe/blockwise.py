@@ -79,7 +79,7 @@ class Walk:
             self.chained = self._all(True)
         for batch, context in self.track(list(self._contexts()), "Recording how the blocks are called"):
             started = time.perf_counter()
-            seen = self._record(batch, context, paths)
+            seen = self._record(batch, context, paths, whole=not first)
             self.seconds = self.seconds or time.perf_counter() - started
             if not first:
                 self.chained = self._all(self.whole_model or self._is_chain(seen))
@@ -114,7 +114,8 @@ class Walk:
             if index in self.share:
                 yield batch, context
 
-    def _record(self, batch: Any, context: BatchContext, paths: list[str]) -> list[Call]:
+    def _record(self, batch: Any, context: BatchContext, paths: list[str], whole: bool) -> list[Call]:
+        """The call of each block. whole: run on behind the last one, to see whether any runs again."""
         if self.whole_model:
             args, kwargs = arguments(self.anatomy.model, batch)
             return [Call(args, kwargs, context)]
@@ -132,7 +133,7 @@ class Walk:
             return hook
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if len(seen) == len(paths):  # logits of a whole batch are the largest tensor of a language model
+            if len(seen) == len(paths) and not whole:  # logits are the largest tensor of a language model
                 raise StopForward
 
         before = {path: keep(path) for path in paths} | {path: stop for path in self.anatomy.head if path not in paths}

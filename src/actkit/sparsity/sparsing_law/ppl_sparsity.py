@@ -1,8 +1,8 @@
 """Find the neurons of a model that may be skipped if perplexity may rise by p percent (2024, arXiv:2411.02335).
 
 The share is one number for any activation function, and comes with the thresholds that realise it.
-`sparsing_law.py`, whose transform applies them, says how they are found, what is settled and what it costs. On the
-text that they were fitted to, the rise is p by construction: give `held_out` to see what it is elsewhere.
+`perplexity_sparsity.py`, whose transform applies them, says how they are found, what is settled and what it costs. On
+the text that they were fitted to, the rise is p by construction: give `held_out` to see what it is elsewhere.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import nn
 from actkit.core.forward.batch import BatchContext
 from actkit.core.ground.figure_text import all_plain
 from actkit.core.train.objective import Loss
-from actkit.sparsity.cett import Method
-from actkit.sparsity.shared_cett import SharedCett, Sparse, in_float32, largest_cett, sequence
+from actkit.sparsity.sparsing_law.cett import Method
+from actkit.sparsity.sparsing_law.shared_cett import SharedCett, Sparse, in_float32, largest_cett, sequence
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

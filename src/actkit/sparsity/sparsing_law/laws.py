@@ -5,7 +5,7 @@
     shape:  A0(r) = intercept + slope * min(r, bottleneck)      r = hidden size / number of layers
 
 D: training tokens, in billions inside the law (so that coefficients compare with the paper's), in tokens everywhere
-else. A: PPL-p% activation ratios (`sparsing_law.py`), shares in 0 to 1.
+else. A: PPL-p% activation ratios (`perplexity_sparsity.py`), shares in 0 to 1.
 
 Cost: milliseconds. The paper fits with Levenberg-Marquardt; here it is scipy's trust-region method, as it keeps the
 bounds alpha > 0, c > 0 and 0 < A0 < 1, from several starts, on tokens divided by their geometric mean: over decades of

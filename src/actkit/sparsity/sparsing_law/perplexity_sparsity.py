@@ -37,8 +37,8 @@ from actkit.core.model.anatomy import Block, Linear
 from actkit.core.recipe.seen import Seen, Trial
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
-from actkit.sparsity.cett import Method
-from actkit.sparsity.shared_cett import SharedCett, in_float32, largest_cett, selection
+from actkit.sparsity.sparsing_law.cett import Method
+from actkit.sparsity.sparsing_law.shared_cett import SharedCett, in_float32, largest_cett, selection
 
 
 class PerplexitySparsity(Transform):

@@ -31,7 +31,7 @@ from actkit.core.model.anatomy import Anatomy, Site
 from actkit.core.train.objective import Loss, Objective
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import Density, Sample
-from actkit.sparsity.shared_cett import SharedCett, in_float32, measure, ratios, sequence
+from actkit.sparsity.sparsing_law.shared_cett import SharedCett, in_float32, measure, ratios, sequence
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

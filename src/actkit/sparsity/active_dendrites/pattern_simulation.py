@@ -27,8 +27,8 @@ from actkit.core.ground.figure_text import plain
 from actkit.core.ground.progress import track
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import Sample
-from actkit.sparsity.active_dendrites import DendriticSegments, sparse_code
-from actkit.sparsity.pattern_theory import false_positive
+from actkit.sparsity.active_dendrites.pattern_theory import false_positive
+from actkit.sparsity.active_dendrites.segments import DendriticSegments, sparse_code
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

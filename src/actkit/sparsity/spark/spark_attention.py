@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from actkit.sparsity.statistical_top_k import statistical_topk
+from actkit.sparsity.spark.statistical_top_k import statistical_topk
 
 Rotary = tuple[Tensor, Tensor]
 

@@ -46,8 +46,8 @@ from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import Quantiles, Statistic
-from actkit.sparsity.rank_search import Evolution, evolve
-from actkit.sparsity.wina import column_norms
+from actkit.sparsity.r_sparse.rank_search import Evolution, evolve
+from actkit.sparsity.wina.wina import column_norms
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Factors = Callable[[Linear, int], tuple[Tensor, Tensor]]

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from actkit.sparsity.hypergeometric import log_hazard
-from actkit.sparsity.pattern_theory import DENSE, overlap_probability
+from actkit.sparsity.active_dendrites.hypergeometric import log_hazard
+from actkit.sparsity.active_dendrites.pattern_theory import DENSE, overlap_probability
 
 REJECTED = -1  # the label and the segment of a code that matches nothing
 

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from actkit.sparsity.hypergeometric import (
+from actkit.sparsity.active_dendrites.hypergeometric import (
     Form,
     entrywise,
     exact_share,

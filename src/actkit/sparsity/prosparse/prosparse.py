@@ -33,7 +33,7 @@ from actkit.core.model.anatomy import Anatomy, Site, anatomy
 from actkit.core.recipe.rule import TrainingRule
 from actkit.core.train.rules import refuse_reentrant_checkpointing
 from actkit.core.watch.capture import resolve
-from actkit.sparsity.activation_penalty import ActivationPenalty, AttachedPenalty, token_rows
+from actkit.sparsity.prosparse.activation_penalty import ActivationPenalty, AttachedPenalty, token_rows
 
 
 class Stages(NamedTuple):

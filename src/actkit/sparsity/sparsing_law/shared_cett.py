@@ -1,6 +1,6 @@
 """Let all layers drop neurons up to one CETT, and search the largest that the loss allows (2024, arXiv:2411.02335).
 
-This is what `sparsing_law.py` applies and `ppl_sparsity.py` reports.
+This is what `perplexity_sparsity.py` applies and `ppl_sparsity.py` reports.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from actkit.core.model.anatomy import Anatomy, Linear, Site, anatomy
 from actkit.core.train.objective import Loss, Objective
 from actkit.core.watch.capture import observe, opened_experts, record
 from actkit.core.watch.statistics import Density, Sample, Statistic
-from actkit.sparsity.cett import CettCurve, Method
+from actkit.sparsity.sparsing_law.cett import CettCurve, Method
 
 RESOLUTION = 1e-6  # of the shared CETT
 TRIES = 20  # of false position; then bisection, which no noise can hold up

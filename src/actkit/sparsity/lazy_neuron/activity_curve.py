@@ -13,7 +13,7 @@ from actkit.core.forward.batch import sequence_of
 from actkit.core.ground.errors import DataError
 from actkit.core.ground.figure_text import all_plain, plain
 from actkit.core.ground.progress import track
-from actkit.sparsity.neuron_activity import HIDDEN, NeuronActivity, neuron_activity, plotly
+from actkit.sparsity.lazy_neuron.neuron_activity import HIDDEN, NeuronActivity, neuron_activity, plotly
 from actkit.zoo import Checkpoint
 from actkit.zoo.loading import load
 

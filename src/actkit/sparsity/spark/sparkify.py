@@ -38,8 +38,8 @@ from actkit.core.recipe.runner import apply_edits
 from actkit.core.recipe.seen import Seen
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
-from actkit.sparsity.spark_attention import SparkAttention
-from actkit.sparsity.statistical_top_k import StatisticalTopK, keeps_zero
+from actkit.sparsity.spark.spark_attention import SparkAttention
+from actkit.sparsity.spark.statistical_top_k import StatisticalTopK, keeps_zero
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig

@@ -8,7 +8,7 @@ do not want to train. One number, 0.3 to 0.5 to begin with. If the activation gi
 nothing.
 Cost: one comparison per channel; the gate is computed in full, so the mask is exact and no predictor is needed. If
 g_j = 0, row j of W_up and column j of W_down need not be read: a decode step reads (1 + 2 (1 - k)) / 3 of the MLP's
-weights, 67 % at k = 0.5. `gate_sparsity` (`sparsity/gate_sparsity.py`) measures what is reached. In the paper half of
+weights, 67 % at k = 0.5. `gate_sparsity` measures what is reached. In the paper half of
 the gate values can go without training; at 70 % and more `finetune` recovers part of the loss.
 Settled here: ties are kept, as in the paper (the release drops |f| <= t); quantiles are exact to 1/512 of their value,
 while the release's bins are 0.002 wide and end at 1, so that a layer of larger values saturates and one of small values
