@@ -23,7 +23,7 @@ from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
 from actkit.core.watch.statistics import Gram, Moments
 from actkit.quantization.awq import Awq
-from actkit.sparsity.rotate_columns import RotateColumns
+from actkit.sparsity.wina.rotate_columns import RotateColumns
 
 EXPERTS = 4
 ATTENTION = HIDDEN * (2 * HIDDEN + 2 * HIDDEN // 2)  # query, output; key and value have half the heads
