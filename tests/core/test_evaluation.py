@@ -97,7 +97,7 @@ def test_the_parts_are_those_of_their_functions(tmp_path):
         "perplexity ratio",
         "weights read per token",
         "of the original",
-        "inputs that are read",
+        "inputs read by layers that choose some",
         "Writes: 4 greedy texts of 32 tokens",
         "torch " + versions()["torch"],
         "seed 3",
