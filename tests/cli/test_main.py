@@ -154,7 +154,7 @@ def test_papers(run):
         (["apply", "FOLDER", "--recipe", "awk", "--out", "OUT"], "'awk' is not known. Did you mean awq"),
         (["apply", "FOLDER", "--recipe", "nothing.yaml", "--out", "OUT"], "there is no file nothing.yaml"),
         (["apply", "FOLDER", "--recipe", "rtn", "--out", "FOLDER"], "exists already"),
-        (["apply", "FOLDER", "--recipe", "rtn", "--out", "OUT"], "does not divide"),
+        (["apply", "FOLDER", "--recipe", "UNEVEN", "--out", "OUT"], "does not divide"),
         (["apply", "FOLDER", "--recipe", "wina", "--out", "OUT", "--length", "512"], "context of 64 tokens"),
         (["apply", "FOLDER", "--recipe", "wina", "--out", "OUT", "--data", "no.txt"], "'no.txt' does not exist"),
         (
@@ -173,7 +173,10 @@ def test_papers(run):
 )
 def test_bad_input_is_one_line_and_exit_code_1(run, folder, tmp_path, monkeypatch, arguments, words):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    filled = [{"FOLDER": folder, "OUT": tmp_path / "out"}.get(argument, argument) for argument in arguments]
+    uneven = tmp_path / "uneven.yaml"
+    uneven.write_text("actkit: 1\ntransforms:\n  - rtn: {group_size: 7}\n")
+    places = {"FOLDER": folder, "OUT": tmp_path / "out", "UNEVEN": uneven}
+    filled = [places.get(argument, argument) for argument in arguments]
     code, text, err = run(*filled)
     assert (code, text) == (1, "") and words in err and "Traceback" not in err
     assert not (tmp_path / "out").exists()

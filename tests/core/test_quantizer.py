@@ -8,6 +8,7 @@ import torch
 from torch.ao.quantization.observer import PerChannelMinMaxObserver
 
 from actkit.core.layers.quantizer import QuantizationGrid, pack_nibbles, parcels, unpack_nibbles
+from actkit.core.layers.weights import IntegerWeight
 
 
 def by_hand(weight: np.ndarray, bits: int, size: int, axis: str, symmetric: bool, convention: str):
@@ -179,6 +180,22 @@ def test_nibbles(shape):
 def test_bad_settings(settings, text):
     with pytest.raises(ValueError, match=text):
         QuantizationGrid(**settings)
+
+
+@pytest.mark.parametrize(
+    ("length", "size"), [(4096, 128), (192, 64), (576, 64), (96, 32), (48, 16), (128, -1), (16, -1), (20, -1), (17, -1)]
+)
+@pytest.mark.parametrize("axis", ["input", "output"])
+def test_auto_takes_the_largest_group_that_divides(length, size, axis):
+    """As a grid that states that number."""
+    shape = (3, length) if axis == "input" else (length, 3)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    auto, stated = QuantizationGrid(4, "auto", axis), QuantizationGrid(4, size, axis)
+    assert auto.of(*shape) == stated and auto.fits(*shape) is None
+    assert auto.parameter_shape(*shape) == stated.parameter_shape(*shape)
+    assert torch.equal(auto.fake(weight), stated.fake(weight))
+    stored = IntegerWeight.quantize(weight, auto)
+    assert stored.grid == stated and torch.equal(stored.dequantize(), stated.fake(weight))
 
 
 @pytest.mark.parametrize(("axis", "length"), [("input", 20), ("output", 12)])

@@ -449,8 +449,8 @@ def test_settings_and_groups_are_checked() -> None:
         with pytest.raises(ValidationError, match=text):
             Awq(**settings)
     model = tiny_model("llama")
-    with pytest.raises(ValueError, match=r"q_proj: group_size: 128 does not divide the 16 inputs; choose a divisor"):
-        apply(model, Awq(), tiny_batches("llama"), progress=False)
+    with pytest.raises(ValueError, match=r"q_proj: group_size: 7 does not divide the 16 inputs; choose a divisor"):
+        apply(model, Awq(group_size=7), tiny_batches("llama"), progress=False)
     assert not any(isinstance(module, ActLinear) for module in model.modules())
 
 

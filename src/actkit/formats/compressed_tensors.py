@@ -57,7 +57,7 @@ class Scheme:
     def of(cls, weight: IntegerWeight, activations: Activations | None) -> Scheme:
         """The scheme of a quantized weight, with the activations that go with it."""
         bits = 8 if activations is not None or weight.grid.bits > 4 else 4
-        size = weight.grid.group_size
+        size = weight.grid.size(weight.shape[1])  # only groups along the inputs are exported
         return cls(bits, weight.grid.symmetric, -1 if size == weight.shape[1] else size, activations)
 
     @property

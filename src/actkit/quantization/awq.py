@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import inf, isfinite
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -54,7 +54,8 @@ class Awq(Transform):
 
     Attributes:
         bits: 2 to 8.
-        group_size: consecutive inputs per scale, must divide the layer; -1 a whole row.
+        group_size: consecutive inputs per scale, must divide the layer; -1 a whole row; 'auto' the largest of 128, 64,
+            32 and 16 that divides it.
         symmetric: no zero point.
         n_grid: scales tried.
         duo_scaling: s = m^r / (w^(1-r) + 1e-4) with the mean relative weight w.
@@ -70,7 +71,7 @@ class Awq(Transform):
     """
 
     bits: int = Field(4, ge=2, le=8)
-    group_size: int = Field(128, ge=-1)
+    group_size: Annotated[int, Field(ge=-1)] | Literal["auto"] = "auto"
     symmetric: bool = False
     n_grid: int = Field(20, ge=1, le=200)
     duo_scaling: bool = False
@@ -249,7 +250,7 @@ def _normalised(scale: Tensor) -> Tensor:
 
 def _relative_weight(weight: Tensor, grid: QuantizationGrid) -> Tensor:
     """Return the mean over rows of |w| over the largest |w| of its group: [in]."""
-    size = weight.shape[1] if grid.group_size == -1 else grid.group_size
+    size = grid.size(weight.shape[1])
     groups = weight.abs().reshape(weight.shape[0], -1, size)
     return (groups / (groups.amax(-1, keepdim=True) + 1e-6)).reshape(weight.shape).mean(0)
 
@@ -317,7 +318,7 @@ def search_clip(weight: Tensor, x: Tensor, grid: QuantizationGrid) -> Tensor:
     Returns:
         [out, groups, 1].
     """
-    size = weight.shape[1] if grid.group_size == -1 else grid.group_size
+    size = grid.size(weight.shape[1])
     columns = x.unflatten(1, (-1, size)).transpose(0, 1)  # [groups, tokens, size]
     # |x d|^2 = |R d|^2 for x = Q R: at most `size` products per weight in place of one per token
     root = torch.linalg.qr(columns, mode="r").R.mT

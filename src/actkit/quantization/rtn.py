@@ -12,7 +12,7 @@ know) or along the output (one scale per input channel and group of outputs).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -35,7 +35,8 @@ class RoundToNearest(Transform):
 
     Attributes:
         bits: 2 to 8.
-        group_size: weights per scale, -1 for a whole row or column; must divide the layer.
+        group_size: weights per scale, must divide the layer; -1 for a whole row or column; 'auto' the largest of 128,
+            64, 32 and 16 that divides it.
         group_axis: along 'input' or 'output'.
         symmetric: no zero point.
         convention: "llm-awq" for the grid of AWQ's release.
@@ -45,7 +46,7 @@ class RoundToNearest(Transform):
     """
 
     bits: int = Field(4, ge=2, le=8)
-    group_size: int = Field(128, ge=-1)
+    group_size: Annotated[int, Field(ge=-1)] | Literal["auto"] = "auto"
     group_axis: Literal["input", "output"] = "input"
     symmetric: bool = False
     convention: Convention = "zero_in_range"

@@ -112,7 +112,7 @@ def _integer_kind(stored: IntegerWeight, outputs: range | None, inputs: range | 
     grid, (n_out, n_in) = stored.grid, stored.shape
     by_input = grid.group_axis == "input"
     cut, length = (inputs or range(n_in), n_in) if by_input else (outputs or range(n_out), n_out)
-    old = length if grid.group_size == -1 else grid.group_size
+    old = grid.size(length)
     ends = list(range(old * (cut.start // old + 1), cut.stop, old))
     group = reduce(gcd, [end - cut.start for end in (*ends, cut.stop)])
     if not by_input:
@@ -136,7 +136,7 @@ def part_of(module: nn.Module, outputs: range | None = None, inputs: range | Non
     outputs, inputs = outputs or range(n_out), inputs or range(n_in)
     by_input = grid.group_axis == "input"
     cut, length = (inputs, n_in) if by_input else (outputs, n_out)
-    old = length if grid.group_size == -1 else grid.group_size
+    old = grid.size(length)
     codes = stored.codes[outputs.start : outputs.stop]
     codes = unpack_nibbles(codes, n_in) if grid.bits <= 4 else codes
     codes = codes[:, inputs.start : inputs.stop]

@@ -17,7 +17,7 @@ from 0, and groups below 1e-5, lose what they hold.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,6 +27,7 @@ RELEASE_RANGE = 1e-5  # the smallest range of a group in llm-awq
 
 GroupAxis = Literal["input", "output"]
 Convention = Literal["zero_in_range", "llm-awq"]
+AUTO = (128, 64, 32, 16)  # the group sizes of "auto", the first that divides the layer
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,15 @@ class QuantizationGrid:
 
     Attributes:
         bits: 2 to 8.
-        group_size: weights per scale; -1 takes the whole row (or column).
+        group_size: weights per scale; -1 takes the whole row (or column); 'auto' is the largest of 128, 64, 32 and 16
+            that divides it, the whole row if none does.
         group_axis: the dimension that groups lie along, 'input' or 'output'.
         symmetric: whether the range is as large below 0 as above, so that there is no zero point.
         convention: how a group's range is found, see above; what codes and parameters stand for is the same in both.
     """
 
     bits: int
-    group_size: int = -1
+    group_size: int | Literal["auto"] = -1
     group_axis: GroupAxis = "input"
     symmetric: bool = False
     convention: Convention = "zero_in_range"
@@ -50,8 +52,10 @@ class QuantizationGrid:
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits: {self.bits} was given, allowed are 2 to 8.")
-        if self.group_size != -1 and self.group_size < 1:
-            raise ValueError(f"group_size: {self.group_size} was given; give a positive number, or -1 for a whole row.")
+        if isinstance(self.group_size, int) and self.group_size != -1 and self.group_size < 1:
+            raise ValueError(
+                f"group_size: {self.group_size} was given; give a positive number, -1 for a whole row, or 'auto'."
+            )
         if self.group_axis not in ("input", "output"):
             raise ValueError(f"group_axis: {self.group_axis!r} was given, allowed are 'input' and 'output'.")
         if self.convention not in ("zero_in_range", "llm-awq"):
@@ -62,10 +66,24 @@ class QuantizationGrid:
         """The largest code, 2^bits - 1."""
         return 2**self.bits - 1
 
+    def size(self, length: int) -> int:
+        """Return how many weights of a row (or column) of this length share a scale."""
+        if self.group_size == "auto":
+            return next((size for size in AUTO if length % size == 0), length)
+        return length if self.group_size == -1 else self.group_size
+
+    def of(self, out_features: int, in_features: int) -> QuantizationGrid:
+        """Return the grid of a weight [out_features, in_features], its group size as a number."""
+        if self.group_size != "auto":
+            return self
+        length = in_features if self.group_axis == "input" else out_features
+        size = self.size(length)
+        return replace(self, group_size=-1 if size == length else size)
+
     def fits(self, out_features: int, in_features: int) -> str | None:
         """Why a weight [out_features, in_features] cannot be cut into these groups, or None."""
         length = in_features if self.group_axis == "input" else out_features
-        if self.group_size != -1 and length % self.group_size:
+        if length % self.size(length):
             return (
                 f"group_size: {self.group_size} does not divide the {length} {self.group_axis}s; "
                 f"choose a divisor of {length}, or -1 for whole rows"
@@ -86,8 +104,8 @@ class QuantizationGrid:
         if reason:
             raise ValueError(reason + ".")
         if self.group_axis == "input":
-            return out_features, 1 if self.group_size == -1 else in_features // self.group_size
-        return 1 if self.group_size == -1 else out_features // self.group_size, in_features
+            return out_features, in_features // self.size(in_features)
+        return out_features // self.size(out_features), in_features
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Find codes and parameters of a weight.
@@ -146,8 +164,7 @@ class QuantizationGrid:
         if reason:
             raise ValueError(reason + ".")
         rows = weight if self.group_axis == "input" else weight.t()
-        size = rows.shape[1] if self.group_size == -1 else self.group_size
-        return rows.reshape(rows.shape[0], -1, size)
+        return rows.reshape(rows.shape[0], -1, self.size(rows.shape[1]))
 
 
 def parcels(tensor: Tensor, values: int = 1 << 20) -> tuple[Tensor, ...]:

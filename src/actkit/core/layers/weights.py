@@ -166,7 +166,7 @@ class IntegerWeight(WeightStorage):
         Raises:
             ValueError: the groups do not fit.
         """
-        weight = weight.detach()
+        weight, grid = weight.detach(), grid.of(*weight.shape)
         codes, scale, zero = grid.quantize(weight)
         if grid.bits <= 4:
             codes = pack_nibbles(codes)
