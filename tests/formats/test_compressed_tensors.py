@@ -246,7 +246,7 @@ def test_files_are_plain(exported):
 def test_the_proof_compares(monkeypatch, tmp_path):
     """With the outputs of a fresh process given: equal passes, another model's is an error."""
     model = changed("llama", "rtn", GROUPS)
-    right = expected_outputs(model, reading.Inputs.of(model).batch(reading.ROWS))
+    right = expected_outputs(model, reading.make_example(model, reading.ROWS))
     monkeypatch.setattr(reading, "read_back", lambda cases: [right + 1e-6])
     report = export(model, tmp_path / "right")
     assert report.reading.passed and "without actkit computes the same" in report.reading.describe()
