@@ -30,6 +30,7 @@ from transformers import (
 from actkit.catalogue import papers
 from actkit.core.ground import registry
 from actkit.core.ground.errors import DataError, MemoryLimitError
+from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import AbsMax, Density, Moments, Quantiles, Sample, Spectrum
 from actkit.search.profile import SITES, find, in_blocks, profile, snr, spread
 from actkit.search.results import Finding, Profile, SiteProfile, WeightProfile
@@ -325,6 +326,18 @@ def test_what_experts_read_counts_as_read_though_no_scale_can_move():
     found = [finding for finding in seen.findings if finding.site == "mlp.input of block 1"]
     assert "1 (4)" in found[0].what and "awq cannot" in found[0].suggestion
     assert not any("below 1 %" in finding.what for finding in found)
+
+
+def test_a_site_outside_of_all_blocks_is_recorded_too():
+    """As by `record`, which runs the whole model."""
+    model, data = build("llama"), batches("llama")
+    seen = profile(model, data, sites=["layer.input:lm_head"], progress=False)
+    (site,) = [site for site in seen.sites if site.site == "layer.input:lm_head"]
+    expected = record(model, {"layer.input:lm_head": [AbsMax(), Density()]}, data, progress=False)
+    largest, density = expected["layer.input:lm_head"]
+    assert site.block is None and site.channels == 32
+    assert site.largest == float(largest.overall) and site.density == float(density.density)
+    assert len(seen.sites) == len(profile(model, data, progress=False).sites) + 1
 
 
 def test_spectra_are_left_out_within_a_small_memory_and_that_is_said():

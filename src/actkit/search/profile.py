@@ -18,6 +18,7 @@ from actkit.core.edit.edits import Replace, temporarily
 from actkit.core.forward.batch import BatchContext
 from actkit.core.ground.errors import DataError
 from actkit.core.ground.memory import MemoryPlan, parse_bytes
+from actkit.core.ground.modules import is_within
 from actkit.core.ground.offload import onloaded, refuse_offloaded
 from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.model.anatomy import Anatomy, Block, Linear, Site, equalization_sets
@@ -166,8 +167,7 @@ def _block_of(view: Anatomy, site: Site) -> int | None:
     """The block in which a site is read; None for stem and head."""
     if site.block is not None:
         return site.block
-    holding = (b.index for b in view.blocks if b.path == "" or (site.path or "").startswith(b.path + "."))
-    return next(holding, None)
+    return next((block.index for block in view.blocks if is_within(site.path or "", block.path)), None)
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class _Plan:
         """Spectra, narrow sites first, as long as there is room; of some blocks, evenly spread.
 
         Raises:
-            MemoryLimitError: the rest of a block needs more than `max_memory`.
+            MemoryLimitError: what else is recorded of a block needs more than `max_memory`.
         """
         widths: dict[int | None, dict[Site, int]] = {block.index: _widths(view, block) for block in blocks}
         for site, width in further.items():

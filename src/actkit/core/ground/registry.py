@@ -118,12 +118,16 @@ def module_class(name: str) -> Any:
     Raises:
         RecipeError: as in `method_class`.
     """
-    wanted = "a torch.nn.Module with spec() and from_spec()"
-    return _class(MODULES, name, wanted, lambda found: issubclass(found, nn.Module) and _has_spec(found))
+    return _module_class(MODULES, name)
 
 
-def _has_spec(found: type) -> bool:
-    return hasattr(found, "spec") and hasattr(found, "from_spec")
+def _module_class(group: str, name: str) -> Any:
+    """The class of a module that a file names and describes."""
+
+    def fits(found: type) -> bool:
+        return issubclass(found, nn.Module) and hasattr(found, "spec") and hasattr(found, "from_spec")
+
+    return _class(group, name, "a torch.nn.Module with spec() and from_spec()", fits)
 
 
 def module_name(cls: type) -> str:
@@ -140,8 +144,7 @@ def weight_class(kind: str) -> Any:
     Raises:
         RecipeError: as in `method_class`.
     """
-    wanted = "a torch.nn.Module with spec() and from_spec()"
-    return _class(WEIGHTS, kind, wanted, lambda found: issubclass(found, nn.Module) and _has_spec(found))
+    return _module_class(WEIGHTS, kind)
 
 
 def selection_class(kind: str) -> Any:
@@ -153,8 +156,7 @@ def selection_class(kind: str) -> Any:
     Raises:
         RecipeError: as in `method_class`.
     """
-    wanted = "a torch.nn.Module with spec() and from_spec()"
-    return _class(SELECTIONS, kind, wanted, lambda found: issubclass(found, nn.Module) and _has_spec(found))
+    return _module_class(SELECTIONS, kind)
 
 
 def function_names() -> list[str]:
@@ -194,8 +196,7 @@ def model_class(name: str) -> Any:
     Raises:
         RecipeError: an unknown name, one that two packages claim, or a broken plug-in.
     """
-    wanted = "a torch.nn.Module with spec() and from_spec()"
-    return _class(MODELS, name, wanted, lambda found: issubclass(found, nn.Module) and _has_spec(found))
+    return _module_class(MODELS, name)
 
 
 def model_name(cls: type) -> str | None:
