@@ -41,7 +41,7 @@ from actkit.core.layers.selections import Threshold
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.ground.machine import versions
 from actkit.core.ground.memory import release_memory
-from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.watch.statistics import Quantiles
 from actkit.runtime.decoder import Decoder
 from actkit.testing.random_llama import random_llama
@@ -172,7 +172,7 @@ def _quantiles(model: nn.Module, vocabulary: int) -> dict[str, Quantiles]:
 def _changed(linear: nn.Linear, bits: int, selects: bool) -> ActLinear:
     weight = None
     if bits < 16:
-        weight = IntegerWeight.quantize(linear.weight, QuantizationGrid(bits, 128, "output", symmetric=True))
+        weight = IntegerWeight.quantize(linear.weight, IntegerGrid(bits, 128, "output", symmetric=True))
     return ActLinear.of(linear, weight=weight, select=Threshold(0.0) if selects else None)
 
 

@@ -38,9 +38,9 @@ from transformers import (
     ViTModel,
 )
 
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.ground.errors import CoverageError, UnsupportedModelError
 from actkit.core.layers.linear import ActLinear
-from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.layers.selections import Threshold
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import (
@@ -506,7 +506,7 @@ def test_a_changed_model_reads_like_its_base() -> None:
     model = llama()
     view = anatomy(model)
     down = view.blocks[0].mlp.down
-    weight = IntegerWeight.quantize(down.weight, QuantizationGrid(4, 8))
+    weight = IntegerWeight.quantize(down.weight, IntegerGrid(4, 8))
     model.model.layers[0].mlp.down_proj = ActLinear.of(down, weight=weight, select=Threshold(0.1))
     model.model.layers[0].mlp.act_fn = nn.Sequential(nn.SiLU(), nn.Identity())
     model.config.model_type = "actkit_llama"

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import actkit
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.ground.errors import CoverageError
 from actkit.core.layers.conv import ActConv
-from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.layers.weights import DenseWeight, IntegerWeight
 from actkit.core.measure.cost import measure_cost
 from actkit.core.model.anatomy import anatomy
@@ -38,7 +38,7 @@ def images(layer: nn.Module) -> torch.Tensor:
 def test_it_computes_what_torch_does_with_the_rounded_weight(layer):
     x = images(layer)
     assert torch.equal(ActConv.of(layer)(x), layer(x))
-    grid = QuantizationGrid(4, -1)
+    grid = IntegerGrid(4, -1)
     found = ActConv.of(layer, weight=IntegerWeight.quantize(layer.weight.flatten(1), grid))
     # by hand, in float64: each output's kernel between its smallest and largest value (0 included), in 15 steps
     weight = layer.weight.detach().double().flatten(1)

@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from actkit.core.edit.edits import set_module
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.ground.errors import DataError, NonFiniteError
 from actkit.core.layers.activations import Thresholded
 from actkit.core.layers.linear import ActLinear, LowRank
-from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.layers.selections import Threshold, TopK
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.measure.cost import folder_bytes, measure_cost
@@ -242,7 +242,7 @@ def test_storage_scores_corrections_and_biases() -> None:
     dense = measure_cost(model)
     path, out, width = "transformer.h.0.mlp.c_proj", HIDDEN, 4 * HIDDEN
     source = ActLinear.of(model.get_submodule(path))
-    integers = IntegerWeight.quantize(source.dequantized(), QuantizationGrid(4, 8, "input", symmetric=False))
+    integers = IntegerWeight.quantize(source.dequantized(), IntegerGrid(4, 8, "input", symmetric=False))
     stored = out * width // 2 + (4 + 1) * out * (width // 8)  # codes, float32 scales and byte zeros
     low_rank = LowRank(torch.randn(out, 2), torch.randn(2, width))
     changed = ActLinear.of(source, weight=integers, select=TopK(16, torch.ones(width)), correction=low_rank)

@@ -22,11 +22,11 @@ from actkit.core.edit.edits import (
     replay,
     temporarily,
 )
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.ground.errors import EditError, RecipeError
 from actkit.core.ground.modules import tied_names
 from actkit.core.layers.folding import ScaledActivation
 from actkit.core.layers.linear import ActLinear
-from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.layers.selections import Threshold
 from actkit.core.layers.weights import IntegerWeight
 
@@ -37,7 +37,7 @@ NORM = "model.layers.0.input_layernorm.weight"
 def edits(model: nn.Module) -> list[Any]:
     """One of each kind, some on top of others."""
     gate = model.get_submodule(GATE)
-    rounded = ActLinear.of(gate, weight=IntegerWeight.quantize(gate.weight, QuantizationGrid(4, 8)))
+    rounded = ActLinear.of(gate, weight=IntegerWeight.quantize(gate.weight, IntegerGrid(4, 8)))
     act = model.get_submodule("model.layers.1.mlp.act_fn")
     return [
         Set(NORM, torch.full((HIDDEN,), 0.5)),

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.ground.errors import UnsupportedModelError
 from actkit.core.layers.layer_weight import LayerWeight
 from actkit.core.layers.linear import ActLinear, LowRank
-from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.layers.selections import Threshold
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.recipe.runner import apply
@@ -20,7 +20,7 @@ from actkit.functions.swap import swap
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.teal import Teal
 
-GRID = QuantizationGrid(4, 8)
+GRID = IntegerGrid(4, 8)
 WIDTH = 16
 
 

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.layers.keeps_dtype import KeepsDtype
 from actkit.core.layers.linear import ActLinear, LowRank, pack_for_decode
-from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.layers.selections import Threshold, TopK
 from actkit.core.layers.weights import DenseWeight, IntegerWeight
 
 OUT, IN, RANK = 9, 14, 3
 GRIDS = {
     "dense": None,
-    "int8": QuantizationGrid(8, 7),
-    "int4": QuantizationGrid(4, -1),
-    "int3_outputs": QuantizationGrid(3, 3, "output"),
-    "int4_symmetric": QuantizationGrid(4, 2, "input", True),
+    "int8": IntegerGrid(8, 7),
+    "int4": IntegerGrid(4, -1),
+    "int3_outputs": IntegerGrid(3, 3, "output"),
+    "int4_symmetric": IntegerGrid(4, 2, "input", True),
 }
 SELECTS = ("none", "threshold", "scored_threshold", "top_k", "scored_top_k")
 CORRECTIONS = ("none", "all", "dropped")
@@ -186,7 +186,7 @@ def test_packed_integers_are_the_product_with_what_the_codes_stand_for(weight, s
     assert grown.grad is not None
 
 
-@pytest.mark.parametrize("grid", [QuantizationGrid(4, 32), QuantizationGrid(8, -1), QuantizationGrid(3, 5, "output")])
+@pytest.mark.parametrize("grid", [IntegerGrid(4, 32), IntegerGrid(8, -1), IntegerGrid(3, 5, "output")])
 def test_a_large_weight_is_widened_piece_by_piece_alike(grid):
     weight = torch.randn(1030, 512, generator=torch.Generator().manual_seed(0))
     for dtype in (torch.float32, torch.bfloat16):
@@ -280,7 +280,7 @@ def test_the_grid_is_kept_and_that_of_earlier_versions_is_known():
     spec = layer("int4").spec()
     assert ActLinear.from_spec(spec).storage.grid == GRIDS["int4"]
     del spec["weight"]["convention"]
-    assert ActLinear.from_spec(spec).storage.grid == QuantizationGrid(4, -1, convention="llm-awq")
+    assert ActLinear.from_spec(spec).storage.grid == IntegerGrid(4, -1, convention="llm-awq")
 
 
 def test_weights_and_biases_are_shared_not_copied():

@@ -9,8 +9,8 @@ from torch import nn
 
 from actkit.core.forward import outputs
 from actkit.core.forward.outputs import BeforeHead, Outputs, Whole, find_head
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.layers.linear import ActLinear
-from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.layers.weights import IntegerWeight, widened
 from actkit.core.measure.quality import measure_quality
 from actkit.core.measure.tasks import predictions
@@ -91,7 +91,7 @@ def test_logits_that_are_changed_after_the_head_are_taken_as_they_are():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_widened_weights_give_the_same_and_are_dropped(bits):
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    layer = ActLinear(IntegerWeight.quantize(weight, QuantizationGrid(bits, 32)))
+    layer = ActLinear(IntegerWeight.quantize(weight, IntegerGrid(bits, 32)))
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     expected = layer(x)
     with pytest.raises(ZeroDivisionError), widened(layer):

@@ -10,10 +10,10 @@ import torch
 from tiny_models import HIDDEN, INNER, LAYERS, batches, bits, build, snapshot
 from torch import nn
 
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.ground.errors import CoverageError, EditError, MemoryLimitError
 from actkit.core.ground.memory import parameter_bytes
 from actkit.core.layers.linear import ActLinear
-from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import Block, Linear, Site, anatomy
 from actkit.core.model.experts import ExpertList
@@ -119,7 +119,7 @@ def test_changed_layers_count_as_before(rounded):
     model = build("llama")
     expected = plan(model, Everything()).coverage
     for linear in [linear for block in anatomy(model).blocks for linear in block.linears()]:
-        stored = IntegerWeight.quantize(linear.weight, QuantizationGrid(4, -1)) if rounded else None
+        stored = IntegerWeight.quantize(linear.weight, IntegerGrid(4, -1)) if rounded else None
         parent, _, name = linear.path.rpartition(".")
         setattr(model.get_submodule(parent), name, ActLinear.of(linear, weight=stored))
     assert plan(model, Everything()).coverage == expected
@@ -242,5 +242,5 @@ def test_parameter_bytes_count_ties_once():
     model = build("llama", tie_word_embeddings=True)
     per_block = ATTENTION + GATED + NORMS
     assert parameter_bytes(model) == 4 * (LAYERS * per_block + 50 * HIDDEN + HIDDEN)
-    layer = ActLinear.of(nn.Linear(8, 4), weight=IntegerWeight.quantize(torch.ones(4, 8), QuantizationGrid(4)))
+    layer = ActLinear.of(nn.Linear(8, 4), weight=IntegerWeight.quantize(torch.ones(4, 8), IntegerGrid(4)))
     assert parameter_bytes(layer) == 4 * 4 + 4 * (4 + 1) + 4 * 4

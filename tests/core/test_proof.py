@@ -23,9 +23,9 @@ from transformers import (
 
 from actkit.core.edit.edits import Replace, apply_edit, describe
 from actkit.core.forward.example import Inputs
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.ground.errors import DataError, FreshProcessError
 from actkit.core.layers.linear import ActLinear
-from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.layers.selections import Threshold
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.measure.fresh import FreshProcess
@@ -67,7 +67,7 @@ def _build(kind: str) -> Any:
 
 def change(model: nn.Module, path: str) -> nn.Module:
     linear = model.get_submodule(path)
-    weight = IntegerWeight.quantize(linear.weight, QuantizationGrid(4, 8, "input", symmetric=False))  # type: ignore[arg-type]
+    weight = IntegerWeight.quantize(linear.weight, IntegerGrid(4, 8, "input", symmetric=False))  # type: ignore[arg-type]
     edit = Replace(path, ActLinear.of(linear, weight=weight, select=Threshold(0.01)))
     apply_edit(model, edit)
     record(model, [describe(edit)], [], "test")

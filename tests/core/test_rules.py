@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from actkit.core.edit import changes
 from actkit.core.edit.edits import Edit, Replace, Set
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.ground.errors import CheckpointError, EditError, RecipeError, UnsupportedModelError
 from actkit.core.layers.linear import ActLinear
-from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.recipe.rule import AttachedRule, TrainingRule, dump_rules, parse_rules
 from actkit.core.recipe.runner import apply
@@ -388,7 +388,7 @@ class AttachedRounder(AttachedRule):
     def finish(self) -> Iterator[Edit]:
         for path in self.hooks:
             linear = self.model.get_submodule(path)
-            grid = QuantizationGrid(bits=4, group_size=8)
+            grid = IntegerGrid(bits=4, group_size=8)
             yield Replace(path, ActLinear.of(linear, weight=IntegerWeight.quantize(linear.weight, grid)))
         if not self.fits:
             yield Set("nothing", torch.ones(1))

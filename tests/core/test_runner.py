@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from actkit.core.edit import changes
 from actkit.core.edit.edits import Note, Replace, Set, Skip
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.ground import registry
 from actkit.core.ground.errors import CoverageError, DataError, EditError, MemoryLimitError
 from actkit.core.layers.linear import ActLinear
-from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import Block, Site, anatomy
 from actkit.core.model.experts import ExpertList
@@ -48,7 +48,7 @@ class Round(Transform):
         for linear in block.linears():
             if isinstance(linear.module, nn.Linear):  # in place first, as AWQ does
                 yield Set(f"{linear.path}.weight", linear.weight.detach() * 0.5)
-            stored = IntegerWeight.quantize(linear.weight, QuantizationGrid(4, -1))
+            stored = IntegerWeight.quantize(linear.weight, IntegerGrid(4, -1))
             yield Replace(linear.path, ActLinear.of(linear, weight=stored))
         yield Note(block.path, "rounded")
 
@@ -138,7 +138,7 @@ class Rounded(Transform):
         self.alive.append(sum(reference() is not None for reference in self.before))
         for linear in block.linears():
             self.before.append(weakref.ref(linear.module.weight))
-            weight = IntegerWeight.quantize(linear.weight, QuantizationGrid(4))
+            weight = IntegerWeight.quantize(linear.weight, IntegerGrid(4))
             yield Replace(linear.path, ActLinear.of(linear, weight=weight))
 
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from actkit.core.edit.edits import Replace, apply_edit, describe
 from actkit.core.forward.batch import first_tensor, forward
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.ground import registry
 from actkit.core.ground.errors import ActkitError
 from actkit.core.layers.linear import ActLinear, pack_for_decode
-from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.layers.selections import Selection
 from actkit.core.layers.weights import DenseWeight, IntegerWeight, WeightStorage, widened
 from actkit.core.measure.decoding import choose_engine
@@ -132,7 +132,7 @@ def test_where_it_is_not_registered_a_folder_says_so(tmp_path, registered, monke
         checkpoint.load(folder)
 
 
-@pytest.mark.parametrize("grid", [QuantizationGrid(4, 8), QuantizationGrid(8, -1, symmetric=True)])
+@pytest.mark.parametrize("grid", [IntegerGrid(4, 8), IntegerGrid(8, -1, symmetric=True)])
 def test_every_kind_comes_back_from_its_spec(grid):
     layer = nn.Linear(16, 8)
     for weight in (DenseWeight(layer.weight), IntegerWeight.quantize(layer.weight, grid)):

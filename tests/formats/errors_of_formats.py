@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from actkit.core.edit.edits import Replace, apply_edit, get_module
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.layers.linear import ActLinear, LowRank
-from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.layers.weights import IntegerWeight
 from actkit.formats import gguf_file, reading
 from actkit.formats.export import FORMATS, export
@@ -103,7 +103,7 @@ proof(lambda p: written(p, build("llama")))
 def two_kinds_of_weights(p: Place) -> None:
     model = run({"actkit": 1, "transforms": [{"rtn": {"bits": 4, "group_size": 8, "symmetric": False}}]}, None).model
     whole = get_module(model, QUERY).dequantized()
-    written(p, layer_with(model, weight=IntegerWeight.quantize(whole, QuantizationGrid(8, 8))))
+    written(p, layer_with(model, weight=IntegerWeight.quantize(whole, IntegerGrid(8, 8))))
 
 
 proof(lambda p: written(p, changed(), activations="int8"))

@@ -16,9 +16,9 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2Fo
 
 import actkit
 from actkit.core.edit.edits import Replace, apply_edit
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.ground.errors import CheckpointError, ExportError
 from actkit.core.layers.linear import ActLinear, LowRank
-from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.recipe.runner import apply
 from actkit.formats import reading
@@ -62,7 +62,7 @@ def changed(kind: str, method: str, settings: dict[str, Any], **config: Any) -> 
 def mixed() -> Any:
     """Layers of different kinds: 8 bits in one, groups along the outputs in another, a plain copy in a third."""
     model = changed("llama", "rtn", GROUPS)
-    for path, grid in (("0.self_attn.q_proj", QuantizationGrid(8, 4, "input", True)), ("1.mlp.up_proj", GRID_OUT)):
+    for path, grid in (("0.self_attn.q_proj", IntegerGrid(8, 4, "input", True)), ("1.mlp.up_proj", GRID_OUT)):
         layer = model.get_submodule(f"model.layers.{path}")
         weight = IntegerWeight.quantize(layer.dequantized(), grid)
         apply_edit(model, Replace(f"model.layers.{path}", ActLinear.of(layer, weight=weight)))
@@ -83,7 +83,7 @@ def swapped() -> Any:
     ).model
 
 
-GRID_OUT = QuantizationGrid(4, 8, "output")
+GRID_OUT = IntegerGrid(4, 8, "output")
 CASES = {  # name -> the model, activations, the share of the largest output by which readers may differ
     "tied": (lambda: changed("llama", "rtn", GROUPS), None, 1e-5),
     "zero points": (lambda: changed("llama", "awq", ZEROS, num_key_value_heads=4), None, 1e-5),
@@ -222,7 +222,7 @@ def test_the_package_unpacks_the_weight(bits, symmetric):
     from compressed_tensors.quantization import QuantizationScheme
 
     weight = torch.randn(10, 24, generator=torch.Generator().manual_seed(bits))
-    stored = IntegerWeight.quantize(weight, QuantizationGrid(bits, 8, "input", symmetric))
+    stored = IntegerWeight.quantize(weight, IntegerGrid(bits, 8, "input", symmetric))
     scheme = Scheme.of(stored, None)
     compressor = BaseCompressor.get_value_from_registry(scheme.format)
     found = compressor.decompress(
@@ -313,7 +313,7 @@ def two_kinds_with_zeros() -> Any:
     model = changed("llama", "rtn", {**GROUPS, "symmetric": False})
     path = "model.layers.0.self_attn.q_proj"
     layer = model.get_submodule(path)
-    weight = IntegerWeight.quantize(layer.dequantized(), QuantizationGrid(8, 8))
+    weight = IntegerWeight.quantize(layer.dequantized(), IntegerGrid(8, 8))
     apply_edit(model, Replace(path, ActLinear.of(layer, weight=weight)))
     return model
 

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 import actkit
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.ground.errors import ExportError
-from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.recipe.runner import apply
 from actkit.formats.export import export
@@ -180,7 +180,7 @@ def test_llama_cpp_reads_the_files(files):
 )
 def test_the_package_unpacks_the_blocks(bits, size, symmetric, kind):
     weight = torch.randn(6, 128, generator=torch.Generator().manual_seed(bits)) * 0.1
-    stored = IntegerWeight.quantize(weight, QuantizationGrid(bits, size, "input", symmetric))
+    stored = IntegerWeight.quantize(weight, IntegerGrid(bits, size, "input", symmetric))
     order = torch.tensor([3, 1, 2, 0, 5, 4])
     found, error = blocks(stored, order)
     values = gguf.quants.dequantize(found.data, gguf.GGMLQuantizationType[kind])
@@ -196,7 +196,7 @@ def test_the_package_unpacks_the_blocks(bits, size, symmetric, kind):
 
 
 def codes(weight: IntegerWeight) -> Tensor:
-    from actkit.core.layers.quantizer import unpack_nibbles
+    from actkit.core.grids.packing import unpack_nibbles
 
     return unpack_nibbles(weight.codes, weight.shape[1]) if weight.grid.bits <= 4 else weight.codes
 

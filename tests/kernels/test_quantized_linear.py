@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import check, dequantized, integer_weight, nibbles
 
-from actkit.core.layers.quantizer import QuantizationGrid
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.layers.weights import IntegerWeight
 from actkit.kernels import QuantizedWeight, compact, operators, pack_quantized, quantized_linear
 
@@ -164,7 +164,7 @@ def test_packing_loses_nothing(group, groups, other, bits, axis, zeros, threads)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [64, -1])
 def test_takes_what_the_quantizer_stores(axis, bits, symmetric, group):
-    held = IntegerWeight.quantize(torch.randn(192, 128), QuantizationGrid(bits, group, axis, symmetric))
+    held = IntegerWeight.quantize(torch.randn(192, 128), IntegerGrid(bits, group, axis, symmetric))
     packed = pack_quantized(held.codes, held.scale, held.zero, bits=bits, group_axis=axis)
     assert torch.equal(packed.dense(), held.dequantize())
 

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from actkit.core.edit.edits import temporarily
 from actkit.core.forward.batch import BatchContext
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.ground.errors import NonFiniteError, RecipeError
 from actkit.core.layers.folding import ScaledActivation
 from actkit.core.layers.linear import ActLinear
-from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import Linear, anatomy, equalization_sets
 from actkit.core.recipe.runner import apply
@@ -283,7 +283,7 @@ def test_a_norm_with_an_offset_keeps_it() -> None:
 def test_clip_search_is_brute_force_over_rows_and_groups(bits: int) -> None:
     generator = torch.Generator().manual_seed(5)
     weight, x = torch.randn(6, 24, generator=generator), torch.randn(50, 24, generator=generator)
-    bound = search_clip(weight, x, QuantizationGrid(bits, 8, convention="llm-awq"))
+    bound = search_clip(weight, x, IntegerGrid(bits, 8, convention="llm-awq"))
     assert bound.shape == (6, 3, 1)
     torch.testing.assert_close(bound[..., 0], clip_by_hand(weight, x, bits, 8))
     assert len({round(float(v), 3) for v in (bound[..., 0] / weight.abs().reshape(6, 3, 8).amax(-1)).flatten()}) > 2

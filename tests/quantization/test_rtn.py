@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from actkit.core.grids.packing import unpack_nibbles
 from actkit.core.layers.linear import ActLinear
-from actkit.core.layers.quantizer import unpack_nibbles
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.runner import apply
 from actkit.quantization.rtn import RoundToNearest

@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from actkit.core.edit.edits import set_module
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.ground.errors import DataError, MemoryLimitError, NonFiniteError, UnsupportedModelError
 from actkit.core.layers.activations import Thresholded
 from actkit.core.layers.linear import ActLinear, LowRank
-from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.layers.selections import Threshold
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.recipe.runner import apply
@@ -250,7 +250,7 @@ def test_changed_families(name, bits):
     apply(model, [Teal(sparsity=0.4)], [{"input_ids": IDS}], progress=False)
     for layer in model.modules():
         if bits is not None and isinstance(layer, ActLinear):
-            layer.storage = IntegerWeight.quantize(layer.storage.dequantize(), QuantizationGrid(bits, 32, "input"))
+            layer.storage = IntegerWeight.quantize(layer.storage.dequantize(), IntegerGrid(bits, 32, "input"))
     expected, decoder = reference(model), Decoder(model, threads=2, activations="float32")
     assert (stepped(decoder) - expected).norm() < 1e-4 * expected.norm()
     decoder.reset()
@@ -278,14 +278,14 @@ def test_one_thread():
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2, "num_key_value_heads": 2}
 GRIDS = [  # one per linear layer of two blocks
-    QuantizationGrid(4, 32, "input"),
-    QuantizationGrid(8, 64, "input", symmetric=True),
-    QuantizationGrid(3, -1, "input"),
-    QuantizationGrid(4, 128, "output"),
-    QuantizationGrid(8, 128, "output", symmetric=True),
-    QuantizationGrid(4, 16, "output"),
-    QuantizationGrid(8, 64, "output"),
-    QuantizationGrid(4, 4, "output"),  # groups that no kernel reads
+    IntegerGrid(4, 32, "input"),
+    IntegerGrid(8, 64, "input", symmetric=True),
+    IntegerGrid(3, -1, "input"),
+    IntegerGrid(4, 128, "output"),
+    IntegerGrid(8, 128, "output", symmetric=True),
+    IntegerGrid(4, 16, "output"),
+    IntegerGrid(8, 64, "output"),
+    IntegerGrid(4, 4, "output"),  # groups that no kernel reads
 ]
 
 
@@ -365,7 +365,7 @@ def test_thresholded_gates_beside_other_changes():
     torch.testing.assert_close(decoder(IDS[0].tolist()), expected[-1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("grid", [QuantizationGrid(4, 32, "input"), QuantizationGrid(8, -1, "input", symmetric=True)])
+@pytest.mark.parametrize("grid", [IntegerGrid(4, 32, "input"), IntegerGrid(8, -1, "input", symmetric=True)])
 def test_integer_rows_behind_a_sparse_gate(grid):
     model = cut_gates(made("llama"))
     for layer in model.model.layers:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.ground.errors import RecipeError
 from actkit.core.layers.linear import ActLinear
-from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.layers.selections import Threshold, TopK
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import Linear, anatomy
@@ -173,7 +173,7 @@ def test_a_quantizer_that_moves_scales_may_not_follow() -> None:
     apply(model, [Wina(), RoundToNearest(group_size=8)], batches, progress=False)  # it moves none
     layer = model.model.layers[0].mlp.up_proj
     plain = tiny_model("llama").model.layers[0].mlp.up_proj.weight.detach()
-    torch.testing.assert_close(layer.dequantized(), QuantizationGrid(4, 8).fake(plain))
+    torch.testing.assert_close(layer.dequantized(), IntegerGrid(4, 8).fake(plain))
     assert isinstance(layer.select, Threshold)
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.ground import registry
 from actkit.core.layers.activations import (
     Activation,
@@ -25,7 +26,6 @@ from actkit.core.layers.activations import (
 from actkit.core.layers.conv import ActConv
 from actkit.core.layers.folding import ScaledActivation
 from actkit.core.layers.linear import ActLinear, LowRank
-from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.layers.selections import Selection, Threshold, TopK
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.architecture_rows import ExpertsRow
@@ -45,9 +45,9 @@ from actkit.testing.layers import CHECKS
 IN, OUT = 16, 12
 GRIDS = {
     "dense": None,
-    "int8": QuantizationGrid(8),
-    "int4 in groups": QuantizationGrid(4, 8, symmetric=True),
-    "int3 by columns": QuantizationGrid(3, 4, "output", convention="llm-awq"),
+    "int8": IntegerGrid(8),
+    "int4 in groups": IntegerGrid(4, 8, symmetric=True),
+    "int3 by columns": IntegerGrid(3, 4, "output", convention="llm-awq"),
 }
 SELECTIONS: dict[str, Callable[[], Selection | None]] = {
     "all inputs": lambda: None,
@@ -85,7 +85,7 @@ def act_linear(grid: str = "dense", select: str = "all inputs", of: Any = None, 
 def act_conv(grid: str, convolution: Callable[[], nn.Module], *inputs: Tensor) -> Made:
     def make() -> nn.Module:
         module: Any = convolution()
-        rows = QuantizationGrid(8, -1)
+        rows = IntegerGrid(8, -1)
         stored = IntegerWeight.quantize(module.weight.flatten(1), rows) if grid == "int8 by rows" else None
         return ActConv.of(module, weight=stored)
 

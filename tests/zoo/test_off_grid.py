@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from actkit.core.edit import changes
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.ground.errors import UnsupportedModelError
-from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.testing import tiny_batches, tiny_model
 from actkit.testing.transforms import State, outputs
 from actkit.zoo.off_grid import off_grid_twin
@@ -24,7 +24,7 @@ def test_the_function_stays_and_the_original_too(kind: str) -> None:
 
 
 def test_no_group_is_on_the_grid_any_more() -> None:
-    grid = QuantizationGrid(4, 8, "input", False)
+    grid = IntegerGrid(4, 8, "input", False)
     model, draw = tiny_model("llama"), torch.Generator().manual_seed(0)
     linears = [name for name, each in model.named_modules() if isinstance(each, torch.nn.Linear) and "." in name]
     for name in linears:

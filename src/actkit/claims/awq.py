@@ -29,8 +29,8 @@ from actkit.claims.subject import REAL, Subject, spread
 from actkit.core.edit.edits import Replace
 from actkit.core.forward.batch import first_tensor, forward
 from actkit.core.forward.hooks import evaluating
+from actkit.core.grids.integers import Convention, IntegerGrid
 from actkit.core.layers.linear import ActLinear
-from actkit.core.layers.quantizer import Convention, QuantizationGrid
 from actkit.core.layers.weights import DenseWeight
 from actkit.core.model.anatomy import Site, anatomy
 from actkit.core.watch.capture import record
@@ -274,7 +274,7 @@ def kept_exact(subject: Subject, by: Choice, seed: int) -> list[Replace]:
     Returns:
         The edits.
     """
-    grid = QuantizationGrid(3, GROUP, convention=CONVENTION)
+    grid = IntegerGrid(3, GROUP, convention=CONVENTION)
     inputs = [each for block in anatomy(subject.model).blocks for each in block.linear_inputs()]
     seen: Any = {}
     if by == "activation":

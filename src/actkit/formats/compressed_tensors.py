@@ -24,9 +24,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from actkit.core.grids.packing import unpack_nibbles
 from actkit.core.ground.errors import ExportError
 from actkit.core.layers.linear import ActLinear
-from actkit.core.layers.quantizer import unpack_nibbles
 from actkit.core.layers.selections import Selection
 from actkit.core.layers.weights import DenseWeight, IntegerWeight
 from actkit.formats.plain import Plain

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from actkit.core.grids.packing import unpack_nibbles
 from actkit.core.ground.errors import ExportError
 from actkit.core.ground.progress import track
 from actkit.core.layers.linear import ActLinear
-from actkit.core.layers.quantizer import unpack_nibbles
 from actkit.core.layers.weights import DenseWeight, IntegerWeight, WeightStorage
 from actkit.core.store.pretrained import base_type
 from actkit.formats.gguf_tokenizer import add_vocabulary

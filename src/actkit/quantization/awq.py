@@ -11,7 +11,7 @@ Cost: two passes over the calibration tokens, and of each attention, MLP and dow
 them and 4 on all. No gradients.
 As in the release: calibrated on the original model's hidden states, r = 1 never tried, strict minimum, the set from
 value to output used only if their shapes agree, query and key are not clipped. `duo_scaling` is AutoAWQ's variant. The
-release's grid, which loses groups of one sign, is the setting `convention="llm-awq"` (core/layers/quantizer.py).
+release's grid, which loses groups of one sign, is the setting `convention="llm-awq"` (core/grids/integers.py).
 Settled here: every r runs on 1,024 tokens, r = 0 and the three best on all (figures in LOG.md); clipping sees a random
 sample of tokens and not evenly spaced ones; padded tokens are masked out of means and errors; if nothing can take the
 scale (post-norm, routers) the set is rounded without it, and the report says so.
@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from actkit.core.edit.edits import Edit, Note, Replace, Set, Skip, get_module
+from actkit.core.grids.integers import Convention, IntegerGrid
+from actkit.core.grids.parcels import parcels
 from actkit.core.ground.errors import NonFiniteError
 from actkit.core.layers.folding import ScaledActivation
 from actkit.core.layers.linear import ActLinear
-from actkit.core.layers.quantizer import Convention, QuantizationGrid, parcels
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import Block, EqualizationSet, Linear, Norm, Site, equalization_sets
 from actkit.core.recipe.proposals import Idea, LeftOut, Looked, Shapes, poor_at_four_bits
@@ -84,9 +85,9 @@ class Awq(Transform):
     tags: ClassVar[Tags] = Tags(slot="weight", needs_data=True, stream="original", records_calls=True, sums_calls=True)
 
     @property
-    def grid(self) -> QuantizationGrid:
+    def grid(self) -> IntegerGrid:
         """The grid that weights are rounded to."""
-        return QuantizationGrid(self.bits, self.group_size, "input", self.symmetric, self.convention)
+        return IntegerGrid(self.bits, self.group_size, "input", self.symmetric, self.convention)
 
     @model_validator(mode="after")
     def _grid_is_possible(self) -> Self:
@@ -248,7 +249,7 @@ def _normalised(scale: Tensor) -> Tensor:
     return torch.where(torch.isfinite(scale), scale, torch.ones_like(scale))
 
 
-def _relative_weight(weight: Tensor, grid: QuantizationGrid) -> Tensor:
+def _relative_weight(weight: Tensor, grid: IntegerGrid) -> Tensor:
     """Return the mean over rows of |w| over the largest |w| of its group: [in]."""
     size = grid.size(weight.shape[1])
     groups = weight.abs().reshape(weight.shape[0], -1, size)
@@ -305,7 +306,7 @@ def _multiply_weight(linear: Linear, factor: Tensor) -> Set:
     return Set(f"{linear.path}.weight", weight.t().contiguous() if isinstance(linear.module, Conv1D) else weight)
 
 
-def search_clip(weight: Tensor, x: Tensor, grid: QuantizationGrid) -> Tensor:
+def search_clip(weight: Tensor, x: Tensor, grid: IntegerGrid) -> Tensor:
     """Find the bound per row and group of a weight that gives the smallest error on inputs.
 
     The error is that of the group's own contribution to the output.

@@ -1,7 +1,7 @@
 """Round-to-nearest: every weight to the closest point of an integer grid. The baseline of all weight quantizers.
 
     w' = (clamp(round(w / scale) + zero, 0, 2^b - 1) - zero) * scale      (grids and conventions:
-    core/layers/quantizer.py)
+    core/grids/integers.py)
 
 When to use it: first, as it takes seconds and no data: 8 bits halve the size of a 16-bit model at no measurable loss on
 the embedded models. At 4 bits and less compare with `awq`.
@@ -17,9 +17,9 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from actkit.core.edit.edits import Edit, Note, Replace, Skip
+from actkit.core.grids.integers import Convention, IntegerGrid
 from actkit.core.layers.conv import ActConv
 from actkit.core.layers.linear import ActLinear
-from actkit.core.layers.quantizer import Convention, QuantizationGrid
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import Block, Site
 from actkit.core.model.parts import Convolution, Linear
@@ -54,9 +54,9 @@ class RoundToNearest(Transform):
     tags: ClassVar[Tags] = Tags(slot="weight")
 
     @property
-    def grid(self) -> QuantizationGrid:
+    def grid(self) -> IntegerGrid:
         """The grid that weights are rounded to."""
-        return QuantizationGrid(self.bits, self.group_size, self.group_axis, self.symmetric, self.convention)
+        return IntegerGrid(self.bits, self.group_size, self.group_axis, self.symmetric, self.convention)
 
     @model_validator(mode="after")
     def _grid_is_possible(self) -> Self:
@@ -101,7 +101,7 @@ class RoundToNearest(Transform):
         return None if reason is None else f"{reason}; group_size=-1 rounds it by whole rows"
 
 
-def refuse_groups(grid: QuantizationGrid, block: Block) -> None:
+def refuse_groups(grid: IntegerGrid, block: Block) -> None:
     """Raise ValueError that names the first layer that the groups do not fit."""
     for linear in block.linears():
         reason = grid.fits(linear.out_features, linear.in_features)

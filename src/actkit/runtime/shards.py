@@ -15,9 +15,9 @@ from math import gcd
 import torch
 from torch import Tensor, nn
 
+from actkit.core.grids.packing import unpack_nibbles
 from actkit.core.ground.errors import UnsupportedModelError
 from actkit.core.layers.linear import ActLinear
-from actkit.core.layers.quantizer import unpack_nibbles
 from actkit.core.layers.weights import IntegerWeight
 from actkit.kernels.packing import PackedWeight, pack
 from actkit.kernels.quantized import PIECES, QuantizedWeight, pack_quantized

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from actkit.core.edit.edits import Replace, temporarily
 from actkit.core.forward.batch import BatchContext
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.ground.errors import DataError
 from actkit.core.ground.memory import MemoryPlan, parse_bytes
 from actkit.core.ground.modules import is_within
 from actkit.core.ground.offload import onloaded, refuse_offloaded
-from actkit.core.layers.quantizer import QuantizationGrid
 from actkit.core.model.anatomy import Anatomy, Block, Linear, Site, equalization_sets
 from actkit.core.model.anatomy import anatomy as read_anatomy
 from actkit.core.model.experts import ExpertList
@@ -278,7 +278,7 @@ def _indices(mask: Tensor) -> tuple[int, ...]:
 
 def _activation_snr(rows: Tensor, largest: float, bits: int) -> float | None:
     """One symmetric scale for all: the largest |x| of all rows goes in beside the sample, so that it sets the scale."""
-    grid = QuantizationGrid(bits, symmetric=True)
+    grid = IntegerGrid(bits, symmetric=True)
     rounded = grid.fake(torch.cat((rows.flatten(), rows.new_tensor([largest])))[None])[0, :-1]
     return snr(rows.flatten(), rounded)
 
@@ -286,7 +286,7 @@ def _activation_snr(rows: Tensor, largest: float, bits: int) -> float | None:
 def _weight(linear: Linear, block: int) -> WeightProfile:
     weight = linear.weight.detach().float()
     size = -1 if weight.shape[1] % GROUP else GROUP
-    int8, int4 = (snr(weight, QuantizationGrid(bits, size).fake(weight)) for bits in (8, 4))
+    int8, int4 = (snr(weight, IntegerGrid(bits, size).fake(weight)) for bits in (8, 4))
     return WeightProfile(linear.path, linear.role, block, size, int8, int4)
 
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from actkit.core.grids.integers import IntegerGrid
+from actkit.core.grids.packing import pack_nibbles, unpack_nibbles
 from actkit.core.layers.keeps_dtype import KeepsDtype
-from actkit.core.layers.quantizer import QuantizationGrid, pack_nibbles, unpack_nibbles
 
 if TYPE_CHECKING:
     from actkit.kernels import PackedWeight, QuantizedWeight
@@ -128,7 +129,7 @@ class IntegerWeight(WeightStorage):
 
     Args:
         codes: uint8 [out, in], or [out, ceil(in / 2)] with two codes per byte for 4 bits and less.
-        scale: float32, shaped as `QuantizationGrid.quantize` returns it.
+        scale: float32, shaped as `IntegerGrid.quantize` returns it.
         zero: uint8 of that shape, or None.
         dtype: what `dequantize` returns.
         shape: (out, in).
@@ -142,7 +143,7 @@ class IntegerWeight(WeightStorage):
 
     def __init__(
         self,
-        grid: QuantizationGrid,
+        grid: IntegerGrid,
         shape: tuple[int, int],
         codes: Tensor,
         scale: Tensor,
@@ -156,7 +157,7 @@ class IntegerWeight(WeightStorage):
         self.register_buffer("zero", zero)
 
     @classmethod
-    def quantize(cls, weight: Tensor, grid: QuantizationGrid) -> IntegerWeight:
+    def quantize(cls, weight: Tensor, grid: IntegerGrid) -> IntegerWeight:
         """Round a weight [out, in] to the grid.
 
         Args:
@@ -173,7 +174,7 @@ class IntegerWeight(WeightStorage):
         return cls(grid, (weight.shape[0], weight.shape[1]), codes, scale, zero, weight.dtype)
 
     @classmethod
-    def empty(cls, shape: tuple[int, int], grid: QuantizationGrid, dtype: torch.dtype) -> IntegerWeight:
+    def empty(cls, shape: tuple[int, int], grid: IntegerGrid, dtype: torch.dtype) -> IntegerWeight:
         """Make a weight [out, in] of zeros, whose values come from a file.
 
         Args:
@@ -227,7 +228,7 @@ class IntegerWeight(WeightStorage):
     @classmethod
     def from_spec(cls, spec: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype) -> IntegerWeight:
         convention = spec.get("convention", "llm-awq")  # the only one of earlier versions
-        grid = QuantizationGrid(spec["bits"], spec["group_size"], spec["group_axis"], spec["symmetric"], convention)
+        grid = IntegerGrid(spec["bits"], spec["group_size"], spec["group_axis"], spec["symmetric"], convention)
         return cls.empty(shape, grid, dtype)
 
     def describe(self) -> str:

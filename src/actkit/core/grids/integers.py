@@ -23,6 +23,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from actkit.core.grids.parcels import parcels
+
 RELEASE_RANGE = 1e-5  # the smallest range of a group in llm-awq
 
 GroupAxis = Literal["input", "output"]
@@ -31,7 +33,7 @@ AUTO = (128, 64, 32, 16)  # the group sizes of "auto", the first that divides th
 
 
 @dataclass(frozen=True)
-class QuantizationGrid:
+class IntegerGrid:
     """Bits, groups and symmetry of an integer grid.
 
     Attributes:
@@ -72,7 +74,7 @@ class QuantizationGrid:
             return next((size for size in AUTO if length % size == 0), length)
         return length if self.group_size == -1 else self.group_size
 
-    def of(self, out_features: int, in_features: int) -> QuantizationGrid:
+    def of(self, out_features: int, in_features: int) -> IntegerGrid:
         """Return the grid of a weight [out_features, in_features], its group size as a number."""
         if self.group_size != "auto":
             return self
@@ -165,27 +167,3 @@ class QuantizationGrid:
             raise ValueError(reason + ".")
         rows = weight if self.group_axis == "input" else weight.t()
         return rows.reshape(rows.shape[0], -1, self.size(rows.shape[1]))
-
-
-def parcels(tensor: Tensor, values: int = 1 << 20) -> tuple[Tensor, ...]:
-    """Split a tensor into views of consecutive rows with about so many values each.
-
-    What is computed from one stays in the caches, and copies in float32 stay small beside the tensor.
-
-    Args:
-        tensor: [rows, ...].
-        values: how many a view holds, about; one row at least.
-    """
-    return tensor.split(max(1, values * len(tensor) // max(1, tensor.numel())))
-
-
-def pack_nibbles(codes: Tensor) -> Tensor:
-    """Two codes below 16 per byte: uint8 [out, in] -> uint8 [out, ceil(in / 2)], the first in the low half."""
-    if codes.shape[1] % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
-    return codes[:, 0::2] | (codes[:, 1::2] << 4)
-
-
-def unpack_nibbles(packed: Tensor, in_features: int) -> Tensor:
-    """The inverse of `pack_nibbles`: uint8 [out, in_features]."""
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)[:, :in_features]

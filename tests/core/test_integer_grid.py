@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.ao.quantization.observer import PerChannelMinMaxObserver
 
-from actkit.core.layers.quantizer import QuantizationGrid, pack_nibbles, parcels, unpack_nibbles
+from actkit.core.grids.integers import IntegerGrid
+from actkit.core.grids.packing import pack_nibbles, unpack_nibbles
+from actkit.core.grids.parcels import parcels
 from actkit.core.layers.weights import IntegerWeight
 
 
@@ -50,7 +52,7 @@ def test_codes_are_those_of_the_formula(bits, axis, symmetric, convention, shape
     weight[2] = 0.0  # a row without range
     weight[3] = np.abs(weight[3])  # all of one sign
     weight[4] = -np.abs(weight[4])
-    grid = QuantizationGrid(bits, size, axis, symmetric, convention)
+    grid = IntegerGrid(bits, size, axis, symmetric, convention)
     codes, scale, zero = grid.quantize(torch.from_numpy(weight))
     expected = by_hand(weight, bits, size, axis, symmetric, convention)
     assert (codes.dtype, scale.dtype) == (torch.uint8, torch.float32)
@@ -69,7 +71,7 @@ def test_codes_are_those_of_the_formula(bits, axis, symmetric, convention, shape
 def test_a_large_weight_is_rounded_piece_by_piece_alike(axis):
     weight = np.random.default_rng(0).standard_normal((2048, 1280), dtype=np.float32)
     assert len(parcels(torch.from_numpy(weight))) == 3
-    grid = QuantizationGrid(4, 128, axis)
+    grid = IntegerGrid(4, 128, axis)
     for found, expected in zip(
         grid.quantize(torch.from_numpy(weight)), by_hand(weight, 4, 128, axis, False, "zero_in_range")
     ):
@@ -80,7 +82,7 @@ def test_a_large_weight_is_rounded_piece_by_piece_alike(axis):
 def test_rounding_is_half_to_even(symmetric):
     # scale 1 exactly, so that halves are ties: symmetric 4 bits from max 7, asymmetric 4 bits from the range 15
     weight = torch.tensor([[7.0, 0.5, 1.5, 2.5, -0.5, -1.5]] if symmetric else [[15.0, 0.5, 1.5, 2.5, 3.5, 0.0]])
-    grid = QuantizationGrid(4, symmetric=symmetric)
+    grid = IntegerGrid(4, symmetric=symmetric)
     expected = [7.0, 0.0, 2.0, 2.0, 0.0, -2.0] if symmetric else [15.0, 0.0, 2.0, 2.0, 4.0, 0.0]
     assert grid.fake(weight)[0].tolist() == expected
 
@@ -93,7 +95,7 @@ def test_the_error_is_at_most_half_a_step(bits, axis):
     weight[4:8] *= 1e-9
     weight[8:10] *= 1e9
     weight = weight if axis == "input" else weight.t()
-    grid = QuantizationGrid(bits, 8, axis)
+    grid = IntegerGrid(bits, 8, axis)
     scale = grid.quantize(weight)[1].double().repeat_interleave(8, 1 if axis == "input" else 0)
     error = (grid.fake(weight).double() - weight).abs()
     assert (error <= scale * 0.5001).all()
@@ -110,7 +112,7 @@ def test_scales_and_zero_points_are_those_of_torchs_observer(bits):
     )
     observer(weight)
     scale, zero = observer.calculate_qparams()
-    grid = QuantizationGrid(bits, 4)
+    grid = IntegerGrid(bits, 4)
     _, found_scale, found_zero = grid.quantize(weight)
     torch.testing.assert_close(found_scale[:, 0], scale, rtol=1e-6, atol=0)
     assert torch.equal(found_zero[:, 0].long(), zero.long())
@@ -122,10 +124,10 @@ def test_groups_of_one_sign_and_small_weights_keep_what_they_hold():
     far = torch.tensor([[10.5, 11.0, 11.5, 12.0, 12.5, 13.0, 13.5, 14.0]])
     for weight in (far, -far, 1e-7 * far, -1e-12 * far, torch.full((1, 8), 5.0)):
         for symmetric in (False, True):
-            found = QuantizationGrid(8, 8, symmetric=symmetric).fake(weight)
+            found = IntegerGrid(8, 8, symmetric=symmetric).fake(weight)
             steps = 127 if symmetric else 255
             assert ((found - weight).abs() <= 0.5001 * weight.abs().max() / steps).all()
-    release = QuantizationGrid(8, 8, convention="llm-awq")
+    release = IntegerGrid(8, 8, convention="llm-awq")
     assert release.fake(far)[0].tolist() == [3.5] * 8  # llm-awq: range 3.5, zero point clamped to 0
     assert not release.fake(1e-9 * far).any()  # below half of 1e-5 / 255
 
@@ -138,19 +140,19 @@ def test_zeros_stay_zeros(bits):
     weight[0], weight[1] = weight[0].abs(), -weight[1].abs()
     weight[2] = 0.0
     for symmetric in (False, True):
-        assert (QuantizationGrid(bits, 8, symmetric=symmetric).fake(weight)[pruned] == 0).all()
+        assert (IntegerGrid(bits, 8, symmetric=symmetric).fake(weight)[pruned] == 0).all()
 
 
 def test_quantizing_the_rounded_weight_again_changes_nothing():
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
-    grid = QuantizationGrid(4, 8, symmetric=True)
+    grid = IntegerGrid(4, 8, symmetric=True)
     once = grid.fake(weight)
     assert torch.equal(grid.fake(once), once)
 
 
 def test_bfloat16_is_computed_in_float32():
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
-    grid = QuantizationGrid(4, 8)
+    grid = IntegerGrid(4, 8)
     assert torch.equal(grid.fake(weight), grid.fake(weight.float()))
 
 
@@ -179,7 +181,7 @@ def test_nibbles(shape):
 )
 def test_bad_settings(settings, text):
     with pytest.raises(ValueError, match=text):
-        QuantizationGrid(**settings)
+        IntegerGrid(**settings)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +192,7 @@ def test_auto_takes_the_largest_group_that_divides(length, size, axis):
     """As a grid that states that number."""
     shape = (3, length) if axis == "input" else (length, 3)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    auto, stated = QuantizationGrid(4, "auto", axis), QuantizationGrid(4, size, axis)
+    auto, stated = IntegerGrid(4, "auto", axis), IntegerGrid(4, size, axis)
     assert auto.of(*shape) == stated and auto.fits(*shape) is None
     assert auto.parameter_shape(*shape) == stated.parameter_shape(*shape)
     assert torch.equal(auto.fake(weight), stated.fake(weight))
@@ -200,7 +202,7 @@ def test_auto_takes_the_largest_group_that_divides(length, size, axis):
 
 @pytest.mark.parametrize(("axis", "length"), [("input", 20), ("output", 12)])
 def test_groups_that_do_not_fit(axis, length):
-    grid = QuantizationGrid(4, 8, axis)
+    grid = IntegerGrid(4, 8, axis)
     reason = grid.fits(12, 20)
     assert reason is not None
     assert f"8 does not divide the {length} {axis}s" in reason
