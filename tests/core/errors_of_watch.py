@@ -12,7 +12,7 @@ from actkit.core.watch.calls import Call
 from actkit.core.watch.capture import plan_memory, record
 from actkit.core.watch.intervene import intervene
 from actkit.core.watch.rows import Keys, _weights
-from actkit.core.watch.statistics import Moments
+from actkit.core.watch.statistics import Gram, Moments
 from error_proofs import HOST, IDS, PADDED, Place, overflowing, proof
 
 proof(lambda p: record(build("llama"), {"mlp.hidden": Moments()}, []))
@@ -46,6 +46,9 @@ proof(lambda p: record(build("llama"), {"mlp.hidden": Moments()}, [HOST], progre
 
 
 proof(lambda p: Moments().merge(3))
+
+
+proof(lambda p: Gram(torch.bfloat16))
 
 
 @proof

@@ -66,6 +66,13 @@ class Observing(Transform):
         return {Site("mlp.hidden", block.index): Gram(), Site("mlp.input", block.index): Moments()}
 
 
+class Computing(Transform):
+    tags: ClassVar[Tags] = Tags(needs_data=True)
+
+    def memory(self, block: Block) -> int:
+        return 1000 + block.linears()[0].in_features
+
+
 def plan(model: nn.Module, transform: Transform, given: Any = (), **settings: Any) -> Plan:
     return make_plan(
         anatomy(model, given[0] if len(given) else None), [transform], given, **{"min_coverage": 0, **settings}
@@ -190,6 +197,11 @@ def test_memory_by_hand():
     assert found["statistics of one block"] == Gram().memory(INNER) + Moments().memory(HIDDEN)
     assert plan(build("llama"), Everything(), given).memory == []
     assert plan(build("llama"), Everything(), given).seconds == 0
+
+
+def test_memory_that_a_method_says_it_computes_with():
+    given = batches("llama", padding=False)
+    assert dict(plan(build("llama"), Computing(), given).memory)["what a method computes with"] == 1000 + HIDDEN
 
 
 def test_time_is_counted_in_passes(monkeypatch):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from actkit.core.watch import streaming
 from actkit.core.watch.sample import mix
+from actkit.core.watch.spectrum import STRIP
 from actkit.core.watch.statistics import AbsMax, Density, Gram, Moments, Quantiles, Rows, Sample, Spectrum, Statistic
 
 CHANNELS = 3
@@ -215,6 +216,20 @@ def test_gram_and_spectrum_are_those_of_numpy(data: tuple[Tensor, Rows]) -> None
         found = np.linalg.svd(matrix, compute_uv=False)
         values[: len(found)] = found
         np.testing.assert_allclose(spectrum.values, values, rtol=1e-6, atol=1e-6 * np.sqrt(largest))
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_gram_of_more_channels_than_a_strip(dtype: torch.dtype, rtol: float) -> None:
+    x = torch.randn(50, 2 * STRIP + 7, generator=torch.Generator().manual_seed(0)).bfloat16()
+    halves = [Gram(dtype), Gram(dtype)]
+    for half, rows in zip(halves, (x[:20], x[20:]), strict=True):
+        half.update(rows)
+    gram = halves[0].merge(halves[1])
+    assert gram.value.dtype == dtype and gram.memory(100) == 100 * 100 * dtype.itemsize
+    exact = x.double().numpy()
+    np.testing.assert_allclose(gram.value, exact.T @ exact, rtol=rtol, atol=rtol * 50)
+    with pytest.raises(ValueError, match=r"merge: .* has other settings"):
+        gram.merge(Gram(torch.float32 if dtype == torch.float64 else torch.float64))
 
 
 def test_spectrum_summaries() -> None:

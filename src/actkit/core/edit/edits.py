@@ -8,9 +8,9 @@ settings of the config that differ.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -81,10 +81,12 @@ class Note:
     Attributes:
         path: of what it is about.
         text: what to say.
+        values: the same as numbers (losses of choices, a curve), as JSON takes them.
     """
 
     path: str
     text: str
+    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 Edit = Replace | Set | Configure

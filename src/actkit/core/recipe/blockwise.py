@@ -213,6 +213,24 @@ class Walk:
             self._rows_apart = _same(lambda: cut.replay(module), call.replay(module)[:rows])
         return cut if self._rows_apart else call
 
+    def observe(self, k: int, stream: str, wanted: Mapping[Site, Any]) -> Mapping[Site, Any]:
+        """Return fresh statistics of block k as it stands now, of all processes; a pass ends once all sites are seen.
+
+        Args:
+            k: index of the block.
+            stream: 'original' or 'edited'.
+            wanted: site -> the statistics that it gets.
+        """
+        block = self.anatomy.blocks[k].path
+        module = self.anatomy.model.get_submodule(block)
+        with observe(self.anatomy, wanted, stops=True) as observer:
+            for call in self.calls(k, stream):
+                observer.begin(call.context, call.kwargs)
+                with suppress(StopForward):
+                    call.replay(module)
+        merge(observer.statistics)
+        return observer.statistics
+
     def following(self, k: int, stream: str, outputs: Sequence[Tensor] | None = None) -> list[Call]:
         """Return what block k + 1 will be called with.
 

@@ -179,10 +179,13 @@ def _cost(
     block = view.block(0)
     with offload.onloaded(view.model, block.path):  # a statistic may be weighted by the layer's weight
         statistics = max((_statistics_bytes(t, block) for t in needy), default=0)
+        worked = max((t.memory(block) for t in needy), default=0)
     if offload.is_offloaded(block.module):
         memory.append(("weights of one block, brought in place", parameter_bytes(block.module)))
     if statistics:
         memory.append(("statistics of one block", statistics))
+    if worked:
+        memory.append(("what a method computes with", worked))
     if any(t.tags.records_calls for t in needy):
         size = next((parameter.element_size() for parameter in view.model.parameters()), 4)
         widest = max((linear.in_features for linear in block.linears()), default=0)

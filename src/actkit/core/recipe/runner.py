@@ -51,8 +51,7 @@ from actkit.core.recipe.transform import Transform
 from actkit.core.store.checkpoint import load
 from actkit.core.store.pretrained import record, restore
 from actkit.core.watch.calls import Call
-from actkit.core.watch.capture import observe, opened_experts
-from actkit.core.watch.merging import merge
+from actkit.core.watch.capture import opened_experts
 
 UNDO_MODES = ("source", "memory", "off")
 
@@ -67,6 +66,7 @@ class Report:
         changed: (path, method) rows.
         skipped: (path, method, reason) rows.
         notes: what else was said.
+        values: (path, method, values) rows of the notes that came with numbers.
         seconds: what the run took.
         stages: of a recipe with stages, what each did: {"apply": its report} or {"train": what `Trained.to_dict` says}.
     """
@@ -76,12 +76,13 @@ class Report:
     changed: list[tuple[str, str]] = field(default_factory=list)
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    values: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
     seconds: float = 0.0
     stages: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything, as JSON takes it; `stages` only of a recipe that has some."""
-        return {name: value for name, value in asdict(self).items() if name != "stages" or value}
+        """Return everything, as JSON takes it; `values` and `stages` only if there are some."""
+        return {name: value for name, value in asdict(self).items() if name not in ("values", "stages") or value}
 
 
 @dataclass
@@ -341,13 +342,7 @@ class _Run:
             raise DataError(f"{type(transform).__name__}: it observes activations; declare Tags(needs_data=True).")
         statistics: Mapping[Site, Any] = {}
         if wanted and walk is not None:
-            with observe(self.view, wanted) as observer:
-                module = get_module(self.model, block.path)
-                for call in walk.calls(index, stream):
-                    observer.begin(call.context, call.kwargs)
-                    call.replay(module)
-            statistics = observer.statistics
-            merge(statistics)
+            statistics = walk.observe(index, stream, wanted)
         if transform.tags.parts:
             name = type(transform).__name__
             self.report.skipped += [(path, name, reason) for path, reason in block.unread()]
@@ -366,6 +361,8 @@ class _Run:
                 continue
             if isinstance(edit, Note):
                 self.report.notes.append(f"{edit.path}: {edit.text}")
+                if edit.values:
+                    self.report.values.append((edit.path, type(transform).__name__, dict(edit.values)))
                 continue
             if isinstance(edit, Replace):
                 originals.setdefault(edit.path, get_module(self.model, edit.path))

@@ -18,6 +18,7 @@ from actkit.core.model.anatomy import Anatomy, Block, Site
 from actkit.core.recipe.blockwise import Walk
 from actkit.core.recipe.tags import Tags
 from actkit.core.watch.calls import Call
+from actkit.core.watch.streaming import Statistic
 
 
 class Seen:
@@ -58,6 +59,20 @@ class Seen:
         walk = self._walked("block_calls")
         check_shares(self._method, self._tags)
         return walk.calls(self._block.index, self._tags.observed_stream)
+
+    def observe(self, wanted: Mapping[Site, Statistic | Sequence[Statistic]]) -> Mapping[Site, Any]:
+        """Return fresh statistics of the block as it stands now, behind the edits that were yielded so far.
+
+        It costs a pass over the block up to the last of the sites. What it holds counts in the memory plan if the
+        transform says so (`Transform.memory`).
+
+        Args:
+            wanted: site -> one statistic or several.
+
+        Raises:
+            DataError: the transform runs without data.
+        """
+        return self._walked("observe").observe(self._block.index, self._tags.observed_stream, wanted)
 
     def trial(self, edits: Iterable[Edit]) -> AbstractContextManager[nn.Module]:
         """Replay calls on the block with edits, which are undone at the end of the context.

@@ -89,6 +89,14 @@ class Transform(BaseModel):
         """
         return self.tags.passes
 
+    def memory(self, block: Block) -> int:
+        """Return the bytes that it holds at once while it changes a block, beside what it observes and records.
+
+        Args:
+            block: to be changed.
+        """
+        return 0
+
     def observe(self, block: Block) -> Mapping[Site, Statistic | Sequence[Statistic]]:
         """Say which statistics it needs of a block; several of one site are given as a sequence.
 

@@ -233,6 +233,7 @@ class _Stages:
         self.report.changed += [(path, method) for path, method in applied.get("changed", ())]
         self.report.skipped += [(path, method, reason) for path, method, reason in applied.get("skipped", ())]
         self.report.notes += applied.get("notes", ())
+        self.report.values += [(path, method, values) for path, method, values in applied.get("values", ())]
         if "train" in record:
             self.report.notes.append(f"trained: {_outcome(record['train'])}")
 

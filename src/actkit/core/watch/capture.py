@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ from transformers.cache_utils import Cache
 
 from actkit.core.edit.edits import set_module
 from actkit.core.forward.batch import BatchContext, as_batches, check_batch, forward
-from actkit.core.forward.hooks import After, Before, evaluating, hooked, refuse_compiled_or_sharded
+from actkit.core.forward.hooks import After, Before, StopForward, evaluating, hooked, refuse_compiled_or_sharded
 from actkit.core.ground import processes
 from actkit.core.ground.errors import DataError
 from actkit.core.ground.fingerprint import fingerprint, model_fingerprint
@@ -175,11 +176,16 @@ class Observer:
         view: of the model.
         wanted: site -> one statistic or a list.
         equal_lengths: as of `observe`.
+        stops: as of `observe`.
     """
 
-    def __init__(self, view: Anatomy, wanted: Mapping[Site, Any], equal_lengths: bool = False) -> None:
+    def __init__(
+        self, view: Anatomy, wanted: Mapping[Site, Any], equal_lengths: bool = False, stops: bool = False
+    ) -> None:
         self._readings = _Readings(view, wanted)
-        self._equal_lengths = equal_lengths
+        self._equal_lengths, self._stops = equal_lengths, stops
+        self._reads: Counter[Tap] = Counter()  # of the running pass
+        self._once: set[tuple[int, int | None]] = set()  # rows and lengths of passes that read each tensor just once
         self._context: BatchContext | None = None
         self._keys: dict[torch.device, Keys] = {}  # of the batch, on the devices that its tensors are on
         self._keywords: Mapping[str, Any] = {}
@@ -192,7 +198,9 @@ class Observer:
             context: of the batch.
             kwargs: those of the call, for rotary tables given only there.
         """
-        self._context, self._keywords, self._keys = context, kwargs or {}, {}
+        if self._context is not None and all(self._reads[tap] == 1 for tap in self._readings.taps):
+            self._once.add((self._context.batch_size, self._context.length))
+        self._context, self._keywords, self._keys, self._reads = context, kwargs or {}, {}, Counter()
 
     def hooks(self) -> tuple[dict[str, Before], dict[str, After]]:
         """Return what to call before and after which modules, by path."""
@@ -208,10 +216,16 @@ class Observer:
         for x, rows in as_rows(site, tap, value, keys, tokens, self._equal_lengths):
             check_finite(site, x, rows)
             update_all(statistics, x, rows)
+        self._reads[tap] += 1
+        known = (self._context.batch_size, self._context.length) in self._once
+        if self._stops and known and len(self._reads) == len(self._readings.taps):
+            raise StopForward
 
 
 @contextmanager
-def observe(view: Anatomy, wanted: Mapping[Site, Any], *, equal_lengths: bool = False) -> Iterator[Observer]:
+def observe(
+    view: Anatomy, wanted: Mapping[Site, Any], *, equal_lengths: bool = False, stops: bool = False
+) -> Iterator[Observer]:
     """Place hooks that fill fresh statistics of exactly these sites.
 
     Whoever runs the model calls `observer.begin` before each pass.
@@ -221,11 +235,12 @@ def observe(view: Anatomy, wanted: Mapping[Site, Any], *, equal_lengths: bool = 
         wanted: site -> one statistic or a list.
         equal_lengths: all batches have one length, so that attention weights can keep their shape
             (`core/watch/rows.py`).
+        stops: a pass is ended by `StopForward` once all sites were read, if one of the same shape read each just once.
 
     Yields:
         The observer.
     """
-    observer = Observer(view, wanted, equal_lengths)
+    observer = Observer(view, wanted, equal_lengths, stops)
     before, after = observer.hooks()
     with hooked(view.model, before=before, after=after):
         yield observer
