@@ -44,6 +44,7 @@ INTERNAL = {
     "search/budget.py: OutOfTime": "a note in the report: which candidate the minutes did not pay for",
     "search/journal.py: _damaged": "JournalError, the row `resume: line ... of ... is damaged`",
     "core/store/quantized_source.py: _unread": "CheckpointError, `...: its weight is stored ..., which is not read`",
+    "core/grids/grid.py: ValueError": "the reason in `...: group_size ...`",
     "core/grids/integers.py: ValueError": "the reason in `...: group_size ...`",
     "core/ground/yaml_files.py: yaml.MarkedYAMLError": "the reason in `... is not valid YAML: ...`",
     "gguf/file.py: IndexError": "the reason in `...: not readable as GGUF (...)`",

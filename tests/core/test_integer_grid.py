@@ -8,7 +8,6 @@ import torch
 from torch.ao.quantization.observer import PerChannelMinMaxObserver
 
 from actkit.core.grids.integers import IntegerGrid
-from actkit.core.grids.packing import pack_nibbles, unpack_nibbles
 from actkit.core.grids.parcels import parcels
 from actkit.core.layers.weights import IntegerWeight
 
@@ -153,19 +152,9 @@ def test_quantizing_the_rounded_weight_again_changes_nothing():
 def test_bfloat16_is_computed_in_float32():
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     grid = IntegerGrid(4, 8)
-    assert torch.equal(grid.fake(weight), grid.fake(weight.float()))
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (4, 8), (5, 1)])
-def test_nibbles(shape):
-    codes = torch.randint(0, 16, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    packed = pack_nibbles(codes)
-    assert packed.dtype == torch.uint8
-    assert packed.shape == (shape[0], (shape[1] + 1) // 2)
-    for row in range(shape[0]):
-        for column in range(shape[1]):
-            assert (int(packed[row, column // 2]) >> (4 * (column % 2))) & 15 == int(codes[row, column])
-    assert torch.equal(unpack_nibbles(packed, shape[1]), codes)
+    rounded = grid.fake(weight)
+    assert rounded.dtype == torch.bfloat16
+    assert torch.equal(rounded, grid.fake(weight.float()).bfloat16())
 
 
 @pytest.mark.parametrize(
@@ -176,6 +165,7 @@ def test_nibbles(shape):
         ({"bits": 4, "group_size": 0}, r"group_size: 0 was given"),
         ({"bits": 4, "group_size": -2}, r"group_size: -2"),
         ({"bits": 4, "group_axis": "rows"}, r"group_axis: 'rows' was given, allowed are"),
+        ({"bits": 4, "scope": "row"}, r"scope: 'row' was given, allowed are 'group' and 'tensor'"),
         ({"bits": 4, "convention": "awq"}, r"convention: 'awq' was given, allowed are 'zero_in_range' and 'llm-awq'"),
     ],
 )

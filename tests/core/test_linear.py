@@ -363,7 +363,7 @@ def test_empty_weight_has_the_shapes_of_a_quantized_one():
         (lambda: ActLinear(DenseWeight(torch.zeros(OUT, IN)), torch.zeros(IN)), "bias: it has shape"),
         (
             lambda: ActLinear.from_spec({**layer().spec(), "weight": {"kind": "fp1"}}),
-            "weights: 'fp1' is not known. Known are dense, integer",
+            "weights: 'fp1' is not known. Known are dense, float, integer",
         ),
         (
             lambda: ActLinear.from_spec({**layer().spec(), "select": {"kind": "coin", "score": False}}),

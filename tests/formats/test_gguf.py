@@ -196,9 +196,7 @@ def test_the_package_unpacks_the_blocks(bits, size, symmetric, kind):
 
 
 def codes(weight: IntegerWeight) -> Tensor:
-    from actkit.core.grids.packing import unpack_nibbles
-
-    return unpack_nibbles(weight.codes, weight.shape[1]) if weight.grid.bits <= 4 else weight.codes
+    return weight.integers()
 
 
 def test_what_has_no_block_is_dense_and_said(tmp_path):

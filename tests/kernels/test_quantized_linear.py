@@ -165,7 +165,7 @@ def test_packing_loses_nothing(group, groups, other, bits, axis, zeros, threads)
 @pytest.mark.parametrize("group", [64, -1])
 def test_takes_what_the_quantizer_stores(axis, bits, symmetric, group):
     held = IntegerWeight.quantize(torch.randn(192, 128), IntegerGrid(bits, group, axis, symmetric))
-    packed = pack_quantized(held.codes, held.scale, held.zero, bits=bits, group_axis=axis)
+    packed = pack_quantized(held.kernel_codes(), held.scales(), held.zero, bits=bits, group_axis=axis)
     assert torch.equal(packed.dense(), held.dequantize())
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from actkit.core.grids.packing import unpack_nibbles
 from actkit.core.layers.linear import ActLinear
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.runner import apply
@@ -49,7 +48,7 @@ def test_codes_are_those_of_numpy(bits: int, axis: str, symmetric: bool) -> None
         codes, rounded = by_hand(np.ascontiguousarray(rows), bits, 8, symmetric)
         codes, rounded = (codes, rounded) if axis == "input" else (codes.T, rounded.T)
         layer = model.get_submodule(path)
-        stored = layer.storage.codes if bits > 4 else unpack_nibbles(layer.storage.codes, layer.in_features)
+        stored = layer.storage.integers()
         assert np.array_equal(stored.numpy(), codes)
         np.testing.assert_allclose(layer.dequantized().numpy(), rounded, rtol=1e-6)
 

@@ -24,7 +24,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from actkit.core.grids.packing import unpack_nibbles
 from actkit.core.ground.errors import ExportError
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.selections import Selection
@@ -168,9 +167,8 @@ def as_read(plain: Plain, quantized: Iterable[str], activations: Activations | N
     for path in quantized:
         weight = _integer(plain.layers[path])
         # A layer with zero points is widened before the cast (`dequantize` in the config), another one after it.
-        scale = weight.scale if weight.zero is not None else weight.scale.to(plain.dtype).float()
-        same = IntegerWeight(weight.grid, weight.shape, weight.codes, scale, weight.zero, weight.dtype)
-        found[path] = ActLinear.of(plain.layers[path], weight=same, select=select)
+        scale = weight.scales() if weight.zero is not None else weight.scales().to(plain.dtype).float()
+        found[path] = ActLinear.of(plain.layers[path], weight=weight.rescaled(scale), select=select)
     return found
 
 
@@ -198,8 +196,7 @@ def quantization_config(schemes: dict[str, Scheme], ignore: list[str]) -> dict[s
 
 def layer_tensors(weight: IntegerWeight, scheme: Scheme) -> dict[str, Tensor]:
     """The tensors of one layer by their local names, as the table at the head of this file has them."""
-    codes = unpack_nibbles(weight.codes, weight.shape[1]) if weight.grid.bits <= 4 else weight.codes
-    codes, scale = codes.cpu(), weight.scale.cpu().float().contiguous()
+    codes, scale = weight.integers().cpu(), weight.scales().cpu().contiguous()
     middle = 2 ** (weight.grid.bits - 1)
     if scheme.format == INTEGER:
         return {"weight": (codes.short() - middle).to(torch.int8), "weight_scale": scale}

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from actkit.core.grids.packing import unpack_nibbles
 from actkit.core.ground.errors import ExportError
 from actkit.core.ground.progress import track
 from actkit.core.layers.linear import ActLinear
@@ -137,10 +136,10 @@ def blocks(weight: IntegerWeight, order: Tensor | None = None) -> tuple[Stored, 
         The blocks, and the largest relative error that float16 makes on a scale.
     """
     outputs, inputs = weight.shape
-    codes = (unpack_nibbles(weight.codes, inputs) if weight.grid.bits <= 4 else weight.codes).cpu()
+    codes = weight.integers().cpu()
     count = inputs // BLOCK
     repeats = count // weight.scale.shape[1]
-    scale = weight.scale.cpu().float().repeat_interleave(repeats, 1)  # [out, blocks]
+    scale = weight.scales().cpu().repeat_interleave(repeats, 1)  # [out, blocks]
     zero = torch.full_like(scale, 2 ** (weight.grid.bits - 1))
     if weight.zero is not None:
         zero = weight.zero.cpu().float().repeat_interleave(repeats, 1)
@@ -176,11 +175,11 @@ def as_read(plain: Plain, quantized: Iterable[str]) -> dict[str, nn.Module]:
         layer = plain.layers[path]
         weight = layer.storage
         assert isinstance(weight, IntegerWeight)
-        scale = weight.scale.half().float()
-        held: WeightStorage = IntegerWeight(weight.grid, weight.shape, weight.codes, scale, weight.zero, weight.dtype)
+        scale = weight.scales().half().float()
+        held: WeightStorage = weight.rescaled(scale)
         if weight.zero is not None and weight.grid.bits <= 4:  # w = d q + m, and m is no multiple of d
             minimum = (-weight.zero.float() * scale).half().float()
-            codes = unpack_nibbles(weight.codes, weight.shape[1]).float().unflatten(1, (scale.shape[1], -1))
+            codes = weight.integers().float().unflatten(1, (scale.shape[1], -1))
             values = codes * scale[..., None] + minimum[..., None]
             held = DenseWeight(nn.Parameter(values.flatten(1).to(weight.dtype), requires_grad=False))
         found[path] = ActLinear.of(layer, weight=held)
@@ -206,7 +205,7 @@ def _unsaid(weight: WeightStorage) -> str | None:
         return f"groups of {size} inputs are no multiple of GGUF's blocks of {BLOCK}"
     if weight.zero is not None and grid.bits == 8:
         return "GGUF has no block type of 8 bits with zero points"
-    if _rounding(weight.scale.cpu().float()) > 2**-10:  # float16 rounds to 2^-11 of a number inside its range
+    if _rounding(weight.scales().cpu()) > 2**-10:  # float16 rounds to 2^-11 of a number inside its range
         return "some of its scales lie outside of float16's range, in which GGUF keeps them"
     return None
 

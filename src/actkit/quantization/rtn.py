@@ -75,7 +75,7 @@ class RoundToNearest(Transform):
         if shapes.output_group is not None:
             columns = cls(bits=4, group_size=shapes.output_group, group_axis="output")
             yield Idea("rtn 4 bit, groups of outputs", columns, "one scale per input channel, for outliers", 140)
-        yield LeftOut("rtn at 3 bits", "3 bits are stored in 4 here, so they cost quality and save nothing")
+        yield LeftOut("rtn at 3 bits", "3 bits save a quarter of 4 on disk, decode no faster and cost far more quality")
 
     def observe(self, block: Block) -> Mapping[Site, Statistic]:
         refuse_groups(self.grid, block)

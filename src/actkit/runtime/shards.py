@@ -15,7 +15,6 @@ from math import gcd
 import torch
 from torch import Tensor, nn
 
-from actkit.core.grids.packing import unpack_nibbles
 from actkit.core.ground.errors import UnsupportedModelError
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.weights import IntegerWeight
@@ -137,9 +136,7 @@ def part_of(module: nn.Module, outputs: range | None = None, inputs: range | Non
     by_input = grid.group_axis == "input"
     cut, length = (inputs, n_in) if by_input else (outputs, n_out)
     old = grid.size(length)
-    codes = stored.codes[outputs.start : outputs.stop]
-    codes = unpack_nibbles(codes, n_in) if grid.bits <= 4 else codes
-    codes = codes[:, inputs.start : inputs.stop]
+    codes = stored.integers()[outputs.start : outputs.stop, inputs.start : inputs.stop]
     chosen = torch.arange(cut.start, cut.stop, kind.group) // old
 
     def parameters(values: Tensor | None) -> Tensor | None:
@@ -149,7 +146,7 @@ def part_of(module: nn.Module, outputs: range | None = None, inputs: range | Non
             return values[outputs.start : outputs.stop][:, chosen]
         return values[chosen][:, inputs.start : inputs.stop]
 
-    return Part(kind, None, codes, parameters(stored.scale), parameters(stored.zero))
+    return Part(kind, None, codes, parameters(stored.scales()), parameters(stored.zero))
 
 
 def joined(parts: Sequence[Part]) -> Part:

@@ -52,5 +52,5 @@ def _share(original: nn.Module, changed: nn.Module, path: str) -> float | None:
     stored = after.storage
     weight = before.weight.detach().float()  # type: ignore[union-attr, operator]
     found = stored.dequantize().float()
-    expected = stored.scale.float().square().mean().sqrt() / 12**0.5
+    expected = stored.scales().square().mean().sqrt() / 12**0.5
     return float((found - weight).square().mean().sqrt() / expected)

@@ -175,7 +175,7 @@ class ActLinear(nn.Module):
         if not plain and x.numel() <= rows * self.in_features:
             return self._decode(x)
         selected = x if self.select is None else self.select(x)
-        y = F.linear(selected, self.dequantized(), self.bias)
+        y = self.storage.linear(selected, self.bias)
         if self.correction is not None:
             y = y + self.correction(x if self.correction.of == "all" else x - selected)
         return y

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from actkit.core.grids.floats import FloatGrid
+from actkit.core.grids.grid import Grid
 from actkit.core.grids.integers import IntegerGrid
-from actkit.core.grids.packing import pack_nibbles, unpack_nibbles
+from actkit.core.grids.packing import pack_codes, packed_width, unpack_codes
+from actkit.core.grids.scales import holds, power_of_two, read_scale, stored_scale
 from actkit.core.layers.keeps_dtype import KeepsDtype
 
 if TYPE_CHECKING:
@@ -60,6 +65,18 @@ class WeightStorage(KeepsDtype):
     def describe(self) -> str:
         """A few words for tables."""
         return self.kind
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply inputs in plain torch.
+
+        Args:
+            x: [..., in].
+            bias: [out], or None.
+
+        Returns:
+            [..., out].
+        """
+        return F.linear(x, self.dequantize(), bias)
 
     def packed(self, selects: bool) -> PackedWeight | QuantizedWeight | None:
         """Return the buffer of a kernel that multiplies it, or None.
@@ -124,117 +141,195 @@ class DenseWeight(WeightStorage):
         return kernels.sparse_linear(x, packed, bias=bias, **chosen)
 
 
-class IntegerWeight(WeightStorage):
-    """Codes and scales of a quantized weight.
+class CodedWeight(WeightStorage):
+    """Codes of a grid, and their scales.
 
     Args:
-        codes: uint8 [out, in], or [out, ceil(in / 2)] with two codes per byte for 4 bits and less.
-        scale: float32, shaped as `IntegerGrid.quantize` returns it.
+        grid: that the codes are of.
+        shape: (out, in).
+        codes: uint8 [out, ceil(in * stored_bits / 8)], as `pack_codes` puts them.
+        scale: as `stored_scale` keeps what `Grid.quantize` returns.
         zero: uint8 of that shape, or None.
         dtype: what `dequantize` returns.
-        shape: (out, in).
-        grid: that the codes are of.
+        stored_bits: that a code takes; None for those of the grid.
+        whole: the scale of the tensor, float32 [1], for scales in "e4m3".
     """
 
-    kind = "integer"
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
+    whole: Tensor | None
 
     def __init__(
         self,
-        grid: IntegerGrid,
+        grid: Any,
         shape: tuple[int, int],
         codes: Tensor,
         scale: Tensor,
         zero: Tensor | None,
         dtype: torch.dtype,
+        stored_bits: int | None = None,
+        whole: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.grid, self.shape, self.dtype = grid, shape, dtype
+        self.stored_bits = grid.bits if stored_bits is None else stored_bits
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
+        self.register_buffer("whole", whole)
 
     @classmethod
-    def quantize(cls, weight: Tensor, grid: IntegerGrid) -> IntegerWeight:
+    def quantize(cls, weight: Tensor, grid: Any) -> Self:
         """Round a weight [out, in] to the grid.
 
         Args:
             weight: [out, in].
-            grid: to round to.
+            grid: to round to. If 16 bits cannot hold its scales (below 6e-5 for float16), they stay float32.
 
         Raises:
             ValueError: the groups do not fit.
         """
         weight, grid = weight.detach(), grid.of(*weight.shape)
         codes, scale, zero = grid.quantize(weight)
-        if grid.bits <= 4:
-            codes = pack_nibbles(codes)
-        return cls(grid, (weight.shape[0], weight.shape[1]), codes, scale, zero, weight.dtype)
+        if not holds(scale, grid.scale_dtype):
+            grid = replace(grid, scale_dtype="float32")
+            codes, scale, zero = grid.quantize(weight)
+        return cls.of_codes(codes, scale, zero, grid, weight.dtype, grid.whole(weight.float()))
 
     @classmethod
-    def empty(cls, shape: tuple[int, int], grid: IntegerGrid, dtype: torch.dtype) -> IntegerWeight:
+    def of_codes(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        grid: Any,
+        dtype: torch.dtype,
+        whole: Tensor | None = None,
+    ) -> Self:
+        """Store codes that were found before.
+
+        Args:
+            codes: uint8 [out, in].
+            scale: float32, as `Grid.quantize` returns it, of numbers that the grid's `scale_dtype` holds.
+            zero: uint8 of that shape, or None.
+            grid: that the codes are of, its group size a number.
+            dtype: what `dequantize` returns.
+            whole: what `Grid.whole` says of the weight.
+        """
+        shape = (codes.shape[0], codes.shape[1])
+        if grid.scope == "tensor":  # kept by row, as all others read it
+            grid = replace(grid, scope="group", group_size=-1, group_axis="input")
+            scale = scale.expand(shape[0], 1).contiguous()
+            zero = None if zero is None else zero.expand(shape[0], 1).contiguous()
+        kept = stored_scale(scale, grid.scale_dtype, whole)
+        return cls(grid, shape, pack_codes(codes, grid.bits), kept, zero, dtype, whole=whole)
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int], grid: Any, dtype: torch.dtype, stored_bits: int | None = None) -> Self:
         """Make a weight [out, in] of zeros, whose values come from a file.
 
         Args:
             shape: (out, in).
             grid: of the codes.
             dtype: what `dequantize` returns.
+            stored_bits: that a code takes; None for those of the grid.
 
         Raises:
             ValueError: the groups do not fit.
         """
-        codes = torch.zeros(shape[0], ceil(shape[1] / 2) if grid.bits <= 4 else shape[1], dtype=torch.uint8)
+        width = packed_width(shape[1], grid.bits if stored_bits is None else stored_bits)
         parameters = grid.parameter_shape(*shape)
-        zero = None if grid.symmetric else torch.zeros(parameters, dtype=torch.uint8)
-        return cls(grid, shape, codes, torch.ones(parameters), zero, dtype)
+        ones, whole = torch.ones(parameters), torch.ones(1) if grid.scale_dtype == "e4m3" else None
+        zero = torch.zeros(parameters, dtype=torch.uint8) if grid.has_zeros else None
+        scale = stored_scale(ones, grid.scale_dtype, whole)
+        return cls(grid, shape, torch.zeros(shape[0], width, dtype=torch.uint8), scale, zero, dtype, stored_bits, whole)
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and zero points."""
-        return sum(buffer.nbytes for buffer in (self.codes, self.scale, self.zero) if buffer is not None)
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def integers(self) -> Tensor:
+        """The codes, one in a byte: uint8 [out, in]."""
+        return unpack_codes(self.codes, self.shape[1], self.stored_bits)
+
+    def scales(self) -> Tensor:
+        """The scales, float32."""
+        return read_scale(self.scale, self.grid.scale_dtype, self.whole)
+
+    def rows(self, chosen: slice) -> Tensor:
+        """Some rows of the weight, in the dtype of the layer.
+
+        Args:
+            chosen: whole groups, if groups lie along the outputs.
+        """
+        size = 1 if self.grid.group_axis == "input" else self.shape[0] // len(self.scale)  # rows that share a scale
+        of_rows = slice(chosen.start // size, ceil(chosen.stop / size))
+        scale = read_scale(self.scale[of_rows], self.grid.scale_dtype, self.whole)
+        codes = unpack_codes(self.codes[chosen], self.shape[1], self.stored_bits)
+        return self.grid.dequantize(codes, scale, None if self.zero is None else self.zero[of_rows]).to(self.dtype)
+
+    def tiles(self) -> list[slice]:
+        """Rows that are widened at a time, so that they stay in a cache: whole groups, of `WIDENED` weights or so."""
+        size = 1 if self.grid.group_axis == "input" else self.shape[0] // len(self.scale)
+        step = size * max(1, WIDENED // (size * self.shape[1]))
+        return [slice(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step)]
 
     def _values(self) -> Tensor:
-        # Widened some rows at a time, so that they stay in a cache.
-        group = 1 if self.grid.group_axis == "input" else self.shape[0] // len(self.scale)  # rows that share a scale
-        groups = max(1, WIDENED // (group * self.shape[1]))
-        if groups * group >= self.shape[0] or torch.compiler.is_compiling():  # a compiler unrolls loops, and fuses
-            return self._piece(self.codes, self.scale, self.zero)
+        tiles = self.tiles()
+        if len(tiles) == 1 or torch.compiler.is_compiling():  # a compiler unrolls loops, and fuses
+            return self.rows(slice(0, self.shape[0]))
         weight = torch.empty(self.shape, dtype=self.dtype, device=self.codes.device)
-        parameters = [None if each is None else each.split(groups) for each in (self.scale, self.zero)]
-        for index, rows in enumerate(weight.split(groups * group)):
-            scale, zero = (None if each is None else each[index] for each in parameters)
-            start = index * groups * group
-            rows.copy_(self._piece(self.codes[start : start + len(rows)], scale, zero))  # type: ignore[arg-type]
+        for tile in tiles:
+            weight[tile] = self.rows(tile)
         return weight
 
-    def _piece(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        codes = unpack_nibbles(codes, self.shape[1]) if self.grid.bits <= 4 else codes
-        return self.grid.dequantize(codes, scale, zero).to(self.dtype)
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        tiles = self.tiles()
+        whole = len(tiles) == 1 or self._widened is not None or torch.is_grad_enabled()
+        if whole or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            return super().linear(x, bias)
+        # A tile is multiplied as soon as it is widened, while it lies in a cache; the whole weight is never there.
+        parts = [F.linear(x, self.rows(tile), None if bias is None else bias[tile]) for tile in tiles]
+        return torch.cat(parts, dim=-1)
+
+    def describe(self) -> str:
+        return self.grid.describe()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # codes stay; the layer computes in the new dtype
+        super()._apply(fn, recurse)
+        return self
+
+
+class IntegerWeight(CodedWeight):
+    """Codes and scales of a weight on an integer grid; arguments as those of `CodedWeight`."""
+
+    kind = "integer"
+    grid: IntegerGrid
+
+    def rescaled(self, scale: Tensor) -> IntegerWeight:
+        """Return the same codes with other scales, float32."""
+        grid = replace(self.grid, scale_dtype="float32")
+        return IntegerWeight(grid, self.shape, self.codes, scale, self.zero, self.dtype, self.stored_bits)
 
     def spec(self) -> dict[str, Any]:
         """Its JSON arguments, as a checkpoint keeps them."""
-        grid = self.grid
-        return {
-            "kind": self.kind,
-            "bits": grid.bits,
-            "group_size": grid.group_size,
-            "group_axis": grid.group_axis,
-            "symmetric": grid.symmetric,
-            "convention": grid.convention,
-        }
+        return {**self.grid.spec(), "kind": self.kind, "stored_bits": self.stored_bits}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype) -> IntegerWeight:
-        convention = spec.get("convention", "llm-awq")  # the only one of earlier versions
-        grid = IntegerGrid(spec["bits"], spec["group_size"], spec["group_axis"], spec["symmetric"], convention)
-        return cls.empty(shape, grid, dtype)
+        settings = {name: value for name, value in spec.items() if name not in ("kind", "stored_bits")}
+        settings.setdefault("convention", "llm-awq")  # the only one of earlier versions
+        grid = IntegerGrid(**settings)
+        # Earlier versions kept 2 and 3 bits in 4, and 5 to 7 in a byte, and did not say so.
+        return cls.empty(shape, grid, dtype, spec.get("stored_bits", 4 if grid.bits <= 4 else 8))
 
-    def describe(self) -> str:
-        grid = self.grid
-        groups = "whole rows" if grid.group_size == -1 else f"groups of {grid.group_size} along the {grid.group_axis}"
-        return f"{grid.bits}-bit, {groups}"
+    def kernel_codes(self) -> Tensor:
+        """The codes as `kernels.pack_quantized` reads them: two in a byte for 4 bits and less, else one."""
+        width = 4 if self.grid.bits <= 4 else 8
+        return self.codes if self.stored_bits == width else pack_codes(self.integers(), width)
 
     def packed(self, selects: bool) -> QuantizedWeight | None:
         from actkit import kernels
@@ -242,8 +337,8 @@ class IntegerWeight(WeightStorage):
         if self.dtype == torch.float64 or self.codes.device.type != "cpu":
             return None
         return kernels.pack_quantized(
-            self.codes,
-            self.scale,
+            self.kernel_codes(),
+            self.scales(),
             self.zero,
             bits=self.grid.bits,
             group_axis=self.grid.group_axis,
@@ -255,15 +350,53 @@ class IntegerWeight(WeightStorage):
 
         return kernels.quantized_linear(x, packed, bias=bias, **chosen)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerWeight:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # codes stay; the layer computes in the new dtype
-        super()._apply(fn, recurse)
-        return self
+
+class FloatWeight(CodedWeight):
+    """Codes and scales of a weight on a grid of few-bit floats; arguments as those of `CodedWeight`.
+
+    It is widened some rows at a time, and no kernel reads it: it takes less room, and is not faster.
+
+    Attributes:
+        shift: int8 [in], or None: what a column's exponents are lowered by, so that it stands for 2^-shift times
+            what its codes do.
+    """
+
+    kind = "float"
+    grid: FloatGrid
+    shift: Tensor | None
+
+    def __init__(self, *args: Any, shift: Tensor | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("shift", shift)
+
+    def shifted(self, shift: Tensor) -> FloatWeight:
+        """Return the same codes with lower exponents.
+
+        Args:
+            shift: int8 [in], added to that which is there.
+        """
+        shift = shift.to(torch.int8) if self.shift is None else self.shift + shift
+        same = (self.grid, self.shape, self.codes, self.scale, None, self.dtype, self.stored_bits, self.whole)
+        return FloatWeight(*same, shift=shift)
+
+    def rows(self, chosen: slice) -> Tensor:
+        if self.shift is None:
+            return super().rows(chosen)
+        return super().rows(chosen) * power_of_two(-self.shift.int()).to(self.dtype)
+
+    def spec(self) -> dict[str, Any]:
+        """Its JSON arguments, as a checkpoint keeps them."""
+        return {"kind": self.kind, "grid": self.grid.spec(), "shifted": self.shift is not None}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype) -> FloatWeight:
+        weight = cls.empty(shape, Grid.from_spec(spec["grid"]), dtype)
+        return weight.shifted(torch.zeros(shape[1], dtype=torch.int8)) if spec["shifted"] else weight
 
 
 @contextmanager
 def widened(model: nn.Module) -> Iterator[None]:
-    """Keep what the integer weights of a model stand for while it is measured.
+    """Keep what the coded weights of a model stand for while it is measured.
 
     Each is dequantized once, not for every batch. The values are those of `dequantize`, bit for bit; a copy of the
     weights in the dtype of the layers is held.
@@ -271,7 +404,7 @@ def widened(model: nn.Module) -> Iterator[None]:
     Args:
         model: any model.
     """
-    weights = [module for module in model.modules() if isinstance(module, IntegerWeight)]
+    weights = [module for module in model.modules() if isinstance(module, CodedWeight)]
     try:
         for weight in weights:
             weight._widened = weight.dequantize()
