@@ -6,8 +6,10 @@ import torch
 from tiny_models import HIDDEN, build
 
 from actkit.core.edit.edits import Configure, Replace, Set, apply_edit, describe_module, get_module, get_tensor, replay
+from actkit.core.edit.folding import fold
 from actkit.core.ground import registry
 from actkit.core.layers.activations import Activation
+from actkit.core.model.anatomy import anatomy, equalization_sets
 from actkit.core.recipe.runner import apply
 from error_proofs import Place, points, proof
 
@@ -49,3 +51,14 @@ proof(lambda p: apply_edit(build("mlp"), Set("up.bias", torch.zeros(3))))
 
 
 proof(lambda p: apply_edit(build("llama", tie_word_embeddings=True), Set("lm_head.weight", torch.zeros(50, HIDDEN))))
+
+
+def folding(number: int, *values: torch.Tensor) -> list[object]:
+    block = anatomy(build("llama")).block(0)
+    return list(fold(block, equalization_sets(block)[number], *values))
+
+
+proof(lambda p: folding(0, torch.ones(HIDDEN), torch.ones(HIDDEN)))
+
+
+proof(lambda p: folding(1, torch.arange(1.0, HIDDEN + 1)))

@@ -56,6 +56,7 @@ from actkit.core.model.anatomy import (
     read_tap,
     register_architecture,
 )
+from actkit.core.model.equalization import SharedHeads
 from actkit.core.model.experts import ExpertList
 from actkit.core.model.fused_layers import PartRows
 from actkit.core.model.llama_rows import LLAMA
@@ -570,9 +571,9 @@ def test_equalization_sets_of_a_gated_model() -> None:
         ("model.layers.0.post_attention_layernorm", [f"{m}.gate_proj", f"{m}.up_proj"], m),
         (f"{m}.up_proj", [f"{m}.down_proj"], f"{m}.down_proj"),
     ]
-    assert [bool(x.refused) for x in found] == [False, True, False, False]
-    assert found[1].refused.startswith("grouped-query attention: 4 heads read 2")
-    assert sets(llama(num_key_value_heads=4))[1].refused is None
+    assert [x.refused for x in found] == [None] * 4
+    assert found[1].shared == SharedHeads(heads=2, readers=2, width=HIDDEN // 4)
+    assert sets(llama(num_key_value_heads=4))[1].shared is None
 
 
 def test_equalization_sets_of_the_other_families() -> None:
@@ -586,7 +587,7 @@ def test_equalization_sets_of_the_other_families() -> None:
     assert bert[0].producer is None
     assert [x.refused and x.refused.split(":")[0] for x in bert] == ["post-norm", None, "post-norm", None]
     mixtral = sets(CASES["mixtral opened"]())
-    assert mixtral[2].refused == "the router reads the norm's output too"
+    assert mixtral[2].refused is None and mixtral[2].rescaled == ("model.layers.0.mlp.gate.weight",)
     assert len(mixtral[2].consumers) == 8
     assert [x.producer.expert for x in mixtral[3:]] == [0, 1, 2, 3]
 
@@ -611,7 +612,10 @@ def test_moving_a_scale_keeps_the_function(case: str) -> None:
 
 
 def move(model: nn.Module, found: EqualizationSet) -> None:
-    scale = torch.rand(found.consumers[0].in_features) + 0.5
+    columns = torch.rand(found.consumers[0].in_features) + 0.5
+    if found.shared is not None:  # heads 0 and 1 read value head 0
+        columns = columns.view(2, 2, -1)[:, :1].expand(2, 2, -1).flatten()
+    scale = columns if found.shared is None else columns.view(2, 2, -1)[:, 0].flatten()
     producer = found.producer
     if isinstance(producer, Norm):
         weight = producer.module.weight
@@ -627,7 +631,9 @@ def move(model: nn.Module, found: EqualizationSet) -> None:
         parent, _, name = producer.rpartition(".")
         setattr(model.get_submodule(parent), name, nn.Sequential(model.get_submodule(producer), Divide(scale)))
     for linear in found.consumers:
-        linear.weight.mul_(scale)
+        linear.weight.mul_(columns)
+    for name in found.rescaled:
+        model.get_parameter(name).mul_(columns)
 
 
 class Divide(nn.Module):

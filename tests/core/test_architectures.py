@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from actkit.core.edit.edits import apply_edit, set_module
+from actkit.core.edit.folding import fold
 from actkit.core.measure.cost import measure_cost
 from actkit.core.model import architectures
 from actkit.core.model.anatomy import CoverageError, Site, anatomy, equalization_sets
@@ -27,7 +28,7 @@ from actkit.core.recipe.plan import make_plan
 from actkit.core.recipe.transform import Transform
 from actkit.core.watch.capture import live, opened_experts, record
 from actkit.core.watch.statistics import Moments
-from actkit.quantization.awq import Awq, fold
+from actkit.quantization.awq import Awq
 from actkit.quantization.rtn import RoundToNearest
 from actkit.runtime.families import FAMILIES
 from actkit.sparsity.cats.cats import Cats
@@ -531,31 +532,31 @@ def test_rows_of_fused_layers(heads: int, shared: int) -> None:
 
 # -- where scales can move ---------------------------------------------------------------------------------------------
 
-GROUPED, RESIDUAL, ROUTED = "grouped-query attention", "post-norm", "the router reads the norm's output too"
+RESIDUAL, BESIDE = "post-norm", "an expert that every token goes to reads the norm's output too"
 UNKNOWN = "what produces this input is not described"
 BARE, CLAMPED = "the norm has no weight", "the value is clamped to 0.5"
 FREE = [None, None, None, None]  # attention's input, value to output, the MLP's input, up to down
 REFUSED: dict[str, list[str | None]] = {
-    **{case: [None, GROUPED, None, None] for case in CASES},
+    **{case: [None, None, None, None] for case in CASES},
     **dict.fromkeys(("gpt2", "gpt_neox", "gpt_neox, MLP after attention", "opt", "vit", "deit"), FREE),
     **dict.fromkeys(("gpt_neo", "bloom", "falcon, as many value heads, alibi"), FREE),
     "gptj": [None, None, None],  # one norm for attention and MLP
-    **{key: [None, GROUPED, None] for key in ("phi", "cohere", "cohere2", "stablelm, side by side")},
-    "falcon, one key-value head": [None, GROUPED, None],
+    **{key: [None, None, None] for key in ("phi", "cohere", "cohere2", "stablelm, side by side")},
+    "falcon, one key-value head": [None, None, None],
     "bloom, norms feed the residual": [RESIDUAL, None, RESIDUAL, None],
     "olmo": [BARE, CLAMPED, BARE, None],
-    "olmoe": [None, CLAMPED, ROUTED] + [None] * 4,
-    "qwen2_moe": [None, GROUPED, ROUTED] + [None] * 4 + [UNKNOWN] * 2,
-    "lfm2": [None, GROUPED, UNKNOWN, UNKNOWN],
-    **{key: [RESIDUAL, GROUPED, RESIDUAL, None] for key in ("exaone4", "exaone4, without windows")},
+    "olmoe": [None, CLAMPED, None] + [None] * 4,
+    "qwen2_moe": [None, None, BESIDE] + [None] * 4 + [UNKNOWN] * 2,
+    "lfm2": [None, None, UNKNOWN, UNKNOWN],
+    **{key: [RESIDUAL, None, RESIDUAL, None] for key in ("exaone4", "exaone4, without windows")},
     "phi3, as many value heads": FREE,
-    "olmo2": [RESIDUAL, GROUPED, RESIDUAL, None],
+    "olmo2": [RESIDUAL, None, RESIDUAL, None],
     **{case: [RESIDUAL, None, RESIDUAL, None] for case in ("bert", "roberta", "opt, norms after")},
-    "mixtral": [None, GROUPED, ROUTED] + [None] * 4,
-    "qwen3_moe": [None, GROUPED, ROUTED] + [None] * 4,
-    "gpt_oss": [None, GROUPED, ROUTED] + ["up is clamped or shifted"] * 4,
-    "deepseek_v3": [ROUTED] + [None] * 4 + [UNKNOWN] * 6,
-    "deepseek_v3, queries of full rank": [ROUTED] + [None] * 4 + [UNKNOWN] * 5,
+    "mixtral": [None, None, None] + [None] * 4,
+    "qwen3_moe": [None, None, None] + [None] * 4,
+    "gpt_oss": [None, None, None] + ["up is clamped or shifted"] * 4,
+    "deepseek_v3": [BESIDE] + [None] * 4 + [UNKNOWN] * 6,
+    "deepseek_v3, queries of full rank": [BESIDE] + [None] * 4 + [UNKNOWN] * 5,
 }
 
 
@@ -573,7 +574,7 @@ def test_scales_move_where_they_can(case: str) -> None:
             for group in found:
                 if group.refused is None:
                     scale = 2.0 ** torch.randint(-2, 3, (group.consumers[0].in_features,), generator=generator)
-                    for edit in fold(view.block(index), group, scale):
+                    for edit in fold(view.block(index), group, group.tied(scale)):
                         apply_edit(model, edit, remember=False)
         reasons = [group.refused for group in found]
         assert len(reasons) == len(REFUSED[case])

@@ -12,8 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 from actkit.core.layers.folding import ScaledActivation
 from actkit.core.layers.linear import ActLinear
-from actkit.core.model.anatomy import Linear, Norm, anatomy, equalization_sets
+from actkit.core.model.anatomy import EqualizationSet, Linear, Norm, anatomy, equalization_sets
+from actkit.core.model.equalization import SharedHeads
 from actkit.core.model.fused_layers import PartRows
+from actkit.core.recipe.runner import apply
 from actkit.core.watch.capture import opened_experts
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -30,8 +32,10 @@ def columns(linear: Linear) -> Tensor:
     return weight.t() if isinstance(linear.module, Conv1D) else weight
 
 
-def move(model: nn.Module, found: Any, scale: Tensor) -> None:
-    producer = found.producer
+def move(model: nn.Module, found: Any, by_column: Tensor) -> None:
+    producer, scale = found.producer, by_column
+    if found.shared is not None:  # 4 query heads read 2 value heads
+        scale = by_column.view(2, 2, -1)[:, 0].flatten()
     if isinstance(producer, str):
         parent, _, name = producer.rpartition(".")
         activation = ScaledActivation(model.get_submodule(producer), scale).double()
@@ -46,7 +50,9 @@ def move(model: nn.Module, found: Any, scale: Tensor) -> None:
         if bias is not None:
             bias.data[chosen] /= scale
     for consumer in found.consumers:
-        columns(consumer)[:] *= scale
+        columns(consumer)[:] *= by_column
+    for name in found.rescaled:
+        model.get_parameter(name).data *= by_column
 
 
 def double(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -69,14 +75,14 @@ def test_moved_scales_leave_the_function(name):
                     refused += 1
                     continue
                 scale = torch.rand(found.consumers[0].in_features, generator=generator, dtype=torch.float64) * 3 + 0.2
+                if found.shared is not None:
+                    scale = scale.view(2, 2, -1)[:, :1].expand(2, 2, -1).flatten()
                 move(model, found, scale)
                 moved += 1
         for batch, output in zip(given, expected, strict=True):
             torch.testing.assert_close(run(model, batch), output, rtol=1e-9, atol=1e-10)
     # per block: attention's input, value -> output, the MLP's input, up -> down
-    per_block = {"llama": (3, 1), "mixtral": (5, 2), "gpt2": (4, 0), "bert": (2, 2), "vit": (4, 0)}[kind]
-    if "heads" in name:
-        per_block = (4, 0)
+    per_block = {"llama": (4, 0), "mixtral": (7, 0), "gpt2": (4, 0), "bert": (2, 2), "vit": (4, 0)}[kind]
     assert (moved, refused) == (3 * per_block[0], 3 * per_block[1])
 
 
@@ -85,13 +91,25 @@ def reasons(model: nn.Module) -> dict[str, str | None]:
 
 
 def test_reasons():
-    assert "4 heads read 2 value heads" in reasons(build("llama"))["self_attn.o_proj"]
     assert "post-norm" in reasons(build("bert"))["attention"]
     assert "post-norm: the residual stream reads" in reasons(build("bert"))["intermediate"]
-    view = anatomy(build("mixtral"))
-    with opened_experts(view):
-        found = {item.inspect: item.refused for item in equalization_sets(view.block(0))}
-    assert "router reads" in found["model.layers.0.mlp.experts"]
+    assert "open them first" in reasons(build("mixtral"))["mlp.experts"]
+
+
+def test_columns_that_read_one_channel_have_one_scale():
+    """3 query heads of 2 channels read each of 2 value heads."""
+    shared = SharedHeads(heads=2, readers=3, width=2)
+    assert shared.channels().tolist() == [0, 1, 0, 1, 0, 1, 2, 3, 2, 3, 2, 3]
+    found = EqualizationSet(None, None, (), "", shared=shared)
+    values = torch.arange(12.0)
+    assert found.of_channels(values).tolist() == [4, 5, 10, 11]
+    assert found.tied(values).tolist() == [4, 5, 4, 5, 4, 5, 10, 11, 10, 11, 10, 11]
+
+
+def test_layers_whose_slots_are_filled_take_no_scale():
+    model = build("llama")
+    apply(model, "rtn", progress=False)
+    assert "slot 'weight' filled" in reasons(model)["self_attn"]
 
 
 def test_layers_without_a_weight_to_scale_are_refused():

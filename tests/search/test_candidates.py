@@ -57,7 +57,7 @@ def test_every_family_gets_recipes_that_fit(kind):
 def test_awq_is_left_out_with_the_reasons_where_nothing_takes_a_scale():
     looked, shapes = seen("llama")
     assert any("awq" in each.name for each in propose(looked, shapes)[0])
-    none = replace(shapes, scalable=0, refused=("post-norm", "grouped"))
+    none = replace(shapes, scalable=0, shared=0, refused=("post-norm", "grouped"))
     found, left = propose(looked, none)
     assert not any("awq" in each.name for each in found)
     assert any("wina" in each.name and "rtn 4" in each.name for each in found)

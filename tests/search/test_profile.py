@@ -316,15 +316,15 @@ def test_planted_properties_of_a_llama():
     assert output.massive and output.largest_channel == 9
 
 
-def test_what_experts_read_counts_as_read_though_no_scale_can_move():
+def test_what_experts_read_counts_as_read_and_takes_a_scale():
     model = build("mixtral")
     model.model.layers[1].post_attention_layernorm.weight.data[4] = 80
     seen = profile(model, batches("mixtral"), progress=False)
     (site,) = [site for site in seen.sites if site.site == "blocks.1.mlp.input"]
-    assert site.outliers == (4,) and len(site.read_by) == 8 and not site.scalable
+    assert site.outliers == (4,) and len(site.read_by) == 8 and site.scalable
     assert site.above_one_percent < 0.5  # beside so large a channel; no reason to call the others small
     found = [finding for finding in seen.findings if finding.site == "mlp.input of block 1"]
-    assert "1 (4)" in found[0].what and "awq cannot" in found[0].suggestion
+    assert "1 (4)" in found[0].what and "awq" in found[0].suggestion
     assert not any("below 1 %" in finding.what for finding in found)
 
 

@@ -33,7 +33,7 @@ LENGTH = 256  # tokens per row, in calibration and measurement
 BATCH = 16
 
 
-REAL = ("smollm2",)  # real models from packages of their own, on which claims are tested again
+REAL = ("smollm2", "gemma3")  # real models from packages of their own, on which claims are tested again
 
 
 THRESHOLDS = (Teal, Cats, RSparse)  # what they need of the text is the same at every setting

@@ -168,7 +168,7 @@ class Swap(Transform):
         return ()
 
     def conflicts(self, earlier: Transform) -> str | None:
-        if "select" in earlier.tags.slots:
+        if "select" in earlier.slots:
             return "its thresholds were calibrated on activations that the swap would change; swap first"
         return None
 

@@ -26,19 +26,18 @@ from typing import Annotated, ClassVar, Literal, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from actkit.core.edit.edits import Edit, Note, Replace, Set, Skip, get_module
+from actkit.core.edit.edits import Edit, Note, Replace, Skip, get_module
+from actkit.core.edit.folding import fold
 from actkit.core.grids.integers import Convention, IntegerGrid
 from actkit.core.grids.parcels import parcels
 from actkit.core.ground.errors import NonFiniteError
-from actkit.core.layers.folding import ScaledActivation
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import Block, EqualizationSet, Linear, Norm, Site, equalization_sets
 from actkit.core.recipe.proposals import Idea, LeftOut, Looked, Shapes, poor_at_four_bits
 from actkit.core.recipe.seen import Seen
-from actkit.core.recipe.tags import Tags
+from actkit.core.recipe.tags import Slot, Tags
 from actkit.core.recipe.transform import Transform
 from actkit.core.watch.calls import Call
 from actkit.core.watch.statistics import Moments, Sample, Statistic
@@ -66,6 +65,7 @@ class Awq(Transform):
         screen_tokens: r = 0 and the three best on so many tokens go on to all of search_tokens; None tries every r on
             all, as the release does.
         convention: "llm-awq" for the grid of the release.
+        round: whether weights are clipped and rounded; False only scales them, exactly, for the quantizer behind it.
 
     Raises:
         ValueError: a value is out of bounds.
@@ -81,6 +81,7 @@ class Awq(Transform):
     search_tokens: int | None = Field(None, ge=1)
     screen_tokens: int | None = Field(1024, ge=1)
     convention: Convention = "zero_in_range"
+    round: bool = True
 
     tags: ClassVar[Tags] = Tags(slot="weight", needs_data=True, stream="original", records_calls=True, sums_calls=True)
 
@@ -88,6 +89,10 @@ class Awq(Transform):
     def grid(self) -> IntegerGrid:
         """The grid that weights are rounded to."""
         return IntegerGrid(self.bits, self.group_size, "input", self.symmetric, self.convention)
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        return self.tags.slots if self.round else ()
 
     @model_validator(mode="after")
     def _grid_is_possible(self) -> Self:
@@ -98,14 +103,15 @@ class Awq(Transform):
     def proposals(cls, profile: Looked, shapes: Shapes) -> Iterable[Idea | LeftOut]:
         yield LeftOut("awq at 3 bits", "3 bits save a quarter of 4 on disk, decode no faster and cost far more quality")
         refused = "; ".join(shapes.refused)
-        if not shapes.scalable:
+        scalable = shapes.scalable - shapes.shared
+        if not scalable:
             refused = refused or "no norm or layer is known that could take a scale"
             yield LeftOut("awq", f"no set of layers can take its scales: {refused}")
             return
         if refused:
             yield LeftOut("awq's scale on some layers, which are rounded without one", refused)
         hard = poor_at_four_bits(profile)
-        scales = f"{shapes.scalable} sets of layers can take a scale, {len(shapes.refused)} kinds cannot"
+        scales = f"{scalable} sets of layers can take a scale, {len(shapes.refused)} kinds cannot"
         four = cls(bits=4, group_size=shapes.group, search_tokens=SEARCHED)
         yield Idea("awq 4 bit", four, f"{scales}{hard}", 30, base=1)
         if shapes.finer_group is not None:
@@ -114,14 +120,14 @@ class Awq(Transform):
             yield Idea(name, finer, f"finer groups if 4 bits lose too much{hard}", 130)
 
     def conflicts(self, earlier: Transform) -> str | None:
-        if {"select", "correction"} & set(earlier.tags.slots):
-            return "it rescales the inputs that thresholds, scores and corrections were made for; put it first"
+        if set(earlier.slots) - {"weight"}:
+            return "it rescales the inputs that the other slots were filled for; put it first"
         return super().conflicts(earlier)
 
     def targets(self, block: Block) -> Iterable[Linear | str]:
         yield from block.linears()
         for group in equalization_sets(block):
-            if isinstance(group.producer, Norm) and not group.refused:
+            if isinstance(group.producer, Norm) and not why_no_scale(group):
                 yield f"{group.producer.path}.weight"
 
     def passes(self, tokens: int) -> float:
@@ -142,8 +148,9 @@ class Awq(Transform):
         sites = {linear.path: inputs.site for inputs in block.linear_inputs() for linear in inputs.linears}
         scales: dict[str, Tensor] = {}  # by consumer
         for group in equalization_sets(block):
-            if group.refused:
-                yield Note(group.inspect, f"rounded without a scale: {group.refused}")
+            refused = why_no_scale(group)
+            if refused:
+                yield Note(group.inspect, f"rounded without a scale: {refused}")
                 continue
             moments, _ = seen[sites[group.consumers[0].path]]
             if not moments.count:
@@ -161,7 +168,7 @@ class Awq(Transform):
             )
             yield from fold(block, group, scale)
             scales |= dict.fromkeys((linear.path for linear in group.consumers), scale)
-        for linear in block.linears():
+        for linear in block.linears() if self.round else ():
             weight = linear.weight.detach().float()
             _, sample = seen[sites[linear.path]]
             if self.clip and linear.role not in NOT_CLIPPED and sample.count:
@@ -170,6 +177,13 @@ class Awq(Transform):
                 weight = clamp_groups(weight, search_clip(weight, rows, self.grid))
             quantized = IntegerWeight.quantize(weight.to(linear.weight.dtype), self.grid)
             yield Replace(linear.path, ActLinear.of(linear, weight=quantized))
+
+
+def why_no_scale(group: EqualizationSet) -> str | None:
+    """Say why a set is rounded without a scale, or None. Shared value heads get none in the release."""
+    if group.refused is None and group.shared is not None:
+        return f"{group.shared.readers} query heads read each value head (`smooth` can scale it)"
+    return group.refused
 
 
 def search_scale(
@@ -263,47 +277,6 @@ def _squared_error(calls: list[Call], inspected: nn.Module, targets: list[Tensor
         difference = call.real(call.replay(inspected).float() - target)
         total, count = total + float(difference.square().sum()), count + difference.numel()
     return total, count
-
-
-def fold(block: Block, group: EqualizationSet, scale: Tensor) -> Iterator[Edit]:
-    """Yield the edits that multiply the consumers' columns by `scale` and divide what produces their input by it.
-
-    Computed in float64 and rounded once, to the dtype of each weight.
-
-    Args:
-        block: the block.
-        group: consumers, and what produces their input.
-        scale: [in].
-    """
-    producer, scale = group.producer, scale.double()
-    if isinstance(producer, Norm):
-        weight: Tensor = producer.module.weight.detach()  # type: ignore[union-attr, operator, assignment]
-        # a norm that multiplies by (offset + weight), as Gemma's, keeps its offset
-        folded = (weight.double() + producer.offset) / scale - producer.offset
-        yield Set(f"{producer.path}.weight", folded.to(weight.dtype))
-        bias = getattr(producer.module, "bias", None)
-        if bias is not None:
-            yield Set(f"{producer.path}.bias", (bias.detach().double() / scale).to(bias.dtype))
-    elif isinstance(producer, Linear):
-        rows = scale.new_ones(producer.out_features)
-        rows[slice(None) if group.producer_rows is None else group.producer_rows.indices(scale.device)] = scale
-        yield _multiply_weight(producer, 1 / rows[:, None])
-        if producer.bias is not None:
-            yield Set(f"{producer.path}.bias", (producer.bias.detach().double() / rows).to(producer.bias.dtype))
-    elif producer is not None:
-        yield Replace(producer, ScaledActivation(get_module(block.root, producer), scale))
-    for linear in group.consumers:
-        yield _multiply_weight(linear, scale)
-
-
-def _multiply_weight(linear: Linear, factor: Tensor) -> Set:
-    """Multiply the dense weight of a layer by float64 [in] or [out, 1], in the orientation in which it stores it."""
-    old = linear.weight.detach()
-    factors = parcels(factor.expand_as(old))
-    weight = torch.cat([(rows * by).to(old.dtype) for rows, by in zip(parcels(old), factors, strict=True)])
-    if isinstance(linear.module, ActLinear):  # of an exact rewrite; a quantized one would fill the same slot
-        return Set(f"{linear.path}.storage.tensor", weight)
-    return Set(f"{linear.path}.weight", weight.t().contiguous() if isinstance(linear.module, Conv1D) else weight)
 
 
 def search_clip(weight: Tensor, x: Tensor, grid: IntegerGrid) -> Tensor:

@@ -88,7 +88,12 @@ def profile(
         refuse_offloaded(experts.module, f"{experts.path} holds all experts in one tensor")
     with temporarily(view.model, [Replace(e.path, ExpertList.of(e.module, e.row)) for e in closed]):
         blocks = [view.block(block.index) for block in view.blocks]
-        free = {e.consumers[0].path for b in blocks for e in equalization_sets(b) if e.consumers and not e.refused}
+        free = {
+            e.consumers[0].path
+            for b in blocks
+            for e in equalization_sets(b)
+            if e.consumers and not e.refused and not e.shared
+        }
         plan = _Plan.of(view, blocks, _widths_seen(view, sites, batches[0]), max_memory)
         found: list[SiteProfile] = []
         weights: list[WeightProfile] = []

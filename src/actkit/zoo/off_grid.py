@@ -14,12 +14,12 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from actkit.core.edit import changes
 from actkit.core.ground.errors import UnsupportedModelError
 from actkit.core.model.anatomy import EqualizationSet, Norm, anatomy, equalization_sets
-from actkit.core.model.parts import Block, Linear
+from actkit.core.model.parts import Linear
 from actkit.zoo.rescaling import changed_before, check_family, move_scale
 
 SMALLEST, LARGEST = 0.7, 1.4
@@ -47,27 +47,16 @@ def off_grid_twin(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for block in anatomy(twin).blocks:
         for group in equalization_sets(block):
-            repeats = _shared_heads(block, group)
-            _refuse(group, shared=repeats is not None)
-            width = group.consumers[0].in_features if repeats is None else int(repeats.max()) + 1
+            _refuse(group)
+            shared = group.shared
+            width = group.consumers[0].in_features if shared is None else shared.heads * shared.width
             spread = torch.rand(width, generator=generator)
-            move_scale(group, SMALLEST * (LARGEST / SMALLEST) ** spread, repeats)
+            move_scale(block, group, SMALLEST * (LARGEST / SMALLEST) ** spread)
     return twin
 
 
-def _shared_heads(block: Block, group: EqualizationSet) -> Tensor | None:
-    """Which value channel each column of the output projection reads, if query heads share value heads."""
-    attention = block.attention
-    if attention is None or group.consumers != (attention.output,) or attention.heads == attention.key_value_heads:
-        return None
-    if group.producer is attention.query_key_value and group.producer_rows is None:
-        return None  # refused: the value's rows are not known
-    channels = torch.arange(attention.key_value_heads * attention.head_dim).view(attention.key_value_heads, -1)
-    return channels.repeat_interleave(attention.heads // attention.key_value_heads, 0).flatten()
-
-
-def _refuse(group: EqualizationSet, shared: bool) -> None:
-    reason = (None if shared else group.refused) or changed_before(group)
+def _refuse(group: EqualizationSet) -> None:
+    reason = changed_before(group) or group.refused
     if reason is None and not isinstance(group.producer, Norm | Linear):
         reason = "a nonlinearity stands between it and what produces its input"
     where = group.consumers[0].path if group.consumers else group.inspect

@@ -57,12 +57,12 @@ def outlier_twin(model: nn.Module, *, channels: int = 4, factor: float = 30.0, s
                 raise ValueError(f"channels: {channels} were given, {group.inspect} has {width} inputs.")
             scale = torch.ones(width)
             scale[torch.randperm(width, generator=generator)[:channels]] = factor
-            move_scale(group, scale)
+            move_scale(block, group, scale)
     return twin
 
 
 def _refuse(group: EqualizationSet) -> None:
     where = group.producer.path if isinstance(group.producer, Norm) else group.inspect
-    reason = group.refused or changed_before(group)
+    reason = changed_before(group) or group.refused
     if reason is not None:
         raise UnsupportedModelError(f"model: {where}: no outliers can be planted here: {reason}.")

@@ -1,18 +1,16 @@
-"""A factor per channel moved from a producer into the layers that read it, in place: the function stays.
-
-producer's channel j times s_j,   W[:, j] of every consumer divided by s_j
-"""
+"""What the twins of the zoo share: which models can have one, and how a factor moves between layers in place."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from actkit.core.edit.edits import apply_edit
+from actkit.core.edit.folding import fold
 from actkit.core.ground.errors import UnsupportedModelError
 from actkit.core.layers.linear import ActLinear
-from actkit.core.model.anatomy import EqualizationSet, Norm
+from actkit.core.model.anatomy import Block, EqualizationSet
 from actkit.core.model.architectures import find_architecture, known_model_types
-from actkit.core.model.parts import Linear
 
 
 def check_family(model: nn.Module) -> None:
@@ -31,32 +29,14 @@ def changed_before(group: EqualizationSet) -> str | None:
 
 
 @torch.no_grad()
-def move_scale(group: EqualizationSet, scale: Tensor, repeats: Tensor | None = None) -> None:
-    """Multiply the producer's channels by a scale and divide the consumers' columns by it, in place.
-
-    Computed in float32 and rounded once, to the dtype of each weight.
+def move_scale(block: Block, group: EqualizationSet, factor: Tensor) -> None:
+    """Multiply the producer's channels by a factor and divide the consumers' columns by it, in place.
 
     Args:
+        block: of the model that is changed.
         group: the producer and what reads it.
-        scale: [channels].
-        repeats: which channel each column reads, int64 [columns], if one channel is read by several (value heads shared
-            by query heads); None if it is one each.
+        factor: [channels] of the producer.
     """
-    producer = group.producer
-    assert isinstance(producer, Norm | Linear)
-    if isinstance(producer, Norm):
-        weight, bias = producer.module.weight, getattr(producer.module, "bias", None)
-        # a norm with an offset (Gemma) multiplies by offset + weight
-        factor = scale.to(weight.device)  # type: ignore[union-attr, arg-type]
-        weight.copy_((weight.float() + producer.offset) * factor - producer.offset)  # type: ignore[union-attr, operator]
-    else:
-        rows = scale.new_ones(producer.out_features)
-        rows[slice(None) if group.producer_rows is None else group.producer_rows.indices()] = scale
-        weight, bias = producer.weight, producer.bias
-        factor = rows.to(weight.device)
-        weight.copy_(weight.float() * factor[:, None])
-    if bias is not None:
-        bias.copy_(bias.float() * factor)
-    columns = scale if repeats is None else scale[repeats]
-    for linear in group.consumers:
-        linear.weight.copy_(linear.weight.float() / columns.to(linear.weight.device))
+    columns = factor if group.shared is None else factor[group.shared.channels()]
+    for edit in fold(block, group, 1 / columns.double()):
+        apply_edit(block.root, edit, remember=False)

@@ -205,6 +205,29 @@ def first_rows(batch: Any, rows: int, model: nn.Module | None = None) -> Any:
     return tuple(cut.values()) if isinstance(batch, tuple) else cut[0]
 
 
+def first_tokens(batches: Iterable[Any], tokens: int | None, model: nn.Module | None = None) -> list[Any]:
+    """The first batches, cut at the row that reaches so many real tokens (or rows, without tokens).
+
+    Args:
+        batches: dicts, tuples or tensors.
+        tokens: None for all.
+        model: as in `main_input`.
+    """
+    chosen: list[Any] = []
+    left = tokens
+    for batch in batches:
+        if left is not None:
+            if left <= 0:
+                break
+            per_row = BatchContext.of(batch, model).tokens_per_row
+            enough = (per_row.cumsum(0) >= left).nonzero()
+            if len(enough) and has_rows(batch, model):
+                batch = first_rows(batch, int(enough[0]) + 1, model)
+            left -= int(per_row.sum())
+        chosen.append(batch)
+    return chosen
+
+
 # -- calling a model on it ---------------------------------------------------------------------------------------------
 
 

@@ -109,6 +109,7 @@ class ActLinear(nn.Module):
         weight: WeightStorage | None = None,
         select: Selection | None = None,
         correction: LowRank | None = None,
+        bias: Tensor | None = None,
     ) -> ActLinear:
         """Make a changed copy of a linear layer; slots that are not given stay as the layer had them.
 
@@ -119,6 +120,7 @@ class ActLinear(nn.Module):
             weight: how the weight is stored.
             select: which inputs are read.
             correction: what is added.
+            bias: [out], in place of the layer's own.
 
         Returns:
             The layer.
@@ -144,13 +146,20 @@ class ActLinear(nn.Module):
             tensor = module.weight
             is_linear = isinstance(module, nn.Linear)
             weight = DenseWeight(tensor if is_linear else nn.Parameter(tensor.t(), requires_grad=tensor.requires_grad))  # type: ignore[operator, arg-type]
-        return cls(weight, module.bias, select, correction).train(module.training)  # type: ignore[arg-type]
+        bias = module.bias if bias is None else bias  # type: ignore[assignment]
+        return cls(weight, bias, select, correction).train(module.training)  # type: ignore[arg-type]
+
+    @property
+    def filled_slots(self) -> tuple[str, ...]:
+        """The slots that a method filled: a weight that is stored as it is fills none."""
+        filled = {"weight": not isinstance(self.storage, DenseWeight), "select": self.select is not None}
+        filled["correction"] = self.correction is not None
+        return tuple(slot for slot, is_filled in filled.items() if is_filled)
 
     @property
     def weight(self) -> Tensor:
         """The weight [out, in], for code that reads it from outside; see `LayerWeight`."""
-        plain = self.select is None and self.correction is None and isinstance(self.storage, DenseWeight)
-        return self.storage.dequantize() if plain else LayerWeight.of(self)
+        return LayerWeight.of(self) if self.filled_slots else self.storage.dequantize()
 
     def dequantized(self) -> Tensor:
         """The weight [out, in] that is multiplied, in the layer's dtype."""

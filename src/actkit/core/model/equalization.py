@@ -9,12 +9,34 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from actkit.core.layers.known_layers import scales_with_weight, why_unread
+from actkit.core.layers.linear import ActLinear
 from actkit.core.model.fused_layers import PartRows
 from actkit.core.model.parts import Attention, Block, Linear, Mlp, Norm, is_linear
 from actkit.core.model.wrapping import is_wrapped
+
+
+@dataclass(frozen=True)
+class SharedHeads:
+    """Value heads that several query heads read, so that several columns of the output layer read one channel.
+
+    Attributes:
+        heads: value heads.
+        readers: query heads that read each of them.
+        width: channels of a head.
+    """
+
+    heads: int
+    readers: int
+    width: int
+
+    def channels(self) -> Tensor:
+        """Return which channel of the value each column of the output layer reads: int64 [columns]."""
+        channels = torch.arange(self.heads * self.width).view(self.heads, -1)
+        return channels.repeat_interleave(self.readers, 0).flatten()
 
 
 @dataclass(frozen=True)
@@ -23,12 +45,13 @@ class EqualizationSet:
 
     Attributes:
         producer: a norm, a linear layer, or the path of an activation (which then needs a scale of its own); None if it
-            is
-            outside the block.
+            is outside the block.
         producer_rows: the part of the producer's output rows that is meant, None for all.
         consumers: the layers that read what it gives.
         inspect: path of the module whose output shows the damage of quantizing the consumers.
         refused: why no scale can move here, or None.
+        shared: if several columns of the consumer read one channel, which then have one scale.
+        rescaled: names of other weights [.., in] whose columns take the scale, and which nobody rounds: a router's.
     """
 
     producer: Norm | Linear | str | None
@@ -36,6 +59,33 @@ class EqualizationSet:
     consumers: tuple[Linear, ...]
     inspect: str
     refused: str | None = None
+    shared: SharedHeads | None = None
+    rescaled: tuple[str, ...] = ()
+
+    def tied(self, values: Tensor) -> Tensor:
+        """Give columns that read one channel one value, the largest of theirs.
+
+        Args:
+            values: [in] of the consumers.
+
+        Returns:
+            [in].
+        """
+        if self.shared is None:
+            return values
+        channels = self.shared.channels().to(values.device)
+        return self.of_channels(values)[channels]
+
+    def of_channels(self, values: Tensor) -> Tensor:
+        """Return for each channel of the producer the largest value of the columns that read it: [channels].
+
+        Args:
+            values: [in] of the consumers.
+        """
+        if self.shared is None:
+            return values
+        columns = values.view(self.shared.heads, self.shared.readers, self.shared.width)
+        return columns.amax(1).flatten()
 
 
 def equalization_sets(block: Block) -> tuple[EqualizationSet, ...]:
@@ -60,7 +110,12 @@ def _sets(block: Block) -> Iterator[EqualizationSet]:
     if block.experts is not None:
         experts = block.experts
         consumers = tuple(linear for mlp in experts.members for linear in mlp.inputs)
-        yield EqualizationSet(experts.norm, None, consumers, experts.path, "the router reads the norm's output too")
+        beside = any(inputs.site.name == "mlp.input" for inputs in block.other)
+        refused = "an expert that every token goes to reads the norm's output too" if beside else None
+        if not consumers:
+            refused = "its experts are 3-D parameters; open them first"
+        router = (f"{experts.router}.weight",)
+        yield EqualizationSet(experts.norm, None, consumers, experts.path, refused, rescaled=router)
         bent = experts.row.limit is not None or experts.row.up_offset != 0
         clamped = "up is clamped or shifted before it is multiplied" if bent else None
         for mlp in experts.members:
@@ -80,12 +135,10 @@ def _norm_to_inputs(part: Attention | Mlp, root: nn.Module) -> EqualizationSet:
 
 
 def _value_to_output(attention: Attention) -> EqualizationSet:
-    refused = None
+    refused, shared = None, None
     if attention.key_value_heads != attention.heads:
-        refused = (
-            f"grouped-query attention: {attention.heads} heads read {attention.key_value_heads} value heads, "
-            f"so the channels of value and output do not match"
-        )
+        readers = attention.heads // attention.key_value_heads
+        shared = SharedHeads(attention.key_value_heads, readers, attention.head_dim)
     if attention.limit is not None:
         refused = f"the value is clamped to {attention.limit:g} before it is mixed"
     producer, rows = attention.value, None
@@ -93,7 +146,7 @@ def _value_to_output(attention: Attention) -> EqualizationSet:
         producer, rows = attention.query_key_value, attention.value_rows
         if rows is None:
             refused = f"which output rows of {producer.path} are the value's is not known"
-    return EqualizationSet(producer, rows, (attention.output,), attention.output.path, refused)
+    return EqualizationSet(producer, rows, (attention.output,), attention.output.path, refused, shared)
 
 
 def _up_to_down(mlp: Mlp, root: nn.Module) -> EqualizationSet:
@@ -124,6 +177,9 @@ def _refused(found: EqualizationSet, tied: set[int]) -> str | None:
             return (
                 why_unread(linear.module) or f"{linear.path} is a {kind}, which actkit does not read as a linear layer"
             )
+        filled = linear.module.filled_slots if isinstance(linear.module, ActLinear) else ()
+        if filled:
+            return f"{linear.path} has its slot '{filled[0]}' filled, which was made for its inputs as they are"
     for part in (found.producer, *found.consumers):
         if not isinstance(part, str) and any(id(p) in tied for p in part.module.parameters()):
             return f"{part.path} is shared with another part of the model"

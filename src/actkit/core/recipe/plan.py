@@ -128,7 +128,7 @@ def _coverage(view: Anatomy, transforms: Sequence[Transform]) -> tuple[dict[str,
         touched: set[str] = set()
         for block in blocks:
             for target in transform.targets(block):
-                if not isinstance(target, str) and transform.tags.slots:  # who fills no slot replaces no layer
+                if not isinstance(target, str) and transform.slots:  # who fills no slot replaces no layer
                     refuse_hooks(target.path, target.module)
                 touched |= _parameters_of(target, block, inside)
         coverage[type(transform).__name__] = sum(inside[name] for name in touched) / total

@@ -109,6 +109,7 @@ class Shapes:
         scalable: how many sets of layers can take a scale.
         refused: why others cannot.
         roles: of the layers.
+        shared: how many of the scalable sets scale value heads that several query heads read.
     """
 
     inputs: tuple[int, ...]
@@ -116,6 +117,7 @@ class Shapes:
     scalable: int
     refused: tuple[str, ...]
     roles: tuple[str, ...]
+    shared: int = 0
 
     @classmethod
     def of(cls, view: Anatomy) -> Shapes:
@@ -130,6 +132,7 @@ class Shapes:
                 sum(found.refused is None for found in sets),
                 tuple(dict.fromkeys(found.refused for found in sets if found.refused is not None)),
                 tuple(dict.fromkeys(linear.role for linear in linears)),
+                sum(found.refused is None and found.shared is not None for found in sets),
             )
 
     @property

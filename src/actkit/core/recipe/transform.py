@@ -17,7 +17,7 @@ from actkit.core.model.anatomy import Block, Linear, Site
 from actkit.core.model.parts import Convolution
 from actkit.core.recipe.proposals import Idea, LeftOut, Looked, Shapes
 from actkit.core.recipe.seen import Seen, Trial
-from actkit.core.recipe.tags import Tags
+from actkit.core.recipe.tags import Slot, Tags
 from actkit.core.watch.statistics import Statistic
 
 Target = Linear | Convolution | str  # a string is the name of a parameter, or the path of a module or nonlinearity
@@ -50,6 +50,11 @@ class Transform(BaseModel):
             RecipeError: the class is not registered.
         """
         return registry.method_name(type(self))
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The slots of ActLinear that it fills at its settings; the default are those of its tags."""
+        return self.tags.slots
 
     @property
     def label(self) -> str:
@@ -124,7 +129,7 @@ class Transform(BaseModel):
         """
         if type(earlier) is type(self):
             return f"{type(self).__name__} was applied already; undo it first, or load the original model"
-        shared = [slot for slot in self.tags.slots if slot in earlier.tags.slots]
+        shared = [slot for slot in self.slots if slot in earlier.slots]
         if shared:
             return f"both fill the {shared[0]} slot of the layers; undo the first one, or use only one of them"
         return None

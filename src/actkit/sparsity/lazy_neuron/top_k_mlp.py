@@ -116,7 +116,7 @@ class TopKMlp(Transform):
         return block.nonlinearities()
 
     def conflicts(self, earlier: Transform) -> str | None:
-        if "select" in earlier.tags.slots:
+        if "select" in earlier.slots:
             return "its thresholds were calibrated on activations that the top-k would change; top-k first"
         return super().conflicts(earlier)
 

@@ -251,7 +251,7 @@ class Sparkify(Transform):
         return [linear for _, mlp in self._mlps(block) if mlp.gated for linear in (*mlp.inputs, mlp.down)]
 
     def conflicts(self, earlier: Transform) -> str | None:
-        if "select" in earlier.tags.slots:
+        if "select" in earlier.slots:
             return "its thresholds were calibrated on neurons that this would change; sparkify and train first"
         return super().conflicts(earlier)
 

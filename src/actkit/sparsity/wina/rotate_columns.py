@@ -72,7 +72,7 @@ class RotateColumns(Transform):
                 yield from inputs
 
     def conflicts(self, earlier: Transform) -> str | None:
-        if earlier.tags.slots:
+        if earlier.slots:
             return (
                 "it changes the inputs of the layers, so what was calibrated on them would no longer hold; rotate first"
             )

@@ -1,0 +1,108 @@
+"""Exact rewrites: a scale, and a shift, moved from what linear layers read into whatever produces it.
+
+    z = (x - shift) / scale,   W x + b = (W diag(scale)) z + (b + W shift)
+
+The producer gives z in place of x: the rows of a linear layer and the weight of a norm are divided by the scale, biases
+are shifted first. Nothing else in the model changes. Which layers read what is said by `equalization_sets`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from actkit.core.edit.edits import Edit, Replace, Set, get_module, get_tensor
+from actkit.core.grids.parcels import parcels
+from actkit.core.layers.folding import ScaledActivation
+from actkit.core.layers.linear import ActLinear
+from actkit.core.model.anatomy import Block, EqualizationSet, Linear, Norm
+
+
+def fold(block: Block, group: EqualizationSet, scale: Tensor, shift: Tensor | None = None) -> Iterator[Edit]:
+    """Yield the edits that make the consumers read (x - shift) / scale, and leave the function as it is.
+
+    Computed in float64 and rounded once, to the dtype of each weight.
+
+    Args:
+        block: the block.
+        group: consumers, and what produces their input.
+        scale: [in], positive; one value for columns that read one channel (`EqualizationSet.tied`).
+        shift: [in]; None for none. See `why_no_shift`.
+
+    Raises:
+        ValueError: the set takes no scale, or no shift, or columns that read one channel have several values.
+    """
+    reason = group.refused if shift is None else why_no_shift(group)
+    if reason is not None:
+        raise ValueError(f"group: {group.inspect} takes no {'scale' if shift is None else 'shift'}: {reason}.")
+    if not torch.equal(group.tied(scale), scale):
+        raise ValueError(
+            f"scale: columns of {group.inspect} that read one channel need one value; use group.tied(scale)."
+        )
+    producer, columns = group.producer, scale.double()
+    channels = group.of_channels(columns)
+    moved = None if shift is None else shift.double()
+    if isinstance(producer, Norm):
+        weight: Tensor = producer.module.weight.detach()  # type: ignore[union-attr, operator, assignment]
+        # a norm that multiplies by (offset + weight), as Gemma's, keeps its offset
+        folded = (weight.double() + producer.offset) / channels - producer.offset
+        yield Set(f"{producer.path}.weight", folded.to(weight.dtype))
+        yield from _folded_bias(producer, getattr(producer.module, "bias", None), channels, moved)
+    elif isinstance(producer, Linear):
+        rows = channels.new_ones(producer.out_features)
+        rows[slice(None) if group.producer_rows is None else group.producer_rows.indices(scale.device)] = channels
+        yield _multiply_weight(producer, 1 / rows[:, None])
+        yield from _folded_bias(producer, producer.bias, rows, None)
+    elif producer is not None:
+        yield Replace(producer, ScaledActivation(get_module(block.root, producer), columns))
+    for linear in group.consumers:
+        added = None if moved is None else linear.weight.detach().double() @ moved
+        yield _multiply_weight(linear, columns)
+        if added is not None:
+            yield _add_to_bias(linear, added)
+    for name in group.rescaled:
+        other = get_tensor(block.root, name).detach()
+        yield Set(name, (other.double() * columns).to(other.dtype))
+
+
+def why_no_shift(group: EqualizationSet) -> str | None:
+    """Say why no shift can move through a set, or None if it can.
+
+    Args:
+        group: the set.
+    """
+    if group.refused is not None:
+        return group.refused
+    if not isinstance(group.producer, Norm):
+        return "only a norm takes a shift into its bias"
+    if getattr(group.producer.module, "bias", None) is None:
+        return f"{group.producer.path} is a {type(group.producer.module).__name__} without a bias"
+    if group.rescaled:
+        return "the router reads the norm's output too, and has no bias"
+    return None
+
+
+def _folded_bias(part: Norm | Linear, bias: Tensor | None, scale: Tensor, shift: Tensor | None) -> Iterator[Set]:
+    if bias is not None:
+        moved = bias.detach().double() if shift is None else bias.detach().double() - shift
+        yield Set(f"{part.path}.bias", (moved / scale).to(bias.dtype))
+
+
+def _add_to_bias(linear: Linear, added: Tensor) -> Edit:
+    """Add float64 [out] to the bias of a layer; one that has none becomes an ActLinear with one."""
+    if linear.bias is not None:
+        return Set(f"{linear.path}.bias", (linear.bias.detach().double() + added).to(linear.bias.dtype))
+    return Replace(linear.path, ActLinear.of(linear, bias=added.to(linear.weight.dtype)))
+
+
+def _multiply_weight(linear: Linear, factor: Tensor) -> Set:
+    """Multiply the dense weight of a layer by float64 [in] or [out, 1], in the orientation in which it stores it."""
+    old = linear.weight.detach()
+    factors = parcels(factor.expand_as(old))
+    weight = torch.cat([(rows * by).to(old.dtype) for rows, by in zip(parcels(old), factors, strict=True)])
+    if isinstance(linear.module, ActLinear):  # of an exact rewrite; a quantized one would fill the same slot
+        return Set(f"{linear.path}.storage.tensor", weight)
+    return Set(f"{linear.path}.weight", weight.t().contiguous() if isinstance(linear.module, Conv1D) else weight)
