@@ -149,7 +149,7 @@ def apply(
 
     def calibration(transforms: Iterable[Transform]) -> Batches | None:
         described = find_architecture(getattr(getattr(opened, "config", None), "model_type", None)) is not None
-        if data is None and described and not any(transform.tags.needs_data for transform in transforms):
+        if data is None and described and not any(transform.needs_data for transform in transforms):
             return None
         return open_data(data, opened, tokenizer, "calibration", **reading)
 
@@ -311,7 +311,6 @@ def export(
     folder: str | Path,
     format: str = "compressed-tensors",
     *,
-    activations: Any = None,
     tokenizer: Any = None,
     evaluation: Evaluation | None = None,
     data: Any = None,
@@ -327,7 +326,6 @@ def export(
         model: changed, in memory or a folder that actkit saved.
         folder: where to write.
         format: 'compressed-tensors' (transformers, vLLM) or 'gguf' (llama.cpp).
-        activations: 'int8' to have the reader round activations, as in `formats.export.export`.
         tokenizer: by default the one beside the model.
         evaluation: what `evaluate` found, for the card; by default what the model's folder says was measured.
         data: for `measure`, as in `evaluate`.
@@ -346,7 +344,7 @@ def export(
     from actkit.formats.export import check, read
     from actkit.formats.export import export as write
 
-    check(format, folder, activations=activations, overwrite=overwrite, proof=proof)
+    check(format, folder, overwrite=overwrite, proof=proof)
     opening, reading = _sorted(options)
     opened, found = open_model(model, **opening)
     measured = None
@@ -361,7 +359,6 @@ def export(
         opened,
         folder,
         format,
-        activations=activations,
         tokenizer=tokenizer or found,
         evaluation=evaluation,
         measured=measured,

@@ -41,7 +41,7 @@ OPTIONS = {
     "show": MODEL | {"--data", "--json"},
     "export": DATA
     | RUN
-    | {"--format", "--activations", "--measure", "--proof", "--no-proof"}
+    | {"--format", "--measure", "--proof", "--no-proof"}
     | {"--dtype", "--trust-remote-code", "--overwrite"},
     "train": DATA
     | MODEL

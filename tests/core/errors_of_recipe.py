@@ -159,7 +159,7 @@ proof(lambda p: run("teal", max_memory="100 B"))
 proof(lambda p: (beside(p), check_shares("Lazy", Lazy.tags)))
 
 
-proof(lambda p: Steps(1).check([SimpleNamespace(tags=Tags(needs_data=True)), None]))
+proof(lambda p: Steps(1).check([SimpleNamespace(needs_data=True, tags=Tags()), None]))
 
 
 proof(lambda p: run(Lazy(how="site"), None))

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from actkit.core.grids.integers import IntegerGrid
 from actkit.core.layers.keeps_dtype import KeepsDtype
 from actkit.core.layers.linear import ActLinear, LowRank, pack_for_decode
+from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.layers.selections import Threshold, TopK
 from actkit.core.layers.weights import DenseWeight, IntegerWeight
 
@@ -101,6 +102,129 @@ def test_every_stack_of_slots(weight, select, correction, bias):
     assert rebuilt.spec() == changed.spec()
     with torch.no_grad():
         assert torch.equal(rebuilt(x), changed(x))
+
+
+HOW = (  # bits, of what a scale is, half_step, symmetric
+    *((8, "token", False, True), (8, "token", True, True), (8, "tensor", False, True)),
+    *((6, "token", False, True), (4, "token", False, False), (5, "tensor", False, False)),
+)
+
+
+def rounded(
+    bits: int = 8, per: str = "token", half_step: bool = False, symmetric: bool = True, **moved
+) -> RoundedInputs:
+    """Inputs on a grid of tokens, or on one with the step 0.02."""
+    if per == "token":
+        return RoundedInputs(IntegerGrid(bits, symmetric=symmetric, half_step=half_step), **moved)
+    zero = None if symmetric else torch.tensor([100], dtype=torch.uint8)
+    grid = IntegerGrid(bits, symmetric=symmetric, scope="tensor", half_step=half_step)
+    return RoundedInputs(grid, torch.tensor([0.02]), zero, **moved)
+
+
+def rounded_by_hand(x: np.ndarray, bits: int, per: str, half_step: bool, symmetric: bool) -> np.ndarray:
+    """The formulas of core/grids/integers.py, token by token, in float32 as they are computed."""
+    found, middle, top = np.zeros(x.shape), 2 ** (bits - 1), 2**bits - 1
+    for row in np.ndindex(x.shape[:-1]):
+        low, high = min(x[row].min(), np.float32(0)), max(x[row].max(), np.float32(0))
+        step = (
+            np.abs(x[row]).max() / np.float32(middle - (0.5 if half_step else 1))
+            if symmetric
+            else (high - low) / np.float32(top)
+        )
+        step = np.float32(0.02) if per == "tensor" else step
+        zero = middle if symmetric else 100 if per == "tensor" else -np.round(low / step)
+        found[row] = (np.clip(np.round(x[row] / step) + zero, 0, top) - zero) * np.float64(step)
+    return found
+
+
+@pytest.mark.parametrize("correction", [False, True])
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("weight", ["dense", "int4", "int8 rows"])
+def test_rounded_inputs(weight, how, moved, correction):
+    linear, x = source(), inputs(2, 5)
+    grid = IntegerGrid(8, symmetric=True) if weight == "int8 rows" else GRIDS[weight]
+    stored = None if grid is None else IntegerWeight.quantize(linear.weight, grid)
+    by = {"shift": score() - 0.6, "divisor": score()} if moved else {}
+    part = low_rank("all") if correction else None
+    changed = ActLinear.of(linear, weight=stored, correction=part, inputs=rounded(*how, **by))
+    w = (linear.weight if grid is None else grid.fake(linear.weight)).detach().double().numpy()
+    given = x.numpy() if not moved else ((x - by["shift"]) / by["divisor"]).numpy()
+    read = rounded_by_hand(given, *how)
+    expected = read @ w.T + linear.bias.detach().double().numpy()
+    if part is not None:  # of what the weight reads
+        expected = expected + read @ part.right.detach().double().numpy().T @ part.left.detach().double().numpy().T
+    with torch.no_grad():
+        np.testing.assert_allclose(changed(x).double().numpy(), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(changed(x).detach().double().numpy(), expected, rtol=1e-5, atol=1e-5)  # no integers
+    rebuilt = ActLinear.from_spec(changed.spec())
+    rebuilt.load_state_dict(changed.state_dict())
+    assert rebuilt.spec() == changed.spec()
+    assert ActLinear.of(changed).inputs is changed.inputs
+    with torch.no_grad():
+        assert torch.equal(rebuilt(x), changed(x))
+        if not correction and changed.pack():
+            for rows in (1, 8):
+                np.testing.assert_allclose(
+                    changed(x[0, :1].expand(rows, IN)), expected[0, :1].repeat(rows, 0), rtol=1e-4, atol=1e-5
+                )
+    with pytest.raises(ValueError, match="cannot hold this layer's inputs"):
+        changed.dense()
+
+
+@pytest.mark.parametrize("weight", ["dense", "int8 rows"])
+@pytest.mark.parametrize("select", SELECTS[1:])
+def test_selected_inputs_are_rounded(select, weight):
+    linear, x = source(), inputs(2)
+    stored = IntegerWeight.quantize(linear.weight, IntegerGrid(8, symmetric=True)) if weight == "int8 rows" else None
+    changed = ActLinear.of(linear, weight=stored, select=selection(select), inputs=rounded())
+    kept = np.where(mask_by_hand(select, x.numpy()), x.numpy(), np.float32(0))
+    read = rounded_by_hand(kept, 8, "token", False, True)
+    expected = read @ changed.dequantized().detach().double().numpy().T + linear.bias.detach().double().numpy()
+    with torch.no_grad():
+        np.testing.assert_allclose(changed(x).double().numpy(), expected, rtol=1e-5, atol=1e-5)
+        assert changed.pack()
+        np.testing.assert_allclose(changed(x).double().numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_integers_are_multiplied_as_integers(monkeypatch):
+    """Only weights and inputs of 8 bits, whole rows, no zero points; without gradients; never dequantized."""
+    calls = []
+    monkeypatch.setattr(
+        IntegerWeight, "_values", lambda self: calls.append(1) or torch.zeros(OUT, IN, dtype=self.dtype)
+    )
+    rows, x = IntegerGrid(8, symmetric=True), inputs(3)
+    for grid, how, taken in ((rows, {}, True), (rows, {"per": "tensor"}, True), (rows, {"half_step": True}, True),
+                             (rows, {"bits": 7}, False), (rows, {"symmetric": False}, False),
+                             (IntegerGrid(8, 7, symmetric=True), {}, False), (IntegerGrid(8), {}, False),
+                             (IntegerGrid(8, -1, "output", True), {}, False)):  # fmt: skip
+        changed = ActLinear.of(source(), weight=IntegerWeight.quantize(source().weight, grid), inputs=rounded(**how))
+        calls.clear()
+        with torch.no_grad():
+            changed(x)
+            assert not calls if taken else calls
+        calls.clear()
+        changed(x.clone().requires_grad_())
+        assert calls
+        with torch.no_grad():
+            calls.clear()
+            changed.double()(x.double())
+            assert calls
+
+
+def test_the_gradient_goes_straight_through_rounded_inputs():
+    changed, x = ActLinear.of(source(), inputs=rounded()), inputs(4).requires_grad_()
+    upstream = torch.randn(4, OUT, generator=torch.Generator().manual_seed(5))
+    (changed(x) * upstream).sum().backward()
+    torch.testing.assert_close(x.grad, upstream @ source().weight.detach())
+    read = changed.inputs(x).detach()
+    torch.testing.assert_close(changed.storage.tensor.grad, upstream.t() @ read)
+
+
+def test_a_spec_of_earlier_versions_has_no_inputs():
+    spec = layer("int4", "top_k").spec()
+    del spec["inputs"]
+    assert ActLinear.from_spec(spec).inputs is None
 
 
 @pytest.mark.parametrize("select", SELECTS[1:])
@@ -340,6 +464,8 @@ def test_bytes():
     assert layer("int8").weight_bytes == OUT * IN + OUT * 2 * (4 + 1)
     assert layer("dense", "none", "all").weight_bytes == (OUT * IN + RANK * (OUT + IN)) * 4
     assert layer("dense", "scored_threshold").bytes_per_token(0.5) == OUT * IN * 4 * 0.5 + IN * 4
+    moved = ActLinear.of(source(), inputs=rounded(8, "tensor", divisor=torch.ones(IN)))
+    assert moved.weight_bytes == moved.bytes_per_token() == OUT * IN * 4 + 4 + IN * 4
 
 
 def test_empty_weight_has_the_shapes_of_a_quantized_one():
@@ -361,6 +487,21 @@ def test_empty_weight_has_the_shapes_of_a_quantized_one():
         (lambda: ActLinear.of(source(), correction=LowRank(torch.zeros(4, 2), torch.zeros(2, IN))), "correction"),
         (lambda: ActLinear.of(source(), weight=DenseWeight(torch.zeros(IN, OUT))), "weight: .* was given"),
         (lambda: ActLinear(DenseWeight(torch.zeros(OUT, IN)), torch.zeros(IN)), "bias: it has shape"),
+        (lambda: RoundedInputs(IntegerGrid(8, 7)), "grid: groups of 7 were given"),
+        (lambda: RoundedInputs(IntegerGrid(8, scope="tensor")), "scale: none was given for a grid of the whole tensor"),
+        (lambda: ActLinear.of(source(), inputs=rounded(shift=torch.ones(IN + 1))), "inputs: their shift has shape"),
+        (
+            lambda: ActLinear.of(source(), select=TopK(5), inputs=rounded(shift=torch.ones(IN))),
+            "inputs: they are shifted, and some are selected",
+        ),
+        (
+            lambda: ActLinear.of(layer("dense", "top_k", "dropped"), inputs=rounded()),
+            "inputs: the layer selects inputs and corrects what that loses",
+        ),
+        (
+            lambda: ActLinear.from_spec({**layer().spec(), "inputs": {"kind": "dice"}}),
+            "inputs: 'dice' is not known. Known are rounded",
+        ),
         (
             lambda: ActLinear.from_spec({**layer().spec(), "weight": {"kind": "fp1"}}),
             "weights: 'fp1' is not known. Known are dense, float, integer",

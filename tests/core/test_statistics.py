@@ -16,12 +16,26 @@ from torch import Tensor
 from actkit.core.watch import streaming
 from actkit.core.watch.sample import mix
 from actkit.core.watch.spectrum import STRIP
-from actkit.core.watch.statistics import AbsMax, Density, Gram, Moments, Quantiles, Rows, Sample, Spectrum, Statistic
+from actkit.core.watch.statistics import (
+    AbsMax,
+    Density,
+    Gram,
+    Midpoints,
+    Moments,
+    Quantiles,
+    Range,
+    Rows,
+    Sample,
+    Spectrum,
+    Statistic,
+)
 
 CHANNELS = 3
 MAKERS: dict[str, Callable[[], Statistic]] = {
     "moments": Moments,
     "absmax": AbsMax,
+    "range": Range,
+    "midpoints": lambda: Midpoints(4),
     "quantiles": Quantiles,
     "weighted quantiles": lambda: Quantiles(weight=torch.tensor([0.5, 2.0, 0.0])),
     "density": Density,
@@ -31,7 +45,17 @@ MAKERS: dict[str, Callable[[], Statistic]] = {
     "spectrum": lambda: Spectrum(rank=2, centred=True),
     "sample": lambda: Sample(5),
 }
-EXACT = ("absmax", "quantiles", "weighted quantiles", "density", "density above", "density active", "sample")
+EXACT = (
+    "absmax",
+    "range",
+    "midpoints",
+    "quantiles",
+    "weighted quantiles",
+    "density",
+    "density above",
+    "density active",
+    "sample",
+)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -131,6 +155,22 @@ def test_absmax_is_exact(data: tuple[Tensor, Rows]) -> None:
     assert isinstance(statistic, AbsMax)
     assert torch.equal(statistic.value, x.double().abs().amax(0))
     assert statistic.overall == x.double().abs().max()
+
+
+@given(data=data())
+@settings(max_examples=40, deadline=None)
+def test_signed_extremes_and_midpoints_are_those_of_numpy(data: tuple[Tensor, Rows]) -> None:
+    x, rows = data
+    found, midpoints = filled(Range, x, rows), filled(Midpoints, x, rows)
+    assert isinstance(found, Range) and isinstance(midpoints, Midpoints)
+    exact = x.double().numpy()
+    np.testing.assert_array_equal(found.low, exact.min(0))
+    np.testing.assert_array_equal(found.high, exact.max(0))
+    each = [exact[rows.sequences.numpy() == number] for number in np.unique(rows.sequences.numpy())]
+    np.testing.assert_allclose(midpoints.value, np.mean([(one.min(0) + one.max(0)) / 2 for one in each], 0), rtol=1e-12)
+    first = filled(lambda: Midpoints(1), x, rows)
+    assert isinstance(first, Midpoints)
+    np.testing.assert_allclose(first.value, (each[0].min(0) + each[0].max(0)) / 2, rtol=1e-12)
 
 
 @given(data=data(), p=st.floats(0, 1), weighted=st.booleans())

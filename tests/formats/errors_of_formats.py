@@ -12,7 +12,8 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, Qwen
 from actkit.core.edit.edits import Replace, apply_edit, get_module
 from actkit.core.grids.integers import IntegerGrid
 from actkit.core.layers.linear import ActLinear, LowRank
-from actkit.core.layers.weights import IntegerWeight
+from actkit.core.layers.rounded_inputs import RoundedInputs
+from actkit.core.layers.weights import DenseWeight, IntegerWeight
 from actkit.formats import gguf_file, reading
 from actkit.formats.export import FORMATS, export
 from actkit.formats.plain import Plain
@@ -106,10 +107,28 @@ def two_kinds_of_weights(p: Place) -> None:
     written(p, layer_with(model, weight=IntegerWeight.quantize(whole, IntegerGrid(8, 8))))
 
 
-proof(lambda p: written(p, changed(), activations="int8"))
+ROUNDED = RoundedInputs(IntegerGrid(8, symmetric=True))
 
 
-proof(lambda p: written(p, changed(), activations="int8", format="gguf"))
+proof(lambda p: written(p, layer_with(changed(), inputs=ROUNDED)))
+
+
+proof(lambda p: written(p, layer_with(changed(), inputs=RoundedInputs(ROUNDED.grid, shift=torch.ones(HIDDEN)))))
+
+
+@proof
+def a_dense_weight(p: Place) -> None:
+    model = changed()
+    whole = get_module(model, QUERY).dequantized()
+    written(p, layer_with(model, weight=DenseWeight(whole.detach()), inputs=ROUNDED))
+
+
+@proof
+def inputs_of_six_bits(p: Place) -> None:
+    written(p, layer_with(changed(), inputs=RoundedInputs(IntegerGrid(6, symmetric=True))))
+
+
+proof(lambda p: written(p, layer_with(changed(), inputs=ROUNDED), format="gguf"))
 
 
 proof(lambda p: gguf_file.refuse(Plain.of(build("gpt2"))))

@@ -115,7 +115,7 @@ def test_in_one_recipe_with_the_swap_and_over_quantized_weights() -> None:
     gate, up, down = (getattr(mlp, f"{name}_proj").dequantized() for name in ("gate", "up", "down"))
     z = x @ gate.T
     torch.testing.assert_close(mlp(x), (torch.where(z >= 0.3, z, 0) * (x @ up.T)) @ down.T, rtol=1e-4, atol=1e-5)
-    with pytest.raises(RecipeError, match="FatRelu cannot follow Teal: its thresholds were calibrated"):
+    with pytest.raises(RecipeError, match="FatRelu cannot follow Teal: its thresholds or scales were calibrated"):
         apply(relu_model("llama"), [Teal(), FatRelu()], batches, progress=False)
 
 

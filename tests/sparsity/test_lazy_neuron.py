@@ -241,7 +241,7 @@ def test_after_an_equalization_the_unscaled_values_are_compared() -> None:
 
 def test_order_with_masks_of_inputs() -> None:
     model, batches = tiny_model("llama"), tiny_batches("llama")
-    with pytest.raises(RecipeError, match=r"TopKMlp cannot follow Teal: its thresholds were calibrated"):
+    with pytest.raises(RecipeError, match=r"TopKMlp cannot follow Teal: its thresholds or scales were calibrated"):
         apply(model, [Teal(), TopKMlp(k=4)], batches, progress=False)
     with pytest.raises(RecipeError, match="TopKMlp cannot follow TopKMlp"):
         apply(model, [TopKMlp(k=4), TopKMlp(k=3)], batches, progress=False)

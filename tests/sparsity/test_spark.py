@@ -400,7 +400,7 @@ def test_sparkify_says_what_it_leaves_alone() -> None:
 
 def test_what_sparkify_conflicts_with() -> None:
     model, batches = tiny_model("llama"), tiny_batches("llama")
-    with pytest.raises(RecipeError, match="Sparkify cannot follow Teal: its thresholds were calibrated on neurons"):
+    with pytest.raises(RecipeError, match="Sparkify cannot follow Teal: its thresholds or scales were"):
         apply(model, [Teal(), Sparkify()], batches, progress=False)
     with pytest.raises(RecipeError, match="Sparkify was applied already"):
         apply(model, [Sparkify(), Sparkify(density=0.1)], batches, progress=False)

@@ -347,9 +347,6 @@ def export(
     format: Annotated[
         str, typer.Option(help="compressed-tensors (transformers, vLLM) or gguf (llama.cpp).")
     ] = "compressed-tensors",
-    activations: Annotated[
-        str | None, typer.Option(help="'int8': the reader rounds activations to 8 bits per token.")
-    ] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Evaluate the model first, for the card.")] = False,
     data: Data = None,
     sequences: Sequences = None,
@@ -371,7 +368,6 @@ def export(
         model,
         out,
         format,
-        activations=activations,
         measure=measure,
         data=data,
         sequences=sequences,

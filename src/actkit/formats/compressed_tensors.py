@@ -5,8 +5,8 @@ Two formats, after the source of compressed-tensors 0.20 and of vLLM's loader:
     pack-quantized   weight_packed int32 [out, ceil(in * bits / 32)], codes from the low bits up, unsigned
                      weight_scale float32 [out, groups], weight_shape int64 [2]
                      asymmetric also weight_zero_point int32 [ceil(out * bits / 32), groups], packed down the outputs
-    int-quantized    weight int8 [out, in], weight_scale float32 [out, 1]; activations are rounded by whoever runs it,
-                     per token, to 8 bits
+    int-quantized    of layers that round their inputs to 8 bits: weight int8 [out, in], weight_scale float32 [out, 1],
+                     and input_scale float32 [1] if one scale serves all tokens; readers round the inputs
 
 A code stands for (code - zero) * scale on both sides, so codes move over as they are. Containers have 4 or 8 bits:
 other widths are packed differently by different versions of the package. Scales stay float32; a reader that computes
@@ -26,14 +26,14 @@ from torch import Tensor, nn
 
 from actkit.core.ground.errors import ExportError
 from actkit.core.layers.linear import ActLinear
-from actkit.core.layers.selections import Selection
+from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.layers.weights import DenseWeight, IntegerWeight
 from actkit.formats.plain import Plain
 
-PACKED, INTEGER = "pack-quantized", "int-quantized"
+PACKED, INTEGER, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
 KERNEL_GROUPS = (-1, 32, 64, 128)  # group sizes that vLLM's kernels for packed weights take
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one layer each in vLLM, so one scheme each
-Activations = Literal["int8"]
+READER = 127.5  # what transformers divides the range of a token by; vLLM takes 127
 
 
 @dataclass(frozen=True)
@@ -44,25 +44,26 @@ class Scheme:
         bits: of the container, 4 or 8.
         symmetric: no zero point.
         group_size: -1 is one scale per row.
-        activations: how the reader rounds activations; None for not at all.
+        inputs: what shares a scale of the inputs, if they are rounded to 8 bits.
     """
 
     bits: int
     symmetric: bool
     group_size: int
-    activations: Activations | None = None
+    inputs: Literal["token", "tensor"] | None = None
 
     @classmethod
-    def of(cls, weight: IntegerWeight, activations: Activations | None) -> Scheme:
-        """The scheme of a quantized weight, with the activations that go with it."""
-        bits = 8 if activations is not None or weight.grid.bits > 4 else 4
+    def of(cls, weight: IntegerWeight, inputs: RoundedInputs | None = None) -> Scheme:
+        """The scheme of a quantized weight, and of the inputs that it is multiplied with."""
+        bits = 8 if inputs is not None or weight.grid.bits > 4 else 4
         size = weight.grid.size(weight.shape[1])  # only groups along the inputs are exported
-        return cls(bits, weight.grid.symmetric, -1 if size == weight.shape[1] else size, activations)
+        shared = None if inputs is None else "token" if inputs.scale is None else "tensor"
+        return cls(bits, weight.grid.symmetric, -1 if size == weight.shape[1] else size, shared)  # type: ignore[arg-type]
 
     @property
     def format(self) -> str:
         """The name that the format has for it."""
-        return PACKED if self.activations is None else INTEGER
+        return PACKED if self.inputs is None else INTEGER
 
     def to_dict(self, targets: list[str]) -> dict[str, Any]:
         """A config group; only keys that every reader knows, as their models forbid others."""
@@ -71,8 +72,9 @@ class Scheme:
             grouped = {"strategy": "group", "group_size": self.group_size}
         weights = {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "dynamic": False, **grouped}
         inputs = None
-        if self.activations is not None:
-            inputs = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+        if self.inputs is not None:
+            shared = {"dynamic": self.inputs == "token", "strategy": self.inputs}
+            inputs = {"num_bits": 8, "type": "int", "symmetric": True, **shared}
         return {
             "targets": targets,
             "weights": weights,
@@ -85,24 +87,24 @@ class Scheme:
         """'4 bits, groups of 128 inputs, symmetric'. codes: the bits that the codes have."""
         inside = f"{codes} bits" if codes == self.bits else f"{codes} bits in containers of {self.bits}"
         groups = "one scale per row" if self.group_size == -1 else f"groups of {self.group_size} inputs"
-        inputs = "" if self.activations is None else ", activations rounded to 8 bits per token by the runtime"
+        by = "per token" if self.inputs == "token" else "by one scale"
+        inputs = "" if self.inputs is None else f", inputs rounded to 8 bits {by}"
         return f"{inside}, {groups}, {'symmetric' if self.symmetric else 'with zero points'}{inputs}"
 
 
-def write(plain: Plain, folder: Path, activations: Activations | None, max_shard: int | str) -> dict[str, Any]:
+def write(plain: Plain, folder: Path, max_shard: int | str) -> dict[str, Any]:
     """Write weights and config into an existing folder.
 
     Args:
         plain: the model.
         folder: where to write.
-        activations: 'int8' to have the reader round activations.
         max_shard: largest size of a file.
 
     Returns:
         quantized, dense and notes, as `Exported` has them.
 
     Raises:
-        ExportError: no layer can be written quantized, or the weights do not allow the activations.
+        ExportError: no layer can be written quantized, or a layer rounds its inputs as no reader does.
     """
     schemes: dict[str, Scheme] = {}
     quantized: dict[str, str] = {}
@@ -110,16 +112,18 @@ def write(plain: Plain, folder: Path, activations: Activations | None, max_shard
     tensors = plain.other_tensors()
     for path, layer in plain.layers.items():
         reason = _unsaid(path, plain)
+        if layer.inputs is not None:
+            _check_inputs(path, layer, reason)
         if reason is not None:
             dense[path] = reason
             tensors |= plain.dense_tensors(path)
             continue
         weight = _integer(layer)
-        if activations is not None:
-            _check_activations(path, weight)
-        scheme = schemes[path] = Scheme.of(weight, activations)
+        scheme = schemes[path] = Scheme.of(weight, layer.inputs)
         quantized[path] = scheme.describe(weight.grid.bits)
         tensors |= {f"{path}.{name}": tensor for name, tensor in layer_tensors(weight, scheme).items()}
+        if layer.inputs is not None and layer.inputs.scale is not None:
+            tensors[f"{path}.input_scale"] = layer.inputs.scale.cpu()
         tensors |= plain.bias(path)
     if not quantized:
         why = "; ".join(dict.fromkeys(dense.values())) or "nothing on it is quantized; apply rtn or awq first"
@@ -138,37 +142,37 @@ def write(plain: Plain, folder: Path, activations: Activations | None, max_shard
     return {"quantized": quantized, "dense": dense, "notes": _notes(plain, schemes)}
 
 
-class RoundedTokens(Selection):
-    """Inputs rounded to 8 bits, one scale per token, as transformers' reader of compressed-tensors does it."""
+class _ReadInputs(RoundedInputs):
+    """Inputs as transformers' reader rounds them: in their own dtype, and a token's range divided by 127.5."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x [..., in] to the values that its codes stand for: round(x / scale) * scale, scale = max|x| / 127.5."""
-        scale = x.abs().amax(-1, keepdim=True) / 127.5
+        scale = x.abs().amax(-1, keepdim=True) / READER if self.scale is None else self.scale.to(x.dtype)
         scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
         return (x / scale).clamp(-128, 127).round() * scale
 
-    def spec(self) -> dict[str, Any]:
-        return {"kind": "rounded_tokens"}
+    @property
+    def half_range(self) -> None:
+        """No kernel of ours multiplies them, as it rounds in float32."""
 
 
-def as_read(plain: Plain, quantized: Iterable[str], activations: Activations | None) -> dict[str, nn.Module]:
-    """What transformers' reader computes in place of the quantized layers: scales in its dtype, rounded activations.
+def as_read(plain: Plain, quantized: Iterable[str]) -> dict[str, nn.Module]:
+    """What transformers' reader computes in place of the quantized layers: scales and rounded inputs in its dtype.
 
     Args:
         plain: the exported model.
         quantized: paths of the layers that `write` wrote quantized.
-        activations: as in `write`.
 
     Returns:
         Path -> the layer as it is read.
     """
-    select = None if activations is None else RoundedTokens()
     found: dict[str, nn.Module] = {}
     for path in quantized:
         weight = _integer(plain.layers[path])
         # A layer with zero points is widened before the cast (`dequantize` in the config), another one after it.
         scale = weight.scales() if weight.zero is not None else weight.scales().to(plain.dtype).float()
-        found[path] = ActLinear.of(plain.layers[path], weight=weight.rescaled(scale), select=select)
+        inputs = plain.layers[path].inputs
+        read = None if inputs is None else _ReadInputs(inputs.grid, inputs.scale)
+        found[path] = ActLinear.of(plain.layers[path], weight=weight.rescaled(scale), inputs=read)
     return found
 
 
@@ -181,7 +185,7 @@ def quantization_config(schemes: dict[str, Scheme], ignore: list[str]) -> dict[s
         groups[f"group_{index}"] = kind.to_dict(targets)
     found: dict[str, Any] = {
         "quant_method": "compressed-tensors",
-        "format": kinds[0].format,
+        "format": kinds[0].format if len({kind.format for kind in kinds}) == 1 else MIXED,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ignore,
@@ -240,24 +244,41 @@ def _unsaid(path: str, plain: Plain) -> str | None:
     return None
 
 
-def _check_activations(path: str, weight: IntegerWeight) -> None:
-    grid = weight.grid
-    if not grid.symmetric or grid.group_size not in (-1, weight.shape[1]):
-        groups = "one scale per row" if grid.group_size == -1 else f"groups of {grid.group_size}"
+def _check_inputs(path: str, layer: ActLinear, dense: str | None) -> None:
+    """Raise ExportError if no reader rounds a layer's inputs so. dense: why its weight is not written quantized."""
+    inputs = layer.inputs
+    assert inputs is not None
+    only = "readers round inputs to 8 bits without zero points, over symmetric weights with one scale per row only"
+    way = (
+        "Apply rtn with bits: 8, group_size: -1, symmetric: true and round_inputs as it stands, or keep the model with "
+        "actkit.save."
+    )
+    if inputs.shift is not None or inputs.divisor is not None:
         raise ExportError(
-            f"activations: 'int8' was given, and {path} has {groups}, "
-            f"{'symmetric' if grid.symmetric else 'with zero points'}; readers take int8 activations over symmetric "
-            f"weights with one scale per row only. Apply rtn with bits: 8, group_size: -1, symmetric: true."
+            f"{path}: its inputs are shifted or divided per channel while it runs, which no reader does. Keep the "
+            f"model with actkit.save, or use a method that folds this into a norm."
         )
+    if dense is not None:
+        raise ExportError(f"{path}: its inputs are rounded, and its weight would be dense, as {dense}; {only}. {way}")
+    if inputs.half_range is None:
+        raise ExportError(f"{path}: its inputs are on another grid ({inputs.describe()}); {only}. {way}")
+    grid = _integer(layer).grid
+    if not grid.symmetric or grid.size(layer.in_features) != layer.in_features:
+        whole = grid.size(layer.in_features) == layer.in_features
+        groups = "one scale per row" if whole else f"groups of {grid.group_size}"
+        zeros = "symmetric" if grid.symmetric else "with zero points"
+        raise ExportError(f"{path}: its inputs are rounded, and its weight has {groups}, {zeros}; {only}. {way}")
 
 
 def _notes(plain: Plain, schemes: dict[str, Scheme]) -> tuple[str, ...]:
     """What a reader will do, and what vLLM would not load though transformers does."""
     notes = ["scales are stored in float32; a reader that computes in 16 bits rounds them to its dtype"]
-    if any(scheme.activations for scheme in schemes.values()):
+    tokens = [path for path, scheme in schemes.items() if scheme.inputs == "token"]
+    if tokens:
+        ours = {float(plain.layers[path].inputs.half_range or 0) for path in tokens}  # type: ignore[union-attr]
         notes.append(
-            "activations are rounded by the runtime, not by actkit: the function differs from the model's in memory. "
-            "Readers differ too: transformers divides the range by 127.5, vLLM by 127"
+            f"the range of a token is divided by {' or '.join(f'{each:g}' for each in sorted(ours))} in this model, by "
+            f"127.5 in transformers, by 127 in vLLM: with another number the inputs are rounded a little differently"
         )
     if any(not scheme.symmetric and scheme.bits == 8 for scheme in schemes.values()):
         notes.append("vLLM: its kernels take no zero points with 8 bits; use symmetric weights there")

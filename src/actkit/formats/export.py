@@ -14,7 +14,6 @@ from actkit.core.measure.cost import folder_bytes
 from actkit.core.store.card import card_of
 from actkit.core.store.checkpoint import check_target, copy_companions, replaceable
 from actkit.formats import compressed_tensors, gguf_file
-from actkit.formats.compressed_tensors import Activations
 from actkit.formats.exported import Exported, summary
 from actkit.formats.plain import Plain
 
@@ -29,7 +28,6 @@ def export(
     folder: str | Path,
     format: str = "compressed-tensors",
     *,
-    activations: Activations | None = None,
     tokenizer: Any = None,
     evaluation: Evaluation | None = None,
     measured: dict[str, Any] | None = None,
@@ -43,8 +41,6 @@ def export(
         model: a changed model.
         folder: where to write.
         format: 'compressed-tensors' (transformers, vLLM) or 'gguf' (llama.cpp).
-        activations: 'int8' to have the reader round activations to 8 bits per token (compressed-tensors over symmetric
-            weights with one scale per row).
         tokenizer: written beside the weights, into the file for GGUF.
         evaluation: what `evaluate` measured of the model, for the card (README.md).
         measured: the same as fields of a card.
@@ -60,10 +56,10 @@ def export(
             for inspection).
         CheckpointError: the folder exists or cannot be written.
         ImportError: the package that the format needs is missing.
-        ValueError: the format or the activations are unknown.
+        ValueError: the format is unknown.
     """
     folder = Path(folder)
-    check(format, folder, activations=activations, overwrite=overwrite, proof=proof)
+    check(format, folder, overwrite=overwrite, proof=proof)
     plain = read(model, format)
     file = f"{folder.resolve().name}.gguf" if format == "gguf" else None
     with complete_or_nothing(folder) as temporary:
@@ -73,10 +69,8 @@ def export(
             copy_companions(model, temporary)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
-            said = compressed_tensors.write(plain, temporary, activations, max_shard)
+            said = compressed_tensors.write(plain, temporary, max_shard)
         notes = [*summary(said["quantized"]), *summary(said["dense"]), *said["notes"]]
-        if activations is not None and (evaluation or measured):
-            notes.append("what was measured is of the model before its activations were rounded")
         card = card_of(model, evaluation, **_card(model, format, file), notes=notes, **(measured or {}))
         (temporary / "README.md").write_text(card.text(), encoding="utf-8")
     reading = None
@@ -87,7 +81,7 @@ def export(
         from actkit.formats.reading import compare
 
         if file is None:
-            as_read = compressed_tensors.as_read(plain, said["quantized"], activations)
+            as_read = compressed_tensors.as_read(plain, said["quantized"])
         else:
             as_read = gguf_file.as_read(plain, said["quantized"])
         reading = compare(model, folder, as_read=as_read, gguf_file=file)
@@ -124,16 +118,10 @@ def read(model: nn.Module, format: str) -> Plain:
     return plain
 
 
-def check(format: str, folder: str | Path, *, activations: str | None, overwrite: bool, proof: bool) -> None:
+def check(format: str, folder: str | Path, *, overwrite: bool, proof: bool) -> None:
     """Raise what `export` would raise before it looks at the model."""
     if format not in FORMATS:
         raise ValueError(f"format: {format!r} was given, allowed are {', '.join(FORMATS)}.")
-    if activations not in (None, "int8"):
-        raise ValueError(f"activations: {activations!r} was given, allowed are 'int8' and None.")
-    if activations is not None and format == "gguf":
-        raise ExportError(
-            "activations: GGUF does not say how activations are rounded; llama.cpp decides. Leave it out."
-        )
     needed = FORMATS[format]
     if (proof or format == "gguf") and importlib.util.find_spec(needed) is None:
         instead = "" if format == "gguf" else ", or pass proof=False to write without reading back"

@@ -252,6 +252,12 @@ def refuse(plain: Plain) -> None:
     rope = (config.rope_parameters or {}).get("rope_type", "default")
     if rope != "default":
         raise ExportError(f"rope_type: the model has {rope!r}; GGUF export writes 'default' only.")
+    rounded = next((path for path, layer in plain.layers.items() if layer.inputs is not None), None)
+    if rounded is not None:
+        raise ExportError(
+            f"{rounded}: it rounds its inputs, and GGUF does not say how; llama.cpp decides. Export the model as "
+            f"compressed-tensors, or one on which only the weights were rounded."
+        )
     if plain.dtype not in DENSE:
         raise ExportError(f"dtype: the model is {plain.dtype}; GGUF export writes float32, float16 and bfloat16.")
 

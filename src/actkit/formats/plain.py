@@ -34,7 +34,8 @@ class Plain:
     Attributes:
         model: the changed model.
         skeleton: the plain model on the meta device, of the changed model's dtype and settings.
-        layers: path -> ActLinear with the weight slot only.
+        layers: path -> ActLinear that neither selects inputs nor corrects outputs; whether it rounds its inputs is for
+            the format to say or refuse.
         transposed: paths at which the plain model has a Conv1D, whose weight is [in, out].
     """
 

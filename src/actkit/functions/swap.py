@@ -168,8 +168,8 @@ class Swap(Transform):
         return ()
 
     def conflicts(self, earlier: Transform) -> str | None:
-        if "select" in earlier.slots:
-            return "its thresholds were calibrated on activations that the swap would change; swap first"
+        if {"select", "inputs"} & set(earlier.slots):
+            return "its thresholds or scales were calibrated on activations that the swap would change; swap first"
         return None
 
     def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:

@@ -11,10 +11,13 @@
     packed = pack_rows(weight)                             to skip outputs instead, behind a sparse gate
     y = output_rows(x, packed, active)                     (pack_quantized_rows and quantized_output_rows for integers)
 
+    y = int8_linear(x, codes, scale)                       inputs and weight of 8 bits, multiplied as integers
+
 Importing this registers the operators under `torch.ops.actkit`; Numba is imported when a kernel first runs.
 """
 
 from actkit.kernels.active_set import ActiveSet, compact
+from actkit.kernels.int8_products import int8_linear
 from actkit.kernels.operators import dense_linear, sparse_linear
 from actkit.kernels.output_rows import PackedRows, output_rows, pack_rows
 from actkit.kernels.packing import PackedWeight, pack
@@ -30,6 +33,7 @@ __all__ = [
     "QuantizedWeight",
     "compact",
     "dense_linear",
+    "int8_linear",
     "output_rows",
     "pack",
     "pack_quantized",

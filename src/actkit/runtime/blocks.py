@@ -89,6 +89,7 @@ def check(model: nn.Module, block: Block) -> None:
             raise UnsupportedModelError(
                 f"{linear.path} is a {type(linear.module).__name__}, whose forward pass no decoder calls"
             )
+        refuse_rounded_inputs(linear.path, linear.module)
 
 
 def _fused_rows(attention: Attention) -> tuple[range, range, range] | None:
@@ -247,8 +248,15 @@ class Product:
         )
 
 
+def refuse_rounded_inputs(path: str, module: nn.Module) -> None:
+    """Raise UnsupportedModelError for a layer that rounds its inputs, which no product of the decoder does."""
+    if isinstance(module, ActLinear) and module.inputs is not None:
+        raise UnsupportedModelError(f"{path} rounds its inputs, which the decoder does not")
+
+
 def selection_of(module: nn.Module) -> Selection | None:
     """Return what selects the inputs of a layer; None if nothing does."""
+    refuse_rounded_inputs("a layer that was packed", module)  # put into the model since
     return module.select if isinstance(module, ActLinear) else None
 
 

@@ -27,6 +27,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from actkit.core.edit.edits import get_module
 from actkit.core.forward.hooks import refuse_compiled_or_sharded
 from actkit.core.forward.named_functions import unknown_function
 from actkit.core.ground.errors import DataError, MemoryLimitError, NonFiniteError, UnsupportedModelError
@@ -80,6 +81,7 @@ def supports(model: nn.Module) -> str | None:
         blocks = _blocks(model)
         for block in blocks:
             parts.check(model, block)
+        parts.refuse_rounded_inputs("lm_head", get_module(model, "lm_head"))
         form_of(model, blocks)
         tables.choosing_features(blocks)
     except UnsupportedModelError as error:

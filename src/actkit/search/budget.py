@@ -78,7 +78,7 @@ class Budget:
         if transforms is None:
             return 0.0
         tokens = self.splits.calibration.tokens
-        needy = [transform for transform in transforms if transform.tags.needs_data]
+        needy = [transform for transform in transforms if transform.needs_data]
         passes = sum(transform.passes(tokens) for transform in needy)
         if needy:
             passes += 2 + len({transform.tags.stream for transform in needy})

@@ -110,7 +110,7 @@ def _ideas(profile: Profile, shapes: Shapes) -> tuple[list[Idea], list[LeftOut]]
 def _in_order(ideas: Sequence[Idea]) -> Iterator[Proposal]:
     """Ideas alone and stacked, by their order."""
     bases = sorted((idea for idea in ideas if idea.base is not None), key=lambda idea: idea.base or 0)
-    ordered = [(idea.order, idea.name, [idea.transform], idea.why) for idea in ideas]
+    ordered = [(idea.order, idea.name, [*idea.before, idea.transform], idea.why) for idea in ideas]
     for idea in ideas:
         for order, base in zip(idea.stacks, bases, strict=False):
             name = f"{idea.name} over {base.name}"

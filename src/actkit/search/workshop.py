@@ -141,7 +141,7 @@ class Workshop:
         """Take note of which candidates come, so that what several begin with is kept from the first one on."""
         for proposal in proposals:
             first = proposal.recipe.transforms[:-1]
-            if first and all(t.tags.needs_data and t.tags.stream == "original" for t in first):
+            if first and all(t.needs_data and t.tags.stream == "original" for t in first):
                 self._steps.setdefault(recipe_key(Recipe(first)), Steps(len(first)))
 
     def steps_of(self, proposal: Proposal) -> Steps | None:

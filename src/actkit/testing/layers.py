@@ -28,6 +28,7 @@ from actkit.core.forward.hooks import evaluating
 from actkit.core.ground import registry
 from actkit.core.ground.random_numbers import own_random_numbers
 from actkit.core.layers.activations import mixes_of, says_what_it_mixes
+from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.layers.selections import Selection
 from actkit.core.layers.weights import WeightStorage
 from actkit.testing.checks import (
@@ -382,7 +383,7 @@ def _is_float(value: Any) -> bool:
 
 
 def _spec(layer: nn.Module) -> Any:
-    if isinstance(layer, Selection | WeightStorage):
+    if isinstance(layer, Selection | RoundedInputs | WeightStorage):
         raise NotApplicable("it is a slot of a layer, and is rebuilt with it")
     if not (hasattr(layer, "spec") and hasattr(layer, "from_spec")):
         raise NotApplicable("it has no spec() and from_spec(), so it stands in no checkpoint")

@@ -295,7 +295,7 @@ def refuses_conflicts(case: Case) -> None:
 
 def needs_its_data(case: Case) -> None:
     """Without batches a transform that needs data raises DataError; one that does not, runs."""
-    if not case.transform.tags.needs_data:
+    if not case.transform.needs_data:
         _without_data(case, None)
         return
     for given in (None, ()):

@@ -1,8 +1,8 @@
 """Names from the entry-point groups, which third parties add to.
 
-`actkit.methods`; `actkit.modules` (saved modules) with `actkit.weights` and `actkit.selections` (what a changed layer
-holds); `actkit.grids` (what values are rounded to); `actkit.functions` (activation functions), `actkit.models` (your
-own), `actkit.tasks` and `actkit.decoders`.
+`actkit.methods`; `actkit.modules` (saved modules) with `actkit.weights`, `actkit.selections` and `actkit.inputs` (what
+a changed layer holds); `actkit.grids` (what values are rounded to); `actkit.functions` (activation functions),
+`actkit.models` (your own), `actkit.tasks` and `actkit.decoders`.
 
 Our own names and those of third parties are read the same way, lazily: listing names imports nothing, and a plug-in
 that does not import, is something else than it should be, or claims the name of another is an error that names it and
@@ -25,7 +25,7 @@ from actkit.core.ground.errors import RecipeError
 from actkit.core.ground.yaml_files import shorten
 
 METHODS, MODULES, DECODERS = "actkit.methods", "actkit.modules", "actkit.decoders"
-WEIGHTS, SELECTIONS, TASKS = "actkit.weights", "actkit.selections", "actkit.tasks"
+WEIGHTS, SELECTIONS, INPUTS, TASKS = "actkit.weights", "actkit.selections", "actkit.inputs", "actkit.tasks"
 FUNCTIONS, MODELS, GRIDS = "actkit.functions", "actkit.models", "actkit.grids"
 MEND = "Update or uninstall that package (pip uninstall NAME), or report it to its author."
 
@@ -158,6 +158,18 @@ def selection_class(kind: str) -> Any:
         RecipeError: as in `method_class`.
     """
     return _module_class(SELECTIONS, kind)
+
+
+def inputs_class(kind: str) -> Any:
+    """Return the class that rounds inputs as `kind`, a `core.layers.rounded_inputs.RoundedInputs`.
+
+    Args:
+        kind: that is registered.
+
+    Raises:
+        RecipeError: as in `method_class`.
+    """
+    return _module_class(INPUTS, kind)
 
 
 def grid_class(kind: str) -> Any:

@@ -33,8 +33,8 @@ class LayerWeight(Tensor):
     """The weight [out, in] of an ActLinear, dequantized when it is computed with.
 
     Raises:
-        UnsupportedModelError: it is computed with, and the layer also selects inputs or adds a correction, which the
-            result would leave out.
+        UnsupportedModelError: it is computed with, and the layer also selects or rounds its inputs or adds a
+            correction, which the result would leave out.
     """
 
     layer: ActLinear
@@ -71,9 +71,8 @@ class LayerWeight(Tensor):
     def values_for(self, reader: str) -> Tensor:
         """The values [out, in], for the function or attribute `reader`."""
         layer = self.layer
-        if layer.select is not None or layer.correction is not None:
-            slots = {"selects inputs": layer.select, "adds a correction": layer.correction}
-            more = " and ".join(what for what, slot in slots.items() if slot is not None)
+        if layer.other_slots:
+            more = " and ".join(layer.other_slots.values())
             raise UnsupportedModelError(
                 f"weight: {reader} was called with the weight of a layer [{layer.out_features}, {layer.in_features}] "
                 f"that also {more}, which the result would leave out. Call the layer itself; for the values alone "

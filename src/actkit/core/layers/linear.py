@@ -1,13 +1,17 @@
-"""ActLinear: the one linear layer that methods make, y = W select(x) + bias + correction(x).
+"""ActLinear: the one linear layer that methods make, y = W q(select(x)) + bias + correction(q(select(x))).
 
-Three slots that stack: `weight` (dense, or integer codes with scales), `select` (which inputs to read) and
-`correction` (low rank). A method fills a slot and leaves the others as they are, so a sparsity method over a
-quantizer is still one module, and whatever runs or exports models knows this module only.
+Four slots that stack: `weight` (dense, or integer codes with scales), `select` (which inputs to read), `inputs` (how
+what is read is rounded, q) and `correction` (low rank). A method fills a slot and leaves the others as they are, so a
+sparsity method over a quantizer is still one module, and whatever runs or exports models knows this module only.
 
 The weight slot is held in `storage`; `weight` answers a tensor, as that of every linear layer does.
 The logical layout is the state that is saved. `pack()` builds the input-major buffer that the sparse kernel reads; it
 is never saved. With gradients, with more rows than the kernel takes (two, or eight if an integer weight is read
-whole), under torch.export or without `pack()` the layer computes in plain torch.
+whole), under torch.export or without `pack()` the layer computes in plain torch; but a weight and inputs of 8 bits are
+multiplied as integers (`kernels.int8_linear`), packed or not.
+
+The correction reads what the weight reads, so that merging the two is exact; but beside a selection it reads all
+inputs, or those that are dropped, and then no inputs are rounded.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from actkit.core.ground import registry
 from actkit.core.ground.errors import CoverageError
 from actkit.core.layers.known_layers import why_unread
 from actkit.core.layers.layer_weight import LayerWeight
+from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.layers.selections import Selection, Threshold, TopK
 from actkit.core.layers.weights import DenseWeight, WeightStorage
 
@@ -67,7 +72,7 @@ class LowRank(nn.Module):
 
 
 class ActLinear(nn.Module):
-    """A linear layer with three slots: y = W select(x) + bias + correction(x); [..., in] -> [..., out].
+    """A linear layer with four slots: y = W q(select(x)) + bias + correction(q(select(x))); [..., in] -> [..., out].
 
     Raises:
         ValueError: the slots do not fit each other.
@@ -79,6 +84,7 @@ class ActLinear(nn.Module):
         bias: Tensor | None = None,
         select: Selection | None = None,
         correction: LowRank | None = None,
+        inputs: RoundedInputs | None = None,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
@@ -94,12 +100,34 @@ class ActLinear(nn.Module):
                 raise ValueError(
                     f"correction: it maps {shape[::-1]}, the layer {(self.in_features, self.out_features)}."
                 )
+        if inputs is not None:
+            self._check_inputs(inputs, select, correction)
         self.storage = weight
         self.bias = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
         self.select = select
+        self.inputs = inputs
         self.correction = correction
         self._packed: PackedWeight | QuantizedWeight | None = None
         self._packed_threshold = 0.0  # a number: one read from a tensor would break a compiled graph in two
+
+    def _check_inputs(self, inputs: RoundedInputs, select: Selection | None, correction: LowRank | None) -> None:
+        """Raise ValueError if rounded inputs do not fit the layer or the other slots."""
+        for name in ("shift", "divisor"):
+            values = getattr(inputs, name)
+            if values is not None and values.shape != (self.in_features,):
+                raise ValueError(
+                    f"inputs: their {name} has shape {tuple(values.shape)}, the layer {self.in_features} inputs."
+                )
+        if select is not None and inputs.shift is not None:
+            raise ValueError(
+                "inputs: they are shifted, and some are selected: a dropped one would become the shift. Use one of "
+                "the two."
+            )
+        if correction is not None and (select is not None or correction.of == "dropped"):
+            raise ValueError(
+                "inputs: the layer selects inputs and corrects what that loses, from inputs that are not rounded. Use "
+                "the selection and its correction, or rounded inputs."
+            )
 
     @classmethod
     def of(
@@ -110,6 +138,7 @@ class ActLinear(nn.Module):
         select: Selection | None = None,
         correction: LowRank | None = None,
         bias: Tensor | None = None,
+        inputs: RoundedInputs | None = None,
     ) -> ActLinear:
         """Make a changed copy of a linear layer; slots that are not given stay as the layer had them.
 
@@ -121,6 +150,7 @@ class ActLinear(nn.Module):
             select: which inputs are read.
             correction: what is added.
             bias: [out], in place of the layer's own.
+            inputs: how what is read is rounded.
 
         Returns:
             The layer.
@@ -142,24 +172,29 @@ class ActLinear(nn.Module):
             weight = module.storage if weight is None else weight
             select = module.select if select is None else select
             correction = module.correction if correction is None else correction
+            inputs = module.inputs if inputs is None else inputs
         elif weight is None:
             tensor = module.weight
             is_linear = isinstance(module, nn.Linear)
             weight = DenseWeight(tensor if is_linear else nn.Parameter(tensor.t(), requires_grad=tensor.requires_grad))  # type: ignore[operator, arg-type]
         bias = module.bias if bias is None else bias  # type: ignore[assignment]
-        return cls(weight, bias, select, correction).train(module.training)  # type: ignore[arg-type]
-
-    @property
-    def filled_slots(self) -> tuple[str, ...]:
-        """The slots that a method filled: a weight that is stored as it is fills none."""
-        filled = {"weight": not isinstance(self.storage, DenseWeight), "select": self.select is not None}
-        filled["correction"] = self.correction is not None
-        return tuple(slot for slot, is_filled in filled.items() if is_filled)
+        return cls(weight, bias, select, correction, inputs).train(module.training)  # type: ignore[arg-type]
 
     @property
     def weight(self) -> Tensor:
         """The weight [out, in], for code that reads it from outside; see `LayerWeight`."""
         return LayerWeight.of(self) if self.filled_slots else self.storage.dequantize()
+
+    @property
+    def filled_slots(self) -> tuple[str, ...]:
+        """The slots that a method filled: a weight that is stored as it is fills none."""
+        return (*(() if isinstance(self.storage, DenseWeight) else ("weight",)), *self.other_slots)
+
+    @property
+    def other_slots(self) -> dict[str, str]:
+        """The filled slots besides the weight, each with what the layer does by it."""
+        does = {"select": "selects inputs", "inputs": "rounds its inputs", "correction": "adds a correction"}
+        return {name: what for name, what in does.items() if getattr(self, name) is not None}
 
     def dequantized(self) -> Tensor:
         """The weight [out, in] that is multiplied, in the layer's dtype."""
@@ -169,10 +204,11 @@ class ActLinear(nn.Module):
         """Make a plain nn.Linear with the dequantized weight.
 
         Raises:
-            ValueError: select or correction would be lost.
+            ValueError: another slot would be lost.
         """
-        if self.select is not None or self.correction is not None:
-            raise ValueError("dense(): a plain linear layer cannot hold this layer's select or correction slot.")
+        if self.other_slots:
+            slots = " or ".join(self.other_slots)
+            raise ValueError(f"dense(): a plain linear layer cannot hold this layer's {slots} slot.")
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.dequantized().detach(), requires_grad=False)
         linear.bias = self.bias  # type: ignore[assignment]
@@ -184,10 +220,30 @@ class ActLinear(nn.Module):
         if not plain and x.numel() <= rows * self.in_features:
             return self._decode(x)
         selected = x if self.select is None else self.select(x)
-        y = self.storage.linear(selected, self.bias)
+        read = selected
+        y = None
+        if self.inputs is not None:
+            y = self._integer_product(selected)
+            read = read if y is not None and self.correction is None else self.inputs(selected)
+        if y is None:
+            y = self.storage.linear(read, self.bias)
         if self.correction is not None:
-            y = y + self.correction(x if self.correction.of == "all" else x - selected)
+            given = read if self.select is None else x
+            y = y + self.correction(given if self.correction.of == "all" else x - selected)
         return y
+
+    def _integer_product(self, selected: Tensor) -> Tensor | None:
+        """The product and the bias if weight and inputs are integers of 8 bits that a kernel multiplies; else None."""
+        assert self.inputs is not None
+        scale, half_range = self.storage.row_scale, self.inputs.half_range
+        plain = torch.is_grad_enabled() or torch.compiler.is_exporting() or selected.device.type != "cpu"
+        if scale is None or half_range is None or plain or selected.dtype == torch.float64:
+            return None
+        from actkit import kernels
+
+        given = self.inputs.moved(selected)
+        y = kernels.int8_linear(given, self.storage.codes, scale, self.inputs.scale, half_range, self.bias)  # type: ignore[arg-type]
+        return y.to(selected.dtype)
 
     # -- decoding through the kernel
 
@@ -215,6 +271,9 @@ class ActLinear(nn.Module):
 
     def _decode(self, x: Tensor) -> Tensor:
         select = self.select
+        if self.inputs is not None:  # what is not selected is 0 then, and stays 0
+            x = self.inputs(x if select is None else select(x))
+            return self.storage.product(x, self._packed, self.bias, **({} if select is None else {"threshold": 0.0}))
         chosen: dict[str, Any] = {} if select is None else {"score": select.score}
         if isinstance(select, Threshold):
             chosen["threshold"] = self._packed_threshold
@@ -237,13 +296,14 @@ class ActLinear(nn.Module):
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes that the weight and the correction take in storage."""
-        return self.storage.nbytes + (0 if self.correction is None else self.correction.nbytes)
+        """Bytes that the weight, the correction and what rounds inputs take in storage."""
+        return sum(each.nbytes for each in (self.storage, self.inputs, self.correction) if each is not None)
 
     def bytes_per_token(self, density: float = 1.0) -> float:
         """Weight bytes read for one token when a share `density` of the inputs is active."""
         score = 0 if self.select is None or self.select.score is None else self.select.score.nbytes
-        return self.storage.nbytes * density + (0 if self.correction is None else self.correction.nbytes) + score
+        others = self.weight_bytes - self.storage.nbytes
+        return self.storage.nbytes * density + others + score
 
     # -- checkpoints
 
@@ -257,6 +317,7 @@ class ActLinear(nn.Module):
             "weight": self.storage.spec(),
             "select": None if self.select is None else self.select.spec(),
             "correction": None if self.correction is None else self.correction.spec(),
+            "inputs": None if self.inputs is None else self.inputs.spec(),
         }
 
     @classmethod
@@ -275,7 +336,9 @@ class ActLinear(nn.Module):
             rank = spec["correction"]["rank"]
             left, right = torch.empty(shape[0], rank, dtype=dtype), torch.empty(rank, shape[1], dtype=dtype)
             correction = LowRank(left, right, spec["correction"]["of"])
-        return cls(weight, bias, select, correction)
+        rounded = spec.get("inputs")  # folders of earlier versions say nothing of it
+        inputs = None if rounded is None else registry.inputs_class(rounded["kind"]).from_spec(rounded, shape[1])
+        return cls(weight, bias, select, correction, inputs)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

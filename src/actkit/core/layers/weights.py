@@ -78,6 +78,11 @@ class WeightStorage(KeepsDtype):
         """
         return F.linear(x, self.dequantize(), bias)
 
+    @property
+    def row_scale(self) -> Tensor | None:
+        """The scales [out] of codes that `kernels.int8_linear` takes; None if there are none."""
+        return None
+
     def packed(self, selects: bool) -> PackedWeight | QuantizedWeight | None:
         """Return the buffer of a kernel that multiplies it, or None.
 
@@ -330,6 +335,12 @@ class IntegerWeight(CodedWeight):
         """The codes as `kernels.pack_quantized` reads them: two in a byte for 4 bits and less, else one."""
         width = 4 if self.grid.bits <= 4 else 8
         return self.codes if self.stored_bits == width else pack_codes(self.integers(), width)
+
+    @property
+    def row_scale(self) -> Tensor | None:
+        grid = self.grid
+        rows = grid.bits == 8 and grid.symmetric and grid.group_axis == "input" and self.scale.shape[1:] == (1,)
+        return self.scales()[:, 0] if rows else None
 
     def packed(self, selects: bool) -> QuantizedWeight | None:
         from actkit import kernels

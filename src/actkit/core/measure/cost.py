@@ -4,7 +4,7 @@ Decoding reads every weight once per token, so the bytes touched are what its ti
 (per example if there are no tokens), as the layers stand:
 
     embedding: one row.   linear layer: all of it, biases included; the head too, even if it is tied to the embedding
-    ActLinear with a selection: weight * density + its scores + correction + bias
+    ActLinear with a selection: weight * density + its scores + correction + bias + what rounds its inputs
     MLP whose activation gives exact zeros (ReLU, a threshold, a top-k): of up and down only the rows and columns of the
     units that are not 0, of a layer for gate and up together up's share
     convolution, norm, any other parameter: once, however many positions it serves

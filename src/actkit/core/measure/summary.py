@@ -175,6 +175,8 @@ def _kind(module: nn.Module) -> str:
     parts = [module.storage.describe()]
     if module.select is not None:
         parts.append(f"inputs selected by {module.select.spec()['kind'].replace('_', ' ')}")
+    if module.inputs is not None:
+        parts.append(module.inputs.describe())
     if module.correction is not None:
         parts.append(f"low-rank correction of rank {module.correction.left.shape[1]}")
     return ", ".join(parts)

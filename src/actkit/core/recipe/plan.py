@@ -163,7 +163,7 @@ def _cost(
 
     Of several processes, for the largest share of the batches.
     """
-    needy = [t for t in transforms if t.tags.needs_data]
+    needy = [t for t in transforms if t.needs_data]
     if not needy or not len(batches):
         return [], 0.0
     contexts = [BatchContext.of(batch, view.model) for batch in batches]
@@ -194,7 +194,7 @@ def _cost(
         memory.append(("recorded calls of one module", rows * widest * copies))
     passes = sum(t.passes(sum(tokens)) for t in needy)
     for turn in turns(transforms):  # each is a walk of its own
-        own = _streams([t for t in transforms[turn.start : turn.stop] if t.tags.needs_data])
+        own = _streams([t for t in transforms[turn.start : turn.stop] if t.needs_data])
         passes += 1 + len(own) if own else 0
     return memory, walk.seconds * scale * passes
 

@@ -28,6 +28,7 @@ class Idea:
         base: other methods may be stacked over it; bases with a lower number are taken first.
         stacks: it is also tried over the first bases, as many as there are numbers: each is the order of a stack.
         why_stacked: what suggests the stacks.
+        before: transforms that stand before it, without which it is not worth trying.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Idea:
     base: int | None = None
     stacks: tuple[int, ...] = ()
     why_stacked: str = "both at once: they stack"
+    before: tuple[BaseModel, ...] = ()
 
 
 @dataclass(frozen=True)

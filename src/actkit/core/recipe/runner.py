@@ -294,7 +294,7 @@ class _Run:
                 self.transforms[position] = transform.plan(trial, self.batches)
 
     def walk(self, turn: range) -> None:
-        needed = {t.tags.stream for t in self.transforms[turn.start : turn.stop] if t.tags.needs_data}
+        needed = {t.tags.stream for t in self.transforms[turn.start : turn.stop] if t.needs_data}
         streams = [s for s in ("original", "edited") if s in needed or "both" in needed]
         share = [index for index in range(len(self.batches)) if processes.mine(index)] if processes.several() else None
         walk = Walk(self.view, self.batches, self._track, share) if streams else None
@@ -346,9 +346,7 @@ class _Run:
         if transform.tags.parts:
             name = type(transform).__name__
             self.report.skipped += [(path, name, reason) for path, reason in block.unread()]
-        seen = Seen(
-            type(transform).__name__, transform.tags, walk if transform.tags.needs_data else None, block, statistics
-        )
+        seen = Seen(type(transform).__name__, transform.tags, walk if transform.needs_data else None, block, statistics)
         yield from transform.edit(block, seen)
 
     def _apply_all(
@@ -555,7 +553,7 @@ def batches_of(transforms: Sequence[Transform], data: Iterable[Any] | None) -> A
     if isinstance(data, str | bytes):
         raise DataError("data: a text was given; pass batches, or give the text to actkit.apply, which makes them.")
     batches = [] if data is None else sequence_of(data, "data")
-    needy = next((t for t in transforms if t.tags.needs_data), None)
+    needy = next((t for t in transforms if t.needs_data), None)
     if needy is not None and not len(batches):
         given = "none was given" if data is None else "0 batches were given"
         raise DataError(

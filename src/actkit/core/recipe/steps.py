@@ -43,7 +43,7 @@ class Steps:
             RecipeError: a later transform would have to be seen by one whose edits are kept.
         """
         kept = transforms[: self.count]
-        if len(transforms) > self.count and any(t.tags.needs_data and t.tags.stream != "original" for t in kept):
+        if len(transforms) > self.count and any(t.needs_data and t.tags.stream != "original" for t in kept):
             names = ", ".join(type(transform).__name__ for transform in kept)
             raise RecipeError(f"steps: {names} calibrates on the edited model, which later transforms change too.")
 

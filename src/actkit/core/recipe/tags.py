@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Slot = Literal["weight", "select", "correction"]
+Slot = Literal["weight", "select", "inputs", "correction"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Tags:
         parts: it goes by the parts of the anatomy. False for one that goes by modules alone and changes no weights: it
             works on a model that cannot be read, and no coverage is asked of it.
         least_coverage: share of the parameters inside blocks that it touches at least, if the model was read as it is.
-        needs_data: calibration batches are required.
+        needs_data: calibration batches are required (at some settings only: see `Transform.needs_data`).
         stream: the hidden states it calibrates on, of the original or of the edited model, or both.
         plans_in_turn: its `plan` needs the model as the transforms before it left it. These are applied to all blocks
             first, and what they left is the original from there on, for this transform and those after it.

@@ -57,6 +57,11 @@ class Transform(BaseModel):
         return self.tags.slots
 
     @property
+    def needs_data(self) -> bool:
+        """Whether it needs calibration batches at its settings; the default is what its tags say."""
+        return self.tags.needs_data
+
+    @property
     def label(self) -> str:
         """A short text for tables: the name and the settings that differ from the defaults."""
         given = ", ".join(f"{key}={value}" for key, value in self.model_dump(exclude_defaults=True).items())

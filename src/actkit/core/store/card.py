@@ -11,6 +11,7 @@ from __future__ import annotations
 import html
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from actkit.core.edit import changes
 from actkit.core.ground.estimate import Estimate
 from actkit.core.ground.machine import versions
 from actkit.core.ground.modules import is_pretrained
+from actkit.core.layers.linear import ActLinear
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -172,6 +174,10 @@ def card_of(
         "recipe": recipe,
         "kept": kept,
     }
+    rounded = Counter(m.inputs.describe() for m in model.modules() if isinstance(m, ActLinear) and m.inputs is not None)
+    if rounded:
+        lines = (f"{count} linear layers: {what}" for what, count in rounded.items())
+        given["notes"] = (*lines, *given.get("notes", ()))
     grid = changes.source_grid(model)
     if grid is not None:
         given["notes"] = (f"quantized source, {grid.describe()}", *grid.notes, *given.get("notes", ()))

@@ -1,8 +1,9 @@
 """Streaming statistics of activations: bounded memory, any order of the rows, any number of shards.
 
 A statistic reads rows x [n, channels] of any float dtype, as often as they come, and merges with others of its kind.
-AbsMax, Density, Quantiles and Sample give the same bits however the rows are ordered and sharded; Moments, Gram and
-Spectrum agree to the rounding of float64. Results are float64 on the device of the rows, unless said otherwise.
+AbsMax, Range, Midpoints, Density, Quantiles and Sample give the same bits however the rows are ordered and sharded;
+Moments, Gram and Spectrum agree to the rounding of float64. Results are float64 on the device of the rows, unless said
+otherwise.
 """
 
 from __future__ import annotations
@@ -15,11 +16,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actkit.core.watch.ranges import Midpoints, Range
 from actkit.core.watch.sample import Sample
 from actkit.core.watch.spectrum import Gram, Spectrum
 from actkit.core.watch.streaming import Rows, Statistic
 
-__all__ = ["AbsMax", "Density", "Gram", "Moments", "Quantiles", "Rows", "Sample", "Spectrum", "Statistic"]
+__all__ = [
+    "AbsMax",
+    "Density",
+    "Gram",
+    "Midpoints",
+    "Moments",
+    "Quantiles",
+    "Range",
+    "Rows",
+    "Sample",
+    "Spectrum",
+    "Statistic",
+]
 
 
 class Moments(Statistic):

@@ -116,8 +116,8 @@ class TopKMlp(Transform):
         return block.nonlinearities()
 
     def conflicts(self, earlier: Transform) -> str | None:
-        if "select" in earlier.slots:
-            return "its thresholds were calibrated on activations that the top-k would change; top-k first"
+        if {"select", "inputs"} & set(earlier.slots):
+            return "its thresholds or scales were calibrated on activations that the top-k would change; top-k first"
         return super().conflicts(earlier)
 
     def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:

@@ -116,8 +116,8 @@ class FatRelu(Transform):
         return block.nonlinearities()
 
     def conflicts(self, earlier: Transform) -> str | None:
-        if "select" in earlier.slots:
-            return "its thresholds were calibrated on activations that FATReLU would change; FATReLU first"
+        if {"select", "inputs"} & set(earlier.slots):
+            return "its thresholds or scales were calibrated on activations that FATReLU would change; FATReLU first"
         return super().conflicts(earlier)
 
     def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:

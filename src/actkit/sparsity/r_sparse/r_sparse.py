@@ -110,6 +110,11 @@ class RSparse(Transform):
             return self
         return self.model_copy(update={"alpha": self.search(trial, data).alphas})
 
+    def conflicts(self, earlier: Transform) -> str | None:
+        if "inputs" in earlier.slots:
+            return "it corrects what its selection drops, from inputs that are not rounded; use one of the two"
+        return super().conflicts(earlier)
+
     def targets(self, block: Block) -> Iterable[Linear]:
         return [linear for linear in block.linears() if linear.role not in self.skip]
 

@@ -251,8 +251,8 @@ class Sparkify(Transform):
         return [linear for _, mlp in self._mlps(block) if mlp.gated for linear in (*mlp.inputs, mlp.down)]
 
     def conflicts(self, earlier: Transform) -> str | None:
-        if "select" in earlier.slots:
-            return "its thresholds were calibrated on neurons that this would change; sparkify and train first"
+        if {"select", "inputs"} & set(earlier.slots):
+            return "its thresholds or scales were calibrated on neurons that this changes; sparkify and train first"
         return super().conflicts(earlier)
 
     def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:

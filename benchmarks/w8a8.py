@@ -1,0 +1,76 @@
+"""Weights and inputs of 8 bits on a sentence encoder: MiniLM, 32 rows of 128 tokens, one call.
+
+    python benchmarks/w8a8.py [--quick] [--json PATH|-]
+
+Variants, interleaved in one process: float32 and bfloat16 as torch runs them, and the same with `recipes/w8a8.yaml`
+(rtn at 8 bits by rows, round_inputs per token). Embedding, norms, attention and activation functions
+stay as they were. How far the sentence embeddings move is printed as 1 - cosine.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import common  # isort: skip  (before torch: it sets how idle threads wait)
+import torch
+
+import actkit
+from actkit.core.measure.cost import measure_cost
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "w8a8.yaml"
+ROWS, TOKENS, REPEATS = 32, 128, 15
+
+
+def encoder(dtype: str, recipe: Path | None = None) -> Any:
+    model = actkit.load("minilm", dtype=dtype)
+    if recipe is not None:
+        actkit.apply(model, recipe, undo="off", progress=False)
+    return model.eval()
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Measure and report."""
+    chosen = common.options(__doc__, arguments)
+    rows, repeats = (8, 5) if chosen.quick else (ROWS, REPEATS)
+    ids = torch.randint(1000, 20000, (rows, TOKENS), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    models = {
+        "float32": encoder("float32"),
+        "bfloat16": encoder("bfloat16"),
+        "w8a8": encoder("float32", RECIPE),
+        "w8a8, bfloat16": encoder("bfloat16", RECIPE),
+    }
+    with torch.inference_mode():
+        pooled = {name: model(**batch).last_hidden_state.float().mean(1) for name, model in models.items()}
+        seconds = common.interleaved(
+            {name: lambda model=model: model(**batch) for name, model in models.items()}, repeats
+        )
+    found = []
+    for name, model in models.items():
+        cosine = torch.nn.functional.cosine_similarity(pooled[name], pooled["float32"]).mean()
+        found.append(
+            {
+                "variant": name,
+                "milliseconds": 1e3 * median(seconds[name]),
+                "x float32": common.ratio(seconds["float32"], seconds[name])["ratio"],
+                "deciles": common.ratio(seconds["float32"], seconds[name])["deciles"],
+                "x bfloat16": common.ratio(seconds["bfloat16"], seconds[name])["ratio"],
+                "weights MB": measure_cost(model, progress=False).weight_bytes / 1e6,
+                "1 - cosine": float(1 - cosine),
+            }
+        )
+    ours = max((row for row in found if row["variant"].startswith("w8a8")), key=lambda row: row["x float32"])
+    targets = [
+        common.target("w8a8 over float32", ours["x float32"], at_least=2.0),
+        common.target("w8a8 over bfloat16", ours["x bfloat16"], at_least=1.25),
+    ]
+    return common.report("w8a8", found, targets, chosen, rows_of_tokens=[rows, TOKENS])
+
+
+if __name__ == "__main__":
+    main()
