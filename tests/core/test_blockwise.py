@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from actkit.core.forward.batch import BatchContext
 from actkit.core.forward.hooks import evaluating
 from actkit.core.ground.errors import UnsupportedModelError
-from actkit.core.model.anatomy import anatomy
+from actkit.core.model.anatomy import Site, anatomy
 from actkit.core.recipe.blockwise import Walk
 from actkit.core.watch.calls import Call
+from actkit.core.watch.statistics import Moments
 
 
 def quiet(items: Any, description: str) -> Any:
@@ -180,6 +181,21 @@ def test_some_calls_end_at_the_row_that_reaches_the_tokens(kind):
         torch.testing.assert_close(cut.replay(module), expected, rtol=0, atol=1e-5)
         (_, one), (_, two) = walk.some_calls(0, "original", real[0] + 1)
         assert one is whole[0] and len(two.hidden) == 1
+
+
+def test_a_pass_that_runs_a_layer_twice_is_not_ended_before():
+    """The first of two runs of a layer inside one block is not the last that a statistic must see."""
+    model, given = build("llama"), batches("llama", padding=False)
+    model.model.layers[1].mlp.up_proj = model.model.layers[1].mlp.gate_proj
+    view = anatomy(model)
+    walk = Walk(view, given, quiet)
+    with evaluating(model):
+        walk.start(("original",))
+        for index in range(2):
+            site = Site("layer.output", path=f"model.layers.{index}.mlp.gate_proj")
+            seen = walk.observe(index, "original", {site: Moments()})[site]
+            assert seen.count == sum(batch["input_ids"].numel() for batch in given) * (index + 1)
+            walk.move("original", walk.following(index, "original"))
 
 
 def test_a_call_whose_rows_cannot_be_told_apart_stays_whole(monkeypatch):

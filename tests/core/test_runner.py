@@ -249,8 +249,8 @@ def test_a_block_is_observed_again_as_it_stands(kind):
             assert moments.count == gram.count == final[site].count
             torch.testing.assert_close(moments.mean_abs, final[site].mean_abs, rtol=1e-5, atol=1e-6)
         assert all(early[site].count == late[site][0].count for site in early)
-        if kind != "mixtral":  # an expert may get no token, so every pass goes on to its end there
-            assert 0 < runs < len(data), "no pass was ended early"
+        if kind != "mixtral":  # experts were opened behind the first pass, so nobody knows how often they run
+            assert runs == 0, "a pass went on behind what is observed"
         assert (block.path, "Again", {"sites": len(late)}) in applied.report.values
     assert applied.report.to_dict()["values"] and "values" not in changed(build(kind), kind, Round()).report.to_dict()
 

@@ -35,6 +35,7 @@ from actkit.core.store.checkpoint import load, save
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import AbsMax, Density, Gram, Moments, Quantiles, Sample, Spectrum
 from actkit.quantization.awq import Awq
+from actkit.quantization.gptq import Gptq
 from actkit.sparsity.r_sparse.r_sparse import RSparse
 from actkit.sparsity.sparsing_law.perplexity_sparsity import PerplexitySparsity
 from actkit.sparsity.teal import Teal
@@ -154,6 +155,8 @@ def check_edits() -> None:
         ("loose", [Awq(group_size=8, n_grid=4), Teal(sparsity=0.5)], 2),
         ("llama", [RSparse(sparsity=0.5, alpha="search", generations=1, population=2)], 3),
         ("llama", [PerplexitySparsity(p=5.0, sample=16)], 3),
+        ("llama", [Gptq(group_size=8)], 3),
+        ("mixtral", [Gptq(group_size=8)], 1),
         ("mlp", [Wina(sparsity=0.5)], 3),
     ]
     for kind, recipe, count in recipes:

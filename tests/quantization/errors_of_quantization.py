@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
+from actkit.core.model.anatomy import Site
+from actkit.core.watch.statistics import Gram
 from actkit.quantization import awq, smoothquant_plus
+from actkit.quantization.gptq import SecondOrder
 from error_proofs import NAN, Place, proof, run
 
 
@@ -16,3 +21,11 @@ def no_ratio(p: Place) -> None:
 def no_strength(p: Place) -> None:
     p.patch.setattr(smoothquant_plus, "_loss", lambda *_: (NAN, 1))
     run(smoothquant_plus.SmoothQuantPlus(group_size=8, steps=2))
+
+
+@proof
+def no_second_moment(p: Place) -> None:
+    huge = torch.full((2, 4), 1e25)
+    gram = Gram(torch.float32)
+    gram.update(huge)
+    SecondOrder.of(Site("mlp.input", 0), gram)

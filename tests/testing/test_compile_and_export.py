@@ -26,6 +26,7 @@ from actkit.testing.transforms import Case, NotApplicable, compiles, exports
 
 SETTINGS: dict[str, dict[str, Any]] = {  # where the defaults do not fit a tiny model
     "awq": {"bits": 3, "group_size": 8, "n_grid": 2},
+    "gptq": {"bits": 4, "group_size": 8},
     "rtn": {"bits": 4, "group_size": 8},
     "swap": {"where": "*", "new": "relu2"},
     "top_k_mlp": {"k": 5},

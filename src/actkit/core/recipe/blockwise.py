@@ -10,6 +10,7 @@ batches (`core/ground/processes.py`).
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -24,6 +25,7 @@ from actkit.core.forward.hooks import StopForward, evaluating, hooked, refuse_co
 from actkit.core.ground import processes
 from actkit.core.ground.errors import UnsupportedModelError
 from actkit.core.ground.fingerprint import fingerprint, model_fingerprint
+from actkit.core.ground.modules import is_within
 from actkit.core.ground.offload import onloaded
 from actkit.core.ground.progress import track
 from actkit.core.model.anatomy import Anatomy, Block, Site
@@ -65,6 +67,7 @@ class Walk:
         self._first: list[Call] = []  # per batch, the call of the first block
         self._calls: dict[str, list[Call]] = {}  # stream -> per batch, the call of the block it has reached
         self._prototypes: list[list[Call]] = []  # per batch, per block: the call without its hidden states
+        self._once: list[frozenset[str]] = []  # per batch, the modules in blocks that ran once
         self._originals: list[list[Tensor]] = []  # per batch, per block: kept only if the chain is broken
 
     def start(self, streams: Iterable[str]) -> None:
@@ -118,6 +121,7 @@ class Walk:
         """The call of each block. whole: run on behind the last one, to see whether any runs again."""
         if self.whole_model:
             args, kwargs = arguments(self.anatomy.model, batch)
+            self._once.append(frozenset())  # it does not run here
             return [Call(args, kwargs, context)]
         seen: dict[str, Call] = {}
 
@@ -136,9 +140,20 @@ class Walk:
             if len(seen) == len(paths) and not whole:  # logits are the largest tensor of a language model
                 raise StopForward
 
+        runs: Counter[str] = Counter()
+
+        def count(path: str) -> Callable[..., None]:
+            return lambda *_: runs.update((path,))
+
         before = {path: keep(path) for path in paths} | {path: stop for path in self.anatomy.head if path not in paths}
-        with torch.no_grad(), hooked(self.anatomy.model, before=before), suppress(StopForward):
+        inside = [
+            name for name, _ in self.anatomy.model.named_modules() if any(is_within(name, path) for path in paths)
+        ]
+        after = {path: count(path) for path in inside}
+        with torch.no_grad(), hooked(self.anatomy.model, before=before, after=after), suppress(StopForward):
             forward(self.anatomy.model, batch)
+        once = frozenset(path for path, times in runs.items() if times == 1)
+        self._once.append(self._once[-1] if self._once and self._once[-1] == once else once)
         for path in paths:
             if path not in seen:
                 raise UnsupportedModelError(
@@ -223,9 +238,9 @@ class Walk:
         """
         block = self.anatomy.blocks[k].path
         module = self.anatomy.model.get_submodule(block)
-        with observe(self.anatomy, wanted, stops=True) as observer:
-            for call in self.calls(k, stream):
-                observer.begin(call.context, call.kwargs)
+        with observe(self.anatomy, wanted) as observer:
+            for call, once in zip(self.calls(k, stream), self._once, strict=True):
+                observer.begin(call.context, call.kwargs, once)
                 with suppress(StopForward):
                     call.replay(module)
         merge(observer.statistics)

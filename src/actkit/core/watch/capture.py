@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -176,31 +175,28 @@ class Observer:
         view: of the model.
         wanted: site -> one statistic or a list.
         equal_lengths: as of `observe`.
-        stops: as of `observe`.
     """
 
-    def __init__(
-        self, view: Anatomy, wanted: Mapping[Site, Any], equal_lengths: bool = False, stops: bool = False
-    ) -> None:
+    def __init__(self, view: Anatomy, wanted: Mapping[Site, Any], equal_lengths: bool = False) -> None:
         self._readings = _Readings(view, wanted)
-        self._equal_lengths, self._stops = equal_lengths, stops
-        self._reads: Counter[Tap] = Counter()  # of the running pass
-        self._once: set[tuple[int, int | None]] = set()  # rows and lengths of passes that read each tensor just once
+        self._equal_lengths = equal_lengths
+        self._unread: set[Tap] | None = None  # of a pass that ends when all are read
         self._context: BatchContext | None = None
         self._keys: dict[torch.device, Keys] = {}  # of the batch, on the devices that its tensors are on
         self._keywords: Mapping[str, Any] = {}
         self.statistics = self._readings.statistics
 
-    def begin(self, context: BatchContext, kwargs: Mapping[str, Any] | None = None) -> None:
+    def begin(self, context: BatchContext, kwargs: Mapping[str, Any] | None = None, once: Collection[str] = ()) -> None:
         """Say what the rows of the next pass are.
 
         Args:
             context: of the batch.
             kwargs: those of the call, for rotary tables given only there.
+            once: paths of modules that run once in a pass. If all sites are read there, the pass is ended by
+                `StopForward` as soon as they were.
         """
-        if self._context is not None and all(self._reads[tap] == 1 for tap in self._readings.taps):
-            self._once.add((self._context.batch_size, self._context.length))
-        self._context, self._keywords, self._keys, self._reads = context, kwargs or {}, {}, Counter()
+        self._context, self._keywords, self._keys = context, kwargs or {}, {}
+        self._unread = set(self._readings.taps) if all(tap.path in once for tap in self._readings.taps) else None
 
     def hooks(self) -> tuple[dict[str, Before], dict[str, After]]:
         """Return what to call before and after which modules, by path."""
@@ -216,16 +212,14 @@ class Observer:
         for x, rows in as_rows(site, tap, value, keys, tokens, self._equal_lengths):
             check_finite(site, x, rows)
             update_all(statistics, x, rows)
-        self._reads[tap] += 1
-        known = (self._context.batch_size, self._context.length) in self._once
-        if self._stops and known and len(self._reads) == len(self._readings.taps):
-            raise StopForward
+        if self._unread is not None:
+            self._unread.discard(tap)
+            if not self._unread:
+                raise StopForward
 
 
 @contextmanager
-def observe(
-    view: Anatomy, wanted: Mapping[Site, Any], *, equal_lengths: bool = False, stops: bool = False
-) -> Iterator[Observer]:
+def observe(view: Anatomy, wanted: Mapping[Site, Any], *, equal_lengths: bool = False) -> Iterator[Observer]:
     """Place hooks that fill fresh statistics of exactly these sites.
 
     Whoever runs the model calls `observer.begin` before each pass.
@@ -235,12 +229,11 @@ def observe(
         wanted: site -> one statistic or a list.
         equal_lengths: all batches have one length, so that attention weights can keep their shape
             (`core/watch/rows.py`).
-        stops: a pass is ended by `StopForward` once all sites were read, if one of the same shape read each just once.
 
     Yields:
         The observer.
     """
-    observer = Observer(view, wanted, equal_lengths, stops)
+    observer = Observer(view, wanted, equal_lengths)
     before, after = observer.hooks()
     with hooked(view.model, before=before, after=after):
         yield observer
