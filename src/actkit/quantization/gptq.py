@@ -89,7 +89,9 @@ class Gptq(Transform):
 
     @classmethod
     def proposals(cls, profile: Looked, shapes: Shapes) -> Iterable[Idea | LeftOut]:
-        yield LeftOut("gptq at 3 bits", "3 bits save a quarter of 4 on disk, decode no faster and cost far more quality")
+        yield LeftOut(
+            "gptq at 3 bits", "3 bits save a quarter of 4 on disk, decode no faster and cost far more quality"
+        )
         why = f"errors of rounding are moved onto channels that carry less; {shapes.group_fits}"
         four = cls(bits=4, group_size=shapes.group)
         yield Idea("gptq 4 bit", four, f"{why}{poor_at_four_bits(profile)}", 35)
