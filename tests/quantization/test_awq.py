@@ -127,7 +127,9 @@ def test_scale_search_follows_the_sheet(bits: int) -> None:
         scale, ratio, losses = search(m, [module.gate.weight, module.up.weight], loss_of, bits, 8)
     # the same tokens in two calls of unequal length: errors are means over tokens, not over calls
     calls = [call(x[:, :30]), call(x[:, 30:])]
-    found = search_scale(module, consumers, calls, m, Awq(bits=bits, group_size=8, convention="llm-awq"))
+    found = search_scale(
+        module, consumers, calls, m, Awq(bits=bits, group_size=8, convention="llm-awq", scale_dtype="float32")
+    )
     assert found[1] == ratio > 0
     torch.testing.assert_close(found[0], scale)
     assert list(found[2].values()) == pytest.approx(losses, rel=1e-4)
@@ -144,7 +146,7 @@ def test_the_first_of_equal_losses_wins() -> None:
         (Linear("up", "up", module.up),),
         [call(salient())],
         torch.rand(16),
-        Awq(group_size=8, convention="llm-awq"),
+        Awq(group_size=8, convention="llm-awq", scale_dtype="float32"),
     )
     assert found[1] == 0.0
     assert torch.equal(found[0], torch.ones(16))
@@ -156,7 +158,10 @@ def test_padded_tokens_do_not_count() -> None:
     mask[1, 25:] = False
     wild = x.clone()
     wild[~mask] = 1e3
-    consumers, settings = (Linear("up", "up", module.up),), Awq(bits=3, group_size=8, convention="llm-awq")
+    consumers, settings = (
+        (Linear("up", "up", module.up),),
+        Awq(bits=3, group_size=8, convention="llm-awq", scale_dtype="float32"),
+    )
     m = x[mask].abs().mean(0)
     found = search_scale(module, consumers, [call(wild, mask)], m, settings)
     rows = search_scale(module, consumers, [call(x[mask][None])], m, settings)
@@ -179,7 +184,7 @@ def test_duo_scaling_follows_the_sheet() -> None:
         for s in grid:
             layer.up.weight.copy_(quantize(w * s, 3, 8) / s)
             losses.append(float((layer(x) - target).square().mean()))
-    settings = Awq(bits=3, group_size=8, convention="llm-awq", duo_scaling=True)
+    settings = Awq(bits=3, group_size=8, convention="llm-awq", scale_dtype="float32", duo_scaling=True)
     scale, _, found = search_scale(module, (Linear("up", "up", module.up),), [call(x)], m, settings)
     assert list(found.values()) == pytest.approx(losses, rel=1e-3)
     torch.testing.assert_close(scale, grid[losses.index(min(losses))], rtol=1e-4, atol=1e-5)
@@ -370,7 +375,7 @@ def test_the_whole_method_is_the_sheets() -> None:
     """Both blocks; the second is calibrated on the original model's hidden states."""
     batches = tiny_batches("llama", lengths=LONG)
     model = tiny_model("llama")
-    apply(model, Awq(bits=3, group_size=8, convention="llm-awq"), batches, progress=False)
+    apply(model, Awq(bits=3, group_size=8, convention="llm-awq", scale_dtype="float32"), batches, progress=False)
     for index in (0, 1):
         for name, expected in awq_by_hand(tiny_model("llama"), batches, index, 3, 8).items():
             found = model.get_submodule(f"model.layers.{index}.{name}").dequantized()

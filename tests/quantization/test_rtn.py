@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.layers.linear import ActLinear
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.runner import apply
@@ -42,7 +44,7 @@ def test_codes_are_those_of_numpy(bits: int, axis: str, symmetric: bool) -> None
         model = tiny_model(kind)
         weight = model.get_submodule(path).weight.detach()
         weight = weight if kind == "llama" else weight.t()
-        recipe = RoundToNearest(bits=bits, group_size=8, group_axis=axis, symmetric=symmetric)
+        recipe = RoundToNearest(bits=bits, group_size=8, group_axis=axis, symmetric=symmetric, scale_dtype="float32")
         apply(model, recipe, progress=False)
         rows = weight.numpy() if axis == "input" else weight.numpy().T
         codes, rounded = by_hand(np.ascontiguousarray(rows), bits, 8, symmetric)
@@ -56,10 +58,19 @@ def test_codes_are_those_of_numpy(bits: int, axis: str, symmetric: bool) -> None
 def test_a_whole_row_is_one_group() -> None:
     model = tiny_model("llama")
     weight = model.model.layers[0].self_attn.q_proj.weight.detach().numpy()
-    apply(model, RoundToNearest(bits=4, group_size=-1), progress=False)
+    apply(model, RoundToNearest(bits=4, group_size=-1, scale_dtype="float32"), progress=False)
     layer = model.model.layers[0].self_attn.q_proj
     assert layer.storage.scale.shape == (HIDDEN, 1)
     np.testing.assert_allclose(layer.dequantized().numpy(), by_hand(weight, 4, HIDDEN, False)[1], rtol=1e-6)
+
+
+def test_scales_take_16_bits() -> None:
+    model = tiny_model("llama")
+    weight = model.model.layers[0].self_attn.q_proj.weight.detach()
+    apply(model, RoundToNearest(bits=4, group_size=8), progress=False)
+    stored = model.model.layers[0].self_attn.q_proj.storage
+    assert stored.scale.dtype == torch.float16 and stored.nbytes == weight.numel() // 2 + 3 * stored.scale.numel()
+    assert torch.equal(stored.scales(), IntegerGrid(4, 8).quantize(weight)[1].half().float())
 
 
 def test_every_linear_of_every_family_is_rounded_without_data() -> None:

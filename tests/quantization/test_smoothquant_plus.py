@@ -75,7 +75,8 @@ def test_the_strength_is_the_best_of_the_whole_model(loss: str) -> None:
                 p = torch.log_softmax(model(**batch).logits.double(), -1)
                 total, count = total + float((p.exp() * (p - q)).sum()), count + 18
         expected[alpha] = total / count
-    settings = SmoothQuantPlus(bits=3, group_size=8, steps=5, loss=loss, include_identity=True)
+    grid = {"bits": 3, "group_size": 8, "scale_dtype": "float32"}
+    settings = SmoothQuantPlus(**grid, steps=5, loss=loss, include_identity=True)
     report = apply(copy.deepcopy(model), settings, batches, progress=False).report
     best = min(expected, key=expected.__getitem__)
     (note,) = [note for note in report.notes if "strength" in note]
@@ -90,7 +91,7 @@ def test_the_changed_model_is_the_one_that_was_searched() -> None:
     model = outlier_twin(tiny_model("llama"), channels=2, factor=10.0).eval()
     batches = [{"input_ids": batch["input_ids"]} for batch in tiny_batches("llama", lengths=LONG)]
     expected = by_hand(model, batches, 0.5, 4, 8)
-    apply(model, SmoothQuantPlus(group_size=8, alpha=0.5), batches, progress=False)
+    apply(model, SmoothQuantPlus(group_size=8, alpha=0.5, scale_dtype="float32"), batches, progress=False)
     for batch in batches:
         torch.testing.assert_close(model(**batch).logits, expected(**batch).logits, rtol=1e-3, atol=1e-4)
 

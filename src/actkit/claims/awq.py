@@ -43,6 +43,7 @@ from actkit.zoo.outliers import outlier_twin
 Choice = Literal["activation", "weight", "random", "nothing"]
 GROUP = 64
 CONVENTION: Convention = "llm-awq"  # the release's grid, on which the paper's numbers stand
+RELEASE: Any = {"convention": CONVENTION, "scale_dtype": "float32"}
 KEPT = 0.01  # share of the input channels kept exact
 
 
@@ -156,7 +157,7 @@ def on_the_off_grid_twin(twin: Subject, published: Subject, sizes: Sizes) -> Mea
     rounded, clipped = arms(twin, sizes, 3, seeds, scaled=False)
     left, holds = _left(twin, rounded[0], clipped)
     rounded_4, clipped_4 = arms(twin, sizes, 4, seeds[:1], scaled=False)
-    beside = published.perplexity(RoundToNearest(bits=4, group_size=GROUP, convention=CONVENTION))
+    beside = published.perplexity(RoundToNearest(bits=4, group_size=GROUP, **RELEASE))
     parts = [
         f"twin, 3 bits: rounded {rounded[0]:.2f}, AWQ {spread(clipped)}",
         f"4 bits, one seed: rounded {rounded_4[0]:.2f}, AWQ {clipped_4[0]:.2f}",
@@ -221,7 +222,7 @@ def arms(
     Returns:
         Of round-to-nearest (one), of AWQ with scales, and with scales and clipping (one per seed).
     """
-    grid: Any = {"bits": bits, "group_size": GROUP, "convention": CONVENTION}
+    grid: Any = {"bits": bits, "group_size": GROUP, **RELEASE}
     awq = partial(Awq, **grid, n_grid=sizes.grid, search_tokens=sizes.search)
     rounded = [subject.perplexity(RoundToNearest(**grid))]
     clips = (False, True) if scaled else (True,)

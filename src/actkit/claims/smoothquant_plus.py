@@ -122,7 +122,7 @@ def _on_a_real_model(name: str, progress: bool, sizes: Sizes) -> Outcome:
 
 def arms(subject: Subject, sizes: Sizes, bits: int) -> dict[str, list[float]]:
     """The perplexities under each way of rounding, one per calibration seed (rounding takes none)."""
-    grid: dict[str, Any] = {"bits": bits, "group_size": GROUP}
+    grid: dict[str, Any] = {"bits": bits, "group_size": GROUP, "scale_dtype": "float32"}
     rounded = RoundToNearest(**grid)
     recipes: dict[str, Any] = {
         "strength 0.5": [Smooth(), rounded],

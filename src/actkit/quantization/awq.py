@@ -66,6 +66,7 @@ class Awq(Transform):
             all, as the release does.
         convention: "llm-awq" for the grid of the release.
         round: whether weights are clipped and rounded; False only scales them, exactly, for the quantizer behind it.
+        scale_dtype: what scales are rounded to and stored in; a layer whose scales 16 bits cannot hold keeps float32.
 
     Raises:
         ValueError: a value is out of bounds.
@@ -82,13 +83,16 @@ class Awq(Transform):
     screen_tokens: int | None = Field(1024, ge=1)
     convention: Convention = "zero_in_range"
     round: bool = True
+    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
 
     tags: ClassVar[Tags] = Tags(slot="weight", needs_data=True, stream="original", records_calls=True, sums_calls=True)
 
     @property
     def grid(self) -> IntegerGrid:
         """The grid that weights are rounded to."""
-        return IntegerGrid(self.bits, self.group_size, "input", self.symmetric, self.convention)
+        return IntegerGrid(
+            self.bits, self.group_size, "input", self.symmetric, self.convention, scale_dtype=self.scale_dtype
+        )
 
     @property
     def slots(self) -> tuple[Slot, ...]:

@@ -7,6 +7,8 @@ When to use it: first, as it takes seconds and no data: 8 bits halve the size of
 the embedded models. At 4 bits and less compare with `awq`.
 Cost: one pass over the weights, no data. Groups may lie along the input (the usual choice, what serving formats
 know) or along the output (one scale per input channel and group of outputs).
+Settled here: scales take 16 bits. On smollm2 (4 bits, groups of 64) that is 4.375 bits per weight for 4.625, and a
+perplexity of 32.71 for 32.78 on 2,048 tokens; at 3 bits 74.7 for 74.4, in groups of 32 30.15 for 30.07.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ class RoundToNearest(Transform):
         group_axis: along 'input' or 'output'.
         symmetric: no zero point.
         convention: "llm-awq" for the grid of AWQ's release.
+        scale_dtype: what scales are rounded to and stored in; a layer whose scales 16 bits cannot hold keeps float32.
 
     Raises:
         ValueError: a value is out of bounds.
@@ -50,13 +53,16 @@ class RoundToNearest(Transform):
     group_axis: Literal["input", "output"] = "input"
     symmetric: bool = False
     convention: Convention = "zero_in_range"
+    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
 
     tags: ClassVar[Tags] = Tags(slot="weight")
 
     @property
     def grid(self) -> IntegerGrid:
         """The grid that weights are rounded to."""
-        return IntegerGrid(self.bits, self.group_size, self.group_axis, self.symmetric, self.convention)
+        return IntegerGrid(
+            self.bits, self.group_size, self.group_axis, self.symmetric, self.convention, scale_dtype=self.scale_dtype
+        )
 
     @model_validator(mode="after")
     def _grid_is_possible(self) -> Self:

@@ -62,6 +62,7 @@ class SmoothQuantPlus(Transform):
         include_identity: try the rounded model without smoothing too.
         sets: which may take a scale, as in `smooth`.
         round: whether the weights are rounded; False leaves that to the transform behind it.
+        scale_dtype: what scales are rounded to and stored in; a layer whose scales 16 bits cannot hold keeps float32.
 
     Raises:
         ValueError: a value is out of bounds.
@@ -77,6 +78,7 @@ class SmoothQuantPlus(Transform):
     include_identity: bool = False
     sets: Sets = Field(("norm",), min_length=1)
     round: bool = True
+    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
 
     tags: ClassVar[Tags] = Tags(slot="weight", needs_data=True, stream="original", plans_in_turn=True)
     not_proposed: ClassVar[str] = "its search runs the whole model 21 times; try it with recipes=['smoothquant_plus']"
@@ -85,7 +87,7 @@ class SmoothQuantPlus(Transform):
     @property
     def grid(self) -> IntegerGrid:
         """The grid that weights are rounded to."""
-        return IntegerGrid(self.bits, self.group_size, "input", self.symmetric)
+        return IntegerGrid(self.bits, self.group_size, "input", self.symmetric, scale_dtype=self.scale_dtype)
 
     @property
     def slots(self) -> tuple[Slot, ...]:
