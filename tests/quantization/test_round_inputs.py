@@ -144,7 +144,7 @@ def test_the_recipe_of_the_folder():
     model = tiny_model("llama")
     batches = tiny_batches("llama")
     before = model(**batches[0]).logits
-    apply(model, str(RECIPES / "w8a8.yaml"), progress=False)
+    apply(model, str(RECIPES / "w8a8.yaml"), batches, progress=False)
     with torch.no_grad():
         moved = (model(**batches[0]).logits - before).norm() / before.norm()
     assert 1e-3 < float(moved) < 0.15

@@ -36,6 +36,7 @@ from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
 from actkit.core.watch.statistics import Quantiles, Range, Statistic
 from actkit.quantization.rtn import RoundToNearest
+from actkit.quantization.smooth import Smooth
 
 
 class RoundInputs(Transform):
@@ -83,8 +84,10 @@ class RoundInputs(Transform):
     @classmethod
     def proposals(cls, profile: Looked, shapes: Shapes) -> Iterable[Idea | LeftOut]:
         weights = RoundToNearest(bits=8, group_size=-1, symmetric=True)
+        norms = shapes.scalable and not any(reason.startswith("post-norm") for reason in shapes.refused)
+        before = (Smooth(), weights) if norms else (weights,)  # smoothing begins at norms
         why = "weights and inputs of 8 bits: products of many rows (prompts, encoders, batches) get faster"
-        yield Idea("rtn 8 bit, inputs 8 bit", cls(), why, 65, before=(weights,))
+        yield Idea("rtn 8 bit, inputs 8 bit", cls(), why, 65, before=before)
         yield LeftOut(
             "inputs at 6 bits and less", "nothing here multiplies them faster than 8 bits, and they lose more"
         )
