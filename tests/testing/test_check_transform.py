@@ -43,13 +43,17 @@ SETTINGS: dict[str, list[tuple[Transform, tuple[Transform, ...]]]] = {
 }
 
 
-ELSEWHERE = {  # those that do not fit every kind of model are checked beside their own tests
-    "cats": "test_cats.py",
-    "fatrelu": "test_fatrelu.py",
-    "ppl_sparsity": "test_sparsing_law.py",
-    "r_sparse": "test_r_sparse.py",
-    "sparkify": "test_spark.py",
-    "top_k_mlp": "test_lazy_neuron.py",
+ELSEWHERE = {  # those that do not fit every kind of model, or say less of it, are checked beside their own tests
+    "cats": "sparsity/test_cats.py",
+    "fatrelu": "sparsity/test_fatrelu.py",
+    "ppl_sparsity": "sparsity/test_sparsing_law.py",
+    "r_sparse": "sparsity/test_r_sparse.py",
+    "sparkify": "sparsity/test_spark.py",
+    "top_k_mlp": "sparsity/test_lazy_neuron.py",
+    "llm_fp4": "quantization/test_llm_fp4.py",
+    "round_inputs": "quantization/test_round_inputs.py",
+    "smooth": "quantization/test_smooth.py",
+    "smoothquant_plus": "quantization/test_smoothquant_plus.py",
 }
 
 
@@ -80,7 +84,7 @@ def test_every_registered_transform_is_in_the_table() -> None:
     classes = {name: registry.method_class(name) for name in registry.method_names()}
     transforms = {name for name, cls in classes.items() if isinstance(cls, type) and issubclass(cls, Transform)}
     assert transforms == {*SETTINGS, *ELSEWHERE}, "add the new transform to SETTINGS, or to ELSEWHERE with its tests"
-    folder = Path(__file__).parents[1] / "sparsity"
+    folder = Path(__file__).parents[1]
     assert all("check_transform(" in (folder / file).read_text(encoding="utf-8") for file in ELSEWHERE.values())
 
 

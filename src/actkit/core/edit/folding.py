@@ -46,11 +46,7 @@ def fold(block: Block, group: EqualizationSet, scale: Tensor, shift: Tensor | No
     channels = group.of_channels(columns)
     moved = None if shift is None else shift.double()
     if isinstance(producer, Norm):
-        weight: Tensor = producer.module.weight.detach()  # type: ignore[union-attr, operator, assignment]
-        # a norm that multiplies by (offset + weight), as Gemma's, keeps its offset
-        folded = (weight.double() + producer.offset) / channels - producer.offset
-        yield Set(f"{producer.path}.weight", folded.to(weight.dtype))
-        yield from _folded_bias(producer, getattr(producer.module, "bias", None), channels, moved)
+        yield from divide_norm(producer, channels, moved)
     elif isinstance(producer, Linear):
         rows = channels.new_ones(producer.out_features)
         rows[slice(None) if group.producer_rows is None else group.producer_rows.indices(scale.device)] = channels
@@ -66,6 +62,21 @@ def fold(block: Block, group: EqualizationSet, scale: Tensor, shift: Tensor | No
     for name in group.rescaled:
         other = get_tensor(block.root, name).detach()
         yield Set(name, (other.double() * columns).to(other.dtype))
+
+
+def divide_norm(norm: Norm, scale: Tensor, shift: Tensor | None = None) -> Iterator[Set]:
+    """Yield the edits by which a norm gives (z - shift) / scale in place of z; what reads it is left as it is.
+
+    Args:
+        norm: with a bias, if there is a shift.
+        scale: float64 [channels].
+        shift: float64 [channels], or None.
+    """
+    weight: Tensor = norm.module.weight.detach()  # type: ignore[union-attr, operator, assignment]
+    # a norm that multiplies by (offset + weight), as Gemma's, keeps its offset
+    folded = (weight.double() + norm.offset) / scale - norm.offset
+    yield Set(f"{norm.path}.weight", folded.to(weight.dtype))
+    yield from _folded_bias(norm, getattr(norm.module, "bias", None), scale, shift)
 
 
 def why_no_shift(group: EqualizationSet) -> str | None:
