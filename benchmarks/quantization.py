@@ -1,0 +1,179 @@
+"""Quantizers on one real model: ours beside llm-compressor's and AutoRound's, on the same tokens, bits, groups, layers.
+
+    make bench-quantization                          # the environment of the peers, and this
+    python benchmarks/quantization.py [--quick] [--json PATH|-] [--folder KEPT] [--only NAME ...]
+
+The model is the off-grid twin of SmolLM2-135M in bf16: the packaged weights were rounded to 4 bits before, the twin's
+lie on no grid. Each quantizer is a process of its own with one thread count for all, gets the same 64 rows of 256
+calibration tokens, and rounds the linear layers of the blocks (embedding and head stay). Losses are those of
+transformers' forward pass on the same held-out rows, which no quantizer saw; intervals are of the ratio of two
+perplexities, over resampled rows. Seconds and peak memory (beside the loaded model) are those of calibration and
+rounding. AutoRound runs 200 iterations.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import common  # isort: skip
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+from math import exp
+from typing import Any
+
+import torch
+from rich.progress import track
+
+import actkit
+from actkit import zoo
+from actkit.data import load_data
+from actkit.zoo.off_grid import off_grid_twin
+
+MODEL = "smollm2"
+ROOT = Path(__file__).parents[1]
+WORKERS = Path(__file__).parent / "quantization_workers"
+PEERS = ROOT / ".venv-quantization" / "bin" / "python"
+GROUP, LENGTH = 64, 256
+FULL: dict[str, Any] = {"calibration": 64, "held_out": 64, "iterations": 200}
+QUICK: dict[str, Any] = {"calibration": 8, "held_out": 4, "iterations": 2}
+W8A8 = [{"smooth": {}}, {"rtn": {"bits": 8, "group_size": -1, "symmetric": True}}, {"round_inputs": {}}]
+COLUMNS = ("perplexity", "x bf16", "interval", "seconds", "peak MB", "disk MB")
+DRAWS = 2000
+
+
+def jobs() -> dict[str, dict[str, Any]]:
+    """What is compared, by its name."""
+    found: dict[str, dict[str, Any]] = {"bf16": {"method": "none"}}
+    for bits in (4, 3):
+        grid = {"bits": bits, "group_size": GROUP}
+        ours: dict[str, list[dict[str, Any]]] = {
+            "rtn": [{"rtn": grid}],
+            "awq": [{"awq": grid}],
+            "gptq": [{"gptq": grid}],
+            "smoothquant_plus": [{"smoothquant_plus": grid}],
+            "awq scales, gptq": [{"awq": {**grid, "round": False}}, {"gptq": grid}],
+        }
+        found |= {f"actkit {name}, {bits} bits": {"recipe": recipe} for name, recipe in ours.items()}
+        found |= {f"llm-compressor {name}, {bits} bits": {"method": name, **grid} for name in ("rtn", "gptq")}
+        found[f"AutoRound, {bits} bits"] = {"method": "autoround", **grid}
+    found["actkit smooth, W8A8"] = {"recipe": W8A8}
+    found["llm-compressor smooth, W8A8"] = {"method": "smooth w8a8", "bits": 8}
+    for job in found.values():
+        job["group"] = GROUP
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Quantizers on one real model, ours beside the peers'.")
+    parser.add_argument("--quick", action="store_true", help="few tokens: whether all runs")
+    parser.add_argument("--json", metavar="PATH", help="also write the result to PATH, or to standard output for '-'")
+    parser.add_argument("--folder", type=Path, help="keep models and results there; what is there is not run again")
+    parser.add_argument("--only", nargs="+", choices=list(jobs()), help="run these alone")
+    parser.add_argument("--peers", type=Path, default=PEERS, help="the Python of the peers' environment")
+    chosen = parser.parse_args()
+    sizes = QUICK if chosen.quick else FULL
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (chosen.folder or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        given = prepare(folder, sizes)
+        rows = {}
+        for name, job in track(jobs().items(), "Quantizing"):
+            if chosen.only is None or name in {"bf16", *chosen.only}:
+                rows[name] = run(name, job, given, sizes, folder, chosen.peers)
+    keep = not chosen.quick and chosen.only is None
+    found = targets(rows, chosen.quick)
+    common.report("quantization", judged(rows, given), found, chosen, keep=keep, **sizes, group=GROUP)
+
+
+def prepare(folder: Path, sizes: dict[str, Any]) -> dict[str, Any]:
+    """The twin's folder and the tokens that all get."""
+    original, tokenizer = zoo.load(MODEL, dtype=torch.bfloat16), zoo.tokenizer(MODEL)
+    twin = folder / "twin"
+    if not twin.exists():
+        actkit.save(off_grid_twin(original), twin, tokenizer=tokenizer)
+    given: dict[str, Any] = {"model": str(twin), "threads": torch.get_num_threads()}
+    for name, split in (("calibration", "calibration"), ("held_out", "test")):
+        batches = load_data(None, original, tokenizer, split=split, sequences=sizes[name], length=LENGTH)  # type: ignore[arg-type]
+        given[name] = [row for batch in batches for row in batch["input_ids"].tolist()]
+    return given
+
+
+def run(
+    name: str, job: dict[str, Any], given: dict[str, Any], sizes: dict[str, Any], folder: Path, peers: Path
+) -> dict[str, Any]:
+    """Run one quantizer in a process of its own; a failure is a row that says so."""
+    stem = name.replace(" ", "-").replace(",", "")
+    paths = {"result": str(folder / f"{stem}.json"), "folder": str(folder / stem)}
+    if Path(paths["result"]).exists():
+        return json.loads(Path(paths["result"]).read_text(encoding="utf-8"))
+    described = folder / f"{stem}-job.json"
+    described.write_text(json.dumps({**given, **job, **paths, "iterations": sizes["iterations"]}), encoding="utf-8")
+    ours = "recipe" in job or job["method"] == "none"
+    worker = "actkit_worker.py" if "recipe" in job else "peer_worker.py"
+    python = sys.executable if ours else str(peers)
+    if not Path(python).exists():
+        return {"missing": f"{python} does not exist; run make bench-quantization"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(given["threads"]), "HF_HUB_OFFLINE": "1"}
+    command = [python, str(WORKERS / worker), str(described)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        return {"missing": ended.stderr.strip().splitlines()[-1][:200] if ended.stderr.strip() else "it ended early"}
+    return json.loads(Path(paths["result"]).read_text(encoding="utf-8"))
+
+
+def judged(rows: dict[str, dict[str, Any]], given: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for the table of each quantizer: perplexity, its ratio to bf16's with an interval, and what it cost."""
+    tokens = len(given["held_out"]) * (LENGTH - 1)
+    base = torch.tensor(rows["bf16"]["losses"], dtype=torch.float64)
+    drawn = torch.randint(len(base), (DRAWS, len(base)), generator=torch.Generator().manual_seed(0))
+    found = []
+    for name, row in rows.items():
+        if "missing" in row:
+            found.append({"row": name, **dict.fromkeys(COLUMNS), "missing": row["missing"]})
+            continue
+        losses = torch.tensor(row["losses"], dtype=torch.float64)
+        ratios = ((losses - base)[drawn].mean(1) / (LENGTH - 1)).exp()
+        low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        entry: dict[str, Any] = {"row": name, "perplexity": exp(float(losses.sum()) / tokens)}
+        entry["x bf16"] = exp(float((losses - base).sum()) / tokens)
+        entry["interval"] = f"{low:.3f} to {high:.3f}"
+        entry |= {key: None if name == "bf16" else row[key] for key in ("seconds", "peak MB")}
+        found.append({**entry, "disk MB": row.get("disk MB"), "missing": None})
+    return found
+
+
+def targets(rows: dict[str, dict[str, Any]], quick: bool) -> list[dict[str, Any]]:
+    """The conditions of the issue: gaps of perplexity to bf16, and the time of gptq."""
+    if quick:
+        return []
+
+    def perplexity(name: str) -> float:
+        losses = rows.get(name, {}).get("losses")
+        return exp(sum(losses) / (len(losses) * (LENGTH - 1))) if losses else float("nan")
+
+    exact, found = perplexity("bf16"), []
+    for bits, allowed in ((4, 1.05), (3, 1.10)):
+        gap = {name: perplexity(name) - exact for name in rows if name.endswith(f"{bits} bits")}
+        theirs, auto = gap.get(f"llm-compressor gptq, {bits} bits"), gap.get(f"AutoRound, {bits} bits")
+        ours = min((value for name, value in gap.items() if name.startswith("actkit")), default=float("nan"))
+        if theirs is not None:
+            name = f"gap of gptq over llm-compressor's GPTQ, {bits} bits"
+            found.append(common.target(name, gap[f"actkit gptq, {bits} bits"] / theirs, at_most=1.02))
+        if auto is not None:
+            found.append(common.target(f"gap of our best over AutoRound's, {bits} bits", ours / auto, at_most=allowed))
+    ratio = perplexity("actkit smooth, W8A8") / exact
+    found.append(common.target("perplexity of W8A8 with smoothing over bf16", ratio, at_most=1.03))
+    seconds = [rows.get(f"{name} gptq, 4 bits", {}).get("seconds") for name in ("llm-compressor", "actkit")]
+    if all(seconds):
+        found.append(common.target("gptq, times as fast as llm-compressor's", seconds[0] / seconds[1], at_least=2.0))
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""One quantizer of llm-compressor or AutoRound on one model: seconds, peak memory, and its losses on held-out rows.
+
+    python peer_worker.py JOB.json          # in the peers' environment; writes the result to the job's "result"
+
+The job names the model's folder, the tokens (calibration and held-out, lists of rows), the method, bits and group size.
+Losses are those of the model as the peer leaves it in memory: its own rounding of weights (and activations), run by
+transformers in the model's dtype. Peak memory is that of this process (VmHWM) less its size with the model loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+BATCH = 8
+
+
+def memory(name: str) -> float:
+    """MB of this process: VmHWM (the peak) or VmRSS (now)."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) / 1024
+    return float("nan")
+
+
+def main() -> None:
+    job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    torch.set_num_threads(job["threads"])
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    rows = [torch.tensor(row) for row in job["calibration"]]
+    loaded, started = memory("VmRSS"), time.perf_counter()
+    if job["method"] == "autoround":
+        model = autoround(model, tokenizer, rows, job)
+    elif job["method"] != "none":
+        compress(model, rows, job)
+    seconds, peak = time.perf_counter() - started, memory("VmHWM") - loaded
+    result = {"seconds": seconds, "peak MB": peak, "losses": losses(model, job["held_out"])}
+    folder = Path(job["folder"])
+    if job["method"] != "autoround":  # written last: packing may change the weights in memory
+        model.save_pretrained(folder, **({} if job["method"] == "none" else {"save_compressed": True}))
+        result["disk MB"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+    Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
+
+
+def compress(model: Any, rows: list[torch.Tensor], job: dict[str, Any]) -> None:
+    """Run llm-compressor in place."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+    if job["method"] == "smooth w8a8":
+        weights = QuantizationArgs(num_bits=8, symmetric=True, strategy="channel")
+        inputs = QuantizationArgs(num_bits=8, symmetric=True, strategy="token", dynamic=True)
+        scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
+    else:
+        group = job["group"]
+        args = QuantizationArgs(num_bits=job["bits"], symmetric=False, strategy="group", group_size=group)
+        scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    groups: dict[str, Any] = {"config_groups": {"group_0": scheme}, "ignore": ["lm_head"]}
+    recipe: list[Any] = {
+        "rtn": lambda: [QuantizationModifier(**groups)],
+        "gptq": lambda: [GPTQModifier(**groups)],
+        "smooth w8a8": lambda: [SmoothQuantModifier(smoothing_strength=0.5), QuantizationModifier(**groups)],
+    }[job["method"]]()
+    data = Dataset.from_dict({"input_ids": [r.tolist() for r in rows], "attention_mask": [[1] * len(r) for r in rows]})
+    oneshot(
+        model=model,
+        dataset=data,
+        recipe=recipe,
+        num_calibration_samples=len(rows),
+        max_seq_length=len(rows[0]),
+        batch_size=BATCH,
+    )
+
+
+def autoround(model: Any, tokenizer: Any, rows: list[torch.Tensor], job: dict[str, Any]) -> Any:
+    """Run AutoRound; returns the rounded model."""
+    from auto_round import AutoRound
+
+    batches = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in rows]
+    rounding = AutoRound(
+        model,
+        tokenizer,
+        bits=job["bits"],
+        group_size=job["group"],
+        sym=False,
+        iters=job["iterations"],
+        dataset=batches,
+        seqlen=len(rows[0]),
+        nsamples=len(rows),
+        batch_size=BATCH,
+        enable_torch_compile=False,
+        device_map="cpu",
+    )
+    found = rounding.quantize()
+    return found[0] if isinstance(found, tuple) else found
+
+
+@torch.no_grad()
+def losses(model: Any, rows: list[list[int]]) -> list[float]:
+    """The summed loss of the next token on each row."""
+    model.eval()
+    found: list[float] = []
+    for start in range(0, len(rows), BATCH):
+        ids = torch.tensor(rows[start : start + BATCH])
+        logits = model(input_ids=ids).logits[:, :-1].float()
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        found += loss.view(len(ids), -1).double().sum(1).tolist()
+    return found
+
+
+if __name__ == "__main__":
+    main()
