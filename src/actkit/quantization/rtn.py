@@ -23,13 +23,14 @@ from actkit.core.grids.integers import Convention, IntegerGrid
 from actkit.core.layers.conv import ActConv
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.weights import IntegerWeight
-from actkit.core.model.anatomy import Block, Site
+from actkit.core.model.anatomy import Anatomy, Block, Site
 from actkit.core.model.parts import Convolution, Linear
 from actkit.core.recipe.proposals import Idea, LeftOut, Looked, Shapes, poor_at_four_bits
 from actkit.core.recipe.seen import Seen
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
 from actkit.core.watch.statistics import Statistic
+from actkit.quantization.ends import Ends, round_ends
 
 
 class RoundToNearest(Transform):
@@ -43,6 +44,7 @@ class RoundToNearest(Transform):
         symmetric: no zero point.
         convention: "llm-awq" for the grid of AWQ's release.
         scale_dtype: what scales are rounded to and stored in; a layer whose scales 16 bits cannot hold keeps float32.
+        embedding: how embedding and head are rounded; None leaves them.
 
     Raises:
         ValueError: a value is out of bounds.
@@ -54,6 +56,7 @@ class RoundToNearest(Transform):
     symmetric: bool = False
     convention: Convention = "zero_in_range"
     scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    embedding: Ends | None = None
 
     tags: ClassVar[Tags] = Tags(slot="weight")
 
@@ -100,6 +103,9 @@ class RoundToNearest(Transform):
                 yield Replace(convolution.path, ActConv.of(convolution.module, weight=weight))
             else:
                 yield Skip(convolution.path, reason)
+
+    def edit_ends(self, view: Anatomy) -> Iterable[Edit | Skip | Note]:
+        return round_ends(view, self.embedding)
 
     def _misfit(self, convolution: Convolution) -> str | None:
         """Why the groups do not fit a convolution, whose inputs are its channels times its kernel."""

@@ -33,6 +33,7 @@ from actkit.core.forward.named_functions import unknown_function
 from actkit.core.ground.errors import DataError, MemoryLimitError, NonFiniteError, UnsupportedModelError
 from actkit.core.ground.memory import format_bytes
 from actkit.core.ground.offload import refuse_offloaded
+from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.linear import ActLinear
 from actkit.core.measure.generation import generate_ids
 from actkit.core.measure.sampling import LIKELIEST, Sampling
@@ -55,6 +56,7 @@ HELD = (
     "model",
     "embedding",
     "_embedding",
+    "_table",
     "_matrices",
     "_plan",
     "_work",
@@ -152,7 +154,12 @@ class Decoder:
         products = [product for layer in layers for share in layer for own in share.stages.values() for product in own]
         self.activations = tables.choose_activations(activations, products)
         self.vocabulary: int = model.lm_head.out_features  # type: ignore[union-attr, assignment]
-        self.embedding = model.get_input_embeddings().weight.detach()  # type: ignore[operator, union-attr]
+        self._table: Any = model.get_input_embeddings()  # type: ignore[operator]
+        self.vocabulary_in: int = self._table.num_embeddings
+        if isinstance(self._table, QuantizedEmbedding):  # a row is widened when its token comes
+            self.embedding = torch.zeros(1, self._table.embedding_dim, dtype=self._table.storage.dtype)
+        else:
+            self.embedding = self._table.weight.detach()
         if self.embedding.dtype != torch.bfloat16 or not self.embedding.is_contiguous():
             self.embedding = self.embedding.float().contiguous()
 
@@ -277,9 +284,9 @@ class Decoder:
                 f"capacity: the cache holds {self.capacity} tokens and {self.position} are in it, {len(tokens)} more "
                 f"were given; build the decoder with a larger capacity, or reset() it."
             )
-        if not 0 <= min(tokens) <= max(tokens) < len(self.embedding):
+        if not 0 <= min(tokens) <= max(tokens) < self.vocabulary_in:
             raise DataError(f"new: token {max(tokens)} of {min(tokens)} to {max(tokens)}; the model embeds 0 to "
-                            f"{len(self.embedding) - 1}.")  # fmt: skip
+                            f"{self.vocabulary_in - 1}.")  # fmt: skip
         self._turn(self.position + len(tokens))
         for start in range(0, len(tokens), CHUNK):
             part = tokens[start : start + CHUNK]
@@ -359,13 +366,24 @@ class Decoder:
     def _step(self, token: int) -> None:
         with LOCK:
             self._follow_threads()
-            came = steps.step(self.threads, self.position, token, self._embedding, self._plan, self._work)
+            row = token
+            if isinstance(self._table, QuantizedEmbedding):
+                self.embedding.copy_(self._rows([token]))
+                row = 0
+            came = steps.step(self.threads, self.position, row, self._embedding, self._plan, self._work)
         if not came:
             raise RuntimeError(
                 f"threads: {self.threads} threads of the decoder did not run side by side; build it with fewer."
             )
         self.position += 1
         self._steps += 1
+
+    def _rows(self, tokens: list[int]) -> Tensor:
+        """The embeddings of tokens, before the multiplier of their family: [tokens, hidden]."""
+        chosen = torch.tensor(tokens)
+        if isinstance(self._table, QuantizedEmbedding):
+            return self._table(chosen).to(self.embedding.dtype)
+        return self.embedding[chosen]
 
     def _turn(self, end: int) -> None:
         """Rotate as in a pass that ends at this token."""
@@ -375,7 +393,7 @@ class Decoder:
             self._turned = table
 
     def _read(self, tokens: list[int]) -> None:
-        embedded = self.embedding[torch.tensor(tokens)]
+        embedded = self._rows(tokens)
         with torch.no_grad():
             read_prompt(embedded, self.position, self._plan, self._work, self._matrices, self._selections)
         self.position += len(tokens)

@@ -230,13 +230,21 @@ def dtype_is_kept(case: Case) -> None:
 
 
 def ties_are_kept(case: Case) -> None:
-    """Parameters that were one tensor under two names still are."""
+    """Parameters that were one tensor under two names still are, or what replaced them shares its memory."""
     tied = tied_names(case.original)
     if not tied:
         raise NotApplicable("the model ties no parameters")
     after = tied_names(case.changed)
+    memory = {name: tensor.data_ptr() for name, tensor in case.changed.state_dict().items()}
     for name, partner in tied.items():
-        assert after.get(name) == partner, f"{name} is no longer tied to {partner}"
+        if name in memory:
+            assert after.get(name) == partner, f"{name} is no longer tied to {partner}"
+            continue
+        one, other = (
+            {address for key, address in memory.items() if key.startswith(each.rpartition(".")[0] + ".")}
+            for each in (name, partner)
+        )
+        assert one & other, f"what stands for {name} no longer shares its memory with what stands for {partner}"
 
 
 def undo_is_exact(case: Case) -> None:

@@ -8,7 +8,7 @@ settings of the config that differ.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +33,19 @@ class Replace:
 
     path: str
     module: nn.Module
+
+
+@dataclass(frozen=True, eq=False)
+class ReplaceTied:
+    """Put modules at several paths at once, because they share parameters: an embedding and its tied head.
+
+    In a checkpoint it stands as that many replacements.
+
+    Attributes:
+        parts: a replacement each.
+    """
+
+    parts: tuple[Replace, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +102,7 @@ class Note:
     values: Mapping[str, Any] = field(default_factory=dict)
 
 
-Edit = Replace | Set | Configure
+Edit = Replace | ReplaceTied | Set | Configure
 Undo = Callable[[], None]
 Shared = dict[int, list[str]]
 
@@ -179,9 +192,14 @@ def apply_edit(model: nn.Module, edit: Edit, *, remember: bool = True, shared: S
         return _configure(model, edit)
     if isinstance(edit, Set):
         return _set(model, edit, remember, shared)
-    if isinstance(edit, Replace):
-        return _replace(model, edit, remember, shared)
-    raise EditError(f"edit: {type(edit).__name__} was given, allowed are Replace, Set and Configure.")
+    if isinstance(edit, Replace | ReplaceTied):
+        return _replace(model, parts_of(edit), remember, shared)
+    raise EditError(f"edit: {type(edit).__name__} was given, allowed are Replace, ReplaceTied, Set and Configure.")
+
+
+def parts_of(edit: Replace | ReplaceTied) -> tuple[Replace, ...]:
+    """Return the replacements that an edit consists of."""
+    return edit.parts if isinstance(edit, ReplaceTied) else (edit,)
 
 
 @contextmanager
@@ -228,7 +246,7 @@ def describe(edit: Edit, model: nn.Module | None = None) -> dict[str, Any]:
         before = getattr(getattr(model, "config", None), edit.key, None)
         kept = {"before": before} if model is not None and edit.key != ATTENTION and _is_json(before) else {}
         return {"configure": edit.key, "value": edit.value, **kept}
-    raise EditError(f"edit: {type(edit).__name__} was given, allowed are Replace, Set and Configure.")
+    raise EditError(f"edit: {type(edit).__name__} was given, allowed are Replace, Set and Configure, one at a time.")
 
 
 def describe_module(module: nn.Module) -> dict[str, Any]:
@@ -295,7 +313,7 @@ def _set(model: nn.Module, edit: Set, remember: bool, shared: Shared | None) -> 
             f"set {edit.parameter}: the model holds {tensor.dtype} {tuple(tensor.shape)}, "
             f"the edit {edit.tensor.dtype} {tuple(edit.tensor.shape)}; both must agree."
         )
-    _refuse_tied(model, [tensor], edit.parameter, shared)
+    _refuse_tied(model, [tensor], [edit.parameter], shared)
     _drop_packed(model, edit.parameter)
     before = offload.value_of(model, edit.parameter, tensor).detach().clone() if remember else None
     offload.write(model, edit.parameter, edit.tensor)
@@ -307,25 +325,29 @@ def _set(model: nn.Module, edit: Set, remember: bool, shared: Shared | None) -> 
     return undo if remember else None
 
 
-def _replace(model: nn.Module, edit: Replace, remember: bool, shared: Shared | None) -> Undo | None:
-    old = get_module(model, edit.path)
-    describe(edit)  # a module without a name or a spec could be applied but never loaded again
-    _refuse_tied(model, old.parameters(), edit.path, shared)
-    refuse_hooks(edit.path, old, edit.module)
-    set_module(model, edit.path, edit.module)
+def _replace(model: nn.Module, edits: Sequence[Replace], remember: bool, shared: Shared | None) -> Undo | None:
+    olds = [get_module(model, edit.path) for edit in edits]
+    paths = [edit.path for edit in edits]
+    for edit, old in zip(edits, olds, strict=True):
+        describe(edit)  # a module without a name or a spec could be applied but never loaded again
+        _refuse_tied(model, old.parameters(), paths, shared)
+        refuse_hooks(edit.path, old, edit.module)
+    for edit in edits:
+        set_module(model, edit.path, edit.module)
 
     def undo() -> None:
-        set_module(model, edit.path, old)
-        offload.settle(model, edit.path)
+        for path, old in zip(paths, olds, strict=True):
+            set_module(model, path, old)
+            offload.settle(model, path)
 
     return undo if remember else None
 
 
-def _refuse_tied(model: nn.Module, changed: Iterable[Tensor], where: str, shared: Shared | None) -> None:
-    """Raise EditError if a parameter that is to change has another name outside of `where`."""
+def _refuse_tied(model: nn.Module, changed: Iterable[Tensor], where: Sequence[str], shared: Shared | None) -> None:
+    """Raise EditError if a parameter that is to change has another name outside of the paths `where`."""
     shared = shared_parameters(model) if shared is None else shared
     for names in (shared.get(id(parameter), []) for parameter in changed) if shared else ():
-        inside = [name for name in names if is_within(name, where)]
+        inside = [name for name in names if any(is_within(name, path) for path in where)]
         outside = [name for name in names if name not in inside]
         if outside:
             raise EditError(

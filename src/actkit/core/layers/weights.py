@@ -78,6 +78,17 @@ class WeightStorage(KeepsDtype):
         """
         return F.linear(x, self.dequantize(), bias)
 
+    def look_up(self, rows: Tensor) -> Tensor:
+        """Return some rows, in the dtype of the layer.
+
+        Args:
+            rows: int64 [n].
+
+        Returns:
+            [n, in].
+        """
+        return self.dequantize()[rows]
+
     @property
     def row_scale(self) -> Tensor | None:
         """The scales [out] of codes that `kernels.int8_linear` takes; None if there are none."""
@@ -274,6 +285,13 @@ class CodedWeight(WeightStorage):
         scale = read_scale(self.scale[of_rows], self.grid.scale_dtype, self.whole)
         codes = unpack_codes(self.codes[chosen], self.shape[1], self.stored_bits)
         return self.grid.dequantize(codes, scale, None if self.zero is None else self.zero[of_rows]).to(self.dtype)
+
+    def look_up(self, rows: Tensor) -> Tensor:
+        if self.grid.group_axis == "output" or self._widened is not None:
+            return super().look_up(rows)
+        codes = unpack_codes(self.codes[rows], self.shape[1], self.stored_bits)
+        scale = read_scale(self.scale[rows], self.grid.scale_dtype, self.whole)
+        return self.grid.dequantize(codes, scale, None if self.zero is None else self.zero[rows]).to(self.dtype)
 
     def tiles(self) -> list[slice]:
         """Rows that are widened at a time, so that they stay in a cache: whole groups, of `WIDENED` weights or so."""

@@ -36,6 +36,7 @@ from actkit.core.ground.offload import in_place
 from actkit.core.ground.progress import track
 from actkit.core.layers.activations import gives_zeros
 from actkit.core.layers.conv import ActConv
+from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.selections import TopK
 from actkit.core.model.anatomy import Anatomy, Site
@@ -214,7 +215,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
         if path.startswith(inside):
             continue
-        if isinstance(module, ActLinear | ActConv):
+        if isinstance(module, ActLinear | ActConv | QuantizedEmbedding):
             inside += (f"{path}." if path else "",)
             yield path, module
         elif _own_bytes(module):
@@ -286,6 +287,9 @@ def _cost_of(
     elif isinstance(module, ActConv):
         size = module.weight_bytes + (0 if module.bias is None else module.bias.nbytes)
         read = dense = float(size)
+    elif isinstance(module, QuantizedEmbedding):
+        size = module.storage.nbytes
+        read = dense = size / module.num_embeddings
     else:
         size = _own_bytes(module)
         dense = size / (module.num_embeddings if isinstance(module, nn.Embedding) else 1)

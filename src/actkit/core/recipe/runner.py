@@ -22,6 +22,8 @@ from actkit.core.edit.edits import (
     Edit,
     Note,
     Replace,
+    ReplaceTied,
+    Set,
     Shared,
     Skip,
     Undo,
@@ -29,6 +31,7 @@ from actkit.core.edit.edits import (
     describe,
     get_module,
     get_tensor,
+    parts_of,
     set_module,
     shared_parameters,
 )
@@ -210,6 +213,7 @@ def apply(
             for turn in turns(transforms):
                 run.plan_transforms(turn)
                 run.walk(turn)
+                run.change_ends(turn)
         run.finish()
     except BaseException:
         run.give_up()
@@ -313,6 +317,16 @@ class _Run:
             for stream, calls in following.items():
                 walk.move(stream, calls)  # type: ignore[union-attr]
 
+    def change_ends(self, turn: range) -> None:
+        """Apply what the transforms of a turn make of what stands before and behind the blocks."""
+        ends = len(self.view.blocks)  # they are kept like those of one more block
+        for position in turn:
+            transform = self.transforms[position]
+            edits = self.steps.take(position, ends)
+            if edits is None:
+                edits = list(self.steps.keep(position, ends, transform.edit_ends(self.view)))
+            self._apply_all(transform, edits, {})
+
     def _change_block(
         self, index: int, turn: range, walk: Walk | None, streams: Sequence[str]
     ) -> dict[str, list[Call]]:
@@ -362,24 +376,24 @@ class _Run:
                 if edit.values:
                     self.report.values.append((edit.path, type(transform).__name__, dict(edit.values)))
                 continue
-            if isinstance(edit, Replace):
-                originals.setdefault(edit.path, get_module(self.model, edit.path))
+            for part in parts_of(edit) if isinstance(edit, Replace | ReplaceTied) else ():
+                originals.setdefault(part.path, get_module(self.model, part.path))
             self._apply_edit(edit)
-            where = edit.path if isinstance(edit, Replace) else getattr(edit, "parameter", getattr(edit, "key", ""))
-            self.report.changed.append((where, type(transform).__name__))
+            self.report.changed += [(where, type(transform).__name__) for where in _places(edit)]
 
     def _apply_edit(self, edit: Edit) -> None:
-        description = describe(edit, self.model)
+        replaced = parts_of(edit) if isinstance(edit, Replace | ReplaceTied) else ()
+        descriptions = [describe(each, self.model) for each in replaced or (edit,)]
         if self._opened is not None and not isinstance(edit, Configure):
-            path = edit.path if isinstance(edit, Replace) else edit.parameter
-            self._opened.changed |= _is_inside(self.model, path, self._opened.experts)
-        if isinstance(edit, Replace):
-            old = get_module(self.model, edit.path)
-            self._frozen |= {f"{edit.path}.{name}" for name, p in old.named_parameters() if not p.requires_grad}
+            for path in _places(edit):
+                self._opened.changed |= _is_inside(self.model, path, self._opened.experts)
+        for part in replaced:
+            old = get_module(self.model, part.path)
+            self._frozen |= {f"{part.path}.{name}" for name, p in old.named_parameters() if not p.requires_grad}
         undo = apply_edit(self.model, edit, remember=self.mode == "memory", shared=self._shared)
         if undo is not None:
             self.undos.append(undo)
-        self.described.append(description)
+        self.described += descriptions
 
     def _open_experts(self, block: Block) -> None:
         """Experts in 3-D parameters become an ExpertList, so that their layers can be seen and replaced."""
@@ -441,6 +455,13 @@ class _Run:
         return track(items, description, enabled=self.progress)
 
 
+def _places(edit: Edit) -> list[str]:
+    """The paths, the parameter or the setting that an edit changes."""
+    if isinstance(edit, Replace | ReplaceTied):
+        return [part.path for part in parts_of(edit)]
+    return [edit.parameter if isinstance(edit, Set) else edit.key]
+
+
 def _is_inside(model: nn.Module, path: str, outer: nn.Module) -> bool:
     """Whether what stands at a path lies inside a module of the model."""
     module: nn.Module | None = model
@@ -467,9 +488,10 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit], architecture: Callable[
     shared = shared_parameters(model)
     try:
         for edit in edits:
-            described.append(describe(edit, model))
-            if isinstance(edit, Replace):
-                edit.module.train(get_module(model, edit.path).training)
+            replaced = parts_of(edit) if isinstance(edit, Replace | ReplaceTied) else ()
+            described += [describe(each, model) for each in replaced or (edit,)]
+            for part in replaced:
+                part.module.train(get_module(model, part.path).training)
             undo = apply_edit(model, edit, shared=shared)
             if undo is not None:
                 undos.append(undo)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from actkit.core.edit.edits import Edit, Note, Skip
 from actkit.core.ground import registry
-from actkit.core.model.anatomy import Block, Linear, Site
+from actkit.core.model.anatomy import Anatomy, Block, Linear, Site
 from actkit.core.model.parts import Convolution
 from actkit.core.recipe.proposals import Idea, LeftOut, Looked, Shapes
 from actkit.core.recipe.seen import Seen, Trial
@@ -123,6 +123,16 @@ class Transform(BaseModel):
             seen: what calibration saw of it.
         """
         raise NotImplementedError
+
+    def edit_ends(self, view: Anatomy) -> Iterable[Edit | Skip | Note]:
+        """Return the edits of what stands before and behind the blocks, such as embedding and head; the default none.
+
+        Asked once, after the last block.
+
+        Args:
+            view: of the model, its blocks changed.
+        """
+        return ()
 
     def conflicts(self, earlier: Transform) -> str | None:
         """Say why it may not follow another transform, or None.

@@ -1,0 +1,98 @@
+"""Embedding and head in few bits: a share of a small language model that its blocks do not hold.
+
+    embedding: {bits: 8}        # a setting of `rtn` and `gptq`
+
+The table of the embedding is rounded to the nearest point of an integer grid, one scale per row; a head that is tied to
+it shares the codes, another head is rounded alike. Of SmolLM2-135M these are 21 % of the parameters, of Gemma 3 270M
+63 %. 8 bits cost nothing there, 4 bits some 15 % of perplexity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from actkit.core.edit.edits import Edit, Note, Replace, ReplaceTied, Skip
+from actkit.core.grids.integers import IntegerGrid
+from actkit.core.layers.embedding import QuantizedEmbedding
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.weights import IntegerWeight
+from actkit.core.model.anatomy import Anatomy
+from actkit.core.model.parts import is_linear
+
+
+class Ends(BaseModel):
+    """How embedding and head are rounded.
+
+    Attributes:
+        bits: 2 to 8.
+        group_size: channels per scale; -1 a whole row.
+
+    Raises:
+        ValueError: a value is out of bounds.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    bits: int = Field(8, ge=2, le=8)
+    group_size: Annotated[int, Field(ge=-1)] | Literal["auto"] = -1
+
+    @property
+    def grid(self) -> IntegerGrid:
+        """The grid that the tables are rounded to."""
+        return IntegerGrid(self.bits, self.group_size, symmetric=self.bits == 8)
+
+
+def round_ends(view: Anatomy, ends: Ends | None) -> Iterator[Edit | Skip | Note]:
+    """Yield the edits that round embedding and head.
+
+    Args:
+        view: of the model.
+        ends: how; None leaves both as they are.
+
+    Raises:
+        CoverageError: the embedding computes something else than rows of its weight times a number.
+        ValueError: the groups do not fit.
+    """
+    if ends is None:
+        return
+    embedding, head = (_end(view.model, name) for name in ("get_input_embeddings", "get_output_embeddings"))
+    if embedding is None:
+        yield Note("model", "embedding: it names none (get_input_embeddings), so none was rounded")
+        return
+    path, module = embedding
+    if isinstance(module, QuantizedEmbedding):
+        yield Skip(path, "the embedding is rounded already")
+        return
+    table = IntegerWeight.quantize(module.weight, ends.grid)  # type: ignore[arg-type]
+    rounded = Replace(path, QuantizedEmbedding.of(module, table))
+    if head is None:
+        yield rounded
+        return
+    other, layer = head
+    if not is_linear(layer):
+        yield rounded
+        yield Skip(other, f"a {type(layer).__name__} stands there, which actkit does not read as a linear layer")
+        return
+    if getattr(layer, "weight", None) is module.weight:
+        yield ReplaceTied((rounded, Replace(other, ActLinear.of(layer, weight=table))))
+        return
+    yield rounded
+    if isinstance(layer, ActLinear) and "weight" in layer.filled_slots:
+        yield Skip(other, "its weight is rounded already")
+    else:
+        yield Replace(other, ActLinear.of(layer, weight=IntegerWeight.quantize(layer.weight, ends.grid)))  # type: ignore[arg-type]
+
+
+def _end(model: nn.Module, getter: str) -> tuple[str, nn.Module] | None:
+    """The path and module that a transformers model names, or None."""
+    find: Any = getattr(model, getter, None)
+    try:
+        module = None if find is None else find()
+    except NotImplementedError:
+        module = None
+    if not isinstance(module, nn.Module):
+        return None
+    return next(((path, each) for path, each in model.named_modules() if each is module), None)
