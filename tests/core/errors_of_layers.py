@@ -9,10 +9,12 @@ from torch import nn
 
 from actkit.core.layers.activation_function import ActivationFunction
 from actkit.core.layers.activations import Activation
+from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.layers.selections import Threshold
+from actkit.core.layers.weights import DenseWeight
 from actkit.core.model.anatomy import anatomy
-from error_proofs import proof
+from error_proofs import Place, proof
 
 
 def byte_layer() -> nn.Module:
@@ -48,3 +50,12 @@ proof(lambda p: Activation("softmax"))
 
 
 proof(lambda p: LowRank(torch.ones(2, 3), torch.ones(2, 3)))
+
+
+@proof
+def an_embedding_of_another_kind(p: Place) -> None:
+    class Doubled(torch.nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(ids)
+
+    QuantizedEmbedding.of(Doubled(4, 8), DenseWeight(torch.ones(4, 8)))

@@ -140,7 +140,12 @@ TIED = {"tie_word_embeddings": True}
         ({}, Replace("model.norm", Unregistered()), RecipeError, "Unregistered is not registered"),
         ({}, Configure("no_such_key", 1), EditError, "config has no key 'no_such_key'"),
         ({}, Configure("rms_norm_eps", {1, 2}), EditError, "a set was given; give a JSON value"),
-        ({}, Note("model.norm", "text"), EditError, "Note was given, allowed are Replace, Set and Configure"),
+        (
+            {},
+            Note("model.norm", "text"),
+            EditError,
+            "Note was given, allowed are Replace, ReplaceTied, Set",
+        ),
         (TIED, Set("lm_head.weight", torch.zeros(50, HIDDEN)), EditError, "tied to model.embed_tokens.weight"),
         (TIED, Set("model.embed_tokens.weight", torch.zeros(50, HIDDEN)), EditError, "tied to lm_head.weight"),
         (TIED, Replace("lm_head", ActLinear.of(nn.Linear(HIDDEN, 50))), EditError, "untie the two"),

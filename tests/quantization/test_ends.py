@@ -13,7 +13,10 @@ from actkit.core.ground.errors import CoverageError
 from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.linear import ActLinear
 from actkit.core.measure.cost import measure_cost
+from actkit.core.model.anatomy import anatomy
+from actkit.core.recipe.proposals import Shapes
 from actkit.core.recipe.runner import apply
+from actkit.quantization.gptq import Gptq
 from actkit.quantization.rtn import RoundToNearest
 from actkit.runtime.decoder import Decoder
 from actkit.testing import check_transform, tiny_batches, tiny_model
@@ -125,3 +128,18 @@ def test_models_without_an_embedding_are_left_with_a_note() -> None:
 @pytest.mark.parametrize("kind", ["llama", "bert", "gemma3_text"])
 def test_the_transform_keeps_its_promises(kind: str) -> None:
     check_transform(RECIPE, tiny_model(kind), tiny_batches(kind))
+
+
+def test_gptq_rounds_the_ends_to_nearest() -> None:
+    model, other = tiny_model("llama"), tiny_model("llama")
+    apply(model, Gptq(group_size=8, embedding={"bits": 8}), tiny_batches("llama"), progress=False)
+    apply(other, RECIPE, progress=False)
+    assert torch.equal(model.lm_head.storage.codes, other.lm_head.storage.codes)
+
+
+def test_the_search_tries_it_where_the_ends_are_large() -> None:
+    shapes = Shapes.of(anatomy(tiny_model("llama")))
+    words = tiny_model("llama").lm_head.weight.numel()
+    assert shapes.ends == pytest.approx(words / sum(each.numel() for each in tiny_model("llama").parameters()))
+    assert Shapes.of(anatomy(tiny_model("mlp"), tiny_batches("mlp")[0])).ends == 0.0
+    assert Shapes.of(anatomy(tiny_model("vit"))).ends == 0.0

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 from tiny_models import build
 from torch import nn
 
@@ -18,7 +17,7 @@ from error_proofs import NAN, Place, proof
 def a_decoder(**values: Any) -> Any:
     """The CPU's decoder without its kernels: what it checks before they run."""
     made = object.__new__(cpu.Decoder)
-    made.__dict__.update({"capacity": 8, "position": 0, "embedding": torch.ones(50, 4), "threads": 1, **values})
+    made.__dict__.update({"capacity": 8, "position": 0, "vocabulary_in": 50, "threads": 1, **values})
     return made
 
 
@@ -60,4 +59,4 @@ proof(
 def not_side_by_side(p: Place) -> None:
     p.patch.setattr(cpu.steps, "step", lambda *_: False)
     p.patch.setattr(cpu.Decoder, "_follow_threads", lambda self: None)
-    a_decoder(_plan=None, _work=None, _formats=None, _embedding=None)._step(1)
+    a_decoder(_plan=None, _work=None, _formats=None, _embedding=None, _table=None)._step(1)

@@ -37,6 +37,7 @@ from actkit.sparsity.cats.gate_sparsity import GateSparsity, gate_sparsity
 CONTROLLED = (0.3, 0.5, 0.7, 0.9)
 TUNED = 0.7
 RELU = Swap(where=("silu",), new="relu")
+GEMMAS = Swap(where=("gelu_tanh",), new="relu")  # its MLPs have another function
 
 
 @dataclass(frozen=True)
@@ -137,14 +138,15 @@ def quality(subject: Subject, sizes: Sizes) -> Measurement:
 
 def substitution(subject: Subject, sizes: Sizes) -> Measurement:
     """CATS at the share of zeros that ReLU makes."""
-    relu = subject.perplexity(RELU)
+    swap = GEMMAS if subject.name == "gemma3" else RELU
+    relu = subject.perplexity(swap)
     shares, ours = [], []
     for seed in sizes.seeds:
-        shares.append(sparsity_under(subject, RELU, subject.calibration(seed)).zeros)
+        shares.append(sparsity_under(subject, swap, subject.calibration(seed)).zeros)
         ours.append(subject.perplexity(Cats(sparsity=shares[-1]), seed))
     here = (
         f"{spread(shares, '.1%')} zeros: perplexity {relu:.2f} with ReLU, {spread(ours)} with CATS "
-        f"({max(ours) / relu:.2f}x at most); {subject.perplexity():.2f} with SiLU"
+        f"({max(ours) / relu:.2f}x at most); {subject.perplexity():.2f} without either"
     )
     return Measurement(here, max(ours) <= 0.8 * relu)
 

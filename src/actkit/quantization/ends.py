@@ -10,7 +10,7 @@ it shares the codes, another head is rounded alike. Of SmolLM2-135M these are 21
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
@@ -20,7 +20,7 @@ from actkit.core.grids.integers import IntegerGrid
 from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.weights import IntegerWeight
-from actkit.core.model.anatomy import Anatomy
+from actkit.core.model.anatomy import Anatomy, paths_of_end
 from actkit.core.model.parts import is_linear
 
 
@@ -87,12 +87,6 @@ def round_ends(view: Anatomy, ends: Ends | None) -> Iterator[Edit | Skip | Note]
 
 
 def _end(model: nn.Module, getter: str) -> tuple[str, nn.Module] | None:
-    """The path and module that a transformers model names, or None."""
-    find: Any = getattr(model, getter, None)
-    try:
-        module = None if find is None else find()
-    except NotImplementedError:
-        module = None
-    if not isinstance(module, nn.Module):
-        return None
-    return next(((path, each) for path, each in model.named_modules() if each is module), None)
+    """The path and module of an end that the model names, or None."""
+    paths = paths_of_end(model, getter)
+    return (paths[0], model.get_submodule(paths[0])) if paths else None

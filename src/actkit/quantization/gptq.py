@@ -34,13 +34,14 @@ from actkit.core.grids.integers import IntegerGrid
 from actkit.core.ground.errors import NonFiniteError
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.weights import IntegerWeight
-from actkit.core.model.anatomy import Block, LinearInput, Site
+from actkit.core.model.anatomy import Anatomy, Block, LinearInput, Site
 from actkit.core.recipe.proposals import Idea, LeftOut, Looked, Shapes, poor_at_four_bits
 from actkit.core.recipe.seen import Seen
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
 from actkit.core.watch.statistics import Gram, Statistic
 from actkit.kernels.second_order import round_columns
+from actkit.quantization.ends import Ends, round_ends
 from actkit.quantization.rtn import refuse_groups
 
 BLOCK = 128  # columns whose errors reach the columns behind them in one product
@@ -62,6 +63,7 @@ class Gptq(Transform):
         act_order: most active channels first.
         true_sequential: observe the inputs of a layer after the layers before it were rounded; False observes a whole
             block at once, which costs one pass in place of two and a half, and holds all its moments.
+        embedding: how embedding and head are rounded, to nearest; None leaves them.
 
     Raises:
         ValueError: a value is out of bounds.
@@ -74,6 +76,7 @@ class Gptq(Transform):
     damp: float = Field(0.01, gt=0, le=1)
     act_order: bool = True
     true_sequential: bool = True
+    embedding: Ends | None = None
 
     tags: ClassVar[Tags] = Tags(slot="weight", needs_data=True, stream="edited", passes=4)
 
@@ -126,6 +129,9 @@ class Gptq(Transform):
             share = f", {now / nearest:.2f} x that of rounding to nearest" if nearest else ""
             values = {path: {"nearest": before, "gptq": after} for path, (before, after) in errors.items()}
             yield Note(block.path, f"mean squared error of the layers' outputs {now:.3g}{share}", values)
+
+    def edit_ends(self, view: Anatomy) -> Iterable[Edit | Skip | Note]:
+        return round_ends(view, self.embedding)
 
     def stages(self, block: Block) -> Iterator[list[LinearInput]]:
         """What is observed together: the inputs of equal layers of all experts, else one; or a whole block."""

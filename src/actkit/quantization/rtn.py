@@ -32,6 +32,8 @@ from actkit.core.recipe.transform import Transform
 from actkit.core.watch.statistics import Statistic
 from actkit.quantization.ends import Ends, round_ends
 
+WORTHWHILE = 0.05  # share of a model that embedding and head hold, from which rounding them is tried
+
 
 class RoundToNearest(Transform):
     """Round the weights of linear layers to integers.
@@ -77,6 +79,9 @@ class RoundToNearest(Transform):
         fits, hard = shapes.group_fits, poor_at_four_bits(profile)
         yield Idea("rtn 8 bit", cls(bits=8, group_size=shapes.group), f"the safest cut; {fits}", 10, base=2)
         yield Idea("rtn 4 bit", cls(bits=4, group_size=shapes.group), f"{fits}{hard}", 20, base=3)
+        if shapes.ends >= WORTHWHILE:
+            too = cls(bits=8, group_size=shapes.group, embedding=Ends())
+            yield Idea("rtn 8 bit, embedding too", too, f"embedding and head are {shapes.ends:.0%} of the model", 12)
         if shapes.finer_group is not None and not shapes.scalable:
             finer = cls(bits=4, group_size=shapes.finer_group)
             name = f"rtn 4 bit, groups of {shapes.finer_group}"

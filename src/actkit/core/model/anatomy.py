@@ -61,6 +61,7 @@ __all__ = [
     "equalization_sets",
     "has_row",
     "is_linear",
+    "paths_of_end",
     "read_tap",
     "register_architecture",
     "unread",
@@ -345,7 +346,7 @@ class _Traced(Anatomy):
     def __init__(self, model: nn.Module, found: Trace) -> None:
         self.architecture = "traced"
         self._trace = found
-        self.stem, self.head = _embeddings(model, "get_input_embeddings"), _embeddings(model, "get_output_embeddings")
+        self.stem, self.head = paths_of_end(model, "get_input_embeddings"), paths_of_end(model, "get_output_embeddings")
         super().__init__(model, 1)
 
     def block(self, index: int, originals: Mapping[str, nn.Module] | None = None) -> Block:
@@ -391,8 +392,13 @@ def _is_overwritten(module: nn.Module, where: str) -> bool:
     return where == "input" and bool(getattr(module, "inplace", False))
 
 
-def _embeddings(model: nn.Module, getter: str) -> tuple[str, ...]:
-    """The path of a transformers model's input or output embeddings, which belong to stem and head."""
+def paths_of_end(model: nn.Module, getter: str) -> tuple[str, ...]:
+    """Return the path (or paths, of one module) of a transformers model's input or output embeddings.
+
+    Args:
+        model: any; one that names none has none.
+        getter: "get_input_embeddings" or "get_output_embeddings".
+    """
     try:
         module = getattr(model, getter)()
     except (AttributeError, NotImplementedError):

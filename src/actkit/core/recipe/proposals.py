@@ -8,8 +8,9 @@ from math import gcd
 from typing import Protocol
 
 from pydantic import BaseModel
+from torch import nn
 
-from actkit.core.model.anatomy import Anatomy, Block, equalization_sets
+from actkit.core.model.anatomy import Anatomy, Block, equalization_sets, paths_of_end
 from actkit.core.watch.capture import opened_experts
 
 GROUPS = (64, 32, 16)
@@ -112,6 +113,7 @@ class Shapes:
         refused: why others cannot.
         roles: of the layers.
         shared: how many of the scalable sets scale value heads that several query heads read.
+        ends: the share of the model's parameters that embedding and head hold.
     """
 
     inputs: tuple[int, ...]
@@ -120,6 +122,7 @@ class Shapes:
     refused: tuple[str, ...]
     roles: tuple[str, ...]
     shared: int = 0
+    ends: float = 0.0
 
     @classmethod
     def of(cls, view: Anatomy) -> Shapes:
@@ -135,6 +138,7 @@ class Shapes:
                 tuple(dict.fromkeys(found.refused for found in sets if found.refused is not None)),
                 tuple(dict.fromkeys(linear.role for linear in linears)),
                 sum(found.refused is None and found.shared is not None for found in sets),
+                _share_of_ends(view.model),
             )
 
     @property
@@ -158,6 +162,15 @@ class Shapes:
         if self.group != -1:
             return f"groups of {self.group} fit all layers"
         return f"whole rows, because none of the groups {', '.join(map(str, sorted(GROUPS)))} divides all layers"
+
+
+def _share_of_ends(model: nn.Module) -> float:
+    """The share of the parameters that embedding and head hold, tied ones counted once."""
+    paths = [path for end in ("input", "output") for path in paths_of_end(model, f"get_{end}_embeddings")]
+    if not paths or not hasattr(model.get_submodule(paths[0]), "num_embeddings"):
+        return 0.0
+    ends = {id(each): each.numel() for path in paths for each in model.get_submodule(path).parameters()}
+    return sum(ends.values()) / max(1, sum(each.numel() for each in model.parameters()))
 
 
 def _largest(widths: Sequence[int], below: int | None = None) -> int | None:
