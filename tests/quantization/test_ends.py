@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import actkit
 from actkit.core.ground.errors import CoverageError
@@ -143,3 +144,15 @@ def test_the_search_tries_it_where_the_ends_are_large() -> None:
     assert shapes.ends == pytest.approx(words / sum(each.numel() for each in tiny_model("llama").parameters()))
     assert Shapes.of(anatomy(tiny_model("mlp"), tiny_batches("mlp")[0])).ends == 0.0
     assert Shapes.of(anatomy(tiny_model("vit"))).ends == 0.0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_an_export_holds_the_table_dense_and_computes_the_same(kind: str, tmp_path: Any) -> None:
+    model = tiny_model(kind, **({"tie_word_embeddings": True} if kind == "llama" else {}))
+    recipe = RoundToNearest(bits=8, group_size=8, symmetric=True, embedding={"bits": 8})
+    apply(model, recipe, progress=False)
+    actkit.export(model, tmp_path / "plain", "compressed-tensors")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    ids = torch.arange(1, 9)[None]
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)

@@ -6,6 +6,7 @@ written. The skeleton is the plain model on the meta device: the list of modules
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from actkit.core.forward.hooks import refuse_compiled_or_sharded
 from actkit.core.forward.named_functions import unknown_function
 from actkit.core.ground.errors import EditError, ExportError
 from actkit.core.layers.activations import Activation, name_of
+from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.foreign_layers import refuse_foreign_layers
 from actkit.core.layers.linear import ActLinear
 from actkit.core.model.architectures import find_architecture
@@ -37,12 +39,14 @@ class Plain:
         layers: path -> ActLinear that neither selects inputs nor corrects outputs; whether it rounds its inputs is for
             the format to say or refuse.
         transposed: paths at which the plain model has a Conv1D, whose weight is [in, out].
+        tables: path -> QuantizedEmbedding, which every format writes dense.
     """
 
     model: PreTrainedModel
     skeleton: PreTrainedModel
     layers: dict[str, ActLinear]
     transposed: frozenset[str]
+    tables: dict[str, QuantizedEmbedding]
 
     @classmethod
     def of(cls, model: nn.Module) -> Plain:
@@ -71,6 +75,7 @@ class Plain:
         skeleton = _plain(model)
         _refuse_experts(model)
         layers: dict[str, ActLinear] = {}
+        tables: dict[str, QuantizedEmbedding] = {}
         transposed = set()
         for path, plain in skeleton.named_modules():
             if not path or any(path.startswith(f"{done}.") for done in layers):
@@ -84,14 +89,16 @@ class Plain:
                 layers[path] = module
                 if isinstance(plain, Conv1D):
                     transposed.add(path)
+            elif isinstance(module, QuantizedEmbedding) and isinstance(plain, nn.Embedding):
+                tables[path] = module
             elif type(module) is not type(plain) and not _same_function(module, plain):
                 raise ExportError(
                     f"{path}: a {type(module).__name__} stands here{_by(model, path)}, the plain {_name(skeleton)} "
                     f"has a {type(plain).__name__}. No reader without actkit computes it; keep the model with "
                     f"actkit.save, or leave that transform out."
                 )
-        _refuse_other_tensors(model, skeleton, layers)
-        return cls(model, skeleton, layers, frozenset(transposed))
+        _refuse_other_tensors(model, skeleton, {**layers, **tables})
+        return cls(model, skeleton, layers, frozenset(transposed), tables)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,9 +123,10 @@ class Plain:
 
     def other_tensors(self) -> dict[str, Tensor]:
         """All tensors that belong to none of `layers`, by name. Raises ExportError for one without values."""
-        found = {}
+        found = {f"{path}.weight": table.weight.to(self.dtype) for path, table in self.tables.items()}
+        inside = tuple(f"{path}." for path in (*self.layers, *self.tables))
         for name, tensor in self.model.state_dict().items():
-            if any(name.startswith(f"{path}.") for path in self.layers):
+            if inside and name.startswith(inside):
                 continue
             if tensor.is_meta:
                 raise ExportError(f"{name}: it is on the meta device and has no values; load the weights first.")
@@ -142,14 +150,16 @@ def _has_own_head(model: PreTrainedModel) -> bool:
     return head is not None and getattr(head, "weight", None) is not model.get_input_embeddings().weight
 
 
-def _refuse_other_tensors(model: PreTrainedModel, skeleton: PreTrainedModel, layers: dict[str, ActLinear]) -> None:
+def _refuse_other_tensors(
+    model: PreTrainedModel, skeleton: PreTrainedModel, layers: Mapping[str, ActLinear | QuantizedEmbedding]
+) -> None:
     """Raise ExportError for a tensor that only one of the two has, or in another shape."""
     expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     inside = tuple(f"{path}." for path in layers)
     given = {name: tuple(t.shape) for name, t in model.state_dict().items() if not (inside and name.startswith(inside))}
     for path, layer in layers.items():
         given[f"{path}.weight"] = expected[f"{path}.weight"]  # that it fits was checked when it was made
-        if layer.bias is not None:
+        if isinstance(layer, ActLinear) and layer.bias is not None:
             given[f"{path}.bias"] = tuple(layer.bias.shape)
     for name in {**expected, **given}:
         if given.get(name) != expected.get(name):
