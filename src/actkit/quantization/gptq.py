@@ -21,7 +21,7 @@ expert that no token reached, weights are rounded to nearest, and a note says so
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from actkit.core.edit.edits import Edit, Note, Replace, Skip
 from actkit.core.grids.integers import IntegerGrid
+from actkit.core.grids.scales import holds
 from actkit.core.ground.errors import NonFiniteError
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.weights import IntegerWeight
@@ -63,6 +64,7 @@ class Gptq(Transform):
         act_order: most active channels first.
         true_sequential: observe the inputs of a layer after the layers before it were rounded; False observes a whole
             block at once, which costs one pass in place of two and a half, and holds all its moments.
+        scale_dtype: what scales are rounded to and stored in; a layer whose scales 16 bits cannot hold keeps float32.
         embedding: how embedding and head are rounded, to nearest; None leaves them.
 
     Raises:
@@ -76,6 +78,7 @@ class Gptq(Transform):
     damp: float = Field(0.01, gt=0, le=1)
     act_order: bool = True
     true_sequential: bool = True
+    scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     embedding: Ends | None = None
 
     tags: ClassVar[Tags] = Tags(slot="weight", needs_data=True, stream="edited", passes=4)
@@ -83,7 +86,7 @@ class Gptq(Transform):
     @property
     def grid(self) -> IntegerGrid:
         """The grid that weights are rounded to."""
-        return IntegerGrid(self.bits, self.group_size, self.group_axis, self.symmetric)
+        return IntegerGrid(self.bits, self.group_size, self.group_axis, self.symmetric, scale_dtype=self.scale_dtype)
 
     @model_validator(mode="after")
     def _grid_is_possible(self) -> Self:
@@ -186,7 +189,10 @@ class SecondOrder:
         """Round a weight [out, in] to a grid."""
         if self.order is None:
             return IntegerWeight.quantize(weight, grid)
-        return round_in_order(weight, self.order, grid)
+        stored = round_in_order(weight, self.order, grid)
+        if holds(stored.scales(), grid.scale_dtype):
+            return stored
+        return round_in_order(weight, self.order, replace(grid, scale_dtype="float32"))
 
     def error(self, weight: Tensor, rounded: Tensor) -> float:
         """Return the mean squared error of a layer's outputs, per token and output.
