@@ -179,7 +179,7 @@ def test_the_report_says_what_is_dense(exported):
     assert reports["tied"].dense == {"lm_head": "not quantized by the recipe"}
     assert len(reports["tied"].quantized) == 14
     assert reports["tied"].quantized["model.layers.0.mlp.up_proj"] == "4 bits, groups of 8 inputs, symmetric"
-    assert reports["three bits"].quantized["model.layers.0.mlp.up_proj"].startswith("3 bits in containers of 4")
+    assert reports["three bits"].quantized["model.layers.0.mlp.up_proj"].startswith("3 bits, ")
     assert "groups inputs only" in reports["mixed"].dense["model.layers.1.mlp.up_proj"]
     notes = " ".join(reports["mixed"].notes)
     assert "q_proj, k_proj, v_proj of model.layers.0.self_attn are one layer" in notes
@@ -243,7 +243,9 @@ def test_the_config_is_what_readers_expect(exported):
         package.quantization.QuantizationConfig.model_validate(strict)
 
 
-@pytest.mark.parametrize(("bits", "shape"), [(4, (6, 16)), (8, (6, 16)), (4, (5, 13)), (8, (3, 7))])
+@pytest.mark.parametrize(
+    ("bits", "shape"), [(2, (6, 16)), (3, (5, 40)), (4, (6, 16)), (8, (6, 16)), (4, (5, 13)), (3, (3, 7))]
+)
 def test_packing_is_the_packages(bits, shape):
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 

@@ -8,9 +8,9 @@ Two formats, after the source of compressed-tensors 0.20 and of vLLM's loader:
     int-quantized    of layers that round their inputs to 8 bits: weight int8 [out, in], weight_scale float32 [out, 1],
                      and input_scale float32 [1] if one scale serves all tokens; readers round the inputs
 
-A code stands for (code - zero) * scale on both sides, so codes move over as they are. Containers have 4 or 8 bits:
-other widths are packed differently by different versions of the package. Scales stay float32; a reader that computes
-in 16 bits rounds them to its dtype when it loads.
+A code stands for (code - zero) * scale on both sides, so codes move over as they are. Containers have 2, 3, 4 or 8
+bits; 5 to 7 are written in 8. compressed-tensors 0.20 packs 3 bits side by side, earlier versions otherwise. Scales are
+float32; a reader that computes in 16 bits rounds them to its dtype when it loads.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from actkit.core.grids.packing import pack_codes
 from actkit.core.ground.errors import ExportError
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.rounded_inputs import RoundedInputs
@@ -41,7 +42,7 @@ class Scheme:
     """How one layer's weight is stored.
 
     Attributes:
-        bits: of the container, 4 or 8.
+        bits: of the container: 2, 3, 4 or 8.
         symmetric: no zero point.
         group_size: -1 is one scale per row.
         inputs: what shares a scale of the inputs, if they are rounded to 8 bits.
@@ -55,7 +56,7 @@ class Scheme:
     @classmethod
     def of(cls, weight: IntegerWeight, inputs: RoundedInputs | None = None) -> Scheme:
         """The scheme of a quantized weight, and of the inputs that it is multiplied with."""
-        bits = 8 if inputs is not None or weight.grid.bits > 4 else 4
+        bits = 8 if inputs is not None or weight.grid.bits > 4 else weight.grid.bits
         size = weight.grid.size(weight.shape[1])  # only groups along the inputs are exported
         shared = None if inputs is None else "token" if inputs.scale is None else "tensor"
         return cls(bits, weight.grid.symmetric, -1 if size == weight.shape[1] else size, shared)  # type: ignore[arg-type]
@@ -217,12 +218,9 @@ def layer_tensors(weight: IntegerWeight, scheme: Scheme) -> dict[str, Tensor]:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes uint8 [rows, n] of 4 or 8 bits -> int32 [rows, ceil(n * bits / 32)], the first in the lowest bits."""
-    per_word = 32 // bits
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_word))
-    words = padded.reshape(codes.shape[0], -1, per_word).to(torch.int64) << (bits * torch.arange(per_word))
-    total = words.sum(-1)
-    return torch.where(total < 2**31, total, total - 2**32).to(torch.int32)
+    """Codes uint8 [rows, n] -> int32 [rows, ceil(n * bits / 32)], side by side, the first in the lowest bits."""
+    packed = pack_codes(codes, bits)
+    return torch.nn.functional.pad(packed, (0, -packed.shape[1] % 4)).contiguous().view(torch.int32)
 
 
 def _integer(layer: ActLinear) -> IntegerWeight:
@@ -279,6 +277,13 @@ def _notes(plain: Plain, schemes: dict[str, Scheme]) -> tuple[str, ...]:
         notes.append(
             f"the range of a token is divided by {' or '.join(f'{each:g}' for each in sorted(ours))} in this model, by "
             f"127.5 in transformers, by 127 in vLLM: with another number the inputs are rounded a little differently"
+        )
+    few = sorted({scheme.bits for scheme in schemes.values()} & {2, 3})
+    if few:
+        said = " and ".join(map(str, few))
+        notes.append(
+            f"vLLM: its kernels take 4 and 8 bits, not {said}; transformers reads them, 3 bits from "
+            f"compressed-tensors 0.20 on, which packs them side by side"
         )
     if any(not scheme.symmetric and scheme.bits == 8 for scheme in schemes.values()):
         notes.append("vLLM: its kernels take no zero points with 8 bits; use symmetric weights there")
