@@ -21,6 +21,7 @@ from actkit.core.recipe.transform import Transform
 from actkit.functions.swap import Swap
 from actkit.quantization.awq import Awq
 from actkit.quantization.gptq import Gptq
+from actkit.quantization.round_floats import RoundFloats
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.teal import Teal
 from actkit.sparsity.wina.rotate_columns import RotateColumns
@@ -37,6 +38,7 @@ SETTINGS: dict[str, list[tuple[Transform, tuple[Transform, ...]]]] = {
     "wina": [(Wina(sparsity=0.5), (Teal(),)), (Wina(mode="top_k", norms="release"), ())],
     "rotate_columns": [(RotateColumns(), (Wina(), RTN))],
     "rtn": [(RTN, (AWQ,))],
+    "round_floats": [(RoundFloats(), (AWQ, RTN)), (RoundFloats(format="fp4", group_size=8), ())],
     "awq": [(AWQ, (Wina(), RTN))],
     "gptq": [(Gptq(bits=3, group_size=8), (AWQ, RTN)), (Gptq(group_size=8, group_axis="output"), ())],
     "swap": [(Swap(where="*", new="relu2"), ())],  # one swap may follow another

@@ -19,10 +19,11 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from actkit.core.edit.edits import Edit, Note, Replace, Skip
+from actkit.core.grids.grid import Grid
 from actkit.core.grids.integers import Convention, IntegerGrid
 from actkit.core.layers.conv import ActConv
 from actkit.core.layers.linear import ActLinear
-from actkit.core.layers.weights import IntegerWeight
+from actkit.core.layers.weights import rounded
 from actkit.core.model.anatomy import Anatomy, Block, Site
 from actkit.core.model.parts import Convolution, Linear
 from actkit.core.recipe.proposals import Idea, LeftOut, Looked, Shapes, poor_at_four_bits
@@ -35,7 +36,55 @@ from actkit.quantization.ends import Ends, round_ends
 WORTHWHILE = 0.05  # share of a model that embedding and head hold, from which rounding them is tried
 
 
-class RoundToNearest(Transform):
+class RoundedWeights(Transform):
+    """Rounds the weights of linear layers, and of convolutions that they fit, to a grid; a base for what says which.
+
+    Attributes:
+        embedding: how embedding and head are rounded; None leaves them.
+    """
+
+    embedding: Ends | None = None
+
+    tags: ClassVar[Tags] = Tags(slot="weight")
+
+    @property
+    def grid(self) -> Grid:
+        """The grid that weights are rounded to."""
+        raise NotImplementedError
+
+    @model_validator(mode="after")
+    def _grid_is_possible(self) -> Self:
+        _ = self.grid  # it refuses a group size of 0
+        return self
+
+    def observe(self, block: Block) -> Mapping[Site, Statistic]:
+        refuse_groups(self.grid, block)
+        return {}
+
+    def targets(self, block: Block) -> Iterable[Linear | Convolution]:
+        return [*block.linears(), *(each for each in block.convolutions() if self._misfit(each) is None)]
+
+    def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
+        for linear in block.linears():
+            yield Replace(linear.path, ActLinear.of(linear, weight=rounded(linear.weight, self.grid)))
+        for convolution in block.convolutions():
+            reason = self._misfit(convolution)
+            if reason is None:
+                weight = rounded(convolution.weight, self.grid)
+                yield Replace(convolution.path, ActConv.of(convolution.module, weight=weight))
+            else:
+                yield Skip(convolution.path, reason)
+
+    def edit_ends(self, view: Anatomy) -> Iterable[Edit | Skip | Note]:
+        return round_ends(view, self.embedding)
+
+    def _misfit(self, convolution: Convolution) -> str | None:
+        """Why the groups do not fit a convolution, whose inputs are its channels times its kernel."""
+        reason = self.grid.fits(*convolution.weight.shape)
+        return None if reason is None else f"{reason}; group_size=-1 rounds it by whole rows"
+
+
+class RoundToNearest(RoundedWeights):
     """Round the weights of linear layers to integers.
 
     Attributes:
@@ -58,9 +107,6 @@ class RoundToNearest(Transform):
     symmetric: bool = False
     convention: Convention = "zero_in_range"
     scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
-    embedding: Ends | None = None
-
-    tags: ClassVar[Tags] = Tags(slot="weight")
 
     @property
     def grid(self) -> IntegerGrid:
@@ -68,11 +114,6 @@ class RoundToNearest(Transform):
         return IntegerGrid(
             self.bits, self.group_size, self.group_axis, self.symmetric, self.convention, scale_dtype=self.scale_dtype
         )
-
-    @model_validator(mode="after")
-    def _grid_is_possible(self) -> Self:
-        _ = self.grid  # it refuses a group size of 0
-        return self
 
     @classmethod
     def proposals(cls, profile: Looked, shapes: Shapes) -> Iterable[Idea | LeftOut]:
@@ -91,34 +132,8 @@ class RoundToNearest(Transform):
             yield Idea("rtn 4 bit, groups of outputs", columns, "one scale per input channel, for outliers", 140)
         yield LeftOut("rtn at 3 bits", "3 bits save a quarter of 4 on disk, decode no faster and cost far more quality")
 
-    def observe(self, block: Block) -> Mapping[Site, Statistic]:
-        refuse_groups(self.grid, block)
-        return {}
 
-    def targets(self, block: Block) -> Iterable[Linear | Convolution]:
-        return [*block.linears(), *(each for each in block.convolutions() if self._misfit(each) is None)]
-
-    def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
-        for linear in block.linears():
-            yield Replace(linear.path, ActLinear.of(linear, weight=IntegerWeight.quantize(linear.weight, self.grid)))
-        for convolution in block.convolutions():
-            reason = self._misfit(convolution)
-            if reason is None:
-                weight = IntegerWeight.quantize(convolution.weight, self.grid)
-                yield Replace(convolution.path, ActConv.of(convolution.module, weight=weight))
-            else:
-                yield Skip(convolution.path, reason)
-
-    def edit_ends(self, view: Anatomy) -> Iterable[Edit | Skip | Note]:
-        return round_ends(view, self.embedding)
-
-    def _misfit(self, convolution: Convolution) -> str | None:
-        """Why the groups do not fit a convolution, whose inputs are its channels times its kernel."""
-        reason = self.grid.fits(*convolution.weight.shape)
-        return None if reason is None else f"{reason}; group_size=-1 rounds it by whole rows"
-
-
-def refuse_groups(grid: IntegerGrid, block: Block) -> None:
+def refuse_groups(grid: Grid, block: Block) -> None:
     """Raise ValueError that names the first layer that the groups do not fit."""
     for linear in block.linears():
         reason = grid.fits(linear.out_features, linear.in_features)

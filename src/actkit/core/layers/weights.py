@@ -22,6 +22,7 @@ from actkit.core.grids.grid import Grid
 from actkit.core.grids.integers import IntegerGrid
 from actkit.core.grids.packing import pack_codes, packed_width, unpack_codes
 from actkit.core.grids.scales import holds, power_of_two, read_scale, stored_scale
+from actkit.core.ground import registry
 from actkit.core.layers.keeps_dtype import KeepsDtype
 
 if TYPE_CHECKING:
@@ -421,6 +422,19 @@ class FloatWeight(CodedWeight):
     def from_spec(cls, spec: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype) -> FloatWeight:
         weight = cls.empty(shape, Grid.from_spec(spec["grid"]), dtype)
         return weight.shifted(torch.zeros(shape[1], dtype=torch.int8)) if spec["shifted"] else weight
+
+
+def rounded(weight: Tensor, grid: Grid) -> CodedWeight:
+    """Round a weight [out, in] to a grid of any kind that weights are stored in.
+
+    Args:
+        weight: [out, in].
+        grid: to round to.
+
+    Raises:
+        ValueError: the groups do not fit.
+    """
+    return registry.weight_class(grid.kind).quantize(weight, grid)
 
 
 @contextmanager
