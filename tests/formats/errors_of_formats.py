@@ -10,10 +10,11 @@ from torch import nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from actkit.core.edit.edits import Replace, apply_edit, get_module
+from actkit.core.grids.floats import fp8
 from actkit.core.grids.integers import IntegerGrid
 from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.layers.rounded_inputs import RoundedInputs
-from actkit.core.layers.weights import DenseWeight, IntegerWeight
+from actkit.core.layers.weights import DenseWeight, FloatWeight, IntegerWeight
 from actkit.formats import gguf_file, reading
 from actkit.formats.export import FORMATS, export
 from actkit.formats.plain import Plain
@@ -114,6 +115,13 @@ proof(lambda p: written(p, layer_with(changed(), inputs=ROUNDED)))
 
 
 proof(lambda p: written(p, layer_with(changed(), inputs=RoundedInputs(ROUNDED.grid, shift=torch.ones(HIDDEN)))))
+
+
+@proof
+def a_weight_in_floats(p: Place) -> None:
+    model = changed()
+    whole = get_module(model, QUERY).dequantized()
+    written(p, layer_with(model, weight=FloatWeight.quantize(whole, fp8()), inputs=ROUNDED))
 
 
 @proof

@@ -75,6 +75,11 @@ def embedded(dtype: str | None, settings: dict[str, Any], *more: tuple[str, dict
     return actkit.apply(actkit.load("swiglu", dtype=dtype), recipe(("rtn", settings), *more), progress=False).model
 
 
+def floats(format: str, dtype: str | None = None) -> Any:
+    steps = recipe(("round_floats", {"format": format}))
+    return actkit.apply(actkit.load("swiglu", dtype=dtype), steps, progress=False).model
+
+
 def swapped() -> Any:
     return apply(
         tiny_model("llama"),
@@ -97,6 +102,10 @@ CASES = {  # name -> the model, the share of the largest output by which readers
     "swapped": (swapped, 1e-5),
     "half": (lambda: embedded("float16", {**GROUPS, "group_size": 32}), 0.0),
     "half zero points": (lambda: embedded("bfloat16", {**ZEROS, "group_size": 32}), 0.0),
+    "fp8": (lambda: floats("fp8", "float32"), 1e-5),
+    "fp8 as stored": (lambda: floats("fp8"), 0.0),
+    "nvfp4": (lambda: floats("nvfp4"), 0.0),
+    "mxfp4": (lambda: floats("mxfp4"), 0.0),
     "int8": (lambda: changed("qwen2", "rtn", ROWS, TOKENS), 1e-5),
     "int8 of vLLM": (lambda: changed("qwen2", "rtn", ROWS, ("round_inputs", {})), 1e-5),
     "int8 by one scale": (lambda: changed("qwen2", "rtn", ROWS, ("round_inputs", {"per": "tensor"})), 1e-5),
@@ -387,6 +396,17 @@ REFUSED = {
         lambda: changed("llama", "rtn", {**ROWS, "symmetric": False}, TOKENS),
         {},
         "one scale per row, with zero points",
+    ),
+    "floats and int8": (
+        lambda: changed("llama", "round_floats", {}, TOKENS),
+        {},
+        "its inputs are rounded, and its weight is in floats",
+    ),
+    "nvfp4 in float32": (lambda: floats("nvfp4", "float32"), {}, "read into models of 16 bits only; cast this one"),
+    "other floats": (
+        lambda: changed("llama", "round_floats", {"format": "fp4", "group_size": 8}),
+        {},
+        "of floats the format has fp8 by rows, NVFP4 and MXFP4",
     ),
     "dense int8": (lambda: changed("llama", *TOKENS), {}, "its weight would be dense, as its weight is not quantized"),
     "int6": (lambda: changed("llama", "rtn", ROWS, ("round_inputs", {"bits": 6})), {}, "inputs rounded to 6 bits per"),

@@ -1,12 +1,17 @@
-"""compressed-tensors: integer weights as plain transformers (with the package of that name) and vLLM read them.
+"""compressed-tensors: quantized weights as plain transformers (with the package of that name) and vLLM read them.
 
-Two formats, after the source of compressed-tensors 0.20 and of vLLM's loader:
+Formats, after the source of compressed-tensors 0.20 and of vLLM's loader:
 
     pack-quantized   weight_packed int32 [out, ceil(in * bits / 32)], codes from the low bits up, unsigned
                      weight_scale float32 [out, groups], weight_shape int64 [2]
                      asymmetric also weight_zero_point int32 [ceil(out * bits / 32), groups], packed down the outputs
     int-quantized    of layers that round their inputs to 8 bits: weight int8 [out, in], weight_scale float32 [out, 1],
                      and input_scale float32 [1] if one scale serves all tokens; readers round the inputs
+
+    float-quantized        weight float8_e4m3fn [out, in], weight_scale float32 [out, 1]
+    nvfp4-pack-quantized   weight_packed uint8 [out, in / 2], weight_scale float8_e4m3fn [out, in / 16],
+                           weight_global_scale float32 [1], by which that is divided
+    mxfp4-pack-quantized   weight_packed uint8 [out, in / 2], weight_scale uint8 [out, in / 32], exponents + 127
 
 A code stands for (code - zero) * scale on both sides, so codes move over as they are. Containers have 2, 3, 4 or 8
 bits; 5 to 7 are written in 8. compressed-tensors 0.20 packs 3 bits side by side, earlier versions otherwise. Scales are
@@ -24,14 +29,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from actkit.core.grids.floats import fp8, mxfp4, nvfp4
 from actkit.core.grids.packing import pack_codes
 from actkit.core.ground.errors import ExportError
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.rounded_inputs import RoundedInputs
-from actkit.core.layers.weights import DenseWeight, IntegerWeight
+from actkit.core.layers.weights import CodedWeight, DenseWeight, FloatWeight, IntegerWeight
 from actkit.formats.plain import Plain
 
 PACKED, INTEGER, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
+FLOATS = {"float-quantized": fp8(), "nvfp4-pack-quantized": nvfp4(), "mxfp4-pack-quantized": mxfp4()}
+NEED_16_BITS = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")  # the package widens them to bfloat16
 KERNEL_GROUPS = (-1, 32, 64, 128)  # group sizes that vLLM's kernels for packed weights take
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one layer each in vLLM, so one scheme each
 READER = 127.5  # what transformers divides the range of a token by; vLLM takes 127
@@ -46,16 +54,20 @@ class Scheme:
         symmetric: no zero point.
         group_size: -1 is one scale per row.
         inputs: what shares a scale of the inputs, if they are rounded to 8 bits.
+        floats: the name of a format of floats; None for integers.
     """
 
     bits: int
     symmetric: bool
     group_size: int
     inputs: Literal["token", "tensor"] | None = None
+    floats: str | None = None
 
     @classmethod
-    def of(cls, weight: IntegerWeight, inputs: RoundedInputs | None = None) -> Scheme:
+    def of(cls, weight: IntegerWeight | FloatWeight, inputs: RoundedInputs | None = None) -> Scheme:
         """The scheme of a quantized weight, and of the inputs that it is multiplied with."""
+        if isinstance(weight, FloatWeight):
+            return cls(weight.grid.bits, True, int(weight.grid.group_size), None, _format_of(weight))
         bits = 8 if inputs is not None or weight.grid.bits > 4 else weight.grid.bits
         size = weight.grid.size(weight.shape[1])  # only groups along the inputs are exported
         shared = None if inputs is None else "token" if inputs.scale is None else "tensor"
@@ -64,14 +76,19 @@ class Scheme:
     @property
     def format(self) -> str:
         """The name that the format has for it."""
-        return PACKED if self.inputs is None else INTEGER
+        return self.floats or (PACKED if self.inputs is None else INTEGER)
 
     def to_dict(self, targets: list[str]) -> dict[str, Any]:
         """A config group; only keys that every reader knows, as their models forbid others."""
         grouped: dict[str, Any] = {"strategy": "channel"}
         if self.group_size != -1:
             grouped = {"strategy": "group", "group_size": self.group_size}
-        weights = {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "dynamic": False, **grouped}
+        if self.floats == "nvfp4-pack-quantized":
+            grouped |= {"strategy": "tensor_group", "scale_dtype": "torch.float8_e4m3fn"}
+        elif self.floats == "mxfp4-pack-quantized":
+            grouped |= {"scale_dtype": "torch.uint8"}
+        kind = "int" if self.floats is None else "float"
+        weights = {"num_bits": self.bits, "type": kind, "symmetric": self.symmetric, "dynamic": False, **grouped}
         inputs = None
         if self.inputs is not None:
             shared = {"dynamic": self.inputs == "token", "strategy": self.inputs}
@@ -86,6 +103,8 @@ class Scheme:
 
     def describe(self, codes: int) -> str:
         """'4 bits, groups of 128 inputs, symmetric'. codes: the bits that the codes have."""
+        if self.floats is not None:
+            return FLOATS[self.floats].describe()
         inside = f"{codes} bits" if codes == self.bits else f"{codes} bits in containers of {self.bits}"
         groups = "one scale per row" if self.group_size == -1 else f"groups of {self.group_size} inputs"
         by = "per token" if self.inputs == "token" else "by one scale"
@@ -119,7 +138,7 @@ def write(plain: Plain, folder: Path, max_shard: int | str) -> dict[str, Any]:
             dense[path] = reason
             tensors |= plain.dense_tensors(path)
             continue
-        weight = _integer(layer)
+        weight = _coded(layer)
         scheme = schemes[path] = Scheme.of(weight, layer.inputs)
         quantized[path] = scheme.describe(weight.grid.bits)
         tensors |= {f"{path}.{name}": tensor for name, tensor in layer_tensors(weight, scheme).items()}
@@ -168,9 +187,11 @@ def as_read(plain: Plain, quantized: Iterable[str]) -> dict[str, nn.Module]:
     """
     found: dict[str, nn.Module] = {}
     for path in quantized:
-        weight = _integer(plain.layers[path])
+        weight = _coded(plain.layers[path])
         # A layer with zero points is widened before the cast (`dequantize` in the config), another one after it.
         scale = weight.scales() if weight.zero is not None else weight.scales().to(plain.dtype).float()
+        if weight.whole is not None:
+            scale = weight.scale.view(torch.float8_e4m3fn).float() / _divisor(weight)
         inputs = plain.layers[path].inputs
         read = None if inputs is None else _ReadInputs(inputs.grid, inputs.scale)
         found[path] = ActLinear.of(plain.layers[path], weight=weight.rescaled(scale), inputs=read)
@@ -199,8 +220,10 @@ def quantization_config(schemes: dict[str, Scheme], ignore: list[str]) -> dict[s
     return found
 
 
-def layer_tensors(weight: IntegerWeight, scheme: Scheme) -> dict[str, Tensor]:
+def layer_tensors(weight: IntegerWeight | FloatWeight, scheme: Scheme) -> dict[str, Tensor]:
     """The tensors of one layer by their local names, as the table at the head of this file has them."""
+    if scheme.floats is not None:
+        return _float_tensors(weight, scheme)
     codes, scale = weight.integers().cpu(), weight.scales().cpu().contiguous()
     middle = 2 ** (weight.grid.bits - 1)
     if scheme.format == INTEGER:
@@ -223,8 +246,31 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return torch.nn.functional.pad(packed, (0, -packed.shape[1] % 4)).contiguous().view(torch.int32)
 
 
-def _integer(layer: ActLinear) -> IntegerWeight:
-    assert isinstance(layer.storage, IntegerWeight)
+def _float_tensors(weight: CodedWeight, scheme: Scheme) -> dict[str, Tensor]:
+    codes, scale = weight.codes.cpu(), weight.scale.cpu()
+    if scheme.bits == 8:
+        return {"weight": codes.view(torch.float8_e4m3fn), "weight_scale": scale}
+    if weight.whole is None:
+        return {"weight_packed": codes, "weight_scale": scale}
+    packed = {"weight_packed": codes, "weight_scale": scale.view(torch.float8_e4m3fn)}
+    return packed | {"weight_global_scale": _divisor(weight).cpu()}
+
+
+def _divisor(weight: CodedWeight) -> Tensor:
+    """What a reader divides the scales of NVFP4 by: float32 [1]."""
+    assert weight.whole is not None
+    return 1 / weight.whole
+
+
+def _format_of(weight: FloatWeight) -> str | None:
+    """The format that says what a weight in floats holds, or None."""
+    if weight.shift is not None:
+        return None
+    return next((name for name, grid in FLOATS.items() if grid == weight.grid), None)
+
+
+def _coded(layer: ActLinear) -> IntegerWeight | FloatWeight:
+    assert isinstance(layer.storage, IntegerWeight | FloatWeight)
     return layer.storage
 
 
@@ -233,7 +279,14 @@ def _unsaid(path: str, plain: Plain) -> str | None:
     layer = plain.layers[path]
     if isinstance(layer.storage, DenseWeight):
         return "its weight is not quantized"
-    if not isinstance(layer.storage, IntegerWeight):
+    if isinstance(layer.storage, FloatWeight) and path not in plain.transposed:
+        found = _format_of(layer.storage)
+        if found is None:
+            return f"its weight is {layer.storage.describe()}; of floats the format has fp8 by rows, NVFP4 and MXFP4"
+        if found in NEED_16_BITS and plain.dtype == torch.float32:
+            return f"{found} is read into models of 16 bits only; cast this one to bfloat16"
+        return None
+    if not isinstance(layer.storage, IntegerWeight | FloatWeight):
         return f"its weight is stored as {layer.storage.kind}, which is not written here"
     if path in plain.transposed:
         return "it is a Conv1D in the plain model, and readers of compressed-tensors quantize Linear layers only"
@@ -260,7 +313,10 @@ def _check_inputs(path: str, layer: ActLinear, dense: str | None) -> None:
         raise ExportError(f"{path}: its inputs are rounded, and its weight would be dense, as {dense}; {only}. {way}")
     if inputs.half_range is None:
         raise ExportError(f"{path}: its inputs are on another grid ({inputs.describe()}); {only}. {way}")
-    grid = _integer(layer).grid
+    stored = layer.storage
+    if not isinstance(stored, IntegerWeight):
+        raise ExportError(f"{path}: its inputs are rounded, and its weight is in floats; {only}. {way}")
+    grid = stored.grid
     if not grid.symmetric or grid.size(layer.in_features) != layer.in_features:
         whole = grid.size(layer.in_features) == layer.in_features
         groups = "one scale per row" if whole else f"groups of {grid.group_size}"
@@ -287,7 +343,7 @@ def _notes(plain: Plain, schemes: dict[str, Scheme]) -> tuple[str, ...]:
         )
     if any(not scheme.symmetric and scheme.bits == 8 for scheme in schemes.values()):
         notes.append("vLLM: its kernels take no zero points with 8 bits; use symmetric weights there")
-    sizes = sorted({scheme.group_size for scheme in schemes.values()} - set(KERNEL_GROUPS))
+    sizes = sorted({each.group_size for each in schemes.values() if each.floats is None} - set(KERNEL_GROUPS))
     if sizes:
         known = ", ".join(map(str, KERNEL_GROUPS[1:]))
         notes.append(f"vLLM: its kernels take groups of {known} or whole rows, not of {', '.join(map(str, sizes))}")

@@ -275,6 +275,11 @@ class CodedWeight(WeightStorage):
         """The scales, float32."""
         return read_scale(self.scale, self.grid.scale_dtype, self.whole)
 
+    def rescaled(self, scale: Tensor) -> Self:
+        """Return the same codes with other scales, float32."""
+        grid = replace(self.grid, scale_dtype="float32")
+        return type(self)(grid, self.shape, self.codes, scale, self.zero, self.dtype, self.stored_bits)
+
     def rows(self, chosen: slice) -> Tensor:
         """Some rows of the weight, in the dtype of the layer.
 
@@ -332,11 +337,6 @@ class IntegerWeight(CodedWeight):
 
     kind = "integer"
     grid: IntegerGrid
-
-    def rescaled(self, scale: Tensor) -> IntegerWeight:
-        """Return the same codes with other scales, float32."""
-        grid = replace(self.grid, scale_dtype="float32")
-        return IntegerWeight(grid, self.shape, self.codes, scale, self.zero, self.dtype, self.stored_bits)
 
     def spec(self) -> dict[str, Any]:
         """Its JSON arguments, as a checkpoint keeps them."""
