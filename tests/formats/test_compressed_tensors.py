@@ -110,6 +110,7 @@ CASES = {  # name -> the model, the share of the largest output by which readers
     "int8 of vLLM": (lambda: changed("qwen2", "rtn", ROWS, ("round_inputs", {})), 1e-5),
     "int8 by one scale": (lambda: changed("qwen2", "rtn", ROWS, ("round_inputs", {"per": "tensor"})), 1e-5),
     "int8 without down": (lambda: changed("qwen2", "rtn", ROWS, ("round_inputs", {"skip": ("down",)})), 1e-5),
+    "outliertune": (lambda: changed("llama", "outliertune", {}), 1e-5),
     "int8 encoder": (lambda: changed("bert", "rtn", ROWS, TOKENS), 1e-5),
     "int8 as stored": (lambda: embedded(None, ROWS, TOKENS), 0.0),  # bfloat16
     "int8 by one scale as stored": (lambda: embedded(None, ROWS, ("round_inputs", {"per": "tensor"})), 0.0),

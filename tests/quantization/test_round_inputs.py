@@ -17,11 +17,15 @@ from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import apply
 from actkit.core.store.card import card_of
+from actkit.core.store.checkpoint import load, save
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import Sample
 from actkit.quantization.awq import Awq
+from actkit.quantization.gptq import Gptq
+from actkit.quantization.outliertune import OutlierTune
 from actkit.quantization.round_inputs import RoundInputs
 from actkit.quantization.rtn import RoundToNearest
+from actkit.quantization.smooth import Smooth
 from actkit.runtime.decoder import supports
 from actkit.sparsity.r_sparse.r_sparse import RSparse
 from actkit.sparsity.wina.wina import Wina
@@ -118,6 +122,28 @@ def test_what_stacks_and_what_is_refused():
     ):
         with pytest.raises(RecipeError, match=text):
             Recipe(stack).check()
+
+
+STACKS = {
+    "smooth, rtn": [Smooth(), WEIGHTS, RoundInputs()],
+    "smooth, gptq": [Smooth(), Gptq(bits=8, group_size=-1, symmetric=True), RoundInputs(per="tensor")],
+    "outliertune, gptq": [OutlierTune(round=("inputs",)), Gptq(bits=8, group_size=-1, symmetric=True)],
+}
+
+
+@pytest.mark.parametrize("kind", ["llama", "vit"])
+@pytest.mark.parametrize("name", STACKS)
+def test_stacks_are_saved_loaded_and_undone(name, kind, tmp_path):
+    model, batches = tiny_model(kind), tiny_batches(kind)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    applied = apply(model, STACKS[name], batches, undo="memory", progress=False)
+    save(model, tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(loaded(**batches[0])[0], model(**batches[0])[0])
+    applied.undo()
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
 def test_roles_are_left_out():

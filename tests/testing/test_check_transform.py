@@ -53,6 +53,7 @@ ELSEWHERE = {  # those that do not fit every kind of model, or say less of it, a
     "sparkify": "sparsity/test_spark.py",
     "top_k_mlp": "sparsity/test_lazy_neuron.py",
     "llm_fp4": "quantization/test_llm_fp4.py",
+    "outliertune": "quantization/test_outliertune.py",
     "round_inputs": "quantization/test_round_inputs.py",
     "smooth": "quantization/test_smooth.py",
     "smoothquant_plus": "quantization/test_smoothquant_plus.py",

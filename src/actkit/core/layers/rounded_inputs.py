@@ -69,10 +69,11 @@ class RoundedInputs(KeepsDtype):
         return None if other else grid.middle - (0.5 if grid.half_step else 1)
 
     def moved(self, x: Tensor) -> Tensor:
-        """What is rounded, of inputs x [..., in]: the same tensor without shift and divisor, else float32."""
+        """What is rounded, of inputs x [..., in]; in float32 or wider if there is a shift or a divisor."""
         if self.shift is None and self.divisor is None:
             return x
-        x = x.float() if self.shift is None else x.float() - self.shift
+        x = x if x.dtype == torch.float64 else x.float()
+        x = x if self.shift is None else x - self.shift
         return x if self.divisor is None else x / self.divisor
 
     def forward(self, x: Tensor) -> Tensor:
