@@ -108,7 +108,9 @@ class IntegerGrid(Grid):
         return self._codes(x, scale, zero).to(torch.uint8)
 
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        return (codes.to(scale.dtype) - self._offset(zero)) * scale
+        if codes.dtype == torch.uint8 and not scale.requires_grad:  # one buffer, as memory that is new is slow
+            return codes.to(scale.dtype).sub_(self._offset(zero)).mul_(scale)
+        return (codes - self._offset(zero)) * scale
 
     def _codes(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         steps = x / scale
