@@ -34,6 +34,7 @@ from actkit.core.recipe.transform import Transform
 from actkit.core.store.checkpoint import load, save
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import AbsMax, Density, Gram, Moments, Quantiles, Sample, Spectrum
+from actkit.quantization.adadim.adadim import AdaDim
 from actkit.quantization.awq import Awq
 from actkit.quantization.gptq import Gptq
 from actkit.sparsity.r_sparse.r_sparse import RSparse
@@ -157,6 +158,7 @@ def check_edits() -> None:
         ("llama", [PerplexitySparsity(p=5.0, sample=16)], 3),
         ("llama", [Gptq(group_size=8)], 3),
         ("mixtral", [Gptq(group_size=8)], 1),
+        ("llama", [AdaDim(group_size=8, search_tokens=20)], 3),
         ("mlp", [Wina(sparsity=0.5)], 3),
     ]
     for kind, recipe, count in recipes:

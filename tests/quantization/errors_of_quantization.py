@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import torch
+from tiny_models import build
 
 from actkit.core.model.anatomy import Site
+from actkit.core.recipe.runner import apply
 from actkit.core.watch.statistics import Gram
 from actkit.quantization import awq, smoothquant_plus
+from actkit.quantization.adadim import adadim
+from actkit.quantization.adadim.sensitivity import weight_sensitivity
 from actkit.quantization.gptq import SecondOrder
-from error_proofs import NAN, Place, proof, run
+from actkit.quantization.zeroquant_v2.lorc import Lorc
+from error_proofs import HOST, NAN, Place, proof, run
 
 
 @proof
@@ -24,8 +29,29 @@ def no_strength(p: Place) -> None:
 
 
 @proof
+def no_axis(p: Place) -> None:
+    p.patch.setattr(adadim, "_squared_error", lambda *_: (NAN, 1))
+    run(adadim.AdaDim(group_size=8))
+
+
+@proof
+def no_gradient(p: Place) -> None:
+    weight_sensitivity(build("llama"), [HOST], loss=lambda model, batch: model(**batch).logits.sum() * NAN)
+
+
+@proof
 def no_second_moment(p: Place) -> None:
     huge = torch.full((2, 4), 1e25)
     gram = Gram(torch.float32)
     gram.update(huge)
     SecondOrder.of(Site("mlp.input", 0), gram)
+
+
+proof(lambda p: run(Lorc()))
+
+
+@proof
+def rounded_before(p: Place) -> None:
+    model = build("llama")
+    apply(model, "rtn", progress=False)
+    apply(model, Lorc(), progress=False)

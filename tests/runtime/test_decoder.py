@@ -29,6 +29,7 @@ from actkit.core.layers.weights import IntegerWeight
 from actkit.core.recipe.runner import apply
 from actkit.kernels import integer_dots
 from actkit.quantization.rtn import RoundToNearest
+from actkit.quantization.zeroquant_v2.lorc import Lorc
 from actkit.runtime.decoder import Decoder
 from actkit.runtime.prompt import few_tokens
 from actkit.sparsity.spark.sparkify import Sparkify, spark_lm
@@ -425,6 +426,13 @@ def test_low_rank_corrections(of, selects):
     torch.testing.assert_close(stepped(decoder), expected, rtol=1e-4, atol=1e-4)
     decoder.reset()
     torch.testing.assert_close(decoder(IDS[0].tolist()), expected[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_low_rank_corrections_of_quantized_weights_with_factors_in_8_bits():
+    model = made("llama")
+    apply(model, [RoundToNearest(bits=3, group_size=32), Lorc(rank=5, bits=8)], progress=False)
+    decoder, expected = Decoder(model), reference(model)
+    torch.testing.assert_close(stepped(decoder), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["threshold", "top_k"])

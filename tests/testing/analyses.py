@@ -11,6 +11,8 @@ from functools import partial
 from typing import Any
 
 import actkit
+from actkit.quantization.adadim.sensitivity import weight_sensitivity
+from actkit.quantization.zeroquant_v2.ptq_study import ptq_study
 from actkit.search.profile import profile
 from actkit.sparsity.active_dendrites.pattern_simulation import expected_vs_observed
 from actkit.sparsity.active_dendrites.pattern_theory import threshold_curve
@@ -58,6 +60,14 @@ ANALYSES: dict[str, Made] = {
     "neuron_activity of images": Made(quiet(neuron_activity, threshold=0.1), "NeuronActivity", "vit"),
     "activity_curve": Made(curve, "ActivityCurve", relu=True),
     "gate_sparsity": Made(quiet(gate_sparsity), "GateSparsity", "mixtral", relu=True),
+    "weight_sensitivity": Made(quiet(weight_sensitivity), "Sensitivity", several=False),
+    "ptq_study": Made(
+        lambda model, batches: ptq_study(
+            model, batches, batches, weights=((4, 8),), symmetric=(False,), ranks=(0, 2), progress=False
+        ),
+        "Study",
+        several=False,
+    ),
     "importance_map": Made(quiet(importance_map, "model.layers.1.mlp.up_proj"), "ImportanceMap"),
     "sweep_threshold": Made(quiet(sweep_threshold, grid=(0.05, 0.2)), "ThresholdSweep", relu=True),
     "expected_vs_observed": Made(

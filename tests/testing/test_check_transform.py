@@ -19,6 +19,7 @@ from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
 from actkit.functions.swap import Swap
+from actkit.quantization.adadim.adadim import AdaDim
 from actkit.quantization.awq import Awq
 from actkit.quantization.gptq import Gptq
 from actkit.quantization.round_floats import RoundFloats
@@ -41,6 +42,7 @@ SETTINGS: dict[str, list[tuple[Transform, tuple[Transform, ...]]]] = {
     "round_floats": [(RoundFloats(), (AWQ, RTN)), (RoundFloats(format="fp4", group_size=8), ())],
     "awq": [(AWQ, (Wina(), RTN))],
     "gptq": [(Gptq(bits=3, group_size=8), (AWQ, RTN)), (Gptq(group_size=8, group_axis="output"), ())],
+    "adadim": [(AdaDim(group_size=8), (AWQ, RTN)), (AdaDim(group_size=8, method="gptq"), ())],
     "swap": [(Swap(where="*", new="relu2"), ())],  # one swap may follow another
 }
 
@@ -54,6 +56,7 @@ ELSEWHERE = {  # those that do not fit every kind of model, or say less of it, a
     "top_k_mlp": "sparsity/test_lazy_neuron.py",
     "llm_fp4": "quantization/test_llm_fp4.py",
     "outliertune": "quantization/test_outliertune.py",
+    "lorc": "quantization/test_lorc.py",
     "round_inputs": "quantization/test_round_inputs.py",
     "smooth": "quantization/test_smooth.py",
     "smoothquant_plus": "quantization/test_smoothquant_plus.py",

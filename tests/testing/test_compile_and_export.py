@@ -25,12 +25,15 @@ from actkit.testing import tiny_batches, tiny_model
 from actkit.testing.transforms import Case, NotApplicable, compiles, exports
 
 SETTINGS: dict[str, dict[str, Any]] = {  # where the defaults do not fit a tiny model
+    "adadim": {"group_size": 8},
     "awq": {"bits": 3, "group_size": 8, "n_grid": 2},
     "gptq": {"bits": 4, "group_size": 8},
+    "lorc": {"rank": 2},
     "rtn": {"bits": 4, "group_size": 8},
     "swap": {"where": "*", "new": "relu2"},
     "top_k_mlp": {"k": 5},
 }
+BEFORE = {"lorc": RoundToNearest(bits=4, group_size=8)}  # what must stand before a method
 CONFIG = {"fatrelu": {"hidden_act": "relu"}}  # entries of the config that a method needs
 
 
@@ -47,6 +50,8 @@ def asked(transform: Transform, model: Any, batches: Any) -> Case:
 def test_tags_are_true(name: str) -> None:
     transform = transforms()[name](**SETTINGS.get(name, {}))
     found = asked(transform, tiny_model("llama", num_hidden_layers=1, **CONFIG.get(name, {})), tiny_batches("llama"))
+    if name in BEFORE:
+        vars(found)["changed"] = found.apply(found.model(), [BEFORE[name], transform]).model
     if transform.tags.compiles:
         compiles(found)
     if transform.tags.exports:

@@ -222,7 +222,8 @@ class Product:
         if self.factor:
             (_, cut), correction = self.parts[0], self.correction
             assert correction is not None
-            matrix = (correction.right if self.factor == "right" else correction.left).detach()
+            left, right = correction.factors()
+            matrix = (right if self.factor == "right" else left).detach()
             if self.factor == "right" and self.by_rows:
                 matrix = matrix[:, cut.start : cut.stop]
             elif self.factor == "left" and not self.by_rows:

@@ -43,32 +43,54 @@ class LowRank(nn.Module):
     """A correction: adds left @ right @ x.
 
     Args:
-        left: [out, rank].
-        right: [rank, in].
+        left: [out, rank]; a tensor, or stored in another way.
+        right: [rank, in]; the same.
         of: 'all' inputs, or only the 'dropped' ones.
 
     Raises:
         ValueError: the two do not share a rank.
     """
 
-    def __init__(self, left: Tensor, right: Tensor, of: Literal["all", "dropped"] = "all") -> None:
+    def __init__(
+        self, left: Tensor | WeightStorage, right: Tensor | WeightStorage, of: Literal["all", "dropped"] = "all"
+    ) -> None:
         super().__init__()
         if left.shape[1] != right.shape[0]:
             raise ValueError(f"left {tuple(left.shape)} and right {tuple(right.shape)} do not share a rank.")
-        self.left, self.right, self.of = nn.Parameter(left), nn.Parameter(right), of
+        self.left, self.right = (nn.Parameter(each) if isinstance(each, Tensor) else each for each in (left, right))
+        self.of = of
 
     @property
     def nbytes(self) -> int:
         """Bytes of both factors."""
         return self.left.nbytes + self.right.nbytes
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return what is multiplied: left [out, rank] and right [rank, in]."""
+        left, right = (each if isinstance(each, Tensor) else each.dequantize() for each in (self.left, self.right))
+        return left, right
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return F.linear(F.linear(x, self.right), self.left)
+        left, right = self.factors()
+        return F.linear(F.linear(x, right), left)
 
     def spec(self) -> dict[str, Any]:
         """Its JSON arguments, as a checkpoint keeps them."""
-        return {"rank": self.left.shape[1], "of": self.of}
+        stored = [None if isinstance(each, Tensor) else each.spec() for each in (self.left, self.right)]
+        return {"rank": self.left.shape[1], "of": self.of} | ({"factors": stored} if any(stored) else {})
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype) -> LowRank:
+        """A correction of a layer [out, in] of the right structure, whose values come from a weights file."""
+        shapes = (shape[0], spec["rank"]), (spec["rank"], shape[1])
+        left, right = (
+            torch.empty(each, dtype=dtype)
+            if stored is None
+            else registry.weight_class(stored["kind"]).from_spec(stored, each, dtype)
+            for stored, each in zip(spec.get("factors", (None, None)), shapes, strict=True)
+        )
+        return cls(left, right, spec["of"])
 
 
 class ActLinear(nn.Module):
@@ -333,9 +355,7 @@ class ActLinear(nn.Module):
         weight = registry.weight_class(stored["kind"]).from_spec(stored, shape, dtype)
         correction = None
         if spec["correction"] is not None:
-            rank = spec["correction"]["rank"]
-            left, right = torch.empty(shape[0], rank, dtype=dtype), torch.empty(rank, shape[1], dtype=dtype)
-            correction = LowRank(left, right, spec["correction"]["of"])
+            correction = LowRank.from_spec(spec["correction"], shape, dtype)
         rounded = spec.get("inputs")  # folders of earlier versions say nothing of it
         inputs = None if rounded is None else registry.inputs_class(rounded["kind"]).from_spec(rounded, shape[1])
         return cls(weight, bias, select, correction, inputs)

@@ -114,7 +114,7 @@ class Seen:
         model = walk.anatomy.model
         expert = self._expert_around(path)
         recorded: list[Call] = []
-        sent: list[Tensor] = []  # to the expert around `path`: flat indices of the tokens
+        sent: list[Tensor] = []  # to the expert at or around `path`: flat indices of the tokens
         for _, call in walk.some_calls(self._block.index, stream or self._tags.observed_stream, max_tokens):
 
             def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -126,6 +126,8 @@ class Seen:
                 kwargs: dict[str, Any],
                 call: Call = call,
             ) -> None:
+                if path == expert:
+                    enter(module, args, kwargs)
                 kwargs = {key: value for key, value in kwargs.items() if "past_key_value" not in key}
                 args = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)  # a block may work in place
                 context = call.context
@@ -133,7 +135,7 @@ class Seen:
                     context = replace(context, mask=context.mask.flatten()[sent[0]])
                 recorded.append(Call(args, kwargs, context))
 
-            with hooked(model, before={path: keep} if expert is None else {expert: enter, path: keep}):
+            with hooked(model, before={path: keep} if expert in (None, path) else {expert: enter, path: keep}):
                 call.replay(get_module(model, self._block.path))
         return recorded
 
@@ -143,12 +145,11 @@ class Seen:
         return self._walk
 
     def _expert_around(self, path: str) -> str | None:
-        """The path of the expert that holds the module at `path`, if one does."""
+        """The path of the expert that is, or holds, the module at `path`, if one does."""
         experts = self._block.experts
         if experts is None or not path.startswith(experts.path + "."):
             return None
-        expert = f"{experts.path}.{path.removeprefix(experts.path + '.').partition('.')[0]}"
-        return None if path == expert else expert
+        return f"{experts.path}.{path.removeprefix(experts.path + '.').partition('.')[0]}"
 
 
 class Trial:
