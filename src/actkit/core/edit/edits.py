@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from actkit.core.ground import offload, registry
 from actkit.core.ground.errors import EditError
 from actkit.core.ground.modules import is_within, names_of_parameters
+from actkit.core.layers.cache_rounding import IMPLEMENTATION, register
 from actkit.core.layers.known_layers import hooks_of
 from actkit.core.layers.linear import ActLinear
 
@@ -46,6 +47,19 @@ class ReplaceTied:
     """
 
     parts: tuple[Replace, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Insert:
+    """Put a module where none is: a child of a module that looks for it by name.
+
+    Attributes:
+        path: of the new module; its parent exists.
+        module: as in `Replace`.
+    """
+
+    path: str
+    module: nn.Module
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +116,7 @@ class Note:
     values: Mapping[str, Any] = field(default_factory=dict)
 
 
-Edit = Replace | ReplaceTied | Set | Configure
+Edit = Replace | ReplaceTied | Insert | Set | Configure
 Undo = Callable[[], None]
 Shared = dict[int, list[str]]
 
@@ -194,7 +208,10 @@ def apply_edit(model: nn.Module, edit: Edit, *, remember: bool = True, shared: S
         return _set(model, edit, remember, shared)
     if isinstance(edit, Replace | ReplaceTied):
         return _replace(model, parts_of(edit), remember, shared)
-    raise EditError(f"edit: {type(edit).__name__} was given, allowed are Replace, ReplaceTied, Set and Configure.")
+    if isinstance(edit, Insert):
+        return _insert(model, edit)
+    allowed = "Replace, ReplaceTied, Insert, Set and Configure"
+    raise EditError(f"edit: {type(edit).__name__} was given, allowed are {allowed}.")
 
 
 def parts_of(edit: Replace | ReplaceTied) -> tuple[Replace, ...]:
@@ -240,13 +257,15 @@ def describe(edit: Edit, model: nn.Module | None = None) -> dict[str, Any]:
     """
     if isinstance(edit, Replace):
         return {"replace": edit.path, **describe_module(edit.module)}
+    if isinstance(edit, Insert):
+        return {"insert": edit.path, **describe_module(edit.module)}
     if isinstance(edit, Set):
         return {"set": edit.parameter}
     if isinstance(edit, Configure):
         before = getattr(getattr(model, "config", None), edit.key, None)
         kept = {"before": before} if model is not None and edit.key != ATTENTION and _is_json(before) else {}
         return {"configure": edit.key, "value": edit.value, **kept}
-    raise EditError(f"edit: {type(edit).__name__} was given, allowed are Replace, Set and Configure, one at a time.")
+    raise EditError(f"edit: {type(edit).__name__} was given, allowed are Replace, Insert, Set and Configure.")
 
 
 def describe_module(module: nn.Module) -> dict[str, Any]:
@@ -273,18 +292,21 @@ def replay(model: nn.Module, described: list[dict[str, Any]]) -> None:
         described: what `describe` gave of each edit.
 
     Raises:
-        EditError: an entry is none of replace, set, configure.
+        EditError: an entry is none of replace, insert, set, configure.
     """
     for entry in described:
         if "replace" in entry:
             path = entry["replace"]
             factory = registry.module_class(entry["module"])
             set_module(model, path, factory.from_spec(entry["spec"], get_module(model, path)))  # type: ignore[attr-defined]
+        elif "insert" in entry:
+            factory = registry.module_class(entry["module"])
+            _insert(model, Insert(entry["insert"], factory.from_spec(entry["spec"], None)))  # type: ignore[attr-defined]
         elif "configure" in entry:
             _configure(model, Configure(entry["configure"], entry["value"]))
         elif "set" not in entry:
             raise EditError(
-                f"edit: {entry!r} is none of replace, set, configure; the checkpoint may be newer than actkit."
+                f"edit: {entry!r} is none of replace, insert, set, configure; the checkpoint may be newer than actkit."
             )
 
 
@@ -293,6 +315,8 @@ def _configure(model: nn.Module, edit: Configure) -> Undo:
     if config is None:
         raise EditError(f"configure: {edit.key!r} was to be set, but {type(model).__name__} has no config.")
     if edit.key == ATTENTION:  # the model dispatches on it, so it has its own setter
+        if edit.value == IMPLEMENTATION:
+            register()
         before = config._attn_implementation
         model.set_attn_implementation(edit.value)  # type: ignore[operator]
         return lambda: model.set_attn_implementation(before)  # type: ignore[operator]
@@ -341,6 +365,16 @@ def _replace(model: nn.Module, edits: Sequence[Replace], remember: bool, shared:
             offload.settle(model, path)
 
     return undo if remember else None
+
+
+def _insert(model: nn.Module, edit: Insert) -> Undo:
+    describe_module(edit.module)
+    parent, _, name = edit.path.rpartition(".")
+    owner = get_module(model, parent)
+    if hasattr(owner, name):
+        raise EditError(f"insert {edit.path}: something is there already; undo what put it there, or replace it.")
+    owner.add_module(name, edit.module)
+    return lambda: delattr(owner, name)
 
 
 def _refuse_tied(model: nn.Module, changed: Iterable[Tensor], where: Sequence[str], shared: Shared | None) -> None:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from actkit.core.ground.errors import DataError
 
 
-def unknown_function(model: nn.Module) -> str | None:
+def unknown_function(model: nn.Module, *, ours: bool = False) -> str | None:
     """What a model computes by a function that is not transformers' own.
 
     Args:
         model: any model.
+        ours: whether actkit's own functions are known too, to whoever asks.
 
     Returns:
         "its attention is computed by 'mine' (package.function); ... set another one", or None.
@@ -37,6 +38,8 @@ def unknown_function(model: nn.Module) -> str | None:
             name = getattr(config, key, None)
             function = functions.get(name) if isinstance(name, str) else None
             module = getattr(function, "__module__", None) or ""
+            if ours and module.startswith("actkit."):
+                continue
             if function is not None and not module.startswith("transformers."):
                 called = f"{module}.{getattr(function, '__qualname__', type(function).__name__)}".lstrip(".")
                 verb = "is" if what == "attention" else "are"

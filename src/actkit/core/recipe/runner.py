@@ -20,6 +20,7 @@ from actkit.core.edit import changes
 from actkit.core.edit.edits import (
     Configure,
     Edit,
+    Insert,
     Note,
     Replace,
     ReplaceTied,
@@ -459,6 +460,8 @@ def _places(edit: Edit) -> list[str]:
     """The paths, the parameter or the setting that an edit changes."""
     if isinstance(edit, Replace | ReplaceTied):
         return [part.path for part in parts_of(edit)]
+    if isinstance(edit, Insert):
+        return [edit.path]
     return [edit.parameter if isinstance(edit, Set) else edit.key]
 
 
@@ -527,6 +530,10 @@ def _restore_from_source(model: nn.Module, described: list[dict[str, Any]], orig
         if not covered(path):
             set_module(model, path, get_module(fresh, path))
             restored.add(path)
+    for entry in described:
+        if "insert" in entry and not covered(entry["insert"]):
+            parent, _, name = entry["insert"].rpartition(".")
+            delattr(get_module(model, parent), name)
     for entry in described:
         if "set" in entry and not covered(entry["set"]):
             with torch.no_grad():

@@ -112,7 +112,7 @@ def check_savable(model: nn.Module) -> None:
     """
     refuse_compiled_or_sharded(model)
     refuse_foreign_layers(model)
-    function = unknown_function(model)
+    function = unknown_function(model, ours=True)
     if function is not None:
         raise CheckpointError(
             f"save: no folder holds what this model computes: {function}, save, and set yours again after loading."
@@ -121,7 +121,7 @@ def check_savable(model: nn.Module) -> None:
         return
     known = changes.of(model)
     edits = known.edits if known else []
-    replaced = tuple(f"{edit['replace']}." for edit in edits if "replace" in edit)
+    replaced = tuple(f"{path}." for edit in edits if (path := edit.get("replace", edit.get("insert"))))
     base = getattr(type(model), "actkit_base", type(model))
     houses = {"torch", "transformers", "actkit", base.__module__.partition(".")[0]}
     for path, module in model.named_modules():
@@ -266,7 +266,8 @@ def _current(model: nn.Module, edits: list[dict[str, Any]]) -> list[dict[str, An
     current: list[dict[str, Any]] = []
     later: list[str] = []  # paths that a later edit replaces
     for edit in reversed(edits):
-        path = edit.get("replace")
+        key = "insert" if "insert" in edit else "replace"
+        path = edit.get(key)
         if path is not None:
             if not any(is_within(path, other) for other in later):
                 described = describe_module(get_module(model, path))
@@ -275,7 +276,7 @@ def _current(model: nn.Module, edits: list[dict[str, Any]]) -> list[dict[str, An
                         f"save: a {described['module']} stands at {path}, where the edits put a {edit['module']}; "
                         f"change the model through actkit.apply only."
                     )
-                edit = {"replace": path, **described}
+                edit = {key: path, **described}
             later.append(path)
         current.append(edit)
     return current[::-1]

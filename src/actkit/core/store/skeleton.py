@@ -50,7 +50,7 @@ def check_rebuilds(model: PreTrainedModel, edits: Sequence[dict[str, Any]]) -> N
             f"save: no {name} can be built from this model's config ({error}), so that the folder would not load; "
             f"mend model.config."
         ) from error
-    replaced = tuple(f"{edit['replace']}." for edit in edits if "replace" in edit)
+    replaced = tuple(f"{path}." for edit in edits if (path := edit.get("replace", edit.get("insert"))))
     expected, found = (
         {key: tuple(value.shape) for key, value in each.state_dict().items() if isinstance(value, Tensor)}
         for each in (plain, model)

@@ -1,0 +1,76 @@
+"""Keys and values rounded to few bits as they enter attention: what a decoder may keep as codes.
+
+A child module of an attention says how; the attention function `IMPLEMENTATION`, registered with transformers when a
+model first asks for it, rounds keys and values with it and calls transformers' scaled dot-product attention. The scale
+of a token and head is found from its own vector, so that a vector is rounded alike whenever it is read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from actkit.core.grids.integers import IntegerGrid
+
+IMPLEMENTATION = "actkit_rounded_cache"
+CHILD = "cache_rounding"  # the name of the child module
+
+
+class CacheRounding(nn.Module):
+    """How one attention rounds its keys and values: symmetric, one scale per token and head.
+
+    Args:
+        bits: 2 to 8.
+    """
+
+    def __init__(self, bits: int = 8) -> None:
+        super().__init__()
+        self.bits = bits
+        self.grid = IntegerGrid(bits, -1, symmetric=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round keys or values [..., tokens, head size]."""
+        return self.grid.fake(x)
+
+    def spec(self) -> dict[str, Any]:
+        """Its JSON arguments."""
+        return {"bits": self.bits}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], original: nn.Module | None = None) -> CacheRounding:
+        """The module that `spec` described."""
+        return cls(spec["bits"])
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"
+
+
+def rounded_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attend over rounded keys and values, in the form of transformers' attention functions.
+
+    Args:
+        module: the attention.
+        query: [batch, heads, tokens, head size].
+        key: [batch, key-value heads, all tokens, head size].
+        value: of the shape of `key`.
+        attention_mask: as scaled dot-product attention takes it.
+        settings: of transformers.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    rounding = getattr(module, CHILD, None)
+    if rounding is not None:
+        key, value = rounding(key), rounding(value)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+
+
+def register() -> None:
+    """Make the attention function known to transformers, with the masks of its own one; again is no harm."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(IMPLEMENTATION, rounded_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
