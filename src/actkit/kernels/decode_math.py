@@ -166,7 +166,7 @@ def rotate(x, cos, sin):  # type: ignore[no-untyped-def]
 def _dot(a, b):  # type: ignore[no-untyped-def]
     total = np.float32(0.0)
     for i in range(a.size):
-        total += a[i] * b[i]
+        total += a[i] * np.float32(b[i])
     return total
 
 
@@ -184,16 +184,57 @@ def _softmax(scores):  # type: ignore[no-untyped-def]
 
 
 @compiled(inner=True)
-def attend(query, keys, values, scaling, scores, out):  # type: ignore[no-untyped-def]
-    """Attend with one head: query [size]; keys, values [tokens, size]; scores [tokens]; out [size]."""
+def keep(vector, kept, scales, position):  # type: ignore[no-untyped-def]
+    """Keep a key or a value: as it is, or as 8-bit codes whose scale is that of its largest entry.
+
+    Args:
+        vector: float32 [size].
+        kept: [capacity, size], float32, or int8 for codes.
+        scales: float32 [capacity], or [0] if values are kept as they are.
+        position: of the token.
+    """
+    scale = np.float32(1.0)
+    if scales.size > 0:
+        largest = np.float32(0.0)
+        for i in range(vector.size):
+            largest = max(largest, abs(vector[i]))
+        if largest > 0:
+            scale = largest / np.float32(127.0)
+        scales[position] = scale
+        for i in range(vector.size):
+            kept[position, i] = np.rint(vector[i] / scale)
+    else:
+        for i in range(vector.size):
+            kept[position, i] = vector[i]
+
+
+@compiled(inner=True)
+def attend(query, keys, values, key_scales, value_scales, scaling, scores, out):  # type: ignore[no-untyped-def]
+    """Attend with one head.
+
+    Args:
+        query: [size].
+        keys: [tokens, size], float32 or codes.
+        values: [tokens, size], alike.
+        key_scales: float32 [tokens] of codes, else [0].
+        value_scales: the same.
+        scaling: of the scores.
+        scores: [tokens], written.
+        out: [size], written.
+    """
+    coded = key_scales.size > 0
     for t in range(len(keys)):
         scores[t] = _dot(query, keys[t]) * scaling
+        if coded:
+            scores[t] *= key_scales[t]
     total = _softmax(scores)
     out[:] = 0
     for t in range(len(values)):
         chance, row = scores[t] / total, values[t]
+        if coded:
+            chance *= value_scales[t]
         for i in range(out.size):
-            out[i] += chance * row[i]
+            out[i] += chance * np.float32(row[i])
 
 
 # -- statistical top-k -------------------------------------------------------------------------------------------------
@@ -301,6 +342,6 @@ def attend_chosen(query, keys, values, r, k, scores, out):  # type: ignore[no-un
         gain = max(weight, np.float32(0.0)) + np.float32(math.log1p(math.exp(-abs(weight))))  # softplus
         row = values[t]
         for i in range(out.size):
-            out[i] += chance * gain * row[i]
+            out[i] += chance * gain * np.float32(row[i])
     for i in range(out.size):
         out[i] /= sum_of

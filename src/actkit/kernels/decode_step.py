@@ -23,6 +23,7 @@ from actkit.kernels.decode_math import (
     attend_chosen,
     clamp,
     drop_below,
+    keep,
     layer_norm,
     nothing,
     rms_norm,
@@ -137,8 +138,10 @@ class Work(NamedTuple):
         partial: float32 [2, threads, width], the shares that are summed.
         mixed: float32, all inputs of the output projection, for a selection that ranks all of them.
         hidden: float32, all inputs of the down projection, for the same.
-        keys: float32 [layers, key-value heads, capacity, head size].
-        cached: the values, of the same shape.
+        keys: float32 [layers, key-value heads, capacity, head size], or int8 for codes of 8 bits.
+        cached: the values, alike.
+        key_scales: float32 [layers, key-value heads, capacity] of codes; [.., 0] without.
+        value_scales: the same.
         logits: float32 [vocabulary], the threads' shares one after another.
         finite: float32 [threads], not finite if a thread's logits are not.
         counter: int64, of the meetings.
@@ -161,6 +164,8 @@ class Work(NamedTuple):
     hidden: np.ndarray
     keys: np.ndarray
     cached: np.ndarray
+    key_scales: np.ndarray
+    value_scales: np.ndarray
     logits: np.ndarray
     finite: np.ndarray
     counter: np.ndarray
@@ -429,11 +434,13 @@ def _run(thread, threads, position, plan, work):  # type: ignore[no-untyped-def]
             if plan.head_norms.shape[0]:
                 rms_norm(key, plan.head_norms[layer, 1], plan.epsilon, key)
             _turn(key, cos, sin, place[TURN], place[CHOOSING])
-            work.keys[layer, first + head, position] = key
+            keep(key, work.keys[layer, first + head], work.key_scales[layer, first + head], position)
             value = stage[place[VALUE_AT] + head * size : place[VALUE_AT] + (head + 1) * size]
-            work.cached[layer, first + head, position] = value
+            keep(value, work.cached[layer, first + head], work.value_scales[layer, first + head], position)
             keys = work.keys[layer, first + head, begin : position + 1]
             values = work.cached[layer, first + head, begin : position + 1]
+            key_scales = work.key_scales[layer, first + head, begin : position + 1]
+            value_scales = work.value_scales[layer, first + head, begin : position + 1]
             for reader in range(head * shared_by, (head + 1) * shared_by):
                 query = stage[place[QUERY_AT] + reader * size : place[QUERY_AT] + (reader + 1) * size]
                 if plan.head_norms.shape[0]:
@@ -444,7 +451,7 @@ def _run(thread, threads, position, plan, work):  # type: ignore[no-untyped-def]
                 if place[CHOOSING] > 0:
                     attend_chosen(query, keys, values, place[CHOOSING], place[KEYS], own_scores, mixed)
                 else:
-                    attend(query, keys, values, plan.scaling, own_scores, mixed)
+                    attend(query, keys, values, key_scales, value_scales, plan.scaling, own_scores, mixed)
         own = work.mixed[first * shared_by * size : (first + heads) * shared_by * size]
         meetings = _add_shares(OUTPUT, HEADS, thread, threads, layer, own, work.mixed, x, meetings, plan, work)
         if meetings < 0:

@@ -59,7 +59,7 @@ class QuantizeCache(Transform):
 
     def edit_ends(self, view: Anatomy) -> Iterable[Edit | Skip | Note]:
         yield Configure(ATTENTION, IMPLEMENTATION)
-        wide = "through transformers its cache stays wide"
+        wide = "the CPU decoder keeps 8-bit codes, through transformers the cache stays wide"
         yield Note("model", f"keys and values are rounded to {self.bits} bits per token and head; {wide}")
 
 

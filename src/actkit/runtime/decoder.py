@@ -33,13 +33,14 @@ from actkit.core.forward.named_functions import unknown_function
 from actkit.core.ground.errors import DataError, MemoryLimitError, NonFiniteError, UnsupportedModelError
 from actkit.core.ground.memory import format_bytes
 from actkit.core.ground.offload import refuse_offloaded
+from actkit.core.layers.cache_rounding import CHILD, IMPLEMENTATION
 from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.linear import ActLinear
 from actkit.core.measure.generation import generate_ids
 from actkit.core.measure.sampling import LIKELIEST, Sampling
 from actkit.core.model.anatomy import anatomy
 from actkit.core.model.architectures import find_architecture
-from actkit.core.model.parts import Block
+from actkit.core.model.parts import Block, attention_implementation
 from actkit.kernels import decode_products as forms
 from actkit.kernels import decode_step as steps
 from actkit.kernels.numba_cpu import array
@@ -74,7 +75,7 @@ def supports(model: nn.Module) -> str | None:
         return f"its model_type is {kind!r}; docs/architectures.md lists what the decoder takes"
     if not hasattr(model, "lm_head"):
         return "it has no output layer; load the model with its language-model head"
-    function = unknown_function(model)
+    function = unknown_function(model, ours=True)
     if function is not None:
         return function
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
@@ -85,10 +86,33 @@ def supports(model: nn.Module) -> str | None:
             parts.check(model, block)
         parts.refuse_rounded_inputs("lm_head", get_module(model, "lm_head"))
         form_of(model, blocks)
-        tables.choosing_features(blocks)
+        coded = codes_of_cache(model, blocks)
+        if tables.choosing_features(blocks) and coded:
+            return "its blocks choose keys by some features of a head, which are not kept as codes"
     except UnsupportedModelError as error:
         return str(error)
     return None
+
+
+def codes_of_cache(model: nn.Module, blocks: Sequence[Block]) -> bool:
+    """Say whether keys and values are kept as 8-bit codes: the model rounds them so (`quantize_cache`).
+
+    Args:
+        model: what is decoded.
+        blocks: its blocks.
+
+    Raises:
+        UnsupportedModelError: it rounds them in another way, or in some blocks only.
+    """
+    if attention_implementation(model) != IMPLEMENTATION:
+        return False
+    found = {getattr(getattr(block.attention.module, CHILD, None), "bits", None) for block in blocks if block.attention}
+    if found == {None}:
+        return False
+    if found != {8}:
+        said = ", ".join(f"{bits} bits" if bits else "not at all" for bits in sorted(found, key=str))
+        raise UnsupportedModelError(f"its keys and values are rounded to {said}, and codes of 8 bits are what is kept")
+    return True
 
 
 class Decoder:
@@ -142,7 +166,9 @@ class Decoder:
         blocks = _blocks(model)
         first = blocks[0].attention
         assert first is not None
-        self._check_memory(model, len(blocks), first.key_value_heads * first.head_dim, decode_only)
+        width = 1 + 4 / first.head_dim if codes_of_cache(model, blocks) else 4  # bytes of an entry of the cache
+        of_token = 2 * len(blocks) * first.key_value_heads * first.head_dim * width
+        self._check_memory(model, len(blocks), of_token, decode_only)
         form = form_of(model, blocks)
         self._rotaries = tables.rotaries(model, blocks, form, self.capacity)
         self._turned = self._rotaries[-1]
@@ -175,7 +201,13 @@ class Decoder:
         self._plan = steps.StepPlan(layers=places, products=table, thresholds=thresholds, **others)
         self.few = few_tokens(self._plan, self._matrices, self.embedding.dtype)
         self._work, self._memories = tables.memory(
-            self._plan, self.threads, first.heads, first.key_value_heads, self.capacity, self.vocabulary
+            self._plan,
+            self.threads,
+            first.heads,
+            first.key_value_heads,
+            self.capacity,
+            self.vocabulary,
+            codes_of_cache(model, blocks),
         )
 
     @staticmethod
@@ -191,7 +223,8 @@ class Decoder:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the key-value cache."""
-        return self._work.keys.nbytes + self._work.cached.nbytes
+        work = self._work
+        return sum(each.nbytes for each in (work.keys, work.cached, work.key_scales, work.value_scales))
 
     @property
     def density(self) -> float | None:
@@ -338,11 +371,11 @@ class Decoder:
 
     # -- building
 
-    def _check_memory(self, model: nn.Module, layers: int, width: int, decode_only: bool) -> None:
+    def _check_memory(self, model: nn.Module, layers: int, of_token: float, decode_only: bool) -> None:
         weights = sum(parameter.nbytes for parameter in model.parameters())
         weights += sum(buffer.nbytes for buffer in model.buffers())
         needed = weights // max(1, layers) if decode_only else weights  # a layer's own go when it is packed
-        cache = 2 * layers * width * self.capacity * 4
+        cache = int(of_token * self.capacity)
         free = psutil.virtual_memory().available
         if needed + cache > free:
             raise MemoryLimitError(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from actkit.core.grids.integers import IntegerGrid
 from actkit.kernels import decode_math as functions
 from actkit.kernels import decode_products as forms
 from actkit.kernels import decode_step as steps
@@ -152,9 +153,9 @@ class _Prompt:
         query = self._heads(out, place[steps.QUERY_AT], heads * plan.shared_by, layer, 0, turn, cos, sin)
         key = self._heads(out, place[steps.KEY_AT], heads, layer, 1, turn, cos, sin)
         value = self._heads(out, place[steps.VALUE_AT], heads, layer, None, turn, cos, sin)
-        keys = torch.from_numpy(work.keys[layer, first : first + heads, :end])
-        values = torch.from_numpy(work.cached[layer, first : first + heads, :end])
-        keys[:, begin:], values[:, begin:] = key, value
+        own = (layer, slice(first, first + heads), slice(end))
+        keys = _kept(key, work.keys[own], work.key_scales[own], begin)
+        values = _kept(value, work.cached[own], work.value_scales[own], begin)
         if place[steps.CHOOSING]:
             mixed = _chosen(query, keys, values, int(place[steps.CHOOSING]), int(place[steps.KEYS]))
             return mixed.transpose(0, 1).reshape(len(out), -1).to(self.dtype)
@@ -297,6 +298,26 @@ def _largest(gates: list[Tensor], quantile: float) -> list[Tensor]:
     deviation, mean = torch.std_mean(every, 1, correction=0, keepdim=True)
     cut = torch.where(deviation <= 5e-7 * mean.abs(), torch.inf, mean + deviation * quantile)
     return [F.relu(gate.float() - cut).to(gate.dtype) for gate in gates]
+
+
+def _kept(new: Tensor, kept: np.ndarray, scales: np.ndarray, begin: int) -> Tensor:
+    """Keep keys or values of some tokens, and return all up to them, float32 [heads, all, size].
+
+    Args:
+        new: float32 [heads, tokens, size].
+        kept: [heads, all, size], float32, or int8 for codes.
+        scales: float32 [heads, all] of codes, or [heads, 0].
+        begin: the first of the tokens.
+    """
+    all_of = torch.from_numpy(kept)
+    if not scales.size:
+        all_of[:, begin:] = new
+        return all_of
+    codes, scale, _ = IntegerGrid(8, -1, symmetric=True).quantize(new.float())
+    all_of[:, begin:] = (codes.short() - 128).to(torch.int8)
+    of_codes = torch.from_numpy(scales)
+    of_codes[:, begin:] = scale.squeeze(-1)
+    return all_of.float() * of_codes[..., None]
 
 
 def _chosen(query: Tensor, keys: Tensor, values: Tensor, r: int, k: int) -> Tensor:

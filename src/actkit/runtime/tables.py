@@ -386,7 +386,13 @@ def model_tables(model: nn.Module, blocks: Sequence[Block], form: Form, rotary: 
 
 
 def memory(
-    plan: steps.StepPlan, threads: int, heads: int, key_value_heads: int, capacity: int, vocabulary: int
+    plan: steps.StepPlan,
+    threads: int,
+    heads: int,
+    key_value_heads: int,
+    capacity: int,
+    vocabulary: int,
+    coded: bool = False,
 ) -> tuple[steps.Work, list[forms.Memory]]:
     """Allocate the memory that the step works in, and the key-value cache.
 
@@ -397,6 +403,7 @@ def memory(
         key_value_heads: of the cache.
         capacity: tokens.
         vocabulary: words.
+        coded: keep keys and values as codes of 8 bits.
 
     Returns:
         The step's memory, and what each thread's products work in, whose addresses the first holds.
@@ -407,6 +414,7 @@ def memory(
     width, hidden = line_padded(int(widths.max())), line_padded(plan.hidden)
     inputs = line_padded(int(max(products[:, forms.INPUTS].max(), plan.hidden)))
     cache = (layers, key_value_heads, capacity, plan.size)
+    scales = (layers, key_value_heads, capacity if coded else 0)
     memories = [forms.memory(int(products[:, forms.TILE].max())) for _ in range(threads)]
     work = steps.Work(
         embedded=aligned(plan.hidden, np.float32),
@@ -422,8 +430,10 @@ def memory(
         hidden=aligned(
             int((plan.layers[:, :-1, steps.FIRST_UNIT] + plan.layers[:, :-1, steps.UNITS]).max()), np.float32
         ),
-        keys=aligned(cache, np.float32),
-        cached=aligned(cache, np.float32),
+        keys=aligned(cache, np.int8 if coded else np.float32),
+        cached=aligned(cache, np.int8 if coded else np.float32),
+        key_scales=np.zeros(scales, np.float32),
+        value_scales=np.zeros(scales, np.float32),
         logits=aligned(vocabulary, np.float32),
         finite=aligned(threads, np.float32),
         counter=aligned(8, np.int64),

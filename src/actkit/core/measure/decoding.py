@@ -119,7 +119,7 @@ def choose_engine(model: nn.Module, *, capacity: int, decode_only: bool = False)
 
 def _own_forward(model: nn.Module) -> str | None:
     """What a model computes that its weights do not tell, or None."""
-    function = unknown_function(model)
+    function = unknown_function(model, ours=True)  # whether a decoder takes ours, it has said
     if function is not None:
         return function
     for path, module in model.named_modules():
