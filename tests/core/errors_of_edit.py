@@ -5,10 +5,21 @@ from __future__ import annotations
 import torch
 from tiny_models import HIDDEN, build
 
-from actkit.core.edit.edits import Configure, Replace, Set, apply_edit, describe_module, get_module, get_tensor, replay
+from actkit.core.edit.edits import (
+    Configure,
+    Insert,
+    Replace,
+    Set,
+    apply_edit,
+    describe_module,
+    get_module,
+    get_tensor,
+    replay,
+)
 from actkit.core.edit.folding import fold
 from actkit.core.ground import registry
 from actkit.core.layers.activations import Activation
+from actkit.core.layers.cache_rounding import CacheRounding
 from actkit.core.model.anatomy import anatomy, equalization_sets
 from actkit.core.recipe.runner import apply
 from error_proofs import Place, points, proof
@@ -62,3 +73,6 @@ proof(lambda p: folding(0, torch.ones(HIDDEN), torch.ones(HIDDEN)))
 
 
 proof(lambda p: folding(1, torch.arange(1.0, HIDDEN + 1)))
+
+
+proof(lambda p: apply_edit(build("llama"), Insert("model.layers.0.mlp", CacheRounding())))

@@ -144,7 +144,7 @@ TIED = {"tie_word_embeddings": True}
             {},
             Note("model.norm", "text"),
             EditError,
-            "Note was given, allowed are Replace, ReplaceTied, Set",
+            "Note was given, allowed are Replace, ReplaceTied, Insert",
         ),
         (TIED, Set("lm_head.weight", torch.zeros(50, HIDDEN)), EditError, "tied to model.embed_tokens.weight"),
         (TIED, Set("model.embed_tokens.weight", torch.zeros(50, HIDDEN)), EditError, "tied to lm_head.weight"),
@@ -188,7 +188,7 @@ def test_a_module_that_stands_in_two_places_is_refused():
 
 
 def test_replay_refuses_what_it_does_not_know():
-    with pytest.raises(EditError, match="none of replace, set, configure"):
+    with pytest.raises(EditError, match="none of replace, insert, set, configure"):
         replay(build("llama"), [{"rotate": "everything"}])
     with pytest.raises(RecipeError, match="'no_such_module' is not known"):
         replay(build("llama"), [{"replace": GATE, "module": "no_such_module", "spec": {}}])

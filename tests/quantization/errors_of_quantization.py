@@ -12,6 +12,7 @@ from actkit.quantization import awq, smoothquant_plus
 from actkit.quantization.adadim import adadim
 from actkit.quantization.adadim.sensitivity import weight_sensitivity
 from actkit.quantization.gptq import SecondOrder
+from actkit.quantization.quantize_cache import QuantizeCache
 from actkit.quantization.zeroquant_v2.lorc import Lorc
 from error_proofs import HOST, NAN, Place, proof, run
 
@@ -55,3 +56,6 @@ def rounded_before(p: Place) -> None:
     model = build("llama")
     apply(model, "rtn", progress=False)
     apply(model, Lorc(), progress=False)
+
+
+proof(lambda p: run(QuantizeCache(), kind="bert"))

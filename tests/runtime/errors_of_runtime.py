@@ -9,6 +9,9 @@ import numpy as np
 from tiny_models import build
 from torch import nn
 
+from actkit.core.model.anatomy import anatomy
+from actkit.core.recipe.runner import apply
+from actkit.quantization.quantize_cache import QuantizeCache
 from actkit.runtime import decoder as cpu
 from actkit.runtime.shards import kind_of
 from error_proofs import NAN, Place, proof
@@ -60,3 +63,10 @@ def not_side_by_side(p: Place) -> None:
     p.patch.setattr(cpu.steps, "step", lambda *_: False)
     p.patch.setattr(cpu.Decoder, "_follow_threads", lambda self: None)
     a_decoder(_plan=None, _work=None, _formats=None, _embedding=None, _table=None)._step(1)
+
+
+@proof
+def other_codes(p: Place) -> None:
+    model = build("llama")
+    apply(model, QuantizeCache(bits=4), progress=False)
+    cpu.codes_of_cache(model, anatomy(model).blocks)

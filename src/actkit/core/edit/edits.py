@@ -210,8 +210,9 @@ def apply_edit(model: nn.Module, edit: Edit, *, remember: bool = True, shared: S
         return _replace(model, parts_of(edit), remember, shared)
     if isinstance(edit, Insert):
         return _insert(model, edit)
-    allowed = "Replace, ReplaceTied, Insert, Set and Configure"
-    raise EditError(f"edit: {type(edit).__name__} was given, allowed are {allowed}.")
+    raise EditError(
+        f"edit: {type(edit).__name__} was given, allowed are Replace, ReplaceTied, Insert, Set and Configure."
+    )
 
 
 def parts_of(edit: Replace | ReplaceTied) -> tuple[Replace, ...]:
