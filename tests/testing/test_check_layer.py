@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from actkit.core.grids.floats import FloatGrid, fp4, fp8, nvfp4
 from actkit.core.grids.integers import IntegerGrid
 from actkit.core.ground import registry
 from actkit.core.layers.activations import (
@@ -28,7 +29,7 @@ from actkit.core.layers.folding import ScaledActivation
 from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.layers.selections import Selection, Threshold, TopK
-from actkit.core.layers.weights import IntegerWeight
+from actkit.core.layers.weights import FloatWeight, IntegerWeight, rounded
 from actkit.core.model.architecture_rows import ExpertsRow
 from actkit.core.model.experts import ExpertList, ScaledSigmoid
 from actkit.sparsity.active_dendrites.segments import DendriticSegments, PatternMemory, sparse_code
@@ -48,6 +49,8 @@ GRIDS = {
     "int8": IntegerGrid(8),
     "int4 in groups": IntegerGrid(4, 8, symmetric=True),
     "int3 by columns": IntegerGrid(3, 4, "output", convention="llm-awq"),
+    "fp8": fp8(),
+    "nvfp4": nvfp4(),
 }
 SELECTIONS: dict[str, Callable[[], Selection | None]] = {
     "all inputs": lambda: None,
@@ -75,7 +78,7 @@ class Made:
 def act_linear(grid: str = "dense", select: str = "all inputs", of: Any = None, bias: bool = True) -> Made:
     def make() -> nn.Module:
         linear = nn.Linear(IN, OUT, bias)
-        stored = None if GRIDS[grid] is None else IntegerWeight.quantize(linear.weight, GRIDS[grid])
+        stored = None if GRIDS[grid] is None else rounded(linear.weight, GRIDS[grid])
         correction = None if of is None else LowRank(torch.randn(OUT, 2), torch.randn(2, IN), of)
         return ActLinear.of(linear, weight=stored, select=SELECTIONS[select](), correction=correction)
 
@@ -92,6 +95,15 @@ def rounding(weight: IntegerGrid | None, static: bool = False) -> Made:
         return ActLinear.of(linear, weight=weight and IntegerWeight.quantize(linear.weight, weight), inputs=inputs)
 
     return Made(make, settings={"shape": lambda shape: (*shape[:-1], OUT), "smooth": False})
+
+
+def shifted_floats() -> nn.Module:
+    """A layer as LLM-FP4 makes it: an exponent for each column, and inputs in floats of one scale."""
+    linear, shift = nn.Linear(IN, OUT), torch.arange(IN) % 4
+    stored = FloatWeight.quantize(linear.weight, fp4()).shifted(shift)
+    grid = FloatGrid(2, 1, scope="tensor")
+    inputs = RoundedInputs(grid, torch.tensor([0.5]), divisor=torch.exp2(-shift.float()))
+    return ActLinear.of(linear, weight=stored, inputs=inputs)
 
 
 def act_conv(grid: str, convolution: Callable[[], nn.Module], *inputs: Tensor) -> Made:
@@ -165,6 +177,9 @@ LAYERS: dict[str, dict[str, Made]] = {
         "dense, rounded inputs": rounding(None),
         "int8 by rows, rounded inputs": rounding(IntegerGrid(8, symmetric=True)),
         "int8 by rows, inputs by one scale": rounding(IntegerGrid(8, symmetric=True), static=True),
+        "floats of shifted columns": Made(
+            shifted_floats, settings={"shape": lambda shape: (*shape[:-1], OUT), "smooth": False}
+        ),
         "int4, threshold, low rank": act_linear("int4 in groups", "threshold", "dropped", bias=False),
     },
     "act_conv": {

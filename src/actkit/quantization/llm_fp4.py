@@ -94,6 +94,13 @@ class LlmFp4(Transform):
             return "it changes the inputs that thresholds, scores and corrections were made for; put it first"
         return super().conflicts(earlier)
 
+    def passes(self, tokens: int) -> float:
+        formats = len(_formats(self.bits, self.exponent_bits))
+        if self.input_bits:
+            formats += len(_formats(self.input_bits, self.input_exponent_bits))
+        searched = formats * len(self._factors()) * (self.rounds if self.input_bits else 1)
+        return 1 + searched * min(self.tokens, tokens) / max(1, tokens)
+
     def observe(self, block: Block) -> Mapping[Site, Sequence[Statistic]]:
         return {inputs.site: [AbsMax(), Sample(self.tokens, self.seed)] for inputs in block.linear_inputs()}
 
