@@ -163,7 +163,7 @@ def test_rounded_inputs(weight, how, moved, correction):
     assert ActLinear.of(changed).inputs is changed.inputs
     with torch.no_grad():
         assert torch.equal(rebuilt(x), changed(x))
-        if not correction and changed.pack():
+        if changed.pack():
             for rows in (1, 8):
                 np.testing.assert_allclose(
                     changed(x[0, :1].expand(rows, IN)), expected[0, :1].repeat(rows, 0), rtol=1e-4, atol=1e-5
@@ -316,6 +316,16 @@ def test_a_large_weight_is_widened_piece_by_piece_alike(grid):
     for dtype in (torch.float32, torch.bfloat16):
         given = weight.to(dtype)
         assert torch.equal(IntegerWeight.quantize(given, grid).dequantize(), grid.fake(given).to(dtype))
+
+
+@pytest.mark.parametrize("weight", ["int4", "int8", "int3_outputs"])
+def test_a_packed_layer_adds_its_correction(weight):
+    changed, x = layer(weight, "none", "all"), inputs(3)
+    with torch.no_grad():
+        expected = changed(x)
+        assert changed.pack()
+        torch.testing.assert_close(changed(x), expected, rtol=1e-5, atol=1e-5)
+    assert not layer(weight, "none", "dropped").pack()
 
 
 def test_what_cannot_be_packed():

@@ -278,7 +278,9 @@ class ActLinear(nn.Module):
 
     def _kernel_weight(self) -> PackedWeight | QuantizedWeight | None:
         """The buffer that serves this layer, or None."""
-        if self.correction is not None or not isinstance(self.select, Threshold | TopK | None):
+        if not isinstance(self.select, Threshold | TopK | None):
+            return None
+        if self.correction is not None and (self.select is not None or self.correction.of != "all"):
             return None
         return self.storage.packed(self.select is not None)
 
@@ -293,15 +295,18 @@ class ActLinear(nn.Module):
 
     def _decode(self, x: Tensor) -> Tensor:
         select = self.select
+        chosen: dict[str, Any] = {} if select is None else {"score": select.score}
         if self.inputs is not None:  # what is not selected is 0 then, and stays 0
             x = self.inputs(x if select is None else select(x))
-            return self.storage.product(x, self._packed, self.bias, **({} if select is None else {"threshold": 0.0}))
-        chosen: dict[str, Any] = {} if select is None else {"score": select.score}
-        if isinstance(select, Threshold):
+            chosen = {} if select is None else {"threshold": 0.0}
+        elif isinstance(select, Threshold):
             chosen["threshold"] = self._packed_threshold
         elif isinstance(select, TopK):
             chosen["k"] = select.k
-        return self.storage.product(x, self._packed, self.bias, **chosen)
+        y = self.storage.product(x, self._packed, self.bias, **chosen)
+        return (
+            y if self.correction is None else y + self.correction(x)
+        )  # of all inputs: there is no selection beside it
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ActLinear:
         self.unpack()  # the buffer is of the weight as it was: another dtype or device needs another
