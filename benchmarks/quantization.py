@@ -74,10 +74,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few tokens: whether all runs")
     parser.add_argument("--json", metavar="PATH", help="also write the result to PATH, or to standard output for '-'")
     parser.add_argument("--folder", type=Path, help="keep models and results there; what is there is not run again")
+    parser.add_argument("--calibration", type=int, help="rows of calibration text, for a smaller run")
+    parser.add_argument("--held-out", type=int, help="rows of held-out text, for a smaller run")
     parser.add_argument("--only", nargs="+", choices=list(jobs()), help="run these alone")
     parser.add_argument("--peers", type=Path, default=PEERS, help="the Python of the peers' environment")
     chosen = parser.parse_args()
-    sizes = QUICK if chosen.quick else FULL
+    sizes = dict(QUICK if chosen.quick else FULL)
+    smaller = {key: value for key in ("calibration", "held_out") if (value := getattr(chosen, key)) is not None}
+    sizes |= smaller
     with tempfile.TemporaryDirectory() as temporary:
         folder = (chosen.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +90,7 @@ def main() -> None:
         for name, job in track(jobs().items(), "Quantizing"):
             if chosen.only is None or name in {"bf16", *chosen.only}:
                 rows[name] = run(name, job, given, sizes, folder, chosen.peers)
-    keep = not chosen.quick and chosen.only is None
+    keep = not chosen.quick and chosen.only is None and not smaller
     found = targets(rows, chosen.quick)
     common.report("quantization", judged(rows, given), found, chosen, keep=keep, **sizes, group=GROUP)
 
