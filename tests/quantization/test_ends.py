@@ -14,10 +14,12 @@ from actkit.core.ground.errors import CoverageError
 from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.linear import ActLinear
 from actkit.core.measure.cost import measure_cost
+from actkit.core.measure.decoding import _own_forward as own_forward
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.proposals import Shapes
 from actkit.core.recipe.runner import apply
 from actkit.quantization.gptq import Gptq
+from actkit.quantization.quantize_cache import QuantizeCache
 from actkit.quantization.rtn import RoundToNearest
 from actkit.runtime.decoder import Decoder
 from actkit.testing import check_transform, tiny_batches, tiny_model
@@ -156,3 +158,9 @@ def test_an_export_holds_the_table_dense_and_computes_the_same(kind: str, tmp_pa
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     ids = torch.arange(1, 9)[None]
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_decoder_takes_rounded_ends_and_a_rounded_cache() -> None:
+    model = tiny_model("llama")
+    apply(model, [RECIPE, QuantizeCache()], progress=False)
+    assert Decoder.supports(model) is None and own_forward(model) is None

@@ -7,7 +7,7 @@ of a token and head is found from its own vector, so that a vector is rounded al
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -23,6 +23,8 @@ class CacheRounding(nn.Module):
     Args:
         bits: 2 to 8.
     """
+
+    decodes_as: ClassVar[str] = "cache_rounding"
 
     def __init__(self, bits: int = 8) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ A head that is tied to the embedding shares the stored table: an `ActLinear` wit
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ class QuantizedEmbedding(nn.Module):
         factor: that every row is multiplied by, as in Gemma.
         padding_idx: as in nn.Embedding, for whoever reads it.
     """
+
+    decodes_as: ClassVar[str] = "quantized_embedding"
 
     def __init__(self, table: WeightStorage, factor: float = 1.0, padding_idx: int | None = None) -> None:
         super().__init__()
