@@ -2,19 +2,24 @@
 
     python benchmarks/w8a8.py [--quick] [--json PATH|-]
 
-Variants, interleaved in one process: float32 and bfloat16 as torch runs them, and the same with 8 bits (rtn by rows,
-round_inputs per token). Embedding, norms, attention and activation functions
-stay as they were. How far the sentence embeddings move is printed as 1 - cosine.
+Variants, interleaved: float32 and bfloat16 as torch runs them, and the same with 8 bits (rtn by rows, round_inputs per
+token). Embedding, norms, attention and activation functions stay as they were. How far the sentence embeddings move is
+printed as 1 - cosine. Beside them torchao's int8 (dynamic inputs, weights by row), compiled, in a process of
+`.venv-bench` that takes its turns, if that environment is there (`make bench`).
 """
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
 
 import common  # isort: skip  (before torch: it sets how idle threads wait)
 import torch
@@ -25,6 +30,7 @@ from actkit.core.measure.cost import measure_cost
 WEIGHTS = {"rtn": {"bits": 8, "group_size": -1, "symmetric": True}}
 RECIPE = {"actkit": 1, "transforms": [WEIGHTS, {"round_inputs": {}}]}  # no norm of MiniLM can take a scale
 ROWS, TOKENS, REPEATS = 32, 128, 15
+TORCHAO = "torchao int8, bfloat16, compiled"
 
 
 def encoder(dtype: str, recipe: dict[str, Any] | None = None) -> Any:
@@ -32,6 +38,42 @@ def encoder(dtype: str, recipe: dict[str, Any] | None = None) -> Any:
     if recipe is not None:
         actkit.apply(model, recipe, undo="off", progress=False)
     return model.eval()
+
+
+def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float(1 - torch.nn.functional.cosine_similarity(found, exact).mean())
+
+
+def torchao(model: Any, rows: int, folder: Path) -> Callable[[], Any] | None:
+    """One call of torchao's int8 model in a process of its own, or None if its environment does not run."""
+    python = HERE.parent / ".venv-bench" / "bin" / "python"
+    model.save_pretrained(folder)
+    command = [
+        str(python),
+        "-P",  # this folder has modules called as packages are
+        str(HERE / "w8a8_peer.py"),
+        str(folder),
+        str(rows),
+        str(TOKENS),
+        str(torch.get_num_threads()),
+    ]
+    try:
+        peer = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+    except OSError:
+        return None
+    assert peer.stdin is not None and peer.stdout is not None
+    into, out = peer.stdin, peer.stdout
+    if out.readline().strip() != "ready":
+        return None
+
+    def once() -> str:
+        into.write("\n")
+        into.flush()
+        return out.readline()
+
+    return once
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -46,14 +88,17 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "w8a8": encoder("float32", RECIPE),
         "w8a8, bfloat16": encoder("bfloat16", RECIPE),
     }
+    temporary = tempfile.TemporaryDirectory()
+    peer = torchao(models["bfloat16"], rows, Path(temporary.name))
     with torch.inference_mode():
         pooled = {name: model(**batch).last_hidden_state.float().mean(1) for name, model in models.items()}
-        seconds = common.interleaved(
-            {name: lambda model=model: model(**batch) for name, model in models.items()}, repeats
-        )
+        runs: dict[str, Callable[[], Any]] = {
+            name: lambda model=model: model(**batch) for name, model in models.items()
+        }
+        seconds = common.interleaved(runs | ({} if peer is None else {TORCHAO: peer}), repeats)
     found = []
-    for name, model in models.items():
-        cosine = torch.nn.functional.cosine_similarity(pooled[name], pooled["float32"]).mean()
+    for name in seconds:
+        model = models.get(name)
         found.append(
             {
                 "variant": name,
@@ -61,8 +106,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 "x float32": common.ratio(seconds["float32"], seconds[name])["ratio"],
                 "deciles": common.ratio(seconds["float32"], seconds[name])["deciles"],
                 "x bfloat16": common.ratio(seconds["bfloat16"], seconds[name])["ratio"],
-                "weights MB": measure_cost(model, progress=False).weight_bytes / 1e6,
-                "1 - cosine": float(1 - cosine),
+                "weights MB": None if model is None else measure_cost(model, progress=False).weight_bytes / 1e6,
+                "1 - cosine": None if model is None else distance(pooled[name], pooled["float32"]),
             }
         )
     ours = max((row for row in found if row["variant"].startswith("w8a8")), key=lambda row: row["x float32"])
