@@ -22,8 +22,11 @@ from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.runner import apply
 from actkit.core.store.checkpoint import load, save
+from actkit.quantization.awq import Awq
 from actkit.quantization.gptq import Gptq, Order, SecondOrder, round_in_order
+from actkit.quantization.round_inputs import RoundInputs
 from actkit.quantization.rtn import RoundToNearest
+from actkit.quantization.smooth import Smooth
 from actkit.sparsity.wina.wina import Wina
 from actkit.testing import tiny_batches, tiny_model
 from actkit.testing.transforms import equal, outputs
@@ -281,15 +284,25 @@ def test_values_that_are_not_finite_are_named() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_stack_with_wina_is_saved_loaded_and_undone(tmp_path: Path) -> None:
+STACKS: dict[str, list[Any]] = {
+    "gptq, wina": [Gptq(bits=4, group_size=8), Wina(sparsity=0.4)],
+    "smooth, gptq": [Smooth(), Gptq(bits=4, group_size=8)],
+    "awq's scales, gptq, round_inputs": [Awq(group_size=8, n_grid=4, round=False), Gptq(group_size=8), RoundInputs()],
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_a_stack_is_saved_loaded_and_undone(name: str, tmp_path: Path) -> None:
     model, batches = tiny_model("llama"), tiny_batches("llama", lengths=LONG)
     before = outputs(model, batches)
-    applied = apply(model, [Gptq(bits=4, group_size=8), Wina(sparsity=0.4)], batches, progress=False)
+    applied = apply(model, STACKS[name], batches, progress=False)
     after = outputs(model, batches)
     loaded = load(save(model, tmp_path / "stack"))
     equal(outputs(loaded, batches), after, "outputs")
     layers = [module for module in loaded.modules() if isinstance(module, ActLinear)]
-    assert len(layers) == 14 and all(isinstance(m.storage, IntegerWeight) and m.select is not None for m in layers)
+    assert len(layers) == 14 and all(isinstance(layer.storage, IntegerWeight) for layer in layers)
+    filled = {"gptq, wina": "select", "awq's scales, gptq, round_inputs": "inputs"}.get(name)
+    assert all(set(layer.other_slots) == ({filled} if filled else set()) for layer in layers)
     applied.undo()
     equal(outputs(model, batches), before, "outputs after undo")
 
