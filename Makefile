@@ -4,11 +4,12 @@
 # make docs   the site, from docs/ and the docstrings, into site/
 # make bench  the decoder beside llama.cpp, torchao and OpenVINO, also on a real model (a C++ compiler builds the first;
 #             three quarters of an hour)
+# make bench-quantization   our quantizers beside llm-compressor and AutoRound, on SmolLM2 (hours on two cores)
 # make zoo    train the embedded models again (two hours and a half on one core)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint docs bench zoo clean
+.PHONY: demo test test-all lint docs bench bench-quantization zoo clean
 
 demo: .venv/.installed
 	$(BIN)/actkit optimize smollm2 --minutes 5 --out actkit-report --overwrite
@@ -57,6 +58,15 @@ zoo: .venv/.installed
 	touch $@
 
 # The peers, whose versions of torch would not go with ours. One that does not install is a row that says so.
+bench-quantization: .venv/.installed .venv-quantization/.installed
+	$(BIN)/python benchmarks/quantization.py
+
+# llm-compressor wants other versions than we do; torch alone is pinned, as others pull in an accelerator's libraries.
+.venv-quantization/.installed:
+	test -x .venv-quantization/bin/python || $(PYTHON) -m venv .venv-quantization
+	.venv-quantization/bin/python -m pip install --quiet torch==2.13.0 llmcompressor==0.14.0.1 auto-round==0.15.1
+	touch $@
+
 .venv-bench/.installed: constraints.txt
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --upgrade pip
@@ -69,4 +79,4 @@ zoo: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-bench .venv-docs actkit-report site
+	rm -rf .venv .venv-bench .venv-quantization .venv-docs actkit-report site
