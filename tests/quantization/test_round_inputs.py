@@ -22,6 +22,7 @@ from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import Sample
 from actkit.quantization.awq import Awq
 from actkit.quantization.gptq import Gptq
+from actkit.quantization.noisyquant import NoisyQuant
 from actkit.quantization.outliertune import OutlierTune
 from actkit.quantization.round_inputs import RoundInputs
 from actkit.quantization.rtn import RoundToNearest
@@ -127,6 +128,8 @@ def test_what_stacks_and_what_is_refused():
 STACKS = {
     "smooth, rtn": [Smooth(), WEIGHTS, RoundInputs()],
     "smooth, gptq": [Smooth(), Gptq(bits=8, group_size=-1, symmetric=True), RoundInputs(per="tensor")],
+    "one scale, noise": [WEIGHTS, RoundInputs(per="tensor"), NoisyQuant(clip_grid=4, n_grid=4, rows=64)],
+    "outliertune, noise": [OutlierTune(), NoisyQuant(clip_grid=4, n_grid=4, rows=64)],
     "outliertune, gptq": [OutlierTune(round=("inputs",)), Gptq(bits=8, group_size=-1, symmetric=True)],
 }
 

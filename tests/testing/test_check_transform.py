@@ -55,6 +55,7 @@ ELSEWHERE = {  # those that do not fit every kind of model, or say less of it, a
     "sparkify": "sparsity/test_spark.py",
     "top_k_mlp": "sparsity/test_lazy_neuron.py",
     "llm_fp4": "quantization/test_llm_fp4.py",
+    "noisyquant": "quantization/test_noisyquant.py",
     "outliertune": "quantization/test_outliertune.py",
     "lorc": "quantization/test_lorc.py",
     "round_inputs": "quantization/test_round_inputs.py",

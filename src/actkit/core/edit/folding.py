@@ -79,6 +79,21 @@ def divide_norm(norm: Norm, scale: Tensor, shift: Tensor | None = None) -> Itera
     yield from _folded_bias(norm, getattr(norm.module, "bias", None), scale, shift)
 
 
+def shift_norm(norm: Norm, shift: Tensor) -> tuple[Set, Tensor]:
+    """Let a norm give x - shift. What reads it must take that back, as `fold` does for layers that hold plain weights.
+
+    Args:
+        norm: one with a bias.
+        shift: [channels].
+
+    Returns:
+        The edit, and the shift that is left of it once the bias is rounded to its dtype, float64 [channels].
+    """
+    bias: Tensor = norm.module.bias.detach()  # type: ignore[union-attr, operator, assignment]
+    moved = (bias.double() - shift.double()).to(bias.dtype)
+    return Set(f"{norm.path}.bias", moved), bias.double() - moved.double()
+
+
 def why_no_shift(group: EqualizationSet) -> str | None:
     """Say why no shift can move through a set, or None if it can.
 

@@ -52,6 +52,7 @@ class EqualizationSet:
         refused: why no scale can move here, or None.
         shared: if several columns of the consumer read one channel, which then have one scale.
         rescaled: names of other weights [.., in] whose columns take the scale, and which nobody rounds: a router's.
+        fixed: why no scale could move here even if no slot of the layers were filled, or None.
     """
 
     producer: Norm | Linear | str | None
@@ -61,6 +62,7 @@ class EqualizationSet:
     refused: str | None = None
     shared: SharedHeads | None = None
     rescaled: tuple[str, ...] = ()
+    fixed: str | None = None
 
     def tied(self, values: Tensor) -> Tensor:
         """Give columns that read one channel one value, the largest of theirs.
@@ -156,8 +158,8 @@ def _up_to_down(mlp: Mlp, root: nn.Module) -> EqualizationSet:
 
 
 def _with_known_layers(found: EqualizationSet, tied: set[int]) -> EqualizationSet:
-    refused = found.refused or _refused(found, tied)
-    return replace(found, refused=refused)
+    fixed = found.refused or _refused(found, tied)
+    return replace(found, refused=fixed or _filled(found), fixed=fixed)
 
 
 def _refused(found: EqualizationSet, tied: set[int]) -> str | None:
@@ -177,12 +179,17 @@ def _refused(found: EqualizationSet, tied: set[int]) -> str | None:
             return (
                 why_unread(linear.module) or f"{linear.path} is a {kind}, which actkit does not read as a linear layer"
             )
-        filled = linear.module.filled_slots if isinstance(linear.module, ActLinear) else ()
-        if filled:
-            return f"{linear.path} has its slot '{filled[0]}' filled, which was made for its inputs as they are"
     for part in (found.producer, *found.consumers):
         if not isinstance(part, str) and any(id(p) in tied for p in part.module.parameters()):
             return f"{part.path} is shared with another part of the model"
+    return None
+
+
+def _filled(found: EqualizationSet) -> str | None:
+    for linear in (part for part in (found.producer, *found.consumers) if isinstance(part, Linear)):
+        filled = linear.module.filled_slots if isinstance(linear.module, ActLinear) else ()
+        if filled:
+            return f"{linear.path} has its slot '{filled[0]}' filled, which was made for its inputs as they are"
     return None
 
 
