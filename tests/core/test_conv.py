@@ -73,7 +73,7 @@ def test_rounding_a_traced_model_takes_its_convolutions_saves_and_undoes_them(cn
     cost = measure_cost(cnn, [x], progress=False)
     assert cost.weight_bytes < 0.35 * bytes_before
     held = {layer.path: layer.weight_bytes for layer in cost.layers}
-    assert held["conv2"] == 32 * 16 * 9 + 32 * (4 + 1) + 32 * 4  # codes, scales and zero points, biases
+    assert held["conv2"] == 32 * 16 * 9 + 32 * (2 + 1) + 32 * 4  # codes, scales and zero points, biases
     rounded = cnn(x)
     torch.testing.assert_close(rounded, plain, rtol=0.05, atol=0.05)
     assert not torch.equal(rounded, plain)

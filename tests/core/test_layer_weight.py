@@ -49,7 +49,7 @@ def test_an_encoder_of_torch_runs_in_evaluation_mode_after_rounding() -> None:
     for layer in expected.layers:
         for linear in (layer.linear1, layer.linear2):
             linear.weight.data = GRID.fake(linear.weight.detach().float()).double()
-    apply(model, [RoundToNearest(bits=4, group_size=8)], [x()], min_coverage=0.0, progress=False)
+    apply(model, [RoundToNearest(bits=4, group_size=8, scale_dtype="float32")], [x()], min_coverage=0.0, progress=False)
     mask = torch.zeros(4, 5, dtype=torch.bool)
     mask[1, 3:] = True
     with torch.no_grad():

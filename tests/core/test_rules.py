@@ -400,7 +400,7 @@ def assert_finished(model: Any) -> None:
     expected.load_state_dict(
         {name: tensor for name, tensor in model.state_dict().items() if "down_proj" not in name}, strict=False
     )
-    apply(expected, RoundToNearest(bits=4, group_size=8), progress=False)
+    apply(expected, RoundToNearest(bits=4, group_size=8, scale_dtype="float32"), progress=False)
     for path in ("model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"):
         ours, theirs = model.get_submodule(path), expected.get_submodule(path)
         assert torch.equal(ours.storage.codes, theirs.storage.codes), path

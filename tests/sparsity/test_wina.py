@@ -170,7 +170,9 @@ def test_a_quantizer_that_moves_scales_may_not_follow() -> None:
         apply(model, [Wina(), Awq(group_size=8)], batches, progress=False)
     with pytest.raises(RecipeError, match=r"Wina cannot follow Teal: both fill the select slot"):
         apply(model, [Teal(), Wina()], batches, progress=False)
-    apply(model, [Wina(), RoundToNearest(group_size=8)], batches, progress=False)  # it moves none
+    apply(
+        model, [Wina(), RoundToNearest(group_size=8, scale_dtype="float32")], batches, progress=False
+    )  # it moves none
     layer = model.model.layers[0].mlp.up_proj
     plain = tiny_model("llama").model.layers[0].mlp.up_proj.weight.detach()
     torch.testing.assert_close(layer.dequantized(), IntegerGrid(4, 8).fake(plain))

@@ -24,7 +24,9 @@ from actkit.core.layers.activations import (
     function_names,
     says_what_it_mixes,
 )
+from actkit.core.layers.cache_rounding import CacheRounding
 from actkit.core.layers.conv import ActConv
+from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.folding import ScaledActivation
 from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.layers.rounded_inputs import RoundedInputs
@@ -181,6 +183,14 @@ LAYERS: dict[str, dict[str, Made]] = {
             shifted_floats, settings={"shape": lambda shape: (*shape[:-1], OUT), "smooth": False}
         ),
         "int4, threshold, low rank": act_linear("int4 in groups", "threshold", "dropped", bias=False),
+    },
+    "cache_rounding": {"8 bits": Made(CacheRounding, settings={"smooth": False})},
+    "quantized_embedding": {
+        "8 bits": Made(
+            lambda: QuantizedEmbedding(IntegerWeight.quantize(torch.randn(OUT, IN), IntegerGrid(8, symmetric=True))),
+            (torch.arange(OUT).view(2, -1), torch.tensor([[3], [0]])),
+            settings={"smooth": False, "rows": False, "shape": lambda shape: (*shape, IN)},
+        )
     },
     "act_conv": {
         "int8, images": act_conv("int8 by rows", lambda: nn.Conv2d(4, 8, 3, padding=1), torch.randn(2, 4, 6, 5)),

@@ -58,6 +58,7 @@ ELSEWHERE = {  # those that do not fit every kind of model, or say less of it, a
     "noisyquant": "quantization/test_noisyquant.py",
     "outliertune": "quantization/test_outliertune.py",
     "lorc": "quantization/test_lorc.py",
+    "quantize_cache": "quantization/test_quantize_cache.py",
     "round_inputs": "quantization/test_round_inputs.py",
     "smooth": "quantization/test_smooth.py",
     "smoothquant_plus": "quantization/test_smoothquant_plus.py",

@@ -81,7 +81,7 @@ class LowRank(nn.Module):
         return {"rank": self.left.shape[1], "of": self.of} | ({"factors": stored} if any(stored) else {})
 
     @classmethod
-    def from_spec(cls, spec: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype) -> LowRank:
+    def of_structure(cls, spec: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype) -> LowRank:
         """A correction of a layer [out, in] of the right structure, whose values come from a weights file."""
         shapes = (shape[0], spec["rank"]), (spec["rank"], shape[1])
         left, right = (
@@ -360,7 +360,7 @@ class ActLinear(nn.Module):
         weight = registry.weight_class(stored["kind"]).from_spec(stored, shape, dtype)
         correction = None
         if spec["correction"] is not None:
-            correction = LowRank.from_spec(spec["correction"], shape, dtype)
+            correction = LowRank.of_structure(spec["correction"], shape, dtype)
         rounded = spec.get("inputs")  # folders of earlier versions say nothing of it
         inputs = None if rounded is None else registry.inputs_class(rounded["kind"]).from_spec(rounded, shape[1])
         return cls(weight, bias, select, correction, inputs)
