@@ -25,10 +25,8 @@ import torch
 
 from actkit import zoo
 from actkit.claims.outcome import Experiment, Measurement, Outcome, Statement, conduct
-from actkit.claims.subject import REAL, Subject, spread
+from actkit.claims.subject import REAL, Subject, moved_by, spread
 from actkit.core.edit.edits import Replace
-from actkit.core.forward.batch import first_tensor, forward
-from actkit.core.forward.hooks import evaluating
 from actkit.core.grids.integers import Convention, IntegerGrid
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.weights import DenseWeight
@@ -144,7 +142,7 @@ def _on_a_real_model(name: str, progress: bool, sizes: Sizes) -> Outcome:
 
 def on_the_twin(twin: Subject, natural: Subject, sizes: Sizes) -> Measurement:
     """The gap that rounding opens on the twin, and how much of it is left with AWQ."""
-    moved = _moved(natural, twin)
+    moved = moved_by(natural, twin)
     rounded, _, clipped = arms(twin, sizes, 3, sizes.seeds)
     left, holds = _left(twin, rounded[0], clipped)
     here = f"{described(twin, sizes)}; {spread(left, '.2f')} of the gap is left at 3 bits; logits differ by {moved:.0e}"
@@ -153,7 +151,7 @@ def on_the_twin(twin: Subject, natural: Subject, sizes: Sizes) -> Measurement:
 
 def on_the_off_grid_twin(twin: Subject, published: Subject, sizes: Sizes) -> Measurement:
     """The same on a model with large channels of its own, and the model beside its twin."""
-    moved, seeds = _moved(published, twin), sizes.seeds
+    moved, seeds = moved_by(published, twin), sizes.seeds
     rounded, clipped = arms(twin, sizes, 3, seeds, scaled=False)
     left, holds = _left(twin, rounded[0], clipped)
     rounded_4, clipped_4 = arms(twin, sizes, 4, seeds[:1], scaled=False)
@@ -168,15 +166,6 @@ def on_the_off_grid_twin(twin: Subject, published: Subject, sizes: Sizes) -> Mea
         f"at 3 bits; logits differ by {moved:.0e}. {_large_channels(published)}"
     )
     return Measurement(here, moved <= 1e-4 and holds)
-
-
-def _moved(natural: Subject, twin: Subject) -> float:
-    """The largest difference of the logits over the largest logit, on a batch of held-out text."""
-    outputs = []
-    for subject in (natural, twin):
-        with evaluating(subject.model):
-            outputs.append(first_tensor(forward(subject.model, natural.held_out[0])))
-    return float((outputs[1] - outputs[0]).abs().max() / outputs[0].abs().max())
 
 
 def _left(twin: Subject, rounded: float, clipped: list[float]) -> tuple[list[float], bool]:

@@ -25,11 +25,9 @@ from torch import nn
 
 from actkit.claims import small_models
 from actkit.claims.outcome import SMALL, Experiment, Measurement, Outcome, Statement, conduct
-from actkit.claims.subject import REAL, Subject, spread
+from actkit.claims.subject import REAL, Subject, moved_by, spread
 from actkit.core.edit.edits import apply_edit
 from actkit.core.edit.folding import fold
-from actkit.core.forward.batch import first_tensor, forward
-from actkit.core.forward.hooks import evaluating
 from actkit.core.model.anatomy import Site, anatomy, equalization_sets
 from actkit.core.train.training import train
 from actkit.core.watch.capture import record
@@ -203,11 +201,7 @@ def described(subject: Subject, found: dict[str, list[float]], bits: int) -> str
 
 def on_the_twin(twin: Subject, natural: Subject, sizes: Sizes) -> Measurement:
     """The gaps on the twin, the natural model beside it."""
-    outputs = []
-    for subject in (natural, twin):
-        with evaluating(subject.model):
-            outputs.append(first_tensor(forward(subject.model, natural.held_out[0])))
-    moved = float((outputs[1] - outputs[0]).abs().max() / outputs[0].abs().max())
+    moved = moved_by(natural, twin)
     found, beside = arms(twin, sizes, 6), arms(natural, sizes, 6)
     token, smoothed = gap(twin, found, OURS, TOKENS), gap(twin, found, OURS, SMOOTHED)
     better = sum(ours < without for ours, without in zip(found[OURS], found[UNCENTRED], strict=True))

@@ -20,9 +20,7 @@ from typing import Any
 from scipy.stats import spearmanr
 
 from actkit.claims.outcome import Experiment, Measurement, Outcome, Statement, conduct
-from actkit.claims.subject import REAL, Subject, spread
-from actkit.core.forward.batch import first_tensor, forward
-from actkit.core.forward.hooks import evaluating
+from actkit.claims.subject import REAL, Subject, moved_by, spread
 from actkit.core.grids.integers import IntegerGrid
 from actkit.core.model.anatomy import anatomy
 from actkit.core.watch.capture import record
@@ -142,7 +140,7 @@ def described(subject: Subject, found: dict[str, list[float]]) -> str:
 
 def on_the_twin(twin: Subject, published: Subject, sizes: Sizes) -> Measurement:
     """The gap that rounding opens, and how much of it is left."""
-    moved = _moved(published, twin)
+    moved = moved_by(published, twin)
     found = arms(twin, sizes, 4)
     exact = twin.perplexity()
     gap = found["rounded"][0] - exact
@@ -164,15 +162,6 @@ def lossless(natural: Subject, sizes: Sizes) -> Measurement:
     found = arms(natural, sizes, 4)["SmoothQuant+"]
     ratio = mean(found) / natural.perplexity()
     return Measurement(f"{natural.perplexity():.2f} -> {spread(found)}, {ratio:.4f} x", ratio <= 1.02)
-
-
-def _moved(published: Subject, twin: Subject) -> float:
-    """The largest difference of the logits over the largest logit, on a batch of held-out text."""
-    outputs = []
-    for subject in (published, twin):
-        with evaluating(subject.model):
-            outputs.append(first_tensor(forward(subject.model, published.held_out[0])))
-    return float((outputs[1] - outputs[0]).abs().max() / outputs[0].abs().max())
 
 
 # -- the premise -------------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from torch import nn
 
 from actkit import zoo
 from actkit.core.edit.edits import Edit, Replace, temporarily
+from actkit.core.forward.batch import first_tensor, forward
+from actkit.core.forward.hooks import evaluating
 from actkit.core.measure.quality import measure_quality
 from actkit.core.model.anatomy import Site, anatomy
 from actkit.core.recipe.recipe import Recipe
@@ -169,6 +171,15 @@ class Subject:
         if (key, seed) not in self._perplexities:
             self._perplexities[key, seed] = measure()
         return self._perplexities[key, seed]
+
+
+def moved_by(published: Subject, twin: Subject) -> float:
+    """The largest difference of a twin's logits over the largest logit, on a batch of held-out text."""
+    outputs = []
+    for subject in (published, twin):
+        with evaluating(subject.model):
+            outputs.append(first_tensor(forward(subject.model, published.held_out[0])))
+    return float((outputs[1] - outputs[0]).abs().max() / outputs[0].abs().max())
 
 
 def spread(values: Sequence[float], form: str = ".2f") -> str:
