@@ -146,6 +146,8 @@ class Lazy(Transform):
             seen.calls(block.path)
         elif self.how == "block_calls":
             return seen.block_calls
+        elif self.how == "targets":
+            return seen.targets
         elif self.how == "trial":
             return seen.trial([])
         elif self.how == "site":

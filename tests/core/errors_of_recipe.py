@@ -131,6 +131,9 @@ proof(lambda p: run(Lazy(how="block_calls"), None))
 proof(lambda p: run(Lazy(how="trial"), None))
 
 
+proof(lambda p: run(Lazy(how="targets"), None))
+
+
 proof(lambda p: apply(broken(), "teal", batches("llama"), progress=False))
 
 

@@ -205,6 +205,6 @@ def test_a_call_whose_rows_cannot_be_told_apart_stays_whole(monkeypatch):
         walk.start(("original",))
         (call,) = walk.calls(0, "original")[:1]
         # as if a table [batch, ...] of another meaning were cut too
-        monkeypatch.setattr(Call, "first_rows", lambda self, count: self.with_hidden(self.hidden[:count] * 2))
+        monkeypatch.setattr(Call, "rows", lambda self, start, stop: self.with_hidden(self.hidden[start:stop] * 2))
         ((_, found),) = walk.some_calls(0, "original", 1)
         assert found is call

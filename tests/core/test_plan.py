@@ -69,7 +69,7 @@ class Observing(Transform):
 class Computing(Transform):
     tags: ClassVar[Tags] = Tags(needs_data=True)
 
-    def memory(self, block: Block) -> int:
+    def memory(self, block: Block, length: int) -> int:
         return 1000 + block.linears()[0].in_features
 
 

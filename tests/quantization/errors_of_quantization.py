@@ -6,12 +6,14 @@ import torch
 from tiny_models import build
 
 from actkit.core.model.anatomy import Site
+from actkit.core.recipe.reconstruction import Example
 from actkit.core.recipe.runner import apply
 from actkit.core.watch.statistics import Gram
 from actkit.quantization import awq, smoothquant_plus
 from actkit.quantization.adadim import adadim
 from actkit.quantization.adadim.sensitivity import weight_sensitivity
 from actkit.quantization.gptq import SecondOrder
+from actkit.quantization.omniquant import OmniQuant
 from actkit.quantization.quantize_cache import QuantizeCache
 from actkit.quantization.zeroquant_v2.lorc import Lorc
 from error_proofs import HOST, NAN, Place, proof, run
@@ -33,6 +35,12 @@ def no_strength(p: Place) -> None:
 def no_axis(p: Place) -> None:
     p.patch.setattr(adadim, "_squared_error", lambda *_: (NAN, 1))
     run(adadim.AdaDim(group_size=8))
+
+
+@proof
+def nothing_to_learn_from(p: Place) -> None:
+    p.patch.setattr(Example, "error", lambda self, output: output.sum() * NAN)
+    run(OmniQuant(group_size=8, epochs=1))
 
 
 @proof

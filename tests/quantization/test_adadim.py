@@ -136,8 +136,8 @@ def test_gptq_rounds_with_the_axes_that_rounding_to_nearest_chose() -> None:
         first = next(iter(axes[-1]))
         assert axes[0][first] == axes[-1][first]  # later ones see other layers before them
     assert set(axes[1].values()) == {"input", "output"}
-    assert AdaDim(method="gptq").memory(anatomy(model).block(0)) == Gptq().memory(anatomy(model).block(0)) > 0
-    assert AdaDim().memory(anatomy(model).block(0)) == 0
+    assert AdaDim(method="gptq").memory(anatomy(model).block(0), 1) == Gptq().memory(anatomy(model).block(0), 1) > 0
+    assert AdaDim().memory(anatomy(model).block(0), 1) == 0
 
 
 def test_an_axis_that_does_not_fit_is_left_out_or_refused() -> None:

@@ -269,8 +269,8 @@ def test_what_is_observed_together() -> None:
     sites = [[str(inputs.site) for inputs in stage] for stage in Gptq().stages(dense)]
     assert sites == [[f"blocks.0.{name}"] for name in ("attention.input", "attention.mixed", "mlp.input", "mlp.hidden")]
     assert [len(stage) for stage in Gptq(true_sequential=False).stages(dense)] == [4]
-    assert Gptq().memory(dense) == 28 * 24**2
-    assert Gptq(true_sequential=False).memory(dense) == 4 * (3 * 16**2 + 24**2) + 24 * 24**2
+    assert Gptq().memory(dense, 1) == 28 * 24**2
+    assert Gptq(true_sequential=False).memory(dense, 1) == 4 * (3 * 16**2 + 24**2) + 24 * 24**2
     assert [len(stage) for stage in Gptq().stages(with_experts)] == [1, 1]  # its experts are closed
 
 

@@ -56,11 +56,13 @@ ELSEWHERE = {  # those that do not fit every kind of model, or say less of it, a
     "top_k_mlp": "sparsity/test_lazy_neuron.py",
     "llm_fp4": "quantization/test_llm_fp4.py",
     "noisyquant": "quantization/test_noisyquant.py",
+    "omniquant": "quantization/test_omniquant.py",
     "outliertune": "quantization/test_outliertune.py",
     "lorc": "quantization/test_lorc.py",
     "quantize_cache": "quantization/test_quantize_cache.py",
     "round_inputs": "quantization/test_round_inputs.py",
     "smooth": "quantization/test_smooth.py",
+    "zeroquant": "quantization/test_zeroquant.py",
     "smoothquant_plus": "quantization/test_smoothquant_plus.py",
 }
 

@@ -102,7 +102,7 @@ class Gptq(Transform):
         four = cls(bits=4, group_size=shapes.group)
         yield Idea("gptq 4 bit", four, f"{why}{poor_at_four_bits(profile)}", 35)
 
-    def memory(self, block: Block) -> int:
+    def memory(self, block: Block, length: int) -> int:
         widths = [[inputs.linears[0].in_features for inputs in stage] for stage in self.stages(block)]
         moments = max((sum(4 * width**2 for width in stage) for stage in widths), default=0)
         return moments + (BYTES - 4) * max((width for stage in widths for width in stage), default=0) ** 2

@@ -84,7 +84,7 @@ class NoisyQuant(Transform):
     def targets(self, block: Block) -> Iterable[Linear]:
         return [linear for linear in block.linears() if linear.role not in self.skip]
 
-    def memory(self, block: Block) -> int:
+    def memory(self, block: Block, length: int) -> int:
         return max((4 * self.rows * linear.in_features for linear in block.linears()), default=0)
 
     def observe(self, block: Block) -> Mapping[Site, Statistic | Sequence[Statistic]]:

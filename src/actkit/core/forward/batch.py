@@ -427,11 +427,16 @@ class BatchContext:
             return self.mask.sum(1)
         return torch.full((self.batch_size,), self.length or 1)
 
-    def first_rows(self, count: int) -> BatchContext:
-        """The context of the first `count` rows."""
-        mask = None if self.mask is None else self.mask[:count]
+    def rows(self, start: int, stop: int) -> BatchContext:
+        """The context of some consecutive rows."""
+        chosen = slice(start, stop)
         return replace(
-            self, batch_size=count, mask=mask, documents=self.documents[:count], positions=self.positions[:count]
+            self,
+            batch_size=len(range(self.batch_size)[chosen]),
+            mask=None if self.mask is None else self.mask[chosen],
+            documents=self.documents[chosen],
+            positions=self.positions[chosen],
+            first_row=self.first_row + start,
         )
 
     @classmethod

@@ -123,10 +123,26 @@ class Grid(ABC):
             ValueError: the groups do not fit.
         """
         with torch.no_grad():
-            scale, zero = self.from_range(*choose(self._groups(_wide(x.detach())), self))
-            if self.scope == "tensor":
-                return scale.flatten(), None if zero is None else zero.flatten().to(torch.uint8)
-            return self._turned(scale.squeeze(-1)), None if zero is None else self._turned(zero.squeeze(-1).byte())
+            scale, zero = self.tracked_parameters(x.detach(), choose)
+            return scale, None if zero is None else zero.to(torch.uint8)
+
+    def tracked_parameters(self, x: Tensor, choose: Choose = min_max) -> tuple[Tensor, Tensor | None]:
+        """Find scale and zero of values, with gradients to the values and to what `choose` learns.
+
+        Args:
+            x: [..., n].
+            choose: gives the range of each group.
+
+        Returns:
+            As `parameters`, but zero in floats.
+
+        Raises:
+            ValueError: the groups do not fit.
+        """
+        scale, zero = self.from_range(*choose(self._groups(_wide(x)), self))
+        if self.scope == "tensor":
+            return scale.flatten(), None if zero is None else zero.flatten()
+        return self._turned(scale.squeeze(-1)), None if zero is None else self._turned(zero.squeeze(-1))
 
     def fake(self, x: Tensor, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
         """Round values to the grid.

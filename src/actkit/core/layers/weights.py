@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from actkit.core.grids.floats import FloatGrid
-from actkit.core.grids.grid import Grid
+from actkit.core.grids.grid import Choose, Grid
 from actkit.core.grids.integers import IntegerGrid
 from actkit.core.grids.packing import pack_codes, packed_width, unpack_codes
+from actkit.core.grids.ranges import min_max
 from actkit.core.grids.scales import holds, power_of_two, read_scale, stored_scale
 from actkit.core.ground import registry
 from actkit.core.layers.keeps_dtype import KeepsDtype
@@ -197,21 +198,27 @@ class CodedWeight(WeightStorage):
         self.register_buffer("whole", whole)
 
     @classmethod
-    def quantize(cls, weight: Tensor, grid: Any) -> Self:
+    def quantize(cls, weight: Tensor, grid: Any, choose: Choose = min_max) -> Self:
         """Round a weight [out, in] to the grid.
 
         Args:
             weight: [out, in].
             grid: to round to. If 16 bits cannot hold its scales (below 6e-5 for float16), they stay float32.
+            choose: gives the range of each group.
 
         Raises:
             ValueError: the groups do not fit.
         """
         weight, grid = weight.detach(), grid.of(*weight.shape)
-        codes, scale, zero = grid.quantize(weight)
+
+        def quantized(grid: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+            found = () if choose is min_max else grid.parameters(weight, choose)
+            return grid.quantize(weight, *found)
+
+        codes, scale, zero = quantized(grid)
         if not holds(scale, grid.scale_dtype):
             grid = replace(grid, scale_dtype="float32")
-            codes, scale, zero = grid.quantize(weight)
+            codes, scale, zero = quantized(grid)
         return cls.of_codes(codes, scale, zero, grid, weight.dtype, grid.whole(weight.float()))
 
     @classmethod

@@ -222,11 +222,30 @@ class Walk:
         rows = int(enough[0]) + 1 if len(enough) else call.context.batch_size
         if rows == call.context.batch_size or self._rows_apart is False:
             return call
-        cut = call.first_rows(rows)
-        if self._rows_apart is None:  # asked once: a tensor may have as many heads as the batch has rows
+        return call.rows(0, rows) if self.rows_apart(k, call, rows) else call
+
+    def rows_apart(self, k: int, call: Call, rows: int) -> bool:
+        """Say whether block k gives the same for the first rows of a call alone; it is tried once.
+
+        Args:
+            k: index of the block.
+            call: of it.
+            rows: fewer than the call has.
+        """
+        if self._rows_apart is None:  # a tensor may have as many heads as the batch has rows
             module = self.anatomy.model.get_submodule(self.anatomy.blocks[k].path)
-            self._rows_apart = _same(lambda: cut.replay(module), call.replay(module)[:rows])
-        return cut if self._rows_apart else call
+            self._rows_apart = _same(lambda: call.rows(0, rows).replay(module), call.replay(module)[:rows])
+        return self._rows_apart
+
+    def outputs(self, k: int, stream: str) -> list[Tensor]:
+        """Return what block k, as it stands now, gives on each call of a stream.
+
+        Args:
+            k: index of the block.
+            stream: 'original' or 'edited'.
+        """
+        module = self.anatomy.model.get_submodule(self.anatomy.blocks[k].path)
+        return [call.replay(module) for call in self._calls[stream]]
 
     def observe(self, k: int, stream: str, wanted: Mapping[Site, Any]) -> Mapping[Site, Any]:
         """Return fresh statistics of block k as it stands now, of all processes; a pass ends once all sites are seen.
@@ -258,9 +277,8 @@ class Walk:
             return []
         if not self.chained:
             return self._from_prefix(k + 1, stream)
-        module = self.anatomy.model.get_submodule(self.anatomy.blocks[k].path)
         if outputs is None:
-            outputs = [call.replay(module) for call in self._calls[stream]]
+            outputs = self.outputs(k, stream)
         return [
             prototype[k + 1].with_hidden(hidden) for prototype, hidden in zip(self._prototypes, outputs, strict=True)
         ]

@@ -179,7 +179,7 @@ def _cost(
     block = view.block(0)
     with offload.onloaded(view.model, block.path):  # a statistic may be weighted by the layer's weight
         statistics = max((_statistics_bytes(t, block) for t in needy), default=0)
-        worked = max((t.memory(block) for t in needy), default=0)
+        worked = max((t.memory(block, _length(walk)) for t in needy), default=0)
     if offload.is_offloaded(block.module):
         memory.append(("weights of one block, brought in place", parameter_bytes(block.module)))
     if statistics:
@@ -221,6 +221,11 @@ def _rows(walk: Walk) -> int:
     """The rows of hidden states that enter a block: tokens, or the patches of images."""
     stream = next(iter(walk.streams))
     return sum(call.hidden.numel() // call.hidden.shape[-1] for call in walk.calls(0, stream))
+
+
+def _length(walk: Walk) -> int:
+    """The rows of hidden states of one example of the walk."""
+    return max(call.hidden[0].numel() // call.hidden.shape[-1] for call in walk.calls(0, next(iter(walk.streams))))
 
 
 def _statistics_bytes(transform: Transform, block: Block) -> int:

@@ -332,14 +332,18 @@ class _Run:
         self, index: int, turn: range, walk: Walk | None, streams: Sequence[str]
     ) -> dict[str, list[Call]]:
         """Run the transforms of a turn on a block; returns the calls of the next one, by stream."""
-        following = {"original": walk.following(index, "original")} if walk and "original" in streams else {}
+        following, targets = {}, None
+        if walk is not None and "original" in streams:
+            if any(transform.tags.needs_targets for transform in self.transforms[turn.start : turn.stop]):
+                targets = walk.outputs(index, "original")
+            following["original"] = walk.following(index, "original", targets)
         self._open_experts(self.view.block(index))
         originals: dict[str, nn.Module] = {}
         for position in turn:
             transform = self.transforms[position]
             edits: Iterable[Edit | Skip | Note] | None = self.steps.take(position, index)
             if edits is None:
-                edits = self.steps.keep(position, index, self._edits(transform, index, walk, originals))
+                edits = self.steps.keep(position, index, self._edits(transform, index, walk, originals, targets))
             self._apply_all(transform, edits, originals)
         self._close_experts()
         if walk is not None and "edited" in streams:
@@ -347,7 +351,12 @@ class _Run:
         return following
 
     def _edits(
-        self, transform: Transform, index: int, walk: Walk | None, originals: dict[str, nn.Module]
+        self,
+        transform: Transform,
+        index: int,
+        walk: Walk | None,
+        originals: dict[str, nn.Module],
+        targets: Sequence[torch.Tensor] | None = None,
     ) -> Iterator[Edit | Skip | Note]:
         """Observe a block, then what the transform makes of it."""
         block = self.view.block(index, originals)
@@ -361,7 +370,8 @@ class _Run:
         if transform.tags.parts:
             name = type(transform).__name__
             self.report.skipped += [(path, name, reason) for path, reason in block.unread()]
-        seen = Seen(type(transform).__name__, transform.tags, walk if transform.needs_data else None, block, statistics)
+        walked = walk if transform.needs_data else None
+        seen = Seen(type(transform).__name__, transform.tags, walked, block, statistics, targets)
         yield from transform.edit(block, seen)
 
     def _apply_all(

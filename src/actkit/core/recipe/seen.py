@@ -33,14 +33,22 @@ class Seen:
         walk: None if it needs no data.
         block: what was seen.
         statistics: by site.
+        targets: see the property.
     """
 
     def __init__(
-        self, method: str, tags: Tags, walk: Walk | None, block: Block, statistics: Mapping[Site, Any] | None = None
+        self,
+        method: str,
+        tags: Tags,
+        walk: Walk | None,
+        block: Block,
+        statistics: Mapping[Site, Any] | None = None,
+        targets: Sequence[Tensor] | None = None,
     ) -> None:
         """What the class `method` with these tags sees; walk: None if it needs no data."""
         self._method, self._tags = method, tags
         self._walk, self._block, self._statistics = walk, block, statistics or {}
+        self._targets = targets
 
     def __getitem__(self, site: Site) -> Any:
         if site not in self._statistics:
@@ -56,9 +64,41 @@ class Seen:
     @property
     def block_calls(self) -> list[Call]:
         """The block's own calls on its stream: replay them to evaluate the whole block."""
+        return self.calls_of_block(self._tags.observed_stream)
+
+    def calls_of_block(self, stream: str) -> list[Call]:
+        """Return the block's own calls on one of the streams that the transform declares.
+
+        Args:
+            stream: 'original' or 'edited'.
+        """
         walk = self._walked("block_calls")
         check_shares(self._method, self._tags)
-        return walk.calls(self._block.index, self._tags.observed_stream)
+        return walk.calls(self._block.index, stream)
+
+    @property
+    def targets(self) -> Sequence[Tensor]:
+        """What the block gave on each call of the original stream, before any transform of the recipe changed it.
+
+        Raises:
+            RecipeError: the transform does not declare `needs_targets`, and stream 'original' or 'both'.
+        """
+        if self._targets is None:
+            raise RecipeError(
+                f"targets: they were not kept for {self._method}; declare Tags(needs_targets=True, stream='both')."
+            )
+        return self._targets
+
+    def rows_apart(self, rows: int) -> bool:
+        """Say whether the block gives the same for some rows of a call alone, so that calls can be cut.
+
+        Args:
+            rows: how many; more than a call has need no cutting.
+        """
+        walk = self._walked("rows_apart")
+        longer = (call for call in self.block_calls if call.context.batch_size > rows)
+        call = next(longer, None)
+        return call is None or walk.rows_apart(self._block.index, call, rows)
 
     def observe(self, wanted: Mapping[Site, Statistic | Sequence[Statistic]]) -> Mapping[Site, Any]:
         """Return fresh statistics of the block as it stands now, behind the edits that were yielded so far.

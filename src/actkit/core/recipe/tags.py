@@ -23,6 +23,7 @@ class Tags:
         plans_in_turn: its `plan` needs the model as the transforms before it left it. These are applied to all blocks
             first, and what they left is the original from there on, for this transform and those after it.
         records_calls: it replays recorded calls, which count in the memory plan.
+        needs_targets: it needs what the untouched block gives on the original stream (`Seen.targets`).
         sums_calls: it adds up with `seen.total` what it computes from recorded calls, so that it may run in several
             processes, each of which has a share of the calls.
         passes: forward passes over the data that it costs, for the estimate of time.
@@ -40,6 +41,7 @@ class Tags:
     stream: Literal["original", "edited", "both"] = "edited"
     plans_in_turn: bool = False
     records_calls: bool = False
+    needs_targets: bool = False
     sums_calls: bool = False
     passes: float = 1.0
     # what the changed model can do

@@ -99,11 +99,12 @@ class Transform(BaseModel):
         """
         return self.tags.passes
 
-    def memory(self, block: Block) -> int:
+    def memory(self, block: Block, length: int) -> int:
         """Return the bytes that it holds at once while it changes a block, beside what it observes and records.
 
         Args:
             block: to be changed.
+            length: rows of hidden states that the longest example has: its tokens, or patches.
         """
         return 0
 

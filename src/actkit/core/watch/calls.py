@@ -64,21 +64,22 @@ class Call:
             f"cannot be left out. Give batches of sequences of equal length."
         )
 
-    def first_rows(self, count: int) -> Call:
-        """Return the call on the first rows of its batch: tensors with a row of it each are cut, all others stay.
+    def rows(self, start: int, stop: int) -> Call:
+        """Return the call on some rows of its batch: tensors with a row of it each are cut, all others stay.
 
         Args:
-            count: how many rows.
+            start: the first row.
+            stop: the row behind the last one.
         """
 
         def cut(value: Any) -> Any:
             if isinstance(value, Tensor):
-                return value[:count] if value.dim() > 1 and len(value) == self.context.batch_size else value
+                return value[start:stop] if value.dim() > 1 and len(value) == self.context.batch_size else value
             if isinstance(value, dict):
                 return {key: cut(item) for key, item in value.items()}
             return type(value)(map(cut, value)) if type(value) in (tuple, list) else value
 
-        return Call(cut(self.args), cut(self.kwargs), self.context.first_rows(count))
+        return Call(cut(self.args), cut(self.kwargs), self.context.rows(start, stop))
 
     def with_hidden(self, hidden: Tensor) -> Call:
         """Return the same call on other hidden states."""

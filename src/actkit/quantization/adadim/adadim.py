@@ -115,8 +115,8 @@ class AdaDim(Transform):
         searched = tokens if self.search_tokens is None else min(self.search_tokens, tokens)
         return 6 * searched / max(1, tokens) + (4 if self.method == "gptq" else 0)
 
-    def memory(self, block: Block) -> int:
-        return self.rounder.memory(block) if self.method == "gptq" else 0
+    def memory(self, block: Block, length: int) -> int:
+        return self.rounder.memory(block, length) if self.method == "gptq" else 0
 
     def observe(self, block: Block) -> Mapping[Site, Statistic]:
         for linear in block.linears():

@@ -11,8 +11,7 @@ As in the paper: the plain Frobenius norm, no activation enters; both factors ge
 Settled here: singular vectors come from the eigenvectors of E E^T or E^T E, whichever is smaller, in float64; factors
 in 8 bits have one scale per singular vector. On a model that was quantized in an earlier run it is refused: the weight
 before rounding is gone. Merging the product into W^ would give dense weights again and is not offered; `lorc` is
-stored, and computed, beside the codes.
-Not built: ZQ-Local and ZQ-Global, the trained quantizers that the paper puts it on.
+stored, and computed, beside the codes. The paper puts it on trained quantizers: `zeroquant`, here.
 """
 
 from __future__ import annotations
