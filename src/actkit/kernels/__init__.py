@@ -13,11 +13,14 @@
 
     y = int8_linear(x, codes, scale)                       inputs and weight of 8 bits, multiplied as integers
 
+    x = masked_inputs(x, score, k=100)                     many rows: what is not selected becomes 0
+
 Importing this registers the operators under `torch.ops.actkit`; Numba is imported when a kernel first runs.
 """
 
 from actkit.kernels.active_set import ActiveSet, compact
 from actkit.kernels.int8_products import int8_linear
+from actkit.kernels.masks import MASKED, masked_inputs
 from actkit.kernels.operators import dense_linear, sparse_linear
 from actkit.kernels.output_rows import PackedRows, output_rows, pack_rows
 from actkit.kernels.packing import PackedWeight, pack
@@ -26,6 +29,7 @@ from actkit.kernels.quantized_operators import quantized_linear, quantized_outpu
 from actkit.kernels.quantized_rows import QuantizedRows, pack_quantized_rows
 
 __all__ = [
+    "MASKED",
     "ActiveSet",
     "PackedRows",
     "PackedWeight",
@@ -34,6 +38,7 @@ __all__ = [
     "compact",
     "dense_linear",
     "int8_linear",
+    "masked_inputs",
     "output_rows",
     "pack",
     "pack_quantized",

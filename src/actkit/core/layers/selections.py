@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from actkit import kernels
 from actkit.core.layers.keeps_dtype import KeepsDtype
 
 
@@ -35,7 +36,16 @@ class Selection(KeepsDtype):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] with what is not selected set to zero."""
+        plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.compiler.is_exporting()
+        if not plain and x.device.type == "cpu" and x.dtype in kernels.MASKED:
+            given = self.kernel_arguments(x.shape[-1])
+            if given is not None:
+                return kernels.masked_inputs(x, self.score, **given)
         return torch.where(self.mask(x), x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+    def kernel_arguments(self, in_features: int) -> dict[str, Any] | None:
+        """Return what `kernels.masked_inputs` is given besides x and the score, or None if it cannot say this."""
+        return None
 
     def spec(self) -> dict[str, Any]:
         """Its JSON arguments, `kind` among them, as a checkpoint keeps them."""
@@ -66,6 +76,9 @@ class Threshold(Selection):
     def mask(self, x: Tensor) -> Tensor:
         return ~(self.scored(x) <= self.threshold)
 
+    def kernel_arguments(self, in_features: int) -> dict[str, Any] | None:
+        return {"threshold": float(self.threshold)}
+
     @classmethod
     def from_spec(cls, spec: dict[str, Any], in_features: int) -> Threshold:
         return cls(0.0, cls._score_of(spec, in_features))
@@ -91,6 +104,9 @@ class TopK(Selection):
         larger, equal = scored > least, scored == least
         room = self.k - larger.sum(-1, keepdim=True, dtype=torch.int32)
         return larger | equal & (equal.cumsum(-1, dtype=torch.int32) <= room)
+
+    def kernel_arguments(self, in_features: int) -> dict[str, Any] | None:
+        return {"k": min(self.k, in_features)}
 
     def spec(self) -> dict[str, Any]:
         return {**super().spec(), "k": self.k}
