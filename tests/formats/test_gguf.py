@@ -75,6 +75,8 @@ ARCHITECTURES = {
     ),  # norms of query and key; transformers reads 128 only
     "own head": lambda: own_head(),
     "llama q8": lambda: quantized(ARCHITECTURES["llama"](), "rtn", Q8),
+    "llama q8 ends": lambda: quantized(ARCHITECTURES["llama"](), "rtn", {**Q8, "embedding": {"bits": 8}}),
+    "qwen2 q4 tied ends": lambda: quantized(ARCHITECTURES["qwen2"](), "rtn", {**Q4, "embedding": {"bits": 8}}),
     "qwen2 q4_1": lambda: quantized(ARCHITECTURES["qwen2"](), "rtn", {**Q4, "symmetric": False}),
 }
 
@@ -113,6 +115,21 @@ def test_transformers_reads_the_files(files):
     for (name, (*_, expected)), outputs in zip(files.items(), found, strict=True):
         close = 1e-5 if " " not in name else 5e-3  # quantized: scales in float16
         assert float((outputs - expected).abs().max()) <= close * float(expected.abs().max()), name
+
+
+def test_a_rounded_embedding_is_rows_of_blocks(files):
+    for name, tied in (("llama q8 ends", False), ("qwen2 q4 tied ends", True)):
+        report, file, *_ = files[name]
+        kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+        assert kinds["token_embd.weight"] == "Q8_0"
+        assert ("output.weight" in kinds) != tied  # one table serves both
+        assert report.quantized["model.embed_tokens"].startswith("Q8_0")
+
+
+@pytest.mark.parametrize("name", ["llama q8 ends", "qwen2 q4 tied ends"])
+def test_what_is_read_of_rounded_ends_is_what_the_file_says(name, tmp_path):
+    report = export(ARCHITECTURES[name](), tmp_path / "out", "gguf")
+    assert report.reading.passed
 
 
 def test_llama_cpp_reads_biases(tmp_path):

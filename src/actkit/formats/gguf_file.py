@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from actkit.core.ground.errors import ExportError
 from actkit.core.ground.progress import track
+from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.weights import DenseWeight, IntegerWeight, WeightStorage
 from actkit.core.store.pretrained import base_type
@@ -34,6 +35,7 @@ from actkit.gguf.architectures import IN_BLOCKS, OUTSIDE, row_order
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # ours -> llama.cpp's
 BLOCK = 32
+HEAD = "lm_head"
 DENSE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -75,20 +77,21 @@ def write(plain: Plain, path: Path, tokenizer: Any) -> dict[str, Any]:
     sizes: dict[str, int] = {}
     worst = 0.0  # relative error of a scale in float16
 
-    names = [name for name in plain.skeleton.state_dict() if not (name == "lm_head.weight" and _tied(config))]
+    one_table = _tied(config) or _shared(plain)  # a file without a head says that the embedding is it
+    names = [name for name in plain.skeleton.state_dict() if not (name == "lm_head.weight" and one_table)]
     for name in track(names, "Writing tensors", len(names)):
         module, _, leaf = name.rpartition(".")
         heads = (config.num_attention_heads, config.num_key_value_heads, _head_dim(config))
         order = row_order(module, *heads) if architecture == "llama" else None
-        layer = plain.layers.get(module)
-        if layer is not None and leaf == "weight":
-            why = _unsaid(layer.storage)
-            if why is None and isinstance(layer.storage, IntegerWeight):
-                stored, error = blocks(layer.storage, order)
-                quantized[module] = f"{stored.kind}, from {_describe(layer.storage)}"
+        changed = plain.layers.get(module, plain.tables.get(module))
+        if changed is not None and leaf == "weight":
+            why = _unsaid(changed.storage)
+            if why is None and isinstance(changed.storage, IntegerWeight):
+                stored, error = blocks(changed.storage, order)
+                quantized[module] = f"{stored.kind}, from {_describe(changed.storage)}"
                 worst = max(worst, error)
             else:
-                stored = _dense(layer.dequantized().detach(), order, plain.dtype)
+                stored = _dense(changed.storage.dequantize().detach(), order, plain.dtype)
                 dense[module] = f"{stored.kind}: {why}"
         else:
             tensor = plain.model.get_submodule(module)._parameters[leaf]
@@ -172,8 +175,9 @@ def as_read(plain: Plain, quantized: Iterable[str]) -> dict[str, nn.Module]:
     """
     found: dict[str, nn.Module] = {}
     for path in quantized:
-        layer = plain.layers[path]
-        weight = layer.storage
+        changed = plain.layers.get(path, plain.tables.get(path))
+        assert changed is not None
+        weight = changed.storage
         assert isinstance(weight, IntegerWeight)
         scale = weight.scales().half().float()
         held: WeightStorage = weight.rescaled(scale)
@@ -182,8 +186,19 @@ def as_read(plain: Plain, quantized: Iterable[str]) -> dict[str, nn.Module]:
             codes = weight.integers().float().unflatten(1, (scale.shape[1], -1))
             values = codes * scale[..., None] + minimum[..., None]
             held = DenseWeight(nn.Parameter(values.flatten(1).to(weight.dtype), requires_grad=False))
-        found[path] = ActLinear.of(layer, weight=held)
+        if isinstance(changed, ActLinear):
+            found[path] = ActLinear.of(changed, weight=held)
+            continue
+        found[path] = QuantizedEmbedding(held, changed.factor, changed.padding_idx)
+        if _shared(plain):
+            found[HEAD] = ActLinear.of(plain.layers[HEAD], weight=held)
     return found
+
+
+def _shared(plain: Plain) -> bool:
+    """Whether a rounded embedding and a rounded head are one table."""
+    head = plain.layers.get(HEAD)
+    return head is not None and any(table.storage is head.storage for table in plain.tables.values())
 
 
 def _bytes(values: Tensor) -> np.ndarray:

@@ -39,7 +39,7 @@ class Plain:
         layers: path -> ActLinear that neither selects inputs nor corrects outputs; whether it rounds its inputs is for
             the format to say or refuse.
         transposed: paths at which the plain model has a Conv1D, whose weight is [in, out].
-        tables: path -> QuantizedEmbedding, which every format writes dense.
+        tables: path -> QuantizedEmbedding; GGUF has rows of blocks for it, compressed-tensors writes it dense.
     """
 
     model: PreTrainedModel
