@@ -15,6 +15,7 @@ from actkit.quantization.adadim.sensitivity import weight_sensitivity
 from actkit.quantization.gptq import SecondOrder
 from actkit.quantization.omniquant import OmniQuant
 from actkit.quantization.quantize_cache import QuantizeCache
+from actkit.quantization.rotate import Rotate
 from actkit.quantization.zeroquant_v2.lorc import Lorc
 from error_proofs import HOST, NAN, Place, proof, run
 
@@ -67,3 +68,21 @@ def rounded_before(p: Place) -> None:
 
 
 proof(lambda p: run(QuantizeCache(), kind="bert"))
+
+
+proof(lambda p: run(Rotate(sites=("R1",)), kind="gpt2"))
+
+
+proof(lambda p: run(Rotate(sites=("R3",)), kind="bert"))
+
+
+proof(lambda p: apply(build("llama", intermediate_size=22), Rotate(sites=("R4",)), progress=False))
+
+
+@proof
+def another_norm(p: Place) -> None:
+    model = build("llama")
+    norm = type(model.model.norm)
+    real = norm.forward
+    p.patch.setattr(norm, "forward", lambda self, x: real(self, x) + 0.1 * x.abs())
+    apply(model, Rotate(sites=("R1",)), progress=False)

@@ -28,10 +28,11 @@ from actkit.core.layers.cache_rounding import CacheRounding
 from actkit.core.layers.conv import ActConv
 from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.folding import ScaledActivation
+from actkit.core.layers.hadamard import Rotation
 from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.layers.selections import Selection, Threshold, TopK
-from actkit.core.layers.weights import FloatWeight, IntegerWeight, rounded
+from actkit.core.layers.weights import DenseWeight, FloatWeight, IntegerWeight, rounded
 from actkit.core.model.architecture_rows import ExpertsRow
 from actkit.core.model.experts import ExpertList, ScaledSigmoid
 from actkit.sparsity.active_dendrites.segments import DendriticSegments, PatternMemory, sparse_code
@@ -179,18 +180,30 @@ LAYERS: dict[str, dict[str, Made]] = {
         "dense, rounded inputs": rounding(None),
         "int8 by rows, rounded inputs": rounding(IntegerGrid(8, symmetric=True)),
         "int8 by rows, inputs by one scale": rounding(IntegerGrid(8, symmetric=True), static=True),
+        "dense, rotated inputs": Made(
+            lambda: ActLinear.of(nn.Linear(IN, OUT), inputs=RoundedInputs(None, rotation=Rotation.drawn(IN, "0"))),
+            settings={"shape": lambda shape: (*shape[:-1], OUT)},
+        ),
         "floats of shifted columns": Made(
             shifted_floats, settings={"shape": lambda shape: (*shape[:-1], OUT), "smooth": False}
         ),
         "int4, threshold, low rank": act_linear("int4 in groups", "threshold", "dropped", bias=False),
     },
-    "cache_rounding": {"8 bits": Made(CacheRounding, settings={"smooth": False})},
+    "cache_rounding": {
+        "8 bits": Made(CacheRounding, settings={"smooth": False}),
+        "rotated, not rounded": Made(lambda: CacheRounding(None, Rotation.drawn(IN, "0"))),
+    },
     "quantized_embedding": {
         "8 bits": Made(
             lambda: QuantizedEmbedding(IntegerWeight.quantize(torch.randn(OUT, IN), IntegerGrid(8, symmetric=True))),
             (torch.arange(OUT).view(2, -1), torch.tensor([[3], [0]])),
             settings={"smooth": False, "rows": False, "shape": lambda shape: (*shape, IN)},
-        )
+        ),
+        "rotated": Made(
+            lambda: QuantizedEmbedding(DenseWeight(torch.randn(OUT, IN)), 2.0, rotation=Rotation.drawn(IN, "0")),
+            (torch.arange(OUT).view(2, -1), torch.tensor([[3], [0]])),
+            settings={"smooth": False, "rows": False, "shape": lambda shape: (*shape, IN)},
+        ),
     },
     "act_conv": {
         "int8, images": act_conv("int8 by rows", lambda: nn.Conv2d(4, 8, 3, padding=1), torch.randn(2, 4, 6, 5)),
@@ -224,6 +237,7 @@ NOT_SAVED = {  # layers that are used by hand, or inside another, or are models:
         lambda: RoundedInputs(IntegerGrid(8, symmetric=True), shift=torch.rand(IN), divisor=torch.rand(IN) + 0.5),
         settings={"smooth": False},
     ),
+    "Rotation": Made(lambda: Rotation.drawn(IN, "0")),
     "LowRank": Made(
         lambda: LowRank(torch.randn(OUT, 2), torch.randn(2, IN)), settings={"shape": lambda shape: (*shape[:-1], OUT)}
     ),

@@ -60,6 +60,7 @@ ELSEWHERE = {  # those that do not fit every kind of model, or say less of it, a
     "outliertune": "quantization/test_outliertune.py",
     "lorc": "quantization/test_lorc.py",
     "quantize_cache": "quantization/test_quantize_cache.py",
+    "rotate": "quantization/test_rotate.py",
     "round_inputs": "quantization/test_round_inputs.py",
     "smooth": "quantization/test_smooth.py",
     "zeroquant": "quantization/test_zeroquant.py",

@@ -90,6 +90,7 @@ class Plain:
                 if isinstance(plain, Conv1D):
                     transposed.add(path)
             elif isinstance(module, QuantizedEmbedding) and isinstance(plain, nn.Embedding):
+                _refuse_rotation(path, module.rotation, model)
                 tables[path] = module
             elif type(module) is not type(plain) and not _same_function(module, plain):
                 raise ExportError(
@@ -178,7 +179,17 @@ def _refuse_experts(model: PreTrainedModel) -> None:
         )
 
 
+def _refuse_rotation(path: str, rotation: nn.Module | None, model: nn.Module) -> None:
+    if rotation is not None:
+        raise ExportError(
+            f"{path}: it is rotated as the model runs{_by(model, path)}, and readers without actkit drop that without a "
+            f"word. Keep the model with actkit.save, or export one on which only R2, which is merged, was rotated "
+            f"(rotate: sites: [R2]; R1 too if embedding and head are not tied)."
+        )
+
+
 def _refuse_slots(path: str, layer: ActLinear, model: nn.Module) -> None:
+    _refuse_rotation(path, None if layer.inputs is None else layer.inputs.rotation, model)
     if layer.select is not None:
         raise ExportError(
             f"{path}: its inputs are selected ({type(layer.select).__name__}{_by(model, path)}), which changes what "

@@ -19,7 +19,7 @@ from actkit.core.edit.edits import Edit, Note, Replace, ReplaceTied, Skip
 from actkit.core.grids.integers import IntegerGrid
 from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.linear import ActLinear
-from actkit.core.layers.weights import IntegerWeight
+from actkit.core.layers.weights import DenseWeight, IntegerWeight
 from actkit.core.model.anatomy import Anatomy, paths_of_end
 from actkit.core.model.parts import is_linear
 
@@ -63,7 +63,7 @@ def round_ends(view: Anatomy, ends: Ends | None) -> Iterator[Edit | Skip | Note]
         yield Note("model", "embedding: it names none (get_input_embeddings), so none was rounded")
         return
     path, module = embedding
-    if isinstance(module, QuantizedEmbedding):
+    if isinstance(module, QuantizedEmbedding) and not isinstance(module.storage, DenseWeight):
         yield Skip(path, "the embedding is rounded already")
         return
     table = IntegerWeight.quantize(module.weight, ends.grid)  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ def round_ends(view: Anatomy, ends: Ends | None) -> Iterator[Edit | Skip | Note]
         yield rounded
         yield Skip(other, f"a {type(layer).__name__} stands there, which actkit does not read as a linear layer")
         return
-    if getattr(layer, "weight", None) is module.weight:
+    if _tied(module, layer):
         yield ReplaceTied((rounded, Replace(other, ActLinear.of(layer, weight=table))))
         return
     yield rounded
@@ -84,6 +84,12 @@ def round_ends(view: Anatomy, ends: Ends | None) -> Iterator[Edit | Skip | Note]
         yield Skip(other, "its weight is rounded already")
     else:
         yield Replace(other, ActLinear.of(layer, weight=IntegerWeight.quantize(layer.weight, ends.grid)))  # type: ignore[arg-type]
+
+
+def _tied(embedding: nn.Module, head: nn.Module) -> bool:
+    if isinstance(embedding, QuantizedEmbedding) and isinstance(head, ActLinear):
+        return head.storage is embedding.storage
+    return getattr(head, "weight", None) is embedding.weight
 
 
 def _end(model: nn.Module, getter: str) -> tuple[str, nn.Module] | None:

@@ -95,7 +95,7 @@ class NoisyQuant(Transform):
         norms = self._norms(block)
         for inputs in block.linear_inputs():
             linears = [linear for linear in inputs.linears if linear.path in wanted]
-            given = [linear.module.inputs if isinstance(linear.module, ActLinear) else None for linear in linears]
+            given = [_rounding(linear) for linear in linears]
             if not linears:
                 continue
             reason = _unfit(given)
@@ -247,6 +247,12 @@ def noisy_gain(distance: Tensor, n: Tensor, b: Tensor | float) -> Tensor:
     """
     crossing = torch.where(distance < n, b / n * (n - distance).square(), torch.zeros_like(n))
     return n.square() / 3 - crossing
+
+
+def _rounding(linear: Linear) -> RoundedInputs | None:
+    """How a layer rounds its inputs; None if it does not."""
+    inputs = linear.module.inputs if isinstance(linear.module, ActLinear) else None
+    return None if inputs is None or inputs.grid is None else inputs
 
 
 def _unfit(given: Sequence[RoundedInputs | None]) -> str | None:

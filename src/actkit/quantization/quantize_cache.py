@@ -15,13 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal, Self
 
-from torch import nn
-
-from actkit.core.edit.edits import ATTENTION, Configure, Edit, Insert, Note, Skip
+from actkit.core.edit.edits import ATTENTION, Configure, Edit, Insert, Note, Replace, Skip
 from actkit.core.ground.errors import UnsupportedModelError
 from actkit.core.layers.cache_rounding import CHILD, IMPLEMENTATION, CacheRounding
 from actkit.core.model.anatomy import Anatomy, Block
-from actkit.core.model.parts import Linear, attention_implementation
+from actkit.core.model.own_attention import why_no_cache
+from actkit.core.model.parts import Linear
 from actkit.core.recipe.seen import Seen, Trial
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
@@ -55,24 +54,13 @@ class QuantizeCache(Transform):
         if block.attention is None:
             yield Skip(block.path, "no attention is described here")
             return
-        yield Insert(f"{block.attention.path}.{CHILD}", CacheRounding(self.bits))
+        path, rotating = f"{block.attention.path}.{CHILD}", getattr(block.attention.module, CHILD, None)
+        if rotating is None:
+            yield Insert(path, CacheRounding(self.bits))
+        else:  # `rotate` put it there: keys are rotated, then rounded
+            yield Replace(path, CacheRounding(self.bits, rotating.rotation))
 
     def edit_ends(self, view: Anatomy) -> Iterable[Edit | Skip | Note]:
         yield Configure(ATTENTION, IMPLEMENTATION)
         wide = "the CPU decoder keeps 8-bit codes, through transformers the cache stays wide"
         yield Note("model", f"keys and values are rounded to {self.bits} bits per token and head; {wide}")
-
-
-def why_no_cache(model: nn.Module) -> str | None:
-    """Say why the keys and values of a model are not rounded, or None."""
-    can_generate: Any = getattr(model, "can_generate", None)
-    if can_generate is None or not can_generate():
-        return "it keeps no cache, as it generates nothing"
-    if not hasattr(model, "set_attn_implementation") or not model._can_set_attn_implementation():  # type: ignore[operator]
-        return "its class computes attention by itself, not through transformers' attention functions"
-    implementation = attention_implementation(model)
-    if implementation != "sdpa":
-        return (
-            f"its attention is {implementation!r}; call model.set_attn_implementation('sdpa') first, if it takes that"
-        )
-    return None

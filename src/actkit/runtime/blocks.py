@@ -250,9 +250,9 @@ class Product:
 
 
 def refuse_rounded_inputs(path: str, module: nn.Module) -> None:
-    """Raise UnsupportedModelError for a layer that rounds its inputs, which no product of the decoder does."""
+    """Raise UnsupportedModelError for a layer that rotates or rounds its inputs, as no product of the decoder does."""
     if isinstance(module, ActLinear) and module.inputs is not None:
-        raise UnsupportedModelError(f"{path} rounds its inputs, which the decoder does not")
+        raise UnsupportedModelError(f"{path} {module.inputs.does}, which the decoder does not")
 
 
 def selection_of(module: nn.Module) -> Selection | None:

@@ -85,6 +85,8 @@ def supports(model: nn.Module) -> str | None:
         for block in blocks:
             parts.check(model, block)
         parts.refuse_rounded_inputs("lm_head", get_module(model, "lm_head"))
+        if getattr(model.get_input_embeddings(), "rotation", None) is not None:  # type: ignore[operator]
+            return "its embedding is rotated, which the decoder does not"
         form_of(model, blocks)
         coded = codes_of_cache(model, blocks)
         if tables.choosing_features(blocks) and coded:
@@ -106,9 +108,14 @@ def codes_of_cache(model: nn.Module, blocks: Sequence[Block]) -> bool:
     """
     if attention_implementation(model) != IMPLEMENTATION:
         return False
-    found = {getattr(getattr(block.attention.module, CHILD, None), "bits", None) for block in blocks if block.attention}
+    children = [getattr(block.attention.module, CHILD, None) for block in blocks if block.attention]
+    found = {getattr(child, "bits", None) for child in children}
     if found == {None}:
-        return False
+        return False  # a rotation of queries and keys alone cancels in their products
+    if any(getattr(child, "rotation", None) is not None for child in children):
+        raise UnsupportedModelError(
+            "its queries and keys are rotated before they are rounded, which the decoder does not"
+        )
     if found != {8}:
         said = ", ".join(f"{bits} bits" if bits else "not at all" for bits in sorted(found, key=str))
         raise UnsupportedModelError(f"its keys and values are rounded to {said}, and codes of 8 bits are what is kept")

@@ -128,7 +128,16 @@ def _multiply_weight(linear: Linear, factor: Tensor) -> Set:
     """Multiply the dense weight of a layer by float64 [in] or [out, 1], in the orientation in which it stores it."""
     old = linear.weight.detach()
     factors = parcels(factor.expand_as(old))
-    weight = torch.cat([(rows * by).to(old.dtype) for rows, by in zip(parcels(old), factors, strict=True)])
+    return set_weight(linear, torch.cat([(a * b).to(old.dtype) for a, b in zip(parcels(old), factors, strict=True)]))
+
+
+def set_weight(linear: Linear, weight: Tensor) -> Set:
+    """Give a layer another dense weight, in the orientation in which it stores it.
+
+    Args:
+        linear: whose weight slot no method has filled.
+        weight: [out, in], in the dtype of the layer.
+    """
     if isinstance(linear.module, ActLinear):  # of an exact rewrite; a quantized one would fill the same slot
         return Set(f"{linear.path}.storage.tensor", weight)
     return Set(f"{linear.path}.weight", weight.t().contiguous() if isinstance(linear.module, Conv1D) else weight)

@@ -2,7 +2,8 @@
 
 A child module of an attention says how; the attention function `IMPLEMENTATION`, registered with transformers when a
 model first asks for it, rounds keys and values with it and calls transformers' scaled dot-product attention. The scale
-of a token and head is found from its own vector, so that a vector is rounded alike whenever it is read.
+of a token and head is found from its own vector, so that a vector is rounded alike whenever it is read. Queries and
+keys may be rotated before that, by one rotation: their products stay, (q R) (k R)^T = q k^T.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from actkit.core.grids.integers import IntegerGrid
+from actkit.core.layers.hadamard import Rotation
 
 IMPLEMENTATION = "actkit_rounded_cache"
 CHILD = "cache_rounding"  # the name of the child module
@@ -21,28 +23,34 @@ class CacheRounding(nn.Module):
     """How one attention rounds its keys and values: symmetric, one scale per token and head.
 
     Args:
-        bits: 2 to 8.
+        bits: 2 to 8; None to round nothing.
+        rotation: of queries and keys, behind the rotary embedding; None for none.
     """
 
     decodes_as: ClassVar[str] = "cache_rounding"
 
-    def __init__(self, bits: int = 8) -> None:
+    def __init__(self, bits: int | None = 8, rotation: Rotation | None = None) -> None:
         super().__init__()
-        self.bits = bits
-        self.grid = IntegerGrid(bits, -1, symmetric=True)
+        self.bits, self.rotation = bits, rotation
+        self.grid = None if bits is None else IntegerGrid(bits, -1, symmetric=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Round keys or values [..., tokens, head size]."""
-        return self.grid.fake(x)
+        return x if self.grid is None else self.grid.fake(x)
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """Rotate queries or keys [..., tokens, head size]."""
+        return x if self.rotation is None else self.rotation(x)
 
     def spec(self) -> dict[str, Any]:
         """Its JSON arguments."""
-        return {"bits": self.bits}
+        return {"bits": self.bits, "rotation": None if self.rotation is None else self.rotation.spec()}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], original: nn.Module | None = None) -> CacheRounding:
         """The module that `spec` described."""
-        return cls(spec["bits"])
+        rotation = spec.get("rotation")  # folders of earlier versions say nothing of it
+        return cls(spec["bits"], None if rotation is None else Rotation.from_spec(rotation))
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}"
@@ -65,6 +73,7 @@ def rounded_attention(
 
     rounding = getattr(module, CHILD, None)
     if rounding is not None:
+        query, key = rounding.rotated(query), rounding.rotated(key)
         key, value = rounding(key), rounding(value)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
 

@@ -33,7 +33,7 @@ class LayerWeight(Tensor):
     """The weight [out, in] of an ActLinear, dequantized when it is computed with.
 
     Raises:
-        UnsupportedModelError: it is computed with, and the layer also selects or rounds its inputs or adds a
+        UnsupportedModelError: it is computed with, and the layer also selects, rotates or rounds its inputs or adds a
             correction, which the result would leave out.
     """
 

@@ -1,7 +1,7 @@
 """ActLinear: the one linear layer that methods make, y = W q(select(x)) + bias + correction(q(select(x))).
 
 Four slots that stack: `weight` (dense, or integer codes with scales), `select` (which inputs to read), `inputs` (how
-what is read is rounded, q) and `correction` (low rank). A method fills a slot and leaves the others as they are, so a
+what is read is rotated and rounded, q) and `correction` (low rank). A method fills a slot and leaves the others as they are, so a
 sparsity method over a quantizer is still one module, and whatever runs or exports models knows this module only.
 
 The weight slot is held in `storage`; `weight` answers a tensor, as that of every linear layer does.
@@ -140,6 +140,15 @@ class ActLinear(nn.Module):
                 raise ValueError(
                     f"inputs: their {name} has shape {tuple(values.shape)}, the layer {self.in_features} inputs."
                 )
+        if inputs.rotation is not None and inputs.rotation.size != self.in_features:
+            raise ValueError(
+                f"inputs: their rotation has {inputs.rotation.size} channels, the layer {self.in_features}."
+            )
+        if select is not None and inputs.rotation is not None:
+            raise ValueError(
+                "inputs: they are rotated, and some are selected: what is dropped would be mixed into all of them. Use "
+                "one of the two."
+            )
         if select is not None and inputs.shift is not None:
             raise ValueError(
                 "inputs: they are shifted, and some are selected: a dropped one would become the shift. Use one of "
@@ -164,7 +173,8 @@ class ActLinear(nn.Module):
     ) -> ActLinear:
         """Make a changed copy of a linear layer; slots that are not given stay as the layer had them.
 
-        Dense weights and biases are shared with the source, not copied.
+        Dense weights and biases are shared with the source, not copied. A rotation of the inputs stays in front of
+        inputs that are given without one: the weight is that of rotated inputs.
 
         Args:
             linear: an anatomy's Linear, nn.Linear, transformers' Conv1D or ActLinear.
@@ -194,7 +204,7 @@ class ActLinear(nn.Module):
             weight = module.storage if weight is None else weight
             select = module.select if select is None else select
             correction = module.correction if correction is None else correction
-            inputs = module.inputs if inputs is None else inputs
+            inputs = _behind_rotation(module.inputs, inputs)
         elif weight is None:
             tensor = module.weight
             is_linear = isinstance(module, nn.Linear)
@@ -215,7 +225,11 @@ class ActLinear(nn.Module):
     @property
     def other_slots(self) -> dict[str, str]:
         """The filled slots besides the weight, each with what the layer does by it."""
-        does = {"select": "selects inputs", "inputs": "rounds its inputs", "correction": "adds a correction"}
+        does = {
+            "select": "selects inputs",
+            "inputs": "" if self.inputs is None else self.inputs.does,
+            "correction": "adds a correction",
+        }
         return {name: what for name, what in does.items() if getattr(self, name) is not None}
 
     def dequantized(self) -> Tensor:
@@ -263,7 +277,7 @@ class ActLinear(nn.Module):
             return None
         from actkit import kernels
 
-        given = self.inputs.moved(selected)
+        given = self.inputs.moved(self.inputs.rotated(selected))
         y = kernels.int8_linear(given, self.storage.codes, scale, self.inputs.scale, half_range, self.bias)  # type: ignore[arg-type]
         return y.to(selected.dtype)
 
@@ -367,6 +381,15 @@ class ActLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _behind_rotation(old: RoundedInputs | None, new: RoundedInputs | None) -> RoundedInputs | None:
+    """The inputs of a layer that had `old` ones and is given `new` ones: a rotation stays in front."""
+    if old is None or old.rotation is None or new is None or new.rotation is not None:
+        return old if new is None else new
+    if old.grid is None and (old.shift is not None or old.divisor is not None):
+        raise ValueError("inputs: the layer rotates and scales its inputs, which cannot be rounded after that here.")
+    return RoundedInputs(new.grid, new.scale, new.zero, new.shift, new.divisor, old.rotation)
 
 
 def pack_for_decode(model: nn.Module) -> int:

@@ -35,6 +35,7 @@ from actkit.core.model.parts import (
     attention_implementation,
     forms_weights,
     is_linear,
+    rotation_site,
 )
 from actkit.core.model.reading import BlockReader, submodule
 from actkit.core.model.sites import SITE_NAMES, Site, Tap, read_tap, refuse_unknown_layout
@@ -258,6 +259,10 @@ class Anatomy:
                 if site.path == mlp.activation:
                     layout = block.taps[Site("mlp.preactivation", block.index)].layout
                     return Tap(site.path, where, layout=layout, copied=_is_overwritten(module, where))
+            for _, mlp in block.mlps():
+                if rotation_site(mlp.down) == site:
+                    layout = block.taps[Site("mlp.hidden", block.index)].layout
+                    return Tap(site.path, where, layout=layout)
             for inputs in block.linear_inputs():
                 if inputs.site in block.taps and site.path in (linear.path for linear in inputs.linears):
                     return Tap(site.path, where, layout=block.taps[inputs.site].layout)

@@ -318,7 +318,7 @@ class Block:
             yield LinearInput(Site("attention.mixed", self.index), (self.attention.output,))
         for expert, mlp in self.mlps():
             yield LinearInput(Site("mlp.input", self.index, expert), mlp.inputs)
-            yield LinearInput(Site("mlp.hidden", self.index, expert), (mlp.down,))
+            yield LinearInput(_read_by(mlp.down, Site("mlp.hidden", self.index, expert)), (mlp.down,))
         yield from self.other
 
     def unread(self) -> tuple[tuple[str, str], ...]:
@@ -411,6 +411,22 @@ class Block:
         if self._originals is not None and path in self._originals:
             return self._originals[path]
         return self.root.get_submodule(path)
+
+
+def rotation_site(linear: Linear) -> Site | None:
+    """Return the site of what a layer's weight is multiplied with, if the layer rotates its inputs first.
+
+    Args:
+        linear: the layer.
+    """
+    inputs = linear.module.inputs if isinstance(linear.module, ActLinear) else None
+    rotates = inputs is not None and inputs.rotation is not None
+    return Site("layer.output", path=f"{linear.path}.inputs.rotation") if rotates else None
+
+
+def _read_by(linear: Linear, site: Site) -> Site:
+    """Where to see what the weight of a layer reads, which is called at `site`."""
+    return rotation_site(linear) or site
 
 
 def _readable(groups: Iterator[LinearInput]) -> Iterator[LinearInput]:

@@ -202,12 +202,16 @@ def _cost(
 def turns(transforms: Sequence[Transform]) -> list[range]:
     """Return which transforms are planned and applied together, as ranges of their positions.
 
-    A new range begins with each transform that plans on what those before it left (`Tags.plans_in_turn`).
+    A new range begins with each transform that plans on what those before it left (`Tags.plans_in_turn`), and before and
+    behind one whose edits of all blocks belong together (`Tags.spans_blocks`).
 
     Args:
         transforms: of a recipe.
     """
-    starts = [i for i, transform in enumerate(transforms) if i == 0 or transform.tags.plans_in_turn]
+    tags = [transform.tags for transform in transforms]
+    starts = [
+        i for i, own in enumerate(tags) if i == 0 or own.plans_in_turn or own.spans_blocks or tags[i - 1].spans_blocks
+    ]
     return [range(a, b) for a, b in pairwise([*starts, len(transforms)])]
 
 

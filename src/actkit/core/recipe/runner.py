@@ -323,9 +323,9 @@ class _Run:
         ends = len(self.view.blocks)  # they are kept like those of one more block
         for position in turn:
             transform = self.transforms[position]
-            edits = self.steps.take(position, ends)
+            edits: Iterable[Edit | Skip | Note] | None = self.steps.take(position, ends)
             if edits is None:
-                edits = list(self.steps.keep(position, ends, transform.edit_ends(self.view)))
+                edits = self.steps.keep(position, ends, transform.edit_ends(self.view))
             self._apply_all(transform, edits, {})
 
     def _change_block(
@@ -536,8 +536,9 @@ def _restore_from_source(model: nn.Module, described: list[dict[str, Any]], orig
 
     # Modules first, outer ones before inner ones: a tensor that was set may have been replaced since, and then comes
     # back with its module.
+    inserted = {entry["insert"] for entry in described if "insert" in entry}
     for path in sorted({entry["replace"] for entry in described if "replace" in entry}, key=len):
-        if not covered(path):
+        if not covered(path) and not any(is_within(path, other) for other in inserted):
             set_module(model, path, get_module(fresh, path))
             restored.add(path)
     for entry in described:

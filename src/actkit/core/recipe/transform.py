@@ -128,7 +128,7 @@ class Transform(BaseModel):
     def edit_ends(self, view: Anatomy) -> Iterable[Edit | Skip | Note]:
         """Return the edits of what stands before and behind the blocks, such as embedding and head; the default none.
 
-        Asked once, after the last block.
+        Asked once, after the last block; each is applied as it is yielded.
 
         Args:
             view: of the model, its blocks changed.
