@@ -182,8 +182,8 @@ def _refuse_experts(model: PreTrainedModel) -> None:
 def _refuse_rotation(path: str, rotation: nn.Module | None, model: nn.Module) -> None:
     if rotation is not None:
         raise ExportError(
-            f"{path}: it is rotated as the model runs{_by(model, path)}, and readers without actkit drop that without a "
-            f"word. Keep the model with actkit.save, or export one on which only R2, which is merged, was rotated "
+            f"{path}: it is rotated as the model runs{_by(model, path)}, and readers without actkit drop that without "
+            f"a word. Keep the model with actkit.save, or export one on which only R2, which is merged, was rotated "
             f"(rotate: sites: [R2]; R1 too if embedding and head are not tied)."
         )
 

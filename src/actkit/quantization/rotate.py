@@ -14,8 +14,8 @@ than it brings: compare with and without.
 Cost: no data. R1 and R2 cost nothing as the model runs (two rotations per token if embedding and head are tied); R3 two
 small ones per head, R4 one of the MLP's width per block. The CPU decoder leaves a model with an online rotation to
 transformers, and no format outside actkit can say it.
-Settled here: signs first, then H, so that they count (`core/layers/hadamard.py`); R2 and R3 are shared by the heads of a
-block. A gain is put into the layers behind its norm before R1. R1 is all or nothing: refused, with the reason, behind
+Settled here: signs first, then H, so that they count (`core/layers/hadamard.py`); R2 and R3 are shared by the heads of
+a block. A gain is put into the layers behind its norm before R1. R1 is all or nothing: refused, with the reason, behind
 norms that subtract the mean or that stand behind attention or MLP (gemma2, gemma3, olmo2); what the whole model gives
 is compared before and after on fixed random rows.
 Our own reading: of QuaRot's and SpinQuant's sites as the sheet of RoSTE names them; no released code was run beside it.
@@ -75,9 +75,7 @@ class Rotate(Transform):
     seed: int = 0
 
     tags: ClassVar[Tags] = Tags(changes_function="exact", spans_blocks=True, least_coverage=0.0)
-    not_proposed: ClassVar[str] = (
-        "it changes nothing alone, and pays at 4 to 6 bits of activations, which are not faster"
-    )
+    not_proposed: ClassVar[str] = "it changes nothing alone, and pays at 4 to 6 bits of activations, not faster here"
 
     _probe: tuple[Any, Tensor] | None = PrivateAttr(None)  # a batch, and what the model gave before
 
@@ -190,8 +188,8 @@ class Rotate(Transform):
         allowed = MOVED.get(main_dtype(model), MOVED_IN_16_BITS)
         if not moved <= allowed:
             raise UnsupportedModelError(
-                f"model: rotating {', '.join(self.sites)} moved the outputs of {type(model).__name__} by {moved:.2g} of "
-                f"their norm, more than rounding does ({allowed:g}): something in it is not as its row says. It was "
+                f"model: rotating {', '.join(self.sites)} moved the outputs of {type(model).__name__} by {moved:.2g} "
+                f"of their norm, more than rounding does ({allowed:g}): something in it is not as its row says. It was "
                 f"restored; leave out one site after the other."
             )
         yield Note("model", f"the outputs on fixed random rows moved by {moved:.2g} of their norm", {"moved": moved})

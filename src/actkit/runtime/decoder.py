@@ -113,9 +113,7 @@ def codes_of_cache(model: nn.Module, blocks: Sequence[Block]) -> bool:
     if found == {None}:
         return False  # a rotation of queries and keys alone cancels in their products
     if any(getattr(child, "rotation", None) is not None for child in children):
-        raise UnsupportedModelError(
-            "its queries and keys are rotated before they are rounded, which the decoder does not"
-        )
+        raise UnsupportedModelError("its queries and keys are rotated before they are rounded, as the decoder does not")
     if found != {8}:
         said = ", ".join(f"{bits} bits" if bits else "not at all" for bits in sorted(found, key=str))
         raise UnsupportedModelError(f"its keys and values are rounded to {said}, and codes of 8 bits are what is kept")

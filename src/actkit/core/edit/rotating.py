@@ -110,10 +110,8 @@ def why_no_residual(view: Anatomy) -> str | None:
     tied = shared_parameters(model)
     for index in range(len(view.blocks)):
         block = view.block(index)
-        reason = _why_block(block) or next(
-            (f"{linear.path} {why}" for linear in block.linears() if (why := _why_linear(linear, tied)) is not None),
-            None,
-        )
+        whys = ((linear.path, _why_linear(linear, tied)) for linear in block.linears())
+        reason = _why_block(block) or next((f"{path} {why}" for path, why in whys if why is not None), None)
         if reason is not None:
             return reason
     return None

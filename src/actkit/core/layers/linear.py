@@ -1,8 +1,9 @@
 """ActLinear: the one linear layer that methods make, y = W q(select(x)) + bias + correction(q(select(x))).
 
 Four slots that stack: `weight` (dense, or integer codes with scales), `select` (which inputs to read), `inputs` (how
-what is read is rotated and rounded, q) and `correction` (low rank). A method fills a slot and leaves the others as they are, so a
-sparsity method over a quantizer is still one module, and whatever runs or exports models knows this module only.
+what is read is rotated and rounded, q) and `correction` (low rank). A method fills a slot and leaves the others as they
+are, so a sparsity method over a quantizer is still one module, and whatever runs or exports models knows this module
+only.
 
 The weight slot is held in `storage`; `weight` answers a tensor, as that of every linear layer does.
 The logical layout is the state that is saved. `pack()` builds the input-major buffer that the sparse kernel reads; it

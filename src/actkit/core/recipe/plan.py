@@ -202,8 +202,8 @@ def _cost(
 def turns(transforms: Sequence[Transform]) -> list[range]:
     """Return which transforms are planned and applied together, as ranges of their positions.
 
-    A new range begins with each transform that plans on what those before it left (`Tags.plans_in_turn`), and before and
-    behind one whose edits of all blocks belong together (`Tags.spans_blocks`).
+    A new range begins with each transform that plans on what those before it left (`Tags.plans_in_turn`), and before
+    and behind one whose edits of all blocks belong together (`Tags.spans_blocks`).
 
     Args:
         transforms: of a recipe.

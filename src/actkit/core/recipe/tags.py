@@ -22,8 +22,8 @@ class Tags:
         stream: the hidden states it calibrates on, of the original or of the edited model, or both.
         plans_in_turn: its `plan` needs the model as the transforms before it left it. These are applied to all blocks
             first, and what they left is the original from there on, for this transform and those after it.
-        spans_blocks: its edits of all blocks, and of what stands before and behind them, belong together: it is applied to
-            the whole model before the transforms behind it see any block, as if these planned in turn.
+        spans_blocks: its edits of all blocks, and of what stands before and behind them, belong together: it is applied
+            to the whole model before the transforms behind it see any block, as if these planned in turn.
         records_calls: it replays recorded calls, which count in the memory plan.
         needs_targets: it needs what the untouched block gives on the original stream (`Seen.targets`).
         sums_calls: it adds up with `seen.total` what it computes from recorded calls, so that it may run in several
