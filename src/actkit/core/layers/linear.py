@@ -17,6 +17,7 @@ inputs, or those that are dropped, and then no inputs are rounded.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -390,7 +391,9 @@ def _behind_rotation(old: RoundedInputs | None, new: RoundedInputs | None) -> Ro
         return old if new is None else new
     if old.grid is None and (old.shift is not None or old.divisor is not None):
         raise ValueError("inputs: the layer rotates and scales its inputs, which cannot be rounded after that here.")
-    return RoundedInputs(new.grid, new.scale, new.zero, new.shift, new.divisor, old.rotation)
+    new = copy.deepcopy(new)
+    new.rotation = old.rotation
+    return new
 
 
 def pack_for_decode(model: nn.Module) -> int:
