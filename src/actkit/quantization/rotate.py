@@ -46,7 +46,7 @@ from actkit.core.forward.example import fit_dtype, has_example, main_dtype, make
 from actkit.core.forward.hooks import evaluating
 from actkit.core.ground import offload
 from actkit.core.ground.errors import UnsupportedModelError
-from actkit.core.layers.cache_rounding import IMPLEMENTATION
+from actkit.core.layers.cache_rounding import CHILD, IMPLEMENTATION
 from actkit.core.layers.hadamard import Rotation
 from actkit.core.model.anatomy import Anatomy, Block, Linear, Norm
 from actkit.core.recipe.seen import Seen, Trial
@@ -112,12 +112,19 @@ class Rotate(Transform):
                 )
         for block in blocks:
             try:
-                self._rotations(block)
+                self.rotations(block)
             except ValueError as error:
                 raise UnsupportedModelError(f"model: {kind} is not rotated: {error}") from error
 
-    def _rotations(self, block: Block) -> BlockRotations:
-        """The rotations of a block. Raises ValueError, which names the site, for a size without one."""
+    def rotations(self, block: Block) -> BlockRotations:
+        """Return the rotations that a block takes.
+
+        Args:
+            block: any.
+
+        Raises:
+            ValueError: there is no rotation of a site's size; it names the site.
+        """
         wanted = [site for site in self.sites if site == "R1" or REASONS[site](block) is None]
         attention = block.attention
         head = 0 if attention is None else attention.head_dim
@@ -169,12 +176,13 @@ class Rotate(Transform):
             reason = why(block) if site in self.sites else None
             if reason is not None:
                 yield Skip(block.path, f"{site}: {reason}")
-        yield from rotate_block(block, self._rotations(block))
+        yield from rotate_block(block, self.rotations(block))
 
     def edit_ends(self, view: Anatomy) -> Iterable[Edit | Skip | Note]:
         if "R1" in self.sites:
             yield from rotate_ends(view, self.drawn("R1", view.blocks[0], _width(view.blocks[0])))
-        if "R3" in self.sites:
+        blocks = [view.block(index) for index in range(len(view.blocks))]
+        if any(block.attention is not None and hasattr(block.attention.module, CHILD) for block in blocks):
             yield Configure(ATTENTION, IMPLEMENTATION)
         yield from self._proved(view.model)
 

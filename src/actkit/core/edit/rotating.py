@@ -61,14 +61,22 @@ def rotate_block(block: Block, rotations: BlockRotations) -> Iterator[Edit]:
     written = _Written()
     if rotations.residual is not None:
         yield from _rotate_residual(block, rotations.residual, written)
-    if rotations.value is not None:
-        _rotate_value(value_set(block), block, rotations.value, written)
-    for _, mlp in block.mlps():
-        if mlp.down.path in rotations.hidden:
-            written.columns(mlp.down, rotations.hidden[mlp.down.path])
+    _rotate_inside(block, rotations, written)
     yield from written.edits(rotations.hidden)
     if rotations.query_key is not None and block.attention is not None:
         yield Insert(f"{block.attention.path}.{CHILD}", CacheRounding(None, rotations.query_key))
+
+
+def rotated_weights(block: Block, rotations: BlockRotations) -> dict[str, Tensor]:
+    """Return the weights that R2 and R4 change, by the paths of their layers, as they would be: float64 [out, in].
+
+    Args:
+        block: one that takes these rotations.
+        rotations: of the block.
+    """
+    written = _Written()
+    _rotate_inside(block, rotations, written)
+    return written.weights
 
 
 def rotate_ends(view: Anatomy, rotation: Rotation) -> Iterator[Edit]:
@@ -168,33 +176,35 @@ class _Written:
 
     def __init__(self) -> None:
         self._layers: dict[str, Linear] = {}
-        self._weights: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
         self._biases: dict[str, Tensor] = {}
 
     def columns(self, linear: Linear, turn: Callable[[Tensor], Tensor]) -> None:
         """Change what the layer reads: turn maps [out, in] along the inputs."""
-        self._weights[linear.path] = turn(self._weight(linear))
+        self.weights[linear.path] = turn(self._weight(linear))
 
     def rows(self, linear: Linear, turn: Callable[[Tensor], Tensor]) -> None:
         """Change what the layer gives: turn maps [..., out] along the last dimension."""
-        self._weights[linear.path] = turn(self._weight(linear).mT).mT
+        self.weights[linear.path] = turn(self._weight(linear).mT).mT
         if linear.bias is not None:
             bias = self._biases.get(linear.path, linear.bias.detach().double())
             self._biases[linear.path] = turn(bias[None])[0]
 
     def _weight(self, linear: Linear) -> Tensor:
         self._layers[linear.path] = linear
-        found = self._weights.get(linear.path)
+        found = self.weights.get(linear.path)
         return linear.weight.detach().double() if found is None else found
 
     def edits(self, online: Mapping[str, Rotation]) -> Iterator[Edit]:
         """Yield the layers; online: by path, what the inputs of some are rotated by as the model runs."""
         for path, linear in self._layers.items():
-            weight = self._weights[path].to(linear.weight.dtype).contiguous()
+            weight = self.weights[path].to(linear.weight.dtype).contiguous()
             bias = None if path not in self._biases else self._biases[path].to(linear.bias.dtype)  # type: ignore[union-attr]
             if path in online:
+                trains = any(parameter.requires_grad for parameter in linear.module.parameters())
+                new, moved = (None if x is None else nn.Parameter(x, requires_grad=trains) for x in (weight, bias))
                 inputs = RoundedInputs(None, rotation=online[path])
-                yield Replace(path, ActLinear.of(linear, weight=DenseWeight(weight), bias=bias, inputs=inputs))
+                yield Replace(path, ActLinear.of(linear, weight=DenseWeight(new), bias=moved, inputs=inputs))  # type: ignore[arg-type]
                 continue
             yield set_weight(linear, weight)
             if bias is not None:
@@ -213,6 +223,14 @@ def _rotate_residual(block: Block, rotation: Rotation, written: _Written) -> Ite
         yield from _without_gain(norm)
     for linear in _writers(block):
         written.rows(linear, rotation)
+
+
+def _rotate_inside(block: Block, rotations: BlockRotations, written: _Written) -> None:
+    if rotations.value is not None:
+        _rotate_value(value_set(block), block, rotations.value, written)
+    for _, mlp in block.mlps():
+        if mlp.down.path in rotations.hidden:
+            written.columns(mlp.down, rotations.hidden[mlp.down.path])
 
 
 def _rotate_value(found: EqualizationSet | None, block: Block, rotation: Rotation, written: _Written) -> None:
