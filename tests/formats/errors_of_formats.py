@@ -95,6 +95,9 @@ proof(lambda p: written(p, run({"actkit": 1, "transforms": [*STACK["transforms"]
 proof(lambda p: written(p, layer_with(changed(), correction=LowRank(torch.zeros(HIDDEN, 2), torch.zeros(2, HIDDEN)))))
 
 
+proof(lambda p: written(p, run({"actkit": 1, "transforms": [{"rotate": {"sites": ["R4"]}}]}).model))
+
+
 proof(lambda p: written(p, build("llama").to("meta")))
 
 

@@ -245,7 +245,7 @@ def test_what_decodes_and_what_is_written_knows_rotations(tmp_path: Path) -> Non
     assert "queries and keys are rotated before they are rounded" in str(supports(model))
     assert choose_engine(model, capacity=16).name == "transformers"
     merged = with_gains("mistral")
-    apply(merged, [Rotate(sites=("R1", "R2")), RTN], progress=False)
+    apply(merged, [Rotate(sites=("R1", "R2")), RoundToNearest(bits=8, group_size=-1, symmetric=True)], progress=False)
     assert supports(merged) is None
     actkit.export(merged, tmp_path / "merged", "compressed-tensors")
 

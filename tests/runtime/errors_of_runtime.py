@@ -12,6 +12,7 @@ from torch import nn
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.runner import apply
 from actkit.quantization.quantize_cache import QuantizeCache
+from actkit.quantization.rotate import Rotate
 from actkit.runtime import decoder as cpu
 from actkit.runtime.shards import kind_of
 from error_proofs import NAN, Place, proof
@@ -69,4 +70,11 @@ def not_side_by_side(p: Place) -> None:
 def other_codes(p: Place) -> None:
     model = build("llama")
     apply(model, QuantizeCache(bits=4), progress=False)
+    cpu.codes_of_cache(model, anatomy(model).blocks)
+
+
+@proof
+def rotated_keys(p: Place) -> None:
+    model = build("llama")
+    apply(model, [Rotate(sites=("R3",)), QuantizeCache(bits=8)], progress=False)
     cpu.codes_of_cache(model, anatomy(model).blocks)

@@ -189,6 +189,10 @@ LAYERS: dict[str, dict[str, Made]] = {
         ),
         "int4, threshold, low rank": act_linear("int4 in groups", "threshold", "dropped", bias=False),
     },
+    "rotation": {
+        "of 16": Made(lambda: Rotation.drawn(IN, "0")),
+        "back": Made(lambda: Rotation.drawn(IN, "").inverted()),
+    },
     "cache_rounding": {
         "8 bits": Made(CacheRounding, settings={"smooth": False}),
         "rotated, not rounded": Made(lambda: CacheRounding(None, Rotation.drawn(IN, "0"))),
@@ -237,7 +241,6 @@ NOT_SAVED = {  # layers that are used by hand, or inside another, or are models:
         lambda: RoundedInputs(IntegerGrid(8, symmetric=True), shift=torch.rand(IN), divisor=torch.rand(IN) + 0.5),
         settings={"smooth": False},
     ),
-    "Rotation": Made(lambda: Rotation.drawn(IN, "0")),
     "LowRank": Made(
         lambda: LowRank(torch.randn(OUT, 2), torch.randn(2, IN)), settings={"shape": lambda shape: (*shape[:-1], OUT)}
     ),

@@ -24,6 +24,7 @@ Our own reading: of QuaRot's and SpinQuant's sites as the sheet of RoSTE names t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -42,10 +43,10 @@ from actkit.core.edit.rotating import (
     why_no_value,
 )
 from actkit.core.forward.batch import first_tensor, forward
-from actkit.core.forward.example import fit_dtype, has_example, main_dtype, make_example
+from actkit.core.forward.example import example_of, fit_dtype, main_dtype, make_example
 from actkit.core.forward.hooks import evaluating
 from actkit.core.ground import offload
-from actkit.core.ground.errors import UnsupportedModelError
+from actkit.core.ground.errors import DataError, UnsupportedModelError
 from actkit.core.layers.cache_rounding import CHILD, IMPLEMENTATION
 from actkit.core.layers.hadamard import Rotation
 from actkit.core.model.anatomy import Anatomy, Block, Linear, Norm
@@ -83,15 +84,13 @@ class Rotate(Transform):
         return super().conflicts(earlier) or refuse_filled(earlier)
 
     def plan(self, trial: Trial, data: Sequence[Any]) -> Self:
-        view = trial.anatomy
-        self._check(view)
+        self._check(trial.anatomy)
         planned = self.model_copy()
-        batch = None
-        if has_example(view.model):
-            batch = fit_dtype(make_example(view.model), main_dtype(view.model))
-        elif len(data):
-            batch = data[0]
-        planned._probe = None if batch is None else (batch, _outputs(view.model, batch))
+        batch = example_of(trial.model, data)
+        with suppress(DataError):
+            batch = make_example(trial.model) if batch is None else batch
+            batch = fit_dtype(batch, main_dtype(trial.model))
+            planned._probe = batch, _outputs(trial.model, batch)
         return planned
 
     def _check(self, view: Anatomy) -> None:

@@ -23,7 +23,7 @@ from math import isqrt
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from actkit.core.layers.keeps_dtype import KeepsDtype
 
@@ -95,7 +95,7 @@ class Rotation(KeepsDtype):
         return {"size": self.size, "inverse": self.inverse}
 
     @classmethod
-    def from_spec(cls, spec: dict[str, Any]) -> Rotation:
+    def from_spec(cls, spec: dict[str, Any], original: nn.Module | None = None) -> Rotation:
         """One of the right structure whose signs come from a file."""
         return cls(torch.ones(spec["size"]), spec["inverse"])
 
