@@ -207,7 +207,6 @@ class Trial:
     def error(self, scale: float, offset: Tensor | float) -> float:
         """Return the mean squared error of the outputs under q(x + offset) - offset, summed over the layers."""
         moved = self.x + offset
-        assert self.inputs.grid is not None
         lost = self.inputs.grid.fake(moved, torch.tensor([scale]), self.inputs.zero) - moved
         return sum(float((lost @ weight.t()).square().mean()) for weight in self.weights)
 

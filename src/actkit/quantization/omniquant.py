@@ -346,4 +346,5 @@ class LearnedThrough(RoundedInputs):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return super().forward(x)
-        return self.grid.fake(x, *self.grid.tracked_parameters(x)).to(x.dtype)
+        moved = self.rotated(x)
+        return self.grid.fake(moved, *self.grid.tracked_parameters(moved)).to(x.dtype)

@@ -31,6 +31,7 @@ class RoundedInputs(KeepsDtype):
     """
 
     kind: ClassVar[str] = "rounded"
+    grid: Any  # a Grid, or None
     scale: Tensor | None
     zero: Tensor | None
     shift: Tensor | None
