@@ -167,7 +167,7 @@ class Rotate(Transform):
         if "R4" in self.sites and why_no_hidden(block) is None:
             yield from (mlp.down for _, mlp in block.mlps())
 
-    def memory(self, block: Block) -> int:
+    def memory(self, block: Block, length: int) -> int:
         return sum(8 * each.in_features * each.out_features for each in self.targets(block) if isinstance(each, Linear))
 
     def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
