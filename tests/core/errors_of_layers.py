@@ -7,10 +7,12 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from tiny_models import build
 from torch import nn
 
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.layers.activation_function import ActivationFunction
 from actkit.core.layers.activations import Activation
 from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.linear import ActLinear, LowRank
+from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.layers.selections import Threshold
 from actkit.core.layers.weights import DenseWeight
 from actkit.core.model.anatomy import anatomy
@@ -50,6 +52,9 @@ proof(lambda p: Activation("softmax"))
 
 
 proof(lambda p: LowRank(torch.ones(2, 3), torch.ones(2, 3)))
+
+
+proof(lambda p: RoundedInputs(IntegerGrid(8, scope="tensor"), torch.ones(3, 1))(torch.ones(2, 4)))
 
 
 @proof

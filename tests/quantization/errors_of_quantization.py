@@ -9,15 +9,18 @@ from actkit.core.model.anatomy import Site
 from actkit.core.recipe.reconstruction import Example
 from actkit.core.recipe.runner import apply
 from actkit.core.watch.statistics import Gram
+from actkit.formats.export import export
 from actkit.quantization import awq, smoothquant_plus
 from actkit.quantization.adadim import adadim
 from actkit.quantization.adadim.sensitivity import weight_sensitivity
+from actkit.quantization.fake_quantize import FakeQuantize
+from actkit.quantization.freeze import Freeze
 from actkit.quantization.gptq import SecondOrder
 from actkit.quantization.omniquant import OmniQuant
 from actkit.quantization.quantize_cache import QuantizeCache
 from actkit.quantization.rotate import Rotate
 from actkit.quantization.zeroquant_v2.lorc import Lorc
-from error_proofs import HOST, NAN, Place, proof, run
+from error_proofs import HOST, NAN, Place, proof, run, train
 
 
 @proof
@@ -58,6 +61,19 @@ def no_second_moment(p: Place) -> None:
 
 
 proof(lambda p: run(Lorc()))
+
+
+proof(lambda p: run(Freeze()))
+
+
+@proof
+def trained_as_integers(p: Place) -> None:
+    train(p, model=run([FakeQuantize(), Freeze()]).model)
+
+
+@proof
+def exported_in_training(p: Place) -> None:
+    export(run(FakeQuantize()).model, p.path / "out", format="compressed-tensors")
 
 
 @proof

@@ -15,6 +15,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from actkit.core.grids.floats import FloatGrid, fp4, fp8, nvfp4
+from actkit.core.grids.half_integers import HalfIntegerGrid
 from actkit.core.grids.integers import IntegerGrid
 from actkit.core.ground import registry
 from actkit.core.layers.activations import (
@@ -29,6 +30,8 @@ from actkit.core.layers.conv import ActConv
 from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.folding import ScaledActivation
 from actkit.core.layers.hadamard import Rotation
+from actkit.core.layers.latent_weight import LatentWeight
+from actkit.core.layers.learned_inputs import LearnedInputs
 from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.layers.selections import Selection, Threshold, TopK
@@ -109,6 +112,20 @@ def shifted_floats() -> nn.Module:
     return ActLinear.of(linear, weight=stored, inputs=inputs)
 
 
+def half_integers() -> nn.Module:
+    linear = nn.Linear(IN, OUT)
+    return ActLinear.of(linear, weight=rounded(linear.weight, HalfIntegerGrid(2)))
+
+
+def in_training() -> nn.Module:
+    """A layer whose weight and inputs have learned steps."""
+    linear = nn.Linear(IN, OUT)
+    weight = LatentWeight.of(linear.weight, IntegerGrid(3, symmetric=True), learned=True)
+    grid = IntegerGrid(4, scope="tensor")
+    inputs = LearnedInputs(grid, torch.rand(IN) + 0.1, torch.zeros(1, dtype=torch.uint8), biases=True, channels=IN)
+    return ActLinear.of(linear, weight=weight, inputs=inputs)
+
+
 def act_conv(grid: str, convolution: Callable[[], nn.Module], *inputs: Tensor) -> Made:
     def make() -> nn.Module:
         module: Any = convolution()
@@ -187,6 +204,8 @@ LAYERS: dict[str, dict[str, Made]] = {
         "floats of shifted columns": Made(
             shifted_floats, settings={"shape": lambda shape: (*shape[:-1], OUT), "smooth": False}
         ),
+        "half-integers": Made(half_integers, settings={"shape": lambda shape: (*shape[:-1], OUT)}),
+        "in training": Made(in_training, settings={"shape": lambda shape: (*shape[:-1], OUT), "smooth": False}),
         "int4, threshold, low rank": act_linear("int4 in groups", "threshold", "dropped", bias=False),
     },
     "rotation": {
@@ -241,6 +260,12 @@ NOT_SAVED = {  # layers that are used by hand, or inside another, or are models:
         lambda: RoundedInputs(IntegerGrid(8, symmetric=True), shift=torch.rand(IN), divisor=torch.rand(IN) + 0.5),
         settings={"smooth": False},
     ),
+    "LearnedInputs": Made(
+        lambda: LearnedInputs(
+            IntegerGrid(4, symmetric=True, scope="tensor"), torch.tensor([0.2]), biases=True, channels=IN
+        ),
+        settings={"smooth": False},
+    ),
     "LowRank": Made(
         lambda: LowRank(torch.randn(OUT, 2), torch.randn(2, IN)), settings={"shape": lambda shape: (*shape[:-1], OUT)}
     ),
@@ -288,7 +313,7 @@ def test_layers_that_are_not_saved_pass(name: str) -> None:
 
 # classes that are tried as part of others: what they derive from, and storages, which compute nothing by themselves
 PARTS = {"KeepsDtype", "WeightStorage", "GrowingModule", "Selection", "Expert"}
-PARTS |= {"DenseWeight", "CodedWeight", "IntegerWeight", "FloatWeight"}
+PARTS |= {"DenseWeight", "CodedWeight", "IntegerWeight", "FloatWeight", "HalfIntegerWeight", "LatentWeight"}
 MODELS = {"DigitsCNN", "TinyMlp"}  # see test_check_model.py
 
 

@@ -54,6 +54,8 @@ ELSEWHERE = {  # those that do not fit every kind of model, or say less of it, a
     "r_sparse": "sparsity/test_r_sparse.py",
     "sparkify": "sparsity/test_spark.py",
     "top_k_mlp": "sparsity/test_lazy_neuron.py",
+    "fake_quantize": "quantization/test_fake_quantize.py",
+    "freeze": "quantization/test_fake_quantize.py",
     "llm_fp4": "quantization/test_llm_fp4.py",
     "noisyquant": "quantization/test_noisyquant.py",
     "omniquant": "quantization/test_omniquant.py",

@@ -327,6 +327,7 @@ def _check_inputs(path: str, layer: ActLinear, dense: str | None) -> None:
 def _notes(plain: Plain, schemes: dict[str, Scheme]) -> tuple[str, ...]:
     """What a reader will do, and what vLLM would not load though transformers does."""
     notes = ["scales are stored in float32; a reader that computes in 16 bits rounds them to its dtype"]
+    notes += plain.rewritten(schemes)
     tokens = [path for path, scheme in schemes.items() if scheme.inputs == "token"]
     if tokens:
         ours = {float(plain.layers[path].inputs.half_range or 0) for path in tokens}  # type: ignore[union-attr]

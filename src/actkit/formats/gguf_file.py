@@ -110,6 +110,7 @@ def write(plain: Plain, path: Path, tokenizer: Any) -> dict[str, Any]:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    notes += plain.rewritten(quantized)
     if quantized:
         notes.append(
             f"scales are float16 here, up to {worst:.1e} of their value off; llama.cpp also rounds activations to 8 "

@@ -6,7 +6,7 @@ written. The skeleton is the plain model on the meta device: the list of modules
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +36,8 @@ class Plain:
     Attributes:
         model: the changed model.
         skeleton: the plain model on the meta device, of the changed model's dtype and settings.
-        layers: path -> ActLinear that neither selects inputs nor corrects outputs; whether it rounds its inputs is for
-            the format to say or refuse.
+        layers: path -> ActLinear that neither selects inputs nor corrects outputs, its weight as others read it;
+            whether it rounds its inputs is for the format to say or refuse.
         transposed: paths at which the plain model has a Conv1D, whose weight is [in, out].
         tables: path -> QuantizedEmbedding; GGUF has rows of blocks for it, compressed-tensors writes it dense.
     """
@@ -86,7 +86,8 @@ class Plain:
                 raise ExportError(f"{path}: the plain {_name(skeleton)} has it, this model does not.") from None
             if isinstance(module, ActLinear) and isinstance(plain, nn.Linear | Conv1D):
                 _refuse_slots(path, module, model)
-                layers[path] = module
+                written = module.storage.as_others_read()
+                layers[path] = module if written is module.storage else ActLinear.of(module, weight=written)
                 if isinstance(plain, Conv1D):
                     transposed.add(path)
             elif isinstance(module, QuantizedEmbedding) and isinstance(plain, nn.Embedding):
@@ -109,6 +110,24 @@ class Plain:
     def other_linears(self) -> list[str]:
         """Paths of linear layers of the plain model that nothing was changed on."""
         return [p for p, m in self.skeleton.named_modules() if isinstance(m, nn.Linear) and p not in self.layers]
+
+    def rewritten(self, quantized: Iterable[str]) -> list[str]:
+        """Say of the layers that take more room as others read them how much, in a line.
+
+        Args:
+            quantized: paths of the layers that are written quantized.
+        """
+        found: dict[str, list[float]] = {}
+        for path in quantized:
+            layer: ActLinear = get_module(self.model, path)  # type: ignore[assignment]
+            if layer.storage is not self.layers[path].storage:
+                ratio = self.layers[path].storage.nbytes / layer.storage.nbytes
+                found.setdefault(f"{layer.storage.grid.name}s", []).append(ratio)  # type: ignore[union-attr]
+        return [
+            f"{len(ratios)} layers of {name} are written as odd integers of half the step, which take "
+            f"{max(ratios):.1f} times as many bytes here as in this model"
+            for name, ratios in found.items()
+        ]
 
     def dense_tensors(self, path: str) -> dict[str, Tensor]:
         """One layer's weight and bias as the plain model stores them, the weight dequantized."""
@@ -189,6 +208,11 @@ def _refuse_rotation(path: str, rotation: nn.Module | None, model: nn.Module) ->
 
 
 def _refuse_slots(path: str, layer: ActLinear, model: nn.Module) -> None:
+    if layer.in_training:
+        raise ExportError(
+            f"{path}: its weight or its inputs are in training{_by(model, path)}, so that nothing says yet what they "
+            f"are stored as. Apply freeze, then export."
+        )
     _refuse_rotation(path, None if layer.inputs is None else layer.inputs.rotation, model)
     if layer.select is not None:
         raise ExportError(

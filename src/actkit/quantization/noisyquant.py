@@ -264,6 +264,8 @@ def _unfit(given: Sequence[RoundedInputs | None]) -> str | None:
         return None
     if any(each.scale is None or not isinstance(each.grid, IntegerGrid) for each in given if each is not None):
         return "its inputs have a scale for each token, or are no integers"
+    if any(each is not None and (each.in_training or each.scale.numel() != 1) for each in given):  # type: ignore[union-attr]
+        return "its inputs are in training, or have several scales"
     same = all(each is not None and _same(first, each) for each in given)
     return None if same else "the layers that read this tensor round it differently"
 

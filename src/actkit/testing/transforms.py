@@ -184,7 +184,8 @@ def identity_changes_nothing(case: Case) -> None:
 def same_result_twice(case: Case) -> None:
     """Two runs on equal models give equal edits, tensors and outputs."""
     again = case.apply(case.model())
-    assert again.edits == changes_of(case.changed), "the edits differ"
+    earlier = len(changes_of(case.original))  # a model that was changed before has edits of its own
+    assert again.edits == changes_of(case.changed)[earlier:], "the edits differ"
     State.of(case.changed).compare(again.model, "the second run", modules=False)
     equal(outputs(again.model, case.batches), case.expected, "the outputs of the second run")
 

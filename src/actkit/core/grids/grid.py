@@ -6,8 +6,9 @@
     codes, scale, zero = grid.quantize(x)            what is stored
     grid.dequantize(codes, scale, zero)              what it stands for
 
-A kind (integers, floats) is a frozen dataclass below `Grid`, registered under the entry-point group `actkit.grids`. It
-says what a code stands for; *which* part of the values it should cover is chosen apart from it (`ranges`).
+A kind (integers, half-integers, floats) is a frozen dataclass below `Grid`, registered under the entry-point group
+`actkit.grids`. It says what a code stands for; *which* part of the values it should cover is chosen apart from it
+(`ranges`).
 
 What shares a scale: `group_size` consecutive values along the last dimension (`group_axis="input"`: the inputs of a
 weight's row, the channels of a token), or along the last but one (`"output"`); -1 is a whole row, a token or a head
@@ -16,7 +17,7 @@ of an activation; `scope="tensor"` is all values. Parameters that are given may 
 [channels] one for each channel.
 
 All is computed in float32 (in float64 if the values are). Gradients go straight through the rounding, to the values
-that the range holds, and to scale and zero if they are given.
+that the range holds, and to scale and zero if they are given; those of `fake_straight` to all values.
 """
 
 from __future__ import annotations
@@ -106,14 +107,19 @@ class Grid(ABC):
         """
         return None
 
+    @property
+    def choice(self) -> Choose:
+        """How the range of a group is chosen if nobody says."""
+        return min_max
+
     # -- values
 
-    def parameters(self, x: Tensor, choose: Choose = min_max) -> tuple[Tensor, Tensor | None]:
+    def parameters(self, x: Tensor, choose: Choose | None = None) -> tuple[Tensor, Tensor | None]:
         """Find scale and zero of values.
 
         Args:
             x: [..., n].
-            choose: gives the range of each group.
+            choose: gives the range of each group; None for the choice of the kind.
 
         Returns:
             Scale, float32 (float64 for float64), and zero, uint8 or None: [..., groups], [groups, n] for groups along
@@ -126,12 +132,12 @@ class Grid(ABC):
             scale, zero = self.tracked_parameters(x.detach(), choose)
             return scale, None if zero is None else zero.to(torch.uint8)
 
-    def tracked_parameters(self, x: Tensor, choose: Choose = min_max) -> tuple[Tensor, Tensor | None]:
+    def tracked_parameters(self, x: Tensor, choose: Choose | None = None) -> tuple[Tensor, Tensor | None]:
         """Find scale and zero of values, with gradients to the values and to what `choose` learns.
 
         Args:
             x: [..., n].
-            choose: gives the range of each group.
+            choose: as in `parameters`.
 
         Returns:
             As `parameters`, but zero in floats.
@@ -139,7 +145,7 @@ class Grid(ABC):
         Raises:
             ValueError: the groups do not fit.
         """
-        scale, zero = self.from_range(*choose(self._groups(_wide(x)), self))
+        scale, zero = self.from_range(*(choose or self.choice)(self._groups(_wide(x)), self))
         if self.scope == "tensor":
             return scale.flatten(), None if zero is None else zero.flatten()
         return self._turned(scale.squeeze(-1)), None if zero is None else self._turned(zero.squeeze(-1))
@@ -162,6 +168,22 @@ class Grid(ABC):
         if scale is None and not tracked and x.dim() == 2 and self._by_rows and self.group_axis == "input":
             return torch.cat([self._fake(rows, *self.parameters(rows)) for rows in parcels(x)])
         return self._fake(x, *(self.parameters(x) if scale is None else (scale, zero)))
+
+    def fake_straight(self, x: Tensor, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
+        """Round values as `fake` does, with the gradient of x itself: also outside of the range, and none to scales.
+
+        Args:
+            x: as in `fake`, and so are all others.
+            scale: or None.
+            zero: or None.
+
+        Returns:
+            As in `fake`.
+
+        Raises:
+            ValueError: the groups do not fit.
+        """
+        return straight_through(self.fake(_wide(x.detach()), scale, zero), _wide(x)).to(x.dtype)
 
     def _fake(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         groups, scale, zero = self._aligned(_wide(x), scale, zero)
@@ -207,6 +229,22 @@ class Grid(ABC):
             zero: as in `fake`.
         """
         return self._turned(self.decode(*self._aligned(codes, scale.float(), zero)).flatten(-2))
+
+    def places(self, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+        """Return where values lie among the codes, neither rounded nor clamped, for kinds whose codes are equal steps.
+
+        Args:
+            x: [..., n], floats.
+            scale: as in `fake`.
+            zero: as in `fake`.
+
+        Returns:
+            Of the shape of x; k + 1/2 is the threshold between the codes k and k + 1.
+        """
+        return self._turned(self._places(*self._aligned(_wide(x), scale, zero)).flatten(-2))
+
+    def _places(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        raise NotImplementedError
 
     def _aligned(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """x [..., groups, size] in groups along its last dimension; scale and zero [..., groups, 1]."""
@@ -321,7 +359,7 @@ class Grid(ABC):
 
 def straight_through(rounded: Tensor, x: Tensor) -> Tensor:
     """Return `rounded`, with the gradient of x."""
-    return rounded if not x.requires_grad else x + (rounded - x).detach()
+    return x + (rounded - x).detach() if x.requires_grad and torch.is_grad_enabled() else rounded
 
 
 def _wide(x: Tensor) -> Tensor:

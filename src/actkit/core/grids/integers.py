@@ -112,6 +112,9 @@ class IntegerGrid(Grid):
             return codes.to(scale.dtype).sub_(self._offset(zero)).mul_(scale)
         return (codes - self._offset(zero)) * scale
 
+    def _places(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        return x / scale + self._offset(zero)
+
     def _codes(self, x: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         steps = x / scale
         return (straight_through(torch.round(steps), steps) + self._offset(zero)).clamp(0, self.levels)

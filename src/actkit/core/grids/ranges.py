@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from actkit.core.grids.grid import Grid
+    from actkit.core.grids.grid import Choose, Grid
 
 
 def min_max(groups: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -25,6 +25,38 @@ def min_max(groups: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         grid: not used.
     """
     return groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+
+
+def twice_mean(groups: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """To twice the mean magnitude, on both sides: 1.6 standard deviations of normal values.
+
+    Args:
+        groups: [..., groups, size].
+        grid: not used.
+    """
+    span = 2 * groups.abs().mean(-1, keepdim=True)
+    return -span, span
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """The range that another choice gives, both ends times a factor.
+
+    Attributes:
+        factor: above 0, at most 1.
+        choose: gives the range.
+    """
+
+    factor: float
+    choose: Choose = min_max
+
+    def __post_init__(self) -> None:
+        if not 0 < self.factor <= 1:
+            raise ValueError(f"factor: {self.factor} was given; give a number above 0, at most 1.")
+
+    def __call__(self, groups: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        low, high = self.choose(groups, grid)
+        return low * self.factor, high * self.factor
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,12 @@ class ActLinear(nn.Module):
                 "inputs: they are rotated, and some are selected: what is dropped would be mixed into all of them. Use "
                 "one of the two."
             )
-        if select is not None and inputs.shift is not None:
+        if inputs.scale is not None and inputs.scale.dim() == 1 and len(inputs.scale) not in (1, self.in_features):
+            raise ValueError(
+                f"inputs: they have {len(inputs.scale)} scales, the layer {self.in_features} inputs; give one, or one "
+                f"for each input."
+            )
+        if select is not None and inputs.moves_zero:
             raise ValueError(
                 "inputs: they are shifted, and some are selected: a dropped one would become the shift. Use one of "
                 "the two."
@@ -233,6 +238,26 @@ class ActLinear(nn.Module):
             "correction": "adds a correction",
         }
         return {name: what for name, what in does.items() if getattr(self, name) is not None}
+
+    @property
+    def in_training(self) -> bool:
+        """Whether its weight or what rounds its inputs is a stand-in that is trained, for `frozen` to settle."""
+        return self.storage.in_training or (self.inputs is not None and self.inputs.in_training)
+
+    def frozen(self) -> ActLinear:
+        """Make a copy that holds what is stored in place of what was trained; the same outputs, to rounding."""
+        weight = self.storage.frozen()
+        if self.inputs is None:
+            return ActLinear.of(self, weight=weight)
+        inputs, behind = self.inputs.frozen()
+        bias = None
+        if behind is not None:
+            with torch.no_grad():
+                added = weight.dequantize().double() @ behind.double()
+                if self.correction is not None:
+                    added += self.correction(behind.to(weight.dtype)).double()
+                bias = (added if self.bias is None else self.bias.double() + added).to(weight.dtype)
+        return ActLinear.of(self, weight=weight, inputs=inputs, bias=bias)
 
     def dequantized(self) -> Tensor:
         """The weight [out, in] that is multiplied, in the layer's dtype."""

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from actkit.core.grids.floats import FloatGrid
 from actkit.core.grids.grid import Choose, Grid
+from actkit.core.grids.half_integers import HalfIntegerGrid
 from actkit.core.grids.integers import IntegerGrid
 from actkit.core.grids.packing import pack_codes, packed_width, unpack_codes
-from actkit.core.grids.ranges import min_max
 from actkit.core.grids.scales import holds, power_of_two, read_scale, stored_scale
 from actkit.core.ground import registry
 from actkit.core.layers.keeps_dtype import KeepsDtype
@@ -37,12 +37,14 @@ class WeightStorage(KeepsDtype):
 
     Attributes:
         kind: the registered name.
+        in_training: whether it is a stand-in while a model is trained; `frozen` gives what is stored then.
         shape: (out, in).
         dtype: of what `dequantize` gives.
         nbytes: what it takes in storage.
     """
 
     kind: ClassVar[str]
+    in_training: ClassVar[bool] = False
     shape: Any
     dtype: Any
     nbytes: Any
@@ -90,6 +92,14 @@ class WeightStorage(KeepsDtype):
             [n, in].
         """
         return self.dequantize()[rows]
+
+    def frozen(self) -> WeightStorage:
+        """What is stored in place of a weight in training, of the same values; any other one is itself."""
+        return self
+
+    def as_others_read(self) -> WeightStorage:
+        """The same values as a format that other programs read holds them; itself if there is nothing to rewrite."""
+        return self
 
     @property
     def row_scale(self) -> Tensor | None:
@@ -198,13 +208,13 @@ class CodedWeight(WeightStorage):
         self.register_buffer("whole", whole)
 
     @classmethod
-    def quantize(cls, weight: Tensor, grid: Any, choose: Choose = min_max) -> Self:
+    def quantize(cls, weight: Tensor, grid: Any, choose: Choose | None = None) -> Self:
         """Round a weight [out, in] to the grid.
 
         Args:
             weight: [out, in].
             grid: to round to. If 16 bits cannot hold its scales (below 6e-5 for float16), they stay float32.
-            choose: gives the range of each group.
+            choose: gives the range of each group; None for the choice of the grid's kind.
 
         Raises:
             ValueError: the groups do not fit.
@@ -212,7 +222,7 @@ class CodedWeight(WeightStorage):
         weight, grid = weight.detach(), grid.of(*weight.shape)
 
         def quantized(grid: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-            found = () if choose is min_max else grid.parameters(weight, choose)
+            found = () if choose is None else grid.parameters(weight, choose)
             return grid.quantize(weight, *found)
 
         codes, scale, zero = quantized(grid)
@@ -381,6 +391,39 @@ class IntegerWeight(CodedWeight):
             group_axis=self.grid.group_axis,
             in_features=self.shape[1],
         )
+
+    def product(self, x: Tensor, packed: Any, bias: Tensor | None, **chosen: Any) -> Tensor:
+        from actkit import kernels
+
+        return kernels.quantized_linear(x, packed, bias=bias, **chosen)
+
+
+class HalfIntegerWeight(CodedWeight):
+    """Codes and scales of a weight on a grid of half-integers; arguments as those of `CodedWeight`.
+
+    Kernels and other programs read them as odd integers of half the scale, which take 4 bits for up to 3, else 8.
+    """
+
+    kind = "half_integer"
+    grid: HalfIntegerGrid
+
+    def spec(self) -> dict[str, Any]:
+        """Its JSON arguments, as a checkpoint keeps them."""
+        return {"kind": self.kind, "grid": self.grid.spec()}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype) -> HalfIntegerWeight:
+        return cls.empty(shape, Grid.from_spec(spec["grid"]), dtype)
+
+    def as_others_read(self) -> IntegerWeight:
+        bits = 4 if self.grid.bits <= 3 else 8
+        given = self.grid
+        grid = IntegerGrid(bits, given.group_size, given.group_axis, symmetric=True, scale_dtype=given.scale_dtype)
+        odd = 2 * self.integers() + (grid.middle + 1 - 2 * given.half)
+        return IntegerWeight.of_codes(odd, self.scales() / 2, None, grid, self.dtype)
+
+    def packed(self, selects: bool) -> QuantizedWeight | None:
+        return self.as_others_read().packed(selects)
 
     def product(self, x: Tensor, packed: Any, bias: Tensor | None, **chosen: Any) -> Tensor:
         from actkit import kernels

@@ -38,7 +38,7 @@ from actkit.core.recipe.runner import check_model
 from actkit.core.recipe.stage import Keep, Precision, Schedule
 from actkit.core.store import checkpoint
 from actkit.core.store.tensor_files import read_values, write_values
-from actkit.core.train.choice import Trainable, trained_parameters
+from actkit.core.train.choice import Trainable, chooses, trained_parameters
 from actkit.core.train.objective import Loss, Objective
 from actkit.core.train.optimizers import Optimizer, describe, make_optimizer, optimizer_state, restore_optimizer
 from actkit.core.train.rules import AttachedRules, attached
@@ -56,6 +56,7 @@ from actkit.core.train.training_setup import (
     one_accelerator,
     prepare_modes,
     rate,
+    refuse_integers,
     sequences,
     state_folder,
     steps_per_epoch,
@@ -233,7 +234,8 @@ def train(
         The model with its history.
 
     Raises:
-        ValueError: a setting is out of bounds, or a trained parameter has 16 bits.
+        ValueError: a setting is out of bounds, a trained parameter has 16 bits, or nobody chose what trains and weights
+            are integers.
         UnsupportedModelError: the model is compiled, sharded or offloaded.
         ProcessError: it is called inside `core.ground.processes.together`.
         DataError: the data cannot be used.
@@ -250,6 +252,8 @@ def train(
         checkpoint.check_savable(model)
     folder = None if out is None else Path(out)
     with ExitStack() as stack:
+        if not chooses(rules, trainable):
+            refuse_integers(model)
         stack.enter_context(trained_parameters(model, rules, trainable))
         check_parameters(model)
         training, held_out = sequences(model, batches, validation, loss)

@@ -20,6 +20,7 @@ from actkit.core.forward.stream import Stream
 from actkit.core.ground import whole_folder
 from actkit.core.ground.errors import CheckpointError, DataError
 from actkit.core.ground.fingerprint import fingerprint
+from actkit.core.layers.weights import CodedWeight
 from actkit.core.recipe.stage import Precision, Schedule
 from actkit.core.store import checkpoint
 
@@ -240,6 +241,24 @@ def check_parameters(model: nn.Module) -> None:
             raise ValueError(
                 f"model: {name} is {parameter.dtype}, too coarse for small updates; load it with dtype='float32' and "
                 f"pass mixed_precision='bf16' for speed, or freeze it."
+            )
+
+
+def refuse_integers(model: nn.Module) -> None:
+    """Refuse to train all of a model whose weights are in part integers, of which nothing would move.
+
+    Args:
+        model: whose trained parameters nobody has chosen.
+
+    Raises:
+        ValueError: a layer holds integers or other codes.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, CodedWeight):
+            layer = path.rpartition(".")[0]
+            raise ValueError(
+                f"model: {layer} holds {module.describe()} codes, which cannot be trained; train before they are made "
+                f"(fake_quantize, train, freeze), or say with trainable= which of the other parameters train."
             )
 
 
