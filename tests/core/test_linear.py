@@ -510,11 +510,11 @@ def test_empty_weight_has_the_shapes_of_a_quantized_one():
         ),
         (
             lambda: ActLinear.from_spec({**layer().spec(), "inputs": {"kind": "dice"}}),
-            "inputs: 'dice' is not known. Known are rounded",
+            "inputs: 'dice' is not known. Known are learned, rounded",
         ),
         (
             lambda: ActLinear.from_spec({**layer().spec(), "weight": {"kind": "fp1"}}),
-            "weights: 'fp1' is not known. Known are dense, float, integer",
+            "weights: 'fp1' is not known. Known are dense, float, half_integer, integer, latent",
         ),
         (
             lambda: ActLinear.from_spec({**layer().spec(), "select": {"kind": "coin", "score": False}}),

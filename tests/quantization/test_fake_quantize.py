@@ -213,10 +213,13 @@ def test_rotated_layers_are_trained_behind_their_rotation(name: str) -> None:
     assert down.inputs.rotation is not None and down.inputs.grid.bits == 4
     if name == "statsq, lsq":
         seen: list[torch.Tensor] = []
-        handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        model(**batches[0])
-        handle.remove()
-        expected = 4 * float(down.inputs.rotated(seen[0]).abs().mean()) / 15**0.5
+        before = apply(tiny_model("llama"), Rotate(), batches, undo="off", progress=False).model
+        before.get_submodule("model.layers.0.mlp.down_proj").inputs.register_forward_hook(
+            lambda module, args, output: seen.append(output.detach())
+        )
+        for batch in batches:
+            before(**batch)
+        expected = 4 * float(torch.cat(seen).abs().mean()) / 15**0.5
         assert down.inputs.step.item() == pytest.approx(expected, rel=0.2)
     fine_tuned(model, batches)
     model.eval()
