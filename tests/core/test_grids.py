@@ -14,6 +14,7 @@ from torch import Tensor
 from actkit.core.grids.floats import FloatGrid, fp4, mxfp4, nvfp4
 from actkit.core.grids.grid import Grid
 from actkit.core.grids.integers import IntegerGrid
+from actkit.core.grids.powers import PowerGrid
 from actkit.core.grids.ranges import LeastSquares, Percentile, min_max
 from actkit.core.grids.scales import holds
 from actkit.core.layers.weights import IntegerWeight
@@ -30,6 +31,7 @@ KINDS = {
     "e3m0 per tensor": FloatGrid(3, 0, scope="tensor"),
     "mxfp4": mxfp4(),
     "nvfp4": nvfp4(),
+    "powers of two": PowerGrid(4),
 }
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from tiny_models import build
+from types import SimpleNamespace
+from typing import Any
 
-from actkit.core.model.anatomy import Site
+import torch
+from tiny_models import VOCABULARY, build
+
+from actkit.core.grids.powers import PowerGrid
+from actkit.core.layers.attention_rounding import AttentionRounding
+from actkit.core.model.anatomy import Site, anatomy
 from actkit.core.recipe.reconstruction import Example
 from actkit.core.recipe.runner import apply
 from actkit.core.watch.statistics import Gram
@@ -13,6 +18,10 @@ from actkit.formats.export import export
 from actkit.quantization import awq, smoothquant_plus
 from actkit.quantization.adadim import adadim
 from actkit.quantization.adadim.sensitivity import weight_sensitivity
+from actkit.quantization.agile_quant import agile_quant, token_pruner
+from actkit.quantization.agile_quant.agile_quant import AgileQuant
+from actkit.quantization.agile_quant.prune_schedule import PruneSchedule
+from actkit.quantization.agile_quant.token_pruner import TokenPruner
 from actkit.quantization.fake_quantize import FakeQuantize
 from actkit.quantization.freeze import Freeze
 from actkit.quantization.gptq import SecondOrder
@@ -20,6 +29,7 @@ from actkit.quantization.omniquant import OmniQuant
 from actkit.quantization.quantize_cache import QuantizeCache
 from actkit.quantization.rotate import Rotate
 from actkit.quantization.zeroquant_v2.lorc import Lorc
+from actkit.runtime.decoder import codes_of_cache
 from error_proofs import HOST, NAN, Place, proof, run, train
 
 
@@ -102,3 +112,60 @@ def another_norm(p: Place) -> None:
     real = norm.forward
     p.patch.setattr(norm, "forward", lambda self, x: real(self, x) + 0.1 * x.abs())
     apply(model, Rotate(sites=("R1",)), progress=False)
+
+
+# -- agile-quant
+
+
+def small(attention: str = "eager", **settings: Any) -> Any:
+    """A Llama whose attention forms its weights."""
+    model = build("llama", **settings)
+    model.set_attn_implementation(attention)
+    return model
+
+
+proof(lambda p: run(AgileQuant(), kind="mlp"))
+
+
+@proof
+def asked_by_no_attention(p: Place) -> None:
+    p.patch.setattr(agile_quant, "child_path", lambda block: f"{block.mlp.path}.attention_rounding")
+    run(AgileQuant())
+
+
+@proof
+def capped_scores(p: Place) -> None:
+    given = torch.ones(1, 1, 2, 4)
+    AttentionRounding(weights=PowerGrid(4)).attend(torch.nn.Identity(), given, given, given, None, softcap=30.0)
+
+
+proof(lambda p: AttentionRounding(bits=8))
+
+
+@proof
+def operands_of_the_decoder(p: Place) -> None:
+    model = apply(build("llama"), AgileQuant(bits=None), [HOST], progress=False).model
+    codes_of_cache(model, anatomy(model).blocks)
+
+
+proof(lambda p: TokenPruner(build("gpt2")))
+proof(lambda p: TokenPruner(small("sdpa"), PruneSchedule({0: 0.5})))
+proof(lambda p: TokenPruner(small(), PruneSchedule({9: 0.5})))
+proof(lambda p: TokenPruner(small())([]))
+proof(lambda p: TokenPruner(small())([VOCABULARY]))
+proof(lambda p: TokenPruner(small()).read(torch.tensor([1, 2])))
+proof(lambda p: TokenPruner(small()).losses([{**HOST, "attention_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])}]))
+proof(lambda p: TokenPruner(small()).losses([]))
+
+
+@proof
+def no_memory_for_a_cache(p: Place) -> None:
+    p.patch.setattr(token_pruner.psutil, "virtual_memory", lambda: SimpleNamespace(available=9))
+    TokenPruner(small())
+
+
+@proof
+def logits_of_nothing(p: Place) -> None:
+    model = small()
+    model.model.norm.weight.data.fill_(NAN)
+    TokenPruner(model)([1, 2])

@@ -17,6 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from actkit.core.grids.floats import FloatGrid, fp4, fp8, nvfp4
 from actkit.core.grids.half_integers import HalfIntegerGrid
 from actkit.core.grids.integers import IntegerGrid
+from actkit.core.grids.powers import PowerGrid
 from actkit.core.ground import registry
 from actkit.core.layers.activations import (
     Activation,
@@ -25,6 +26,7 @@ from actkit.core.layers.activations import (
     function_names,
     says_what_it_mixes,
 )
+from actkit.core.layers.attention_rounding import AttentionRounding
 from actkit.core.layers.cache_rounding import CacheRounding
 from actkit.core.layers.conv import ActConv
 from actkit.core.layers.embedding import QuantizedEmbedding
@@ -91,16 +93,22 @@ def act_linear(grid: str = "dense", select: str = "all inputs", of: Any = None, 
     return Made(make, settings={"shape": lambda shape: (*shape[:-1], OUT)})
 
 
-def rounding(weight: IntegerGrid | None, static: bool = False) -> Made:
-    """A layer that rounds its inputs, by a scale for each token or by one."""
+def rounding(weight: IntegerGrid | None, static: bool = False, scales: int = 1) -> Made:
+    """A layer that rounds its inputs, by a scale for each token, or by one or one per channel."""
 
     def make() -> nn.Module:
         linear = nn.Linear(IN, OUT)
         grid = IntegerGrid(8, symmetric=True, scope="tensor" if static else "group")
-        inputs = RoundedInputs(grid, torch.tensor([0.02]) if static else None)
+        inputs = RoundedInputs(grid, 0.02 + torch.arange(scales) / 500 if static else None)
         return ActLinear.of(linear, weight=weight and IntegerWeight.quantize(linear.weight, weight), inputs=inputs)
 
     return Made(make, settings={"shape": lambda shape: (*shape[:-1], OUT), "smooth": False})
+
+
+def attention_rounding() -> nn.Module:
+    """Static scales for 3 heads that share one key, and powers of two."""
+    scales = torch.rand(3), torch.rand(1), torch.rand(1)
+    return AttentionRounding(8, *scales, PowerGrid(4))
 
 
 def shifted_floats() -> nn.Module:
@@ -201,12 +209,16 @@ LAYERS: dict[str, dict[str, Made]] = {
             lambda: ActLinear.of(nn.Linear(IN, OUT), inputs=RoundedInputs(None, rotation=Rotation.drawn(IN, "0"))),
             settings={"shape": lambda shape: (*shape[:-1], OUT)},
         ),
+        "int8 by rows, inputs by a scale per channel": rounding(IntegerGrid(8, symmetric=True), static=True, scales=IN),
         "floats of shifted columns": Made(
             shifted_floats, settings={"shape": lambda shape: (*shape[:-1], OUT), "smooth": False}
         ),
         "half-integers": Made(half_integers, settings={"shape": lambda shape: (*shape[:-1], OUT)}),
         "in training": Made(in_training, settings={"shape": lambda shape: (*shape[:-1], OUT), "smooth": False}),
         "int4, threshold, low rank": act_linear("int4 in groups", "threshold", "dropped", bias=False),
+    },
+    "attention_rounding": {
+        "powers of two": Made(attention_rounding, (torch.rand(2, 3, 4, 5), torch.rand(1, 3, 1, 7)), {"smooth": False})
     },
     "rotation": {
         "of 16": Made(lambda: Rotation.drawn(IN, "0")),

@@ -61,6 +61,7 @@ ELSEWHERE = {  # those that do not fit every kind of model, or say less of it, a
     "omniquant": "quantization/test_omniquant.py",
     "outliertune": "quantization/test_outliertune.py",
     "lorc": "quantization/test_lorc.py",
+    "agile_quant": "quantization/test_agile_quant.py",
     "quantize_cache": "quantization/test_quantize_cache.py",
     "rotate": "quantization/test_rotate.py",
     "round_inputs": "quantization/test_round_inputs.py",

@@ -33,6 +33,7 @@ from actkit.core.forward.named_functions import unknown_function
 from actkit.core.ground.errors import DataError, MemoryLimitError, NonFiniteError, UnsupportedModelError
 from actkit.core.ground.memory import format_bytes
 from actkit.core.ground.offload import refuse_offloaded
+from actkit.core.layers.attention_rounding import AttentionRounding
 from actkit.core.layers.cache_rounding import CHILD, IMPLEMENTATION
 from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.linear import ActLinear
@@ -108,6 +109,8 @@ def codes_of_cache(model: nn.Module, blocks: Sequence[Block]) -> bool:
     """
     if attention_implementation(model) != IMPLEMENTATION:
         return False
+    if any(isinstance(module, AttentionRounding) for module in model.modules()):
+        raise UnsupportedModelError("its attention rounds what it multiplies, which is computed by transformers alone")
     children = [getattr(block.attention.module, CHILD, None) for block in blocks if block.attention]
     found = {getattr(child, "bits", None) for child in children}
     if found == {None}:

@@ -3,7 +3,8 @@
 A child module of an attention says how; the attention function `IMPLEMENTATION`, registered with transformers when a
 model first asks for it, rounds keys and values with it and calls transformers' scaled dot-product attention. The scale
 of a token and head is found from its own vector, so that a vector is rounded alike whenever it is read. Queries and
-keys may be rotated before that, by one rotation: their products stay, (q R) (k R)^T = q k^T.
+keys may be rotated before that, by one rotation: their products stay, (q R) (k R)^T = q k^T. Another child
+(`attention_rounding.py`) rounds what is multiplied by static scales, and the attention weights.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from actkit.core.grids.integers import IntegerGrid
+from actkit.core.layers import attention_rounding
 from actkit.core.layers.hadamard import Rotation
 
 IMPLEMENTATION = "actkit_rounded_cache"
@@ -59,7 +61,7 @@ class CacheRounding(nn.Module):
 def rounded_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend over rounded keys and values, in the form of transformers' attention functions.
+    """Attend over what the attention's children round, in the form of transformers' attention functions.
 
     Args:
         module: the attention.
@@ -75,6 +77,11 @@ def rounded_attention(
     if rounding is not None:
         query, key = rounding.rotated(query), rounding.rotated(key)
         key, value = rounding(key), rounding(value)
+    rounding = getattr(module, attention_rounding.CHILD, None)
+    if rounding is not None:
+        query, key, value = rounding.operands(query, key, value)
+        if rounding.weights is not None:
+            return rounding.attend(module, query, key, value, attention_mask, **settings)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from actkit.core.ground.errors import CoverageError, UnsupportedModelError
+from actkit.core.layers.attention_rounding import AttentionRounding
+from actkit.core.layers.cache_rounding import IMPLEMENTATION
 from actkit.core.layers.conv import PLAIN_CONVOLUTIONS, ActConv, why_no_plain_convolution
 from actkit.core.layers.known_layers import why_unread
 from actkit.core.layers.linear import ActLinear
@@ -444,4 +446,8 @@ def attention_implementation(model: nn.Module) -> str | None:
 
 def forms_weights(model: nn.Module) -> bool:
     """Say whether the model's attention forms its weights, so that they can be read."""
-    return attention_implementation(model) == "eager"
+    implementation = attention_implementation(model)
+    if implementation != IMPLEMENTATION:
+        return implementation == "eager"
+    rounding = [module for module in model.modules() if isinstance(module, AttentionRounding)]
+    return bool(rounding) and all(each.weights is not None for each in rounding)

@@ -91,7 +91,7 @@ def make_plan(
     cap = None if max_memory is None else parse_bytes(max_memory)
     with opened_experts(view):  # so that a transform says which of their layers it means
         coverage, untouched = _coverage(view, transforms)
-        declared = {type(transform).__name__: transform.tags.least_coverage for transform in transforms}
+        declared = {type(transform).__name__: transform.least_coverage for transform in transforms}
         for name, share in coverage.items():
             least = declared[name] if min_coverage is None else min_coverage
             if share < least:

@@ -62,6 +62,11 @@ class Transform(BaseModel):
         return self.tags.needs_data
 
     @property
+    def least_coverage(self) -> float:
+        """Share of the parameters inside blocks that it touches at its settings; the default is what its tags say."""
+        return self.tags.least_coverage
+
+    @property
     def label(self) -> str:
         """A short text for tables: the name and the settings that differ from the defaults."""
         given = ", ".join(f"{key}={value}" for key, value in self.model_dump(exclude_defaults=True).items())

@@ -1,0 +1,136 @@
+"""One pass of some tokens through the blocks of a model, some of them dropped on the way: what `TokenPruner` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from actkit.core.forward.hooks import evaluating, hooked
+
+if TYPE_CHECKING:
+    from actkit.quantization.agile_quant.token_pruner import TokenPruner
+
+Score = Literal["start_token", "column_mean", "random"]
+Positions = Literal["keep", "renumber"]
+
+
+class Reading:
+    """One pass of some tokens through the blocks, and what each of them is given.
+
+    Args:
+        pruner: whose pass it is.
+        ids: [batch, tokens].
+        cached: of each block the positions that its cache holds, [batch, so many]; None if there is nothing yet.
+        prunes: tokens go where the schedule says.
+        refills: dropped tokens are put back behind the last block.
+    """
+
+    def __init__(
+        self, pruner: TokenPruner, ids: Tensor, cached: list[Tensor] | None, *, prunes: bool, refills: bool = False
+    ) -> None:
+        self.pruner, self.refills = pruner, refills
+        self.shares = pruner.schedule.shares if prunes else {}
+        start = pruner.position if cached is not None else 0
+        self.left = torch.arange(start, start + ids.shape[1], device=ids.device).expand(len(ids), -1)
+        self.tokens, self.cached = ids.shape[1], cached
+        self.kept: list[Tensor] = []
+        self._whole: Tensor | None = None  # hidden states of all tokens, as they were last
+        self._scores: Tensor | None = None
+        self._generator = torch.Generator().manual_seed(pruner.seed)
+
+    def running(self) -> Any:
+        """A context in which the model's blocks are given what is left."""
+        pruner, before, after = self.pruner, {}, {}
+        for index, (block, attention) in enumerate(pruner.paths):
+            before[block] = _called(self._enter, index)
+            after[block] = _called(self._leave, index)
+            if self.shares.get(index) and pruner.score != "random":
+                after[attention] = self._keep_scores
+        stack = ExitStack()
+        stack.enter_context(evaluating(pruner.model))
+        stack.enter_context(hooked(pruner.model, before=before, after=after, replacing=True))
+        return stack
+
+    def _enter(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What a block is called with: mask and positions of the tokens that are left."""
+        held = self.cached[index] if self.cached is not None else self.left[:, :0]
+        self.kept.append(torch.cat((held, self.left), 1))
+        missing = (self.pruner.position if self.cached is not None else 0) - held.shape[1]
+        tokens = self.left.shape[1]
+        if not missing and tokens == self.tokens:
+            return None
+        kwargs = dict(kwargs)
+        mask = kwargs.get("attention_mask")
+        if mask is not None:  # what is left stands in order, so its mask is that of as many tokens in a row
+            kwargs["attention_mask"] = mask[..., :tokens, :tokens] if self.cached is None else mask[..., missing:]
+        positions = self.left
+        if self.pruner.positions == "renumber":
+            numbered = torch.arange(held.shape[1], held.shape[1] + tokens, device=positions.device)
+            positions = numbered.expand_as(positions)
+        kwargs["position_ids"] = positions
+        hidden = args[0] if args else kwargs["hidden_states"]
+        kwargs["position_embeddings"] = rotary_of(self.pruner.model)(hidden, positions)
+        return args, kwargs
+
+    def _keep_scores(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._scores = SCORES[self.pruner.score](output[1].float())
+
+    def _leave(self, index: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """What leaves a block: without the tokens that it drops; behind the last one with all of them."""
+        hidden = output[0] if isinstance(output, tuple) else output
+        number = int(self.shares.get(index, 0.0) * self.left.shape[1])
+        if self.refills and (number or self._whole is not None):
+            whole = hidden if self._whole is None else self._whole
+            places = self.left[..., None].expand(-1, -1, hidden.shape[-1])
+            self._whole = whole.scatter(1, places, hidden)
+        if number:
+            chosen = self._stay(number)
+            self.left = self.left.gather(1, chosen)
+            hidden = hidden.gather(1, chosen[..., None].expand(-1, -1, hidden.shape[-1]))
+        if self.refills and self._whole is not None and index == len(self.pruner.paths) - 1:
+            hidden = self._whole
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def _stay(self, number: int) -> Tensor:
+        """Which of the tokens stay if so many go: places [batch, so many], in order."""
+        rows, tokens = self.left.shape
+        if self.pruner.score == "random":
+            scores = torch.rand(rows, tokens, generator=self._generator).to(self.left.device)
+        else:
+            assert self._scores is not None
+            scores = self._scores.clone()
+        scores[:, [0, -1]] = torch.inf
+        number = min(number, max(0, tokens - 2))
+        return scores.argsort(dim=1, stable=True)[:, number:].sort(1).values
+
+
+def rotary_of(model: Any) -> Any:
+    """Return the rotary embedding that all blocks of a model share, or None."""
+    return getattr(getattr(model, "base_model", None), "rotary_emb", None)
+
+
+def _start_token(weights: Tensor) -> Tensor:
+    """How much each token attends to the first one: [batch, tokens] of weights [batch, heads, tokens, tokens]."""
+    return weights[..., 0].sum(1)
+
+
+def _column_mean(weights: Tensor) -> Tensor:
+    """How much later tokens, and it itself, attend to a token, in the mean."""
+    tokens = weights.shape[-1]
+    later = tokens - torch.arange(tokens, device=weights.device)
+    return weights.tril().sum((1, 2)) / later
+
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "start_token": _start_token,
+    "column_mean": _column_mean,
+    "random": lambda weights: weights,
+}
+
+
+def _called(hook: Callable[..., Any], index: int) -> Any:
+    return lambda *given: hook(index, *given)

@@ -1,0 +1,298 @@
+"""Prune a prompt: tokens that attend little to the first one are dropped in the middle of the model (Agile-Quant).
+
+    score_i = sum over heads of A_h[i, 0]      A: the attention weights of block l, rounded if the model rounds them
+    behind block l the floor(r_l n) tokens with the smallest scores go      r_l = 1 - (1 - beta)^(1/m) of m blocks
+
+Later blocks see what is left, and their caches hold nothing else. The first and the last token always stay. Single
+tokens that follow are not pruned.
+When to use it: prompts of a thousand tokens and more, for the time that a first token takes. What was dropped no later
+token reads any more: measure on your task. `kept` says which positions each block read.
+Cost: attention weights are formed ([heads, tokens, tokens]), by eager attention or by `agile_quant`; a block that
+prunes computes its MLP for the tokens that it drops.
+As in the release: the score, the number that goes, and a perplexity over the kept positions alone.
+Settled here: tokens go behind a block, not before its MLP, which is the same function, as an MLP sees one token at a
+time; of equal scores, which log2 attention weights have often, the earlier token goes; the last token stays, as the
+next one is predicted from it (in the release it may go, and its labels are then off by one); positions stay what they
+were ('keep') unless 'renumber' is given, the release's.
+Our own reading: `quality` scores dropped tokens too, from their last hidden state, so that models are compared on the
+same tokens. The perplexity over kept ones says little: those that are dropped may be the hard ones.
+Not built: 4-bit activations for tokens of low scores; windows of attention and padded batches are refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from actkit.core.forward.hooks import refuse_compiled_or_sharded
+from actkit.core.ground.errors import DataError, MemoryLimitError, NonFiniteError, UnsupportedModelError
+from actkit.core.ground.memory import format_bytes
+from actkit.core.measure.generation import generate_ids
+from actkit.core.measure.sampling import LIKELIEST, Sampling
+from actkit.core.model.anatomy import anatomy, forms_weights
+from actkit.core.model.architectures import find_architecture
+from actkit.core.model.parts import attention_implementation
+from actkit.quantization.agile_quant.prune_schedule import PruneSchedule
+from actkit.quantization.agile_quant.pruned_quality import PositionLosses, PrunedQuality
+from actkit.quantization.agile_quant.reading import SCORES, Positions, Reading, Score, rotary_of
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What reading some texts gave.
+
+    Attributes:
+        logits: [batch, tokens, vocabulary], of dropped tokens too.
+        kept: of each block the positions that it read, int64 [batch, so many], in order.
+        left: those that came out of the last block.
+    """
+
+    logits: Tensor
+    kept: tuple[Tensor, ...]
+    left: Tensor
+
+    @property
+    def kept_mask(self) -> Tensor:
+        """Bool [batch, tokens]: whether a token came through."""
+        mask = torch.zeros(self.logits.shape[:2], dtype=torch.bool, device=self.left.device)
+        return mask.scatter(1, self.left, True)
+
+
+class TokenPruner:
+    """Runs a language model of Llama's kin whose prompts are pruned. `close()`, or the end of a `with`, lets go of it.
+
+    Args:
+        model: with rotary embeddings and full attention in all blocks.
+        schedule: what goes where; by default nothing.
+        score: of a token: how much it attends to the first one ('start_token'), how much later ones attend to it
+            ('column_mean'), or 'random', the control.
+        positions: of the tokens that stay: 'keep', or 'renumber' from 0 on, in each block.
+        capacity: tokens of one text; None for the model's context.
+        decode_only: of no meaning here, as no weights are copied.
+        seed: of 'random'.
+
+    Raises:
+        UnsupportedModelError: the model is another, or its attention does not form its weights.
+        MemoryLimitError: the cache does not fit into free memory.
+        ValueError: a setting is out of bounds.
+    """
+
+    closed = False
+    _cache: Any
+    _kept: list[Tensor]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: PruneSchedule | None = None,
+        *,
+        score: Score = "start_token",
+        positions: Positions = "keep",
+        capacity: int | None = None,
+        decode_only: bool = False,
+        seed: int = 0,
+    ) -> None:
+        refuse_compiled_or_sharded(model)
+        reason = supports(model)
+        if reason is not None:
+            raise UnsupportedModelError(f"model: prompts of {type(model).__name__} are not pruned: {reason}.")
+        if score not in SCORES or positions not in ("keep", "renumber"):
+            raise ValueError(
+                f"score, positions: {score!r} and {positions!r} were given; allowed are {', '.join(SCORES)}; and keep, "
+                f"renumber."
+            )
+        self.model: Any = model
+        self.schedule, self.score, self.positions = schedule or PruneSchedule(), score, positions
+        blocks = anatomy(model).blocks
+        self.paths = [(block.path, block.attention.path) for block in blocks if block.attention is not None]
+        if max(self.schedule.shares, default=0) >= len(blocks):
+            last = max(self.schedule.shares)
+            raise ValueError(f"schedule: block {last} was given, and the model has the blocks 0 to {len(blocks) - 1}.")
+        if any(self.schedule.shares.values()) and score != "random" and not forms_weights(model):
+            raise UnsupportedModelError(
+                f"model: its attention {attention_implementation(model)!r} does not form its weights, which tokens are "
+                f"chosen by; call model.set_attn_implementation('eager'), or apply agile_quant."
+            )
+        config: Any = model.config
+        context: int = config.max_position_embeddings
+        self.capacity: int = context if capacity is None else capacity
+        if not 1 <= self.capacity <= context:
+            raise ValueError(f"capacity: {capacity} was given; give 1 to {context}, the model's context.")
+        attention = blocks[0].attention
+        assert attention is not None
+        size = next(model.parameters()).element_size()
+        needed = 2 * len(blocks) * attention.key_value_heads * attention.head_dim * self.capacity * size
+        if needed > psutil.virtual_memory().available:
+            raise MemoryLimitError(
+                f"capacity: a cache of {self.capacity} tokens ({format_bytes(needed)}) does not fit into the "
+                f"{format_bytes(psutil.virtual_memory().available)} that are free; give a smaller capacity."
+            )
+        self.seed = seed
+        keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._last = {"logits_to_keep": 1} if keeps_last else {}  # those of the other tokens are the largest tensor
+        self.reset()
+
+    @staticmethod
+    def supports(model: nn.Module) -> str | None:
+        """Why a model's prompts cannot be pruned, or None."""
+        return supports(model)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the model and the cache; more than once is fine."""
+        self.closed, self.position = True, 0
+        self.model = self._cache = None
+        self._kept = []
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._check_open()
+        self._cache, self._kept, self.position = None, [], 0
+
+    @property
+    def kept(self) -> tuple[tuple[int, ...], ...]:
+        """Of each block the positions of the text that its cache holds, in order."""
+        return tuple(tuple(each.flatten().tolist()) for each in self._kept)
+
+    def __call__(self, new: Sequence[int]) -> Tensor:
+        """Return the logits of the token after some more tokens: float32 [vocabulary].
+
+        If they are the first ones, and several, they are the prompt, which is pruned.
+
+        Args:
+            new: token ids.
+
+        Raises:
+            DataError: there are none, too many, or one is not in the vocabulary.
+            NonFiniteError: logits are NaN or Inf.
+        """
+        self._check_open()
+        tokens = [int(token) for token in new]
+        entries = self.model.get_input_embeddings().num_embeddings
+        if not tokens or self.position + len(tokens) > self.capacity:
+            raise DataError(
+                f"new: {len(tokens)} tokens were given, and {self.position} are there; give one or more, at most "
+                f"{self.capacity} in all (capacity), or reset() it."
+            )
+        if not 0 <= min(tokens) <= max(tokens) < entries:
+            raise DataError(
+                f"new: token {max(tokens)} of {min(tokens)} to {max(tokens)}; the model embeds 0 to {entries - 1}."
+            )
+        from transformers import DynamicCache
+
+        first = self._cache is None
+        cache = DynamicCache(config=self.model.config) if first else self._cache
+        ids = torch.tensor([tokens], device=self.model.get_input_embeddings().weight.device)
+        reading = Reading(self, ids, None if first else self._kept, prunes=first and len(tokens) > 1)
+        with reading.running():
+            logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **self._last).logits
+        self._cache, self._kept = cache, reading.kept
+        self.position += len(tokens)
+        found = logits[0, -1].float()
+        if not bool(torch.isfinite(found).all()):
+            raise NonFiniteError(f"logits: NaN or Inf after token {self.position}; check the weights of the model.")
+        return found
+
+    def generate(
+        self,
+        input_ids: Tensor | Sequence[int],
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling = LIKELIEST,
+        end: Collection[int] | None = None,
+    ) -> Iterator[int]:
+        """Yield the tokens that follow a prompt, one by one; arguments as in `core.measure.generation.generate_ids`."""
+        self._check_open()
+        return generate_ids(
+            self.model,
+            input_ids,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            end=end,
+            decoder=self,  # type: ignore[arg-type]
+        )
+
+    def read(self, input_ids: Tensor) -> Pruned:
+        """Read whole texts, each pruned for itself, and predict at every position, without a cache.
+
+        Args:
+            input_ids: int64 [batch, tokens], without padding.
+
+        Raises:
+            DataError: another shape.
+        """
+        self._check_open()
+        if input_ids.dim() != 2 or not input_ids.numel():
+            raise DataError(
+                f"input_ids: shape {list(input_ids.shape)} was given; give texts of one length, [batch, tokens]."
+            )
+        reading = Reading(self, input_ids, None, prunes=True, refills=True)
+        with reading.running():
+            logits = self.model(input_ids=input_ids, use_cache=False).logits
+        return Pruned(logits, tuple(reading.kept), reading.left)
+
+    def losses(self, batches: Iterable[Mapping[str, Tensor]]) -> PositionLosses:
+        """Measure the loss at every position that has a next token.
+
+        Args:
+            batches: with `input_ids` [batch, tokens]; an `attention_mask` must have no padding.
+
+        Raises:
+            DataError: a batch is padded, or there is no position with a next token.
+        """
+        nats, kept, read, removed = [], [], 0, 0
+        for batch in batches:
+            ids, mask = batch["input_ids"], batch.get("attention_mask")
+            if mask is not None and not bool(mask.bool().all()):
+                raise DataError("batches: one is padded, and tokens go by number; give texts of one length each.")
+            pruned = self.read(ids)
+            chances = torch.log_softmax(pruned.logits[:, :-1].float(), -1)
+            nats.append(-chances.gather(-1, ids[:, 1:, None]).flatten().double())
+            kept.append(pruned.kept_mask[:, :-1].flatten())
+            read += ids.numel() * len(pruned.kept)
+            removed += sum(ids.numel() - each.numel() for each in pruned.kept)
+        if not nats or not sum(map(len, nats)):
+            raise DataError("batches: there is no position with a next token; give texts of two tokens or more.")
+        return PositionLosses(torch.cat(nats), torch.cat(kept), removed / read)
+
+    def quality(self, batches: Sequence[Mapping[str, Tensor]]) -> PrunedQuality:
+        """Measure the losses with and without pruning; arguments and errors as in `losses`."""
+        self._check_open()
+        return PrunedQuality.of(TokenPruner(self.model).losses(batches), self.losses(batches))
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError("pruner: it was closed; make another one.")
+
+
+def supports(model: nn.Module) -> str | None:
+    """Why a model's prompts cannot be pruned, or None.
+
+    Args:
+        model: any.
+    """
+    config: Any = getattr(model, "config", None)
+    if config is None or find_architecture(getattr(config, "model_type", "")) is None:
+        return "its family has no row; docs/architectures.md lists those that have one"
+    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+        return "it has no output layer; load the model with its language-model head"
+    if rotary_of(model) is None:
+        return "its positions are not one rotary embedding for all blocks, which can be given to each"
+    layers = getattr(config, "layer_types", None)
+    windows = any(kind != "full_attention" for kind in layers) if layers else getattr(config, "sliding_window", None)
+    if windows:
+        return "its attention has windows, which dropped tokens would widen"
+    if any(block.attention is None for block in anatomy(model).blocks):
+        return "the attention of a block is not described"
+    return None
