@@ -1,0 +1,1 @@
+"""OFQ: training a vision transformer in few bits without weights that flip back and forth."""
