@@ -22,10 +22,12 @@ from actkit.quantization.agile_quant import agile_quant, token_pruner
 from actkit.quantization.agile_quant.agile_quant import AgileQuant
 from actkit.quantization.agile_quant.prune_schedule import PruneSchedule
 from actkit.quantization.agile_quant.token_pruner import TokenPruner
-from actkit.quantization.fake_quantize import FakeQuantize
+from actkit.quantization.fake_quantize import FakeQuantize, TrainedInputs
 from actkit.quantization.freeze import Freeze
 from actkit.quantization.gptq import SecondOrder
+from actkit.quantization.ofq.ofq import Ofq
 from actkit.quantization.omniquant import OmniQuant
+from actkit.quantization.oscillation import OscillationTracker
 from actkit.quantization.quantize_cache import QuantizeCache
 from actkit.quantization.rotate import Rotate
 from actkit.quantization.zeroquant_v2.lorc import Lorc
@@ -74,6 +76,23 @@ proof(lambda p: run(Lorc()))
 
 
 proof(lambda p: run(Freeze()))
+
+
+proof(lambda p: OscillationTracker().attach(build("llama")))
+
+
+proof(lambda p: run(Ofq(inputs=TrainedInputs(by="lsq"))))
+
+
+proof(lambda p: run(Ofq(inputs=None, operands=False, query_key=True)))
+
+
+@proof
+def attention_of_another_kind(p: Place) -> None:
+    model = build("vit")
+    module = model.vit.layers[0].attention
+    p.patch.setattr(type(module), "forward", lambda self, hidden_states, **_: (hidden_states, None))
+    apply(model, Ofq(inputs=None, operands=False, query_key=True), progress=False)
 
 
 @proof

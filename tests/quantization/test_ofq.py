@@ -33,6 +33,8 @@ from actkit.quantization.ofq.query_key import QueryKeyAttention, why_no_product
 from actkit.quantization.oscillation import OscillationTracker
 from actkit.quantization.rtn import RoundToNearest
 from actkit.testing import check_rule, check_transform, tiny_batches, tiny_model
+from actkit.testing.checks import run_checks
+from actkit.testing.rules import CHECKS, RuleCase, changes_the_training
 
 SETTINGS = {
     "operands": Ofq(),
@@ -300,13 +302,28 @@ def test_weights_that_oscillate_are_held_at_their_average_code() -> None:
     assert bool(followed.held[0].any()) and rules.report()["0.OscillationTracker"]["all"]["held"] > 0
 
 
-@pytest.mark.parametrize("rule", [OscillationTracker(), ConfidenceAnnealing(boundary=0.1)])
-def test_rules_keep_what_rules_promise(rule: Any) -> None:
-    batches = [
-        {**batch, "labels": torch.zeros(len(batch["pixel_values"]), dtype=torch.long)} for batch in tiny_batches("vit")
-    ]
-    model = apply(tiny_model("vit"), Ofq(), batches, undo="off", progress=False).model
-    check_rule(rule, model, batches)
+def labelled() -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """A vision transformer in training, and batches with labels."""
+    batches = [{**b, "labels": torch.zeros(len(b["pixel_values"]), dtype=torch.long)} for b in tiny_batches("vit")]
+    model = tiny_model("vit")
+    model.config.problem_type = "single_label_classification"  # which the first call with labels sets otherwise
+    return model, batches
+
+
+def test_annealing_keeps_what_rules_promise() -> None:
+    model, batches = labelled()
+    apply(model, Ofq(), batches, undo="off", progress=False)
+    check_rule(ConfidenceAnnealing(boundary=0.1), model, batches)
+
+
+def test_the_tracker_keeps_what_rules_promise() -> None:
+    """All but that it changes the training, which it does not."""
+    model, batches = labelled()
+    apply(model, Ofq(), batches, undo="off", progress=False)
+    case = RuleCase(OscillationTracker(), model, batches)
+    run_checks({name: check for name, check in CHECKS.items() if check is not changes_the_training}, case)
+    with pytest.raises(AssertionError, match="the training is the same without it"):
+        changes_the_training(case)
 
 
 def test_rules_of_plain_models_are_refused() -> None:
@@ -316,10 +333,8 @@ def test_rules_of_plain_models_are_refused() -> None:
 
 
 def test_training_under_both_is_reported() -> None:
-    batches = [
-        {**batch, "labels": torch.zeros(len(batch["pixel_values"]), dtype=torch.long)} for batch in tiny_batches("vit")
-    ]
-    model = apply(tiny_model("vit"), Ofq(query_key=True), batches, undo="off", progress=False).model
+    model, batches = labelled()
+    apply(model, Ofq(query_key=True), batches, undo="off", progress=False)
     rules = [OscillationTracker(), ConfidenceAnnealing(boundary=0.02)]
     trained = train(model, batches[:1], validation=batches[1:], steps=3, evaluate_every=1, rules=rules, progress=False)
     figures = trained.history[-1].reports
@@ -343,3 +358,10 @@ def test_training_under_both_is_reported() -> None:
 def test_settings_without_a_meaning_are_refused(given: dict, text: str) -> None:
     with pytest.raises(ValidationError, match=text):
         Ofq(**given)
+
+
+@pytest.mark.slow(reason="the compiler and the exporter of torch run")
+@pytest.mark.parametrize("name", ["operands", "query_key"])
+def test_it_compiles_and_is_exported_by_torch(name: str) -> None:
+    model = tiny_model("vit", num_hidden_layers=1)
+    check_transform(SETTINGS[name], model, tiny_batches("vit"), compile_backend="aot_eager", export=True)

@@ -32,14 +32,17 @@ from actkit.core.layers.conv import ActConv
 from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.folding import ScaledActivation
 from actkit.core.layers.hadamard import Rotation
+from actkit.core.layers.latent_product import LatentProduct
 from actkit.core.layers.latent_weight import LatentWeight
 from actkit.core.layers.learned_inputs import LearnedInputs
 from actkit.core.layers.linear import ActLinear, LowRank
+from actkit.core.layers.operand_rounding import OperandRounding
 from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.layers.selections import Selection, Threshold, TopK
 from actkit.core.layers.weights import DenseWeight, FloatWeight, IntegerWeight, rounded
 from actkit.core.model.architecture_rows import ExpertsRow
 from actkit.core.model.experts import ExpertList, ScaledSigmoid
+from actkit.quantization.ofq.query_key import QueryKeyAttention
 from actkit.sparsity.active_dendrites.segments import DendriticSegments, PatternMemory, sparse_code
 from actkit.sparsity.lazy_neuron.top_k_mlp import TopKActivation
 from actkit.sparsity.prosparse.activation_predictor import ActivationPredictor
@@ -132,6 +135,22 @@ def in_training() -> nn.Module:
     grid = IntegerGrid(4, scope="tensor")
     inputs = LearnedInputs(grid, torch.rand(IN) + 0.1, torch.zeros(1, dtype=torch.uint8), biases=True, channels=IN)
     return ActLinear.of(linear, weight=weight, inputs=inputs)
+
+
+def learned_inputs(channels: int = IN) -> LearnedInputs:
+    grid = IntegerGrid(4, symmetric=True, scope="tensor")
+    return LearnedInputs(grid, torch.tensor([0.2]), biases=True, channels=channels)
+
+
+def query_key_attention(rounds: bool = True) -> nn.Module:
+    """Two heads of eight channels."""
+    product = LatentProduct(torch.randn(IN, IN), torch.randn(IN, IN), 2, HalfIntegerGrid(2))
+    value, output = (ActLinear.of(nn.Linear(IN, IN)) for _ in range(2))
+    if not rounds:
+        return QueryKeyAttention(ActLinear(product), value, output, torch.randn(2, IN), scaling=0.1)
+    operands = OperandRounding({"value": learned_inputs()}, IN)
+    made = [learned_inputs(), learned_inputs(2 * IN), operands]
+    return QueryKeyAttention(ActLinear(product), value, output, None, *made, scaling=0.1)
 
 
 def act_conv(grid: str, convolution: Callable[[], nn.Module], *inputs: Tensor) -> Made:
@@ -228,6 +247,18 @@ LAYERS: dict[str, dict[str, Made]] = {
         "8 bits": Made(CacheRounding, settings={"smooth": False}),
         "rotated, not rounded": Made(lambda: CacheRounding(None, Rotation.drawn(IN, "0"))),
     },
+    "operand_rounding": {
+        "4 bits": Made(
+            lambda: OperandRounding({name: learned_inputs() for name in ("query", "key", "value")}, IN),
+            settings={"smooth": False},
+        ),
+    },
+    "query_key_attention": {
+        "2 bits": Made(query_key_attention, (rows(2, 5), rows(3, 4)), {"rows": False, "smooth": False}),
+        "nothing rounded but the product": Made(
+            lambda: query_key_attention(False), (rows(2, 5), rows(3, 4)), {"rows": False, "smooth": False}
+        ),
+    },
     "quantized_embedding": {
         "8 bits": Made(
             lambda: QuantizedEmbedding(IntegerWeight.quantize(torch.randn(OUT, IN), IntegerGrid(8, symmetric=True))),
@@ -272,12 +303,7 @@ NOT_SAVED = {  # layers that are used by hand, or inside another, or are models:
         lambda: RoundedInputs(IntegerGrid(8, symmetric=True), shift=torch.rand(IN), divisor=torch.rand(IN) + 0.5),
         settings={"smooth": False},
     ),
-    "LearnedInputs": Made(
-        lambda: LearnedInputs(
-            IntegerGrid(4, symmetric=True, scope="tensor"), torch.tensor([0.2]), biases=True, channels=IN
-        ),
-        settings={"smooth": False},
-    ),
+    "LearnedInputs": Made(learned_inputs, settings={"smooth": False}),
     "LowRank": Made(
         lambda: LowRank(torch.randn(OUT, 2), torch.randn(2, IN)), settings={"shape": lambda shape: (*shape[:-1], OUT)}
     ),
@@ -325,7 +351,15 @@ def test_layers_that_are_not_saved_pass(name: str) -> None:
 
 # classes that are tried as part of others: what they derive from, and storages, which compute nothing by themselves
 PARTS = {"KeepsDtype", "WeightStorage", "GrowingModule", "Selection", "Expert"}
-PARTS |= {"DenseWeight", "CodedWeight", "IntegerWeight", "FloatWeight", "HalfIntegerWeight", "LatentWeight"}
+PARTS |= {
+    "DenseWeight",
+    "CodedWeight",
+    "IntegerWeight",
+    "FloatWeight",
+    "HalfIntegerWeight",
+    "LatentWeight",
+    "LatentProduct",
+}
 MODELS = {"DigitsCNN", "TinyMlp"}  # see test_check_model.py
 
 

@@ -57,6 +57,7 @@ ELSEWHERE = {  # those that do not fit every kind of model, or say less of it, a
     "fake_quantize": "quantization/test_fake_quantize.py",
     "freeze": "quantization/test_fake_quantize.py",
     "llm_fp4": "quantization/test_llm_fp4.py",
+    "ofq": "quantization/test_ofq.py",
     "noisyquant": "quantization/test_noisyquant.py",
     "omniquant": "quantization/test_omniquant.py",
     "outliertune": "quantization/test_outliertune.py",

@@ -11,7 +11,7 @@
 The three stages are `fake_quantize`, a training of any kind (`actkit.train`, a `train:` stage, a loop of your own), and
 `freeze`, which stores integers of the same values. A saved model in between holds the weights that are trained, whole.
 When to use it: below 4 bits, or with inputs of 4 bits, if rounding after training (`gptq`, `omniquant`) loses too much
-and there are data and time to train.
+and there are data and time to train. `ofq` has its settings for vision transformers, and the rules that go with them.
 Cost: a training, its steps some 1.3 to 2 times as long as those of the plain model; in memory what training takes, in
 float32. One pass over calibration data for the learned steps of inputs, else none.
 Settled here: biases, norms, convolutions, embedding and head stay as they are. The scale of a row is float32. The paper

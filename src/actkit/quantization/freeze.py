@@ -2,7 +2,7 @@
 
     q_w(W) x  ->  (codes - zero) * scale,      grid(x + before) + after  ->  grid(x - shift), bias + W after
 
-When to use it: behind `fake_quantize` and the training. The frozen model computes what the trained one did, to
+When to use it: behind `fake_quantize` or `ofq` and the training. The frozen model computes what the trained one did, to
 rounding; it is small on disk and in memory, is exported like a model that was rounded after training, and cannot be
 trained on.
 Cost: none.
