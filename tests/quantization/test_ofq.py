@@ -151,7 +151,7 @@ def test_operands_are_rounded_as_their_formula_says() -> None:
     model, batches = tiny_model("vit"), tiny_batches("vit")
     apply(model, Ofq(weights=None, inputs=TrainedInputs(by="lsq", bits=4, per="position")), batches, progress=False)
     attention = anatomy(model).blocks[0].attention
-    rounding: OperandRounding = attention.module.operand_rounding
+    rounding: OperandRounding = attention.module.attention_rounding
     seen: dict[str, Tensor] = {}
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         layer = attention.module.get_submodule(name)
@@ -160,16 +160,16 @@ def test_operands_are_rounded_as_their_formula_says() -> None:
         )
     with torch.no_grad():
         model(**batches[0])
-        query, key, value = (rounding.operands[name](seen[f"{name[0]}_proj"]) for name in ("query", "key", "value"))
+        query, key, value = (rounding.rounds[name](seen[f"{name[0]}_proj"]) for name in ("query", "key", "value"))
         heads = [x.unflatten(2, (attention.heads, -1)).transpose(1, 2) for x in (query, key, value)]
         scores = torch.softmax(heads[0] @ heads[1].mT * attention.module.scaling, -1)
-        mixed = (rounding.operands["weights"](scores) @ heads[2]).transpose(1, 2).flatten(2)
+        mixed = (rounding.rounds["weights"](scores) @ heads[2]).transpose(1, 2).flatten(2)
     torch.testing.assert_close(mixed, seen["o_proj in"])
     tokens = value.shape[1]
-    assert rounding.operands["weights"].zero is not None
-    torch.testing.assert_close(rounding.operands["weights"].step, torch.full((tokens,), 4 / tokens / 15**0.5))
-    assert rounding.operands["value"].step.shape == (value.shape[2],)
-    assert rounding.operands["query"].step.shape == (tokens,)
+    assert rounding.rounds["weights"].zero is not None
+    torch.testing.assert_close(rounding.rounds["weights"].step, torch.full((tokens,), 4 / tokens / 15**0.5))
+    assert rounding.rounds["value"].step.shape == (value.shape[2],)
+    assert rounding.rounds["query"].step.shape == (tokens,)
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------

@@ -31,11 +31,14 @@ from pydantic import model_validator
 
 from actkit.core.edit.edits import ATTENTION, Configure, Edit, Insert, Note, Replace, Skip, get_module
 from actkit.core.ground.errors import CoverageError
+from actkit.core.layers.attention_rounding import CHILD
+from actkit.core.layers.cache_rounding import IMPLEMENTATION
 from actkit.core.layers.learned_inputs import LearnedInputs
 from actkit.core.layers.linear import ActLinear
-from actkit.core.layers.operand_rounding import CHILD, IMPLEMENTATION, OperandRounding
+from actkit.core.layers.operand_rounding import OperandRounding
 from actkit.core.model.anatomy import Anatomy, Block, Site
-from actkit.core.model.parts import Linear, LinearRole, attention_implementation
+from actkit.core.model.own_attention import why_no_function
+from actkit.core.model.parts import Linear, LinearRole
 from actkit.core.recipe.seen import Seen, Trial
 from actkit.core.watch.statistics import Moments, Sample, Statistic
 from actkit.quantization.fake_quantize import FakeQuantize, TrainedInputs, TrainedWeights
@@ -164,9 +167,4 @@ def _why_no_operands(model: Any) -> str | None:
         return (
             f"a {type(model).__name__} generates, and its attention reads a cache, whose keys `quantize_cache` rounds"
         )
-    if not hasattr(model, "set_attn_implementation") or not model._can_set_attn_implementation():
-        return f"a {type(model).__name__} computes attention by itself, not through transformers' attention functions"
-    implementation = attention_implementation(model)
-    if implementation not in ("sdpa", "eager"):
-        return f"the attention is computed by {implementation!r}"
-    return None
+    return why_no_function(model)

@@ -20,7 +20,7 @@ from actkit.core.ground import registry
 from actkit.core.ground.errors import CoverageError
 from actkit.core.layers.latent_product import LatentProduct
 from actkit.core.layers.linear import ActLinear
-from actkit.core.layers.operand_rounding import OperandRounding, mix
+from actkit.core.layers.operand_rounding import OperandRounding
 from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.layers.weights import DenseWeight
 from actkit.core.model.parts import Attention, Block
@@ -78,18 +78,18 @@ class QueryKeyAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **settings: Any
     ) -> tuple[Tensor, Tensor]:
-        """Attend; settings of transformers are not used."""
+        """Attend; of the settings of transformers none is used."""
         x = hidden_states if self.inputs is None else self.inputs(hidden_states)
-        heads = self.heads
-        value = self.v_proj(x).unflatten(2, (heads, -1)).transpose(1, 2)
+        value = self.operands.heads("value", self.v_proj(x).unflatten(2, (self.heads, -1)).transpose(1, 2))
         products = self.product(x)  # A_h x of each token: [batch, tokens, heads * in]
         products = products if self.products is None else self.products(products)
-        scores = x[:, None] @ products.unflatten(2, (heads, -1)).permute(0, 2, 3, 1)
-        if self.offset is not None:
-            scores = scores + (x @ self.offset.mT).mT[:, :, None]
-        value = self.operands.heads("value", value)
-        dropout = self.dropout if self.training else 0.0
-        mixed, weights = mix(scores * self.scaling, value, attention_mask, dropout, self.operands)
+        keys = products.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        mask = attention_mask
+        if self.offset is not None:  # the same for all queries: [batch, heads, 1, tokens]
+            added = (x @ self.offset.mT).mT[:, :, None] * self.scaling
+            mask = added if mask is None else _joined(mask, added)
+        given = {"scaling": self.scaling, "dropout": self.dropout if self.training else 0.0, "is_causal": False}
+        mixed, weights = self.operands.attend(self, x[:, None].expand_as(keys), keys, value, mask, **given)
         return self.o_proj(mixed.flatten(2)), weights
 
     @classmethod
@@ -162,6 +162,13 @@ class QueryKeyAttention(nn.Module):
         operands = OperandRounding.from_spec(spec["operands"])
         kept = {"scaling": spec["scaling"], "dropout": spec["dropout"]}
         return cls(product, value, output, offset, **rounded, operands=operands, **kept)
+
+
+def _joined(mask: Tensor, added: Tensor) -> Tensor:
+    """A mask with something else that is added to the scores."""
+    if mask.dtype != torch.bool:
+        return mask + added
+    return added.expand(mask.shape[0], added.shape[1], *mask.shape[2:]).masked_fill(~mask, torch.finfo(added.dtype).min)
 
 
 def why_no_product(block: Block) -> str | None:
