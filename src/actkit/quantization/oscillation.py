@@ -139,7 +139,7 @@ class _Followed:
     def follow(self, weight: LatentWeight, momentum: float, freeze_above: float | None) -> None:
         places = weight.places()
         stays = (places - self.codes).abs() <= 0.5 + TOLERANCE
-        codes = torch.where(stays, self.codes, weight.integers().short())
+        codes = torch.where(stays, self.codes, places.round().clamp_(0, weight.grid.levels).short())
         turned = (codes - self.codes).sign().to(torch.int8)
         flipped = turned != 0
         self.ema.lerp_(((self.direction * turned) == -1).float(), momentum)

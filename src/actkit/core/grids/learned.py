@@ -8,6 +8,7 @@ that training has moved past 0 is still a step.
 from __future__ import annotations
 
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,16 +32,47 @@ def first_step(mean_magnitude: Tensor, grid: IntegerGrid) -> Tensor:
     return mean_magnitude * (2 if grid.symmetric else 4) / sqrt(largest_code(grid))
 
 
-def learned_step(step: Tensor, grid: IntegerGrid, count: int) -> Tensor:
-    """Return the step that a parameter stands for, with its gradient scaled.
+def learned_step(step: Tensor) -> Tensor:
+    """Return the step that a parameter stands for: its magnitude.
 
     Args:
         step: the parameter, any shape.
-        grid: whose steps it is.
-        count: how many values share a step.
     """
-    held = step.abs().clamp(min=smallest_scale(step))
-    if not (held.requires_grad and torch.is_grad_enabled()):
-        return held
-    part = held / sqrt(largest_code(grid) * max(1, count))
-    return part + (held - part).detach()
+    return step.abs().clamp(min=smallest_scale(step))
+
+
+def fake_learned(x: Tensor, step: Tensor, grid: IntegerGrid, zero: Tensor | None = None) -> Tensor:
+    """Round values to a grid with learned steps, as `Grid.fake` does; the gradient of the steps is scaled.
+
+    Args:
+        x: float32 or float64.
+        step: broadcastable to x, what `learned_step` gave.
+        grid: symmetric, or without a sign.
+        zero: 0 for a grid without a sign; None for a symmetric one.
+    """
+    if not (torch.is_grad_enabled() and (x.requires_grad or step.requires_grad)):
+        return grid.round(x, step, zero)
+    low = -grid.middle if zero is None else 0
+    factor = 1 / sqrt(largest_code(grid) * max(1, x.numel() // max(1, step.numel())))
+    return _Learned.apply(x, step, low, low + grid.levels, factor)
+
+
+class _Learned(torch.autograd.Function):
+    """The same in three passes over the values, and four back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, low: int, high: int, factor: float) -> Tensor:
+        place = x / step
+        ctx.save_for_backward(place, step)
+        ctx.settings = low, high, factor
+        return place.round().clamp_(low, high).mul_(step)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        place, step = ctx.saved_tensors
+        low, high, factor = ctx.settings
+        code = place.round()
+        held = code.clamp(low, high)
+        inside = code == held
+        of_step = (held - place * inside).mul_(gradient).sum_to_size(step.shape).mul_(factor)
+        return gradient * inside, of_step, None, None, None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.grids.grid import Grid
-from actkit.core.grids.learned import first_step, learned_step
+from actkit.core.grids.learned import fake_learned, first_step, learned_step
 from actkit.core.grids.ranges import Shrunk
 from actkit.core.ground import registry
 from actkit.core.layers.weights import CodedWeight, WeightStorage
@@ -85,11 +85,15 @@ class LatentWeight(WeightStorage):
             shrunk = None if self.clip == 1 else Shrunk(self.clip, self.grid.choice)
             return self.grid.parameters(self.latent(), shrunk)
         step = self.step if self.step.dtype == torch.float64 else self.step.float()
-        return learned_step(step, self.grid, self.tensor.numel() // len(step)).view(self._scales), None
+        return learned_step(step).view(self._scales), None
 
     def _values(self) -> Tensor:
-        fake = self.grid.fake_straight if self.step is None else self.grid.fake
-        return fake(self.latent(), *self.scales())
+        scale, zero = self.scales()
+        if self.step is None:
+            return self.grid.fake_straight(self.latent(), scale, zero)
+        wide = self.tensor if self.dtype == torch.float64 else self.tensor.float()
+        groups = fake_learned(wide.unflatten(1, (self._scales[1], -1)), scale[..., None], self.grid)
+        return groups.flatten(1).to(self.dtype)
 
     @torch.no_grad()
     def integers(self) -> Tensor:

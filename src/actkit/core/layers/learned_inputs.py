@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from actkit.core.grids.grid import Grid
 from actkit.core.grids.integers import IntegerGrid
-from actkit.core.grids.learned import learned_step
+from actkit.core.grids.learned import fake_learned, learned_step
 from actkit.core.layers.hadamard import Rotation
 from actkit.core.layers.rounded_inputs import RoundedInputs
 
@@ -69,12 +69,11 @@ class LearnedInputs(RoundedInputs):
     @property
     def scale(self) -> Tensor:  # type: ignore[override]
         """The steps as they are now; of the shape that was given."""
-        return self._steps(1).detach()
+        return self._steps().detach()
 
-    def _steps(self, count: int) -> Tensor:
-        """The steps with their gradient. count: values that share one."""
-        step = self.step if self.step.dtype == torch.float64 else self.step.float()
-        return learned_step(step, self.grid, count).view(self._shape)
+    def _steps(self) -> Tensor:
+        """The steps with their gradient."""
+        return learned_step(self.step if self.step.dtype == torch.float64 else self.step.float()).view(self._shape)
 
     @property
     def moves_zero(self) -> bool:
@@ -98,7 +97,7 @@ class LearnedInputs(RoundedInputs):
         moved = self.moved(self.rotated(x))
         moved = moved if moved.dtype == torch.float64 else moved.float()
         moved = moved if self.before is None else moved + self.before
-        found = self.grid.fake(moved, self._steps(moved.numel() // self.step.numel()), self.zero)
+        found = fake_learned(moved, self._steps(), self.grid, self.zero)
         return (found if self.after is None else found + self.after).to(x.dtype)
 
     @torch.no_grad()
