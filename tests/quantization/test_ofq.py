@@ -17,8 +17,10 @@ from actkit.core.grids.integers import IntegerGrid
 from actkit.core.ground.errors import CoverageError, UnsupportedModelError
 from actkit.core.layers.latent_product import LatentProduct
 from actkit.core.layers.latent_weight import LatentWeight
+from actkit.core.layers.learned_inputs import LearnedInputs
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.operand_rounding import OperandRounding
+from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.layers.weights import HalfIntegerWeight
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.runner import apply
@@ -42,6 +44,7 @@ SETTINGS = {
     "bias dropped": Ofq(query_key=True, query_bias="drop"),
     "lsq": Ofq(weights=TrainedWeights(by="lsq", bits=3), inputs=TrainedInputs(by="lsq", bits=4)),
     "layers alone": Ofq(operands=False),
+    "by token": Ofq(inputs=TrainedInputs(bits=4), operands=False, query_key=True),
 }
 
 
@@ -64,6 +67,15 @@ def test_a_vision_transformer_is_trained_and_frozen(name: str, tmp_path: Any) ->
         save(model, tmp_path / "frozen")
         assert torch.equal(load(tmp_path / "frozen")(**batches[0]).logits, model(**batches[0]).logits)
     assert not any(isinstance(module, LatentWeight) for module in model.modules())
+
+
+def test_the_input_of_a_product_is_rounded_once() -> None:
+    for name, kind in (("query_key", LearnedInputs), ("by token", RoundedInputs)):
+        model = apply(tiny_model("vit"), SETTINGS[name], tiny_batches("vit"), undo="off", progress=False).model
+        attention = model.vit.layers[0].attention
+        assert type(attention.inputs) is kind and attention.inputs.grid.bits in (2, 4)
+        assert attention.product.inputs is None and attention.v_proj.inputs is None
+        assert attention.o_proj.inputs is not None
 
 
 @pytest.mark.parametrize("name", ["operands", "query_key"])

@@ -7,7 +7,8 @@ rounding; it is small on disk and in memory, is exported like a model that was r
 trained on.
 Cost: none.
 Settled here: a learned vector behind the inputs becomes part of the bias, one before them their shift, which no other
-program's reader of integers knows; learn without (`biases: false`) if the model is to be exported.
+program's reader of integers knows; learn without (`biases: false`) if the model is to be exported. What rounds the
+operands of an attention (`ofq`) stays as it was trained: it stores a step and two vectors, and no weight.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ class Ofq(FakeQuantize):
         attention: Any = block.attention
         if made is not None:
             made.o_proj = get_module(block.root, attention.output.path)
-            if self.inputs is not None and self.needs_data:
+            if self.inputs is not None:
                 self._round(made, block, seen)
             yield Replace(attention.path, made)
             if self.query_bias == "drop" and attention.query.bias is not None:
@@ -149,7 +149,10 @@ class Ofq(FakeQuantize):
     @torch.no_grad()
     def _round(self, made: QueryKeyAttention, block: Block, seen: Seen) -> None:
         """Put what rounds its input, its products, its values and its weights into an attention."""
-        assert self.inputs is not None
+        assert self.inputs is not None and block.attention is not None and block.attention.value is not None
+        if not self.needs_data:
+            made.inputs = self.inputs.of(block.attention.value, None, 0)
+            return
         site, dtype, positions = Site("attention.input", block.index), made.product.storage.dtype, self._positions(seen)
         magnitudes = seen[site].mean_abs
         made.inputs = self.inputs.learned(magnitudes, len(magnitudes), positions, dtype)
