@@ -165,6 +165,7 @@ TINY = {
     "r-sparse": {"calibration": 64, "tokens": 16, "sequences": 1, "held_out": 1, "generations": 1, "population": 2},
     "sparsing-law": {"calibration": 1, "held_out": 1, "sample": 64},
     "wina": {"sparsities": (0.5, 0.65), "calibration": 1, "greedy": 1, "held_out": 1, "tokens": 32, "step": 0.5},
+    "zeroquant-v2": {"calibration": 1, "held_out": 1, "steps": 0, "ranks": (0, 8)},
 }
 
 
