@@ -276,7 +276,8 @@ def compared(subject: Subject, sizes: Sizes, symmetric: bool) -> tuple[str, bool
 
 def inputs_or_weights(models: Models, judged: Models, sizes: Sizes) -> Measurement:
     """Which of inputs and weights loses more, in each model, and in how many of the families it is the inputs."""
-    parts, families = [], 0
+    parts: list[str] = []
+    families = 0
     for name, subject in models.items():
         both = {symmetric: compared(subject, sizes, symmetric) for symmetric in (True, False)}
         parts.extend(f"{name}, {zeros(symmetric)}: {here}" for symmetric, (here, _) in both.items())
@@ -309,8 +310,7 @@ def by_rank(subject: Subject, ranks: tuple[int, ...], bits: int) -> dict[int, fl
 
 def falling(models: Models, sizes: Sizes, bits: tuple[int, ...]) -> Measurement:
     """Whether more ranks are always better, up to 8."""
-    parts: list[str] = []
-    holds = True
+    parts, holds = [], True
     for name, subject in models.items():
         for width in bits:
             found = by_rank(subject, sizes.ranks, width)
