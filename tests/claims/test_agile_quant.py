@@ -75,6 +75,6 @@ def test_the_schedules_reach_their_sparsity(blocks):
 def test_the_time_is_measured_and_judged(monkeypatch):
     assert "ms" in agile_quant.time_to_first_token(TINY).here
     for faster, passed in ((1.2, True), (1.19, False)):
-        given = iter([faster, 1.0, 1.0] * (agile_quant.REPEATS + 1))
+        given = iter([faster, 1.0, 1.0, 1.0] * (agile_quant.REPEATS + 1))
         monkeypatch.setattr(agile_quant, "_seconds", lambda call, given=given: next(given))
         assert agile_quant.time_to_first_token(TINY).passed is passed

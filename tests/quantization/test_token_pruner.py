@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from actkit.quantization.agile_quant.prune_schedule import PruneSchedule
 from actkit.quantization.agile_quant.reading import SCORES, Reading
 from actkit.quantization.agile_quant.token_pruner import TokenPruner
 from actkit.quantization.gptq import Gptq
+from actkit.quantization.quantize_cache import QuantizeCache
 from actkit.testing import check_runtime, tiny_model
 
 SHAPE = {
@@ -39,6 +41,7 @@ def llama(attention: str = "eager", **settings: Any) -> Any:
     return model
 
 
+@cache
 def quantized() -> Any:
     batches = [{"input_ids": IDS}]
     return apply(llama("sdpa"), [Gptq(bits=4, group_size=16), AgileQuant()], batches, progress=False).model
@@ -98,6 +101,24 @@ def test_a_text_is_read_as_by_hand(make: Any, score: Any, positions: Any) -> Non
     lengths = [each.shape[1] for each in pruned.kept]
     share = 1 - 0.4**0.5
     assert lengths == [20, 20, 20 - int(20 * share), 13 - int(13 * share)] == [20, 20, 13, 9]
+
+
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+@pytest.mark.parametrize("score", ["start_token", "column_mean"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3", "gpt_neox"])
+def test_scores_are_formed_beside_attention_that_forms_none(kind: str, score: Any, positions: Any) -> None:
+    """Queries and keys of layers apart, behind norms, of one fused layer, turned in part: as eager attention has it."""
+    found = []
+    for attention in ("eager", "sdpa"):
+        model = tiny_model(kind)
+        for parameter in model.parameters():
+            parameter.data.mul_(3)  # so that attention differs from token to token
+        model.set_attn_implementation(attention)
+        schedule = PruneSchedule.geometric([0], 0.5)
+        found.append(TokenPruner(model, schedule, score=score, positions=positions).read(IDS % 40))
+    assert torch.equal(found[0].left, found[1].left)
+    close = 1e-4 * float(found[0].logits.abs().max())
+    torch.testing.assert_close(found[0].logits, found[1].logits, rtol=1e-4, atol=close)
 
 
 @torch.no_grad()
@@ -236,8 +257,9 @@ def test_what_is_refused() -> None:
         TokenPruner(model, PruneSchedule({4: 0.5}))
     with pytest.raises(ValueError, match="score, positions"):
         TokenPruner(model, score="median")  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedModelError, match="'sdpa' does not form its weights"):
-        TokenPruner(llama("sdpa"), SCHEDULE)
+    cached = apply(llama("sdpa"), QuantizeCache(), progress=False).model
+    with pytest.raises(UnsupportedModelError, match="'actkit_rounded_cache' does not form its weights"):
+        TokenPruner(cached, SCHEDULE)
     for kind, text in (("gpt2", "rotary"), ("bert", "rotary|output layer"), ("mistral", "windows"), ("mlp", "no row")):
         with pytest.raises(UnsupportedModelError, match=text):
             TokenPruner(tiny_model(kind))

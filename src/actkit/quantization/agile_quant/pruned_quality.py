@@ -1,11 +1,33 @@
-"""What pruning a prompt costs: losses of all positions, and of the kept ones beside what these were before."""
+"""What reading pruned texts gave, and what that costs: losses of all positions, and of the kept ones alone."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What reading some texts gave.
+
+    Attributes:
+        logits: [batch, tokens, vocabulary], of dropped tokens too.
+        kept: of each block the positions that it read, int64 [batch, so many], in order.
+        left: those that came out of the last block.
+    """
+
+    logits: Tensor
+    kept: tuple[Tensor, ...]
+    left: Tensor
+
+    @property
+    def kept_mask(self) -> Tensor:
+        """Bool [batch, tokens]: whether a token came through."""
+        mask = torch.zeros(self.logits.shape[:2], dtype=torch.bool, device=self.left.device)
+        return mask.scatter(1, self.left, True)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.forward.hooks import evaluating, hooked
+from actkit.core.model.sites import Tap, read_tap
 
 if TYPE_CHECKING:
     from actkit.quantization.agile_quant.token_pruner import TokenPruner
@@ -40,6 +41,8 @@ class Reading:
         self.kept: list[Tensor] = []
         self._whole: Tensor | None = None  # hidden states of all tokens, as they were last
         self._scores: Tensor | None = None
+        self._read: dict[str, Tensor] = {}  # queries and keys of a block whose attention does not form its weights
+        self._turns: Any = None  # the rotary tables that the block was given
         self._generator = torch.Generator().manual_seed(pruner.seed)
 
     def running(self) -> Any:
@@ -49,7 +52,11 @@ class Reading:
             before[block] = _called(self._enter, index)
             after[block] = _called(self._leave, index)
             if self.shares.get(index) and pruner.score != "random":
-                after[attention] = self._keep_scores
+                after[attention] = _called(self._keep_scores, index)
+                taps = pruner.operands.get(index, {})
+                for path in {tap.path for tap in taps.values()}:  # one, if queries and keys are one layer's
+                    here = {name: tap for name, tap in taps.items() if tap.path == path}
+                    after[path] = _called(self._keep_operands, here)
         stack = ExitStack()
         stack.enter_context(evaluating(pruner.model))
         stack.enter_context(hooked(pruner.model, before=before, after=after, replacing=True))
@@ -61,6 +68,7 @@ class Reading:
         self.kept.append(torch.cat((held, self.left), 1))
         missing = (self.pruner.position if self.cached is not None else 0) - held.shape[1]
         tokens = self.left.shape[1]
+        self._turns = kwargs.get("position_embeddings")
         if not missing and tokens == self.tokens:
             return None
         kwargs = dict(kwargs)
@@ -73,11 +81,24 @@ class Reading:
             positions = numbered.expand_as(positions)
         kwargs["position_ids"] = positions
         hidden = args[0] if args else kwargs["hidden_states"]
-        kwargs["position_embeddings"] = rotary_of(self.pruner.model)(hidden, positions)
+        self._turns = kwargs["position_embeddings"] = rotary_of(self.pruner.model)(hidden, positions)
         return args, kwargs
 
-    def _keep_scores(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._scores = SCORES[self.pruner.score](output[1].float())
+    def _keep_operands(self, taps: dict[str, Tap], module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        for name, tap in taps.items():
+            self._read[name] = read_tap(tap, args, kwargs, output, self._turns)
+
+    def _keep_scores(self, index: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        weights = self._formed(module) if index in self.pruner.operands else output[1].float()
+        self._scores = SCORES[self.pruner.score](weights)
+
+    def _formed(self, module: nn.Module) -> Tensor:
+        """The attention weights of a prompt, of queries and keys that were read: [batch, heads, tokens, tokens]."""
+        query, key = self._read.pop("query").float(), self._read.pop("key").float()
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        scores = query @ key.mT * getattr(module, "scaling", query.shape[-1] ** -0.5)
+        ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        return torch.softmax(scores.masked_fill_(ahead, -torch.inf), -1)
 
     def _leave(self, index: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """What leaves a block: without the tokens that it drops; behind the last one with all of them."""
@@ -132,5 +153,5 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _called(hook: Callable[..., Any], index: int) -> Any:
-    return lambda *given: hook(index, *given)
+def _called(hook: Callable[..., Any], first: Any) -> Any:
+    return lambda *given: hook(first, *given)

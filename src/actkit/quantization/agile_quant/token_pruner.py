@@ -7,8 +7,8 @@ Later blocks see what is left, and their caches hold nothing else. The first and
 tokens that follow are not pruned.
 When to use it: prompts of a thousand tokens and more, for the time that a first token takes. What was dropped no later
 token reads any more: measure on your task. `kept` says which positions each block read.
-Cost: attention weights are formed ([heads, tokens, tokens]), by eager attention or by `agile_quant`; a block that
-prunes computes its MLP for the tokens that it drops.
+Cost: the attention weights of the blocks that prune, [heads, tokens, tokens], formed beside an attention that forms
+none ('sdpa'). A block that prunes computes its MLP for the tokens that it drops.
 As in the release: the score, the number that goes, and a perplexity over the kept positions alone.
 Settled here: tokens go behind a block, not before its MLP, which is the same function, as an MLP sees one token at a
 time; of equal scores, which log2 attention weights have often, the earlier token goes; the last token stays, as the
@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Self
 
 import psutil
@@ -35,33 +34,15 @@ from actkit.core.ground.errors import DataError, MemoryLimitError, NonFiniteErro
 from actkit.core.ground.memory import format_bytes
 from actkit.core.measure.generation import generate_ids
 from actkit.core.measure.sampling import LIKELIEST, Sampling
-from actkit.core.model.anatomy import anatomy, forms_weights
+from actkit.core.model.anatomy import Block, Site, anatomy, forms_weights
 from actkit.core.model.architectures import find_architecture
 from actkit.core.model.parts import attention_implementation
+from actkit.core.model.sites import Tap
 from actkit.quantization.agile_quant.prune_schedule import PruneSchedule
-from actkit.quantization.agile_quant.pruned_quality import PositionLosses, PrunedQuality
+from actkit.quantization.agile_quant.pruned_quality import PositionLosses, Pruned, PrunedQuality
 from actkit.quantization.agile_quant.reading import SCORES, Positions, Reading, Score, rotary_of
 
-
-@dataclass(frozen=True)
-class Pruned:
-    """What reading some texts gave.
-
-    Attributes:
-        logits: [batch, tokens, vocabulary], of dropped tokens too.
-        kept: of each block the positions that it read, int64 [batch, so many], in order.
-        left: those that came out of the last block.
-    """
-
-    logits: Tensor
-    kept: tuple[Tensor, ...]
-    left: Tensor
-
-    @property
-    def kept_mask(self) -> Tensor:
-        """Bool [batch, tokens]: whether a token came through."""
-        mask = torch.zeros(self.logits.shape[:2], dtype=torch.bool, device=self.left.device)
-        return mask.scatter(1, self.left, True)
+READ = ("query", "key")
 
 
 class TokenPruner:
@@ -78,7 +59,7 @@ class TokenPruner:
         seed: of 'random'.
 
     Raises:
-        UnsupportedModelError: the model is another, or its attention does not form its weights.
+        UnsupportedModelError: the model is another, or its attention weights cannot be known.
         MemoryLimitError: the cache does not fit into free memory.
         ValueError: a setting is out of bounds.
     """
@@ -114,11 +95,7 @@ class TokenPruner:
         if max(self.schedule.shares, default=0) >= len(blocks):
             last = max(self.schedule.shares)
             raise ValueError(f"schedule: block {last} was given, and the model has the blocks 0 to {len(blocks) - 1}.")
-        if any(self.schedule.shares.values()) and score != "random" and not forms_weights(model):
-            raise UnsupportedModelError(
-                f"model: its attention {attention_implementation(model)!r} does not form its weights, which tokens are "
-                f"chosen by; call model.set_attn_implementation('eager'), or apply agile_quant."
-            )
+        self.operands = self._operands(blocks)
         config: Any = model.config
         context: int = config.max_position_embeddings
         self.capacity: int = context if capacity is None else capacity
@@ -137,6 +114,21 @@ class TokenPruner:
         keeps_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._last = {"logits_to_keep": 1} if keeps_last else {}  # those of the other tokens are the largest tensor
         self.reset()
+
+    def _operands(self, blocks: Sequence[Block]) -> dict[int, dict[str, Tap]]:
+        """The taps of queries and keys in blocks that prune by weights which their attention does not form."""
+        pruning = [block for block in blocks if self.schedule.shares.get(block.index) and self.score != "random"]
+        if forms_weights(self.model) or not pruning:
+            return {}
+        sites = {block.index: {name: Site(f"attention.{name}", block.index) for name in READ} for block in pruning}
+        known = all(site in block.taps for block in pruning for site in sites[block.index].values())
+        implementation = attention_implementation(self.model)
+        if implementation != "sdpa" or not known:
+            raise UnsupportedModelError(
+                f"model: its attention {implementation!r} does not form its weights, which tokens are chosen by; call "
+                f"model.set_attn_implementation('eager'), or apply agile_quant with softmax: log2."
+            )
+        return {block.index: {name: block.taps[site] for name, site in sites[block.index].items()} for block in pruning}
 
     @staticmethod
     def supports(model: nn.Module) -> str | None:
