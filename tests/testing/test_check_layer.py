@@ -360,6 +360,8 @@ PARTS |= {
     "LatentWeight",
     "LatentProduct",
 }
+# what stands in a block while it learns, see test_reconstruction.py and the tests of omniquant and zeroquant
+PARTS |= {"Learned", "TrainedWeights", "Equivalent", "LearnedSet", "LearnedClipping", "LearnedThrough"}
 MODELS = {"DigitsCNN", "TinyMlp"}  # see test_check_model.py
 
 
