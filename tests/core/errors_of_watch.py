@@ -8,8 +8,10 @@ from tiny_models import batches, build
 from actkit.core.forward.batch import BatchContext
 from actkit.core.model.anatomy import Site
 from actkit.core.recipe.runner import apply
+from actkit.core.watch import importance
 from actkit.core.watch.calls import Call
 from actkit.core.watch.capture import plan_memory, record
+from actkit.core.watch.importance import perturbation_importance
 from actkit.core.watch.intervene import intervene
 from actkit.core.watch.rows import Keys, _weights
 from actkit.core.watch.statistics import Gram, Moments
@@ -74,3 +76,41 @@ def other_shape(p: Place) -> None:
 
 
 proof(lambda p: Moments().mean)
+
+
+proof(lambda p: perturbation_importance(build("bert").bert, ["encoder.layer.0"], [HOST], progress=False))
+
+
+@proof
+def places_of_sentences(p: Place) -> None:
+    perturbation_importance(build("llama"), ["model.layers.0"], [PADDED], average="samples", progress=False)
+
+
+@proof
+def twice(p: Place) -> None:
+    layer = torch.nn.Linear(4, 4)
+    perturbation_importance(torch.nn.Sequential(layer, layer), ["0"], torch.ones(2, 4), progress=False)
+
+
+@proof
+def no_tensor_given(p: Place) -> None:
+    class Names(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> str:
+            return "x"
+
+    class Whole(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names, self.layer = Names(), torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.names(x)
+            return self.layer(x)
+
+    perturbation_importance(Whole(), ["names"], torch.ones(2, 4), progress=False)
+
+
+@proof
+def no_finite_importance(p: Place) -> None:
+    p.patch.setattr(importance, "_importance", lambda *_: torch.full((2, 4), torch.inf))
+    perturbation_importance(torch.nn.Sequential(torch.nn.Linear(4, 4)), ["0"], torch.ones(2, 4), progress=False)

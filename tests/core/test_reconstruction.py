@@ -16,7 +16,7 @@ from actkit.core.ground.errors import NonFiniteError, RecipeError
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.weights import DenseWeight
 from actkit.core.model.anatomy import Block
-from actkit.core.recipe.reconstruction import Example, Learned, Learning, examples, reconstruct
+from actkit.core.recipe.reconstruction import Example, Learned, Learning, Rate, cosine, examples, reconstruct
 from actkit.core.recipe.runner import apply
 from actkit.core.recipe.seen import Seen
 from actkit.core.recipe.tags import Tags
@@ -37,8 +37,8 @@ class OneWeight(Learned):
         self.steps += 1
         return {f"{self.path}.storage.tensor": self.weight * (float("nan") if broken else 1.0)}
 
-    def rates(self) -> Iterator[tuple[Sequence[nn.Parameter], float]]:
-        yield [self.weight], self.rate
+    def rates(self) -> Iterator[tuple[Sequence[nn.Parameter], Rate]]:
+        yield [self.weight], cosine(self.rate)
 
 
 class Relearn(Transform):
@@ -58,7 +58,7 @@ class Relearn(Transform):
         (down,) = (linear for linear in block.linears() if linear.role == "down")
         learned = OneWeight(down.path, torch.zeros_like(down.weight), self.rate, self.ruined)
         lessons = examples(seen, self.rows, originals=self.keep < 1)
-        settings = {"steps": self.steps, "seed": self.seed, "keep": self.keep, "cosine": True}
+        settings = {"steps": self.steps, "seed": self.seed, "keep": self.keep}
         with seen.trial([Replace(down.path, ActLinear.of(down))]):
             learning = reconstruct(block, learned, lessons, **settings)
         self.found.append((learning, lessons, learned.weight.detach()))

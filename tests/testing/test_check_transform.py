@@ -58,6 +58,8 @@ ELSEWHERE = {  # those that do not fit every kind of model, or say less of it, a
     "freeze": "quantization/test_fake_quantize.py",
     "llm_fp4": "quantization/test_llm_fp4.py",
     "ofq": "quantization/test_ofq.py",
+    "aphq_vit": "quantization/test_aphq_vit.py",
+    "reconstruct_mlp": "functions/test_reconstruct_mlp.py",
     "noisyquant": "quantization/test_noisyquant.py",
     "omniquant": "quantization/test_omniquant.py",
     "outliertune": "quantization/test_outliertune.py",

@@ -125,7 +125,7 @@ def _add_to_bias(linear: Linear, added: Tensor) -> Edit:
 
 
 def _multiply_weight(linear: Linear, factor: Tensor) -> Set:
-    """Multiply the dense weight of a layer by float64 [in] or [out, 1], in the orientation in which it stores it."""
+    """Multiply the dense weight of a layer by float64 [in] or [out, 1]."""
     old = linear.weight.detach()
     factors = parcels(factor.expand_as(old))
     return set_weight(linear, torch.cat([(a * b).to(old.dtype) for a, b in zip(parcels(old), factors, strict=True)]))

@@ -30,6 +30,7 @@ from actkit.core.watch.calls import Call
 
 MOMENTS = 4  # float32 numbers that a learned one takes: itself, its gradient, Adam's two moments; one more is kept
 KEPT = 1
+Rate = float | Callable[[float], float]  # a function gives it for the share of the steps that are done
 
 
 class Learned(nn.Module):
@@ -40,7 +41,7 @@ class Learned(nn.Module):
         """Return the tensors that stand in place of parameters and buffers of the block, by their name in the model."""
 
     @abstractmethod
-    def rates(self) -> Iterable[tuple[Sequence[nn.Parameter], float]]:
+    def rates(self) -> Iterable[tuple[Sequence[nn.Parameter], Rate]]:
         """Return parameters, each with its learning rate."""
 
     def penalty(self, progress: float) -> Tensor | float:
@@ -83,6 +84,11 @@ class Example:
             None if self.original is None else self.original[start:stop],
             self.importance if self.importance is None or len(self.importance) == 1 else self.importance[start:stop],
         )
+
+    def cut(self, rows: int) -> list[Example]:
+        """Return it in parts of so many rows at most."""
+        size = self.call.context.batch_size
+        return [self.rows(start, min(start + rows, size)) for start in range(0, size, rows)]
 
     def error(self, output: Tensor) -> Tensor:
         """Return the weighted mean squared error of an output, over real tokens."""
@@ -143,9 +149,7 @@ def examples(
             None if others is None else others[index].hidden,
             importance if one_for_all else importance[index],  # type: ignore[index, arg-type]
         )
-        size = call.context.batch_size
-        starts = range(0, size, rows) if apart else (0,)
-        found += [example.rows(start, min(start + rows, size)) if apart else example for start in starts]
+        found += example.cut(rows) if apart else [example]
     return found
 
 
@@ -157,7 +161,6 @@ def reconstruct(
     steps: int,
     seed: int,
     keep: float = 1.0,
-    cosine: bool = False,
     progress: bool = True,
 ) -> Learning:
     """Learn, with Adam. Same arguments, same values.
@@ -169,35 +172,64 @@ def reconstruct(
         steps: how many.
         seed: of the order, and of what is dropped.
         keep: share of the elements of the hidden states that come from the edited stream, the others from the original.
-        cosine: let the rates fall to 0 along a cosine.
         progress: show a bar.
 
     Raises:
         NonFiniteError: the first loss is NaN or infinite already.
     """
     output = _runner(block, learned)
-    groups = [{"params": list(parameters), "lr": rate} for parameters, rate in learned.rates()]
-    optimizer = torch.optim.Adam(groups)
-    rates = [group["lr"] for group in optimizer.param_groups]
+
+    def loss(example: Example, generator: torch.Generator) -> Tensor:
+        given = example if keep == 1 else _mixed(example, keep, generator)
+        return given.error(output(given.call))
+
+    path = block.path or "the model"
+    return learn(path, learned, lessons, loss, steps=steps, seed=seed, progress=progress)
+
+
+def learn(
+    path: str,
+    learned: Learned,
+    lessons: Sequence[Example],
+    loss: Callable[[Example, torch.Generator], Tensor],
+    *,
+    steps: int,
+    seed: int,
+    progress: bool = True,
+) -> Learning:
+    """Learn as `reconstruct` does, a loss of any kind: that of a part of a block, of several outputs.
+
+    Args:
+        path: of what learns, for errors and the bar.
+        learned: changed in place.
+        lessons: one for a step, in a new order each time all had their turn.
+        loss: of a lesson, to which the penalty is added; it draws from the generator of the run.
+        steps: how many.
+        seed: of the order, and of what is drawn.
+        progress: show a bar.
+
+    Raises:
+        NonFiniteError: the first loss is NaN or infinite already.
+    """
+    parameters, rates = zip(*learned.rates(), strict=True)
+    optimizer = torch.optim.Adam([{"params": list(each)} for each in parameters])
     generator = torch.Generator().manual_seed(seed)
     order = _shuffled(len(lessons), generator)
     found = Learning()
     before: list[Tensor] = []
-    for step in track(range(steps), f"Learning {block.path or 'the model'}", enabled=progress):
-        example = lessons[next(order)]
-        if keep < 1:
-            example = _mixed(example, keep, generator)
+    for step in track(range(steps), f"Learning {path}", enabled=progress):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * (0.5 + 0.5 * cos(pi * step / steps)) if cosine else rate
+            group["lr"] = rate(step / steps) if callable(rate) else rate
+        example = lessons[next(order)]
         learned.next_step(generator)
         with torch.enable_grad():
-            loss = example.error(output(example.call)) + learned.penalty(step / steps)
-        found.losses.append(float(loss.detach()))
+            value = loss(example, generator) + learned.penalty(step / steps)
+        found.losses.append(float(value.detach()))
         if not isfinite(found.losses[-1]):
             if step == 0:
                 raise NonFiniteError(
-                    f"{block.path or 'model'}: the first loss is {found.losses[0]}, before anything was learned; check "
-                    f"the calibration data and the settings of the rounding."
+                    f"{path}: the first loss is {found.losses[0]}, before anything was learned; check the calibration "
+                    f"data and the settings of the rounding."
                 )
             found.stopped = step
             found.losses.pop()
@@ -207,9 +239,18 @@ def reconstruct(
             break
         before = [parameter.detach().clone() for parameter in learned.parameters()]
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        value.backward()
         optimizer.step()
     return found
+
+
+def cosine(rate: float) -> Callable[[float], float]:
+    """Return a rate that falls to 0 along a cosine.
+
+    Args:
+        rate: at first.
+    """
+    return lambda progress: rate * (0.5 + 0.5 * cos(pi * progress))
 
 
 def error_of(block: Block, learned: Learned, lessons: Sequence[Example]) -> float:
