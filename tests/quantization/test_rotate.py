@@ -19,6 +19,7 @@ from actkit.core.layers.hadamard import Rotation, hadamard
 from actkit.core.layers.linear import ActLinear
 from actkit.core.measure.decoding import choose_engine
 from actkit.core.model.anatomy import Site, anatomy
+from actkit.core.recipe.plan import turns
 from actkit.core.recipe.runner import apply
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import Gram
@@ -279,6 +280,12 @@ def test_sizes_without_a_hadamard_matrix_are_refused_by_name() -> None:
         apply(tiny_model("llama", head_dim=6), Rotate(sites=("R2",)), progress=False)
     with pytest.raises(UnsupportedModelError, match=r"R4 of model.layers.0: size: 22 channels"):
         apply(tiny_model("llama", intermediate_size=22), Rotate(sites=("R4",)), progress=False)
+
+
+def test_it_is_walked_alone() -> None:
+    """What calibrates behind it sees no block before all of them are rotated."""
+    assert turns([Smooth(), Rotate(), RTN, QuantizeCache()]) == [range(1), range(1, 2), range(2, 4)]
+    assert turns([Smooth(), RTN]) == [range(2)]
 
 
 def test_it_stands_before_what_rounds() -> None:

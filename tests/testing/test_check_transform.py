@@ -67,6 +67,7 @@ ELSEWHERE = {  # those that do not fit every kind of model, or say less of it, a
     "agile_quant": "quantization/test_agile_quant.py",
     "quantize_cache": "quantization/test_quantize_cache.py",
     "rotate": "quantization/test_rotate.py",
+    "roste": "quantization/test_roste.py",
     "round_inputs": "quantization/test_round_inputs.py",
     "smooth": "quantization/test_smooth.py",
     "zeroquant": "quantization/test_zeroquant.py",
