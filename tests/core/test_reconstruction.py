@@ -107,12 +107,13 @@ def run(**settings: object) -> nn.Module:
 
 def test_it_finds_what_least_squares_finds(found) -> None:
     """The output is linear in the weight of down: many rows, so the weight itself is the only minimum."""
-    original = tiny_model("llama").model.layers[0].mlp.down_proj
+    model = tiny_model("llama", num_hidden_layers=1)
+    original = model.model.layers[0].mlp.down_proj.weight.detach().clone()
     batches = [{"input_ids": torch.randint(0, 40, (8, 16), generator=torch.Generator().manual_seed(0))}]
-    apply(tiny_model("llama"), Relearn(steps=3000, rate=0.05, rows=8), batches, progress=False)
+    apply(model, Relearn(steps=1500, rate=0.05, rows=8), batches, progress=False)
     learning, _, weight = found[0]
     assert learning.losses[-1] < 1e-6 * learning.losses[0]
-    torch.testing.assert_close(weight, original.weight.detach(), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(weight, original, atol=0.02, rtol=0.02)
 
 
 def test_same_settings_same_values(found) -> None:
