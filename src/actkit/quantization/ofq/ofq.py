@@ -17,8 +17,8 @@ Cost: a training (the paper: 300 epochs, then 30 under the rule). With `query_ke
 2 * in * in, also when the model runs.
 Settled here: patch embedding, norms, biases and head stay as they are (the release rounds the first and last layer to 8
 bits). Layers that read one tensor have a step each, as they are layers of their own here; the release has one for its
-fused query_key_value. Steps begin from calibration data, not from the first batch. The products A_h x have a step for
-each position, of all heads. The last two are our own reading for models whose parts are separate.
+fused query_key_value. Steps begin from calibration data, not from the first batch.
+Our own reading: the products A_h x have a step for each position, of all heads together (the release: of each head).
 """
 
 from __future__ import annotations
