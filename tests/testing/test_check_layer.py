@@ -361,7 +361,7 @@ PARTS |= {
     "LatentProduct",
 }
 # what stands in a block while it learns, see test_reconstruction.py and the tests of omniquant, zeroquant and aphq_vit
-PARTS |= {"Learned", "TrainedWeights", "Equivalent", "LearnedSet", "LearnedClipping", "LearnedThrough"}
+PARTS |= {"Learned", "BlockWeights", "Equivalent", "LearnedSet", "LearnedClipping", "LearnedThrough"}
 PARTS |= {"LearnedRounding", "DroppedInputs", "FittedMlp"}
 MODELS = {"DigitsCNN", "TinyMlp"}  # see test_check_model.py
 

@@ -19,6 +19,7 @@ from actkit.core.layers.selections import Threshold
 from actkit.core.recipe.runner import apply
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
+from actkit.quantization.fake_quantize import FakeQuantize
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.teal import Teal
 from actkit.testing import tiny_batches, tiny_model
@@ -30,12 +31,16 @@ SETTINGS: dict[str, dict[str, Any]] = {  # where the defaults do not fit a tiny 
     "awq": {"bits": 3, "group_size": 8, "n_grid": 2},
     "gptq": {"bits": 4, "group_size": 8},
     "lorc": {"rank": 2},
+    "ofq": {"operands": False, "inputs": {"by": "lsq", "bits": 4, "per": "tensor"}},
     "reconstruct_mlp": {"steps": 2},
     "rtn": {"bits": 4, "group_size": 8},
     "swap": {"where": "*", "new": "relu2"},
     "top_k_mlp": {"k": 5},
 }
-BEFORE = {"lorc": RoundToNearest(bits=4, group_size=8)}  # what must stand before a method
+BEFORE = {  # what must stand before a method
+    "freeze": FakeQuantize(),
+    "lorc": RoundToNearest(bits=4, group_size=8),
+}
 CONFIG = {"fatrelu": {"hidden_act": "relu"}}  # entries of the config that a method needs
 
 

@@ -118,7 +118,7 @@ class Plain:
             quantized: paths of the layers that are written quantized.
         """
         found: dict[str, list[float]] = {}
-        for path in quantized:
+        for path in (path for path in quantized if path in self.layers):
             layer: ActLinear = get_module(self.model, path)  # type: ignore[assignment]
             if layer.storage is not self.layers[path].storage:
                 ratio = self.layers[path].storage.nbytes / layer.storage.nbytes

@@ -229,7 +229,10 @@ def _rows(walk: Walk) -> int:
 
 def _length(walk: Walk) -> int:
     """The rows of hidden states of one example of the walk."""
-    return max(call.hidden[0].numel() // call.hidden.shape[-1] for call in walk.calls(0, next(iter(walk.streams))))
+    calls = walk.calls(0, next(iter(walk.streams)))
+    if walk.whole_model:
+        return max(call.context.length or 1 for call in calls)
+    return max(call.hidden[0].numel() // call.hidden.shape[-1] for call in calls)
 
 
 def _statistics_bytes(transform: Transform, block: Block) -> int:

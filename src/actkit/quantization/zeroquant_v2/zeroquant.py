@@ -99,11 +99,11 @@ class ZeroQuant(Transform):
     def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
         linears = block.linears()
         lessons = examples(seen, self.rows, stream="original" if self.inputs == "local" else "edited")
-        best = TrainedWeights(block, self.grid, 0.0)
+        best = BlockWeights(block, self.grid, 0.0)
         with seen.trial(Replace(each.path, ActLinear.of(each, inputs=self.rounded_inputs())) for each in linears):
             errors = {"nearest": error_of(block, best, lessons)}
             for rate in self.rates:
-                learned = TrainedWeights(block, self.grid, rate)
+                learned = BlockWeights(block, self.grid, rate)
                 reconstruct(block, learned, lessons, steps=self.steps, seed=self.seed + block.index)
                 error = error_of(block, learned, lessons)
                 if isfinite(error) and error < min(errors.values()):
@@ -117,7 +117,7 @@ class ZeroQuant(Transform):
             yield Replace(linear.path, ActLinear.of(linear, weight=stored, inputs=self.rounded_inputs()))
 
 
-class TrainedWeights(Learned):
+class BlockWeights(Learned):
     """The weights of a block, seen through their grid.
 
     Args:
