@@ -29,13 +29,14 @@ from actkit.claims.subject import REAL, Subject, moved_by, spread
 from actkit.core.edit.edits import apply_edit
 from actkit.core.edit.folding import fold
 from actkit.core.model.anatomy import Site, anatomy, equalization_sets
+from actkit.core.recipe.scalable import kind_of
 from actkit.core.train.training import train
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import Midpoints, Range
 from actkit.quantization.outliertune import Channels, OutlierTune, weight_error
 from actkit.quantization.round_inputs import RoundInputs
 from actkit.quantization.rtn import RoundToNearest
-from actkit.quantization.smooth import Smooth, kind_of
+from actkit.quantization.smooth import Smooth
 from actkit.zoo.off_grid import off_grid_twin
 
 PLANTED = 4  # channels of each kind, behind each norm

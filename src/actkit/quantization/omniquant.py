@@ -35,18 +35,19 @@ from actkit.core.grids.ranges import min_max
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.layers.weights import IntegerWeight
-from actkit.core.model.anatomy import Block, EqualizationSet, Linear, Norm, Site, equalization_sets
+from actkit.core.model.anatomy import Block, EqualizationSet, Linear, Norm, Site
 from actkit.core.recipe.reconstruction import Learned, examples, graph_bytes, learned_bytes, reconstruct
+from actkit.core.recipe.scalable import Sets, scalable_sets, scalable_sites, scalable_targets
 from actkit.core.recipe.seen import Seen
 from actkit.core.recipe.tags import Slot, Tags
 from actkit.core.recipe.transform import Transform
 from actkit.core.watch.statistics import AbsMax, Range, Statistic
 from actkit.quantization.rtn import refuse_groups
-from actkit.quantization.smooth import kind_of, refuse_filled, smoothing_scale, smoothing_sites, smoothing_targets
+from actkit.quantization.smooth import refuse_filled, smoothing_scale
 
 START = 4.0  # sigmoid(4) = 0.982
 SMALLEST = 0.01  # of a scale
-SETS: tuple[Literal["norm", "value"], ...] = ("norm", "value")
+SETS: Sets = ("norm", "value")
 
 
 class OmniQuant(Transform):
@@ -134,27 +135,22 @@ class OmniQuant(Transform):
     def targets(self, block: Block) -> Iterable[Linear | str]:
         yield from block.linears()
         if self.equalizes:
-            yield from (each for each in smoothing_targets(block, SETS) if isinstance(each, str))
+            yield from (each for each in scalable_targets(block, SETS) if isinstance(each, str))
 
     def observe(self, block: Block) -> Mapping[Site, Sequence[Statistic]]:
         refuse_groups(self.grid, block)
         if not self.equalizes:
             return {}
-        return {site: [AbsMax(), Range()] for site in smoothing_sites(block, SETS).values()}
+        return {site: [AbsMax(), Range()] for site in scalable_sites(block, SETS).values()}
 
     def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
         sets = []
-        for group in equalization_sets(block) if self.equalizes else ():
-            if kind_of(group) not in SETS or not group.consumers:
-                continue
-            if group.refused:
-                yield Skip(group.inspect, group.refused)
-                continue
-            statistics = seen[smoothing_sites(block, SETS)[group.consumers[0].path]]
-            if not statistics[0].count:
-                yield Note(group.inspect, "left as it is: no calibration token reached it")
-                continue
-            sets.append(self._set(group, *statistics))
+        for each in scalable_sets(block, SETS, seen) if self.equalizes else ():
+            if isinstance(each, Skip | Note):
+                yield each
+            else:
+                group, statistics = each
+                sets.append(self._set(group, *statistics))
         if self.input_bits is not None and not sets:
             yield Note(block.path or "model", "inputs are rounded, and no scales could be learned for them")
         learned = Equivalent(block, self, sets)

@@ -34,11 +34,12 @@ from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.layers.weights import DenseWeight, IntegerWeight
 from actkit.core.model.anatomy import Block, EqualizationSet, Linear, Norm, Site, equalization_sets
+from actkit.core.recipe.scalable import kind_of
 from actkit.core.recipe.seen import Seen
 from actkit.core.recipe.tags import Slot, Tags
 from actkit.core.recipe.transform import Transform
 from actkit.core.watch.statistics import Midpoints, Range, Statistic
-from actkit.quantization.smooth import kind_of, refuse_filled
+from actkit.quantization.smooth import refuse_filled
 
 SMALLEST = 1e-5  # of a scale, as in the release
 

@@ -17,7 +17,7 @@ report says so.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -25,14 +25,14 @@ from torch import Tensor
 
 from actkit.core.edit.edits import Edit, Note, Skip
 from actkit.core.edit.folding import fold
-from actkit.core.model.anatomy import Block, EqualizationSet, Linear, Norm, Site, equalization_sets
+from actkit.core.model.anatomy import Block, Linear, Site
+from actkit.core.recipe.scalable import Sets, scalable_sets, scalable_sites, scalable_targets
 from actkit.core.recipe.seen import Seen
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
 from actkit.core.watch.statistics import AbsMax, Statistic
 
 SMALLEST = 1e-5  # of the maxima and of a scale, as in the release
-Sets = tuple[Literal["norm", "value", "up"], ...]
 
 
 class Smooth(Transform):
@@ -56,10 +56,10 @@ class Smooth(Transform):
         return super().conflicts(earlier) or refuse_filled(earlier)
 
     def targets(self, block: Block) -> Iterable[Linear | str]:
-        yield from smoothing_targets(block, self.sets)
+        yield from scalable_targets(block, self.sets)
 
     def observe(self, block: Block) -> Mapping[Site, Statistic]:
-        return {site: AbsMax() for site in smoothing_sites(block, self.sets).values()}
+        return {site: AbsMax() for site in scalable_sites(block, self.sets).values()}
 
     def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
         yield from smooth(block, {site: seen[site] for site in self.observe(block)}, self.alpha, self.sets)
@@ -72,21 +72,15 @@ def smooth(
 
     Args:
         block: to be changed.
-        largest: of each site of `smoothing_sites`.
+        largest: of each site of `scalable_sites`.
         alpha: 0 to 1.
         sets: which may take a scale.
     """
-    sites = smoothing_sites(block, sets)
-    for group in equalization_sets(block):
-        if kind_of(group) not in sets:
+    for each in scalable_sets(block, sets, largest):
+        if isinstance(each, Skip | Note):
+            yield each
             continue
-        if group.refused:
-            yield Skip(group.inspect, group.refused)
-            continue
-        statistic = largest[sites[group.consumers[0].path]]
-        if not statistic.count:
-            yield Note(group.inspect, "left as it is: no calibration token reached it")
-            continue
+        group, statistic = each
         dead = int((statistic.value == 0).sum())
         if dead:
             yield Note(group.inspect, f"{dead} channels are 0 on all calibration tokens")
@@ -106,34 +100,6 @@ def smoothing_scale(largest: Tensor, weights: Iterable[Tensor], alpha: float) ->
     columns = torch.stack([weight.abs().amax(0).to(largest) for weight in weights]).amax(0)
     scale = largest.clamp(min=SMALLEST) ** alpha / columns.clamp(min=SMALLEST) ** (1 - alpha)
     return scale.clamp(min=SMALLEST)
-
-
-def kind_of(group: EqualizationSet) -> Literal["norm", "value", "up"]:
-    """Return which of the kinds of `sets` a set is."""
-    if group.consumers and group.consumers[0].role in ("output", "down"):
-        return "value" if group.consumers[0].role == "output" else "up"
-    return "norm"
-
-
-def smoothing_sites(block: Block, sets: Sets) -> dict[str, Site]:
-    """Return the sites whose maxima are needed, by the path of each linear layer that reads them.
-
-    Args:
-        block: to be changed.
-        sets: which may take a scale.
-    """
-    sites = {linear.path: inputs.site for inputs in block.linear_inputs() for linear in inputs.linears}
-    chosen = [group for group in equalization_sets(block) if kind_of(group) in sets and not group.refused]
-    return {linear.path: sites[linear.path] for group in chosen for linear in group.consumers}
-
-
-def smoothing_targets(block: Block, sets: Sets) -> Iterator[Linear | str]:
-    """Yield the layers and norms that smoothing changes."""
-    for group in equalization_sets(block):
-        if kind_of(group) in sets and not group.refused:
-            yield from group.consumers
-            if isinstance(group.producer, Norm):
-                yield f"{group.producer.path}.weight"
 
 
 def refuse_filled(earlier: Transform) -> str | None:

@@ -35,12 +35,13 @@ from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.weights import IntegerWeight, widened
 from actkit.core.model.anatomy import Block, Linear, Site
 from actkit.core.recipe.blockwise import record_by_block
+from actkit.core.recipe.scalable import Sets, scalable_sites, scalable_targets
 from actkit.core.recipe.seen import Seen, Trial
 from actkit.core.recipe.tags import Slot, Tags
 from actkit.core.recipe.transform import Transform
 from actkit.core.watch.statistics import AbsMax, Statistic
 from actkit.quantization.rtn import refuse_groups
-from actkit.quantization.smooth import Sets, refuse_filled, smooth, smoothing_sites, smoothing_targets
+from actkit.quantization.smooth import refuse_filled, smooth
 
 ROWS = 256  # of logits at a time: a vocabulary may have 262,144 words
 Loss = Literal["hidden", "kl", "ce"]
@@ -126,10 +127,10 @@ class SmoothQuantPlus(Transform):
     def targets(self, block: Block) -> Iterable[Linear | str]:
         if self.round:
             yield from block.linears()
-        yield from (x for x in smoothing_targets(block, self.sets) if isinstance(x, str) or not self.round)
+        yield from (x for x in scalable_targets(block, self.sets) if isinstance(x, str) or not self.round)
 
     def observe(self, block: Block) -> Mapping[Site, Statistic]:
-        return {site: AbsMax() for site in smoothing_sites(block, self.sets).values()}
+        return {site: AbsMax() for site in scalable_sites(block, self.sets).values()}
 
     def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
         if self.round:
@@ -147,7 +148,7 @@ class SmoothQuantPlus(Transform):
 
         Args:
             block: to be changed.
-            largest: of each site of `smoothing_sites`.
+            largest: of each site of `scalable_sites`.
             alpha: 0 to 1; None leaves activations as they are.
             rounded: round the weights behind it.
         """

@@ -40,17 +40,18 @@ from actkit.core.edit.edits import Edit, Note, Skip, get_module
 from actkit.core.edit.folding import fold, why_no_shift
 from actkit.core.forward.hooks import evaluating
 from actkit.core.grids.integers import IntegerGrid
-from actkit.core.model.anatomy import Block, Linear, Norm, Site, equalization_sets
+from actkit.core.model.anatomy import Block, Linear, Site
 from actkit.core.recipe.reconstruction import Example, error_of, examples, graph_bytes, learned_bytes, reconstruct
+from actkit.core.recipe.scalable import Sets, scalable_sets, scalable_sites, scalable_targets
 from actkit.core.recipe.seen import Seen, Trial
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
 from actkit.core.watch.importance import Divergence, Mode, perturbation_importance, squared_gradient
 from actkit.core.watch.statistics import Sample, Statistic
 from actkit.quantization.aphq_vit.rounding import LearnedRounding, search
-from actkit.quantization.smooth import refuse_filled, smoothing_sites, smoothing_targets
+from actkit.quantization.smooth import refuse_filled
 
-NORMS: tuple[Literal["norm", "value", "up"], ...] = ("norm",)
+NORMS: Sets = ("norm",)
 SHARES = 0.3, 40  # the smallest of a channel's range that is tried, and how many
 TRAVEL, SCALE_TRAVEL = 20.0, 0.8  # steps times rate in the release
 FEWEST = 200  # steps that rates are found for
@@ -163,10 +164,10 @@ class AphqVit(Transform):
     def targets(self, block: Block) -> Iterable[Linear | str]:
         yield from block.linears()
         if self.reparametrize:
-            yield from (each for each in smoothing_targets(block, NORMS) if isinstance(each, str))
+            yield from (each for each in scalable_targets(block, NORMS) if isinstance(each, str))
 
     def observe(self, block: Block) -> Mapping[Site, Statistic]:
-        sites = smoothing_sites(block, NORMS).values() if self.reparametrize else ()
+        sites = scalable_sites(block, NORMS).values() if self.reparametrize else ()
         return {site: Sample(self.search_rows, self.seed) for site in sites}
 
     def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
@@ -199,17 +200,11 @@ class AphqVit(Transform):
 
     def _reparametrized(self, block: Block, seen: Seen) -> Iterator[Edit | Skip | Note]:
         """Yield the edits by which all channels of a norm's output get one range."""
-        sites = smoothing_sites(block, NORMS)
-        for group in equalization_sets(block):
-            if not isinstance(group.producer, Norm) or not group.consumers:
+        for each in scalable_sets(block, NORMS, seen):
+            if isinstance(each, Skip | Note):
+                yield each
                 continue
-            if group.refused:
-                yield Skip(group.inspect, group.refused)
-                continue
-            sample = seen[sites[group.consumers[0].path]]
-            if not sample.count:
-                yield Note(group.inspect, "left as it is: no calibration token reached it")
-                continue
+            group, sample = each
             low, scale = channel_ranges(sample.rows, self.input_bits)
             ratio = scale / scale.mean()
             shift = low - low.mean() * ratio
