@@ -212,6 +212,19 @@ def test_time_is_counted_in_passes(monkeypatch):
     assert plan(build("llama"), Observing(), given).seconds == pytest.approx(26 / 14 * (1 + 2 + 3))
 
 
+class Stepping(Observing):
+    def passes(self, tokens, rows):
+        return tokens / rows
+
+
+def test_a_method_that_goes_by_rows_knows_how_many_there_are(monkeypatch):
+    given = batches("llama", padding=False)
+    rows = sum(len(batch["input_ids"]) for batch in given)
+    ticks = iter(range(1000))
+    monkeypatch.setattr("actkit.core.recipe.blockwise.time.perf_counter", lambda: float(next(ticks)))
+    assert plan(build("llama"), Stepping(), given).seconds == pytest.approx(26 / 14 * (1 + 2 + 26 / rows))
+
+
 class InTurn(Observing):
     tags: ClassVar[Tags] = Tags(needs_data=True, stream="original", passes=3, plans_in_turn=True)
 

@@ -178,8 +178,8 @@ def test_settings_are_checked() -> None:
     for settings, text in (({"axes": ()}, "axes"), ({"method": "awq"}, "method"), ({"group_size": 0}, "group_size: 0")):
         with pytest.raises(ValidationError, match=text):
             AdaDim(**settings)
-    assert AdaDim(search_tokens=1000).passes(10_000) == pytest.approx(0.6)
-    assert AdaDim(method="gptq").passes(100) == 10
+    assert AdaDim(search_tokens=1000).passes(10_000, 40) == pytest.approx(0.6)
+    assert AdaDim(method="gptq").passes(100, 1) == 10
 
 
 # -- the map of squared gradients --------------------------------------------------------------------------------------

@@ -265,3 +265,11 @@ def test_it_keeps_its_promises(kind: str) -> None:
     check_transform(
         transform, tiny_model(kind), tiny_batches(kind), conflicting=[RoundToNearest(), Wina(), RoundInputs()]
     )
+
+
+def test_passes_go_by_rows_not_by_tokens() -> None:
+    """A step of 8 of 40 rows is a fifth of a pass, forward and back at twice its cost; images have one token each."""
+    method = AphqVit(steps=50, rows=8)
+    assert method.passes(40 * 256, 40) == method.passes(40, 40) == 4 + 3 * 50 / 5
+    assert AphqVit(steps=50, rows=8).passes(512, 2) == 4 + 3 * 50  # a step has no more rows than there are
+    assert ReconstructMlp(steps=50, rows=8).passes(40 * 256, 40) == 2 + 3 * 50 / 5

@@ -484,6 +484,6 @@ def test_a_screen_leaves_all_but_the_best_ratios_out() -> None:
 
 
 def test_the_estimate_counts_the_tokens_that_are_searched() -> None:
-    assert Awq(screen_tokens=None).passes(10_000) == Awq(screen_tokens=1000).passes(500) == 1 + 20 + 4
-    assert Awq(screen_tokens=1000).passes(10_000) == pytest.approx(1 + 2 + 4 + 4)
-    assert Awq(search_tokens=1000).passes(10_000) == pytest.approx(1 + 2.4)
+    assert Awq(screen_tokens=None).passes(10_000, 40) == Awq(screen_tokens=1000).passes(500, 2) == 1 + 20 + 4
+    assert Awq(screen_tokens=1000).passes(10_000, 40) == pytest.approx(1 + 2 + 4 + 4)
+    assert Awq(search_tokens=1000).passes(10_000, 40) == pytest.approx(1 + 2.4)

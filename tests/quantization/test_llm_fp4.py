@@ -131,9 +131,9 @@ def test_factors_are_those_of_the_release():
 
 
 def test_the_search_is_in_the_estimate_of_time():
-    assert LlmFp4(candidates=40, rounds=2, tokens=512).passes(1024) == 1 + 2 * 6 * 40 / 2
-    assert LlmFp4(candidates=40, rounds=2, tokens=512, input_bits=None, bits=8).passes(256) == 1 + 5 * 40
-    assert LlmFp4(search="none", exponent_bits=2, input_exponent_bits=2).passes(4096) == 1 + 3 * 2 / 2
+    assert LlmFp4(candidates=40, rounds=2, tokens=512).passes(1024, 4) == 1 + 2 * 6 * 40 / 2
+    assert LlmFp4(candidates=40, rounds=2, tokens=512, input_bits=None, bits=8).passes(256, 4) == 1 + 5 * 40
+    assert LlmFp4(search="none", exponent_bits=2, input_exponent_bits=2).passes(4096, 4) == 1 + 3 * 2 / 2
 
 
 def twin() -> nn.Module:

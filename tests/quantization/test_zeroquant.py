@@ -81,6 +81,10 @@ def test_the_low_rank_part_may_stand_behind() -> None:
     apply(tiny_model("llama"), [ZeroQuant(bits=3, **FAST), Lorc(rank=2)], tiny_batches("llama"), progress=False)
 
 
+def test_passes_go_by_rows() -> None:
+    assert ZeroQuant(steps=50, rows=4, rates=(1e-3, 1e-4)).passes(40 * 128, 40) == 2 + 2 * 3 * 50 / 10
+
+
 @pytest.mark.parametrize("kind", architectures(["llama", "mixtral", "vit", "gpt2"]))
 def test_it_keeps_its_promises(kind: str) -> None:
     transform = ZeroQuant(input_bits=8, **FAST)

@@ -17,7 +17,7 @@ from actkit.search.budget import Budget
 from actkit.search.candidates import given
 from actkit.search.search import optimize
 
-SPLITS = SimpleNamespace(calibration=SimpleNamespace(tokens=50), test=SimpleNamespace(tokens=100))
+SPLITS = SimpleNamespace(calibration=SimpleNamespace(tokens=50, rows=5), test=SimpleNamespace(tokens=100))
 OPTIONS = {"data": "random", "speed": False, "threads": 1, "progress": False}
 
 
@@ -31,7 +31,7 @@ def test_an_estimate_adds_up_what_was_seen():
     first = budget.estimate(transforms("rtn"))
     assert first == pytest.approx(module.HEADS * 15 + module.FRESH + 2)  # it needs no data
     needy = transforms("teal")
-    passes = 3 + needy[0].passes(50)  # the plan's and the walk's, one stream, and its own
+    passes = 3 + needy[0].passes(50, 5)  # the plan's and the walk's, one stream, and its own
     assert budget.estimate(needy) == pytest.approx(first + 10 * 50 / 100 * passes)
     budget.seen(candidate("a", parts={"make": 1.0, "search": 4.0, "test": 8.0, "rest": 3.0}))
     assert budget.estimate(transforms("rtn")) == 15.0

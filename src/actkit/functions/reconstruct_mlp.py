@@ -111,8 +111,8 @@ class ReconstructMlp(Transform):
             )
         return planned
 
-    def passes(self, tokens: int) -> float:
-        return 2 + 3.0 * self.steps * self.rows / max(1, tokens)
+    def passes(self, tokens: int, rows: int) -> float:
+        return 2 + 3.0 * self.steps * min(self.rows, rows) / max(1, rows)
 
     def memory(self, block: Block, length: int) -> int:
         if block.mlp is None:

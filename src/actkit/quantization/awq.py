@@ -134,7 +134,7 @@ class Awq(Transform):
             if isinstance(group.producer, Norm) and not why_no_scale(group):
                 yield f"{group.producer.path}.weight"
 
-    def passes(self, tokens: int) -> float:
+    def passes(self, tokens: int, rows: int) -> float:
         searched, screened = self._searched(tokens)
         tried = self.n_grid * screened + FINALISTS * searched if screened else self.n_grid * searched
         return 1 + (tried + 4 * searched) / max(1, tokens)

@@ -94,7 +94,7 @@ class LlmFp4(Transform):
             return "it changes the inputs that thresholds, scores and corrections were made for; put it first"
         return super().conflicts(earlier)
 
-    def passes(self, tokens: int) -> float:
+    def passes(self, tokens: int, rows: int) -> float:
         formats = len(_formats(self.bits, self.exponent_bits))
         if self.input_bits:
             formats += len(_formats(self.input_bits, self.input_exponent_bits))

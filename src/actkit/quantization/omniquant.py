@@ -124,7 +124,7 @@ class OmniQuant(Transform):
     def conflicts(self, earlier: Transform) -> str | None:
         return super().conflicts(earlier) or (refuse_filled(earlier) if self.equalizes else None)
 
-    def passes(self, tokens: int) -> float:
+    def passes(self, tokens: int, rows: int) -> float:
         return 2 + 3.0 * self.epochs  # forward, and back at twice its cost
 
     def memory(self, block: Block, length: int) -> int:

@@ -102,7 +102,7 @@ class SmoothQuantPlus(Transform):
     def conflicts(self, earlier: Transform) -> str | None:
         return super().conflicts(earlier) or refuse_filled(earlier)
 
-    def passes(self, tokens: int) -> float:
+    def passes(self, tokens: int, rows: int) -> float:
         searched = tokens if self.search_tokens is None else min(self.search_tokens, tokens)
         return 2 + (self.steps + 1) * searched / max(1, tokens) * (self.alpha == "search")
 

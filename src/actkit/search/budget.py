@@ -77,9 +77,9 @@ class Budget:
         """
         if transforms is None:
             return 0.0
-        tokens = self.splits.calibration.tokens
+        tokens, rows = self.splits.calibration.tokens, self.splits.calibration.rows
         needy = [transform for transform in transforms if transform.needs_data]
-        passes = sum(transform.passes(tokens) for transform in needy)
+        passes = sum(transform.passes(tokens, rows) for transform in needy)
         if needy:
             passes += 2 + len({transform.tags.stream for transform in needy})
         calibration = self.pass_seconds * tokens / max(1, self.splits.test.tokens) * passes

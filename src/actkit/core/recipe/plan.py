@@ -192,7 +192,8 @@ def _cost(
         rows = most if walk.whole_model else ceil(_rows(walk) * scale)
         copies = size + 2 * 4  # as recorded, and two copies in float32 to compute with
         memory.append(("recorded calls of one module", rows * widest * copies))
-    passes = sum(t.passes(sum(tokens)) for t in needy)
+    examples = sum(context.batch_size for context in contexts)
+    passes = sum(t.passes(sum(tokens), examples) for t in needy)
     for turn in turns(transforms):  # each is a walk of its own
         own = _streams([t for t in transforms[turn.start : turn.stop] if t.needs_data])
         passes += 1 + len(own) if own else 0

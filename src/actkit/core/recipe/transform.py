@@ -96,11 +96,12 @@ class Transform(BaseModel):
         """
         return block.linears()
 
-    def passes(self, tokens: int) -> float:
+    def passes(self, tokens: int, rows: int) -> float:
         """Return how many forward passes over the calibration data it costs, for the estimate of time.
 
         Args:
-            tokens: how many real tokens the data hold.
+            tokens: how many real tokens the data hold; of images, how many these are.
+            rows: how many rows, texts or images.
         """
         return self.tags.passes
 

@@ -111,7 +111,7 @@ class AdaDim(Transform):
             )
         return super().conflicts(earlier)
 
-    def passes(self, tokens: int) -> float:
+    def passes(self, tokens: int, rows: int) -> float:
         searched = tokens if self.search_tokens is None else min(self.search_tokens, tokens)
         return 6 * searched / max(1, tokens) + (4 if self.method == "gptq" else 0)
 

@@ -152,9 +152,8 @@ class AphqVit(Transform):
     def conflicts(self, earlier: Transform) -> str | None:
         return super().conflicts(earlier) or (refuse_filled(earlier) if self.reparametrize else None)
 
-    def passes(self, tokens: int) -> float:
-        """Of images; texts take as many times more as they have tokens, which is not known here."""
-        return 4 + 3.0 * self.steps * self.rows / max(1, tokens)
+    def passes(self, tokens: int, rows: int) -> float:
+        return 4 + 3.0 * self.steps * min(self.rows, rows) / max(1, rows)
 
     def memory(self, block: Block, length: int) -> int:
         weights = sum(linear.in_features * linear.out_features for linear in block.linears())

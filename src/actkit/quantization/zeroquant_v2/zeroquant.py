@@ -85,8 +85,8 @@ class ZeroQuant(Transform):
             None if self.input_bits is None else RoundedInputs(IntegerGrid(self.input_bits, symmetric=self.symmetric))
         )
 
-    def passes(self, tokens: int) -> float:
-        return 2 + 3.0 * len(self.rates) * self.steps * self.rows * 256 / max(1, tokens)  # rows of some 256 tokens
+    def passes(self, tokens: int, rows: int) -> float:
+        return 2 + 3.0 * len(self.rates) * self.steps * min(self.rows, rows) / max(1, rows)
 
     def memory(self, block: Block, length: int) -> int:
         weights = sum(linear.in_features * linear.out_features for linear in block.linears())
