@@ -20,7 +20,7 @@ from actkit.core.edit import changes
 from actkit.core.ground.errors import CheckpointError
 from actkit.core.recipe.runner import apply
 from actkit.core.store.checkpoint import load, save
-from actkit.core.store.quantized_source import mxfp4, unpack
+from actkit.core.store.quantized_source import _weight, mxfp4, unpack
 from actkit.formats.export import export
 from actkit.testing import tiny_model
 
@@ -70,8 +70,12 @@ def compressed(scheme: dict[str, Any], format: str, inputs: Any = None) -> tuple
             found = {"weight_scale": scale, "weight_zero_point": zero.to(torch.int8)}
         return BaseCompressor.get_value_from_registry(format).compress({"weight": weight, **found}, parsed)
 
-    assert package
-    config = {"quant_method": "compressed-tensors", "format": format, "config_groups": {"group_0": group}}
+    config = {
+        "quant_method": "compressed-tensors",
+        "version": package.__version__,
+        "format": format,
+        "config_groups": {"group_0": group},
+    }
     return config, store
 
 
@@ -87,6 +91,13 @@ TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", 
         (GROUPS, "pack-quantized", "4 bits, groups of 8 inputs, symmetric"),
         ({**GROUPS, "symmetric": False}, "pack-quantized", "4 bits, groups of 8 inputs, with zero points"),
         ({**ROWS, "symmetric": False}, "pack-quantized", "8 bits, one scale per row, with zero points"),
+        ({**GROUPS, "num_bits": 2}, "pack-quantized", "2 bits, groups of 8 inputs, symmetric"),
+        (
+            {**GROUPS, "num_bits": 3, "symmetric": False},
+            "pack-quantized",
+            "3 bits, groups of 8 inputs, with zero points",
+        ),
+        ({**GROUPS, "num_bits": 5}, "pack-quantized", "5 bits, groups of 8 inputs, symmetric"),
         (ROWS, "int-quantized", "8 bits, one scale per row, symmetric"),
         (FLOAT, "float-quantized", "float8_e4m3fn, one scale per row, symmetric"),
     ],
@@ -159,6 +170,10 @@ def test_rounded_activations_are_said(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
+        {"bits": 2, "group_size": 8, "symmetric": True},
+        {"bits": 2, "group_size": 8, "symmetric": False},
+        {"bits": 3, "group_size": 8, "symmetric": True},
+        {"bits": 3, "group_size": 8, "symmetric": False},
         {"bits": 4, "group_size": 8, "symmetric": False},
         {"bits": 6, "group_size": 8, "symmetric": True},
         {"bits": 8, "group_size": -1, "symmetric": True},
@@ -226,13 +241,41 @@ def test_mxfp4_experts_are_what_transformers_reads(tmp_path):
     assert set(changes.source_grid(loaded).layers) == set(plain)
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
-def test_codes_lie_from_the_low_bits_up(bits):
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("across", [True, False])
+def test_codes_lie_from_the_low_bits_up(bits, across):
     codes = torch.randint(2**bits, (3, 50))
-    words = torch.zeros(3, 50 * bits // 32 + 1, dtype=torch.int64)
-    for index in range(50):
-        words[:, index * bits // 32] |= codes[:, index] << (index * bits % 32)
-    assert torch.equal(unpack(words.to(torch.int32), bits, 50).long(), codes)
+    assert torch.equal(unpack(_words(codes, bits, across), bits, 50, across).long(), codes)
+
+
+def _words(codes: Tensor, bits: int, across: bool) -> Tensor:
+    """Packed code by code, in Python's integers: int32 [rows, words]."""
+    each = 32 // bits
+    count = -(-codes.shape[1] * bits // 32) if across else -(-codes.shape[1] // each)
+    rows = []
+    for row in codes.tolist():
+        place = {i: i * bits if across else i // each * 32 + i % each * bits for i in range(len(row))}
+        number = sum(code << place[i] for i, code in enumerate(row))
+        rows.append(list(number.to_bytes(4 * count, "little")))
+    return torch.tensor(rows, dtype=torch.uint8).view(torch.int32)
+
+
+@pytest.mark.parametrize("inputs", [9, 12, 48, 64, 576])
+@pytest.mark.parametrize("across", [True, False])
+def test_three_bits_of_older_versions_are_told_apart(inputs, across):
+    """By the number of words, or, in short rows such as those of 12 inputs, by the version that the config names."""
+    codes = torch.randint(8, (2, inputs))
+    parts = {
+        "weight_packed": _words(codes, 3, across),
+        "weight_scale": torch.full((2, 1), 0.5),
+        "weight_shape": torch.tensor([2, inputs]),
+    }
+    group = {"targets": ["Linear"], "weights": {"num_bits": 3, "type": "int"}}
+    config = {"config_groups": {"g": group}, "version": "0.20.0" if across else "0.17.1"}
+    found, how = _weight("layer.", parts, config)
+    assert torch.equal(found, (codes - 4) * 0.5) and how.startswith("3 bits, ")
+    if inputs not in (12, 48):
+        assert torch.equal(_weight("layer.", parts, {"config_groups": {"g": group}})[0], found)
 
 
 @pytest.mark.parametrize(
@@ -271,11 +314,19 @@ def test_other_formats_are_refused_by_name_before_any_tensor_is_read(quantizatio
         ({"weight_packed": torch.ones(2, 1, dtype=torch.int32)}, "as weight_packed alone"),
         (
             {
-                "weight_packed": torch.ones(2, 1, dtype=torch.int32),
+                "weight_packed": torch.ones(2, 2, dtype=torch.int32),
                 "weight_scale": torch.ones(2, 1),
-                "weight_shape": torch.tensor([2, 2]),
+                "weight_shape": torch.tensor([2, 12]),
             },
-            r"packed with 3 bits \(versions of the package differ\)",
+            r"in 2 words a row, packed with 3 bits in one of two ways \(the config says no version\)",
+        ),
+        (
+            {
+                "weight_packed": torch.ones(2, 3, dtype=torch.int32),
+                "weight_scale": torch.ones(2, 1),
+                "weight_shape": torch.tensor([2, 12]),
+            },
+            "as 3 words for 12 codes of 3 bits",
         ),
         (
             {

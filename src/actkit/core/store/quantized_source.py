@@ -7,6 +7,10 @@
     fp8                 X.weight (float8), X.weight_scale_inv        w = code * scale, per block
     mxfp4               X_blocks (two 4-bit floats a byte), X_scales w = code * 2^(scale - 127), per 32 values
 
+Packed codes of 3, 5, 6 and 7 bits lie side by side, across the words, as versions of compressed-tensors from 0.18 on
+write them, or 32 // bits in each word, as earlier ones do. Both are read: which one it is, the number of words says, or
+for a few short rows the version in the config.
+
 Products are computed in float32 and rounded once, to the dtype of the tensors that are not quantized. What the format's
 own readers compute besides, rounded activations above all, is not a weight: it is left out, noted in the grid that
 comes back, and said. Every other format is refused by name.
@@ -26,6 +30,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from actkit.core.edit.changes import SourceGrid
+from actkit.core.grids.packing import unpack_codes
 from actkit.core.ground.errors import CheckpointError
 from actkit.core.ground.progress import track
 
@@ -33,6 +38,8 @@ READ = ("compressed-tensors", "fp8", "mxfp4")
 CODES = ("weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point", "weight_shape", "weight_g_idx")
 ROUNDING = ("input_scale", "input_zero_point", "activation_scale", "output_scale", "output_zero_point", "k_scale",
             "v_scale")  # fmt: skip
+SIDE_BY_SIDE = (0, 18)  # the first version of compressed-tensors whose codes lie across the words
+ADAPTER = "adapter"  # the folder inside of an export of ours that holds what a peft adapter adds
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
@@ -118,7 +125,7 @@ def read_dequantized(
                 if how is not None:
                     layers[path if leaf == "weight" else f"{prefix}{leaf}"] = how
                 tensors[f"{prefix}{leaf}"] = value.clone() if how is None else value.to(dtype)
-    return tensors, SourceGrid(method_of(quantization), layers, tuple(_said(quantization, layers)))
+    return tensors, SourceGrid(method_of(quantization), layers, tuple(_said(quantization, layers, files)))
 
 
 def _values(
@@ -150,12 +157,14 @@ def _weight(prefix: str, parts: dict[str, Tensor], quantization: Mapping[str, An
     scheme = _scheme(prefix.removesuffix("."), quantization)
     if "weight_packed" in parts:
         bits = int(scheme.get("num_bits", 0))
-        if bits not in (1, 2, 4, 8):
-            raise _unread(prefix, f"packed with {bits} bits (versions of the package differ)")
+        if not 1 <= bits <= 8:
+            raise _unread(prefix, f"packed with {bits} bits")
         rows, columns = (int(size) for size in parts["weight_shape"])
-        codes = unpack(stored, bits, columns).float() - 2 ** (bits - 1)
+        middle = 2 ** (bits - 1)
+        codes = unpack(stored, bits, columns, _across(prefix, stored, bits, columns, quantization)).float() - middle
         if zero is not None and zero.dtype == torch.int32:  # packed down the outputs
-            zero = unpack(zero.t(), bits, rows).t().float() - 2 ** (bits - 1)
+            words = zero.t()
+            zero = unpack(words, bits, rows, _across(prefix, words, bits, rows, quantization)).t().float() - middle
         kind = f"{bits} bits"
     elif stored.dtype == torch.int8:
         codes, kind = stored.float(), "8 bits"
@@ -230,11 +239,39 @@ def exponent(scale: Tensor) -> Tensor:
     return torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
 
 
-def unpack(words: Tensor, bits: int, count: int) -> Tensor:
-    """int32 [rows, n] -> codes int32 [rows, count] without a sign, the first in the lowest bits of a word."""
+def unpack(words: Tensor, bits: int, count: int, across: bool) -> Tensor:
+    """Read packed codes, the first in the lowest bits of a word.
+
+    Args:
+        words: int32 [rows, n].
+        bits: of a code.
+        count: codes of a row.
+        across: whether codes lie across words; else a word holds 32 // bits of them.
+
+    Returns:
+        int32 [rows, count], without a sign.
+    """
+    if across:
+        packed = words.flatten().view(torch.uint8).unflatten(0, (len(words), -1))
+        return unpack_codes(packed, count, bits)[:, :count].to(torch.int32)
     shifts = bits * torch.arange(32 // bits)
     codes = (words.to(torch.int64).unsqueeze(-1) >> shifts) & (2**bits - 1)
     return codes.flatten(1)[:, :count].to(torch.int32)
+
+
+def _across(path: str, words: Tensor, bits: int, count: int, quantization: Mapping[str, Any]) -> bool:
+    """Whether codes lie across the words. Raises CheckpointError if nothing tells, or they fit in neither way."""
+    given, across, apart = words.shape[1], ceil(count * bits / 32), ceil(count / (32 // bits))
+    if given not in (across, apart):
+        raise _unread(path, f"as {given} words for {count} codes of {bits} bits")
+    if across != apart or 32 % bits == 0 or apart == 1:  # where both are the same, either reads it
+        return given == across
+    version = re.match(r"(\d+)\.(\d+)", str(quantization.get("version", "")))
+    if version is None:
+        raise _unread(
+            path, f"in {given} words a row, packed with {bits} bits in one of two ways (the config says no version)"
+        )
+    return (int(version[1]), int(version[2])) >= SIDE_BY_SIDE
 
 
 def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
@@ -249,7 +286,7 @@ def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     return values.flatten(-2).transpose(-1, -2).contiguous()
 
 
-def _said(quantization: Mapping[str, Any], layers: Mapping[str, str]) -> Iterator[str]:
+def _said(quantization: Mapping[str, Any], layers: Mapping[str, str], files: list[Path]) -> Iterator[str]:
     """What the format's own readers compute besides."""
     groups = list((quantization.get("config_groups") or {}).values())
     rounded = [group["input_activations"] for group in groups if group.get("input_activations")]
@@ -262,4 +299,6 @@ def _said(quantization: Mapping[str, Any], layers: Mapping[str, str]) -> Iterato
     notes = [f"its own readers also round the inputs of quantized layers {how}; this model does not" for how in notes]
     if quantization.get("kv_cache_scheme"):
         notes.append("its own readers also round the key-value cache; this model does not")
+    if any((file.parent / ADAPTER / "adapter_config.json").exists() for file in files[:1]):
+        notes.append(f"a peft adapter in {ADAPTER}/ corrects its layers; this model is without it")
     yield from notes if layers else ()
