@@ -311,6 +311,7 @@ def export(
     folder: str | Path,
     format: str = "compressed-tensors",
     *,
+    adapter: bool = False,
     tokenizer: Any = None,
     evaluation: Evaluation | None = None,
     data: Any = None,
@@ -325,7 +326,8 @@ def export(
     Args:
         model: changed, in memory or a folder that actkit saved.
         folder: where to write.
-        format: 'compressed-tensors' (transformers, vLLM) or 'gguf' (llama.cpp).
+        format: 'compressed-tensors' (transformers, vLLM), 'gguf' (llama.cpp) or 'dense' (transformers).
+        adapter: write low-rank corrections (`lorc`) as a peft adapter inside the folder; compressed-tensors only.
         tokenizer: by default the one beside the model.
         evaluation: what `evaluate` found, for the card; by default what the model's folder says was measured.
         data: for `measure`, as in `evaluate`.
@@ -344,12 +346,12 @@ def export(
     from actkit.formats.export import check, read
     from actkit.formats.export import export as write
 
-    check(format, folder, overwrite=overwrite, proof=proof)
+    check(format, folder, overwrite=overwrite, proof=proof, adapter=adapter)
     opening, reading = _sorted(options)
     opened, found = open_model(model, **opening)
     measured = None
     if evaluation is None and measure:
-        read(opened, format)  # what is refused is refused before it is measured
+        read(opened, format, adapter=adapter)  # what is refused is refused before it is measured
         evaluation = evaluate(opened, data, **reading)
     elif evaluation is None and not isinstance(model, nn.Module) and (locate(model) / MANIFEST).exists():
         from actkit.core.store.card import measured_before
@@ -359,6 +361,7 @@ def export(
         opened,
         folder,
         format,
+        adapter=adapter,
         tokenizer=tokenizer or found,
         evaluation=evaluation,
         measured=measured,

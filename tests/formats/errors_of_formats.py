@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from tiny_models import HIDDEN, build
 from torch import nn
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AttentionInterface,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from actkit.core.edit.edits import Replace, apply_edit, get_module
 from actkit.core.grids.floats import fp8
@@ -15,9 +23,10 @@ from actkit.core.grids.integers import IntegerGrid
 from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.layers.weights import DenseWeight, FloatWeight, IntegerWeight
-from actkit.formats import gguf_file, reading
+from actkit.formats import gguf_file, gguf_settings, reading
 from actkit.formats.export import FORMATS, export
 from actkit.formats.plain import Plain
+from actkit.gguf.architectures import ARCHITECTURES
 from error_proofs import STACK, Place, changed, proof, run
 
 QUERY = "model.layers.0.self_attn.q_proj"
@@ -33,6 +42,8 @@ SMALLEST: dict[str, Any] = {
 }
 
 
+ROUNDED = RoundedInputs(IntegerGrid(8, symmetric=True))
+CORRECTION = LowRank(torch.zeros(HIDDEN, 2), torch.zeros(2, HIDDEN))
 ROTATED = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 
 
@@ -47,7 +58,7 @@ def layer_with(model: Any, **slots: Any) -> Any:
 
 
 def for_llama_cpp(**settings: Any) -> None:
-    gguf_file.refuse(Plain.of(LlamaForCausalLM(LlamaConfig(**SMALLEST, **settings))))
+    gguf_settings.refuse(Plain.of(LlamaForCausalLM(LlamaConfig(**SMALLEST, **settings))))
 
 
 def a_reader(p: Place, script: str) -> None:
@@ -92,7 +103,27 @@ proof(
 proof(lambda p: written(p, run({"actkit": 1, "transforms": [*STACK["transforms"], {"teal": {"sparsity": 0.4}}]}).model))
 
 
-proof(lambda p: written(p, layer_with(changed(), correction=LowRank(torch.zeros(HIDDEN, 2), torch.zeros(2, HIDDEN)))))
+proof(lambda p: written(p, layer_with(changed(), correction=CORRECTION)))
+
+
+proof(lambda p: written(p, changed(), adapter=True))
+
+
+proof(lambda p: written(p, changed(), format="gguf", adapter=True))
+
+
+proof(lambda p: written(p, layer_with(changed(), inputs=ROUNDED), format="dense"))
+
+
+proof(lambda p: written(p, layer_with(changed(), inputs=ROUNDED, correction=CORRECTION), adapter=True))
+
+
+@proof
+def two_kinds_beside_an_adapter(p: Place) -> None:
+    steps = [{"rtn": {"bits": 4, "group_size": 8, "symmetric": True}}]
+    model = layer_with(run({"actkit": 1, "transforms": steps}, None).model, correction=CORRECTION)
+    whole = get_module(model, QUERY).dequantized()
+    written(p, layer_with(model, weight=IntegerWeight.quantize(whole, IntegerGrid(8, 8, symmetric=True))), adapter=True)
 
 
 proof(lambda p: written(p, run({"actkit": 1, "transforms": [{"rotate": {"sites": ["R4"]}}]}).model))
@@ -109,9 +140,6 @@ def two_kinds_of_weights(p: Place) -> None:
     model = run({"actkit": 1, "transforms": [{"rtn": {"bits": 4, "group_size": 8, "symmetric": False}}]}, None).model
     whole = get_module(model, QUERY).dequantized()
     written(p, layer_with(model, weight=IntegerWeight.quantize(whole, IntegerGrid(8, 8))))
-
-
-ROUNDED = RoundedInputs(IntegerGrid(8, symmetric=True))
 
 
 proof(lambda p: written(p, layer_with(changed(), inputs=ROUNDED)))
@@ -142,22 +170,28 @@ def inputs_of_six_bits(p: Place) -> None:
 proof(lambda p: written(p, layer_with(changed(), inputs=ROUNDED), format="gguf"))
 
 
-proof(lambda p: gguf_file.refuse(Plain.of(build("gpt2"))))
+proof(lambda p: gguf_settings.refuse(Plain.of(build("gpt2"))))
 
 
 proof(lambda p: for_llama_cpp(hidden_act="relu"))
 
 
+@proof
+def capped_logits(p: Place) -> None:
+    config = Gemma3TextConfig(**SMALLEST, final_logit_softcapping=3.0, query_pre_attn_scalar=256)
+    gguf_settings.refuse(Plain.of(Gemma3ForCausalLM(config)))
+
+
 proof(lambda p: for_llama_cpp(rope_parameters=ROTATED))
 
 
-proof(lambda p: gguf_file.refuse(Plain.of(Qwen3ForCausalLM(Qwen3Config(**SMALLEST, attention_bias=True)))))
+proof(lambda p: gguf_settings.refuse(Plain.of(Qwen3ForCausalLM(Qwen3Config(**SMALLEST, attention_bias=True)))))
 
 
-proof(lambda p: gguf_file.refuse(Plain.of(build("llama").double())))
+proof(lambda p: gguf_settings.refuse(Plain.of(build("llama").double())))
 
 
-proof(lambda p: gguf_file.gguf_name("model.layers.0.mlp.odd_proj"))
+proof(lambda p: gguf_file.gguf_name("model.layers.0.mlp.odd_proj", ARCHITECTURES["llama"]))
 
 
 proof(lambda p: a_reader(p, 'echo \'[{"error": "no such file"}]\''))

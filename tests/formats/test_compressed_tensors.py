@@ -210,6 +210,7 @@ def test_the_config_is_what_readers_expect(exported):
     }
     assert configs["tied"] == {
         "quant_method": "compressed-tensors",
+        "version": "0.20.0",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "ignore": ["lm_head"],
@@ -249,7 +250,8 @@ def test_the_config_is_what_readers_expect(exported):
     assert configs["mixed"]["config_groups"]["group_0"]["targets"] == ["model.layers.0.self_attn.q_proj"]
     assert set(configs["mixed"]["ignore"]) == {"lm_head", "model.layers.1.mlp.up_proj"}
     for config in configs.values():
-        strict = {key: value for key, value in config.items() if key != "dequantize"}  # transformers' own key
+        # transformers' own key, and one that the package writes and takes out before it reads
+        strict = {key: value for key, value in config.items() if key not in ("dequantize", "version")}
         package.quantization.QuantizationConfig.model_validate(strict)
 
 

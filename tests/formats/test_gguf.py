@@ -11,12 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers
 from torch import Tensor
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -50,6 +54,7 @@ Q8 = {"bits": 8, "group_size": 32, "symmetric": True}
 Q4 = {"bits": 4, "group_size": 32, "symmetric": True}
 PROMPTS = ["Return the", "The number of elements", "Raised when the child process", "If the file"]
 NEW = 32
+GELU = 2e-3  # of the largest logit: llama.cpp looks Gemma's nonlinearity up in a table of float16
 
 
 def random_model(config: Any, cls: Any, **settings: Any) -> Any:
@@ -73,12 +78,25 @@ ARCHITECTURES = {
     "qwen3": lambda: random_model(
         Qwen3Config, Qwen3ForCausalLM, head_dim=128
     ),  # norms of query and key; transformers reads 128 only
+    "gemma3": lambda: gemma3(),
     "own head": lambda: own_head(),
     "llama q8": lambda: quantized(ARCHITECTURES["llama"](), "rtn", Q8),
     "llama q8 ends": lambda: quantized(ARCHITECTURES["llama"](), "rtn", {**Q8, "embedding": {"bits": 8}}),
     "qwen2 q4 tied ends": lambda: quantized(ARCHITECTURES["qwen2"](), "rtn", {**Q4, "embedding": {"bits": 8}}),
+    "gemma3 q4 tied ends": lambda: quantized(gemma3(), "rtn", {**Q4, "embedding": {"bits": 8}}),
     "qwen2 q4_1": lambda: quantized(ARCHITECTURES["qwen2"](), "rtn", {**Q4, "symmetric": False}),
 }
+
+
+def gemma3(**settings: Any) -> Any:
+    """Five blocks with a window that is shorter than the prompt, and one without; the norms' weights lie around 0."""
+    shape = {"num_hidden_layers": 6, "head_dim": 256, "sliding_window": 8}  # transformers reads 256 only
+    model = random_model(Gemma3TextConfig, Gemma3ForCausalLM, **{**shape, **settings})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.sub_(1.0)
+    return model
 
 
 BIASED = {  # transformers' reader leaves the biases out
@@ -117,8 +135,96 @@ def test_transformers_reads_the_files(files):
         assert float((outputs - expected).abs().max()) <= close * float(expected.abs().max()), name
 
 
+def test_our_own_reader_reads_the_files(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACTKIT_CACHE", str(tmp_path))
+    for name, (_, file, batch, expected) in files.items():
+        close = 1e-5 if " " not in name else 5e-3  # quantized: scales in float16
+        found = expected_outputs(actkit.load(file, dtype="float32"), batch)
+        assert float((found - expected).abs().max()) <= close * float(expected.abs().max()), name
+
+
+def test_gemma3_beyond_what_transformers_reads(tmp_path, monkeypatch):
+    """Other head sizes and a scaled rotation: our reader and llama.cpp compute the model, transformers is not asked."""
+    monkeypatch.setenv("ACTKIT_CACHE", str(tmp_path / "cache"))
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    cases = {
+        "heads": ({"head_dim": 32, "query_pre_attn_scalar": 32}, "scales attention by 256 channels"),
+        "rotation": ({"rope_parameters": rope}, "leaves out the scaling of the rotation"),
+    }
+    ids = torch.randint(64, (1, 40), generator=torch.Generator().manual_seed(2))
+    jobs, outputs = [], []
+    for name, (settings, why) in cases.items():
+        model = gemma3(**settings)
+        report = export(model, tmp_path / name, "gguf")
+        assert report.reading is None and why in report.notes[-1]
+        file = report.folder / f"{name}.gguf"
+        outputs.append(expected_outputs(model, {"input_ids": ids}))
+        found = expected_outputs(actkit.load(file, dtype="float32"), {"input_ids": ids})
+        assert float((found - outputs[-1]).abs().max()) <= 1e-5 * float(outputs[-1].abs().max())
+        jobs.append({"file": str(file), "prompts": [ids[0].tolist()], "new_tokens": 1})
+    for expected, (found,) in zip(outputs, llama_cpp(jobs), strict=True):
+        difference = float((torch.tensor(found["logits"]) - expected[0, -1]).abs().max())
+        assert difference <= GELU * float(expected.abs().max())
+
+
+def sentencepiece(prefix: bool, *, merges: list[tuple[str, str]] | None = None) -> Any:
+    """A small tokenizer as Gemma's: every way to make a word of two pieces is a merge, other text becomes bytes."""
+    pieces = ["<unk>", "<bos>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "n", "d"]
+    words = ["an", "▁a", "and", "▁an", "▁and", "ba", "nan", "▁ba", "▁▁"]
+    tokens = [*pieces, *words]
+    every = [(w[:cut], w[cut:]) for w in words for cut in range(1, len(w)) if {w[:cut], w[cut:]} <= set(tokens)]
+    found = models.BPE(
+        {token: at for at, token in enumerate(tokens)},
+        every if merges is None else merges,
+        byte_fallback=True,
+        fuse_unk=True,
+        unk_token="<unk>",
+    )
+    tokenizer = Tokenizer(found)
+    steps = [normalizers.Prepend("▁")] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    last = [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *last])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<bos>")
+
+
+TEXTS = ["and  banana", " an and", "naïve ban\n\tband", "<bos>a", "aaaa nnand", "bananand", "\u2581ab"]
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_sentencepiece_is_read_as_it_was(prefix, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACTKIT_CACHE", str(tmp_path / "cache"))
+    tokenizer = sentencepiece(prefix)
+    model = gemma3(vocab_size=len(tokenizer))
+    report = export(model, tmp_path / "out", "gguf", tokenizer=tokenizer, proof=False)
+    assert not any("no tokenizer" in note for note in report.notes)
+    file = report.folder / "out.gguf"
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+    again = actkit.load_tokenizer(file)
+    assert [again(text, add_special_tokens=False)["input_ids"] for text in TEXTS] == ids
+    assert [again.decode(each) for each in ids] == [tokenizer.decode(each) for each in ids]
+    assert llama_cpp([{"file": str(file), "texts": TEXTS}])[0] == ids
+
+
+@pytest.mark.parametrize(
+    ("merges", "why"),
+    [
+        ([("a", "n"), ("▁", "a"), ("an", "d"), ("▁a", "n")], "not every way to make '▁an' of two tokens"),
+        ([("▁", "a"), ("▁a", "n"), ("a", "n"), ("▁", "an")], "its merges make '▁an' at two places of their order"),
+    ],
+)
+def test_a_tokenizer_that_no_scores_say_is_left_out(merges, why, tmp_path):
+    tokenizer = sentencepiece(False, merges=merges)
+    model = gemma3(vocab_size=len(tokenizer))
+    report = export(model, tmp_path / "out", "gguf", tokenizer=tokenizer, proof=False)
+    assert any(f"no tokenizer is written ({why}" in note for note in report.notes)
+
+
 def test_a_rounded_embedding_is_rows_of_blocks(files):
-    for name, tied in (("llama q8 ends", False), ("qwen2 q4 tied ends", True)):
+    for name, tied in (("llama q8 ends", False), ("qwen2 q4 tied ends", True), ("gemma3 q4 tied ends", True)):
         report, file, *_ = files[name]
         kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
         assert kinds["token_embd.weight"] == "Q8_0"
@@ -126,7 +232,7 @@ def test_a_rounded_embedding_is_rows_of_blocks(files):
         assert report.quantized["model.embed_tokens"].startswith("Q8_0")
 
 
-@pytest.mark.parametrize("name", ["llama q8 ends", "qwen2 q4 tied ends"])
+@pytest.mark.parametrize("name", ["llama q8 ends", "qwen2 q4 tied ends", "gemma3 q4 tied ends"])
 def test_what_is_read_of_rounded_ends_is_what_the_file_says(name, tmp_path):
     report = export(ARCHITECTURES[name](), tmp_path / "out", "gguf")
     assert report.reading.passed
@@ -182,6 +288,7 @@ def test_llama_cpp_reads_the_files(files):
     for (name, (*_, expected)), (found,) in zip(files.items(), llama_cpp(jobs), strict=True):
         difference = float((torch.tensor(found["logits"]) - expected[0, -1]).abs().max())
         close = 1e-4 if " " not in name else 2e-2  # quantized: llama.cpp rounds activations to 8 bits
+        close = max(close, GELU) if "gemma3" in name else close
         assert difference <= close * float(expected.abs().max()), name
 
 
@@ -261,7 +368,18 @@ def one_bias() -> Any:
 
 
 REFUSED = {
-    "gpt2": (lambda: tiny_model("gpt2"), "knows the language models of llama, mistral, qwen2, qwen3"),
+    "gpt2": (lambda: tiny_model("gpt2"), "knows the language models of llama, mistral, qwen2, qwen3, gemma3_text"),
+    "windows": (
+        lambda: gemma3(layer_types=["sliding_attention", "full_attention"] * 3),
+        r"layer_types: the model has \['sliding_attention', 'full_attention', .* llama.cpp's gemma3 computes with",
+    ),
+    "scale": (lambda: gemma3(query_pre_attn_scalar=64), "query_pre_attn_scalar: the model has 64, .* with 256"),
+    "capped": (lambda: gemma3(final_logit_softcapping=30.0), "final_logit_softcapping: the model has 30.0"),
+    "other gelu": (lambda: gemma3(hidden_activation="gelu"), "hidden_activation: the model has 'gelu'"),
+    "biases of gemma3": (
+        lambda: gemma3(attention_bias=True),
+        "attention_bias: the model has biases in its attention, and llama.cpp's gemma3 has none",
+    ),
     "relu": (
         lambda: random_model(LlamaConfig, LlamaForCausalLM, hidden_act="relu"),
         "hidden_act: the model has 'relu'",

@@ -345,8 +345,11 @@ def export(
     model: ModelName,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     format: Annotated[
-        str, typer.Option(help="compressed-tensors (transformers, vLLM) or gguf (llama.cpp).")
+        str, typer.Option(help="compressed-tensors (transformers, vLLM), gguf (llama.cpp) or dense (transformers).")
     ] = "compressed-tensors",
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Write low-rank corrections as a peft adapter inside the folder.")
+    ] = False,
     measure: Annotated[bool, typer.Option("--measure", help="Evaluate the model first, for the card.")] = False,
     data: Data = None,
     sequences: Sequences = None,
@@ -368,6 +371,7 @@ def export(
         model,
         out,
         format,
+        adapter=adapter,
         measure=measure,
         data=data,
         sequences=sequences,

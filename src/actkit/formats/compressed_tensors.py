@@ -14,8 +14,9 @@ Formats, after the source of compressed-tensors 0.20 and of vLLM's loader:
     mxfp4-pack-quantized   weight_packed uint8 [out, in / 2], weight_scale uint8 [out, in / 32], exponents + 127
 
 A code stands for (code - zero) * scale on both sides, so codes move over as they are. Containers have 2, 3, 4 or 8
-bits; 5 to 7 are written in 8. compressed-tensors 0.20 packs 3 bits side by side, earlier versions otherwise. Scales are
-float32; a reader that computes in 16 bits rounds them to its dtype when it loads.
+bits; 5 to 7 are written in 8. compressed-tensors packs 3 bits side by side from 0.18 on, earlier versions otherwise,
+and the config says the version. Scales are float32; a reader that computes in 16 bits rounds them to its dtype when it
+loads.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ FLOATS = {"float-quantized": fp8(), "nvfp4-pack-quantized": nvfp4(), "mxfp4-pack
 NEED_16_BITS = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")  # the package widens them to bfloat16
 KERNEL_GROUPS = (-1, 32, 64, 128)  # group sizes that vLLM's kernels for packed weights take
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one layer each in vLLM, so one scheme each
+LAYOUT = "0.20.0"  # the version of compressed-tensors whose layout this is; readers tell old packings of 3 bits by it
 READER = 127.5  # what transformers divides the range of a token by; vLLM takes 127
 
 
@@ -148,16 +150,22 @@ def write(plain: Plain, folder: Path, max_shard: int | str) -> dict[str, Any]:
     if not quantized:
         why = "; ".join(dict.fromkeys(dense.values())) or "nothing on it is quantized; apply rtn or awq first"
         raise ExportError(f"compressed-tensors: no layer of the model can be written quantized: {why}.")
-    if len(set(schemes.values())) > 1 and not all(scheme.symmetric for scheme in schemes.values()):
+    kinds = set(schemes.values())
+    if len(kinds) > 1 and not all(scheme.symmetric for scheme in kinds):
         raise ExportError(
-            f"compressed-tensors: the model has {len(set(schemes.values()))} kinds of weights, some with zero points, "
-            f"and transformers reads all of them as the first kind then. Quantize symmetrically, or all layers alike."
+            f"compressed-tensors: the model has {len(kinds)} kinds of weights, some with zero points, and transformers "
+            f"reads all of them as the first kind then. Quantize symmetrically, or all layers alike."
+        )
+    if len(kinds) > 1 and plain.corrections:
+        raise ExportError(
+            f"compressed-tensors: the model has {len(kinds)} kinds of weights, and transformers reads all of them as "
+            f"the first kind if it is to unpack them for an adapter. Quantize all layers alike, or export it as dense."
         )
     dense |= dict.fromkeys(plain.other_linears(), "not quantized by the recipe")
     plain.skeleton.save_pretrained(folder, state_dict=tensors, max_shard_size=max_shard)
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    config["quantization_config"] = quantization_config(schemes, list(dense))
+    config["quantization_config"] = quantization_config(schemes, list(dense), bool(plain.corrections))
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return {"quantized": quantized, "dense": dense, "notes": _notes(plain, schemes)}
 
@@ -188,8 +196,9 @@ def as_read(plain: Plain, quantized: Iterable[str]) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for path in quantized:
         weight = _coded(plain.layers[path])
-        # A layer with zero points is widened before the cast (`dequantize` in the config), another one after it.
-        scale = weight.scales() if weight.zero is not None else weight.scales().to(plain.dtype).float()
+        # With `dequantize` in the config a layer is widened before the cast, else after it.
+        before = weight.zero is not None or bool(plain.corrections)
+        scale = weight.scales() if before else weight.scales().to(plain.dtype).float()
         if weight.whole is not None:
             scale = weight.scale.view(torch.float8_e4m3fn).float() / _divisor(weight)
         inputs = plain.layers[path].inputs
@@ -198,8 +207,14 @@ def as_read(plain: Plain, quantized: Iterable[str]) -> dict[str, nn.Module]:
     return found
 
 
-def quantization_config(schemes: dict[str, Scheme], ignore: list[str]) -> dict[str, Any]:
-    """The entry of config.json. schemes: path -> its scheme. ignore: linear layers that are dense."""
+def quantization_config(schemes: dict[str, Scheme], ignore: list[str], unpack: bool = False) -> dict[str, Any]:
+    """The entry of config.json.
+
+    Args:
+        schemes: path -> its scheme.
+        ignore: linear layers that are dense.
+        unpack: whether transformers unpacks the weights while it loads.
+    """
     kinds = list(dict.fromkeys(schemes.values()))
     groups = {}
     for index, kind in enumerate(kinds):
@@ -207,15 +222,17 @@ def quantization_config(schemes: dict[str, Scheme], ignore: list[str]) -> dict[s
         groups[f"group_{index}"] = kind.to_dict(targets)
     found: dict[str, Any] = {
         "quant_method": "compressed-tensors",
+        "version": LAYOUT,
         "format": kinds[0].format if len({kind.format for kind in kinds}) == 1 else MIXED,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ignore,
         "kv_cache_scheme": None,
     }
-    if not all(kind.symmetric for kind in kinds):
-        # transformers 5 builds the compressed layers on the meta device, on which the package (0.20) does not pack zero
-        # points, so that their shapes clash; this makes it unpack while it loads. vLLM reads other keys only.
+    if unpack or not all(kind.symmetric for kind in kinds):
+        # This makes transformers unpack while it loads; vLLM reads other keys only. peft looks for weights, and packed
+        # layers have none before the first call. With zero points transformers 5 fails otherwise: it builds the packed
+        # layers on the meta device, on which the package (0.20) does not pack zero points, so that shapes clash.
         found["dequantize"] = True
     return found
 
@@ -340,7 +357,7 @@ def _notes(plain: Plain, schemes: dict[str, Scheme]) -> tuple[str, ...]:
         said = " and ".join(map(str, few))
         notes.append(
             f"vLLM: its kernels take 4 and 8 bits, not {said}; transformers reads them, 3 bits from "
-            f"compressed-tensors 0.20 on, which packs them side by side"
+            f"compressed-tensors 0.18 on, which packs them side by side"
         )
     if any(not scheme.symmetric and scheme.bits == 8 for scheme in schemes.values()):
         notes.append("vLLM: its kernels take no zero points with 8 bits; use symmetric weights there")

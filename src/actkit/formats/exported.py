@@ -20,7 +20,7 @@ class Exported:
 
     Attributes:
         folder: what was written.
-        format: 'compressed-tensors' or 'gguf'.
+        format: 'compressed-tensors', 'gguf' or 'dense'.
         quantized: path -> how its weight is stored.
         dense: path -> why it is not quantized.
         notes: what else a user of the files must know.

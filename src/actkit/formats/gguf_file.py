@@ -1,4 +1,4 @@
-"""GGUF: Llama-family models as llama.cpp reads them, their integer codes moved over as they are.
+"""GGUF: models of Llama's kin and Gemma 3 as llama.cpp reads them, their integer codes moved over as they are.
 
 A block of 32 inputs in a row, after the source of the package gguf (0.19); d and m are float16:
 
@@ -8,7 +8,8 @@ A block of 32 inputs in a row, after the source of the package gguf (0.19); d an
 
 Groups along the inputs whose size is a multiple of 32 (or whole rows) are such blocks with one scale. What is not is
 written dense. The rows of query and key are reordered for the llama architecture, which rotates neighbouring channels;
-transformers rotates halves.
+transformers rotates halves. Norms of Gemma 3 hold 1 more here. What is refused, and the settings, are in
+`gguf_settings.py`.
 """
 
 from __future__ import annotations
@@ -28,15 +29,14 @@ from actkit.core.ground.progress import track
 from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.weights import DenseWeight, IntegerWeight, WeightStorage
-from actkit.core.store.pretrained import base_type
+from actkit.formats.gguf_settings import ARCHITECTURES, add_settings, ends, head_dim
 from actkit.formats.gguf_tokenizer import add_vocabulary
 from actkit.formats.plain import Plain
-from actkit.gguf.architectures import IN_BLOCKS, OUTSIDE, row_order
+from actkit.gguf.architectures import ARCHITECTURES as KNOWN
+from actkit.gguf.architectures import OUTSIDE, GgufArchitecture, row_order
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # ours -> llama.cpp's
 BLOCK = 32
 HEAD = "lm_head"
-DENSE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
@@ -69,20 +69,20 @@ def write(plain: Plain, path: Path, tokenizer: Any) -> dict[str, Any]:
     import gguf
 
     config: Any = plain.skeleton.config
-    architecture = ARCHITECTURES[config.model_type]
-    writer = gguf.GGUFWriter(path, architecture)
-    notes = [*_add_settings(writer, config), *add_vocabulary(writer, config, tokenizer), *_ends(plain, tokenizer)]
+    architecture = KNOWN[ARCHITECTURES[config.model_type]]
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[config.model_type])
+    notes = [*add_settings(writer, config), *add_vocabulary(writer, config, tokenizer), *ends(plain, tokenizer)]
     quantized: dict[str, str] = {}
     dense: dict[str, str] = {}
     sizes: dict[str, int] = {}
     worst = 0.0  # relative error of a scale in float16
 
-    one_table = _tied(config) or _shared(plain)  # a file without a head says that the embedding is it
+    one_table = config.tie_word_embeddings or _shared(plain)  # a file without a head says that the embedding is it
     names = [name for name in plain.skeleton.state_dict() if not (name == "lm_head.weight" and one_table)]
     for name in track(names, "Writing tensors", len(names)):
         module, _, leaf = name.rpartition(".")
-        heads = (config.num_attention_heads, config.num_key_value_heads, _head_dim(config))
-        order = row_order(module, *heads) if architecture == "llama" else None
+        heads = (config.num_attention_heads, config.num_key_value_heads, head_dim(config))
+        order = row_order(module, *heads) if architecture.rotates_neighbours else None
         changed = plain.layers.get(module, plain.tables.get(module))
         if changed is not None and leaf == "weight":
             why = _unsaid(changed.storage)
@@ -96,12 +96,15 @@ def write(plain: Plain, path: Path, tokenizer: Any) -> dict[str, Any]:
         else:
             tensor = plain.model.get_submodule(module)._parameters[leaf]
             assert tensor is not None
-            stored = _dense(tensor.detach(), order, plain.dtype)
+            values = tensor.detach()
+            if architecture.norm_offset and module.endswith("norm"):
+                values = values.float() + architecture.norm_offset
+            stored = _dense(values, order, plain.dtype)
             if tensor.dim() == 2:
                 dense[module] = f"{stored.kind}: not quantized by the recipe"
         sizes[stored.kind] = sizes.get(stored.kind, 0) + stored.data.nbytes
         raw = None if stored.kind in ("F32", "F16") else gguf.GGMLQuantizationType[stored.kind]
-        writer.add_tensor(f"{gguf_name(module)}.{leaf}", stored.data, raw_dtype=raw)
+        writer.add_tensor(f"{gguf_name(module, architecture)}.{leaf}", stored.data, raw_dtype=raw)
 
     main = max(sizes, key=lambda kind: sizes[kind])
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if main == "F32" else f"MOSTLY_{main}"])
@@ -119,14 +122,14 @@ def write(plain: Plain, path: Path, tokenizer: Any) -> dict[str, Any]:
     return {"quantized": quantized, "dense": dense, "notes": tuple(notes)}
 
 
-def gguf_name(module: str) -> str:
+def gguf_name(module: str, architecture: GgufArchitecture) -> str:
     """The name of a module's tensors: 'model.layers.3.mlp.up_proj' -> 'blk.3.ffn_up'. Raises ExportError for others."""
     if module in OUTSIDE:
         return OUTSIDE[module]
     found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
-    if found is None or found[2] not in IN_BLOCKS:
+    if found is None or found[2] not in architecture.blocks:
         raise ExportError(f"{module}: llama.cpp has no place for it in this architecture; keep the model another way.")
-    return f"blk.{found[1]}.{IN_BLOCKS[found[2]]}"
+    return f"blk.{found[1]}.{architecture.blocks[found[2]]}"
 
 
 def blocks(weight: IntegerWeight, order: Tensor | None = None) -> tuple[Stored, float]:
@@ -245,85 +248,3 @@ def _describe(weight: IntegerWeight) -> str:
     grid = weight.grid
     groups = "one scale per row" if grid.group_size == -1 else f"groups of {grid.group_size}"
     return f"{grid.bits} bits, {groups}, {'symmetric' if grid.symmetric else 'with zero points'}"
-
-
-# -- settings ----------------------------------------------------------------------------------------------------------
-
-
-def refuse(plain: Plain) -> None:
-    """Raise ExportError for what llama.cpp would compute another way, naming the setting."""
-    config: Any = plain.skeleton.config
-    kind = base_type(str(config.model_type))
-    if kind not in ARCHITECTURES or not type(plain.skeleton).__name__.endswith("ForCausalLM"):
-        raise ExportError(
-            f"model: GGUF export knows the language models of {', '.join(ARCHITECTURES)}; this is a "
-            f"{type(plain.skeleton).__name__}. Export it as compressed-tensors."
-        )
-    if config.hidden_act not in ("silu", "swish"):
-        raise ExportError(
-            f"hidden_act: the model has {config.hidden_act!r}, and llama.cpp computes silu in these architectures."
-        )
-    if kind == "qwen3" and config.attention_bias:
-        raise ExportError("attention_bias: the model has biases in its attention, and llama.cpp's qwen3 has none.")
-    rope = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope != "default":
-        raise ExportError(f"rope_type: the model has {rope!r}; GGUF export writes 'default' only.")
-    rounded = next((path for path, layer in plain.layers.items() if layer.inputs is not None), None)
-    if rounded is not None:
-        raise ExportError(
-            f"{rounded}: it rounds its inputs, and GGUF does not say how; llama.cpp decides. Export the model as "
-            f"compressed-tensors, or one on which only the weights were rounded."
-        )
-    if plain.dtype not in DENSE:
-        raise ExportError(f"dtype: the model is {plain.dtype}; GGUF export writes float32, float16 and bfloat16.")
-
-
-def unread(plain: Plain) -> str | None:
-    """Why transformers' reader of GGUF cannot read a file that llama.cpp reads, or None."""
-    config: Any = plain.skeleton.config
-    if config.model_type == "qwen3" and _head_dim(config) != 128:
-        return "transformers takes 128 channels per head of a qwen3 GGUF, whatever the file says; llama.cpp reads it"
-    if config.model_type == "llama" and (config.attention_bias or config.mlp_bias):
-        return "transformers leaves out the biases of a llama GGUF; llama.cpp reads them"
-    return None
-
-
-def _add_settings(writer: Any, config: Any) -> list[str]:
-    """The architecture's settings; returns notes."""
-    size = _head_dim(config)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(size)
-    writer.add_value_length(size)
-    writer.add_rope_dimension_count(size)
-    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < config.max_position_embeddings:
-        return [f"the model attends to the last {window} tokens only; llama.cpp attends to all in this architecture"]
-    return []
-
-
-def _ends(plain: Plain, tokenizer: Any) -> list[str]:
-    """A note if transformers' `generate` stops at tokens that the file does not name."""
-    stops = getattr(getattr(plain.skeleton, "generation_config", None), "eos_token_id", None)
-    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    others = [] if tokenizer is None else [str(token) for token in stops if token != tokenizer.eos_token_id]
-    if not others:
-        return []
-    return [
-        f"transformers' generate stops at token {', '.join(others)} too; the file names {tokenizer.eos_token_id} only"
-    ]
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _tied(config: Any) -> bool:
-    return bool(config.tie_word_embeddings)

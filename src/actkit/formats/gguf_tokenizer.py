@@ -1,4 +1,8 @@
-"""The tokenizer of a GGUF file: byte-level BPE, which llama.cpp splits by a pattern that it knows by name."""
+"""The tokenizer of a GGUF file: byte-level BPE that is split by a pattern llama.cpp knows by name, or SentencePiece.
+
+A SentencePiece model has a score for each token and no list of merges; transformers' has the list and no scores. If
+every way to make a token of two others is in the list, and those of a token stand together, its place is a score.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,19 @@ import json
 import re
 from typing import Any
 
-from actkit.gguf.tokenizer import CONTROL, DIGITS, GPT2_PATTERN, NORMAL, PATTERNS, UNUSED, USER_DEFINED
+from actkit.gguf.tokenizer import (
+    BYTE,
+    CONTROL,
+    DIGITS,
+    GPT2_PATTERN,
+    NORMAL,
+    PATTERNS,
+    SPACE,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    all_merges,
+)
 
 NAMES = {pattern: name for name, pattern in reversed(PATTERNS.items())}  # the first name of each pattern
 
@@ -31,19 +47,17 @@ def add_vocabulary(writer: Any, config: Any, tokenizer: Any) -> list[str]:
     if backend is None:
         return _without(writer, f"{type(tokenizer).__name__} is no fast tokenizer")
     content = json.loads(backend.to_str())
-    pattern, why = _pattern(content)
-    if pattern is None:
-        return _without(writer, why)
     tokens, kinds = _tokens(content, config.vocab_size)
     if len(tokens) != config.vocab_size:
         return _without(writer, f"it has {len(tokens)} tokens, the model {config.vocab_size}")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pattern)
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    merges = content["model"]["merges"]
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    if content["model"]["type"] == "BPE" and content["model"].get("byte_fallback"):
+        why = _add_scored(writer, content, tokens, kinds)
+    else:
+        why = _add_merged(writer, content, tokens, kinds)
+    if why is not None:
+        return _without(writer, why)
     for add, token in (
+        (writer.add_unk_token_id, tokenizer.unk_token_id),
         (writer.add_bos_token_id, tokenizer.bos_token_id),
         (writer.add_eos_token_id, tokenizer.eos_token_id),
         (writer.add_pad_token_id, tokenizer.pad_token_id),
@@ -51,8 +65,72 @@ def add_vocabulary(writer: Any, config: Any, tokenizer: Any) -> list[str]:
         if token is not None:
             add(token)
     writer.add_add_bos_token(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
-    writer.add_add_space_prefix(False)
     return _add_templates(writer, getattr(tokenizer, "chat_template", None))
+
+
+def _add_merged(writer: Any, content: dict[str, Any], tokens: list[str], kinds: list[int]) -> str | None:
+    """Write byte-level BPE; or return why llama.cpp cannot split text as it does."""
+    pattern, why = _pattern(content)
+    if pattern is None:
+        return why
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pattern)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    merges = content["model"]["merges"]
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    writer.add_add_space_prefix(False)
+    return None
+
+
+def _add_scored(writer: Any, content: dict[str, Any], tokens: list[str], kinds: list[int]) -> str | None:
+    """Write BPE with bytes as a fallback as SentencePiece keeps it; or return why its merges are no scores."""
+    prefix = _space_prefix(content)
+    if prefix is None:
+        return "it has bytes as a fallback and treats spaces otherwise than SentencePiece"
+    for at, token in enumerate(tokens):
+        if kinds[at] == NORMAL and re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+            kinds[at] = BYTE
+        elif token == content["model"].get("unk_token"):
+            kinds[at] = UNKNOWN
+    listed: dict[str, set[tuple[str, str]]] = {}  # a token -> the pairs that make it
+    last = None
+    for merge in content["model"]["merges"]:
+        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+        if left + right != last and left + right in listed:
+            return f"its merges make {left + right!r} at two places of their order, which no score says"
+        last = left + right
+        listed.setdefault(last, set()).add((left, right))
+    place = {token: -float(at) for at, token in enumerate(listed)}
+    scores = [place.get(token, 0.0) for token in tokens]
+    needed: dict[str, set[tuple[str, str]]] = {}
+    for left, right in all_merges(tokens, kinds, scores):
+        needed.setdefault(left + right, set()).add((left, right))
+    # A token that the user added is cut out of the text before anything is merged, unless it is made of spaces.
+    added = {token for at, token in enumerate(tokens) if kinds[at] == USER_DEFINED and SPACE not in token}
+    wrong = next((token for token in {**listed, **needed} if listed.get(token) != needed.get(token)
+                  and not (token in added and token not in listed)), None)  # fmt: skip
+    if wrong is not None:
+        return f"not every way to make {wrong!r} of two tokens is among its merges, and SentencePiece takes all"
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(kinds)
+    writer.add_add_space_prefix(prefix)
+    return None
+
+
+def _space_prefix(content: dict[str, Any]) -> bool | None:
+    """Whether a space is put before the text, if spaces are treated as SentencePiece does; else None."""
+    given = content.get("normalizer") or {}
+    steps = given.get("normalizers", [given])
+    splits = content.get("pre_tokenizer")
+    if splits is not None and not (splits.get("type") == "Split" and splits["pattern"] == {"String": " "}):
+        return None  # a split at spaces finds none, as they are replaced before
+    prefix = bool(steps) and steps[0] == {"type": "Prepend", "prepend": SPACE}
+    replaced = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    return prefix if steps[int(prefix) :] == [replaced] else None
 
 
 def _add_templates(writer: Any, templates: str | dict[str, str] | None) -> list[str]:
@@ -83,8 +161,8 @@ def _without(writer: Any, why: str) -> list[str]:
 def _pattern(content: dict[str, Any]) -> tuple[str | None, str]:
     """llama.cpp's name of how the tokenizer splits text, or None and why there is none."""
     model, splits = content["model"], content.get("pre_tokenizer") or {}
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        return None, f"it is {model['type']}{' with bytes as a fallback' if model.get('byte_fallback') else ''}"
+    if model["type"] != "BPE":
+        return None, f"it is {model['type']}"
     normalizer = content.get("normalizer")
     if normalizer is not None and normalizer["type"] != "NFC":  # NFC leaves text as nearly everyone writes it
         return None, f"it normalizes text ({normalizer['type']})"

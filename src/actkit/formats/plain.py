@@ -7,7 +7,7 @@ written. The skeleton is the plain model on the meta device: the list of modules
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from actkit.core.ground.errors import EditError, ExportError
 from actkit.core.layers.activations import Activation, name_of
 from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.foreign_layers import refuse_foreign_layers
-from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.model.architectures import find_architecture
 from actkit.core.store.pretrained import base_type
 from actkit.core.store.skeleton import plain_model
@@ -38,6 +38,7 @@ class Plain:
         skeleton: the plain model on the meta device, of the changed model's dtype and settings.
         layers: path -> ActLinear that neither selects inputs nor corrects outputs, its weight as others read it;
             whether it rounds its inputs is for the format to say or refuse.
+        corrections: path -> what corrects the outputs of that layer, for the caller who asked for them apart.
         transposed: paths at which the plain model has a Conv1D, whose weight is [in, out].
         tables: path -> QuantizedEmbedding; GGUF has rows of blocks for it, compressed-tensors writes it dense.
     """
@@ -47,13 +48,16 @@ class Plain:
     layers: dict[str, ActLinear]
     transposed: frozenset[str]
     tables: dict[str, QuantizedEmbedding]
+    corrections: dict[str, LowRank] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module) -> Plain:
+    def of(cls, model: nn.Module, *, corrections: bool = False) -> Plain:
         """Read a model.
 
         Args:
             model: a changed model.
+            corrections: take low-rank corrections apart from their layers, for a caller who writes them; else they are
+                refused.
 
         Returns:
             What plain transformers can compute.
@@ -76,6 +80,7 @@ class Plain:
         _refuse_experts(model)
         layers: dict[str, ActLinear] = {}
         tables: dict[str, QuantizedEmbedding] = {}
+        apart: dict[str, LowRank] = {}
         transposed = set()
         for path, plain in skeleton.named_modules():
             if not path or any(path.startswith(f"{done}.") for done in layers):
@@ -85,9 +90,13 @@ class Plain:
             except EditError:
                 raise ExportError(f"{path}: the plain {_name(skeleton)} has it, this model does not.") from None
             if isinstance(module, ActLinear) and isinstance(plain, nn.Linear | Conv1D):
-                _refuse_slots(path, module, model)
+                _refuse_slots(path, module, model, corrections)
                 written = module.storage.as_others_read()
-                layers[path] = module if written is module.storage else ActLinear.of(module, weight=written)
+                if module.correction is not None:
+                    apart[path] = module.correction
+                    layers[path] = ActLinear(written, module.bias, inputs=module.inputs).train(module.training)
+                else:
+                    layers[path] = module if written is module.storage else ActLinear.of(module, weight=written)
                 if isinstance(plain, Conv1D):
                     transposed.add(path)
             elif isinstance(module, QuantizedEmbedding) and isinstance(plain, nn.Embedding):
@@ -100,7 +109,7 @@ class Plain:
                     f"actkit.save, or leave that transform out."
                 )
         _refuse_other_tensors(model, skeleton, {**layers, **tables})
-        return cls(model, skeleton, layers, frozenset(transposed), tables)
+        return cls(model, skeleton, layers, frozenset(transposed), tables, apart)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -207,7 +216,7 @@ def _refuse_rotation(path: str, rotation: nn.Module | None, model: nn.Module) ->
         )
 
 
-def _refuse_slots(path: str, layer: ActLinear, model: nn.Module) -> None:
+def _refuse_slots(path: str, layer: ActLinear, model: nn.Module, corrections: bool) -> None:
     if layer.in_training:
         raise ExportError(
             f"{path}: its weight or its inputs are in training{_by(model, path)}, so that nothing says yet what they "
@@ -220,10 +229,11 @@ def _refuse_slots(path: str, layer: ActLinear, model: nn.Module) -> None:
             f"the layer computes, and no format outside actkit can say so. Keep the model with actkit.save, or export "
             f"one to which only the quantization was applied."
         )
-    if layer.correction is not None:
+    if layer.correction is not None and not corrections:
         raise ExportError(
-            f"{path}: it has a low-rank correction{_by(model, path)}, which no format outside actkit can say; keep "
-            f"the model with actkit.save."
+            f"{path}: it has a low-rank correction{_by(model, path)}, which this format cannot say. Export the model "
+            f"as compressed-tensors with adapter=True (--adapter), which writes the corrections as a peft adapter "
+            f"beside it, or as dense, which merges them into the weights; or keep it with actkit.save."
         )
 
 

@@ -2,8 +2,9 @@
 
     python -P plain_reader.py JOB.json
 
-JOB holds a list of {"folder", "dtype", "batch", "outputs", "gguf_file"}; batch and outputs are safetensors files. The
-last line on standard output is JSON: per entry the class that was loaded, or the error. actkit is never imported.
+JOB holds a list of {"folder", "dtype", "batch", "outputs", "gguf_file", "adapter"}; batch and outputs are safetensors
+files. The last line on standard output is JSON: per entry the class that was loaded, or the error. actkit is never
+imported.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ def read(entry: dict[str, Any]) -> dict[str, Any]:
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if wrong:
         raise ValueError(f"{entry['folder']}: the weights do not fit {cls.__name__}: {wrong}.")
+    if entry["adapter"] is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, entry["adapter"])
     with torch.no_grad():
         output = model.eval()(**load_file(entry["batch"]))
     logits = output.logits if hasattr(output, "logits") else output[0]

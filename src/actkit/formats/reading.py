@@ -32,6 +32,7 @@ from actkit.core.forward.hooks import evaluating
 from actkit.core.ground.errors import ExportError
 from actkit.core.measure.proof import compared
 from actkit.core.measure.rounding import Limit, limit
+from actkit.core.store.quantized_source import ADAPTER
 
 ROWS = 2
 TIMEOUT = 600.0  # seconds for all folders of one call
@@ -120,7 +121,7 @@ def try_reading(cases: Sequence[Case]) -> list[Tensor | str]:
     with tempfile.TemporaryDirectory(prefix="actkit-export-") as temporary:
         entries: list[dict[str, Any]] = []
         for index, (folder, dtype, batch, gguf_file) in enumerate(cases):
-            base = Path(temporary) / str(index)
+            base, adapter = Path(temporary) / str(index), Path(folder).absolute() / ADAPTER
             save_file({name: tensor.contiguous() for name, tensor in batch.items()}, base.with_suffix(".batch"))
             entries.append(
                 {
@@ -129,6 +130,7 @@ def try_reading(cases: Sequence[Case]) -> list[Tensor | str]:
                     "batch": str(base.with_suffix(".batch")),
                     "outputs": str(base.with_suffix(".outputs")),
                     "gguf_file": gguf_file,
+                    "adapter": str(adapter) if adapter.is_dir() else None,
                 }
             )
         job = Path(temporary) / "job.json"

@@ -178,16 +178,32 @@ def _gemma3(settings: Settings) -> dict[str, Any]:
     settings.expect("final_logit_softcapping", 0.0)
     settings.expect("attn_logit_softcapping", 0.0)
     found = _decoder(settings)
-    blocks, size = found["num_hidden_layers"], found["head_dim"]
-    largest = blocks == 62  # the model of 27 billion scales by its hidden size, and no setting says so
+    shape = tuple(found[name] for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim"))
     local = {"rope_type": "default", "rope_theta": 10000.0}
     return {
         **found,
         "rope_parameters": {"full_attention": found["rope_parameters"], "sliding_attention": local},
-        "layer_types": [("full" if (at + 1) % 6 == 0 else "sliding") + "_attention" for at in range(blocks)],
+        "layer_types": gemma3_windows(shape[0]),
         "sliding_window": window,
-        "query_pre_attn_scalar": found["hidden_size"] // found["num_attention_heads"] if largest else size,
+        "query_pre_attn_scalar": gemma3_attention_scale(*shape),
     }
+
+
+def gemma3_windows(blocks: int) -> list[str]:
+    """Return which blocks of Gemma 3 attend to all tokens: every sixth; the others to a window."""
+    return [("full" if (at + 1) % 6 == 0 else "sliding") + "_attention" for at in range(blocks)]
+
+
+def gemma3_attention_scale(blocks: int, hidden: int, heads: int, size: int) -> int:
+    """Return the number by whose root llama.cpp divides the products of query and key; no setting of a file says it.
+
+    Args:
+        blocks: of the model.
+        hidden: its channels.
+        heads: of the query.
+        size: channels per head.
+    """
+    return hidden // heads if blocks == 62 else size  # the model of 27 billion scales by its hidden size
 
 
 ARCHITECTURES = {

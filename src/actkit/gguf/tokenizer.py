@@ -137,7 +137,7 @@ def _sentencepiece(file: GgufFile, tokens: list[str], kinds: list[int]) -> Any:
 
     vocabulary = {token: index for index, token in enumerate(tokens)}
     unknown = tokens[file.settings.get("tokenizer.ggml.unknown_token_id", 0)]
-    merges = _merges(tokens, kinds, file.setting("tokenizer.ggml.scores"))
+    merges = all_merges(tokens, kinds, file.setting("tokenizer.ggml.scores"))
     found = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, fuse_unk=True, unk_token=unknown))
     prefix = file.settings.get("tokenizer.ggml.add_space_prefix", True)
     steps = [normalizers.Prepend(SPACE)] if prefix else []
@@ -147,8 +147,17 @@ def _sentencepiece(file: GgufFile, tokens: list[str], kinds: list[int]) -> Any:
     return found
 
 
-def _merges(tokens: list[str], kinds: list[int], scores: list[float]) -> list[tuple[str, str]]:
-    """Every way to make a token of two others, best first. The file of a SentencePiece model lists no merges."""
+def all_merges(tokens: list[str], kinds: list[int], scores: list[float]) -> list[tuple[str, str]]:
+    """Find every way to make a token of two others, best first. The file of a SentencePiece model lists no merges.
+
+    Args:
+        tokens: the text of each id.
+        kinds: the type of each, as GGUF numbers them.
+        scores: of each; the larger, the earlier it is made.
+
+    Returns:
+        Pairs; those of one token stand together, the shortest first part first.
+    """
     ordinary = {token: at for at, (token, kind) in enumerate(zip(tokens, kinds)) if kind in (NORMAL, USER_DEFINED)}
     order = sorted((at for token, at in ordinary.items() if len(token) > 1), key=lambda at: (-scores[at], at))
     found = []

@@ -11,8 +11,9 @@ weights, 0.3 % of a layer of 5,120 inputs and outputs at rank 8, 2.8 % of one of
 As in the paper: the plain Frobenius norm, no activation enters; both factors get the root of the singular values.
 Settled here: singular vectors come from the eigenvectors of E E^T or E^T E, whichever is smaller, in float64; factors
 in 8 bits have one scale per singular vector. On a model that was quantized in an earlier run it is refused: the weight
-before rounding is gone. Merging the product into W^ would give dense weights again and is not offered; `lorc` is
-stored, and computed, beside the codes. The paper puts it on trained quantizers: `zeroquant`, here.
+before rounding is gone. The product is stored, and computed, beside the codes; `actkit export` writes it as a peft
+adapter (`--adapter`), or merges it into weights that are dense again (`--format dense`). The paper puts it on trained
+quantizers: `zeroquant`, here.
 """
 
 from __future__ import annotations
