@@ -49,6 +49,7 @@ INTERNAL = {
     "core/ground/yaml_files.py: yaml.MarkedYAMLError": "the reason in `... is not valid YAML: ...`",
     "gguf/file.py: IndexError": "the reason in `...: not readable as GGUF (...)`",
     "core/recipe/blockwise.py: StopForward": "ends a forward pass early",
+    "core/store/tensor_source.py: ValueError": "the reason in `...: not readable (...)`",
 }
 PYDANTIC = (
     "core/recipe/stage.py",
@@ -56,6 +57,7 @@ PYDANTIC = (
     "sparsity/cats/cats.py",
     "sparsity/prosparse/prosparse.py",
     "sparsity/sparsing_law/perplexity_sparsity.py",
+    "sparsity/edgemoe/expert_bits.py",
 )
 QUIET = ("AttributeError", "_Planned", "NotApplicable", "AssertionError")  # Python's protocol, and actkit.testing's
 

@@ -8,6 +8,7 @@ the layers own copies (`own_rows`): a checkpoint loads them so, and other stride
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -150,13 +151,7 @@ class ExpertList(nn.ModuleList):
         """
         if torch.compiler.is_compiling():
             return self._on_every_token(hidden_states, top_k_index, top_k_weights)
-        result = torch.zeros_like(hidden_states)
-        for e, expert in enumerate(self):
-            rows, slots = torch.where(top_k_index == e)
-            if len(rows):
-                weighted = expert(hidden_states[rows], rows) * top_k_weights[rows, slots, None]
-                result.index_add_(0, rows, weighted.to(result.dtype))
-        return result
+        return mix(enumerate(self), hidden_states, top_k_index, top_k_weights)
 
     def _on_every_token(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         result = torch.zeros_like(hidden_states)
@@ -187,6 +182,29 @@ class ExpertList(nn.ModuleList):
         if opened.spec() != spec:
             raise ValueError(f"experts: the checkpoint describes {spec}, the base model has {opened.spec()}.")
         return opened
+
+
+def mix(
+    experts: Iterable[tuple[int, Any]], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Add up what experts give their tokens, one expert after the other.
+
+    Args:
+        experts: (index, `Expert`) pairs in rising order; those that no token chose may be left out.
+        hidden_states: [tokens, hidden].
+        top_k_index: [tokens, k].
+        top_k_weights: [tokens, k].
+
+    Returns:
+        [tokens, hidden].
+    """
+    result = torch.zeros_like(hidden_states)
+    for e, expert in experts:
+        rows, slots = torch.where(top_k_index == e)
+        if len(rows):
+            weighted = expert(hidden_states[rows], rows) * top_k_weights[rows, slots, None]
+            result.index_add_(0, rows, weighted.to(result.dtype))
+    return result
 
 
 def _matrices(module: nn.Module, name: str, row: ExpertsRow) -> Tensor:

@@ -63,8 +63,8 @@ def load_folder(
     files = weight_files(folder)
     grid = None
     try:
-        kinds = _kinds(files)
-        cls = _class_of(config, folder, list(kinds), trust_remote_code)
+        kinds = kinds_of(files)
+        cls = class_of(config, folder, list(kinds), trust_remote_code)
         dtype = dtype or stored_dtype(kinds, folder, quantized=quantization is not None)
         given: dict[str, Any] = {"pretrained_model_name_or_path": folder, "use_safetensors": True}
         if quantization is not None:
@@ -125,8 +125,12 @@ def weight_files(folder: Path) -> list[Path]:
     return found
 
 
-def _kinds(files: list[Path]) -> dict[str, tuple[str, int]]:
-    """Tensor -> (dtype as safetensors names it, number of values), from the files' headers alone."""
+def kinds_of(files: list[Path]) -> dict[str, tuple[str, int]]:
+    """Return tensor -> (dtype as safetensors names it, number of values), from the files' headers alone.
+
+    Args:
+        files: of safetensors.
+    """
     found = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
@@ -159,8 +163,18 @@ def stored_dtype(kinds: dict[str, tuple[str, int]], folder: Path, *, quantized: 
     return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
-def _class_of(config: Any, folder: Path, names: list[str], trust_remote_code: bool) -> Any:
-    """The model class of a folder. names: of its tensors."""
+def class_of(config: Any, folder: Path, names: list[str], trust_remote_code: bool) -> Any:
+    """Return the model class of a folder.
+
+    Args:
+        config: of the model.
+        folder: that holds it.
+        names: of its tensors.
+        trust_remote_code: whether code that it brings may be run.
+
+    Raises:
+        CheckpointError: nothing says which class it is, or its code is not trusted.
+    """
     import transformers
 
     stated = (getattr(config, "architectures", None) or [None])[0]

@@ -1,0 +1,375 @@
+"""Run a mixture of experts that does not fit into memory: experts come from a store (EdgeMoE, 2023, arXiv:2308.14352).
+
+    hot weights (attention, routers, norms, embedding) stay in memory, experts within `budget` bytes
+    the router of layer n has chosen -> what is missing is read; guesses for layer n + 1 are read while n computes
+
+When to use it: the experts of a model are larger than the memory that is free, and it answers one user at a time.
+Cost: the time that reading takes and prediction does not hide; `statistics` says how often the model waited, and for
+how long. Experts are kept as codes and widened a tile at a time as they are multiplied. A prompt reads, in each layer,
+all experts that any of its tokens chooses.
+Settled here: logits are those of the resident model with the same codes, bit for bit, as both are computed by the same
+layers in the same order (if its weights are in memory of their own: those that transformers loads lie as the file has
+them, and products with weights that are aligned in another way differ in their last bits). Preloads are made for single
+tokens, of up to ROWS texts side by side; prompts have none. The first layer's experts are preloaded, by their
+frequency, while the last layer of the token before computes.
+Our own reading: `least`, a probability below which nothing is preloaded: a wrong guess takes the time of a read and the
+place of an expert.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from actkit.core.edit.edits import set_module
+from actkit.core.forward.hooks import evaluating, refuse_compiled_or_sharded
+from actkit.core.ground.errors import DataError, MemoryLimitError, NonFiniteError, UnsupportedModelError
+from actkit.core.ground.memory import format_bytes, parse_bytes
+from actkit.core.layers.linear import ActLinear
+from actkit.core.measure.generation import generate_ids
+from actkit.core.measure.sampling import LIKELIEST, Sampling
+from actkit.core.model.expert_places import ExpertPlace, expert_places, expert_shape
+from actkit.core.model.experts import Expert, ExpertList, mix
+from actkit.core.store.expert_source import AbsentExperts, ExpertSource
+from actkit.core.store.expert_store import ExpertStore
+from actkit.sparsity.edgemoe.expert_cache import ExpertCache, Key, Policy, check_budget
+from actkit.sparsity.edgemoe.expert_fetcher import ExpertFetcher, FetchStatistics
+from actkit.sparsity.edgemoe.path_predictor import PathPredictor
+from actkit.sparsity.edgemoe.throttled_store import ThrottledStore
+
+ROWS = 8  # texts side by side, for whose next tokens experts are predicted
+RUN_POLICIES = ("edgemoe", "lru", "lfu", "fifo")  # 'belady' knows the future, which a run does not
+
+
+class StoredExperts(nn.Module):
+    """Stands for the experts of one block, and fetches those that a call needs.
+
+    Args:
+        layer: which of the layers with experts.
+        fetcher: of all layers.
+        guesses: predicts, from what was chosen, what to preload.
+    """
+
+    def __init__(self, layer: int, fetcher: ExpertFetcher, guesses: _Guesses) -> None:
+        super().__init__()
+        self.layer, self._fetcher, self._guesses = layer, fetcher, guesses
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Compute the chosen experts of each token; arguments as in `ExpertList.forward`."""
+        chosen = [e for e in torch.unique(top_k_index).tolist() if e < self._guesses.experts]
+        self._fetcher.begin(self.layer, [(self.layer, e) for e in chosen])
+        self._fetcher.preload(self._guesses.after(self.layer, top_k_index), self._guesses.preload)
+        return mix(self._fetched(chosen), hidden_states, top_k_index, top_k_weights)
+
+    def _fetched(self, chosen: Sequence[int]) -> Iterator[tuple[int, Expert]]:
+        for e in chosen:
+            key = (self.layer, e)
+            expert = self._fetcher.get(key)
+            try:
+                yield e, expert
+            finally:
+                self._fetcher.release(key)
+
+
+class OffloadedMoE:
+    """Runs a mixture of experts whose experts are in a store. `close()`, or the end of a `with`, ends its threads.
+
+    Args:
+        model: of the store, with its experts (which then are not used) or without (`ExpertSource`); see `open`.
+        store: that holds its experts, or one that reads like a slower disk.
+        budget: of experts in memory, bytes or a text such as '500MB'.
+        policy: what goes if the budget is used up: 'edgemoe', 'lru', 'lfu' or 'fifo'.
+        predictor: of the next layer's experts; None preloads nothing.
+        preload: experts that are preloaded at most for the next layer.
+        least: probability that a preloaded expert has at least.
+        workers: threads that read.
+        capacity: tokens of one text; None for the model's context.
+        decode_only: take the experts out of the model, so that their memory is free.
+
+    Raises:
+        UnsupportedModelError: the model is no mixture of plain gated experts, or does not compute in the dtype of
+            experts that are kept as they were.
+        CheckpointError: the store is of another model.
+        ValueError: the budget holds less than one token may need, or a setting is out of bounds.
+        MemoryLimitError: the experts within the budget, and the cache of keys and values, do not fit into free memory.
+    """
+
+    closed = False
+    position: int
+    _cache: Any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        store: ExpertStore | ThrottledStore,
+        *,
+        budget: int | str,
+        policy: Policy = "edgemoe",
+        predictor: PathPredictor | None = None,
+        preload: int = 2,
+        least: float = 0.5,
+        workers: int = 1,
+        capacity: int | None = None,
+        decode_only: bool = False,
+    ) -> None:
+        refuse_compiled_or_sharded(model)
+        reason = supports(model)
+        if reason is not None:
+            raise UnsupportedModelError(f"model: {type(model).__name__} does not run from a store: {reason}.")
+        self.store = store.store if isinstance(store, ThrottledStore) else store
+        self.store.check_model(model)
+        self.budget, self.shape = parse_bytes(budget), expert_shape(model)
+        sizes = {
+            (place, e): self.store.record(layer, e).nbytes
+            for place, layer in enumerate(self.shape.layers)
+            for e in range(self.shape.experts)
+        }
+        check_budget(self.budget, list(sizes.values()), self.shape.top_k)
+        if policy not in RUN_POLICIES or workers < 1 or preload < 0 or not 0 <= least <= self.shape.top_k:
+            raise ValueError(
+                f"policy, workers, preload, least: {policy!r}, {workers}, {preload} and {least} were given; allowed "
+                f"are {', '.join(RUN_POLICIES)}; 1 or more; 0 or more; and a probability."
+            )
+        if predictor is not None:
+            predictor.check(self.shape)
+        self.model: Any = model
+        config: Any = model.config
+        context: int = config.get_text_config().max_position_embeddings
+        self.capacity: int = context if capacity is None else capacity
+        if not 1 <= self.capacity <= context:
+            raise ValueError(f"capacity: {capacity} was given; give 1 to {context}, the model's context.")
+        self._check_memory(config.get_text_config())
+        dtype = next(model.parameters()).dtype
+        counts = None if predictor is None else predictor.counts
+        cache = ExpertCache(self.budget, policy, layers=len(self.shape.layers), counts=counts)
+        places = expert_places(model)
+        read = partial(_read, store, places, [place.activation(model) for place in places], dtype)
+        fetcher = ExpertFetcher(read, sizes, cache, workers)
+        self._fetcher, guesses = fetcher, _Guesses(self.shape.experts, predictor, preload, least)
+        self._stored = {place.path: StoredExperts(n, fetcher, guesses) for n, place in enumerate(places)}
+        self._finalizer = weakref.finalize(self, fetcher.close)
+        if decode_only:
+            for place in places:
+                set_module(model, place.path, AbsentExperts(place.activation(model)))
+        self.reset()
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        store: ExpertStore | ThrottledStore | str | Path,
+        *,
+        budget: int | str,
+        dtype: torch.dtype | None = None,
+        **settings: Any,
+    ) -> OffloadedMoE:
+        """Load a model without its experts, and run it from a store.
+
+        Args:
+            folder: of the model that the store was made from, a local one.
+            store: an open one, or its file.
+            budget: as for the class.
+            dtype: of the hot weights, and of what experts compute in; None for that of the folder.
+            settings: of the class.
+
+        Raises:
+            ActkitError: the folder or the store is not readable, or they are of two models.
+            ValueError: as for the class.
+        """
+        opened = ExpertStore.open(store) if isinstance(store, str | Path) else store
+        return cls(ExpertSource(folder).model_without_experts(dtype), opened, budget=budget, **settings)
+
+    def _check_memory(self, config: Any) -> None:
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        size = next(self.model.parameters()).element_size()
+        cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head * self.capacity * size
+        experts, free = min(self.budget, self.store.nbytes), psutil.virtual_memory().available
+        if experts + cache > free:
+            raise MemoryLimitError(
+                f"budget: {format_bytes(experts)} of experts and {format_bytes(cache)} of keys and values for "
+                f"{self.capacity} tokens (capacity) do not fit into the {format_bytes(free)} that are free; give less "
+                f"of either."
+            )
+
+    @staticmethod
+    def supports(model: nn.Module) -> str | None:
+        """Why a model does not run from a store, or None."""
+        return supports(model)
+
+    # -- running
+
+    @contextmanager
+    def running(self) -> Iterator[Any]:
+        """Let the experts of the store stand in the model for as long as a context lasts, to call it in any way."""
+        self._check_open()
+        before = {path: self.model.get_submodule(path) for path in self._stored}
+        try:
+            for path, module in self._stored.items():
+                set_module(self.model, path, module)
+            yield self.model
+        finally:
+            for path, module in before.items():
+                set_module(self.model, path, module)
+
+    def __call__(self, new: Sequence[int]) -> Tensor:
+        """Return the logits of the token after some more tokens: float32 [vocabulary].
+
+        Args:
+            new: token ids.
+
+        Raises:
+            DataError: there are none, too many, or one is not in the vocabulary.
+            NonFiniteError: logits are NaN or Inf.
+            CheckpointError: the store was damaged, changed or closed.
+        """
+        self._check_open()
+        tokens = [int(token) for token in new]
+        entries = self.model.get_input_embeddings().num_embeddings
+        if not tokens or self.position + len(tokens) > self.capacity:
+            raise DataError(
+                f"new: {len(tokens)} tokens were given, and {self.position} are there; give one or more, at most "
+                f"{self.capacity} in all (capacity), or reset() it."
+            )
+        if not 0 <= min(tokens) <= max(tokens) < entries:
+            raise DataError(
+                f"new: token {max(tokens)} of {min(tokens)} to {max(tokens)}; the model embeds 0 to {entries - 1}."
+            )
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config) if self._cache is None else self._cache
+        ids = torch.tensor([tokens], device=self.model.get_input_embeddings().weight.device)
+        with self.running() as model, evaluating(model):
+            logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        found = logits[0, -1].float()
+        if not bool(torch.isfinite(found).all()):
+            raise NonFiniteError(f"logits: NaN or Inf after token {self.position}; check the weights of the model.")
+        self._cache = cache
+        self.position += len(tokens)
+        return found
+
+    def generate(
+        self,
+        input_ids: Tensor | Sequence[int],
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling = LIKELIEST,
+        end: Collection[int] | None = None,
+    ) -> Iterator[int]:
+        """Yield the tokens that follow a prompt, one by one; arguments as in `core.measure.generation.generate_ids`."""
+        self._check_open()
+        return generate_ids(
+            self.model,
+            input_ids,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            end=end,
+            decoder=self,  # type: ignore[arg-type]
+        )
+
+    def reset(self) -> None:
+        """Forget all tokens; experts stay."""
+        self._check_open()
+        self._cache, self.position = None, 0
+
+    @property
+    def statistics(self) -> FetchStatistics:
+        """Hits, reads and stalls since it was made."""
+        return self._fetcher.statistics
+
+    @property
+    def held(self) -> int:
+        """Bytes of experts in memory; never more than the budget."""
+        return self._fetcher.held
+
+    # -- closing
+
+    def close(self) -> None:
+        """End the threads, and let go of model, experts and cache; the store stays open. More than once is fine."""
+        self._finalizer()
+        self.closed, self.position = True, 0
+        self.model = self._cache = None
+        self._stored = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError("offloaded: it was closed; make another one.")
+
+
+def supports(model: nn.Module) -> str | None:
+    """Why a model does not run from a store, or None.
+
+    Args:
+        model: any.
+    """
+    try:
+        places = expert_places(model)
+    except UnsupportedModelError as error:
+        return str(error).removeprefix("model: ").removesuffix(".")
+    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+        return "it has no output layer; load the model with its language-model head"
+    for place in places:
+        experts = model.get_submodule(place.path)
+        if isinstance(experts, ExpertList):
+            return f"actkit changed {place.path}; make the store from the original, with the widths as bits="
+    return None
+
+
+class _Guesses:
+    """What to preload, from what the tokens chose so far.
+
+    Args:
+        experts: of a layer.
+        predictor: None guesses nothing.
+        preload: at most so many.
+        least: probability of each.
+    """
+
+    def __init__(self, experts: int, predictor: PathPredictor | None, preload: int, least: float) -> None:
+        self.experts, self.preload, self._predictor, self._least = experts, preload, predictor, least
+        self._history: list[list[Sequence[int]]] = []  # of each text side by side, the choices of its token
+
+    def after(self, layer: int, top_k_index: Tensor) -> list[Key]:
+        """The experts that the next layer may choose, the most probable first."""
+        if self._predictor is None or not self.preload or len(top_k_index) > ROWS:
+            return []
+        chosen = top_k_index.tolist()
+        if layer == 0 or len(self._history) != len(chosen):
+            self._history = [[] for _ in chosen]
+        for past, each in zip(self._history, chosen, strict=True):
+            past.append(each)
+        following = (layer + 1) % self._predictor.layers
+        chances = [0.0] * self.experts
+        for past in self._history:
+            if following and len(past) != following:
+                return []  # the first layers of these tokens went another way
+            for e, chance in self._predictor.predict(past if following else []):
+                chances[e] = max(chances[e], chance)
+        ranked = sorted(range(self.experts), key=lambda e: -chances[e])
+        return [(following, e) for e in ranked if chances[e] >= self._least]
+
+
+def _read(
+    store: ExpertStore | ThrottledStore,
+    places: Sequence[ExpertPlace],
+    activations: Sequence[nn.Module],
+    dtype: torch.dtype,
+    key: Key,
+) -> Expert:
+    """An expert as the resident model has it, its memory the pages of its record."""
+    weights: Mapping[str, Any] = store.load(places[key[0]].layer, key[1], dtype)
+    gate, up, down = (ActLinear(weights[part]) for part in ("gate", "up", "down"))
+    return Expert(gate, up, down, activations[key[0]]).eval()
