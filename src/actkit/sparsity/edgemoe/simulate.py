@@ -89,11 +89,8 @@ def simulate(
         counts=None if predictor is None else predictor.counts,
         future=steps if policy == "belady" else None,
     )
-    predict = (
-        (lambda step: _exactly(steps, step))
-        if oracle
-        else _predictions(steps, layers, predictor if preload else None, least)
-    )
+    guesses = _predictions(steps, layers, predictor if preload else None, least)
+    predict = partial(_exactly, steps) if oracle else guesses
     run = _Run(cache, sizes, bandwidth, latency, top_k if oracle else preload)
     now, hits, stall = 0.0, 0, 0.0
     for step, chosen in enumerate(steps):
