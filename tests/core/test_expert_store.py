@@ -45,9 +45,11 @@ def opened(model: Any) -> dict[int, ExpertList]:
     return {p.layer: ExpertList.of(model.get_submodule(p.path), p.row) for p in expert_places(model)}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_experts_and_the_rest_are_those_of_the_model_that_transformers_loads(kind: str, tmp_path: Path) -> None:
-    folder = folder_of(kind, tmp_path / kind)
+@pytest.mark.parametrize(("kind", "tied"), [*((kind, False) for kind in KINDS), ("mixtral", True)])
+def test_experts_and_the_rest_are_those_of_the_model_that_transformers_loads(
+    kind: str, tied: bool, tmp_path: Path
+) -> None:
+    folder = folder_of(kind, tmp_path / kind, tie_word_embeddings=tied)
     resident, source = checkpoint.load(folder), ExpertSource(folder)
     for layer, experts in opened(resident).items():
         for e, expert in enumerate(experts):
@@ -55,6 +57,7 @@ def test_experts_and_the_rest_are_those_of_the_model_that_transformers_loads(kin
             for part, matrix in found.items():
                 torch.testing.assert_close(matrix, getattr(expert, part).weight, rtol=0, atol=0)
     bare = source.model_without_experts()
+    assert (bare.lm_head.weight is bare.model.embed_tokens.weight) is tied
     stock = resident.state_dict()
     assert all(torch.equal(tensor, stock[name]) for name, tensor in bare.state_dict().items())
     assert all(tensor.dtype == stock[name].dtype for name, tensor in bare.state_dict().items())

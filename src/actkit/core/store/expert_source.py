@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from actkit.core.edit.edits import set_module
 from actkit.core.ground.errors import CheckpointError, UnsupportedModelError
-from actkit.core.ground.modules import tied_names
 from actkit.core.model.expert_places import expert_places, expert_shape
 from actkit.core.store.quantized_source import quantization_of
 from actkit.core.store.tensor_source import TensorSource
@@ -178,7 +177,7 @@ class ExpertSource:
         for place in self.places:
             set_module(model, place.path, AbsentExperts(place.activation(model)))
         info = model.load_state_dict(dict(self._cast(dtype)), strict=False, assign=True)
-        missing = sorted(set(info.missing_keys) - set(tied_names(model)))
+        missing = sorted(set(info.missing_keys) - set(model.all_tied_weights_keys))
         if missing or info.unexpected_keys:
             raise CheckpointError(
                 f"{self.folder}: the weights do not fit {type(model).__name__}; missing: "
