@@ -255,8 +255,8 @@ def peak(pid: int) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_a_run_stays_within_its_budget_as_the_system_counts(cases: Any, tmp_path: Path) -> None:
-    """150 MB of experts run within 16 MB: the process grows by that, the hot weights and some scratch."""
-    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_local_experts": 24, "num_hidden_layers": 4}
+    """100 MB of experts run within 16 MB: the process grows by that, the hot weights and some scratch."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_local_experts": 16, "num_hidden_layers": 4}
     tiny_model("mixtral", **sizes).to(torch.bfloat16).save_pretrained(tmp_path / "large")
     store = ExpertStore.create(tmp_path / "large", tmp_path / "large.bin", 8, progress=False)
     small, budget = cases("mixtral"), 16_000_000
@@ -280,7 +280,7 @@ def test_a_run_stays_within_its_budget_as_the_system_counts(cases: Any, tmp_path
         process.stdin.close()
         process.wait(timeout=60)
     assert done == "done" and int(most) <= budget
-    assert store.nbytes > 150e6 and int(read) > 4 * budget  # it went round and round
+    assert store.nbytes > 100e6 and int(read) > 4 * budget  # it went round and round
     # beside budget and hot weights: scratch of the first products of that size, and what the allocator keeps
     assert grown < budget + int(hot) + 40e6, f"{grown / 1e6:.0f} MB, of {store.nbytes / 1e6:.0f} MB of experts"
     store.close()
