@@ -49,6 +49,8 @@ INTERNAL = {
     "core/ground/yaml_files.py: yaml.MarkedYAMLError": "the reason in `... is not valid YAML: ...`",
     "gguf/file.py: IndexError": "the reason in `...: not readable as GGUF (...)`",
     "core/recipe/blockwise.py: StopForward": "ends a forward pass early",
+    "core/store/expert_store.py: Unwanted": "ends the read of a preload, and is counted",
+    "sparsity/edgemoe/throttled_store.py: Unwanted": "the same",
     "core/store/tensor_source.py: ValueError": "the reason in `...: not readable (...)`",
 }
 PYDANTIC = (

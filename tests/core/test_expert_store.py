@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from actkit.core.model.experts import ExpertList
 from actkit.core.store import checkpoint
 from actkit.core.store import expert_store as module
 from actkit.core.store.expert_source import AbsentExperts, ExpertSource
-from actkit.core.store.expert_store import PAGE, ROWS, ExpertStore
+from actkit.core.store.expert_store import PAGE, ROWS, ExpertStore, Unwanted
 from actkit.core.store.tensor_source import TensorSource
 from actkit.testing import tiny_model
 
@@ -180,6 +181,16 @@ def test_a_file_that_is_replaced_while_it_is_open_stays_readable(stored: Path, m
         ExpertStore.create(mixtral, stored, 2, overwrite=True, progress=False).close()
         assert torch.equal(store.load(0, 0, torch.bfloat16)["up"].dequantize(), before)
     with pytest.raises(CheckpointError, match="was closed"):
+        store.load(0, 0, torch.bfloat16)
+
+
+def test_a_read_that_nobody_wants_is_broken_off(stored: Path) -> None:
+    unwanted = Event()
+    with ExpertStore.open(stored) as store:
+        store.load(0, 0, torch.bfloat16, unwanted)
+        unwanted.set()
+        with pytest.raises(Unwanted):
+            store.load(0, 0, torch.bfloat16, unwanted)
         store.load(0, 0, torch.bfloat16)
 
 

@@ -138,7 +138,7 @@ def after_close(p: Place) -> Any:
 
 
 def fetcher_after_close(p: Place) -> Any:
-    fetcher = ExpertFetcher(lambda key: key, {(0, 0): 1}, ExpertCache(1, layers=1))
+    fetcher = ExpertFetcher(lambda key, unwanted: key, {(0, 0): 1}, ExpertCache(1, layers=1))
     fetcher.close()
     return fetcher.get((0, 0))
 

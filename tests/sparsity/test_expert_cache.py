@@ -227,7 +227,7 @@ def test_wrong_preloads_are_read_and_counted() -> None:
     certain = np.tile(np.array([[[0], [0], [0]], [[1], [1], [1]]]), (20, 1, 1))
     predictor = PathPredictor.fit([certain[1::2]], 4)  # it has seen the second path only
     found = simulate([certain[::2]], SIZES, 300, policy="lru", predictor=predictor, preload=1, **DISK)
-    assert found.wasted > 0 and found.bytes_read == 100 * found.reads
+    assert found.wasted > 0 and 50 * found.reads < found.bytes_read < 100 * found.reads  # some were broken off half-way
     careful = simulate([certain[::2]], SIZES, 300, predictor=predictor, preload=1, least=1.1, **DISK)
     assert careful.wasted == 0 and careful.token_ms < found.token_ms
     with pytest.raises(ValueError, match="the 1 largest experts"):

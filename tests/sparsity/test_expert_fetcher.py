@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from actkit.core.store.expert_store import Unwanted
 from actkit.sparsity.edgemoe.expert_cache import ExpertCache, Key
 from actkit.sparsity.edgemoe.expert_fetcher import ExpertFetcher
 
@@ -20,9 +21,9 @@ def fetcher(budget: int, read: Any = None, workers: int = 1) -> Iterator[tuple[E
     """One over 3 layers of 4 experts, and the list of what it read."""
     order: list[Key] = []
 
-    def reads(key: Key) -> Any:
+    def reads(key: Key, unwanted: threading.Event) -> Any:
         order.append(key)
-        return key if read is None else read(key)
+        return key if read is None else read(key, unwanted)
 
     every = {(layer, e): 1 for layer in range(3) for e in range(4)}
     made = ExpertFetcher(reads, every, ExpertCache(budget, "lru", layers=3), workers)
@@ -64,7 +65,7 @@ def test_hits_misses_and_preloads_are_counted() -> None:
 def test_what_is_demanded_is_read_before_preloads_and_wrong_ones_are_dropped() -> None:
     gate, begun = threading.Event(), threading.Event()
 
-    def slow(key: Key) -> Key:
+    def slow(key: Key, unwanted: threading.Event) -> Key:
         begun.set()
         gate.wait(5)
         return key
@@ -83,6 +84,25 @@ def test_what_is_demanded_is_read_before_preloads_and_wrong_ones_are_dropped() -
         assert (made.statistics.late, made.statistics.misses) == (1, 1)
 
 
+def test_a_wrong_preload_is_broken_off_while_it_is_read() -> None:
+    begun = threading.Event()
+
+    def slow(key: Key, unwanted: threading.Event) -> Key:
+        if key == (1, 0):
+            begun.set()
+            assert unwanted.wait(5)
+            raise Unwanted(0)
+        return key
+
+    with fetcher(2, slow) as (made, order):
+        made.preload([(1, 0)], 1)
+        assert begun.wait(5)
+        use(made, 1, 2, 3)  # both fit only when the other one has gone
+        found = made.statistics
+        assert (found.broken_off, found.wasted, found.preloads) == (1, 1, 1)
+        assert order == [(1, 0), (1, 2), (1, 3)] and made.held == 2 == found.bytes_read
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_prompt_whose_experts_do_not_fit_is_worked_through(workers: int) -> None:
     with fetcher(2, workers=workers) as (made, _):
@@ -95,7 +115,7 @@ def test_a_prompt_whose_experts_do_not_fit_is_worked_through(workers: int) -> No
 def test_random_work_stays_within_the_budget() -> None:
     rng = random.Random(0)
 
-    def read(key: Key) -> Key:
+    def read(key: Key, unwanted: threading.Event) -> Key:
         time.sleep(rng.random() / 5000)
         return key
 
@@ -117,7 +137,7 @@ def test_random_work_stays_within_the_budget() -> None:
 def test_an_error_comes_where_the_expert_is_needed_and_it_goes_on() -> None:
     broken = {(0, 1), (1, 1)}
 
-    def read(key: Key) -> Key:
+    def read(key: Key, unwanted: threading.Event) -> Key:
         if key in broken:
             raise OSError(f"no {key}")
         return key

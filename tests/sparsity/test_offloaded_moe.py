@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -22,7 +23,7 @@ from actkit.core.model.expert_places import expert_places
 from actkit.core.recipe.runner import apply
 from actkit.core.store import checkpoint
 from actkit.core.store.expert_source import AbsentExperts, ExpertSource
-from actkit.core.store.expert_store import ExpertStore
+from actkit.core.store.expert_store import ExpertStore, Unwanted
 from actkit.sparsity.edgemoe.expert_bits import ExpertBits
 from actkit.sparsity.edgemoe.offloaded_moe import OffloadedMoE
 from actkit.sparsity.edgemoe.path_predictor import PathPredictor, record_traces
@@ -132,6 +133,21 @@ def test_preloads_are_hits_if_the_predictor_is_right(cases: Any) -> None:
             stalls[preload] = found.misses
             assert (found.preloads > 0) == (preload > 0) and found.stall_seconds > 0
     assert stalls[2] < stalls[0]
+
+
+def test_a_slower_disk_takes_its_time_and_breaks_off(cases: Any) -> None:
+    store = cases("mixtral").store
+    size = store.record(0, 0).nbytes
+    slow = ThrottledStore(store, bandwidth=size / 0.05, latency=0.01)
+    begun = time.perf_counter()
+    slow.load(0, 0, torch.float32)
+    assert time.perf_counter() - begun >= 0.06
+    unwanted = threading.Event()
+    threading.Timer(0.02, unwanted.set).start()
+    begun = time.perf_counter()
+    with pytest.raises(Unwanted) as broken:
+        slow.load(0, 0, torch.float32, unwanted)
+    assert 0 < broken.value.done < size and time.perf_counter() - begun < 0.06
 
 
 def test_it_generates_what_the_resident_model_generates(cases: Any) -> None:

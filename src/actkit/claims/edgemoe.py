@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -334,8 +335,8 @@ def _replayed(
     counts = None if predictor is None else predictor.counts
     cache = ExpertCache(mixture.budget, policy, layers=mixture.layers, counts=counts)
 
-    def read(key: Key) -> Key:
-        wait(time.perf_counter() + sizes[key] / mixture.bandwidth)
+    def read(key: Key, unwanted: Event) -> Key:
+        wait(time.perf_counter(), sizes[key] / mixture.bandwidth, sizes[key], unwanted)
         return key
 
     fetcher = ExpertFetcher(read, sizes, cache)
@@ -351,7 +352,7 @@ def _replayed(
                 fetcher.preload(guesses, preload)
             for key in chosen:
                 fetcher.get(key)
-            wait(time.perf_counter() + COMPUTE_MS / 1000)
+            time.sleep(COMPUTE_MS / 1000)
             for key in chosen:
                 fetcher.release(key)
         return 1000 * (time.perf_counter() - begun) / len(trace)

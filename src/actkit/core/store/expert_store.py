@@ -30,6 +30,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal, Self
 
 import torch
@@ -54,7 +55,21 @@ ROWS = IntegerGrid(8, scale_dtype="float16")  # a scale and a zero point for eac
 NAMES = ("codes", "scale", "zero", "tensor")
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.uint8, torch.float16, torch.bfloat16, torch.float32)}
 
+PIECE = 1 << 20  # bytes that are read at a time, between which a read can be broken off
+
 Key = tuple[int, int]  # (index of the block, index of the expert)
+
+
+class Unwanted(Exception):
+    """A read was broken off, as nobody wants the expert any more.
+
+    Args:
+        done: bytes that were read.
+    """
+
+    def __init__(self, done: int) -> None:
+        super().__init__(done)
+        self.done = done
 
 
 @dataclass(frozen=True)
@@ -168,24 +183,28 @@ class ExpertStore:
 
     # -- reading
 
-    def load(self, layer: int, expert: int, dtype: torch.dtype) -> dict[str, WeightStorage]:
+    def load(
+        self, layer: int, expert: int, dtype: torch.dtype, unwanted: Event | None = None
+    ) -> dict[str, WeightStorage]:
         """Read one expert into pages of its own.
 
         Args:
             layer: index of its block.
             expert: its index there.
             dtype: that its layers compute in.
+            unwanted: if it is set meanwhile, the read is broken off.
 
         Returns:
             How 'gate', 'up' and 'down' are stored; together they take `nbytes` of the record, until all are gone.
 
         Raises:
             CheckpointError: the file is closed, not readable, damaged, or was changed since it was opened.
+            Unwanted: the read was broken off.
         """
         record = self.record(layer, expert)
         if record.bits == AS_STORED:
             self._check_dtype(dtype)
-        return _parts(self._read(record, f"expert {expert} of block {layer}"), record, dtype)
+        return _parts(self._read(record, f"expert {expert} of block {layer}", unwanted), record, dtype)
 
     def record(self, layer: int, expert: int) -> Record:
         """Where an expert lies.
@@ -205,7 +224,7 @@ class ExpertStore:
             )
         return found
 
-    def _read(self, record: Record, what: str) -> mmap.mmap:
+    def _read(self, record: Record, what: str, unwanted: Event | None = None) -> mmap.mmap:
         if self._file < 0:
             raise CheckpointError(f"{self.path}: the store was closed; open it again.")
         if _state(self._file) != self._state:
@@ -214,7 +233,7 @@ class ExpertStore:
             )
         pages = _pages(record.nbytes)
         try:
-            read = _fill(self._file, pages, record.offset)
+            read = _fill(self._file, pages, record.offset, unwanted)
         except OSError as error:
             raise CheckpointError(f"{self.path}: {what} is not readable ({error}); make the store again.") from error
         if self.reads == "dropped":
@@ -439,11 +458,13 @@ def _pages(size: int) -> mmap.mmap:
     return pages
 
 
-def _fill(file: int, pages: mmap.mmap, offset: int) -> int:
+def _fill(file: int, pages: mmap.mmap, offset: int, unwanted: Event | None = None) -> int:
     """Read whole pages; one call may give less than was asked. It holds no lock of Python's."""
     view, done = memoryview(pages), 0
     while done < len(view):
-        count = os.preadv(file, [view[done:]], offset + done)
+        if unwanted is not None and unwanted.is_set():
+            raise Unwanted(done)
+        count = os.preadv(file, [view[done : done + PIECE]], offset + done)
         if not count:
             break
         done += count

@@ -33,6 +33,7 @@ from actkit.core.ground.errors import NonFiniteError
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.weights import rounded, widened
 from actkit.core.model.anatomy import Block, Linear, anatomy
+from actkit.core.recipe.proposals import Idea, LeftOut, Looked, Shapes
 from actkit.core.recipe.seen import Seen, Trial
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
@@ -71,7 +72,6 @@ class ExpertBits(Transform):
     tags: ClassVar[Tags] = Tags(
         slot="weight", needs_data=True, stream="original", plans_in_turn=True, passes=64, least_coverage=0.1
     )
-    not_proposed: ClassVar[str] = "it costs a pass for each expert; try it with recipes=['expert_bits']"
 
     _said: str = PrivateAttr("")
     _values: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -82,6 +82,14 @@ class ExpertBits(Transform):
         if not widths or any(not 2 <= each <= 8 for each in widths) or len(set(widths)) < len(widths):
             raise ValueError(f"{widths} was given; give different widths of 2 to 8 bits")
         return tuple(sorted(widths))
+
+    @classmethod
+    def proposals(cls, profile: Looked, shapes: Shapes) -> Iterable[Idea | LeftOut]:
+        if not any(".experts." in weight.path for weight in profile.weights):
+            yield LeftOut("expert_bits", "the model has no experts")
+            return
+        why = "experts take most of a mixture, and some bear fewer bits than others"
+        yield Idea("expert_bits", cls(importance="error"), why, 25)
 
     @property
     def needs_data(self) -> bool:

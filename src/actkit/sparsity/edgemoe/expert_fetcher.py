@@ -4,9 +4,10 @@
     fetcher.preload(keys)            guesses for the next layer, read behind that
     expert = fetcher.get(key)        waits until it is there; it stays until `release(key)`
 
-Room is made before a read begins, so that no more than the budget is held at any moment, reads in progress included.
-Experts in use never go. Those that the running layer still needs go only for the one that it waits for, when nothing
-else is left: a prompt whose tokens choose more experts than fit is worked through expert by expert.
+A preload that turns out to be wrong is broken off, even while it is read. Room is made before a read begins, so that no
+more than the budget is held at any moment, reads in progress included. Experts in use never go. Those that the running
+layer still needs go only for the one that it waits for, when nothing else is left: a prompt whose tokens choose more
+experts than fit is worked through expert by expert.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from threading import Event
 from typing import Any
 
+from actkit.core.store.expert_store import Unwanted
 from actkit.sparsity.edgemoe.expert_cache import ExpertCache, Key
 
 
@@ -32,6 +35,7 @@ class FetchStatistics:
         bytes_read: of them, preloads that were not used included.
         preloads: reads that were preloads.
         wasted: preloads that went unused.
+        broken_off: of these, reads that were not finished.
         evictions: experts that went.
         stall_seconds: in which the model waited.
         most_bytes: the most that was held at a time.
@@ -44,6 +48,7 @@ class FetchStatistics:
     bytes_read: int = 0
     preloads: int = 0
     wasted: int = 0
+    broken_off: int = 0
     evictions: int = 0
     stall_seconds: float = 0.0
     most_bytes: int = 0
@@ -63,20 +68,21 @@ class ExpertFetcher:
     """Reads experts on threads into a cache.
 
     Args:
-        read: gives an expert; called on the threads, outside of all locks.
+        read: gives an expert; called on the threads, outside of all locks, with an event that is set if it is unwanted,
+            upon which it may raise `Unwanted`.
         sizes: bytes of each.
         cache: decides what stays; it belongs to the fetcher from then on.
         workers: threads.
     """
 
     def __init__(
-        self, read: Callable[[Key], Any], sizes: Mapping[Key, int], cache: ExpertCache, workers: int = 1
+        self, read: Callable[[Key, Event], Any], sizes: Mapping[Key, int], cache: ExpertCache, workers: int = 1
     ) -> None:
         self._read, self._sizes, self._cache = read, sizes, cache
         self.statistics = FetchStatistics()
         self._changed = threading.Condition()
         self._ready: dict[Key, Any] = {}
-        self._reading: set[Key] = set()
+        self._reading: dict[Key, Event] = {}  # with what says that it is unwanted
         self._demanded: list[Key] = []
         self._preloads: list[Key] = []
         self._unused: set[Key] = set()  # preloaded, and not used since
@@ -111,6 +117,9 @@ class ExpertFetcher:
             self.statistics.hits += len(chosen) - len(missing)
             self.statistics.late += len(late)
             self.statistics.misses += len(missing) - len(late)
+            for key in self._reading.keys() & self._unused - self._needed:
+                if key[0] == layer:
+                    self._reading[key].set()
             self._unused -= {key for key in chosen if key in self._ready}
             self._demanded = [key for key in missing if key not in self._reading]
             self._preloads = []  # they were for this layer
@@ -185,21 +194,31 @@ class ExpertFetcher:
                     if self._closed:
                         return
                     self._changed.wait()
+            found: Any = None
+            failed: BaseException | None = None
             try:
-                found, failed = self._read(key), None
+                found = self._read(key, self._reading[key])
             except BaseException as error:  # it is raised where the expert is waited for
-                found, failed = None, error
+                failed = error
             with self._changed:
-                self._reading.discard(key)
+                del self._reading[key]
                 if failed is None and not self._closed:
                     self._ready[key] = found
                 else:
-                    self._cache.remove(key)
-                    self._unused.discard(key)
-                    if failed is not None and key in self._needed:
-                        self._failed = failed
-                found = None
+                    self._let_go(key, failed)
+                found = failed = None
                 self._changed.notify_all()
+
+    def _let_go(self, key: Key, failed: BaseException | None) -> None:
+        """Count a read as one that gave nothing."""
+        self._cache.remove(key)
+        if isinstance(failed, Unwanted):
+            self.statistics.broken_off += 1
+            self.statistics.wasted += 1
+            self.statistics.bytes_read -= self._sizes[key] - failed.done
+        elif failed is not None and key in self._needed:
+            self._failed = failed
+        self._unused.discard(key)
 
     def _next(self) -> Key | None:
         """What to read next, for which room was made; None if there is nothing, or nothing may go for it."""
@@ -208,10 +227,10 @@ class ExpertFetcher:
         while self._demanded or self._preloads:
             demanded = bool(self._demanded)
             key = (self._demanded if demanded else self._preloads)[0]
-            kept = self._in_use | self._needed | self._reading
+            kept = self._in_use | self._needed | self._reading.keys()
             gone = self._cache.evict_for(self._sizes[key], kept)
             if gone is None and key == self._awaited:
-                gone = self._cache.evict_for(self._sizes[key], self._in_use | self._reading)
+                gone = self._cache.evict_for(self._sizes[key], self._in_use | self._reading.keys())
             if gone is None and demanded:
                 return None  # until something is released
             (self._demanded if demanded else self._preloads).pop(0)
@@ -226,7 +245,7 @@ class ExpertFetcher:
     def _count(self, key: Key, gone: Collection[Key], demanded: bool) -> None:
         size, found = self._sizes[key], self.statistics
         self._cache.add(key, size)
-        self._reading.add(key)
+        self._reading[key] = Event()
         found.reads += 1
         found.bytes_read += size
         found.evictions += len(gone)

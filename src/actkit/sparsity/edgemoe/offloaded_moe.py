@@ -23,6 +23,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any, Self
 
 import psutil
@@ -368,8 +369,9 @@ def _read(
     activations: Sequence[nn.Module],
     dtype: torch.dtype,
     key: Key,
+    unwanted: Event,
 ) -> Expert:
     """An expert as the resident model has it, its memory the pages of its record."""
-    weights: Mapping[str, Any] = store.load(places[key[0]].layer, key[1], dtype)
+    weights: Mapping[str, Any] = store.load(places[key[0]].layer, key[1], dtype, unwanted)
     gate, up, down = (ActLinear(weights[part]) for part in ("gate", "up", "down"))
     return Expert(gate, up, down, activations[key[0]]).eval()

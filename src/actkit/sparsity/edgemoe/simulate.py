@@ -5,8 +5,8 @@
 
 When to use it: to choose a budget, a policy and how far to preload, from traces alone, in a second.
 Cost: an event for each expert that is read.
-Settled here: a read that has begun is not broken off, as in the runtime; reads take latency + bytes / bandwidth. It is
-deterministic, and holds no more than the runtime would (`ExpertCache` decides in both).
+Settled here: a preload that turns out to be wrong is broken off at once, as in the runtime; reads take latency +
+bytes / bandwidth. It is deterministic, and holds no more than the runtime would (`ExpertCache` decides in both).
 """
 
 from __future__ import annotations
@@ -149,11 +149,23 @@ class _Run:
         self.reads = self.bytes_read = self.wasted = self.most = 0
 
     def begin(self, now: float, chosen: tuple[Key, ...], predicted: Sequence[Key]) -> None:
+        if self.key in self.unused and self.key[0] == chosen[0][0] and self.key not in chosen and now < self.end:
+            self._break_off(now)
         self.chosen, self.since = chosen, now
         self.unused -= set(chosen)
         self.demanded = [key for key in chosen if key not in self.cache.held]
         missing = [key for key in predicted if key not in self.cache.held and key not in self.demanded]
         self.preloads = missing[: self.most_preloads]
+
+    def _break_off(self, now: float) -> None:
+        """End the read of a wrong preload; what was read of it counts."""
+        assert self.key is not None
+        left = min(self.sizes[self.key], round((self.end - now) * self.bandwidth))
+        self.cache.remove(self.key)
+        self.unused.discard(self.key)
+        self.wasted += 1
+        self.bytes_read -= left
+        self.key, self.end = None, now
 
     def advance(self, until: float) -> None:
         """Read what waits, as long as a read begins before `until`."""

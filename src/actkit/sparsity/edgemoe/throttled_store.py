@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from threading import Event
 
 import torch
 
 from actkit.core.layers.weights import WeightStorage
-from actkit.core.store.expert_store import ExpertStore
+from actkit.core.store.expert_store import ExpertStore, Unwanted
 
 
 class ThrottledStore:
@@ -32,17 +33,35 @@ class ThrottledStore:
         self.store, self.bandwidth, self.latency = store, bandwidth, latency
         self._one_reader = threading.Lock()
 
-    def load(self, layer: int, expert: int, dtype: torch.dtype) -> dict[str, WeightStorage]:
+    def load(
+        self, layer: int, expert: int, dtype: torch.dtype, unwanted: Event | None = None
+    ) -> dict[str, WeightStorage]:
         """Read an expert, and wait until the disk would have it; arguments and errors as of `ExpertStore.load`."""
         with self._one_reader:
             begun = time.perf_counter()
-            found = self.store.load(layer, expert, dtype)
-            wait(begun + self.latency + self.store.record(layer, expert).nbytes / self.bandwidth)
+            found = self.store.load(layer, expert, dtype, unwanted)
+            size = self.store.record(layer, expert).nbytes
+            seconds = self.latency + size / self.bandwidth
+            wait(begun, seconds, size, unwanted)
             return found
 
 
-def wait(until: float) -> None:
-    """Sleep until a moment of `time.perf_counter`; one that has passed is fine."""
-    left = until - time.perf_counter()
-    if left > 0:
+def wait(begun: float, seconds: float, size: int, unwanted: Event | None) -> None:
+    """Wait as long as a read takes.
+
+    Args:
+        begun: when it began, by `time.perf_counter`.
+        seconds: that it takes from then on.
+        size: bytes that are read.
+        unwanted: if it is set meanwhile, the read is broken off.
+
+    Raises:
+        Unwanted: it was broken off.
+    """
+    left = begun + seconds - time.perf_counter()
+    if left <= 0:
+        return
+    if unwanted is None:
         time.sleep(left)
+    elif unwanted.wait(left):
+        raise Unwanted(round(size * min(1.0, (time.perf_counter() - begun) / seconds)))
