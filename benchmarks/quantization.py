@@ -8,7 +8,8 @@ lie on no grid. Each quantizer is a process of its own with one thread count for
 calibration tokens, and rounds the linear layers of the blocks (embedding and head stay). Losses are those of
 transformers' forward pass on the same held-out rows, which no quantizer saw; intervals are of the ratio of two
 perplexities, over resampled rows. Seconds and peak memory (beside the loaded model) are those of calibration and
-rounding. AutoRound runs 200 iterations.
+rounding; bits per rounded weight, with scales, come from the bytes of the weight files; tokens a second are those of
+our decoder, of one run, so that only large differences say something. AutoRound runs 200 iterations.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import common  # isort: skip
+import quantization_page  # isort: skip
 import argparse
 import json
 import os
@@ -32,6 +34,7 @@ from rich.progress import track
 
 import actkit
 from actkit import zoo
+from actkit.core.model.anatomy import anatomy
 from actkit.data import load_data
 from actkit.zoo.off_grid import off_grid_twin
 
@@ -43,13 +46,14 @@ GROUP, LENGTH = 64, 256
 FULL: dict[str, Any] = {"calibration": 64, "held_out": 64, "iterations": 200}
 QUICK: dict[str, Any] = {"calibration": 8, "held_out": 4, "iterations": 2}
 W8A8 = [{"smooth": {}}, {"rtn": {"bits": 8, "group_size": -1, "symmetric": True}}, {"round_inputs": {}}]
-COLUMNS = ("perplexity", "x bf16", "interval", "seconds", "peak MB", "disk MB")
+COLUMNS = ("perplexity", "x bf16", "interval", "bits", "seconds", "peak MB", "weights MB", "resident MB", "tokens/s")
 DRAWS = 2000
 
 
 def jobs() -> dict[str, dict[str, Any]]:
     """What is compared, by its name."""
-    found: dict[str, dict[str, Any]] = {"bf16": {"method": "none"}}
+    found: dict[str, dict[str, Any]] = {"bf16": {"recipe": []}}
+    found["actkit rtn, 8 bits"] = {"recipe": [{"rtn": {"bits": 8, "group_size": GROUP}}]}
     for bits in (4, 3):
         grid = {"bits": bits, "group_size": GROUP}
         ours: dict[str, list[dict[str, Any]]] = {
@@ -93,6 +97,8 @@ def main() -> None:
     keep = not chosen.quick and chosen.only is None and not smaller
     found = targets(rows, chosen.quick)
     common.report("quantization", judged(rows, given), found, chosen, keep=keep, **sizes, group=GROUP)
+    if keep:
+        quantization_page.main()
 
 
 def prepare(folder: Path, sizes: dict[str, Any]) -> dict[str, Any]:
@@ -102,6 +108,9 @@ def prepare(folder: Path, sizes: dict[str, Any]) -> dict[str, Any]:
     if not twin.exists():
         actkit.save(off_grid_twin(original), twin, tokenizer=tokenizer)
     given: dict[str, Any] = {"model": str(twin), "threads": torch.get_num_threads()}
+    linears = [linear for block in anatomy(original).blocks for linear in block.linears()]
+    given["rounded"] = sum(linear.in_features * linear.out_features for linear in linears)
+    given["others"] = sum(parameter.nbytes for parameter in original.parameters()) - 2 * given["rounded"]
     for name, split in (("calibration", "calibration"), ("held_out", "test")):
         batches = load_data(None, original, tokenizer, split=split, sequences=sizes[name], length=LENGTH)  # type: ignore[arg-type]
         given[name] = [row for batch in batches for row in batch["input_ids"].tolist()]
@@ -118,8 +127,8 @@ def run(
         return json.loads(Path(paths["result"]).read_text(encoding="utf-8"))
     described = folder / f"{stem}-job.json"
     described.write_text(json.dumps({**given, **job, **paths, "iterations": sizes["iterations"]}), encoding="utf-8")
-    ours = "recipe" in job or job["method"] == "none"
-    worker = "actkit_worker.py" if "recipe" in job else "peer_worker.py"
+    ours = "recipe" in job
+    worker = "actkit_worker.py" if ours else "peer_worker.py"
     python = sys.executable if ours else str(peers)
     if not Path(python).exists():
         return {"missing": f"{python} does not exist; run make bench-quantization"}
@@ -147,8 +156,10 @@ def judged(rows: dict[str, dict[str, Any]], given: dict[str, Any]) -> list[dict[
         entry: dict[str, Any] = {"row": name, "perplexity": exp(float(losses.sum()) / tokens)}
         entry["x bf16"] = exp(float((losses - base).sum()) / tokens)
         entry["interval"] = f"{low:.3f} to {high:.3f}"
+        entry["bits"] = (row["weights MB"] * 1e6 - given["others"]) * 8 / given["rounded"]
         entry |= {key: None if name == "bf16" else row[key] for key in ("seconds", "peak MB")}
-        found.append({**entry, "disk MB": row.get("disk MB"), "missing": None})
+        entry |= {key: row.get(key) for key in ("weights MB", "resident MB", "tokens/s")}
+        found.append({**entry, "missing": None})
     return found
 
 

@@ -11,15 +11,16 @@ import json
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from peer_worker import losses, memory
+from peer_worker import losses, memory, weights
 
 import actkit
-from actkit.core.measure.cost import folder_bytes
+from actkit.runtime.decoder import Decoder
 
-BATCH = 8
+BATCH, NEW = 8, 32
 
 
 def main() -> None:
@@ -29,17 +30,41 @@ def main() -> None:
     rows = torch.tensor(job["calibration"])
     batches = [{"input_ids": each, "attention_mask": torch.ones_like(each)} for each in rows.split(BATCH)]
     loaded, started = memory("VmRSS"), time.perf_counter()
-    applied = actkit.apply(model, {"actkit": 1, "transforms": job["recipe"]}, batches, undo="off")
+    notes = []
+    if job["recipe"]:
+        applied = actkit.apply(model, {"actkit": 1, "transforms": job["recipe"]}, batches, undo="off")
+        notes = applied.report.notes[:3]
     seconds, peak = time.perf_counter() - started, memory("VmHWM") - loaded
     actkit.save(model, job["folder"], overwrite=True)
-    result = {
+    result: dict[str, Any] = {
         "seconds": seconds,
         "peak MB": peak,
-        "disk MB": folder_bytes(Path(job["folder"])) / 1e6,
+        "weights MB": weights(Path(job["folder"])),
+        "resident MB": resident(model),
         "losses": losses(model, job["held_out"]),
-        "notes": applied.report.notes[:3],
+        "notes": notes,
     }
+    if Decoder.supports(model) is None:
+        result["tokens/s"] = rate(model, job["held_out"][0][:16])
     Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
+
+
+def resident(model: torch.nn.Module) -> float:
+    """MB of the parameters and buffers as they are held, each once."""
+    held = {each.data_ptr(): each.nbytes for each in (*model.parameters(), *model.buffers())}
+    return sum(held.values()) / 1e6
+
+
+def rate(model: torch.nn.Module, prompt: list[int]) -> float:
+    """Tokens a second of the decoder, the median of five times 32 tokens."""
+    found = []
+    with Decoder(model) as decoder:
+        for _ in range(6):
+            decoder.reset()
+            started = time.perf_counter()
+            tokens = list(decoder.generate(prompt, max_new_tokens=NEW, end=()))
+            found.append(len(tokens) / (time.perf_counter() - started))
+    return median(found[1:])  # the first one compiles
 
 
 if __name__ == "__main__":

@@ -30,6 +30,11 @@ def memory(name: str) -> float:
     return float("nan")
 
 
+def weights(folder: Path) -> float:
+    """MB of the weight files of a saved model."""
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6
+
+
 def main() -> None:
     job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(job["threads"])
@@ -37,16 +42,19 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     rows = [torch.tensor(row) for row in job["calibration"]]
     loaded, started = memory("VmRSS"), time.perf_counter()
+    rounding: Any = None
     if job["method"] == "autoround":
-        model = autoround(model, tokenizer, rows, job)
-    elif job["method"] != "none":
+        rounding, model = autoround(model, tokenizer, rows, job)
+    else:
         compress(model, rows, job)
     seconds, peak = time.perf_counter() - started, memory("VmHWM") - loaded
     result = {"seconds": seconds, "peak MB": peak, "losses": losses(model, job["held_out"])}
-    folder = Path(job["folder"])
-    if job["method"] != "autoround":  # written last: packing may change the weights in memory
-        model.save_pretrained(folder, **({} if job["method"] == "none" else {"save_compressed": True}))
-        result["disk MB"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+    folder = Path(job["folder"])  # written last: packing may change the weights in memory
+    if job["method"] == "autoround":
+        rounding.save_quantized(str(folder), format="auto_round")
+    else:
+        model.save_pretrained(folder, save_compressed=True)
+    result["weights MB"] = weights(folder)
     Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
 
 
@@ -84,8 +92,8 @@ def compress(model: Any, rows: list[torch.Tensor], job: dict[str, Any]) -> None:
     )
 
 
-def autoround(model: Any, tokenizer: Any, rows: list[torch.Tensor], job: dict[str, Any]) -> Any:
-    """Run AutoRound; returns the rounded model."""
+def autoround(model: Any, tokenizer: Any, rows: list[torch.Tensor], job: dict[str, Any]) -> tuple[Any, Any]:
+    """Run AutoRound; returns it, and the rounded model."""
     from auto_round import AutoRound
 
     batches = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in rows]
@@ -104,7 +112,7 @@ def autoround(model: Any, tokenizer: Any, rows: list[torch.Tensor], job: dict[st
         device_map="cpu",
     )
     found = rounding.quantize()
-    return found[0] if isinstance(found, tuple) else found
+    return rounding, found[0] if isinstance(found, tuple) else found
 
 
 @torch.no_grad()

@@ -68,14 +68,15 @@ def _transposed(builder: Any, u: list[Any]) -> list[Any]:
     return found
 
 
-def _dot(builder: Any, total: Any, codes: Any, activations: Any) -> Any:
+def dot(builder: Any, total: Any, codes: Any, activations: Any) -> Any:
     """Return total + the sum of four products of unsigned and signed bytes, per word."""
     kind = ir.FunctionType(WORDS, [WORDS, BYTES, BYTES])
-    dot = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
-    return builder.call(dot, [total, builder.bitcast(codes, BYTES), builder.bitcast(activations, BYTES)])
+    add_four = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
+    return builder.call(add_four, [total, builder.bitcast(codes, BYTES), builder.bitcast(activations, BYTES)])
 
 
-def _everywhere(builder: Any, value: Any) -> Any:
+def everywhere(builder: Any, value: Any) -> Any:
+    """Return a vector with the word in every lane."""
     undefined = ir.Constant(WORDS, ir.Undefined)
     return builder.shuffle_vector(builder.insert_element(undefined, value, I32(0)), undefined, integers(0, WIDE))
 
@@ -191,7 +192,7 @@ def fix_points(typingctx, factors, at, step, apart, taken, factor, piece, weight
 # -- products ----------------------------------------------------------------------------------------------------------
 
 
-def _codes(builder: Any, kind: Any, rows: list[Any], place: Any, memory: Memory) -> list[Any]:
+def codes_of_four(builder: Any, kind: Any, rows: list[Any], place: Any, memory: Memory) -> list[Any]:
     """Return a block of four rows as eight vectors of words of unsigned bytes; of 4-bit codes the upper times 16."""
     if kind == types.uint8:
         found = _side_by_side(builder, [memory.load(builder.add(row, place), WORDS) for row in rows])
@@ -205,11 +206,10 @@ def _codes(builder: Any, kind: Any, rows: list[Any], place: Any, memory: Memory)
     ]
 
 
-def _in_order(builder: Any, kind: Any, totals: list[Any]) -> list[Any]:
-    """Return the sums of a block, 16 columns each, in the order of the columns."""
+def in_order(builder: Any, kind: Any, totals: list[Any]) -> list[Any]:
+    """Return the vectors of a block, 16 columns each, in the order of the columns."""
     first, second = totals[:4], totals[4:]
     if kind == types.uint8:  # columns of the lower and the upper codes take turns
-        second = [builder.ashr(total, integers(4, WIDE)) for total in second]
         pairs = zip(_transposed(builder, first), _transposed(builder, second))
         return [vector for pair in pairs for vector in pair]
     return _transposed(builder, first) + _transposed(builder, second)
@@ -246,12 +246,12 @@ def add_dots(typingctx, sums, first, weight, rows, place, factors, at, step, apa
         low = [written.load(offset, WORDS) for offset in places]
         high: list[Any] = [integers(0, WIDE)] * VECTORS
         for n in range(len(rows) // 4):
-            codes = _codes(builder, kind, rows[4 * n : 4 * n + 4], place, memory)
+            codes = codes_of_four(builder, kind, rows[4 * n : 4 * n + 4], place, memory)
             for plane, total in enumerate((high, low)):
                 offset = builder.add(builder.mul(apart, I64(plane)), builder.mul(step, I64(n)))
-                word = _everywhere(builder, given.load(_words(builder, builder.add(at, offset)), I32))
+                word = everywhere(builder, given.load(_words(builder, builder.add(at, offset)), I32))
                 for k, code in enumerate(codes):
-                    total[k] = _dot(builder, total[k], code, word)
+                    total[k] = dot(builder, total[k], code, word)
         for k, offset in enumerate(places):
             written.store(builder.add(builder.shl(high[k], integers(8, WIDE)), low[k]), offset)
         return context.get_dummy_value()
@@ -261,9 +261,11 @@ def add_dots(typingctx, sums, first, weight, rows, place, factors, at, step, apa
     return signature, generate
 
 
-def _taken(builder: Any, memory: Memory, places: list[Any]) -> list[Any]:
+def _taken(builder: Any, kind: Any, memory: Memory, places: list[Any]) -> list[Any]:
     """Return the sums of a block, and set them to zero."""
     found = [memory.load(offset, WORDS) for offset in places]
+    if kind == types.uint8:  # those of the upper codes are 16 times as large
+        found[4:] = [builder.ashr(total, integers(4, WIDE)) for total in found[4:]]
     for offset in places:
         memory.store(integers(0, WIDE), offset)
     return found
@@ -278,9 +280,9 @@ def finish_records(typingctx, out, column, weight, sums, first, unit, taken):  #
         kind = signature.args[2].dtype
         written = Memory(context, builder, signature.args[0], out)
         memory = Memory(context, builder, signature.args[3], sums)
-        totals = _taken(builder, memory, _places(builder, first))
-        unit, taken = splat(builder, unit, WIDE), _everywhere(builder, taken)
-        for k, total in enumerate(_in_order(builder, kind, totals)):
+        totals = _taken(builder, kind, memory, _places(builder, first))
+        unit, taken = splat(builder, unit, WIDE), everywhere(builder, taken)
+        for k, total in enumerate(in_order(builder, kind, totals)):
             offset = _words(builder, builder.add(column, I64(WIDE * k)))
             value = builder.sitofp(builder.sub(total, taken), FLOATS)
             written.store(multiply_add(builder, value, unit, written.load(offset, FLOATS)), offset)
@@ -319,15 +321,15 @@ def finish_groups(
         written = Memory(context, builder, signature.args[0], out)
         memory = Memory(context, builder, signature.args[3], sums)
         scales = Memory(context, builder, signature.args[7], scale)
-        found = _taken(builder, memory, _places(builder, first))
-        unit, total = splat(builder, unit, WIDE), _everywhere(builder, total)
+        found = _taken(builder, kind, memory, _places(builder, first))
+        unit, total = splat(builder, unit, WIDE), everywhere(builder, total)
         own = None
         if signature.args[12].count:
             own = Block(context, Memory(context, builder, signature.args[9], zeros), kind, zeros_at)
             plain = own.offsets(constant(0.0, WIDE))
         else:
-            same = builder.mul(total, _everywhere(builder, builder.fptosi(zero, I32)))
-        for k, value in enumerate(_in_order(builder, kind, found)):
+            same = builder.mul(total, everywhere(builder, builder.fptosi(zero, I32)))
+        for k, value in enumerate(in_order(builder, kind, found)):
             offset = I64(WIDE * k)
             taken = same if own is None else builder.mul(total, builder.fptosi(own.codes(k, plain), WORDS))
             value = builder.sitofp(builder.sub(value, taken), FLOATS)

@@ -32,24 +32,24 @@ def _as_float(typingctx, bits):  # type: ignore[no-untyped-def]
 
 
 @compiled(inner=True)
-def _largest(words, shift):  # type: ignore[no-untyped-def]
+def largest(words, shift):  # type: ignore[no-untyped-def]
     """Return the largest magnitude; NaN if there is one. words: int32, or uint16 (bf16) with shift 16."""
-    largest = np.int32(0)
+    found = np.int32(0)
     sign = np.int32(0x7FFFFFFF) >> np.int32(shift)
     for j in range(words.size):
         word = np.int32(words[j]) & sign
-        largest = np.int32(word) if word > largest else largest
-    return _as_float(np.int32(largest << np.int32(shift)))
+        found = np.int32(word) if word > found else found
+    return _as_float(np.int32(found << np.int32(shift)))
 
 
 @compiled(parallel=True)
 def _round(x, words, shift, dynamic, fixed, half_range, codes, steps):  # type: ignore[no-untyped-def]
     for part in prange(PARTS):
         for i in range(len(x) * part // PARTS, len(x) * (part + 1) // PARTS):
-            largest, step = _largest(words[i], shift), fixed
+            found, step = largest(words[i], shift), fixed
             if dynamic:
-                step = max(largest / half_range, np.float32(TINY)) if largest > 0 else np.float32(1)
-            bad = largest != largest or (dynamic and largest == INF)
+                step = max(found / half_range, np.float32(TINY)) if found > 0 else np.float32(1)
+            bad = found != found or (dynamic and found == INF)
             steps[i] = NAN if bad else step
             for j in range(x.shape[1]):
                 value = np.rint(widen(x[i, j]) / step)
@@ -67,15 +67,19 @@ def _scale(sums, steps, factors, bias, y):  # type: ignore[no-untyped-def]
                 y[i, j] = as_stored(np.float32(sums[i, j]) * (step * factors[j]) + bias[j], y)
 
 
+def words_of(values: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return values, float32 or uint16 (bf16), as the words and the shift that `largest` takes."""
+    return (values, 16) if values.dtype == np.uint16 else (values.view(np.int32), 0)
+
+
 def rounded(x: Tensor, fixed: float | None, half_range: float) -> tuple[Tensor, Tensor]:
     """Compute what `int8_products.rounded_reference` does; x is contiguous."""
     codes, steps = torch.empty(x.shape, dtype=torch.int8), torch.empty(len(x))
     settings = (fixed is None, np.float32(fixed or 0.0), np.float32(half_range))
     values = array(x)
-    words = (values, 16) if values.dtype == np.uint16 else (values.view(np.int32), 0)
     with LOCK:
         follow_torch_threads(x.nbytes)
-        _round(values, *words, *settings, codes.numpy(), steps.numpy())
+        _round(values, *words_of(values), *settings, codes.numpy(), steps.numpy())
     return codes, steps
 
 

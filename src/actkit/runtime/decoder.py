@@ -9,8 +9,9 @@ dense matrix products in chunks, or step by step if it has up to `few` tokens, a
 formats give (`runtime.prompt`). `runtime.blocks` says what a block is made of.
 
 Exactness: everything but the stored weights is float32, the cache too, with two exceptions. Integer weights meet
-activations that are rounded to 16 bits, relative to the largest of 128 (unless `activations` says 'float32'). And for
-bfloat16 models the prompt's products and attention round to bfloat16, integer weights too; the decoding step does not.
+activations that are rounded to 16 bits, relative to the largest of 128, and in a prompt to 8 bits, relative to the
+largest of a group (unless `activations` says 'float32'). And for bfloat16 models the prompt's products and attention
+round to bfloat16; the decoding step does not.
 Cost: a second copy of the weights, packed, beside the model, whose embedding and config are used; with `decode_only`
 the model gives up its own.
 Left open by the design: norms of query and key that subtract the mean, query, key and value that are fused head by
@@ -316,6 +317,33 @@ class Decoder:
             DataError: the cache is full, or a token is not in the vocabulary.
             NonFiniteError: logits are NaN or Inf.
         """
+        for part in self._parts(new):
+            if len(part) > self.few:
+                self._read(part)
+                continue
+            for token in part:
+                self._step(token)
+        self._check_finite()
+        return torch.from_numpy(self._work.logits[: self.vocabulary].copy())
+
+    def all_logits(self, new: Sequence[int]) -> Tensor:
+        """Return the logits after each of some more tokens: float32 [tokens, vocabulary].
+
+        They are read as a prompt, however few they are.
+
+        Args:
+            new: token ids.
+
+        Raises:
+            DataError: as in a call.
+            NonFiniteError: logits are NaN or Inf.
+        """
+        found = [self._read(part, every=True) for part in self._parts(new)]
+        self._check_finite()
+        return torch.cat([part[:, : self.vocabulary] for part in found if part is not None])
+
+    def _parts(self, new: Sequence[int]) -> list[list[int]]:
+        """Check some more tokens, and cut them into chunks of a prompt."""
         self._check_open()
         tokens = [int(token) for token in new]
         if not tokens:
@@ -329,19 +357,13 @@ class Decoder:
             raise DataError(f"new: token {max(tokens)} of {min(tokens)} to {max(tokens)}; the model embeds 0 to "
                             f"{self.vocabulary_in - 1}.")  # fmt: skip
         self._turn(self.position + len(tokens))
-        for start in range(0, len(tokens), CHUNK):
-            part = tokens[start : start + CHUNK]
-            if len(part) > self.few:
-                self._read(part)
-                continue
-            for token in part:
-                self._step(token)
-        logits = torch.from_numpy(self._work.logits[: self.vocabulary].copy())
+        return [tokens[start : start + CHUNK] for start in range(0, len(tokens), CHUNK)]
+
+    def _check_finite(self) -> None:
         if not np.isfinite(self._work.finite).all():
             raise NonFiniteError(
                 f"logits: NaN or Inf after token {self.position}; check the weights and scales of the model."
             )
-        return logits
 
     def generate(
         self,
@@ -433,11 +455,21 @@ class Decoder:
             self._plan.rotary[:, : table.shape[1]] = table
             self._turned = table
 
-    def _read(self, tokens: list[int]) -> None:
-        embedded = self._rows(tokens)
+    def _read(self, tokens: list[int], every: bool = False) -> Tensor | None:
+        embedded, in_integers = self._rows(tokens), self.activations != "float32"
         with torch.no_grad():
-            read_prompt(embedded, self.position, self._plan, self._work, self._matrices, self._selections)
+            found = read_prompt(
+                embedded,
+                self.position,
+                self._plan,
+                self._work,
+                self._matrices,
+                self._selections,
+                in_integers=in_integers,
+                every=every,
+            )
         self.position += len(tokens)
+        return found
 
     def _follow_threads(self) -> None:
         before = torch.get_num_threads()

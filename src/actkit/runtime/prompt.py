@@ -1,9 +1,10 @@
 """A prompt through a decoder's layers: dense matrix products of many tokens, from the packed weights.
 
 Each token's inputs are selected as in the step. Products and attention take the dtype of the model: in bfloat16 their
-inputs and outputs are rounded to it, as the processor's matrix units need it and as transformers does, and integer
-weights are widened to it, some columns at a time, so that they stay in the cache. Residual stream and norms are
-float32.
+inputs and outputs are rounded to it, as the processor's matrix units need it and as transformers does. Integer weights
+with groups of inputs are multiplied in integers, with inputs of 8 bits per token and span (`numba_rounded_rows`),
+unless the decoder's activations are float32; then, and otherwise, they are widened to the dtype, some columns at a
+time, so that they stay in the cache. Residual stream and norms are float32.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from actkit.core.grids.integers import IntegerGrid
 from actkit.kernels import decode_math as functions
 from actkit.kernels import decode_products as forms
 from actkit.kernels import decode_step as steps
+from actkit.kernels.numba_quantized import widened_columns
+from actkit.kernels.numba_rounded_rows import RoundedRows, multiply_rounded, span_of, takes
 from actkit.kernels.output_rows import BundledUnits, PackedRows
 from actkit.kernels.packing import COLUMNS as BLOCK
 from actkit.kernels.packing import PackedWeight, in_order
@@ -63,8 +66,15 @@ def few_tokens(plan: steps.StepPlan, matrices: Matrices, dtype: torch.dtype) -> 
 
 
 def read_prompt(
-    x: Tensor, begin: int, plan: steps.StepPlan, work: steps.Work, matrices: Matrices, selections: list[Any]
-) -> None:
+    x: Tensor,
+    begin: int,
+    plan: steps.StepPlan,
+    work: steps.Work,
+    matrices: Matrices,
+    selections: list[Any],
+    in_integers: bool,
+    every: bool = False,
+) -> Tensor | None:
     """Run some tokens through all layers, into the cache; leave the last one's logits in work.logits.
 
     Args:
@@ -74,19 +84,41 @@ def read_prompt(
         work: the decoder's memory.
         matrices: the packed weights.
         selections: how each product selects its inputs.
+        in_integers: whether integer weights meet inputs that are rounded to 8 bits.
+        every: return the logits of all tokens.
+
+    Returns:
+        Float32 [tokens, vocabulary], if asked for.
     """
-    _Prompt(plan, work, matrices, selections, x.dtype).read(x.float() * float(plan.embedding), begin)
+    prompt = _Prompt(plan, work, matrices, selections, x.dtype, in_integers)
+    x = x.float() * float(plan.embedding)
+    prompt.read(x, begin)
+    if not every:
+        prompt.keep(prompt.logits(x[-1:]))
+        return None
+    found = prompt.logits(x)
+    prompt.keep([own[-1:] for own in found])
+    return torch.cat(found, 1)
 
 
 class _Prompt:
     def __init__(
-        self, plan: steps.StepPlan, work: steps.Work, matrices: Matrices, selections: list[Any], dtype: torch.dtype
+        self,
+        plan: steps.StepPlan,
+        work: steps.Work,
+        matrices: Matrices,
+        selections: list[Any],
+        dtype: torch.dtype,
+        in_integers: bool,
     ) -> None:
         self.plan, self.work, self.matrices, self.selections = plan, work, matrices, selections
         self.dtype = dtype if dtype == torch.bfloat16 else torch.float32
         self.choosing = int(plan.layers[0, 0, steps.CHOOSING])
+        self.in_integers = in_integers
+        self._rounded: dict[Any, tuple[Tensor, RoundedRows]] = {}  # of the products at hand
 
     def read(self, x: Tensor, begin: int) -> None:
+        """Run x, float32 [tokens, hidden], through all layers, in place."""
         plan, end = self.plan, begin + len(x)
         cos, sin = (torch.from_numpy(table[begin:end]) for table in plan.rotary)
         ahead = torch.arange(end)[None, :] - torch.arange(begin, end)[:, None]  # [tokens, all]: 0 is itself
@@ -127,12 +159,22 @@ class _Prompt:
                 if bundle is not None:
                     bundled.append((hidden[-1].to(bundle.buffer.dtype) @ bundle.down()).to(self.dtype))
             self._add(x, layer, steps.DOWN, hidden, bundled)
-        last = [self._norm(x[-1:], plan.last_norm, plan.last_bias, before=True)] * len(plan.layers)
+
+    def logits(self, x: Tensor) -> list[Tensor]:
+        """Compute each thread's share of the logits of some tokens, float32 [tokens, own words]."""
+        plan = self.plan
+        last = [self._norm(x, plan.last_norm, plan.last_bias, before=True)] * len(plan.layers)
         places = plan.layers[:, len(plan.norms)]
-        for thread, (out, place) in enumerate(zip(self._products(len(plan.norms), steps.HEAD, last), places)):
-            own = (out[0, : place[steps.UNITS]].float() * float(plan.scaled)).numpy()
-            self.work.logits[place[steps.FIRST_UNIT] :][: place[steps.UNITS]] = own
-            self.work.finite[thread] = (own * 0).sum()
+        outs = self._products(len(plan.norms), steps.HEAD, last)
+        return [out[:, : place[steps.UNITS]].float() * float(plan.scaled) for out, place in zip(outs, places)]
+
+    def keep(self, own: list[Tensor]) -> None:
+        """Leave the logits of one token in the decoder's memory."""
+        places = self.plan.layers[:, len(self.plan.norms)]
+        for thread, (out, place) in enumerate(zip(own, places)):
+            found = out[0].numpy()
+            self.work.logits[place[steps.FIRST_UNIT] :][: place[steps.UNITS]] = found
+            self.work.finite[thread] = (found * 0).sum()
 
     def _bundle(self, place: np.ndarray) -> BundledUnits | None:
         """The units of a thread that keeps them bundled."""
@@ -231,6 +273,7 @@ class _Prompt:
         inputs: what each thread has of them, [tokens, own]; all of them for the stages that read the residual stream.
         """
         outs = []
+        self._rounded.clear()
         shared = stage not in (steps.OUTPUT, steps.DOWN)
         for thread, (first, number) in enumerate(self.plan.layers[:, layer, 2 * stage : 2 * stage + 2].tolist()):
             pieces: list[Tensor] = []
@@ -269,15 +312,23 @@ class _Prompt:
             y = (x.to(weight.buffer.dtype) @ weight.dense().t()).to(self.dtype)
         elif isinstance(weight, QuantizedRows):
             y = x.to(self.dtype) @ weight.dense().to(self.dtype).t()
+        elif self.in_integers and takes(weight):
+            return self._in_integers(x, weight, bias)
         else:
             assert isinstance(weight, QuantizedWeight)
-            from actkit.kernels.numba_quantized import widened_columns
-
             given = x.to(self.dtype)
             y = outputs_of(
                 torch.cat([given @ part for part in widened_columns(weight, WIDENED, self.dtype)], 1), weight.layout
             )
         return y if bias is None else (y + bias[: y.shape[1]]).to(self.dtype)
+
+    def _in_integers(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        """Multiply inputs that are rounded to 8 bits, once for all products that read the same ones."""
+        span = span_of(weight)
+        key = (x.data_ptr(), x.shape, x.stride(), span)
+        if key not in self._rounded:
+            self._rounded[key] = x, RoundedRows(x, span)  # x stays, so that its memory is not another's
+        return multiply_rounded(self._rounded[key][1], weight, bias, self.dtype)
 
 
 def _activate(code: int, x: Tensor, threshold: float) -> Tensor:
