@@ -14,6 +14,7 @@ with lanes of four words. The sums stay in that order until the block of inputs 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from llvmlite import ir
@@ -30,6 +31,7 @@ SMALLEST = 1e-30  # of a block's largest activation; below, its reciprocal would
 LIMIT = 127.0 * 256  # the largest fixed-point activation: its high byte is signed, and so is the low one
 
 
+@cache
 def available() -> bool:
     """Return whether Numba compiles for a processor with these instructions."""
     features = set(cpu_target.target_context.codegen().magic_tuple()[2].split(","))

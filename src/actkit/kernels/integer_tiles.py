@@ -8,6 +8,7 @@ exact. Outputs stay in the order of unpacking until the last group is done.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ ROWS, PART = 4, 4  # of a tile: rows of inputs, and vectors of columns
 BLOCK_BYTES = 64 * VECTORS  # of the unpacked codes of four inputs
 
 
+@cache
 def order(kind: Any) -> np.ndarray:
     """Which column of a block each place of unpacked codes holds: int64 [128]. kind: np.uint8 (4 bits) or np.int8."""
     vector, word = np.divmod(np.arange(VECTORS * WIDE), WIDE)

@@ -12,6 +12,8 @@ It needs the byte products of AVX-512 (`integer_dots.available`), and groups of 
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import numpy as np
 import torch
 from numba import prange
@@ -31,7 +33,7 @@ HUGE = np.float32(np.finfo(np.float32).max)
 LINE = 64
 
 
-def takes(weight: object) -> bool:
+def takes(weight: object) -> TypeGuard[QuantizedWeight]:
     """Return whether a packed weight can be multiplied so on this processor."""
     if not isinstance(weight, QuantizedWeight) or not weight.layout.by_input or not integer_dots.available():
         return False

@@ -208,7 +208,8 @@ class Decoder:
         thresholds, self._selections = tables.write_selections(self._matrices, table, places)
         self._embedding = array(self.embedding)
         self._plan = steps.StepPlan(layers=places, products=table, thresholds=thresholds, **others)
-        self.few = few_tokens(self._plan, self._matrices, self.embedding.dtype)
+        in_integers = self.activations != "float32"
+        self.few = few_tokens(self._plan, self._matrices, self.embedding.dtype, in_integers)
         self._work, self._memories = tables.memory(
             self._plan,
             self.threads,

@@ -36,31 +36,36 @@ WIDENED = 512  # of an integer weight that are widened at a time: a few megabyte
 # 8 bits; only their ratios count. A step reads each byte of the weights.
 BYTE = 0.036
 # A pass calls torch's operators per layer and thread, and lays out each element of a weight, after it has widened it
-# if it is an integer; then each token is multiplied with each of them.
-LAYER, LAID_OUT, WIDEN = 650_000, 0.2, 0.36
+# if it is an integer; then each token is multiplied with each of them. In integers, it is unpacked instead.
+LAYER, LAID_OUT, WIDEN, UNPACKED = 650_000, 0.2, 0.36, 0.03
 MULTIPLIED = {torch.bfloat16: 0.0066, torch.float32: 0.025}
+IN_INTEGERS = 0.0075
 MOST = 64  # tokens that are read step by step, whatever the model
 
 
-def few_tokens(plan: steps.StepPlan, matrices: Matrices, dtype: torch.dtype) -> int:
+def few_tokens(plan: steps.StepPlan, matrices: Matrices, dtype: torch.dtype, in_integers: bool) -> int:
     """Up to how many tokens single steps take less time than one pass of dense products.
 
     Args:
         plan: of the model, with one row of products per matrix.
         matrices: the packed weights, in the same order.
         dtype: that products are computed in.
+        in_integers: as in `read_prompt`.
 
     Returns:
         A number of tokens, 1 to MOST; it depends on shapes, formats and threads alone.
     """
     threads, layers = len(plan.layers), len(plan.norms)
     elements = plan.products[:, [forms.TILES, forms.INPUTS, forms.TILE]].prod(1)
-    integer = [isinstance(weight, QuantizedWeight | QuantizedRows) for weight in matrices.weights]
+    widened = np.array([isinstance(weight, QuantizedWeight | QuantizedRows) for weight in matrices.weights])
+    integers = np.array([in_integers and takes(weight) for weight in matrices.weights])
     places = plan.layers[:, layers, 2 * steps.HEAD : 2 * steps.HEAD + 2]
     heads = [p for first, number in places.tolist() for p in range(first, first + number)]
-    multiplied = MULTIPLIED.get(dtype, MULTIPLIED[torch.float32])
-    token = (elements.sum() - elements[heads].sum()) * multiplied / threads  # only the last one needs the head
-    once = (elements.sum() * LAID_OUT + elements[integer].sum() * WIDEN) / threads + layers * LAYER * (1 + threads) / 2
+    multiplied = np.where(integers, IN_INTEGERS, MULTIPLIED.get(dtype, MULTIPLIED[torch.float32]))
+    multiplied[heads] = 0  # only the last token needs the head
+    token = (elements * multiplied).sum() / threads
+    laid_out = np.where(integers, UNPACKED, LAID_OUT + WIDEN * widened)
+    once = (elements * laid_out).sum() / threads + layers * LAYER * (1 + threads) / 2
     step = matrices.nbytes * BYTE / threads
     return MOST if step <= token else int(min(MOST, max(1, once / (step - token))))
 
