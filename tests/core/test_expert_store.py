@@ -83,10 +83,11 @@ def test_experts_that_lie_in_one_tensor(mixtral: Path, tmp_path: Path) -> None:
     assert apart.routers() == together.routers()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])
-def test_a_store_gives_what_the_grid_gives(bits: int, mixtral: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bits", "layout"), [*((bits, "codes") for bits in (2, 3, 4, 8, 16)), (2, "kernel"),
+                                              (4, "kernel"), (7, "kernel"), (8, "kernel"), (16, "kernel")])  # fmt: skip
+def test_a_store_gives_what_the_grid_gives(bits: int, layout: Any, mixtral: Path, tmp_path: Path) -> None:
     model = checkpoint.load(mixtral)
-    with ExpertStore.create(mixtral, tmp_path / "store", bits, progress=False) as store:
+    with ExpertStore.create(mixtral, tmp_path / "store", bits, layout=layout, progress=False) as store:
         for layer, experts in opened(model).items():
             for e, expert in enumerate(experts):
                 for part, weight in store.load(layer, e, torch.bfloat16).items():
@@ -103,7 +104,7 @@ def test_widths_by_expert_and_groups(mixtral: Path, tmp_path: Path) -> None:
     paths = [f"{p.path}.{e}" for p in expert_places(checkpoint.load(mixtral)) for e in range(4)]
     bits = {path: (2, 4, 8, 16)[i % 4] for i, path in enumerate(paths)}
     grid = IntegerGrid(8, 8, symmetric=True, scale_dtype="bfloat16")
-    with ExpertStore.create(mixtral, tmp_path / "store", bits, grid=grid, progress=False) as store:
+    with ExpertStore.create(mixtral, tmp_path / "store", bits, layout="codes", grid=grid, progress=False) as store:
         assert [record.bits for record in store.records.values()] == [2, 4, 8, 16] * 2
         loaded = store.load(0, 0, torch.bfloat16)["gate"]
         expected = rounded(ExpertSource(mixtral).expert(0, 0)["gate"], replace(grid, bits=2))
@@ -122,6 +123,8 @@ def test_widths_by_expert_and_groups(mixtral: Path, tmp_path: Path) -> None:
 def test_widths_that_are_refused(bits: Any, message: str, mixtral: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         ExpertStore.create(mixtral, tmp_path / "store", bits, progress=False)
+    with pytest.raises(ValueError, match="choose one of kernel, codes"):
+        ExpertStore.create(mixtral, tmp_path / "store", layout="other", progress=False)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 

@@ -192,6 +192,7 @@ proof(lambda p: ExpertSource(folder(p)).model_without_experts()(input_ids=torch.
 proof(lambda p: (store(p), store(p)))
 proof(lambda p: ExpertStore.create(folder(p), p.path / "nowhere" / "store", progress=False))
 proof(lambda p: store(p, 9))
+proof(lambda p: store(p, layout="other"))
 proof(lambda p: store(p, {"a": 4}))
 proof(lambda p: damaged(p, PAGE).load(0, 0, torch.float32))
 proof(lambda p: damaged(p, -1))

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from actkit.core.ground.errors import CheckpointError, DataError, MemoryLimitError, UnsupportedModelError
+from actkit.core.layers.linear import pack_for_decode
 from actkit.core.model.expert_places import expert_places
 from actkit.core.recipe.runner import apply
 from actkit.core.store import checkpoint
@@ -38,17 +39,19 @@ DEEP = {"num_hidden_layers": 4, "initializer_range": 0.3}  # so that routers dif
 class Case:
     """A model's folder, a store with mixed widths, and the resident model of the same codes."""
 
-    def __init__(self, kind: str, path: Path, dtype: torch.dtype, bits: int | None = None) -> None:
+    def __init__(self, kind: str, path: Path, dtype: torch.dtype, layout: Any) -> None:
         self.folder = path / kind
         tiny_model(kind, **(DEEP if kind == "mixtral" else {})).to(dtype).save_pretrained(self.folder)
         self.original = checkpoint.load(self.folder)
         paths = [f"{place.path}.{e}" for place in expert_places(self.original) for e in range(4)]
-        self.bits = {each: bits or (8, 4, 2, 3)[i % 4] for i, each in enumerate(paths)}
-        self.store = ExpertStore.create(self.folder, path / f"{kind}.bin", self.bits, progress=False)
+        self.bits = {each: (8, 4, 2, 3)[i % 4] for i, each in enumerate(paths)}
+        self.store = ExpertStore.create(self.folder, path / f"{kind}.bin", self.bits, layout=layout, progress=False)
         resident = apply(checkpoint.load(self.folder), [ExpertBits(bits=self.bits)], progress=False).model
         # A copy, in memory of its own: loaded weights lie where the file has them, and products of one row with weights
         # that are aligned in another way differ in their last bits.
         self.resident = copy.deepcopy(resident)
+        if layout == "kernel":
+            pack_for_decode(self.resident)
         text = [{"input_ids": torch.randint(3, 40, (8, 20), generator=torch.Generator().manual_seed(1))}]
         self.predictor = PathPredictor.fit(record_traces(self.original, text), 4)
 
@@ -61,10 +64,10 @@ class Case:
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     made: dict[str, Case] = {}
 
-    def case(kind: str, dtype: torch.dtype = torch.float32) -> Case:
-        name = f"{kind} {dtype}"
+    def case(kind: str, dtype: torch.dtype = torch.float32, layout: str = "kernel") -> Case:
+        name = f"{kind} {dtype} {layout}"
         if name not in made:
-            made[name] = Case(kind, tmp_path_factory.mktemp("case"), dtype)
+            made[name] = Case(kind, tmp_path_factory.mktemp("case"), dtype, layout)
         return made[name]
 
     yield case
@@ -88,10 +91,19 @@ def step_by_step(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat(found, 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", KINDS)
-def test_logits_are_those_of_the_resident_model_bit_for_bit(kind: str, dtype: torch.dtype, cases: Any) -> None:
-    case = cases(kind, dtype)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "layout"),
+    [
+        *((kind, torch.float32, "kernel") for kind in KINDS),
+        *((kind, torch.bfloat16, "codes") for kind in KINDS),
+        ("mixtral", torch.bfloat16, "kernel"),
+        ("mixtral", torch.float32, "codes"),
+    ],
+)
+def test_logits_are_those_of_the_resident_model_bit_for_bit(
+    kind: str, dtype: torch.dtype, layout: str, cases: Any
+) -> None:
+    case = cases(kind, dtype, layout)
     with case.offloaded(predictor=case.predictor) as offloaded:
         for ids in (IDS, IDS[:1]):
             whole, stepped = logits(case.resident, ids), step_by_step(case.resident, ids)

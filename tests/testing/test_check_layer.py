@@ -357,6 +357,7 @@ PARTS |= {
     "IntegerWeight",
     "FloatWeight",
     "HalfIntegerWeight",
+    "KernelWeight",
     "LatentWeight",
     "LatentProduct",
 }

@@ -28,7 +28,7 @@ from actkit import zoo
 from actkit.claims.outcome import Experiment, Measurement, Outcome, Statement, conduct
 from actkit.claims.subject import spread
 from actkit.core.forward.hooks import evaluating
-from actkit.core.model.experts import ExpertList
+from actkit.core.layers.linear import pack_for_decode
 from actkit.core.recipe.runner import apply
 from actkit.core.store.expert_store import ExpertStore
 from actkit.core.train.objective import Objective
@@ -383,7 +383,7 @@ def exact(mixture: Mixture, folder: Path) -> Measurement:
     resident = apply(zoo.load(MODEL), [ExpertBits(bits=plan)], progress=False).model
     for parameter in resident.parameters():  # in memory of its own, as products may depend on where weights lie
         parameter.data = parameter.data.clone()
-    assert any(isinstance(module, ExpertList) for module in resident.modules())
+    assert pack_for_decode(resident)
     with ExpertStore.create(source, folder / "experts.bin", plan, progress=False) as store:
         budget = int(SHARE * store.nbytes)
         with (

@@ -5,13 +5,16 @@
         weights = store.load(layer=3, expert=7, dtype=torch.bfloat16)
 
     page 0     magic, where the index lies, its SHA-256
-    page 1 on  the records, each on pages of its own: codes, scales and zero points of gate, up and down
+    page 1 on  the records, each on pages of its own: gate, up and down, in the layout of the kernels or as codes
     at the end the index, JSON: the source model's digests, sizes, and of each record its place, bits, grid and CRC-32
 
 A record is read by `os.preadv` into pages of its own, which are its memory from then on: nothing is mapped, so that the
 page cache is not mistaken for memory, nor counted as the process's. If the file system takes it the file is opened with
 O_DIRECT and the page cache has no part in it (`reads` is 'direct'); otherwise the cache is asked to drop each record
 behind its read ('dropped'), or there is no way to ask ('cached').
+In the layout of the kernels ('kernel') what was read is multiplied as it lies; 2 and 3 bits take 4 then, and 5 to 7
+take 8. As codes ('codes') each weight takes its bits, and is widened, a part at a time, whenever it is multiplied,
+which takes much longer for one token.
 The file is complete or not there. Every read checks that the file is as it was when it was opened, and the record's
 checksum.
 """
@@ -43,20 +46,24 @@ from actkit.core.ground.machine import versions
 from actkit.core.ground.memory import format_bytes
 from actkit.core.ground.progress import track
 from actkit.core.ground.whole_file import flush
+from actkit.core.layers.kernel_weight import KernelWeight
 from actkit.core.layers.weights import DenseWeight, IntegerWeight, WeightStorage, rounded
 from actkit.core.model.expert_places import ExpertShape, expert_places
 from actkit.core.store.expert_source import PARTS, ExpertSource, router_digests
+from actkit.kernels.quantized import Layout, QuantizedWeight
 
 MAGIC = b"ACTKIT-EXPERTS-1"
 PAGE = 4096  # what direct reads are aligned to
 ALIGNED = 64  # of a tensor in its record
 AS_STORED = 16  # bits that stand for 'as it is in the source'
 ROWS = IntegerGrid(8, scale_dtype="float16")  # a scale and a zero point for each row
-NAMES = ("codes", "scale", "zero", "tensor")
+NAMES = ("codes", "buffer", "scale", "zero", "tensor")
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.uint8, torch.float16, torch.bfloat16, torch.float32)}
 
 PIECE = 1 << 20  # bytes that are read at a time, between which a read can be broken off
 
+StoredLayout = Literal["kernel", "codes"]
+LAYOUTS = ("kernel", "codes")
 Key = tuple[int, int]  # (index of the block, index of the expert)
 
 
@@ -125,6 +132,7 @@ class ExpertStore:
         path: str | Path,
         bits: int | Mapping[str, int] = 4,
         *,
+        layout: StoredLayout = "kernel",
         grid: IntegerGrid = ROWS,
         overwrite: bool = False,
         progress: bool = True,
@@ -136,6 +144,7 @@ class ExpertStore:
             path: of the file.
             bits: of all weights, 2 to 8, or 16 for as they are; or by the path of the expert
                 ('model.layers.0.mlp.experts.3'), for every one.
+            layout: of the records, 'kernel' or 'codes', see above.
             grid: what shares a scale, and how scales are stored; its bits are those of the expert.
             overwrite: replace the file, once the new one is complete.
             progress: show a bar.
@@ -146,9 +155,11 @@ class ExpertStore:
         Raises:
             CheckpointError: the folder is not readable, the file exists, or the disk is too small.
             UnsupportedModelError: the model has no plain gated experts.
-            ValueError: bits that are not allowed, or that do not name every expert.
+            ValueError: another layout, or bits that are not allowed, or that do not name every expert.
         """
         path = Path(path)
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout: {layout!r} was given; choose one of {', '.join(LAYOUTS)}.")
         if path.exists() and not overwrite:
             raise CheckpointError(f"path: {path} exists already; choose another one, or pass overwrite=True.")
         source = ExpertSource(folder)
@@ -157,7 +168,7 @@ class ExpertStore:
         partial = path.parent / f".{path.name}.{os.getpid()}.partial"
         try:
             with partial.open("wb") as file:
-                _write(file, source, widths, grid, progress)
+                _write(file, source, widths, grid, layout, progress)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
@@ -358,7 +369,14 @@ def _check_space(path: Path, source: ExpertSource, widths: Mapping[Key, int]) ->
         )
 
 
-def _write(file: Any, source: ExpertSource, widths: Mapping[Key, int], grid: IntegerGrid, progress: bool) -> None:
+def _write(
+    file: Any,
+    source: ExpertSource,
+    widths: Mapping[Key, int],
+    grid: IntegerGrid,
+    layout: StoredLayout,
+    progress: bool,
+) -> None:
     digest = hashlib.sha256()
     records, at = [], PAGE
     file.write(bytes(PAGE))
@@ -366,9 +384,8 @@ def _write(file: Any, source: ExpertSource, widths: Mapping[Key, int], grid: Int
         content, parts = bytearray(), {}
         for part, matrix in source.expert(layer, expert).items():
             digest.update(matrix.view(torch.uint8).numpy())  # type: ignore[arg-type]
-            parts[part] = _put(
-                content, DenseWeight(matrix) if bits == AS_STORED else rounded(matrix, replace(grid, bits=bits))
-            )
+            weight = DenseWeight(matrix) if bits == AS_STORED else rounded(matrix, replace(grid, bits=bits))
+            parts[part] = _put(content, weight, layout)
         content += bytes(-len(content) % PAGE)
         file.write(content)
         place = {"offset": at, "nbytes": len(content), "bits": bits, "crc32": zlib.crc32(content), "parts": parts}
@@ -389,18 +406,20 @@ def _write(file: Any, source: ExpertSource, widths: Mapping[Key, int], grid: Int
     file.write(MAGIC + at.to_bytes(8, "little") + len(text).to_bytes(8, "little") + hashlib.sha256(text).digest())
 
 
-def _put(content: bytearray, weight: WeightStorage) -> dict[str, Any]:
+def _put(content: bytearray, weight: WeightStorage, layout: StoredLayout) -> dict[str, Any]:
     """Append the tensors of a weight; returns what finds them again."""
     tensors = {}
+    packed = weight.packed(False) if layout == "kernel" else None
     for name in NAMES:
-        tensor = getattr(weight, name, None)
+        tensor = getattr(weight if packed is None else packed, name, None)
         if tensor is not None:
             content += bytes(-len(content) % ALIGNED)
             kind = str(tensor.dtype).removeprefix("torch.")
             tensors[name] = [len(content), kind, list(tensor.shape)]
             content += tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
     grid = weight.grid.spec() if isinstance(weight, IntegerWeight) else None
-    return {"grid": grid, "shape": list(weight.shape), "tensors": tensors}
+    order = None if packed is None else list(packed.layout)
+    return {"grid": grid, "shape": list(weight.shape), "kernel": order, "tensors": tensors}
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -481,6 +500,11 @@ def _parts(pages: mmap.mmap, record: Record, dtype: torch.dtype) -> dict[str, We
             continue
         grid = Grid.from_spec(entry["grid"])
         rows, columns = entry["shape"]
+        if entry["kernel"] is not None:
+            order = Layout(*entry["kernel"])
+            packed = QuantizedWeight(tensors["buffer"], tensors.get("scale"), tensors.get("zero"), order)
+            found[part] = KernelWeight(packed, grid, dtype)
+            continue
         codes, scale, zero = tensors["codes"], tensors["scale"], tensors.get("zero")
         found[part] = IntegerWeight(grid, (rows, columns), codes, scale, zero, dtype)
     return found

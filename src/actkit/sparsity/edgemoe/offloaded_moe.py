@@ -5,13 +5,15 @@
 
 When to use it: the experts of a model are larger than the memory that is free, and it answers one user at a time.
 Cost: the time that reading takes and prediction does not hide; `statistics` says how often the model waited, and for
-how long. Experts are kept as codes and widened a tile at a time as they are multiplied. A prompt reads, in each layer,
-all experts that any of its tokens chooses.
+how long. Experts that are stored in the layout of the kernels are multiplied as they lie, up to eight tokens at a time;
+all others, and those of longer prompts, are widened as they are multiplied. A prompt reads, in each layer, all experts
+that any of its tokens chooses.
 Settled here: logits are those of the resident model with the same codes, bit for bit, as both are computed by the same
-layers in the same order (if its weights are in memory of their own: those that transformers loads lie as the file has
-them, and products with weights that are aligned in another way differ in their last bits). Preloads are made for single
-tokens, of up to ROWS texts side by side; prompts have none. The first layer's experts are preloaded, by their
-frequency, while the last layer of the token before computes.
+layers in the same order: that of `pack_for_decode` for a store in the layout of the kernels, and that without kernels
+for one of codes (if its weights are in memory of their own: those that transformers loads lie as the file has them, and
+products with weights that are aligned in another way differ in their last bits). Preloads are made for single tokens,
+of up to ROWS texts side by side; prompts have none. The first layer's experts are preloaded, by their frequency, while
+the last layer of the token before computes.
 Our own reading: `least`, a probability below which nothing is preloaded: a wrong guess takes the time of a read and the
 place of an expert.
 """
@@ -34,6 +36,7 @@ from actkit.core.edit.edits import set_module
 from actkit.core.forward.hooks import evaluating, refuse_compiled_or_sharded
 from actkit.core.ground.errors import DataError, MemoryLimitError, NonFiniteError, UnsupportedModelError
 from actkit.core.ground.memory import format_bytes, parse_bytes
+from actkit.core.layers.kernel_weight import KernelWeight
 from actkit.core.layers.linear import ActLinear
 from actkit.core.measure.generation import generate_ids
 from actkit.core.measure.sampling import LIKELIEST, Sampling
@@ -374,4 +377,7 @@ def _read(
     """An expert as the resident model has it, its memory the pages of its record."""
     weights: Mapping[str, Any] = store.load(places[key[0]].layer, key[1], dtype, unwanted)
     gate, up, down = (ActLinear(weights[part]) for part in ("gate", "up", "down"))
+    for layer in (gate, up, down):
+        if isinstance(layer.storage, KernelWeight):
+            layer.pack()  # nothing is copied
     return Expert(gate, up, down, activations[key[0]]).eval()
