@@ -281,6 +281,7 @@ def peak(pid: int) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
+@pytest.mark.slow(reason="a checkpoint of 200 MB is written, stored and run in a process of its own")
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_a_run_stays_within_its_budget_as_the_system_counts(cases: Any, tmp_path: Path) -> None:
     """100 MB of experts run within 16 MB: the process grows by that, the hot weights and some scratch."""

@@ -418,7 +418,7 @@ def _put(content: bytearray, weight: WeightStorage, layout: StoredLayout) -> dic
             tensors[name] = [len(content), kind, list(tensor.shape)]
             content += tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
     grid = weight.grid.spec() if isinstance(weight, IntegerWeight) else None
-    order = None if packed is None else list(packed.layout)
+    order = list(packed.layout) if isinstance(packed, QuantizedWeight) else None
     return {"grid": grid, "shape": list(weight.shape), "kernel": order, "tensors": tensors}
 
 
