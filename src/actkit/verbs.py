@@ -470,6 +470,8 @@ def train(
     optimizer: Any = "adamw",
     trainable: Any = None,
     score: Any = None,
+    schedule: Any = "cosine",
+    warmup: float = 0.05,
     accumulation: int = 1,
     resume: bool = False,
     overwrite: bool = False,
@@ -492,6 +494,8 @@ def train(
         optimizer: 'adamw', 'sgd:momentum=0.9' and so on, or a function of parameter groups.
         trainable: patterns of the names of the parameters that train, or a function of the model.
         score: what the best step is judged by, such as 'accuracy:better=higher'; None is the validation loss.
+        schedule: the course of the rate: 'cosine', 'linear', 'constant' or 'wsdc:stable=0.6,decay=0.2'.
+        warmup: share of the steps in which it rises.
         accumulation: batches per step.
         resume: go on with the state kept in `out`.
         overwrite: replace what is in `out`.
@@ -520,6 +524,8 @@ def train(
         optimizer=optimizer,
         trainable=trainable,
         score=score,
+        schedule=schedule,
+        warmup=warmup,
         rules=rules,
         gradient_accumulation=accumulation,
         seed=reading.get("seed", 0),

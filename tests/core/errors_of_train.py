@@ -109,6 +109,18 @@ proof(lambda p: train(p, optimizer="sgd:lr=0.1"))
 proof(lambda p: train(p, optimizer="sgd:speed=1"))
 
 
+proof(lambda p: train(p, schedule=3))
+
+
+proof(lambda p: train(p, schedule="steps"))
+
+
+proof(lambda p: train(p, schedule="wsdc:length=1"))
+
+
+proof(lambda p: train(p, schedule="wsdc:stable=2"))
+
+
 proof(lambda p: train(p, score="accuracy"))
 
 

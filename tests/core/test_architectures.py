@@ -259,6 +259,11 @@ class ByHand:
             del self.sites[f"attention.{name}"]
         self.llama(x)
 
+    def plm(self, x: Tensor) -> None:
+        for name in ("query", "key", "value"):
+            del self.sites[f"attention.{name}"]
+        self.nemotron(x)
+
     def phi3(self, x: Tensor) -> None:
         gate, up = self.W("mlp.gate_up_proj.weight").chunk(2)
         self.state |= {f"{self.path}.gate.weight": gate, f"{self.path}.up.weight": up}
@@ -357,7 +362,8 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> dict[nn.Module, dict[str, Tenso
     found: dict[nn.Module, dict[str, Tensor]] = {}
 
     def watch(model: nn.Module) -> dict[nn.Module, dict[str, Tensor]]:
-        source = sys.modules[type(model).__module__]
+        ours = {"plm": "actkit.sparsity.plm.latent_attention"}
+        source = sys.modules[ours.get(model.config.model_type, type(model).__module__)]
         if not hasattr(source, "eager_attention_forward"):
             watch_modules(model, source)
             return found
@@ -556,6 +562,7 @@ REFUSED: dict[str, list[str | None]] = {
     "qwen3_moe": [None, None, None] + [None] * 4,
     "gpt_oss": [None, None, None] + ["up is clamped or shifted"] * 4,
     "deepseek_v3": [BESIDE] + [None] * 4 + [UNKNOWN] * 6,
+    "plm": [None, None] + [UNKNOWN] * 3,
     "deepseek_v3, queries of full rank": [BESIDE] + [None] * 4 + [UNKNOWN] * 5,
 }
 

@@ -13,6 +13,9 @@ from actkit.sparsity.cats.cats import Cats
 from actkit.sparsity.lazy_neuron.activity_curve import activity_curve
 from actkit.sparsity.lazy_neuron.neuron_activity import neuron_activity
 from actkit.sparsity.lazy_neuron.top_k_mlp import TopKMlp
+from actkit.sparsity.plm.activated_parameters import activated_parameters
+from actkit.sparsity.plm.model import load_plm
+from actkit.sparsity.plm.schedule import wsdc_lambda
 from actkit.sparsity.prosparse.activation_predictor import ActivationPredictor, activation_pairs
 from actkit.sparsity.prosparse.fatrelu import FatRelu, sweep_threshold
 from actkit.sparsity.prosparse.prosparse import ProSparse
@@ -76,3 +79,12 @@ proof(lambda p: run("cats", kind="mlp"))
 
 
 proof(lambda p: in_float32(build("mlp"), batches("mlp")[0]).__enter__())
+
+
+proof(lambda p: load_plm(p.copy("plain")))
+
+
+proof(lambda p: activated_parameters(nn.Sequential(nn.Linear(4, 4)), [torch.ones(2, 4)], progress=False))
+
+
+proof(lambda p: wsdc_lambda(1, 5, 5, 10))

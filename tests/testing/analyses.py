@@ -19,6 +19,7 @@ from actkit.sparsity.active_dendrites.pattern_theory import threshold_curve
 from actkit.sparsity.cats.gate_sparsity import gate_sparsity
 from actkit.sparsity.lazy_neuron.activity_curve import activity_curve
 from actkit.sparsity.lazy_neuron.neuron_activity import neuron_activity
+from actkit.sparsity.plm.activated_parameters import activated_parameters
 from actkit.sparsity.prosparse.fatrelu import sweep_threshold
 from actkit.sparsity.r_sparse.importance_map import importance_map
 from actkit.sparsity.sparsing_law.activation_ratio import activation_ratio, pareto
@@ -57,6 +58,7 @@ ANALYSES: dict[str, Made] = {
     "profile of experts": Made(quiet(profile), "Profile", "mixtral"),
     "profile of a traced model": Made(quiet(profile), "Profile", "mlp"),
     "neuron_activity": Made(quiet(neuron_activity), "NeuronActivity", relu=True),
+    "activated_parameters": Made(quiet(activated_parameters), "ActivatedParameters", relu=True),
     "neuron_activity of images": Made(quiet(neuron_activity, threshold=0.1), "NeuronActivity", "vit"),
     "activity_curve": Made(curve, "ActivityCurve", relu=True),
     "gate_sparsity": Made(quiet(gate_sparsity), "GateSparsity", "mixtral", relu=True),

@@ -418,6 +418,10 @@ def train(
     score: Annotated[
         str | None, typer.Option(metavar="METRIC", help="Judges the best step: accuracy:better=higher. Default: loss.")
     ] = None,
+    schedule: Annotated[
+        str, typer.Option(metavar="NAME", help="Of the rate: cosine, linear, constant, wsdc:stable=0.6,decay=0.2.")
+    ] = "cosine",
+    warmup: Annotated[float, typer.Option(min=0, help="Share of the steps in which the rate rises.")] = 0.05,
     accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimizer step.")] = 1,
     sequences: Sequences = None,
     length: Length = None,
@@ -447,6 +451,8 @@ def train(
             optimizer=optimizer,
             trainable=trainable or None,
             score=score,
+            schedule=schedule,
+            warmup=warmup,
             accumulation=accumulation,
             sequences=sequences,
             length=length,

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
+
+from actkit.core.store.pretrained import find_class
 
 HIDDEN, INNER, HEADS, VOCABULARY = 16, 24, 4, 40
 ENCODER = {
@@ -142,6 +143,17 @@ SETTINGS: dict[str, tuple[str, str, Mapping[str, Any]]] = {
             "n_shared_experts": 1,
         },
     ),
+    "plm": (
+        "PLM",
+        "CausalLM",
+        {
+            **WORDS,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 6,
+            "v_head_dim": 4,
+            "kv_lora_rank": 8,
+        },
+    ),
     "gpt2": ("GPT2", "LMHeadModel", {**GPT2, "vocab_size": VOCABULARY}),
     "gpt_neox": ("GPTNeoX", "CausalLM", {**WORDS, "rotary_pct": 0.5}),
     "gptj": ("GPTJ", "CausalLM", {**GPT2, "vocab_size": VOCABULARY, "rotary_dim": 2}),
@@ -216,8 +228,8 @@ def tiny_model(kind: str, **changes: Any) -> Any:
         model: Any = TinyMlp()
     else:
         name, task, settings = SETTINGS[kind]
-        config = getattr(transformers, f"{name}{'Text' * kind.endswith('_text')}Config")(**{**settings, **changes})
-        model = getattr(transformers, f"{name}{'For' * (kind != 'gpt2')}{task}")(config)
+        cls: Any = find_class(f"{name}{'For' * (kind != 'gpt2')}{task}")
+        model = cls(cls.config_class(**{**settings, **changes}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(std=0.3)

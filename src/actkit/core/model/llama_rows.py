@@ -199,6 +199,16 @@ DEEPSEEK_V3 = replace(
     adapt=_latent_norms_where_configured,
 )
 
+# Latent attention, and an MLP without a gate.
+PLM = replace(
+    LLAMA,
+    name="plm",
+    model_types=("plm",),
+    attention=DEEPSEEK_V3.attention,
+    mlp=NEMOTRON.mlp,
+    adapt=_latent_norms_where_configured,
+)
+
 PHI3 = replace(
     LLAMA,
     name="phi3",
@@ -307,5 +317,5 @@ LFM2 = replace(
 ROWS = (
     *(LLAMA, SMOLLM3, GRANITE, ERNIE4_5, OLMO, STARCODER2, NEMOTRON, PHI, STABLELM, COHERE, COHERE2, QWEN3, PHI3),
     *(OLMO2, EXAONE4, GLM4, GEMMA, GEMMA2, GEMMA3, LFM2),
-    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS, DEEPSEEK_V3),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE, GPT_OSS, DEEPSEEK_V3, PLM),
 )

@@ -24,9 +24,9 @@ from actkit.core.ground.errors import RecipeError
 from actkit.core.ground.yaml_files import explain, shorten
 from actkit.core.recipe.optimizer import OptimizerSettings, ScoreSettings
 from actkit.core.recipe.rule import TrainingRule, dump_rules, parse_rules
+from actkit.core.recipe.schedule import ScheduleSettings
 from actkit.core.recipe.transform import Transform
 
-Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["no", "bf16", "fp16"]
 Keep = Literal["best", "last"]
 
@@ -59,6 +59,7 @@ class Train(BaseModel):
         optimizer: what `OptimizerSettings.parse` reads.
         learning_rates: other peaks for some parameters, by patterns of their names.
         trainable: patterns of the names of the parameters that train.
+        schedule: of the learning rate, what `ScheduleSettings.parse` reads.
         score: of the best step, what `ScoreSettings.parse` reads.
         data: what to train on, by name: a file, a folder or 'random'. None is the data that the recipe is applied with:
             the train split of the embedded data, of a file or of a folder.
@@ -86,7 +87,7 @@ class Train(BaseModel):
     batch_size: int | None = Field(None, ge=1)
     gradient_accumulation: int = Field(1, ge=1)
     warmup: float = Field(0.05, ge=0, lt=1)
-    schedule: Schedule = "cosine"
+    schedule: Any = "cosine"
     weight_decay: float = Field(0.01, ge=0, allow_inf_nan=False)
     max_grad_norm: float | None = Field(1.0, gt=0)
     mixed_precision: Precision = "no"
@@ -104,6 +105,11 @@ class Train(BaseModel):
     @classmethod
     def _named(cls, optimizer: Any) -> Any:
         return OptimizerSettings.parse(optimizer).dump()
+
+    @field_validator("schedule")
+    @classmethod
+    def _known(cls, schedule: Any) -> Any:
+        return ScheduleSettings.parse(schedule).dump()
 
     @field_validator("score")
     @classmethod

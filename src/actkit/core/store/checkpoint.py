@@ -618,7 +618,7 @@ def _build_pretrained(folder: Path, manifest: dict[str, Any], trust_remote_code:
 
     settings = _read_json(folder / "config.json")
     name, auto_map = manifest["base_class"], settings.get("auto_map")
-    if isinstance(auto_map, dict) and not pretrained.has_class(name):
+    if isinstance(auto_map, dict) and pretrained.find_class(name) is None:
         base: Any = remote_class(auto_map, name, folder, trust_remote_code)
     else:
         base = pretrained.class_by_name(name)

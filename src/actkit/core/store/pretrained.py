@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from actkit.core.edit import changes
 from actkit.core.edit.changes import Changes
+from actkit.core.ground import registry
 from actkit.core.ground.errors import CheckpointError
 from actkit.core.ground.modules import is_pretrained
 from actkit.core.model.architectures import known_model_types
@@ -194,7 +195,7 @@ def restore(model: nn.Module, known: Changes | None) -> None:
 
 
 def class_by_name(name: str) -> type[PreTrainedModel]:
-    """Find a model class of transformers by its name (never an import path).
+    """Find a model class of transformers, or one of ours over it, by its name (never an import path).
 
     Args:
         name: of the class.
@@ -202,19 +203,26 @@ def class_by_name(name: str) -> type[PreTrainedModel]:
     Raises:
         CheckpointError: there is none of that name.
     """
-    if not has_class(name):
+    found = find_class(name)
+    if found is None:
         raise CheckpointError(
             f"base_class: {name!r} is not a model class of transformers {transformers.__version__}; install one that "
             f"has it, or for a class of your own pass base= in Python (actkit.load), a function that builds the "
             f"unchanged model."
         )
-    return getattr(transformers, name)
+    return found
 
 
-def has_class(name: str) -> bool:
-    """Whether transformers has a model class of that name."""
+def find_class(name: str) -> type[PreTrainedModel] | None:
+    """Return the model class of that name, of transformers or registered under `actkit.models`; None without one.
+
+    Args:
+        name: of the class.
+    """
     found = getattr(transformers, name, None)
-    return isinstance(found, type) and issubclass(found, PreTrainedModel)
+    own = registry.model_name_of_class(name) if found is None else None
+    found = found if own is None else registry.model_class(own)
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 
 
 @cache

@@ -19,8 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from actkit.core.edit.changes import SourceGrid
+from actkit.core.ground import registry
 from actkit.core.ground.errors import CheckpointError
 from actkit.core.ground.modules import tied_names
+from actkit.core.store.pretrained import find_class
 from actkit.core.store.quantized_source import is_code, quantization_of, read_dequantized, refuse_unread
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -49,6 +51,8 @@ def load_folder(
     refuse_adapter(folder)
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if settings.get("model_type") not in CONFIG_MAPPING and settings.get("model_type") in registry.model_names():
+            registry.model_class(settings["model_type"])  # a class of ours over transformers makes itself known
         if "AutoConfig" in (settings.get("auto_map") or {}) and settings.get("model_type") not in CONFIG_MAPPING:
             _trusted(folder, trust_remote_code)
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -178,7 +182,7 @@ def class_of(config: Any, folder: Path, names: list[str], trust_remote_code: boo
     import transformers
 
     stated = (getattr(config, "architectures", None) or [None])[0]
-    cls = getattr(transformers, stated, None) if stated else None
+    cls = find_class(stated) if stated else None
     if cls is not None:
         return cls
     if getattr(config, "auto_map", None):

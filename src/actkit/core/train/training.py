@@ -35,7 +35,8 @@ from actkit.core.ground.random_numbers import own_random_numbers, random_state, 
 from actkit.core.ground.whole_file import write_whole
 from actkit.core.recipe.rule import parse_rules
 from actkit.core.recipe.runner import check_model
-from actkit.core.recipe.stage import Keep, Precision, Schedule
+from actkit.core.recipe.schedule import ScheduleSettings
+from actkit.core.recipe.stage import Keep, Precision
 from actkit.core.store import checkpoint
 from actkit.core.store.tensor_files import read_values, write_values
 from actkit.core.train.choice import Trainable, chooses, trained_parameters
@@ -174,7 +175,7 @@ def train(
     rules: Any = (),
     gradient_accumulation: int = 1,
     warmup: float = 0.05,
-    schedule: Schedule = "cosine",
+    schedule: Any = "cosine",
     weight_decay: float = 0.01,
     mixed_precision: Precision = "no",
     seed: int = 0,
@@ -215,7 +216,8 @@ def train(
         rules: what `parse_rules` takes.
         gradient_accumulation: batches of a step.
         warmup: share of the steps in which the rate rises.
-        schedule: its course after that: 'cosine', 'linear' or 'constant'.
+        schedule: its course after that: 'cosine', 'linear', 'constant' or 'wsdc:stable=0.6,decay=0.2'
+            (`core/recipe/schedule.py`).
         weight_decay: of weight matrices (`parameter_groups`), in the way of the optimizer.
         mixed_precision: 'no', 'bf16' or 'fp16'.
         seed: of the order of the batches and of everything random.
@@ -268,7 +270,7 @@ def train(
             learning_rate=learning_rate,
             gradient_accumulation=gradient_accumulation,
             warmup=warmup,
-            schedule=schedule,
+            schedule=ScheduleSettings.parse(schedule).dump(),
             weight_decay=weight_decay,
             mixed_precision=mixed_precision,
             seed=seed,

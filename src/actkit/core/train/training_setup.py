@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import threading
@@ -21,7 +20,8 @@ from actkit.core.ground import whole_folder
 from actkit.core.ground.errors import CheckpointError, DataError
 from actkit.core.ground.fingerprint import fingerprint
 from actkit.core.layers.weights import CodedWeight
-from actkit.core.recipe.stage import Precision, Schedule
+from actkit.core.recipe.schedule import ScheduleSettings
+from actkit.core.recipe.stage import Precision
 from actkit.core.store import checkpoint
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Settings:
     learning_rate: float
     gradient_accumulation: int
     warmup: float
-    schedule: str
+    schedule: Any
     weight_decay: float
     mixed_precision: str
     seed: int
@@ -63,7 +63,6 @@ def checked(settings: Settings, evaluate_every: int | None) -> Settings:
         "learning_rate": (settings.learning_rate, settings.learning_rate > 0, "a number above 0"),
         "gradient_accumulation": (settings.gradient_accumulation, settings.gradient_accumulation >= 1, "1 or more"),
         "warmup": (settings.warmup, 0 <= settings.warmup < 1, "a share of the steps, 0 to below 1"),
-        "schedule": (settings.schedule, settings.schedule in get_args(Schedule), ", ".join(get_args(Schedule))),
         "weight_decay": (settings.weight_decay, settings.weight_decay >= 0, "0 or more"),
         "max_grad_norm": (norm, norm is None or norm > 0, "a number above 0, or None"),
         "evaluate_every": (every, every >= 1, "1 or more"),
@@ -108,12 +107,7 @@ def steps_per_epoch(batches: int, size: int, processes: int) -> int:
 
 def rate(step: int, settings: Settings) -> float:
     """The share of the peak learning rate in a step, counted from 0."""
-    rising = round(settings.warmup * settings.steps)
-    if step < rising:
-        return (step + 1) / rising
-    done = (step - rising) / (settings.steps - rising)
-    falling = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}
-    return falling[settings.schedule]
+    return ScheduleSettings.parse(settings.schedule).ratio(step, settings.steps, settings.warmup)
 
 
 def sequences(
