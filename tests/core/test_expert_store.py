@@ -70,6 +70,15 @@ def test_experts_and_the_rest_are_those_of_the_model_that_transformers_loads(
         bare(input_ids=torch.tensor([[1, 2]]))
 
 
+def test_a_checkpoint_in_several_files(mixtral: Path, tmp_path: Path) -> None:
+    checkpoint.load(mixtral).save_pretrained(tmp_path / "cut", max_shard_size="8KB")
+    assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 3
+    whole, cut = ExpertSource(mixtral), ExpertSource(tmp_path / "cut")
+    assert whole.routers() == cut.routers()
+    for e in range(4):
+        assert all(torch.equal(x, cut.expert(1, e)[part]) for part, x in whole.expert(1, e).items())
+
+
 def test_experts_that_lie_in_one_tensor(mixtral: Path, tmp_path: Path) -> None:
     """The layout of transformers' own modules, which its files have not by default."""
     model = checkpoint.load(mixtral)

@@ -155,6 +155,16 @@ def test_it_backs_off_from_paths_that_it_has_not_seen() -> None:
         predictor.predict([(0, 1)] * 3)
 
 
+def test_sets_are_not_told_apart_if_there_are_too_many() -> None:
+    rows = np.random.default_rng(0).permuted(np.tile(np.arange(64), (20, 3, 1)), axis=2)[:, :, :8]
+    predictor = PathPredictor.fit([rows], 64)
+    found = dict(predictor.predict([rows[0, 0]]))
+    after = [np.isin(rows[:, 0], e).any(1) for e in rows[0, 0]]  # the tokens that chose the same, for each
+    expected = np.mean([[(rows[same, 1] == e).any(1).mean() for e in range(64)] for same in after], 0)
+    assert [found[e] for e in range(64)] == pytest.approx(list(expected))
+    assert predictor.coverage([rows]) == 0 and all(set(sets) == {()} for sets in predictor._sets)
+
+
 def test_accuracy_and_coverage_on_paths_that_are_certain(tmp_path: Path) -> None:
     paths = np.array([[0, 1, 2, 3], [1, 2, 3, 0]])[:, :, None]
     text = paths[np.random.default_rng(0).integers(2, size=50)]

@@ -162,6 +162,18 @@ def test_a_slower_disk_takes_its_time_and_breaks_off(cases: Any) -> None:
     assert 0 < broken.value.done < size and time.perf_counter() - begun < 0.06
 
 
+def test_a_store_that_was_given_by_its_path_is_closed(cases: Any) -> None:
+    case = cases("mixtral")
+    with OffloadedMoE.open(case.folder, case.store.path, budget="1MB") as offloaded:
+        store = offloaded.store
+        offloaded([1])
+    with pytest.raises(CheckpointError, match="was closed"):
+        store.load(0, 0, torch.float32)
+    with case.offloaded():
+        pass
+    case.store.load(0, 0, torch.float32)
+
+
 def test_it_generates_what_the_resident_model_generates(cases: Any) -> None:
     case = cases("mixtral")
     with case.offloaded(predictor=case.predictor) as offloaded:

@@ -148,25 +148,33 @@ class ExpertFetcher:
             ValueError: the fetcher was closed.
         """
         with self._changed:
-            started = time.perf_counter()
             self._awaited = key
             self._in_use.add(key)
-            while key not in self._ready:
-                if self._failed is not None:
-                    failed, self._failed = self._failed, None
-                    self._in_use.discard(key)
-                    raise failed
-                if self._closed:
-                    raise ValueError("fetcher: it was closed; make another one.")
-                if key not in self._reading and key not in self._demanded:
-                    self._demanded.insert(0, key)  # it went for another expert of this layer
-                self._changed.notify_all()
-                self._changed.wait()
-                self.statistics.stall_seconds += time.perf_counter() - started
-                started = time.perf_counter()
-            self._awaited = None
+            try:
+                self._wait_for(key)
+            except BaseException:
+                self._in_use.discard(key)
+                raise
+            finally:
+                self._awaited = None
             self._unused.discard(key)
             return self._ready[key]
+
+    def _wait_for(self, key: Key) -> None:
+        started = time.perf_counter()
+        while key not in self._ready:
+            if self._failed is not None:
+                failed, self._failed = self._failed, None
+                raise failed
+            if self._closed:
+                raise ValueError("fetcher: it was closed; make another one.")
+            if key not in self._reading and key not in self._demanded:
+                self._demanded.insert(0, key)  # it went for another expert of this layer
+            self._changed.notify_all()
+            self._changed.wait()
+            now = time.perf_counter()
+            self.statistics.stall_seconds += now - started
+            started = now
 
     def release(self, key: Key) -> None:
         """Let an expert go if room is wanted."""

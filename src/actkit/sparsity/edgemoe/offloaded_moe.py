@@ -36,6 +36,7 @@ from actkit.core.edit.edits import set_module
 from actkit.core.forward.hooks import evaluating, refuse_compiled_or_sharded
 from actkit.core.ground.errors import DataError, MemoryLimitError, NonFiniteError, UnsupportedModelError
 from actkit.core.ground.memory import format_bytes, parse_bytes
+from actkit.core.ground.offload import refuse_offloaded
 from actkit.core.layers.kernel_weight import KernelWeight
 from actkit.core.layers.linear import ActLinear
 from actkit.core.measure.generation import generate_ids
@@ -86,6 +87,8 @@ class StoredExperts(nn.Module):
 class OffloadedMoE:
     """Runs a mixture of experts whose experts are in a store. `close()`, or the end of a `with`, ends its threads.
 
+    It is used by one thread at a time.
+
     Args:
         model: of the store, with its experts (which then are not used) or without (`ExpertSource`); see `open`.
         store: that holds its experts, or one that reads like a slower disk.
@@ -107,6 +110,7 @@ class OffloadedMoE:
     """
 
     closed = False
+    _opened = False  # whether the store was opened here
     position: int
     _cache: Any
 
@@ -125,6 +129,7 @@ class OffloadedMoE:
         decode_only: bool = False,
     ) -> None:
         refuse_compiled_or_sharded(model)
+        refuse_offloaded(model, "what is beside the experts stays in memory here")
         reason = supports(model)
         if reason is not None:
             raise UnsupportedModelError(f"model: {type(model).__name__} does not run from a store: {reason}.")
@@ -189,7 +194,9 @@ class OffloadedMoE:
             ValueError: as for the class.
         """
         opened = ExpertStore.open(store) if isinstance(store, str | Path) else store
-        return cls(ExpertSource(folder).model_without_experts(dtype), opened, budget=budget, **settings)
+        made = cls(ExpertSource(folder).model_without_experts(dtype), opened, budget=budget, **settings)
+        made._opened = opened is not store
+        return made
 
     def _check_memory(self, config: Any) -> None:
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -296,8 +303,13 @@ class OffloadedMoE:
     # -- closing
 
     def close(self) -> None:
-        """End the threads, and let go of model, experts and cache; the store stays open. More than once is fine."""
+        """End the threads, and let go of model, experts and cache; more than once is fine.
+
+        The store stays open, unless its path was given.
+        """
         self._finalizer()
+        if self._opened:
+            self.store.close()
         self.closed, self.position = True, 0
         self.model = self._cache = None
         self._stored = {}
@@ -325,6 +337,8 @@ def supports(model: nn.Module) -> str | None:
         return str(error).removeprefix("model: ").removesuffix(".")
     if getattr(model, "get_output_embeddings", lambda: None)() is None:
         return "it has no output layer; load the model with its language-model head"
+    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+        return "it is not on the CPU"
     for place in places:
         experts = model.get_submodule(place.path)
         if isinstance(experts, ExpertList):

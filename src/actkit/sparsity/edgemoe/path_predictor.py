@@ -8,7 +8,8 @@ Settled here: choices that were never seen together back off to those of one lay
 is chosen at all. The first layer has nothing before it, the second one layer.
 Our own reading: with k experts a token chooses a set, and sets of many experts hardly ever come again. Between one
 layer and none there is therefore one more step: the mean over the experts of the previous set of what followed each.
-For k = 1 it is what one layer says.
+For k = 1 it is what one layer says. Where more than SETS sets are possible (8 of 128 experts), none is kept, and
+predictions begin with that step.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from actkit.core.ground.whole_file import write_whole
 from actkit.core.model.expert_places import ExpertShape, expert_places
 from actkit.sparsity.edgemoe.expert_cache import Key
 
+SETS = 1024  # of experts that a token may choose in a layer, up to which they are told apart
 Choice = tuple[int, ...]  # the experts of one token in one layer, sorted
 Trace = np.ndarray[Any, Any]  # int [tokens, layers, k]: what the tokens of one text chose
 
@@ -84,6 +87,7 @@ class PathPredictor:
 
     def __init__(self, layers: int, experts: int, top_k: int) -> None:
         self.layers, self.experts, self.top_k = layers, experts, top_k
+        self._orders = 2 if comb(experts, top_k) <= SETS else 0
         # of each layer: what came before -> (tokens, how many of them chose each expert)
         self._sets: list[dict[tuple[Choice, ...], np.ndarray[Any, Any]]] = [{} for _ in range(layers)]
         self._each = np.zeros((layers, experts, experts + 1))  # after one expert of the layer before; tokens are last
@@ -111,7 +115,7 @@ class PathPredictor:
 
     def _count(self, choices: Sequence[Choice]) -> None:
         for layer, choice in enumerate(choices):
-            for order in range(min(layer, 2) + 1):
+            for order in range(min(layer, self._orders) + 1):
                 counts = self._sets[layer].setdefault(
                     tuple(choices[layer - order : layer]), np.zeros(self.experts + 1, dtype=np.int64)
                 )
@@ -188,7 +192,7 @@ class PathPredictor:
             top: share of the paths that the statistics hold.
 
         Returns:
-            Share of (token, layer) pairs.
+            Share of (token, layer) pairs; 0 if sets are not told apart.
         """
         known: Counter[tuple[int, Choice, Choice]] = Counter()
         for layer, sets in enumerate(self._sets[2:], 2):
