@@ -319,26 +319,34 @@ class _Tally:
     """Sums over layers of one token's bytes: what its selections kept, and what they chose from."""
 
     def __init__(self) -> None:
-        self._parts: list[tuple[Rows, Tensor, float]] = []
+        self._sums: list[tuple[Rows, Tensor, Tensor]] = []  # of the batch at hand, for each kind of rows
         self.kept: list[Tensor] = []
         self.all: list[Tensor] = []
 
     def add(self, rows: Rows, shares: Tensor, size: float) -> None:
-        """Keys of n tokens, float64 [n] of the layer's inputs that each keeps, and the layer's weight bytes."""
-        self._parts.append((rows, shares.cpu(), size))
+        """Keys of n tokens, float64 [n] of the layer's inputs that each keeps, and the layer's weight bytes.
+
+        Most layers of a batch share their rows, and are added up at once, as small tensors that are kept beside large
+        ones that come and go leave memory in pieces.
+        """
+        known = next((sums for sums in self._sums if sums[0] is rows), None)
+        if known is None:
+            known = (rows, *torch.zeros(2, len(rows), dtype=torch.float64))
+            self._sums.append(known)
+        _, kept, every = known
+        kept += shares.cpu() * size
+        every += size
 
     def close_batch(self) -> None:
         """Join the layers' rows by token."""
-        if not self._parts:
+        if not self._sums:
             return
-        keys = torch.cat([torch.stack((rows.documents, rows.positions), 1).cpu() for rows, _, _ in self._parts])
-        shares = torch.cat([shares for _, shares, _ in self._parts])
-        sizes = torch.cat([torch.full_like(shares, size) for _, shares, size in self._parts])
+        keys = torch.cat([torch.stack((rows.sequences, rows.positions), 1).cpu() for rows, _, _ in self._sums])
         distinct, index = keys.unique(dim=0, return_inverse=True)
         zeros = torch.zeros(len(distinct), dtype=torch.float64)
-        self.kept.append(zeros.index_add(0, index, shares * sizes))
-        self.all.append(zeros.index_add(0, index, sizes))
-        self._parts.clear()
+        self.kept.append(zeros.index_add(0, index, torch.cat([kept for _, kept, _ in self._sums])))
+        self.all.append(zeros.index_add(0, index, torch.cat([every for _, _, every in self._sums])))
+        self._sums.clear()
 
     def merge(self) -> None:
         """Join what several processes tallied."""
