@@ -104,6 +104,9 @@ class ExpertBits(Transform):
         """The grid of an expert with so many bits."""
         return IntegerGrid(bits, self.group_size, symmetric=self.symmetric, scale_dtype=self.scale_dtype)
 
+    def passes(self, tokens: int) -> float:
+        return 64.0 if self.importance == "loss" else 20.0
+
     def targets(self, block: Block) -> Iterable[Linear]:
         return [linear for layers in experts_of([block]).values() for linear in layers]
 
