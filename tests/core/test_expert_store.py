@@ -252,6 +252,7 @@ def test_without_direct_reads_the_page_cache_is_dropped(stored: Path, monkeypatc
     with ExpertStore.open(stored) as direct:
         expected = direct.load(0, 3, torch.bfloat16)["down"].dequantize()
     monkeypatch.delattr(os, "O_DIRECT")
+    monkeypatch.delattr(os, "preadv")
     with ExpertStore.open(stored) as store:
         assert store.reads == "dropped" and "dropped from the page cache" in store.describe()
         assert torch.equal(store.load(0, 3, torch.bfloat16)["down"].dequantize(), expected)

@@ -165,6 +165,11 @@ def unreadable(p: Place) -> Any:
     return opened.load(0, 0, torch.float32)
 
 
+def without_pread(p: Place) -> Any:
+    p.patch.delattr(os, "pread")
+    return ExpertStore.open(p.path / "store")
+
+
 def saved_by_actkit(p: Place) -> Any:
     (folder(p) / "actkit.json").write_text("{}")
     return ExpertSource(folder(p))
@@ -174,7 +179,7 @@ TRACE = np.zeros((2, 2, 1), dtype=int)
 
 for raises in (lacking, cut, gone, changed, closed, other, full, strange, no_memory, not_finite, after_close):
     proof(raises if raises is not lacking else lambda p: ExpertSource(lacking(p)))
-for raises in (fetcher_after_close, twice, not_a_store, short_store, unreadable, saved_by_actkit):
+for raises in (fetcher_after_close, twice, not_a_store, short_store, unreadable, without_pread, saved_by_actkit):
     proof(raises)
 
 proof(lambda p: TensorSource([folder(p) / "model.safetensors"]).read("other"))

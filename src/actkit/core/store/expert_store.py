@@ -190,6 +190,8 @@ class ExpertStore:
             CheckpointError: it is no store, truncated, or its index is damaged.
         """
         path = Path(path)
+        if not hasattr(os, "pread"):
+            raise CheckpointError(f"{path}: stores of experts are read by pread, which Linux and macOS have.")
         return cls(path, _read_index(path))
 
     # -- reading
@@ -483,11 +485,19 @@ def _fill(file: int, pages: mmap.mmap, offset: int, unwanted: Event | None = Non
     while done < len(view):
         if unwanted is not None and unwanted.is_set():
             raise Unwanted(done)
-        count = os.preadv(file, [view[done : done + PIECE]], offset + done)
+        count = _read_into(file, view[done : done + PIECE], offset + done)
         if not count:
             break
         done += count
     return done
+
+
+def _read_into(file: int, view: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(file, [view], offset)
+    found = os.pread(file, len(view), offset)
+    view[: len(found)] = found
+    return len(found)
 
 
 def _parts(pages: mmap.mmap, record: Record, dtype: torch.dtype) -> dict[str, WeightStorage]:
