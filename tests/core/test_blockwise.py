@@ -97,7 +97,7 @@ class Own(nn.Module):
 
 def view_of(model: Own) -> Any:
     blocks = [
-        SimpleNamespace(index=i, path=f"layers.{i}", module=module, linears=tuple)
+        SimpleNamespace(index=i, path=f"layers.{i}", module=module, linears=tuple, attention=None, mlp=None)
         for i, module in enumerate(model.layers)
     ]
     return SimpleNamespace(model=model, head=(), blocks=blocks)

@@ -41,6 +41,7 @@ from actkit.core.recipe.seen import Seen
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
 from actkit.core.watch.statistics import Gram, Statistic
+from actkit.kernels.gram import STRIP
 from actkit.kernels.second_order import round_columns
 from actkit.quantization.ends import Ends, round_ends
 from actkit.quantization.rtn import refuse_groups
@@ -81,7 +82,7 @@ class Gptq(Transform):
     scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     embedding: Ends | None = None
 
-    tags: ClassVar[Tags] = Tags(slot="weight", needs_data=True, stream="edited", passes=4)
+    tags: ClassVar[Tags] = Tags(slot="weight", needs_data=True, stream="edited", passes=4, observes_in_turn=True)
 
     @property
     def grid(self) -> IntegerGrid:
@@ -203,7 +204,14 @@ class SecondOrder:
         """
         assert self.moment is not None
         change = (weight - rounded).float()
-        return float(((change @ self.moment) * change).sum() / len(change))
+        total = 0.0
+        for start in range(0, change.shape[1], STRIP):  # it is symmetric: each strip with what stands behind it, twice
+            strip, behind = change[:, start : start + STRIP], change[:, start + STRIP :]
+            moment = self.moment[start : start + STRIP, start:]
+            mixed = strip @ moment
+            own, others = mixed[:, : strip.shape[1]], mixed[:, strip.shape[1] :]
+            total += float((own * strip).sum()) + 2 * float((others * behind).sum())
+        return total / len(change)
 
 
 class Order(NamedTuple):

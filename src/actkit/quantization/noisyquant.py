@@ -69,7 +69,7 @@ class NoisyQuant(Transform):
     seed: int = 0
     skip: tuple[LinearRole, ...] = ()
 
-    tags: ClassVar[Tags] = Tags(slot="inputs", needs_data=True)
+    tags: ClassVar[Tags] = Tags(slot="inputs", needs_data=True, observes_in_turn=True)
     not_proposed: ClassVar[str] = "it pays for static inputs of 4 to 6 bits, which no product here gets faster with"
 
     def conflicts(self, earlier: Transform) -> str | None:

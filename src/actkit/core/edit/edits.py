@@ -160,6 +160,27 @@ def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
         owner.activation_relu_or_gelu = {nn.ReLU: 1, nn.GELU: 2}.get(type(module), 0)
 
 
+@contextmanager
+def standing_in(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Let modules stand in for others as long as a context lasts; it is no edit, and nothing is recorded of it.
+
+    Args:
+        model: changed in place, and as before at the end, also after an exception.
+        modules: by path; none lies inside of another.
+
+    Raises:
+        EditError: the model has no module at a path.
+    """
+    before = {path: get_module(model, path) for path in modules}
+    try:
+        for path, module in modules.items():
+            set_module(model, path, module)
+        yield
+    finally:
+        for path, module in before.items():
+            set_module(model, path, module)
+
+
 def get_tensor(model: nn.Module, name: str) -> Tensor:
     """Return a parameter or buffer that a checkpoint keeps.
 

@@ -1,16 +1,15 @@
 """Walks a model block by block: the hidden states that enter each block, of the original and of the edited model.
 
-One forward pass per batch records how each block is called (masks, rotary tables, sizes) and what enters the first
-block. From then on block k runs alone, on the outputs of block k - 1. That a block's output *is* the next block's
-input is checked on the first batch; if it is not (something happens between blocks), the inputs are taken from passes
-over the whole prefix instead, which is slower and is said so. Of several processes each walks its share of the
-batches (`core/ground/processes.py`).
+How each block is called (masks, rotary tables, sizes) and what enters the first one is recorded first, of the first
+batch by a pass over the whole model (`core/recipe/recording.py`). From then on block k runs alone, on the outputs of
+block k - 1. That a block's output *is* the next block's input is checked on the first batch; if it is not (something
+happens between blocks), the inputs are taken from passes over the whole prefix instead, which is slower and is said so.
+Of several processes each walks its share of the batches (`core/ground/processes.py`).
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -20,17 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actkit.core.forward.batch import BatchContext, arguments, check_batch, forward
+from actkit.core.forward.batch import BatchContext, check_batch, forward
 from actkit.core.forward.hooks import StopForward, evaluating, hooked, refuse_compiled_or_sharded
 from actkit.core.ground import processes
-from actkit.core.ground.errors import UnsupportedModelError
 from actkit.core.ground.fingerprint import fingerprint, model_fingerprint
-from actkit.core.ground.modules import is_within
 from actkit.core.ground.offload import onloaded
 from actkit.core.ground.progress import track
 from actkit.core.model.anatomy import Anatomy, Block, Site
+from actkit.core.recipe.recording import Recorder, Tail
+from actkit.core.recipe.resuming import Resuming
 from actkit.core.watch.calls import Call
-from actkit.core.watch.capture import observe
+from actkit.core.watch.capture import Observer, observe
 from actkit.core.watch.merging import merge
 
 
@@ -46,6 +45,7 @@ class Walk:
         batches: of all processes.
         track: wraps what is iterated over in a bar.
         share: the indices of the batches that this process walks; None for all.
+        recorder: one that has seen a batch of this model as it is now, or None.
     """
 
     def __init__(
@@ -54,8 +54,10 @@ class Walk:
         batches: Sequence[Any],
         track: Callable[..., Iterable[Any]],
         share: Sequence[int] | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.anatomy = anatomy
+        self.recorder = Recorder(anatomy) if recorder is None else recorder
         self.batches = batches
         self.share = range(len(batches)) if share is None else share
         self._shared = share is not None
@@ -69,30 +71,34 @@ class Walk:
         self._prototypes: list[list[Call]] = []  # per batch, per block: the call without its hidden states
         self._once: list[frozenset[str]] = []  # per batch, the modules in blocks that ran once
         self._originals: list[list[Tensor]] = []  # per batch, per block: kept only if the chain is broken
+        self._tails: dict[str, tuple[Tail, ...]] = {}  # path of a block -> its parts that end with a layer
+        self._resuming: dict[str, Resuming] = {}  # stream -> what is kept of the block it has reached
 
     def start(self, streams: Iterable[str]) -> None:
-        """Make the one pass over the whole model.
+        """Record how the blocks are called.
 
         Args:
             streams: to carry from block to block.
         """
-        paths = [block.path for block in self.anatomy.blocks]
         first: list[Call] = []
+        recorder = self.recorder
+        self.chained = recorder.chained is not False
         if not self.share:
             self.chained = self._all(True)
         for batch, context in self.track(list(self._contexts()), "Recording how the blocks are called"):
             started = time.perf_counter()
-            seen = self._record(batch, context, paths, whole=not first)
+            seen, once = recorder.record(batch, context, states=not self.chained)
+            self._once.append(once)
             self.seconds = self.seconds or time.perf_counter() - started
             if not first:
-                self.chained = self._all(self.whole_model or self._is_chain(seen))
+                self.chained = self._all(bool(recorder.chained))
             first.append(seen[0])
             if not self.chained:
                 self._originals.append([call.hidden for call in seen])
             self._prototypes.append(
                 [call.with_hidden(torch.empty(0)) if not self.whole_model else call for call in seen]
             )
-        self._first = first
+        self._first, self._tails = first, recorder.tails
         for stream in streams:
             self._calls[stream] = list(first)
 
@@ -116,58 +122,6 @@ class Walk:
             row += context.batch_size
             if index in self.share:
                 yield batch, context
-
-    def _record(self, batch: Any, context: BatchContext, paths: list[str], whole: bool) -> list[Call]:
-        """The call of each block. whole: run on behind the last one, to see whether any runs again."""
-        if self.whole_model:
-            args, kwargs = arguments(self.anatomy.model, batch)
-            self._once.append(frozenset())  # it does not run here
-            return [Call(args, kwargs, context)]
-        seen: dict[str, Call] = {}
-
-        def keep(path: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                if path in seen:
-                    raise UnsupportedModelError(
-                        f"model: the block {path} runs several times in one pass, so its inputs are not those of one "
-                        f"place; such a model is not changed block by block."
-                    )
-                seen[path] = Call(args, dict(kwargs), context)
-
-            return hook
-
-        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if len(seen) == len(paths) and not whole:  # logits are the largest tensor of a language model
-                raise StopForward
-
-        runs: Counter[str] = Counter()
-
-        def count(path: str) -> Callable[..., None]:
-            return lambda *_: runs.update((path,))
-
-        before = {path: keep(path) for path in paths} | {path: stop for path in self.anatomy.head if path not in paths}
-        inside = [
-            name for name, _ in self.anatomy.model.named_modules() if any(is_within(name, path) for path in paths)
-        ]
-        after = {path: count(path) for path in inside}
-        with torch.no_grad(), hooked(self.anatomy.model, before=before, after=after), suppress(StopForward):
-            forward(self.anatomy.model, batch)
-        once = frozenset(path for path, times in runs.items() if times == 1)
-        self._once.append(self._once[-1] if self._once and self._once[-1] == once else once)
-        for path in paths:
-            if path not in seen:
-                raise UnsupportedModelError(
-                    f"model: the block {path} does not run when the model is called on this batch, so nothing can be "
-                    f"seen there; give batches that reach all blocks."
-                )
-        return [seen[path] for path in paths]
-
-    def _is_chain(self, seen: list[Call]) -> bool:
-        """Whether, on these calls, each block's output equals the next block's input."""
-        for block, call, following in zip(self.anatomy.blocks, seen, seen[1:], strict=False):
-            if not torch.equal(call.replay(block.module), following.hidden):
-                return False
-        return True
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -245,20 +199,38 @@ class Walk:
             stream: 'original' or 'edited'.
         """
         module = self.anatomy.model.get_submodule(self.anatomy.blocks[k].path)
-        return [call.replay(module) for call in self._calls[stream]]
+        calls = self._calls[stream]
+        resuming = self._resuming.get(stream)
+        if resuming is None:
+            return [call.replay(module) for call in calls]
+        found = []
+        with resuming.passes(len(calls), keep=False):
+            for index, call in enumerate(calls):
+                resuming.begin(index)
+                found.append(call.replay(module))
+        return found
 
-    def observe(self, k: int, stream: str, wanted: Mapping[Site, Any]) -> Mapping[Site, Any]:
+    def observe(self, k: int, stream: str, wanted: Mapping[Site, Any], in_turn: bool = False) -> Mapping[Site, Any]:
         """Return fresh statistics of block k as it stands now, of all processes; a pass ends once all sites are seen.
 
         Args:
             k: index of the block.
             stream: 'original' or 'edited'.
             wanted: site -> the statistics that it gets.
+            in_turn: keep what shortens the passes to come (`core/recipe/resuming.py`), until the stream moves on.
         """
         block = self.anatomy.blocks[k].path
-        module = self.anatomy.model.get_submodule(block)
-        with observe(self.anatomy, wanted) as observer:
-            for call, once in zip(self.calls(k, stream), self._once, strict=True):
+        model, calls = self.anatomy.model, self.calls(k, stream)
+        module = model.get_submodule(block)
+        if in_turn and stream not in self._resuming:
+            self._resuming[stream] = Resuming(model, block, self._tails.get(block, ()))
+        resuming = self._resuming.get(stream) or Resuming(model, block, ())
+        observer = Observer(self.anatomy, wanted)
+        before, after = observer.hooks()
+        passes = resuming.passes(len(calls), {*before, *after}, keep=in_turn)
+        with passes, hooked(model, before=before, after=after):
+            for index, (call, once) in enumerate(zip(calls, self._once, strict=True)):
+                resuming.begin(index)
                 observer.begin(call.context, call.kwargs, once)
                 with suppress(StopForward):
                     call.replay(module)
@@ -292,6 +264,7 @@ class Walk:
         """
         self._calls[stream] = calls
         self._first = []
+        self._resuming.pop(stream, None)
 
     def _from_prefix(self, k: int, stream: str) -> list[Call]:
         if stream == "original":

@@ -23,6 +23,7 @@ from actkit.core.ground.memory import format_bytes, parameter_bytes, parse_bytes
 from actkit.core.ground.modules import is_within
 from actkit.core.model.anatomy import Anatomy, Block, Site
 from actkit.core.recipe.blockwise import Walk
+from actkit.core.recipe.recording import Recorder
 from actkit.core.recipe.transform import Target, Transform
 from actkit.core.watch.capture import opened_experts
 
@@ -70,6 +71,7 @@ def make_plan(
     *,
     min_coverage: float | None = None,
     max_memory: int | str | None = None,
+    recorder: Recorder | None = None,
 ) -> Plan:
     """Plan a run.
 
@@ -80,6 +82,7 @@ def make_plan(
         min_coverage: least share of the parameters inside blocks that each transform must touch; None for what its tags
             say.
         max_memory: cap for calibration, bytes or '2GB'.
+        recorder: is given the longest batch; None for one of its own.
 
     Raises:
         CoverageError: a transform would touch less.
@@ -100,7 +103,7 @@ def make_plan(
                     f"coverage: {name} would touch {share:.0%} of the parameters inside blocks, below min_coverage="
                     f"{least:.0%}. Left alone: {reasons}. Lower min_coverage if that is what you want."
                 )
-        memory, seconds = _cost(view, transforms, batches)
+        memory, seconds = _cost(view, transforms, batches, recorder)
     plan = Plan(coverage, untouched, memory, seconds)
     if cap is not None and plan.bytes > cap:
         what, size = max(memory, key=lambda row: row[1])
@@ -157,7 +160,7 @@ _OUTSIDE = {"linear": "linear layer that the recipe does not aim at", "experts":
 
 
 def _cost(
-    view: Anatomy, transforms: Sequence[Transform], batches: Sequence[Any]
+    view: Anatomy, transforms: Sequence[Transform], batches: Sequence[Any], recorder: Recorder | None
 ) -> tuple[list[tuple[str, int]], float]:
     """What the walk holds, measured on the batch with the longest sequences, and the time of its pass.
 
@@ -172,7 +175,7 @@ def _cost(
     most = max(sum(tokens[first :: processes.count()]) for first in range(processes.count()))
     scale = most / tokens[longest]
     streams = _streams(needy)
-    walk = Walk(view, [batches[longest]], lambda items, text: items)
+    walk = Walk(view, [batches[longest]], lambda items, text: items, recorder=recorder)
     with evaluating(view.model):
         walk.start(sorted(streams))
     memory = [(what, ceil(size * scale)) for what, size in walk.bytes(streams).items() if size]
@@ -186,8 +189,12 @@ def _cost(
         memory.append(("statistics of one block", statistics))
     if worked:
         memory.append(("what a method computes with", worked))
+    size = next((parameter.element_size() for parameter in view.model.parameters()), 4)
+    if any(t.tags.observes_in_turn for t in needy) and not walk.whole_model:
+        ends = [part for part in (block.attention and block.attention.output, block.mlp and block.mlp.down) if part]
+        kept = ceil(_rows(walk) * scale) * sum(end.in_features for end in ends) * size
+        memory.append(("what the last layers of attention and MLP read", kept))
     if any(t.tags.records_calls for t in needy):
-        size = next((parameter.element_size() for parameter in view.model.parameters()), 4)
         widest = max((linear.in_features for linear in block.linears()), default=0)
         rows = most if walk.whole_model else ceil(_rows(walk) * scale)
         copies = size + 2 * 4  # as recorded, and two copies in float32 to compute with

@@ -49,6 +49,7 @@ from actkit.core.model.experts import ExpertList
 from actkit.core.recipe.blockwise import Walk
 from actkit.core.recipe.plan import Plan, make_plan, turns
 from actkit.core.recipe.recipe import Recipe, transforms_of
+from actkit.core.recipe.recording import Recorder
 from actkit.core.recipe.seen import Seen, Trial, check_shares
 from actkit.core.recipe.steps import Steps
 from actkit.core.recipe.transform import Transform
@@ -191,7 +192,11 @@ def apply(
         model = changes.copy_of(model)
     parts = has_row(model) or any(transform.tags.parts for transform in transforms)
     view = anatomy(model, batches[0] if batches else None) if parts else unread(model)
-    plan = make_plan(view, transforms, batches, min_coverage=min_coverage, max_memory=max_memory)
+    limits: dict[str, Any] = {"min_coverage": min_coverage, "max_memory": max_memory}
+    # what the plan has seen of how blocks are called holds for the first walk, if experts stand as they did there
+    reused = not processes.several() and all(block.experts is None for block in view.blocks)
+    recorder = Recorder(view) if reused else None
+    plan = make_plan(view, transforms, batches, recorder=recorder, **limits)
     if announce is not None:
         for line in plan.lines():
             announce(line)
@@ -207,7 +212,7 @@ def apply(
     mode = _undo_mode(model, undo, report)
     if steps is not None:
         steps.check(transforms)
-    run = _Run(view, transforms, batches, mode, report, progress, steps)
+    run = _Run(view, transforms, batches, mode, report, progress, steps, recorder)
     before = changes.of(model)
     try:
         with evaluating(model):
@@ -277,7 +282,9 @@ class _Run:
         report: Report,
         progress: bool,
         steps: Steps | None,
+        recorder: Recorder | None,
     ) -> None:
+        self._recorder = recorder
         self.view, self.model, self.transforms, self.batches = view, view.model, list(transforms), batches
         self.mode, self.report, self.progress, self.steps = mode, report, progress, steps or Steps(0)
         self.described: list[dict[str, Any]] = []
@@ -302,7 +309,8 @@ class _Run:
         needed = {t.tags.stream for t in self.transforms[turn.start : turn.stop] if t.needs_data}
         streams = [s for s in ("original", "edited") if s in needed or "both" in needed]
         share = [index for index in range(len(self.batches)) if processes.mine(index)] if processes.several() else None
-        walk = Walk(self.view, self.batches, self._track, share) if streams else None
+        recorder, self._recorder = self._recorder, None  # the walks behind this one go through another model
+        walk = Walk(self.view, self.batches, self._track, share, recorder) if streams else None
         if walk is not None:
             walk.start(streams)
             if not walk.chained:

@@ -103,7 +103,8 @@ class Seen:
     def observe(self, wanted: Mapping[Site, Statistic | Sequence[Statistic]]) -> Mapping[Site, Any]:
         """Return fresh statistics of the block as it stands now, behind the edits that were yielded so far.
 
-        It costs a pass over the block up to the last of the sites. What it holds counts in the memory plan if the
+        It costs a pass over the block up to the last of the sites; if the transform declares `observes_in_turn`, only
+        what the edits since the last pass have changed runs again. What it holds counts in the memory plan if the
         transform says so (`Transform.memory`).
 
         Args:
@@ -112,7 +113,8 @@ class Seen:
         Raises:
             DataError: the transform runs without data.
         """
-        return self._walked("observe").observe(self._block.index, self._tags.observed_stream, wanted)
+        walk, stream = self._walked("observe"), self._tags.observed_stream
+        return walk.observe(self._block.index, stream, wanted, in_turn=self._tags.observes_in_turn)
 
     def trial(self, edits: Iterable[Edit]) -> AbstractContextManager[nn.Module]:
         """Replay calls on the block with edits, which are undone at the end of the context.

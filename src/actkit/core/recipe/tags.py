@@ -25,6 +25,8 @@ class Tags:
         spans_blocks: its edits of all blocks, and of what stands before and behind them, belong together: it is applied
             to the whole model before the transforms behind it see any block, as if these planned in turn.
         records_calls: it replays recorded calls, which count in the memory plan.
+        observes_in_turn: it goes through a block with `seen.observe` and edits, layer after layer: what the last layers
+            of attention and MLP read is kept from pass to pass, and counts in the memory plan.
         needs_targets: it needs what the untouched block gives on the original stream (`Seen.targets`).
         sums_calls: it adds up with `seen.total` what it computes from recorded calls, so that it may run in several
             processes, each of which has a share of the calls.
@@ -44,6 +46,7 @@ class Tags:
     plans_in_turn: bool = False
     spans_blocks: bool = False
     records_calls: bool = False
+    observes_in_turn: bool = False
     needs_targets: bool = False
     sums_calls: bool = False
     passes: float = 1.0

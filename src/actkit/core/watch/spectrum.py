@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from actkit.core.watch.streaming import Rows, Statistic
-
-STRIP = 192  # rows of a Gram matrix that are computed at a time
+from actkit.kernels.gram import add_products
 
 
 class Gram(Statistic):
     """X^T X of all rows. Memory: 8 * channels^2 bytes in float64, half of it in float32.
 
-    It is symmetric, so that only its upper half is computed, a strip of rows at a time.
+    It is symmetric, so that only its upper half is computed (`kernels/gram.py`).
 
     Args:
         dtype: in which products are taken and summed; float32 is twice as fast.
@@ -34,9 +33,7 @@ class Gram(Statistic):
         return {"gram": torch.zeros(channels, channels, dtype=self.dtype, device=device)}
 
     def _update(self, x: Tensor, rows: Rows | None) -> None:
-        x = x.to(self.dtype)
-        for start in range(0, x.shape[1], STRIP):
-            self._gram[start : start + STRIP, start:].addmm_(x[:, start : start + STRIP].t(), x[:, start:])
+        add_products(self._gram, x)
 
     def _merge(self, other: Self) -> None:
         self._gram += other._gram.to(self._device)
