@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections import Counter
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,6 @@ from actkit.core.forward.hooks import evaluating
 from actkit.core.model.anatomy import Site, anatomy
 from actkit.core.recipe.blockwise import Walk
 from actkit.core.recipe.runner import apply
-from actkit.core.recipe.tags import Tags
 from actkit.core.watch.statistics import Moments
 from actkit.quantization.gptq import Gptq
 from actkit.testing import tiny_batches, tiny_model
@@ -21,20 +22,15 @@ from actkit.testing.transforms import equal, outputs
 LENGTHS = ((9, 4, 6), (7, 9, 2))
 
 
-class Whole(Gptq):
-    """Runs whole passes."""
-
-    tags: ClassVar[Tags] = Tags(slot="weight", needs_data=True, passes=4)
-
-
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_gptq_gives_the_same_bits(kind: str) -> None:
+def test_gptq_gives_the_same_bits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = tiny_batches(kind, lengths=LENGTHS)
     found = []
-    for method in (Gptq, Whole):
+    for resuming in (True, False):
+        monkeypatch.setattr(Gptq, "tags", replace(Gptq.tags, observes_in_turn=resuming))
         model = tiny_model(kind)
-        report = apply(model, method(bits=4, group_size=8), batches, progress=False).report
-        found.append((outputs(model, batches), report.values[0][2] if report.values else {}))
+        report = apply(model, Gptq(bits=4, group_size=8), batches, progress=False).report
+        found.append((outputs(model, batches), report.values))
         assert not any("Resumed" in type(module).__name__ for module in model.modules())
     equal(found[0][0], found[1][0], kind)
     assert found[0][1] == found[1][1]
@@ -89,6 +85,19 @@ def test_attention_runs_once_for_all_that_comes_after_it() -> None:
             walk.observe(0, "edited", {Site(name, 0): Moments()}, in_turn=True)
         walk.following(0, "edited")
     assert (len(query), len(up), len(down)) == (2, 2, 2)  # each batch once
+
+
+def test_gptq_runs_each_layer_once_and_the_output_layer_of_attention_again() -> None:
+    model, batches = tiny_model("llama"), tiny_batches("llama", lengths=LENGTHS)
+    counted: Counter[str] = Counter()
+    for path, module in model.named_modules():
+        if path.endswith(("act_fn", "norm")):
+            module.register_forward_hook(lambda *_, path=path: counted.update((path,)))
+    apply(model, Gptq(bits=4, group_size=8), batches, progress=False)
+    first, last = (f"model.layers.{index}.mlp.act_fn" for index in range(2))
+    # of two batches: recorded once; block 0 is also replayed, and the last block's output is not needed
+    assert counted[last] == 1 + 2
+    assert counted[first] == 2 + 2
 
 
 def test_hooks_on_a_part_see_every_pass() -> None:

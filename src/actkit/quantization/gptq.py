@@ -12,8 +12,8 @@ As in the release and its successors: blocks of 128 columns, `damp` 0.01, the or
 found before it from the whole weight (static groups, which leave the stored format as it is), true sequential: what a
 layer reads is observed after the layers before it were rounded, those of its own block too.
 Groups along the output have their scales from the column as it stands when its turn comes, errors of others added.
-Settled here: U is found without inverting H: with the channels in reverse order, H = M M^T, and U is the inverse of M
-turned around, in float64. A channel that was always 0 is rounded to nearest; the release sets its weights to 0, though
+Settled here: U is found without inverting H: with the channels in reverse order, H = M M^T (in float64), and U is the
+inverse of M turned around. A channel that was always 0 is rounded to nearest; the release sets its weights to 0, though
 text to come may use it. If H has no Cholesky factor, ten times the damping is tried, three times; then, as in an
 expert that no token reached, weights are rounded to nearest, and a note says so.
 """
@@ -244,7 +244,7 @@ class Order(NamedTuple):
         if act_order:
             columns = active.argsort(descending=True, stable=True)
         reverse = columns.flip(0)
-        turned = moment[reverse][:, reverse].double()
+        turned = moment.double()[reverse[:, None], reverse]
         diagonal = turned.diagonal()
         live = diagonal > 0
         mean = float(diagonal[live].mean()) if bool(live.any()) else 1.0
@@ -255,8 +255,9 @@ class Order(NamedTuple):
             before = damp * 10**step
             factor, failed = torch.linalg.cholesky_ex(turned)
             if not int(failed) and bool(torch.isfinite(factor).all()):
+                factor = factor.float()  # what it is inverted to is kept in float32 too
                 _invert(factor)
-                return cls(columns, factor.flip(0, 1).float(), before)
+                return cls(columns, factor.flip(0, 1), before)
         return None
 
 

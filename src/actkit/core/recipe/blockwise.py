@@ -25,6 +25,7 @@ from actkit.core.ground import processes
 from actkit.core.ground.fingerprint import fingerprint, model_fingerprint
 from actkit.core.ground.offload import onloaded
 from actkit.core.ground.progress import track
+from actkit.core.layers.weights import widened
 from actkit.core.model.anatomy import Anatomy, Block, Site
 from actkit.core.recipe.recording import Recorder, Tail
 from actkit.core.recipe.resuming import Resuming
@@ -200,11 +201,9 @@ class Walk:
         """
         module = self.anatomy.model.get_submodule(self.anatomy.blocks[k].path)
         calls = self._calls[stream]
-        resuming = self._resuming.get(stream)
-        if resuming is None:
-            return [call.replay(module) for call in calls]
+        resuming = self._resuming.get(stream) or Resuming(self.anatomy.model, self.anatomy.blocks[k].path, ())
         found = []
-        with resuming.passes(len(calls), keep=False):
+        with resuming.passes(len(calls), keep=False), widened(module):
             for index, call in enumerate(calls):
                 resuming.begin(index)
                 found.append(call.replay(module))
@@ -228,7 +227,7 @@ class Walk:
         observer = Observer(self.anatomy, wanted)
         before, after = observer.hooks()
         passes = resuming.passes(len(calls), {*before, *after}, keep=in_turn)
-        with passes, hooked(model, before=before, after=after):
+        with passes, hooked(model, before=before, after=after), widened(module):
             for index, (call, once) in enumerate(zip(calls, self._once, strict=True)):
                 resuming.begin(index)
                 observer.begin(call.context, call.kwargs, once)

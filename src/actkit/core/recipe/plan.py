@@ -192,8 +192,8 @@ def _cost(
     size = next((parameter.element_size() for parameter in view.model.parameters()), 4)
     if any(t.tags.observes_in_turn for t in needy) and not walk.whole_model:
         ends = [part for part in (block.attention and block.attention.output, block.mlp and block.mlp.down) if part]
-        kept = ceil(_rows(walk) * scale) * sum(end.in_features for end in ends) * size
-        memory.append(("what the last layers of attention and MLP read", kept))
+        kept = ceil(_rows(walk) * scale) * sum(end.in_features + end.out_features for end in ends) * size
+        memory.append(("what the last layers of attention and MLP read and give", kept))
     if any(t.tags.records_calls for t in needy):
         widest = max((linear.in_features for linear in block.linears()), default=0)
         rows = most if walk.whole_model else ceil(_rows(walk) * scale)

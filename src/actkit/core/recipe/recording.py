@@ -36,15 +36,23 @@ class Tail:
         path: of the part.
         module: that stood there.
         last: path of the layer.
-        behind: paths of the block's modules that begin after the layer.
+        norm: path of a norm whose output nothing else reads, or None.
+        before: paths of the modules that begin before the layer.
+        behind: paths of those that begin with it or after it, and not before.
         around: what the part returns, of the layer's output.
     """
 
     path: str
     module: nn.Module
     last: str
+    norm: str | None
+    before: frozenset[str]
     behind: frozenset[str]
     around: Around
+
+    def comes_after(self, path: str) -> bool:
+        """Whether a module of the block, which may be new, has no part in what the layer reads."""
+        return path not in self.before and any(is_within(path, other) for other in self.behind)
 
 
 class Recorder:
@@ -93,7 +101,8 @@ class Recorder:
         started: list[str] = []
         outputs: dict[str, tuple[Any, int]] = {}
         runs: Counter[str] = Counter()
-        last = {path: end for block in self.anatomy.blocks for path, end in _ends(block)} if whole else {}
+        ends = [end for block in self.anatomy.blocks for end in _ends(block)] if whole else []
+        last = {path: layer for path, layer, _ in ends}
         returns: dict[str, Around | None] = {}
         given: list[Any] = [None]  # by the block that ran last
         chained = []
@@ -112,12 +121,14 @@ class Recorder:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
                 runs.update((path,))
                 if path in self.paths and whole:
-                    self._around[path] = _around(output)
-                    given[0] = output[0] if isinstance(output, tuple) and output else output
+                    self._around[path] = _around(output, drop=True)
+                    given[0] = _first(output)
                 if path in last.values() and isinstance(output, Tensor):
                     outputs[path] = (output, output._version)
                 elif path in last:
-                    returns[path] = _around(output, *outputs.get(last[path], (None, 0)))
+                    own = outputs.get(last[path], (None, 0))
+                    if own[0] is not None and _first(output) is own[0] and own[0]._version == own[1]:
+                        returns[path] = _around(output)
 
             return hook
 
@@ -137,7 +148,7 @@ class Recorder:
         self._once[shape] = next((known for known in self._once.values() if known == once), once)
         calls = seen.of(self.paths)
         if whole:
-            self.tails = self._tails(last, returns, once, started)
+            self.tails = self._tails(ends, returns, once, started)
             self.chained = all(chained) and not seen.overwritten
         return calls
 
@@ -154,21 +165,22 @@ class Recorder:
         return True
 
     def _tails(
-        self, last: Mapping[str, str], returns: Mapping[str, Around | None], once: frozenset[str], started: list[str]
+        self,
+        ends: Iterable[tuple[str, str, str | None]],
+        returns: Mapping[str, Around | None],
+        once: frozenset[str],
+        started: list[str],
     ) -> dict[str, tuple[Tail, ...]]:
-        found: dict[str, tuple[Tail, ...]] = {}
-        for block in self.paths:
-            tails = []
-            for path, around in returns.items():
-                if around is None or not is_within(path, block) or not {path, last[path]} <= once:
-                    continue
-                module, end = self.anatomy.model.get_submodule(path), last[path]
-                begins = started.index(end)
-                behind = frozenset(started[begins:]) - frozenset(started[:begins])
-                if not _has_hooks(module):  # which would not see what the part does not do
-                    tails.append(Tail(path, module, end, behind, around))
-            found[block] = tuple(tails)
-        return found
+        found: dict[str, list[Tail]] = {block: [] for block in self.paths}
+        for path, last, norm in ends:
+            around, module = returns.get(path), self.anatomy.model.get_submodule(path)
+            if around is None or not {path, last} <= once or _has_hooks(module):  # hooks would not see what is left out
+                continue
+            before = frozenset(started[: started.index(last)])
+            behind = frozenset(started) - before
+            block = next(each for each in self.paths if is_within(path, each))
+            found[block].append(Tail(path, module, last, norm if norm in once else None, before, behind, around))
+        return {block: tuple(tails) for block, tails in found.items()}
 
     def _run_without_blocks(self, batch: Any, context: BatchContext) -> list[Call]:
         seen = _Calls(context)
@@ -182,7 +194,7 @@ class Recorder:
 
             return call
 
-        blocks = {path: _Passing(model.get_submodule(path), keep(path), self._around[path]) for path in self.paths}  # type: ignore[arg-type]
+        blocks = {path: Passing(model.get_submodule(path), keep(path), self._around[path]) for path in self.paths}  # type: ignore[arg-type]
         with torch.no_grad(), standing_in(model, blocks), suppress(StopForward):
             forward(model, batch)
         return seen.of(self.paths)
@@ -240,44 +252,63 @@ class _Calls:
         return [self.calls[path] for path in paths]
 
 
-class _Passing(nn.Module):
-    """Stands in for a block: gives back the hidden states that it gets. What is read off it is the block's."""
+class Passing(nn.Module):
+    """Stands in for a module: gives back the hidden states that it gets. What is read off it is the module's.
 
-    def __init__(self, block: nn.Module, called: Callable[..., None], around: Around) -> None:
+    Args:
+        module: that it stands in for.
+        called: is told the arguments of each call.
+        around: what the module returns, of hidden states.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        called: Callable[..., None] = lambda args, kwargs: None,
+        around: Around = lambda tensor: tensor,
+    ) -> None:
         super().__init__()
-        self._block = (block,)  # in a tuple, so that it is no submodule
+        self._module = (module,)  # in a tuple, so that it is no submodule
         self._called, self._around = called, around
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what came first."""
         self._called(args, kwargs)
         return self._around(args[0] if args else kwargs["hidden_states"])
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._block[0], name)
+        return getattr(self._module[0], name)
 
 
-def _ends(block: Block) -> Iterator[tuple[str, str]]:
-    """The parts of a block that may end with a layer of their own, each with the layer."""
+def _ends(block: Block) -> Iterator[tuple[str, str, str | None]]:
+    """The parts of a block that may end with a layer of their own, each with the layer and the norm in front."""
     attention, mlp = block.attention, block.mlp
-    ends = [] if attention is None else [(attention.path, attention.output.path)]
-    ends += [] if mlp is None else [(mlp.path, mlp.down.path)]
-    yield from ((path, end) for path, end in ends if end.startswith(f"{path}."))
+    found = [] if attention is None else [("attention", attention, attention.output)]
+    found += [] if mlp is None else [("mlp", mlp, mlp.down)]
+    for role, part, last in found:
+        norm = part.norm
+        alone = norm is not None and norm.role == role and not norm.feeds_residual and not block.other
+        if last.path.startswith(f"{part.path}."):
+            yield part.path, last.path, norm.path if norm is not None and alone else None
 
 
-def _around(output: Any, first: Tensor | None = None, version: int = 0) -> Around | None:
-    """What a module returns, as a function of its first tensor; None if it returns more.
+def _around(output: Any, drop: bool = False) -> Around | None:
+    """What a module returns, as a function of its first tensor; None if it returns more tensors.
 
-    first: what its first tensor must be, and in which version.
+    drop: these are None then, such as attention weights that the model does not ask for.
     """
-    found = output[0] if isinstance(output, tuple) and output else output
-    if not isinstance(found, Tensor) or (first is not None and (found is not first or found._version != version)):
-        return None
-    if output is found:
+    if isinstance(output, Tensor):
         return lambda tensor: tensor
-    if type(output) is tuple and all(each is None for each in output[1:]):
-        rest = output[1:]
-        return lambda tensor: (tensor, *rest)
-    return None
+    if type(output) is not tuple or not output or not isinstance(output[0], Tensor):
+        return None
+    if not drop and any(each is not None for each in output[1:]):
+        return None
+    rest = (None,) * (len(output) - 1)
+    return lambda tensor: (tensor, *rest)
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) and output else output
 
 
 def _has_hooks(module: nn.Module) -> bool:
