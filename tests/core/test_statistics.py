@@ -15,7 +15,6 @@ from torch import Tensor
 
 from actkit.core.watch import streaming
 from actkit.core.watch.sample import mix
-from actkit.core.watch.spectrum import STRIP
 from actkit.core.watch.statistics import (
     AbsMax,
     Density,
@@ -29,6 +28,7 @@ from actkit.core.watch.statistics import (
     Spectrum,
     Statistic,
 )
+from actkit.kernels.gram import STRIP
 
 CHANNELS = 3
 MAKERS: dict[str, Callable[[], Statistic]] = {

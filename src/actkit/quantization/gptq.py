@@ -6,8 +6,9 @@
 It lowers the squared error of a layer's outputs on the calibration text, for all rows of the weight at once.
 When to use it: for 4 and 3 bits, if rounding to nearest loses too much and some minutes of calibration are at hand.
 It goes where awq does not, such as post-norm models, as no scale is folded anywhere.
-Cost: per block some two and a half passes over the calibration tokens, one second moment per tensor that layers read,
-and a Cholesky factor of it; no gradients. Memory: 28 bytes per pair of inputs of the widest layer.
+Cost: per block a pass over the calibration tokens and a part of one, one second moment per tensor that layers read, and
+a Cholesky factor of it; no gradients. Memory: 28 bytes per pair of inputs of the widest layer, and what the last layers
+of attention and MLP read and give.
 As in the release and its successors: blocks of 128 columns, `damp` 0.01, the order by activity with scales that are
 found before it from the whole weight (static groups, which leave the stored format as it is), true sequential: what a
 layer reads is observed after the layers before it were rounded, those of its own block too.
@@ -64,7 +65,7 @@ class Gptq(Transform):
         damp: added to the diagonal of the second moment, as a share of its mean.
         act_order: most active channels first.
         true_sequential: observe the inputs of a layer after the layers before it were rounded; False observes a whole
-            block at once, which costs one pass in place of two and a half, and holds all its moments.
+            block at once, which costs two passes in place of little more than one, and holds all its moments.
         scale_dtype: what scales are rounded to and stored in; a layer whose scales 16 bits cannot hold keeps float32.
         embedding: how embedding and head are rounded, to nearest; None leaves them.
 
@@ -82,7 +83,7 @@ class Gptq(Transform):
     scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     embedding: Ends | None = None
 
-    tags: ClassVar[Tags] = Tags(slot="weight", needs_data=True, stream="edited", passes=4, observes_in_turn=True)
+    tags: ClassVar[Tags] = Tags(slot="weight", needs_data=True, stream="edited", passes=1, observes_in_turn=True)
 
     @property
     def grid(self) -> IntegerGrid:

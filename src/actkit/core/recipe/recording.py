@@ -22,7 +22,7 @@ from actkit.core.forward.batch import BatchContext, arguments, forward
 from actkit.core.forward.hooks import StopForward, hooked
 from actkit.core.ground.errors import UnsupportedModelError
 from actkit.core.ground.modules import is_within
-from actkit.core.model.anatomy import Anatomy, Block
+from actkit.core.model.anatomy import Anatomy, Block, Linear
 from actkit.core.watch.calls import Call
 
 Around = Callable[[Tensor], Any]  # makes what a module returns of its first tensor
@@ -283,9 +283,11 @@ class Passing(nn.Module):
 def _ends(block: Block) -> Iterator[tuple[str, str, str | None]]:
     """The parts of a block that may end with a layer of their own, each with the layer and the norm in front."""
     attention, mlp = block.attention, block.mlp
-    found = [] if attention is None else [("attention", attention, attention.output)]
-    found += [] if mlp is None else [("mlp", mlp, mlp.down)]
-    for role, part, last in found:
+    attentions: list[tuple[str, Any, Linear]] = (
+        [] if attention is None else [("attention", attention, attention.output)]
+    )
+    mlps: list[tuple[str, Any, Linear]] = [] if mlp is None else [("mlp", mlp, mlp.down)]
+    for role, part, last in attentions + mlps:
         norm = part.norm
         alone = norm is not None and norm.role == role and not norm.feeds_residual and not block.other
         if last.path.startswith(f"{part.path}."):
