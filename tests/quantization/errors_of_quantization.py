@@ -11,6 +11,7 @@ from tiny_models import VOCABULARY, build
 from actkit.core.grids.powers import PowerGrid
 from actkit.core.layers.attention_rounding import AttentionRounding
 from actkit.core.model.anatomy import Site, anatomy
+from actkit.core.recipe import rounded_attention
 from actkit.core.recipe.reconstruction import Example
 from actkit.core.recipe.runner import apply
 from actkit.core.watch.statistics import Gram
@@ -18,10 +19,11 @@ from actkit.formats.export import export
 from actkit.quantization import awq, smoothquant_plus
 from actkit.quantization.adadim import adadim
 from actkit.quantization.adadim.sensitivity import weight_sensitivity
-from actkit.quantization.agile_quant import agile_quant, token_pruner
+from actkit.quantization.agile_quant import token_pruner
 from actkit.quantization.agile_quant.agile_quant import AgileQuant
 from actkit.quantization.agile_quant.prune_schedule import PruneSchedule
 from actkit.quantization.agile_quant.token_pruner import TokenPruner
+from actkit.quantization.aphq_vit.aphq_vit import AphqVit
 from actkit.quantization.fake_quantize import FakeQuantize, TrainedInputs
 from actkit.quantization.freeze import Freeze
 from actkit.quantization.gptq import SecondOrder
@@ -136,19 +138,20 @@ def another_norm(p: Place) -> None:
 # -- agile-quant
 
 
-def small(attention: str = "eager", **settings: Any) -> Any:
-    """A Llama whose attention forms its weights."""
-    model = build("llama", **settings)
+def small(attention: str = "eager", kind: str = "llama", **settings: Any) -> Any:
+    """A Llama, or one of its kin, whose attention forms its weights."""
+    model = build(kind, **settings)
     model.set_attn_implementation(attention)
     return model
 
 
 proof(lambda p: run(AgileQuant(), kind="mlp"))
+proof(lambda p: apply(small(), AphqVit(steps=0), [HOST], progress=False))
 
 
 @proof
 def asked_by_no_attention(p: Place) -> None:
-    p.patch.setattr(agile_quant, "child_path", lambda block: f"{block.mlp.path}.attention_rounding")
+    p.patch.setattr(rounded_attention, "child_path", lambda block: f"{block.mlp.path}.attention_rounding")
     run(AgileQuant())
 
 

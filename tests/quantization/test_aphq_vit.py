@@ -20,10 +20,11 @@ from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import Sample
 from actkit.functions.reconstruct_mlp import ReconstructMlp
 from actkit.quantization.aphq_vit.aphq_vit import AphqVit, channel_ranges
+from actkit.quantization.aphq_vit.candidates import candidates
+from actkit.quantization.aphq_vit.operands import search_product
 from actkit.quantization.aphq_vit.rounding import (
     DroppedInputs,
     LearnedRounding,
-    candidates,
     inverse_rounding,
     rounding,
     search,
@@ -153,6 +154,105 @@ def test_a_share_of_the_inputs_is_rounded_while_it_learns() -> None:
     some = inputs(x)
     rounded = some == every
     assert 0.2 < float(rounded.float().mean()) < 0.32 and bool((rounded | (some == x)).all())
+
+
+# -- what attention multiplies -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads", [2, 1])
+def test_each_head_takes_the_pair_that_errs_least_on_its_product(heads: int) -> None:
+    """One round by brute force: queries beside exact keys, then keys beside those queries; `heads` of the keys."""
+    query, key = [normal(3, 2, 5, 4, seed=s) for s in (1, 2)], [normal(3, heads, 5, 4, seed=s) for s in (3, 4)]
+    query[0][:, 1] *= 5
+    (q_scale, q_zero), (k_scale, k_zero) = search_product(query, key, lambda a, b: a @ b.mT, INPUTS, rounds=1)
+    assert q_scale.shape == (2, 1, 1) and k_zero.shape == (heads, 1, 1)
+
+    def error(chosen: list[tuple[float, float]], more: dict[int, tuple[float, float]], head: int) -> float:
+        total, shared = 0.0, head // (2 // heads)
+        for q, k in zip(query, key, strict=True):
+            rounded = quantized(q[:, head].double(), *chosen[head])
+            read = quantized(k[:, shared].double(), *more[shared]) if more else k[:, shared].double()
+            total += float((rounded @ read.mT - q[:, head].double() @ k[:, shared].double().mT).square().sum())
+        return total
+
+    found = [(float(q_scale[h]), float(q_zero[h])) for h in range(2)]
+    rows = torch.cat([q.transpose(0, 1).flatten(1) for q in query], 1)
+    for head in range(2):
+        tried = [(float(s[head]), float(z[head])) for s, z in candidates(rows, INPUTS)]
+        least = min(error({head: each}, {}, head) for each in tried)  # type: ignore[arg-type]
+        assert error(found, {}, head) == pytest.approx(least, rel=1e-5)
+    rows = torch.cat([k.transpose(0, 1).flatten(1) for k in key], 1)
+    for shared in range(heads):
+        readers = [head for head in range(2) if head // (2 // heads) == shared]
+        tried = [(float(s[shared]), float(z[shared])) for s, z in candidates(rows, INPUTS)]
+        errors = [sum(error(found, {shared: each}, head) for head in readers) for each in tried]
+        chosen = {shared: (float(k_scale[shared]), float(k_zero[shared]))}
+        assert sum(error(found, chosen, head) for head in readers) == pytest.approx(min(errors), rel=1e-5)
+
+
+def test_attention_multiplies_codes_of_each_head() -> None:
+    """Written out for one block in float64, beside what the model's attention gives."""
+    model, batches = tiny_model("vit"), tiny_batches("vit")
+    apply(model, AphqVit(bits=8, input_bits=3, **FAST), batches, progress=False)
+    assert model.config._attn_implementation == "actkit_rounded_cache"
+    attention: Any = model.vit.layers[0].attention
+    rounds = attention.attention_rounding.rounds
+    heads = model.config.num_attention_heads
+    assert all(each.scale.shape == (heads, 1, 1) for each in rounds.values())
+    assert not rounds["weights"].zero.any() and rounds["query"].zero.any()
+    x = normal(2, 5, model.config.hidden_size)
+
+    def rounded(name: str, value: Tensor) -> Tensor:
+        scale, zero = rounds[name].scale.double(), rounds[name].zero.double()
+        return (torch.clamp(torch.round(value / scale) + zero, 0, 7) - zero) * scale
+
+    def operand(name: str, made_by: torch.nn.Module) -> Tensor:
+        with torch.no_grad():
+            flat = made_by(x).double()
+        return rounded(name, flat.unflatten(-1, (heads, -1)).transpose(1, 2))
+
+    query, key = operand("query", attention.q_proj), operand("key", attention.k_proj)
+    weights = rounded("weights", torch.softmax(query @ key.mT * query.shape[-1] ** -0.5, -1))
+    mixed = (weights @ operand("value", attention.v_proj)).transpose(1, 2).flatten(2)
+    seen: list[Tensor] = []
+    attention.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        attention(x)
+    torch.testing.assert_close(seen[0].double(), mixed, atol=1e-5, rtol=1e-5)
+
+
+def test_their_scales_are_learned_too() -> None:
+    found = {}
+    for steps in (0, 40):
+        model = tiny_model("vit")
+        settings: dict[str, Any] = {**FAST, "steps": steps, "scale_rate": 1e-2}
+        apply(model, AphqVit(bits=3, **settings), tiny_batches("vit"), progress=False)
+        rounds: Any = model.vit.layers[0].attention.attention_rounding.rounds
+        found[steps] = {name: each.scale for name, each in rounds.items()}
+    assert all(bool((found[40][name] != found[0][name]).all()) for name in found[0])
+
+
+def test_a_block_is_searched_on_what_rounded_attention_leaves() -> None:
+    """The second block's grids are those of what the finished first block gives it."""
+    model, batches = tiny_model("vit"), tiny_batches("vit", lengths=((1,) * 4,))
+    exact = copy.deepcopy(model)
+    settings: dict[str, Any] = {**FAST, "steps": 0, "reparametrize": False, "search_rows": 4096}
+    apply(model, AphqVit(bits=8, input_bits=3, **settings), batches, progress=False)
+    site = anatomy(model).block(1).linear_inputs()[0].site
+    rows = record(model, {site: Sample(4096)}, batches, progress=False)[site].rows
+    (inputs,) = (each for each in anatomy(exact).block(1).linear_inputs() if each.site == site)
+    expected = search(inputs.linears, rows, IntegerGrid(8, -1), INPUTS, rounds=1)
+    found = get_module(model, inputs.linears[0].path).inputs
+    torch.testing.assert_close(found.scale, expected.scale)
+    plain = tiny_model("vit")
+    apply(plain, AphqVit(bits=8, input_bits=3, operands=False, **settings), batches, progress=False)
+    assert not any("attention_rounding" in name for name, _ in plain.named_modules())
+    assert not torch.equal(get_module(plain, inputs.linears[0].path).inputs.scale, found.scale)
+
+
+def test_blocks_without_attention_say_so() -> None:
+    report = apply(tiny_model("mlp"), AphqVit(**FAST, loss="mse"), tiny_batches("mlp"), progress=False).report
+    assert any("no attention is described" in str(each) for each in report.skipped)
 
 
 # -- the norms ---------------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ class OperandRounding(AttentionRounding):
 
     Args:
         rounds: by name ('query', 'key', 'value', 'weights') what rounds it: the first three [..., tokens, channels of
-            all heads], the weights [..., keys]. One that is missing stays as it is.
+            all heads], the weights [..., keys]; all [..., heads, tokens, ...] if it has a scale for each head. One that
+            is missing stays as it is.
         channels: of all heads.
 
     Raises:
@@ -34,6 +35,7 @@ class OperandRounding(AttentionRounding):
         if unknown:
             raise ValueError(f"rounds: {', '.join(sorted(unknown))} was given, allowed are {', '.join(OPERANDS)}.")
         super().__init__(weights=rounds["weights"].grid if "weights" in rounds else None)
+        self.bits = next((each.grid.bits for name, each in rounds.items() if name != "weights"), None)
         self.channels = channels
         self.rounds = nn.ModuleDict({name: rounds[name] for name in OPERANDS if name in rounds})
 
@@ -54,7 +56,10 @@ class OperandRounding(AttentionRounding):
         """
         if name not in self.rounds:
             return x
-        flat = self.rounds[name](x.transpose(1, 2).flatten(2))
+        inputs: Any = self.rounds[name]
+        if inputs.scale is not None and inputs.scale.dim() == 3:
+            return inputs(x)
+        flat = inputs(x.transpose(1, 2).flatten(2))
         return flat.unflatten(2, (x.shape[1], -1)).transpose(1, 2)
 
     def spec(self) -> dict[str, Any]:

@@ -23,8 +23,9 @@ class RoundedInputs(KeepsDtype):
     Args:
         grid: of whole rows (`group_size` -1), which are the tokens then, or of the whole tensor. None: not rounded.
         scale: float32, the step of the grid, found before: [1] for all values, [in] for each channel, [positions, 1]
-            for each place of a sequence of that length; None to find it for each token.
-        zero: its zero point; None if it is symmetric, or found like the scale.
+            for each place of a sequence of that length, [heads, 1, 1] for each head of [..., heads, tokens, channels];
+            None to find it for each token.
+        zero: its zero point, [1] or shaped like the scale; None if it is symmetric, or found like the scale.
         shift: float32 [in], or None for 0.
         divisor: float32 [in], or None for 1.
         rotation: R, of the inputs as they come; None for none.
@@ -150,6 +151,8 @@ class RoundedInputs(KeepsDtype):
         more: dict[str, Any] = {} if self.clip == 1 else {"clip": self.clip}
         if self.scale is not None and tuple(self.scale.shape) != (1,):
             more["scales"] = list(self.scale.shape)
+        if self.zero is not None and tuple(self.zero.shape) != (1,):
+            more["zeros"] = list(self.zero.shape)
         return {
             "kind": self.kind,
             "grid": None if self.grid is None else self.grid.spec(),
@@ -173,7 +176,7 @@ class RoundedInputs(KeepsDtype):
         """The grid, the rotation, and tensors of the right shapes for what the layer was given."""
         shapes: dict[str, tuple[int, ...]] = {
             "scale": tuple(spec.get("scales", (1,))),
-            "zero": (1,),
+            "zero": tuple(spec.get("zeros", (1,))),
             "shift": (in_features,),
             "divisor": (in_features,),
         }
@@ -204,4 +207,4 @@ class RoundedInputs(KeepsDtype):
         assert self.scale is not None
         if self.scale.numel() == 1:
             return "one scale"
-        return f"a scale for each {'channel' if self.scale.dim() == 1 else 'position'}"
+        return f"a scale for each {('channel', 'position', 'head')[self.scale.dim() - 1]}"

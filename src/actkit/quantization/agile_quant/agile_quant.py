@@ -29,20 +29,18 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from actkit.core.edit.edits import ATTENTION, Configure, Edit, Insert, Note, Replace, Skip, get_module
-from actkit.core.forward.batch import forward
-from actkit.core.forward.hooks import evaluating, hooked
+from actkit.core.edit.edits import ATTENTION, Configure, Edit, Insert, Note, Replace, Skip
 from actkit.core.grids.grid import Grid
 from actkit.core.grids.integers import IntegerGrid
 from actkit.core.grids.powers import PowerGrid, Zero, power_factors
 from actkit.core.ground.errors import UnsupportedModelError
-from actkit.core.layers.attention_rounding import CHILD, AttentionRounding, static_grid
+from actkit.core.layers.attention_rounding import AttentionRounding, static_grid
 from actkit.core.layers.cache_rounding import IMPLEMENTATION
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.model.anatomy import Anatomy, Block, Linear, Site
-from actkit.core.model.own_attention import why_no_function
 from actkit.core.model.parts import attention_implementation
+from actkit.core.recipe.rounded_attention import child_path, why_unrounded
 from actkit.core.recipe.seen import Seen, Trial
 from actkit.core.recipe.tags import Slot, Tags
 from actkit.core.recipe.transform import Transform
@@ -121,7 +119,7 @@ class AgileQuant(Transform):
     def plan(self, trial: Trial, data: Sequence[Any]) -> Self:
         if not self._rounds_attention:
             return self
-        reason = self._why_changed(trial.model) or why_no_function(trial.model) or self._why_unasked(trial, data)
+        reason = self._why_changed(trial.model) or why_unrounded(trial, data)
         if reason is not None:
             raise UnsupportedModelError(
                 f"model: the attention of {type(trial.model).__name__} is not rounded: {reason}. Leave it out "
@@ -134,22 +132,6 @@ class AgileQuant(Transform):
         if self.attention_bits is None or attention_implementation(model) != IMPLEMENTATION:
             return None
         return "its queries, keys or values are rounded or rotated in the attention function (quantize_cache, rotate)"
-
-    def _why_unasked(self, trial: Trial, data: Sequence[Any]) -> str | None:
-        """Why an attention would not ask what rounds it, or None: it is tried on the first batch."""
-        paths = [path for block in trial.anatomy.blocks if (path := child_path(block)) is not None]
-        if not paths:
-            return "no attention is described"
-        asked: set[str] = set()
-        edits = [Insert(path, AttentionRounding(weights=PowerGrid(4))) for path in paths]
-        with trial([*edits, Configure(ATTENTION, IMPLEMENTATION)]) as model:
-            before = {path: lambda *_, path=path: asked.add(path) for path in paths}
-            with evaluating(model), hooked(model, before=before):  # type: ignore[arg-type]
-                forward(model, data[0])
-        missed = [path for path in paths if path not in asked]
-        return (
-            f"{missed[0].removesuffix(f'.{CHILD}')} does not call transformers' attention function" if missed else None
-        )
 
     def targets(self, block: Block) -> Iterable[Linear]:
         return () if self.bits is None else block.linears()
@@ -216,15 +198,6 @@ class AgileQuant(Transform):
                 yield Note(inputs.linears[0].path, f"channels by factor {shown}", figures)
             for linear in inputs.linears:
                 yield Replace(linear.path, ActLinear.of(linear, inputs=RoundedInputs(self.grid, scale, zero)))
-
-
-def child_path(block: Block) -> str | None:
-    """Return where what rounds a block's attention is put: in the module that makes the queries, or None."""
-    if block.attention is None:
-        return None
-    maker = block.attention.inputs[0].path.rpartition(".")[0]
-    get_module(block.root, maker)
-    return f"{maker}.{CHILD}"
 
 
 def _operands(block: Block) -> list[Site]:

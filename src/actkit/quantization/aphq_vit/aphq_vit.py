@@ -6,24 +6,27 @@ O is what the block gives, g the gradient at O of the divergence between the mod
 (`core/watch/importance.py`): h says how much an element of O matters to them, and is an average over the calibration
 images for each place and channel. Weights are rounded by rows, what layers read by one scale found in advance, both
 with zero points: the plain integers that any backend multiplies. Before that, norms take over what differs from channel
-to channel of their outputs (RepQ-ViT), so that one scale is enough for what they give. How V and the scales are found
-and learned says `rounding.py`.
+to channel of their outputs (RepQ-ViT), so that one scale is enough for what they give. What attention multiplies
+(query, key, attention weights, value) is rounded too, by a scale and a zero point of each head. How V and the scales
+are found and learned say `rounding.py` and `operands.py`.
 When to use it: vision transformers and encoders with 3- or 4-bit weights and static 3- or 4-bit inputs.
 `reconstruct_mlp` before it replaces GELU by ReLU, whose outputs are easier to round. At 8 bits `rtn` and `round_inputs`
 lose nothing and take seconds.
 Cost: two passes back per block over the calibration data in float64, with a float64 copy of the model; then `steps`
-steps of `rows` examples for each block.
+steps of `rows` examples for each block. With `operands` attention weights are explicit, also when the model is run:
+memory and time grow with the square of the text.
 As in the release: importance and its temperature of 20, eps 1e-6, 128 candidates per scale in three rounds, half of the
 elements kept as they are (of a block's input those of the float model), the loss scaled to begin at 2, the penalty.
 Settled here: 1,000 steps in place of 20,000, at rates so much higher (V goes as far); scales are searched on what the
 rounded blocks before leave; importance of text is an average over the places of a sentence too, as these have nothing
-in common; a channel's scale is at least a hundredth of their mean. `importance: brecq` (squared gradients of the model
-rounded up to the block) and `mse` are the paper's baselines.
+in common; a channel's scale is at least a hundredth of their mean; the search of an attention's scales counts padding
+like tokens. `importance: brecq` (squared gradients of the model rounded up to the block) and `mse` are the paper's
+baselines.
 Our own reading: behind the blocks of a vision transformer stand LayerNorms alone, which no shift of all channels
 passes, so that the difference of gradients there is exactly 0 but for rounding. It is measured as published (`mode:
 perturb`); rounding has the shape of the Hessian's diagonal, which `mode: hutchinson` measures itself.
-Left open: what attention multiplies (query, key, attention, value) stays in float here, the release rounds it too; so
-do the patch embedding, a convolution, and the head, which it learns as well.
+Left open: the patch embedding, a convolution, and the head stay in float here; the release rounds them, and learns them
+as well.
 """
 
 from __future__ import annotations
@@ -36,18 +39,23 @@ import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor
 
-from actkit.core.edit.edits import Edit, Note, Skip, get_module
+from actkit.core.edit.edits import ATTENTION, Configure, Edit, Note, Skip, get_module
 from actkit.core.edit.folding import fold, why_no_shift
 from actkit.core.forward.hooks import evaluating
 from actkit.core.grids.integers import IntegerGrid
-from actkit.core.model.anatomy import Block, Linear, Site
+from actkit.core.ground.errors import UnsupportedModelError
+from actkit.core.layers.cache_rounding import IMPLEMENTATION
+from actkit.core.model.anatomy import Anatomy, Block, Linear, Site
+from actkit.core.model.parts import attention_implementation
 from actkit.core.recipe.reconstruction import Example, error_of, examples, graph_bytes, learned_bytes, reconstruct
+from actkit.core.recipe.rounded_attention import child_path, why_unrounded
 from actkit.core.recipe.scalable import Sets, scalable_sets, scalable_sites, scalable_targets
 from actkit.core.recipe.seen import Seen, Trial
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
 from actkit.core.watch.importance import Divergence, Mode, perturbation_importance, squared_gradient
 from actkit.core.watch.statistics import Sample, Statistic
+from actkit.quantization.aphq_vit.operands import search_operands
 from actkit.quantization.aphq_vit.rounding import LearnedRounding, search
 from actkit.quantization.smooth import refuse_filled
 
@@ -64,7 +72,8 @@ class AphqVit(Transform):
 
     Attributes:
         bits: 2 to 8, of the weights.
-        input_bits: 2 to 8, of what linear layers read.
+        input_bits: 2 to 8, of what linear layers read, and attention multiplies.
+        operands: round what attention multiplies: query, key, attention weights and value.
         importance: 'aph' (averaged over samples; over tokens too, if the data are text), 'ph' (of each sample), 'brecq'
             (squared gradients) or 'mse' (none).
         mode: how 'aph' and 'ph' are found, 'perturb', 'hvp' or 'hutchinson'.
@@ -79,7 +88,7 @@ class AphqVit(Transform):
         scale_rate: of learning the scales of inputs, which falls to 0 along a cosine; None for 0.8 / steps, 0.004
             at most.
         strength: of the penalty that makes the rounding hard.
-        search_rows: tokens that scales are searched on.
+        search_rows: tokens that scales are searched on, or a few more.
         rounds: of that search.
         seed: of the order of rows, and of what is kept.
 
@@ -89,6 +98,7 @@ class AphqVit(Transform):
 
     bits: int = Field(4, ge=2, le=8)
     input_bits: int = Field(4, ge=2, le=8)
+    operands: bool = True
     importance: Literal["aph", "ph", "brecq", "mse"] = "aph"
     mode: Mode = "perturb"
     loss: Literal["kl", "mse"] = "kl"
@@ -129,6 +139,8 @@ class AphqVit(Transform):
         return Divergence(self.loss, self.temperature)
 
     def plan(self, trial: Trial, data: Sequence[Any]) -> Self:
+        if self.operands:
+            self._check_attention(trial, data)
         if self.importance == "mse" or not self.steps:
             return self
         planned = self.model_copy()
@@ -148,6 +160,17 @@ class AphqVit(Transform):
             seed=self.seed,
         )
         return planned
+
+    def _check_attention(self, trial: Trial, data: Sequence[Any]) -> None:
+        """Refuse a model whose attention would not ask what rounds it, or asks another one already."""
+        if all(child_path(block) is None for block in trial.anatomy.blocks):
+            return  # the blocks say so
+        reason = why_unrounded(trial, data)
+        if reason is not None:
+            kind = type(trial.model).__name__
+            raise UnsupportedModelError(
+                f"model: what the attention of {kind} multiplies is not rounded: {reason}. Give operands: false."
+            )
 
     def conflicts(self, earlier: Transform) -> str | None:
         return super().conflicts(earlier) or (refuse_filled(earlier) if self.reparametrize else None)
@@ -170,6 +193,11 @@ class AphqVit(Transform):
         return {site: Sample(self.search_rows, self.seed) for site in sites}
 
     def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
+        path = child_path(block) if self.operands else None
+        if path is None and self.operands:
+            yield Skip(block.path or "model", "no attention is described here whose operands could be rounded")
+        if path is not None and attention_implementation(block.root) != IMPLEMENTATION:
+            yield Configure(ATTENTION, IMPLEMENTATION)  # before all, as the blocks behind read what this one leaves
         if self.reparametrize:
             yield from self._reparametrized(block, seen)
         parts = []
@@ -183,11 +211,16 @@ class AphqVit(Transform):
             parts.append(search(now, x, self.weight_grid, self.input_grid, self.rounds))
         if not parts:
             return
+        attention = None
+        if path is not None:
+            calls = seen.calls(block.path, max_tokens=self.search_rows)
+            attention = search_operands(block, path, seen, calls, self.input_grid, self.rounds)
         steps = max(FEWEST, self.steps)
         learned = LearnedRounding(
             parts,
             self.weight_grid,
             self.input_grid,
+            attention,
             keep=self.keep,
             rate=self.rate or TRAVEL / steps,
             scale_rate=self.scale_rate or SCALE_TRAVEL / steps,
@@ -196,6 +229,10 @@ class AphqVit(Transform):
         if self.steps:
             yield self._learn(block, seen, learned)
         yield from learned.edits()
+
+    def edit_ends(self, view: Anatomy) -> Iterable[Edit | Skip | Note]:
+        if self.operands and any(block.attention is not None for block in view.blocks):
+            yield Note("model", "attention weights are rounded, and formed for that: [heads, queries, keys]")
 
     def _reparametrized(self, block: Block, seen: Seen) -> Iterator[Edit | Skip | Note]:
         """Yield the edits by which all channels of a norm's output get one range."""

@@ -4,7 +4,8 @@
 
 V begins where t(V) is what floor left, so that W' is W inside of its range; a penalty that sets in after a while pushes
 each t(V) to 0 or 1 (AdaRound, 2020, arXiv:2004.10568). While a block is learned, a share of the elements of what its
-layers read stays as it is (QDrop, 2022, arXiv:2203.05740), and the scale of the others is learned too.
+layers read, and of what its attention multiplies, stays as it is (QDrop, 2022, arXiv:2203.05740), and the scale of the
+others is learned too.
 """
 
 from __future__ import annotations
@@ -16,18 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actkit.core.edit.edits import Replace
+from actkit.core.edit.edits import Insert, Replace
 from actkit.core.grids.grid import straight_through
 from actkit.core.grids.integers import IntegerGrid
-from actkit.core.grids.ranges import Percentile
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import Block, Linear
 from actkit.core.recipe.reconstruction import Example, Learned, Rate, cosine, error_of
+from actkit.quantization.aphq_vit.candidates import candidates
+from actkit.quantization.aphq_vit.operands import Operands
 
-RANGES = 16  # from the quantiles 0.1 and 0.9 to all values
-ZEROS = range(-4, 4)  # steps that a zero point is moved by: 128 pairs, as many as the release tries
 STRETCH = 1.2, -0.1  # of the sigmoid
 WARM_UP = 0.2  # share of the steps without the penalty
 SHARPNESS = 20.0, 2.0  # its exponent after the warm-up, and at the end
@@ -86,22 +86,6 @@ def search(
     return Rounded(tuple(linears), *chosen, tuple(found))
 
 
-def candidates(values: Tensor, grid: IntegerGrid) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the pairs of scale and zero that are tried, [rows, 1] each; a row without negative values keeps zero at 0.
-
-    Args:
-        values: [rows, n].
-        grid: with zero points.
-    """
-    below = values.amin(-1, keepdim=True) < 0
-    for step in range(RANGES):
-        share = 0.8 + 0.2 * step / (RANGES - 1)  # half of what it leaves lies on each side
-        scale, zero = grid.from_range(*Percentile(share)(values, grid))
-        assert zero is not None
-        for offset in ZEROS:
-            yield scale, torch.where(below, (zero + offset).clamp(0, grid.levels), zero)
-
-
 def _best_rows(
     weight: Tensor, x: Tensor, y: Tensor, tried: Sequence[tuple[Tensor, Tensor]], grid: IntegerGrid
 ) -> tuple[Tensor, Tensor]:
@@ -126,6 +110,7 @@ class LearnedRounding(Learned):
         parts: the layers, with their grids.
         weight_grid: of weights.
         input_grid: of inputs.
+        attention: what its attention multiplies; None leaves that.
         keep: share of the elements of inputs that are rounded while the block is learned.
         rate: of learning the rounding.
         scale_rate: of learning the scales, at first; it falls to 0 along a cosine.
@@ -137,6 +122,7 @@ class LearnedRounding(Learned):
         parts: Sequence[Rounded],
         weight_grid: IntegerGrid,
         input_grid: IntegerGrid,
+        attention: Operands | None = None,
         *,
         keep: float = 0.5,
         rate: float = 2e-2,
@@ -146,7 +132,10 @@ class LearnedRounding(Learned):
         super().__init__()
         self.parts, self.weight_grid, self.input_grid = tuple(parts), weight_grid, input_grid
         self.keep, self.rate, self.scale_rate, self.strength = keep, rate, scale_rate, strength
+        self.attention = attention
         self.scales = nn.ParameterList(nn.Parameter(part.scale.clone()) for part in self.parts)
+        found = {} if attention is None else attention.scales
+        self.operands = nn.ParameterDict({name: nn.Parameter(scale.clone()) for name, scale in found.items()})
         self.raw = nn.ParameterList()
         self._floors: list[Tensor] = []
         for linear, scale, _ in self._weights():
@@ -165,16 +154,23 @@ class LearnedRounding(Learned):
 
     def rates(self) -> Iterator[tuple[Sequence[nn.Parameter], Rate]]:
         yield list(self.raw), self.rate
-        yield list(self.scales), cosine(self.scale_rate)
+        yield [*self.scales, *self.operands.values()], cosine(self.scale_rate)
 
-    def stand_ins(self) -> Iterator[Replace]:
-        """Yield the layers that stand in the block while it is learned."""
+    def stand_ins(self) -> Iterator[Replace | Insert]:
+        """Yield what stands in the block while it is learned."""
         self._inputs = []
         for part in self.parts:
             for linear in part.linears:
                 inputs = DroppedInputs(self.input_grid, part.scale, part.zero, keep=self.keep)
                 self._inputs.append(inputs)
                 yield Replace(linear.path, ActLinear.of(linear, inputs=inputs))
+        if self.attention is not None:
+            dropped = {
+                name: DroppedInputs(self.input_grid, scale, self.attention.zeros[name], keep=self.keep)
+                for name, scale in self.attention.scales.items()
+            }
+            self._inputs.extend(dropped.values())
+            yield self.attention.insert(dropped)
 
     def next_step(self, generator: torch.Generator) -> None:
         for inputs in self._inputs:
@@ -187,7 +183,10 @@ class LearnedRounding(Learned):
             codes = (floor + up + zero).clamp(0, self.weight_grid.levels)
             found[f"{linear.path}.storage.tensor"] = ((codes - zero) * scale).to(linear.weight.dtype)
         for part, scale in zip(self.parts, self.scales, strict=True):
-            found |= {f"{linear.path}.inputs.scale": self._positive(scale, part) for linear in part.linears}
+            found |= {f"{linear.path}.inputs.scale": positive(scale, part.scale) for linear in part.linears}
+        if self.attention is not None:
+            for name, began in self.attention.scales.items():
+                found[f"{self.attention.path}.rounds.{name}.scale"] = positive(self.operands[name], began)
         return found
 
     def penalty(self, progress: float) -> Tensor | float:
@@ -211,11 +210,11 @@ class LearnedRounding(Learned):
         return changed / sum(raw.numel() for raw in self.raw)
 
     @torch.no_grad()
-    def edits(self) -> Iterator[Replace]:
-        """Yield the rounded layers."""
+    def edits(self) -> Iterator[Replace | Insert]:
+        """Yield the rounded layers, and what rounds the attention."""
         found = iter(zip(self._floors, self.raw, strict=True))
         for part, learned in zip(self.parts, self.scales, strict=True):
-            inputs = RoundedInputs(self.input_grid, self._positive(learned.detach(), part), part.zero.to(torch.uint8))
+            inputs = RoundedInputs(self.input_grid, positive(learned.detach(), part.scale), part.zero.to(torch.uint8))
             for linear, (scale, zero) in zip(part.linears, part.weights, strict=True):
                 floor, raw = next(found)
                 codes = (floor + (raw >= 0) + zero).clamp(0, self.weight_grid.levels)
@@ -223,10 +222,16 @@ class LearnedRounding(Learned):
                     codes.to(torch.uint8), scale, zero.to(torch.uint8), self.weight_grid, linear.weight.dtype
                 )
                 yield Replace(linear.path, ActLinear.of(linear, weight=weight, inputs=inputs))
-
-    def _positive(self, scale: Tensor, part: Rounded) -> Tensor:
-        """A learned scale, no smaller than a hundredth of what it began as."""
-        return straight_through(torch.maximum(scale, part.scale / 100), scale)
+        if self.attention is not None:
+            rounded = {
+                name: RoundedInputs(
+                    self.input_grid,
+                    positive(self.operands[name].detach(), began),
+                    self.attention.zeros[name].to(torch.uint8),
+                )
+                for name, began in self.attention.scales.items()
+            }
+            yield self.attention.insert(rounded)
 
 
 class DroppedInputs(RoundedInputs):
@@ -243,6 +248,11 @@ class DroppedInputs(RoundedInputs):
             return rounded
         kept = torch.rand(x.shape, generator=self.generator).to(x.device) < self.keep
         return torch.where(kept, rounded, x)
+
+
+def positive(scale: Tensor, began: Tensor) -> Tensor:
+    """Return a learned scale, no smaller than a hundredth of what it began as."""
+    return straight_through(torch.maximum(scale, began / 100), scale)
 
 
 def rounding(raw: Tensor) -> Tensor:
