@@ -21,6 +21,7 @@ from actkit.quantization.adadim import adadim
 from actkit.quantization.adadim.sensitivity import weight_sensitivity
 from actkit.quantization.agile_quant import token_pruner
 from actkit.quantization.agile_quant.agile_quant import AgileQuant
+from actkit.quantization.agile_quant.low_bits import LowBits
 from actkit.quantization.agile_quant.prune_schedule import PruneSchedule
 from actkit.quantization.agile_quant.token_pruner import TokenPruner
 from actkit.quantization.aphq_vit.aphq_vit import AphqVit
@@ -173,6 +174,8 @@ def operands_of_the_decoder(p: Place) -> None:
 proof(lambda p: TokenPruner(build("gpt2")))
 proof(lambda p: TokenPruner(run(QuantizeCache()).model, PruneSchedule({0: 0.5})))
 proof(lambda p: TokenPruner(small(), PruneSchedule({9: 0.5})))
+proof(lambda p: TokenPruner(small(), low=LowBits({0: 0.5})))
+proof(lambda p: TokenPruner(small(kind="mixtral"), low=LowBits({0: 0.5})))
 proof(lambda p: TokenPruner(small())([]))
 proof(lambda p: TokenPruner(small())([VOCABULARY]))
 proof(lambda p: TokenPruner(small()).read(torch.tensor([1, 2])))

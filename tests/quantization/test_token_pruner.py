@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from actkit.core.grids.integers import IntegerGrid
 from actkit.core.ground.errors import DataError, UnsupportedModelError
+from actkit.core.layers.attention_rounding import static_grid
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.rounded_inputs import RoundedInputs
+from actkit.core.layers.weights import DenseWeight
 from actkit.core.recipe.runner import apply
 from actkit.quantization.agile_quant.agile_quant import AgileQuant
+from actkit.quantization.agile_quant.low_bits import LowBits, coarser
 from actkit.quantization.agile_quant.prune_schedule import PruneSchedule
 from actkit.quantization.agile_quant.reading import SCORES, Reading
 from actkit.quantization.agile_quant.token_pruner import TokenPruner
@@ -148,6 +155,103 @@ def test_kept_positions_are_what_masks_give() -> None:
         handle.remove()
     left = pruned.left[0]
     torch.testing.assert_close(pruned.logits[0, left], logits[left], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def low_by_hand(model: Any, ids: torch.Tensor, low: LowBits) -> Any:
+    """One text, nothing dropped but by SCHEDULE: of which positions each block reads 4 bits, and the last states."""
+    base = model.model
+    hidden, kept, coarse = base.embed_tokens(ids), list(range(len(ids))), set[int]()
+    read = []
+    for index, block in enumerate(base.layers):
+        n = len(kept)
+        given = {
+            "attention_mask": torch.full((n, n), -torch.inf).triu(1)[None, None],
+            "position_embeddings": base.rotary_emb(hidden[None], torch.tensor([kept])),
+        }
+        seen: list[torch.Tensor] = []
+        handle = block.self_attn.register_forward_hook(lambda m, a, output, seen=seen: seen.append(output[1][0]))
+        block(hidden[None], **given)
+        handle.remove()
+        scores = score_of(seen[0], "start_token")
+        middle = sorted(range(1, n - 1), key=lambda i: (float(scores[i]), i))
+        dropped, more = int(SCHEDULE.shares.get(index, 0) * n), int(low.shares.get(index, 0) * n)
+        coarse = (coarse if low.inherited else set()) | {kept[i] for i in middle[dropped : dropped + more]}
+        read.append(tuple(sorted(coarse & set(kept))))
+        rows = [i for i, position in enumerate(kept) if position in coarse]
+
+        def lower(layer: Any, args: Any, output: Any, rows: Any = rows) -> Any:
+            step = layer.scale * 127.5 / 7.5  # of the same largest value
+            four = torch.clamp(torch.round(args[0] / step), -8, 7) * step
+            output = output.clone()
+            output[:, rows] = four[:, rows]
+            return output
+
+        layers = (block.self_attn.o_proj, block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj)
+        handles = [layer.inputs.register_forward_hook(lower) for layer in layers]
+        hidden = block(hidden[None], **given)[0]
+        for handle in handles:
+            handle.remove()
+        stay = sorted({0, n - 1, *middle[dropped:]})
+        hidden, kept = hidden[stay], [kept[i] for i in stay]
+    return read, kept, model.lm_head(base.norm(hidden))
+
+
+@pytest.mark.parametrize("inherited", [True, False])
+@pytest.mark.parametrize("softmax", ["log2", "none"])
+def test_of_tokens_of_low_scores_layers_read_four_bits(softmax: Any, inherited: bool) -> None:
+    model = quantized()
+    if softmax == "none":  # scaled dot-product attention, whose weights are formed beside it
+        batches, plain = [{"input_ids": IDS}], AgileQuant(softmax="none", attention_bits=None)
+        model = apply(llama("sdpa"), plain, batches, progress=False).model
+    low = LowBits({0: 0.2, 2: 0.3}, inherited=inherited)
+    pruned = TokenPruner(model, SCHEDULE, low=low).read(IDS)
+    exact = TokenPruner(model, SCHEDULE).read(IDS)
+    eager = copy.deepcopy(model)
+    if softmax == "none":
+        eager.set_attn_implementation("eager")
+    for row, ids in enumerate(IDS):
+        read, left, logits = low_by_hand(eager, ids, low)
+        assert [tuple(each[row].nonzero().flatten().tolist()) for each in pruned.low] == read
+        assert len(read[0]) == 4 and bool(read[1]) is inherited and pruned.left[row].tolist() == left
+        torch.testing.assert_close(pruned.logits[row, left], logits, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(pruned.logits[row, left], exact.logits[row, left], rtol=1e-3, atol=1e-3)
+    pruner = TokenPruner(model, SCHEDULE, low=low)
+    pruner(IDS[0].tolist())
+    assert list(pruner.lowered) == low_by_hand(eager, IDS[0], low)[0]
+    before = pruner.lowered
+    pruner([3])  # a token that follows is read as it is
+    assert pruner.lowered == before
+
+
+def test_coarser_inputs_have_the_range_of_the_others() -> None:
+    largest = torch.tensor([0.5, 3.0, 7.0])
+    for bits in (8, 6):
+        scale, _ = static_grid(bits).from_range(-largest, largest)
+        layer = ActLinear(DenseWeight(torch.zeros(2, 3)), inputs=RoundedInputs(static_grid(bits), scale))
+        found = coarser(layer, "it", 4)
+        torch.testing.assert_close(found.scale, static_grid(4).from_range(-largest, largest)[0])
+    low, high = torch.tensor([-1.0]), torch.tensor([3.0])
+    grid = IntegerGrid(8, scope="tensor")
+    scale, zero = grid.from_range(low, high)
+    layer = ActLinear(DenseWeight(torch.zeros(2, 3)), inputs=RoundedInputs(grid, scale, zero))
+    found, (scale, zero) = coarser(layer, "it", 4), IntegerGrid(4, scope="tensor").from_range(low, high)
+    assert torch.equal(found.zero, zero)
+    torch.testing.assert_close(found.scale, scale)
+
+
+def test_coarser_reading_needs_static_inputs_of_more_bits() -> None:
+    low = LowBits({1: 0.2})
+    with pytest.raises(UnsupportedModelError, match=r"o_proj does not read static inputs of more than 4 bits"):
+        TokenPruner(llama(), low=low)
+    four = apply(llama("sdpa"), AgileQuant(bits=4), [{"input_ids": IDS}], progress=False).model
+    with pytest.raises(UnsupportedModelError, match="apply agile_quant first"):
+        TokenPruner(four, low=low)
+    with pytest.raises(ValueError, match="low: block 4 was given"):
+        TokenPruner(quantized(), low=LowBits({4: 0.2}))
+    for settings in ({"shares": {0: 1.0}}, {"shares": {-1: 0.1}}, {"bits": 8}):
+        with pytest.raises(ValueError, match=r"shares|bits"):
+            LowBits(**settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("positions", ["keep", "renumber"])

@@ -17,11 +17,13 @@ class Pruned:
         logits: [batch, tokens, vocabulary], of dropped tokens too.
         kept: of each block the positions that it read, int64 [batch, so many], in order.
         left: those that came out of the last block.
+        low: of each block, bool [batch, tokens]: of which positions it read fewer bits.
     """
 
     logits: Tensor
     kept: tuple[Tensor, ...]
     left: Tensor
+    low: tuple[Tensor, ...] = ()
 
     @property
     def kept_mask(self) -> Tensor:

@@ -34,13 +34,16 @@ class Reading:
         self, pruner: TokenPruner, ids: Tensor, cached: list[Tensor] | None, *, prunes: bool, refills: bool = False
     ) -> None:
         self.pruner, self.refills = pruner, refills
-        self.shares = pruner.schedule.shares if prunes else {}
+        self.prunes, self.shares = prunes, pruner.schedule.shares if prunes else {}
         start = pruner.position if cached is not None else 0
         self.left = torch.arange(start, start + ids.shape[1], device=ids.device).expand(len(ids), -1)
         self.tokens, self.cached = ids.shape[1], cached
         self.kept: list[Tensor] = []
         self._whole: Tensor | None = None  # hidden states of all tokens, as they were last
+        self.low: list[Tensor] = []  # of each block of which positions it reads fewer bits, bool [batch, tokens]
+        self._low = torch.zeros_like(self.left, dtype=torch.bool)  # of the tokens that are left
         self._scores: Tensor | None = None
+        self._scored = -1  # the block that these are of
         self._read: dict[str, Tensor] = {}  # queries and keys of a block whose attention does not form its weights
         self._turns: Any = None  # the rotary tables that the block was given
         self._generator = torch.Generator().manual_seed(pruner.seed)
@@ -51,8 +54,16 @@ class Reading:
         for index, (block, attention) in enumerate(pruner.paths):
             before[block] = _called(self._enter, index)
             after[block] = _called(self._leave, index)
-            if self.shares.get(index) and pruner.score != "random":
+            if not self.prunes:
+                continue
+            for path, rounding in pruner.coarser.get(index, {}).items():
+                after[path] = _called(self._lower, rounding)
+            if index in pruner.formed:
+                after[pruner.formed[index]] = _called(self._keep_formed, index)
+            elif pruner.scores(index):
                 after[attention] = _called(self._keep_scores, index)
+                if pruner.low.shares.get(index):
+                    before[f"{pruner.outputs[index]}.inputs"] = _called(self._form, index, attention)
                 taps = pruner.operands.get(index, {})
                 for path in {tap.path for tap in taps.values()}:  # one, if queries and keys are one layer's
                     here = {name: tap for name, tap in taps.items() if tap.path == path}
@@ -66,6 +77,10 @@ class Reading:
         """What a block is called with: mask and positions of the tokens that are left."""
         held = self.cached[index] if self.cached is not None else self.left[:, :0]
         self.kept.append(torch.cat((held, self.left), 1))
+        if not self.pruner.low.inherited:
+            self._low = torch.zeros_like(self._low)
+        if self.prunes and self.pruner.score == "random" and any(self._numbers(index)):
+            self._score(index, None)
         missing = (self.pruner.position if self.cached is not None else 0) - held.shape[1]
         tokens = self.left.shape[1]
         self._turns = kwargs.get("position_embeddings")
@@ -89,8 +104,48 @@ class Reading:
             self._read[name] = read_tap(tap, args, kwargs, output, self._turns)
 
     def _keep_scores(self, index: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        weights = self._formed(module) if index in self.pruner.operands else output[1].float()
-        self._scores = SCORES[self.pruner.score](weights)
+        if self._scored != index:
+            self._score(index, self._formed(module) if index in self.pruner.operands else output[1].float())
+
+    def _keep_formed(self, index: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._score(index, output.float())
+
+    def _form(self, index: int, attention: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Score before the attention's output layer reads, which may read fewer bits of some tokens."""
+        self._score(index, self._formed(self.pruner.model.get_submodule(attention)))
+
+    def _score(self, index: int, weights: Tensor | None) -> None:
+        """Score the tokens of a block, and choose those of which it reads fewer bits."""
+        if weights is None:
+            self._scores = torch.rand(self.left.shape, generator=self._generator).to(self.left.device)
+        else:
+            self._scores = SCORES[self.pruner.score](weights)
+        self._scored = index
+        dropped, coarse = self._numbers(index)
+        if coarse:
+            most = self.left.shape[1] - 2
+            chosen = self._order()[:, min(dropped, most) : min(dropped + coarse, most)]
+            self._low = self._low.scatter(1, chosen, True)
+
+    def _numbers(self, index: int) -> tuple[int, int]:
+        """How many tokens a block drops, and of how many it begins to read fewer bits."""
+        tokens = self.left.shape[1]
+        low = self.pruner.low.shares if self.prunes else {}
+        return int(self.shares.get(index, 0.0) * tokens), int(low.get(index, 0.0) * tokens)
+
+    def _order(self) -> Tensor:
+        """The places of the tokens that are left, those of small scores first, the ends last: [batch, tokens]."""
+        assert self._scores is not None
+        scores = self._scores.clone()
+        scores[:, [0, -1]] = torch.inf
+        return scores.argsort(dim=1, stable=True)
+
+    def _lower(self, rounding: nn.Module, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """What a layer reads: fewer bits of some tokens."""
+        if not bool(self._low.any()):
+            return None
+        x = args[0]
+        return torch.where(self._low.reshape(*x.shape[:-1], 1), rounding(x), output)
 
     def _formed(self, module: nn.Module) -> Tensor:
         """The attention weights of a prompt, of queries and keys that were read: [batch, heads, tokens, tokens]."""
@@ -103,14 +158,16 @@ class Reading:
     def _leave(self, index: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """What leaves a block: without the tokens that it drops; behind the last one with all of them."""
         hidden = output[0] if isinstance(output, tuple) else output
-        number = int(self.shares.get(index, 0.0) * self.left.shape[1])
+        number = self._numbers(index)[0]
+        text = torch.zeros(len(self.left), self.tokens, dtype=torch.bool, device=self.left.device)
+        self.low.append(text.scatter(1, self.left, self._low) if self.prunes else text)
         if self.refills and (number or self._whole is not None):
             whole = hidden if self._whole is None else self._whole
             places = self.left[..., None].expand(-1, -1, hidden.shape[-1])
             self._whole = whole.scatter(1, places, hidden)
         if number:
             chosen = self._stay(number)
-            self.left = self.left.gather(1, chosen)
+            self.left, self._low = self.left.gather(1, chosen), self._low.gather(1, chosen)
             hidden = hidden.gather(1, chosen[..., None].expand(-1, -1, hidden.shape[-1]))
         if self.refills and self._whole is not None and index == len(self.pruner.paths) - 1:
             hidden = self._whole
@@ -118,15 +175,8 @@ class Reading:
 
     def _stay(self, number: int) -> Tensor:
         """Which of the tokens stay if so many go: places [batch, so many], in order."""
-        rows, tokens = self.left.shape
-        if self.pruner.score == "random":
-            scores = torch.rand(rows, tokens, generator=self._generator).to(self.left.device)
-        else:
-            assert self._scores is not None
-            scores = self._scores.clone()
-        scores[:, [0, -1]] = torch.inf
-        number = min(number, max(0, tokens - 2))
-        return scores.argsort(dim=1, stable=True)[:, number:].sort(1).values
+        number = min(number, max(0, self.left.shape[1] - 2))
+        return self._order()[:, number:].sort(1).values
 
 
 def rotary_of(model: Any) -> Any:
@@ -153,5 +203,5 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _called(hook: Callable[..., Any], first: Any) -> Any:
-    return lambda *given: hook(first, *given)
+def _called(hook: Callable[..., Any], *first: Any) -> Any:
+    return lambda *given: hook(*first, *given)

@@ -4,7 +4,8 @@
     behind block l the floor(r_l n) tokens with the smallest scores go      r_l = 1 - (1 - beta)^(1/m) of m blocks
 
 Later blocks see what is left, and their caches hold nothing else. The first and the last token always stay. Single
-tokens that follow are not pruned.
+tokens that follow are not pruned. Of the tokens with the next smallest scores layers may read fewer bits (`low`): in
+the block that scored them, and in those behind it.
 When to use it: prompts of a thousand tokens and more, for the time that a first token takes. What was dropped no later
 token reads any more: measure on your task. `kept` says which positions each block read.
 Cost: the attention weights of the blocks that prune, [heads, tokens, tokens], formed beside an attention that forms
@@ -13,10 +14,11 @@ As in the release: the score, the number that goes, and a perplexity over the ke
 Settled here: tokens go behind a block, not before its MLP, which is the same function, as an MLP sees one token at a
 time; of equal scores, which log2 attention weights have often, the earlier token goes; the last token stays, as the
 next one is predicted from it (in the release it may go, and its labels are then off by one); positions stay what they
-were ('keep') unless 'renumber' is given, the release's.
+were ('keep') unless 'renumber' is given, the release's. The first and the last token are never read in fewer bits.
+With TRIP the factors of the channels are those of the other tokens.
 Our own reading: `quality` scores dropped tokens too, from their last hidden state, so that models are compared on the
 same tokens. The perplexity over kept ones says little: those that are dropped may be the hard ones.
-Not built: 4-bit activations for tokens of low scores; windows of attention and padded batches are refused.
+Not built: windows of attention and padded batches, which are refused.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ from actkit.core.model.anatomy import Block, Site, anatomy, forms_weights
 from actkit.core.model.architectures import find_architecture
 from actkit.core.model.parts import attention_implementation
 from actkit.core.model.sites import Tap
+from actkit.core.recipe.rounded_attention import child_path
+from actkit.quantization.agile_quant.low_bits import LowBits
 from actkit.quantization.agile_quant.prune_schedule import PruneSchedule
 from actkit.quantization.agile_quant.pruned_quality import PositionLosses, Pruned, PrunedQuality
 from actkit.quantization.agile_quant.reading import SCORES, Positions, Reading, Score, rotary_of
@@ -57,9 +61,11 @@ class TokenPruner:
         capacity: tokens of one text; None for the model's context.
         decode_only: of no meaning here, as no weights are copied.
         seed: of 'random'.
+        low: of which tokens of a prompt layers read fewer bits; None for none.
 
     Raises:
-        UnsupportedModelError: the model is another, or its attention weights cannot be known.
+        UnsupportedModelError: the model is another, its attention weights cannot be known, or `low` was given and its
+            layers read no static inputs.
         MemoryLimitError: the cache does not fit into free memory.
         ValueError: a setting is out of bounds.
     """
@@ -67,6 +73,7 @@ class TokenPruner:
     closed = False
     _cache: Any
     _kept: list[Tensor]
+    _low: list[Tensor]
 
     def __init__(
         self,
@@ -78,6 +85,7 @@ class TokenPruner:
         capacity: int | None = None,
         decode_only: bool = False,
         seed: int = 0,
+        low: LowBits | None = None,
     ) -> None:
         refuse_compiled_or_sharded(model)
         reason = supports(model)
@@ -90,11 +98,18 @@ class TokenPruner:
             )
         self.model: Any = model
         self.schedule, self.score, self.positions = schedule or PruneSchedule(), score, positions
+        self.low = low or LowBits()
         blocks = anatomy(model).blocks
         self.paths = [(block.path, block.attention.path) for block in blocks if block.attention is not None]
-        if max(self.schedule.shares, default=0) >= len(blocks):
-            last = max(self.schedule.shares)
-            raise ValueError(f"schedule: block {last} was given, and the model has the blocks 0 to {len(blocks) - 1}.")
+        for name, shares in (("schedule", self.schedule.shares), ("low", self.low.shares)):
+            last = max(shares, default=0)
+            if last >= len(blocks):
+                raise ValueError(
+                    f"{name}: block {last} was given, and the model has the blocks 0 to {len(blocks) - 1}."
+                )
+        self.coarser = {block.index: self.low.of(block) for block in blocks if self.low.reads(block.index)}
+        self.outputs = {block.index: block.attention.output.path for block in blocks if block.attention is not None}
+        self.formed = self._formed(blocks)
         self.operands = self._operands(blocks)
         config: Any = model.config
         context: int = config.max_position_embeddings
@@ -115,20 +130,44 @@ class TokenPruner:
         self._last = {"logits_to_keep": 1} if keeps_last else {}  # those of the other tokens are the largest tensor
         self.reset()
 
+    def _formed(self, blocks: Sequence[Block]) -> dict[int, str]:
+        """The paths of what rounds attention weights, in blocks that score tokens."""
+        paths = {block.index: child_path(block) for block in blocks if self.scores(block.index)}
+        held = dict(self.model.named_modules())
+        return {
+            index: path
+            for index, path in paths.items()
+            if path is not None and getattr(held.get(path), "weights", None) is not None
+        }
+
+    def scores(self, block: int) -> bool:
+        """Say whether a block's attention weights choose tokens of a prompt.
+
+        Args:
+            block: its number.
+        """
+        chosen = self.schedule.shares.get(block) or self.low.shares.get(block)
+        return bool(chosen) and self.score != "random"
+
     def _operands(self, blocks: Sequence[Block]) -> dict[int, dict[str, Tap]]:
-        """The taps of queries and keys in blocks that prune by weights which their attention does not form."""
-        pruning = [block for block in blocks if self.schedule.shares.get(block.index) and self.score != "random"]
-        if forms_weights(self.model) or not pruning:
+        """The taps of queries and keys in blocks that score tokens by weights which their attention does not form.
+
+        Tokens that are read in fewer bits are chosen before the attention ends, so that its output comes too late.
+        """
+        scoring = [block for block in blocks if self.scores(block.index) and block.index not in self.formed]
+        if forms_weights(self.model):
+            scoring = [block for block in scoring if self.low.shares.get(block.index)]
+        if not scoring:
             return {}
-        sites = {block.index: {name: Site(f"attention.{name}", block.index) for name in READ} for block in pruning}
-        known = all(site in block.taps for block in pruning for site in sites[block.index].values())
+        sites = {block.index: {name: Site(f"attention.{name}", block.index) for name in READ} for block in scoring}
+        known = all(site in block.taps for block in scoring for site in sites[block.index].values())
         implementation = attention_implementation(self.model)
-        if implementation != "sdpa" or not known:
+        if implementation not in ("sdpa", "eager") or not known:
             raise UnsupportedModelError(
                 f"model: its attention {implementation!r} does not form its weights, which tokens are chosen by; call "
                 f"model.set_attn_implementation('eager'), or apply agile_quant with softmax: log2."
             )
-        return {block.index: {name: block.taps[site] for name, site in sites[block.index].items()} for block in pruning}
+        return {block.index: {name: block.taps[site] for name, site in sites[block.index].items()} for block in scoring}
 
     @staticmethod
     def supports(model: nn.Module) -> str | None:
@@ -145,12 +184,17 @@ class TokenPruner:
         """Let go of the model and the cache; more than once is fine."""
         self.closed, self.position = True, 0
         self.model = self._cache = None
-        self._kept = []
+        self._kept, self._low = [], []
 
     def reset(self) -> None:
         """Forget all tokens."""
         self._check_open()
-        self._cache, self._kept, self.position = None, [], 0
+        self._cache, self._kept, self._low, self.position = None, [], [], 0
+
+    @property
+    def lowered(self) -> tuple[tuple[int, ...], ...]:
+        """Of each block the positions of the prompt of which it read fewer bits, in order."""
+        return tuple(tuple(each[0].nonzero().flatten().tolist()) for each in self._low)
 
     @property
     def kept(self) -> tuple[tuple[int, ...], ...]:
@@ -190,6 +234,7 @@ class TokenPruner:
         with reading.running():
             logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **self._last).logits
         self._cache, self._kept = cache, reading.kept
+        self._low = reading.low if first else self._low
         self.position += len(tokens)
         found = logits[0, -1].float()
         if not bool(torch.isfinite(found).all()):
@@ -232,7 +277,7 @@ class TokenPruner:
         reading = Reading(self, input_ids, None, prunes=True, refills=True)
         with reading.running():
             logits = self.model(input_ids=input_ids, use_cache=False).logits
-        return Pruned(logits, tuple(reading.kept), reading.left)
+        return Pruned(logits, tuple(reading.kept), reading.left, tuple(reading.low))
 
     def losses(self, batches: Iterable[Mapping[str, Tensor]]) -> PositionLosses:
         """Measure the loss at every position that has a next token.
