@@ -363,7 +363,7 @@ PARTS |= {
 }
 # what stands in a block while it learns, see test_reconstruction.py and the tests of omniquant, zeroquant and aphq_vit
 PARTS |= {"Learned", "BlockWeights", "Equivalent", "LearnedSet", "LearnedClipping", "LearnedThrough"}
-PARTS |= {"LearnedRounding", "DroppedInputs", "FittedMlp"}
+PARTS |= {"LearnedRounding", "DroppedInputs", "WatchedInputs", "FittedMlp"}
 PARTS |= {"AbsentExperts", "StoredExperts"}  # see test_expert_store.py and test_offloaded_moe.py
 MODELS = {"DigitsCNN", "TinyMlp"}  # see test_check_model.py
 
