@@ -193,7 +193,7 @@ def test_integers_are_multiplied_as_integers(monkeypatch):
     monkeypatch.setattr(
         IntegerWeight, "_values", lambda self: calls.append(1) or torch.zeros(OUT, IN, dtype=self.dtype)
     )
-    rows, x = IntegerGrid(8, symmetric=True), inputs(3)
+    rows, x = IntegerGrid(8, symmetric=True), inputs(9)
     for grid, how, taken in ((rows, {}, True), (rows, {"per": "tensor"}, True), (rows, {"half_step": True}, True),
                              (rows, {"bits": 7}, False), (rows, {"symmetric": False}, False),
                              (IntegerGrid(8, 7, symmetric=True), {}, False), (IntegerGrid(8), {}, False),

@@ -11,6 +11,8 @@
     packed = pack_rows(weight)                             to skip outputs instead, behind a sparse gate
     y = output_rows(x, packed, active)                     (pack_quantized_rows and quantized_output_rows for integers)
 
+    y = stored_linear(x, codes, scale, bits=4)             few rows times codes as they are stored, nothing packed
+
     y = int8_linear(x, codes, scale)                       inputs and weight of 8 bits, multiplied as integers
 
     x = masked_inputs(x, score, k=100)                     many rows: what is not selected becomes 0
@@ -27,6 +29,7 @@ from actkit.kernels.packing import PackedWeight, pack
 from actkit.kernels.quantized import QuantizedWeight, pack_quantized
 from actkit.kernels.quantized_operators import quantized_linear, quantized_output_rows
 from actkit.kernels.quantized_rows import QuantizedRows, pack_quantized_rows
+from actkit.kernels.stored_codes import stored_linear
 
 __all__ = [
     "MASKED",
@@ -47,4 +50,5 @@ __all__ = [
     "quantized_linear",
     "quantized_output_rows",
     "sparse_linear",
+    "stored_linear",
 ]

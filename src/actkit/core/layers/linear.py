@@ -9,7 +9,8 @@ The weight slot is held in `storage`; `weight` answers a tensor, as that of ever
 The logical layout is the state that is saved. `pack()` builds the input-major buffer that the sparse kernel reads; it
 is never saved. With gradients, with more rows than the kernel takes (two, or eight if an integer weight is read
 whole), under torch.export or without `pack()` the layer computes in plain torch; but a weight and inputs of 8 bits are
-multiplied as integers (`kernels.int8_linear`), packed or not.
+multiplied as integers (`kernels.int8_linear`), packed or not, and up to eight rows times codes of 4 or 8 bits are
+computed from the codes as they are stored (`kernels.stored_linear`).
 
 The correction reads what the weight reads, so that merging the two is exact; but beside a selection it reads all
 inputs, or those that are dropped, and then no inputs are rounded.

@@ -372,6 +372,25 @@ class IntegerWeight(CodedWeight):
         width = 4 if self.grid.bits <= 4 else 8
         return self.codes if self.stored_bits == width else pack_codes(self.integers(), width)
 
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply inputs; few rows, as a model that writes has them, by a kernel that reads the codes as they are."""
+        if not self._is_read_as_stored(x):
+            return super().linear(x, bias)
+        from actkit import kernels
+
+        settings = {"bits": self.stored_bits, "middle": 2 ** (self.grid.bits - 1)}
+        return kernels.stored_linear(x, self.codes, self.scales(), self.zero, bias=bias, **settings)
+
+    def _is_read_as_stored(self, x: Tensor) -> bool:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+            return False
+        if self.grid.group_axis == "output" or self._widened is not None or x.device.type != "cpu":
+            return False
+        from actkit.kernels import stored_codes
+
+        few = 0 < x.numel() <= stored_codes.ROWS * self.shape[1] and x.dtype != torch.float64
+        return few and stored_codes.serves(self.shape[1], self.scale.shape[1], self.stored_bits)
+
     @property
     def row_scale(self) -> Tensor | None:
         grid = self.grid
