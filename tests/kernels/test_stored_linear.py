@@ -14,7 +14,7 @@ from actkit.core.layers.weights import IntegerWeight
 from actkit.kernels import stored_codes, stored_linear
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     size=st.sampled_from([2, 6, 32, 40, 128]),
     groups=st.integers(1, 5),

@@ -72,10 +72,8 @@ def stored_linear(rows: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | Non
     y = torch.empty(len(rows), len(codes))
     zeros = NO_ZEROS if zero is None else zero.numpy()
     weight = (codes.numpy(), scale.numpy(), zeros, np.int32(middle))
-    if bits == 8:
-        x = (rows.numpy(),)
-    else:
-        x = (rows[:, ::2].contiguous().numpy(), rows[:, 1::2].contiguous().numpy())
+    parts = (rows,) if bits == 8 else (rows[:, ::2].contiguous(), rows[:, 1::2].contiguous())
+    x = [part.numpy() for part in parts]
     with LOCK:
         follow_torch_threads(codes.nbytes)
         (_of_bytes if bits == 8 else _of_halves)(*weight, *x, y.numpy())
