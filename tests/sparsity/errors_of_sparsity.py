@@ -84,7 +84,7 @@ proof(lambda p: in_float32(build("mlp"), batches("mlp")[0]).__enter__())
 proof(lambda p: load_plm(p.copy("plain")))
 
 
-proof(lambda p: activated_parameters(nn.Sequential(nn.Linear(4, 4)), [torch.ones(2, 4)], progress=False))
+proof(lambda p: activated_parameters(build("mixtral"), batches("mixtral"), progress=False))
 
 
 proof(lambda p: wsdc_lambda(1, 5, 5, 10))
