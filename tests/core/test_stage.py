@@ -92,7 +92,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "steps of 0": ([{"train": {"steps": 0}}], "steps: 0 was given; input should be greater than or equal to 1"),
     "a bad schedule": (
         [{"train": {"steps": 1, "schedule": "up"}}],
-        "schedule: 'up' was given; input should be",
+        "schedule: 'up' was given, allowed is cosine, linear, constant, wsdc",
     ),
     "an unknown rule": (
         [{"train": {"steps": 1, "rules": ["prospars"]}}],
