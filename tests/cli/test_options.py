@@ -48,7 +48,7 @@ OPTIONS = {
     | RUN
     | WRITE
     | {"--rule", "--steps", "--learning-rate", "--rate", "--accumulation", "--resume"}
-    | {"--optimizer", "--trainable", "--score"},
+    | {"--optimizer", "--trainable", "--score", "--schedule", "--warmup"},
     "papers": {"--family", "--kind", "--status", "--year", "--text", "--json"},
     "reproduce": {"--subject", "--record", "--threads", "--json"},
 }

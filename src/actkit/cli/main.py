@@ -419,7 +419,7 @@ def train(
         str | None, typer.Option(metavar="METRIC", help="Judges the best step: accuracy:better=higher. Default: loss.")
     ] = None,
     schedule: Annotated[
-        str, typer.Option(metavar="NAME", help="Of the rate: cosine, linear, constant, wsdc:stable=0.6,decay=0.2.")
+        str, typer.Option(metavar="NAME", help="Of the rate: cosine, linear, constant or wsdc:stable=0.6.")
     ] = "cosine",
     warmup: Annotated[float, typer.Option(min=0, help="Share of the steps in which the rate rises.")] = 0.05,
     accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimizer step.")] = 1,
