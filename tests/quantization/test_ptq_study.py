@@ -15,6 +15,7 @@ from actkit.quantization.round_inputs import RoundInputs
 from actkit.quantization.rtn import RoundToNearest
 from actkit.quantization.zeroquant_v2.lorc import Lorc
 from actkit.quantization.zeroquant_v2.ptq_study import ptq_study, sensitivity_class
+from actkit.quantization.zeroquant_v2.zeroquant import ZeroQuant
 from actkit.testing import tiny_batches, tiny_model
 
 
@@ -54,6 +55,30 @@ def test_rows_are_recipes_measured_one_by_one() -> None:
     assert rows["4-bit groups of 8, rtn"].bits_per_weight == 4 + (16 + 8) / 8
     assert rows["inputs of 8 bits per token"].bits_per_weight == 32
     assert study.to_dict()["combinations"][0]["weights"] == [4, 8]
+
+
+def test_blocks_may_be_trained_for_each_combination() -> None:
+    model, given = tiny_model("llama"), tiny_batches("llama")
+    settings = {"weights": ((3, 8),), "symmetric": (False,), "ranks": (0, 2), "methods": ("zq_local", "zq_global")}
+    inputs = (None, (8, "token"), (8, "tensor"))
+    study = ptq_study(model, given, given, **settings, inputs=inputs, steps=3, progress=False)
+    rows = {row.name: row.perplexity for row in study.combinations}
+    assert len(rows) == 2 * 2 * 3
+    recipes = {
+        "3-bit groups of 8, zq_local": [ZeroQuant(bits=3, group_size=8, inputs="local", steps=3)],
+        "3-bit groups of 8, zq_global + rank 2; inputs of 8 bits per token": [
+            ZeroQuant(bits=3, group_size=8, input_bits=8, steps=3),
+            Lorc(rank=2),
+        ],
+        "3-bit groups of 8, zq_global; inputs of 8 bits per tensor": [
+            ZeroQuant(bits=3, group_size=8, steps=3),
+            RoundInputs(bits=8, per="tensor", symmetric=False),
+        ],
+    }
+    for name, recipe in recipes.items():
+        changed = tiny_model("llama")
+        apply(changed, recipe, given, progress=False)
+        assert rows[name] == pytest.approx(perplexity(changed, given), rel=1e-6)
 
 
 def test_classes_and_what_is_refused() -> None:

@@ -3,17 +3,22 @@
     d = perplexity of the rounded model - perplexity;   class 1: d <= 0.1,   class 2: d <= 0.5,   class 3: above
 
 Every combination is tried: bits and groups of the weights (a row, or blocks of a row: "FGQ"), with zero points or
-without, rounded to nearest or by `gptq`, with a rank of `lorc` or none; inputs as they are or rounded per token.
-Cost: a calibration (gptq only) and a pass over the held-out text for each combination.
+without, rounded to nearest, by `gptq` or by `zeroquant` (ZQ-Local and ZQ-Global), with a rank of `lorc` or none; inputs
+as they are or rounded per token.
+Cost: a calibration (gptq only) and a pass over the held-out text for each combination; minutes of learning for each
+with `zq_local` and `zq_global`, which are not tried unless they are asked for.
 As in the paper: the classes go by the absolute difference, so tokenizer, length of the rows and text must be the same
 for numbers to be compared. A small model makes 0.1 of perplexity a small share: `share` says how large it is.
-Not built: ZQ-Local and ZQ-Global (weights trained block by block), and blocks along a token.
+Settled here: `zq_local` and `zq_global` learn under inputs that are rounded per token; a scale for the tensor is found
+behind them.
+Not built: blocks along a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +35,7 @@ from actkit.quantization.gptq import Gptq
 from actkit.quantization.round_inputs import RoundInputs
 from actkit.quantization.rtn import RoundToNearest
 from actkit.quantization.zeroquant_v2.lorc import Lorc
+from actkit.quantization.zeroquant_v2.zeroquant import ZeroQuant
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -37,8 +43,14 @@ if TYPE_CHECKING:
 
 Weights = tuple[int, int | Literal["row"]]  # bits, and the group
 Inputs = tuple[int, Literal["token", "tensor"]]  # bits, and what shares a scale
-Method = Literal["rtn", "gptq"]
-METHODS: dict[str, type[RoundToNearest] | type[Gptq]] = {"rtn": RoundToNearest, "gptq": Gptq}
+Method = Literal["rtn", "gptq", "zq_local", "zq_global"]
+METHODS: dict[Method, Callable[..., Transform]] = {
+    "rtn": RoundToNearest,
+    "gptq": Gptq,
+    "zq_local": partial(ZeroQuant, inputs="local"),
+    "zq_global": partial(ZeroQuant, inputs="global"),
+}
+LEARNED = "zq_local", "zq_global"
 NEARLY_EXACT, BEARABLE = 0.1, 0.5  # the largest d of classes 1 and 2
 
 
@@ -145,19 +157,21 @@ def ptq_study(
     symmetric: Sequence[bool] = (True, False),
     methods: Sequence[Method] = ("rtn", "gptq"),
     ranks: Sequence[int] = (0, 8),
+    steps: int = 300,
     progress: bool = True,
 ) -> Study:
     """Round a language model in many ways, and measure what each costs. The model is as before at the end.
 
     Args:
         model: not quantized yet.
-        calibration: batches for gptq, and for inputs per tensor.
+        calibration: batches for gptq, zq_local and zq_global, and for inputs per tensor.
         held_out: batches that perplexity is measured on.
         weights: bits and group ('row' or a number) of the weights; None for inputs alone.
         inputs: bits and what shares a scale, 'token' or 'tensor'; None for weights alone.
         symmetric: without zero points, or with.
-        methods: how weights are rounded.
+        methods: how weights are rounded: 'rtn', 'gptq', 'zq_local', 'zq_global'.
         ranks: of the low-rank compensation, 0 for none.
+        steps: of zq_local and zq_global, per block and learning rate.
         progress: show a bar.
 
     Returns:
@@ -174,7 +188,7 @@ def ptq_study(
     exact = _perplexity(model, text)
     found = []
     for chosen in track(tried, "Trying ways to round", enabled=progress):
-        applied = apply(model, list(_recipe(*chosen)), given, undo="memory", progress=False)
+        applied = apply(model, list(_recipe(*chosen, steps)), given, undo="memory", progress=False)
         try:
             perplexity, bits = _perplexity(model, text), _bits_per_weight(model)
         finally:
@@ -205,14 +219,17 @@ def _combinations(
 
 
 def _recipe(
-    weights: Weights | None, symmetric: bool, method: Method, rank: int, inputs: Inputs | None
+    weights: Weights | None, symmetric: bool, method: Method, rank: int, inputs: Inputs | None, steps: int
 ) -> Iterator[Transform]:
+    learned: dict[str, int | None] = {}
     if weights is not None:
         bits, group = weights
-        yield METHODS[method](bits=bits, group_size=-1 if group == "row" else group, symmetric=symmetric)
+        if method in LEARNED:
+            learned = {"steps": steps, "input_bits": inputs[0] if inputs is not None and inputs[1] == "token" else None}
+        yield METHODS[method](bits=bits, group_size=-1 if group == "row" else group, symmetric=symmetric, **learned)
         if rank:
             yield Lorc(rank=rank)
-    if inputs is not None:
+    if inputs is not None and learned.get("input_bits") is None:
         yield RoundInputs(bits=inputs[0], per=inputs[1], symmetric=symmetric)
 
 
