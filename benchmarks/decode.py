@@ -11,7 +11,9 @@ better of mapped and unmapped memory, and of one thread and two.
 
 The masks of actkit's sparse rows are as good as random; the column `density` is what was read of the selecting layers.
 These rows say how fast it is, and nothing on quality, which `actkit optimize` measures. The yardstick is a pure read of
-as many rows, in the same round (`pure_read`). A peer that is not installed is a row that says so.
+as many rows, in the same round (`pure_read`). `resident GB` is of the worker, which made the model; `saved` and
+`packed` beside it are of processes that decode from such folders and do nothing else. A peer that is not installed is
+a row that says so.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ FULL = {"shapes": ("1.1B", "0.5B"), "rounds": 7, "tokens": 16}
 QUICK = {"shapes": ("tiny",), "rounds": 3, "tokens": 8}
 SPARSITIES = (0.0, 0.25, 0.5, 0.7)
 REFERENCE = "llama.cpp Q4_0"
+USERS = ("resident GB, saved", "resident GB, packed")  # of processes that do nothing but decode from such a folder
 
 
 def groups(quick: bool, tokens: int) -> list[list[Engine]]:
@@ -103,6 +106,9 @@ def measure_group(group: list[Engine], shape: str, threads: int, rounds: int, to
             else:
                 engine.start(**load)
         take_turns(group, rounds, f"{shape}: measuring", after=read)
+        for engine in group:
+            if engine.own:
+                engine.loaded["users"] = engine.ask("users")
     finally:
         for engine in group:
             engine.stop()
@@ -139,6 +145,12 @@ def rows_of(group: list[Engine], shape: str, yardsticks: Yardsticks) -> list[dic
                 "about": f"{engine.loaded['about']}{'; ' + engine.about if engine.about else ''}",
                 "versions": engine.loaded["versions"],
             }
+            if engine.own:
+                row |= {
+                    f"resident GB, {name}": found["resident_bytes"] / 1e9
+                    for name, found in engine.loaded["users"].items()
+                }
+                row["users"] = engine.loaded["users"]
             if label in yardsticks:
                 reads = [read["seconds"] for read in yardsticks[label]]
                 row["of the pure read"] = common.ratio(reads, seconds)["ratio"]
@@ -202,7 +214,7 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
     """The table of each shape."""
     from rich.table import Table
 
-    sizes = ("MB/token", "density", "GB/s", "of the pure read", "resident GB")
+    sizes = ("MB/token", "density", "GB/s", "of the pure read", "resident GB", *USERS)
     names = ("tokens/s", "deciles", "first token s", *sizes, "x Q4_0")
     for shape in dict.fromkeys(row["shape"] for row in rows):
         table = Table("engine", *names, title=f"{shape} parameters", title_justify="left")
@@ -212,7 +224,7 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
             if "missing" in row:
                 table.add_row(row["row"], "missing", row["missing"][:60])
             else:
-                table.add_row(row["row"], *(common.cell(row[name]) for name in names))
+                table.add_row(row["row"], *(common.cell(row.get(name)) for name in names))
         console.print(table)
 
 

@@ -8,11 +8,18 @@ sparsities are one packed model: only the thresholds change. A real model is a f
     {"do": "yardstick", "sparsity": 0.5}  ->  {"ok": {"seconds": ..., "gigabytes_per_second": ..., "way": ...}}
 
 reads the rows that a token reads, of masks as dense as the last round's, and does nothing with them (`pure_read`).
+
+    {"do": "users"}  ->  {"ok": {"saved": {"resident_bytes": ...}, "packed": {...}}}
+
+says what a process holds that decodes from the model's folder, and from a packed one, and nothing else (`resident.py`);
+this worker itself has made the model, and keeps what that took.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -36,6 +43,7 @@ import actkit
 from actkit.core.model.anatomy import anatomy
 from actkit.core.watch.capture import record
 from actkit.core.edit.edits import set_module
+from actkit.core.store.opening import open_pending
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.selections import Threshold
 from actkit.core.layers.weights import IntegerWeight
@@ -44,6 +52,7 @@ from actkit.core.ground.memory import release_memory
 from actkit.core.grids.integers import IntegerGrid
 from actkit.core.watch.statistics import Quantiles
 from actkit.runtime.decoder import Decoder
+from actkit.runtime.packing import export_packed
 from actkit.testing.random_llama import random_llama
 
 BITS = {"bf16": 16, "int8": 8, "int4": 4}
@@ -81,6 +90,9 @@ class Actkit:
         for path, module in list(model.named_modules()):
             if isinstance(module, nn.Linear):
                 set_module(model, path, _changed(module, BITS[variant], path in self.quantiles))
+        self.saved = Path(folder) / f"actkit-{shape}-{variant}"
+        if not self.saved.exists():
+            actkit.save(model, self.saved)
         self.decoder = Decoder(model, capacity=capacity, threads=threads, decode_only=True)
         release_memory()
         self.layers = {path: layer for path, layer in model.named_modules() if path in self.quantiles}
@@ -142,6 +154,19 @@ class Actkit:
             self.round(prompt=8, tokens=2, sparsity=sparsity)
             self.yardsticks[sparsity] = pure_read.Yardstick(self.decoder)
         return self.yardsticks[sparsity].measure(repeats)
+
+    def users(self) -> dict[str, Any]:
+        """Random weights only."""
+        threads, found = self.decoder.threads, {}
+        packed = self.saved.with_name(f"{self.saved.name}-packed-{threads}")
+        if not packed.exists():
+            export_packed(open_pending(self.saved), packed, threads=threads, proof=False)
+            release_memory()
+        for name, kept in (("saved", self.saved), ("packed", packed)):
+            command = [sys.executable, str(Path(__file__).with_name("resident.py")), str(kept), str(threads)]
+            said = subprocess.run([*command, str(self.capacity)], capture_output=True, text=True, check=True).stdout
+            found[name] = json.loads(said)
+        return found
 
     def _settle(self, sparsity: float) -> None:
         """Find thresholds at which a step drops that share of the inputs."""

@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from actkit.core.watch.intervene import intervene as intervene
     from actkit.data import load_data as load_data
     from actkit.functions.swap import swap as swap
+    from actkit.generating import generate as generate
     from actkit.search.search import optimize as optimize
     from actkit.verbs import apply as apply
     from actkit.verbs import evaluate as evaluate
     from actkit.verbs import export as export
-    from actkit.verbs import generate as generate
     from actkit.verbs import profile as profile
     from actkit.verbs import show as show
     from actkit.verbs import train as train
@@ -55,7 +55,7 @@ _HOMES = {
     "apply": "verbs",
     "evaluate": "verbs",
     "export": "verbs",
-    "generate": "verbs",
+    "generate": "generating",
     "intervene": "core.watch.intervene",
     "live": "core.watch.capture",
     "load": "zoo.loading",

@@ -8,7 +8,7 @@ the verbs (`core.recipe.runner.apply`, `core.measure.evaluation.evaluate` ...), 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,6 @@ from actkit.core.forward.hooks import refuse_compiled_or_sharded
 from actkit.core.ground import processes
 from actkit.core.ground.errors import ActkitError, DataError
 from actkit.core.ground.memory import format_bytes
-from actkit.core.measure.sampling import LIKELIEST, Sampling
 from actkit.core.measure.summary import Summary, summarise
 from actkit.core.model.architectures import find_architecture
 from actkit.core.recipe import runner
@@ -32,6 +31,7 @@ from actkit.core.recipe.stage import Train
 from actkit.core.recipe.transform import Transform
 from actkit.core.store.checkpoint import MANIFEST, check_savable, check_target, read_manifest, save
 from actkit.data import Batches, Split, Stream, load_data
+from actkit.generating import generate as generate
 from actkit.zoo.loading import locate, open_model
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from actkit.core.measure.proof import Proof
     from actkit.core.train.training import Trained
     from actkit.formats.exported import Exported
+    from actkit.runtime.packing import PackedExport
     from actkit.search.results import Profile
 
 Model = nn.Module | str | Path
@@ -320,13 +321,14 @@ def export(
     proof: bool = True,
     max_shard: int | str = "4GB",
     **options: Any,
-) -> Exported:
-    """Write a model so that others load it without actkit, and say what the format could not hold (docs/formats.md).
+) -> Exported | PackedExport:
+    """Write a model so that others load it without actkit, or packed as the decoder maps it (docs/formats.md).
 
     Args:
         model: changed, in memory or a folder that actkit saved.
         folder: where to write.
-        format: 'compressed-tensors' (transformers, vLLM), 'gguf' (llama.cpp) or 'dense' (transformers).
+        format: 'compressed-tensors' (transformers, vLLM), 'gguf' (llama.cpp), 'dense' (transformers), or 'packed' (the
+            decoder of this package).
         adapter: write low-rank corrections (`lorc`) as a peft adapter inside the folder; compressed-tensors only.
         tokenizer: by default the one beside the model.
         evaluation: what `evaluate` found, for the card; by default what the model's folder says was measured.
@@ -338,14 +340,19 @@ def export(
         options: of `open_model` and `load_data`.
 
     Returns:
-        What is quantized, what is dense and why, and the proof.
+        What is quantized, what is dense and why, and the proof; for 'packed' its threads, bytes and proof.
 
     Raises:
-        ActkitError: what `formats.export.export` raises.
+        ActkitError: what `formats.export.export` and `runtime.packing.export_packed` raise.
+        ValueError: a packed folder is to have a card.
     """
     from actkit.formats.export import check, read
     from actkit.formats.export import export as write
 
+    if format == "packed":
+        if adapter:
+            raise ValueError("adapter: a packed folder holds corrections as they are; leave it out for 'packed'.")
+        return _export_packed(model, folder, tokenizer, measure or evaluation is not None, overwrite, proof, **options)
     check(format, folder, overwrite=overwrite, proof=proof, adapter=adapter)
     opening, reading = _sorted(options)
     opened, found = open_model(model, **opening)
@@ -369,6 +376,19 @@ def export(
         proof=proof,
         max_shard=max_shard,
     )
+
+
+def _export_packed(
+    model: Model, folder: str | Path, tokenizer: Any, measures: bool, overwrite: bool, proof: bool, **options: Any
+) -> PackedExport:
+    from actkit.runtime.packing import check_packed, export_packed
+
+    if measures:
+        raise ValueError("measure, evaluation: a packed folder has no card; leave them out for the format 'packed'.")
+    check_packed(folder, overwrite=overwrite)
+    opening, _ = _sorted(options)
+    opened, found = open_model(model, to_decode=True, **opening)
+    return export_packed(opened, folder, tokenizer=tokenizer or found, overwrite=overwrite, proof=proof)
 
 
 def evaluate(
@@ -532,60 +552,6 @@ def train(
         out=out,
         resume=resume,
         overwrite=overwrite,
-    )
-
-
-def generate(
-    model: Model,
-    prompt: str,
-    *,
-    max_new_tokens: int = 64,
-    sampling: Sampling = LIKELIEST,
-    stop: tuple[str, ...] = (),
-    chat: bool = False,
-    tokenizer: Any = None,
-    announce: Callable[[str], None] | None = None,
-    **options: Any,
-) -> Iterator[str]:
-    """Write text that follows the prompt, piece by piece; with chat the answer to it, by the model's chat template.
-
-    On the CPU a decoder writes if it takes the model, else transformers. Each call packs the weights anew: for many
-    texts make a `runtime.decoder.Decoder` once.
-
-    Args:
-        model: a language model, or its name.
-        prompt: the text to go on from.
-        max_new_tokens: at most so many.
-        sampling: how a token is chosen; by default the likeliest.
-        stop: texts to stop before.
-        chat: answer the prompt, by the model's chat template.
-        tokenizer: for a model that has none beside it.
-        announce: called with what writes, and why it is not a decoder.
-        options: of `open_model`.
-
-    Returns:
-        An iterator over the pieces.
-
-    Raises:
-        DataError: there is no tokenizer.
-        ActkitError: what `core.measure.generation.generate` raises.
-    """
-    from actkit.core.measure.generation import generate as write
-
-    opened, found = open_model(model, **options)
-    tokenizer = tokenizer or found
-    if tokenizer is None:
-        raise DataError("tokenizer: the model has none beside it; pass tokenizer=, or choose a language model.")
-    return write(
-        opened,
-        tokenizer,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        stop=stop,
-        chat=chat,
-        announce=announce,
-        decode_only=not isinstance(model, nn.Module),
     )
 
 

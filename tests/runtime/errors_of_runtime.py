@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 from tiny_models import build
 from torch import nn
 
+from actkit import verbs
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.runner import apply
+from actkit.core.store import checkpoint
 from actkit.quantization.quantize_cache import QuantizeCache
 from actkit.quantization.rotate import Rotate
 from actkit.runtime import decoder as cpu
+from actkit.runtime import packed
+from actkit.runtime.packing import export_packed
 from actkit.runtime.shards import kind_of
 from error_proofs import NAN, Place, proof
 
@@ -63,7 +69,7 @@ proof(
 def not_side_by_side(p: Place) -> None:
     p.patch.setattr(cpu.steps, "step", lambda *_: False)
     p.patch.setattr(cpu.Decoder, "_follow_threads", lambda self: None)
-    a_decoder(_plan=None, _work=None, _formats=None, _embedding=None, _table=None)._step(1)
+    a_decoder(_plan=None, _work=None, _formats=None, _embedding=None, _table=None, _by_row=False)._step(1)
 
 
 @proof
@@ -78,3 +84,65 @@ def rotated_keys(p: Place) -> None:
     model = build("llama")
     apply(model, [Rotate(sites=("R3",)), QuantizeCache(bits=8)], progress=False)
     cpu.codes_of_cache(model, anatomy(model).blocks)
+
+
+def packed_folder(p: Place, change: Any = lambda header: None, **files: bytes) -> Any:
+    """A packed llama, its header changed, and the model that stands for it."""
+    folder = p.path / "packed"
+    export_packed(build("llama"), folder, proof=False)
+    (folder / "actkit.sha256").unlink()
+    header = json.loads((folder / "packed.json").read_text())
+    change(header)
+    (folder / "packed.json").write_text(json.dumps(header))
+    for name, content in files.items():
+        (folder / f"packed.{name}").write_bytes(content)
+    return packed.open_packed(folder)
+
+
+proof(lambda p: packed_folder(p, lambda header: header["layout"].update({"byte order": "big"})))
+
+
+proof(lambda p: packed_folder(p, json=b"{"))
+
+
+proof(lambda p: packed_folder(p, bin=b"x"))
+
+
+proof(lambda p: packed_folder(p, lambda header: header["file"].update(digests=["x"])))
+
+
+proof(lambda p: cpu.Decoder(packed_folder(p, lambda header: header.update(products=3))))
+
+
+proof(lambda p: cpu.Decoder(packed_folder(p, lambda header: header.update(threads=99))))
+
+
+proof(lambda p: packed_folder(p)(1))
+
+
+proof(lambda p: checkpoint.load(packed_folder(p).folder))
+
+
+@proof
+def no_room_for_a_cache(p: Place) -> None:
+    p.patch.setattr(packed.psutil, "virtual_memory", lambda: SimpleNamespace(available=9))
+    cpu.Decoder(packed_folder(p))
+
+
+@proof
+def another_form(p: Place) -> None:
+    p.patch.setattr(packed, "FORMS", {})
+    packed_folder(p)
+
+
+@proof
+def other_logits(p: Place) -> None:
+    tokens = iter(range(99))
+    p.patch.setattr(cpu.Decoder, "__call__", lambda self, new: torch.tensor(next(tokens)))
+    export_packed(build("llama"), p.path / "packed")
+
+
+proof(lambda p: verbs.export(build("llama"), p.path / "packed", "packed", measure=True))
+
+
+proof(lambda p: verbs.generate(packed_folder(p).folder, "a", dtype="float32"))

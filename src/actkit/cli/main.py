@@ -295,20 +295,23 @@ def generate(
 ) -> None:
     """Write text with a language model, as it comes."""
     alone("generate")
-    set_up(threads, seed)
-    from actkit import verbs
+    from actkit.generating import generate as write
+    from actkit.generating import packed_folder
+
+    set_up(threads, seed, transformers=packed_folder(model) is None)
     from actkit.core.ground.compiling import compiling
     from actkit.core.measure.sampling import Sampling
 
     engine: list[str] = []
     with compiling(lambda: note("compiling the kernels for these weights, once on this machine: about a minute")):
-        pieces = verbs.generate(
+        pieces = write(
             model,
             prompt,
             max_new_tokens=max_new_tokens,
             sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
             stop=tuple(stop or ()),
             chat=chat,
+            threads=threads,
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
@@ -345,7 +348,11 @@ def export(
     model: ModelName,
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     format: Annotated[
-        str, typer.Option(help="compressed-tensors (transformers, vLLM), gguf (llama.cpp) or dense (transformers).")
+        str,
+        typer.Option(
+            help="compressed-tensors (transformers, vLLM), gguf (llama.cpp), dense (transformers) or packed (actkit "
+            "generate)."
+        ),
     ] = "compressed-tensors",
     adapter: Annotated[
         bool, typer.Option("--adapter", help="Write low-rank corrections as a peft adapter inside the folder.")
@@ -363,7 +370,7 @@ def export(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write a quantized model so that others load it without actkit; say what the format could not hold."""
+    """Write a quantized model so that others load it without actkit, or packed as the decoder maps it."""
     set_up(threads, seed)
     import actkit
 

@@ -60,13 +60,21 @@ def alone(verb: str) -> None:
     refuse(verb, f"run it without torchrun: actkit {verb} ...")
 
 
-def set_up(threads: int | None = None, seed: int = 0) -> None:
-    """Set threads and seeds of torch, and hide transformers' own bars, which would appear between ours."""
-    import torch
-    from transformers.utils import logging
+def set_up(threads: int | None = None, seed: int = 0, *, transformers: bool = True) -> None:
+    """Set threads and seeds of torch, and hide transformers' own bars, which would appear between ours.
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    Args:
+        threads: None for torch's number.
+        seed: of torch.
+        transformers: whether it will be imported at all.
+    """
+    import torch
+
+    if transformers:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(seed)

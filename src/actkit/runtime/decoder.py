@@ -32,7 +32,7 @@ from actkit.core.edit.edits import get_module
 from actkit.core.forward.hooks import refuse_compiled_or_sharded
 from actkit.core.forward.named_functions import unknown_function
 from actkit.core.ground.errors import DataError, MemoryLimitError, NonFiniteError, UnsupportedModelError
-from actkit.core.ground.memory import format_bytes
+from actkit.core.ground.memory import format_bytes, release_memory
 from actkit.core.ground.offload import refuse_offloaded
 from actkit.core.layers.attention_rounding import AttentionRounding
 from actkit.core.layers.cache_rounding import CHILD, IMPLEMENTATION
@@ -40,15 +40,16 @@ from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.linear import ActLinear
 from actkit.core.measure.generation import generate_ids
 from actkit.core.measure.sampling import LIKELIEST, Sampling
-from actkit.core.model.anatomy import anatomy
+from actkit.core.model.anatomy import anatomy, paths_of_end
 from actkit.core.model.architectures import find_architecture
 from actkit.core.model.parts import Block, attention_implementation
+from actkit.core.store.pending import pending_of
 from actkit.kernels import decode_products as forms
 from actkit.kernels import decode_step as steps
 from actkit.kernels.numba_cpu import array
 from actkit.kernels.process import LOCK, follow_torch_threads, most_threads
 from actkit.runtime import blocks as parts
-from actkit.runtime import tables
+from actkit.runtime import packed, tables
 from actkit.runtime.families import FAMILIES, Form, form_of, model_type
 from actkit.runtime.prompt import few_tokens, read_prompt
 
@@ -72,6 +73,8 @@ HELD = (
 
 def supports(model: nn.Module) -> str | None:
     """Why a model cannot be decoded here, or None."""
+    if isinstance(model, packed.PackedModel):
+        return None
     kind = model_type(model)
     if kind not in FAMILIES or find_architecture(kind) is None:
         return f"its model_type is {kind!r}; docs/architectures.md lists what the decoder takes"
@@ -80,7 +83,8 @@ def supports(model: nn.Module) -> str | None:
     function = unknown_function(model, ours=True)
     if function is not None:
         return function
-    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+    allowed = ("cpu",) if pending_of(model) is None else ("cpu", "meta")
+    if any(parameter.device.type not in allowed for parameter in model.parameters()):
         return "it is not on the CPU"
     try:
         blocks = _blocks(model)
@@ -131,7 +135,9 @@ class Decoder:
     memory back.
 
     Args:
-        model: of one of `runtime.families.FAMILIES`, with nn.Linear or ActLinear layers.
+        model: of one of `runtime.families.FAMILIES`, with nn.Linear or ActLinear layers. If its weights are still in
+            its files (`core.store.pending`), each layer is read when it is packed, and no dense copy is ever held. Of a
+            packed folder (`runtime.packed`) they are mapped as they lie.
         capacity: tokens that the cache holds; None for the model's context, at most 4096.
         threads: None for torch's number.
         activations: what integer weights are multiplied with, 'float32' or 'int16'; None for 'int16' if processor and
@@ -158,6 +164,9 @@ class Decoder:
         decode_only: bool = False,
         progress: bool = False,
     ) -> None:
+        if isinstance(model, packed.PackedModel):
+            vars(self).update(packed.restored(model, capacity, threads, activations))
+            return
         refuse_compiled_or_sharded(model)
         refuse_offloaded(model, "the decoder packs all weights in memory")
         reason = supports(model)
@@ -172,12 +181,13 @@ class Decoder:
         if not 1 <= self.threads <= most_threads():
             raise ValueError(f"threads: {threads} was given; give 1 to {most_threads()}, which can run side by side.")
         self.model, self.position, self._steps = model, 0, 0
+        pending = pending_of(model)
         blocks = _blocks(model)
         first = blocks[0].attention
         assert first is not None
         width = 1 + 4 / first.head_dim if codes_of_cache(model, blocks) else 4  # bytes of an entry of the cache
         of_token = 2 * len(blocks) * first.key_value_heads * first.head_dim * width
-        self._check_memory(model, len(blocks), of_token, decode_only)
+        self._check_memory(model, len(blocks), of_token, decode_only and pending is None)
         form = form_of(model, blocks)
         self._rotaries = tables.rotaries(model, blocks, form, self.capacity)
         self._turned = self._rotaries[-1]
@@ -191,20 +201,25 @@ class Decoder:
         self.vocabulary: int = model.lm_head.out_features  # type: ignore[union-attr, assignment]
         self._table: Any = model.get_input_embeddings()  # type: ignore[operator]
         self.vocabulary_in: int = self._table.num_embeddings
-        if isinstance(self._table, QuantizedEmbedding):  # a row is widened when its token comes
-            self.embedding = torch.zeros(1, self._table.embedding_dim, dtype=self._table.storage.dtype)
-        else:
-            self.embedding = self._table.weight.detach()
-        if self.embedding.dtype != torch.bfloat16 or not self.embedding.is_contiguous():
-            self.embedding = self.embedding.float().contiguous()
+        if pending is not None:
+            for path in paths_of_end(model, "get_input_embeddings"):
+                pending.fill(model, path, mapped=True)  # a token's row is read when the token comes
+        self.embedding, self._by_row = tables.looked_up(self._table)
+
+        def before(index: int) -> None:
+            if pending is not None:
+                pending.fill(model, "lm_head" if index == len(blocks) else blocks[index].path)
 
         def packed_one(index: int) -> None:
-            if decode_only:
+            if pending is not None:
+                pending.drop(model, "lm_head" if index == len(blocks) else blocks[index].path)
+                release_memory(cycles=False)  # the allocator would keep what every block leaves
+            elif decode_only:
                 linears = [model.lm_head] if index == len(blocks) else [x.module for x in blocks[index].linears()]
                 for linear in linears:
                     _release(linear)  # type: ignore[arg-type]
 
-        self._matrices, table, places = tables.build(layers, self.activations == "int16", packed_one, progress)
+        self._matrices, table, places = tables.build(layers, self.activations == "int16", packed_one, progress, before)
         thresholds, self._selections = tables.write_selections(self._matrices, table, places)
         self._embedding = array(self.embedding)
         self._plan = steps.StepPlan(layers=places, products=table, thresholds=thresholds, **others)
@@ -306,7 +321,8 @@ class Decoder:
         """
         thresholds, self._selections = tables.write_selections(self._matrices, self._plan.products, self._plan.layers)
         self._plan.thresholds[:] = thresholds
-        self._plan.gates[:] = tables.gates(self.model, _blocks(self.model))
+        if not isinstance(self.model, packed.PackedModel):
+            self._plan.gates[:] = tables.gates(self.model, _blocks(self.model))
 
     def __call__(self, new: Sequence[int]) -> Tensor:
         """Return the logits of the token after some more tokens: float32 [vocabulary].
@@ -431,7 +447,7 @@ class Decoder:
         with LOCK:
             self._follow_threads()
             row = token
-            if isinstance(self._table, QuantizedEmbedding):
+            if self._by_row:
                 self.embedding.copy_(self._rows([token]))
                 row = 0
             came = steps.step(self.threads, self.position, row, self._embedding, self._plan, self._work)
@@ -447,6 +463,8 @@ class Decoder:
         chosen = torch.tensor(tokens)
         if isinstance(self._table, QuantizedEmbedding):
             return self._table(chosen).to(self.embedding.dtype)
+        if self._by_row:
+            return self._table.weight.detach()[chosen].to(self.embedding.dtype)
         return self.embedding[chosen]
 
     def _turn(self, end: int) -> None:
@@ -494,6 +512,9 @@ def _release(linear: nn.Module) -> None:
         linear.weight = nn.Parameter(linear.weight.detach().to("meta"), requires_grad=False)  # type: ignore[union-attr, operator]
         return
     linear.unpack()
-    for name, values in [*linear.storage.named_parameters(), *linear.storage.named_buffers()]:
-        values = values.detach().to("meta")
-        setattr(linear.storage, name, nn.Parameter(values, requires_grad=False) if name == "tensor" else values)
+    for part in (linear.storage, linear.correction):
+        for inner in () if part is None else part.modules():
+            for name, values in [*inner.named_parameters(recurse=False), *inner.named_buffers(recurse=False)]:
+                is_parameter = isinstance(values, nn.Parameter)
+                values = values.detach().to("meta")
+                setattr(inner, name, nn.Parameter(values, requires_grad=False) if is_parameter else values)

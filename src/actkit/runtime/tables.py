@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from actkit.core.edit.edits import get_module
 from actkit.core.ground.errors import UnsupportedModelError
 from actkit.core.ground.progress import track
+from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.selections import Selection, Threshold, TopK
 from actkit.core.model.parts import Block
 from actkit.kernels import decode_products as forms
@@ -74,12 +75,12 @@ class Matrices:
         return sum(weight.nbytes for weight in self.weights)
 
 
-def choose_activations(wanted: str | None, products: Iterable[Product]) -> str:
+def choose_activations(wanted: str | None, products: Iterable[Any]) -> str:
     """Choose what integer weights are multiplied with.
 
     Args:
         wanted: None for fixed point if machine and weights allow it.
-        products: of the decoder.
+        products: of the decoder, or what is stored of them.
 
     Returns:
         'int16' or 'float32'.
@@ -90,7 +91,7 @@ def choose_activations(wanted: str | None, products: Iterable[Product]) -> str:
     if wanted is not None and wanted not in ACTIVATIONS:
         raise ValueError(f"activations: {wanted!r} was given; give {', '.join(ACTIVATIONS)}, or None.")
     reason = None
-    if not any(_takes_dots(product) for product in products):
+    if not any(takes_dots(product) for product in products):
         reason = f"the model has no integer weights in groups of inputs, or of whole {BLOCK} outputs per thread"
     elif not integer_dots.available():
         reason = "this processor has no products of bytes (AVX-512 VNNI)"
@@ -101,14 +102,18 @@ def choose_activations(wanted: str | None, products: Iterable[Product]) -> str:
     return wanted
 
 
-def _takes_dots(product: Product) -> bool:
+def takes_dots(product: Any) -> bool:
     """Whether a product can be computed in integers: `kernels.numba_integer` says of which weights."""
     kind = product.kind
     return bool(kind.bits) and (kind.axis == "input" or kind.group == BLOCK)
 
 
 def build(
-    layers: Sequence[Sequence[Share]], fixed: bool, packed_one: Callable[[int], None], progress: bool = False
+    layers: Sequence[Sequence[Share]],
+    fixed: bool,
+    packed_one: Callable[[int], None],
+    progress: bool = False,
+    before: Callable[[int], None] = lambda index: None,
 ) -> tuple[Matrices, np.ndarray, np.ndarray]:
     """Pack all products.
 
@@ -117,6 +122,7 @@ def build(
         fixed: whether integer weights meet activations in fixed point, if they can.
         packed_one: called with each layer that is done.
         progress: show a bar.
+        before: called with each layer that is about to be packed.
 
     Returns:
         The matrices, the table int64 [products, FIELDS] and the layers' table int64 [threads, layers, LAYER_FIELDS].
@@ -128,6 +134,7 @@ def build(
     corrections: list[tuple[int, list[tuple[Product, Packed]]]] = []  # the product's number, its factors
     places = np.zeros((len(layers[0]), len(layers), steps.LAYER_FIELDS), np.int64)
     for index, layer in enumerate(track(layers, "Packing the weights", len(layers), progress)):
+        before(index)
         for thread, share in enumerate(layer):
             for stage, wanted in share.stages.items():
                 places[thread, index, 2 * stage : 2 * stage + 2] = len(rows), len(wanted)
@@ -139,9 +146,9 @@ def build(
                         weights.append(PackedWeight(torch.empty(0, 0, 0), 0))
                         biases.append(None)
                         continue
-                    dots = fixed and _takes_dots(product)
+                    dots = fixed and takes_dots(product)
                     weights.append(_packed(product))
-                    row, bias = _row(weights[-1], product, dots)
+                    row, bias = row_of(weights[-1], product, dots)
                     factors = product.factors()
                     if factors is not None:
                         corrections.append((len(rows), [(each, _packed(each)) for each in factors]))
@@ -157,7 +164,7 @@ def build(
         for factor, weight in both:
             found.append(factor)
             weights.append(weight)
-            rows.append(_row(weight, factor, False)[0])
+            rows.append(row_of(weight, factor, False)[0])
             biases.append(None)
     return Matrices(tuple(found), tuple(weights), tuple(biases), []), np.array(rows, np.int64), places
 
@@ -178,7 +185,17 @@ def _packed(product: Product) -> Packed:
     return bundle_units(part.dense, down.dense)
 
 
-def _row(weight: Packed, product: Product, dots: bool) -> tuple[list[int], Tensor | None]:
+def row_of(weight: Packed, product: Any, dots: bool) -> tuple[list[int], Tensor | None]:
+    """Make a product's row of the table, but for its selection and its correction.
+
+    Args:
+        weight: packed; its address is in the row.
+        product: a `blocks.Product`, or what is stored of one.
+        dots: whether it is computed in integers.
+
+    Returns:
+        int [FIELDS], and the bias that it points to.
+    """
     row = [0] * forms.FIELDS
     stored: Any
     if isinstance(weight, QuantizedRows):
@@ -285,6 +302,29 @@ def gates(model: nn.Module, blocks: Sequence[Block]) -> np.ndarray:
             row[1] = torch.special.ndtri(torch.tensor(1 - gate.k / block.mlp.down.in_features, dtype=torch.float64))
         row[0] = gate.threshold or 0.0
     return found
+
+
+def looked_up(table: Any) -> tuple[Tensor, bool]:
+    """Return what the step reads embeddings of: the table, or a row, which is filled when its token comes.
+
+    A row it is for tables of other dtypes, which are widened row by row, and for stored codes.
+
+    Args:
+        table: nn.Embedding or QuantizedEmbedding.
+
+    Returns:
+        float32 or bfloat16 [entries or 1, hidden], and whether it is a row.
+    """
+    if isinstance(table, QuantizedEmbedding):
+        kind, rowwise = table.storage.dtype, True
+    else:
+        weight = table.weight.detach()
+        kind, rowwise = weight.dtype, weight.dtype not in (torch.bfloat16, torch.float32)
+        if not (rowwise or weight.is_contiguous()) or weight.data_ptr() % weight.element_size():
+            weight = weight.clone(memory_format=torch.contiguous_format)
+    if not rowwise:
+        return weight, False
+    return torch.zeros(1, table.embedding_dim, dtype=kind if kind == torch.bfloat16 else torch.float32), True
 
 
 def rotaries(model: nn.Module, blocks: Sequence[Block], form: Form, capacity: int) -> list[np.ndarray]:

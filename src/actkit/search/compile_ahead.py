@@ -61,6 +61,6 @@ class CompileAhead:
     def _run(self) -> None:
         while (folder := self._folders.get()) is not None and not self._process.closed:
             with suppress(ActkitError, OSError, ValueError):  # what fails here is reported when the model is timed
-                self._process.load(folder, **self._options)
+                self._process.load(folder, to_decode=True, **self._options)
                 self._process.pack(self._capacity)
                 self._process.time_decode(self._ids, 2)

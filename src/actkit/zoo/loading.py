@@ -16,6 +16,7 @@ from actkit import zoo
 from actkit.core.edit import changes
 from actkit.core.ground.errors import CheckpointError
 from actkit.core.store import checkpoint
+from actkit.core.store.opening import open_pending
 from actkit.gguf.cached import cached, gguf_file
 
 Source = str | Path
@@ -113,6 +114,7 @@ def open_model(
     dtype: torch.dtype | str | None = None,
     base: Callable[[], nn.Module] | None = None,
     trust_remote_code: bool = False,
+    to_decode: bool = False,
 ) -> tuple[nn.Module, Any | None]:
     """Return a model and its tokenizer (None if there is none), from a source as in `load`, or the model itself.
 
@@ -123,12 +125,17 @@ def open_model(
         dtype: as in `load`.
         base: as in `load`.
         trust_remote_code: as in `load`.
+        to_decode: the model is decoded from and nothing else: its weights stay in its files until a decoder packs them
+            (`core.store.pending`), on the CPU and in the stored dtype.
 
     Raises:
         ValueError: device, dtype or base are given for a model in memory.
     """
     if not isinstance(model, nn.Module):
-        loaded = load(model, device=device, dtype=dtype, base=base, trust_remote_code=trust_remote_code)
+        if to_decode and str(device) == "cpu" and dtype is None and base is None:
+            loaded = open_pending(locate(model), trust_remote_code=trust_remote_code)
+        else:
+            loaded = load(model, device=device, dtype=dtype, base=base, trust_remote_code=trust_remote_code)
         return loaded, find_tokenizer(model, dtype=dtype, trust_remote_code=trust_remote_code)
     if str(device) != "cpu" or dtype is not None or base is not None:
         raise ValueError("device, dtype, base: the model is in memory already; move it yourself, with model.to(...).")

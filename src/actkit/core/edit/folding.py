@@ -12,10 +12,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from actkit.core.edit.edits import Edit, Replace, Set, get_module, get_tensor
 from actkit.core.grids.parcels import parcels
+from actkit.core.layers.conv1d import is_conv1d
 from actkit.core.layers.folding import ScaledActivation
 from actkit.core.layers.linear import ActLinear
 from actkit.core.model.anatomy import Block, EqualizationSet, Linear, Norm
@@ -140,4 +140,4 @@ def set_weight(linear: Linear, weight: Tensor) -> Set:
     """
     if isinstance(linear.module, ActLinear):  # of an exact rewrite; a quantized one would fill the same slot
         return Set(f"{linear.path}.storage.tensor", weight)
-    return Set(f"{linear.path}.weight", weight.t().contiguous() if isinstance(linear.module, Conv1D) else weight)
+    return Set(f"{linear.path}.weight", weight.t().contiguous() if is_conv1d(linear.module) else weight)

@@ -111,8 +111,9 @@ def release_memory(*, cycles: bool = True) -> None:
 def distinct_tensors(model: nn.Module) -> Iterable[Tensor]:
     """List the saved parameters and buffers, tied ones once; offloaded ones are on the meta device."""
     found: dict[Any, Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        found.setdefault(name if tensor.is_meta else tensor.data_ptr(), tensor)
+    state = model.state_dict(keep_vars=True)
+    for tensor in state.values():
+        found.setdefault(id(tensor) if tensor.is_meta else tensor.data_ptr(), tensor)
     return found.values()
 
 

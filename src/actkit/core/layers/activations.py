@@ -15,12 +15,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import activations as theirs
 
 from actkit.core.ground import registry
 from actkit.core.layers.activation_function import AXES, ActivationFunction, Axis, thresholded
 from actkit.core.layers.keeps_dtype import KeepsDtype
-from actkit.core.layers.known_functions import ACTIVATION_CLASSES, of_class
+from actkit.core.layers.known_functions import ACTIVATION_CLASSES, THEIRS, of_class
 
 MANY = 0.25  # of the outputs for a standard normal input
 
@@ -212,7 +211,8 @@ def is_activation(module: nn.Module) -> bool:
     """
     if isinstance(module, nn.Identity | nn.Softmax):
         return False
-    known = isinstance(module, ACTIVATION_CLASSES) or type(module).__module__ == theirs.__name__
+    theirs = any(base.__module__ == THEIRS for base in type(module).__mro__)
+    known = isinstance(module, ACTIVATION_CLASSES) or theirs
     return known or says_what_it_mixes(module)
 
 

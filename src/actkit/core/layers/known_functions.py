@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import activations as theirs
 
 from actkit.core.layers.activation_function import (
     ActivationFunction,
@@ -28,6 +27,7 @@ from actkit.core.layers.activation_function import (
 )
 
 INF = math.inf
+THEIRS = "transformers.activations"
 
 
 def _named(name: str, *settings: float, usual: tuple[float, ...]) -> str:
@@ -361,16 +361,19 @@ _ALWAYS: dict[type[nn.Module], ActivationFunction] = {
     nn.Softsign: SOFTSIGN,
     nn.Tanh: TANH,
     nn.Tanhshrink: TANHSHRINK,
-    theirs.AccurateGELUActivation: GELU_TANH,  # the tanh forms are one function, though they round differently
-    theirs.FastGELUActivation: GELU_TANH,
-    theirs.GELUActivation: GELU,
-    theirs.GELUTanh: GELU_TANH,
-    theirs.LinearActivation: IDENTITY,
-    theirs.MishActivation: MISH,
-    theirs.NewGELUActivation: GELU_TANH,
-    theirs.QuickGELUActivation: QUICK_GELU,
-    theirs.ReLUSquaredActivation: RELU2,
-    theirs.SiLUActivation: SILU,
+}
+# By name, as importing them would cost every process 80 MB: whoever has such a module has imported its class.
+_THEIRS: dict[str, ActivationFunction] = {
+    "AccurateGELUActivation": GELU_TANH,  # the tanh forms are one function, though they round differently
+    "FastGELUActivation": GELU_TANH,
+    "GELUActivation": GELU,
+    "GELUTanh": GELU_TANH,
+    "LinearActivation": IDENTITY,
+    "MishActivation": MISH,
+    "NewGELUActivation": GELU_TANH,
+    "QuickGELUActivation": QUICK_GELU,
+    "ReLUSquaredActivation": RELU2,
+    "SiLUActivation": SILU,
 }
 _BY_SETTINGS: dict[type[nn.Module], Callable[[Any], ActivationFunction | None]] = {
     nn.CELU: lambda module: celu(float(module.alpha)) if module.alpha > 0 else None,
@@ -386,7 +389,7 @@ _BY_SETTINGS: dict[type[nn.Module], Callable[[Any], ActivationFunction | None]] 
     nn.Softshrink: lambda module: softshrink(float(module.lambd)),
     nn.Threshold: lambda module: threshold(float(module.threshold), float(module.value)),
 }
-ACTIVATION_CLASSES = (*_ALWAYS, *_BY_SETTINGS, nn.RReLU)  # a randomized ReLU computes no one function
+ACTIVATION_CLASSES = (*_ALWAYS, *_BY_SETTINGS, nn.RReLU)  # of torch; a randomized ReLU computes no one function
 
 
 def of_class(module: nn.Module) -> ActivationFunction | None:
@@ -394,5 +397,7 @@ def of_class(module: nn.Module) -> ActivationFunction | None:
     kind = type(module)
     if kind in _ALWAYS:
         return _ALWAYS[kind]
+    if kind.__module__ == THEIRS:
+        return _THEIRS.get(kind.__name__)
     found = _BY_SETTINGS.get(kind)
     return None if found is None else found(module)

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers.pytorch_utils import Conv1D
 
-PLAIN: tuple[Any, ...] = (nn.Linear, Conv1D)
+from actkit.core.layers.conv1d import conv1d
+
 SAME = frozenset(["transformers.models.falcon.modeling_falcon.FalconLinear"])  # x @ W.T + b, written out
 OURS = ("actkit.", "transformers.")  # hooks that only record, unless they are marked
 INTERVENES = "actkit_intervenes"  # marks a hook of ours that replaces what passes by
@@ -28,7 +28,8 @@ def why_unread(module: nn.Module) -> str | None:
     Returns:
         A clause that names what stands in the way; None too for modules of other classes.
     """
-    base = next((plain for plain in PLAIN if isinstance(module, plain)), None)
+    plain: tuple[Any, ...] = (nn.Linear, *conv1d())
+    base = next((each for each in plain if isinstance(module, each)), None)
     if base is None:
         return None
     kind = type(module)

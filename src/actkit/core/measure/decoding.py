@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from actkit.core.forward.named_functions import unknown_function
 from actkit.core.ground import registry
 from actkit.core.ground.errors import ActkitError, RecipeError
+from actkit.core.store.pending import pending_of
 
 # The packages of modules whose computation a decoder may know. A class of another package says by an attribute
 # `decodes_as` what it computes, and a decoder says whether it knows that (`supports`).
@@ -25,13 +26,15 @@ KNOWN = (
     *("torch.nn.", "transformers.", "actkit.core.layers.linear", "actkit.core.layers.weights"),
     *("actkit.core.layers.selections", "actkit.core.layers.activations"),
 )
+PACKED = "packed"  # what a model says by `decodes_as` that only a decoder runs
 
 
 class Decoder(Protocol):
     """What a class of the group `actkit.decoders` offers: logits token by token, from a cache of its own.
 
     It is made by `Class(model, capacity=tokens, decode_only=False)`. With `decode_only` the model is needed for nothing
-    else, so its weights may go.
+    else, so its weights may go. Of a model that `core.store.opening` opened it reads the weights itself, or says in
+    `supports` that it does not.
 
     Attributes:
         threads: that it runs with.
@@ -86,7 +89,8 @@ def choose_engine(model: nn.Module, *, capacity: int, decode_only: bool = False)
     """Return the first registered decoder that takes a model and fits into memory, else transformers.
 
     Args:
-        model: a language model.
+        model: a language model; of one whose weights are still in its files (`core.store.pending`), transformers runs
+            what `whole(model)` loads.
         capacity: tokens of one text, for which the decoder is ready.
         decode_only: a decoder may take the weights out of the model.
 
@@ -110,7 +114,9 @@ def choose_engine(model: nn.Module, *, capacity: int, decode_only: bool = False)
             try:
                 return Engine(decoder(model, capacity=capacity, decode_only=decode_only))
             except (ActkitError, ValueError) as error:
-                if any(tensor.is_meta for tensor in model.state_dict().values()):
+                if getattr(model, "decodes_as", None) == PACKED:
+                    raise  # nothing else runs it
+                if pending_of(model) is None and any(tensor.is_meta for tensor in model.state_dict().values()):
                     raise  # it has taken weights out of the model, which transformers cannot run any more
                 reason = str(error)
         reasons.append(reason.rstrip("."))

@@ -119,6 +119,7 @@ class FreshProcess:
         base: Base | None = None,
         device: str = "cpu",
         trust_remote_code: bool = False,
+        to_decode: bool = False,
     ) -> dict[str, Any]:
         """Load a folder (transformers' or actkit's) as `core.store.checkpoint.load` does.
 
@@ -130,6 +131,8 @@ class FreshProcess:
                 function or class that can be imported by its name.
             device: to load on.
             trust_remote_code: run code that the folder brings.
+            to_decode: leave the weights in their files (`core.store.pending`) until a decoder packs them, as `actkit
+                generate` does; whatever else is asked for loads the whole model then.
 
         Returns:
             A dictionary with
@@ -155,6 +158,7 @@ class FreshProcess:
             base=None if base is None else import_name(base),
             device=device,
             trust_remote_code=trust_remote_code,
+            to_decode=to_decode,
         )
         return self.loaded
 
@@ -412,18 +416,38 @@ class _Worker:
         self._peak = "ru_maxrss"
 
     @property
-    def _loaded(self) -> nn.Module:
+    def _opened(self) -> nn.Module:
+        """The model, some of whose weights may still be in its files."""
         if self._model is None:
             raise ValueError("no model is loaded; call load(folder) first.")
         return self._model
 
+    @property
+    def _loaded(self) -> nn.Module:
+        """The whole model."""
+        from actkit.core.store.pending import pending_of, whole
+
+        if pending_of(self._opened) is not None:  # as if it had been loaded so from the beginning
+            self._model = whole(self._opened)
+            gc.collect()
+            self._peak = "VmHWM" if _reset_peak() else "ru_maxrss"
+        return self._opened
+
     def load(
-        self, folder: str, dtype: str | None, decode: bool, base: str | None, device: str, trust_remote_code: bool
+        self,
+        folder: str,
+        dtype: str | None,
+        decode: bool,
+        base: str | None,
+        device: str,
+        trust_remote_code: bool,
+        to_decode: bool,
     ) -> dict[str, Any]:
         from actkit.core.forward.example import Inputs, main_dtype, unsaved_dtypes
         from actkit.core.ground.memory import parameter_bytes
         from actkit.core.model.parts import attention_implementation
         from actkit.core.store.checkpoint import load
+        from actkit.core.store.opening import open_pending
 
         self._model, self._decoder, self._kernels = None, None, False
         release_memory()
@@ -431,7 +455,10 @@ class _Worker:
         _reset_peak()
         started = time.perf_counter()
         factory = None if base is None else _imported(base)
-        model = load(folder, device=device, dtype=dtype, base=factory, trust_remote_code=trust_remote_code)
+        if to_decode and dtype is None and factory is None and device == "cpu":
+            model = open_pending(folder, trust_remote_code=trust_remote_code)
+        else:
+            model = load(folder, device=device, dtype=dtype, base=factory, trust_remote_code=trust_remote_code)
         seconds = time.perf_counter() - started
         self._model = model
         load_peak = _peak()[0]
@@ -454,14 +481,14 @@ class _Worker:
         from actkit.core.layers.linear import ActLinear, pack_for_decode
         from actkit.core.measure.decoding import Engine, choose_engine
 
-        model = self._loaded
+        model = self._opened
         self._decoder = None
         for module in model.modules():
             if isinstance(module, ActLinear):
                 module.unpack()
         engine = Engine(None, "it was not asked for") if capacity is None else choose_engine(model, capacity=capacity)
         self._decoder = engine.decoder
-        packed = pack_for_decode(model) if engine.decoder is None else 0
+        packed = pack_for_decode(self._loaded) if engine.decoder is None else 0
         self._kernels = packed > 0 or engine.decoder is not None
         threads = torch.get_num_threads() if engine.decoder is None else engine.decoder.threads
         return {"engine": engine.name, "reason": engine.reason, "threads": threads, "packed": packed}
@@ -478,9 +505,11 @@ class _Worker:
         from actkit.core.forward.hooks import evaluating
         from actkit.core.ground.compiling import compiling
 
-        model, device = self._loaded, _device(self._loaded)
-        ids: Tensor = _read_batch(batch, self._folder).to(device)
+        ids: Tensor = _read_batch(batch, self._folder)
         decoder = self._decoder if len(ids) == 1 else None
+        model = self._loaded if decoder is None else self._opened
+        device = torch.device("cpu") if decoder is not None else _device(model)
+        ids = ids.to(device)
         step = _steps_of_model(model) if decoder is None else _steps_of_decoder(decoder)
         seconds, tokens, compiled = [], [], False
 

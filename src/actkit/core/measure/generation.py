@@ -24,6 +24,7 @@ from actkit.core.ground.offload import device_of
 from actkit.core.layers.linear import pack_for_decode
 from actkit.core.measure.decoding import Decoder, choose_engine
 from actkit.core.measure.sampling import LIKELIEST, Sampling
+from actkit.core.store.pending import whole
 
 _UNFINISHED = "�"  # what decoders write for bytes that are no character (yet)
 
@@ -49,7 +50,7 @@ def generate(
     else of a generation config (penalties, bad words) is applied.
 
     Args:
-        model: a language model.
+        model: a language model; its weights may still be in its files (`core.store.pending`).
         tokenizer: its tokenizer.
         prompt: what it goes on from; an empty one starts from the token that begins a text.
         max_new_tokens: at most; the text also ends at the model's or tokenizer's end of a text.
@@ -81,8 +82,10 @@ def generate(
     engine = choose_engine(model, capacity=len(ids) + max_new_tokens, decode_only=decode_only)
     if announce is not None:
         announce(engine.describe())
-    if engine.decoder is None and decode_only:  # nothing else holds the model
-        pack_for_decode(model)
+    if engine.decoder is None:
+        model = whole(model)
+        if decode_only:  # nothing else holds the model
+            pack_for_decode(model)
     tokens = generate_ids(
         model,
         ids,

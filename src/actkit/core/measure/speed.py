@@ -218,7 +218,7 @@ class _Runner:
         """Load the candidate in a new process and get it ready to decode."""
         self.close()
         self.process = FreshProcess(threads=self.asked_threads)
-        self.loaded = self.process.load(self.folder, **self.options)
+        self.loaded = self.process.load(self.folder, to_decode=not self.without, **self.options)
         takes, prompt, new_tokens = Inputs.from_dict(self.loaded["inputs"]), self.asked_prompt, self.asked_new
         if takes.causal and takes.context is not None and prompt + new_tokens > takes.context:
             raise ValueError(

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers.pytorch_utils import Conv1D
 
 from actkit.core.layers.conv import ActConv
+from actkit.core.layers.conv1d import is_conv1d
 from actkit.core.layers.linear import ActLinear
 
 LAST, FIRST = -1, 1  # of functions and layers whose channels are known
@@ -36,7 +36,7 @@ _CLASSES_FIRST = (
     *(nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd),
     *(nn.modules.pooling._AdaptiveMaxPoolNd, nn.modules.dropout.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Upsample),
 )
-_CLASSES_LAST = (nn.Linear, nn.Embedding, Conv1D, ActLinear)
+_CLASSES_LAST = (nn.Linear, nn.Embedding, ActLinear)
 
 
 def axis_of_class(module: nn.Module) -> int | None:
@@ -44,7 +44,8 @@ def axis_of_class(module: nn.Module) -> int | None:
     if isinstance(module, _CLASSES_FIRST):
         return FIRST
     one = isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1
-    return LAST if one or isinstance(module, _CLASSES_LAST) or "RMSNorm" in type(module).__name__ else None
+    last = isinstance(module, _CLASSES_LAST) or is_conv1d(module)
+    return LAST if one or last or "RMSNorm" in type(module).__name__ else None
 
 
 class ChannelAxes:

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from actkit.core.ground.errors import CoverageError, UnsupportedModelError
 from actkit.core.layers.attention_rounding import AttentionRounding
 from actkit.core.layers.cache_rounding import IMPLEMENTATION
 from actkit.core.layers.conv import PLAIN_CONVOLUTIONS, ActConv, why_no_plain_convolution
+from actkit.core.layers.conv1d import is_conv1d
 from actkit.core.layers.known_layers import why_unread
 from actkit.core.layers.linear import ActLinear
 from actkit.core.model.architectures import ExpertsRow, Role
@@ -38,7 +38,7 @@ def is_linear(module: nn.Module) -> bool:
     """
     if isinstance(module, ActLinear):
         return type(module).forward is ActLinear.forward
-    return isinstance(module, nn.Linear | Conv1D) and why_unread(module) is None
+    return (isinstance(module, nn.Linear) or is_conv1d(module)) and why_unread(module) is None
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Linear:
                 f"Leave it out, or undo what replaced the linear layer."
             )
         weight: Tensor = self.module.weight  # type: ignore[assignment]
-        return weight.t() if isinstance(self.module, Conv1D) else weight
+        return weight.t() if is_conv1d(self.module) else weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -90,12 +90,12 @@ class Linear:
     @property
     def in_features(self) -> int:
         """Channels of its input."""
-        return self.module.nx if isinstance(self.module, Conv1D) else self.module.in_features  # type: ignore[return-value]
+        return self.module.nx if is_conv1d(self.module) else self.module.in_features  # type: ignore[return-value]
 
     @property
     def out_features(self) -> int:
         """Channels of its output."""
-        return self.module.nf if isinstance(self.module, Conv1D) else self.module.out_features  # type: ignore[return-value]
+        return self.module.nf if is_conv1d(self.module) else self.module.out_features  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,10 @@ from actkit.core.ground.memory import format_bytes, parameter_bytes, parse_bytes
 from actkit.core.ground.modules import is_pretrained, is_within, memory_of
 from actkit.core.ground.whole_folder import complete_or_nothing, recover
 from actkit.core.layers.foreign_layers import refuse_foreign_layers
-from actkit.core.layers.linear import OLD_STORAGE, ActLinear
 from actkit.core.store import checksums, pretrained
 from actkit.core.store.card import Measured, card_of
+from actkit.core.store.filling import fill
+from actkit.core.store.mapped_arrays import HEADER
 from actkit.core.store.pretrained import base_type
 from actkit.core.store.transformers_folder import load_folder, refuse_adapter, remote_class
 
@@ -391,7 +392,7 @@ def load(
     """
     folder = resolve(source)
     dtype = parse_dtype(dtype)
-    checksums.verify(folder, _of_the_model)
+    checksums.verify(folder, of_the_model)
     grid = None
     if (folder / MANIFEST).exists():
         model, grid = _load_changed(folder, base, trust_remote_code)
@@ -403,6 +404,7 @@ def load(
             grid = _grid(folder / GRID, _read_json(folder / GRID))
     else:
         refuse_adapter(folder)
+        refuse_packed(folder)
         raise CheckpointError(f"{source}: the folder holds neither {MANIFEST} nor config.json, so it is no checkpoint.")
     model = model.to(device).eval()
     options: dict[str, Any] = {
@@ -415,6 +417,15 @@ def load(
     return model
 
 
+def refuse_packed(folder: Path) -> None:
+    """Raise CheckpointError for a folder that was packed for a decoder."""
+    if (folder / HEADER).exists():
+        raise CheckpointError(
+            f"{folder}: it is packed for decoding ({HEADER}), which `actkit generate` reads and nothing else; load the "
+            f"model that it was exported from."
+        )
+
+
 def load_into(model: nn.Module, folder: Path) -> None:
     """Bring a model to a later state of itself: a folder that was saved from it after more edits or training.
 
@@ -425,17 +436,17 @@ def load_into(model: nn.Module, folder: Path) -> None:
     Raises:
         CheckpointError: the folder is damaged, or holds another model.
     """
-    checksums.verify(folder, _of_the_model)
+    checksums.verify(folder, of_the_model)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     if (folder / MANIFEST).exists():
         _load_changed(folder, lambda: model, False)
     else:  # trained, and not changed otherwise
         tensors, shared = _tensors(load_folder(folder, None, False)[0])
-        _fill(model, tensors, shared, folder)
+        fill(model, tensors, shared, folder)
     model.to(device)
 
 
-def _of_the_model(name: str) -> bool:
+def of_the_model(name: str) -> bool:
     """Whether a file of a saved folder is one that the model is built from (and not its tokenizer's)."""
     return name in SETTINGS or name.endswith((*WEIGHTS_SUFFIXES, CODE))
 
@@ -521,17 +532,22 @@ def load_tokenizer(source: str | Path, *, trust_remote_code: bool = False) -> An
     folder = resolve(source)
     if not has_tokenizer(folder):
         raise CheckpointError(f"tokenizer: {folder} has none; give text as token batches, or use --data random.")
-    checksums.verify(folder, lambda name: not _of_the_model(name))
+    checksums.verify(folder, lambda name: not of_the_model(name))
     if (folder / MANIFEST).exists() and (folder / "config.json").exists():
-        return _tokenizer_of_changed(folder, trust_remote_code)
+        return tokenizer_for(folder, _read_json(folder / "config.json"), trust_remote_code)
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
-def _tokenizer_of_changed(folder: Path, trust_remote_code: bool) -> Any:
-    """The tokenizer of a changed model: the one that transformers chooses for the model it came from."""
+def tokenizer_for(folder: Path, settings: dict[str, Any], trust_remote_code: bool) -> Any:
+    """Load the tokenizer of a changed model: the one that transformers chooses for the model it came from.
+
+    Args:
+        folder: that holds its files.
+        settings: of the model's config.json.
+        trust_remote_code: run code that the folder brings.
+    """
     from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-    settings = _read_json(folder / "config.json")
     kind = base_type(str(settings.pop("model_type", "")))
     try:
         config = AutoConfig.for_model(kind, **settings)
@@ -555,7 +571,7 @@ def _load_changed(
         if not isinstance(model, nn.Module):
             raise TypeError(f"base: it gave a {type(model).__name__}; give a function that builds the unchanged model.")
     elif manifest["base_class"] is not None:
-        model = _build_pretrained(folder, manifest, trust_remote_code)
+        model = build_pretrained(folder, manifest, trust_remote_code)
     else:
         model = _build_own(folder, manifest)
     known = changes.of(model)  # of one that `load_into` goes on with; a base model has none
@@ -563,7 +579,7 @@ def _load_changed(
         replay(model, manifest["edits"][len(known.edits) if known else 0 :])
     except (ActkitError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: the edits do not fit {type(model).__name__}: {error}") from error
-    _fill(model, tensors, manifest["tied"], folder)
+    fill(model, tensors, manifest["tied"], folder)
     if is_pretrained(model):
         model.config.dtype = model.dtype  # type: ignore[union-attr]
     pretrained.restore(
@@ -612,8 +628,17 @@ def _grid(path: Path, content: dict[str, Any] | None) -> SourceGrid | None:
         ) from error
 
 
-def _build_pretrained(folder: Path, manifest: dict[str, Any], trust_remote_code: bool) -> nn.Module:
-    """The unchanged transformers model of the right shape, unfilled; on the CPU, so that rotary tables are computed."""
+def build_pretrained(folder: Path, manifest: dict[str, Any], trust_remote_code: bool) -> nn.Module:
+    """Build the unchanged transformers model, unfilled; on the CPU, so that rotary tables are computed.
+
+    Args:
+        folder: that `save` wrote.
+        manifest: as `read_manifest` gives it.
+        trust_remote_code: run code that the folder brings.
+
+    Raises:
+        CheckpointError: its class is not known, or config.json does not fit it.
+    """
     from transformers.initialization import no_init_weights
 
     settings = _read_json(folder / "config.json")
@@ -646,16 +671,7 @@ def _build_pretrained(folder: Path, manifest: dict[str, Any], trust_remote_code:
 
 def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for name, facts in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: the file is missing; copy the folder again, or save the model again.")
-        size = facts.get("bytes") if isinstance(facts, dict) else None
-        if path.stat().st_size != size:
-            raise CheckpointError(
-                f"{path}: it has {path.stat().st_size} bytes, {MANIFEST} says {size}; "
-                f"the file is truncated or was changed. Copy the folder again, or save the model again."
-            )
+    for path in files_of(folder, manifest):
         try:
             with safe_open(path, framework="pt") as file:
                 # copied, because a tensor at an odd place of the file rounds differently (and runs slower)
@@ -667,58 +683,29 @@ def _read_tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _fill(model: nn.Module, tensors: dict[str, Tensor], tied: dict[str, str], folder: Path) -> None:
-    """Give a model its tensors; every name, shape and tie must agree."""
-    expected = model.state_dict(keep_vars=True)
-    present = _PresentNames(model)
-    tensors = {present[name]: tensor for name, tensor in tensors.items()}
-    tied = {present[alias]: present[name] for alias, name in tied.items()}
-    given = set(tensors) | set(tied)
-    problems = [f"missing {name}" for name in sorted(set(expected) - given)]
-    problems += [f"unexpected {name}" for name in sorted(given - set(expected))]
-    for name, tensor in tensors.items():
-        if name in expected and expected[name].shape != tensor.shape:
-            problems.append(
-                f"{name} is {tuple(tensor.shape)} in the file and {tuple(expected[name].shape)} in the model"
+def files_of(folder: Path, manifest: dict[str, Any]) -> list[Path]:
+    """List the files that hold a changed model's tensors.
+
+    Args:
+        folder: that `save` wrote.
+        manifest: as `read_manifest` gives it.
+
+    Raises:
+        CheckpointError: one is missing, or has another size than it had.
+    """
+    found = []
+    for name, facts in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: the file is missing; copy the folder again, or save the model again.")
+        size = facts.get("bytes") if isinstance(facts, dict) else None
+        if path.stat().st_size != size:
+            raise CheckpointError(
+                f"{path}: it has {path.stat().st_size} bytes, {MANIFEST} says {size}; "
+                f"the file is truncated or was changed. Copy the folder again, or save the model again."
             )
-        elif name in expected and not _same_kind(tensor.dtype, expected[name].dtype):
-            problems.append(f"{name} is {tensor.dtype} in the file and {expected[name].dtype} in the model")
-    problems += [
-        f"{alias} is tied to {name}, which is not in the file" for alias, name in tied.items() if name not in tensors
-    ]
-    if problems:
-        raise CheckpointError(f"{folder}: the weights do not fit the model: {'; '.join(problems[:10])}.")
-    for name, tensor in tensors.items():
-        _assign(model, name, tensor, expected[name])
-    for alias, name in tied.items():
-        parent, _, leaf = alias.rpartition(".")
-        source, _, source_leaf = name.rpartition(".")
-        setattr(get_module(model, parent), leaf, getattr(get_module(model, source), source_leaf))
-
-
-class _PresentNames:
-    """Names of saved tensors as models have them today; those in folders of earlier versions of actkit may differ."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.layers = {path for path, module in model.named_modules() if isinstance(module, ActLinear)}
-
-    def __getitem__(self, name: str) -> str:
-        layer, old, leaf = name.rpartition(f".{OLD_STORAGE}.")
-        return f"{layer}.storage.{leaf}" if old and layer in self.layers else name
-
-
-def _same_kind(given: torch.dtype, expected: torch.dtype) -> bool:
-    """Floats may be stored in another width; codes and indices may not."""
-    return given == expected or (given.is_floating_point and expected.is_floating_point)
-
-
-def _assign(model: nn.Module, name: str, tensor: Tensor, old: Tensor) -> None:
-    parent, _, leaf = name.rpartition(".")
-    module = get_module(model, parent)
-    if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=old.requires_grad and tensor.is_floating_point())
-    else:
-        module._buffers[leaf] = tensor
+        found.append(path)
+    return found
 
 
 def resolve(source: str | Path) -> Path:

@@ -46,21 +46,8 @@ def load_folder(
         CheckpointError: naming the file or the keys.
     """
     import transformers
-    from transformers import CONFIG_MAPPING
 
-    refuse_adapter(folder)
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if settings.get("model_type") not in CONFIG_MAPPING and settings.get("model_type") in registry.model_names():
-            registry.model_class(settings["model_type"])  # a class of ours over transformers makes itself known
-        if "AutoConfig" in (settings.get("auto_map") or {}) and settings.get("model_type") not in CONFIG_MAPPING:
-            _trusted(folder, trust_remote_code)
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: transformers {transformers.__version__} does not read it ({error}); copy or "
-            f"download the folder again, or install a transformers that knows the model."
-        ) from error
+    settings, config = _config(folder, trust_remote_code)
     quantization = quantization_of(settings)
     if quantization is not None:
         refuse_unread(quantization, folder)
@@ -91,6 +78,72 @@ def load_folder(
     for note in () if grid is None else grid.notes:
         warnings.warn(f"{folder}: {note}.", stacklevel=4)  # at the call of actkit.load
     return model, grid
+
+
+def _config(folder: Path, trust_remote_code: bool) -> tuple[dict[str, Any], Any]:
+    """The entries of config.json, and the config that transformers makes of them."""
+    import transformers
+    from transformers import CONFIG_MAPPING
+
+    refuse_adapter(folder)
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if settings.get("model_type") not in CONFIG_MAPPING and settings.get("model_type") in registry.model_names():
+            registry.model_class(settings["model_type"])  # a class of ours over transformers makes itself known
+        if "AutoConfig" in (settings.get("auto_map") or {}) and settings.get("model_type") not in CONFIG_MAPPING:
+            _trusted(folder, trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: transformers {transformers.__version__} does not read it ({error}); copy or "
+            f"download the folder again, or install a transformers that knows the model."
+        ) from error
+    return settings, config
+
+
+def build_empty(folder: Path) -> tuple[nn.Module, list[Path]] | str:
+    """Build the model of a folder in transformers' own format without its values, and list the files that hold them.
+
+    Args:
+        folder: a local one.
+
+    Returns:
+        The model, in the dtype of its tensors, and the files; or why its tensors cannot be put in one by one.
+
+    Raises:
+        CheckpointError: as `load_folder`.
+    """
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    settings, config = _config(folder, False)
+    if settings.get("auto_map"):
+        return "its model class may be code in the repository"
+    if quantization_of(settings) is not None:
+        return "its weights are quantized by another package, and are dequantized when they are read"
+    files = weight_files(folder)
+    try:
+        kinds = kinds_of(files)
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder}: its weights are not readable ({error}); copy or download the folder again."
+        ) from error
+    cls, before = class_of(config, folder, list(kinds), False), torch.get_default_dtype()
+    config.dtype = stored_dtype(kinds, folder)
+    torch.set_default_dtype(config.dtype)
+    try:
+        with no_init_weights():
+            model: Any = cls(config)
+    except Exception as error:  # each config class checks its values in its own way; `load_folder` says what is wrong
+        return f"no {cls.__name__} can be built from its config ({error})"
+    finally:
+        torch.set_default_dtype(before)
+    if model._keep_in_fp32_modules_strict or (model._keep_in_fp32_modules and config.dtype == torch.float16):
+        return f"a {cls.__name__} keeps some of its weights in float32"
+    model.tie_weights()
+    if model.can_generate() and (folder / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model, files
 
 
 def refuse_adapter(folder: Path) -> None:
