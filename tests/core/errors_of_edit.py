@@ -16,11 +16,11 @@ from actkit.core.edit.edits import (
     get_tensor,
     replay,
 )
-from actkit.core.edit.folding import fold
+from actkit.core.edit.folding import fold, fold_query_key
 from actkit.core.ground import registry
 from actkit.core.layers.activations import Activation
 from actkit.core.layers.cache_rounding import CacheRounding
-from actkit.core.model.anatomy import anatomy, equalization_sets
+from actkit.core.model.anatomy import anatomy, equalization_sets, query_key_set
 from actkit.core.recipe.runner import apply
 from error_proofs import Place, points, proof
 
@@ -73,6 +73,22 @@ proof(lambda p: folding(0, torch.ones(HIDDEN), torch.ones(HIDDEN)))
 
 
 proof(lambda p: folding(1, torch.arange(1.0, HIDDEN + 1)))
+
+
+@proof
+def between_query_and_key_of_different_pairs(place: Place) -> None:
+    found = query_key_set(anatomy(build("llama")).block(0))
+    assert found is not None
+    list(fold_query_key(found, torch.arange(1.0, len(found.ties) + 1)))
+
+
+@proof
+def between_query_and_key_that_are_filled(place: Place) -> None:
+    model = build("llama")
+    apply(model, {"actkit": 1, "transforms": [{"rtn": {"group_size": 8}}]}, progress=False)
+    found = query_key_set(anatomy(model).block(0))
+    assert found is not None
+    list(fold_query_key(found, torch.ones(len(found.ties))))
 
 
 proof(lambda p: apply_edit(build("llama"), Insert("model.layers.0.mlp", CacheRounding())))

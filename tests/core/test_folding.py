@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from actkit.core.edit.edits import temporarily
-from actkit.core.edit.folding import fold, why_no_shift
+from actkit.core.edit.folding import fold, fold_query_key, why_no_shift
 from actkit.core.layers.linear import ActLinear
-from actkit.core.model.anatomy import anatomy, equalization_sets
+from actkit.core.model.anatomy import anatomy, equalization_sets, query_key_set
+from actkit.core.recipe.runner import apply
+from actkit.quantization.rtn import RoundToNearest
 from actkit.testing import tiny_batches, tiny_model
+from actkit.testing.models import ARCHITECTURES
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "vit"])
@@ -54,3 +59,65 @@ def test_columns_that_read_one_channel_need_one_scale() -> None:
     group = equalization_sets(block)[1]
     with pytest.raises(ValueError, match=r"scale: columns of .*o_proj that read one channel need one value"):
         list(fold(block, group, torch.rand(16) + 0.5))
+
+
+NORMS = ("qwen3", "qwen3_moe", "olmo2", "olmoe", "exaone4", "gemma3_text", "lfm2", "phi", "cohere")
+REFUSED = {**dict.fromkeys(NORMS, "go through norms"), "olmo": "clamped to", "gptj": "how many features of a head"}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_scale_between_query_and_key_leaves_the_function(kind: str) -> None:
+    model, (batch,) = tiny_model(kind), tiny_batches(kind, lengths=((9, 9),))
+    generator = torch.Generator().manual_seed(0)
+    moved = 0
+    with torch.no_grad():
+        expected = model(**batch)[0]
+        for block in anatomy(model).blocks:
+            found = query_key_set(block)
+            if found is None or found.refused:
+                assert found is None or REFUSED[kind] in found.refused
+                continue
+            moved += 1
+            scale = found.tied(torch.rand(len(found.ties), generator=generator) + 0.5)
+            key = model.get_submodule(found.key.path)
+            before = key(torch.ones(1, found.key.in_features))
+            with temporarily(model, fold_query_key(found, scale)):
+                torch.testing.assert_close(model(**batch)[0], expected, rtol=1e-4, atol=1e-4)
+                factor = (key(torch.ones(1, found.key.in_features)) / before)[0]
+                factor = factor if found.key_rows is None else factor[found.key_rows.indices()]
+                torch.testing.assert_close(factor, scale, rtol=1e-3, atol=1e-4)
+            untied = scale * torch.linspace(0.5, 2, len(scale))
+            if not torch.equal(found.tied(untied), untied):  # features that turn together
+                with pytest.raises(ValueError, match=r"turn together need one value"):
+                    list(fold_query_key(found, untied))
+    assert bool(moved) == (kind not in REFUSED and kind != "deepseek_v3")
+
+
+@pytest.mark.parametrize("kind", ["llama", "ernie4_5", "gpt_neox"])
+def test_ties_are_needed(kind: str) -> None:
+    """With another scale for one of two features that turn together, the function changes."""
+    model = tiny_model(kind).double()
+    batch = tiny_batches(kind, lengths=((9, 9),))[0]
+    found = query_key_set(anatomy(model).block(0))
+    assert found is not None and found.refused is None
+    twins = (found.ties[None] == found.ties[:, None]).sum(1) == 2
+    assert twins.any()
+    scale = torch.ones(len(found.ties), dtype=torch.float64)
+    scale[int(twins.nonzero()[0])] = 2
+    free = replace(found, ties=torch.arange(len(scale)))
+    with torch.no_grad():
+        expected = model(**batch).logits
+        with temporarily(model, fold_query_key(free, scale)):
+            assert float((model(**batch).logits - expected).abs().max()) > 1e-4
+
+
+def test_where_no_scale_moves_between_query_and_key_it_is_said() -> None:
+    model = tiny_model("qwen3")
+    found = query_key_set(anatomy(model).block(0))
+    assert found is not None
+    with pytest.raises(ValueError, match=r"query and key of .*self_attn take no scale: .* go through norms"):
+        list(fold_query_key(found, torch.ones(len(found.ties))))
+    model = tiny_model("llama")
+    apply(model, RoundToNearest(bits=8, group_size=8), progress=False)
+    found = query_key_set(anatomy(model).block(0))
+    assert found is not None and "has its slot 'weight' filled" in str(found.refused)

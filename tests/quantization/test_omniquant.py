@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,17 +11,28 @@ import torch
 from torch.func import functional_call
 
 from actkit.core.edit.edits import apply_edit, temporarily
-from actkit.core.edit.folding import fold
+from actkit.core.edit.folding import fold, fold_query_key
 from actkit.core.grids.integers import IntegerGrid
+from actkit.core.ground.errors import UnsupportedModelError
+from actkit.core.layers.cache_rounding import CacheRounding
 from actkit.core.layers.rounded_inputs import RoundedInputs
-from actkit.core.model.anatomy import anatomy, equalization_sets
+from actkit.core.model.anatomy import anatomy, equalization_sets, query_key_set
 from actkit.core.recipe.runner import apply
-from actkit.quantization.omniquant import Equivalent, LearnedClipping, LearnedSet, LearnedThrough, OmniQuant
+from actkit.core.store.checkpoint import load, save
+from actkit.quantization.omniquant import (
+    Equivalent,
+    LearnedClipping,
+    LearnedPair,
+    LearnedSet,
+    LearnedThrough,
+    OmniQuant,
+)
 from actkit.quantization.quantize_cache import QuantizeCache
 from actkit.quantization.round_inputs import RoundInputs
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.wina.wina import Wina
 from actkit.testing import check_transform, tiny_batches, tiny_model
+from actkit.testing.transforms import equal, outputs
 from representative import architectures
 
 FAST: dict[str, Any] = {"group_size": 8, "epochs": 2, "scale_dtype": "float32"}
@@ -187,3 +199,83 @@ def test_it_keeps_its_promises(kind: str) -> None:
     check_transform(
         transform, tiny_model(kind), tiny_batches(kind), conflicting=[RoundToNearest(), Wina(), RoundInputs()]
     )
+
+
+# -- keys and values ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "gpt2", "qwen3"])
+def test_with_a_rounded_cache_scales_between_query_and_key_are_learned(kind: str, tmp_path: Path) -> None:
+    batches = tiny_batches(kind, lengths=((9, 9, 9), (8, 8)))
+    model = tiny_model(kind)
+    applied = apply(model, OmniQuant(bits=8, cache_bits=4, **FAST), batches, undo="memory", progress=False)
+    pairs = [block.attention for block in anatomy(model).blocks if block.attention is not None]
+    assert all(pair.module.cache_rounding.bits == 4 for pair in pairs)  # type: ignore[union-attr]
+    learned = [
+        values["largest over smallest scale of keys"] for _, _, values in applied.report.values if len(values) > 2
+    ]
+    if kind == "qwen3":
+        assert any("no scale is learned between query and key: query and key go" in n for n in applied.report.notes)
+    else:
+        assert len(learned) == len(pairs) and min(learned) > 1.001
+    loss = [values["loss"] for _, _, values in applied.report.values]
+    assert all(curve[-1] < 1.05 * curve[0] for curve in loss)
+    save(model, tmp_path)
+    equal(outputs(load(tmp_path), batches), outputs(model, batches), "loaded again")
+    applied.undo()
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon"])
+def test_what_is_learned_for_query_and_key_is_what_is_folded(kind: str) -> None:
+    """With weights left in float, the block's learned tensors are those of the folded model."""
+    model = tiny_model(kind)
+    block = anatomy(model).block(0)
+    found = query_key_set(block)
+    assert found is not None and found.refused is None
+    pair = LearnedPair(found)
+    with torch.no_grad():
+        pair.raw.copy_(torch.rand(len(pair.raw), generator=torch.Generator().manual_seed(0)) + 0.5)
+    settings = OmniQuant(bits=8, clip=True, cache_bits=4, **FAST)
+    learned = Equivalent(block, settings, [], pair)
+    by_path = {linear.path: rows.detach() for linear, rows in pair.rows()}
+    with torch.no_grad():
+        tensors = learned.tensors()
+    with temporarily(model, fold_query_key(found, pair.channels.detach())):
+        for linear in {each.path: each for each in (found.query, found.key)}.values():
+            index = [each.path for each in learned.linears].index(linear.path)
+            grid = settings.grid
+            weight = linear.weight.detach().float()
+            expected = grid.fake(weight, *grid.tracked_parameters(weight, learned.clipping[index]))
+            torch.testing.assert_close(
+                tensors[f"{linear.path}.storage.tensor"], expected.detach(), rtol=1e-4, atol=1e-4
+            )
+            if linear.bias is not None:
+                torch.testing.assert_close(tensors[f"{linear.path}.bias"], linear.bias.detach())
+    assert set(by_path) == {found.query.path, found.key.path}
+
+
+def test_a_model_without_a_cache_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"cache_bits: the cache of .* is not rounded: it keeps no cache"):
+        apply(tiny_model("vit"), OmniQuant(cache_bits=8, **FAST), tiny_batches("vit"), progress=False)
+
+
+def test_gradients_reach_the_scale_of_a_key_through_its_range() -> None:
+    """k' = step round(k s / step), step = max|k s| / 7: its slope in s is that of the step, times the code's error."""
+    keys = normal(1, 1, 5, 8).double()
+    rounding = CacheRounding(4)
+    scale = torch.ones(8, dtype=torch.float64, requires_grad=True)
+    (rounding(keys * scale) / scale).square().sum().backward()
+    at = keys.abs().amax(-1, keepdim=True) / 7
+    codes = torch.round(keys / at)
+    largest = keys.abs().argmax(-1)[0, 0]
+    rounded = codes * at
+    # straight through: d rounded_i = k_i ds_i + (codes_i - k_i / at) d at,  d at = |k_m| ds_m / 7
+    slope = torch.zeros(8, dtype=torch.float64)
+    for t in range(5):
+        m = int(largest[t])
+        own = 2 * rounded[0, 0, t]
+        slope += own * keys[0, 0, t] - own * rounded[0, 0, t]  # of the numerator, and of the division by s
+        slope[m] += float((own * (codes[0, 0, t] - keys[0, 0, t] / at[0, 0, t])).sum()) * float(at[0, 0, t])
+    assert scale.grad is not None
+    torch.testing.assert_close(scale.grad, slope, rtol=1e-6, atol=1e-8)

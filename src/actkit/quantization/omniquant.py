@@ -14,31 +14,46 @@ As in the release: Adam at rates of 1e-2 and 5e-3, one row a step, 20 epochs (40
 only s and z between norm -> linear layers and value -> output, none in front of down.
 Settled here: a scale begins with the largest column of all layers of a set, the release takes one layer's; rows come
 in a new order each epoch; the range of a group holds 0, and its zero point is a code (the release lets it go to 1e4);
-inputs are rounded per token with zero points, and keys and values only if `quantize_cache` stands behind. Left open:
-scales between query and key; shifts between value and output.
+inputs are rounded per token with zero points. Queries stay as they are, keys and values are rounded behind the rotary
+embedding, as `quantize_cache` rounds them, if `cache_bits` says so; then scales between query and key are learned too,
+one for two features that turn together and for the query heads of a key head, so that they are exact (the release ties
+none). They are refused, with a line, if query and key go through norms. Left open: shifts between value and output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from actkit.core.edit.edits import Edit, Note, Replace, Skip, get_module, get_tensor
-from actkit.core.edit.folding import fold, why_no_shift
+from actkit.core.edit.edits import (
+    ATTENTION,
+    Configure,
+    Edit,
+    Insert,
+    Note,
+    Replace,
+    Skip,
+    get_module,
+    get_tensor,
+)
+from actkit.core.edit.folding import fold, fold_query_key, why_no_shift
 from actkit.core.grids.grid import Grid, straight_through
 from actkit.core.grids.integers import IntegerGrid
 from actkit.core.grids.ranges import min_max
+from actkit.core.ground.errors import UnsupportedModelError
+from actkit.core.layers.cache_rounding import CHILD, IMPLEMENTATION, CacheRounding
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.layers.weights import IntegerWeight
-from actkit.core.model.anatomy import Block, EqualizationSet, Linear, Norm, Site
+from actkit.core.model.anatomy import Block, EqualizationSet, Linear, Norm, QueryKeySet, Site, query_key_set
+from actkit.core.model.own_attention import why_no_cache
 from actkit.core.recipe.reconstruction import Learned, examples, graph_bytes, learned_bytes, reconstruct
 from actkit.core.recipe.scalable import Sets, scalable_sets, scalable_sites, scalable_targets
-from actkit.core.recipe.seen import Seen
+from actkit.core.recipe.seen import Seen, Trial
 from actkit.core.recipe.tags import Slot, Tags
 from actkit.core.recipe.transform import Transform
 from actkit.core.watch.statistics import AbsMax, Range, Statistic
@@ -67,6 +82,8 @@ class OmniQuant(Transform):
         rows: of a step.
         clip_rate: learning rate of the clipping.
         scale_rate: learning rate of scales and shifts.
+        cache_bits: 8 or 4, of keys and values, per token and head; None leaves them. Scales between query and key are
+            learned then.
         both_targets: also learn to give what the float block gives on what the rounded blocks left.
         scale_dtype: what scales of weights are rounded to and stored in.
         seed: of the order of rows.
@@ -87,6 +104,7 @@ class OmniQuant(Transform):
     rows: int = Field(1, ge=1)
     clip_rate: float = Field(1e-2, gt=0)
     scale_rate: float = Field(5e-3, gt=0)
+    cache_bits: Literal[4, 8] | None = None
     both_targets: bool = False
     scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     seed: int = Field(0, ge=0)
@@ -121,6 +139,13 @@ class OmniQuant(Transform):
             raise ValueError("shift: true was given, and no scales are learned; give equalize: true beside it")
         return self
 
+    def plan(self, trial: Trial, data: Sequence[Any]) -> Self:
+        reason = None if self.cache_bits is None else why_no_cache(trial.model)
+        if reason is not None:
+            kind = type(trial.model).__name__
+            raise UnsupportedModelError(f"cache_bits: the cache of {kind} is not rounded: {reason}; leave it out.")
+        return self
+
     def conflicts(self, earlier: Transform) -> str | None:
         return super().conflicts(earlier) or (refuse_filled(earlier) if self.equalizes else None)
 
@@ -153,7 +178,10 @@ class OmniQuant(Transform):
                 sets.append(self._set(group, *statistics))
         if self.input_bits is not None and not sets:
             yield Note(block.path or "model", "inputs are rounded, and no scales could be learned for them")
-        learned = Equivalent(block, self, sets)
+        pair = query_key_set(block) if self.cache_bits is not None else None
+        if pair is not None and pair.refused is not None:
+            yield Note(pair.inspect, f"no scale is learned between query and key: {pair.refused}")
+        learned = Equivalent(block, self, sets, None if pair is None or pair.refused else LearnedPair(pair))
         also: tuple[list[Tensor], ...] = ()
         if self.both_targets:
             module = get_module(block.root, block.path)
@@ -221,6 +249,34 @@ class LearnedSet(nn.Module):
         return self.channels if shared is None else self.channels[shared.channels()]
 
 
+class LearnedPair(nn.Module):
+    """Scales between query and key, 1 at the start.
+
+    Args:
+        found: what they move through.
+    """
+
+    def __init__(self, found: QueryKeySet) -> None:
+        super().__init__()
+        self.found = found
+        self.raw = nn.Parameter(torch.ones(int(found.ties.max()) + 1))
+
+    @property
+    def channels(self) -> Tensor:
+        """s of each channel of the key, at least `SMALLEST`."""
+        return straight_through(self.raw.clamp(min=SMALLEST), self.raw)[self.found.ties.to(self.raw.device)]
+
+    def rows(self) -> Iterator[tuple[Linear, Tensor]]:
+        """Yield query and key, each with what its output rows are multiplied by."""
+        scale, found = self.channels, self.found
+        parts = ((found.query, found.query_rows, found.of_query(1 / scale)), (found.key, found.key_rows, scale))
+        for linear, chosen, factors in parts:
+            if chosen is not None:
+                places = chosen.indices(scale.device)
+                factors = scale.new_ones(linear.out_features).index_put((places,), factors)
+            yield linear, factors
+
+
 class Equivalent(Learned):
     """All that is learned for one block, and the weights that follow from it.
 
@@ -228,11 +284,14 @@ class Equivalent(Learned):
         block: to be changed.
         settings: what is learned.
         sets: with their scales at the start.
+        pair: query and key, or None.
     """
 
-    def __init__(self, block: Block, settings: OmniQuant, sets: Sequence[LearnedSet]) -> None:
+    def __init__(
+        self, block: Block, settings: OmniQuant, sets: Sequence[LearnedSet], pair: LearnedPair | None = None
+    ) -> None:
         super().__init__()
-        self.block, self.settings = block, settings
+        self.block, self.settings, self.pair = block, settings, pair
         self.linears = list(block.linears())
         self.sets = nn.ModuleList(sets)
         self.clipping = nn.ModuleList()
@@ -243,10 +302,22 @@ class Equivalent(Learned):
 
     def rates(self) -> Iterator[tuple[Sequence[nn.Parameter], float]]:
         yield list(self.clipping.parameters()), self.settings.clip_rate
-        yield list(self.sets.parameters()), self.settings.scale_rate
+        pair = [] if self.pair is None else list(self.pair.parameters())
+        yield [*self.sets.parameters(), *pair], self.settings.scale_rate
 
-    def stand_ins(self) -> Iterator[Replace]:
-        """Yield the layers that stand in the block while it is learned."""
+    def cache(self) -> Iterator[Edit]:
+        """Yield the edits by which keys and values are rounded."""
+        attention, bits = self.block.attention, self.settings.cache_bits
+        if attention is None or bits is None:
+            return
+        path, there = f"{attention.path}.{CHILD}", getattr(attention.module, CHILD, None)
+        rounding = CacheRounding(bits, None if there is None else there.rotation)
+        yield Insert(path, rounding) if there is None else Replace(path, rounding)
+        yield Configure(ATTENTION, IMPLEMENTATION)
+
+    def stand_ins(self) -> Iterator[Edit]:
+        """Yield what stands in the block while it is learned."""
+        yield from self.cache()
         shifted = {each.path for part in self._parts() if part.shift is not None for each in part.group.consumers}
         grid = self.settings.inputs_grid
         for linear in self.linears:
@@ -260,6 +331,10 @@ class Equivalent(Learned):
         others: dict[str, Tensor] = {}
         for part in self._parts():
             self._move(part, weights, biases, others)
+        for linear, rows in self.pair.rows() if self.pair is not None else ():
+            weights[linear.path] = weights[linear.path] * rows[:, None]
+            if linear.path in biases:
+                biases[linear.path] = biases[linear.path] * rows
         found = {}
         for index, linear in enumerate(self.linears):
             choose = self.clipping[index] if self.settings.clip else min_max
@@ -317,11 +392,17 @@ class Equivalent(Learned):
         for part in self._parts():
             scale = part.channels.detach()
             found[f"largest over median scale, {part.group.inspect}"] = float(scale.max() / scale.median())
+        if self.pair is not None:
+            scale = self.pair.channels.detach()
+            found["largest over smallest scale of keys"] = float(scale.max() / scale.min())
         return found
 
     @torch.no_grad()
     def edits(self) -> Iterator[Edit]:
         """Yield what is folded, then the rounded layers."""
+        yield from self.cache()
+        if self.pair is not None:
+            yield from fold_query_key(self.pair.found, self.pair.channels.detach())
         for part in self._parts():
             shift = None if part.shift is None else part.shift.detach()
             yield from fold(self.block, part.group, part.columns.detach(), shift)

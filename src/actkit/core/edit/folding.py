@@ -18,7 +18,7 @@ from actkit.core.grids.parcels import parcels
 from actkit.core.layers.conv1d import is_conv1d
 from actkit.core.layers.folding import ScaledActivation
 from actkit.core.layers.linear import ActLinear
-from actkit.core.model.anatomy import Block, EqualizationSet, Linear, Norm
+from actkit.core.model.anatomy import Block, EqualizationSet, Linear, Norm, QueryKeySet
 
 
 def fold(block: Block, group: EqualizationSet, scale: Tensor, shift: Tensor | None = None) -> Iterator[Edit]:
@@ -62,6 +62,35 @@ def fold(block: Block, group: EqualizationSet, scale: Tensor, shift: Tensor | No
     for name in group.rescaled:
         other = get_tensor(block.root, name).detach()
         yield Set(name, (other.double() * columns).to(other.dtype))
+
+
+def fold_query_key(found: QueryKeySet, scale: Tensor) -> Iterator[Edit]:
+    """Yield the edits by which keys are multiplied by a scale and queries divided by it, so that their products stay.
+
+    Computed in float64 and rounded once, to the dtype of each weight.
+
+    Args:
+        found: of a block.
+        scale: of each channel of the key, positive; one value for channels that are tied (`QueryKeySet.tied`).
+
+    Raises:
+        ValueError: the set takes no scale, or channels that are tied have several values.
+    """
+    if found.refused is not None:
+        raise ValueError(f"found: query and key of {found.inspect} take no scale: {found.refused}.")
+    if not torch.equal(found.tied(scale), scale):
+        raise ValueError(
+            f"scale: features of {found.inspect} that turn together need one value; use found.tied(scale)."
+        )
+    scale = scale.double()
+    rows: dict[str, Tensor] = {}
+    parts = ((found.query, found.query_rows, found.of_query(1 / scale)), (found.key, found.key_rows, scale))
+    for linear, chosen, factors in parts:
+        factor = rows.setdefault(linear.path, scale.new_ones(linear.out_features))
+        factor[slice(None) if chosen is None else chosen.indices(scale.device)] = factors
+    for linear in {each.path: each for each in (found.query, found.key)}.values():
+        yield _multiply_weight(linear, rows[linear.path][:, None])
+        yield from _folded_bias(linear, linear.bias, 1 / rows[linear.path], None)
 
 
 def divide_norm(norm: Norm, scale: Tensor, shift: Tensor | None = None) -> Iterator[Set]:

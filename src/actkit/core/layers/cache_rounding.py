@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from actkit.core.grids.integers import IntegerGrid
@@ -37,8 +38,12 @@ class CacheRounding(nn.Module):
         self.grid = None if bits is None else IntegerGrid(bits, -1, symmetric=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Round keys or values [..., tokens, head size]."""
-        return x if self.grid is None else self.grid.fake(x)
+        """Round keys or values [..., tokens, head size]; gradients reach the range of each token too."""
+        if self.grid is None:
+            return x
+        if torch.is_grad_enabled() and x.requires_grad:
+            return self.grid.fake(x, *self.grid.tracked_parameters(x)).to(x.dtype)
+        return self.grid.fake(x)
 
     def rotated(self, x: Tensor) -> Tensor:
         """Rotate queries or keys [..., tokens, head size]."""

@@ -21,7 +21,7 @@ from actkit.core.layers.foreign_layers import refuse_foreign_layers
 from actkit.core.model.architectures import Architecture, find_architecture, known_model_types, register_architecture
 from actkit.core.model.channel_axes import FIRST
 from actkit.core.model.coverage import Coverage, CoverageRow, cover
-from actkit.core.model.equalization import EqualizationSet, equalization_sets
+from actkit.core.model.equalization import EqualizationSet, QueryKeySet, equalization_sets, query_key_set
 from actkit.core.model.parts import (
     CONVOLUTIONS,
     Attention,
@@ -56,6 +56,7 @@ __all__ = [
     "LinearInput",
     "Mlp",
     "Norm",
+    "QueryKeySet",
     "Site",
     "Tap",
     "anatomy",
@@ -63,6 +64,7 @@ __all__ = [
     "has_row",
     "is_linear",
     "paths_of_end",
+    "query_key_set",
     "read_tap",
     "register_architecture",
     "unread",

@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from actkit.core.layers.attention_rounding import CHILD as ATTENTION_ROUNDING
 from actkit.core.layers.known_layers import scales_with_weight, why_unread
 from actkit.core.layers.linear import ActLinear
 from actkit.core.model.fused_layers import PartRows
 from actkit.core.model.parts import Attention, Block, Linear, Mlp, Norm, is_linear
+from actkit.core.model.sites import Pairs
 from actkit.core.model.wrapping import is_wrapped
 
 
@@ -88,6 +90,101 @@ class EqualizationSet:
             return values
         columns = values.view(self.shared.heads, self.shared.readers, self.shared.width)
         return columns.amax(1).flatten()
+
+
+@dataclass(frozen=True)
+class QueryKeySet:
+    """Query and key of an attention, between which a scale moves: (q / s) (k s) = q k for every product of theirs.
+
+    Attributes:
+        query: a layer.
+        query_rows: its output rows that are meant, None for all.
+        key: a layer, the same one if they are fused.
+        key_rows: as query_rows.
+        heads: of the key, and the query heads that read each.
+        ties: for each channel of the key which scale is its own, int64; two features that turn together have one.
+        inspect: path of the attention.
+        refused: why no scale can move here, or None.
+    """
+
+    query: Linear
+    query_rows: PartRows | None
+    key: Linear
+    key_rows: PartRows | None
+    heads: SharedHeads
+    ties: Tensor
+    inspect: str
+    refused: str | None = None
+
+    def tied(self, values: Tensor) -> Tensor:
+        """Give channels of the key that have one scale one value, the largest of theirs.
+
+        Args:
+            values: of each channel.
+        """
+        ties = self.ties.to(values.device)
+        largest = values.new_full((int(ties.max()) + 1,), -torch.inf).scatter_reduce(0, ties, values, "amax")
+        return largest[ties]
+
+    def of_query(self, values: Tensor) -> Tensor:
+        """Return the values of the key's channels for those of the query, which lie head by head.
+
+        Args:
+            values: of each channel of the key.
+        """
+        return values.view(self.heads.heads, -1).repeat_interleave(self.heads.readers, 0).flatten()
+
+
+def query_key_set(block: Block) -> QueryKeySet | None:
+    """Return where a scale moves between query and key of a block, or why not; None without attention.
+
+    Args:
+        block: any.
+    """
+    attention = block.attention
+    if attention is None:
+        return None
+    fused = attention.query_key_value
+    query, key = fused or attention.query, fused or attention.key
+    assert query is not None and key is not None
+    heads = SharedHeads(attention.key_value_heads, attention.heads // attention.key_value_heads, attention.head_dim)
+    turned = 0 if attention.pairs is None else _turned_features(block.root)
+    refused = None
+    if attention.head_norms:
+        refused = "query and key go through norms, which take a scale away again"
+    elif attention.limit is not None:
+        refused = f"query and key are clamped to {attention.limit:g} before they are multiplied"
+    elif fused is not None and attention.key_rows is None:
+        refused = f"which output rows of {fused.path} are the query's and the key's is not known"
+    elif turned is None or turned > attention.head_dim:
+        refused = "how many features of a head the rotary embedding turns is not known"
+    elif hasattr(attention.module, ATTENTION_ROUNDING):
+        refused = "its queries and keys have static scales, which were found for them as they are"
+    else:
+        both = EqualizationSet(key, attention.key_rows, (query,), attention.path)
+        refused = _with_known_layers(both, _shared_parameters(block.root)).refused
+    ties = _ties(heads, turned or 0, attention.pairs)
+    return QueryKeySet(query, attention.query_rows, key, attention.key_rows, heads, ties, attention.path, refused)
+
+
+def _turned_features(model: nn.Module) -> int | None:
+    """How many features of a head the rotary embedding turns, by the frequencies that the model keeps; None if unknown.
+
+    Transformers' rotary modules hold one frequency for two features, some of them several lists of equal length.
+    """
+    lengths = {len(buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq") and buffer.dim() == 1}
+    return 2 * lengths.pop() if len(lengths) == 1 else None
+
+
+def _ties(heads: SharedHeads, turned: int, pairs: Pairs | None) -> Tensor:
+    """Which scale each channel of the key has: [heads * width]."""
+    places = torch.arange(heads.width)
+    if pairs == "halves":
+        places[turned // 2 : turned] = places[: turned // 2]
+    elif pairs == "neighbours":
+        places[:turned] = places[:turned] // 2 * 2
+    every = (torch.arange(heads.heads)[:, None] * heads.width + places).flatten()
+    return every.unique(return_inverse=True)[1]
 
 
 def equalization_sets(block: Block) -> tuple[EqualizationSet, ...]:

@@ -21,7 +21,7 @@ from actkit.core.layers.known_layers import why_unread
 from actkit.core.layers.linear import ActLinear
 from actkit.core.model.architectures import ExpertsRow, Role
 from actkit.core.model.fused_layers import PartRows
-from actkit.core.model.sites import Site, Tap
+from actkit.core.model.sites import Pairs, Site, Tap
 
 LinearRole = Literal["query", "key", "value", "query_key_value", "output", "gate", "up", "gate_up", "down", "layer"]
 CONVOLUTIONS = (
@@ -172,6 +172,10 @@ class Attention:
         value_rows: which output rows of query_key_value are the value's; None if that is not known, or value is a
             layer.
         limit: query, key and value are clamped to it before anything else; None for not at all.
+        query_rows: which output rows of query_key_value are the query's, as `value_rows`.
+        key_rows: the same of the key.
+        pairs: which two features of query and key the rotary embedding turns together; None if there is none.
+        head_norms: query and key go through norms.
     """
 
     path: str
@@ -187,6 +191,10 @@ class Attention:
     norm: Norm | None
     value_rows: PartRows | None = None
     limit: float | None = None
+    query_rows: PartRows | None = None
+    key_rows: PartRows | None = None
+    pairs: Pairs | None = None
+    head_norms: bool = False
 
     @property
     def inputs(self) -> tuple[Linear, ...]:

@@ -183,6 +183,10 @@ class BlockReader:
             self._feeding(row.path, norm),
             None if rows is None else rows[2],
             row.limit,
+            None if rows is None else rows[0],
+            None if rows is None else rows[1],
+            row.pairs if row.rotary else None,
+            row.query_norm is not None or row.key_norm is not None,
         )
         self._tap("attention.input", attention.inputs[0].path, "input")
         if row.readable and (fused is None or rows is not None):
