@@ -121,3 +121,24 @@ def test_where_no_scale_moves_between_query_and_key_it_is_said() -> None:
     apply(model, RoundToNearest(bits=8, group_size=8), progress=False)
     found = query_key_set(anatomy(model).block(0))
     assert found is not None and "has its slot 'weight' filled" in str(found.refused)
+
+
+@pytest.mark.parametrize("kind", ["gemma", "llama", "gpt2"])
+def test_a_norm_that_keeps_few_digits_loses_nothing(kind: str) -> None:
+    """What the layers read, times their columns, stays to half a step of bfloat16, however the norm was rounded."""
+    model = tiny_model(kind).bfloat16()
+    block = anatomy(model).block(0)
+    group = equalization_sets(block)[0]
+    norm, linear = group.producer, group.consumers[0]
+    weight = model.get_submodule(norm.path).weight.detach()
+    weight[:] = torch.linspace(0.05, 2, len(weight)) - norm.offset
+    weight[0], weight[1] = -norm.offset, 2**-7 - norm.offset  # nothing, and what would be rounded to nothing
+    scale = torch.logspace(-1, 1, len(weight), dtype=torch.float64)
+    scale[1] = 1e4
+    before = (weight.double() + norm.offset) * linear.weight.detach().double()
+    with temporarily(model, fold(block, group, scale)):
+        folded = model.get_submodule(norm.path).weight.detach().double() + norm.offset
+        after = folded * linear.weight.detach().double()
+    assert bool(((after - before).abs() <= 2**-8 * before.abs()).all())
+    rounded = (weight.double() + norm.offset) / scale
+    assert kind != "gemma" or float(((folded - rounded).abs() / rounded.abs())[2:].max()) > 2**-8

@@ -46,6 +46,7 @@ def fold(block: Block, group: EqualizationSet, scale: Tensor, shift: Tensor | No
     channels = group.of_channels(columns)
     moved = None if shift is None else shift.double()
     if isinstance(producer, Norm):
+        columns = channels = _as_stored(producer, channels)
         yield from divide_norm(producer, channels, moved)
     elif isinstance(producer, Linear):
         rows = channels.new_ones(producer.out_features)
@@ -106,6 +107,19 @@ def divide_norm(norm: Norm, scale: Tensor, shift: Tensor | None = None) -> Itera
     folded = (weight.double() + norm.offset) / scale - norm.offset
     yield Set(f"{norm.path}.weight", folded.to(weight.dtype))
     yield from _folded_bias(norm, getattr(norm.module, "bias", None), scale, shift)
+
+
+def _as_stored(norm: Norm, scale: Tensor) -> Tensor:
+    """The scale by which a norm's output is divided once its weight is rounded to its dtype, float64 [channels].
+
+    A norm that multiplies by (1 + weight) stores 0.05 as -0.95, of which 16 bits keep two digits. What reads it takes
+    the same scale, so that nothing is lost. A channel whose weight would be rounded to nothing keeps scale 1.
+    """
+    before = norm.module.weight.detach().double() + norm.offset  # type: ignore[union-attr, operator]
+    dtype: torch.dtype = norm.module.weight.dtype  # type: ignore[union-attr, assignment]
+    after = (before / scale - norm.offset).to(dtype).double() + norm.offset
+    stored = torch.where(after == 0, torch.ones_like(scale), before / after)
+    return torch.where(before == 0, scale, stored)
 
 
 def shift_norm(norm: Norm, shift: Tensor) -> tuple[Set, Tensor]:
