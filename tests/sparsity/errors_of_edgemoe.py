@@ -207,7 +207,7 @@ proof(lambda p: store(p, 16).load(0, 0, torch.bfloat16))
 proof(lambda p: record_traces(build("llama"), []))
 proof(lambda p: record_traces(build("mixtral"), []))
 proof(lambda p: PathPredictor.fit([], 4))
-proof(lambda p: PathPredictor.fit([TRACE], 4).predict([(0,), (0,)]))
+proof(lambda p: PathPredictor.fit([TRACE], 4).predict(9, [(0,)]))
 proof(lambda p: PathPredictor.load(folder(p) / "config.json"))
 proof(lambda p: offloaded(p, predictor=PathPredictor.fit([TRACE], 4)))
 proof(lambda p: ExpertCache(9, "random", layers=1))  # type: ignore[arg-type]

@@ -93,15 +93,22 @@ def test_policies_do_what_their_names_say(policy: str) -> None:
 
 
 def test_edgemoe_evicts_what_is_far_and_rare() -> None:
-    held = ExpertCache(4, "edgemoe", layers=4, counts={(0, 0): 9, (1, 0): 9, (2, 0): 2, (3, 0): 9})
+    shares = {(0, 0): 0.9, (1, 0): 0.9, (2, 0): 0.2, (3, 0): 0.9}
+    held = ExpertCache(4, "edgemoe", layers=4, shares=shares)
     for key in [(0, 0), (1, 0), (2, 0), (3, 0)]:
         held.add(key, 1)
     held.begin(1, [(1, 1)])
-    # (distance, count): (3, 9), (4, 9), (1, 2), (2, 9) -> d / (f + 1) = 0.3, 0.4, 0.33, 0.2
+    assert [held.distance(key) for key in shares] == [3, 4, 1, 2]
+    # f = 0.8 * share, as none was chosen lately: d / (f + 0.02) = 4.1, 5.4, 5.6, 2.7; the path says that (2, 0) comes
+    held.expect({(2, 0): 0.9})
+    assert held.frequency((2, 0)) == 0.9 and held.frequency((0, 0)) == pytest.approx(0.72)
     assert held.evict_for(1, [(1, 1)]) == [(1, 0)]
     held.add((1, 1), 1)
+    held.begin(1, [(1, 1)])  # nothing is expected any more
     assert held.evict_for(2, [(1, 1)]) == [(2, 0), (0, 0)]
     assert held.evictions == 3 and held.used == 2
+    lately = 2 * (1 - 0.5 ** (1 / 3))  # chosen twice, by the same token
+    assert held.frequency((1, 1)) == pytest.approx(0.2 * lately)
 
 
 def test_mixed_sizes_and_what_must_stay() -> None:
@@ -133,32 +140,38 @@ def test_the_predictor_counts_what_followed_what() -> None:
         same = tokens[(tokens[:, 1:3] == past).all(1)]
         if len(same):
             expected = [float((same[:, 3] == e).mean()) for e in range(3)]
-            found = dict(predictor.predict([(0,), (past[0],), (past[1],)]))
+            found = predictor.predict(3, [(past[0],), (past[1],)])
             assert [found[e] for e in range(3)] == pytest.approx(expected)
-            assert predictor.predict([(0,), (past[0],), (past[1],)])[0][1] == max(expected)
-    first = dict(predictor.predict([]))
+            assert next(iter(found.values())) == max(expected)
+    flat = [text_.reshape(-1) for text_ in text]  # a text goes on from its last layer to the next token's first
+    for past in itertools.product(range(3), repeat=2):
+        after = [x[i] for x in flat for i in range(4, len(x), 4) if tuple(x[i - 2 : i]) == past]
+        if after:
+            found = predictor.predict(0, [(past[0],), (past[1],)])
+            assert [found[e] for e in range(3)] == pytest.approx([after.count(e) / len(after) for e in range(3)])
+    first = predictor.predict(0, [])
     assert [first[e] for e in range(3)] == pytest.approx([(tokens[:, 0] == e).mean() for e in range(3)])
-    assert predictor.counts[2, 1] == (tokens[:, 2] == 1).sum()
+    assert predictor.shares[2, 1] == pytest.approx((tokens[:, 2] == 1).mean())
 
 
 def test_it_backs_off_from_paths_that_it_has_not_seen() -> None:
     rows = np.array([[[0, 1], [0, 2], [1, 2]], [[0, 1], [0, 1], [0, 2]], [[2, 3], [0, 1], [2, 3]]])
     predictor = PathPredictor.fit([rows], 5)
-    assert dict(predictor.predict([(2, 3), (1, 0)]))[2] == 1.0  # seen: two layers
-    assert dict(predictor.predict([(0, 4), (0, 1)])) == pytest.approx({0: 0.5, 1: 0, 2: 1, 3: 0.5, 4: 0})  # one layer
+    assert predictor.predict(2, [(2, 3), (1, 0)])[2] == 1.0  # seen: two layers
+    assert predictor.predict(2, [(0, 4), (0, 1)]) == pytest.approx({0: 0.5, 1: 0, 2: 1, 3: 0.5, 4: 0})  # one layer
     # the set (1, 2) was not seen: the mean of what followed 1 (two tokens) and 2 (one token)
-    assert dict(predictor.predict([(0, 1), (2, 1)])) == pytest.approx({0: 0.25, 1: 0.5, 2: 1, 3: 0.25, 4: 0})
-    unknown = dict(predictor.predict([(0, 1), (3, 4)]))  # neither was seen: how often each is chosen
+    assert predictor.predict(2, [(0, 1), (2, 1)]) == pytest.approx({0: 0.25, 1: 0.5, 2: 1, 3: 0.25, 4: 0})
+    unknown = predictor.predict(2, [(0, 1), (3, 4)])  # neither was seen: how often each is chosen
     assert unknown == pytest.approx({0: 1 / 3, 1: 1 / 3, 2: 1, 3: 1 / 3, 4: 0})
-    assert dict(predictor.predict([(2, 3), (1, 0)], order=0)) == unknown
-    with pytest.raises(ValueError, match="at most 2 come before"):
-        predictor.predict([(0, 1)] * 3)
+    assert predictor.predict(2, [(2, 3), (1, 0)], order=0) == unknown
+    with pytest.raises(ValueError, match="layer: 3 was given; give 0 to 2"):
+        predictor.predict(3, [(0, 1)])
 
 
 def test_sets_are_not_told_apart_if_there_are_too_many() -> None:
     rows = np.random.default_rng(0).permuted(np.tile(np.arange(64), (20, 3, 1)), axis=2)[:, :, :8]
     predictor = PathPredictor.fit([rows], 64)
-    found = dict(predictor.predict([rows[0, 0]]))
+    found = predictor.predict(1, [rows[0, 0]])
     after = [np.isin(rows[:, 0], e).any(1) for e in rows[0, 0]]  # the tokens that chose the same, for each
     expected = np.mean([[(rows[same, 1] == e).any(1).mean() for e in range(64)] for same in after], 0)
     assert [found[e] for e in range(64)] == pytest.approx(list(expected))
@@ -174,8 +187,8 @@ def test_accuracy_and_coverage_on_paths_that_are_certain(tmp_path: Path) -> None
     assert 0.2 < predictor.coverage([text], top=0.25) < 0.4
     predictor.save(tmp_path / "paths.json")
     again = PathPredictor.load(tmp_path / "paths.json")
-    assert again.counts == predictor.counts and again.predict([(0,), (1,)]) == predictor.predict([(0,), (1,)])
-    assert again.predict([(3,)]) == predictor.predict([(3,)])
+    assert again.shares == predictor.shares and again.predict(2, [(0,), (1,)]) == predictor.predict(2, [(0,), (1,)])
+    assert again.predict(1, [(3,)]) == predictor.predict(1, [(3,)])
     (tmp_path / "paths.json").write_text("{}")
     with pytest.raises(CheckpointError, match="holds no predictor"):
         PathPredictor.load(tmp_path / "paths.json")

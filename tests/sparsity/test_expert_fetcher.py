@@ -33,6 +33,11 @@ def fetcher(budget: int, read: Any = None, workers: int = 1) -> Iterator[tuple[E
         made.close()
 
 
+def guesses(keys: list[Key]) -> dict[Key, float]:
+    """The first is the most probable."""
+    return {key: 1 / (i + 1) for i, key in enumerate(keys)}
+
+
 def settle(made: ExpertFetcher, reads: int) -> None:
     """Wait until so many reads are done."""
     end = time.monotonic() + 5
@@ -51,7 +56,7 @@ def use(made: ExpertFetcher, layer: int, *experts: int) -> None:
 def test_hits_misses_and_preloads_are_counted() -> None:
     with fetcher(6) as (made, order):
         use(made, 0, 1, 2)
-        made.preload([(1, 0), (1, 3)], 4)
+        made.preload(guesses([(1, 0), (1, 3)]), 4)
         settle(made, 4)
         use(made, 1, 0, 1)
         found = made.statistics
@@ -71,10 +76,10 @@ def test_what_is_demanded_is_read_before_preloads_and_wrong_ones_are_dropped() -
         return key
 
     with fetcher(6, slow) as (made, order):
-        made.preload([(1, 0), (1, 1), (1, 2)], 4)
+        made.preload(guesses([(1, 0), (1, 1), (1, 2)]), 4)
         assert begun.wait(5)  # the first preload is being read
         made.begin(1, [(1, 0), (1, 3)])  # the others were wrong
-        made.preload([(2, 2)], 4)
+        made.preload(guesses([(2, 2)]), 4)
         gate.set()
         for e in (0, 3):
             made.get((1, e))
@@ -95,7 +100,7 @@ def test_a_wrong_preload_is_broken_off_while_it_is_read() -> None:
         return key
 
     with fetcher(2, slow) as (made, order):
-        made.preload([(1, 0)], 1)
+        made.preload(guesses([(1, 0)]), 1)
         assert begun.wait(5)
         use(made, 1, 2, 3)  # both fit only when the other one has gone
         found = made.statistics
@@ -124,7 +129,7 @@ def test_random_work_stays_within_the_budget() -> None:
             layer = step % 3
             chosen = sorted(rng.sample(range(4), 2))
             made.begin(layer, [(layer, e) for e in chosen])
-            made.preload([((layer + 1) % 3, e) for e in rng.sample(range(4), 2)], 4)
+            made.preload(guesses([((layer + 1) % 3, e) for e in rng.sample(range(4), 2)]), 4)
             for e in chosen:
                 assert made.get((layer, e)) == (layer, e)
                 made.release((layer, e))
@@ -143,7 +148,7 @@ def test_an_error_comes_where_the_expert_is_needed_and_it_goes_on() -> None:
         return key
 
     with fetcher(6, read) as (made, _):
-        made.preload([(1, 1), (1, 2)], 4)  # nobody waits for it: it is not raised yet
+        made.preload(guesses([(1, 1), (1, 2)]), 4)  # nobody waits for it: it is not raised yet
         settle(made, 1)
         with pytest.raises(OSError, match=r"no \(0, 1\)"):
             use(made, 0, 1)

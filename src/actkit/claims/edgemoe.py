@@ -332,8 +332,8 @@ def _replayed(
 ) -> float:
     """Milliseconds of a token with real threads."""
     sizes = mixture.sizes_of(8)
-    counts = None if predictor is None else predictor.counts
-    cache = ExpertCache(mixture.budget, policy, layers=mixture.layers, counts=counts)
+    shares = None if predictor is None else predictor.shares
+    cache = ExpertCache(mixture.budget, policy, layers=mixture.layers, shares=shares)
 
     def read(key: Key, unwanted: Event) -> Key:
         wait(time.perf_counter(), sizes[key] / mixture.bandwidth, sizes[key], unwanted)
@@ -347,9 +347,9 @@ def _replayed(
             fetcher.begin(layer, chosen)
             if predictor is not None:
                 following = (layer + 1) % mixture.layers
-                past = [[e for _, e in each] for each in steps[step - layer : step + 1]] if following else []
-                guesses = [(following, e) for e, chance in predictor.predict(past) if chance >= least]
-                fetcher.preload(guesses, preload)
+                past = [[e for _, e in each] for each in steps[max(0, step - 1) : step + 1]]
+                chances = predictor.predict(following, past)
+                fetcher.preload({(following, e): chance for e, chance in chances.items()}, preload, least)
             for key in chosen:
                 fetcher.get(key)
             time.sleep(COMPUTE_MS / 1000)

@@ -2,15 +2,16 @@
 
     out goes the expert with the highest d / f
     d = (layer of the expert - layer that runs) mod layers     how soon its layer comes again
-    f = how often it was chosen                                 in the statistics, and in this run
+    f = how often it is chosen
 
 When to use it: a model is worked through layer by layer, again and again, so that what was used last is what is needed
 last: LRU throws away what comes next. `edgemoe` keeps what is chosen often and comes soon.
 Cost: a look at every expert in memory for each that goes.
 Our own reading: the published formula was not seen. The paper says that frequency and the distance of the layer are
-both used, and that rarely used experts of distant layers go; d / f is the simplest score that does that. f is the
-number of tokens that chose the expert, plus 1. For an expert of the layer that runs d is the number of layers, not 0:
-those that were chosen are kept by other means, and the others come again after all other layers.
+both used, and that rarely used experts of distant layers go; d / f is the simplest score that does that. For an expert
+of the next layer f is the chance that the path gives it, if someone predicts (`expect`); for others the share of tokens
+that chose it, of which RECENT counts the last tokens, by half for each HALF_LIFE. For the layer that runs d is the
+number of layers, not 0: those that were chosen are kept by other means, and the others come again after all layers.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ Key = tuple[int, int]  # (which of the layers that have experts, index of the ex
 Policy = Literal["edgemoe", "lru", "lfu", "fifo", "belady"]
 POLICIES = ("edgemoe", "lru", "lfu", "fifo", "belady")
 NEVER = 1 << 60
+RECENT, HALF_LIFE = 0.2, 3.0  # how much the last tokens count, and after how many of them half as much
+SMALL = 0.02  # added to each frequency
 
 
 class ExpertCache:
@@ -33,7 +36,7 @@ class ExpertCache:
         policy: what goes: 'edgemoe'; the least recently ('lru') or least often ('lfu') used; what came first ('fifo');
             or what is used again last ('belady'), which needs `future`.
         layers: how many layers have experts.
-        counts: tokens that chose each expert, of statistics; 'edgemoe' adds those of the run.
+        shares: of tokens that chose each expert, of statistics; None for those of the run.
         future: for 'belady' the experts that each step will choose, a step being one layer for one token.
 
     Attributes:
@@ -51,7 +54,7 @@ class ExpertCache:
         policy: Policy = "edgemoe",
         *,
         layers: int,
-        counts: Mapping[Key, int] | None = None,
+        shares: Mapping[Key, float] | None = None,
         future: Iterable[Collection[Key]] | None = None,
     ) -> None:
         if policy not in POLICIES:
@@ -62,12 +65,13 @@ class ExpertCache:
         self.held: dict[Key, int] = {}
         self.used = self.evictions = 0
         self._layer, self._step = 0, -1
-        self._chosen: Counter[Key] = Counter(counts or {})  # statistics and run
+        self._shares, self._expected = shares, dict[Key, float]()
+        self._recent: dict[Key, tuple[float, int]] = {}  # a decayed share, and the token that it is of
         self._uses: Counter[Key] = Counter()  # of the run
         self._last: dict[Key, int] = {}  # step of the last use
         self._next = _uses_by_key(future or ())
         scores: dict[str, Callable[[Key], float]] = {
-            "edgemoe": lambda key: self.distance(key) / (self._chosen[key] + 1),
+            "edgemoe": lambda key: self.distance(key) / (self.frequency(key) + SMALL),
             "lru": lambda key: 0,
             "lfu": lambda key: -self._uses[key],
             "fifo": lambda key: 0,
@@ -86,12 +90,35 @@ class ExpertCache:
             layer: which of those that have experts.
             chosen: in memory, or not yet.
         """
-        self._layer = layer
+        self._layer, self._expected = layer, {}
         self._step += 1
         for key in chosen:
-            self._chosen[key] += 1
+            self._recent[key] = self._decayed(key) + 1 - 0.5 ** (1 / HALF_LIFE), self._token
             self._uses[key] += 1
             self._last[key] = self._step
+
+    def expect(self, chances: Mapping[Key, float]) -> None:
+        """Say how probable the experts of the next layer are; until the next `begin`.
+
+        Args:
+            chances: of experts of that layer.
+        """
+        self._expected = dict(chances)
+
+    def frequency(self, key: Key) -> float:
+        """How often an expert is chosen, per token: by the path if that is known, else in the statistics and lately."""
+        if key in self._expected:
+            return self._expected[key]
+        share = self._uses[key] / (self._token + 1) if self._shares is None else self._shares.get(key, 0.0)
+        return (1 - RECENT) * share + RECENT * self._decayed(key)
+
+    def _decayed(self, key: Key) -> float:
+        value, token = self._recent.get(key, (0.0, self._token))
+        return value * 0.5 ** ((self._token - token) / HALF_LIFE)
+
+    @property
+    def _token(self) -> int:
+        return self._step // self.layers
 
     def add(self, key: Key, size: int) -> None:
         """Count an expert as in memory, for which there is room.

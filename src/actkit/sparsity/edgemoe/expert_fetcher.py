@@ -1,7 +1,7 @@
 """Brings experts into memory on threads, ahead of the layer that needs them (EdgeMoE, 2023, arXiv:2308.14352).
 
     fetcher.begin(layer, chosen)     the router has chosen: what is missing is read first, wrong guesses are dropped
-    fetcher.preload(keys)            guesses for the next layer, read behind that
+    fetcher.preload(chances, most)   guesses for the next layer, read behind that
     expert = fetcher.get(key)        waits until it is there; it stays until `release(key)`
 
 A preload that turns out to be wrong is broken off, even while it is read. Room is made before a read begins, so that no
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from threading import Event
 from typing import Any
@@ -125,16 +125,19 @@ class ExpertFetcher:
             self._preloads = []  # they were for this layer
             self._changed.notify_all()
 
-    def preload(self, keys: Iterable[Key], most: int) -> None:
+    def preload(self, chances: Mapping[Key, float], most: int, least: float = 0.0) -> None:
         """Ask for experts that the next layer may choose.
 
         Args:
-            keys: the most probable first; those that are in memory are passed over.
+            chances: how probable each is; those that are in memory are passed over.
             most: how many are read.
+            least: probability of one that is read.
         """
         with self._changed:
+            self._cache.expect(chances)
             here = (*self._ready, *self._reading, *self._demanded)
-            self._preloads = [key for key in keys if key not in here][:most]
+            likely = sorted((key for key in chances if chances[key] >= least), key=lambda key: -chances[key])
+            self._preloads = [key for key in likely if key not in here][:most]
             self._changed.notify_all()
 
     def get(self, key: Key) -> Any:

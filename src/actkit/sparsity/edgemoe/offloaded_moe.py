@@ -12,8 +12,8 @@ Settled here: logits are those of the resident model with the same codes, bit fo
 layers in the same order: that of `pack_for_decode` for a store in the layout of the kernels, and that without kernels
 for one of codes (if its weights are in memory of their own: those that transformers loads lie as the file has them, and
 products with weights that are aligned in another way differ in their last bits). Preloads are made for single tokens,
-of up to ROWS texts side by side; prompts have none. The first layer's experts are preloaded, by their frequency, while
-the last layer of the token before computes.
+of up to ROWS texts side by side; prompts have none. The first layer's experts are preloaded while the last layer of the
+token before computes.
 Our own reading: `least`, a probability below which nothing is preloaded: a wrong guess takes the time of a read and the
 place of an expert.
 """
@@ -71,7 +71,8 @@ class StoredExperts(nn.Module):
         """Compute the chosen experts of each token; arguments as in `ExpertList.forward`."""
         chosen = [e for e in torch.unique(top_k_index).tolist() if e < self._guesses.experts]
         self._fetcher.begin(self.layer, [(self.layer, e) for e in chosen])
-        self._fetcher.preload(self._guesses.after(self.layer, top_k_index), self._guesses.preload)
+        guesses = self._guesses
+        self._fetcher.preload(guesses.after(self.layer, top_k_index), guesses.preload, guesses.least)
         return mix(self._fetched(chosen), hidden_states, top_k_index, top_k_weights)
 
     def _fetched(self, chosen: Sequence[int]) -> Iterator[tuple[int, Expert]]:
@@ -122,8 +123,8 @@ class OffloadedMoE:
         budget: int | str,
         policy: Policy = "edgemoe",
         predictor: PathPredictor | None = None,
-        preload: int = 2,
-        least: float = 0.5,
+        preload: int = 1,
+        least: float = 0.0,
         workers: int = 1,
         capacity: int | None = None,
         decode_only: bool = False,
@@ -157,8 +158,8 @@ class OffloadedMoE:
             raise ValueError(f"capacity: {capacity} was given; give 1 to {context}, the model's context.")
         self._check_memory(config.get_text_config())
         dtype = next(model.parameters()).dtype
-        counts = None if predictor is None else predictor.counts
-        cache = ExpertCache(self.budget, policy, layers=len(self.shape.layers), counts=counts)
+        shares = None if predictor is None else predictor.shares
+        cache = ExpertCache(self.budget, policy, layers=len(self.shape.layers), shares=shares)
         places = expert_places(model)
         read = partial(_read, store, places, [place.activation(model) for place in places], dtype)
         fetcher = ExpertFetcher(read, sizes, cache, workers)
@@ -357,27 +358,24 @@ class _Guesses:
     """
 
     def __init__(self, experts: int, predictor: PathPredictor | None, preload: int, least: float) -> None:
-        self.experts, self.preload, self._predictor, self._least = experts, preload, predictor, least
-        self._history: list[list[Sequence[int]]] = []  # of each text side by side, the choices of its token
+        self.experts, self.preload, self.least, self._predictor = experts, preload, least, predictor
+        self._past: list[list[Sequence[int]]] = []  # of each text side by side, the choices of the last two layers
 
-    def after(self, layer: int, top_k_index: Tensor) -> list[Key]:
-        """The experts that the next layer may choose, the most probable first."""
-        if self._predictor is None or not self.preload or len(top_k_index) > ROWS:
-            return []
+    def after(self, layer: int, top_k_index: Tensor) -> dict[Key, float]:
+        """How probable each expert of the next layer is, for the likeliest of the texts."""
+        if self._predictor is None or len(top_k_index) > ROWS:
+            self._past = []
+            return {}
         chosen = top_k_index.tolist()
-        if layer == 0 or len(self._history) != len(chosen):
-            self._history = [[] for _ in chosen]
-        for past, each in zip(self._history, chosen, strict=True):
-            past.append(each)
+        if len(self._past) != len(chosen):
+            self._past = [[] for _ in chosen]
         following = (layer + 1) % self._predictor.layers
-        chances = [0.0] * self.experts
-        for past in self._history:
-            if following and len(past) != following:
-                return []  # the first layers of these tokens went another way
-            for e, chance in self._predictor.predict(past if following else []):
+        chances = dict.fromkeys(range(self.experts), 0.0)
+        for past, each in zip(self._past, chosen, strict=True):
+            past[:] = [*past[-1:], each]
+            for e, chance in self._predictor.predict(following, past).items():
                 chances[e] = max(chances[e], chance)
-        ranked = sorted(range(self.experts), key=lambda e: -chances[e])
-        return [(following, e) for e in ranked if chances[e] >= self._least]
+        return {(following, e): chance for e, chance in chances.items()}
 
 
 def _read(

@@ -5,11 +5,13 @@
 When to use it: to fetch experts before their router has chosen them, for a model that runs one token at a time.
 Cost: a pass over calibration text that notes choices; a table of the paths that were seen; a look-up for each layer.
 Settled here: choices that were never seen together back off to those of one layer, and at last to how often an expert
-is chosen at all. The first layer has nothing before it, the second one layer.
-Our own reading: with k experts a token chooses a set, and sets of many experts hardly ever come again. Between one
-layer and none there is therefore one more step: the mean over the experts of the previous set of what followed each.
-For k = 1 it is what one layer says. Where more than SETS sets are possible (8 of 128 experts), none is kept, and
-predictions begin with that step.
+is chosen at all.
+Our own reading: the layers before the first one are the last ones of the token before, as the model runs through them
+in this order (the paper, as we know it, has nothing before the first layer, and one layer before the second). With k
+experts a token chooses a set, and sets of many experts hardly ever come again. Between one layer and none there is
+therefore one more step: the mean over the experts of the previous set of what followed each. For k = 1 it is what one
+layer says. Where more than SETS sets are possible (8 of 128 experts), none is kept, and predictions begin with that
+step.
 """
 
 from __future__ import annotations
@@ -82,7 +84,7 @@ class PathPredictor:
         top_k: that a token takes.
 
     Attributes:
-        counts: tokens that chose each expert.
+        shares: of the tokens that chose each expert.
     """
 
     def __init__(self, layers: int, experts: int, top_k: int) -> None:
@@ -107,43 +109,44 @@ class PathPredictor:
         for trace in traces:
             if self is None:
                 self = cls(trace.shape[1], experts, trace.shape[2])
-            for token in trace:
-                self._count([_choice(chosen) for chosen in token])
-        if self is None or not self.counts:
+            self._count(_flat(trace))
+        if self is None or not self.shares:
             raise DataError("traces: they hold no token; record more text.")
         return self
 
     def _count(self, choices: Sequence[Choice]) -> None:
-        for layer, choice in enumerate(choices):
-            for order in range(min(layer, self._orders) + 1):
+        for i, choice in enumerate(choices):
+            layer = i % self.layers
+            for order in range(min(i, self._orders) + 1):
                 counts = self._sets[layer].setdefault(
-                    tuple(choices[layer - order : layer]), np.zeros(self.experts + 1, dtype=np.int64)
+                    tuple(choices[i - order : i]), np.zeros(self.experts + 1, dtype=np.int64)
                 )
                 counts[list(choice)] += 1
                 counts[-1] += 1
-            for before in choices[layer - 1] if layer else ():
+            for before in choices[i - 1] if i else ():
                 self._each[layer, before, list(choice)] += 1
                 self._each[layer, before, -1] += 1
 
-    def predict(self, history: Sequence[Sequence[int]], order: int = 2) -> list[tuple[int, float]]:
-        """Say how probable each expert is at the next layer.
+    def predict(self, layer: int, past: Sequence[Sequence[int]], order: int = 2) -> dict[int, float]:
+        """Say how probable each expert is at a layer.
 
         Args:
-            history: the experts that the token chose at the layers before, from the first one.
+            layer: which of those that have experts.
+            past: the experts that were chosen at the layers right before, the last one last; before the first layer
+                come the last ones of the token before.
             order: how many layers are looked back at.
 
         Returns:
-            (expert, share of the tokens with this past that chose it), the most probable first; they sum to k.
+            Of each expert the share of the tokens with this past that chose it, the most probable first; they sum to k.
 
         Raises:
-            ValueError: there is no next layer.
+            ValueError: there is no such layer.
         """
-        layer = len(history)
-        if layer >= self.layers:
-            raise ValueError(f"history: {layer} layers were given; at most {self.layers - 1} come before another one.")
-        chances = self._chances(layer, [_choice(each) for each in history[max(0, layer - order) :]] if order else [])
+        if not 0 <= layer < self.layers:
+            raise ValueError(f"layer: {layer} was given; give 0 to {self.layers - 1}, of the layers that have experts.")
+        chances = self._chances(layer, [_choice(each) for each in past[max(0, len(past) - order) :]])
         ranked = np.argsort(-chances, kind="stable")
-        return [(int(e), float(chances[e])) for e in ranked]
+        return {int(e): float(chances[e]) for e in ranked}
 
     def _chances(self, layer: int, past: list[Choice]) -> np.ndarray[Any, Any]:
         for start in range(len(past)):
@@ -158,13 +161,14 @@ class PathPredictor:
         return counts[:-1] / counts[-1]  # type: ignore[no-any-return]
 
     @property
-    def counts(self) -> dict[Key, int]:
-        """Tokens that chose each expert."""
+    def shares(self) -> dict[Key, float]:
+        """The share of tokens that chose each expert."""
         return {
-            (layer, e): int(count)
+            (layer, e): float(count / counts[-1])
             for layer, sets in enumerate(self._sets)
-            if () in sets
-            for e, count in enumerate(sets[()][:-1])
+            for counts in (sets.get(()),)
+            if counts is not None
+            for e, count in enumerate(counts[:-1])
         }
 
     def accuracy(self, traces: Iterable[Trace], order: int = 2, first: int = 2) -> float:
@@ -177,10 +181,10 @@ class PathPredictor:
         """
         right = total = 0
         for trace in traces:
-            for token in trace:
-                for layer in range(first, self.layers):
-                    history = [tuple(map(int, each)) for each in token[:layer]]
-                    right += self.predict(history, order)[0][0] in token[layer]
+            choices = _flat(trace)
+            for i, choice in enumerate(choices):
+                if i % self.layers >= first:
+                    right += next(iter(self.predict(i % self.layers, choices[max(0, i - 2) : i], order))) in choice
                     total += 1
         return right / total
 
@@ -254,6 +258,11 @@ class PathPredictor:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: it holds no predictor ({error}); fit it again.") from error
         return self
+
+
+def _flat(trace: Trace) -> list[Choice]:
+    """The choices of one layer after the other, token after token."""
+    return [_choice(chosen) for token in trace for chosen in token]
 
 
 def _choice(chosen: Any) -> Choice:

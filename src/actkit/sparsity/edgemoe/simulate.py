@@ -18,7 +18,7 @@ from functools import partial
 from actkit.sparsity.edgemoe.expert_cache import ExpertCache, Key, Policy, check_budget, steps_of
 from actkit.sparsity.edgemoe.path_predictor import PathPredictor, Trace
 
-Predict = Callable[[int], Sequence[Key]]  # step -> what may be preloaded when its router has chosen, best first
+Predict = Callable[[int], Mapping[Key, float]]  # step -> how probable the experts of the next one are
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def simulate(
         latency: seconds before a read.
         compute_ms: of a layer, for one token.
         policy: of the cache.
-        predictor: of the next layer's experts; also gives 'edgemoe' the counts of its statistics.
+        predictor: of the next layer's experts, which 'edgemoe' also evicts by.
         preload: experts that are preloaded at most for the next layer.
         least: probability that a preloaded expert has at least.
         oracle: preload exactly what the next layer will choose, which no predictor can better.
@@ -86,12 +86,11 @@ def simulate(
         budget,
         policy,
         layers=layers,
-        counts=None if predictor is None else predictor.counts,
+        shares=None if predictor is None else predictor.shares,
         future=steps if policy == "belady" else None,
     )
-    guesses = _predictions(steps, layers, predictor if preload else None, least)
-    predict = partial(_exactly, steps) if oracle else guesses
-    run = _Run(cache, sizes, bandwidth, latency, top_k if oracle else preload)
+    predict = partial(_exactly, steps) if oracle else _predictions(steps, layers, predictor)
+    run = _Run(cache, sizes, bandwidth, latency, top_k if oracle else preload, least)
     now, hits, stall = 0.0, 0, 0.0
     for step, chosen in enumerate(steps):
         run.advance(now)
@@ -130,15 +129,10 @@ class _Run:
     """The reader, the experts that wait for it, and what it has read."""
 
     def __init__(
-        self, cache: ExpertCache, sizes: Mapping[Key, int], bandwidth: float, latency: float, preload: int
+        self, cache: ExpertCache, sizes: Mapping[Key, int], bandwidth: float, latency: float, preload: int, least: float
     ) -> None:
-        self.cache, self.sizes, self.bandwidth, self.latency, self.most_preloads = (
-            cache,
-            sizes,
-            bandwidth,
-            latency,
-            preload,
-        )
+        self.cache, self.sizes, self.bandwidth, self.latency = cache, sizes, bandwidth, latency
+        self.most_preloads, self.least = preload, least
         self.key: Key | None = None  # what is read now
         self.end = 0.0  # of that read, or of the last one
         self.demanded: list[Key] = []
@@ -148,13 +142,15 @@ class _Run:
         self.unused: set[Key] = set()  # preloaded, and not used since
         self.reads = self.bytes_read = self.wasted = self.most = 0
 
-    def begin(self, now: float, chosen: tuple[Key, ...], predicted: Sequence[Key]) -> None:
+    def begin(self, now: float, chosen: tuple[Key, ...], chances: Mapping[Key, float]) -> None:
+        self.cache.expect(chances)
         if self.key in self.unused and self.key[0] == chosen[0][0] and self.key not in chosen and now < self.end:
             self._break_off(now)
         self.chosen, self.since = chosen, now
         self.unused -= set(chosen)
         self.demanded = [key for key in chosen if key not in self.cache.held]
-        missing = [key for key in predicted if key not in self.cache.held and key not in self.demanded]
+        likely = sorted((key for key in chances if chances[key] >= self.least), key=lambda key: -chances[key])
+        missing = [key for key in likely if key not in self.cache.held and key not in self.demanded]
         self.preloads = missing[: self.most_preloads]
 
     def _break_off(self, now: float) -> None:
@@ -208,19 +204,17 @@ class _Run:
         return False
 
 
-def _exactly(steps: Sequence[tuple[Key, ...]], step: int) -> Sequence[Key]:
-    return steps[step + 1] if step + 1 < len(steps) else ()
+def _exactly(steps: Sequence[tuple[Key, ...]], step: int) -> Mapping[Key, float]:
+    return dict.fromkeys(steps[step + 1], 1.0) if step + 1 < len(steps) else {}
 
 
-def _predictions(
-    steps: Sequence[tuple[Key, ...]], layers: int, predictor: PathPredictor | None, least: float
-) -> Predict:
+def _predictions(steps: Sequence[tuple[Key, ...]], layers: int, predictor: PathPredictor | None) -> Predict:
     if predictor is None:
-        return lambda step: ()
+        return lambda step: {}
 
-    def predict(step: int) -> Sequence[Key]:
+    def predict(step: int) -> Mapping[Key, float]:
         layer = (step + 1) % layers
-        history = [[e for _, e in each] for each in steps[step + 1 - layer : step + 1]]
-        return [(layer, e) for e, chance in predictor.predict(history) if chance >= least]
+        past = [[e for _, e in each] for each in steps[max(0, step - 1) : step + 1]]
+        return {(layer, e): chance for e, chance in predictor.predict(layer, past).items()}
 
     return predict
