@@ -104,7 +104,7 @@ class ExpertBits(Transform):
         """The grid of an expert with so many bits."""
         return IntegerGrid(bits, self.group_size, symmetric=self.symmetric, scale_dtype=self.scale_dtype)
 
-    def passes(self, tokens: int) -> float:
+    def passes(self, tokens: int, rows: int) -> float:
         return 64.0 if self.importance == "loss" else 20.0
 
     def targets(self, block: Block) -> Iterable[Linear]:

@@ -211,10 +211,13 @@ def _exactly(steps: Sequence[tuple[Key, ...]], step: int) -> Mapping[Key, float]
 def _predictions(steps: Sequence[tuple[Key, ...]], layers: int, predictor: PathPredictor | None) -> Predict:
     if predictor is None:
         return lambda step: {}
+    known: dict[tuple[tuple[Key, ...], ...], Mapping[Key, float]] = {}  # by the past, which comes again
 
     def predict(step: int) -> Mapping[Key, float]:
-        layer = (step + 1) % layers
-        past = [[e for _, e in each] for each in steps[max(0, step - 1) : step + 1]]
-        return {(layer, e): chance for e, chance in predictor.predict(layer, past).items()}
+        layer, past = (step + 1) % layers, tuple(steps[max(0, step - 1) : step + 1])
+        if past not in known:
+            chances = predictor.predict(layer, [[e for _, e in each] for each in past])
+            known[past] = {(layer, e): chance for e, chance in chances.items()}
+        return known[past]
 
     return predict
