@@ -24,6 +24,7 @@ def generate(
     sampling: Sampling = LIKELIEST,
     stop: tuple[str, ...] = (),
     chat: bool = False,
+    cache: str | None = None,
     tokenizer: Any = None,
     threads: int | None = None,
     announce: Callable[[str], None] | None = None,
@@ -41,6 +42,7 @@ def generate(
         sampling: how a token is chosen; by default the likeliest.
         stop: texts to stop before.
         chat: answer the prompt, by the model's chat template.
+        cache: how a decoder keeps keys and values, 'float32', 'bfloat16' or 'int8'; None for its own choice.
         tokenizer: for a model that has none beside it.
         threads: None for torch's number, or for that of a packed folder; another one is refused.
         announce: called with what writes, and why it is not a decoder.
@@ -77,6 +79,7 @@ def generate(
         sampling=sampling,
         stop=stop,
         chat=chat,
+        cache=cache,
         announce=announce,
         decode_only=not isinstance(model, nn.Module),
     )

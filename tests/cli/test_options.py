@@ -37,7 +37,17 @@ OPTIONS = {
     | MODEL
     | RUN
     | {"--against", "--tasks", "--speed", "--no-speed", "--prompt", "--max-new-tokens", "--batch"},
-    "generate": MODEL | RUN | {"--chat", "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--stop"},
+    "generate": MODEL
+    | RUN
+    | {
+        "--chat",
+        "--max-new-tokens",
+        "--temperature",
+        "--top-k",
+        "--top-p",
+        "--stop",
+        "--cache",
+    },
     "show": MODEL | {"--data", "--json"},
     "export": DATA
     | RUN

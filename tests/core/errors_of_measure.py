@@ -61,6 +61,9 @@ proof(lambda p: generation._encode(SimpleNamespace(config=None), Words(), ""))
 proof(lambda p: next(generation.generate(build("llama"), Words(), "word", max_new_tokens=99)))
 
 
+proof(lambda p: decoding.choose_engine(build("bert"), capacity=8, cache="bfloat16"))
+
+
 proof(lambda p: evaluation._prompts(build("llama"), [{**HOST, "attention_mask": IDS * 0}]))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from decoded import family
 from tiny_models import build
 from torch import nn
 
@@ -146,3 +147,10 @@ proof(lambda p: verbs.export(build("llama"), p.path / "packed", "packed", measur
 
 
 proof(lambda p: verbs.generate(packed_folder(p).folder, "a", dtype="float32"))
+
+
+for given in (("int4", False, False), ("bfloat16", True, False), ("int8", False, True)):
+    proof(lambda p, given=given: cpu._choose_cache(*given))  # type: ignore[misc]
+
+
+proof(lambda p: export_packed(family("opt"), p.path / "packed", proof=False))

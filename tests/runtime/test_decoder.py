@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-import transformers
+from decoded import FAMILIES, SHAPE, WINDOWS, family
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -35,15 +35,6 @@ from actkit.runtime.prompt import few_tokens
 from actkit.sparsity.spark.sparkify import Sparkify, spark_lm
 from actkit.sparsity.teal import Teal
 
-SHAPE = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -170,57 +161,6 @@ def test_longrope_changes_its_frequencies_where_transformers_does(passes):
             begin = end
 
 
-SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-WINDOWS = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}
-EVERYWHERE = {"sliding_window": None, "layer_types": ["full_attention", "full_attention"]}
-BIASES = {"attention_bias": True, "mlp_bias": True}
-MULTIPLIERS = {
-    "attention_multiplier": 0.3,
-    "residual_multiplier": 0.7,
-    "embedding_multiplier": 3.0,
-    "logits_scaling": 2.0,
-}
-PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-# The families that are Llama's kin, and what their configurations can say: first word of the class, settings.
-FAMILIES = {
-    "granite": ("Granite", {**MULTIPLIERS, **BIASES}),
-    "ernie4_5": ("Ernie4_5", {"head_dim": 32, "use_bias": True}),
-    "olmo": ("Olmo", {}),
-    "olmo, clamped": ("Olmo", {"clip_qkv": 0.5}),
-    "starcoder2": ("Starcoder2", {"sliding_window": 5}),
-    "nemotron": ("Nemotron", {"head_dim": 32, "partial_rotary_factor": 0.5, **BIASES}),
-    "phi": ("Phi", {"partial_rotary_factor": 0.5}),
-    "stablelm": ("StableLm", {"partial_rotary_factor": 0.25, "use_qkv_bias": True}),
-    "stablelm, side by side": ("StableLm", {"use_parallel_residual": True}),
-    "cohere": ("Cohere", {"logit_scale": 0.5, "attention_bias": True}),
-    "cohere2": ("Cohere2", {**WINDOWS, "logit_scale": 0.5}),
-    "smollm3": ("SmolLM3", {**WINDOWS, "no_rope_layers": [1, 0], "use_sliding_window": True}),
-    "exaone4": ("Exaone4", {**WINDOWS, "sliding_window_pattern": 2, "head_dim": 32}),
-    "exaone4, no windows": ("Exaone4", EVERYWHERE),
-    "glm4": ("Glm4", {"head_dim": 32, "attention_bias": True}),
-    "phi3": ("Phi3", {"partial_rotary_factor": 0.5, "sliding_window": 5}),
-    "llama, biases": ("Llama", {**BIASES, "head_dim": 32, "hidden_act": "gelu_new", "rms_norm_eps": 1e-3}),
-    "llama turns whole heads": ("Llama", {"rope_parameters": PARTIAL}),
-    "qwen2, windows": ("Qwen2", {**WINDOWS, "use_sliding_window": True}),
-    "qwen2, windows off": ("Qwen2", {"sliding_window": 5, "use_sliding_window": False}),
-    "qwen3, windows": ("Qwen3", {**WINDOWS, "use_sliding_window": True, "attention_bias": True}),
-}
-
-
-def family(name, **changes):
-    """Weights that make logits of about 1 to 10, in which every term counts."""
-    kind, settings = FAMILIES[name]
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**{**SHAPE, **SPECIAL, **settings, **changes})
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            parameter.normal_(std=0.15)
-            offset = "norm" in path and path.endswith("weight") and kind != "Nemotron"
-            parameter.add_(1.0) if offset else None
-    return model
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_decode_as_in_transformers(name):
     model = family(name)
@@ -235,7 +175,7 @@ def test_families_decode_as_in_transformers(name):
     assert list(decoder.generate(IDS[0, :9], max_new_tokens=20, end=())) == tokens[0, 9:].tolist()
 
 
-@pytest.mark.parametrize("name", ["nemotron", "granite", "cohere", "glm4"])
+@pytest.mark.parametrize("name", ["nemotron", "granite", "cohere", "glm4", "gemma2", "olmo2"])
 def test_fewer_heads_than_threads(name):
     """The first thread has no heads then, and the output projection's bias is added all the same."""
     model = family(name, num_key_value_heads=1)
@@ -245,11 +185,13 @@ def test_fewer_heads_than_threads(name):
     torch.testing.assert_close(decoder(IDS[0].tolist()), expected[-1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["phi3", "glm4", "nemotron", "cohere", "granite", "olmo, clamped"])
+@pytest.mark.parametrize(
+    "name", ["phi3", "glm4", "nemotron", "cohere", "granite", "olmo, clamped", "gemma3", "gpt_neox", "opt"]
+)
 @pytest.mark.parametrize("bits", [None, 4])
 def test_changed_families(name, bits):
     """Selected inputs, integer weights and a sparse gate (ReLU) in fused layers, without a gate and side by side."""
-    model = family(name, hidden_act="relu")
+    model = family(name, **dict.fromkeys(("hidden_act", "hidden_activation", "activation_function"), "relu"))
     apply(model, [Teal(sparsity=0.4)], [{"input_ids": IDS}], progress=False)
     for layer in model.modules():
         if bits is not None and isinstance(layer, ActLinear):
@@ -268,6 +210,10 @@ def test_changed_families(name, bits):
         ("cohere", {"use_qk_norm": True}, "query and key by their root mean square"),
         ("llama, biases", {"sliding_window": 5}, "has a sliding_window, which its class does not apply"),
         ("starcoder2", WINDOWS, "layer_types, which its class does not tell apart"),
+        ("opt", {"do_layer_norm_before": False}, "stand behind the residual sum"),
+        ("opt", {"word_embed_proj_dim": 32}, "project_in stands between embedding and blocks"),
+        ("opt", {"_remove_final_layer_norm": True}, "no norm behind its last block"),
+        ("gemma3", {"use_bidirectional_attention": True}, "see those behind them"),
     ],
 )
 def test_what_families_can_also_say_is_refused(name, changes, words):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -286,6 +286,10 @@ def generate(
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Choose among the likeliest of this share.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text. Repeatable.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Answer the prompt, by the model's chat template.")] = False,
+    cache: Annotated[
+        Literal["float32", "bfloat16", "int8"] | None,
+        typer.Option(help="How the decoder keeps keys and values; float32 if the model does not say another."),
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = None,
     threads: Threads = None,
@@ -303,20 +307,20 @@ def generate(
     from actkit.core.measure.sampling import Sampling
 
     engine: list[str] = []
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "sampling": Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
+        "stop": tuple(stop or ()),
+        "chat": chat,
+        "cache": cache,
+        "threads": threads,
+        "device": device,
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "announce": engine.append,
+    }
     with compiling(lambda: note("compiling the kernels for these weights, once on this machine: about a minute")):
-        pieces = write(
-            model,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
-            stop=tuple(stop or ()),
-            chat=chat,
-            threads=threads,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            announce=engine.append,
-        )
+        pieces = write(model, prompt, **settings)
         if as_json:
             print_result({"prompt": prompt, "text": "".join(pieces), "engine": engine[0]}, True)
             return

@@ -1,6 +1,6 @@
-"""What a decoding step computes besides products: activations, norms, rotary embedding, attention; one thread, float32.
+"""What a decoding step computes besides products and attention: activations, norms, rotary embedding.
 
-Sums run in vector lanes, and still give the same bits in every run.
+One thread, float32. Sums run in vector lanes, and still give the same bits in every run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from actkit.kernels.process import compiled
 
 SILU, RELU, GELU, GELU_TANH, RELU2 = range(5)
 _ORDERLESS = {"reassoc"}
-_LOOSE = {"reassoc", "contract", "nsz"}
+LOOSE = {"reassoc", "contract", "nsz"}
 
 
 # -- element by element ------------------------------------------------------------------------------------------------
@@ -64,9 +64,9 @@ def activate(code, x):  # type: ignore[no-untyped-def]
             x[i] = half * x[i] * (one + np.float32(math.erf(x[i] * np.float32(0.7071067811865476))))
     else:
         for i in range(x.size):
-            g = x[i]
-            inner = np.float32(0.7978845608028654) * (g + np.float32(0.044715) * g * g * g)
-            x[i] = half * g * (one + np.float32(math.tanh(inner)))
+            g = x[i]  # half * (1 + tanh(y)) is 1 / (1 + exp(-2 y))
+            twice = np.float32(1.5957691216057308) * (g + np.float32(0.044715) * g * g * g)
+            x[i] = g / (one + exponential(-twice))
 
 
 @compiled()
@@ -86,8 +86,23 @@ def active_ones(x, indices):  # type: ignore[no-untyped-def]
     return count
 
 
-@compiled(fastmath=_LOOSE, inner=True)
-def _squares(x):  # type: ignore[no-untyped-def]
+@compiled(inline=True)
+def capped(limit, x):  # type: ignore[no-untyped-def]
+    """Compute limit * tanh(x / limit)."""
+    return limit - np.float32(2.0) * limit / (exponential(np.float32(2.0) * x / limit) + np.float32(1.0))
+
+
+@compiled(inner=True)
+def cap(limit, x):  # type: ignore[no-untyped-def]
+    """Compute limit * tanh(x / limit), in place; NaN is kept."""
+    for i in range(x.size):
+        y = capped(limit, x[i])
+        x[i] = y if x[i] == x[i] else x[i]
+
+
+@compiled(fastmath=LOOSE, inner=True)
+def square_sum(x):  # type: ignore[no-untyped-def]
+    """Return the sum of squares."""
     total = np.float32(0.0)
     for i in range(x.size):
         total += x[i] * x[i]
@@ -106,12 +121,12 @@ def nothing(x):  # type: ignore[no-untyped-def]
 @compiled(inner=True)
 def rms_norm(x, weight, epsilon, out):  # type: ignore[no-untyped-def]
     """Divide x by its root mean square, times weight."""
-    scale = np.float32(1.0) / np.sqrt(_squares(x) / np.float32(x.size) + epsilon)
+    scale = np.float32(1.0) / np.sqrt(square_sum(x) / np.float32(x.size) + epsilon)
     for i in range(x.size):
         out[i] = x[i] * scale * weight[i]
 
 
-@compiled(fastmath=_LOOSE, inner=True)
+@compiled(fastmath=LOOSE, inner=True)
 def _sum(x):  # type: ignore[no-untyped-def]
     total = np.float32(0.0)
     for i in range(x.size):
@@ -125,7 +140,7 @@ def layer_norm(x, weight, bias, epsilon, out):  # type: ignore[no-untyped-def]
     mean = _sum(x) / np.float32(x.size)
     for i in range(x.size):
         out[i] = x[i] - mean
-    scale = np.float32(1.0) / np.sqrt(_squares(out) / np.float32(x.size) + epsilon)
+    scale = np.float32(1.0) / np.sqrt(square_sum(out) / np.float32(x.size) + epsilon)
     for i in range(x.size):
         out[i] = out[i] * scale * weight[i]
     if bias.size:
@@ -157,84 +172,6 @@ def rotate(x, cos, sin):  # type: ignore[no-untyped-def]
         a, b = x[i], x[i + half]
         x[i] = a * cos[i] - b * sin[i]
         x[i + half] = b * cos[i + half] + a * sin[i + half]
-
-
-# -- attention ---------------------------------------------------------------------------------------------------------
-
-
-@compiled(fastmath=_LOOSE, inner=True)
-def _dot(a, b):  # type: ignore[no-untyped-def]
-    total = np.float32(0.0)
-    for i in range(a.size):
-        total += a[i] * np.float32(b[i])
-    return total
-
-
-@compiled(fastmath=_LOOSE, inner=True)
-def _softmax(scores):  # type: ignore[no-untyped-def]
-    """Take the softmax in place, not divided by the sum, which is returned."""
-    largest = scores[0]
-    for i in range(scores.size):
-        largest = max(largest, scores[i])
-    total = np.float32(0.0)
-    for i in range(scores.size):
-        scores[i] = exponential(scores[i] - largest)
-        total += scores[i]
-    return total
-
-
-@compiled(inner=True)
-def keep(vector, kept, scales, position):  # type: ignore[no-untyped-def]
-    """Keep a key or a value: as it is, or as 8-bit codes whose scale is that of its largest entry.
-
-    Args:
-        vector: float32 [size].
-        kept: [capacity, size], float32, or int8 for codes.
-        scales: float32 [capacity], or [0] if values are kept as they are.
-        position: of the token.
-    """
-    scale = np.float32(1.0)
-    if scales.size > 0:
-        largest = np.float32(0.0)
-        for i in range(vector.size):
-            largest = max(largest, abs(vector[i]))
-        if largest > 0:
-            scale = largest / np.float32(127.0)
-        scales[position] = scale
-        for i in range(vector.size):
-            kept[position, i] = np.rint(vector[i] / scale)
-    else:
-        for i in range(vector.size):
-            kept[position, i] = vector[i]
-
-
-@compiled(inner=True)
-def attend(query, keys, values, key_scales, value_scales, scaling, scores, out):  # type: ignore[no-untyped-def]
-    """Attend with one head.
-
-    Args:
-        query: [size].
-        keys: [tokens, size], float32 or codes.
-        values: [tokens, size], alike.
-        key_scales: float32 [tokens] of codes, else [0].
-        value_scales: the same.
-        scaling: of the scores.
-        scores: [tokens], written.
-        out: [size], written.
-    """
-    coded = key_scales.size > 0
-    for t in range(len(keys)):
-        scores[t] = _dot(query, keys[t]) * scaling
-        if coded:
-            scores[t] *= key_scales[t]
-    total = _softmax(scores)
-    out[:] = 0
-    for t in range(len(values)):
-        chance, row = scores[t] / total, values[t]
-        if coded:
-            chance *= value_scales[t]
-        for i in range(out.size):
-            out[i] += chance * np.float32(row[i])
 
 
 # -- statistical top-k -------------------------------------------------------------------------------------------------
@@ -299,49 +236,3 @@ def shift_down(cut, x):  # type: ignore[no-untyped-def]
     """Compute max(x - cut, 0), in place; NaN is kept."""
     for i in range(x.size):
         x[i] = np.float32(0.0) if x[i] <= cut else x[i] - cut
-
-
-@compiled(inner=True)
-def attend_chosen(query, keys, values, r, k, scores, out):  # type: ignore[no-untyped-def]
-    """Attend with one head whose first r features choose about k keys by statistical top-k; the others weigh them.
-
-    Of the other keys no more than r features are read, and no value.
-
-    Args:
-        query: [size].
-        keys: [tokens, size].
-        values: [tokens, size].
-        r: features that choose.
-        k: keys to attend to, about.
-        scores: [tokens], written.
-        out: [size], written.
-    """
-    tokens, rest = len(keys), query.size - r
-    first, second = np.float32(1 / math.sqrt(r)), np.float32(1 / math.sqrt(rest))
-    total, squares, largest = 0.0, 0.0, np.float32(-np.inf)
-    for t in range(tokens):
-        score = _dot(query[:r], keys[t, :r]) * first
-        scores[t] = score
-        largest = max(largest, score)
-        total += score
-        squares += np.float64(score) * np.float64(score)
-    if tokens > k:
-        cut, alike = statistical_cut(total, squares, tokens, normal_quantile(1 - k / tokens))
-        if not alike:
-            for t in range(tokens):
-                if scores[t] <= np.float32(cut) and scores[t] < largest:  # the largest one always stays
-                    scores[t] = -np.inf
-    sum_of = np.float32(0.0)
-    out[:] = 0
-    for t in range(tokens):
-        if scores[t] == -np.inf:
-            continue
-        chance = exponential(scores[t] - largest)
-        sum_of += chance
-        weight = _dot(query[r:], keys[t, r:]) * second
-        gain = max(weight, np.float32(0.0)) + np.float32(math.log1p(math.exp(-abs(weight))))  # softplus
-        row = values[t]
-        for i in range(out.size):
-            out[i] += chance * gain * np.float32(row[i])
-    for i in range(out.size):
-        out[i] /= sum_of

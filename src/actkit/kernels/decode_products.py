@@ -146,7 +146,7 @@ def records(stored: type, scales: int, zeros: bool) -> Any:
         scales: how many a block of outputs has.
         zeros: whether zero points are stored.
     """
-    block_bytes, pieces, kept = _block_bytes(stored), (0,) * scales, (0,) * zeros
+    block_bytes, pieces, kept = block_bytes_of(stored), (0,) * scales, (0,) * zeros
 
     def product(row, x, indices, values, count, out, memory):  # type: ignore[no-untyped-def]
         row, chosen, given, sums = _arguments(row, indices, values, out)
@@ -161,7 +161,7 @@ def records(stored: type, scales: int, zeros: bool) -> Any:
 
 def records_fixed(stored: type, zeros: bool) -> Any:
     """Make the product as `records` with one scale per block, and activations in fixed point."""
-    block_bytes, kept = _block_bytes(stored), (0,) * zeros
+    block_bytes, kept = block_bytes_of(stored), (0,) * zeros
 
     def product(row, x, indices, values, count, out, memory):  # type: ignore[no-untyped-def]
         row, chosen, given, sums = _arguments(row, indices, values, out)
@@ -176,7 +176,7 @@ def records_fixed(stored: type, zeros: bool) -> Any:
 
 def groups(stored: type, zeros: bool, fixed: bool) -> Any:
     """Make the product with integers with scales per output and group of inputs. fixed: activations in fixed point."""
-    block_bytes, kept = _block_bytes(stored), (0,) * zeros
+    block_bytes, kept = block_bytes_of(stored), (0,) * zeros
 
     def product(row, x, indices, values, count, out, memory):  # type: ignore[no-untyped-def]
         row, chosen, given, sums = _arguments(row, indices, values, out)
@@ -212,7 +212,7 @@ def chosen_rows(stored: type) -> Any:
 
 def chosen_code_rows(stored: type, scales: int, zeros: bool) -> Any:
     """Make them as `chosen_rows`, of integers. scales: of a block of inputs."""
-    block_bytes, pieces, kept = _block_bytes(stored), (0,) * scales, (0,) * zeros
+    block_bytes, pieces, kept = block_bytes_of(stored), (0,) * scales, (0,) * zeros
 
     def product(row, x, indices, values, count, out, memory):  # type: ignore[no-untyped-def]
         row = carray(row, (FIELDS,))
@@ -237,6 +237,10 @@ def units(stored: type) -> Any:
     return product
 
 
-def _block_bytes(stored: type) -> int:
-    """Return the bytes of the codes of 128 outputs."""
+def block_bytes_of(stored: type) -> int:
+    """Return the bytes of the codes of 128 outputs.
+
+    Args:
+        stored: the type of the codes.
+    """
     return BLOCK if stored is np.int8 else BLOCK // 2

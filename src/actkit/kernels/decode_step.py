@@ -16,22 +16,50 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import carray, prange
 
+from actkit.kernels.decode_attention import attention
 from actkit.kernels.decode_math import (
     activate,
     active_ones,
-    attend,
-    attend_chosen,
-    clamp,
+    cap,
     drop_below,
-    keep,
     layer_norm,
     nothing,
     rms_norm,
-    rotate,
-    rotate_neighbours,
     shift_down,
     statistical_cut,
     sums,
+)
+from actkit.kernels.decode_places import (  # noqa: F401 (all fields of a layer are found here)
+    ACTIVATION,
+    ALL_UNITS,
+    CHOOSING,
+    DOWN,
+    FIRST_HEAD,
+    FIRST_UNIT,
+    GATE_AT,
+    GATE_UP,
+    HALVES,
+    HEAD,
+    HEADS,
+    KEY_AT,
+    KEY_STEP,
+    KEYS,
+    LAYER_FIELDS,
+    NEIGHBOURS,
+    OUTPUT,
+    PLACES,
+    QKV,
+    QUERY_AT,
+    QUERY_STEP,
+    ROTARY,
+    TURN,
+    UNITS,
+    UNITS_BUNDLED,
+    UNTURNED,
+    UP,
+    UP_AT,
+    VALUE_AT,
+    WINDOW,
 )
 from actkit.kernels.decode_products import (
     ALL_INPUTS,
@@ -53,20 +81,10 @@ from actkit.kernels.decode_products import (
 )
 from actkit.kernels.numba_cpu import select, widen
 from actkit.kernels.process import compiled
-from actkit.kernels.team import address_of, meet
+from actkit.kernels.team import address_of, meet, stand_apart
 
-# The products of a layer; the output layer; behind a sparse gate up alone, or up and down of a unit side by side.
-QKV, OUTPUT, GATE_UP, DOWN, HEAD, UP, UNITS_BUNDLED = range(7)
 DENSE, THRESHOLD, TOP_K = range(3)  # how inputs are selected
-
-# Fields of a layer and thread, int64: the first product and the number of products of each stage, then places.
-PLACES = 14
-QUERY_AT, KEY_AT, VALUE_AT, GATE_AT, UP_AT, WINDOW, FIRST_HEAD, HEADS, UNITS, FIRST_UNIT, ACTIVATION = range(PLACES, 25)
-# All units of an MLP whose gate passes a statistical top-k, else 0; features that choose the keys, and how many keys.
-# How query and key turn; UP_AT is negative if the MLP has no gate, and up stands in its place.
-ALL_UNITS, CHOOSING, KEYS, TURN = range(25, 29)
-LAYER_FIELDS = 29
-UNTURNED, HALVES, NEIGHBOURS = range(3)
+ONE_BY_ONE, ONE_NORM, TWO_NORMS = range(3)  # MLP behind attention, or beside it: both behind one norm, or one each
 
 
 class StepPlan(NamedTuple):
@@ -84,18 +102,22 @@ class StepPlan(NamedTuple):
         behind: float32 [layers, 2, hidden], of norms behind attention and MLP, or empty.
         before: whether there are norms before.
         centered: whether norms subtract the mean.
-        parallel: whether the MLP reads what attention reads.
-        head_norms: float32 [layers, 2, head size] or empty.
+        beside: whether the MLP stands beside attention, ONE_BY_ONE, ONE_NORM or TWO_NORMS.
+        head_norms: float32 [layers, 2, head size], [layers, 2, all heads' size] for norms over all heads, or empty.
         epsilon: of all norms.
-        rotary: float32 [2, capacity, rotated size].
+        rotary: float32 [tables, 2, capacity, rotated size].
+        positions: float32 [capacity, hidden], added to embeddings, or empty.
         hidden: size of the residual stream.
         size: of a head.
         shared_by: query heads per key-value head.
         scaling: of the attention's scores.
         limit: to which query, key and value are clamped; 0 for not at all.
+        cap: at which tanh caps scores; 0 for not at all.
+        cut_from: the tokens from which threads share all heads out by keys; 0 for never.
         embedding: what multiplies embeddings.
         added: what multiplies what is added to the residual stream.
         scaled: what multiplies logits.
+        capped: at which tanh caps logits; 0 for not at all.
     """
 
     layers: np.ndarray
@@ -109,18 +131,22 @@ class StepPlan(NamedTuple):
     behind: np.ndarray
     before: bool
     centered: bool
-    parallel: bool
+    beside: int
     head_norms: np.ndarray
     epsilon: Any
     rotary: np.ndarray
+    positions: np.ndarray
     hidden: int
     size: int
     shared_by: int
     scaling: Any
     limit: Any
+    cap: Any
+    cut_from: int
     embedding: Any
     added: Any
     scaled: Any
+    capped: Any
 
 
 class Work(NamedTuple):
@@ -134,11 +160,14 @@ class Work(NamedTuple):
         values: float32 [threads, inputs], of these.
         everything: int32 [inputs], the indices of all inputs.
         stage: float32 [threads, width].
-        scores: float32 [threads, capacity].
+        scores: float32 [threads, readers of a key-value head * capacity].
+        queries: float32, of all heads, turned.
+        parts: float32 [threads, 2, width], what a thread found of key-value heads that are cut, its first and its last.
+        found: float32 [threads, 3, readers, 2], of these and another the largest scores and the sums of exponentials.
         partial: float32 [2, threads, width], the shares that are summed.
         mixed: float32, all inputs of the output projection, for a selection that ranks all of them.
         hidden: float32, all inputs of the down projection, for the same.
-        keys: float32 [layers, key-value heads, capacity, head size], or int8 for codes of 8 bits.
+        keys: [layers, key-value heads, capacity, head size], float32, uint16 for bfloat16, or int8 for codes of 8 bits.
         cached: the values, alike.
         key_scales: float32 [layers, key-value heads, capacity] of codes; [.., 0] without.
         value_scales: the same.
@@ -148,6 +177,8 @@ class Work(NamedTuple):
         read: int64 [products], rows that were read.
         factor: float32 [threads, 2 * width], of low-rank corrections.
         moments: float64 [threads, 8], of gates.
+        cores: int64 [threads, 8], where the threads run (`team.stand_apart`).
+        allowed: int64, the cores that they may use, or empty.
         memory: int64 [threads, 6], each thread's `decode_products.Memory.addresses`.
     """
 
@@ -159,6 +190,9 @@ class Work(NamedTuple):
     everything: np.ndarray
     stage: np.ndarray
     scores: np.ndarray
+    queries: np.ndarray
+    parts: np.ndarray
+    found: np.ndarray
     partial: np.ndarray
     mixed: np.ndarray
     hidden: np.ndarray
@@ -172,6 +206,8 @@ class Work(NamedTuple):
     read: np.ndarray
     factor: np.ndarray
     moments: np.ndarray
+    cores: np.ndarray
+    allowed: np.ndarray
     memory: np.ndarray
 
 
@@ -245,15 +281,13 @@ def _stage(place, stage, thread, inputs, whole, out, plan, work):  # type: ignor
         own = out[row[OUT_AT] : row[OUT_AT] + row[TILES] * row[TILE]]
         product(row, indices, values, count, own, memory)
         if row[LOW_RANK] > 0:
-            _correct(row, thread, x, count, own, plan, work)
+            correct(row, thread, x, count, own, plan, work)
 
 
 @compiled(inner=True)
-def _correct(row, thread, x, count, out, plan, work):  # type: ignore[no-untyped-def]
-    """Add a low-rank product of all inputs, or of those that were not selected, to a product of the others.
-
-    The selection is taken again by those who share it: indices and values are those of the rest here.
-    """
+def correct(row, thread, x, count, out, plan, work):  # type: ignore[no-untyped-def]
+    """Add a low-rank product of all inputs, or of those that were not selected, to a product of the others."""
+    # The selection is taken again by those who share it: indices and values are those of the rest here.
     indices, values, memory = work.indices[thread], work.values[thread], work.memory[thread]
     if row[OF_ALL] != 0:
         indices[: x.size], values[: x.size] = work.everything[: x.size], x
@@ -297,7 +331,7 @@ def _given(row, thread, inputs, work):  # type: ignore[no-untyped-def]
 
 
 @compiled(inner=True)
-def _sparse_up(p, thread, gate, up, inputs, plan, work):  # type: ignore[no-untyped-def]
+def sparse_up(p, thread, gate, up, inputs, plan, work):  # type: ignore[no-untyped-def]
     """Compute up of the units whose gate is not 0, by dot products of their rows; of the others it is 0."""
     row, indices, found = plan.products[p], work.indices[thread], work.values[thread]
     count = active_ones(gate, indices)
@@ -310,11 +344,9 @@ def _sparse_up(p, thread, gate, up, inputs, plan, work):  # type: ignore[no-unty
 
 
 @compiled(inner=True)
-def _bundled(p, thread, gate, inputs, out, plan, work):  # type: ignore[no-untyped-def]
-    """Compute this thread's share of the down projection, of the units whose gate is not 0.
-
-    Each unit's row of the up projection and its column of the down projection lie side by side.
-    """
+def bundled(p, thread, gate, inputs, out, plan, work):  # type: ignore[no-untyped-def]
+    """Compute this thread's share of the down projection, of the units whose gate is not 0."""
+    # Each unit's row of the up projection and its column of the down projection lie side by side.
     row, indices, values = plan.products[p], work.indices[thread], work.values[thread]
     count = active_ones(gate, indices)
     for i in range(count):
@@ -327,7 +359,7 @@ def _bundled(p, thread, gate, inputs, out, plan, work):  # type: ignore[no-untyp
 
 
 @compiled(inner=True)
-def _norm(x, weight, bias, plan, out):  # type: ignore[no-untyped-def]
+def norm(x, weight, bias, plan, out):  # type: ignore[no-untyped-def]
     """Apply the plan's norm; out may be x."""
     if plan.centered:
         layer_norm(x, weight, bias, plan.epsilon, out)
@@ -349,7 +381,7 @@ def _add_shares(stage, owned, thread, threads, layer, own, whole, x, meetings, p
             return -1
     if place[owned] > 0 and stage == DOWN and place[2 * UNITS_BUNDLED + 1] > 0:
         share, normed = work.partial[half, thread], work.normed[thread]
-        _bundled(place[2 * UNITS_BUNDLED], thread, own, normed, share, plan, work)
+        bundled(place[2 * UNITS_BUNDLED], thread, own, normed, share, plan, work)
     elif place[owned] > 0:
         _stage(place, stage, thread, own, whole, work.partial[half, thread], plan, work)
     meetings += threads
@@ -369,24 +401,10 @@ def _add_shares(stage, owned, thread, threads, layer, own, whole, x, meetings, p
             added = work.partial[half, other]
             for i in range(x.size):
                 total[i] += added[i]
-    _norm(total, plan.behind[layer, half], plan.last_bias[:0], plan, total)
+    norm(total, plan.behind[layer, half], plan.last_bias[:0], plan, total)
     for i in range(x.size):
         x[i] += total[i] * plan.added
     return meetings
-
-
-@compiled(inner=True)
-def _turn(x, cos, sin, how, choosing):  # type: ignore[no-untyped-def]
-    """Apply the rotary embedding of one head; if some features choose the keys, to its two parts apart."""
-    if how == UNTURNED:
-        return
-    if how == NEIGHBOURS:
-        rotate_neighbours(x, cos, sin)
-    elif choosing > 0:
-        rotate(x[:choosing], cos[:choosing], sin[:choosing])
-        rotate(x[choosing:], cos[choosing:], sin[choosing:])
-    else:
-        rotate(x, cos, sin)
 
 
 @compiled(inner=True)
@@ -408,58 +426,37 @@ def _shift_gates(gate, count, quantile, thread, threads, meetings, work):  # typ
 @compiled(inner=True)
 def _run(thread, threads, position, plan, work):  # type: ignore[no-untyped-def]
     """Do one thread's part of a token; return whether all threads came to every meeting."""
-    hidden, size, shared_by = plan.hidden, plan.size, plan.shared_by
-    x, normed = work.residual[thread][:hidden], work.normed[thread][:hidden]
-    stage, scores = work.stage[thread], work.scores[thread]
+    hidden, wide = plan.hidden, plan.shared_by * plan.size
+    x, normed, stage = work.residual[thread][:hidden], work.normed[thread][:hidden], work.stage[thread]
     for i in range(hidden):
         x[i] = work.embedded[i] * plan.embedding
-    meetings = 0
+    if plan.positions.shape[0] > 0:
+        x += plan.positions[position]
+    meetings = stand_apart(thread, threads, work.counter, 0, work.cores, work.allowed)
+    if meetings < 0:
+        return False
     for layer in range(plan.norms.shape[0]):
         place = plan.layers[thread, layer]
         # Attention of this thread's heads.
         if plan.before:
-            _norm(x, plan.norms[layer, 0], plan.biases[layer, 0], plan, normed)
+            norm(x, plan.norms[layer, 0], plan.biases[layer, 0], plan, normed)
         else:
             normed[:] = x
         _stage(place, QKV, thread, normed, normed, stage, plan, work)
+        meetings = attention(place, layer, thread, threads, position, meetings, plan, work)
+        if meetings < 0:
+            return False
+        if plan.beside == TWO_NORMS:  # what the MLP reads, before anything is added
+            norm(x, plan.norms[layer, 1], plan.biases[layer, 1], plan, normed)
         first, heads = place[FIRST_HEAD], place[HEADS]
-        if plan.limit > 0:
-            clamp(plan.limit, stage[place[QUERY_AT] : place[QUERY_AT] + heads * shared_by * size])
-            clamp(plan.limit, stage[place[KEY_AT] : place[KEY_AT] + heads * size])
-            clamp(plan.limit, stage[place[VALUE_AT] : place[VALUE_AT] + heads * size])
-        cos, sin = plan.rotary[0, position], plan.rotary[1, position]
-        begin = max(0, position + 1 - place[WINDOW]) if place[WINDOW] > 0 else 0
-        for head in range(heads):
-            key = stage[place[KEY_AT] + head * size : place[KEY_AT] + (head + 1) * size]
-            if plan.head_norms.shape[0]:
-                rms_norm(key, plan.head_norms[layer, 1], plan.epsilon, key)
-            _turn(key, cos, sin, place[TURN], place[CHOOSING])
-            keep(key, work.keys[layer, first + head], work.key_scales[layer, first + head], position)
-            value = stage[place[VALUE_AT] + head * size : place[VALUE_AT] + (head + 1) * size]
-            keep(value, work.cached[layer, first + head], work.value_scales[layer, first + head], position)
-            keys = work.keys[layer, first + head, begin : position + 1]
-            values = work.cached[layer, first + head, begin : position + 1]
-            key_scales = work.key_scales[layer, first + head, begin : position + 1]
-            value_scales = work.value_scales[layer, first + head, begin : position + 1]
-            for reader in range(head * shared_by, (head + 1) * shared_by):
-                query = stage[place[QUERY_AT] + reader * size : place[QUERY_AT] + (reader + 1) * size]
-                if plan.head_norms.shape[0]:
-                    rms_norm(query, plan.head_norms[layer, 0], plan.epsilon, query)
-                _turn(query, cos, sin, place[TURN], place[CHOOSING])
-                at = (first * shared_by + reader) * size
-                mixed, own_scores = work.mixed[at : at + size], scores[: position + 1 - begin]
-                if place[CHOOSING] > 0:
-                    attend_chosen(query, keys, values, place[CHOOSING], place[KEYS], own_scores, mixed)
-                else:
-                    attend(query, keys, values, key_scales, value_scales, plan.scaling, own_scores, mixed)
-        own = work.mixed[first * shared_by * size : (first + heads) * shared_by * size]
+        own = work.mixed[first * wide : (first + heads) * wide]
         meetings = _add_shares(OUTPUT, HEADS, thread, threads, layer, own, work.mixed, x, meetings, plan, work)
         if meetings < 0:
             return False
         # The MLP of this thread's units.
-        if not plan.parallel:  # else what attention read is still in it
+        if plan.beside == ONE_BY_ONE:  # else what attention read is still in it
             if plan.before:
-                _norm(x, plan.norms[layer, 1], plan.biases[layer, 1], plan, normed)
+                norm(x, plan.norms[layer, 1], plan.biases[layer, 1], plan, normed)
             else:
                 normed[:] = x
         units, unit = place[UNITS], place[FIRST_UNIT]
@@ -479,19 +476,21 @@ def _run(thread, threads, position, plan, work):  # type: ignore[no-untyped-def]
             if place[UP_AT] >= 0 and place[2 * UNITS_BUNDLED + 1] == 0:
                 up = stage[place[UP_AT] : place[UP_AT] + units]
                 if place[2 * UP + 1] > 0:
-                    _sparse_up(place[2 * UP], thread, gate, up, normed, plan, work)
+                    sparse_up(place[2 * UP], thread, gate, up, normed, plan, work)
                 for i in range(units):
                     own[i] *= up[i]
         meetings = _add_shares(DOWN, UNITS, thread, threads, layer, own, work.hidden, x, meetings, plan, work)
         if meetings < 0:
             return False
-    _norm(x, plan.last_norm, plan.last_bias, plan, normed)
+    norm(x, plan.last_norm, plan.last_bias, plan, normed)
     place = plan.layers[thread, plan.norms.shape[0]]
     if place[2 * HEAD + 1] > 0:
         _stage(place, HEAD, thread, normed, normed, stage, plan, work)
     own = stage[: place[UNITS]]
     for i in range(own.size):
         own[i] *= plan.scaled
+    if plan.capped > 0:
+        cap(plan.capped, own)
     work.logits[place[FIRST_UNIT] : place[FIRST_UNIT] + place[UNITS]] = own
     work.finite[thread] = nothing(own)
     return True

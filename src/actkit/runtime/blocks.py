@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.edit.edits import get_module
-from actkit.core.ground.errors import UnsupportedModelError
+from actkit.core.ground.errors import EditError, UnsupportedModelError
 from actkit.core.layers.activations import Thresholded, name_of
 from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.layers.selections import Selection, Threshold
@@ -59,8 +59,11 @@ def described(model: nn.Module, block: Block) -> Block:
 
 
 def kind_named(model: nn.Module, path: str) -> str | None:
-    """What the module at a path says that it decodes as."""
-    return getattr(get_module(model, path), "decodes_as", None)
+    """What the module at a path, if there is one, says that it decodes as."""
+    try:
+        return getattr(get_module(model, path), "decodes_as", None)
+    except EditError:
+        return None
 
 
 def _linear(model: nn.Module, path: str) -> Linear:
@@ -72,7 +75,7 @@ def check(model: nn.Module, block: Block) -> None:
     attention, mlp = block.attention, block.mlp
     if attention is None or (attention.query_key_value is not None and _fused_rows(attention) is None):
         raise UnsupportedModelError(
-            f"{block.path}: where query, key and value of its attention come from is not described, or not in one piece"
+            f"{block.path}: how one layer holds query, key and value of its attention is not described"
         )
     if mlp is None:
         raise UnsupportedModelError(f"{block.path}: its MLP is not described")
@@ -92,13 +95,16 @@ def check(model: nn.Module, block: Block) -> None:
         refuse_rounded_inputs(linear.path, linear.module)
 
 
-def _fused_rows(attention: Attention) -> tuple[range, range, range] | None:
-    """Which rows of one layer are query's, key's and value's, if each stands in one piece: all queries first."""
-    rows, size = attention.value_rows, attention.head_dim
-    query, other = attention.heads * size, attention.key_value_heads * size
-    if rows is None or (rows.start, len(rows), rows.count) != (query + other, other, 1):
+def _fused_rows(attention: Attention) -> Literal["parts", "by_head"] | None:
+    """How one layer holds query, key and value: all queries first, or head by head; None for any other way."""
+    rows, size, heads = attention.value_rows, attention.head_dim, attention.key_value_heads
+    if rows is None:
         return None
-    return range(query), range(query, query + other), range(query + other, query + 2 * other)
+    query, readers = attention.heads * size, attention.heads // heads
+    if (rows.start, len(rows), rows.count) == (query + heads * size, heads * size, 1):
+        return "parts"
+    by_head = (rows.start, rows.size, rows.count, rows.step)
+    return "by_head" if by_head == ((readers + 1) * size, size, heads, (readers + 2) * size) else None
 
 
 def _shifted(rows: range, by: int) -> range:
@@ -339,22 +345,41 @@ class Share:
     places: dict[int, int] = field(default_factory=dict)
 
 
-def grouped_query(share: Share, block: Block, thread: int, threads: int, window: int, turn: int) -> None:
-    """Grouped-query attention: whole key-value heads with their readers. turn: as `steps.TURN`."""
+def grouped_query(
+    share: Share, block: Block, thread: int, threads: int, *, window: int, turn: int, rotary: int = 0
+) -> None:
+    """Add grouped-query attention: whole key-value heads with their readers.
+
+    Args:
+        share: filled.
+        block: whose attention.
+        thread: whose share, from 0.
+        threads: of the team.
+        window: how many tokens a query sees, 0 for all.
+        turn: how query and key turn, as `steps.TURN`.
+        rotary: by which table.
+    """
     attention = block.attention
     assert attention is not None
     own, size = share_of(attention.key_value_heads, thread, threads), attention.head_dim
-    readers = attention.heads // attention.key_value_heads
-    queries = range(own.start * readers * size, own.stop * readers * size)
-    keys = range(own.start * size, own.stop * size)
+    wide = attention.heads // attention.key_value_heads * size  # the queries of a key-value head
+    queries, keys = range(own.start * wide, own.stop * wide), range(own.start * size, own.stop * size)
     products: list[Product] = []
-    places = [0, 0, 0]
-    if own:
+    places, strides = [0, 0, 0], (wide, size)
+    fused = attention.query_key_value
+    if fused is not None and _fused_rows(attention) == "by_head":
+        strides = (wide + 2 * size, wide + 2 * size)
+        places = [0, wide, wide + size]
+        if own:
+            products, _ = _columns([(fused, range(own.start * strides[0], own.stop * strides[0]))])
+    elif own:
         products, places = _columns(_query_key_value(attention, queries, keys))
     share.stages[steps.QKV] = products
     share.stages[steps.OUTPUT] = [_rows(attention.output, queries, own.start == 0)] if own else []
     share.places |= dict(zip((steps.QUERY_AT, steps.KEY_AT, steps.VALUE_AT), places))
+    share.places |= dict(zip((steps.QUERY_STEP, steps.KEY_STEP), strides))
     share.places |= {steps.FIRST_HEAD: own.start, steps.HEADS: len(own), steps.WINDOW: window, steps.TURN: turn}
+    share.places |= {steps.ROTARY: rotary}
     if getattr(attention.module, "decodes_as", None) == "spark_attention":
         share.places |= {steps.CHOOSING: attention.module.r, steps.KEYS: attention.module.k}  # type: ignore[dict-item]
 
@@ -365,9 +390,8 @@ def _query_key_value(attention: Attention, queries: range, keys: range) -> list[
     if fused is None:
         assert attention.query and attention.key and attention.value
         return [(attention.query, queries), (attention.key, keys), (attention.value, keys)]
-    parts = _fused_rows(attention)
-    assert parts is not None
-    return [(fused, _shifted(own, part.start)) for own, part in zip((queries, keys, keys), parts)]
+    query, other = attention.heads * attention.head_dim, attention.key_value_heads * attention.head_dim
+    return [(fused, queries), (fused, _shifted(keys, query)), (fused, _shifted(keys, query + other))]
 
 
 def gated(share: Share, block: Block, thread: int, threads: int, gate: Gate) -> None:

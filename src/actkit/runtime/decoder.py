@@ -8,14 +8,14 @@ layers and ActLinears (integer weights, inputs selected by threshold or top-k) d
 dense matrix products in chunks, or step by step if it has up to `few` tokens, a number that the model's shapes and
 formats give (`runtime.prompt`). `runtime.blocks` says what a block is made of.
 
-Exactness: everything but the stored weights is float32, the cache too, with two exceptions. Integer weights meet
-activations that are rounded to 16 bits, relative to the largest of 128, and in a prompt to 8 bits, relative to the
-largest of a group (unless `activations` says 'float32'). And for bfloat16 models the prompt's products and attention
-round to bfloat16; the decoding step does not.
+Exactness: everything but the stored weights is float32, with three exceptions. Integer weights meet activations that
+are rounded to 16 bits, relative to the largest of 128, and in a prompt to 8 bits, relative to the largest of a group
+(unless `activations` says 'float32'). For bfloat16 models the prompt's products and attention round to bfloat16; the
+decoding step does not. And the cache is in bfloat16 or in codes of 8 bits if `cache` says so.
 Cost: a second copy of the weights, packed, beside the model, whose embedding and config are used; with `decode_only`
 the model gives up its own.
-Left open by the design: norms of query and key that subtract the mean, query, key and value that are fused head by
-head, experts and convolutions are refused by name.
+Left open by the design: norms of query and key that subtract the mean, norms behind the residual sum, experts and
+convolutions are refused by name.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from actkit.kernels import decode_products as forms
 from actkit.kernels import decode_step as steps
 from actkit.kernels.numba_cpu import array
 from actkit.kernels.process import LOCK, follow_torch_threads, most_threads
+from actkit.kernels.team import release
 from actkit.runtime import blocks as parts
 from actkit.runtime import packed, tables
 from actkit.runtime.families import FAMILIES, Form, form_of, model_type
@@ -94,6 +95,8 @@ def supports(model: nn.Module) -> str | None:
         if getattr(model.get_input_embeddings(), "rotation", None) is not None:  # type: ignore[operator]
             return "its embedding is rotated, which the decoder does not"
         form_of(model, blocks)
+        tables.multiplier_of(model.get_input_embeddings())  # type: ignore[operator]
+        tables.positions(model, 0)
         coded = codes_of_cache(model, blocks)
         if tables.choosing_features(blocks) and coded:
             return "its blocks choose keys by some features of a head, which are not kept as codes"
@@ -140,6 +143,8 @@ class Decoder:
             packed folder (`runtime.packed`) they are mapped as they lie.
         capacity: tokens that the cache holds; None for the model's context, at most 4096.
         threads: None for torch's number.
+        cache: how keys and values are kept, 'float32', 'bfloat16' or 'int8' (codes per head and token); None for
+            'float32', or what the model rounds them to (`quantize_cache`).
         activations: what integer weights are multiplied with, 'float32' or 'int16'; None for 'int16' if processor and
             weights allow it.
         decode_only: leave the model without its layers' weights, which the decoder holds packed; it can then do nothing
@@ -160,12 +165,13 @@ class Decoder:
         *,
         capacity: int | None = None,
         threads: int | None = None,
+        cache: str | None = None,
         activations: str | None = None,
         decode_only: bool = False,
         progress: bool = False,
     ) -> None:
         if isinstance(model, packed.PackedModel):
-            vars(self).update(packed.restored(model, capacity, threads, activations))
+            vars(self).update(packed.restored(model, capacity, threads, activations, cache))
             return
         refuse_compiled_or_sharded(model)
         refuse_offloaded(model, "the decoder packs all weights in memory")
@@ -185,13 +191,14 @@ class Decoder:
         blocks = _blocks(model)
         first = blocks[0].attention
         assert first is not None
-        width = 1 + 4 / first.head_dim if codes_of_cache(model, blocks) else 4  # bytes of an entry of the cache
+        self.cache = _choose_cache(cache, codes_of_cache(model, blocks), bool(tables.choosing_features(blocks)))
+        width = {"float32": 4, "bfloat16": 2, "int8": 1 + 4 / first.head_dim}[self.cache]  # bytes of an entry
         of_token = 2 * len(blocks) * first.key_value_heads * first.head_dim * width
         self._check_memory(model, len(blocks), of_token, decode_only and pending is None)
         form = form_of(model, blocks)
         self._rotaries = tables.rotaries(model, blocks, form, self.capacity)
         self._turned = self._rotaries[-1]
-        others = tables.model_tables(model, blocks, form, self._turned)
+        others = tables.model_tables(model, blocks, form, self._turned, self.capacity, self.threads)
         layers = [[self._share(model, block, form, thread) for thread in range(self.threads)] for block in blocks]
         layers.append([parts.Share() for _ in range(self.threads)])
         for thread, share in enumerate(layers[-1]):
@@ -232,7 +239,7 @@ class Decoder:
             first.key_value_heads,
             self.capacity,
             self.vocabulary,
-            codes_of_cache(model, blocks),
+            self.cache,
         )
 
     @staticmethod
@@ -303,6 +310,7 @@ class Decoder:
 
     def close(self) -> None:
         """Give the packed weights and the cache back; it decodes no more. More than once is fine."""
+        self._release_cores()
         self.closed = True
         for name in HELD:
             vars(self).pop(name, None)
@@ -312,6 +320,7 @@ class Decoder:
         self._check_open()
         self.position = self._steps = 0
         self._work.read[:] = 0
+        self._release_cores()
 
     def follow_selections(self) -> None:
         """Select as the model's layers and gates do now: their thresholds, numbers and scores were changed in place.
@@ -433,7 +442,8 @@ class Decoder:
 
     def _share(self, model: nn.Module, block: Block, form: Form, thread: int) -> parts.Share:
         share, window = parts.Share(), form.windowed(model.config, block.index)
-        parts.grouped_query(share, block, thread, self.threads, window, form.turns[block.index])
+        turn, rotary = form.turns[block.index], form.tables[block.index]
+        parts.grouped_query(share, block, thread, self.threads, window=window, turn=turn, rotary=rotary)
         parts.gated(share, block, thread, self.threads, parts.gate_of(model, block))
         return share
 
@@ -469,9 +479,9 @@ class Decoder:
 
     def _turn(self, end: int) -> None:
         """Rotate as in a pass that ends at this token."""
-        table = next(table for table in self._rotaries if end <= table.shape[1])
+        table = next(table for table in self._rotaries if end <= table.shape[2])
         if table is not self._turned:
-            self._plan.rotary[:, : table.shape[1]] = table
+            self._plan.rotary[:, :, : table.shape[2]] = table
             self._turned = table
 
     def _read(self, tokens: list[int], every: bool = False) -> Tensor | None:
@@ -490,6 +500,13 @@ class Decoder:
         self.position += len(tokens)
         return found
 
+    def _release_cores(self) -> None:
+        """Let threads run everywhere again that were moved to a core of their own."""
+        if not self.closed and self._work.cores[:, 1].any():
+            with LOCK:
+                self._follow_threads()
+                release(self.threads, self._work.cores, self._work.allowed)
+
     def _follow_threads(self) -> None:
         before = torch.get_num_threads()
         if before == self.threads:
@@ -500,6 +517,24 @@ class Decoder:
             follow_torch_threads(EVERY_KERNEL)
         finally:
             torch.set_num_threads(before)
+
+
+def _choose_cache(wanted: str | None, coded: bool, choosing: bool) -> str:
+    """How keys and values are kept. coded: the model rounds them to codes; choosing: some features choose its keys."""
+    if wanted is None:
+        return "int8" if coded else "float32"
+    if wanted not in tables.CACHES:
+        raise ValueError(f"cache: {wanted!r} was given; give {', '.join(tables.CACHES)}, or None.")
+    if coded and wanted != "int8":
+        raise ValueError(
+            f"cache: {wanted!r} was given, but the model rounds its keys and values to 8 bits; give 'int8', or None."
+        )
+    if choosing and wanted == "int8":
+        raise ValueError(
+            "cache: 'int8' was given, but some features of a head choose its keys, which are not kept as codes; give "
+            "'bfloat16' or 'float32'."
+        )
+    return wanted
 
 
 def _blocks(model: nn.Module) -> list[Block]:

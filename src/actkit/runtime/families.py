@@ -32,6 +32,10 @@ class Family:
         residual: entry that multiplies what is added to the residual stream.
         logits: entry that multiplies logits.
         over: entry that divides logits.
+        cap: entry at which tanh caps scores.
+        capped: entry at which tanh caps logits.
+        beside: entry that says whether attention and MLP stand side by side, each behind a norm of its own.
+        tables: whether layers of each type have a rotary table of their own.
     """
 
     windows: Literal["none", "all", "named"] = "none"
@@ -39,14 +43,22 @@ class Family:
     residual: str | None = None
     logits: str | None = None
     over: str | None = None
+    cap: str | None = None
+    capped: str | None = None
+    beside: str | None = None
+    tables: bool = False
 
 
 FAMILIES = {
-    **dict.fromkeys(("llama", "ernie4_5", "glm4", "nemotron", "olmo", "phi", "stablelm"), Family()),
+    **dict.fromkeys(("llama", "ernie4_5", "gemma", "glm4", "nemotron", "olmo", "olmo2", "opt"), Family()),
+    **dict.fromkeys(("phi", "stablelm"), Family()),
     **dict.fromkeys(("mistral", "starcoder2", "phi3"), Family(windows="all")),
     **dict.fromkeys(("qwen2", "qwen3", "smollm3", "exaone4"), Family(windows="named")),
     "cohere": Family(logits="logit_scale"),
     "cohere2": Family(windows="named", logits="logit_scale"),
+    "gemma2": Family(windows="named", cap="attn_logit_softcapping", capped="final_logit_softcapping"),
+    "gemma3_text": Family(windows="named", capped="final_logit_softcapping", tables=True),
+    "gpt_neox": Family(beside="use_parallel_residual"),
     "granite": Family(embedding="embedding_multiplier", residual="residual_multiplier", over="logits_scaling"),
 }
 CENTERED = ("LayerNorm", "CohereLayerNorm", "Cohere2LayerNorm", "OlmoLayerNorm", "NemotronLayerNorm1P")
@@ -63,9 +75,11 @@ class Form:
         behind: of each block, the paths of the norms behind attention and MLP; None without one.
         last: path of the last norm.
         offset: added to the norms' weights.
-        parallel: whether the MLP reads what attention reads.
+        beside: whether the MLP stands beside attention (`steps.ONE_BY_ONE` and its kin).
         turns: of each block, how query and key turn (`steps.UNTURNED` and its kin).
         limit: to which query, key and value are clamped; 0 for not at all.
+        kinds: the types of layers that have rotary tables of their own; () if there is one table for all.
+        tables: of each block, which one.
     """
 
     family: Family
@@ -74,14 +88,21 @@ class Form:
     behind: tuple[tuple[str | None, str | None], ...]
     last: str
     offset: float
-    parallel: bool
+    beside: int
     turns: tuple[int, ...]
     limit: float
+    kinds: tuple[str, ...] = ()
+    tables: tuple[int, ...] = ()
 
     def factor(self, config: Any, name: str) -> float:
         """Return a multiplier of the family, 1 if it has none."""
         entry = getattr(self.family, name)
         return 1.0 if entry is None else float(getattr(config, entry))
+
+    def bound(self, config: Any, name: str) -> float:
+        """Return at what tanh caps something, 0 for not at all."""
+        entry = getattr(self.family, name)
+        return float((getattr(config, entry) if entry is not None else None) or 0.0)
 
     def windowed(self, config: Any, index: int) -> int:
         """How many tokens a block's queries see, 0 for all."""
@@ -117,22 +138,30 @@ def form_of(model: nn.Module, blocks: Sequence[Block]) -> Form:
         assert isinstance(attention, AttentionRow) and isinstance(mlp, MlpRow)
         found = {role: outside(model, f"{block.path}.{norm.path}") for norm in own.norms for role in _roles(norm.role)}
         before.append((found.get("attention"), found.get("mlp")))
-        added = (attention.added, mlp.added)
+        norms = {norm.path for norm in own.norms}  # of a part without a module its last layer may be named instead
+        added = (path if path in norms else None for path in (attention.added, mlp.added))
         paths = (None if path is None else outside(model, f"{block.path}.{path}") for path in added)
         behind.append(tuple(paths))  # type: ignore[arg-type]
         turned = steps.HALVES if attention.pairs == "halves" else steps.NEIGHBOURS
         turns.append(turned if attention.rotary else steps.UNTURNED)
     first: Any = rows[0]
+    family = FAMILIES[model_type(model)]
+    beside = steps.ONE_NORM if any(norm.role == "both" for norm in first.norms) else steps.ONE_BY_ONE
+    if family.beside is not None and getattr(config, family.beside):
+        beside = steps.TWO_NORMS
+    kinds = tuple(sorted(set(config.layer_types))) if family.tables else ()
     form = Form(
-        FAMILIES[model_type(model)],
+        family,
         rows,
         tuple(before),
         tuple(behind),
         f"{model.base_model_prefix}.{row.head[0]}",
         first.norms[0].offset,
-        any(norm.role == "both" for norm in first.norms),
+        beside,
         tuple(turns),
         first.attention.limit or 0.0,
+        kinds,
+        tuple(kinds.index(config.layer_types[block.index]) if kinds else 0 for block in blocks),
     )
     _check(model, form, blocks)
     return form
@@ -179,8 +208,35 @@ def _check_windows(config: Any, family: Family) -> None:
         raise UnsupportedModelError("its configuration has layer_types, which its class does not tell apart")
 
 
+def _check_ends(model: Any, form: Form) -> None:
+    """Refuse what some models of a family have before, between or behind their blocks."""
+    config = model.config
+    feeding = {norm.path for row in form.rows for norm in row.norms if norm.feeds_residual}
+    added = {path for row in form.rows for path in (row.attention.added, row.mlp.added)}  # type: ignore[union-attr]
+    if feeding - added:
+        raise UnsupportedModelError("its norms stand behind the residual sum, which the decoder does not compute")
+    for path in ("decoder.project_in", "decoder.project_out"):
+        if _there(model, path):
+            raise UnsupportedModelError(f"its {path.split('.')[1]} stands between embedding and blocks")
+    if getattr(config, "use_bidirectional_attention", None):
+        raise UnsupportedModelError("its tokens see those behind them (use_bidirectional_attention)")
+    if form.kinds and any((config.rope_parameters[kind] or {}).get("rope_type") == "longrope" for kind in form.kinds):
+        raise UnsupportedModelError("some of its layers change their rotary frequencies with the length (longrope)")
+
+
+def _there(model: Any, path: str) -> bool:
+    """Whether the base model has a module at a path, that may be None."""
+    module = model.get_submodule(model.base_model_prefix)
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module is not None
+
+
 def _check(model: nn.Module, form: Form, blocks: Sequence[Block]) -> None:
     _check_windows(model.config, form.family)
+    _check_ends(model, form)
+    if not _there(model, form.last.removeprefix(f"{model.base_model_prefix}.")):
+        raise UnsupportedModelError("there is no norm behind its last block")
     heads = [path for pair in head_norms_of(form, blocks) for path in pair]
     for path in (*norms_of(form), *heads):
         norm = get_module(model, path)

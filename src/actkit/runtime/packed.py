@@ -144,6 +144,8 @@ def write_packed(decoder: Any, folder: Path, rotaries: list[np.ndarray], tokeniz
         UnsupportedModelError: it holds weights of a form that no packed folder has.
     """
     matrices, plan = decoder._matrices, decoder._plan
+    if len(plan.positions):
+        raise UnsupportedModelError("model: its positions are learned, which no packed folder holds; generate from it.")
     selections: list[dict[str, Any]] = []
     with Writer(folder / WEIGHTS) as file:
         products: list[dict[str, Any] | None] = []
@@ -182,7 +184,8 @@ def write_packed(decoder: Any, folder: Path, rotaries: list[np.ndarray], tokeniz
             "vocabulary_in": decoder.vocabulary_in,
             "heads": len(decoder._work.mixed) // plan.size,
             "key_value_heads": decoder._work.keys.shape[1],
-            "coded": decoder._work.keys.dtype == np.int8,
+            "cache": decoder.cache,
+            "rounded": decoder.cache == "int8",
             "products": products,
             "selections": selections,
             "table": file.add(table),
@@ -333,7 +336,9 @@ def check_threads(model: PackedModel, threads: int | None) -> None:
     )
 
 
-def restored(model: PackedModel, capacity: int | None, threads: int | None, activations: str | None) -> dict[str, Any]:
+def restored(
+    model: PackedModel, capacity: int | None, threads: int | None, activations: str | None, cache: str | None = None
+) -> dict[str, Any]:
     """Return the attributes of the decoder of a packed folder.
 
     Args:
@@ -341,6 +346,7 @@ def restored(model: PackedModel, capacity: int | None, threads: int | None, acti
         capacity: as a decoder takes it.
         threads: the same; None for those that it was packed for.
         activations: the same.
+        cache: the same; None for that of the folder.
 
     Raises:
         ValueError: a setting is out of bounds.
@@ -354,7 +360,7 @@ def restored(model: PackedModel, capacity: int | None, threads: int | None, acti
     if not 1 <= capacity <= context:
         raise ValueError(f"capacity: {capacity} was given; give 1 to {context}, the model's context.")
     try:
-        found = _restored(model, capacity, activations)
+        found = _restored(model, capacity, activations, cache)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise CheckpointError(
             f"{model.folder / HEADER}: it does not describe a packed model ({type(error).__name__}: {error}); {ADVICE}."
@@ -362,7 +368,7 @@ def restored(model: PackedModel, capacity: int | None, threads: int | None, acti
     return {"model": model, "capacity": capacity, "threads": packed_for, "position": 0, "_steps": 0, **found}
 
 
-def _restored(model: PackedModel, capacity: int, activations: str | None) -> dict[str, Any]:
+def _restored(model: PackedModel, capacity: int, activations: str | None, cache: str | None) -> dict[str, Any]:
     header, arrays = model.header, model.arrays
     read = _Reader(arrays)
     selections = [read.selection(each) for each in header["selections"]]
@@ -387,7 +393,12 @@ def _restored(model: PackedModel, capacity: int, activations: str | None) -> dic
     made: dict[str, Any] = {"products": table, "thresholds": thresholds, "rotary": rotaries[-1].copy()}
     plan = steps.StepPlan(**values, **made)
     look_up, embedding, by_row = read.embedding(header["embedding"])
-    _check_memory(plan, header, capacity)
+    kept = cache or header["cache"]
+    if kept not in tables.CACHES:
+        raise ValueError(f"cache: {cache!r} was given; give {', '.join(tables.CACHES)}, or None.")
+    if header["rounded"] and kept != "int8":
+        raise ValueError(f"cache: {cache!r} was given, but the model rounds keys and values to 8 bits; give 'int8'.")
+    _check_memory(plan, header, capacity, kept)
     work, memories = tables.memory(
         plan,
         header["threads"],
@@ -395,9 +406,10 @@ def _restored(model: PackedModel, capacity: int, activations: str | None) -> dic
         header["key_value_heads"],
         capacity,
         header["vocabulary"],
-        header["coded"],
+        kept,
     )
     return {
+        "cache": kept,
         "activations": chosen,
         "vocabulary": header["vocabulary"],
         "vocabulary_in": header["vocabulary_in"],
@@ -416,10 +428,11 @@ def _restored(model: PackedModel, capacity: int, activations: str | None) -> dic
     }
 
 
-def _check_memory(plan: steps.StepPlan, header: Mapping[str, Any], capacity: int) -> None:
+def _check_memory(plan: steps.StepPlan, header: Mapping[str, Any], capacity: int, kept: str) -> None:
     """The weights need no memory of their own: their pages can be read again."""
     entries = 2 * len(plan.norms) * header["key_value_heads"] * capacity
-    cache, free = entries * (plan.size + 4 if header["coded"] else 4 * plan.size), psutil.virtual_memory().available
+    of_entry = {"float32": 4 * plan.size, "bfloat16": 2 * plan.size, "int8": plan.size + 4}[kept]
+    cache, free = entries * of_entry, psutil.virtual_memory().available
     if cache > free:
         raise MemoryLimitError(
             f"capacity: a cache of {capacity} tokens ({format_bytes(cache)}) does not fit into the "
@@ -431,8 +444,8 @@ def _rotaries(whole: list[np.ndarray], capacity: int) -> list[np.ndarray]:
     """The tables that a decoder of this capacity has: up to the first that reaches its end."""
     found = []
     for each in whole:
-        found.append(np.ascontiguousarray(each[:, :capacity]))
-        if each.shape[1] >= capacity:
+        found.append(np.ascontiguousarray(each[:, :, :capacity]))
+        if each.shape[2] >= capacity:
             break
     return found
 

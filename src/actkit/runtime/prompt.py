@@ -97,6 +97,8 @@ def read_prompt(
     """
     prompt = _Prompt(plan, work, matrices, selections, x.dtype, in_integers)
     x = x.float() * float(plan.embedding)
+    if len(plan.positions):
+        x += torch.from_numpy(plan.positions[begin : begin + len(x)])
     prompt.read(x, begin)
     if not every:
         prompt.keep(prompt.logits(x[-1:]))
@@ -125,20 +127,25 @@ class _Prompt:
     def read(self, x: Tensor, begin: int) -> None:
         """Run x, float32 [tokens, hidden], through all layers, in place."""
         plan, end = self.plan, begin + len(x)
-        cos, sin = (torch.from_numpy(table[begin:end]) for table in plan.rotary)
+        rotary = torch.from_numpy(plan.rotary[:, :, begin:end])
         ahead = torch.arange(end)[None, :] - torch.arange(begin, end)[:, None]  # [tokens, all]: 0 is itself
         for layer in range(len(plan.norms)):
             places = plan.layers[:, layer]
             window = int(places[0, steps.WINDOW])
             mask = (ahead <= 0) & (ahead > -window) if window else ahead <= 0
-            plain = begin == 0 and not window
+            plain = begin == 0 and not window and not plan.cap
+            cos, sin = rotary[int(places[0, steps.ROTARY])]
             normed = [self._norm(x, plan.norms[layer, 0], plan.biases[layer, 0])] * len(places)
+            found = self._products(layer, steps.QKV, normed)
+            squares = self._squares(found, places)
             mixed = [
-                self._attend(out, layer, place, begin, None if plain else mask, cos, sin)
-                for out, place in zip(self._products(layer, steps.QKV, normed), places)
+                self._attend(out, layer, place, begin, None if plain else mask, cos, sin, squares)
+                for out, place in zip(found, places)
             ]
+            if plan.beside == steps.TWO_NORMS:
+                normed = [self._norm(x, plan.norms[layer, 1], plan.biases[layer, 1])] * len(places)
             self._add(x, layer, steps.OUTPUT, mixed)
-            if not plan.parallel:
+            if plan.beside == steps.ONE_BY_ONE:
                 normed = [self._norm(x, plan.norms[layer, 1], plan.biases[layer, 1])] * len(places)
             hidden: list[Tensor] = []
             bundled: list[Tensor] = []  # shares of the down projection of bundled units
@@ -171,7 +178,8 @@ class _Prompt:
         last = [self._norm(x, plan.last_norm, plan.last_bias, before=True)] * len(plan.layers)
         places = plan.layers[:, len(plan.norms)]
         outs = self._products(len(plan.norms), steps.HEAD, last)
-        return [out[:, : place[steps.UNITS]].float() * float(plan.scaled) for out, place in zip(outs, places)]
+        found = [out[:, : place[steps.UNITS]].float() * float(plan.scaled) for out, place in zip(outs, places)]
+        return [_capped(own, float(plan.capped)) for own in found] if plan.capped > 0 else found
 
     def keep(self, own: list[Tensor]) -> None:
         """Leave the logits of one token in the decoder's memory."""
@@ -188,24 +196,44 @@ class _Prompt:
         return weight if isinstance(weight, BundledUnits) else None
 
     def _attend(
-        self, out: Tensor, layer: int, place: np.ndarray, begin: int, mask: Tensor | None, cos: Tensor, sin: Tensor
+        self,
+        out: Tensor,
+        layer: int,
+        place: np.ndarray,
+        begin: int,
+        mask: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        squares: list[Tensor] | None,
     ) -> Tensor:
-        """Attend with one thread's heads: [tokens, heads * size]. mask: None if each token sees all before it."""
+        """Attend with one thread's heads: [tokens, heads * size].
+
+        mask: None if each token sees all before it; squares: of query and key the means over all heads, if these are
+        normed together.
+        """
         plan, work, end = self.plan, self.work, begin + len(out)
         out = out.clamp(-float(plan.limit), float(plan.limit)) if plan.limit > 0 else out
         heads, first = int(place[steps.HEADS]), int(place[steps.FIRST_HEAD])
         if not heads:
             return out.new_zeros(len(out), 0)
-        turn = int(place[steps.TURN])
-        query = self._heads(out, place[steps.QUERY_AT], heads * plan.shared_by, layer, 0, turn, cos, sin)
-        key = self._heads(out, place[steps.KEY_AT], heads, layer, 1, turn, cos, sin)
-        value = self._heads(out, place[steps.VALUE_AT], heads, layer, None, turn, cos, sin)
+        turn, size, wide = int(place[steps.TURN]), plan.size, plan.shared_by * plan.size
+        query = _taken(out, place[steps.QUERY_AT], heads, wide, place[steps.QUERY_STEP])
+        query = query.unflatten(2, (plan.shared_by, size)).flatten(1, 2).transpose(0, 1)
+        key = _taken(out, place[steps.KEY_AT], heads, size, place[steps.KEY_STEP]).transpose(0, 1)
+        value = _taken(out, place[steps.VALUE_AT], heads, size, place[steps.KEY_STEP]).transpose(0, 1)
+        query = self._turn(query, layer, 0, squares, first * plan.shared_by, turn, cos, sin)
+        key = self._turn(key, layer, 1, squares, first, turn, cos, sin)
         own = (layer, slice(first, first + heads), slice(end))
         keys = _kept(key, work.keys[own], work.key_scales[own], begin)
         values = _kept(value, work.cached[own], work.value_scales[own], begin)
         if place[steps.CHOOSING]:
-            mixed = _chosen(query, keys, values, int(place[steps.CHOOSING]), int(place[steps.KEYS]))
+            mixed = _chosen(query, keys.float(), values.float(), int(place[steps.CHOOSING]), int(place[steps.KEYS]))
             return mixed.transpose(0, 1).reshape(len(out), -1).to(self.dtype)
+        if plan.cap > 0:
+            scores = query @ keys.float().repeat_interleave(plan.shared_by, 0).transpose(1, 2) * float(plan.scaling)
+            chances = _capped(scores, float(plan.cap)).masked_fill(~mask, -torch.inf).softmax(-1)  # type: ignore[operator]
+            mixed = (chances @ values.float().repeat_interleave(plan.shared_by, 0)).to(self.dtype)
+            return mixed.transpose(0, 1).reshape(len(out), -1)
         mixed = F.scaled_dot_product_attention(
             query[None].to(self.dtype),
             keys[None].to(self.dtype),
@@ -229,16 +257,37 @@ class _Prompt:
             return F.rms_norm(x, x.shape[-1:], gain, epsilon)
         return F.layer_norm(x, x.shape[-1:], gain, torch.from_numpy(bias) if len(bias) else None, epsilon)
 
-    def _heads(
-        self, out: Tensor, at: int, heads: int, layer: int, norm: int | None, turn: int, cos: Tensor, sin: Tensor
+    def _squares(self, outs: list[Tensor], places: np.ndarray) -> list[Tensor] | None:
+        """Mean squares of query and key over the heads of all threads, [tokens, 1], if these are normed together."""
+        plan, size = self.plan, self.plan.size
+        if not len(plan.head_norms) or plan.head_norms.shape[2] == size:
+            return None
+        found = []
+        for at, readers in ((steps.QUERY_AT, plan.shared_by), (steps.KEY_AT, 1)):
+            widths = [int(place[steps.HEADS]) * readers * size for place in places]
+            parts = [out[:, place[at] :][:, :width].float() for out, place, width in zip(outs, places, widths)]
+            found.append(torch.cat(parts, 1).square().mean(1, keepdim=True))
+        return found
+
+    def _turn(
+        self,
+        found: Tensor,
+        layer: int,
+        norm: int,
+        squares: list[Tensor] | None,
+        first: int,
+        turn: int,
+        cos: Tensor,
+        sin: Tensor,
     ) -> Tensor:
-        """Split [tokens, ...] into [heads, tokens, size]; if norm (0 query, 1 key) is given, normed and rotated."""
+        """Norm (0 query, 1 key) and rotate [heads, tokens, size], of which the first head is `first` of all."""
         size = self.plan.size
-        found = out[:, at : at + heads * size].unflatten(1, (heads, size)).transpose(0, 1)
-        if norm is None:
-            return found
         found = found.float()
-        if len(self.plan.head_norms):
+        if squares is not None:
+            gain = torch.from_numpy(self.plan.head_norms[layer, norm])[first * size :][: len(found) * size]
+            found = found * (squares[norm] + float(self.plan.epsilon)).rsqrt() * gain.view(len(found), 1, size)
+            found = found.to(self.dtype).float()
+        elif len(self.plan.head_norms):
             gain = torch.from_numpy(self.plan.head_norms[layer, norm])
             found = F.rms_norm(found, found.shape[-1:], gain, float(self.plan.epsilon)).to(self.dtype).float()
         if turn == steps.UNTURNED:
@@ -356,16 +405,26 @@ def _largest(gates: list[Tensor], quantile: float) -> list[Tensor]:
     return [F.relu(gate.float() - cut).to(gate.dtype) for gate in gates]
 
 
+def _capped(x: Tensor, limit: float) -> Tensor:
+    return (x / limit).tanh() * limit
+
+
+def _taken(out: Tensor, at: int, heads: int, width: int, step: int) -> Tensor:
+    """Some columns for each key-value head, `step` apart: [tokens, heads, width] of [tokens, ...]."""
+    return out.unfold(1, width, 1)[:, at : at + (heads - 1) * step + 1 : step]
+
+
 def _kept(new: Tensor, kept: np.ndarray, scales: np.ndarray, begin: int) -> Tensor:
-    """Keep keys or values of some tokens, and return all up to them, float32 [heads, all, size].
+    """Keep keys or values of some tokens, and return all up to them, float32 or bfloat16 [heads, all, size].
 
     Args:
         new: float32 [heads, tokens, size].
-        kept: [heads, all, size], float32, or int8 for codes.
+        kept: [heads, all, size], float32, uint16 for bfloat16, or int8 for codes.
         scales: float32 [heads, all] of codes, or [heads, 0].
         begin: the first of the tokens.
     """
     all_of = torch.from_numpy(kept)
+    all_of = all_of.view(torch.bfloat16) if all_of.dtype == torch.uint16 else all_of
     if not scales.size:
         all_of[:, begin:] = new
         return all_of

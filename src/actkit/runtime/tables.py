@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,6 +33,8 @@ from actkit.runtime.shards import packed, part_of
 
 Packed = PackedWeight | PackedRows | QuantizedRows | BundledUnits | QuantizedWeight
 ACTIVATIONS = ("float32", "int16")  # what integer weights are multiplied with
+CUT_FROM = 128  # tokens from which heads are cut for threads that do not divide them: below, two meetings cost more
+CACHES = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}  # how keys and values are kept
 SLICE = [forms.INPUTS_AT, forms.INPUTS]  # of the stage's inputs
 
 
@@ -331,7 +334,8 @@ def rotaries(model: nn.Module, blocks: Sequence[Block], form: Form, capacity: in
     """Compute cosine and sine, in one table or two, the shortest first.
 
     A pass rotates by the first table that reaches its last token. LongRoPE has two: the frequencies of a whole pass
-    change when it goes beyond the original context, and what is in the cache by then stays as it was rotated. If some
+    change when it goes beyond the original context, and what is in the cache by then stays as it was rotated. Types of
+    layers may have a table each. If some
     features of a head choose the keys, both of its parts turn as heads of their width, one after the other.
 
     Args:
@@ -341,25 +345,67 @@ def rotaries(model: nn.Module, blocks: Sequence[Block], form: Form, capacity: in
         capacity: tokens.
 
     Returns:
-        float32 [2, tokens, rotated size] each.
+        float32 [tables, 2, tokens, rotated size] each.
     """
     core: Any = model.get_submodule(model.base_model_prefix)  # type: ignore[arg-type]
-    settings: Any = model.config.rope_parameters or {}  # type: ignore[union-attr]
+    settings: Any = getattr(model.config, "rope_parameters", None) or {}
+    if all(turn == steps.UNTURNED for turn in form.turns):
+        return [np.zeros((1, 2, capacity, 0), np.float32)]
     lengths = [capacity]
     if settings.get("rope_type") == "longrope":
         lengths = sorted({min(capacity, settings["original_max_position_embeddings"]), capacity})
     choosing = choosing_features(blocks)
     found = []
     for length in lengths:
-        with torch.no_grad():
-            cos, sin = core.rotary_emb(torch.zeros(1), torch.arange(length)[None])
-        both = form.table(torch.stack((cos[0], sin[0])).float())
+        of_kinds = []
+        for kind in form.kinds or (None,):
+            with torch.no_grad():
+                given = (torch.zeros(1), torch.arange(length)[None], *(() if kind is None else (kind,)))
+                cos, sin = core.rotary_emb(*given)
+            of_kinds.append(form.table(torch.stack((cos[0], sin[0])).float()))
+        both = torch.stack(of_kinds)
         if choosing:
             size = both.shape[-1]
             planes = [torch.arange(width // 2) * size // width for width in (choosing, size - choosing)]
-            both = torch.cat([both[..., each].repeat(1, 1, 2) for each in planes], -1)
+            both = torch.cat([both[..., each].repeat(1, 1, 1, 2) for each in planes], -1)
         found.append(both.contiguous().numpy())
     return found
+
+
+def positions(model: nn.Module, capacity: int) -> np.ndarray:
+    """Return what is added to the embeddings by position: float32 [capacity, hidden], or [0, hidden].
+
+    Args:
+        model: the model.
+        capacity: tokens.
+    """
+    config: Any = model.config
+    core: Any = model.get_submodule(model.base_model_prefix)  # type: ignore[arg-type]
+    learned = getattr(getattr(core, "decoder", None), "embed_positions", None)
+    if learned is None:
+        return np.empty((0, config.hidden_size), np.float32)
+    if learned.weight.is_meta:
+        raise UnsupportedModelError("its positions are learned, and still in the model's files")
+    return learned.weight.detach()[learned.offset :][:capacity].float().numpy().copy()
+
+
+def multiplier_of(embedding: Any) -> float:
+    """Return what an embedding multiplies its rows by, as it rounds it; 1 for one that multiplies them itself.
+
+    Args:
+        embedding: of the model.
+
+    Raises:
+        UnsupportedModelError: it is of a class that may compute something else.
+    """
+    if isinstance(embedding, QuantizedEmbedding) or type(embedding) is nn.Embedding:
+        return 1.0
+    scale = getattr(embedding, "embed_scale", None)
+    if not isinstance(embedding, nn.Embedding) or not isinstance(scale, Tensor):
+        raise UnsupportedModelError(
+            f"its embedding is a {type(embedding).__name__}, whose forward pass no decoder calls"
+        )
+    return float(scale.to(embedding.weight.dtype))
 
 
 def choosing_features(blocks: Sequence[Block]) -> int:
@@ -379,10 +425,12 @@ def choosing_features(blocks: Sequence[Block]) -> int:
     return int(found.pop())
 
 
-def model_tables(model: nn.Module, blocks: Sequence[Block], form: Form, rotary: np.ndarray) -> dict[str, Any]:
+def model_tables(
+    model: nn.Module, blocks: Sequence[Block], form: Form, rotary: np.ndarray, capacity: int, threads: int
+) -> dict[str, Any]:
     """What a plan holds beside the products: norms, rotary embedding, sizes, multipliers."""
     config: Any = model.config
-    attention = blocks[0].attention
+    attention, table = blocks[0].attention, model.get_input_embeddings()  # type: ignore[operator]
     assert attention is not None
     hidden, last = config.hidden_size, get_module(model, form.last)
     heads = head_norms_of(form, blocks)
@@ -410,19 +458,32 @@ def model_tables(model: nn.Module, blocks: Sequence[Block], form: Form, rotary: 
         "behind": stacked(behind, gain) if behind else np.empty((0, 2, hidden), np.float32),
         "before": form.before[0][0] is not None,
         "centered": is_centered(last),
-        "parallel": form.parallel,
-        "head_norms": stacked(heads, gain) if heads else np.empty((0, 2, attention.head_dim), np.float32),
+        "beside": form.beside,
+        "head_norms": _head_norms(model, heads, form.offset, attention.head_dim),
         "epsilon": np.float32(epsilon_of(last)),
         "rotary": rotary.copy(),
+        "positions": positions(model, capacity),
         "hidden": hidden,
         "size": attention.head_dim,
         "shared_by": attention.heads // attention.key_value_heads,
         "scaling": np.float32(getattr(attention.module, "scaling", attention.head_dim**-0.5)),
         "limit": np.float32(form.limit),
-        "embedding": np.float32(form.factor(config, "embedding")),
+        "cap": np.float32(form.bound(config, "cap")),
+        "cut_from": 0 if attention.key_value_heads % threads == 0 else max(CUT_FROM, threads),
+        "embedding": np.float32(form.factor(config, "embedding") * multiplier_of(table)),
         "added": np.float32(form.factor(config, "residual")),
         "scaled": np.float32(form.factor(config, "logits") / form.factor(config, "over")),
+        "capped": np.float32(form.bound(config, "capped")),
     }
+
+
+def _head_norms(model: nn.Module, paths: Sequence[tuple[str, str]], offset: float, size: int) -> np.ndarray:
+    """The weights of the norms of query and key, as `steps.StepPlan` holds them."""
+    if not paths:
+        return np.empty((0, 2, size), np.float32)
+    weights: Any = [[get_module(model, path).weight.detach().float() + offset for path in pair] for pair in paths]
+    width = max(len(weight) for pair in weights for weight in pair)
+    return torch.stack([torch.stack([F.pad(x, (0, width - len(x))) for x in pair]) for pair in weights]).numpy()
 
 
 def memory(
@@ -432,7 +493,7 @@ def memory(
     key_value_heads: int,
     capacity: int,
     vocabulary: int,
-    coded: bool = False,
+    cache: str = "float32",
 ) -> tuple[steps.Work, list[forms.Memory]]:
     """Allocate the memory that the step works in, and the key-value cache.
 
@@ -443,7 +504,7 @@ def memory(
         key_value_heads: of the cache.
         capacity: tokens.
         vocabulary: words.
-        coded: keep keys and values as codes of 8 bits.
+        cache: how keys and values are kept, of CACHES.
 
     Returns:
         The step's memory, and what each thread's products work in, whose addresses the first holds.
@@ -453,8 +514,9 @@ def memory(
     widths = np.append(widths, blocks_of(plan.hidden))  # what bundled units add to
     width, hidden = line_padded(int(widths.max())), line_padded(plan.hidden)
     inputs = line_padded(int(max(products[:, forms.INPUTS].max(), plan.hidden)))
-    cache = (layers, key_value_heads, capacity, plan.size)
-    scales = (layers, key_value_heads, capacity if coded else 0)
+    kept, dtype = (layers, key_value_heads, capacity, plan.size), CACHES[cache]
+    scales = (layers, key_value_heads, capacity if cache == "int8" else 0)
+    readers = heads // key_value_heads
     memories = [forms.memory(int(products[:, forms.TILE].max())) for _ in range(threads)]
     work = steps.Work(
         embedded=aligned(plan.hidden, np.float32),
@@ -464,14 +526,17 @@ def memory(
         values=aligned((threads, inputs), np.float32),
         everything=np.arange(inputs, dtype=np.int32),
         stage=aligned((threads, width), np.float32),
-        scores=aligned((threads, line_padded(capacity)), np.float32),
+        scores=aligned((threads, line_padded(readers * capacity)), np.float32),
+        queries=aligned(heads * plan.size, np.float32),
+        parts=aligned((threads, 2, line_padded(readers * plan.size)), np.float32),
+        found=aligned((threads, 3, readers, 2), np.float32),
         partial=aligned((2, threads, width), np.float32),
         mixed=aligned(heads * plan.size, np.float32),
         hidden=aligned(
             int((plan.layers[:, :-1, steps.FIRST_UNIT] + plan.layers[:, :-1, steps.UNITS]).max()), np.float32
         ),
-        keys=aligned(cache, np.int8 if coded else np.float32),
-        cached=aligned(cache, np.int8 if coded else np.float32),
+        keys=aligned(kept, dtype),
+        cached=aligned(kept, dtype),
         key_scales=np.zeros(scales, np.float32),
         value_scales=np.zeros(scales, np.float32),
         logits=aligned(vocabulary, np.float32),
@@ -480,6 +545,8 @@ def memory(
         read=np.zeros(len(products), np.int64),
         factor=aligned((threads, 2 * width), np.float32),
         moments=aligned((threads, 8), np.float64),
+        cores=aligned((threads, 8), np.int64),
+        allowed=np.array(sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [], np.int64),
         memory=np.stack([own.addresses for own in memories]),
     )
     return work, memories

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
 from actkit.core.forward.named_functions import unknown_function
 from actkit.core.ground import registry
-from actkit.core.ground.errors import ActkitError, RecipeError
+from actkit.core.ground.errors import ActkitError, RecipeError, UnsupportedModelError
 from actkit.core.store.pending import pending_of
 
 # The packages of modules whose computation a decoder may know. A class of another package says by an attribute
@@ -85,7 +85,7 @@ class Engine:
         return f"decoder, {self.decoder.threads} thread{'s' if self.decoder.threads > 1 else ''}"
 
 
-def choose_engine(model: nn.Module, *, capacity: int, decode_only: bool = False) -> Engine:
+def choose_engine(model: nn.Module, *, capacity: int, decode_only: bool = False, cache: str | None = None) -> Engine:
     """Return the first registered decoder that takes a model and fits into memory, else transformers.
 
     Args:
@@ -93,6 +93,7 @@ def choose_engine(model: nn.Module, *, capacity: int, decode_only: bool = False)
             what `whole(model)` loads.
         capacity: tokens of one text, for which the decoder is ready.
         decode_only: a decoder may take the weights out of the model.
+        cache: how a decoder keeps keys and values; None for its own choice.
 
     Returns:
         What decodes the model, and why it is not a decoder.
@@ -101,8 +102,11 @@ def choose_engine(model: nn.Module, *, capacity: int, decode_only: bool = False)
         RecipeError: a decoder does not import, or does not say what it supports.
         ActkitError: with `decode_only`, what a decoder raises after it began to take weights.
         ValueError: the same.
+        UnsupportedModelError: `cache` was given, and no decoder takes the model.
     """
     reasons = []
+    settings: dict[str, Any] = {"capacity": capacity, "decode_only": decode_only}
+    settings |= {} if cache is None else {"cache": cache}
     for name in registry.decoder_names():
         decoder = registry.decoder_class(name)
         if not callable(getattr(decoder, "supports", None)):
@@ -112,7 +116,7 @@ def choose_engine(model: nn.Module, *, capacity: int, decode_only: bool = False)
         reason = decoder.supports(model) or _own_forward(model)
         if reason is None:
             try:
-                return Engine(decoder(model, capacity=capacity, decode_only=decode_only))
+                return Engine(decoder(model, **settings))
             except (ActkitError, ValueError) as error:
                 if getattr(model, "decodes_as", None) == PACKED:
                     raise  # nothing else runs it
@@ -120,7 +124,10 @@ def choose_engine(model: nn.Module, *, capacity: int, decode_only: bool = False)
                     raise  # it has taken weights out of the model, which transformers cannot run any more
                 reason = str(error)
         reasons.append(reason.rstrip("."))
-    return Engine(None, "; ".join(dict.fromkeys(reasons)) or "no decoder is installed")
+    reason = "; ".join(dict.fromkeys(reasons)) or "no decoder is installed"
+    if cache is not None:
+        raise UnsupportedModelError(f"cache: {cache!r} was given, and no decoder writes ({reason}); leave it out.")
+    return Engine(None, reason)
 
 
 def _own_forward(model: nn.Module) -> str | None:

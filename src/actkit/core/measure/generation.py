@@ -40,6 +40,7 @@ def generate(
     sampling: Sampling = LIKELIEST,
     stop: str | int | Sequence[str | int] = (),
     chat: bool = False,
+    cache: str | None = None,
     decode_only: bool = False,
     announce: Callable[[str], None] | None = None,
 ) -> Iterator[str]:
@@ -57,6 +58,7 @@ def generate(
         sampling: how each token is chosen; the likeliest by default.
         stop: texts that end it and are not returned, or token ids.
         chat: the prompt is what a user says, and the tokenizer's chat template stands around it.
+        cache: how a decoder keeps keys and values, 'float32', 'bfloat16' or 'int8'; None for its own choice.
         decode_only: a decoder, which packs the weights first, takes them out of the model; the model is then of no
             other use.
         announce: called with which of the two writes, and why.
@@ -79,7 +81,7 @@ def generate(
     ids = _encode_turn(tokenizer, prompt) if chat else _encode(model, tokenizer, prompt)
     end = end_tokens(model, tokenizer) | {each for each in stops if isinstance(each, int)}
     _check(model, ids, max_new_tokens)  # before a decoder is built
-    engine = choose_engine(model, capacity=len(ids) + max_new_tokens, decode_only=decode_only)
+    engine = choose_engine(model, capacity=len(ids) + max_new_tokens, decode_only=decode_only, cache=cache)
     if announce is not None:
         announce(engine.describe())
     if engine.decoder is None:

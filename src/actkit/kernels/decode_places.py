@@ -1,0 +1,17 @@
+"""What a layer's table of a decoding step holds for each thread: stages, and where to find what in their outputs."""
+
+from __future__ import annotations
+
+# The products of a layer; the output layer; behind a sparse gate up alone, or up and down of a unit side by side.
+QKV, OUTPUT, GATE_UP, DOWN, HEAD, UP, UNITS_BUNDLED = range(7)
+
+# Fields of a layer and thread, int64: the first product and the number of products of each stage, then places.
+PLACES = 14
+QUERY_AT, KEY_AT, VALUE_AT, GATE_AT, UP_AT, WINDOW, FIRST_HEAD, HEADS, UNITS, FIRST_UNIT, ACTIVATION = range(PLACES, 25)
+# All units of an MLP whose gate passes a statistical top-k, else 0; features that choose the keys, and how many keys.
+# How query and key turn; UP_AT is negative if the MLP has no gate, and up stands in its place.
+ALL_UNITS, CHOOSING, KEYS, TURN = range(25, 29)
+# Which rotary table; from one key-value head to the next, in the outputs, of its queries and of key and value.
+ROTARY, QUERY_STEP, KEY_STEP = range(29, 32)
+LAYER_FIELDS = 32
+UNTURNED, HALVES, NEIGHBOURS = range(3)
