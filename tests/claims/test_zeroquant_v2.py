@@ -6,13 +6,17 @@ import pytest
 import torch
 
 from actkit.claims import zeroquant_v2
+from actkit.claims import zeroquant_v2_training as training
 from actkit.claims.subject import Subject
 from actkit.claims.zeroquant_v2 import RANK, compensated, groups_of, lost, rows_of
 from actkit.core.layers.linear import ActLinear
 from actkit.core.recipe.runner import apply
 from actkit.quantization.round_inputs import RoundInputs
+from actkit.quantization.zeroquant_v2.lorc import Lorc
 from actkit.quantization.zeroquant_v2.ptq_study import ptq_study
+from actkit.quantization.zeroquant_v2.zeroquant import ZeroQuant
 
+METHODS = (training.NEAREST, training.GPTQ, training.LOCAL, training.GLOBAL)
 TINY = zeroquant_v2.Sizes(seeds=(0, 1), calibration=1, held_out=1, steps=0, ranks=(0, 1, 8, 16))
 
 
@@ -161,3 +165,62 @@ def test_of_a_collapsed_real_model_no_gain_counts(natural, monkeypatch):
     assert zeroquant_v2.growing({"natural": natural}).passed
     monkeypatch.setattr(natural, "name", zeroquant_v2.REAL)
     assert not zeroquant_v2.growing({"twin": natural}).passed
+
+
+def test_a_rank_is_added_as_lorc_adds_it(natural):
+    before = {name: value.clone() for name, value in natural.model.state_dict().items()}
+    nearest = training.recipe(training.NEAREST, 3, 8, 64)
+    without, ranked = training.with_rank(natural, nearest)
+    assert without == natural.perplexity(nearest)
+    both = [nearest[0], Lorc(rank=RANK), nearest[1]]
+    assert ranked == pytest.approx(natural.perplexity(both), rel=1e-6) and ranked != without
+    assert all(torch.equal(value, before[name]) for name, value in natural.model.state_dict().items())
+
+
+def test_recipes_of_the_methods_round_alike():
+    found = {method: training.recipe(method, 4, 8) for method in METHODS}
+    assert len({(each[0].bits, each[0].group_size, each[0].symmetric) for each in found.values()}) == 1
+    assert [each[-1].bits for each in (found[training.NEAREST], found[training.GPTQ])] == [8, 8]
+    learned = [found[name][0] for name in (training.LOCAL, training.GLOBAL)]
+    assert [(each.inputs, each.input_bits, each.steps) for each in learned] == [("local", 8, 60), ("global", 8, 60)]
+
+
+@pytest.mark.parametrize(
+    ("alone", "beside", "held"),
+    [
+        ((30.4, 30.15, 30.3, 30.2), (30.5, 30.4, 30.3, 30.25), (True, True, True)),
+        ((30.4, 30.09, 30.3, 30.2), (30.5, 30.4, 30.3, 30.25), (False, True, True)),  # gptq restores it
+        ((30.4, 30.15, 30.4, 30.2), (30.5, 30.4, 30.3, 30.25), (True, False, True)),  # local training gains nothing
+        ((30.4, 30.35, 30.3, 30.36), (30.5, 30.4, 30.3, 30.25), (True, True, False)),  # training is better alone
+        ((30.4, 30.15, 30.3, 30.2), (30.5, 30.2, 30.3, 30.25), (True, True, False)),  # gptq is better beside inputs
+    ],
+)
+def test_training_is_judged_by_what_is_lost(natural, monkeypatch, alone, beside, held):
+    table = {
+        repr(training.recipe(method, 4, inputs)): value
+        for inputs, values in ((None, alone), (8, beside))
+        for method, value in zip(METHODS, values, strict=True)
+    }
+    monkeypatch.setattr(Subject, "perplexity", lambda _, each=None: 30.0 if each is None else table[repr(each)])
+    found = [measure(natural).passed for measure in (training.unrestored, training.trained, training.best)]
+    assert tuple(found) == held
+
+
+@pytest.mark.parametrize(("worse", "passed"), [(None, True), (2, False), (8, False)])
+def test_a_rank_must_help_in_every_case(natural, monkeypatch, worse, passed):
+    def with_rank(_, chosen):
+        method = chosen[0]
+        fails = isinstance(method, ZeroQuant) and worse is not None and worse in (method.bits, method.input_bits)
+        return 31.0, 31.1 if fails else 30.9
+
+    monkeypatch.setattr(training, "with_rank", with_rank)
+    monkeypatch.setattr(Subject, "perplexity", lambda *_: 30.0)
+    assert training.compensated(natural).passed is passed
+
+
+def test_training_is_asked_without_the_other_models(monkeypatch):
+    monkeypatch.setattr(zeroquant_v2, "trained", lambda _: pytest.fail("the small model was trained"))
+    monkeypatch.setattr(training, "lost", lambda _: dict.fromkeys(training.ROWS, dict.fromkeys(METHODS, 0.2)))
+    monkeypatch.setattr(training, "with_rank", lambda *_: (31.0, 30.9))
+    outcome = zeroquant_v2.run(subject="swiglu", progress=False, sizes=TINY)
+    assert outcome.subjects == ["swiglu"] and [claim.passed for claim in outcome.claims] == [True, False, False, True]
