@@ -481,7 +481,8 @@ def _head_norms(model: nn.Module, paths: Sequence[tuple[str, str]], offset: floa
     """The weights of the norms of query and key, as `steps.StepPlan` holds them."""
     if not paths:
         return np.empty((0, 2, size), np.float32)
-    weights: Any = [[get_module(model, path).weight.detach().float() + offset for path in pair] for pair in paths]
+    norms: Any = [[get_module(model, path) for path in pair] for pair in paths]
+    weights = [[norm.weight.detach().float() + offset for norm in pair] for pair in norms]
     width = max(len(weight) for pair in weights for weight in pair)
     return torch.stack([torch.stack([F.pad(x, (0, width - len(x))) for x in pair]) for pair in weights]).numpy()
 
