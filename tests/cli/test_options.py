@@ -51,7 +51,7 @@ OPTIONS = {
     "show": MODEL | {"--data", "--json"},
     "export": DATA
     | RUN
-    | {"--format", "--measure", "--proof", "--no-proof"}
+    | {"--format", "--adapter", "--measure", "--proof", "--no-proof"}
     | {"--dtype", "--trust-remote-code", "--overwrite"},
     "train": DATA
     | MODEL
