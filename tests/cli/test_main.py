@@ -167,7 +167,7 @@ def test_papers(run):
         (["generate", "FOLDER", "Hello", "--top-k", "3"], "top_k: 3 was given with temperature 0"),
         (["papers", "--family", "nothing"], "family: 'nothing' is not known"),
         (["reproduce", "nothing"], "'nothing' is not in the catalogue"),
-        (["reproduce", "edgemoe"], "edgemoe"),
+        (["reproduce", "urhand"], "urhand"),
         (["reproduce", "wina", "--subject", "nothing"], "no claim of 'wina' is about it"),
     ],
 )
