@@ -33,6 +33,7 @@ INTERNAL = {
     "functions/swap.py: ValueError": "pydantic's own validators, shown as `swap: ...` or `recipe: ...: ...`",
     "runtime/blocks.py: UnsupportedModelError": "the reason in `model: ... cannot be decoded here`",
     "runtime/families.py: UnsupportedModelError": "the reason in `model: ... cannot be decoded here`",
+    "runtime/latent.py: UnsupportedModelError": "the reason in `model: ... cannot be decoded here`",
     "runtime/tables.py: UnsupportedModelError": "the reason in `model: ... cannot be decoded here`",
     "core/measure/fresh.py: ValueError": "some are of the worker, shown as `...: the fresh process reports ...`",
     "search/speed_row.py: MemoryError": "a note in the report: why the larger shape was not measured",

@@ -235,7 +235,7 @@ def attend_chosen(query, keys, values, r, k, scores, out):  # type: ignore[no-un
 
 
 @compiled(inner=True)
-def _turn(x, cos, sin, how, choosing):  # type: ignore[no-untyped-def]
+def turn(x, cos, sin, how, choosing):  # type: ignore[no-untyped-def]
     """Apply the rotary embedding of one head; if some features choose the keys, to its two parts apart."""
     if how == UNTURNED:
         return
@@ -293,7 +293,7 @@ def _take_in(place, layer, position, stage, plan, work):  # type: ignore[no-unty
             clamp(plan.limit, value)
         if own_norms:
             rms_norm(key, plan.head_norms[layer, 1], plan.epsilon, key)
-        _turn(key, cos, sin, place[TURN], place[CHOOSING])
+        turn(key, cos, sin, place[TURN], place[CHOOSING])
         keep(key, work.keys[layer, first + head], work.key_scales[layer, first + head], position)
         keep(value, work.cached[layer, first + head], work.value_scales[layer, first + head], position)
         for reader in range(shared_by):
@@ -305,7 +305,7 @@ def _take_in(place, layer, position, stage, plan, work):  # type: ignore[no-unty
                 clamp(plan.limit, query)
             if own_norms:
                 rms_norm(query, plan.head_norms[layer, 0], plan.epsilon, query)
-            _turn(query, cos, sin, place[TURN], place[CHOOSING])
+            turn(query, cos, sin, place[TURN], place[CHOOSING])
 
 
 @compiled(inner=True)

@@ -16,7 +16,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import carray, prange
 
-from actkit.kernels.decode_attention import attention
+from actkit.kernels.decode_attention import attention, turn
+from actkit.kernels.decode_latent import (
+    EXPANDED,
+    NARROW_WIDTH,
+    NOPE,
+    PADDED,
+    RANK,
+    ROPE,
+    SPREAD,
+    VALUE,
+    attend_to_rows,
+)
 from actkit.kernels.decode_math import (
     activate,
     active_ones,
@@ -30,11 +41,15 @@ from actkit.kernels.decode_math import (
     sums,
 )
 from actkit.kernels.decode_places import (  # noqa: F401 (all fields of a layer are found here)
+    ABSORB,
     ACTIVATION,
     ALL_UNITS,
     CHOOSING,
     DOWN,
+    EXPAND,
     FIRST_HEAD,
+    FIRST_LATENT,
+    FIRST_NARROW,
     FIRST_UNIT,
     GATE_AT,
     GATE_UP,
@@ -44,14 +59,18 @@ from actkit.kernels.decode_places import (  # noqa: F401 (all fields of a layer 
     KEY_AT,
     KEY_STEP,
     KEYS,
+    LATENT,
     LAYER_FIELDS,
+    NARROW,
     NEIGHBOURS,
     OUTPUT,
     PLACES,
     QKV,
+    QUERIES,
     QUERY_AT,
     QUERY_STEP,
     ROTARY,
+    STAGES,
     TURN,
     UNITS,
     UNITS_BUNDLED,
@@ -118,6 +137,9 @@ class StepPlan(NamedTuple):
         added: what multiplies what is added to the residual stream.
         scaled: what multiplies logits.
         capped: at which tanh caps logits; 0 for not at all.
+        latent: int64 [8], the sizes of latent attention (`decode_latent.LatentPlan`); zeros for another.
+        latent_norms: float32 [layers, rank], of what is cached.
+        narrow_norms: float32 [layers, narrow], of what queries go through.
     """
 
     layers: np.ndarray
@@ -147,6 +169,9 @@ class StepPlan(NamedTuple):
     added: Any
     scaled: Any
     capped: Any
+    latent: np.ndarray
+    latent_norms: np.ndarray
+    narrow_norms: np.ndarray
 
 
 class Work(NamedTuple):
@@ -180,6 +205,16 @@ class Work(NamedTuple):
         cores: int64 [threads, 8], where the threads run (`team.stand_apart`).
         allowed: int64, the cores that they may use, or empty.
         memory: int64 [threads, 6], each thread's `decode_products.Memory.addresses`.
+        latent_cache: of latent attention (`decode_latent.LatentWork`), as the nine below.
+        latent_shared: the same.
+        latent_own: the same.
+        latent_queries: the same.
+        latent_absorbed: the same.
+        latent_mixed: the same.
+        latent_scores: the same.
+        latent_state: the same.
+        latent_keys: the same.
+        latent_values: the same.
     """
 
     embedded: np.ndarray
@@ -209,6 +244,16 @@ class Work(NamedTuple):
     cores: np.ndarray
     allowed: np.ndarray
     memory: np.ndarray
+    latent_cache: np.ndarray
+    latent_shared: np.ndarray
+    latent_own: np.ndarray
+    latent_queries: np.ndarray
+    latent_absorbed: np.ndarray
+    latent_mixed: np.ndarray
+    latent_scores: np.ndarray
+    latent_state: np.ndarray
+    latent_keys: np.ndarray
+    latent_values: np.ndarray
 
 
 # -- products ----------------------------------------------------------------------------------------------------------
@@ -424,6 +469,61 @@ def _shift_gates(gate, count, quantile, thread, threads, meetings, work):  # typ
 
 
 @compiled(inner=True)
+def _latent(thread, threads, layer, position, normed, meetings, plan, work):  # type: ignore[no-untyped-def]
+    """Do latent attention with this thread's heads, up to the output projection; return the meetings, or -1."""
+    place, own, shared = plan.layers[thread, layer], work.latent_own[thread], work.latent_shared
+    stage, sizes, heads = work.stage[thread], plan.latent, place[HEADS]
+    narrow, rank, rope, nope, value = sizes[NARROW_WIDTH], sizes[RANK], sizes[ROPE], sizes[NOPE], sizes[VALUE]
+    _stage(place, QKV, thread, normed, normed, stage, plan, work)
+    for i in range(place[NARROW]):
+        shared[place[FIRST_NARROW] + i] = stage[place[KEY_AT] + i]
+    for i in range(place[LATENT]):
+        shared[narrow + place[FIRST_LATENT] + i] = stage[place[VALUE_AT] + i]
+    meetings += threads
+    if not meet(work.counter, meetings):
+        return -1
+    latent, key = own[narrow : narrow + rank], own[narrow + rank :]
+    rms_norm(shared[narrow : narrow + rank], plan.latent_norms[layer], plan.epsilon, latent)
+    key[:] = shared[narrow + rank :]
+    cos, sin = plan.rotary[0, 0, position], plan.rotary[0, 1, position]
+    turn(key, cos, sin, place[TURN], 0)
+    if narrow > 0:
+        rms_norm(shared[:narrow], plan.narrow_norms[layer], plan.epsilon, own[:narrow])
+        _stage(place, QUERIES, thread, own[:narrow], own[:narrow], stage, plan, work)
+    every = stage[place[QUERY_AT] : place[QUERY_AT] + heads * (nope + rope)]
+    for head in range(heads):
+        turn(every[head * (nope + rope) + nope : (head + 1) * (nope + rope)], cos, sin, place[TURN], 0)
+    first, out = place[FIRST_HEAD], work.latent_absorbed[thread]
+    largest, total, scores = work.latent_state[thread, 0], work.latent_state[thread, 1], work.latent_scores[thread]
+    if sizes[EXPANDED] > 0:
+        _stage(place, ABSORB, thread, latent, latent, out, plan, work)
+        for head in range(heads):
+            keys, values = work.latent_keys[layer, first + head], work.latent_values[layer, first + head]
+            begin = head * (nope + value)
+            keys[position, :nope], keys[position, nope:] = out[begin : begin + nope], key
+            values[position] = out[begin + nope : begin + nope + value]
+            query = every[head * (nope + rope) : (head + 1) * (nope + rope)].reshape(1, nope + rope)
+            mixed = work.mixed[(first + head) * value : (first + head + 1) * value]
+            keys, values = keys[: position + 1], values[: position + 1]
+            attend_to_rows(query, keys, values, value, plan.scaling, scores, largest, total, mixed)
+        return meetings
+    row = work.latent_cache[layer, position]
+    row[:] = own[narrow:]  # every thread writes the same numbers
+    queries, sums = work.latent_queries[thread], work.latent_mixed[thread]
+    _stage(place, ABSORB, thread, every, every, out, plan, work)
+    for head in range(heads):
+        queries[head, :rank] = out[head * sizes[PADDED] : head * sizes[PADDED] + rank]
+        queries[head, rank:] = every[head * (nope + rope) + nope : (head + 1) * (nope + rope)]
+    rows = work.latent_cache[layer, : position + 1]
+    attend_to_rows(queries[:heads], rows, rows, rank, plan.scaling, scores, largest, total, sums[: heads * rank])
+    _stage(place, EXPAND, thread, sums, sums, out, plan, work)
+    for head in range(heads):
+        at = (first + head) * value
+        work.mixed[at : at + value] = out[head * sizes[SPREAD] : head * sizes[SPREAD] + value]
+    return meetings
+
+
+@compiled(inner=True)
 def _run(thread, threads, position, plan, work):  # type: ignore[no-untyped-def]
     """Do one thread's part of a token; return whether all threads came to every meeting."""
     hidden, wide = plan.hidden, plan.shared_by * plan.size
@@ -442,8 +542,11 @@ def _run(thread, threads, position, plan, work):  # type: ignore[no-untyped-def]
             norm(x, plan.norms[layer, 0], plan.biases[layer, 0], plan, normed)
         else:
             normed[:] = x
-        _stage(place, QKV, thread, normed, normed, stage, plan, work)
-        meetings = attention(place, layer, thread, threads, position, meetings, plan, work)
+        if plan.latent[RANK] > 0:
+            meetings = _latent(thread, threads, layer, position, normed, meetings, plan, work)
+        else:
+            _stage(place, QKV, thread, normed, normed, stage, plan, work)
+            meetings = attention(place, layer, thread, threads, position, meetings, plan, work)
         if meetings < 0:
             return False
         if plan.beside == TWO_NORMS:  # what the MLP reads, before anything is added

@@ -3,8 +3,9 @@
 A block is described by the kind of its attention and of its MLP; each kind fills its stages of a `Share`, one thread's
 part of the block. Another kind is another function beside `grouped_query` and `gated`, and its stage in
 `kernels.decode_step`. A module that computes differently names its kind by a class attribute `decodes_as`:
-'spark_ffn' (gate_proj of the first r inputs, up_proj of the others, down_proj, act_fn), 'spark_attention' (q_proj,
-k_proj, v_proj, o_proj; of a head r features choose k keys), or, of an activation, 'statistical_top_k' (base, k).
+'row' (what the row of the model type says), 'spark_ffn' (gate_proj of the first r inputs, up_proj of the others,
+down_proj, act_fn), 'spark_attention' (q_proj, k_proj, v_proj, o_proj; of a head r features choose k keys),
+'latent_attention' (`runtime.latent`) or, of an activation, 'statistical_top_k' (base, k).
 """
 
 from __future__ import annotations
@@ -70,17 +71,20 @@ def _linear(model: nn.Module, path: str) -> Linear:
     return Linear(path, "layer", get_module(model, path))
 
 
-def check(model: nn.Module, block: Block) -> None:
-    """Raise UnsupportedModelError if a block is made of something else."""
+def check(model: nn.Module, block: Block, latent: bool = False) -> None:
+    """Raise UnsupportedModelError if a block is made of something else. latent: its attention is `runtime.latent`'s."""
     attention, mlp = block.attention, block.mlp
-    if attention is None or (attention.query_key_value is not None and _fused_rows(attention) is None):
+    unknown = attention is None or (attention.query_key_value is not None and _fused_rows(attention) is None)
+    if unknown and not latent:
         raise UnsupportedModelError(
             f"{block.path}: how one layer holds query, key and value of its attention is not described"
         )
+    if block.experts is not None:
+        raise UnsupportedModelError(f"{block.path}: it has experts, which the decoder does not compute")
     if mlp is None:
         raise UnsupportedModelError(f"{block.path}: its MLP is not described")
-    for path in (attention.path, mlp.path):
-        if kind_named(model, path) not in (None, "spark_attention", "spark_ffn"):
+    for path in (mlp.path,) if attention is None else (attention.path, mlp.path):
+        if kind_named(model, path) not in (None, "row", "spark_attention", "spark_ffn"):
             raise UnsupportedModelError(f"{path}: the decoder knows no {kind_named(model, path)}")
     activation = _function(get_module(model, mlp.activation)).base
     if name_of(activation) not in ACTIVATIONS:
@@ -169,6 +173,7 @@ class Product:
         down: of bundled units, the layer that their column is taken from.
         factor: of the layer's low-rank correction, the one that this is.
         inputs_at: where its inputs begin in those of the stage.
+        transposed: the layer's outputs are inputs here.
     """
 
     parts: tuple[tuple[Linear, range], ...]
@@ -181,11 +186,12 @@ class Product:
     down: Linear | None = None
     factor: Literal["", "right", "left"] = ""
     inputs_at: int = 0
+    transposed: bool = False
 
     @property
     def select(self) -> Selection | None:
         """What selects the inputs; raises ValueError if the layers no longer agree."""
-        if self.factor:
+        if self.factor or self.transposed:
             return None
         first, *others = (selection_of(linear.module) for linear, _ in self.parts)
         if not all(same_selection(first, other) for other in others):
@@ -199,13 +205,15 @@ class Product:
     def inputs(self) -> range:
         """Which inputs this part reads."""
         linear, cut = self.parts[0]
-        if self.factor == "left":
+        if self.factor == "left" or self.transposed:
             return range(self.all_inputs)
         return cut if self.by_rows else range(linear.in_features)
 
     @property
     def all_inputs(self) -> int:
         """Inputs of the whole product."""
+        if self.transposed:
+            return len(self.parts[0][1])
         correction = self.correction
         return correction.left.shape[1] if correction and self.factor == "left" else self.parts[0][0].in_features
 
@@ -239,6 +247,9 @@ class Product:
         if self.by_rows:
             (linear, cut), *_ = self.parts
             return part_of(linear.module, inputs=cut)
+        if self.transposed:
+            (linear, cut), *_ = self.parts
+            return part_of(linear.module, outputs=cut).transposed()
         return joined([part_of(linear.module, outputs=cut) for linear, cut in self.parts])
 
     def bias(self) -> Tensor | None:
@@ -282,12 +293,14 @@ def same_selection(a: Selection | None, b: Selection | None) -> bool:
     return not isinstance(a, Threshold) or torch.equal(a.threshold, b.threshold)  # type: ignore[union-attr, arg-type]
 
 
-def _columns(
+def columns(
     layers: Sequence[tuple[Linear, range]], begins: Sequence[int] | None = None
 ) -> tuple[list[Product], list[int]]:
-    """Some outputs of layers that share an input, in as few products as possible, and where each layer's begin.
+    """Make products of outputs of layers that share an input, as few as possible, and say where each layer's begin.
 
-    begins: where in the stage's inputs each layer's begin, if that is not 0 for all.
+    Args:
+        layers: with their outputs.
+        begins: where in the stage's inputs each layer's begin, if that is not 0 for all.
     """
     begins = begins or [0] * len(layers)
     runs: list[list[tuple[Linear, range, Kind]]] = []
@@ -318,8 +331,8 @@ def _columns(
     return products, places
 
 
-def _rows(linear: Linear, cut: range, first: bool, zeros: bool = False) -> Product:
-    """Some inputs of a layer; the bias belongs to the share that begins with the first."""
+def rows(linear: Linear, cut: range, first: bool, zeros: bool = False) -> Product:
+    """Make the product of some inputs of a layer; the bias belongs to the share that begins with the `first`."""
     return Product(((linear, cut),), kind_of(linear.module, inputs=cut), by_rows=True, biased=first, zeros=zeros)
 
 
@@ -371,11 +384,11 @@ def grouped_query(
         strides = (wide + 2 * size, wide + 2 * size)
         places = [0, wide, wide + size]
         if own:
-            products, _ = _columns([(fused, range(own.start * strides[0], own.stop * strides[0]))])
+            products, _ = columns([(fused, range(own.start * strides[0], own.stop * strides[0]))])
     elif own:
-        products, places = _columns(_query_key_value(attention, queries, keys))
+        products, places = columns(_query_key_value(attention, queries, keys))
     share.stages[steps.QKV] = products
-    share.stages[steps.OUTPUT] = [_rows(attention.output, queries, own.start == 0)] if own else []
+    share.stages[steps.OUTPUT] = [rows(attention.output, queries, own.start == 0)] if own else []
     share.places |= dict(zip((steps.QUERY_AT, steps.KEY_AT, steps.VALUE_AT), places))
     share.places |= dict(zip((steps.QUERY_STEP, steps.KEY_STEP), strides))
     share.places |= {steps.FIRST_HEAD: own.start, steps.HEADS: len(own), steps.WINDOW: window, steps.TURN: turn}
@@ -420,12 +433,12 @@ def gated(share: Share, block: Block, thread: int, threads: int, gate: Gate) -> 
     places = [0, 0]
     if own:
         if not mlp.gated:
-            stages[steps.GATE_UP], _ = _columns([(mlp.up, own)])
+            stages[steps.GATE_UP], _ = columns([(mlp.up, own)])
             places = [0, -1]
         elif mlp.gate is None:  # one layer for both, the gate's rows first
-            stages[steps.GATE_UP], places = _columns([(mlp.up, own), (mlp.up, _shifted(own, units))])
+            stages[steps.GATE_UP], places = columns([(mlp.up, own), (mlp.up, _shifted(own, units))])
         elif gate.sparse and _has_rows(mlp.up.module):
-            stages[steps.GATE_UP], _ = _columns([(mlp.gate, own)])
+            stages[steps.GATE_UP], _ = columns([(mlp.gate, own)])
             last = stages[steps.GATE_UP][-1].at + (len(own) // BLOCK + 2) * BLOCK
             places = [0, last]
             after = last + (len(own) // BLOCK + 1) * BLOCK  # where the product's input is laid out
@@ -436,9 +449,9 @@ def gated(share: Share, block: Block, thread: int, threads: int, gate: Gate) -> 
             else:
                 stages[steps.UP] = [product]
         else:
-            stages[steps.GATE_UP], places = _columns([(mlp.gate, own), (mlp.up, own)], (0, begin))
+            stages[steps.GATE_UP], places = columns([(mlp.gate, own), (mlp.up, own)], (0, begin))
         if not stages[steps.UNITS_BUNDLED]:
-            stages[steps.DOWN] = [_rows(mlp.down, own, own.start == 0, gate.sparse)]
+            stages[steps.DOWN] = [rows(mlp.down, own, own.start == 0, gate.sparse)]
     for stage in (steps.UP, steps.UNITS_BUNDLED):
         if not stages[stage]:
             del stages[stage]
@@ -475,5 +488,5 @@ def head(share: Share, module: nn.Module, thread: int, threads: int) -> None:
     outputs: int = module.out_features  # type: ignore[assignment]
     unit = BLOCK if outputs >= 4 * threads * BLOCK else PIECES[0]
     own = share_of(outputs, thread, threads, unit)
-    share.stages[steps.HEAD] = _columns([(Linear("lm_head", "layer", module), own)])[0] if own else []
+    share.stages[steps.HEAD] = columns([(Linear("lm_head", "layer", module), own)])[0] if own else []
     share.places |= {steps.UNITS: len(own), steps.FIRST_UNIT: own.start}

@@ -52,6 +52,7 @@ from actkit.kernels.team import release
 from actkit.runtime import blocks as parts
 from actkit.runtime import packed, tables
 from actkit.runtime.families import FAMILIES, Form, form_of, model_type
+from actkit.runtime.latent import latent_attention, latent_of, latents_of, refuse
 from actkit.runtime.prompt import few_tokens, read_prompt
 
 CHUNK = 512  # tokens of a prompt that go through a layer at once
@@ -90,7 +91,11 @@ def supports(model: nn.Module) -> str | None:
     try:
         blocks = _blocks(model)
         for block in blocks:
-            parts.check(model, block)
+            latent = latent_of(model, block)
+            parts.check(model, block, latent is not None)
+            if latent is not None:
+                refuse(latent)
+        latents_of(model, blocks)
         parts.refuse_rounded_inputs("lm_head", get_module(model, "lm_head"))
         if getattr(model.get_input_embeddings(), "rotation", None) is not None:  # type: ignore[operator]
             return "its embedding is rotated, which the decoder does not"
@@ -189,16 +194,22 @@ class Decoder:
         self.model, self.position, self._steps = model, 0, 0
         pending = pending_of(model)
         blocks = _blocks(model)
-        first = blocks[0].attention
-        assert first is not None
-        self.cache = _choose_cache(cache, codes_of_cache(model, blocks), bool(tables.choosing_features(blocks)))
-        width = {"float32": 4, "bfloat16": 2, "int8": 1 + 4 / first.head_dim}[self.cache]  # bytes of an entry
-        of_token = 2 * len(blocks) * first.key_value_heads * first.head_dim * width
+        first, latents = blocks[0].attention, latents_of(model, blocks)
+        choosing = bool(tables.choosing_features(blocks))
+        self.cache = _choose_cache(cache, codes_of_cache(model, blocks), choosing, latents is not None)
+        if latents is not None:
+            heads, key_value_heads = latents[0].heads, latents[0].heads
+            of_token = 4.0 * len(blocks) * latents[0].cached
+        else:
+            assert first is not None
+            heads, key_value_heads = first.heads, first.key_value_heads
+            width = {"float32": 4, "bfloat16": 2, "int8": 1 + 4 / first.head_dim}[self.cache]  # bytes of an entry
+            of_token = 2 * len(blocks) * key_value_heads * first.head_dim * width
         self._check_memory(model, len(blocks), of_token, decode_only and pending is None)
         form = form_of(model, blocks)
         self._rotaries = tables.rotaries(model, blocks, form, self.capacity)
         self._turned = self._rotaries[-1]
-        others = tables.model_tables(model, blocks, form, self._turned, self.capacity, self.threads)
+        others = tables.model_tables(model, blocks, form, self._turned, self.capacity, self.threads, latents)
         layers = [[self._share(model, block, form, thread) for thread in range(self.threads)] for block in blocks]
         layers.append([parts.Share() for _ in range(self.threads)])
         for thread, share in enumerate(layers[-1]):
@@ -235,8 +246,8 @@ class Decoder:
         self._work, self._memories = tables.memory(
             self._plan,
             self.threads,
-            first.heads,
-            first.key_value_heads,
+            heads,
+            key_value_heads,
             self.capacity,
             self.vocabulary,
             self.cache,
@@ -256,7 +267,9 @@ class Decoder:
     def cache_bytes(self) -> int:
         """Bytes of the key-value cache."""
         work = self._work
-        return sum(each.nbytes for each in (work.keys, work.cached, work.key_scales, work.value_scales))
+        kept = [work.keys, work.cached, work.key_scales, work.value_scales]
+        kept += [work.latent_cache, work.latent_keys, work.latent_values]
+        return sum(each.nbytes for each in kept)
 
     @property
     def density(self) -> float | None:
@@ -284,7 +297,7 @@ class Decoder:
         Scales of groups of inputs, which lie apart, are left out.
         """
         table, places, found = self._plan.products, self._plan.layers, []
-        stages = range(steps.UNITS_BUNDLED + 1)
+        stages = range(steps.STAGES)
         for layer in range(places.shape[1]):
             for stage in stages:
                 for thread, (first, number) in enumerate(places[:, layer, 2 * stage : 2 * stage + 2].tolist()):
@@ -442,8 +455,12 @@ class Decoder:
 
     def _share(self, model: nn.Module, block: Block, form: Form, thread: int) -> parts.Share:
         share, window = parts.Share(), form.windowed(model.config, block.index)
-        turn, rotary = form.turns[block.index], form.tables[block.index]
-        parts.grouped_query(share, block, thread, self.threads, window=window, turn=turn, rotary=rotary)
+        latent = latent_of(model, block)
+        if latent is None:
+            turn, rotary = form.turns[block.index], form.tables[block.index]
+            parts.grouped_query(share, block, thread, self.threads, window=window, turn=turn, rotary=rotary)
+        else:
+            latent_attention(share, latent, thread, self.threads)
         parts.gated(share, block, thread, self.threads, parts.gate_of(model, block))
         return share
 
@@ -519,8 +536,10 @@ class Decoder:
             torch.set_num_threads(before)
 
 
-def _choose_cache(wanted: str | None, coded: bool, choosing: bool) -> str:
+def _choose_cache(wanted: str | None, coded: bool, choosing: bool, latent: bool) -> str:
     """How keys and values are kept. coded: the model rounds them to codes; choosing: some features choose its keys."""
+    if latent and wanted not in (None, "float32"):
+        raise ValueError(f"cache: {wanted!r} was given, but latents are kept in float32; give 'float32', or None.")
     if wanted is None:
         return "int8" if coded else "float32"
     if wanted not in tables.CACHES:

@@ -52,6 +52,7 @@ class Family:
 FAMILIES = {
     **dict.fromkeys(("llama", "ernie4_5", "gemma", "glm4", "nemotron", "olmo", "olmo2", "opt"), Family()),
     **dict.fromkeys(("phi", "stablelm"), Family()),
+    **dict.fromkeys(("plm", "deepseek_v3"), Family()),
     **dict.fromkeys(("mistral", "starcoder2", "phi3"), Family(windows="all")),
     **dict.fromkeys(("qwen2", "qwen3", "smollm3", "exaone4"), Family(windows="named")),
     "cohere": Family(logits="logit_scale"),
@@ -114,8 +115,7 @@ class Form:
     def table(self, both: Tensor) -> Tensor:
         """Rotary tables [2, tokens, n] with the angles of the first half of the pairs, then the same again."""
         row = self.rows[0].attention
-        assert isinstance(row, AttentionRow)
-        once = each_once(both, row.angles)
+        once = each_once(both, row.angles if isinstance(row, AttentionRow) else "halves")
         return torch.cat((once, once), -1)
 
 
@@ -135,15 +135,15 @@ def form_of(model: nn.Module, blocks: Sequence[Block]) -> Form:
     turns = []
     for own, block in zip(rows, blocks):
         attention, mlp = own.attention, own.mlp
-        assert isinstance(attention, AttentionRow) and isinstance(mlp, MlpRow)
+        assert isinstance(mlp, MlpRow)
         found = {role: outside(model, f"{block.path}.{norm.path}") for norm in own.norms for role in _roles(norm.role)}
         before.append((found.get("attention"), found.get("mlp")))
         norms = {norm.path for norm in own.norms}  # of a part without a module its last layer may be named instead
-        added = (path if path in norms else None for path in (attention.added, mlp.added))
+        added = (path if path in norms else None for path in (getattr(attention, "added", None), mlp.added))
         paths = (None if path is None else outside(model, f"{block.path}.{path}") for path in added)
         behind.append(tuple(paths))  # type: ignore[arg-type]
-        turned = steps.HALVES if attention.pairs == "halves" else steps.NEIGHBOURS
-        turns.append(turned if attention.rotary else steps.UNTURNED)
+        turned = steps.HALVES if getattr(attention, "pairs", "halves") == "halves" else steps.NEIGHBOURS
+        turns.append(turned if getattr(attention, "rotary", True) else steps.UNTURNED)  # latent attention says its own
     first: Any = rows[0]
     family = FAMILIES[model_type(model)]
     beside = steps.ONE_NORM if any(norm.role == "both" for norm in first.norms) else steps.ONE_BY_ONE
@@ -159,7 +159,7 @@ def form_of(model: nn.Module, blocks: Sequence[Block]) -> Form:
         first.norms[0].offset,
         beside,
         tuple(turns),
-        first.attention.limit or 0.0,
+        getattr(first.attention, "limit", None) or 0.0,
         kinds,
         tuple(kinds.index(config.layer_types[block.index]) if kinds else 0 for block in blocks),
     )
@@ -172,8 +172,18 @@ def _roles(role: str) -> tuple[str, ...]:
 
 
 def norms_of(form: Form) -> list[str]:
-    """The paths of all norms but those of heads."""
+    """The paths of all norms but those of heads and those in attention."""
     return [path for pair in (*form.before, *form.behind) for path in pair if path is not None] + [form.last]
+
+
+def inner_norms_of(model: nn.Module, form: Form, blocks: Sequence[Block]) -> list[str]:
+    """The paths of the norms of latent attention."""
+    return [
+        outside(model, f"{block.path}.{norm.path}")
+        for row, block in zip(form.rows, blocks)
+        for norm in row.norms
+        if norm.role == "other" and not isinstance(row.attention, AttentionRow) and not norm.feeds_residual
+    ]
 
 
 def is_centered(norm: nn.Module) -> bool:
@@ -192,8 +202,7 @@ def head_norms_of(form: Form, blocks: Sequence[Block]) -> list[tuple[str, str]]:
     """Return, of each block, the paths of the norms of query and key; empty if there are none."""
     found = []
     for row, block in zip(form.rows, blocks):
-        assert isinstance(row.attention, AttentionRow)
-        if row.attention.query_norm is not None:
+        if isinstance(row.attention, AttentionRow) and row.attention.query_norm is not None:
             query, key = (f"{block.path}.{path}" for path in (row.attention.query_norm, row.attention.key_norm))
             found.append((outside(block.root, query), outside(block.root, key)))
     return found
@@ -212,7 +221,7 @@ def _check_ends(model: Any, form: Form) -> None:
     """Refuse what some models of a family have before, between or behind their blocks."""
     config = model.config
     feeding = {norm.path for row in form.rows for norm in row.norms if norm.feeds_residual}
-    added = {path for row in form.rows for path in (row.attention.added, row.mlp.added)}  # type: ignore[union-attr]
+    added = {path for row in form.rows for path in (getattr(row.attention, "added", None), row.mlp.added)}  # type: ignore[union-attr]
     if feeding - added:
         raise UnsupportedModelError("its norms stand behind the residual sum, which the decoder does not compute")
     for path in ("decoder.project_in", "decoder.project_out"):
@@ -237,16 +246,14 @@ def _check(model: nn.Module, form: Form, blocks: Sequence[Block]) -> None:
     _check_ends(model, form)
     if not _there(model, form.last.removeprefix(f"{model.base_model_prefix}.")):
         raise UnsupportedModelError("there is no norm behind its last block")
-    heads = [path for pair in head_norms_of(form, blocks) for path in pair]
+    heads = [path for pair in head_norms_of(form, blocks) for path in pair] + inner_norms_of(model, form, blocks)
     for path in (*norms_of(form), *heads):
         norm = get_module(model, path)
         kind = type(norm).__name__
         if not kind.endswith("RMSNorm") and kind not in CENTERED:
             raise UnsupportedModelError(f"{path} is a {kind}, whose forward pass no decoder calls")
         if path in heads and is_centered(norm):
-            raise UnsupportedModelError(
-                f"{path} is a {kind}; the decoder norms query and key by their root mean square"
-            )
+            raise UnsupportedModelError(f"{path} is a {kind}; the decoder norms in attention by the root mean square")
     modules = [get_module(model, path) for path in (*norms_of(form), *heads)]
     if len({is_centered(get_module(model, path)) for path in norms_of(form)}) > 1:
         raise UnsupportedModelError("some of its norms subtract the mean and some do not")

@@ -28,6 +28,7 @@ from actkit.kernels.packing import COLUMNS as BLOCK
 from actkit.kernels.packing import PackedWeight, in_order
 from actkit.kernels.quantized import QuantizedWeight, outputs_of
 from actkit.kernels.quantized_rows import QuantizedRows
+from actkit.runtime.latent import read_latents
 from actkit.runtime.tables import Matrices
 
 WIDENED = 512  # of an integer weight that are widened at a time: a few megabytes
@@ -136,12 +137,15 @@ class _Prompt:
             plain = begin == 0 and not window and not plan.cap
             cos, sin = rotary[int(places[0, steps.ROTARY])]
             normed = [self._norm(x, plan.norms[layer, 0], plan.biases[layer, 0])] * len(places)
-            found = self._products(layer, steps.QKV, normed)
-            squares = self._squares(found, places)
-            mixed = [
-                self._attend(out, layer, place, begin, None if plain else mask, cos, sin, squares)
-                for out, place in zip(found, places)
-            ]
+            if plan.latent.any():
+                mixed = read_latents(self, layer, normed, begin, cos, sin)
+            else:
+                found = self._products(layer, steps.QKV, normed)
+                squares = self._squares(found, places)
+                mixed = [
+                    self._attend(out, layer, place, begin, None if plain else mask, cos, sin, squares)
+                    for out, place in zip(found, places)
+                ]
             if plan.beside == steps.TWO_NORMS:
                 normed = [self._norm(x, plan.norms[layer, 1], plan.biases[layer, 1])] * len(places)
             self._add(x, layer, steps.OUTPUT, mixed)

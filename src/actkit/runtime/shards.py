@@ -45,6 +45,15 @@ class Kind:
         alike = replace(self, group=0) == replace(other, group=0)
         return alike and (self.axis != "input" or self.group == other.group)
 
+    def transposed(self) -> Kind:
+        """That of the transposed matrix, with groups that a kernel reads; floats if there are none."""
+        if self.dtype is not None:
+            return self
+        if self.axis == "output":
+            return replace(self, axis="input")
+        piece = next((piece for piece in reversed(PIECES) if self.group % piece == 0), 0)
+        return replace(self, axis="output", group=piece) if piece else Kind(torch.float32)
+
     def joined(self, other: Kind) -> Kind:
         """That of the matrix: groups of outputs are pieces, which divide each other."""
         return replace(self, group=min(self.group, other.group))
@@ -76,6 +85,20 @@ class Part:
         zero = None if self.zero is None else self.zero.repeat_interleave(times, dim)
         scale = self.scale.repeat_interleave(times, dim)
         return replace(self, scale=scale, zero=zero, kind=replace(self.kind, group=group))
+
+    def transposed(self) -> Part:
+        """The transposed matrix, as `Kind.transposed` says."""
+        kind = self.kind.transposed()
+        if self.dense is not None:
+            return replace(self, dense=self.dense.t().contiguous())
+        assert self.codes is not None and self.scale is not None
+        if kind.dtype is None:
+            part = self.regrouped(kind.group) if kind.axis == "output" else self
+            zero = None if part.zero is None else part.zero.t().contiguous()
+            return Part(kind, None, self.codes.t().contiguous(), part.scale.t().contiguous(), zero)  # type: ignore[union-attr]
+        zero = 2 ** (self.kind.bits - 1) if self.zero is None else self.zero.repeat_interleave(self.kind.group, 1)
+        floats = (self.codes.float() - zero) * self.scale.repeat_interleave(self.kind.group, 1)
+        return Part(kind, floats.t().contiguous())
 
 
 def kind_of(module: nn.Module, outputs: range | None = None, inputs: range | None = None) -> Kind:

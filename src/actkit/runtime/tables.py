@@ -22,6 +22,7 @@ from actkit.core.model.parts import Block
 from actkit.kernels import decode_products as forms
 from actkit.kernels import decode_step as steps
 from actkit.kernels import integer_dots
+from actkit.kernels.decode_latent import LatentPlan, latent_memory
 from actkit.kernels.output_rows import BundledUnits, PackedRows, blocks_of, bundle_units, pack_rows
 from actkit.kernels.packing import PackedWeight, aligned
 from actkit.kernels.quantized import BLOCK, Layout, QuantizedWeight
@@ -29,6 +30,7 @@ from actkit.kernels.quantized_rows import QuantizedRows, pack_quantized_rows
 from actkit.kernels.team import line_padded
 from actkit.runtime.blocks import Product, Share, gate_of, same_selection
 from actkit.runtime.families import Form, epsilon_of, head_norms_of, is_centered
+from actkit.runtime.latent import Latent, plan_of
 from actkit.runtime.shards import packed, part_of
 
 Packed = PackedWeight | PackedRows | QuantizedRows | BundledUnits | QuantizedWeight
@@ -281,7 +283,7 @@ def write_selections(matrices: Matrices, table: np.ndarray, places: np.ndarray) 
         if isinstance(select, Threshold):
             thresholds[number] = float(select.threshold)
     for layer in range(places.shape[1]):
-        for stage in range(steps.UNITS_BUNDLED + 1):
+        for stage in range(steps.STAGES):
             ranges = [range(first, first + number) for first, number in places[:, layer, 2 * stage : 2 * stage + 2]]
             for own in ranges:
                 for before, p in pairwise(own):
@@ -426,12 +428,23 @@ def choosing_features(blocks: Sequence[Block]) -> int:
 
 
 def model_tables(
-    model: nn.Module, blocks: Sequence[Block], form: Form, rotary: np.ndarray, capacity: int, threads: int
+    model: nn.Module,
+    blocks: Sequence[Block],
+    form: Form,
+    rotary: np.ndarray,
+    capacity: int,
+    threads: int,
+    latents: list[Latent] | None = None,
 ) -> dict[str, Any]:
     """What a plan holds beside the products: norms, rotary embedding, sizes, multipliers."""
     config: Any = model.config
     attention, table = blocks[0].attention, model.get_input_embeddings()  # type: ignore[operator]
-    assert attention is not None
+    if latents is not None:
+        size, shared_by, module = latents[0].value, 1, latents[0].module
+    else:
+        assert attention is not None
+        size, shared_by = attention.head_dim, attention.heads // attention.key_value_heads
+        module = attention.module
     hidden, last = config.hidden_size, get_module(model, form.last)
     heads = head_norms_of(form, blocks)
 
@@ -459,21 +472,22 @@ def model_tables(
         "before": form.before[0][0] is not None,
         "centered": is_centered(last),
         "beside": form.beside,
-        "head_norms": _head_norms(model, heads, form.offset, attention.head_dim),
+        "head_norms": _head_norms(model, heads, form.offset, size),
         "epsilon": np.float32(epsilon_of(last)),
         "rotary": rotary.copy(),
         "positions": positions(model, capacity),
         "hidden": hidden,
-        "size": attention.head_dim,
-        "shared_by": attention.heads // attention.key_value_heads,
-        "scaling": np.float32(getattr(attention.module, "scaling", attention.head_dim**-0.5)),
+        "size": size,
+        "shared_by": shared_by,
+        "scaling": np.float32(getattr(module, "scaling", size**-0.5)),
         "limit": np.float32(form.limit),
         "cap": np.float32(form.bound(config, "cap")),
-        "cut_from": 0 if attention.key_value_heads % threads == 0 else max(CUT_FROM, threads),
+        "cut_from": 0 if attention is None or attention.key_value_heads % threads == 0 else max(CUT_FROM, threads),
         "embedding": np.float32(form.factor(config, "embedding") * multiplier_of(table)),
         "added": np.float32(form.factor(config, "residual")),
         "scaled": np.float32(form.factor(config, "logits") / form.factor(config, "over")),
         "capped": np.float32(form.bound(config, "capped")),
+        **plan_of(model, latents, len(blocks)).fields(),
     }
 
 
@@ -515,8 +529,9 @@ def memory(
     widths = np.append(widths, blocks_of(plan.hidden))  # what bundled units add to
     width, hidden = line_padded(int(widths.max())), line_padded(plan.hidden)
     inputs = line_padded(int(max(products[:, forms.INPUTS].max(), plan.hidden)))
-    kept, dtype = (layers, key_value_heads, capacity, plan.size), CACHES[cache]
-    scales = (layers, key_value_heads, capacity if cache == "int8" else 0)
+    held = 0 if plan.latent.any() else capacity  # latents are kept elsewhere
+    kept, dtype = (layers, key_value_heads, held, plan.size), CACHES[cache]
+    scales = (layers, key_value_heads, held if cache == "int8" else 0)
     readers = heads // key_value_heads
     memories = [forms.memory(int(products[:, forms.TILE].max())) for _ in range(threads)]
     work = steps.Work(
@@ -549,5 +564,6 @@ def memory(
         cores=aligned((threads, 8), np.int64),
         allowed=np.array(sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [], np.int64),
         memory=np.stack([own.addresses for own in memories]),
+        **latent_memory(LatentPlan.of(plan), layers, threads, heads, capacity, width, aligned).fields(),
     )
     return work, memories
