@@ -362,10 +362,13 @@ PARTS |= {
     "LatentProduct",
 }
 # what stands in a block while it learns, see test_reconstruction.py and the tests of omniquant, zeroquant and aphq_vit
-PARTS |= {"Learned", "BlockWeights", "Equivalent", "LearnedSet", "LearnedClipping", "LearnedThrough"}
+PARTS |= {"Learned", "BlockWeights", "Equivalent", "LearnedSet", "LearnedPair", "LearnedClipping", "LearnedThrough"}
 PARTS |= {"LearnedRounding", "DroppedInputs", "WatchedInputs", "FittedMlp"}
 PARTS |= {"AbsentExperts", "StoredExperts"}  # see test_expert_store.py and test_offloaded_moe.py
+PARTS |= {"Passing", "PackedModel"}  # see test_recording.py and test_packed.py
 MODELS = {"DigitsCNN", "TinyMlp"}  # see test_check_model.py
+MODELS |= {"PLMForCausalLM", "PLMModel", "PLMPreTrainedModel", "PLMLayer", "LatentAttention", "SquaredReLUMLP"}
+MODELS |= {"GatedMLP"}  # and tests/sparsity/test_plm.py, tests/claims/test_plm.py
 
 
 def test_every_layer_is_in_a_table() -> None:
