@@ -149,7 +149,12 @@ proof(lambda p: verbs.export(build("llama"), p.path / "packed", "packed", measur
 proof(lambda p: verbs.generate(packed_folder(p).folder, "a", dtype="float32"))
 
 
-for given in (("int4", False, False), ("bfloat16", True, False), ("int8", False, True)):
+for given in (
+    ("int4", False, False, False),
+    ("bfloat16", True, False, False),
+    ("int8", False, True, False),
+    ("int8", False, False, True),
+):
     proof(lambda p, given=given: cpu._choose_cache(*given))  # type: ignore[misc]
 
 
