@@ -1,10 +1,12 @@
 """The table and the picture of benchmarks/quantization.py, from its recorded result.
 
-python benchmarks/quantization_page.py     # writes docs/quantization/which-one.svg, and the table of which-one.md
+python benchmarks/quantization_page.py [RESULT.json]   # writes docs/quantization/which-one.svg, and the table beside it
 """
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,12 +104,12 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> str:
     return picture(LEFT + WIDTH + 290, TOP + HEIGHT + 55, parts)
 
 
-def main() -> None:
-    recorded = common.committed("quantization")
-    if recorded is None:
-        raise SystemExit("No full run is recorded; run python benchmarks/quantization.py first.")
-    write(recorded)
+def main(path: Path = common.RESULTS / "quantization.json") -> None:
+    """Write what a record says; the full run's, if no other is given."""
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist; run python benchmarks/quantization.py first.")
+    write(json.loads(path.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(Path, sys.argv[1:2]))
