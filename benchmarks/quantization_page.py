@@ -17,7 +17,7 @@ from svg import COLOURS, circle, line, picture, text
 PAGE = Path(__file__).parents[1] / "docs" / "quantization" / "which-one.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 WIDTH, HEIGHT, LEFT, TOP = 520, 320, 60, 30  # of the panel and around it, in pixels
-MOST_BITS, HIGHEST = 5.0, 2.0  # of the picture: bits per weight, and times the perplexity of bf16
+MOST_BITS, HIGHEST = 9.0, 2.5  # of the picture: bits per weight, and times the perplexity of bf16
 DASHES = ("", "7 3", "2 3")
 COLUMNS = {
     "bits": ("bits per weight", "{:.2f}"),
@@ -51,16 +51,16 @@ def page(result: Mapping[str, Any], before: str) -> str:
     for each in result["targets"]:
         bound = f"{each['sense']} {each['target']:g}"
         targets.append([each["name"], bound, f"{each['value']:.2f}", "met" if each["met"] else "**missed**"])
-    where = result["machine"]
+    where, ran = result["machine"], any(row["row"].startswith("AutoRound") for row in result["rows"])
+    iterations = f"; AutoRound with {result['iterations']} iterations" if ran else ""
     parts = [
         BEGIN,
         _table(lines),
         "![Loss of perplexity over bits per weight](which-one.svg)\n",
         _table(targets),
-        f"Calibration on {result['calibration']} x 256 tokens, held-out text of {result['held_out']} x 256; AutoRound "
-        f"with {result['iterations']} iterations. {result['date'][:10]}, {where['processor']}, threads: "
-        f"{result['threads']}, load {result['load']:.1f}, torch {result['versions']['torch']}, "
-        f"commit {result['commit']}.",
+        f"Calibration on {result['calibration']} x 256 tokens, held-out text of {result['held_out']} x 256"
+        f"{iterations}. {result['date'][:10]}, {where['processor']}, threads: {result['threads']}, "
+        f"load {result['load']:.1f}, torch {result['versions']['torch']}, commit {result['commit']}.",
     ]
     return head + "\n".join(parts) + f"\n{END}" + rest.split(END)[1]
 
