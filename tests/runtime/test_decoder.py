@@ -205,9 +205,9 @@ def test_changed_families(name, bits):
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
-        ("phi", {"qk_layernorm": True}, "query and key by their root mean square"),
+        ("phi", {"qk_layernorm": True}, "in attention by the root mean square"),
         ("stablelm", {"qk_layernorm": True}, "StableLmLayerNormPerHead, whose forward pass"),
-        ("cohere", {"use_qk_norm": True}, "query and key by their root mean square"),
+        ("cohere", {"use_qk_norm": True}, "in attention by the root mean square"),
         ("llama, biases", {"sliding_window": 5}, "has a sliding_window, which its class does not apply"),
         ("starcoder2", WINDOWS, "layer_types, which its class does not tell apart"),
         ("opt", {"do_layer_norm_before": False}, "stand behind the residual sum"),
