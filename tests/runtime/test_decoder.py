@@ -30,6 +30,7 @@ from actkit.core.recipe.runner import apply
 from actkit.kernels import integer_dots
 from actkit.quantization.rtn import RoundToNearest
 from actkit.quantization.zeroquant_v2.lorc import Lorc
+from actkit.runtime import prompt
 from actkit.runtime.decoder import Decoder
 from actkit.runtime.prompt import few_tokens
 from actkit.sparsity.spark.sparkify import Sparkify, spark_lm
@@ -238,8 +239,8 @@ GRIDS = [  # one per linear layer of two blocks
 ]
 
 
-@pytest.mark.parametrize(("activations", "most", "prompt"), [("float32", 1e-5, 1e-5), (None, 1e-4, 0.2)])
-def test_integer_weights(activations, most, prompt):
+@pytest.mark.parametrize(("activations", "most", "in_prompts"), [("float32", 1e-5, 1e-5), (None, 1e-4, 0.2)])
+def test_integer_weights(activations, most, in_prompts):
     """All formats in one model, with thresholds, some of which inputs rounded to 8 bits in a prompt fall short of."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE | WIDE)).eval()
@@ -253,9 +254,34 @@ def test_integer_weights(activations, most, prompt):
     assert (stepped(decoder) - expected).norm() < most * expected.norm()
     assert decoder.density == pytest.approx(0.6, abs=0.1)
     decoder.reset()
-    assert (decoder(IDS[0].tolist()) - expected[-1]).norm() < prompt * expected[-1].norm()
+    assert (decoder(IDS[0].tolist()) - expected[-1]).norm() < in_prompts * expected[-1].norm()
     decoder.reset()
-    assert (decoder.all_logits(IDS[0].tolist()) - expected).norm() < prompt * expected.norm()
+    assert (decoder.all_logits(IDS[0].tolist()) - expected).norm() < in_prompts * expected.norm()
+
+
+def test_prompts_in_integers_lose_nothing_but_their_rounding(monkeypatch):
+    """With the inputs left as they are, which the kernel's own tests round, the logits are those of transformers."""
+    monkeypatch.setattr(prompt, "RoundedRows", lambda x, span: x)
+    monkeypatch.setattr(prompt, "multiply_rounded", exact_product)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE | WIDE, attention_bias=True)).eval()
+    apply(model, [Teal(sparsity=0.4)], [{"input_ids": IDS}], progress=False)
+    layers = [layer for layer in model.modules() if isinstance(layer, ActLinear)]
+    for number, layer in enumerate(layers):
+        layer.storage = IntegerWeight.quantize(layer.dequantized(), GRIDS[number % len(GRIDS)])
+    decoder, expected = Decoder(model, threads=2), reference(model)
+    taken.clear()
+    assert (decoder.all_logits(IDS[0].tolist()) - expected).norm() < 1e-4 * expected.norm()
+    assert len(taken) > 1 or not integer_dots.available()
+
+
+taken = []
+
+
+def exact_product(x, weight, bias, dtype):
+    taken.append(weight)
+    y = x.float() @ weight.dense().t()
+    return (y if bias is None else y + bias[: y.shape[1]]).to(dtype)
 
 
 def test_bfloat16_weights_lose_less_than_in_transformers():
