@@ -24,7 +24,7 @@ Not built: windows of attention and padded batches, which are refused.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import psutil
@@ -32,10 +32,9 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.forward.hooks import refuse_compiled_or_sharded
-from actkit.core.ground.errors import DataError, MemoryLimitError, NonFiniteError, UnsupportedModelError
+from actkit.core.ground.errors import DataError, MemoryLimitError, UnsupportedModelError
 from actkit.core.ground.memory import format_bytes
-from actkit.core.measure.generation import generate_ids
-from actkit.core.measure.sampling import LIKELIEST, Sampling
+from actkit.core.measure.stepping import StepByStep
 from actkit.core.model.anatomy import Block, Site, anatomy, forms_weights
 from actkit.core.model.architectures import find_architecture
 from actkit.core.model.parts import attention_implementation
@@ -49,7 +48,7 @@ from actkit.quantization.agile_quant.reading import SCORES, Positions, Reading, 
 READ = ("query", "key")
 
 
-class TokenPruner:
+class TokenPruner(StepByStep):
     """Runs a language model of Llama's kin whose prompts are pruned. `close()`, or the end of a `with`, lets go of it.
 
     Args:
@@ -213,18 +212,7 @@ class TokenPruner:
             DataError: there are none, too many, or one is not in the vocabulary.
             NonFiniteError: logits are NaN or Inf.
         """
-        self._check_open()
-        tokens = [int(token) for token in new]
-        entries = self.model.get_input_embeddings().num_embeddings
-        if not tokens or self.position + len(tokens) > self.capacity:
-            raise DataError(
-                f"new: {len(tokens)} tokens were given, and {self.position} are there; give one or more, at most "
-                f"{self.capacity} in all (capacity), or reset() it."
-            )
-        if not 0 <= min(tokens) <= max(tokens) < entries:
-            raise DataError(
-                f"new: token {max(tokens)} of {min(tokens)} to {max(tokens)}; the model embeds 0 to {entries - 1}."
-            )
+        tokens = self._checked_tokens(new)
         from transformers import DynamicCache
 
         first = self._cache is None
@@ -236,29 +224,8 @@ class TokenPruner:
         self._cache, self._kept = cache, reading.kept
         self._low = reading.low if first else self._low
         self.position += len(tokens)
-        found = logits[0, -1].float()
-        if not bool(torch.isfinite(found).all()):
-            raise NonFiniteError(f"logits: NaN or Inf after token {self.position}; check the weights of the model.")
+        found = self._last_logits(logits)
         return found
-
-    def generate(
-        self,
-        input_ids: Tensor | Sequence[int],
-        *,
-        max_new_tokens: int = 64,
-        sampling: Sampling = LIKELIEST,
-        end: Collection[int] | None = None,
-    ) -> Iterator[int]:
-        """Yield the tokens that follow a prompt, one by one; arguments as in `core.measure.generation.generate_ids`."""
-        self._check_open()
-        return generate_ids(
-            self.model,
-            input_ids,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            end=end,
-            decoder=self,  # type: ignore[arg-type]
-        )
 
     def read(self, input_ids: Tensor) -> Pruned:
         """Read whole texts, each pruned for itself, and predict at every position, without a cache.

@@ -21,7 +21,7 @@ place of an expert.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -34,13 +34,12 @@ from torch import Tensor, nn
 
 from actkit.core.edit.edits import set_module
 from actkit.core.forward.hooks import evaluating, refuse_compiled_or_sharded
-from actkit.core.ground.errors import DataError, MemoryLimitError, NonFiniteError, UnsupportedModelError
+from actkit.core.ground.errors import MemoryLimitError, UnsupportedModelError
 from actkit.core.ground.memory import format_bytes, parse_bytes
 from actkit.core.ground.offload import refuse_offloaded
 from actkit.core.layers.kernel_weight import KernelWeight
 from actkit.core.layers.linear import ActLinear
-from actkit.core.measure.generation import generate_ids
-from actkit.core.measure.sampling import LIKELIEST, Sampling
+from actkit.core.measure.stepping import StepByStep
 from actkit.core.model.expert_places import ExpertPlace, expert_places, expert_shape
 from actkit.core.model.experts import Expert, ExpertList, mix
 from actkit.core.store.expert_source import AbsentExperts, ExpertSource
@@ -85,7 +84,7 @@ class StoredExperts(nn.Module):
                 self._fetcher.release(key)
 
 
-class OffloadedMoE:
+class OffloadedMoE(StepByStep):
     """Runs a mixture of experts whose experts are in a store. `close()`, or the end of a `with`, ends its threads.
 
     It is used by one thread at a time.
@@ -242,49 +241,17 @@ class OffloadedMoE:
             NonFiniteError: logits are NaN or Inf.
             CheckpointError: the store was damaged, changed or closed.
         """
-        self._check_open()
-        tokens = [int(token) for token in new]
-        entries = self.model.get_input_embeddings().num_embeddings
-        if not tokens or self.position + len(tokens) > self.capacity:
-            raise DataError(
-                f"new: {len(tokens)} tokens were given, and {self.position} are there; give one or more, at most "
-                f"{self.capacity} in all (capacity), or reset() it."
-            )
-        if not 0 <= min(tokens) <= max(tokens) < entries:
-            raise DataError(
-                f"new: token {max(tokens)} of {min(tokens)} to {max(tokens)}; the model embeds 0 to {entries - 1}."
-            )
+        tokens = self._checked_tokens(new)
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.model.config) if self._cache is None else self._cache
         ids = torch.tensor([tokens], device=self.model.get_input_embeddings().weight.device)
         with self.running() as model, evaluating(model):
             logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        found = logits[0, -1].float()
-        if not bool(torch.isfinite(found).all()):
-            raise NonFiniteError(f"logits: NaN or Inf after token {self.position}; check the weights of the model.")
+        found = self._last_logits(logits)
         self._cache = cache
         self.position += len(tokens)
         return found
-
-    def generate(
-        self,
-        input_ids: Tensor | Sequence[int],
-        *,
-        max_new_tokens: int = 64,
-        sampling: Sampling = LIKELIEST,
-        end: Collection[int] | None = None,
-    ) -> Iterator[int]:
-        """Yield the tokens that follow a prompt, one by one; arguments as in `core.measure.generation.generate_ids`."""
-        self._check_open()
-        return generate_ids(
-            self.model,
-            input_ids,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            end=end,
-            decoder=self,  # type: ignore[arg-type]
-        )
 
     def reset(self) -> None:
         """Forget all tokens; experts stay."""
