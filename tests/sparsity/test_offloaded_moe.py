@@ -126,7 +126,8 @@ def test_no_setting_changes_what_is_computed(policy: Any, cases: Any) -> None:
             found = offloaded.statistics
             assert found.most_bytes <= budget and offloaded.held <= budget
             if budget == case.store.nbytes:
-                assert found.evictions == 0 and found.reads <= len(case.store.records)
+                # A preload that the predictor gave up is read again if the expert is needed after all.
+                assert found.evictions == 0 and found.reads <= len(case.store.records) + found.broken_off
 
 
 def test_preloads_are_hits_if_the_predictor_is_right(cases: Any) -> None:
