@@ -13,7 +13,7 @@ from actkit.core.layers.activations import Activation
 from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.layers.rounded_inputs import RoundedInputs
-from actkit.core.layers.selections import Threshold
+from actkit.core.layers.selections import Threshold, check_prefill
 from actkit.core.layers.weights import DenseWeight
 from actkit.core.model.anatomy import anatomy
 from error_proofs import Place, proof
@@ -38,6 +38,9 @@ proof(lambda p: ActLinear.of(torch.nn.utils.parametrizations.weight_norm(torch.n
 
 
 proof(lambda p: torch.relu(ActLinear.of(torch.nn.Linear(2, 2), select=Threshold(0.5)).weight))
+
+
+proof(lambda p: check_prefill("dense", "sparsity", 0.0))
 
 
 proof(lambda p: ActivationFunction(name="mine", function=torch.tanh))

@@ -12,6 +12,8 @@ from torch import nn
 
 from actkit import verbs, zoo
 from actkit.core.ground import registry
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.selections import Threshold
 from actkit.core.measure import decoding, evaluation, fresh, generation, harness
 from actkit.core.measure.cost import _chosen, folder_bytes
 from actkit.core.measure.multiple_choice import Question, log_likelihoods
@@ -97,6 +99,17 @@ proof(lambda p: next(generation.generate(build("bert"), Words(), "word")))
 
 
 proof(lambda p: list(generation.generate_ids(_wide(), [1], max_new_tokens=3)))
+
+
+@proof
+def a_dense_prompt_that_is_read_again(p: Place) -> None:
+    model: Any = build("llama")
+    select = Threshold(0.5)
+    select.prefill = "dense"
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj = ActLinear.of(mlp.up_proj, select=select)
+    model.register_forward_hook(lambda module, args, output: output.pop("past_key_values") and output)
+    list(generation.generate_ids(model, IDS[0], max_new_tokens=3))
 
 
 proof(lambda p: task_of(_t5()))

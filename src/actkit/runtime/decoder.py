@@ -349,6 +349,8 @@ class Decoder:
     def __call__(self, new: Sequence[int]) -> Tensor:
         """Return the logits of the token after some more tokens: float32 [vocabulary].
 
+        Several tokens are a prompt: layers that select inputs in decoding only (`Selection.prefill`) read all of them.
+
         Args:
             new: token ids.
 
@@ -356,28 +358,32 @@ class Decoder:
             DataError: the cache is full, or a token is not in the vocabulary.
             NonFiniteError: logits are NaN or Inf.
         """
-        for part in self._parts(new):
-            if len(part) > self.few:
-                self._read(part)
+        parts, several = self._parts(new), len(new) > 1
+        dense = several and any(select is not None and select.prefill == "dense" for select in self._selections)
+        for part in parts:
+            if dense or len(part) > self.few:
+                self._read(part, dense=dense)
                 continue
             for token in part:
                 self._step(token)
         self._check_finite()
         return torch.from_numpy(self._work.logits[: self.vocabulary].copy())
 
-    def all_logits(self, new: Sequence[int]) -> Tensor:
+    def all_logits(self, new: Sequence[int], *, as_prompt: bool = False) -> Tensor:
         """Return the logits after each of some more tokens: float32 [tokens, vocabulary].
 
-        They are read as a prompt, however few they are.
+        They go through dense products, however few they are.
 
         Args:
             new: token ids.
+            as_prompt: layers that select inputs in decoding only read all of them, as they do in a prompt; by default
+                the inputs of every token are selected, as wherever quality is measured.
 
         Raises:
             DataError: as in a call.
             NonFiniteError: logits are NaN or Inf.
         """
-        found = [self._read(part, every=True) for part in self._parts(new)]
+        found = [self._read(part, every=True, dense=as_prompt) for part in self._parts(new)]
         self._check_finite()
         return torch.cat([part[:, : self.vocabulary] for part in found if part is not None])
 
@@ -501,7 +507,7 @@ class Decoder:
             self._plan.rotary[:, :, : table.shape[2]] = table
             self._turned = table
 
-    def _read(self, tokens: list[int], every: bool = False) -> Tensor | None:
+    def _read(self, tokens: list[int], every: bool = False, dense: bool = False) -> Tensor | None:
         embedded, in_integers = self._rows(tokens), self.activations != "float32"
         with torch.no_grad():
             found = read_prompt(
@@ -512,6 +518,7 @@ class Decoder:
                 self._matrices,
                 self._selections,
                 in_integers=in_integers,
+                dense=dense,
                 every=every,
             )
         self.position += len(tokens)

@@ -485,8 +485,7 @@ class _Reader:
         return made
 
     def selection(self, described: Mapping[str, Any]) -> Selection:
-        spec = described["spec"]
-        return self.module(registry.selection_class(spec["kind"]).from_spec(spec, described["in"]), described)
+        return self.module(Selection.read(described["spec"], described["in"]), described)
 
     def product(self, described: Mapping[str, Any], selections: list[Selection]) -> StoredProduct:
         kind, bias, select = described["kind"], described["bias"], described["select"]

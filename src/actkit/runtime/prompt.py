@@ -1,10 +1,10 @@
 """A prompt through a decoder's layers: dense matrix products of many tokens, from the packed weights.
 
-Each token's inputs are selected as in the step. Products and attention take the dtype of the model: in bfloat16 their
-inputs and outputs are rounded to it, as the processor's matrix units need it and as transformers does. Integer weights
-with groups of inputs are multiplied in integers, with inputs of 8 bits per token and span (`numba_rounded_rows`),
-unless the decoder's activations are float32; then, and otherwise, they are widened to the dtype, some columns at a
-time, so that they stay in the cache. Residual stream and norms are float32.
+Each token's inputs are selected as in the step, unless the selection is meant for decoding only. Products and attention
+take the dtype of the model: in bfloat16 their inputs and outputs are rounded to it, as the processor's matrix units
+need it and as transformers does. Integer weights with groups of inputs are multiplied in integers, with inputs of 8
+bits per token and span (`numba_rounded_rows`), unless the decoder's activations are float32; then, and otherwise, they
+are widened to the dtype, some columns at a time, so that they stay in the cache. Residual stream and norms are float32.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ def read_prompt(
     matrices: Matrices,
     selections: list[Any],
     in_integers: bool,
+    dense: bool = False,
     every: bool = False,
 ) -> Tensor | None:
     """Run some tokens through all layers, into the cache; leave the last one's logits in work.logits.
@@ -91,11 +92,14 @@ def read_prompt(
         matrices: the packed weights.
         selections: how each product selects its inputs.
         in_integers: whether integer weights meet inputs that are rounded to 8 bits.
+        dense: read all inputs of what selects them in decoding only.
         every: return the logits of all tokens.
 
     Returns:
         Float32 [tokens, vocabulary], if asked for.
     """
+    if dense:
+        selections = [None if select is None or select.prefill == "dense" else select for select in selections]
     prompt = _Prompt(plan, work, matrices, selections, x.dtype, in_integers)
     x = x.float() * float(plan.embedding)
     if len(plan.positions):
@@ -346,7 +350,7 @@ class _Prompt:
                     own = select(own if shared else torch.cat(inputs, 1))[:, begin : begin + int(row[forms.INPUTS])]
                 gap = int(row[forms.OUT_AT]) - at if stage != steps.UP else 0
                 found = self._product(p, own)
-                if row[forms.LOW_RANK]:
+                if row[forms.LOW_RANK] and (row[forms.OF_ALL] or own is not given):
                     rest = given if row[forms.OF_ALL] else given - own
                     right, left = int(row[forms.LOW_RANK]), int(row[forms.LOW_RANK]) + 1
                     found = found + self._product(left, self._product(right, rest))

@@ -11,7 +11,8 @@ Settled here: layers that share an input share a mask and move together in the g
 |x| itself (the release takes it of a signed histogram and assumes symmetry); projection sizes come from the shapes (the
 release's table is wrong for one model); the greedy step is counted at the largest layers (the release counts it at the
 query, so its 0.05 is 0.05 / 7 here at Llama's shape, and takes seven times as long); the greedy error leaves padding
-out; every token is sparse, in prefill too (the release leaves the first half of the prompt dense).
+out; every token is sparse, in prefill too (the release leaves the first half of the prompt dense), unless
+`prefill="dense"` leaves the whole prompt dense, which quality figures never do.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from actkit.core.edit.edits import Edit, Note, Replace, Skip
 from actkit.core.layers.linear import ActLinear
-from actkit.core.layers.selections import Selection, Threshold, TopK
+from actkit.core.layers.selections import Prefill, Selection, Threshold, TopK, check_prefill
 from actkit.core.model.anatomy import Block, Linear, Site
 from actkit.core.model.parts import LinearRole
 from actkit.core.recipe.proposals import Idea, LeftOut, Looked, Shapes, small_inputs
@@ -66,6 +67,8 @@ class Teal(Transform):
         step: of the greedy search, for the largest mask's layers; smaller ones move further, in inverse proportion to
             their size. Halving it doubles the cost.
         skip: roles left dense, for example ("output",).
+        prefill: 'dense' if it is meant for decoding only: whatever decodes reads all inputs of a prompt. Quality is
+            measured with every token sparse either way.
 
     Raises:
         ValueError: a value is out of bounds.
@@ -76,6 +79,7 @@ class Teal(Transform):
     allocation: Literal["uniform", "greedy"] = "uniform"
     step: float = Field(0.05, gt=0, le=0.5)
     skip: tuple[LinearRole, ...] = ()
+    prefill: Prefill = "sparse"
 
     tags: ClassVar[Tags] = Tags(slot="select", needs_data=True, stream="original", sums_calls=True)
 
@@ -108,6 +112,11 @@ class Teal(Transform):
     def _greedy_can_reach_it(self) -> Self:
         if self.allocation == "greedy" and self.sparsity > LARGEST:
             raise ValueError(f"sparsity: {self.sparsity} was given; greedy allocation goes up to {LARGEST}")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_sparse(self) -> Self:
+        check_prefill(self.prefill, "sparsity", self.sparsity)
         return self
 
     def targets(self, block: Block) -> Iterable[Linear]:
@@ -148,9 +157,11 @@ class Teal(Transform):
         ]
 
     def _selection(self, group: MaskGroup, share: float, seen: Seen) -> Selection:
-        if self.mode == "top_k":
-            return TopK(int(group.linears[0].in_features * (1 - share)), group.score)
-        return Threshold(seen[group.site].quantile(share), group.score)
+        select: Selection = TopK(int(group.linears[0].in_features * (1 - share)), group.score)
+        if self.mode == "threshold":
+            select = Threshold(seen[group.site].quantile(share), group.score)
+        select.prefill = self.prefill
+        return select
 
     def _allocate(self, groups: list[MaskGroup], block: Block, seen: Seen) -> list[float]:
         """Find greedy sparsities, one per group, whose weighted mean is `sparsity`."""

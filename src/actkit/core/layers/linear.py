@@ -398,7 +398,7 @@ class ActLinear(nn.Module):
         if spec["bias"] is not None:
             bias = nn.Parameter(torch.empty(shape[0], dtype=getattr(torch, spec["bias"])))
         chosen, stored = spec["select"], spec["weight"]
-        select = None if chosen is None else registry.selection_class(chosen["kind"]).from_spec(chosen, shape[1])
+        select = None if chosen is None else Selection.read(chosen, shape[1])
         weight = registry.weight_class(stored["kind"]).from_spec(stored, shape, dtype)
         correction = None
         if spec["correction"] is not None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from actkit import kernels
+from actkit.core.ground import registry
 from actkit.core.layers.keeps_dtype import KeepsDtype
+
+Prefill = Literal["sparse", "dense"]
 
 
 class Selection(KeepsDtype):
@@ -16,10 +19,15 @@ class Selection(KeepsDtype):
 
     Args:
         score: float32 [in], or None for 1.
+
+    Attributes:
+        prefill: 'dense' if it is meant for decoding only, so that what decodes reads all inputs of a prompt
+            (`core.layers.prefill`). A plain forward pass selects the inputs of every token either way.
     """
 
     kind: ClassVar[str]
     score: Tensor | None
+    prefill: Prefill = "sparse"
 
     def __init__(self, score: Tensor | None = None) -> None:
         super().__init__()
@@ -49,7 +57,15 @@ class Selection(KeepsDtype):
 
     def spec(self) -> dict[str, Any]:
         """Its JSON arguments, `kind` among them, as a checkpoint keeps them."""
-        return {"kind": self.kind, "score": self.score is not None}
+        prefill = {} if self.prefill == "sparse" else {"prefill": self.prefill}
+        return {"kind": self.kind, "score": self.score is not None, **prefill}
+
+    @staticmethod
+    def read(spec: dict[str, Any], in_features: int) -> Selection:
+        """Make the selection that `spec` described, of whichever kind; its values come from a file."""
+        made: Selection = registry.selection_class(spec["kind"]).from_spec(spec, in_features)
+        made.prefill = spec.get("prefill", "sparse")
+        return made
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], in_features: int) -> Self:
@@ -59,6 +75,21 @@ class Selection(KeepsDtype):
     @staticmethod
     def _score_of(spec: dict[str, Any], in_features: int) -> Tensor | None:
         return torch.ones(in_features) if spec["score"] else None
+
+
+def check_prefill(prefill: Prefill, name: str, value: float | None) -> None:
+    """Refuse a dense prefill where a transform's setting drops nothing at all.
+
+    Args:
+        prefill: the setting.
+        name: of the setting that says how much is dropped.
+        value: its value.
+
+    Raises:
+        ValueError: it is 0.
+    """
+    if prefill == "dense" and value == 0:
+        raise ValueError(f"prefill: 'dense' was given with {name}={value:g}, which drops nothing; leave prefill out")
 
 
 class Threshold(Selection):

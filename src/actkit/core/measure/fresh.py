@@ -565,13 +565,16 @@ class _Worker:
 
 def _steps_of_model(model: Any) -> Callable[[Tensor], Tensor]:
     """From a prompt, then from the tokens before, int64 [batch, length], to the likeliest next ones [batch, 1]."""
+    from actkit.core.layers.prefill import dense_prompt
+
     last = "logits_to_keep" in inspect.signature(model.forward).parameters
     keep = {"logits_to_keep": 1} if last else {}  # the logits inside a prompt are not needed
     past: Any = None
 
     def step(ids: Tensor) -> Tensor:
         nonlocal past
-        output = model(input_ids=ids, past_key_values=past, use_cache=True, **keep)
+        with dense_prompt(model, ids.shape[1]):
+            output = model(input_ids=ids, past_key_values=past, use_cache=True, **keep)
         past = getattr(output, "past_key_values", None)
         if past is None:
             raise ValueError(f"{type(model).__name__} returns no key-value cache; use time_forward instead.")

@@ -22,6 +22,7 @@ from actkit.core.forward.texts import check_text
 from actkit.core.ground.errors import DataError, NonFiniteError, UnsupportedModelError
 from actkit.core.ground.offload import device_of
 from actkit.core.layers.linear import pack_for_decode
+from actkit.core.layers.prefill import decoding_only, dense_prompt
 from actkit.core.measure.decoding import Decoder, choose_engine
 from actkit.core.measure.sampling import LIKELIEST, Sampling
 from actkit.core.store.pending import whole
@@ -294,11 +295,17 @@ class _Transformers:
         self.tokens += new
         ids = new if self.cache is not None else self.tokens  # a model that returns no cache reads all again
         # Around each pass, not around the loop: between two tokens the caller computes in the mode that it has set.
-        with evaluating(self.model) if self.training else torch.no_grad():
+        mode = evaluating(self.model) if self.training else torch.no_grad()
+        with mode, dense_prompt(self.model, len(new)):
             output = self.model(
                 input_ids=torch.tensor([ids], device=self.device), past_key_values=self.cache, **self.options
             )
         self.cache = getattr(output, "past_key_values", None)
+        if self.cache is None and decoding_only(self.model):
+            raise UnsupportedModelError(
+                f"model: {type(self.model).__name__} keeps no cache, so that its prompt is read again with every "
+                f"token, and prompts are to be read dense (prefill); apply the recipe without prefill."
+            )
         self.written += 1
         logits = output.logits[0, -1].float()
         if not bool(torch.isfinite(logits).all()):

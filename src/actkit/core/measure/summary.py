@@ -174,7 +174,8 @@ def _kind(module: nn.Module) -> str:
         return "dense"
     parts = [module.storage.describe()]
     if module.select is not None:
-        parts.append(f"inputs selected by {module.select.spec()['kind'].replace('_', ' ')}")
+        when = " in decoding only" if module.select.prefill == "dense" else ""
+        parts.append(f"inputs selected by {module.select.spec()['kind'].replace('_', ' ')}{when}")
     if module.inputs is not None:
         parts.append(module.inputs.describe())
     if module.correction is not None:

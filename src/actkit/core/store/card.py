@@ -25,6 +25,7 @@ from actkit.core.ground.estimate import Estimate
 from actkit.core.ground.machine import versions
 from actkit.core.ground.modules import is_pretrained
 from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.prefill import decoding_only
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -178,6 +179,10 @@ def card_of(
     if rounded:
         lines = (f"{count} linear layers: {what}" for what, count in rounded.items())
         given["notes"] = (*lines, *given.get("notes", ()))
+    only = len(decoding_only(model))
+    if only:
+        note = f"{only} linear layers select inputs in decoding only, and read all of them in a prompt (prefill: dense)"
+        given["notes"] = (f"{note}; figures of quality are of every token sparse", *given.get("notes", ()))
     grid = changes.source_grid(model)
     if grid is not None:
         given["notes"] = (f"quantized source, {grid.describe()}", *grid.notes, *given.get("notes", ()))

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from actkit.core.forward.hooks import refuse_compiled_or_sharded
 from actkit.core.ground.errors import DataError, MemoryLimitError, UnsupportedModelError
 from actkit.core.ground.memory import format_bytes
+from actkit.core.layers.prefill import dense_prompt
 from actkit.core.measure.stepping import StepByStep
 from actkit.core.model.anatomy import Block, Site, anatomy, forms_weights
 from actkit.core.model.architectures import find_architecture
@@ -219,7 +220,7 @@ class TokenPruner(StepByStep):
         cache = DynamicCache(config=self.model.config) if first else self._cache
         ids = torch.tensor([tokens], device=self.model.get_input_embeddings().weight.device)
         reading = Reading(self, ids, None if first else self._kept, prunes=first and len(tokens) > 1)
-        with reading.running():
+        with reading.running(), dense_prompt(self.model, len(tokens)):
             logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **self._last).logits
         self._cache, self._kept = cache, reading.kept
         self._low = reading.low if first else self._low

@@ -39,6 +39,7 @@ from actkit.core.ground.memory import format_bytes, parse_bytes
 from actkit.core.ground.offload import refuse_offloaded
 from actkit.core.layers.kernel_weight import KernelWeight
 from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.prefill import dense_prompt
 from actkit.core.measure.stepping import StepByStep
 from actkit.core.model.expert_places import ExpertPlace, expert_places, expert_shape
 from actkit.core.model.experts import Expert, ExpertList, mix
@@ -246,7 +247,7 @@ class OffloadedMoE(StepByStep):
 
         cache = DynamicCache(config=self.model.config) if self._cache is None else self._cache
         ids = torch.tensor([tokens], device=self.model.get_input_embeddings().weight.device)
-        with self.running() as model, evaluating(model):
+        with self.running() as model, evaluating(model), dense_prompt(model, len(tokens)):
             logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         found = self._last_logits(logits)
         self._cache = cache

@@ -30,14 +30,14 @@ from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from actkit.core.edit.edits import Edit, Note, Replace, Skip
 from actkit.core.forward.batch import BatchContext
 from actkit.core.ground.errors import RecipeError
 from actkit.core.layers.linear import ActLinear, LowRank
-from actkit.core.layers.selections import Selection, Threshold, TopK
+from actkit.core.layers.selections import Prefill, Selection, Threshold, TopK, check_prefill
 from actkit.core.measure.quality import measure_quality, task_of
 from actkit.core.model.anatomy import Block, Linear, Site
 from actkit.core.model.parts import LinearRole
@@ -62,6 +62,7 @@ class RSparse(Transform):
             first that matches counts; 1 if none does); or "search".
         criterion: which inputs are large.
         skip: roles left dense, for example ("output",).
+        prefill: as in `Teal`; in a prompt that is read dense nothing is left for the low-rank copy.
         generations: of the search, whose result takes the place of "search" in the recipe.
         population: of the search.
         seed: of the search.
@@ -75,6 +76,7 @@ class RSparse(Transform):
     alpha: Share | dict[str, Share] | Literal["search"] = 0.95  # on average 0.96 in the published recipe
     criterion: Literal["wina", "magnitude"] = "wina"
     skip: tuple[LinearRole, ...] = ()
+    prefill: Prefill = "sparse"
     generations: int = Field(5, ge=1)
     population: int = Field(32, ge=2)
     seed: int = 0
@@ -87,6 +89,11 @@ class RSparse(Transform):
     @classmethod
     def identity(cls) -> Self:
         return cls(sparsity=0.0)
+
+    @model_validator(mode="after")
+    def _something_is_sparse(self) -> Self:
+        check_prefill(self.prefill, "sparsity", self.sparsity)
+        return self
 
     @property
     def label(self) -> str:
@@ -158,6 +165,7 @@ class RSparse(Transform):
         select: Selection = TopK(0)  # no threshold drops everything for sure
         if budget.channels:
             select = Threshold(quantiles.quantile(budget.dropped), quantiles.weight)
+        select.prefill = self.prefill
         correction = None
         if budget.rank:
             correction = LowRank(*(factors or low_rank)(linear, budget.rank), of="dropped")

@@ -29,10 +29,11 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from actkit.core.edit.edits import Edit, Note, Replace, Skip
 from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.selections import Prefill, check_prefill
 from actkit.core.model.anatomy import Block, Linear
 from actkit.core.recipe.seen import Seen, Trial
 from actkit.core.recipe.tags import Tags
@@ -53,6 +54,7 @@ class PerplexitySparsity(Transform):
         method: 'sort' is exact, 'grid' takes the release's candidates.
         sample: tokens per layer that thresholds are computed from.
         cett: the shared CETT; None finds it from p. If it is given no loss is needed, and 0 leaves the model as it is.
+        prefill: as in `Teal`; p counts every token as sparse either way.
         thresholds: eps by the path of the output layer; None computes them. What `ppl_sparsity` found may be given.
 
     Raises:
@@ -65,6 +67,7 @@ class PerplexitySparsity(Transform):
     method: Method = "sort"
     sample: int = Field(1024, ge=1)
     cett: float | None = Field(None, ge=0, le=1)
+    prefill: Prefill = "sparse"
     thresholds: dict[str, float] | None = None
 
     tags: ClassVar[Tags] = Tags(
@@ -75,6 +78,11 @@ class PerplexitySparsity(Transform):
     @classmethod
     def identity(cls) -> Self:
         return cls(cett=0.0)
+
+    @model_validator(mode="after")
+    def _something_is_sparse(self) -> Self:
+        check_prefill(self.prefill, "cett", self.cett)
+        return self
 
     @field_validator("thresholds")
     @classmethod
@@ -104,6 +112,8 @@ class PerplexitySparsity(Transform):
             yield Note(block.path or "model", f"shared CETT {self.cett:.4g}{full}")
         for down in self.targets(block):
             if down.path in self.thresholds:
-                yield Replace(down.path, ActLinear.of(down, select=selection(down, self.thresholds[down.path])))
+                select = selection(down, self.thresholds[down.path])
+                select.prefill = self.prefill
+                yield Replace(down.path, ActLinear.of(down, select=select))
             else:
                 yield Skip(down.path, "it has no threshold: no calibration token reached it, or none was given")
