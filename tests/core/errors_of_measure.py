@@ -108,7 +108,7 @@ def a_dense_prompt_that_is_read_again(p: Place) -> None:
     select.prefill = "dense"
     mlp = model.model.layers[0].mlp
     mlp.up_proj = ActLinear.of(mlp.up_proj, select=select)
-    model.register_forward_hook(lambda module, args, output: output.pop("past_key_values") and output)
+    model.register_forward_hook(lambda module, args, output: setattr(output, "past_key_values", None))
     list(generation.generate_ids(model, IDS[0], max_new_tokens=3))
 
 
