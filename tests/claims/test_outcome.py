@@ -159,10 +159,16 @@ def test_a_record_that_could_not_be_written_is_refused_before_the_run(evidence, 
 
 
 TINY = {
+    "agile-quant": {"calibration": 1, "held_out": 1},
     "awq": {"calibration": 1, "held_out": 1, "search": 64, "grid": 2},
     "cats": {"calibration": 1, "held_out": 1},
     "lazy-neuron": {"language": 1},
+    "llm-fp4": {"calibration": 1, "held_out": 1, "candidates": 2, "rounds": 1, "tokens": 64},
+    "omniquant": {"calibration": 1, "held_out": 1, "epochs": 1},
+    "outliertune": {"calibration": 1, "held_out": 1, "steps": 0},
     "r-sparse": {"calibration": 64, "tokens": 16, "sequences": 1, "held_out": 1, "generations": 1, "population": 2},
+    "roste": {"steps": 1, "rates": (1e-4,), "calibration": 4},
+    "smoothquant-plus": {"calibration": 1, "held_out": 1, "search": 64, "steps": 2},
     "sparsing-law": {"calibration": 1, "held_out": 1, "sample": 64},
     "wina": {"sparsities": (0.5, 0.65), "calibration": 1, "greedy": 1, "held_out": 1, "tokens": 32, "step": 0.5},
     "zeroquant-v2": {"calibration": 1, "held_out": 1, "steps": 0, "ranks": (0, 8)},

@@ -12,7 +12,7 @@ TINY = roste.Sizes(seeds=(0, 1), steps=1, rates=(1e-4, 1e-3), clips=(1.0,), cali
 
 @pytest.fixture(scope="module")
 def bench() -> Bench:
-    bench = Bench(TINY, outliers=True)
+    bench = Bench(TINY, roste.small(outliers=True))
     bench.train, bench.validation, bench.test = bench.train[:4], bench.validation[:1], bench.test[:1]
     return bench
 
