@@ -12,8 +12,8 @@ Two hours and more on one core. By default it is a smaller run (60 steps, ranges
 the whole.
 
 On SmolLM2-135M (in float32) nothing is planted; the start is its off-grid twin, as its weights were rounded to 4 bits
-before they were published. That is a much smaller run (`REAL_SIZES`): 24 steps, two learning rates, one seed, without
-the arm that is rotated whole and trained.
+before they were published. That is a much smaller run (`REAL_SIZES`): 24 steps, one learning rate for all, one
+seed, without the arm that is rotated whole and trained.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Sizes:
 
 
 FULL = Sizes(steps=300, clips=(1.0, 0.95))  # hours
-REAL_SIZES = Sizes(seeds=(0,), steps=24, rates=(3e-5, 1e-4), calibration=32, draws=0)
+REAL_SIZES = Sizes(seeds=(0,), steps=24, rates=(1e-4,), calibration=32, draws=0)
 
 ON_TWIN = Statement(
     "Trained rounded and rotated if it pays, a model loses less than trained without rotations, or rounded afterwards",
