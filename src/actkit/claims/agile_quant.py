@@ -7,8 +7,8 @@ calibration, 3 seeds. Pruning: rows of 512 tokens, the longest that this model r
 gives; its perplexity is over kept tokens, and that over all stands beside it. Speed: random weights of Llama's shape.
 
 SmolLM2-135M and Gemma 3 270M (in bf16, as they are stored) are asked for the first two, on the off-grid twins, in
-smaller runs: of SmolLM2 (`REAL_SIZES`) one seed of 8 x 256 tokens for calibration, 8,192 held-out tokens, and beside all
-sites the weights alone. Its integer kernels, phones and LLaMA's perplexities cannot be checked here.
+smaller runs: of SmolLM2 (`REAL_SIZES`) one seed of 8 x 256 tokens for calibration, 8,192 held-out tokens, and beside
+all sites the weights alone. Its integer kernels, phones and LLaMA's perplexities cannot be checked here.
 """
 
 from __future__ import annotations
