@@ -6,8 +6,9 @@ times larger); keys and values stay as they are, in all arms. 32 x 256 training 
 perplexity on 33,000 held-out tokens. Models of 7 billion parameters and more, and the phone, cannot be checked here.
 
 On SmolLM2-135M and Gemma 3 270M (in bf16, as they are stored) nothing is planted, and the models are judged on their
-off-grid twins, as their weights were rounded to 4 bits before they were published. A run there is a smaller one: 16 x
-256 tokens, 4 epochs and one seed.
+off-grid twins, as their weights were rounded to 4 bits before they were published. A run there is a smaller one: one
+seed of 8 x 256 tokens, 8,192 held-out ones, and 3 epochs (4 on Gemma) in place of 10. As these are some 24 steps, and a
+step moves a range by a rate, the rates are `FASTER` times those of the release.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ class Sizes:
     epochs: int = 10
 
 
-REAL_SIZES = Sizes(seeds=(0,), calibration=16, epochs=4)
+REAL_SIZES = Sizes(seeds=(0,), calibration=8, held_out=32, epochs=3)
 LARGEST_MODEL = Sizes(seeds=(0,), calibration=8, held_out=32, epochs=4)  # of gemma3: a token has 1 MB of logits
+FASTER = 5.0
 TWO_BITS = Statement(
     "Learned clipping saves weights of 2 bits, which rounding and AWQ lose",
     "LLaMA-2-7B, W2A16 in groups of 128: perplexity 11.06 (from memory)",
@@ -119,10 +121,16 @@ def _on_a_real_model(name: str, progress: bool, sizes: Sizes) -> Outcome:
 # -- weights alone -----------------------------------------------------------------------------------------------------
 
 
+def learning(subject: Subject, sizes: Sizes) -> dict[str, Any]:
+    """The epochs, and on a real model larger rates."""
+    rates = {"clip_rate": FASTER * 1e-2, "scale_rate": FASTER * 5e-3} if subject.name in REAL else {}
+    return {"epochs": sizes.epochs, **rates}
+
+
 def weights_alone(subject: Subject, sizes: Sizes, bits: int, awq: bool) -> dict[str, list[float]]:
     """The perplexities under each way of rounding, one per calibration seed (rounding takes none)."""
     grid: dict[str, Any] = {"bits": bits, "group_size": GROUP}
-    recipes: dict[str, Any] = {"OmniQuant": OmniQuant(**grid, epochs=sizes.epochs)}
+    recipes: dict[str, Any] = {"OmniQuant": OmniQuant(**grid, **learning(subject, sizes))}
     if awq:
         recipes["AWQ"] = Awq(**grid)
     found = {name: [subject.perplexity(recipe, seed) for seed in sizes.seeds] for name, recipe in recipes.items()}
@@ -160,7 +168,8 @@ def with_inputs(subject: Subject, sizes: Sizes, bits: int, clipping_alone: bool 
     """The perplexities with weights by rows and inputs per token, both of so many bits."""
     inputs = RoundInputs(bits=bits, symmetric=False)
     rounded: list[Any] = [RoundToNearest(bits=bits, group_size=-1), inputs]
-    learned: dict[str, Any] = {"bits": bits, "input_bits": bits, "group_size": -1, "epochs": sizes.epochs}
+    learned: dict[str, Any] = {"bits": bits, "input_bits": bits, "group_size": -1}
+    learned |= learning(subject, sizes)
     recipes: dict[str, Any] = {"SmoothQuant": [Smooth(), *rounded]}
     if clipping_alone:
         recipes["clipping alone"] = OmniQuant(**learned, equalize=False)
