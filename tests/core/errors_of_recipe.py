@@ -14,6 +14,7 @@ from actkit.core.recipe.steps import Steps
 from actkit.core.recipe.tags import Tags
 from actkit.core.store import checkpoint
 from actkit.core.train import rules
+from actkit.sparsity.teal import Teal
 from error_proofs import HOST, STACK, Lazy, Place, beside, broken, proof, run
 
 proof(lambda p: rules.AttachedRules([("A", rules.AttachedRule())]).load_state_dict({"0.A": {"x": 1}}))
@@ -172,3 +173,6 @@ proof(lambda p: apply("llama", "teal", []))
 
 
 proof(lambda p: run("teal", undo="magic"))
+
+
+proof(lambda p: run(Teal(sparsity=0.5, only={"block": 7})))

@@ -83,7 +83,9 @@ class Gptq(Transform):
     scale_dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     embedding: Ends | None = None
 
-    tags: ClassVar[Tags] = Tags(slot="weight", needs_data=True, stream="edited", passes=1, observes_in_turn=True)
+    tags: ClassVar[Tags] = Tags(
+        slot="weight", by_layer=True, needs_data=True, stream="edited", passes=1, observes_in_turn=True
+    )
 
     @property
     def grid(self) -> IntegerGrid:

@@ -61,7 +61,7 @@ class RoundInputs(Transform):
     half_step: bool = False
     skip: tuple[LinearRole, ...] = ()
 
-    tags: ClassVar[Tags] = Tags(slot="inputs")
+    tags: ClassVar[Tags] = Tags(slot="inputs", by_layer=True)
 
     @property
     def needs_data(self) -> bool:

@@ -45,7 +45,7 @@ class RoundedWeights(Transform):
 
     embedding: Ends | None = None
 
-    tags: ClassVar[Tags] = Tags(slot="weight")
+    tags: ClassVar[Tags] = Tags(slot="weight", by_layer=True)
 
     @property
     def grid(self) -> Grid:

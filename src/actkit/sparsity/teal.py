@@ -81,7 +81,7 @@ class Teal(Transform):
     skip: tuple[LinearRole, ...] = ()
     prefill: Prefill = "sparse"
 
-    tags: ClassVar[Tags] = Tags(slot="select", needs_data=True, stream="original", sums_calls=True)
+    tags: ClassVar[Tags] = Tags(slot="select", by_layer=True, needs_data=True, stream="original", sums_calls=True)
 
     @classmethod
     def proposals(cls, profile: Looked, shapes: Shapes) -> Iterable[Idea | LeftOut]:

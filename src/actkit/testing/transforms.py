@@ -28,7 +28,7 @@ from actkit.core.edit import changes
 from actkit.core.forward.batch import arguments, first_tensor
 from actkit.core.forward.hooks import evaluating
 from actkit.core.ground.errors import ActkitError, DataError, NonFiniteError, RecipeError, UnsupportedModelError
-from actkit.core.ground.modules import is_pretrained, tied_names
+from actkit.core.ground.modules import is_pretrained, is_within, tied_names
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import Applied, apply
@@ -327,6 +327,24 @@ def bad_weights_are_refused(case: Case) -> None:
         raise AssertionError("a model on the meta device was accepted")
 
 
+def stays_within_its_scope(case: Case) -> None:
+    """Limited to the last block, it makes no edit outside of it; a scope that it cannot keep is refused."""
+    last = anatomy(case.original, case.batches[0]).blocks[-1]
+    settings = {**case.transform.model_dump(), "only": {"block": last.index}}
+    reason = type(case.transform).cannot_be_limited(whole_blocks=True)
+    if reason is not None:
+        try:
+            type(case.transform)(**settings)
+        except ValidationError:
+            raise NotApplicable(f"it {reason}") from None
+        raise AssertionError(f"it {reason}, and takes a scope")
+    if not last.index:
+        raise NotApplicable("the model has one block")
+    applied = case.apply(case.model(), type(case.transform)(**settings))
+    outside = [path for path, _ in applied.report.changed if not is_within(path, last.path)]
+    assert not outside, f"limited to {last.path}, it changed {outside[0]}"
+
+
 def settings_are_strict(case: Case) -> None:
     """A recipe comes back from YAML as it was; settings are frozen, unknown ones refused by name."""
     with tempfile.TemporaryDirectory() as parent:
@@ -418,6 +436,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "what it conflicts with is refused": refuses_conflicts,
     "missing data are refused": needs_its_data,
     "broken weights are refused": bad_weights_are_refused,
+    "it stays within its scope": stays_within_its_scope,
     "settings are strict": settings_are_strict,
     "it compiles": compiles,
     "it exports": exports,

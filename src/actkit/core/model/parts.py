@@ -7,7 +7,7 @@ made. After edits, `Anatomy.block(i)` reads the block again.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -314,13 +314,28 @@ class Block:
     root: nn.Module = field(default=None, repr=False, compare=False)  # type: ignore[assignment]
     taps: Mapping[Site, Tap] = field(default_factory=dict, repr=False, compare=False)
     _originals: Mapping[str, nn.Module] | None = field(default=None, repr=False, compare=False)
+    _limit: frozenset[str] | None = field(default=None, repr=False, compare=False)
+
+    def limited(self, paths: frozenset[str]) -> Block:
+        """Return the same block, as if it had these linear layers alone.
+
+        That holds for what lists linear layers (`linears`, `linear_inputs`); its parts stay whole.
+
+        Args:
+            paths: of linear layers.
+        """
+        return replace(self, _limit=paths)
 
     def linear_inputs(self) -> tuple[LinearInput, ...]:
         """Return the tensors that linear layers read, in the order of computation, each with its layers.
 
         Layers of a kind that actkit does not read are left out; `coverage()` names them.
         """
-        return tuple(_readable(self._linear_inputs()))
+        found = tuple(_readable(self._linear_inputs()))
+        if self._limit is None:
+            return found
+        kept = ((each.site, tuple(x for x in each.linears if x.path in self._limit)) for each in found)
+        return tuple(LinearInput(site, linears) for site, linears in kept if linears)
 
     def _linear_inputs(self) -> Iterator[LinearInput]:
         if self.attention is not None:
@@ -398,7 +413,7 @@ class Block:
 
         A family with a row may call its own by their weights alone.
         """
-        if self.path:  # one of several blocks, read off a row
+        if self.path or self._limit is not None:  # one of several blocks, read off a row; or single layers are meant
             return ()
         return tuple(
             Convolution(f"{self.path}.{path}".removeprefix("."), module)

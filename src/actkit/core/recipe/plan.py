@@ -94,7 +94,8 @@ def make_plan(
     cap = None if max_memory is None else parse_bytes(max_memory)
     with opened_experts(view):  # so that a transform says which of their layers it means
         coverage, untouched = _coverage(view, transforms)
-        declared = {type(transform).__name__: transform.least_coverage for transform in transforms}
+        # what is limited on purpose owes nothing, unless the caller asks for more
+        declared = {type(each).__name__: 0.0 if each.only else each.least_coverage for each in transforms}
         for name, share in coverage.items():
             least = declared[name] if min_coverage is None else min_coverage
             if share < least:
@@ -129,12 +130,20 @@ def _coverage(view: Anatomy, transforms: Sequence[Transform]) -> tuple[dict[str,
         if not transform.tags.parts:
             continue
         touched: set[str] = set()
-        for block in blocks:
+        meant = [block for block in map(transform.within, blocks) if block is not None]
+        if transform.only and not meant:
+            roles = dict.fromkeys(linear.role for block in blocks for linear in block.linears())
+            raise CoverageError(
+                f"{type(transform).__name__}: only: {transform.only} was given, and the model has no such layers; "
+                f"its {len(blocks)} blocks have {', '.join(roles)}."
+            )
+        for block in meant:
             for target in transform.targets(block):
                 if not isinstance(target, str) and transform.slots:  # who fills no slot replaces no layer
                     refuse_hooks(target.path, target.module)
                 touched |= _parameters_of(target, block, inside)
-        coverage[type(transform).__name__] = sum(inside[name] for name in touched) / total
+        name = type(transform).__name__
+        coverage[name] = coverage.get(name, 0.0) + sum(inside[name] for name in touched) / total
         touched_by_any |= touched
     untouched = [
         (row.parameter, row.reason or _OUTSIDE.get(row.where, row.where))
@@ -179,7 +188,7 @@ def _cost(
     with evaluating(view.model):
         walk.start(sorted(streams))
     memory = [(what, ceil(size * scale)) for what, size in walk.bytes(streams).items() if size]
-    block = view.block(0)
+    block = view.block(0)  # it stands for all, also for what a scope leaves out of it
     with offload.onloaded(view.model, block.path):  # a statistic may be weighted by the layer's weight
         statistics = max((_statistics_bytes(t, block) for t in needy), default=0)
         worked = max((t.memory(block, _length(walk)) for t in needy), default=0)

@@ -173,6 +173,8 @@ class Recipe:
         before = list(earlier)
         for transform in self.transforms:
             for previous in before:
+                if transform.only and previous.only and transform.only.apart(previous.only):
+                    continue
                 reason = transform.conflicts(previous)
                 if reason:
                     raise RecipeError(f"{type(transform).__name__} cannot follow {type(previous).__name__}: {reason}.")

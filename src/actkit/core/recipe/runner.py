@@ -174,7 +174,7 @@ def apply(
     refuse_adapters(model)
     known = changes.of(model)
     recipe.check(earlier=transforms_of(known.recipe, recipe.transforms) if known else ())
-    transforms = [transform for transform in recipe if transform != type(transform).identity()]
+    transforms = [each for each in recipe if each.model_copy(update={"only": None}) != type(each).identity()]
     batches = batches_of(transforms, data)
     for batch in batches:
         check_batch(model, batch)
@@ -367,7 +367,10 @@ class _Run:
         targets: Sequence[torch.Tensor] | None = None,
     ) -> Iterator[Edit | Skip | Note]:
         """Observe a block, then what the transform makes of it."""
-        block = self.view.block(index, originals)
+        whole = self.view.block(index, originals)
+        block = transform.within(whole)
+        if block is None:
+            return
         stream = transform.tags.observed_stream
         wanted = dict(transform.observe(block))
         if wanted and walk is None:
@@ -377,7 +380,7 @@ class _Run:
             statistics = walk.observe(index, stream, wanted)
         if transform.tags.parts:
             name = type(transform).__name__
-            self.report.skipped += [(path, name, reason) for path, reason in block.unread()]
+            self.report.skipped += [(path, name, reason) for path, reason in whole.unread()]
         walked = walk if transform.needs_data else None
         seen = Seen(type(transform).__name__, transform.tags, walked, block, statistics, targets)
         yield from transform.edit(block, seen)

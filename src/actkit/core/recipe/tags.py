@@ -18,6 +18,7 @@ class Tags:
         parts: it goes by the parts of the anatomy. False for one that goes by modules alone and changes no weights: it
             works on a model that cannot be read, and no coverage is asked of it.
         least_coverage: share of the parameters inside blocks that it touches at least, if the model was read as it is.
+        by_layer: it looks at a block by its linear layers alone, so that `only` may limit it to some of them.
         needs_data: calibration batches are required (at some settings only: see `Transform.needs_data`).
         stream: the hidden states it calibrates on, of the original or of the edited model, or both.
         plans_in_turn: its `plan` needs the model as the transforms before it left it. These are applied to all blocks
@@ -40,6 +41,7 @@ class Tags:
     changes_function: Literal["exact", "approximate"] = "approximate"
     parts: bool = True
     least_coverage: float = 0.5
+    by_layer: bool = False
     # what it calibrates on
     needs_data: bool = False
     stream: Literal["original", "edited", "both"] = "edited"

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from actkit.core.edit.edits import Edit, Note, Skip
 from actkit.core.ground import registry
 from actkit.core.model.anatomy import Anatomy, Block, Linear, Site
 from actkit.core.model.parts import Convolution
 from actkit.core.recipe.proposals import Idea, LeftOut, Looked, Shapes
+from actkit.core.recipe.scope import Scope
 from actkit.core.recipe.seen import Seen, Trial
 from actkit.core.recipe.tags import Slot, Tags
 from actkit.core.watch.statistics import Statistic
@@ -27,13 +28,55 @@ class Transform(BaseModel):
     """Changes a trained model once, from what calibration saw; produces edits.
 
     Attributes:
+        only: the blocks, or the roles of linear layers in some blocks, that it is limited to; None for the whole model.
         tags: what the class declares about itself.
         not_proposed: why the class proposes nothing to the search, if it does not.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    only: Scope | None = None
     tags: ClassVar[Tags] = Tags()
     not_proposed: ClassVar[str] = "it proposes nothing to the search; try it with recipes="
+
+    @model_serializer(mode="wrap")
+    def _without_no_scope(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A scope is written if there is one."""
+        found = handler(self)
+        if found.get("only") is None:
+            found.pop("only", None)
+        return found
+
+    @model_validator(mode="after")
+    def _can_be_limited(self) -> Self:
+        reason = None if self.only is None else self.cannot_be_limited(whole_blocks=self.only.whole_blocks)
+        if reason is not None:
+            raise ValueError(f"only: {self.only} was given, and {type(self).__name__} {reason}; leave `only` out")
+        return self
+
+    @classmethod
+    def cannot_be_limited(cls, *, whole_blocks: bool) -> str | None:
+        """Say why `only` may not limit it, or None.
+
+        Args:
+            whole_blocks: to some blocks, else to some layers of blocks.
+        """
+        if cls.tags.spans_blocks:
+            return "changes all blocks together"
+        if cls.plan is not Transform.plan:
+            return "plans on the whole model"
+        if not cls.tags.parts:
+            return "goes by modules, not by blocks"
+        if not whole_blocks and not cls.tags.by_layer:
+            return "changes more of a block than single layers, so give whole blocks: {block: ...}"
+        return None
+
+    def within(self, block: Block) -> Block | None:
+        """Return a block as far as this transform may change it; None if not at all.
+
+        Args:
+            block: of the model.
+        """
+        return block if self.only is None else self.only.within(block)
 
     def __eq__(self, other: object) -> bool:
         """Of one class and with equal settings; what a run left in it (a batch, modules) does not count."""

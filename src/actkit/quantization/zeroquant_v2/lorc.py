@@ -52,7 +52,7 @@ class Lorc(Transform):
     rank: int = Field(8, ge=0)
     bits: Literal[8] | None = None
 
-    tags: ClassVar[Tags] = Tags(slot="correction")
+    tags: ClassVar[Tags] = Tags(slot="correction", by_layer=True)
 
     @classmethod
     def identity(cls) -> Self:
