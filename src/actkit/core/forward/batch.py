@@ -199,7 +199,25 @@ def first_rows(batch: Any, rows: int, model: nn.Module | None = None) -> Any:
             f"data: {rows} rows of a batch were asked for, and not every tensor has {size}, one per example ({found}); "
             f"give whole batches."
         )
-    cut = {key: each[:rows] if isinstance(each, Tensor) and each.dim() else each for key, each in _items(batch).items()}
+    return _cut(batch, slice(rows))
+
+
+def pieces(batch: Any, rows: int, model: nn.Module | None = None) -> list[Any]:
+    """The same examples in batches of so many rows; the batch itself if it cannot be cut (`has_rows`).
+
+    Args:
+        batch: a dict, tuple or tensor.
+        rows: of each piece; the last may be shorter.
+        model: as in `main_input`.
+    """
+    size = len(main_input(batch, model))
+    if size <= rows or not has_rows(batch, model):
+        return [batch]
+    return [_cut(batch, slice(first, first + rows)) for first in range(0, size, rows)]
+
+
+def _cut(batch: Any, rows: slice) -> Any:
+    cut = {key: each[rows] if isinstance(each, Tensor) and each.dim() else each for key, each in _items(batch).items()}
     if isinstance(batch, Mapping):
         return cut
     return tuple(cut.values()) if isinstance(batch, tuple) else cut[0]
