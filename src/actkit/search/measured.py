@@ -35,6 +35,7 @@ class Candidate:
         weight_bytes: held in memory.
         bytes_per_token: see `Cost`.
         dense_bytes_per_token: see `Cost`.
+        reads: bytes per token by the kind of kernel that reads them.
         density: see `Cost`.
         density_p05: see `Cost`.
         density_p95: see `Cost`.
@@ -65,6 +66,7 @@ class Candidate:
     weight_bytes: int | None = None
     bytes_per_token: float | None = None
     dense_bytes_per_token: float | None = None
+    reads: dict[str, float] = field(default_factory=dict)
     density: float | None = None
     density_p05: float | None = None
     density_p95: float | None = None

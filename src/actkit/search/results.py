@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
     from rich.table import Table
 
+    from actkit.search.mixing.mixing import Mixing
+
 
 # -- the profile -------------------------------------------------------------------------------------------------------
 
@@ -254,6 +256,7 @@ class Optimization:
         notes: what else is worth knowing of how it was measured.
         seconds: of this run.
         answers: to questions.
+        mixing: what mixes rest on, and which were tried; None if there are none.
     """
 
     name: str
@@ -276,6 +279,7 @@ class Optimization:
     notes: tuple[str, ...]
     seconds: float
     answers: Answers = field(default_factory=Answers)
+    mixing: Mixing | None = None
 
     def candidate(self, name: str) -> Candidate:
         """Return a candidate, or the original, by name."""
@@ -310,4 +314,5 @@ class Optimization:
             "seconds": self.seconds,
             "answers": self.answers.to_dict(),
             "profile": self.profile.to_dict(),
+            "mixing": None if self.mixing is None else self.mixing.to_dict(),
         }

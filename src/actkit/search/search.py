@@ -37,7 +37,7 @@ from actkit.core.measure.fresh import import_name
 from actkit.core.measure.proof import prove
 from actkit.core.measure.speed import Speed, measure_speed
 from actkit.core.measure.summary import summarise
-from actkit.core.model.anatomy import anatomy
+from actkit.core.model.anatomy import Anatomy, anatomy
 from actkit.core.recipe.proposals import LeftOut, Shapes
 from actkit.core.recipe.recipe import transforms_of
 from actkit.core.recipe.runner import check_model
@@ -52,6 +52,8 @@ from actkit.search.compile_ahead import CompileAhead
 from actkit.search.front import front, point
 from actkit.search.journal import Journal
 from actkit.search.measured import Candidate, speed_from
+from actkit.search.mixing.mixing import Aim, Mixing
+from actkit.search.mixing.rounds import Rounds
 from actkit.search.own_grid import WARNING as OWN_GRID
 from actkit.search.profile import profile
 from actkit.search.results import Answers, Optimization, Proposal
@@ -93,6 +95,7 @@ def optimize(
     overwrite: bool = False,
     speed: bool = True,
     speed_row: bool | None = None,
+    mixes: int = 2,
     max_memory: int | str | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
@@ -123,6 +126,8 @@ def optimize(
         speed: measure speed and memory in fresh processes.
         speed_row: measure the 0.5B shape (`speed_row.py`); None to do so if speed is measured and the model is a
             language model that fits in the cache, so that its own speed says little.
+        mixes: how many mixes to try, models with another setting for each part (`search/mixing`); 0 for none. Only for
+            models that decode text, if speed is measured.
         max_memory: hard cap for calibration beside the model.
         device: as in `load`.
         dtype: as in `load`.
@@ -152,6 +157,8 @@ def optimize(
     )
     check_minutes(minutes)
     _check_settings(max_loss, target, max_recipes, seed, threads, speed=speed)
+    if mixes < 0:
+        raise ValueError(f"mixes: {mixes} was given; give 0 for none, or how many to try.")
     _check_report()
     out = Path(out)
     _check_out(out, resume=resume, overwrite=overwrite)
@@ -198,7 +205,7 @@ def optimize(
         search.notes += [note] if note else []
         search.notes += [RANDOM] if shop.by_divergence else []
         try:
-            found = search.run(proposals, max_recipes, earlier, speed=speed, speed_row=speed_row)
+            found = search.run(proposals, max_recipes, earlier, speed=speed, speed_row=speed_row, mixes=mixes)
         finally:
             search.close()
     settings |= {
@@ -245,9 +252,11 @@ class _Search:
         *,
         speed: bool,
         speed_row: bool | None,
+        mixes: int,
     ) -> Optimization:
         shop = self.shop
         ids = shop.prompt()
+        shop.mixes = bool(mixes) and speed and ids is not None
         if speed and ids is not None and nothing_compiled():
             self.ahead = self._compile_ahead(ids)
         view = anatomy(shop.model, shop.splits.calibration[0])
@@ -274,6 +283,11 @@ class _Search:
         self.notes += [f"{c.name}: {note}" for c in candidates for note in c.notes if note.startswith(OWN_GRID)]
         if speed:
             original, candidates = self._speeds(original, candidates)
+        mixing: Mixing | None = None
+        if shop.mixes:
+            mixing, mixed, unpaid = self._mix(view, proposals, original, candidates, mixes)
+            left += unpaid
+            original, candidates = self._speeds(original, [*candidates, *mixed])
         row, why_not = self._row(original, speed=speed, wanted=speed_row)
         verdict = decide(candidates, original, max_loss=self.max_loss, target=self.target, cache=self.cache)
         points = [point(each, original) for each in (original, *candidates)]
@@ -303,6 +317,7 @@ class _Search:
             notes=tuple(dict.fromkeys(self.notes)),
             seconds=0.0,
             answers=self._answers(candidates, on_front, verdict),
+            mixing=mixing,
         )
         found = self._keep_best(found)
         whole_folder.discard(shop.folder)
@@ -462,6 +477,28 @@ class _Search:
         first = speeds[original.name].to_dict()
         for each in group:
             yield each, {"speed": _finite(speeds[each.name].to_dict()), "original": _finite(first), "failed": None}
+
+    def _mix(
+        self,
+        view: Anatomy,
+        proposals: Sequence[Proposal],
+        original: Candidate,
+        candidates: Sequence[Candidate],
+        count: int,
+    ) -> tuple[Mixing | None, list[Candidate], list[LeftOut]]:
+        """Mixes of what was measured: what they rest on, these as candidates, and what was left out."""
+        names = {each.name for each in candidates}
+        rounds = Rounds(self.shop, self.journal, self.budget, lambda each: self._measure(each, speed=True), self._time)
+        over = self.budget.over(2 * self.budget.estimate([]), "a mix")
+        prepared = (
+            f"minutes={self.budget.minutes:g}: {over}"
+            if over
+            else rounds.prepare(view, [each for each in proposals if each.name in names], original, candidates)
+        )
+        if isinstance(prepared, str):
+            return None, [], [LeftOut("mixed recipes", prepared)]
+        aim: Aim = "bytes" if self.target in ("disk", "memory") else "time"
+        return rounds.run(prepared, count, self.max_loss, aim)
 
     def _folder(self, candidate: Candidate) -> Path:
         folder = self.shop.folder_of(candidate.name)

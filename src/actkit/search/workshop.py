@@ -42,6 +42,7 @@ from actkit.core.recipe.transform import Transform
 from actkit.core.store.checkpoint import save
 from actkit.search.budget import OutOfTime
 from actkit.search.measured import Candidate
+from actkit.search.mixing.ingredients import Sample, reads_of
 from actkit.search.own_grid import own_grid_warning
 from actkit.search.results import Proposal
 from actkit.search.splits import Splits
@@ -73,6 +74,8 @@ class Workshop:
         seed: of everything random.
         progress: show bars.
         by_divergence: the loss of a language model is exp(KL) - 1, because its data are random tokens (see `RANDOM`).
+        mixes: keep the layers of what mixes may be made of.
+        samples: these, by recipe.
         interrupt: called before each batch that a candidate is measured on; what it raises ends the measurement.
     """
 
@@ -87,6 +90,8 @@ class Workshop:
     seed: int
     progress: bool
     by_divergence: bool = False
+    mixes: bool = False
+    samples: dict[str, Sample] = field(default_factory=dict)
     interrupt: Before | None = None
     _process: FreshProcess | None = None
     _originals: Outputs | None = None
@@ -229,6 +234,8 @@ class Workshop:
         )
         if not applied.edits:
             return replace(found, failed="it changes nothing on this model")
+        if self.mixes:
+            self._keep(proposal, model)
         warning = own_grid_warning(self.model, model)
         if warning is not None:
             found = replace(found, notes=[*found.notes, warning])
@@ -248,6 +255,34 @@ class Workshop:
             found = replace(found, disk_bytes=folder_bytes(folder))
             proof = prove(model, folder, self.example(), process=self._fresh(), base=self.base)
         return replace(found, proof=proof)
+
+    def sample(self, proposal: Proposal) -> Sample | None:
+        """Return what a proposal makes of each layer, made again if it is not kept; None for one that mixes cannot use.
+
+        Args:
+            proposal: the recipe.
+        """
+        key = recipe_key(proposal.recipe)
+        if key not in self.samples:
+            self._keep(proposal, self._apply(proposal).model)
+        return self.samples.get(key)
+
+    def _keep(self, proposal: Proposal, model: nn.Module) -> None:
+        found = Sample.of(proposal.name, proposal.recipe, model, self.splits.test[:1])
+        if found is not None:
+            self.samples[recipe_key(proposal.recipe)] = found
+
+    def probe(self, proposal: Proposal) -> Candidate:
+        """Make and save a recipe to be timed only.
+
+        Args:
+            proposal: the recipe.
+        """
+        model = self._apply(proposal).model
+        found = Candidate(proposal.name, proposal.recipe.dump()["transforms"], proposal.why)
+        found = self._cost(found, model)
+        save(model, self.make_folder(proposal.name), tokenizer=self.tokenizer)
+        return found
 
     def make_again(self, candidate: Candidate) -> Path:
         """Save a measured candidate once more, if its folder is gone; nothing is measured."""
@@ -335,7 +370,8 @@ class Workshop:
 
     def _cost(self, found: Candidate, model: nn.Module, folder: Path | None = None) -> Candidate:
         batches = self.splits.test[:DENSITY_BATCHES]
-        return found.with_cost(measure_cost(model, batches, folder=folder, progress=False))
+        cost = measure_cost(model, batches, folder=folder, progress=False)
+        return replace(found.with_cost(cost), reads=reads_of(model, cost))
 
     def prompt(self) -> Tensor | None:
         """Return token ids [1, length] of the test split for the generation check; None for other tasks."""
