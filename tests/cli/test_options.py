@@ -21,6 +21,7 @@ OPTIONS = {
         "--max-loss",
         "--max-recipes",
         "--minutes",
+        "--mixes",
         "--recipe",
         "--speed",
         "--no-speed",

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+from dataclasses import replace
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
+import tiny_models
+from made_up import a_speed, around
 
 from actkit.core.edit import changes
 from actkit.core.measure.cost import measure_cost
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import apply
+from actkit.core.store import checkpoint
 from actkit.core.watch.damage import layer_damage
 from actkit.quantization.awq import Awq
 from actkit.quantization.rtn import RoundToNearest
+from actkit.search import search
 from actkit.search.mixing.choice import Option, choose
+from actkit.search.mixing.drawing import chosen_grid, damage_grid, selection_of, storage_of
 from actkit.search.mixing.ingredients import (
     Ingredient,
     LayerBytes,
@@ -187,3 +195,87 @@ def test_bytes_under_a_selection() -> None:
     original, selected = LayerBytes(400.0, 400.0, "bfloat16"), LayerBytes(410.0, 310.0, "bfloat16, sparse")
     dense = LayerBytes(100.0, 100.0, "4 bits")
     assert dense.under(selected, original) == LayerBytes(110.0, 85.0, "4 bits, sparse")
+
+
+def test_pictures_have_a_cell_per_place(case: tuple[Any, Any, Mixing]) -> None:
+    mixing = case[2]
+    made = mixing.mix("mixed 1", limit=sum(each.total for each in mixing.ingredients) / 2)
+    assert made is not None
+    mix = made[0]
+    for picture in (damage_grid(mixing, "rtn 2 bit"), chosen_grid(mixing, mix)):
+        root = ElementTree.fromstring(picture)
+        cells = [each for each in root.iter() if each.tag == "rect"]
+        assert len(cells) == len(mixing.places) == 8
+    titles = [each.text for each in ElementTree.fromstring(chosen_grid(mixing, mix)).iter() if each.tag == "title"]
+    assert titles[0] == f"block 0, query, key, value: {mix.options[0]}"
+    dots = [each for each in ElementTree.fromstring(chosen_grid(mixing, mix)).iter() if each.tag == "circle"]
+    assert len(dots) == sum("wina" in option for option in mix.options)
+    assert storage_of("wina 50% over rtn 8 bit", mixing) == "rtn 8 bit"
+    assert storage_of("wina 50%", mixing) == "as it is"
+    assert selection_of("wina 50% over rtn 8 bit", mixing) == "wina 50%"
+
+
+# -- in the search -----------------------------------------------------------------------------------------------------
+
+
+def speeds_by_bytes(folders: Any, **_: Any) -> dict[str, Any]:
+    """Speeds as if a byte took a nanosecond, in place of fresh processes that take turns."""
+    seconds = {name: measure_cost(checkpoint.load(folder)).dense_bytes_per_token for name, folder in folders.items()}
+    first = next(iter(seconds.values()))
+    found = {}
+    for number, (name, each) in enumerate(seconds.items()):
+        speed = a_speed(None if number == 0 else around(first / each, 0.01))
+        found[name] = replace(speed, rate=around(1e9 / each, 1.0))
+    return found
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("mixing")
+    model = tiny_models.build("llama", hidden_size=64, intermediate_size=256, num_hidden_layers=2, vocab_size=128)
+    model.save_pretrained(folder / "llama")
+    recipes = [
+        RoundToNearest(bits=8, group_size=16),
+        RoundToNearest(bits=3, group_size=16),
+        Wina(sparsity=0.25),
+    ]
+    settings = {"data": "random", "recipes": recipes, "max_loss": 0.05, "threads": 1, "progress": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "measure_speed", speeds_by_bytes)
+        result = search.optimize(str(folder / "llama"), out=folder / "out", speed_row=False, **settings)
+    return result, folder, settings
+
+
+def test_mixes_are_measured_like_every_candidate(searched: tuple[Any, Any, dict[str, Any]]) -> None:
+    result, folder, _ = searched
+    assert result.mixing is not None and result.mixing.mixes
+    mixed = [each for each in result.candidates if each.name.startswith("mixed")]
+    assert [each.name for each in mixed] == [mix.name for mix in result.mixing.mixes]
+    for candidate, mix in zip(mixed, result.mixing.mixes, strict=True):
+        assert candidate.failed is None and candidate.search_loss is not None
+        assert mix.loss <= 0.05
+        assert all(next(iter(entry.values())).get("only") for entry in candidate.recipe) or len(candidate.recipe) == 1
+    kinds = [json.loads(line)["kind"] for line in (folder / "out" / "journal.jsonl").read_text().splitlines()]
+    assert kinds.count("ingredients") == 1 and kinds.count("candidate") == 3 + len(mixed)
+    saved = json.loads((folder / "out" / "results.json").read_text())["mixing"]
+    assert len(saved["places"]) == 8 and set(saved["damage"]) == {x.name for x in result.mixing.ingredients}
+    page = (folder / "out" / "index.html").read_text()
+    assert 'id="mixing"' in page and "What mixed 1 gives each part" in page
+
+
+def test_a_finished_search_with_mixes_resumes_without_measuring(
+    searched: tuple[Any, Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, folder, settings = searched
+    before = (folder / "out" / "journal.jsonl").read_bytes()
+    monkeypatch.setattr(search, "measure_speed", None)  # nothing may be timed again
+    again = search.optimize(str(folder / "llama"), out=folder / "out", speed_row=False, resume=True, **settings)
+    assert (folder / "out" / "journal.jsonl").read_bytes() == before
+    assert [each.name for each in again.candidates] == [each.name for each in result.candidates]
+    assert again.mixing is not None and again.mixing.to_dict() == result.mixing.to_dict()
+
+
+def test_mixes_can_be_left_out(searched: tuple[Any, Any, dict[str, Any]]) -> None:
+    _, folder, settings = searched
+    with pytest.raises(ValueError, match="mixes: -1 was given"):
+        search.optimize(str(folder / "llama"), out=folder / "none", mixes=-1, **settings)

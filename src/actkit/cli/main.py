@@ -111,6 +111,9 @@ def optimize(
     recipe: Annotated[
         list[str] | None, typer.Option(help="Try these instead: YAML files or names like 'awq,wina'. Repeatable.")
     ] = None,
+    mixes: Annotated[
+        int, typer.Option(min=0, help="How many mixes to try: other settings for each part of the model.")
+    ] = 2,
     minutes: Annotated[
         float | None, typer.Option(help="Spend at most so many minutes, best candidates first. --resume goes on.")
     ] = None,
@@ -139,6 +142,7 @@ def optimize(
             target=target,
             max_recipes=max_recipes,
             recipes=recipe,
+            mixes=mixes,
             minutes=minutes,
             speed=speed,
             resume=resume,

@@ -17,10 +17,12 @@ from actkit.core.ground.memory import format_bytes
 from actkit.search.drawing import Bar, Kind, Mark, bars, profile_panels, scatter
 from actkit.search.figures import interval
 from actkit.search.measured import Candidate
+from actkit.search.mixing.drawing import chosen_grid, colours_of, damage_grid
 from actkit.search.verdict import times
 
 if TYPE_CHECKING:
     from actkit.core.measure.speed import Speed
+    from actkit.search.mixing.mixing import Mixing
     from actkit.search.results import Optimization
 
 
@@ -69,6 +71,7 @@ def render(result: Optimization) -> str:
         conditions=_conditions(result),
         layers=_layers(result),
         answers=result.answers.rows(),
+        mixing=_mixing(result, Markup),
         bytes=format_bytes,
     )
 
@@ -288,6 +291,51 @@ def _conditions(result: Optimization) -> list[tuple[str, str]]:
         rows.append(("engine of the speed", "; ".join(dict.fromkeys(each.through for each in speeds))))
     rows.append(("time", f"{result.seconds:.0f} s in this run"))
     return rows
+
+
+def _mixing(result: Optimization, markup: Callable[[str], Any]) -> dict[str, Any] | None:
+    """Pictures and a table of the mixes."""
+    mixing = result.mixing
+    if mixing is None:
+        return None
+    # what one setting alone loses made its factor, so only stacks can differ from what is expected
+    whole = [each for each in result.candidates if len(each.recipe) > 1 and mixing.expected(each) is not None]
+    named = {mix.name: mix for mix in mixing.mixes}
+    rows = []
+    for candidate in (*whole, *(each for each in result.candidates if each.name in named)):
+        mix = named.get(candidate.name)
+        loss = mix.loss if mix is not None else math.expm1(mixing.expected(candidate) or 0.0)
+        seconds = mix.seconds if mix is not None else mixing.times.seconds(candidate.reads) if candidate.reads else None
+        base = mixing.times.seconds(result.original.reads)
+        measured = candidate.search_loss
+        rows.append(
+            (
+                candidate.name,
+                f"{loss:.2%}",
+                "" if measured is None else interval(measured, ".2%"),
+                "" if not seconds else f"{base / seconds:.2f}x",
+                "" if candidate.ratio is None else times(candidate.ratio),
+            )
+        )
+    return {
+        "tokens": f"{result.data['search']['tokens']:,}",
+        "damage": [(f"Damage of {each.name}", markup(damage_grid(mixing, each.name))) for each in mixing.ingredients],
+        "chosen": [(f"What {mix.name} gives each part", markup(chosen_grid(mixing, mix))) for mix in mixing.mixes],
+        "legend": [(colour, name) for name, colour in colours_of(mixing).items()],
+        "rows": rows,
+        "notes": [*mixing.notes, *_errors_of_times(mixing)],
+    }
+
+
+def _errors_of_times(mixing: Mixing) -> list[str]:
+    """How far the model of time was off, on what it had not seen."""
+    errors = [abs(each) for each in mixing.times.errors.values()]
+    if not errors:
+        return []
+    return [
+        f"The model of time was off by {sorted(errors)[len(errors) // 2]:.0%} (median) and at most {max(errors):.0%} "
+        f"on {len(errors)} settings, each estimated from the others."
+    ]
 
 
 def _layers(result: Optimization) -> list[tuple[str, str]]:

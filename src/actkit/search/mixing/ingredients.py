@@ -6,7 +6,7 @@ share a mask. At each place a mix has a way to store weights, or none, and a sel
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,12 +78,14 @@ class Ingredient:
         transform: with its settings.
         layers: what it takes, by path.
         damage: of each layer, nats per token; empty until it is measured.
+        factor: nats of loss that the whole model really lost for each that `damage` adds up to.
     """
 
     name: str
     transform: Transform
     layers: Mapping[str, LayerBytes]
     damage: Mapping[str, float] = field(default_factory=dict)
+    factor: float = 1.0
 
     @property
     def slot(self) -> str:
@@ -94,6 +96,14 @@ class Ingredient:
     def total(self) -> float:
         """Its damage if every layer has it, by the sum."""
         return sum(self.damage.values())
+
+    def loss(self, paths: Iterable[str]) -> float:
+        """Return the nats of loss that it is expected to cost in some layers.
+
+        Args:
+            paths: of the layers.
+        """
+        return self.factor * sum(self.damage[path] for path in paths)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, as JSON takes it."""

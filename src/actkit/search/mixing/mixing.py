@@ -1,16 +1,16 @@
 """A mix for a limit on the loss: which options places have, which are chosen, and the recipe that makes them.
 
-What the sum of damages says is held beside what was measured: `factor` is how many nats a model really lost for each
-that was added up. It begins with the whole-model settings that the search measured, and is that of the newest mix
-afterwards.
+Damage says how far a model's outputs move, and the limit is on what it loses on text: a selection of inputs moves them
+and costs little, rounding loses what it moves. So each ingredient has the factor between the two that was measured with
+it in the whole model. What mixes lose beyond the sum of that, as their parts act together, is the factor of the mixing:
+1 at first, and that of the newest mix afterwards.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from statistics import median
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from actkit.core.recipe.recipe import Recipe
@@ -22,10 +22,16 @@ from actkit.search.mixing.times import TimeModel
 from actkit.search.results import Proposal
 
 AS_IT_IS = "as it is"
-KNOWN = (0.002, 0.5)  # losses between which a factor means something
-FACTORS = (0.25, 8.0)  # it is kept between these
+KNOWN = 2.0  # the largest loss that says what a setting costs in a few layers
+FACTORS = (0.05, 8.0)  # factors are kept between these
 
 Aim = Literal["time", "bytes"]
+Part = tuple[Ingredient, ...]  # of a place: a way to store weights and a selection, or one of them, or none
+
+
+def name_of(part: Part) -> str:
+    """Return the name of what a place has, such as 'wina 25% over rtn 8 bit'."""
+    return " over ".join(each.name for each in reversed(part)) or AS_IT_IS
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Mix:
     Attributes:
         name: of the candidate.
         options: by place, names.
-        damage: their sum, nats per token.
+        nats: that its parts are expected to lose.
         loss: that is expected of it.
         seconds: per token that are expected.
         share: of the weights of all places, by ingredient.
@@ -43,7 +49,7 @@ class Mix:
 
     name: str
     options: tuple[str, ...]
-    damage: float
+    nats: float
     loss: float
     seconds: float
     share: Mapping[str, float]
@@ -63,7 +69,7 @@ class Mixing:
         original: what the layers of the model take, by path.
         rest: bytes per token that everything else reads, by kind of kernel.
         times: the model of time.
-        factor: nats that are lost for each of the damage.
+        factor: nats that a mix loses for each that its parts are expected to.
         mixes: that were tried.
         notes: why there are no more.
     """
@@ -81,15 +87,22 @@ class Mixing:
         """Return everything, as JSON takes it."""
         return {
             "places": [{"block": each.block, "roles": list(each.roles)} for each in self.places],
-            "damage": {
-                each.name: [sum(each.damage.get(path, 0.0) for path in place.paths) for place in self.places]
-                for each in self.ingredients
-            },
+            "damage": {each.name: self.damage_of(each.name) for each in self.ingredients},
+            "factors": {each.name: each.factor for each in self.ingredients},
             "times": self.times.to_dict(),
             "factor": self.factor,
             "mixes": [each.to_dict() for each in self.mixes],
             "notes": list(self.notes),
         }
+
+    def damage_of(self, name: str) -> list[float]:
+        """Return the damage of an ingredient at each place, nats per token.
+
+        Args:
+            name: of the ingredient.
+        """
+        found = next(each for each in self.ingredients if each.name == name)
+        return [sum(found.damage.get(path, 0.0) for path in place.paths) for place in self.places]
 
     def mix(self, name: str, limit: float, aim: Aim = "time") -> tuple[Mix, Proposal] | None:
         """Make the mix that costs least within a limit on the loss.
@@ -102,9 +115,7 @@ class Mixing:
         Returns:
             The mix and what to try; None if nothing changes.
         """
-        table = [self._options(place, aim) for place in self.places]
-        chosen = choose([[option for option, _ in options] for options in table], math.log1p(limit) / self.factor)
-        parts = [dict(options)[option] for options, option in zip(table, chosen, strict=True)]
+        parts = self.parts(math.log1p(limit) / self.factor, aim)
         weights: dict[str, float] = {}
         reads = dict(self.rest)
         whole = sum(each.stored for each in self.original.values())
@@ -113,44 +124,60 @@ class Mixing:
                 own = sum(self.original[path].stored for path in place.paths)
                 weights[ingredient.name] = weights.get(ingredient.name, 0.0) + own / whole
             for path in place.paths:
-                taken = self._taken(path, part)
+                taken = self.taken(path, part)
                 reads[taken.kind] = reads.get(taken.kind, 0.0) + taken.read
         if not weights:
             return None
-        damage = sum(option.damage for option in chosen)
-        loss = math.expm1(self.factor * damage)
-        found = Mix(name, tuple(x.name for x in chosen), damage, loss, self.times.seconds(reads), weights)
+        nats = sum(each.loss(place.paths) for place, part in zip(self.places, parts, strict=True) for each in part)
+        loss = math.expm1(self.factor * nats)
+        found = Mix(name, tuple(map(name_of, parts)), nats, loss, self.times.seconds(reads), weights)
         listed = ", ".join(f"{each} {share:.0%}" for each, share in sorted(weights.items(), key=lambda x: -x[1]))
         why = f"each part has what it can stand (share of the weights: {listed}); expected loss {loss:.1%}"
         return found, Proposal(name, self._recipe(parts), why)
 
-    def _options(self, place: Place, aim: Aim) -> list[tuple[Option, tuple[Ingredient, ...]]]:
+    def parts(self, limit: float, aim: Aim = "time") -> list[Part]:
+        """Return what costs least within a limit, by place.
+
+        Args:
+            limit: on the nats that the parts are expected to lose.
+            aim: what it shall have least of.
+        """
+        table = [self._options(place, aim) for place in self.places]
+        chosen = choose([list(options) for options in table], limit)
+        return [options[option] for options, option in zip(table, chosen, strict=True)]
+
+    def _options(self, place: Place, aim: Aim) -> dict[Option, Part]:
         """What a place may have: a storage or none, a selection or none."""
         fitting = [each for each in self.ingredients if all(path in each.damage for path in place.paths)]
         storages = [None, *(each for each in fitting if each.slot == "weight")]
         selections = [None, *(each for each in fitting if each.slot == "select")]
-        found = []
+        found = {}
         for storage in storages:
             for selection in selections:
                 part = tuple(each for each in (storage, selection) if each is not None)
-                name = " over ".join(each.name for each in reversed(part)) or AS_IT_IS
-                damage = sum(each.damage[path] for each in part for path in place.paths)
-                taken = [self._taken(path, part) for path in place.paths]
+                damage = sum(each.loss(place.paths) for each in part)
+                taken = [self.taken(path, part) for path in place.paths]
                 if aim == "time":
                     cost = sum(self.times.rate(each.kind) * each.read for each in taken)
                 else:
                     cost = sum(each.stored for each in taken)
-                found.append((Option(name, damage, cost), part))
+                found[Option(name_of(part), damage, cost)] = part
         return found
 
-    def _taken(self, path: str, part: Sequence[Ingredient]) -> LayerBytes:
+    def taken(self, path: str, part: Part) -> LayerBytes:
+        """Return what a layer takes with some ingredients.
+
+        Args:
+            path: of the layer.
+            part: the ingredients.
+        """
         taken = self.original[path]
         for ingredient in part:
             mine = ingredient.layers[path]
             taken = mine if ingredient.slot == "weight" else taken.under(mine, self.original[path])
         return taken
 
-    def _recipe(self, parts: Sequence[Sequence[Ingredient]]) -> Recipe:
+    def _recipe(self, parts: Sequence[Part]) -> Recipe:
         """One transform per ingredient, limited to its places; storages before selections."""
         transforms = []
         for ingredient in sorted(self.ingredients, key=lambda each: each.slot != "weight"):
@@ -162,27 +189,29 @@ class Mixing:
         return Recipe(transforms)
 
     def expected(self, candidate: Candidate) -> float | None:
-        """Return the sum of damages of a candidate that has the same ingredients everywhere; None for any other."""
-        known = {Recipe([each.transform]).dump()["transforms"][0].__repr__(): each for each in self.ingredients}
+        """Return the nats that a candidate is expected to lose that has the same ingredients everywhere; else None."""
+        known = {repr(Recipe([each.transform]).dump()["transforms"][0]): each for each in self.ingredients}
         found = [known.get(repr(entry)) for entry in candidate.recipe]
         if not found or any(each is None for each in found):
             return None
-        return sum(each.total for each in found if each is not None)
+        return sum(each.factor * each.total for each in found if each is not None)
 
 
-def first_factor(mixing: Mixing, candidates: Sequence[Candidate]) -> float:
-    """Return how many nats whole-model settings lost for each that was added up: the median, 1 if none tells.
+def with_factors(ingredients: Sequence[Ingredient], candidates: Sequence[Candidate]) -> tuple[Ingredient, ...]:
+    """Return ingredients with the factors that their whole-model candidates show; 1 if none does.
 
     Args:
-        mixing: with ingredients.
+        ingredients: with damage.
         candidates: that were measured.
     """
+    losses = {each.name: each.search_loss for each in candidates}
     found = []
-    for candidate in candidates:
-        expected, loss = mixing.expected(candidate), candidate.search_loss
-        if expected and loss is not None and KNOWN[0] <= loss.value <= KNOWN[1]:
-            found.append(math.log1p(loss.value) / expected)
-    return _within(median(found)) if found else 1.0
+    for ingredient in ingredients:
+        loss = losses.get(ingredient.name)
+        known = loss is not None and loss.value <= KNOWN and ingredient.total > 0
+        factor = math.log1p(max(loss.value, 0.0)) / ingredient.total if known and loss is not None else 1.0
+        found.append(replace(ingredient, factor=_within(factor)))
+    return tuple(found)
 
 
 def next_factor(mix: Mix, candidate: Candidate, factor: float) -> float:
@@ -191,12 +220,12 @@ def next_factor(mix: Mix, candidate: Candidate, factor: float) -> float:
     Args:
         mix: as it was expected.
         candidate: as it was measured.
-        factor: that it was made with; it stays if the loss is too small to tell.
+        factor: that it was made with; it stays if the loss says nothing.
     """
     loss = candidate.search_loss
-    if loss is None or not mix.damage or loss.value < KNOWN[0]:
+    if loss is None or not mix.nats:
         return factor
-    return _within(math.log1p(loss.value) / mix.damage)
+    return _within(math.log1p(max(loss.value, 0.0)) / mix.nats)
 
 
 def _within(factor: float) -> float:

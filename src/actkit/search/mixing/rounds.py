@@ -6,7 +6,7 @@ measured like every candidate -> the factor and the width of its interval -> a m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,13 +21,12 @@ from actkit.search.measured import Candidate
 from actkit.search.mixing.ingredients import (
     SPARSE,
     Ingredient,
-    Place,
     is_ingredient,
     layer_bytes,
     places_of,
     reads_of,
 )
-from actkit.search.mixing.mixing import Aim, Mixing, first_factor, next_factor
+from actkit.search.mixing.mixing import Aim, Mixing, next_factor, with_factors
 from actkit.search.mixing.times import Timed, fit
 from actkit.search.results import Proposal
 from actkit.search.workshop import Workshop, recipe_key
@@ -84,15 +83,14 @@ class Rounds:
             return "fewer than two settings can be limited to some layers"
         if original.speed is None:
             return "no speed was measured, so nothing says what a layer costs"
-        ingredients = tuple(self._ingredients(chosen))
+        ingredients = with_factors(self._ingredients(chosen), candidates)
         paths = [path for place in places for path in place.paths]
         cost = measure_cost(self.shop.model, self.shop.splits.test[:1], progress=False)
         whole, rest = layer_bytes(self.shop.model, cost, paths), reads_of(self.shop.model, cost)
         for taken in whole.values():
             rest[taken.kind] -= taken.read
         timed = self._timed(original, candidates, ingredients)
-        found = Mixing(places, ingredients, whole, rest, fit(timed))
-        return replace(found, factor=first_factor(found, candidates))
+        return Mixing(places, ingredients, whole, rest, fit(timed))
 
     def run(self, mixing: Mixing, count: int, limit: float, aim: Aim) -> tuple[Mixing, list[Candidate], list[LeftOut]]:
         """Try so many mixes.
@@ -196,23 +194,3 @@ class Rounds:
                 found.append(Proposal(name, stack, "its kernel"))
                 known = known | {kind + SPARSE}
         return found[:PROBES]
-
-
-def table(mixing: Mixing) -> Mapping[str, list[float]]:
-    """Return the damage of each ingredient at each place.
-
-    Args:
-        mixing: with ingredients.
-    """
-    return {
-        each.name: [sum(each.damage.get(path, 0.0) for path in place.paths) for place in mixing.places]
-        for each in mixing.ingredients
-    }
-
-
-def places_by_name(places: Sequence[Place]) -> dict[str, list[int]]:
-    """Return the positions of the places by the roles of their layers, for tables with a row per block."""
-    found: dict[str, list[int]] = {}
-    for position, place in enumerate(places):
-        found.setdefault(place.name, []).append(position)
-    return found
