@@ -11,6 +11,7 @@ from actkit.core.recipe.runner import apply
 from actkit.core.watch import importance
 from actkit.core.watch.calls import Call
 from actkit.core.watch.capture import plan_memory, record
+from actkit.core.watch.damage import layer_damage
 from actkit.core.watch.importance import perturbation_importance
 from actkit.core.watch.intervene import intervene
 from actkit.core.watch.rows import Keys, _weights
@@ -114,3 +115,10 @@ def no_tensor_given(p: Place) -> None:
 def no_finite_importance(p: Place) -> None:
     p.patch.setattr(importance, "_importance", lambda *_: torch.full((2, 4), torch.inf))
     perturbation_importance(torch.nn.Sequential(torch.nn.Linear(4, 4)), ["0"], torch.ones(2, 4), progress=False)
+
+
+@proof
+def an_exchange_without_a_number(p: Place) -> None:
+    broken = torch.nn.Linear(4, 4)
+    broken.weight.data.fill_(torch.nan)
+    layer_damage(torch.nn.Sequential(torch.nn.Linear(4, 4)), {"a": {"0": broken}}, [torch.ones(2, 4)], progress=False)
