@@ -21,6 +21,7 @@ OPTIONS = {
         "--max-loss",
         "--max-recipes",
         "--minutes",
+        "--min-speedup",
         "--mixes",
         "--recipe",
         "--speed",

@@ -177,6 +177,16 @@ def test_less_loss_costs_more(case: tuple[Any, Any, Mixing]) -> None:
     assert bytes_ is not None and all("2 bit" in option for option in bytes_[0].options)
 
 
+def test_a_speedup_that_is_enough_is_had_for_the_least_loss(case: tuple[Any, Any, Mixing]) -> None:
+    mixing = case[2]
+    every = sum(each.total for each in mixing.ingredients)
+    most, less = mixing.mix("m", every), mixing.mix("m", every, enough=1.5)
+    assert most is not None and less is not None
+    whole = sum(mixing.rest.values()) + sum(each.read for each in mixing.original.values())
+    assert most[0].seconds < less[0].seconds <= whole / 1.5
+    assert less[0].nats < most[0].nats
+
+
 def test_ingredients_come_back_from_the_journal(case: tuple[Any, Any, Mixing]) -> None:
     for each in case[2].ingredients:
         assert Ingredient.from_dict(each.to_dict()) == each
@@ -277,5 +287,9 @@ def test_a_finished_search_with_mixes_resumes_without_measuring(
 
 def test_mixes_can_be_left_out(searched: tuple[Any, Any, dict[str, Any]]) -> None:
     _, folder, settings = searched
+    with pytest.raises(ValueError, match="min_speedup: 1 was given; give a ratio above 1"):
+        search.optimize(str(folder / "llama"), out=folder / "none", min_speedup=1.0, **settings)
+    with pytest.raises(ValueError, match="min_speedup: 2 was given with speed=False"):
+        search.optimize(str(folder / "llama"), out=folder / "none", min_speedup=2.0, speed=False, **settings)
     with pytest.raises(ValueError, match="mixes: -1 was given"):
         search.optimize(str(folder / "llama"), out=folder / "none", mixes=-1, **settings)

@@ -237,3 +237,27 @@ def test_a_candidate_survives_json():
     tried = replace(tried, search_loss=Estimate(0.1, -math.inf, math.inf))
     again = Candidate.from_dict(json.loads(json.dumps(tried.to_dict(), allow_nan=False)))
     assert again == tried
+
+
+def test_a_least_speedup_leaves_out_what_may_have_less():
+    slow, fast, lossy = (
+        candidate("slow", ratio=(1.2, 1.6), disk=0.3),
+        candidate("fast", ratio=(1.5, 1.7), loss=0.01, half=0.002),
+        candidate("lossy", ratio=(2.0, 2.1), loss=0.08, half=0.01),
+    )
+    found = decide([slow, fast, lossy], the_original(), max_loss=0.02, min_speedup=1.5)
+    assert found.best == "fast"
+    assert found.of("slow").against == ("speed 1.40x (1.20 to 1.60), at least 1.5x was asked for",)
+    assert decide([slow, fast, lossy], the_original(), max_loss=0.02, target="disk").best == "slow"
+
+
+def test_a_speedup_that_nothing_has_gets_the_nearest():
+    slow, lossy = candidate("slow", ratio=(1.2, 1.4)), candidate("lossy", ratio=(2.0, 2.1), loss=0.08, half=0.01)
+    found = decide([slow, lossy], the_original(), max_loss=0.02, min_speedup=1.8)
+    assert not found.pays and found.best is None
+    assert (
+        "at least 1.8x. Nearest: within a loss of 2.0% the fastest is slow with 1.30x (1.20 to 1.40)" in found.headline
+    )
+    assert "lossy has the speed, for a loss of 8.0%" in found.headline
+    none = decide([candidate(ratio=None, disk=0.5)], the_original(), max_loss=0.02, min_speedup=1.8)
+    assert "no candidate comes near" in none.headline

@@ -107,6 +107,9 @@ def optimize(
             help="Choose the best for latency, memory, disk or quality; if not given, for latency or else disk.",
         ),
     ] = None,
+    min_speedup: Annotated[
+        float | None, typer.Option(help="Least speedup that is wanted, such as 1.5: what has less does not pay.")
+    ] = None,
     max_recipes: Annotated[int, typer.Option(min=1, max=12, help="How many recipes to try at most.")] = 12,
     recipe: Annotated[
         list[str] | None, typer.Option(help="Try these instead: YAML files or names like 'awq,wina'. Repeatable.")
@@ -140,6 +143,7 @@ def optimize(
             data=data,
             max_loss=max_loss,
             target=target,
+            min_speedup=min_speedup,
             max_recipes=max_recipes,
             recipes=recipe,
             mixes=mixes,

@@ -247,12 +247,13 @@ def _commands(result: Optimization) -> list[tuple[str, str]]:
     source = "" if settings.get("data") is None else f" --data {shlex.quote(settings['data'])}"
     stored = "" if settings.get("given_dtype") is None else f" --dtype {settings['given_dtype']}"
     target = "" if settings.get("target") is None else f" --target {settings['target']}"
+    least = "" if settings.get("min_speedup") is None else f" --min-speedup {settings['min_speedup']:g}"
     common = f"{source}{stored} --threads {settings['threads']} --seed {settings['seed']}"
     found = [
         (
             "this search",
             f"actkit optimize {name} --out again --max-loss {settings['max_loss']:g} "
-            f"--max-recipes {settings['max_recipes']}{target}{common}",
+            f"--max-recipes {settings['max_recipes']}{target}{least}{common}",
         )
     ]
     if result.verdict.best is not None:

@@ -88,6 +88,7 @@ def optimize(
     data: Any = None,
     max_loss: float = 0.02,
     target: Target | None = None,
+    min_speedup: float | None = None,
     max_recipes: int = MOST,
     recipes: Sequence[Any] | None = None,
     minutes: float | None = None,
@@ -117,6 +118,8 @@ def optimize(
         max_loss: largest loss of quality, as a share, that the upper bound of its interval may reach.
         target: what the best is chosen for among those that pay: 'latency', 'memory', 'disk' or 'quality'; None for
             latency if that pays, else disk, else memory.
+        min_speedup: least ratio of speeds that the lower bound of its interval must reach, such as 1.5; None for none.
+            Mixes then lose as little as that allows.
         max_recipes: 1 to 12.
         recipes: try these instead (whatever `Recipe.of` takes).
         minutes: what the search may take at most; None for no limit. What does not fit by its estimate is left out, and
@@ -157,6 +160,11 @@ def optimize(
     )
     check_minutes(minutes)
     _check_settings(max_loss, target, max_recipes, seed, threads, speed=speed)
+    if min_speedup is not None and not (speed and 1 < min_speedup < float("inf")):
+        raise ValueError(
+            f"min_speedup: {min_speedup:g} was given{'' if speed else ' with speed=False (--no-speed)'}; give a ratio "
+            f"above 1, such as 1.5, and let the speed be measured."
+        )
     if mixes < 0:
         raise ValueError(f"mixes: {mixes} was given; give 0 for none, or how many to try.")
     _check_report()
@@ -201,7 +209,7 @@ def optimize(
         shop = Workshop(opened, tokenizer, task, splits, out / CANDIDATES, base, max_loss, max_memory, seed, progress)
         shop.interrupt = budget.interrupt
         shop.by_divergence = task == "language" and isinstance(data, str) and data == "random"
-        search = _Search(out, name, shop, journal, max_loss, target, trust_remote_code, budget)
+        search = _Search(out, name, shop, journal, max_loss, target, trust_remote_code, budget, min_speedup)
         search.notes += [note] if note else []
         search.notes += [RANDOM] if shop.by_divergence else []
         try:
@@ -211,6 +219,7 @@ def optimize(
     settings |= {
         "max_loss": max_loss,
         "target": target,
+        "min_speedup": min_speedup,
         "max_recipes": max_recipes,
         "minutes": minutes,
         "recipes": None if recipes is None else [str(recipe) for recipe in recipes],
@@ -236,8 +245,9 @@ class _Search:
         target: Target | None,
         trust_remote_code: bool,
         budget: Budget,
+        min_speedup: float | None = None,
     ) -> None:
-        self.budget = budget
+        self.budget, self.min_speedup = budget, min_speedup
         self.out, self.name, self.shop, self.journal = out, name, shop, journal
         self.max_loss, self.target, self.trust = max_loss, target, trust_remote_code
         self.notes = list(journal.notes)
@@ -289,7 +299,14 @@ class _Search:
             left += unpaid
             original, candidates = self._speeds(original, [*candidates, *mixed])
         row, why_not = self._row(original, speed=speed, wanted=speed_row)
-        verdict = decide(candidates, original, max_loss=self.max_loss, target=self.target, cache=self.cache)
+        verdict = decide(
+            candidates,
+            original,
+            max_loss=self.max_loss,
+            target=self.target,
+            min_speedup=self.min_speedup,
+            cache=self.cache,
+        )
         points = [point(each, original) for each in (original, *candidates)]
         names = [each.name for each in (original, *candidates)]
         on_front = tuple(names[index] for index in front(points))
@@ -498,7 +515,7 @@ class _Search:
         if isinstance(prepared, str):
             return None, [], [LeftOut("mixed recipes", prepared)]
         aim: Aim = "bytes" if self.target in ("disk", "memory") else "time"
-        return rounds.run(prepared, count, self.max_loss, aim)
+        return rounds.run(prepared, count, self.max_loss, aim, self.min_speedup)
 
     def _folder(self, candidate: Candidate) -> Path:
         folder = self.shop.folder_of(candidate.name)

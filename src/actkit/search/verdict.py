@@ -12,6 +12,8 @@ pays beats (see `front`). Which one depends on the target:
 - quality takes the smallest loss;
 - without a target it is latency if that pays, else disk, else memory.
 
+If a least speedup is asked for, only what surely has it pays; if nothing does, the headline says what comes nearest.
+
 Losses rank on the search split: the test split may reject a candidate, for its loss or because another beats it, but
 never ranks them.
 """
@@ -93,13 +95,14 @@ class Verdict:
         return next(each for each in self.judgements if each.name == name)
 
 
-def judge(candidate: Candidate, original: Candidate, max_loss: float) -> Judgement:
+def judge(candidate: Candidate, original: Candidate, max_loss: float, min_speedup: float | None = None) -> Judgement:
     """Judge whether one candidate pays.
 
     Args:
         candidate: measured.
         original: measured.
         max_loss: largest loss that the upper bound of its interval may reach.
+        min_speedup: least ratio of speeds that the lower bound of its interval must reach; None for none.
 
     Returns:
         Whether it pays, and why not.
@@ -110,6 +113,9 @@ def judge(candidate: Candidate, original: Candidate, max_loss: float) -> Judgeme
         return Judgement(candidate.name, False, {}, (candidate.stopped,))
     gains = _gains(candidate, original)
     against = [] if gains else [_no_gain(candidate, original)]
+    if min_speedup is not None and not _as_fast(candidate, min_speedup):
+        found = "not measured" if candidate.ratio is None else times(candidate.ratio)
+        against.append(f"speed {found}, at least {min_speedup:g}x was asked for")
     for loss, split in ((candidate.search_loss, "search"), (candidate.loss, "test")):
         if loss is None or not loss.high <= max_loss:
             against.append(_too_much(loss, split, max_loss))
@@ -127,6 +133,7 @@ def decide(
     *,
     max_loss: float,
     target: Target | None = None,
+    min_speedup: float | None = None,
     cache: int | None = None,
 ) -> Verdict:
     """Decide over all candidates.
@@ -136,12 +143,13 @@ def decide(
         original: measured.
         max_loss: largest loss that the upper bound of its interval may reach.
         target: what the best is chosen for; None for latency if that pays, else disk, else memory.
+        min_speedup: least ratio of speeds that the lower bound of its interval must reach; None for none.
         cache: bytes of the last-level cache, for the words on speed.
 
     Returns:
         The verdict.
     """
-    judged = [judge(candidate, original, max_loss) for candidate in candidates]
+    judged = [judge(candidate, original, max_loss, min_speedup) for candidate in candidates]
     paying = [candidate for candidate, each in zip(candidates, judged) if each.pays]
     beaten = {candidate.name: _beaten_by(candidate, paying, original) for candidate in paying}
     judged = [replace(each, beaten_by=beaten.get(each.name, "")) for each in judged]
@@ -154,6 +162,8 @@ def decide(
     within = [candidate for candidate in candidates if _is_small(candidate, max_loss)]
     if best is None:
         headline = _refusal(target, second, candidates, original)
+        if min_speedup is not None:
+            headline += _nearest(candidates, within, min_speedup, max_loss)
     else:
         headline = _headline(best, second, chosen, len(paying), original)
     return Verdict(
@@ -230,6 +240,10 @@ def _too_much(loss: Estimate | None, split: str, max_loss: float) -> str:
     if loss.value > max_loss and not clearly:
         return f"loss {loss.value:.1%} on the {split} split, the limit is {max_loss:.1%}"
     return f"loss up to {loss.high:.1%} on the {split} split, the limit is {max_loss:.1%}{clearly}"
+
+
+def _as_fast(candidate: Candidate, least: float) -> bool:
+    return candidate.ratio is not None and candidate.ratio.low >= least
 
 
 def _is_small(candidate: Candidate, max_loss: float) -> bool:
@@ -317,6 +331,23 @@ def _refusal(
         f"Nothing pays for {target} here. {second.name} pays for {other} (target={other!r}, --target {other}): "
         f"{_offer(second, original)}."
     )
+
+
+def _nearest(candidates: Sequence[Candidate], within: Sequence[Candidate], least: float, max_loss: float) -> str:
+    """What comes nearest to a speedup that nothing reaches within the limit on the loss."""
+    texts = []
+    timed = [(ratio.low, ratio, each) for each in within if (ratio := each.ratio) is not None]
+    if timed:
+        _, ratio, fastest = max(timed, key=lambda found: found[0])
+        texts.append(f"within a loss of {max_loss:.1%} the fastest is {fastest.name} with {times(ratio)}")
+    fast = [each for each in candidates if _as_fast(each, least) and each.search_loss is not None]
+    if fast:
+        closest = min(fast, key=_search_loss)
+        assert closest.search_loss is not None
+        texts.append(f"{closest.name} has the speed, for a loss of {closest.search_loss.value:.1%}")
+    if not texts:
+        return f" Asked for: at least {least:g}x; no candidate comes near."
+    return f" Asked for: at least {least:g}x. Nearest: {'; '.join(texts)}."
 
 
 def _about_speed(

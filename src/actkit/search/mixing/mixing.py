@@ -25,6 +25,8 @@ AS_IT_IS = "as it is"
 KNOWN = 2.0  # the largest loss that says what a setting costs in a few layers
 FACTORS = (0.05, 8.0)  # factors are kept between these
 
+HALVINGS = 12  # of the limit, in search of the least loss for a speedup
+
 Aim = Literal["time", "bytes"]
 Part = tuple[Ingredient, ...]  # of a place: a way to store weights and a selection, or one of them, or none
 
@@ -104,28 +106,38 @@ class Mixing:
         found = next(each for each in self.ingredients if each.name == name)
         return [sum(found.damage.get(path, 0.0) for path in place.paths) for place in self.places]
 
-    def mix(self, name: str, limit: float, aim: Aim = "time") -> tuple[Mix, Proposal] | None:
+    def mix(
+        self, name: str, limit: float, aim: Aim = "time", enough: float | None = None
+    ) -> tuple[Mix, Proposal] | None:
         """Make the mix that costs least within a limit on the loss.
 
         Args:
             name: of the candidate.
             limit: on the expected loss.
             aim: what it shall have least of: time per token, or stored bytes.
+            enough: the speedup from which the loss is made smaller instead; None for the most.
 
         Returns:
             The mix and what to try; None if nothing changes.
         """
-        parts = self.parts(math.log1p(limit) / self.factor, aim)
+        nats = math.log1p(limit) / self.factor
+        parts = self.parts(nats, aim)
+        if enough is not None:
+            most = self.times.seconds(self._reads([()] * len(self.places))) / enough
+            low = 0.0
+            for _ in range(HALVINGS):
+                found = self.parts((low + nats) / 2, aim)
+                if self.times.seconds(self._reads(found)) <= most:
+                    nats, parts = (low + nats) / 2, found
+                else:
+                    low = (low + nats) / 2
         weights: dict[str, float] = {}
-        reads = dict(self.rest)
+        reads = self._reads(parts)
         whole = sum(each.stored for each in self.original.values())
         for place, part in zip(self.places, parts, strict=True):
             for ingredient in part:
                 own = sum(self.original[path].stored for path in place.paths)
                 weights[ingredient.name] = weights.get(ingredient.name, 0.0) + own / whole
-            for path in place.paths:
-                taken = self.taken(path, part)
-                reads[taken.kind] = reads.get(taken.kind, 0.0) + taken.read
         if not weights:
             return None
         nats = sum(each.loss(place.paths) for place, part in zip(self.places, parts, strict=True) for each in part)
@@ -134,6 +146,15 @@ class Mixing:
         listed = ", ".join(f"{each} {share:.0%}" for each, share in sorted(weights.items(), key=lambda x: -x[1]))
         why = f"each part has what it can stand (share of the weights: {listed}); expected loss {loss:.1%}"
         return found, Proposal(name, self._recipe(parts), why)
+
+    def _reads(self, parts: Sequence[Part]) -> dict[str, float]:
+        """Bytes per token by kind of kernel."""
+        found = dict(self.rest)
+        for place, part in zip(self.places, parts, strict=True):
+            for path in place.paths:
+                taken = self.taken(path, part)
+                found[taken.kind] = found.get(taken.kind, 0.0) + taken.read
+        return found
 
     def parts(self, limit: float, aim: Aim = "time") -> list[Part]:
         """Return what costs least within a limit, by place.

@@ -32,6 +32,7 @@ from actkit.search.results import Proposal
 from actkit.search.workshop import Workshop, recipe_key
 
 FIRST = 0.6  # of the limit, what the first mix may lose
+ENOUGH = 1.08  # times the speedup that is asked for: the lower bound has to reach it
 MARGIN = 1.2  # of half the interval that the last mix had, kept below the limit
 CLOSE = 0.1  # two limits that differ by less give the same mix
 BATCHES = 2  # of the search split, for the damage
@@ -92,7 +93,9 @@ class Rounds:
         timed = self._timed(original, candidates, ingredients)
         return Mixing(places, ingredients, whole, rest, fit(timed))
 
-    def run(self, mixing: Mixing, count: int, limit: float, aim: Aim) -> tuple[Mixing, list[Candidate], list[LeftOut]]:
+    def run(
+        self, mixing: Mixing, count: int, limit: float, aim: Aim, min_speedup: float | None = None
+    ) -> tuple[Mixing, list[Candidate], list[LeftOut]]:
         """Try so many mixes.
 
         Args:
@@ -100,6 +103,7 @@ class Rounds:
             count: how many at most.
             limit: on the loss, which the upper bound of its interval may reach.
             aim: what they shall have least of.
+            min_speedup: that is enough; what it does not need of the limit is not lost. None for the most.
 
         Returns:
             The same with its mixes, these as candidates, and what the minutes did not pay for.
@@ -109,7 +113,7 @@ class Rounds:
         seen: set[str] = set()
         share = FIRST * limit
         for number in range(1, count + 1):
-            made = mixing.mix(f"mixed {number}", share, aim)
+            made = mixing.mix(f"mixed {number}", share, aim, None if min_speedup is None else ENOUGH * min_speedup)
             if made is None:
                 return replace(mixing, notes=("no setting stays within the limit at any place",)), found, left
             mix, proposal = made
