@@ -96,12 +96,18 @@ class Bench:
             self.model = off_grid_twin(self.model, seed)
         self.splits = split_data(None, self.model, tokenizer, seed=seed)
         self.batches = self.splits.test[:MEASURED]
-        self.original = Outputs(self.model, keep=1 << 28)
+        self.original = self.outputs(self.batches)
         self.modules: dict[str, Mapping[str, Any]] = {}
         self.errors: dict[str, dict[str, float]] = {}
         view = anatomy(self.model, self.splits.calibration[0])
         self.places = tuple(places_of(view))
         self.paths = [path for place in self.places for path in place.paths]
+
+    def outputs(self, batches: Any) -> Outputs:
+        """What the original gives, computed now: its layers will be exchanged in place."""
+        found = Outputs(self.model, keep=1 << 28)
+        measure_quality(found, batches, progress=False)
+        return found
 
     def run(self, count: int) -> dict[str, Any]:
         """Measure everything."""
@@ -231,8 +237,8 @@ class Bench:
         """The factor of each setting; on the search split, as the search has it."""
         found = []
         search = self.splits.search[DAMAGE : DAMAGE + 2]
-        original, test = Outputs(self.model, keep=1 << 28), (self.batches, self.original)
-        self.batches, self.original = search, original
+        test = (self.batches, self.original)
+        self.batches, self.original = search, self.outputs(search)
         for ingredient in mixing.ingredients:
             loss = self.measure(mixing, f"{ingredient.name}, search split", [(ingredient,)] * len(self.places))["loss"]
             found.append(replace(ingredient, factor=max(0.05, math.log1p(max(loss, 0.0)) / ingredient.total)))

@@ -38,11 +38,11 @@ from actkit.core.watch.statistics import Gram, Moments, Spectrum
 class Round(Transform):
     """Rounds the layers of some blocks to 4 bits, and moves a norm's weight: one of each edit that has values."""
 
-    only: int | None = None
+    chosen: int | None = None
     tags: ClassVar[Tags] = Tags(slot="weight")
 
     def edit(self, block: Block, seen: Seen) -> Iterator[Any]:
-        if self.only is not None and block.index != self.only:
+        if self.chosen is not None and block.index != self.chosen:
             return
         for norm in block.norms[:1]:
             yield Set(f"{norm.path}.weight", norm.module.weight * 1.5)
@@ -360,7 +360,7 @@ def test_a_trial_inside_and_before_the_run_is_taken_back():
             with trial([Set("model.norm.weight", torch.zeros(16))]):
                 assert all((output == 0).all() for output in trial.outputs())
             assert snapshot(trial.model) == before
-            return self.model_copy(update={"only": 1})
+            return self.model_copy(update={"chosen": 1})
 
         def edit(self, block: Block, seen: Seen) -> Iterator[Any]:
             before = snapshot(block.root)
@@ -461,7 +461,7 @@ def test_an_error_midway_restores_the_model(kind, mode, tmp_path):
 def test_an_error_with_undo_off_leaves_a_model_that_says_what_was_done(tmp_path):
     model = build("mixtral")
     with pytest.raises(EditError, match="no_such_parameter"):
-        changed(model, "mixtral", [Round(only=1), Fail()], undo="off")
+        changed(model, "mixtral", [Round(chosen=1), Fail()], undo="off")
     assert not isinstance(model.model.layers[0].mlp.experts, ExpertList)
     assert isinstance(model.model.layers[1].mlp.experts, ExpertList)
     loaded = checkpoint.load(checkpoint.save(model, tmp_path / "half"))
@@ -551,12 +551,12 @@ def test_the_source_must_be_as_it_was(tmp_path):
 
 def test_the_report():
     model = build("llama")
-    applied = changed(model, "llama", [Round(only=0), Spy()])
+    applied = changed(model, "llama", [Round(chosen=0), Spy()])
     rounded = [path for path, method in applied.report.changed if method == "Round"]
     assert rounded[0] == "model.layers.0.input_layernorm.weight"
     assert {p.removesuffix(".weight") for p in rounded[1:]} == {b.path for b in anatomy(model).block(0).linears()}
     assert ("model.layers.2", "Spy", "only looked at") in applied.report.skipped
-    assert applied.report.recipe["transforms"][0] == {"round": {"only": 0}}
+    assert applied.report.recipe["transforms"][0] == {"round": {"chosen": 0}}
     assert applied.report.to_dict()["seconds"] > 0
     assert [edit.get("replace", edit.get("set")) for edit in applied.edits] == [p for p, _ in applied.report.changed]
     assert changes.of(model).edits == applied.edits
