@@ -106,7 +106,7 @@ class Bench:
     def outputs(self, batches: Any) -> Outputs:
         """What the original gives, computed now: its layers will be exchanged in place."""
         found = Outputs(self.model, keep=1 << 28)
-        measure_quality(found, batches, progress=False)
+        measure_quality(self.model, batches, reference=found, progress=False)
         return found
 
     def run(self, count: int) -> dict[str, Any]:
