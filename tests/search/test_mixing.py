@@ -285,6 +285,28 @@ def test_a_finished_search_with_mixes_resumes_without_measuring(
     assert again.mixing is not None and again.mixing.to_dict() == result.mixing.to_dict()
 
 
+def test_experts_are_left_as_they_are(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of experts stand at no place, as they are opened for a run alone; attention is mixed."""
+    tiny_models.build("mixtral", hidden_size=32, num_hidden_layers=2).save_pretrained(tmp_path / "mixtral")
+    monkeypatch.setattr(search, "measure_speed", speeds_by_bytes)
+    recipes = [RoundToNearest(bits=8, group_size=16), RoundToNearest(bits=2, group_size=16)]
+    result = search.optimize(
+        str(tmp_path / "mixtral"),
+        out=tmp_path / "out",
+        data="random",
+        recipes=recipes,
+        mixes=1,
+        max_loss=0.5,
+        speed_row=False,
+        threads=1,
+        progress=False,
+    )
+    assert result.mixing is not None and len(result.mixing.places) == 4
+    assert all("experts" not in path for place in result.mixing.places for path in place.paths)
+    mixed = [each for each in result.candidates if each.name.startswith("mixed")]
+    assert mixed and mixed[0].failed is None
+
+
 def test_mixes_can_be_left_out(searched: tuple[Any, Any, dict[str, Any]]) -> None:
     _, folder, settings = searched
     with pytest.raises(ValueError, match="min_speedup: 1 was given; give a ratio above 1"):

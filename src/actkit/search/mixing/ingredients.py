@@ -146,7 +146,7 @@ class Sample:
         if not is_ingredient(recipe):
             return None
         modules = {path: module for path, module in model.named_modules() if isinstance(module, ActLinear)}
-        taken = layer_bytes(model, measure_cost(model, batches, progress=False), list(modules))
+        taken = layer_bytes(model, measure_cost(model, batches, progress=False), modules)
         return cls(Ingredient(name, recipe.transforms[0], taken), modules)
 
 
@@ -176,7 +176,7 @@ def places_of(view: Anatomy) -> list[Place]:
     return found
 
 
-def layer_bytes(model: nn.Module, cost: Cost, paths: Sequence[str]) -> dict[str, LayerBytes]:
+def layer_bytes(model: nn.Module, cost: Cost, paths: Iterable[str]) -> dict[str, LayerBytes]:
     """Return what layers take.
 
     Args:
@@ -217,8 +217,9 @@ def reads_of(model: nn.Module, cost: Cost) -> dict[str, float]:
         model: as it stands.
         cost: of the model.
     """
+    modules = dict(model.named_modules())
     found: dict[str, float] = {}
-    for each in cost.layers:
-        kind = kind_of(model.get_submodule(each.path))
+    for each in cost.layers:  # experts count as layers that stand there only while they are opened
+        kind = kind_of(modules[each.path]) if each.path in modules else "experts"
         found[kind] = found.get(kind, 0.0) + (each.bytes_per_token or 0.0)
     return found

@@ -84,8 +84,8 @@ class Rounds:
             return "fewer than two settings can be limited to some layers"
         if original.speed is None:
             return "no speed was measured, so nothing says what a layer costs"
-        ingredients = with_factors(self._ingredients(chosen), candidates)
         paths = [path for place in places for path in place.paths]
+        ingredients = with_factors(self._ingredients(chosen, paths), candidates)
         cost = measure_cost(self.shop.model, self.shop.splits.test[:1], progress=False)
         whole, rest = layer_bytes(self.shop.model, cost, paths), reads_of(self.shop.model, cost)
         for taken in whole.values():
@@ -139,7 +139,8 @@ class Rounds:
             share = following
         return mixing, found, left
 
-    def _ingredients(self, proposals: Sequence[Proposal]) -> list[Ingredient]:
+    def _ingredients(self, proposals: Sequence[Proposal], paths: Sequence[str]) -> list[Ingredient]:
+        """What each setting makes of the layers at the places. Layers of experts stand in none."""
         keys = [recipe_key(each.recipe) for each in proposals]
         for entry in self.journal.find("ingredients"):
             if entry["keys"] == keys:
@@ -147,7 +148,7 @@ class Rounds:
         samples = [sample for sample in map(self.shop.sample, proposals) if sample is not None]
         damage = layer_damage(
             self.shop.model,
-            {each.ingredient.name: each.modules for each in samples},
+            {s.ingredient.name: {path: s.modules[path] for path in paths if path in s.modules} for s in samples},
             self.shop.splits.search[:BATCHES],
             seed=self.shop.seed,
             progress=self.shop.progress,
