@@ -5,6 +5,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from actkit.cli.main import app
+from actkit.cli.options import share
 
 DATA = {"--data", "--sequences", "--length", "--batch-size"}
 MODEL = {"--device", "--dtype", "--trust-remote-code"}
@@ -99,3 +100,15 @@ def test_every_option_explains_itself(verb):
     command = commands()[verb]
     assert command.help
     assert all(getattr(parameter, "help", None) for parameter in command.params)
+
+
+@pytest.mark.parametrize(("text", "value"), [("0.02", 0.02), ("2%", 0.02), (" 0.5 % ", 0.005), ("0", 0.0), (0.1, 0.1)])
+def test_a_share_is_read_as_it_is_said(text, value):
+    assert share(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["-1%", "two", "", "%", "inf", "nan"])
+def test_what_is_no_share_is_named(text):
+    result = CliRunner().invoke(app, ["optimize", "swiglu", f"--max-loss={text}"])
+    assert result.exit_code == 2
+    assert "give a share of 0 or more" in " ".join(result.output.replace("│", " ").split())

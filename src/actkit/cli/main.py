@@ -27,6 +27,7 @@ from actkit.cli.options import (
     Seed,
     Sequences,
     Threads,
+    share,
 )
 from actkit.cli.terminal import alone, is_expected, note, print_error, print_result, prints, set_up, together
 
@@ -98,7 +99,7 @@ def optimize(
     out: Out = Path("actkit-report"),
     data: Data = None,
     max_loss: Annotated[
-        float, typer.Option(min=0, help="Largest loss of quality that is accepted, as a share.")
+        float, typer.Option(parser=share, metavar="SHARE", help="Largest loss of quality that is accepted: 0.02 or 2%.")
     ] = 0.02,
     target: Annotated[
         Literal["latency", "memory", "disk", "quality"] | None,

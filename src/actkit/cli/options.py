@@ -36,3 +36,25 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at
 MaxMemory = Annotated[str | None, typer.Option(help="Hard cap for calibration beside the model, such as 2GB.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that a hub repository brings.")]
 Out = Annotated[Path, typer.Option(help="The folder to write.")]
+
+
+def share(text: str | float) -> float:
+    """Read a share, such as 0.02 or 2%.
+
+    Args:
+        text: as it was typed.
+
+    Returns:
+        A share of at least 0.
+
+    Raises:
+        BadParameter: it is neither.
+    """
+    given = str(text).strip()
+    try:
+        value = float(given[:-1]) / 100 if given.endswith("%") else float(given)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise typer.BadParameter(f"{text} was given; give a share of 0 or more, such as 0.02 or 2%.")
+    return value
