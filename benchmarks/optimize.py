@@ -18,6 +18,7 @@ A mix exchanges layers for those that a whole-model run of the setting made, wit
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import random
@@ -96,18 +97,13 @@ class Bench:
             self.model = off_grid_twin(self.model, seed)
         self.splits = split_data(None, self.model, tokenizer, seed=seed)
         self.batches = self.splits.test[:MEASURED]
-        self.original = self.outputs(self.batches)
+        self.changed = copy.deepcopy(self.model)  # its layers are exchanged
+        self.original = Outputs(self.model, keep=1 << 28)
         self.modules: dict[str, Mapping[str, Any]] = {}
         self.errors: dict[str, dict[str, float]] = {}
         view = anatomy(self.model, self.splits.calibration[0])
         self.places = tuple(places_of(view))
         self.paths = [path for place in self.places for path in place.paths]
-
-    def outputs(self, batches: Any) -> Outputs:
-        """What the original gives, computed now: its layers will be exchanged in place."""
-        found = Outputs(self.model, keep=1 << 28)
-        measure_quality(self.model, batches, reference=found, progress=False)
-        return found
 
     def run(self, count: int) -> dict[str, Any]:
         """Measure everything."""
@@ -176,20 +172,20 @@ class Bench:
     def measure(self, mixing: Mixing, name: str, parts: Choice) -> dict[str, Any]:
         """Exchange layers, and measure the loss and the divergence."""
         started = time.perf_counter()
-        before = {path: get_module(self.model, path) for path in self.paths}
+        before = {path: get_module(self.changed, path) for path in self.paths}
         for place, part in zip(self.places, parts, strict=True):
             for path in place.paths:
                 layer = before[path]
                 for ingredient in part:
                     made = self.modules[ingredient.name][path]
                     layer = made if ingredient.slot == "weight" else stacked(layer, made)
-                set_module(self.model, path, layer)
+                set_module(self.changed, path, layer)
         try:
-            with widened(self.model):
-                quality = measure_quality(self.model, self.batches, reference=self.original, progress=False)
+            with widened(self.changed):
+                quality = measure_quality(self.changed, self.batches, reference=self.original, progress=False)
         finally:
             for path, layer in before.items():
-                set_module(self.model, path, layer)
+                set_module(self.changed, path, layer)
         reads, stored = dict(mixing.rest), sum(mixing.rest.values())
         estimates = {"damage": 0.0, "damage with factors": 0.0, "output error": 0.0, "bits": 0.0}
         for place, part in zip(self.places, parts, strict=True):
@@ -238,7 +234,7 @@ class Bench:
         found = []
         search = self.splits.search[DAMAGE : DAMAGE + 2]
         test = (self.batches, self.original)
-        self.batches, self.original = search, self.outputs(search)
+        self.batches, self.original = search, Outputs(self.model, keep=1 << 28)
         for ingredient in mixing.ingredients:
             loss = self.measure(mixing, f"{ingredient.name}, search split", [(ingredient,)] * len(self.places))["loss"]
             found.append(replace(ingredient, factor=max(0.05, math.log1p(max(loss, 0.0)) / ingredient.total)))
