@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from tiny_models import build
 
 from actkit import verbs
+from actkit.cli.main import _prompts
 from error_proofs import HOST, STACK, Place, proof
 
 proof(lambda p: verbs.generate(build("llama"), "a"))
@@ -23,3 +24,18 @@ def no_proof(p: Place) -> None:
 
 
 proof(lambda p: verbs.profile(build("llama"), sequnces=3))
+
+
+proof(lambda p: _prompts(None, None, None))
+
+
+proof(lambda p: _prompts("one", None, 2))
+
+
+proof(lambda p: _prompts(None, p.path / "nowhere", None))
+
+
+@proof
+def an_empty_line(p: Place) -> None:
+    (p.path / "prompts.txt").write_text("one\n\nthree\n")
+    _prompts(None, p.path / "prompts.txt", None)

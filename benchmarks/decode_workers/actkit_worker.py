@@ -74,12 +74,13 @@ class Actkit:
         source: str = "",
         text: Sequence[int] = (),
         capacity: int = CAPACITY,
+        cache: str | None = None,
     ) -> dict[str, Any]:
         torch.set_num_threads(threads)
         self.source, self.text, self.capacity = source, text, capacity
         self.seen: dict[float, tuple[float, float]] = {}  # sparsity -> density, bytes per token
         if source:
-            return self._load(source)
+            return self._load(source, cache)
         if variant not in BITS:
             raise ValueError(f"variant: {variant!r} was given; give {', '.join(BITS)}.")
         model = random_llama(SHAPES[shape])
@@ -108,11 +109,11 @@ class Actkit:
             "versions": versions(),
         }
 
-    def _load(self, source: str) -> dict[str, Any]:
-        """A saved model, as it selects: nothing is settled."""
+    def _load(self, source: str, cache: str | None) -> dict[str, Any]:
+        """A saved model, as it selects: nothing is settled. cache: of keys and values, as `Decoder` takes it."""
         model = actkit.load(source)
         self.vocabulary = model.config.vocab_size
-        self.decoder = Decoder(model, capacity=self.capacity, decode_only=True)
+        self.decoder = Decoder(model, capacity=self.capacity, cache=cache, decode_only=True)
         del model
         release_memory()
         self.layers, self.selects = {}, {}

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from actkit.data import load_data as load_data
     from actkit.functions.swap import swap as swap
     from actkit.generating import generate as generate
+    from actkit.generating import generate_all as generate_all
     from actkit.search.search import optimize as optimize
     from actkit.verbs import apply as apply
     from actkit.verbs import evaluate as evaluate
@@ -56,6 +57,7 @@ _HOMES = {
     "evaluate": "verbs",
     "export": "verbs",
     "generate": "generating",
+    "generate_all": "generating",
     "intervene": "core.watch.intervene",
     "live": "core.watch.capture",
     "load": "zoo.loading",

@@ -1,8 +1,11 @@
-"""The verb `generate`, apart from the others: from a packed folder it imports neither them nor transformers."""
+"""The verbs `generate` and `generate_all`, apart from the others.
+
+From a packed folder they import neither them nor transformers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,7 @@ def generate(
     """Write text that follows the prompt, piece by piece; with chat the answer to it, by the model's chat template.
 
     On the CPU a decoder writes if it takes the model, else transformers. Each call packs the weights anew: for many
-    texts make a `runtime.decoder.Decoder` once, or export the model packed (`format="packed"`).
+    texts take `generate_all`, make a `runtime.decoder.Decoder` once, or export the model packed (`format="packed"`).
 
     Args:
         model: a language model, or its name; or a packed folder.
@@ -58,6 +61,79 @@ def generate(
     """
     from actkit.core.measure.generation import generate as write
 
+    opened, found = _opened(model, tokenizer, chat, threads, **options)
+    return write(
+        opened,
+        found,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop,
+        chat=chat,
+        cache=cache,
+        announce=announce,
+        decode_only=not isinstance(model, nn.Module),
+    )
+
+
+def generate_all(
+    model: Model,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    sampling: Sampling = LIKELIEST,
+    stop: tuple[str, ...] = (),
+    chat: bool = False,
+    cache: str | None = None,
+    batch: int | None = None,
+    tokenizer: Any = None,
+    threads: int | None = None,
+    announce: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Iterator[tuple[int, str]]:
+    """Write the text that follows each of some prompts, several at a time if that is faster.
+
+    Args:
+        model: as in `generate`, and so are all that are not listed.
+        prompts: texts to go on from.
+        max_new_tokens: at most, for each.
+        sampling: how a token is chosen.
+        stop: texts to stop before.
+        chat: answer each prompt.
+        cache: how a decoder keeps keys and values.
+        batch: texts at a time; None for the fastest number up to 8, which is measured.
+        tokenizer: for a model that has none beside it.
+        threads: as in `generate`.
+        announce: called with what writes, and what several texts at a time give.
+        options: of `open_model`.
+
+    Returns:
+        (number of the prompt, text), each when it is complete.
+
+    Raises:
+        ActkitError: what `core.measure.texts.generate_all` raises.
+        ValueError: as in `generate`.
+    """
+    from actkit.core.measure.texts import generate_all as write
+
+    opened, found = _opened(model, tokenizer, chat, threads, **options)
+    return write(
+        opened,
+        found,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop,
+        chat=chat,
+        cache=cache,
+        batch=batch,
+        announce=announce,
+        decode_only=not isinstance(model, nn.Module),
+    )
+
+
+def _opened(model: Model, tokenizer: Any, chat: bool, threads: int | None, **options: Any) -> tuple[nn.Module, Any]:
+    """A model that is only decoded from, and its tokenizer."""
     folder = packed_folder(model)
     if folder is not None:
         opened, found = _open_packed(folder, chat, threads, **options)
@@ -71,18 +147,7 @@ def generate(
     tokenizer = tokenizer or found
     if tokenizer is None:
         raise DataError("tokenizer: the model has none beside it; pass tokenizer=, or choose a language model.")
-    return write(
-        opened,
-        tokenizer,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        stop=stop,
-        chat=chat,
-        cache=cache,
-        announce=announce,
-        decode_only=not isinstance(model, nn.Module),
-    )
+    return opened, tokenizer
 
 
 def packed_folder(model: Model) -> Path | None:

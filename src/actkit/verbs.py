@@ -32,6 +32,7 @@ from actkit.core.recipe.transform import Transform
 from actkit.core.store.checkpoint import MANIFEST, check_savable, check_target, read_manifest, save
 from actkit.data import Batches, Split, Stream, load_data
 from actkit.generating import generate as generate
+from actkit.generating import generate_all as generate_all
 from actkit.zoo.loading import locate, open_model
 
 if TYPE_CHECKING:

@@ -50,6 +50,8 @@ OPTIONS = {
         "--top-p",
         "--stop",
         "--cache",
+        "--prompts",
+        "--batch",
     },
     "show": MODEL | {"--data", "--json"},
     "export": DATA

@@ -14,7 +14,7 @@ from actkit import verbs, zoo
 from actkit.core.ground import registry
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.selections import Threshold
-from actkit.core.measure import decoding, evaluation, fresh, generation, harness
+from actkit.core.measure import decoding, evaluation, fresh, generation, harness, texts
 from actkit.core.measure.cost import _chosen, folder_bytes
 from actkit.core.measure.multiple_choice import Question, log_likelihoods
 from actkit.core.measure.quality import measure_quality, task_of
@@ -64,6 +64,18 @@ proof(lambda p: next(generation.generate(build("llama"), Words(), "word", max_ne
 
 
 proof(lambda p: decoding.choose_engine(build("bert"), capacity=8, cache="bfloat16"))
+
+
+proof(lambda p: verbs.generate_all(build("llama"), [], tokenizer=Words()))
+
+
+proof(lambda p: verbs.generate_all(build("llama"), ["word"], tokenizer=Words(), batch=0))
+
+
+@proof
+def no_decoder_for_several(p: Place) -> None:
+    p.patch.setattr(texts, "choose_engine", lambda *_, **__: decoding.Engine(None, "none is installed"))
+    verbs.generate_all(build("llama"), ["word"], tokenizer=Words(), batch=2)
 
 
 proof(lambda p: evaluation._prompts(build("llama"), [{**HOST, "attention_mask": IDS * 0}]))

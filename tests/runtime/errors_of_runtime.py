@@ -16,10 +16,11 @@ from actkit import verbs
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.runner import apply
 from actkit.core.store import checkpoint
+from actkit.kernels import batch_step
 from actkit.quantization.quantize_cache import QuantizeCache
 from actkit.quantization.rotate import Rotate
+from actkit.runtime import batch, packed
 from actkit.runtime import decoder as cpu
-from actkit.runtime import packed
 from actkit.runtime.packing import export_packed
 from actkit.runtime.shards import kind_of
 from error_proofs import NAN, Place, proof
@@ -159,3 +160,58 @@ for given in (
 
 
 proof(lambda p: export_packed(family("opt"), p.path / "packed", proof=False))
+
+
+def a_batch(**values: Any) -> Any:
+    """Places for two sequences, without kernels."""
+    made = object.__new__(batch.Batch)
+    made.__dict__.update({"decoder": a_decoder(), "sequences": 2, "positions": np.zeros(2, np.int64), **values})
+    return made
+
+
+proof(lambda p: batch.Batch(a_decoder(), 9))
+
+
+proof(lambda p: a_batch()([1, 2, 3]))
+
+
+proof(lambda p: a_batch()([1, 99]))
+
+
+proof(lambda p: a_batch(positions=np.array([8, 0]))([1, 2]))
+
+
+proof(lambda p: a_batch().generate([[1] * 6], max_new_tokens=4))
+
+
+proof(lambda p: a_batch().generate([[1]], max_new_tokens=4, together=3))
+
+
+proof(lambda p: a_batch(_rows=SimpleNamespace(step=lambda tokens, positions: torch.tensor(NAN)))([1, 2]))
+
+
+def keeping(latent: int) -> Any:
+    """A decoder with a cache."""
+    kept = ("keys", "cached", "key_scales", "value_scales", "latent_cache", "latent_keys", "latent_values")
+    work = SimpleNamespace(**dict.fromkeys(kept, np.ones(2)))
+    return a_decoder(_plan=SimpleNamespace(latent=np.full(8, latent)), _work=work, _rotaries=[0])
+
+
+proof(lambda p: batch.Batch(keeping(1)))
+
+
+@proof
+def no_room_for_sequences(p: Place) -> None:
+    p.patch.setattr(batch.psutil, "virtual_memory", lambda: SimpleNamespace(available=9))
+    batch.Batch(keeping(0))
+
+
+@proof
+def a_batch_not_side_by_side(p: Place) -> None:
+    rows = object.__new__(batch._Rows)
+    given = dict.fromkeys(("_mixtures", "positions", "_own", "work", "threads"))
+    follows = SimpleNamespace(_follow_threads=lambda: None)
+    rows.__dict__.update(given | {"_places": [0], "_scratch": SimpleNamespace(out=np.zeros(1)), "decoder": follows})
+    p.patch.setattr(batch._Rows, "_products", lambda *_: [])
+    p.patch.setattr(batch_step, "attend_stage", lambda *_: False)
+    rows._mixed(0, [], 0, None, torch.zeros(1), torch.zeros(1))

@@ -115,8 +115,8 @@ def test_what_a_bfloat16_cache_holds_is_rounded_to_the_nearest() -> None:
     for decoder in (wide, narrow):
         decoder([5])
     for kept, rounded in ((wide._work.keys, narrow._work.keys), (wide._work.cached, narrow._work.cached)):
-        first, nearest = torch.from_numpy(kept[0, :, 0]), torch.from_numpy(rounded[0, :, 0]).view(torch.bfloat16)
-        assert torch.equal(first.bfloat16(), nearest)
+        first, nearest = (torch.from_numpy(each[0, :, 0].copy()) for each in (kept, rounded))
+        assert torch.equal(first.view(torch.float32).bfloat16(), nearest.view(torch.bfloat16))
 
 
 def test_other_caches_are_refused() -> None:

@@ -7,6 +7,7 @@ process prints.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -288,7 +289,13 @@ def evaluate(
 @app.command()
 def generate(
     model: ModelName,
-    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    prompt: Annotated[str | None, typer.Argument(help="The text to go on from.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file of prompts instead, one on each line; several are written at a time.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, max=8, help="Texts at a time, with --prompts; the fastest number by default.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Choose among the k likeliest tokens.")] = None,
@@ -309,8 +316,9 @@ def generate(
     """Write text with a language model, as it comes."""
     alone("generate")
     from actkit.generating import generate as write
-    from actkit.generating import packed_folder
+    from actkit.generating import generate_all, packed_folder
 
+    texts = _prompts(prompt, prompts, batch)
     set_up(threads, seed, transformers=packed_folder(model) is None)
     from actkit.core.ground.compiling import compiling
     from actkit.core.measure.sampling import Sampling
@@ -329,6 +337,11 @@ def generate(
         "announce": engine.append,
     }
     with compiling(lambda: note("compiling the kernels for these weights, once on this machine: about a minute")):
+        if texts is not None:
+            written = generate_all(model, texts, batch=batch, **settings)
+            _write_all(written, texts, "\n" if chat else "", engine, as_json)
+            return
+        assert prompt is not None
         pieces = write(model, prompt, **settings)
         if as_json:
             print_result({"prompt": prompt, "text": "".join(pieces), "engine": engine[0]}, True)
@@ -337,6 +350,48 @@ def generate(
         for piece in pieces:
             typer.echo(piece, nl=False)
         typer.echo()
+
+
+def _prompts(prompt: str | None, file: Path | None, batch: int | None) -> list[str] | None:
+    """The prompts of a file, or None if one was given as an argument."""
+    from actkit.core.ground.errors import DataError
+
+    if (prompt is None) == (file is None):
+        given = "neither" if prompt is None else "both"
+        raise ValueError(f"prompt, prompts: {given} was given; give a text, or a file of texts with --prompts.")
+    if file is None:
+        if batch is not None:
+            raise ValueError(f"batch: {batch} was given beside one prompt; leave it out, or give --prompts.")
+        return None
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"prompts: {file} cannot be read ({error}); give a text file, one prompt on each line."
+        ) from None
+    empty = next((number for number, line in enumerate(lines, 1) if not line.strip()), None)
+    if empty is not None or not lines:
+        where = "no line" if empty is None else f"an empty line ({empty})"
+        raise DataError(f"prompts: {file} has {where}; give one prompt on each line.")
+    return lines
+
+
+def _write_all(
+    written: Iterator[tuple[int, str]], prompts: list[str], between: str, engine: list[str], as_json: bool
+) -> None:
+    """Print prompts and texts in the order of the prompts, each as soon as those before it are there."""
+    if not as_json:
+        note(f"engine: {engine[0]}")
+    found: dict[int, str] = {}
+    printed = 0
+    for number, text in written:
+        found[number] = text
+        while not as_json and printed in found:
+            typer.echo(f"[{printed + 1}] {prompts[printed]}{between}{found[printed]}")
+            printed += 1
+    if as_json:
+        texts = [{"prompt": prompt, "text": found[number]} for number, prompt in enumerate(prompts)]
+        print_result({"texts": texts, "engine": engine[0]}, True)
 
 
 @app.command()

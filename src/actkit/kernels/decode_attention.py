@@ -4,15 +4,19 @@ A thread keeps keys and values of its own key-value heads, in float32, bfloat16 
 query heads that read them; all of them while a key is at hand. If the heads cannot be shared out evenly, threads take
 equal ranges of all heads' keys instead, once there are enough of them: what they found of a head that was cut is merged
 by the largest score of each part and the sum of its exponentials, as exact as float32 is.
+
+What touches the cache is called by address, as matrix products are (`decode_products`): three functions for each way
+that it is kept (`functions_of`). So the step is compiled once for all of them; the cache is bytes to it.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import carray, types
 from numba.extending import intrinsic
 
 from actkit.kernels.decode_math import (
@@ -43,8 +47,8 @@ from actkit.kernels.decode_places import (
     VALUE_AT,
     WINDOW,
 )
-from actkit.kernels.process import compiled
-from actkit.kernels.team import meet
+from actkit.kernels.process import called_by_address, compiled
+from actkit.kernels.team import call_by_address, meet
 
 # -- what is kept ------------------------------------------------------------------------------------------------------
 
@@ -231,6 +235,97 @@ def attend_chosen(query, keys, values, r, k, scores, out):  # type: ignore[no-un
         out[i] /= sum_of
 
 
+# -- by address --------------------------------------------------------------------------------------------------------
+
+KEEP, ATTEND, CHOOSE = range(3)  # places of the addresses in work.functions
+_POINTER, _INTEGER, _FLOAT = types.voidptr, types.int64, types.float32
+_KEEPS = types.void(_POINTER, _POINTER, _POINTER, _INTEGER, _INTEGER)
+_ATTENDS = types.void(*[_POINTER] * 8, _INTEGER, _INTEGER, _INTEGER, _FLOAT, _FLOAT)
+_CHOOSES = types.void(*[_POINTER] * 5, _INTEGER, _INTEGER, _INTEGER, _INTEGER)
+_compiled: dict[type, tuple[Any, ...]] = {}
+
+
+def functions_of(stored: type) -> np.ndarray:
+    """Return the addresses of what keeps and reads a cache: int64 [3].
+
+    Args:
+        stored: the type of its numbers, float32, uint16 for bfloat16, or int8 for codes.
+    """
+    if stored not in _compiled:
+        made = (_keeps(stored), _attends(stored), _chooses(stored))
+        kinds = (_KEEPS, _ATTENDS, _CHOOSES)
+        _compiled[stored] = tuple(called_by_address(kind)(function) for kind, function in zip(kinds, made))
+    return np.array([function.address for function in _compiled[stored]], np.int64)
+
+
+def _keeps(stored: type) -> Any:
+    coded = stored is np.int8
+
+    def function(vector, kept, scales, size, position):  # type: ignore[no-untyped-def]
+        tokens = position + 1
+        scale = carray(scales, (tokens if coded else 0,), np.float32)
+        keep(carray(vector, (size,), np.float32), carray(kept, (tokens, size), stored), scale, position)
+
+    return function
+
+
+def _attends(stored: type) -> Any:
+    coded = stored is np.int8
+
+    def function(  # type: ignore[no-untyped-def]
+        queries, keys, values, key_scales, value_scales, scores, out, found, tokens, readers, size, scaling, limit
+    ):
+        scaled = tokens if coded else 0
+        attend(
+            carray(queries, (readers * size,), np.float32),
+            carray(keys, (tokens, size), stored),
+            carray(values, (tokens, size), stored),
+            carray(key_scales, (scaled,), np.float32),
+            carray(value_scales, (scaled,), np.float32),
+            scaling,
+            limit,
+            carray(scores, (readers * tokens,), np.float32),
+            carray(out, (readers * size,), np.float32),
+            carray(found, (readers, 2), np.float32),
+        )
+
+    return function
+
+
+def _chooses(stored: type) -> Any:
+    def function(query, keys, values, scores, out, tokens, size, r, k):  # type: ignore[no-untyped-def]
+        attend_chosen(
+            carray(query, (size,), np.float32),
+            carray(keys, (tokens, size), stored),
+            carray(values, (tokens, size), stored),
+            r,
+            k,
+            carray(scores, (tokens,), np.float32),
+            carray(out, (size,), np.float32),
+        )
+
+    return function
+
+
+@intrinsic
+def _call_keep(typingctx, function, vector, kept, scales, size, position):  # type: ignore[no-untyped-def]
+    return types.void(types.int64, vector, kept, scales, types.int64, types.int64), call_by_address
+
+
+@intrinsic
+def _call_attend(  # type: ignore[no-untyped-def]
+    typingctx, function, queries, keys, values, key_scales, value_scales, scores, out, found, tokens, readers, size,
+    scaling, limit,
+):  # fmt: skip
+    arrays = (queries, keys, values, key_scales, value_scales, scores, out, found)
+    return types.void(types.int64, *arrays, *[types.int64] * 3, types.float32, types.float32), call_by_address
+
+
+@intrinsic
+def _call_choose(typingctx, function, query, keys, values, scores, out, tokens, size, r, k):  # type: ignore[no-untyped-def]
+    return types.void(types.int64, query, keys, values, scores, out, *[types.int64] * 4), call_by_address
+
+
 # -- all heads ---------------------------------------------------------------------------------------------------------
 
 
@@ -294,8 +389,9 @@ def _take_in(place, layer, position, stage, plan, work):  # type: ignore[no-unty
         if own_norms:
             rms_norm(key, plan.head_norms[layer, 1], plan.epsilon, key)
         turn(key, cos, sin, place[TURN], place[CHOOSING])
-        keep(key, work.keys[layer, first + head], work.key_scales[layer, first + head], position)
-        keep(value, work.cached[layer, first + head], work.value_scales[layer, first + head], position)
+        keeps, at = work.functions[KEEP], first + head
+        _call_keep(keeps, key, work.keys[layer, at], work.key_scales[layer, at], size, position)
+        _call_keep(keeps, value, work.cached[layer, at], work.value_scales[layer, at], size, position)
         for reader in range(shared_by):
             at = place[QUERY_AT] + head * place[QUERY_STEP] + reader * size
             to = ((first + head) * shared_by + reader) * size
@@ -313,17 +409,21 @@ def _attend_some(layer, head, begin, end, scores, out, found, plan, work):  # ty
     """Attend with one key-value head's queries to the tokens from begin to end."""
     scaled = work.key_scales.shape[2] > 0
     last = end if scaled else 0
-    attend(
-        work.queries[head * plan.shared_by * plan.size :][: plan.shared_by * plan.size],
+    _call_attend(
+        work.functions[ATTEND],
+        work.queries[head * plan.shared_by * plan.size :],
         work.keys[layer, head, begin:end],
         work.cached[layer, head, begin:end],
         work.key_scales[layer, head, min(begin, last) : last],
         work.value_scales[layer, head, min(begin, last) : last],
-        plan.scaling,
-        plan.cap,
         scores,
         out,
         found,
+        end - begin,
+        plan.shared_by,
+        plan.size,
+        plan.scaling,
+        plan.cap,
     )
 
 
@@ -383,9 +483,10 @@ def attention(place, layer, thread, threads, position, meetings, plan, work):  #
     if place[CHOOSING] > 0:
         for reader in range(first * shared_by, (first + heads) * shared_by):
             head, at = reader // shared_by, reader * size
-            keys, values = work.keys[layer, head, : position + 1], work.cached[layer, head, : position + 1]
+            keys, values = work.keys[layer, head], work.cached[layer, head]
             query, mixed = work.queries[at : at + size], work.mixed[at : at + size]
-            attend_chosen(query, keys, values, place[CHOOSING], place[KEYS], scores, mixed)
+            chooses, tokens = work.functions[CHOOSE], position + 1
+            _call_choose(chooses, query, keys, values, scores, mixed, tokens, size, place[CHOOSING], place[KEYS])
         return meetings
     found = work.found[thread, 0]
     if plan.cut_from == 0 or tokens < plan.cut_from:

@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
@@ -27,7 +26,7 @@ from actkit.kernels.numba_rows import bundled_units, chosen_codes, chosen_dots
 from actkit.kernels.packing import aligned
 from actkit.kernels.process import called_by_address, compiled
 from actkit.kernels.quantized import BLOCK
-from actkit.kernels.team import address_of, line_padded
+from actkit.kernels.team import address_of, call_by_address, line_padded
 
 # Fields of a product, int64. A row of zeros is a product that a thread has no share in.
 FUNCTION, ADDRESS, TILES, INPUTS, STRIDE, TILE, SCALES_AT, ZEROS_AT, GROUP = range(9)
@@ -67,20 +66,7 @@ def memory(columns: int) -> Memory:
 @intrinsic
 def call(typingctx, function, row, x, indices, values, count, out, memory):  # type: ignore[no-untyped-def]
     """Call the product at the address `function`; all others but `count` are arrays."""
-
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        pointer, i64 = ir.IntType(8).as_pointer(), ir.IntType(64)
-        given = []
-        for kind, value in zip(signature.args[1:], args[1:], strict=True):
-            if isinstance(kind, types.Array):
-                value = builder.bitcast(context.make_array(kind)(context, builder, value).data, pointer)
-            given.append(value)
-        kind = ir.FunctionType(ir.VoidType(), [value.type for value in given])
-        assert given[4].type == i64
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), given)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, row, x, indices, values, types.int64, out, memory), generate
+    return types.void(types.int64, row, x, indices, values, types.int64, out, memory), call_by_address
 
 
 _SIGNATURE = types.void(

@@ -192,10 +192,11 @@ class Work(NamedTuple):
         partial: float32 [2, threads, width], the shares that are summed.
         mixed: float32, all inputs of the output projection, for a selection that ranks all of them.
         hidden: float32, all inputs of the down projection, for the same.
-        keys: [layers, key-value heads, capacity, head size], float32, uint16 for bfloat16, or int8 for codes of 8 bits.
+        keys: uint8 [layers, key-value heads, capacity, bytes of a head], of float32, bfloat16 or codes of 8 bits.
         cached: the values, alike.
         key_scales: float32 [layers, key-value heads, capacity] of codes; [.., 0] without.
         value_scales: the same.
+        functions: int64 [3], addresses of what keeps and reads such a cache (`decode_attention.functions_of`).
         logits: float32 [vocabulary], the threads' shares one after another.
         finite: float32 [threads], not finite if a thread's logits are not.
         counter: int64, of the meetings.
@@ -235,6 +236,7 @@ class Work(NamedTuple):
     cached: np.ndarray
     key_scales: np.ndarray
     value_scales: np.ndarray
+    functions: np.ndarray
     logits: np.ndarray
     finite: np.ndarray
     counter: np.ndarray

@@ -40,6 +40,22 @@ def address_of(typingctx, address):  # type: ignore[no-untyped-def]
     return types.voidptr(types.int64), generate
 
 
+def call_by_address(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    """Generate the body of an intrinsic that calls the function at the address args[0] with all others.
+
+    Arrays are given as pointers. The arguments are those of an intrinsic's body.
+    """
+    pointer = ir.IntType(8).as_pointer()
+    given = []
+    for kind, value in zip(signature.args[1:], args[1:], strict=True):
+        if isinstance(kind, types.Array):
+            value = builder.bitcast(context.make_array(kind)(context, builder, value).data, pointer)
+        given.append(value)
+    kind = ir.FunctionType(ir.VoidType(), [value.type for value in given])
+    builder.call(builder.inttoptr(args[0], kind.as_pointer()), given)
+    return context.get_dummy_value()
+
+
 @intrinsic
 def _arrive(typingctx, counter):  # type: ignore[no-untyped-def]
     """Add one to counter[0], all earlier writes seen by whoever sees the sum."""

@@ -21,7 +21,7 @@ convolutions are refused by name.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import psutil
@@ -54,6 +54,9 @@ from actkit.runtime import packed, tables
 from actkit.runtime.families import FAMILIES, Form, form_of, model_type
 from actkit.runtime.latent import latent_attention, latent_of, latents_of, refuse
 from actkit.runtime.prompt import few_tokens, read_prompt
+
+if TYPE_CHECKING:
+    from actkit.runtime.batch import Batch
 
 CHUNK = 512  # tokens of a prompt that go through a layer at once
 EVERY_KERNEL = 1 << 30  # bytes, of which kernels use all threads
@@ -443,6 +446,21 @@ class Decoder:
             end=end,
             decoder=self,
         )
+
+    def batch(self, sequences: int = 8) -> Batch:
+        """Return what writes several texts at once with this decoder (`runtime.batch`).
+
+        Args:
+            sequences: at once, 1 to 8.
+
+        Raises:
+            UnsupportedModelError: the model has latent attention, or rotary frequencies that change with the length.
+            MemoryLimitError: a cache for each sequence does not fit into free memory.
+            ValueError: the number of sequences is out of bounds.
+        """
+        from actkit.runtime.batch import Batch
+
+        return Batch(self, sequences)
 
     # -- building
 

@@ -242,7 +242,7 @@ def read_latents(prompt: Any, layer: int, normed: list[Tensor], begin: int, cos:
     """Attend with the tokens of a prompt, in the form that the step has.
 
     Args:
-        prompt: the `runtime.prompt._Prompt` that reads it.
+        prompt: the `runtime.prompt.Prompt` that reads it.
         layer: which.
         normed: of each thread, what attention reads [tokens, hidden].
         begin: the first token.

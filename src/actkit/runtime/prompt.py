@@ -100,7 +100,7 @@ def read_prompt(
     """
     if dense:
         selections = [None if select is None or select.prefill == "dense" else select for select in selections]
-    prompt = _Prompt(plan, work, matrices, selections, x.dtype, in_integers)
+    prompt = Prompt(plan, work, matrices, selections, x.dtype, in_integers)
     x = x.float() * float(plan.embedding)
     if len(plan.positions):
         x += torch.from_numpy(plan.positions[begin : begin + len(x)])
@@ -113,7 +113,18 @@ def read_prompt(
     return torch.cat(found, 1)
 
 
-class _Prompt:
+class Prompt:
+    """Some tokens on their way through the layers.
+
+    Args:
+        plan: what is computed.
+        work: the decoder's memory.
+        matrices: the packed weights.
+        selections: how each product selects its inputs.
+        dtype: of products and attention; float32 unless it is bfloat16.
+        in_integers: whether integer weights meet inputs that are rounded to 8 bits.
+    """
+
     def __init__(
         self,
         plan: steps.StepPlan,
@@ -144,12 +155,7 @@ class _Prompt:
             if plan.latent.any():
                 mixed = read_latents(self, layer, normed, begin, cos, sin)
             else:
-                found = self._products(layer, steps.QKV, normed)
-                squares = self._squares(found, places)
-                mixed = [
-                    self._attend(out, layer, place, begin, None if plain else mask, cos, sin, squares)
-                    for out, place in zip(found, places)
-                ]
+                mixed = self._mixed(layer, normed, begin, None if plain else mask, cos, sin)
             if plan.beside == steps.TWO_NORMS:
                 normed = [self._norm(x, plan.norms[layer, 1], plan.biases[layer, 1])] * len(places)
             self._add(x, layer, steps.OUTPUT, mixed)
@@ -202,6 +208,14 @@ class _Prompt:
         first, number = place[2 * steps.UNITS_BUNDLED : 2 * steps.UNITS_BUNDLED + 2].tolist()
         weight = self.matrices.weights[first] if number else None
         return weight if isinstance(weight, BundledUnits) else None
+
+    def _mixed(
+        self, layer: int, normed: list[Tensor], begin: int, mask: Tensor | None, cos: Tensor, sin: Tensor
+    ) -> list[Tensor]:
+        """Compute what the output projection reads of each thread's heads, [tokens, heads * size]."""
+        places, found = self.plan.layers[:, layer], self._products(layer, steps.QKV, normed)
+        squares = self._squares(found, places)
+        return [self._attend(out, layer, place, begin, mask, cos, sin, squares) for out, place in zip(found, places)]
 
     def _attend(
         self,
@@ -427,12 +441,12 @@ def _kept(new: Tensor, kept: np.ndarray, scales: np.ndarray, begin: int) -> Tens
 
     Args:
         new: float32 [heads, tokens, size].
-        kept: [heads, all, size], float32, uint16 for bfloat16, or int8 for codes.
+        kept: uint8 [heads, all, bytes], of float32, bfloat16 or codes.
         scales: float32 [heads, all] of codes, or [heads, 0].
         begin: the first of the tokens.
     """
-    all_of = torch.from_numpy(kept)
-    all_of = all_of.view(torch.bfloat16) if all_of.dtype == torch.uint16 else all_of
+    dtype = {4: torch.float32, 2: torch.bfloat16, 1: torch.int8}[kept.shape[-1] // new.shape[-1]]
+    all_of = torch.from_numpy(kept).view(dtype)
     if not scales.size:
         all_of[:, begin:] = new
         return all_of

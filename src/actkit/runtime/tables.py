@@ -22,6 +22,7 @@ from actkit.core.model.parts import Block
 from actkit.kernels import decode_products as forms
 from actkit.kernels import decode_step as steps
 from actkit.kernels import integer_dots
+from actkit.kernels.decode_attention import functions_of
 from actkit.kernels.decode_latent import LatentPlan, latent_memory
 from actkit.kernels.output_rows import BundledUnits, PackedRows, blocks_of, bundle_units, pack_rows
 from actkit.kernels.packing import PackedWeight, aligned
@@ -530,7 +531,7 @@ def memory(
     width, hidden = line_padded(int(widths.max())), line_padded(plan.hidden)
     inputs = line_padded(int(max(products[:, forms.INPUTS].max(), plan.hidden)))
     held = 0 if plan.latent.any() else capacity  # latents are kept elsewhere
-    kept, dtype = (layers, key_value_heads, held, plan.size), CACHES[cache]
+    kept = (layers, key_value_heads, held, plan.size * np.dtype(CACHES[cache]).itemsize)
     scales = (layers, key_value_heads, held if cache == "int8" else 0)
     readers = heads // key_value_heads
     memories = [forms.memory(int(products[:, forms.TILE].max())) for _ in range(threads)]
@@ -551,10 +552,11 @@ def memory(
         hidden=aligned(
             int((plan.layers[:, :-1, steps.FIRST_UNIT] + plan.layers[:, :-1, steps.UNITS]).max()), np.float32
         ),
-        keys=aligned(kept, dtype),
-        cached=aligned(kept, dtype),
+        keys=aligned(kept, np.uint8),
+        cached=aligned(kept, np.uint8),
         key_scales=np.zeros(scales, np.float32),
         value_scales=np.zeros(scales, np.float32),
+        functions=functions_of(CACHES[cache]),
         logits=aligned(vocabulary, np.float32),
         finite=aligned(threads, np.float32),
         counter=aligned(8, np.int64),

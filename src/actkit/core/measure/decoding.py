@@ -36,6 +36,8 @@ class Decoder(Protocol):
     else, so its weights may go. Of a model that `core.store.opening` opened it reads the weights itself, or says in
     `supports` that it does not.
 
+    It may also have a method `batch(sequences)`, which `core.measure.texts` writes several texts at once with.
+
     Attributes:
         threads: that it runs with.
 

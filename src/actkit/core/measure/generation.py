@@ -9,7 +9,7 @@ was.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -74,14 +74,8 @@ def generate(
         UnsupportedModelError: the model generates nothing.
         NonFiniteError: a logit is NaN or Inf.
     """
-    stops = [stop] if isinstance(stop, str | int) else list(stop)
-    texts = [each for each in stops if isinstance(each, str)]
-    if "" in texts:
-        raise ValueError("stop: an empty text was given, which is found everywhere; give at least one character.")
-    check_text(prompt, "prompt: it")
-    ids = _encode_turn(tokenizer, prompt) if chat else _encode(model, tokenizer, prompt)
-    end = end_tokens(model, tokenizer) | {each for each in stops if isinstance(each, int)}
-    _check(model, ids, max_new_tokens)  # before a decoder is built
+    texts, end = ends_of(model, tokenizer, stop)
+    ids = ids_of(model, tokenizer, prompt, max_new_tokens, chat=chat)  # checked before a decoder is built
     engine = choose_engine(model, capacity=len(ids) + max_new_tokens, decode_only=decode_only, cache=cache)
     if announce is not None:
         announce(engine.describe())
@@ -97,7 +91,38 @@ def generate(
         end=end,
         decoder=engine.decoder,
     )
-    return _until(texts, _pieces(tokenizer, ids, (token for token in tokens if token not in end)))
+    return text_of(tokenizer, ids, (token for token in tokens if token not in end), texts)
+
+
+def ends_of(
+    model: nn.Module, tokenizer: Any, stop: str | int | Sequence[str | int]
+) -> tuple[list[str], frozenset[int]]:
+    """Return the texts and the tokens that end a text. Arguments and errors are those of `generate`."""
+    stops = [stop] if isinstance(stop, str | int) else list(stop)
+    texts = [each for each in stops if isinstance(each, str)]
+    if "" in texts:
+        raise ValueError("stop: an empty text was given, which is found everywhere; give at least one character.")
+    return texts, end_tokens(model, tokenizer) | {each for each in stops if isinstance(each, int)}
+
+
+def ids_of(model: nn.Module, tokenizer: Any, prompt: str, max_new_tokens: int, *, chat: bool = False) -> list[int]:
+    """Return the token ids of a prompt, checked. Arguments and errors are those of `generate`."""
+    check_text(prompt, "prompt: it")
+    ids = _encode_turn(tokenizer, prompt) if chat else _encode(model, tokenizer, prompt)
+    _check(model, ids, max_new_tokens)
+    return ids
+
+
+def text_of(tokenizer: Any, prompt: list[int], tokens: Iterable[int], stops: list[str]) -> Iterator[str]:
+    """Yield the text of tokens that follow a prompt, piece by piece, up to the first of some texts.
+
+    Args:
+        tokenizer: whose tokens they are.
+        prompt: token ids.
+        tokens: those that follow, without one that ends the text.
+        stops: texts that end it, and are not part of it.
+    """
+    return _until(stops, _pieces(tokenizer, prompt, tokens))
 
 
 def end_tokens(model: nn.Module, tokenizer: Any = None) -> frozenset[int]:
@@ -159,7 +184,7 @@ def _encode_turn(tokenizer: Any, prompt: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _pieces(tokenizer: Any, prompt: list[int], tokens: Iterator[int]) -> Iterator[str]:
+def _pieces(tokenizer: Any, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:
     """The text of tokens, piece by piece: a piece waits until its last bytes are a whole character.
 
     A token's text depends on what stands before it (a space, the first bytes of a character), so the tokens of the last
