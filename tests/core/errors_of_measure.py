@@ -75,7 +75,7 @@ proof(lambda p: verbs.generate_all(build("llama"), ["word"], tokenizer=Words(), 
 @proof
 def no_decoder_for_several(p: Place) -> None:
     p.patch.setattr(texts, "choose_engine", lambda *_, **__: decoding.Engine(None, "none is installed"))
-    verbs.generate_all(build("llama"), ["word"], tokenizer=Words(), batch=2)
+    verbs.generate_all(build("llama"), ["word"], tokenizer=Words(), max_new_tokens=2, batch=2)
 
 
 proof(lambda p: evaluation._prompts(build("llama"), [{**HOST, "attention_mask": IDS * 0}]))

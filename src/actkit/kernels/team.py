@@ -43,7 +43,11 @@ def address_of(typingctx, address):  # type: ignore[no-untyped-def]
 def call_by_address(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     """Generate the body of an intrinsic that calls the function at the address args[0] with all others.
 
-    Arrays are given as pointers. The arguments are those of an intrinsic's body.
+    Args:
+        context: as every body of an intrinsic gets it, and so are the others.
+        builder: see context.
+        signature: of the call, the address first.
+        args: its values; arrays are given as pointers.
     """
     pointer = ir.IntType(8).as_pointer()
     given = []

@@ -370,13 +370,17 @@ class _Rows(Prompt):
         return found
 
     def _product(self, p: int, x: Tensor) -> Tensor:
-        weight = self.matrices.weights[p]
+        weight, row = self.matrices.weights[p], self.plan.products[p]
         if isinstance(weight, PackedRows | QuantizedRows):
-            every = torch.arange(weight.out_features, dtype=torch.int32)
-            of_rows = output_rows if isinstance(weight, PackedRows) else quantized_output_rows
-            y, bias = of_rows(x.contiguous(), weight, every), self.matrices.biases[p]  # type: ignore[operator]
+            every, given = torch.arange(weight.out_features, dtype=torch.int32), x.contiguous()
+            if isinstance(weight, PackedRows):
+                y = output_rows(given, weight, every)
+            else:
+                y = quantized_output_rows(given, weight, every)
+            bias = self.matrices.biases[p]
             return y if bias is None else y + bias[: y.shape[1]]
-        row, zeros = self.plan.products[p], np.zeros(len(self.plan.products), np.int64)
+        assert isinstance(weight, PackedWeight | QuantizedWeight)
+        zeros = np.zeros(len(self.plan.products), np.int64)
         self._multiply(np.array([[p, 1]]), _stacked([x]), zeros, zeros)
         at, width = int(row[forms.OUT_AT]), int(row[forms.TILES] * row[forms.TILE])
         y = torch.from_numpy(self._scratch.out[0, : len(x), at : at + width].copy())
