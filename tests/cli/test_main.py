@@ -124,6 +124,19 @@ def test_generate_says_which_engine_wrote(run, folder, gpt2):
     assert code == 0 and json.loads(found) == {"prompt": "The", "text": text[:-1], "engine": why}
 
 
+def test_a_file_of_prompts(run, folder, tmp_path):
+    prompts, arguments = tmp_path / "prompts.txt", ("--max-new-tokens", 6, "--threads", 1)
+    prompts.write_text("The\nReturn the\n")
+    alone = [run("generate", folder, prompt, *arguments)[1][:-1] for prompt in ("The", "Return the")]
+    code, found, err = run("generate", folder, "--prompts", prompts, *arguments)
+    assert code == 0 and found == f"[1] The{alone[0]}\n[2] Return the{alone[1]}\n"
+    assert "at a time (tokens/s of 1: " in " ".join(err.split())
+    code, found, _ = run("generate", folder, "--prompts", prompts, *arguments, "--batch", 2, "--json")
+    assert code == 0 and [each["text"] for each in json.loads(found)["texts"]] == alone
+    code, _, err = run("generate", folder, *arguments)
+    assert code == 1 and "neither was given" in err
+
+
 def test_the_plan_is_told_before_work(run, folder, recipe, tmp_path):
     code, _, err = run(
         "apply", folder, "--recipe", recipe, "--out", tmp_path / "a", "--sequences", 2, "--length", 16, "--no-proof"

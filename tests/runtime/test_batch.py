@@ -66,6 +66,7 @@ def check(model: torch.nn.Module, number: int, most: float = 1e-4, threads: int 
         assert (found - wanted).norm() < most * wanted.norm()
 
 
+@pytest.mark.slow(reason="the kernels of a batch are compiled here first")
 @pytest.mark.parametrize(("number", "threads"), [(2, 1), (3, 2), (8, 2)])
 def test_logits_are_those_of_each_alone(number: int, threads: int) -> None:
     check(llama(), number, threads=threads)
@@ -138,7 +139,6 @@ def test_spark() -> None:
     check(spark_lm(LlamaConfig(**SHAPE), density=0.2, attended=5).eval(), 3)  # type: ignore[arg-type]
 
 
-@pytest.mark.slow(reason="the decoder compiles for each kind of cache")
 @pytest.mark.parametrize("cache", ["bfloat16", "int8"])
 def test_narrow_caches(cache: str) -> None:
     check(llama(), 3, most=0.05, cache=cache)

@@ -12,7 +12,6 @@ from actkit.runtime.decoder import Decoder
 
 
 @torch.no_grad()
-@pytest.mark.slow(reason="the decoder compiles for a cache of codes")
 def test_logits_are_those_of_the_rounded_model() -> None:
     model = build("llama")
     plain = Decoder(model, threads=1, capacity=32)

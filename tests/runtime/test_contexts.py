@@ -79,7 +79,6 @@ def rounded(cache: str, x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.slow(reason="the decoder compiles for each kind of cache")
 @pytest.mark.parametrize("cache", ["bfloat16", "int8"])
 def test_narrow_caches(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Transformers' own attention over keys and values that were rounded so; in steps, with cut heads, as a prompt."""
@@ -108,7 +107,6 @@ def test_narrow_caches(cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.slow(reason="the decoder compiles for a cache in bfloat16")
 def test_what_a_bfloat16_cache_holds_is_rounded_to_the_nearest() -> None:
     model = llama()
     wide, narrow = Decoder(model), Decoder(model, cache="bfloat16")
