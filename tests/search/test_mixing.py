@@ -285,6 +285,21 @@ def test_a_finished_search_with_mixes_resumes_without_measuring(
     assert again.mixing is not None and again.mixing.to_dict() == result.mixing.to_dict()
 
 
+def test_mixes_are_tried_if_no_whole_model_setting_may_be_timed(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two bits and a half of the inputs lose too much everywhere, and so neither is timed by itself."""
+    tiny_models.build("llama", hidden_size=64, intermediate_size=256, vocab_size=128).save_pretrained(
+        tmp_path / "llama"
+    )
+    monkeypatch.setattr(search, "measure_speed", speeds_by_bytes)
+    recipes = [RoundToNearest(bits=2, group_size=16), Wina(sparsity=0.8)]
+    settings = {"data": "random", "recipes": recipes, "max_loss": 1e-4, "mixes": 1, "speed_row": False, "threads": 1}
+    result = search.optimize(str(tmp_path / "llama"), out=tmp_path / "out", progress=False, **settings)
+    assert all(each.stopped for each in result.candidates if not each.name.startswith("mixed"))
+    assert result.mixing is not None and result.mixing.times.constant >= 0
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "out" / "journal.jsonl").read_text().splitlines()]
+    assert kinds.count("probe") == 2
+
+
 def test_experts_are_left_as_they_are(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers of experts stand at no place, as they are opened for a run alone; attention is mixed."""
     tiny_models.build("mixtral", hidden_size=32, num_hidden_layers=2).save_pretrained(tmp_path / "mixtral")

@@ -82,8 +82,6 @@ class Rounds:
         chosen = [each for each in proposals if is_ingredient(each.recipe)]
         if len(chosen) < 2 or not places:
             return "fewer than two settings can be limited to some layers"
-        if original.speed is None:
-            return "no speed was measured, so nothing says what a layer costs"
         paths = [path for place in places for path in place.paths]
         ingredients = with_factors(self._ingredients(chosen, paths), candidates)
         cost = measure_cost(self.shop.model, self.shop.splits.test[:1], progress=False)
@@ -91,6 +89,8 @@ class Rounds:
         for taken in whole.values():
             rest[taken.kind] -= taken.read
         timed = self._timed(original, candidates, ingredients)
+        if not timed:
+            return "no speed was measured, so nothing says what a layer costs"
         return Mixing(places, ingredients, whole, rest, fit(timed))
 
     def run(
@@ -161,27 +161,30 @@ class Rounds:
     def _timed(
         self, original: Candidate, candidates: Sequence[Candidate], ingredients: Sequence[Ingredient]
     ) -> list[Timed]:
-        """What was timed, and what has to be for the kinds of kernels that nothing was timed of."""
-        assert original.speed is not None
-        seconds = 1 / original.speed.rate.value
-        timed = [Timed("original", original.reads, seconds)]
+        """What was timed, and what has to be for the kinds of kernels that nothing was timed of; the original first."""
+        ratios: list[tuple[str, dict[str, float], float]] = []
         for each in candidates:
-            if each.ratio is not None and each.reads and each.speed and each.speed.engine == original.speed.engine:
-                timed.append(Timed(each.name, each.reads, seconds / each.ratio.value))
-        known = {kind for each in timed for kind in each.reads}
+            engines = [speed.engine for speed in (each.speed, original.speed) if speed is not None]
+            if each.ratio is not None and each.reads and len(engines) == 2 and engines[0] == engines[1]:
+                ratios.append((each.name, each.reads, each.ratio.value))
+        known = {kind for _, reads, _ in ratios for kind in reads} | set(original.reads)
         probes = self._probes(ingredients, known)
-        if not probes:
-            return timed
         entries = {entry["key"]: entry for entry in self.journal.find("probe")}
         waiting = [each for each in probes if recipe_key(each.recipe) not in entries]
         if waiting and self.budget.over(self.budget.speeds(len(waiting)), "timing kernels") is None:
-            made = {each.name: self.shop.probe(each) for each in waiting}
-            for candidate, content in self.time(original, list(made.values())):
-                self.journal.add("probe", key=recipe_key(candidate.methods), reads=candidate.reads, **content)
-        for entry in self.journal.find("probe"):
-            if entry["speed"] is not None and entry["speed"]["ratio"] is not None:
-                timed.append(Timed("probe", entry["reads"], seconds / entry["speed"]["ratio"]["value"]))
-        return timed
+            made = [self.shop.probe(each) for each in waiting]
+            for candidate, content in self.time(original, made):
+                key = recipe_key(candidate.methods)
+                self.journal.add("probe", key=key, name=candidate.name, reads=candidate.reads, **content)
+        found = [entry for entry in self.journal.find("probe") if entry["speed"] is not None]
+        ratios += [(entry["name"], entry["reads"], entry["speed"]["ratio"]["value"]) for entry in found]
+        if original.speed is not None:
+            rate = original.speed.rate.value
+        elif found:
+            rate = found[0]["original"]["rate"]["value"]
+        else:
+            return []
+        return [Timed("original", original.reads, 1 / rate), *(Timed(n, reads, 1 / rate / x) for n, reads, x in ratios)]
 
     def _probes(self, ingredients: Sequence[Ingredient], known: set[str]) -> list[Proposal]:
         """Settings of the whole model whose kernels were not timed; those that need no data first."""
