@@ -126,9 +126,9 @@ class Mixing:
             most = self.times.seconds(self._reads([()] * len(self.places))) / enough
             low = 0.0
             for _ in range(HALVINGS):
-                found = self.parts((low + nats) / 2, aim)
-                if self.times.seconds(self._reads(found)) <= most:
-                    nats, parts = (low + nats) / 2, found
+                milder = self.parts((low + nats) / 2, aim)
+                if self.times.seconds(self._reads(milder)) <= most:
+                    nats, parts = (low + nats) / 2, milder
                 else:
                     low = (low + nats) / 2
         weights: dict[str, float] = {}
