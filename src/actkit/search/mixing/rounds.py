@@ -33,7 +33,7 @@ from actkit.search.workshop import Workshop, recipe_key
 
 FIRST = 0.6  # of the limit, what the first mix may lose
 ENOUGH = 1.08  # times the speedup that is asked for: the lower bound has to reach it
-MARGIN = 1.2  # of half the interval that the last mix had, kept below the limit
+MARGIN = 1.5  # of half the interval that the last mix had, kept below the limit
 CLOSE = 0.1  # two limits that differ by less give the same mix
 BATCHES = 2  # of the search split, for the damage
 PROBES = 3  # settings timed for their kernels alone
