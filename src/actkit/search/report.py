@@ -319,7 +319,6 @@ def _mixing(result: Optimization, markup: Callable[[str], Any]) -> dict[str, Any
             )
         )
     return {
-        "tokens": f"{result.data['search']['tokens']:,}",
         "damage": [(f"Damage of {each.name}", markup(damage_grid(mixing, each.name))) for each in mixing.ingredients],
         "chosen": [(f"What {mix.name} gives each part", markup(chosen_grid(mixing, mix))) for mix in mixing.mixes],
         "legend": [(colour, name) for name, colour in colours_of(mixing).items()],

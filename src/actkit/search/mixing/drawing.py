@@ -106,5 +106,6 @@ def _grid(mixing: Mixing, label: str, cell: Cell, dots: Sequence[int] | set[int]
             + (f'<circle class="hole" cx="{x + CELL / 2}" cy="{y + CELL / 2}" r="3.5"/>' if position in dots else "")
             + "</g>"
         )
-    opening = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label, quote=True)}">'
+    sized = f'style="max-width:{round(1.3 * width)}px"'  # few blocks are not blown up to the page's width
+    opening = f'<svg viewBox="0 0 {width} {height}" {sized} role="img" aria-label="{escape(label, quote=True)}">'
     return opening + "".join(parts) + "</svg>"
