@@ -1,6 +1,7 @@
 """actkit's decoder with bf16, int8 or int4 weights, dense and with thresholded inputs.
 
-Integer weights have one symmetric scale per input and group of 128 outputs, in every matrix, the output layer too. The
+Integer weights have one symmetric scale per input and group of 128 outputs, in every matrix, the output layer too; of
+the variants for prompts, which are dense, a scale and a zero per group of 64 inputs, but in the output layer. The
 weights are random, and thresholds are TEAL's for random tokens, settled so that a decoding step reads the share that
 the row is named by; so the masks of the inputs are as good as random. The output layer is dense. The layers of all
 sparsities are one packed model: only the thresholds change. A real model is a folder that actkit saved, taken as it is.
@@ -62,7 +63,10 @@ PROMPT = 128  # as in the rounds that are measured
 
 
 class Actkit:
-    """Variants: bf16, int8, int4; folder for a real model. A round takes `sparsity`, 0 or one of SPARSITIES."""
+    """Variants: bf16, int8, int4, also with -prompts; folder for a real model.
+
+    A round takes `sparsity`, 0 or one of SPARSITIES.
+    """
 
     def load(
         self,
@@ -81,10 +85,13 @@ class Actkit:
         self.seen: dict[float, tuple[float, float]] = {}  # sparsity -> density, bytes per token
         if source:
             return self._load(source, cache)
-        if variant not in BITS:
-            raise ValueError(f"variant: {variant!r} was given; give {', '.join(BITS)}.")
+        kind, _, prompts = variant.partition("-")
+        if kind not in BITS or prompts not in ("", "prompts"):
+            raise ValueError(f"variant: {variant!r} was given; give {', '.join(BITS)}, also with -prompts.")
         model = random_llama(SHAPES[shape])
         self.vocabulary = SHAPES[shape]["vocab_size"]
+        if prompts:
+            return self._for_prompts(model, BITS[kind])
         quantiles = _quantiles(model, self.vocabulary)
         self.quantiles = {path: found.quantile for path, found in quantiles.items()}
         self.thresholds: dict[float, dict[str, float]] = {}
@@ -108,6 +115,17 @@ class Actkit:
             "bytes_per_token": self.seen[0.0][1],
             "versions": versions(),
         }
+
+    def _for_prompts(self, model: nn.Module, bits: int) -> dict[str, Any]:
+        """A random model as a recipe leaves it, without selections."""
+        if bits < 16:
+            actkit.apply(model, {"actkit": 1, "transforms": [{"rtn": {"bits": bits, "group_size": 64}}]})
+        self.decoder = Decoder(model, capacity=self.capacity, decode_only=True)
+        release_memory()
+        self.layers, self.selects = {}, {}
+        self.round(prompt=128, tokens=2)  # compiles
+        about = f"groups of 64 inputs, activations {'int8' if self.decoder.activations != 'float32' else 'float32'}"
+        return {"about": "bf16" if bits == 16 else about, "versions": versions()}
 
     def _load(self, source: str, cache: str | None) -> dict[str, Any]:
         """A saved model, as it selects: nothing is settled. cache: of keys and values, as `Decoder` takes it."""

@@ -43,6 +43,16 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 1024,
         "tie_word_embeddings": True,
     },
+    "135M": {  # SmolLM2's
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": True,
+    },
     "tiny": {
         "hidden_size": 256,
         "intermediate_size": 512,

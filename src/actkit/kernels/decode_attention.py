@@ -344,7 +344,7 @@ def turn(x, cos, sin, how, choosing):  # type: ignore[no-untyped-def]
 
 
 @compiled(inner=True)
-def _scale(x, mean, weight, epsilon):  # type: ignore[no-untyped-def]
+def scaled(x, mean, weight, epsilon):  # type: ignore[no-untyped-def]
     """Divide by the root of the mean square, times weight, in place."""
     scale = np.float32(1.0) / np.sqrt(np.float32(mean) + epsilon)
     for i in range(x.size):
@@ -366,14 +366,14 @@ def _norm_all(place, layer, thread, threads, stage, meetings, plan, work):  # ty
         total_query += work.moments[other, 2]
         total_key += work.moments[other, 3]
     weights, at = plan.head_norms[layer], first * plan.size
-    _scale(query, total_query / work.mixed.size, weights[0][at * plan.shared_by :], plan.epsilon)
-    _scale(key, total_key / (work.keys.shape[1] * plan.size), weights[1][at:], plan.epsilon)
+    scaled(query, total_query / work.mixed.size, weights[0][at * plan.shared_by :], plan.epsilon)
+    scaled(key, total_key / (work.keys.shape[1] * plan.size), weights[1][at:], plan.epsilon)
     return meetings
 
 
 @compiled(inner=True)
-def _take_in(place, layer, position, stage, plan, work):  # type: ignore[no-untyped-def]
-    """Turn the queries of a thread's heads, and keep their keys and values."""
+def take_in(place, layer, position, stage, queries, plan, work):  # type: ignore[no-untyped-def]
+    """Turn the queries of a thread's heads, into their places among those of all, and keep their keys and values."""
     size, shared_by, first = plan.size, plan.shared_by, place[FIRST_HEAD]
     own_norms = plan.head_norms.shape[0] > 0 and plan.head_norms.shape[2] == size  # else it is done
     rotary = plan.rotary[place[ROTARY]]
@@ -395,7 +395,7 @@ def _take_in(place, layer, position, stage, plan, work):  # type: ignore[no-unty
         for reader in range(shared_by):
             at = place[QUERY_AT] + head * place[QUERY_STEP] + reader * size
             to = ((first + head) * shared_by + reader) * size
-            query = work.queries[to : to + size]
+            query = queries[to : to + size]
             query[:] = stage[at : at + size]
             if plan.limit > 0:
                 clamp(plan.limit, query)
@@ -477,7 +477,7 @@ def attention(place, layer, thread, threads, position, meetings, plan, work):  #
         meetings = _norm_all(place, layer, thread, threads, stage, meetings, plan, work)
         if meetings < 0:
             return -1
-    _take_in(place, layer, position, stage, plan, work)
+    take_in(place, layer, position, stage, work.queries, plan, work)
     begin = max(0, position + 1 - place[WINDOW]) if place[WINDOW] > 0 else 0
     tokens = position + 1 - begin
     if place[CHOOSING] > 0:

@@ -23,7 +23,9 @@ LOOSE = {"reassoc", "contract", "nsz"}
 
 
 @intrinsic
-def _from_bits(typingctx, bits):  # type: ignore[no-untyped-def]
+def from_bits(typingctx, bits):  # type: ignore[no-untyped-def]
+    """Return the float32 with these bits, an int32."""
+
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return builder.bitcast(args[0], ir.FloatType())
 
@@ -34,7 +36,7 @@ def _from_bits(typingctx, bits):  # type: ignore[no-untyped-def]
 def exponential(x):  # type: ignore[no-untyped-def]
     """Compute e^x in float32 to two units in the last place, in operations that vectorise."""
     x = min(max(x, np.float32(-87.0)), np.float32(88.0))
-    n = np.float32(math.floor(x * np.float32(1.4426950408889634) + np.float32(0.5)))
+    n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))  # math.floor goes through 64-bit integers
     r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
     p = np.float32(1.9875691500e-4)
     p = p * r + np.float32(1.3981999507e-3)
@@ -42,7 +44,7 @@ def exponential(x):  # type: ignore[no-untyped-def]
     p = p * r + np.float32(4.1665795894e-2)
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
-    return (p * r * r + r + np.float32(1.0)) * _from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
+    return (p * r * r + r + np.float32(1.0)) * from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
 
 
 @compiled()

@@ -8,27 +8,16 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import prange, types
-from numba.extending import intrinsic
+from numba import prange
 from torch import Tensor
 
+from actkit.kernels.decode_math import from_bits
 from actkit.kernels.int8_products import MIDDLE, TINY
 from actkit.kernels.numba_cpu import array, as_stored, widen
 from actkit.kernels.process import LOCK, compiled, follow_torch_threads
 
 PARTS = 64  # of the rows, over threads
 LOW, HIGH, NAN, INF = np.float32(-MIDDLE), np.float32(MIDDLE - 1), np.float32(np.nan), np.float32(np.inf)
-
-
-@intrinsic
-def _as_float(typingctx, bits):  # type: ignore[no-untyped-def]
-    """Return the float32 with these bits, an int32."""
-
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.int32), generate
 
 
 @compiled(inner=True)
@@ -39,7 +28,7 @@ def largest(words, shift):  # type: ignore[no-untyped-def]
     for j in range(words.size):
         word = np.int32(words[j]) & sign
         found = np.int32(word) if word > found else found
-    return _as_float(np.int32(found << np.int32(shift)))
+    return from_bits(np.int32(found << np.int32(shift)))
 
 
 @compiled(parallel=True)

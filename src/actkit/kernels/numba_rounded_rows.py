@@ -48,6 +48,17 @@ def span_of(weight: QuantizedWeight) -> int:
     return max((span for span in (128, 64, 32, 16, 8, 4) if group % span == 0), default=1)
 
 
+@compiled(inner=True)
+def _codes_of(x, inverse, codes):  # type: ignore[no-untyped-def]
+    """Write the codes of some inputs, and return their sum: a loop from 0, as only such become vectors."""
+    total = np.int32(0)
+    for j in range(x.size):
+        code = np.int32(np.rint(widen(x[j]) * inverse))
+        codes[j] = np.int8(code)
+        total += code
+    return total
+
+
 @compiled(parallel=True)
 def _round(x, words, shift, span, codes, steps, taken):  # type: ignore[no-untyped-def]
     """Round rows of inputs.
@@ -70,12 +81,7 @@ def _round(x, words, shift, span, codes, steps, taken):  # type: ignore[no-untyp
                 continue
             if found < SMALLEST:
                 continue
-            inverse = np.float32(127.0) / found
-            total = np.int32(0)
-            for j in range(begin, end):
-                code = np.int32(np.rint(widen(x[r, j]) * inverse))
-                codes[r, j] = np.int8(code)
-                total += code
+            total = _codes_of(x[r, begin:end], np.float32(127.0) / found, codes[r, begin:end])
             steps[s, r] = found / np.float32(127.0)
             taken[s, r] = steps[s, r] * np.float32(total)
 

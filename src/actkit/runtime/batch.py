@@ -42,7 +42,7 @@ from actkit.kernels.process import LOCK
 from actkit.kernels.quantized import BLOCK, QuantizedWeight, outputs_of
 from actkit.kernels.quantized_operators import quantized_output_rows
 from actkit.kernels.quantized_rows import QuantizedRows
-from actkit.runtime.prompt import Prompt
+from actkit.runtime.prompt import Outputs, Prompt
 
 if TYPE_CHECKING:
     from actkit.runtime.decoder import Decoder
@@ -320,9 +320,7 @@ class _Rows(Prompt):
             self.read(x, 0)
             return torch.cat(self.logits(x), 1)[:, : self.decoder.vocabulary]
 
-    def _mixed(
-        self, layer: int, normed: list[Tensor], begin: int, mask: Tensor | None, cos: Tensor, sin: Tensor
-    ) -> list[Tensor]:
+    def _mixed(self, layer: int, normed: list[Tensor], begin: int) -> list[Tensor]:
         places, scratch, mixed = self._places[layer], self._scratch, self._mixtures
         for own, out in zip(torch.from_numpy(scratch.out), self._products(layer, steps.QKV, normed)):
             kept = own[: len(out), : out.shape[1]]
@@ -337,6 +335,9 @@ class _Rows(Prompt):
             )
         wide, found = self.plan.shared_by * self.plan.size, torch.from_numpy(mixed[: len(self.positions)])
         return list(found.split([int(place[steps.HEADS]) * wide for place in places], 1))
+
+    def _outputs(self, layer: int, stage: int, inputs: list[Tensor]) -> list[Outputs]:
+        return [Outputs(out) for out in self._products(layer, stage, inputs)]
 
     def _products(self, layer: int, stage: int, inputs: list[Tensor]) -> list[Tensor]:
         if (layer, stage) not in self._stages:

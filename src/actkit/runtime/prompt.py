@@ -10,22 +10,25 @@ are widened to the dtype, some columns at a time, so that they stay in the cache
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from actkit.core.grids.integers import IntegerGrid
 from actkit.kernels import decode_math as functions
 from actkit.kernels import decode_products as forms
 from actkit.kernels import decode_step as steps
+from actkit.kernels import prompt_rows as rows
+from actkit.kernels.numba_cpu import NOTHING, array
 from actkit.kernels.numba_quantized import widened_columns
 from actkit.kernels.numba_rounded_rows import RoundedRows, multiply_rounded, span_of, takes
 from actkit.kernels.output_rows import BundledUnits, PackedRows
 from actkit.kernels.packing import COLUMNS as BLOCK
 from actkit.kernels.packing import PackedWeight, in_order
+from actkit.kernels.process import LOCK, follow_torch_threads
+from actkit.kernels.prompt_attention import attend, available
 from actkit.kernels.quantized import QuantizedWeight, outputs_of
 from actkit.kernels.quantized_rows import QuantizedRows
 from actkit.runtime.latent import read_latents
@@ -113,6 +116,29 @@ def read_prompt(
     return torch.cat(found, 1)
 
 
+class Outputs(NamedTuple):
+    """What a thread's products of a stage gave.
+
+    Attributes:
+        values: [tokens, width].
+        tiled: whether columns lie as in a tile of bfloat16 (`kernels.packing`).
+        bias: float32 [width or more] that is still to be added, or None.
+    """
+
+    values: Tensor
+    tiled: bool = False
+    bias: Tensor | None = None
+
+    def arrays(self) -> tuple[np.ndarray, bool, np.ndarray]:
+        """Return what the kernels take."""
+        return array(self.values.contiguous()), self.tiled, NOTHING if self.bias is None else self.bias.numpy()
+
+    def in_order(self) -> Tensor:
+        """Return the values in order, the bias added."""
+        values = in_order(self.values) if self.tiled else self.values
+        return values if self.bias is None else values + self.bias[: values.shape[1]]
+
+
 class Prompt:
     """Some tokens on their way through the layers.
 
@@ -138,53 +164,43 @@ class Prompt:
         self.dtype = dtype if dtype == torch.bfloat16 else torch.float32
         self.choosing = int(plan.layers[0, 0, steps.CHOOSING])
         self.in_integers = in_integers
+        self.heads, self.cache = rows.Heads.of(plan), rows.Cache.of(work)
         self._rounded: dict[Any, tuple[Tensor, RoundedRows]] = {}  # of the products at hand
+        self._masks: dict[int, Tensor] = {}  # by window, of the tokens at hand
 
     def read(self, x: Tensor, begin: int) -> None:
         """Run x, float32 [tokens, hidden], through all layers, in place."""
         plan, end = self.plan, begin + len(x)
         rotary = torch.from_numpy(plan.rotary[:, :, begin:end])
-        ahead = torch.arange(end)[None, :] - torch.arange(begin, end)[:, None]  # [tokens, all]: 0 is itself
+        self._masks.clear()
+        normed = self._norm(x, plan.norms[0, 0], plan.biases[0, 0])
         for layer in range(len(plan.norms)):
             places = plan.layers[:, layer]
-            window = int(places[0, steps.WINDOW])
-            mask = (ahead <= 0) & (ahead > -window) if window else ahead <= 0
-            plain = begin == 0 and not window and not plan.cap
             cos, sin = rotary[int(places[0, steps.ROTARY])]
-            normed = [self._norm(x, plan.norms[layer, 0], plan.biases[layer, 0])] * len(places)
+            given = [normed] * len(places)
             if plan.latent.any():
-                mixed = read_latents(self, layer, normed, begin, cos, sin)
+                mixed = read_latents(self, layer, given, begin, cos, sin)
             else:
-                mixed = self._mixed(layer, normed, begin, None if plain else mask, cos, sin)
+                mixed = self._mixed(layer, given, begin)
+            behind = plan.norms[layer, 1], plan.biases[layer, 1]
             if plan.beside == steps.TWO_NORMS:
-                normed = [self._norm(x, plan.norms[layer, 1], plan.biases[layer, 1])] * len(places)
-            self._add(x, layer, steps.OUTPUT, mixed)
-            if plan.beside == steps.ONE_BY_ONE:
-                normed = [self._norm(x, plan.norms[layer, 1], plan.biases[layer, 1])] * len(places)
-            hidden: list[Tensor] = []
-            bundled: list[Tensor] = []  # shares of the down projection of bundled units
-            rows = self._products(layer, steps.UP, normed)  # of threads that keep the up projection's rows apart
-            outs = self._products(layer, steps.GATE_UP, normed)
-            gates = [out[:, place[steps.GATE_AT] :][:, : place[steps.UNITS]] for out, place in zip(outs, places)]
-            if places[0, steps.ALL_UNITS]:
-                gates = _largest(gates, float(plan.gates[layer, 1]))
-            for out, place, apart, gate in zip(outs, places, rows, gates):
-                gate = _activate(int(place[steps.ACTIVATION]), gate, float(plan.gates[layer, 0]))
-                bundle = self._bundle(place)
-                if place[steps.UP_AT] < 0:
-                    hidden.append(gate)
-                    continue
-                up = out[:, place[steps.UP_AT] :][:, : place[steps.UNITS]]
-                if bundle is not None:
-                    first = int(plan.products[place[2 * steps.UNITS_BUNDLED], forms.INPUTS_AT])
-                    given = normed[0][:, first : first + bundle.inputs]
-                    up = given.to(bundle.buffer.dtype) @ bundle.up().t()
-                elif apart.shape[1]:
-                    up = apart
-                hidden.append(gate.mul_(up))
-                if bundle is not None:
-                    bundled.append((hidden[-1].to(bundle.buffer.dtype) @ bundle.down()).to(self.dtype))
-            self._add(x, layer, steps.DOWN, hidden, bundled)
+                normed = self._norm(x, *behind)
+            one_by_one = plan.beside == steps.ONE_BY_ONE
+            found = self._add(x, layer, steps.OUTPUT, mixed, then=behind if one_by_one else None)
+            normed = normed if found is None else found
+            hidden, bundled = self._hidden(layer, [normed] * len(places))
+            following = None if layer + 1 == len(plan.norms) else (plan.norms[layer + 1, 0], plan.biases[layer + 1, 0])
+            found = self._add(x, layer, steps.DOWN, hidden, bundled, following)
+            normed = normed if found is None else found
+
+    def _mask(self, begin: int, end: int, window: int) -> Tensor | None:
+        """Which tokens each of some sees, bool [tokens, all]; None for all before it and itself, of an empty cache."""
+        if begin == 0 and not self.plan.cap and (not window or window >= end):
+            return None
+        if window not in self._masks:
+            ahead = torch.arange(end)[None, :] - torch.arange(begin, end)[:, None]  # 0 is itself
+            self._masks[window] = (ahead <= 0) & (ahead > -window) if window else ahead <= 0
+        return self._masks[window]
 
     def logits(self, x: Tensor) -> list[Tensor]:
         """Compute each thread's share of the logits of some tokens, float32 [tokens, own words]."""
@@ -209,69 +225,97 @@ class Prompt:
         weight = self.matrices.weights[first] if number else None
         return weight if isinstance(weight, BundledUnits) else None
 
-    def _mixed(
-        self, layer: int, normed: list[Tensor], begin: int, mask: Tensor | None, cos: Tensor, sin: Tensor
-    ) -> list[Tensor]:
+    def _mixed(self, layer: int, normed: list[Tensor], begin: int) -> list[Tensor]:
         """Compute what the output projection reads of each thread's heads, [tokens, heads * size]."""
-        places, found = self.plan.layers[:, layer], self._products(layer, steps.QKV, normed)
-        squares = self._squares(found, places)
-        return [self._attend(out, layer, place, begin, mask, cos, sin, squares) for out, place in zip(found, places)]
+        found = self._outputs(layer, steps.QKV, normed)
+        means = self._means(found, self.plan.layers[:, layer])
+        return [self._attend(out, layer, thread, begin, means) for thread, out in enumerate(found)]
 
-    def _attend(
-        self,
-        out: Tensor,
-        layer: int,
-        place: np.ndarray,
-        begin: int,
-        mask: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        squares: list[Tensor] | None,
-    ) -> Tensor:
-        """Attend with one thread's heads: [tokens, heads * size].
-
-        mask: None if each token sees all before it; squares: of query and key the means over all heads, if these are
-        normed together.
-        """
-        plan, work, end = self.plan, self.work, begin + len(out)
-        out = out.clamp(-float(plan.limit), float(plan.limit)) if plan.limit > 0 else out
-        heads, first = int(place[steps.HEADS]), int(place[steps.FIRST_HEAD])
+    def _attend(self, out: Outputs, layer: int, thread: int, begin: int, means: np.ndarray) -> Tensor:
+        """Attend with one thread's heads: [tokens, heads * size]. means: as `_means` returns them."""
+        plan, work, place = self.plan, self.work, self.plan.layers[thread, layer]
+        tokens, heads, first = len(out.values), int(place[steps.HEADS]), int(place[steps.FIRST_HEAD])
         if not heads:
-            return out.new_zeros(len(out), 0)
-        turn, size, wide = int(place[steps.TURN]), plan.size, plan.shared_by * plan.size
-        query = _taken(out, place[steps.QUERY_AT], heads, wide, place[steps.QUERY_STEP])
-        query = query.unflatten(2, (plan.shared_by, size)).flatten(1, 2).transpose(0, 1)
-        key = _taken(out, place[steps.KEY_AT], heads, size, place[steps.KEY_STEP]).transpose(0, 1)
-        value = _taken(out, place[steps.VALUE_AT], heads, size, place[steps.KEY_STEP]).transpose(0, 1)
-        query = self._turn(query, layer, 0, squares, first * plan.shared_by, turn, cos, sin)
-        key = self._turn(key, layer, 1, squares, first, turn, cos, sin)
-        own = (layer, slice(first, first + heads), slice(end))
-        keys = _kept(key, work.keys[own], work.key_scales[own], begin)
-        values = _kept(value, work.cached[own], work.value_scales[own], begin)
-        if place[steps.CHOOSING]:
-            mixed = _chosen(query, keys.float(), values.float(), int(place[steps.CHOOSING]), int(place[steps.KEYS]))
-            return mixed.transpose(0, 1).reshape(len(out), -1).to(self.dtype)
-        if plan.cap > 0:
+            return torch.zeros(tokens, 0, dtype=self.dtype)
+        chooses, window = int(place[steps.CHOOSING]), int(place[steps.WINDOW])
+        exact = chooses or plan.cap > 0
+        query = torch.empty(heads * plan.shared_by, tokens, plan.size, dtype=torch.float32 if exact else self.dtype)
+        with LOCK:
+            follow_torch_threads(out.values.nbytes)
+            rows.take_in_rows(place, layer, begin, *out.arrays(), means, array(query), self.heads, self.cache)
+        own = (layer, slice(first, first + heads), slice(begin + tokens))
+        keys = _cached(work.keys[own], work.key_scales[own], plan.size)
+        values = _cached(work.cached[own], work.value_scales[own], plan.size)
+        if not exact and self.dtype == torch.bfloat16 and plan.size % 2 == 0 and available():
+            return attend(query, keys.to(self.dtype), values.to(self.dtype), begin, window, plan.scaling)
+        mask = self._mask(begin, begin + tokens, window)
+        if chooses:
+            mixed = _chosen(query, keys.float(), values.float(), chooses, int(place[steps.KEYS])).to(self.dtype)
+        elif plan.cap > 0:
             scores = query @ keys.float().repeat_interleave(plan.shared_by, 0).transpose(1, 2) * float(plan.scaling)
             chances = _capped(scores, float(plan.cap)).masked_fill(~mask, -torch.inf).softmax(-1)  # type: ignore[operator]
             mixed = (chances @ values.float().repeat_interleave(plan.shared_by, 0)).to(self.dtype)
-            return mixed.transpose(0, 1).reshape(len(out), -1)
-        mixed = F.scaled_dot_product_attention(
-            query[None].to(self.dtype),
-            keys[None].to(self.dtype),
-            values[None].to(self.dtype),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=float(plan.scaling),
-            enable_gqa=True,
-        )[0]
-        return mixed.transpose(0, 1).reshape(len(out), -1)
+        else:
+            mixed = F.scaled_dot_product_attention(
+                query[None],
+                keys[None].to(self.dtype),
+                values[None].to(self.dtype),
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=float(plan.scaling),
+                enable_gqa=True,
+            )[0]
+        return mixed.transpose(0, 1).reshape(tokens, -1)
+
+    def _hidden(self, layer: int, normed: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Compute what the down projection reads of each thread's units, and the shares of it of bundled units."""
+        plan, places = self.plan, self.plan.layers[:, layer]
+        threshold = plan.gates[layer, 0]
+        hidden: list[Tensor] = []
+        if not places[:, [steps.ALL_UNITS, 2 * steps.UP + 1, 2 * steps.UNITS_BUNDLED + 1]].any():
+            for place, out in zip(places, self._outputs(layer, steps.GATE_UP, normed)):
+                hidden.append(torch.empty(len(out.values), int(place[steps.UNITS]), dtype=self.dtype))
+                if hidden[-1].shape[1]:
+                    with LOCK:
+                        follow_torch_threads(out.values.nbytes)
+                        rows.activate_rows(place, threshold, *out.arrays(), array(hidden[-1]))
+            return hidden, []
+        bundled: list[Tensor] = []
+        others = self._products(layer, steps.UP, normed)  # of threads that keep the up projection's rows apart
+        outs = self._products(layer, steps.GATE_UP, normed)
+        gates = [share[:, place[steps.GATE_AT] :][:, : place[steps.UNITS]] for share, place in zip(outs, places)]
+        if places[0, steps.ALL_UNITS]:
+            gates = _largest(gates, float(plan.gates[layer, 1]))
+        for share, place, apart, gate, own in zip(outs, places, others, gates, normed):
+            gate = _activate(int(place[steps.ACTIVATION]), gate, float(threshold))
+            bundle = self._bundle(place)
+            if place[steps.UP_AT] < 0:
+                hidden.append(gate)
+                continue
+            up = share[:, place[steps.UP_AT] :][:, : place[steps.UNITS]]
+            if bundle is not None:
+                first = int(plan.products[place[2 * steps.UNITS_BUNDLED], forms.INPUTS_AT])
+                given = own[:, first : first + bundle.inputs]
+                up = given.to(bundle.buffer.dtype) @ bundle.up().t()
+            elif apart.shape[1]:
+                up = apart
+            hidden.append(gate.mul_(up))
+            if bundle is not None:
+                bundled.append((hidden[-1].to(bundle.buffer.dtype) @ bundle.down()).to(self.dtype))
+        return hidden, bundled
 
     def _norm(self, x: Tensor, weight: np.ndarray, bias: np.ndarray, before: bool = False) -> Tensor:
         """Apply the norm, in the dtype of the products. before: whether there is one, also if blocks have none."""
-        if not (before or self.plan.before):
-            return x.to(self.dtype)
-        return self._plain_norm(x, weight, bias).to(self.dtype)
+        y = torch.empty(x.shape, dtype=self.dtype)
+        self._add_rows(x, Outputs(y[:0]), y, weight if before or self.plan.before else weight[:0], bias)
+        return y
+
+    def _add_rows(self, x: Tensor, out: Outputs, y: Tensor, weight: np.ndarray, bias: np.ndarray) -> None:
+        """Add a share to x, and norm x into y, unless they have no tokens."""
+        plan = self.plan
+        with LOCK:
+            follow_torch_threads(x.nbytes)
+            rows.add_rows(x.numpy(), *out.arrays(), plan.added, array(y), weight, bias, plan.centered, plan.epsilon)
 
     def _plain_norm(self, x: Tensor, weight: np.ndarray, bias: np.ndarray) -> Tensor:
         gain, epsilon = torch.from_numpy(weight), float(self.plan.epsilon)
@@ -279,46 +323,17 @@ class Prompt:
             return F.rms_norm(x, x.shape[-1:], gain, epsilon)
         return F.layer_norm(x, x.shape[-1:], gain, torch.from_numpy(bias) if len(bias) else None, epsilon)
 
-    def _squares(self, outs: list[Tensor], places: np.ndarray) -> list[Tensor] | None:
-        """Mean squares of query and key over the heads of all threads, [tokens, 1], if these are normed together."""
+    def _means(self, outs: list[Outputs], places: np.ndarray) -> np.ndarray:
+        """Mean squares of query and key over the heads of all threads, [tokens, 2], if these are normed together."""
         plan, size = self.plan, self.plan.size
         if not len(plan.head_norms) or plan.head_norms.shape[2] == size:
-            return None
-        found = []
+            return np.empty((0, 2), np.float32)
+        given, found = [out.in_order() for out in outs], []
         for at, readers in ((steps.QUERY_AT, plan.shared_by), (steps.KEY_AT, 1)):
             widths = [int(place[steps.HEADS]) * readers * size for place in places]
-            parts = [out[:, place[at] :][:, :width].float() for out, place, width in zip(outs, places, widths)]
-            found.append(torch.cat(parts, 1).square().mean(1, keepdim=True))
-        return found
-
-    def _turn(
-        self,
-        found: Tensor,
-        layer: int,
-        norm: int,
-        squares: list[Tensor] | None,
-        first: int,
-        turn: int,
-        cos: Tensor,
-        sin: Tensor,
-    ) -> Tensor:
-        """Norm (0 query, 1 key) and rotate [heads, tokens, size], of which the first head is `first` of all."""
-        size = self.plan.size
-        found = found.float()
-        if squares is not None:
-            gain = torch.from_numpy(self.plan.head_norms[layer, norm])[first * size :][: len(found) * size]
-            found = found * (squares[norm] + float(self.plan.epsilon)).rsqrt() * gain.view(len(found), 1, size)
-            found = found.to(self.dtype).float()
-        elif len(self.plan.head_norms):
-            gain = torch.from_numpy(self.plan.head_norms[layer, norm])
-            found = F.rms_norm(found, found.shape[-1:], gain, float(self.plan.epsilon)).to(self.dtype).float()
-        if turn == steps.UNTURNED:
-            return found
-        width = cos.shape[-1]
-        if width < size:
-            found, rest = found[..., :width], found[..., width:]
-            return torch.cat((self._turned(found, turn, cos, sin), rest), -1)
-        return self._turned(found, turn, cos, sin)
+            parts = [out[:, place[at] :][:, :width].float() for out, place, width in zip(given, places, widths)]
+            found.append(torch.cat(parts, 1).square().mean(1))
+        return torch.stack(found, 1).numpy()
 
     def _turned(self, found: Tensor, turn: int, cos: Tensor, sin: Tensor) -> Tensor:
         size = found.shape[-1]
@@ -331,59 +346,90 @@ class Prompt:
                   for part in found.split((first, size - first), -1)]  # fmt: skip
         return found * cos + torch.cat(turned, -1) * sin
 
-    def _add(self, x: Tensor, layer: int, stage: int, inputs: list[Tensor], others: Sequence[Tensor] = ()) -> None:
-        """Add each thread's products of a stage, of its own inputs, to the residual stream. others: further shares."""
-        plan = self.plan
-        shares = [*others, *(out for out in self._products(layer, stage, inputs) if out.shape[1])]
-        if not len(plan.behind):
-            for out in shares:
-                x += out[:, : plan.hidden] * float(plan.added)
-            return
-        total = torch.stack([out[:, : plan.hidden].float() for out in shares]).sum(0)
-        normed = self._plain_norm(total, plan.behind[layer, int(stage == steps.DOWN)], plan.last_bias[:0])
-        x += normed * float(plan.added)
+    def _add(
+        self,
+        x: Tensor,
+        layer: int,
+        stage: int,
+        inputs: list[Tensor],
+        others: Sequence[Tensor] = (),
+        then: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> Tensor | None:
+        """Add each thread's products of a stage, of its own inputs, to the residual stream, and norm it.
+
+        others: further shares; then: weight and bias of the norm behind the sum, which is returned, or None.
+        """
+        plan, outs = self.plan, [Outputs(other) for other in others]
+        outs += [out for out in self._outputs(layer, stage, inputs) if out.values.shape[1]]
+        if len(plan.behind):
+            total = torch.stack([out.in_order()[:, : plan.hidden].float() for out in outs]).sum(0)
+            normed = self._plain_norm(total, plan.behind[layer, int(stage == steps.DOWN)], plan.last_bias[:0])
+            x += normed * float(plan.added)
+            return None if then is None else self._norm(x, *then)
+        y = torch.empty(len(x) if then else 0, x.shape[1], dtype=self.dtype)
+        weight, bias = then or (plan.last_norm, plan.last_bias)
+        for number, out in enumerate(outs, 1):
+            self._add_rows(x, out, y if number == len(outs) else y[:0], weight if plan.before else weight[:0], bias)
+        return y if then else None
+
+    def _outputs(self, layer: int, stage: int, inputs: list[Tensor]) -> list[Outputs]:
+        """Compute what `_products` does, for the kernels that take rows as products leave them."""
+        self._rounded.clear()
+        outs = []
+        for thread, (first, number) in enumerate(self.plan.layers[:, layer, 2 * stage : 2 * stage + 2].tolist()):
+            weight = self.matrices.weights[first] if number == 1 else None
+            if isinstance(weight, PackedWeight) and not self.plan.products[first, forms.LOW_RANK]:
+                given, _ = self._given(first, thread, stage, inputs)
+                tiled = weight.dtype == torch.bfloat16
+                outs.append(Outputs(_in_tiles(weight, given), tiled, self.matrices.biases[first]))
+            else:
+                outs.append(Outputs(self._share(layer, stage, thread, inputs)))
+        return outs
 
     def _products(self, layer: int, stage: int, inputs: list[Tensor]) -> list[Tensor]:
         """Compute each thread's products of a stage, [tokens, width].
 
         inputs: what each thread has of them, [tokens, own]; all of them for the stages that read the residual stream.
         """
-        outs = []
         self._rounded.clear()
+        return [self._share(layer, stage, thread, inputs) for thread in range(len(self.plan.layers))]
+
+    def _share(self, layer: int, stage: int, thread: int, inputs: list[Tensor]) -> Tensor:
+        """Compute one thread's products of a stage."""
+        first, number = self.plan.layers[thread, layer, 2 * stage : 2 * stage + 2].tolist()
+        pieces: list[Tensor] = []
+        at = 0
+        for p in range(first, first + number):
+            row = self.plan.products[p]
+            own, given = self._given(p, thread, stage, inputs)
+            gap = int(row[forms.OUT_AT]) - at if stage != steps.UP else 0
+            found = self._product(p, own)
+            if row[forms.LOW_RANK] and (row[forms.OF_ALL] or own is not given):
+                rest = given if row[forms.OF_ALL] else given - own
+                right, left = int(row[forms.LOW_RANK]), int(row[forms.LOW_RANK]) + 1
+                found = found + self._product(left, self._product(right, rest))
+            pieces += [found.new_zeros(len(own), gap), found] if gap else [found]
+            at += gap + found.shape[1]
+        if not pieces:
+            return inputs[thread].new_zeros(len(inputs[thread]), 0)
+        return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
+
+    def _given(self, p: int, thread: int, stage: int, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The inputs of a product that it selects, and all of them."""
+        row, select, given = self.plan.products[p], self.selections[p], inputs[thread]
         shared = stage not in (steps.OUTPUT, steps.DOWN)
-        for thread, (first, number) in enumerate(self.plan.layers[:, layer, 2 * stage : 2 * stage + 2].tolist()):
-            pieces: list[Tensor] = []
-            at = 0
-            for p in range(first, first + number):
-                row, select, own = self.plan.products[p], self.selections[p], inputs[thread]
-                if shared:
-                    own = own[:, row[forms.INPUTS_AT] : row[forms.INPUTS_AT] + row[forms.ALL_INPUTS]]
-                given = own
-                if select is not None:
-                    begin = int(row[forms.FIRST_INPUT])
-                    own = select(own if shared else torch.cat(inputs, 1))[:, begin : begin + int(row[forms.INPUTS])]
-                gap = int(row[forms.OUT_AT]) - at if stage != steps.UP else 0
-                found = self._product(p, own)
-                if row[forms.LOW_RANK] and (row[forms.OF_ALL] or own is not given):
-                    rest = given if row[forms.OF_ALL] else given - own
-                    right, left = int(row[forms.LOW_RANK]), int(row[forms.LOW_RANK]) + 1
-                    found = found + self._product(left, self._product(right, rest))
-                pieces += [found.new_zeros(len(own), gap), found] if gap else [found]
-                at += gap + found.shape[1]
-            if not pieces:
-                pieces = [inputs[thread].new_zeros(len(inputs[thread]), 0)]
-            outs.append(torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0])
-        return outs
+        if shared:
+            given = given[:, row[forms.INPUTS_AT] : row[forms.INPUTS_AT] + row[forms.ALL_INPUTS]]
+        if select is None:
+            return given, given
+        begin = int(row[forms.FIRST_INPUT])
+        return select(given if shared else torch.cat(inputs, 1))[:, begin : begin + int(row[forms.INPUTS])], given
 
     def _product(self, p: int, x: Tensor) -> Tensor:
         """One packed matrix times x [tokens, in], the bias added: [tokens, out]."""
         weight, bias = self.matrices.weights[p], self.matrices.biases[p]
         if isinstance(weight, PackedWeight):
-            given = x.to(weight.dtype)
-            starts = range(0, weight.out_features, weight.buffer.shape[2])
-            used = [-(-(weight.out_features - start) // BLOCK) * BLOCK for start in starts]  # not the padding of a tile
-            tiles = [in_order(given @ tile[:, :width]) for tile, width in zip(weight.buffer, used)]
-            y = (torch.cat(tiles, 1) if len(tiles) > 1 else tiles[0])[:, : weight.out_features].to(self.dtype)
+            y = in_order(_in_tiles(weight, x))[:, : weight.out_features].to(self.dtype)
         elif isinstance(weight, PackedRows):
             y = (x.to(weight.buffer.dtype) @ weight.dense().t()).to(self.dtype)
         elif isinstance(weight, QuantizedRows):
@@ -405,6 +451,15 @@ class Prompt:
         if key not in self._rounded:
             self._rounded[key] = x, RoundedRows(x, span)  # x stays, so that its memory is not another's
         return multiply_rounded(self._rounded[key][1], weight, bias, self.dtype)
+
+
+def _in_tiles(weight: PackedWeight, x: Tensor) -> Tensor:
+    """Multiply, and leave the outputs in the order of the tiles: [tokens, whole blocks of columns]."""
+    given = x.to(weight.dtype)
+    starts = range(0, weight.out_features, weight.buffer.shape[2])
+    used = [-(-(weight.out_features - start) // BLOCK) * BLOCK for start in starts]  # not the padding of a tile
+    tiles = [given @ tile[:, :width] for tile, width in zip(weight.buffer, used)]
+    return torch.cat(tiles, 1) if len(tiles) > 1 else tiles[0]
 
 
 def _activate(code: int, x: Tensor, threshold: float) -> Tensor:
@@ -431,30 +486,17 @@ def _capped(x: Tensor, limit: float) -> Tensor:
     return (x / limit).tanh() * limit
 
 
-def _taken(out: Tensor, at: int, heads: int, width: int, step: int) -> Tensor:
-    """Some columns for each key-value head, `step` apart: [tokens, heads, width] of [tokens, ...]."""
-    return out.unfold(1, width, 1)[:, at : at + (heads - 1) * step + 1 : step]
-
-
-def _kept(new: Tensor, kept: np.ndarray, scales: np.ndarray, begin: int) -> Tensor:
-    """Keep keys or values of some tokens, and return all up to them, float32 or bfloat16 [heads, all, size].
+def _cached(kept: np.ndarray, scales: np.ndarray, size: int) -> Tensor:
+    """What is kept of keys or values, float32 or bfloat16 [heads, tokens, size].
 
     Args:
-        new: float32 [heads, tokens, size].
-        kept: uint8 [heads, all, bytes], of float32, bfloat16 or codes.
-        scales: float32 [heads, all] of codes, or [heads, 0].
-        begin: the first of the tokens.
+        kept: uint8 [heads, tokens, bytes], of float32, bfloat16 or codes.
+        scales: float32 [heads, tokens] of codes, or [heads, 0].
+        size: of a head.
     """
-    dtype = {4: torch.float32, 2: torch.bfloat16, 1: torch.int8}[kept.shape[-1] // new.shape[-1]]
-    all_of = torch.from_numpy(kept).view(dtype)
-    if not scales.size:
-        all_of[:, begin:] = new
-        return all_of
-    codes, scale, _ = IntegerGrid(8, -1, symmetric=True).quantize(new.float())
-    all_of[:, begin:] = (codes.short() - 128).to(torch.int8)
-    of_codes = torch.from_numpy(scales)
-    of_codes[:, begin:] = scale.squeeze(-1)
-    return all_of.float() * of_codes[..., None]
+    dtype = {4: torch.float32, 2: torch.bfloat16, 1: torch.int8}[kept.shape[-1] // size]
+    found = torch.from_numpy(kept).view(dtype)
+    return found.float() * torch.from_numpy(scales)[..., None] if scales.size else found
 
 
 def _chosen(query: Tensor, keys: Tensor, values: Tensor, r: int, k: int) -> Tensor:
