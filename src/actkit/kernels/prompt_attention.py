@@ -194,10 +194,11 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, begin: int, window: int,
         bfloat16 [tokens, heads * size].
     """
     heads, tokens, size = query.shape
-    keys, values = (F.pad(each, (0, 0, 0, -each.shape[1] % COLUMNS)) for each in (keys, values))
+    features, more = -size % COLUMNS, -keys.shape[1] % COLUMNS
     query = F.pad(query, (0, 0, 0, -tokens % QUERIES)).contiguous().view(torch.int32)
-    by_feature = keys.contiguous().view(torch.int32).transpose(1, 2).contiguous()
-    pairs = F.pad(values, (0, -size % COLUMNS)).unflatten(1, (-1, 2)).transpose(2, 3).contiguous().view(torch.int32)
+    by_feature = F.pad(keys, (0, 0, 0, more)).contiguous().view(torch.int32).transpose(1, 2).contiguous()
+    values = F.pad(values, (0, features, 0, more)).unflatten(1, (-1, 2))
+    pairs = values.transpose(2, 3).contiguous().view(torch.int32)
     out = torch.empty(tokens, heads * size, dtype=torch.bfloat16)
     with LOCK:
         follow_torch_threads(query.nbytes)
