@@ -37,6 +37,7 @@ docs: .venv-docs/.installed
 bench: .venv/.installed .venv-bench/.installed
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/prompts.py
 	$(BIN)/python benchmarks/real_model.py
 
 zoo: .venv/.installed
