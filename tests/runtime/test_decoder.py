@@ -93,7 +93,7 @@ def test_a_short_prompt_is_read_the_faster_way(monkeypatch):
             found = decoder(IDS[0, :length].tolist())
             assert (found - expected[length - 1]).norm() < 1e-4 * expected[length - 1].norm()
             assert len(taken) == (length if length <= decoder.few else 0)
-    assert 2 < few[None] < few[8] < few[4]
+    assert 1 < few[None] < few[8] < few[4]
 
 
 def made(name):

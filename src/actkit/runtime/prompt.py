@@ -41,7 +41,7 @@ WIDENED = 512  # of an integer weight that are widened at a time: a few megabyte
 BYTE = 0.036
 # A pass calls operators per layer and thread, and lays out each element of a weight, after it has widened it if it is
 # an integer; then each token is multiplied with each of them. In integers, it is unpacked instead.
-LAYER, LAID_OUT, WIDEN, UNPACKED = 650_000, 0.2, 0.36, 0.03
+LAYER, LAID_OUT, WIDEN, UNPACKED = 410_000, 0.2, 0.36, 0.03
 MULTIPLIED = {torch.bfloat16: 0.0066, torch.float32: 0.025}
 IN_INTEGERS = 0.0075
 MOST = 64  # tokens that are read step by step, whatever the model
