@@ -74,17 +74,20 @@ class LlamaCpp:
         }
         return found if source else {**found, "bytes_per_token": matrix_bytes(SHAPES[shape], FORMATS[name])}
 
-    def round(self, *, prompt: int, tokens: int, threads: int | None = None) -> dict[str, Any]:
+    def round(
+        self, *, prompt: int, tokens: int, threads: int | None = None, processor_time: bool = False
+    ) -> dict[str, Any]:
         used = self.threads if threads is None else threads
         self.library.llama_set_n_threads(self.context, used, used)
+        clock = time.process_time if processor_time else time.perf_counter
         self._forget()
-        start = time.perf_counter()
+        start = clock()
         token = self._decode(prompt_ids(prompt, self.vocabulary, self.text))
-        first, seconds = time.perf_counter() - start, []
+        first, seconds = clock() - start, []
         for _ in range(tokens):
-            start = time.perf_counter()
+            start = clock()
             token = self._decode([token])
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
         return {"first_token_seconds": first, "token_seconds": seconds}
 
     def losses(self, *, rows: Sequence[Sequence[int]], scored: Sequence[Sequence[int]]) -> dict[str, Any]:
