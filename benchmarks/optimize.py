@@ -46,7 +46,7 @@ from actkit.core.recipe.runner import apply
 from actkit.core.watch.damage import layer_damage
 from actkit.search.mixing.choice import Option, choose
 from actkit.search.mixing.ingredients import Ingredient, Sample, layer_bytes, places_of, reads_of
-from actkit.search.mixing.mixing import AS_IT_IS, Mixing
+from actkit.search.mixing.mixing import AS_IT_IS, FACTORS, Mixing
 from actkit.search.mixing.times import TimeModel
 from actkit.search.splits import split_data
 from actkit.zoo.loading import open_model
@@ -237,7 +237,7 @@ class Bench:
         self.batches, self.original = search, Outputs(self.model, keep=1 << 28)
         for ingredient in mixing.ingredients:
             loss = self.measure(mixing, f"{ingredient.name}, search split", [(ingredient,)] * len(self.places))["loss"]
-            found.append(replace(ingredient, factor=max(0.05, math.log1p(max(loss, 0.0)) / ingredient.total)))
+            found.append(replace(ingredient, factor=max(FACTORS[0], math.log1p(max(loss, 0.0)) / ingredient.total)))
         self.batches, self.original = test
         return replace(mixing, ingredients=tuple(found))
 

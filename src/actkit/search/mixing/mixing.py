@@ -23,7 +23,7 @@ from actkit.search.results import Proposal
 
 AS_IT_IS = "as it is"
 KNOWN = 2.0  # the largest loss that says what a setting costs in a few layers
-FACTORS = (0.05, 8.0)  # factors are kept between these
+FACTORS = (0.25, 8.0)  # factors are kept between these: a loss of a few thousandths is mostly noise
 
 HALVINGS = 12  # of the limit, in search of the least loss for a speedup
 
