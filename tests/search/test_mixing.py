@@ -249,7 +249,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, dict[s
         RoundToNearest(bits=3, group_size=16),
         Wina(sparsity=0.25),
     ]
-    settings = {"data": "random", "recipes": recipes, "max_loss": 0.05, "threads": 1, "progress": False}
+    settings = {"data": "random", "recipes": recipes, "max_loss": 0.05, "mixes": 2, "threads": 1, "progress": False}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "measure_speed", speeds_by_bytes)
         result = search.optimize(str(folder / "llama"), out=folder / "out", speed_row=False, **settings)
@@ -329,4 +329,4 @@ def test_mixes_can_be_left_out(searched: tuple[Any, Any, dict[str, Any]]) -> Non
     with pytest.raises(ValueError, match="min_speedup: 2 was given with speed=False"):
         search.optimize(str(folder / "llama"), out=folder / "none", min_speedup=2.0, speed=False, **settings)
     with pytest.raises(ValueError, match="mixes: -1 was given"):
-        search.optimize(str(folder / "llama"), out=folder / "none", mixes=-1, **settings)
+        search.optimize(str(folder / "llama"), out=folder / "none", **{**settings, "mixes": -1})

@@ -117,8 +117,9 @@ def optimize(
         list[str] | None, typer.Option(help="Try these instead: YAML files or names like 'awq,wina'. Repeatable.")
     ] = None,
     mixes: Annotated[
-        int, typer.Option(min=0, help="How many mixes to try: other settings for each part of the model.")
-    ] = 2,
+        int,
+        typer.Option(min=0, help="How many mixes to try, with other settings for each part of the model, such as 2."),
+    ] = 0,
     minutes: Annotated[
         float | None, typer.Option(help="Spend at most so many minutes, best candidates first. --resume goes on.")
     ] = None,

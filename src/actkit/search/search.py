@@ -96,7 +96,7 @@ def optimize(
     overwrite: bool = False,
     speed: bool = True,
     speed_row: bool | None = None,
-    mixes: int = 2,
+    mixes: int = 0,
     max_memory: int | str | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
@@ -129,7 +129,7 @@ def optimize(
         speed: measure speed and memory in fresh processes.
         speed_row: measure the 0.5B shape (`speed_row.py`); None to do so if speed is measured and the model is a
             language model that fits in the cache, so that its own speed says little.
-        mixes: how many mixes to try, models with another setting for each part (`search/mixing`); 0 for none. Only for
+        mixes: how many mixes to try, models with another setting for each part (`search/mixing`), such as 2. Only for
             models that decode text, if speed is measured.
         max_memory: hard cap for calibration beside the model.
         device: as in `load`.
