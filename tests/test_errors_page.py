@@ -41,6 +41,7 @@ INTERNAL = {
     "core/train/training.py: KeyboardInterrupt": "Ctrl-C; the command line says how to go on",
     "core/train/staged_run.py: KeyboardInterrupt": "the same",
     "cli/main.py: typer.Exit": "Ctrl-C",
+    "cli/options.py: typer.BadParameter": "the command line's own words, with the option's name before them",
     "search/search.py: out_of_time": "ActkitError, the row `minutes: ... were over before one candidate was measured`",
     "search/budget.py: OutOfTime": "a note in the report: which candidate the minutes did not pay for",
     "search/journal.py: _damaged": "JournalError, the row `resume: line ... of ... is damaged`",

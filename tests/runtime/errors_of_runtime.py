@@ -214,4 +214,4 @@ def a_batch_not_side_by_side(p: Place) -> None:
     rows.__dict__.update(given | {"_places": [0], "_scratch": SimpleNamespace(out=np.zeros(1)), "decoder": follows})
     p.patch.setattr(batch._Rows, "_products", lambda *_: [])
     p.patch.setattr(batch_step, "attend_stage", lambda *_: False)
-    rows._mixed(0, [], 0, None, torch.zeros(1), torch.zeros(1))
+    rows._mixed(0, [], 0)

@@ -97,7 +97,10 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> str:
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"]) or "settings"
         if item["type"] == "extra_forbidden":
-            parts.append(f"{where}: no such setting; allowed are {', '.join(cls.model_fields)}")
+            # those that a class shares with all of its kind come last
+            kind = next(each for each in reversed(cls.__mro__) if issubclass(each, BaseModel) and each is not BaseModel)
+            allowed = sorted(cls.model_fields, key=lambda name: kind is not cls and name in kind.model_fields)
+            parts.append(f"{where}: no such setting; allowed are {', '.join(allowed)}")
         else:
             parts.append(
                 f"{where}: {shorten(repr(item['input']))} was given; {item['msg'][0].lower()}{item['msg'][1:]}"
