@@ -5,12 +5,12 @@
 On one model, from the settings that `actkit optimize` mixes (`src/actkit/search/mixing`):
 
 1. Ranking: 30 random mixes, their loss and divergence as measured, and by four estimates: damage (one backward pass),
-   damage with the factor of each setting, the squared error of the layers' outputs, and the bits of the weights alone.
+   damage with the factor of each setting, the squared error of the layers' outputs, and the bytes read alone.
 2. Front: mixes chosen for five limits on the loss, beside the same settings in the whole model (uniform) and beside as
-   many random mixes as there are measurements. Time is what the model of time says, from bytes read per token; loss is
-   on a split that neither calibration nor damage saw. Hypervolume is that between the front and (1, LIMIT) in time over
-   the original's and loss; more is better.
-3. At equal bytes: the uniform setting of fewest bytes per bit width, and the mix that has at most as many.
+   30 random mixes, over the bytes that a token reads; loss is on a split that neither calibration nor damage saw.
+   Hypervolume is the share of the area below LIMIT of loss and 1 of the original's bytes that a front takes in; more is
+   better.
+3. At equal stored bytes: each way to store weights everywhere, and the mix of all of them that takes at most as many.
 
 A mix exchanges layers for those that a whole-model run of the setting made, without calibrating again.
 """
@@ -118,6 +118,8 @@ class Bench:
             "uniform": hypervolume(uniform),
             "random": hypervolume(random_mixes),
             "mixed": hypervolume(chosen),
+            "uniform and random": hypervolume([*uniform, *random_mixes]),
+            "uniform and mixed": hypervolume([*uniform, *chosen]),
         }
         print("rank correlations:", json.dumps(ranks, indent=1))
         print("hypervolumes:", json.dumps(volumes))
@@ -187,13 +189,13 @@ class Bench:
             for path, layer in before.items():
                 set_module(self.changed, path, layer)
         reads, stored = dict(mixing.rest), sum(mixing.rest.values())
-        estimates = {"damage": 0.0, "damage with factors": 0.0, "output error": 0.0, "bits": 0.0}
+        estimates = {"damage": 0.0, "damage with factors": 0.0, "output error": 0.0, "bytes": 0.0}
         for place, part in zip(self.places, parts, strict=True):
             for path in place.paths:
                 taken = mixing.taken(path, part)
                 reads[taken.kind] = reads.get(taken.kind, 0.0) + taken.read
                 stored += taken.stored
-                estimates["bits"] -= taken.read
+                estimates["bytes"] -= taken.read
                 for ingredient in part:
                     estimates["damage"] += ingredient.damage[path]
                     estimates["damage with factors"] += ingredient.factor * ingredient.damage[path]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from actkit.core.recipe.recipe import Recipe
@@ -73,7 +73,7 @@ class Mixing:
         times: the model of time.
         factor: nats that a mix loses for each that its parts are expected to.
         mixes: that were tried.
-        notes: why there are no more.
+        notes: why there are no more, and what was not timed.
     """
 
     places: tuple[Place, ...]
@@ -83,7 +83,11 @@ class Mixing:
     times: TimeModel
     factor: float = 1.0
     mixes: tuple[Mix, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+
+    def noted(self, note: str) -> Mixing:
+        """Return the same with one more note."""
+        return replace(self, notes=(*self.notes, note))
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything, as JSON takes it."""

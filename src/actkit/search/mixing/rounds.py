@@ -91,7 +91,12 @@ class Rounds:
         timed = self._timed(original, candidates, ingredients)
         if not timed:
             return "no speed was measured, so nothing says what a layer costs"
-        return Mixing(places, ingredients, whole, rest, fit(timed))
+        found = Mixing(places, ingredients, whole, rest, fit(timed))
+        storages = {taken.kind for x in ingredients if x.slot == "weight" for taken in x.layers.values()}
+        kinds = storages | {kind + SPARSE for kind in storages if any(x.slot == "select" for x in ingredients)}
+        unknown = sorted(kinds - found.times.rates.keys())
+        note = f"not timed, so taken at the original's time per byte: {'; '.join(unknown)}"
+        return replace(found, notes=(note,)) if unknown else found
 
     def run(
         self, mixing: Mixing, count: int, limit: float, aim: Aim, min_speedup: float | None = None
@@ -115,10 +120,12 @@ class Rounds:
         for number in range(1, count + 1):
             made = mixing.mix(f"mixed {number}", share, aim, None if min_speedup is None else ENOUGH * min_speedup)
             if made is None:
-                return replace(mixing, notes=("no setting stays within the limit at any place",)), found, left
+                mixing = mixing.noted("no setting stays within the limit at any place")
+                break
             mix, proposal = made
             key = recipe_key(proposal.recipe)
             if key in seen:
+                mixing = mixing.noted("another round would repeat a mix")
                 break
             seen.add(key)
             measured, unpaid = self.measure([proposal])
@@ -135,6 +142,7 @@ class Rounds:
             wide = min(max(loss.high - loss.value, 0.0), limit)
             following = max(limit - MARGIN * wide, 0.3 * limit)
             if abs(following / max(loss.value, 1e-9) - 1) < CLOSE and candidate.stopped is None:
+                mixing = mixing.noted(f"{candidate.name} is as close to the limit as its interval allows")
                 break
             share = following
         return mixing, found, left
