@@ -92,3 +92,9 @@ def between_query_and_key_that_are_filled(place: Place) -> None:
 
 
 proof(lambda p: apply_edit(build("llama"), Insert("model.layers.0.mlp", CacheRounding())))
+
+
+@proof
+def rows_would_be_mixed(p: Place) -> None:
+    p.patch.setattr(Activation, "mixes", ("batch",))
+    apply_edit(build("llama"), Replace("model.layers.0.mlp.act_fn", Activation("relu")))

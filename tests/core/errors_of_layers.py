@@ -11,6 +11,7 @@ from actkit.core.grids.integers import IntegerGrid
 from actkit.core.layers.activation_function import ActivationFunction
 from actkit.core.layers.activations import Activation
 from actkit.core.layers.embedding import QuantizedEmbedding
+from actkit.core.layers.hidden_act import enter
 from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.layers.selections import Threshold, check_prefill
@@ -67,3 +68,6 @@ def an_embedding_of_another_kind(p: Place) -> None:
             return 2 * super().forward(ids)
 
     QuantizedEmbedding.of(Doubled(4, 8), DenseWeight(torch.ones(4, 8)))
+
+
+proof(lambda p: enter("act_linear"))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from actkit.core.grids.integers import IntegerGrid
-from actkit.core.layers.keeps_dtype import KeepsDtype
+from actkit.core.layers.keeps_dtype import KeepsDtype, kept_parameters
 from actkit.core.layers.linear import ActLinear, LowRank, pack_for_decode
 from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.layers.selections import Threshold, TopK
@@ -408,6 +408,32 @@ def test_keeps_dtype_inside_a_model():
     assert model[0].inner.weight.dtype == torch.float16
     assert torch.equal(model[0].scale, torch.tensor([1 / 3]))
     assert model.to("meta")[0].scale.is_meta
+
+
+def test_coefficients_are_never_rounded_below_float32():
+    class Curve(KeepsDtype):
+        keeps = ("coefficients",)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.coefficients = nn.Parameter(torch.tensor([1 / 3, 0.7]))
+            self.other = nn.Parameter(torch.tensor([1 / 3]))
+
+    model = nn.Sequential(Curve(), nn.Linear(2, 2))
+    curve, before = model[0], torch.tensor([1 / 3, 0.7])
+    (curve.coefficients.sum() / 3 + curve.other.sum()).backward()
+    parameter = curve.coefficients
+    for dtype in (torch.bfloat16, torch.float16):
+        model.to(dtype)
+        assert curve.coefficients is parameter and torch.equal(parameter, before)
+        assert parameter.grad.dtype == torch.float32 and torch.equal(parameter.grad, torch.full((2,), 1 / 3))
+        assert curve.other.dtype == model[1].weight.dtype == curve.other.grad.dtype == dtype
+    assert model.double()[0].coefficients.dtype == torch.float64
+    assert torch.equal(model.bfloat16()[0].coefficients, before)
+    assert kept_parameters(model) == ["0.coefficients"]
+    assert model.to("meta")[0].coefficients.is_meta and curve.coefficients.dtype == torch.float32
+    parameter.data = before.bfloat16()  # by another library's hand
+    assert model.to(torch.bfloat16)[0].coefficients.dtype == torch.float32
 
 
 def test_the_grid_is_kept_and_that_of_earlier_versions_is_known():

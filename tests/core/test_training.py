@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from actkit.core.ground.errors import CheckpointError, DataError, NonFiniteError
+from actkit.core.layers.keeps_dtype import KeepsDtype
 from actkit.core.recipe.rule import AttachedRule, TrainingRule
 from actkit.core.store import checkpoint
 from actkit.core.train.choice import parameter_groups
@@ -212,12 +213,20 @@ def test_only_weight_matrices_decay() -> None:
             super().__init__()
             self.coefficients, self.epsilon = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.tensor(0.1))
 
+    class Kept(KeepsDtype):
+        keeps = ("coefficients",)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.coefficients, self.matrix = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3, 4))
+
     model = nn.ModuleDict(
         {
             "embedding": nn.Embedding(5, 4),
             "linear": nn.Linear(4, 4),
             "norm": nn.LayerNorm(4),
             "act": Learned(),
+            "kept": Kept(),
             "prelu": nn.PReLU(4),
             "frozen": nn.Linear(4, 4).requires_grad_(False),
         }
@@ -225,8 +234,9 @@ def test_only_weight_matrices_decay() -> None:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decaying, others = parameter_groups(model, 0.1)
     assert decaying["weight_decay"] == 0.1 and others["weight_decay"] == 0.0
-    assert {names[id(p)] for p in decaying["params"]} == {"embedding.weight", "linear.weight"}
+    assert {names[id(p)] for p in decaying["params"]} == {"embedding.weight", "linear.weight", "kept.matrix"}
     expected = {"linear.bias", "norm.weight", "norm.bias", "act.coefficients", "act.epsilon", "prelu.weight"}
+    expected.add("kept.coefficients")
     assert {names[id(p)] for p in others["params"]} == expected
     tied = llama()
     tied.config.tie_word_embeddings = True

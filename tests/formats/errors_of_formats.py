@@ -20,6 +20,7 @@ from transformers import (
 from actkit.core.edit.edits import Replace, apply_edit, get_module
 from actkit.core.grids.floats import fp8
 from actkit.core.grids.integers import IntegerGrid
+from actkit.core.layers.hidden_act import enter
 from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.layers.weights import DenseWeight, FloatWeight, IntegerWeight
@@ -211,3 +212,9 @@ def computes_something_else(p: Place) -> None:
 
 
 proof(lambda p: (p.patch.setattr("importlib.util.find_spec", lambda *_: None), export(changed(), p.path / "new")))
+
+
+@proof
+def a_function_of_ours_by_its_name(p: Place) -> None:
+    enter("softplus")
+    Plain.of(LlamaForCausalLM(LlamaConfig(**SMALLEST, hidden_act="softplus")))

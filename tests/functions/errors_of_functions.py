@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tiny_models import build
 from torch import nn
 
+from actkit.core.ground import registry
+from actkit.core.layers.activations import Activation
+from actkit.core.recipe.runner import apply
 from actkit.functions.swap import Swap
-from error_proofs import proof, run
+from error_proofs import Place, proof, run
 
 proof(lambda p: Swap.of(build("mlp"), "*", "no_function"))
 
@@ -27,3 +32,30 @@ proof(lambda p: Swap.of(build("mlp"), "*", lambda: 3))
 
 
 proof(lambda p: Swap.of(build("mlp"), "*", 3))
+
+
+class Picky(Activation):
+    """One that is told its channels and refuses them."""
+
+    def __init__(self, channels: int) -> None:
+        if channels != 3:
+            raise ValueError(f"channels: {channels} was given, allowed is 3.")
+        super().__init__("relu")
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], original: nn.Module | None = None) -> Activation:
+        return cls(**spec)
+
+
+@proof
+def channels_that_do_not_fit(p: Place) -> None:
+    p.patch.setattr(registry, "module_class", lambda name: Picky)
+    run(Swap(where=("silu",), new={"module": "picky", "spec": {"channels": 4}}))
+
+
+@proof
+def channels_that_nobody_tells(p: Place) -> None:
+    model = nn.Sequential(nn.Bilinear(2, 2, 3), nn.ReLU())
+    p.patch.setattr(registry, "module_name", lambda cls: "picky")
+    p.patch.setattr(registry, "module_class", lambda name: Picky)
+    apply(model, Swap(where=("relu",), new={"module": "picky", "spec": {}}), progress=False)

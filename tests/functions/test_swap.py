@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from transformers.activations import ACT2FN
 
 from actkit.core.edit import changes
 from actkit.core.ground import registry
-from actkit.core.ground.errors import EditError, RecipeError
+from actkit.core.ground.errors import EditError, ExportError, RecipeError
 from actkit.core.layers.activations import (
     Activation,
     Thresholded,
@@ -35,11 +36,16 @@ from actkit.core.layers.activations import (
     name_of,
 )
 from actkit.core.layers.folding import ScaledActivation
+from actkit.core.layers.hidden_act import enter
+from actkit.core.layers.keeps_dtype import KeepsDtype, at_least_float32
 from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import apply
 from actkit.core.store import checkpoint
+from actkit.core.store.opening import open_pending
+from actkit.formats.plain import Plain
 from actkit.functions.swap import Swap, swap
 from actkit.quantization.rtn import RoundToNearest
+from actkit.sparsity.prosparse.fatrelu import ShiftedRelu
 from actkit.sparsity.teal import Teal
 from actkit.testing import tiny_batches, tiny_model
 
@@ -175,10 +181,31 @@ def test_part_of_a_model_leaves_the_config_alone() -> None:
     assert model.config.hidden_act == "relu2"
 
 
-def test_a_function_that_transformers_cannot_name() -> None:
-    model = llama()
+def test_a_function_that_transformers_does_not_have(tmp_path: Path) -> None:
+    """The config has our name for it, which transformers is told; both load a model that was built by it."""
+    model, before = llama(), logits(llama())
     applied = swap(model, "silu", "softplus")
-    assert model.config.hidden_act == "silu" and any("no name" in note for note in applied.report.notes)
+    assert model.config.hidden_act == "softplus" and isinstance(ACT2FN["softplus"], Activation)
+    built = llama("softplus")
+    assert torch.allclose(logits(built), logits(model), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ExportError, match="'softplus', which no reader without actkit computes"):
+        Plain.of(built)
+    for name, each in (("changed", model), ("built", built)):
+        checkpoint.save(each, tmp_path / name)
+        del ACT2FN["softplus"]  # as in a fresh process
+        assert torch.equal(logits(checkpoint.load(tmp_path / name)), logits(each))
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path / "built")), logits(built))
+    assert torch.equal(logits(applied.undo()), before) and model.config.hidden_act == "silu"
+
+
+def test_settings_that_no_name_says_leave_the_config_alone() -> None:
+    model = llama()
+    applied = swap(model, "silu", lambda: ShiftedRelu(0.5))
+    assert model.config.hidden_act == "silu" and any("no name says" in note for note in applied.report.notes)
+    with pytest.raises(ValueError, match="not made without settings"):
+        enter("act_linear")
+    with pytest.raises(RecipeError, match="not known"):
+        enter("swoosh")
 
 
 def gpt2(act: str) -> nn.Module:
@@ -407,6 +434,163 @@ def test_learned_parameters_that_places_share_are_noted(learned: Any, data: Any)
     unknown = Mixed()
     unknown.forward = lambda x, y: None  # type: ignore[assignment, method-assign]
     assert [note for note in swap(unknown, nn.GELU, learned).report.notes if "not known whether" in note]
+
+
+class PerChannel(KeepsDtype):
+    """f(x) = x + slope x^2 with a slope per channel, a matrix if there are two of each."""
+
+    mixes: ClassVar[tuple[str, ...]] = ()
+    keeps: ClassVar[tuple[str, ...]] = ("slope",)
+
+    def __init__(self, channels: int, dim: int = -1, several: int = 1) -> None:
+        super().__init__()
+        self.channels, self.dim, self.several = channels, dim, several
+        self.slope = nn.Parameter(torch.full((several, channels), 0.1, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = at_least_float32(x).movedim(self.dim, -1)
+        return (wide + self.slope.sum(0) * wide**2).movedim(-1, self.dim).to(x.dtype)
+
+    def spec(self) -> dict[str, Any]:
+        return {"channels": self.channels, "dim": self.dim, "several": self.several}
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], original: nn.Module | None = None) -> PerChannel:
+        return cls(**spec)
+
+
+class LearnedScalar(Learned, KeepsDtype):
+    """The same, with a slope that keeps float32."""
+
+    keeps: ClassVar[tuple[str, ...]] = ("slope",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.1, dtype=torch.float32))
+
+
+CLASSES = {"learned": Learned, "learned_scalar": LearnedScalar, "per_channel": PerChannel}
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The classes above, as a plug-in would have them."""
+    known = registry.module_class, registry.module_name, registry.module_names()
+    monkeypatch.setattr(registry, "module_names", lambda: [*known[2], *CLASSES])
+    monkeypatch.setattr(registry, "module_class", lambda name: CLASSES.get(name) or known[0](name))
+    names = {cls: name for name, cls in CLASSES.items()}
+    monkeypatch.setattr(registry, "module_name", lambda cls: names.get(cls) or known[1](cls))
+
+
+def conv() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(80, 7), nn.ReLU()
+    )
+
+
+def test_channels_are_told(registered: None, tmp_path: Path) -> None:
+    """The width of an MLP, of opened and closed experts; of a convolution also which dimension its channels are."""
+    for build, paths in ((llama, "model.layers.{}.mlp.act_fn"), (mixtral, "model.layers.{}.mlp.experts.act_fn")):
+        model = build("silu").eval()
+        before = logits(model)
+        for new in ("class", "recipe"):
+            spec = {"module": "per_channel", "spec": {"several": 2}}
+            change = (
+                Swap.of(model, "silu", partial(PerChannel, several=2))
+                if new == "class"
+                else Swap(where=("silu",), new=spec)
+            )
+            assert change.new == spec
+            applied = apply(model, change, progress=False)
+            for index in range(2):
+                assert model.get_submodule(paths.format(index)).slope.shape == (2, SMALL["intermediate_size"])
+            assert Swap(where=("silu",), new=spec) in Recipe.parse(changes.recipe_of(changes.of(model).recipe))
+            checkpoint.save(model, tmp_path / f"{build.__name__}-{new}")
+            assert torch.equal(logits(checkpoint.load(tmp_path / f"{build.__name__}-{new}")), logits(model))
+            back = swap(model, "per_channel", "silu")  # what has a matrix of coefficients comes out again
+            assert torch.allclose(logits(model), before, atol=1e-6)
+            back.undo()
+            assert torch.equal(logits(applied.undo()), before)
+    net, x = conv(), torch.randn(2, 1, 8, 8)
+    apply(net, Swap.of(net, nn.ReLU, PerChannel), [x], progress=False)
+    assert [(net[at].channels, net[at].dim) for at in (1, 3, 6)] == [(3, -3), (5, -3), (7, -1)]
+    assert net(x).shape == (2, 7)
+
+
+def test_channels_that_nothing_tells_are_refused(registered: None) -> None:
+    net = conv()
+    net.forward = lambda x, y: None  # type: ignore[assignment, method-assign]
+    with pytest.raises(EditError, match="nothing says how many reach 1"):
+        swap(net, nn.ReLU, PerChannel)
+    shared = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 5))
+    shared.append(shared[1])
+    with pytest.raises(EditError, match="reach 1, or its calls differ in it"):
+        swap(shared, nn.ReLU, PerChannel)
+    square = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    square.append(square[1])
+    swap(square, nn.ReLU, PerChannel)
+    assert square[1] is square[3] and square[1].channels == 3
+
+
+def test_experts_share_the_parameters_of_what_was_put_in(registered: None, tmp_path: Path) -> None:
+    """Opened by a later method, each expert has a copy with the same parameters; they stay one in a folder."""
+    torch.manual_seed(0)
+    model = mixtral("silu").eval()
+    apply(model, [Swap.of(model, "silu", PerChannel), RoundToNearest(bits=8, group_size=-1)], progress=False)
+    acts = [expert.activation for expert in model.model.layers[0].mlp.experts]
+    assert acts[0] is not acts[1] and acts[0].slope is acts[1].slope
+    checkpoint.save(model, tmp_path / "stacked")
+    loaded = checkpoint.load(tmp_path / "stacked")
+    assert torch.equal(logits(loaded), logits(model))
+    acts = [expert.activation for expert in loaded.model.layers[1].mlp.experts]
+    assert acts[0].slope is acts[1].slope
+    later = mixtral("silu").eval()
+    apply(later, [RoundToNearest(bits=8, group_size=-1), Swap.of(later, "silu", PerChannel)], progress=False)
+    acts = [expert.activation for expert in later.model.layers[0].mlp.experts]
+    assert acts[0] is not acts[1] and acts[0].slope is acts[1].slope
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+def test_a_config_that_names_a_learned_function(registered: None, dtype: Any, tmp_path: Path) -> None:
+    """Built, saved in transformers' format and loaded: coefficients keep float32, also where transformers rounds."""
+    enter("learned_scalar")
+    try:
+        model = llama("learned_scalar")
+        assert model.model.layers[0].mlp.act_fn.slope.dtype == torch.float32
+        with torch.no_grad():
+            model.model.layers[0].mlp.act_fn.slope.fill_(1 / 3)
+        model = model.to(dtype or torch.float32)
+        assert torch.equal(model.model.layers[0].mlp.act_fn.slope, torch.tensor(1 / 3))
+        checkpoint.save(model, tmp_path / "built")
+        loaded = checkpoint.load(tmp_path / "built")
+        assert torch.equal(loaded.model.layers[0].mlp.act_fn.slope, torch.tensor(1 / 3))
+        assert loaded.dtype == model.dtype
+        assert dtype or torch.equal(logits(loaded), logits(model))  # .to(bfloat16) rounds the rotary table too
+        assert open_pending(tmp_path / "built").model.layers[0].mlp.act_fn.slope.dtype == torch.float32
+    finally:
+        del ACT2FN["learned_scalar"]
+
+
+class Mixing(Activation):
+    """An activation of a class that says what it mixes."""
+
+    def __init__(self) -> None:
+        super().__init__("silu")
+
+
+@pytest.mark.parametrize(("mixes", "causal"), [(("batch",), False), (("positions",), True)])
+def test_what_mixes_rows_or_reads_ahead_is_refused(mixes: Any, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Mixing, "mixes", mixes)
+    monkeypatch.setattr(registry, "module_name", lambda cls: "mixing" if cls is Mixing else "activation")
+    monkeypatch.setattr(registry, "module_class", lambda name: Mixing if name == "mixing" else Activation)
+    model = llama() if causal else tiny_model("bert")
+    before = type(model)
+    with pytest.raises(EditError, match=f"a Mixing mixes {'positions' if causal else 'the rows of a batch'}"):
+        swap(model, "silu" if causal else "gelu", Mixing)
+    assert type(model) is before and changes.of(model) is None
+    if causal:  # whoever reads all positions anyway may mix them
+        swap(tiny_model("bert"), "gelu", Mixing)
 
 
 @pytest.mark.parametrize("name", ["norm", "drop", "pool", "my_norm"])

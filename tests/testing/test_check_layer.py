@@ -19,11 +19,13 @@ from actkit.core.grids.half_integers import HalfIntegerGrid
 from actkit.core.grids.integers import IntegerGrid
 from actkit.core.grids.powers import PowerGrid
 from actkit.core.ground import registry
+from actkit.core.layers.activation_function import ActivationFunction
 from actkit.core.layers.activations import (
     Activation,
     Thresholded,
     activation_function,
     function_names,
+    record_of,
     says_what_it_mixes,
 )
 from actkit.core.layers.attention_rounding import AttentionRounding
@@ -335,8 +337,10 @@ def test_layers_pass(name: str) -> None:
     assert [check.name for check in checks] == list(CHECKS)
     left = {check.name for check in checks if check.outcome != "holds"}
     layer = made.make()
-    says = says_what_it_mixes(layer) or getattr(layer, "gives_zeros", False)
-    unsaid = set() if says else {"what its class says is true"}
+    says = says_what_it_mixes(layer)
+    unsaid = set() if says or getattr(layer, "gives_zeros", False) else {"what its class says is true"}
+    unsaid |= set() if says else {"large inputs stay finite"}
+    unsaid |= set() if says and record_of(layer) is not None else {"its record is true"}
     steps = set() if made.settings.get("smooth", True) else {"gradients match differences"}
     assert left == unsaid | steps | (set() if asked else COMPILING)
 
@@ -448,6 +452,30 @@ class OnlySaysElementwise(Scale):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).softmax(-1)
+
+
+class OnlySaysItsRecord(Scale):
+    mixes: ClassVar[tuple[str, ...]] = ()
+
+    def record(self) -> ActivationFunction:
+        return activation_function("relu")
+
+
+class OverflowsFarOut(Scale):
+    """Squares what it could have divided first."""
+
+    mixes: ClassVar[tuple[str, ...]] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * x) / (1 + x.abs())
+
+
+class KeepsNothing(Scale):
+    keeps: ClassVar[tuple[str, ...]] = ("factor",)
+
+
+class ForgetsToKeep(Scale):
+    keeps: ClassVar[tuple[str, ...]] = ("weight",)
 
 
 class OnlySaysZeros(Scale):
@@ -573,7 +601,11 @@ class Branches(Scale):
         (Flattens, r"the shapes are as promised: \(6, 16\) for \(2, 3, 16\), \(2, 3, 16\) was promised"),
         (NeedsRows, "the shapes are as promised: IndexError"),
         (MixesRows, r"the shapes are as promised: the output for \(16,\) differs by"),
-        (OnlySaysElementwise, "what its class says is true: element-wise: the output for reordered inputs differs"),
+        (OnlySaysElementwise, "what its class says is true: element-wise: the output once other inputs have changed"),
+        (OnlySaysItsRecord, "its record is true: the function of its record differs"),
+        (OverflowsFarOut, "large inputs stay finite: at 1e4 in torch.float16 an output that fits is not finite"),
+        (KeepsNothing, "the dtype is kept: keeps: 'factor' is no parameter"),
+        (ForgetsToKeep, "the dtype is kept: weight is torch.bfloat16 in a torch.bfloat16 layer"),
         (OnlySaysZeros, "what its class says is true: gives_zeros: no output is 0"),
         (Widens, r"the dtype is kept: the output is torch.float32 in a torch.bfloat16 layer"),
         (Overflows, "the dtype is kept: the output holds NaN or Inf in a torch.bfloat16 layer"),
@@ -610,7 +642,8 @@ def test_what_no_graph_holds_is_caught_unless_the_class_says_so(monkeypatch: pyt
     Branches.exports = False
     found = outcomes(check_layer(Branches, [rows(2)], **asked))
     left = {name for name, outcome in found.items() if outcome != "holds"}
-    assert left == {"what its class says is true"} | COMPILING
+    unsaid = {"what its class says is true", "its record is true", "large inputs stay finite"}
+    assert left == unsaid | COMPILING
 
 
 def test_a_gradient_that_is_passed_by_on_purpose() -> None:

@@ -23,6 +23,7 @@ from actkit.core.ground.errors import EditError, ExportError
 from actkit.core.layers.activations import Activation, name_of
 from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.foreign_layers import refuse_foreign_layers
+from actkit.core.layers.hidden_act import own_names
 from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.model.architectures import find_architecture
 from actkit.core.store.pretrained import base_type
@@ -76,6 +77,11 @@ class Plain:
         function = unknown_function(model)
         if function is not None:
             raise ExportError(f"model: no reader computes what this model does: {function}, then export.")
+        for name in own_names(model.config.to_dict()):
+            raise ExportError(
+                f"model: its config names the activation function {name!r}, which no reader without actkit computes; "
+                f"keep the model with actkit.save."
+            )
         skeleton = _plain(model)
         _refuse_experts(model)
         layers: dict[str, ActLinear] = {}

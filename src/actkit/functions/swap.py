@@ -5,13 +5,17 @@ function of a model changes with it, so it is usually followed by training (`cor
 calibrated on the *original* model (most transforms) should come in a run of its own, after the swap and the training.
 When to use it: to change the activation function of a model before it is trained on, such as SiLU to ReLU for exact
 zeros.
-If all activations that a transformers config names (`hidden_act`, `activation_function`) change to one that it
-can name, the config says so too.
+If all activations that a transformers config names (`hidden_act`, `activation_function`) change to one that has a
+name, the config says so too: that of transformers, or ours, which transformers then knows
+(`core/layers/hidden_act.py`).
+A new module whose class takes `channels` is told how many reach its place, and by `dim`, if it takes that, which
+dimension they are: the MLP's width, or what one pass over the first batch finds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Self
 
@@ -25,26 +29,20 @@ from actkit.core.forward.example import make_example
 from actkit.core.forward.hooks import evaluating, hooked
 from actkit.core.ground import registry
 from actkit.core.ground.errors import EditError, RecipeError
-from actkit.core.ground.modules import is_within
+from actkit.core.ground.modules import is_within, tied_copy
 from actkit.core.ground.yaml_files import explain
-from actkit.core.layers.activations import (
-    Activation,
-    activation_function,
-    function_names,
-    is_activation,
-    name_of,
-    without_inner,
-)
+from actkit.core.layers.activations import Activation, function_names, is_activation, name_of, without_inner
+from actkit.core.layers.hidden_act import CONFIG_KEYS, config_name
 from actkit.core.model.anatomy import Block, Linear
 from actkit.core.model.experts import ExpertList
+from actkit.core.model.tracing import trace
 from actkit.core.recipe.runner import Applied, apply
 from actkit.core.recipe.seen import Seen, Trial
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
 
-CONFIG_KEYS = ("hidden_act", "hidden_activation", "activation_function")
 Where = str | type[nn.Module]
-New = str | Callable[[], nn.Module]
+New = str | Callable[..., nn.Module]
 
 
 class Swap(Transform):
@@ -58,10 +56,12 @@ class Swap(Transform):
     to be shared, because the model calls one module more than once, a note says so.
 
     Attributes:
-        where: which; each entry is the name of a function ('silu', or what transformers calls it), the path of a
-            module, or a pattern of paths ('model.layers.[0-3].*'; patterns match activation functions only).
+        where: which; each entry is the name of a function ('silu', or what transformers calls it), the registered name
+            of a module, its path, or a pattern of paths ('model.layers.[0-3].*'; patterns match activation functions
+            only).
         new: the name of an element-wise function (entry-point group `actkit.functions`), the registered name of a
-            module that is made without arguments, or {"module": registered name, "spec": its JSON arguments}.
+            module that is made without arguments, or {"module": registered name, "spec": its JSON arguments}; of these
+            `channels` and `dim` may be left out.
     """
 
     where: tuple[str, ...]
@@ -69,10 +69,13 @@ class Swap(Transform):
 
     tags: ClassVar[Tags] = Tags(parts=False)
     not_proposed: ClassVar[str] = "another activation function changes the model, and pays only after training"
-    _factory: Callable[[], nn.Module] | None = PrivateAttr(default=None)
+    _factory: Callable[..., nn.Module] | None = PrivateAttr(default=None)
     _places: dict[str, tuple[int, nn.Module]] = PrivateAttr(default_factory=dict)  # path -> its block, what is there
     _all: dict[str, nn.Module] = PrivateAttr(default_factory=dict)  # the same, and kept
     _batch: Any = PrivateAttr(default=None)  # what the model can be called with, None if none was given
+    _told: dict[str, dict[str, int]] = PrivateAttr(
+        default_factory=dict
+    )  # path -> channels and dim for what comes there
     _last: list[Configure | Note] = PrivateAttr(default_factory=list)  # after the last block
     _calls: dict[int, int] | None = PrivateAttr(default=None)  # id of a module -> how often a pass calls it
     _made: dict[int, tuple[nn.Module, nn.Module]] = PrivateAttr(default_factory=dict)  # id of an old module -> old, new
@@ -106,7 +109,8 @@ class Swap(Transform):
         Args:
             model: whose modules are named.
             where: the name of a function, a class of modules, a path or pattern of paths, or several of these texts.
-            new: a name, or a function that makes a module for each place, of a class registered under `actkit.modules`.
+            new: a name, or a class or function that makes a module for each place, registered under `actkit.modules`;
+                if it takes `channels` (and `dim`), it is given them.
 
         Returns:
             The transform.
@@ -128,11 +132,13 @@ class Swap(Transform):
             raise TypeError(
                 f"new: {type(new).__name__} was given; give a name, or a function that makes a module for each place."
             )
-        sample: Any = new()
+        sample: Any = new(**{name: SAMPLE[name] for name in _needed(new)})
         if not isinstance(sample, nn.Module):
             raise TypeError(f"new: it made a {type(sample).__name__}; it must make a torch.nn.Module.")
-        spec = {"module": registry.module_name(type(sample)), "spec": sample.spec()}  # type: ignore[operator]
-        swap = _checked(cls, where=chosen, new=spec)
+        name = registry.module_name(type(sample))
+        told = _taken(new)  # which each place says for itself
+        spec = {key: value for key, value in sample.spec().items() if key not in told}  # type: ignore[operator]
+        swap = _checked(cls, where=chosen, new={"module": name, "spec": spec})
         swap._factory = new
         return swap
 
@@ -144,7 +150,7 @@ class Swap(Transform):
             data: batches; the first one tells how often each module is called.
 
         Raises:
-            EditError: an entry of `where` matches nothing.
+            EditError: an entry of `where` matches nothing, or the new module needs channels that nothing tells.
         """
         chosen = self._chosen(trial.model)
         blocks = trial.anatomy.blocks
@@ -154,6 +160,7 @@ class Swap(Transform):
             inside = (block.index for block in blocks if is_within(path, block.path))
             planned._places[path] = (next(inside, 0), module)
         planned._all, planned._batch = dict(chosen), next(iter(data), None)
+        planned._told = planned._channels(trial, chosen)
         planned._last = [
             *self._configured(trial.model, set(chosen)),
             *(
@@ -177,12 +184,13 @@ class Swap(Transform):
         for path in [path for path, (index, _) in self._places.items() if index == block.index]:
             old = self._places.pop(path)[1]
             if id(old) not in self._made:
-                new = self._fresh(old)
+                new = self._fresh(path, old)
                 self._made[id(old)] = (old, new)
                 if any(True for _ in new.parameters()):
                     yield from self._shared_parameters(old, block.root)
-            for now in _paths_of(old, path, block.root):
-                yield Replace(now, self._made[id(old)][1].train(old.training))
+            new = self._made[id(old)][1].train(old.training)
+            for index, now in enumerate(_paths_of(old, path, block.root)):
+                yield Replace(now, tied_copy(new) if index else new)  # of opened experts each has its own
         if not self._places:
             yield from self._last
             self._made, self._last, self._all = {}, [], {}
@@ -205,14 +213,50 @@ class Swap(Transform):
                 f"the model a module for each place if they shall learn apart",
             )
 
-    def _fresh(self, old: nn.Module) -> nn.Module:
+    def _fresh(self, path: str, old: nn.Module) -> nn.Module:
+        told = self._told.get(path, {})
+        try:
+            if self._factory is not None:
+                return self._factory(**told)
+            if isinstance(self.new, dict):
+                return registry.module_class(self.new["module"]).from_spec({**told, **self.new["spec"]}, old)
+            return Activation(self.new) if self.new in function_names() else registry.module_class(self.new)(**told)
+        except ValueError as error:  # what the class says of its settings
+            raise EditError(f"new: nothing can be made for {path}: {error}") from error
+
+    @property
+    def _maker(self) -> Any:
+        """The class or function that makes what is put in."""
         if self._factory is not None:
-            new = self._factory()
-        elif isinstance(self.new, dict):
-            new = registry.module_class(self.new["module"]).from_spec(self.new["spec"], old)
-        else:
-            new = Activation(self.new) if self.new in function_names() else registry.module_class(self.new)()
-        return new
+            return self._factory
+        name = self.new if isinstance(self.new, str) else self.new["module"]
+        return Activation if name in function_names() else registry.module_class(name)
+
+    def _channels(self, trial: Trial, chosen: Mapping[str, nn.Module]) -> dict[str, dict[str, int]]:
+        """How many channels reach each place and which dimension they are, for a new module that takes them."""
+        given = {} if isinstance(self.new, str) or self._factory is not None else self.new["spec"]
+        taken = _taken(self._maker) - set(given)
+        if "channels" not in taken:
+            return {}
+        view = trial.anatomy
+        found = {
+            mlp.activation: {"channels": mlp.width, "dim": -1}
+            for block in (view.blocks if view.architecture != "traced" else ())
+            for _, mlp in block.mlps()
+        }
+        if not set(chosen) <= set(found):
+            found = _traced(trial.model, self._batch) | found
+        kept: dict[str, dict[str, int]] = {}
+        for path, module in chosen.items():
+            known = [found[other] for other, each in chosen.items() if each is module and other in found]
+            if known and all(each == known[0] for each in known):
+                kept[path] = {key: known[0][key] for key in sorted(taken)}
+            elif "channels" in _needed(self._maker):
+                raise EditError(
+                    f"new: it needs to be told its channels, and nothing says how many reach {path}, or its calls "
+                    f"differ in it; give data that the model can be called with, or channels by the spec."
+                )
+        return kept
 
     def _chosen(self, model: nn.Module) -> dict[str, nn.Module]:
         found: dict[str, nn.Module] = {}
@@ -223,7 +267,7 @@ class Swap(Transform):
             found |= matches
         for path, module in found.items():
             weights = [name for name, parameter in module.named_parameters() if parameter.dim() > 1]
-            if weights or path == "" or _is_something_else(module):
+            if path == "" or (not is_activation(module) and (weights or _is_something_else(module))):
                 raise EditError(f"where: {path or 'the model'} is a {type(module).__name__}, no activation function.")
         return found
 
@@ -237,11 +281,11 @@ class Swap(Transform):
             named = {path for path, module in without_inner(model) if _matches(value, path, module)}
             if not named & chosen:
                 continue
-            name = _config_name(self.new)
+            name = config_name(self.new)
             if named <= chosen and name is not None:
                 yield Configure(key, name)
             elif named <= chosen:
-                yield Note(f"config.{key}", f"stays {value!r}, as transformers has no name for the new function")
+                yield Note(f"config.{key}", f"stays {value!r}, as no name says the new function with its settings")
             else:
                 yield Note(f"config.{key}", f"stays {value!r}, which {len(named - chosen)} activations still are")
 
@@ -280,9 +324,31 @@ def _checked(cls: type[Swap], **settings: Any) -> Any:
         raise RecipeError(f"swap: {explain(error, cls)}") from error
 
 
-def _config_name(new: str | dict[str, Any]) -> str | None:
-    """What transformers calls the new function; None if it has no name for it."""
-    return activation_function(new).config_name if isinstance(new, str) and new in function_names() else None
+SAMPLE = {"channels": 64, "dim": -1}  # what a sample is told that only shows which module it is
+
+
+def _taken(make: Any) -> set[str]:
+    """Which of `channels` and `dim` a class or a function takes."""
+    return set(SAMPLE) & set(inspect.signature(make).parameters)
+
+
+def _needed(make: Any) -> set[str]:
+    """Those that have no default."""
+    parameters = inspect.signature(make).parameters
+    return {name for name in _taken(make) if parameters[name].default is inspect.Parameter.empty}
+
+
+def _traced(model: nn.Module, batch: Any) -> dict[str, dict[str, int]]:
+    """The channels at the input of each module that one pass calls with a known number; empty if none can be run."""
+    try:
+        axes = trace(model, make_example(model) if batch is None else batch).axes
+    except Exception:  # whatever a model raises that cannot be called so; who needs the numbers refuses
+        return {}
+    return {
+        path: {"channels": axis.width, "dim": axis.channels - axis.dimensions}
+        for (where, path), axis in axes.items()
+        if where == "input" and axis.channels is not None and axis.width is not None
+    }
 
 
 def _is_something_else(module: nn.Module) -> bool:
@@ -337,6 +403,8 @@ def _matches(entry: str, path: str, module: nn.Module) -> bool:
         return False
     if entry in function_names():
         return name_of(module) == entry
+    if entry in registry.module_names():
+        return isinstance(module, registry.module_class(entry))
     if entry in ACT2FN:
         theirs = ACT2FN[entry]
         same = name_of(theirs)

@@ -27,7 +27,7 @@ from actkit.core.forward.batch import first_tensor
 from actkit.core.forward.hooks import evaluating
 from actkit.core.ground import registry
 from actkit.core.ground.random_numbers import own_random_numbers
-from actkit.core.layers.activations import mixes_of, says_what_it_mixes
+from actkit.core.layers.activations import mixes_of, record_of, says_what_it_mixes
 from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.layers.selections import Selection
 from actkit.core.layers.weights import WeightStorage
@@ -44,6 +44,7 @@ from actkit.testing.checks import (
     storages_of,
     tensors_in,
 )
+from actkit.testing.functions import check_function
 
 CPU = torch.device("cpu")
 OF_TORCH = frozenset(vars(nn.Module()))  # attributes that every module has
@@ -181,20 +182,56 @@ def class_is_true(case: LayerCase) -> None:
 def _mixes_no_more(layer: nn.Module, x: Tensor, output: Tensor, mixes: Sequence[str]) -> None:
     """Inputs [batch, channels] or [batch, positions, channels] alone give what they give among others."""
     with evaluating(layer):
-        if not mixes:
-            order = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(0))
-            moved = call(layer, x.flatten()[order].view_as(x))
-            close([moved.flatten()], [output.flatten()[order]], "element-wise: the output for reordered inputs")
+        for seed in range(3) if not mixes else ():
+            changed = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+            others = call(layer, torch.where(changed, x + 1, x))
+            close([others[~changed]], [output[~changed]], "element-wise: the output once other inputs have changed")
         if "batch" not in mixes and x.dim() > 1:
             close([call(layer, x[:1])], [output[:1]], f"mixes = {mixes}: the output for one of the batch")
         if "positions" not in mixes and x.dim() == 3:
             close([call(layer, x[:, :1])], [output[:, :1]], f"mixes = {mixes}: the output for one position")
 
 
+def record_is_true(case: LayerCase) -> None:
+    """What `record()` answers computes what the layer does, and is what `check_function` asks of a record."""
+    layer = case.made(torch.float64)
+    record = record_of(layer) if says_what_it_mixes(layer) else None
+    if record is None:
+        raise NotApplicable("it is no activation function with a record")
+    for given, output in zip(case.inputs, case.outputs(layer, torch.float64), strict=True):
+        close([record.function(_first(given).double())], [output], "the function of its record", 1e-6)
+    check_function(record)
+
+
+def large_inputs_stay_finite(case: LayerCase) -> None:
+    """In float16 and bfloat16 an activation function is finite at inputs of 1e4, and so is its gradient, if it fits."""
+    if not says_what_it_mixes(case.made()):
+        raise NotApplicable("it is no activation function")
+    x = torch.where(_first(case.inputs[0]) < 0, -1e4, 1e4)
+    with evaluating(wide := case.made(torch.float64)):
+        exact = call(wide, x.double())
+    for dtype in (torch.float16, torch.bfloat16):
+        large = x.to(dtype).requires_grad_()
+        output = call(case.made(dtype), large)
+        fits = exact.abs() < torch.finfo(dtype).max / 2
+        assert bool(torch.isfinite(output[fits]).all()), f"at 1e4 in {dtype} an output that fits is not finite"
+        if output.requires_grad:
+            output[fits].float().sum().backward()
+            assert large.grad is None or bool(torch.isfinite(large.grad).all()), f"its gradient at 1e4 in {dtype}"
+
+
 def dtype_is_kept(case: LayerCase) -> None:
-    """In float32 and bfloat16 the output has the dtype of layer and inputs; float32 agrees with float64."""
+    """In float32 and bfloat16 the output has the dtype of layer and inputs; float32 agrees with float64.
+
+    Parameters that the class names in `keeps` are there, and in float32.
+    """
     for dtype in (torch.float32, torch.bfloat16):
-        for output in case.outputs(case.made(dtype), dtype):
+        made = case.made(dtype)
+        for name in getattr(made, "keeps", ()):
+            kept = getattr(made, name, None)
+            assert isinstance(kept, nn.Parameter | None) and hasattr(made, name), f"keeps: {name!r} is no parameter"
+            assert kept is None or kept.dtype == torch.float32, f"{name} is {kept.dtype} in a {dtype} layer"
+        for output in case.outputs(made, dtype):
             if not output.is_floating_point():
                 raise NotApplicable("its outputs are no floats")
             assert output.dtype == dtype, f"the output is {output.dtype} in a {dtype} layer"
@@ -353,6 +390,8 @@ CHECKS: dict[str, Callable[[LayerCase], None]] = {
     "the same result twice": same_result_twice,
     "the shapes are as promised": shapes_are_as_promised,
     "what its class says is true": class_is_true,
+    "its record is true": record_is_true,
+    "large inputs stay finite": large_inputs_stay_finite,
     "the dtype is kept": dtype_is_kept,
     "gradients match differences": gradients_match_differences,
     "it runs under autocast": runs_under_autocast,

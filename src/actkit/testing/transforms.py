@@ -29,6 +29,7 @@ from actkit.core.forward.batch import arguments, first_tensor
 from actkit.core.forward.hooks import evaluating
 from actkit.core.ground.errors import ActkitError, DataError, NonFiniteError, RecipeError, UnsupportedModelError
 from actkit.core.ground.modules import is_pretrained, is_within, tied_names
+from actkit.core.layers.keeps_dtype import kept_parameters
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import Applied, apply
@@ -218,12 +219,14 @@ def load_in_fresh_process(case: Case) -> None:
 
 
 def dtype_is_kept(case: Case) -> None:
-    """In float32 and in bfloat16, parameters and outputs keep the model's dtype."""
+    """In float32 and in bfloat16, parameters and outputs keep the model's dtype; coefficients that say so, float32."""
     for dtype in (torch.float32, torch.bfloat16):
         batches = [in_dtype(batch, dtype) for batch in case.batches]
         model = case.apply(case.model().to(dtype), batches=batches).model
+        kept = set(kept_parameters(model))
         for name, parameter in model.named_parameters():
-            wrong = parameter.is_floating_point() and parameter.dtype != dtype
+            allowed = torch.float32 if name in kept else dtype
+            wrong = parameter.is_floating_point() and parameter.dtype != allowed
             assert not wrong, f"{name} is {parameter.dtype} in a {dtype} model"
         for output in outputs(model, batches):
             assert output.dtype == dtype, f"the output is {output.dtype} in a {dtype} model"

@@ -15,10 +15,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from actkit.core.forward.example import Inputs
 from actkit.core.ground import offload, registry
 from actkit.core.ground.errors import EditError
 from actkit.core.ground.modules import is_within, names_of_parameters
+from actkit.core.layers.activations import mixes_of
 from actkit.core.layers.cache_rounding import IMPLEMENTATION, register
+from actkit.core.layers.hidden_act import enter_those_of
 from actkit.core.layers.known_layers import hooks_of
 from actkit.core.layers.linear import ActLinear
 
@@ -348,6 +351,7 @@ def _configure(model: nn.Module, edit: Configure) -> Undo:
         kind = type(edit.value).__name__
         raise EditError(f"configure {edit.key}: a {kind} was given; give a JSON value, which a checkpoint can keep.")
     before = getattr(config, edit.key)
+    enter_those_of({edit.key: edit.value})
     setattr(config, edit.key, edit.value)
     return lambda: setattr(config, edit.key, before)
 
@@ -376,6 +380,7 @@ def _replace(model: nn.Module, edits: Sequence[Replace], remember: bool, shared:
     paths = [edit.path for edit in edits]
     for edit, old in zip(edits, olds, strict=True):
         describe(edit)  # a module without a name or a spec could be applied but never loaded again
+        _refuse_mixing(model, edit.path, edit.module)
         _refuse_tied(model, old.parameters(), paths, shared)
         refuse_hooks(edit.path, old, edit.module)
     for edit in edits:
@@ -391,6 +396,7 @@ def _replace(model: nn.Module, edits: Sequence[Replace], remember: bool, shared:
 
 def _insert(model: nn.Module, edit: Insert) -> Undo:
     describe_module(edit.module)
+    _refuse_mixing(model, edit.path, edit.module)
     parent, _, name = edit.path.rpartition(".")
     owner = get_module(model, parent)
     if hasattr(owner, name):
@@ -410,6 +416,22 @@ def _refuse_tied(model: nn.Module, changed: Iterable[Tensor], where: Sequence[st
                 f"{inside[0]} is tied to {outside[0]}: changing one side would change the other too or break the tie. "
                 f"Leave it out of the transform, or untie the two in the model first (tie_word_embeddings=False)."
             )
+
+
+def _refuse_mixing(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Refuse what would read other rows of a batch, and in a causal model what would read later positions.
+
+    A class that says no more than `elementwise = False` is taken at its word that it does neither.
+    """
+    for module in new.modules():
+        mixes = mixes_of(module) if hasattr(type(module), "mixes") else None
+        if mixes and "batch" in mixes:
+            what = "the rows of a batch, so that what it gives a text would depend on the other texts"
+        elif mixes and "positions" in mixes and Inputs.of(model).causal:
+            what = "positions, and this model predicts the next token, so that it would read ahead"
+        else:
+            continue
+        raise EditError(f"{path}: a {type(module).__name__} mixes {what}; put in one that does not.")
 
 
 def refuse_hooks(path: str, old: nn.Module, new: nn.Module | None = None) -> None:

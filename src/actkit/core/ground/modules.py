@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -42,3 +43,8 @@ def memory_of(name: str, tensor: Tensor) -> Hashable:
     if tensor.is_meta or not tensor.numel():
         return name
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def tied_copy(module: nn.Module) -> nn.Module:
+    """Copy a module that shares its parameters with the original; hooks and buffers are its own."""
+    return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})

@@ -110,6 +110,11 @@ def method_name(cls: type) -> str:
     return _name_of(METHODS, cls)
 
 
+def module_names() -> list[str]:
+    """The names of all registered modules; imports none of them."""
+    return list(_entries(MODULES))
+
+
 def module_class(name: str) -> Any:
     """Return the module class registered as `name`.
 

@@ -179,7 +179,7 @@ def mixes_of(module: nn.Module) -> tuple[Axis, ...] | None:
     """What an output of an activation depends on besides its own input; None for a module that is not known as one."""
     kind = type(module)
     if hasattr(kind, "mixes"):
-        return kind.mixes
+        return tuple(module.mixes)  # type: ignore[arg-type]  # of the class, or by its settings
     if hasattr(kind, "elementwise"):
         return () if kind.elementwise else AXES[:2]
     record = of_class(module)

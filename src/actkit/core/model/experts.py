@@ -7,7 +7,6 @@ the layers own copies (`own_rows`): a checkpoint loads them so, and other stride
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any, cast
@@ -15,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from actkit.core.ground.modules import tied_copy
 from actkit.core.model.architectures import ExpertsRow
 
 
@@ -225,10 +225,10 @@ def _view(weight: Tensor, bias: Tensor | None, requires_grad: bool) -> nn.Linear
 
 
 def _activation(module: nn.Module, row: ExpertsRow) -> nn.Module:
-    """A copy for each expert: one shared module could not be watched or replaced for a single expert."""
+    """A copy for each expert: one shared module could not be watched or replaced for a single expert.
+
+    Parameters that it has stay one for all experts.
+    """
     if row.activation is None:
         return ScaledSigmoid(getattr(module, row.alpha)) if row.alpha else nn.SiLU()
-    activation = getattr(module, row.activation)
-    if any(True for _ in activation.parameters()):
-        raise ValueError(f"experts: {row.activation} has parameters, which all experts share; it cannot be opened.")
-    return copy.deepcopy(activation)
+    return tied_copy(getattr(module, row.activation))

@@ -62,10 +62,12 @@ class Axis:
         dimensions: how many the tensor has; the most, if the calls of its module differ.
         channels: the dimension that holds the channels; None if that is not known, or if the calls of its module
             differ in it or in the number of channels.
+        width: how many channels it has; None if `channels` is.
     """
 
     dimensions: int
     channels: int | None
+    width: int | None
 
 
 def trace(model: nn.Module, example: Any) -> Trace:
@@ -166,7 +168,6 @@ class _Watcher:
         self.chains: list[tuple[str, str, str]] = []
         self.dimensions: dict[str, int] = {}
         self.axes: dict[tuple[str, str], Axis] = {}
-        self._widths: dict[tuple[str, str], int | None] = {}
         self._kept: list[Tensor] = []  # so that no storage is reused under the same key
 
     def before(self, path: str) -> Callable[..., None]:
@@ -212,11 +213,9 @@ class _Watcher:
             x.dim() - 1 if 0 < x.dim() <= 2 else self.origins.axes.of(x)
         )  # rows: the channels are last, whatever stands before them
         width = None if axis is None else x.shape[axis]
-        known, before = self.axes.get((where, path)), self._widths.setdefault((where, path), width)
-        if known is None:
-            self.axes[where, path] = Axis(x.dim(), axis)
-        elif known != Axis(x.dim(), axis) or before != width:
-            self.axes[where, path] = Axis(max(known.dimensions, x.dim()), None)
+        known = self.axes.setdefault((where, path), Axis(x.dim(), axis, width))
+        if known != Axis(x.dim(), axis, width):
+            self.axes[where, path] = Axis(max(known.dimensions, x.dim()), None, None)
 
 
 def _identity(x: Tensor) -> tuple[Any, ...]:

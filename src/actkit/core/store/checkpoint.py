@@ -33,6 +33,7 @@ from actkit.core.ground.memory import format_bytes, parameter_bytes, parse_bytes
 from actkit.core.ground.modules import is_pretrained, is_within, memory_of
 from actkit.core.ground.whole_folder import complete_or_nothing, recover
 from actkit.core.layers.foreign_layers import refuse_foreign_layers
+from actkit.core.layers.hidden_act import enter_those_of, own_names
 from actkit.core.store import checksums, pretrained
 from actkit.core.store.card import Measured, card_of
 from actkit.core.store.filling import fill
@@ -125,8 +126,10 @@ def check_savable(model: nn.Module) -> None:
     replaced = tuple(f"{path}." for edit in edits if (path := edit.get("replace", edit.get("insert"))))
     base = getattr(type(model), "actkit_base", type(model))
     houses = {"torch", "transformers", "actkit", base.__module__.partition(".")[0]}
+    named = own_names(model.config.to_dict()).values()  # type: ignore[union-attr, operator]
     for path, module in model.named_modules():
-        if type(module).__module__.partition(".")[0] not in houses and not f"{path}.".startswith(replaced or ("\0",)):
+        known_class = type(module).__module__.partition(".")[0] in houses or type(module) in named
+        if not known_class and not f"{path}.".startswith(replaced or ("\0",)):
             raise CheckpointError(
                 f"save: a {type(module).__name__} stands at {path}, which loading a {base.__name__} would not build "
                 f"again; change the model through actkit.apply only, or take out what was put in."
@@ -379,8 +382,8 @@ def load(
     Args:
         source: folder, or hub id.
         device: where its tensors go.
-        dtype: default as stored, which is what most bytes of the tensors are; scales and thresholds of changed layers
-            keep float32.
+        dtype: default as stored, which is what most bytes of the tensors are; scales and thresholds of changed layers,
+            and learned coefficients (`KeepsDtype.keeps`), stay in float32.
         base: builds the unchanged model, for a folder of your own nn.Module whose class is not registered.
         trust_remote_code: run code that a hub repository brings; off unless asked.
 
@@ -653,6 +656,7 @@ def build_pretrained(folder: Path, manifest: dict[str, Any], trust_remote_code: 
             settings[str(edit.get("configure"))] = edit["before"]
     settings["model_type"] = pretrained.base_type(str(settings.get("model_type", "")))
     try:
+        enter_those_of(settings)
         config = base.config_class.from_dict(settings)
         with no_init_weights():
             model = base(config)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from actkit.core.ground.errors import CheckpointError
+from actkit.core.layers.hidden_act import enter_those_of
 from actkit.core.store.pretrained import base_type
 
 
@@ -27,6 +28,7 @@ def plain_model(model: PreTrainedModel, **settings: Any) -> PreTrainedModel:
     base: Any = getattr(type(model), "actkit_base", type(model))
     given: dict[str, Any] = model.config.to_dict()
     given["model_type"] = base_type(str(given.get("model_type", "")))
+    enter_those_of(given | settings)
     with torch.device("meta"):
         return base(base.config_class.from_dict(given | settings))
 

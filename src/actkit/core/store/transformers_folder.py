@@ -22,6 +22,8 @@ from actkit.core.edit.changes import SourceGrid
 from actkit.core.ground import registry
 from actkit.core.ground.errors import CheckpointError
 from actkit.core.ground.modules import tied_names
+from actkit.core.layers.hidden_act import enter_those_of
+from actkit.core.layers.keeps_dtype import SHORT, at_least_float32, kept_parameters
 from actkit.core.store.pretrained import find_class
 from actkit.core.store.quantized_source import is_code, quantization_of, read_dequantized, refuse_unread
 
@@ -73,6 +75,7 @@ def load_folder(
         ) from error
     model, info = loaded
     _check_keys(model, info, folder)
+    _widen_coefficients(model, files)
     if quantization is not None and model.can_generate() and (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     for note in () if grid is None else grid.notes:
@@ -93,6 +96,7 @@ def _config(folder: Path, trust_remote_code: bool) -> tuple[dict[str, Any], Any]
         if "AutoConfig" in (settings.get("auto_map") or {}) and settings.get("model_type") not in CONFIG_MAPPING:
             _trusted(folder, trust_remote_code)
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        enter_those_of(settings)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{folder / 'config.json'}: transformers {transformers.__version__} does not read it ({error}); copy or "
@@ -138,12 +142,28 @@ def build_empty(folder: Path) -> tuple[nn.Module, list[Path]] | str:
         return f"no {cls.__name__} can be built from its config ({error})"
     finally:
         torch.set_default_dtype(before)
-    if model._keep_in_fp32_modules_strict or (model._keep_in_fp32_modules and config.dtype == torch.float16):
+    if (
+        kept_parameters(model)
+        or model._keep_in_fp32_modules_strict
+        or (model._keep_in_fp32_modules and config.dtype == torch.float16)
+    ):
         return f"a {cls.__name__} keeps some of its weights in float32"
     model.tie_weights()
     if model.can_generate() and (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model, files
+
+
+def _widen_coefficients(model: nn.Module, files: list[Path]) -> None:
+    """Give coefficients that keep float32 the values of the files again, which transformers rounds to `dtype`."""
+    kept = {name: model.get_parameter(name) for name in kept_parameters(model)}
+    short = {name for name, parameter in kept.items() if parameter.dtype in SHORT}
+    for path in files if short else ():
+        with safe_open(path, framework="pt") as file:
+            for name in short & set(file.keys()):
+                kept[name].data = at_least_float32(file.get_tensor(name))
+    for name in short:  # those that a quantized or an older file has by another name
+        kept[name].data = at_least_float32(kept[name].data)
 
 
 def refuse_adapter(folder: Path) -> None:

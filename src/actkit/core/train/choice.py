@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from actkit.core.layers.activations import is_activation
+from actkit.core.layers.keeps_dtype import kept_parameters
 from actkit.core.recipe.rule import TrainingRule
 
 Trainable = str | Sequence[str] | Callable[[nn.Module], Iterable[str]]  # patterns of names, or what gives them
@@ -88,9 +89,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The trainable parameters for an optimizer, in groups of one weight decay and one learning rate.
 
-    Weight matrices decay; biases, norms, scalars and whatever belongs to an activation function do not (decay would
-    pull it towards another function). A module whose coefficients form a matrix says `weight_decay = False` (class
-    attribute); that holds for the modules inside it too.
+    Weight matrices decay; biases, norms, scalars, coefficients that keep float32 (`KeepsDtype.keeps`) and whatever
+    belongs to an activation function do not (decay would pull it towards another function). A module whose coefficients
+    form a matrix says `weight_decay = False` (class attribute); that holds for the modules inside it too.
 
     For the Trainer: `Trainer(..., optimizers=(torch.optim.AdamW(parameter_groups(model, 0.01)), None))`.
 
@@ -104,7 +105,7 @@ def parameter_groups(
     Raises:
         ValueError: a pattern fits no parameter.
     """
-    spared: set[int] = set()
+    spared = {id(model.get_parameter(name)) for name in kept_parameters(model)}
     for module in model.modules():
         if getattr(module, "weight_decay", None) is False:
             spared |= {id(parameter) for parameter in module.parameters()}
