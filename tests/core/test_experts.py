@@ -149,9 +149,13 @@ def test_wrong_rows_are_refused() -> None:
         ExpertList.of(module, ExpertsRow("mlp", path="mlp.experts", router="mlp.gate", transposed=True))
     with pytest.raises(ValueError, match="no 3-D parameter 'gate_up'"):
         ExpertList.of(module, ExpertsRow("mlp", path="mlp.experts", router="mlp.gate", gate_up="gate_up"))
+
+
+def test_experts_share_the_parameters_of_their_activation() -> None:
+    module, _ = experts("mixtral")
     module.act_fn = nn.PReLU()
-    with pytest.raises(ValueError, match="which all experts share"):
-        ExpertList.of(module, ROW)
+    acts = [expert.activation for expert in ExpertList.of(module, ROW)]
+    assert acts[0] is not acts[1] and acts[0].weight is acts[1].weight is module.act_fn.weight
 
 
 def test_the_anatomy_opens_what_it_found() -> None:

@@ -19,6 +19,7 @@ from actkit.core.watch.statistics import (
     AbsMax,
     Density,
     Gram,
+    Histogram,
     Midpoints,
     Moments,
     Quantiles,
@@ -38,6 +39,7 @@ MAKERS: dict[str, Callable[[], Statistic]] = {
     "midpoints": lambda: Midpoints(4),
     "quantiles": Quantiles,
     "weighted quantiles": lambda: Quantiles(weight=torch.tensor([0.5, 2.0, 0.0])),
+    "histogram": Histogram,
     "density": Density,
     "density above": lambda: Density(threshold=0.5),
     "density active": lambda: Density(active=positive),
@@ -51,6 +53,7 @@ EXACT = (
     "midpoints",
     "quantiles",
     "weighted quantiles",
+    "histogram",
     "density",
     "density above",
     "density active",
@@ -206,6 +209,51 @@ def test_quantiles_of_many_values_are_those_of_torch() -> None:
         np.testing.assert_allclose(statistic.cdf(t), float((x.abs() <= t).double().mean()), atol=1e-3)
     assert statistic.quantile(1.0) >= x.abs().max()
     assert statistic.cdf(1e30) == 1.0 and statistic.cdf(-1.0) == 0.0
+
+
+@given(data=data(), p=st.floats(0, 1))
+@settings(max_examples=80, deadline=None)
+def test_the_histogram_knows_signs(data: tuple[Tensor, Rows], p: float) -> None:
+    """Quantiles lie within a bin of the order statistic, and the bins hold what numpy counts in their edges."""
+    x, rows = data
+    statistic = Histogram()
+    statistic.update(x, rows)
+    flat = x.float().flatten().double().sort().values
+    rank = max(int(np.ceil(p * len(flat))), 1)
+    exact = float(flat[rank - 1])
+    assert abs(statistic.quantile(p) - exact) <= abs(exact) / 512 + 1e-38
+    lower, upper, counts = statistic.cells()
+    assert counts.sum() == statistic.total == x.numel()
+    for low, high, count in zip(lower, upper, counts):
+        if low >= 0:
+            assert int(((flat >= low) & (flat < high) & (flat > 0)).sum()) == count or (low == high == 0)
+        else:
+            assert int(((flat > low) & (flat <= high) & (flat < 0)).sum()) == count
+    assert statistic.zeros == float((flat == 0).double().mean())
+
+
+def test_the_histogram_of_many_values() -> None:
+    """Against the normal distribution: shares, and the entropy in closed form; of the values that are not 0."""
+    x = 0.5 + 2 * torch.randn(4000, 500, generator=torch.Generator().manual_seed(0))
+    statistic = Histogram()
+    statistic.update(torch.cat([x, torch.zeros(400, 500)]))
+    assert statistic.zeros == 400 / 4400
+    for value in (-3.0, 0.4, 2.5):
+        expected = (float(torch.special.ndtr(torch.tensor((value - 0.5) / 2))) * 4000 + 400 * (value >= 0)) / 4400
+        assert abs(statistic.cdf(value) - expected) < 1e-3
+    expected = np.log(2 * np.sqrt(2 * np.pi * np.e))
+    assert abs(statistic.entropy() - expected) < 2e-3
+    rounded = Histogram()
+    rounded.update(x.bfloat16())
+    assert abs(rounded.entropy() - expected) < 5e-3
+    lower, upper, counts = statistic.cells(bits=0)  # powers of two
+    assert counts.sum() == statistic.total and torch.equal(upper[lower > 0], 2 * lower[lower > 0])
+    assert statistic.cdf(-1e30) == 0 and statistic.cdf(1e30) == 1
+    constant = Histogram()
+    constant.update(torch.zeros(3, 2))
+    assert constant.entropy() == -np.inf and constant.quantile(0.5) == 0
+    with pytest.raises(ValueError, match=r"p: 1\.5 was given"):
+        constant.quantile(1.5)
 
 
 def test_zeros_have_their_own_bin() -> None:

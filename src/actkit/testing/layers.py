@@ -229,7 +229,8 @@ def dtype_is_kept(case: LayerCase) -> None:
         made = case.made(dtype)
         for name in getattr(made, "keeps", ()):
             kept = getattr(made, name, None)
-            assert isinstance(kept, nn.Parameter | None) and hasattr(made, name), f"keeps: {name!r} is no parameter"
+            known = isinstance(kept, Tensor | None) and hasattr(made, name)  # a buffer, if it is not learned
+            assert known, f"keeps: {name!r} is no parameter"
             assert kept is None or kept.dtype == torch.float32, f"{name} is {kept.dtype} in a {dtype} layer"
         for output in case.outputs(made, dtype):
             if not output.is_floating_point():

@@ -8,7 +8,7 @@ own stands in the entry-point group `actkit.functions` of its package, and a mod
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
@@ -191,7 +191,7 @@ class ActivationFunction:
         if self.derivative is None or self.mixes:
             return None
         points = (*(each.at for each in self.breaks), *self.inflections)
-        x, weights = _normal_rule(float(mean), float(deviation), points)
+        x, weights = normal_rule(float(mean), float(deviation), points)
         y, slope = self.function(x), self.derivative(x)
         return Moments(*(float((weights * values).sum()) for values in (y, y**2, slope, slope**2)))
 
@@ -223,21 +223,37 @@ class ActivationFunction:
 
 
 @lru_cache(maxsize=64)
-def _normal_rule(mean: float, deviation: float, points: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+def normal_rule(mean: float, deviation: float, points: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """Nodes and weights, float64 [nodes], of an integral under a normal density, split at `points`.
 
-    Around each point the panels grow by factors of two, so that a step that is narrow beside the density is met too.
+    Args:
+        mean: of the density.
+        deviation: of the density.
+        points: where what is integrated may bend.
     """
-    low, high = mean - FAR * deviation, mean + FAR * deviation
-    edges = {low, high, *(mean + deviation * step for step in range(-int(FAR), int(FAR)))}
+    steps = [mean + deviation * step for step in range(-int(FAR), int(FAR) + 1)]
+    x, weights = panels(steps, points)
+    density = torch.exp(-(((x - mean) / deviation) ** 2) / 2) / (deviation * math.sqrt(2 * math.pi))
+    return x, weights * density
+
+
+def panels(edges: Sequence[float], points: Iterable[float]) -> tuple[Tensor, Tensor]:
+    """Nodes and weights, float64 [nodes], of Gauss-Legendre sums between edges, split at points too.
+
+    Around each point, and around 0, panels grow by factors of two, so that a step that is narrow beside them is met.
+
+    Args:
+        edges: of the panels, in order; nothing outside of them is summed.
+        points: where what is integrated may bend.
+    """
+    more = set(edges)
     for point in (0.0, *points):
-        edges |= {point, *(point + sign * 2.0**power for power in range(-6, 12) for sign in (-1, 1))}
-    kept = np.array(sorted(edge for edge in edges if low <= edge <= high))
+        more |= {point, *(point + sign * 2.0**power for power in range(-6, 12) for sign in (-1, 1))}
+    kept = np.array(sorted(edge for edge in more if edges[0] <= edge <= edges[-1]))
     nodes, weights = np.polynomial.legendre.leggauss(NODES)
     half = np.diff(kept)[:, None] / 2  # [panels, 1]
-    x = (kept[:-1, None] + half + half * nodes).ravel()
-    density = np.exp(-(((x - mean) / deviation) ** 2) / 2) / (deviation * math.sqrt(2 * math.pi))
-    return torch.from_numpy(x), torch.from_numpy((half * weights).ravel() * density)
+    x = kept[:-1, None] + half + half * nodes
+    return torch.from_numpy(x.ravel()), torch.from_numpy((half * weights).ravel())
 
 
 @lru_cache(maxsize=256)

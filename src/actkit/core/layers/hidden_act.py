@@ -91,7 +91,7 @@ def default_spec(cls: Any) -> dict[str, Any] | None:
         made: Any = cls()
     except (TypeError, ValueError):
         return None
-    return made.spec() if isinstance(made, nn.Module) else None
+    return made.spec() if isinstance(made, nn.Module) else None  # type: ignore[operator]
 
 
 def _names(settings: Mapping[str, Any]) -> Iterator[str]:
