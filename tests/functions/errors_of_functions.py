@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from tiny_models import build
 from torch import nn
 
 from actkit.core.ground import registry
 from actkit.core.layers.activations import Activation
 from actkit.core.recipe.runner import apply
+from actkit.functions.crrelu import eafo
+from actkit.functions.selu.self_normalize import SelfNormalize
+from actkit.functions.selu.self_normalizing import self_normalizing
 from actkit.functions.swap import Swap
 from error_proofs import Place, proof, run
 
@@ -59,3 +63,37 @@ def channels_that_nobody_tells(p: Place) -> None:
     p.patch.setattr(registry, "module_name", lambda cls: "picky")
     p.patch.setattr(registry, "module_class", lambda name: Picky)
     apply(model, Swap(where=("relu",), new={"module": "picky", "spec": {}}), progress=False)
+
+
+proof(lambda p: eafo.eafo(nn.Sequential(nn.Linear(3, 3)), [torch.ones(2, 3)], progress=False))
+
+
+@proof
+def nothing_is_reached(p: Place) -> None:
+    real = eafo.record
+
+    def none(model: Any, wanted: Any, batches: Any, **settings: Any) -> Any:
+        return {site: eafo.Histogram() for site in real(model, wanted, batches, **settings)}
+
+    p.patch.setattr(eafo, "record", none)
+    eafo.eafo(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), [torch.ones(2, 3)], progress=False)
+
+
+class Called(nn.Module):
+    """A function that is no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(x).relu())
+
+
+proof(lambda p: apply(Called(), SelfNormalize(), [torch.ones(2, 3)], progress=False))
+
+
+proof(lambda p: run(SelfNormalize()))
+
+
+proof(lambda p: self_normalizing(nn.Sequential(nn.Linear(3, 3)), [torch.ones(2, 3)], progress=False))

@@ -11,6 +11,8 @@ from functools import partial
 from typing import Any
 
 import actkit
+from actkit.functions.crrelu.eafo import eafo
+from actkit.functions.selu.self_normalizing import self_normalizing
 from actkit.quantization.adadim.sensitivity import weight_sensitivity
 from actkit.quantization.zeroquant_v2.ptq_study import ptq_study
 from actkit.search.profile import profile
@@ -60,6 +62,9 @@ ANALYSES: dict[str, Made] = {
     "neuron_activity": Made(quiet(neuron_activity), "NeuronActivity", relu=True),
     "activated_parameters": Made(quiet(activated_parameters), "ActivatedParameters", relu=True),
     "neuron_activity of images": Made(quiet(neuron_activity, threshold=0.1), "NeuronActivity", "vit"),
+    "eafo": Made(quiet(eafo), "Eafo", relu=True),
+    "eafo of a traced model": Made(quiet(eafo), "Eafo", "mlp"),
+    "self_normalizing": Made(quiet(self_normalizing), "SelfNormalizing", "mlp"),
     "activity_curve": Made(curve, "ActivityCurve", relu=True),
     "gate_sparsity": Made(quiet(gate_sparsity), "GateSparsity", "mixtral", relu=True),
     "weight_sensitivity": Made(quiet(weight_sensitivity), "Sensitivity", several=False),

@@ -44,6 +44,9 @@ from actkit.core.layers.selections import Selection, Threshold, TopK
 from actkit.core.layers.weights import DenseWeight, FloatWeight, IntegerWeight, rounded
 from actkit.core.model.architecture_rows import ExpertsRow
 from actkit.core.model.experts import ExpertList, ScaledSigmoid
+from actkit.functions.crrelu.crrelu import CRReLU
+from actkit.functions.selu.self_normalize import PassThrough
+from actkit.functions.selu.selu import AlphaDropout, ScaledElu, constants
 from actkit.quantization.ofq.query_key import QueryKeyAttention
 from actkit.sparsity.active_dendrites.segments import DendriticSegments, PatternMemory, sparse_code
 from actkit.sparsity.lazy_neuron.top_k_mlp import TopKActivation
@@ -278,6 +281,17 @@ LAYERS: dict[str, dict[str, Made]] = {
         "dense, signals": act_conv("dense", lambda: nn.Conv1d(4, 8, 3, groups=2), torch.randn(3, 4, 7)),
     },
     "activation": {name: Made(lambda name=name: Activation(name)) for name in FUNCTIONS},
+    "scaled_elu": {"of another fixed point": Made(lambda: ScaledElu(*constants(0.3, 1.0))), "usual": Made(ScaledElu)},
+    "alpha_dropout": {
+        "values": Made(lambda: AlphaDropout(0.3)),
+        "channels": Made(lambda: AlphaDropout(0.3, channels=True), (rows(2, 3, 4), rows(2, 3)), {"rows": False}),
+    },
+    "pass_through": {"": Made(PassThrough)},
+    "crrelu": {
+        "one": Made(lambda: CRReLU(0.3)),
+        "for each channel": Made(lambda: CRReLU(0.3, per_channel=True, channels=IN)),
+        "not learned": Made(lambda: CRReLU(-0.3, learned=False)),
+    },
     "thresholded": {
         "cats": Made(lambda: Thresholded(nn.SiLU(), 0.2), settings={"original": nn.SiLU}),
         "fatrelu": Made(lambda: Thresholded(nn.ReLU(), 0.2), settings={"original": nn.ReLU}),

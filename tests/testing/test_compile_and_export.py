@@ -34,6 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # where the defaults do not fit a tiny 
     "ofq": {"operands": False, "inputs": {"by": "lsq", "bits": 4, "per": "tensor"}},
     "reconstruct_mlp": {"steps": 2},
     "rtn": {"bits": 4, "group_size": 8},
+    "self_normalize": {"force": True},
     "swap": {"where": "*", "new": "relu2"},
     "top_k_mlp": {"k": 5},
 }
