@@ -3,13 +3,13 @@
 A transform like any other, so that it stands in recipes, is undone, saved and loaded; `swap` is its short form. The
 function of a model changes with it, so it is usually followed by training (`core/train/training.py`). What is
 calibrated on the *original* model (most transforms) should come in a run of its own, after the swap and the training.
-When to use it: to change the activation function of a model before it is trained on, such as SiLU to ReLU for exact
-zeros.
 If all activations that a transformers config names (`hidden_act`, `activation_function`) change to one that has a
 name, the config says so too: that of transformers, or ours, which transformers then knows
-(`core/layers/hidden_act.py`).
-A new module whose class takes `channels` is told how many reach its place, and by `dim`, if it takes that, which
-dimension they are: the MLP's width, or what one pass over the first batch finds.
+(`core/layers/hidden_act.py`). A new module whose class takes `channels` is told how many reach its place, and by `dim`,
+if it takes that, which dimension they are: the MLP's width, or what one pass over the first batch finds.
+
+When to use it: to change the activation function of a model before it is trained on, such as SiLU to ReLU for exact
+zeros, or to one that is learned.
 """
 
 from __future__ import annotations

@@ -221,10 +221,7 @@ def large_inputs_stay_finite(case: LayerCase) -> None:
 
 
 def dtype_is_kept(case: LayerCase) -> None:
-    """In float32 and bfloat16 the output has the dtype of layer and inputs; float32 agrees with float64.
-
-    Parameters that the class names in `keeps` are there, and in float32.
-    """
+    """The output has the dtype of layer and inputs, what `keeps` names is float32; float32 agrees with float64."""
     for dtype in (torch.float32, torch.bfloat16):
         made = case.made(dtype)
         for name in getattr(made, "keeps", ()):
