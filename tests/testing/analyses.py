@@ -12,7 +12,9 @@ from typing import Any
 
 import actkit
 from actkit.functions.crrelu.eafo import eafo
+from actkit.functions.polycom.degrees import polynomial_degrees
 from actkit.functions.selu.self_normalizing import self_normalizing
+from actkit.functions.swap import swap
 from actkit.quantization.adadim.sensitivity import weight_sensitivity
 from actkit.quantization.zeroquant_v2.ptq_study import ptq_study
 from actkit.search.profile import profile
@@ -55,6 +57,10 @@ def curve(model: Any, batches: Any) -> Any:
     return activity_curve({"start": model, "end": model}, batches, progress=False)
 
 
+def degrees(model: Any, batches: Any) -> Any:
+    return polynomial_degrees(swap(model, "silu", "poly_relu").model, batches, progress=False)
+
+
 ANALYSES: dict[str, Made] = {
     "profile": Made(quiet(profile), "Profile"),
     "profile of experts": Made(quiet(profile), "Profile", "mixtral"),
@@ -67,6 +73,7 @@ ANALYSES: dict[str, Made] = {
     "self_normalizing": Made(quiet(self_normalizing), "SelfNormalizing", "mlp"),
     "activity_curve": Made(curve, "ActivityCurve", relu=True),
     "gate_sparsity": Made(quiet(gate_sparsity), "GateSparsity", "mixtral", relu=True),
+    "polynomial_degrees": Made(degrees, "PolynomialDegrees", several=False),
     "weight_sensitivity": Made(quiet(weight_sensitivity), "Sensitivity", several=False),
     "ptq_study": Made(
         lambda model, batches: ptq_study(

@@ -45,6 +45,8 @@ from actkit.core.layers.weights import DenseWeight, FloatWeight, IntegerWeight, 
 from actkit.core.model.architecture_rows import ExpertsRow
 from actkit.core.model.experts import ExpertList, ScaledSigmoid
 from actkit.functions.crrelu.crrelu import CRReLU
+from actkit.functions.polycom.polynomials import PolyNorm, PolyReLU
+from actkit.functions.polycom.ungate import UngatedMlp
 from actkit.functions.selu.self_normalize import PassThrough
 from actkit.functions.selu.selu import AlphaDropout, ScaledElu, constants
 from actkit.quantization.ofq.query_key import QueryKeyAttention
@@ -308,6 +310,14 @@ LAYERS: dict[str, dict[str, Made]] = {
     "rotated_norm": {
         "": Made(lambda: RotatedNorm(norm(), torch.linalg.qr(torch.randn(IN, IN))[0]), settings={"original": norm})
     },
+    "poly_relu": {"": Made(PolyReLU), "by channel": Made(lambda: PolyReLU(channels=IN))},
+    "poly_norm": {"": Made(PolyNorm)},
+    "ungated_mlp": {
+        "": Made(
+            lambda: UngatedMlp(IN, 24, IN, (True, False), PolyNorm()),
+            settings={"original": lambda: nn.Linear(IN, IN)},
+        )
+    },
     "spark_ffn": {"": Made(lambda: SparkFFN(IN, 24, 4, 8), settings={"original": lambda: nn.Linear(IN, IN)})},
     "spark_attention": {"": attention()},
     "expert_list": {"": experts()},
@@ -368,7 +378,7 @@ def test_layers_that_are_not_saved_pass(name: str) -> None:
 
 
 # classes that are tried as part of others: what they derive from, and storages, which compute nothing by themselves
-PARTS = {"KeepsDtype", "WeightStorage", "GrowingModule", "Selection", "Expert"}
+PARTS = {"KeepsDtype", "Polynomial", "WeightStorage", "GrowingModule", "Selection", "Expert"}
 PARTS |= {
     "DenseWeight",
     "CodedWeight",

@@ -62,6 +62,7 @@ ELSEWHERE = {  # those that do not fit every kind of model, or say less of it, a
     "aphq_vit": "quantization/test_aphq_vit.py",
     "reconstruct_mlp": "functions/test_reconstruct_mlp.py",
     "self_normalize": "functions/test_selu.py",
+    "ungate": "functions/test_polycom.py",
     "noisyquant": "quantization/test_noisyquant.py",
     "omniquant": "quantization/test_omniquant.py",
     "outliertune": "quantization/test_outliertune.py",

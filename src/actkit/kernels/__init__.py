@@ -17,6 +17,8 @@
 
     x = masked_inputs(x, score, k=100)                     many rows: what is not selected becomes 0
 
+    y = poly_norm(x, weight, bias)                         PolyCom's activations, with gradients
+
 Importing this registers the operators under `torch.ops.actkit`; Numba is imported when a kernel first runs.
 """
 
@@ -26,6 +28,7 @@ from actkit.kernels.masks import MASKED, masked_inputs
 from actkit.kernels.operators import dense_linear, sparse_linear
 from actkit.kernels.output_rows import PackedRows, output_rows, pack_rows
 from actkit.kernels.packing import PackedWeight, pack
+from actkit.kernels.polynomials import poly_norm, poly_relu
 from actkit.kernels.quantized import QuantizedWeight, pack_quantized
 from actkit.kernels.quantized_operators import quantized_linear, quantized_output_rows
 from actkit.kernels.quantized_rows import QuantizedRows, pack_quantized_rows
@@ -47,6 +50,8 @@ __all__ = [
     "pack_quantized",
     "pack_quantized_rows",
     "pack_rows",
+    "poly_norm",
+    "poly_relu",
     "quantized_linear",
     "quantized_output_rows",
     "sparse_linear",
