@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from actkit.core.ground.errors import DataError
+from actkit.core.layers import hidden_act
 from actkit.core.layers.activations import gives_zeros, record_of
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.runner import apply
@@ -65,7 +66,7 @@ def test_the_weight_holds_the_highest_power_first():
 
 
 def test_a_polynomial_per_channel_is_one_in_each():
-    many, x = PolyReLU(channels=3), torch.randn(4, 3)
+    many, x = PolyReLU(per_channel=True, channels=3), torch.randn(4, 3)
     with torch.no_grad():
         many.weight.copy_(torch.randn(3, 3))
         many.bias.copy_(torch.randn(3))
@@ -124,7 +125,8 @@ def test_coefficients_keep_float32():
         (lambda: PolyReLU(order=0), "order: 0 was given"),
         (lambda: PolyReLU(init="gelu"), "init: 'gelu' was given"),
         (lambda: PolyReLU(1, "relu2"), "relu2 from order 2 on"),
-        (lambda: PolyReLU(channels=0), "channels: 0 was given"),
+        (lambda: PolyReLU(per_channel=True, channels=0), "channels: 0 was given"),
+        (lambda: PolyReLU(per_channel=True), "channels: None was given with per_channel=True"),
         (lambda: PolyNorm(eps=0), "eps: 0 was given"),
         (lambda: PolyNorm()(torch.arange(4)), r"x: torch.int64 was given"),
         (lambda: PolyNorm()(torch.ones(3, 0)), r"x: shape \(3, 0\) was given"),
@@ -136,6 +138,20 @@ def test_errors(make: Any, text: str):
 
 
 # -- in models ---------------------------------------------------------------------------------------------------------
+
+
+def test_swap_tells_the_channels_to_a_polynomial_for_each():
+    model = tiny_model("llama")
+    swap(model, "silu", lambda channels: PolyReLU(per_channel=True, channels=channels))
+    assert model.model.layers[0].mlp.act_fn.weight.shape == (3, 24)
+    swap(model, "poly_relu", "poly_relu")
+    assert model.model.layers[0].mlp.act_fn.weight.shape == (3,)
+
+
+def test_a_config_names_them():
+    hidden_act.enter("poly_norm")
+    model = tiny_model("llama", hidden_act="poly_norm")
+    assert isinstance(model.model.layers[0].mlp.act_fn, PolyNorm)
 
 
 def test_swapped_in_saved_and_loaded(tmp_path: Path):

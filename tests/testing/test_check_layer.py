@@ -310,7 +310,7 @@ LAYERS: dict[str, dict[str, Made]] = {
     "rotated_norm": {
         "": Made(lambda: RotatedNorm(norm(), torch.linalg.qr(torch.randn(IN, IN))[0]), settings={"original": norm})
     },
-    "poly_relu": {"": Made(PolyReLU), "by channel": Made(lambda: PolyReLU(channels=IN))},
+    "poly_relu": {"": Made(PolyReLU), "by channel": Made(lambda: PolyReLU(per_channel=True, channels=IN))},
     "poly_norm": {"": Made(PolyNorm)},
     "ungated_mlp": {
         "": Made(

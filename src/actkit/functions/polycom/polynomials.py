@@ -17,7 +17,7 @@ by activation checkpointing, which is not needed here.
 Settled here: the mean of squares under N, as in the release (the paper's formula divides by the norm, which is
 smaller by the root of the width). Weight decay spares the coefficients (the release's two training codes disagree). A
 bfloat16 or float16 model keeps them in float32, and powers are float32: x^3 exceeds float16 from 40 on.
-Our own reading: any order, one polynomial per channel (`channels`), and the starts `relu` and `relu2`, at which
+Our own reading: any order, one polynomial per channel, and the starts `relu` and `relu2`, at which
 PolyReLU is exactly that function.
 """
 
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from actkit import kernels
 from actkit.core.layers.activation_function import ActivationFunction, Axis, Break, Function, Piece
-from actkit.core.layers.keeps_dtype import KeepsDtype
+from actkit.core.layers.keeps_dtype import KeepsDtype, at_least_float32
 
 Init = Literal["paper", "relu", "relu2"]
 INITS: tuple[Init, ...] = ("paper", "relu", "relu2")
@@ -80,7 +80,7 @@ class Polynomial(KeepsDtype):
 
     def spec(self) -> dict[str, Any]:
         """Return its JSON arguments, as a checkpoint keeps them; the values are in the weights file."""
-        return {"order": self.order, "channels": self.channels}
+        return {"order": self.order, "per_channel": self.channels is not None, "channels": self.channels}
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], original: nn.Module | None = None) -> Self:
@@ -100,20 +100,28 @@ class PolyReLU(Polynomial):
     Args:
         order: as in `Polynomial`.
         init: as in `Polynomial`.
-        channels: as in `Polynomial`; they are the last dimension.
+        per_channel: a polynomial for each of the channels, which are the last dimension; else one for all.
+        channels: how many there are, needed if `per_channel`; `swap` tells it.
 
     Raises:
-        ValueError: as `Polynomial`.
+        ValueError: as `Polynomial`, or `per_channel` without `channels`.
     """
 
     mixes: ClassVar[tuple[Axis, ...]] = ()
+
+    def __init__(
+        self, order: int = 3, init: Init = "paper", per_channel: bool = False, channels: int | None = None
+    ) -> None:
+        if per_channel and channels is None:
+            raise ValueError("channels: None was given with per_channel=True; give how many channels there are.")
+        super().__init__(order, init, channels if per_channel else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [...] -> the same shape and dtype; powers in float32 at least."""
         return kernels.poly_relu(x, self.weight, self.bias) if self.channels is None else self._by_channel(x)
 
     def _by_channel(self, x: Tensor) -> Tensor:
-        positive = (x if x.dtype == torch.float64 else x.float()).relu()
+        positive = at_least_float32(x).relu()
         y = self.weight[0].to(positive.dtype).expand_as(positive)
         for added in (*self.weight[1:], self.bias):
             y = y * positive + added
@@ -216,7 +224,7 @@ def _where_positive(p: Coefficients) -> Function:
 
 
 def _horner(p: Coefficients, x: Tensor) -> Tensor:
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = at_least_float32(x)
     y = torch.full_like(wide, float(p.coef[-1]))
     for coefficient in p.coef[-2::-1]:
         y = y * wide + float(coefficient)
