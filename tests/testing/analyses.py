@@ -58,7 +58,7 @@ def curve(model: Any, batches: Any) -> Any:
 
 
 def degrees(model: Any, batches: Any) -> Any:
-    return polynomial_degrees(swap(model, "silu", "poly_relu").model, batches, progress=False)
+    return polynomial_degrees(swap(model, "silu", "poly_relu", inplace=False).model, batches, progress=False)
 
 
 ANALYSES: dict[str, Made] = {
