@@ -213,7 +213,8 @@ def polynomial_of_relu(coefficients: Sequence[float]) -> ActivationFunction:
 
 def _sign_changes(p: Coefficients) -> list[float]:
     """The positive numbers at which a polynomial changes its sign, in order."""
-    roots = sorted(float(root.real) for root in p.roots() if abs(root.imag) < 1e-9 and root.real > 1e-12)
+    found = map(complex, p.roots())
+    roots = sorted(root.real for root in found if abs(root.imag) < 1e-9 and root.real > 1e-12)
     ends = [0.0, *roots, (roots[-1] if roots else 0.0) + 2.0]
     signs = [float(np.sign(p((low + high) / 2))) for low, high in pairwise(ends)]
     return [root for root, before, after in zip(roots, signs[:-1], signs[1:], strict=True) if before * after < 0]
