@@ -18,7 +18,14 @@ from public_names import Source, modules
 
 LOG = logging.getLogger("mkdocs.plugins.actkit")
 ROOT = Path(__file__).parents[1]
-TUTORIALS = ["make-a-model-cheaper", "four-bits", "try-a-method", "read-activations", "add-a-method"]
+TUTORIALS = [
+    "make-a-model-cheaper",
+    "four-bits",
+    "try-a-method",
+    "try-an-activation",
+    "read-activations",
+    "add-a-method",
+]
 # Pages that lie beside docs/ in the repository, and where the site shows them.
 BESIDE = {
     "CONTRIBUTING.md": "project/contributing.md",

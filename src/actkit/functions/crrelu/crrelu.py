@@ -3,13 +3,13 @@
     f(x) = max(x, 0) + epsilon x exp(-x^2 / 2)          epsilon: learned, one for each place, 0.01 at first
 
 The correction is the direction in which the entropy of a ReLU's output changes fastest, for a standard normal input
-(`eafo.py`). It is positive for no negative input and at most 0.61 epsilon high, so that the units that a ReLU turns off
-still learn, and its outputs are small there but not 0.
+(`eafo.py`). It is odd, at most 0.61 epsilon high and gone beyond 4, so that the units that a ReLU turns off still
+learn, and their outputs are small but not 0.
 
 When to use it: in place of a ReLU, or of the GELU or SiLU of a transformer, before training; `swap(model, "relu",
 "crrelu")`, or as `hidden_act="crrelu"`. `eafo` says what epsilon the entropy argument wants in each layer.
-Cost: about that of GELU; one number per place. Its zeros are gone: methods that skip exact zeros find none. The CPU
-decoder leaves such a model to transformers.
+Cost: about that of GELU, of which it also keeps no more than the input for the backward pass; one number per place. Its
+zeros are gone: methods that skip exact zeros find none. The CPU decoder leaves such a model to transformers.
 Settled here: every place has its own epsilon, in float32 whatever the model's dtype, and weight decay leaves it alone,
 which would pull it to plain ReLU. With `per_channel` each channel has one.
 Our own reading: for a standard normal input the entropy falls with epsilon < 0 (`eafo.suggest`), while the published
@@ -41,9 +41,30 @@ def crrelu(x: Tensor, epsilon: Tensor | float) -> Tensor:
     Returns:
         The shape and the dtype of x.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    return _Corrected.apply(x, epsilon if isinstance(epsilon, Tensor) else x.new_tensor(epsilon))  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Corrected(torch.autograd.Function):
+    """CRReLU that keeps its input alone for the backward pass, which can be differentiated again."""
+
+    @staticmethod
+    def forward(x: Tensor, epsilon: Tensor) -> Tensor:
         wide = at_least_float32(x)
-        return (F.relu(wide) + epsilon * wide * torch.exp(-(wide**2) / 2)).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return (F.relu(wide) + epsilon * wide * torch.exp(-(wide**2) / 2)).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, epsilon = ctx.saved_tensors
+        wide, given = at_least_float32(x), at_least_float32(gradient)
+        with torch.autocast(x.device.type, enabled=False):
+            bell = torch.exp(-(wide**2) / 2)
+            by_x = given * ((wide > 0) + epsilon * (1 - wide**2) * bell)
+            return by_x.to(x.dtype), (given * wide * bell).sum_to_size(epsilon.shape).to(epsilon.dtype)
 
 
 class CRReLU(KeepsDtype):
