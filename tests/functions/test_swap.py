@@ -359,11 +359,15 @@ def test_bad_input(where: Any, new: Any, error: type[Exception], message: str) -
     assert torch.equal(logits(model), before) and changes.of(model) is None
 
 
-def test_a_shared_activation_with_parameters_is_refused() -> None:
+def test_a_shared_activation_with_parameters_is_replaced_at_once() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.PReLU(), nn.Linear(2, 2))
     model.append(model[1])
-    with pytest.raises(EditError, match="tied"):
-        swap(model, nn.PReLU, "relu")
+    with pytest.raises(EditError, match="tied"):  # one of its paths alone
+        swap(model, "1", "relu")
+    assert isinstance(model[1], nn.PReLU) and model[1] is model[3]
+    applied = swap(model, nn.PReLU, "relu")
+    assert name_of(model[1]) == "relu" and model[1] is model[3]
+    applied.undo()
     assert isinstance(model[1], nn.PReLU) and model[1] is model[3]
     single = nn.Sequential(nn.Linear(2, 2), nn.PReLU())
     swap(single, "prelu", "leaky_relu")
@@ -547,8 +551,38 @@ def test_experts_share_the_parameters_of_what_was_put_in(registered: None, tmp_p
     assert acts[0].slope is acts[1].slope
     later = mixtral("silu").eval()
     apply(later, [RoundToNearest(bits=8, group_size=-1), Swap.of(later, "silu", PerChannel)], progress=False)
-    acts = [expert.activation for expert in later.model.layers[0].mlp.experts]
-    assert acts[0] is not acts[1] and acts[0].slope is acts[1].slope
+    opened = mixtral("silu").eval()  # before the swap sees them
+    apply(opened, RoundToNearest(bits=8, group_size=-1), progress=False)
+    apply(opened, Swap.of(opened, "silu", PerChannel), progress=False)
+    for each in (later, opened):
+        acts = [expert.activation for expert in each.model.layers[0].mlp.experts]
+        assert acts[0] is not acts[1] and acts[0].slope is acts[1].slope
+        assert acts[0].slope is not each.model.layers[1].mlp.experts[0].activation.slope
+        back = swap(each, "per_channel", "silu")  # and out again, all experts of a layer at once
+        assert {name_of(expert.activation) for expert in each.model.layers[0].mlp.experts} == {"silu"}
+        back.undo()
+    checkpoint.save(opened, tmp_path / "opened")
+    assert torch.equal(logits(checkpoint.load(tmp_path / "opened")), logits(opened))
+
+
+def test_groups_that_do_not_divide_the_sample() -> None:
+    """A factory is asked once to learn what it makes; the channels of the places are what must fit."""
+
+    class Grouped(PerChannel):
+        def __init__(self, channels: int, dim: int = -1, several: int = 1) -> None:
+            if channels % 12:
+                raise ValueError(f"channels: {channels} was given, 12 groups do not divide it.")
+            super().__init__(channels, dim, several)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "module_name", lambda cls: "per_channel" if cls is Grouped else "activation")
+        patch.setattr(registry, "module_class", lambda name: Grouped if name == "per_channel" else Activation)
+        model = llama()
+        swap(model, "silu", Grouped)
+        assert model.model.layers[0].mlp.act_fn.channels == SMALL["intermediate_size"]
+        narrow = nn.Sequential(nn.Linear(4, 5), nn.ReLU())
+        with pytest.raises(EditError, match="nothing can be made for 1: channels: 5 was given, 12 groups"):
+            swap(narrow, "relu", Grouped)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, None])

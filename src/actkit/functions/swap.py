@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Self
 
@@ -23,7 +24,7 @@ from pydantic import PrivateAttr, ValidationError, field_validator
 from torch import nn
 from transformers.activations import ACT2FN
 
-from actkit.core.edit.edits import Configure, Edit, Note, Replace, Skip
+from actkit.core.edit.edits import Configure, Edit, Note, Replace, ReplaceTied, Skip
 from actkit.core.forward.batch import forward
 from actkit.core.forward.example import make_example
 from actkit.core.forward.hooks import evaluating, hooked
@@ -48,7 +49,7 @@ New = str | Callable[..., nn.Module]
 class Swap(Transform):
     """Replace activation functions.
 
-    A module that stands at several paths gets one successor; if it has parameters, which then are tied, it is refused.
+    A module that stands at several paths gets one successor, and opened experts get copies that share its parameters.
     What stands inside another activation (the function under a threshold) goes with it and matches nothing by itself.
 
     A norm, dropout, pooling or any other module of torch or transformers that is no activation function is refused; one
@@ -78,7 +79,9 @@ class Swap(Transform):
     )  # path -> channels and dim for what comes there
     _last: list[Configure | Note] = PrivateAttr(default_factory=list)  # after the last block
     _calls: dict[int, int] | None = PrivateAttr(default=None)  # id of a module -> how often a pass calls it
-    _made: dict[int, tuple[nn.Module, nn.Module]] = PrivateAttr(default_factory=dict)  # id of an old module -> old, new
+    _made: dict[int, tuple[nn.Module, nn.Module]] = PrivateAttr(
+        default_factory=dict
+    )  # id of old -> old, new
 
     @field_validator("where", mode="before")
     @classmethod
@@ -132,7 +135,7 @@ class Swap(Transform):
             raise TypeError(
                 f"new: {type(new).__name__} was given; give a name, or a function that makes a module for each place."
             )
-        sample: Any = new(**{name: SAMPLE[name] for name in _needed(new)})
+        sample = _sample(new)
         if not isinstance(sample, nn.Module):
             raise TypeError(f"new: it made a {type(sample).__name__}; it must make a torch.nn.Module.")
         name = registry.module_name(type(sample))
@@ -181,16 +184,24 @@ class Swap(Transform):
 
     def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
         """The block's own activations, so that the blocks before it are calibrated first; the rest with block 0."""
+        together: dict[int, list[Replace]] = {}  # what has parameters in common is replaced at once
         for path in [path for path, (index, _) in self._places.items() if index == block.index]:
             old = self._places.pop(path)[1]
-            if id(old) not in self._made:
-                new = self._fresh(path, old)
-                self._made[id(old)] = (old, new)
-                if any(True for _ in new.parameters()):
+            experts = _experts_around(path, block.root)
+            key = id(old if experts is None else experts)
+            fresh = key not in self._made
+            if fresh:
+                self._made[key] = (old, self._fresh(path, old))
+                if any(True for _ in self._made[key][1].parameters()):
                     yield from self._shared_parameters(old, block.root)
-            new = self._made[id(old)][1].train(old.training)
+            new = self._made[key][1].train(old.training)
             for index, now in enumerate(_paths_of(old, path, block.root)):
-                yield Replace(now, tied_copy(new) if index else new)  # of opened experts each has its own
+                another = index or not fresh
+                apart = another and _experts_around(now, block.root) is not None  # each expert has its own module
+                one = Replace(now, tied_copy(new) if apart else new)
+                together.setdefault(next((id(each) for each in old.parameters()), id(one)), []).append(one)
+        for edits in together.values():
+            yield edits[0] if len(edits) == 1 else ReplaceTied(tuple(edits))
         if not self._places:
             yield from self._last
             self._made, self._last, self._all = {}, [], {}
@@ -338,6 +349,15 @@ def _needed(make: Any) -> set[str]:
     return {name for name in _taken(make) if parameters[name].default is inspect.Parameter.empty}
 
 
+def _sample(new: Callable[..., nn.Module]) -> Any:
+    """One of what a class or function makes, which only shows which module it is."""
+    if "channels" in _needed(new):
+        with suppress(ValueError):  # of groups that do not divide that many
+            return new(**{name: SAMPLE[name] for name in _needed(new)})
+        return new(**{name: {**SAMPLE, "channels": 5040}[name] for name in _needed(new)})
+    return new(**{name: SAMPLE[name] for name in _needed(new)})
+
+
 def _traced(model: nn.Module, batch: Any) -> dict[str, dict[str, int]]:
     """The channels at the input of each module that one pass calls with a known number; empty if none can be run."""
     try:
@@ -394,6 +414,13 @@ def _paths_of(module: nn.Module, path: str, model: nn.Module) -> list[str]:
     if not found:
         raise EditError(f"where: {path} was replaced by another transform of the recipe; swap before it.")
     return found
+
+
+def _experts_around(path: str, model: nn.Module) -> ExpertList | None:
+    """The opened experts of one of which a module is the activation; None elsewhere."""
+    experts = path.split(".")[:-2]
+    found = dict(_modules(model)).get(".".join(experts)) if path.count(".") > 1 else None
+    return found if isinstance(found, ExpertList) else None
 
 
 def _matches(entry: str, path: str, module: nn.Module) -> bool:
