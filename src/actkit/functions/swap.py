@@ -79,9 +79,7 @@ class Swap(Transform):
     )  # path -> channels and dim for what comes there
     _last: list[Configure | Note] = PrivateAttr(default_factory=list)  # after the last block
     _calls: dict[int, int] | None = PrivateAttr(default=None)  # id of a module -> how often a pass calls it
-    _made: dict[int, tuple[nn.Module, nn.Module]] = PrivateAttr(
-        default_factory=dict
-    )  # id of old -> old, new
+    _made: dict[int, tuple[nn.Module, nn.Module]] = PrivateAttr(default_factory=dict)  # id of old -> old, new
 
     @field_validator("where", mode="before")
     @classmethod
