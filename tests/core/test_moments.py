@@ -10,7 +10,7 @@ from scipy.stats import gaussian_kde, norm
 
 from actkit.core.layers.activation_function import Break, thresholded
 from actkit.core.layers.activations import activation_function, function_names
-from actkit.core.layers.moments import Density, entropy, fixed_points, moment_map, slope_of
+from actkit.core.layers.moments import Density, entropy, fixed_points, moment_map, rescaling, slope_of
 
 ELEMENTWISE = [name for name in function_names() if activation_function(name).elementwise]
 
@@ -86,6 +86,21 @@ def test_selu_has_its_fixed_point_and_others_have_none() -> None:
     (near,) = fixed_points(activation_function("selu"), omega=0.05, tau=1.05)
     back = moment_map(activation_function("selu"), near.mean, near.variance, omega=0.05, tau=1.05)
     assert (back.mean, back.variance) == pytest.approx((near.mean, near.variance), abs=1e-8)
+
+
+def test_any_function_is_rescaled_to_a_fixed_point() -> None:
+    """By samples; for SELU nothing is left to do. A ReLU that is rescaled attracts nothing: its radius is 1."""
+    assert rescaling(activation_function("selu")) == pytest.approx((1, 0), abs=1e-12)
+    z = torch.randn(2_000_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for name, (mean, variance) in (("gelu", (0.0, 1.0)), ("relu", (0.3, 2.0)), ("tanh", (-0.5, 0.7))):
+        record = activation_function(name)
+        scale, shift = rescaling(record, mean, variance)
+        y = scale * record.function(math.sqrt(variance) * z) + shift
+        assert (float(y.mean()), float(y.var())) == pytest.approx((mean, variance), abs=5e-3)
+    scale, _ = rescaling(activation_function("relu"))
+    assert scale**2 * moment_map(activation_function("relu"), 0.0, 1.0).jacobian[1][1] == pytest.approx(1)
+    with pytest.raises(ValueError, match="constant for these inputs"):
+        rescaling(thresholded(activation_function("hardtanh"), 2.0))
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,28 @@ def moment_map(
     return Mapped(first, second - first**2, rows)
 
 
+def rescaling(record: ActivationFunction, mean: float = 0.0, variance: float = 1.0) -> tuple[float, float]:
+    """Find a scale and a shift with which scale f(z) + shift hands on a mean and a variance, at omega 0 and tau 1.
+
+    Args:
+        record: of f, element-wise.
+        mean: of the activations.
+        variance: of the activations, above 0.
+
+    Returns:
+        The scale, above 0, and the shift. Whether what is near comes nearer is another question: the Jacobian of the
+        rescaled map is that of `moment_map`, times the scale for the mean and its square for the variance.
+
+    Raises:
+        ValueError: a variance that is not above 0, a function that mixes, or one that is constant there.
+    """
+    mapped = moment_map(record, mean, variance)
+    if not mapped.variance > 0:
+        raise ValueError(f"record: {record.name} is constant for these inputs; give a function that is not.")
+    scale = math.sqrt(variance / mapped.variance)
+    return scale, mean - scale * mapped.mean
+
+
 def fixed_points(record: ActivationFunction, *, omega: float = 0.0, tau: float = 1.0) -> tuple[FixedPoint, ...]:
     """Find the means and variances that `moment_map` gives back, one by one; a variance of 0 is none.
 
