@@ -2,7 +2,7 @@
 
     H[f(X)] = H(X) + E log f'(X)                         f rising, X with density p
     worst:      f(u) = low + (high - low) P(X < u)       the output is uniform: the largest entropy of a bounded f
-    correction: eta(y) = -(p(u) y''(y) / y'(y) + p'(u) y'(y)),  y the inverse of f, u = y(y)
+    correction: eta(x) = -(p(u) y''(x) / y'(x) + p'(u) y'(x))       x: an output, y: the inverse of f, u = y(x)
                 df(u) = p'(u) - p(u) f''(u) / f'(u)      the same as a change of f; it lowers H, to first order
 
 For a ReLU and a standard normal X, df is -x exp(-x^2 / 2) / sqrt(2 pi) where x > 0: that, for all x, is CRReLU's term.
@@ -55,7 +55,7 @@ class Correction:
     """The direction in which the entropy of f(X) falls fastest.
 
     Attributes:
-        of_inverse: eta, output y [...] -> what is added to the inverse of f there.
+        of_inverse: eta, output x [...] -> what is added to the inverse of f there.
         of_function: df, input u [...] -> what f changes by there; -eta(f(u)) f'(u).
     """
 
