@@ -14,9 +14,12 @@ from torch import nn
 from actkit.core.ground.errors import DataError
 from actkit.core.layers import hidden_act
 from actkit.core.layers.activations import gives_zeros, record_of
+from actkit.core.measure.decoding import choose_engine
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.runner import apply
 from actkit.core.store import checkpoint
+from actkit.core.watch.capture import record
+from actkit.core.watch.statistics import Density
 from actkit.functions.polycom.degrees import PowerSquares, polynomial_degrees
 from actkit.functions.polycom.polynomials import PolyNorm, PolyReLU, polynomial_of_relu
 from actkit.functions.polycom.ungate import Ungate, UngatedMlp
@@ -176,6 +179,26 @@ def test_ungate_keeps_the_number_of_parameters(kind: str):
     path, _, values = applied.report.values[0]
     assert (path, values) == (mlp.path, {"width": 36, "before": weights, "after": weights + 4})
     assert any("random weights: train the model" in note for note in applied.report.notes)
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+def test_an_ungated_mlp_is_read_as_one(kind: str):
+    model = tiny_model(kind)
+    apply(model, Ungate(activation="relu", multiple_of=1), progress=False)
+    block = anatomy(model).block(1)
+    mlp = block.mlp
+    assert mlp is not None and not mlp.gated and mlp.width == 36 and mlp.norm is not None
+    assert [linear.path for linear in mlp.inputs] == [f"{mlp.path}.up_proj"]
+    seen = record(model, {"mlp.hidden": Density(), "mlp.preactivation": Density()}, tiny_batches(kind), progress=False)
+    assert len(seen) == 4 and 0 < seen["blocks.1.mlp.hidden"].density < 1
+
+
+def test_the_decoder_leaves_it_to_transformers():
+    for activation, text in (("poly_norm", "a PolyNorm; the decoder computes"), ("relu", "is a UngatedMlp, whose")):
+        model = tiny_model("llama")
+        apply(model, Ungate(activation=activation), progress=False)
+        engine = choose_engine(model, capacity=16)
+        assert engine.name == "transformers" and text in engine.reason
 
 
 def test_ungate_draws_as_the_model_does():

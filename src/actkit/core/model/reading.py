@@ -3,13 +3,15 @@
 If a module stands at the attention or MLP of the row and computes in another way, its class says by an attribute
 `linear_inputs` what its layers read: pairs of a site's name (None for `layer.input`) and the linear layers inside that
 read this one tensor. Such a part is no Attention or Mlp, so that no method takes it for one; its layers are among
-`Block.other`. A LayersRow says the same of a class of another library. A module that only wraps a part of the row is
-entered (`wrapping.py`).
+`Block.other`. A LayersRow says the same of a class of another library. An MLP of another class that computes as an
+MlpRow describes says so by an attribute `row`, with paths inside of itself, and is an Mlp. A module that only wraps a
+part of the row is entered (`wrapping.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -68,7 +70,7 @@ class BlockReader:
         elif isinstance(row.mlp, LayersRow):
             self._layers(row.mlp, "mlp")
         elif row.mlp is not None and not self._own(row.mlp, "mlp"):
-            mlp = self._mlp(row.mlp, feeding.get("mlp"))
+            mlp = self._mlp(self._row_of(row.mlp), feeding.get("mlp"))
         if row.beside is not None:
             self._layers(row.beside)
         self._tap("block.output", self.path, "output")
@@ -134,6 +136,15 @@ class BlockReader:
                 self._module(f"{row.path}.{each}")  # what a class declares of itself it has
         self._layers(LayersRow(row.path, tuple(declared)), name, row.added)
         return True
+
+    def _row_of(self, row: MlpRow) -> MlpRow:
+        """The row of the MLP that stands here, if its class says another one than the family has."""
+        own = getattr(type(self._part(row.path)), "row", None)
+        if not isinstance(own, MlpRow):
+            return row
+        paths = {name: getattr(own, name) for name in ("up", "gate", "gate_up", "down", "activation")}
+        here: Any = {name: None if path is None else f"{row.path}.{path}" for name, path in paths.items()}
+        return replace(row, **here)
 
     def _layers(self, row: LayersRow, name: str | None = None, added: str | None = None) -> None:
         """Read linear layers alone; name: of the part ('attention', 'mlp'), if its input and output are sites."""

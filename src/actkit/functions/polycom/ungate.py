@@ -28,6 +28,7 @@ from actkit.core.ground import registry
 from actkit.core.ground.random_numbers import own_random_numbers
 from actkit.core.layers.activations import Activation, function_names
 from actkit.core.model.anatomy import Block, Mlp
+from actkit.core.model.architectures import MlpRow
 from actkit.core.recipe.seen import Seen
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Target, Transform
@@ -44,7 +45,7 @@ class UngatedMlp(nn.Module):
         activation: f, a module that is registered under `actkit.modules`.
     """
 
-    linear_inputs: ClassVar[Any] = (("mlp.input", ("up_proj",)), ("mlp.hidden", ("down_proj",)))
+    row: ClassVar[MlpRow] = MlpRow("", up="up_proj", down="down_proj", activation="act_fn")
 
     def __init__(self, inputs: int, width: int, outputs: int, biases: tuple[bool, bool], activation: nn.Module) -> None:
         super().__init__()
