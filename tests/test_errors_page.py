@@ -57,6 +57,8 @@ INTERNAL = {
 }
 PYDANTIC = (
     "core/recipe/stage.py",
+    "functions/af_kan/replace.py",
+    "functions/kat/gr_kan.py",
     "sparsity/prosparse/activation_penalty.py",
     "sparsity/cats/cats.py",
     "sparsity/prosparse/prosparse.py",

@@ -11,7 +11,9 @@ from torch import nn
 from actkit.core.ground import registry
 from actkit.core.layers.activations import Activation
 from actkit.core.recipe.runner import apply
+from actkit.functions.af_kan.replace import AfKan
 from actkit.functions.crrelu import eafo
+from actkit.functions.kat.gr_kan import GrKan
 from actkit.functions.selu.self_normalize import SelfNormalize
 from actkit.functions.selu.self_normalizing import self_normalizing
 from actkit.functions.swap import Swap
@@ -97,3 +99,7 @@ proof(lambda p: run(SelfNormalize()))
 
 
 proof(lambda p: self_normalizing(nn.Sequential(nn.Linear(3, 3)), [torch.ones(2, 3)], progress=False))
+proof(lambda p: run(GrKan(groups=5)))
+
+
+proof(lambda p: run(AfKan(where=("model.layers.0.mlp",))))

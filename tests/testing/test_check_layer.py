@@ -44,7 +44,17 @@ from actkit.core.layers.selections import Selection, Threshold, TopK
 from actkit.core.layers.weights import DenseWeight, FloatWeight, IntegerWeight, rounded
 from actkit.core.model.architecture_rows import ExpertsRow
 from actkit.core.model.experts import ExpertList, ScaledSigmoid
+from actkit.core.univariate.bases import Bells, BSplines, Bumps, Polynomials
+from actkit.core.univariate.basis import Basis
+from actkit.core.univariate.edge_functions import Wavelets
+from actkit.core.univariate.kan_linear import KanLinear
+from actkit.core.univariate.shifted_pairs import ShiftedPairs
+from actkit.functions.af_kan.af_kan_layer import AfKanLayer, AfKanNetwork
+from actkit.functions.af_kan.reductions import REDUCTIONS
+from actkit.functions.af_kan.replace import AfKanMlp
 from actkit.functions.crrelu.crrelu import CRReLU
+from actkit.functions.kat.group_rational import GroupRational, RationalFirst
+from actkit.functions.kat.kat import GrKanLinear
 from actkit.functions.polycom.polynomials import PolyNorm, PolyReLU
 from actkit.functions.polycom.ungate import UngatedMlp
 from actkit.functions.selu.self_normalize import PassThrough
@@ -202,6 +212,19 @@ def experts() -> Made:
     return Made(lambda: ExpertList.of(original(), row, own_rows=True), (calls,), {"rows": False, "original": original})
 
 
+def linear_like(make: Callable[[], nn.Module]) -> Made:
+    """In the place of a linear layer."""
+    return Made(make, settings={"original": lambda: nn.Linear(IN, OUT), "shape": lambda shape: (*shape[:-1], OUT)})
+
+
+def kan(basis: Callable[[], Basis], **settings: Any) -> Made:
+    return linear_like(lambda: KanLinear(IN, OUT, basis(), **settings))
+
+
+def on_a_basis(basis: Callable[[], Basis]) -> Made:
+    return Made(basis, settings={"shape": lambda shape: (*shape, basis().size), "rows": False})
+
+
 def norm() -> nn.Module:
     return nn.LayerNorm(IN)
 
@@ -318,6 +341,31 @@ LAYERS: dict[str, dict[str, Made]] = {
             settings={"original": lambda: nn.Linear(IN, IN)},
         )
     },
+    "group_rational": {
+        "SiLU": Made(lambda: GroupRational(IN, 4, start="silu")),
+        "GELU, of the paper's kind": Made(lambda: GroupRational(IN, 4, start="gelu", kind="B", share="none")),
+    },
+    "rational_first": {
+        "": Made(
+            lambda: RationalFirst(nn.Linear(IN, OUT), GroupRational(IN, 4)),
+            settings={"original": lambda: nn.Linear(IN, OUT), "shape": lambda shape: (*shape[:-1], OUT)},
+        )
+    },
+    "af_kan_layer": {
+        **{reduce: linear_like(lambda reduce=reduce: AfKanLayer(IN, OUT, reduce=reduce)) for reduce in REDUCTIONS},
+        "running extremes, batch norm": linear_like(lambda: AfKanLayer(IN, OUT, norm="batch", scale="running")),
+    },
+    "af_kan_mlp": {
+        "AF-KAN": Made(lambda: AfKanMlp(IN, 8, combine="sum_prod"), settings={"original": lambda: nn.Linear(IN, IN)}),
+        "ReLU-KAN": Made(lambda: AfKanMlp(IN, 8, "relu_kan"), settings={"original": lambda: nn.Linear(IN, IN)}),
+    },
+    "kan_linear": {
+        "splines and a base": kan(BSplines, base="silu"),
+        "bells behind a norm": kan(Bells, norm=True, bias=False),
+    },
+    "wavelets": {
+        shape: linear_like(lambda shape=shape: Wavelets(IN, OUT, shape)) for shape in ("mexican_hat", "morlet", "dog")
+    },
     "spark_ffn": {"": Made(lambda: SparkFFN(IN, 24, 4, 8), settings={"original": lambda: nn.Linear(IN, IN)})},
     "spark_attention": {"": attention()},
     "expert_list": {"": experts()},
@@ -333,6 +381,16 @@ NOT_SAVED = {  # layers that are used by hand, or inside another, or are models:
     "LowRank": Made(
         lambda: LowRank(torch.randn(OUT, 2), torch.randn(2, IN)), settings={"shape": lambda shape: (*shape[:-1], OUT)}
     ),
+    "GrKanLinear": Made(lambda: GrKanLinear(IN, OUT, 4), settings={"shape": lambda shape: (*shape[:-1], OUT)}),
+    "AfKanNetwork": Made(
+        lambda: AfKanNetwork((IN, 8, OUT), ("global_attn", "multistep"), "quadratic"),
+        settings={"shape": lambda shape: (*shape[:-1], OUT)},
+    ),
+    "ShiftedPairs": on_a_basis(lambda: ShiftedPairs(combine="cubic1")),
+    "BSplines": on_a_basis(BSplines),
+    "Bells": on_a_basis(Bells),
+    "Bumps": on_a_basis(Bumps),
+    "Polynomials": on_a_basis(lambda: Polynomials(3, outside="squashed")),
     "ScaledSigmoid": Made(lambda: ScaledSigmoid(1.7)),
     "ActivationPredictor": Made(
         lambda: ActivationPredictor(IN, OUT, 3), settings={"shape": lambda shape: (*shape[:-1], OUT)}
@@ -379,6 +437,7 @@ def test_layers_that_are_not_saved_pass(name: str) -> None:
 
 # classes that are tried as part of others: what they derive from, and storages, which compute nothing by themselves
 PARTS = {"KeepsDtype", "Polynomial", "WeightStorage", "GrowingModule", "Selection", "Expert"}
+PARTS |= {"Basis", "EdgeFunctions", "Reduction", *(kind.__name__ for kind in REDUCTIONS.values())}
 PARTS |= {
     "DenseWeight",
     "CodedWeight",

@@ -1,0 +1,1 @@
+"""Functions of one variable whose coefficients are learned or fitted: bases, rationals, and layers made of them."""

@@ -1,0 +1,137 @@
+"""Bases: a few fixed functions of one variable, whose sums with coefficients make other functions.
+
+    basis(x):  x [..., channels] -> [..., channels, size]
+
+A basis has a domain, on which it is meant to be used, and says what becomes of inputs outside of it: they are `clamped`
+to the nearest end (so that no gradient reaches them), `squashed` by tanh into it (then the domain is the whole line),
+or the functions `vanish` there by themselves. Values are scaled as the class says. `fit` finds the coefficients of a
+given function; `KanLinear` (`kan_linear.py`) is a basis with a linear layer behind it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+Outside = Literal["clamped", "squashed", "vanish"]
+POINTS = 1001  # on the domain, of a fit to a function
+
+
+@dataclass(frozen=True, eq=False)
+class BasisFit:
+    """Coefficients of a function in a basis.
+
+    Attributes:
+        coefficients: float64 [size].
+        largest_error: of the points that it was fitted on.
+        at: the input at which it is.
+    """
+
+    coefficients: Tensor
+    largest_error: float
+    at: float
+
+
+class Basis(nn.Module):
+    """Some functions of one variable; subclasses give `evaluate` and `slopes`, and may have parameters.
+
+    Args:
+        size: how many functions.
+        domain: the inputs that it is meant for.
+        outside: what becomes of other inputs.
+
+    Raises:
+        ValueError: an empty domain, or `outside` is not what the class can do.
+    """
+
+    allowed: ClassVar[tuple[Outside, ...]] = ("vanish", "clamped", "squashed")
+
+    def __init__(self, size: int, domain: tuple[float, float] = (-1.0, 1.0), outside: Outside = "clamped") -> None:
+        super().__init__()
+        low, high = domain
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ValueError(f"domain: {domain} was given; give two finite ends, the lower one first.")
+        if outside not in self.allowed:
+            raise ValueError(f"outside: {outside!r} was given, allowed are {', '.join(self.allowed)}.")
+        self.size, self.domain, self.outside = size, (float(low), float(high)), outside
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., channels] -> [..., channels, size]."""
+        return self.evaluate(self.inside(x))
+
+    def derivative(self, x: Tensor) -> Tensor:
+        """The derivative of each function by x [..., channels]: [..., channels, size]."""
+        found = self.slopes(self.inside(x))
+        low, high = self.domain
+        if self.outside == "clamped":
+            return found * ((x >= low) & (x <= high)).to(x.dtype).unsqueeze(-1)
+        if self.outside == "squashed":
+            return found * ((high - low) / 2 * (1 - torch.tanh(x) ** 2)).unsqueeze(-1)
+        return found
+
+    def evaluate(self, x: Tensor) -> Tensor:
+        """The functions at x [..., channels], which `inside` has brought into the domain: [..., channels, size]."""
+        raise NotImplementedError
+
+    def slopes(self, x: Tensor) -> Tensor:
+        """Their derivatives, as `evaluate`."""
+        raise NotImplementedError
+
+    def inside(self, x: Tensor) -> Tensor:
+        """x [..., channels] as the functions read it."""
+        low, high = self.domain
+        if self.outside == "clamped":
+            return x.clamp(low, high)
+        if self.outside == "squashed":
+            return low + (high - low) / 2 * (torch.tanh(x) + 1)
+        return x
+
+    def share_outside(self, x: Tensor) -> float:
+        """The share of the values of x [...] that are outside of the domain; 0 if inputs are squashed into it."""
+        low, high = self.domain
+        if self.outside == "squashed" or not x.numel():
+            return 0.0
+        return float(((x < low) | (x > high)).double().mean())
+
+    @torch.no_grad()
+    def fit(self, function: Callable[[Tensor], Tensor] | tuple[Tensor, Tensor]) -> BasisFit:
+        """Fit coefficients, by least squares in float64.
+
+        Args:
+            function: [k] -> [k], fitted on the domain (on [-3, 3] if inputs are squashed); or samples, inputs [k] and
+                outputs [k].
+
+        Returns:
+            The coefficients and the largest error on the points.
+
+        Raises:
+            ValueError: fewer samples than coefficients, or inputs and outputs that do not match.
+        """
+        if isinstance(function, tuple):
+            x, y = (each.detach().double().flatten() for each in function)
+        else:
+            low, high = (-3.0, 3.0) if self.outside == "squashed" else self.domain
+            x = torch.linspace(low, high, POINTS, dtype=torch.float64)
+            y = function(x).double()
+        if len(x) != len(y) or len(x.unique()) < self.size:
+            raise ValueError(
+                f"function: {len(x)} inputs ({len(x.unique())} different) and {len(y)} outputs were given for "
+                f"{self.size} coefficients; give as many outputs as inputs, and at least {self.size} different inputs."
+            )
+        matrix = self(x.unsqueeze(-1)).squeeze(-2).double()  # [k, size]
+        coefficients = torch.linalg.lstsq(matrix, y.unsqueeze(-1), driver="gelsd").solution.squeeze(-1)
+        errors = (matrix @ coefficients - y).abs()
+        worst = int(errors.argmax())
+        return BasisFit(coefficients, float(errors[worst]), float(x[worst]))
+
+    def settings(self) -> dict[str, Any]:
+        """Its arguments as JSON takes them, without its name."""
+        return {"domain": list(self.domain), "outside": self.outside}
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, domain={self.domain}, outside={self.outside!r}"

@@ -1,0 +1,1 @@
+"""Kolmogorov-Arnold Transformer: rational functions that groups of channels learn, in front of linear layers."""
