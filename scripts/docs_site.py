@@ -24,6 +24,7 @@ TUTORIALS = [
     "try-a-method",
     "try-an-activation",
     "read-activations",
+    "read-longer-texts",
     "add-a-method",
 ]
 # Pages that lie beside docs/ in the repository, and where the site shows them.

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 Model = nn.Module | str | Path
 OPENING = ("device", "dtype", "base", "trust_remote_code")  # options of `open_model`
-READING = ("sequences", "length", "batch_size", "seed")  # options of `load_data`
+READING = ("sequences", "length", "batch_size", "seed", "beyond_context")  # options of `load_data`
 
 
 def open_data(data: Any, model: nn.Module, tokenizer: Any, split: Split, **options: Any) -> Batches:

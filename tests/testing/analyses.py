@@ -10,11 +10,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+
 import actkit
 from actkit.functions.crrelu.eafo import eafo
 from actkit.functions.polycom.degrees import polynomial_degrees
 from actkit.functions.selu.self_normalizing import self_normalizing
 from actkit.functions.swap import swap
+from actkit.functions.softplus_attention.entropy import attention_entropy
+from actkit.functions.softplus_attention.length_curve import extrapolation_curve
 from actkit.quantization.adadim.sensitivity import weight_sensitivity
 from actkit.quantization.zeroquant_v2.ptq_study import ptq_study
 from actkit.search.profile import profile
@@ -59,6 +63,9 @@ def curve(model: Any, batches: Any) -> Any:
 
 def degrees(model: Any, batches: Any) -> Any:
     return polynomial_degrees(swap(model, "silu", "poly_relu", inplace=False).model, batches, progress=False)
+def lengths_of(batches: Any) -> Any:
+    """Rows of seven tokens."""
+    return torch.cat([batch["input_ids"][:, :7] for batch in batches])
 
 
 ANALYSES: dict[str, Made] = {
@@ -80,6 +87,12 @@ ANALYSES: dict[str, Made] = {
             model, batches, batches, weights=((4, 8),), symmetric=(False,), ranks=(0, 2), progress=False
         ),
         "Study",
+        several=False,
+    ),
+    "attention_entropy": Made(quiet(attention_entropy), "AttentionEntropy", several=False),
+    "extrapolation_curve": Made(
+        lambda model, batches: extrapolation_curve(model, lengths_of(batches), [3, 6], progress=False, resamples=20),
+        "LengthCurve",
         several=False,
     ),
     "importance_map": Made(quiet(importance_map, "model.layers.1.mlp.up_proj"), "ImportanceMap"),

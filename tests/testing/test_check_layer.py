@@ -59,6 +59,8 @@ from actkit.functions.polycom.polynomials import PolyNorm, PolyReLU
 from actkit.functions.polycom.ungate import UngatedMlp
 from actkit.functions.selu.self_normalize import PassThrough
 from actkit.functions.selu.selu import AlphaDropout, ScaledElu, constants
+from actkit.functions.posets.pooling import PosetActivation, PosetPool1d, PosetPool2d
+from actkit.functions.softplus_attention.layer import SoftplusAttention
 from actkit.quantization.ofq.query_key import QueryKeyAttention
 from actkit.sparsity.active_dendrites.segments import DendriticSegments, PatternMemory, sparse_code
 from actkit.sparsity.lazy_neuron.top_k_mlp import TopKActivation
@@ -369,6 +371,36 @@ LAYERS: dict[str, dict[str, Made]] = {
     "spark_ffn": {"": Made(lambda: SparkFFN(IN, 24, 4, 8), settings={"original": lambda: nn.Linear(IN, IN)})},
     "spark_attention": {"": attention()},
     "expert_list": {"": experts()},
+}
+LAYERS["softplus_attention"] = {
+    "": Made(
+        lambda: SoftplusAttention(IN, 4, 2),
+        (rows(2, 5), rows(3, 5)),
+        {"rows": False, "original": lambda: nn.Linear(IN, IN)},
+    )
+}
+IMAGES = torch.randn(2, 3, 6, 4, generator=torch.Generator().manual_seed(1))
+POOLED: dict[str, Any] = {"rows": False, "original": lambda: nn.MaxPool2d(2)}
+LAYERS["poset_pool_2d"] = {
+    f"{poset}": Made(
+        lambda poset=poset: PosetPool2d(poset, normalize=True),
+        (IMAGES,),
+        {**POOLED, "shape": lambda given: (*given[:2], given[2] // 2, given[3] // 2)},
+    )
+    for poset in ("N", 1)
+}
+LAYERS["poset_pool_1d"] = {
+    "": Made(
+        lambda: PosetPool1d("chain", perm=(1, 0, 2, 3)),
+        (IMAGES.flatten(2),),
+        {"rows": False, "original": lambda: nn.MaxPool1d(4), "shape": lambda given: (*given[:2], given[2] // 4)},
+    )
+}
+LAYERS["poset_activation"] = {
+    "": Made(
+        lambda: PosetActivation("diamond", constant=False),
+        settings={"rows": False, "original": nn.ReLU, "shape": lambda given: (*given[:-1], given[-1] // 4)},
+    )
 }
 NOT_SAVED = {  # layers that are used by hand, or inside another, or are models: no checkpoint holds them as a layer
     "Threshold": Made(lambda: Threshold(0.5, torch.rand(IN) + 0.5)),

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import nn
 
 import actkit
 from actkit.core.forward.batch import forward
@@ -42,6 +43,12 @@ BEFORE = {  # what must stand before a method
     "freeze": FakeQuantize(),
     "lorc": RoundToNearest(bits=4, group_size=8),
 }
+OTHERS: dict[str, Any] = {  # another model than a Llama, and its batches
+    "replace_pooling": (
+        lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)).eval(),
+        [torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))],
+    ),
+}
 CONFIG = {"fatrelu": {"hidden_act": "relu"}}  # entries of the config that a method needs
 
 
@@ -57,7 +64,11 @@ def asked(transform: Transform, model: Any, batches: Any) -> Case:
 @pytest.mark.parametrize("name", transforms())
 def test_tags_are_true(name: str) -> None:
     transform = transforms()[name](**SETTINGS.get(name, {}))
-    found = asked(transform, tiny_model("llama", num_hidden_layers=1, **CONFIG.get(name, {})), tiny_batches("llama"))
+    if name in OTHERS:
+        found = asked(transform, OTHERS[name][0](), OTHERS[name][1])
+    else:
+        model = tiny_model("llama", num_hidden_layers=1, **CONFIG.get(name, {}))
+        found = asked(transform, model, tiny_batches("llama"))
     if name in BEFORE:
         vars(found)["changed"] = found.apply(found.model(), [BEFORE[name], transform]).model
     if transform.tags.compiles:

@@ -24,6 +24,9 @@ Sequences = Annotated[int | None, typer.Option(min=1, metavar="N", help="How man
 Length = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Tokens per row. Default: the model's context, at most 512.")
 ]
+BeyondContext = Annotated[
+    bool, typer.Option("--beyond-context", help="Rows may be longer than the context; the result says so.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Rows per forward pass.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. Default: as stored.")]

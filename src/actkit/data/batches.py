@@ -27,6 +27,7 @@ class Batches(Sequence[Batch]):
             model's call. Without them every row counts as a document.
         description: one line for reports.
         model: that is called on them, which says what the main input is; needed for inputs of unusual names.
+        beyond_context: sequences may be longer than a model's context.
     """
 
     def __init__(
@@ -35,11 +36,12 @@ class Batches(Sequence[Batch]):
         document_ids: Sequence[Tensor] | None = None,
         description: str = "batches",
         model: nn.Module | None = None,
+        beyond_context: bool = False,
     ) -> None:
         if not items:
             raise DataError("data: 0 batches were given; give at least one.")
         self.items = tuple(items)
-        self.description = description
+        self.description, self.beyond_context = description, beyond_context
         self.document_ids = tuple(document_ids) if document_ids is not None else _rows_as_documents(self.items, model)
         if len(self.document_ids) != len(self.items):
             raise DataError(
@@ -56,7 +58,8 @@ class Batches(Sequence[Batch]):
     def __getitem__(self, index: slice) -> Batches: ...
     def __getitem__(self, index: int | slice) -> Batch | Batches:
         if isinstance(index, slice):
-            return Batches(self.items[index], self.document_ids[index], self.description)
+            cut = self.items[index], self.document_ids[index], self.description
+            return Batches(*cut, beyond_context=self.beyond_context)
         return self.items[index]
 
     @property

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actkit.core.forward.batch import as_batches, check_batch, first_rows, main_input
+from actkit.core.forward.batch import as_batches, check_batch, first_rows, is_tokens, main_input, reads_beyond
 from actkit.core.forward.example import Inputs, has_example, make_example
-from actkit.core.forward.limits import DECODER_TOKENS, TOKENS
+from actkit.core.forward.limits import DECODER_TOKENS, TOKENS, check_length, context_length
 from actkit.core.forward.stream import Stream
 from actkit.core.ground.errors import DataError
 from actkit.core.ground.progress import track
@@ -40,6 +40,7 @@ def load_data(
     seed: int = 0,
     split: Split | None = None,
     pack: bool | None = None,
+    beyond_context: bool = False,
 ) -> Batches:
     """Batches that the model can be called with.
 
@@ -68,6 +69,8 @@ def load_data(
             models); each row begins with what the tokenizer puts first (`<bos>`), and the description says so.
             Otherwise every document is a row, a longer one is cut in windows; what is short is padded under
             `attention_mask`.
+        beyond_context: rows may be longer than the model's context, here and for whoever is given the batches; their
+            description says so. Refused for a model that looks positions up in a table.
 
     Returns:
         The batches, with the document of each token or row.
@@ -83,16 +86,15 @@ def load_data(
             raise DataError(f"{name}={value} was given; it must be at least 1.")
     takes = Inputs.of(model)
     context = takes.context
-    if length is not None and context is not None and length > context:
-        raise DataError(
-            f"length={length} is more than the model's context of {context} tokens; give at most {context}."
-        )
+    if length is not None and takes.vocabulary is not None:
+        check_length(model, length, "length", beyond_context=beyond_context)
     length = length or min(DEFAULT_LENGTH, context or DEFAULT_LENGTH)
 
     if isinstance(source, str) and source == "random":
-        return _random(model, takes, sequences or _RANDOM_SEQUENCES, length, batch_size, seed, split)
+        made = _random(model, takes, sequences or _RANDOM_SEQUENCES, length, batch_size, seed, split)
+        return _beyond(made, model, beyond_context)
     if source is not None and not isinstance(source, str | Path):
-        return _given(source, model, sequences, split)
+        return _given(source, model, sequences, split, beyond_context)
     if source is None and tokenizer is None and takes.shape == (1, 8, 8):
         return _digits(takes, sequences, batch_size, seed, split or "calibration")
     path = None if source is None else Path(source)
@@ -125,9 +127,21 @@ def load_data(
     rows = _take(rows, sequences, f"rows of up to {length} tokens", description)
     batches = _padded(rows, batch_size, _pad_id(tokenizer))
     for batch, _ in batches:
-        check_batch(model, batch)
+        check_batch(model, batch, beyond_context=beyond_context)
     begins = f", each begins with {' '.join(tokenizer.convert_ids_to_tokens(prefix))}" if prefix else ""
-    return _batches(batches, f"{description}, {len(rows)} rows of up to {length} tokens{begins}")
+    made = _batches(batches, f"{description}, {len(rows)} rows of up to {length} tokens{begins}")
+    return _beyond(made, model, beyond_context)
+
+
+def _beyond(batches: Batches, model: nn.Module, beyond_context: bool) -> Batches:
+    """The batches with leave to be longer than the model's context, and a line that says so if they are."""
+    if not beyond_context:
+        return batches
+    context, description = context_length(model), batches.description
+    longest = 0 if context is None else max(main_input(batch, model).shape[1] for batch in batches)
+    if context is not None and longest > context and "beyond the context" not in description:
+        description += f", beyond the context of {context} tokens"
+    return Batches(batches.items, batches.document_ids, description, beyond_context=True)
 
 
 def _check_takes_text(model: nn.Module, takes: Inputs) -> None:
@@ -345,7 +359,9 @@ def _random(
     return Batches([make(size) for size in sizes], description=f"random, {sequences} {what}")
 
 
-def _given(source: Iterable[Batch], model: nn.Module, sequences: int | None, split: Split | None) -> Batches:
+def _given(
+    source: Iterable[Batch], model: nn.Module, sequences: int | None, split: Split | None, beyond_context: bool
+) -> Batches:
     if split is not None:
         raise DataError(
             f"split={split!r}: batches cannot be split by document; pass other batches for each split, and no split."
@@ -359,9 +375,10 @@ def _given(source: Iterable[Batch], model: nn.Module, sequences: int | None, spl
     if sequences is not None:
         _take(range(given.rows), sequences, "rows", given.description)
         given = _first_rows(given, sequences, model)
+    beyond_context |= reads_beyond(source)
     for batch in given:
-        check_batch(model, batch)
-    return given
+        check_batch(model, batch, beyond_context=beyond_context)
+    return _beyond(given, model, beyond_context and is_tokens(given[0], model))
 
 
 def _first_rows(batches: Batches, count: int, model: nn.Module) -> Batches:
@@ -374,7 +391,7 @@ def _first_rows(batches: Batches, count: int, model: nn.Module) -> Batches:
         count -= size
         if count <= 0:
             break
-    return Batches(items, ids, batches.description)
+    return Batches(items, ids, batches.description, beyond_context=batches.beyond_context)
 
 
 def _batches(pairs: Sequence[tuple[Batch, Tensor]], description: str) -> Batches:

@@ -35,7 +35,7 @@ from actkit.core.ground.errors import DataError, MemoryLimitError, NonFiniteErro
 from actkit.core.ground.memory import format_bytes, release_memory
 from actkit.core.ground.offload import refuse_offloaded
 from actkit.core.layers.attention_rounding import AttentionRounding
-from actkit.core.layers.cache_rounding import CHILD, IMPLEMENTATION
+from actkit.core.layers.cache_rounding import CHILD, IMPLEMENTATION, RoundedAttention
 from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.linear import ActLinear
 from actkit.core.measure.generation import generate_ids
@@ -85,7 +85,7 @@ def supports(model: nn.Module) -> str | None:
         return f"its model_type is {kind!r}; docs/architectures.md lists what the decoder takes"
     if not hasattr(model, "lm_head"):
         return "it has no output layer; load the model with its language-model head"
-    function = unknown_function(model, ours=True)
+    function = unknown_function(model, known=(RoundedAttention,))
     if function is not None:
         return function
     allowed = ("cpu",) if pending_of(model) is None else ("cpu", "meta")

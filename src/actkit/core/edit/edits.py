@@ -16,11 +16,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from actkit.core.forward.example import Inputs
+from actkit.core.forward.named_functions import foreign_attention
 from actkit.core.ground import offload, registry
 from actkit.core.ground.errors import EditError
 from actkit.core.ground.modules import is_within, names_of_parameters
+from actkit.core.layers import attention_function
 from actkit.core.layers.activations import mixes_of
-from actkit.core.layers.cache_rounding import IMPLEMENTATION, register
 from actkit.core.layers.hidden_act import enter_those_of
 from actkit.core.layers.known_layers import hooks_of
 from actkit.core.layers.linear import ActLinear
@@ -83,8 +84,9 @@ class Configure:
     """Set an entry of the model's config (an attention implementation, `hidden_act`, a cache class).
 
     Attributes:
-        key: of `model.config`.
-        value: a JSON value.
+        key: of `model.config`, or "attn_implementation".
+        value: a JSON value. Of "attn_implementation" a name of transformers' own, or a function registered under
+            `actkit.attentions` with its settings: {"name": "lssar", "power": 15}.
     """
 
     key: str
@@ -286,9 +288,11 @@ def describe(edit: Edit, model: nn.Module | None = None) -> dict[str, Any]:
         return {"insert": edit.path, **describe_module(edit.module)}
     if isinstance(edit, Set):
         return {"set": edit.parameter}
+    if isinstance(edit, Configure) and edit.key == ATTENTION:
+        return {"configure": edit.key, "value": _describe_attention(edit.value)}
     if isinstance(edit, Configure):
         before = getattr(getattr(model, "config", None), edit.key, None)
-        kept = {"before": before} if model is not None and edit.key != ATTENTION and _is_json(before) else {}
+        kept = {"before": before} if model is not None and _is_json(before) else {}
         return {"configure": edit.key, "value": edit.value, **kept}
     raise EditError(f"edit: {type(edit).__name__} was given, allowed are Replace, Insert, Set and Configure.")
 
@@ -340,11 +344,7 @@ def _configure(model: nn.Module, edit: Configure) -> Undo:
     if config is None:
         raise EditError(f"configure: {edit.key!r} was to be set, but {type(model).__name__} has no config.")
     if edit.key == ATTENTION:  # the model dispatches on it, so it has its own setter
-        if edit.value == IMPLEMENTATION:
-            register()
-        before = config._attn_implementation
-        model.set_attn_implementation(edit.value)  # type: ignore[operator]
-        return lambda: model.set_attn_implementation(before)  # type: ignore[operator]
+        return _set_attention(model, edit.value)
     if not hasattr(config, edit.key):
         raise EditError(f"configure: the config has no key {edit.key!r}; see model.config.to_dict().")
     if not _is_json(edit.value):
@@ -354,6 +354,38 @@ def _configure(model: nn.Module, edit: Configure) -> Undo:
     enter_those_of({edit.key: edit.value})
     setattr(config, edit.key, edit.value)
     return lambda: setattr(config, edit.key, before)
+
+
+def _set_attention(model: nn.Module, value: Any) -> Undo:
+    function = attention_function.make_function(value)
+    before = attention_function.function_of(model)
+    if function is not None and before is not None and not function.may_replace(before):
+        raise EditError(
+            f"configure attn_implementation: the attention is computed by {before.spec()['name']!r}, which "
+            f"{function.spec()['name']!r} would silence; leave one of the two out."
+        )
+    name = value if function is None else attention_function.register(function)
+    earlier = model.config._attn_implementation  # type: ignore[union-attr]
+    model.set_attn_implementation(name)  # type: ignore[operator]
+    if function is not None and model.config._attn_implementation != name:  # type: ignore[union-attr]
+        raise EditError(
+            f"configure attn_implementation: {type(model).__name__} computes attention by itself, not "
+            f"through transformers' attention functions, so it cannot be {name!r}."
+        )
+    return lambda: model.set_attn_implementation(earlier)  # type: ignore[operator]
+
+
+def _describe_attention(value: Any) -> Any:
+    function = attention_function.make_function(value)
+    if function is not None:
+        return attention_function.describe_function(function)
+    foreign = foreign_attention(value)
+    if foreign is not None:
+        raise EditError(
+            f"configure attn_implementation: {value!r} is computed by {foreign}, which a fresh process would not know; "
+            f"register a class of it under {registry.ATTENTIONS} (docs/plug-ins.md), and give its name."
+        )
+    return value
 
 
 def _set(model: nn.Module, edit: Set, remember: bool, shared: Shared | None) -> Undo | None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from actkit.core.forward.limits import (
     DECODER_TOKENS,
     TOKENS,
-    context_length,
+    check_length,
     first_position,
     has_position_table,
     is_encoder_decoder,
@@ -324,13 +324,23 @@ def first_tensor(output: Any) -> Tensor:
     return first_tensor(next(iter(output.values())) if isinstance(output, Mapping) else output[0])
 
 
-def check_batch(model: nn.Module, batch: Any, name: str = "data") -> None:
+def reads_beyond(batches: Any) -> bool:
+    """Say whether batches may be longer than a model's context: `load_data` was told so (`beyond_context`).
+
+    Args:
+        batches: any.
+    """
+    return bool(getattr(batches, "beyond_context", False))
+
+
+def check_batch(model: nn.Module, batch: Any, name: str = "data", *, beyond_context: bool = False) -> None:
     """Refuse a batch that the model cannot be called with.
 
     Args:
         model: that is called.
         batch: a dict, tuple or tensor.
         name: of the batches, in the text.
+        beyond_context: its sequences may be longer than the model's context (`reads_beyond`).
 
     Raises:
         DataError: too many arguments or too few, no tensor, no token, sequences beyond the model's context, tokens
@@ -344,12 +354,7 @@ def check_batch(model: nn.Module, batch: Any, name: str = "data") -> None:
         return
     if ids.numel() == 0:
         raise DataError(f"{name}: a batch of shape {list(ids.shape)} holds no token; leave it out.")
-    limit, length = context_length(model), ids.shape[1]
-    if limit is not None and length > limit:
-        raise DataError(
-            f"{name}: a batch has sequences of {length} tokens, the model's context is {limit}; cut them to at most "
-            f"{limit}."
-        )
+    check_length(model, ids.shape[1], name, beyond_context=beyond_context)
     vocabulary, low, high = vocabulary_size(model), int(ids.min()), int(ids.max())
     if vocabulary is not None and not 0 <= low <= high < vocabulary:
         raise DataError(

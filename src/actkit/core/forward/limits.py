@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from actkit.core.ground.errors import DataError
 from actkit.core.layers.linear import ActLinear
 
 # The first input of a model of tokens, and the second one of an encoder-decoder, as transformers calls them.
@@ -29,6 +30,37 @@ def context_length(model: nn.Module) -> int | None:
         if isinstance(value, int) and value > 0:
             return value - _padding_offset(model, value)
     return None
+
+
+def check_length(model: nn.Module, length: int, name: str, *, beyond_context: bool = False) -> int | None:
+    """Refuse sequences that are longer than the model's context, unless that is what is wanted and can be.
+
+    Args:
+        model: that reads them.
+        length: of a sequence, in tokens.
+        name: of the parameter or the data, for the text.
+        beyond_context: read longer ones; a model that looks positions up in a table cannot.
+
+    Returns:
+        The context; None if the configuration states none.
+
+    Raises:
+        DataError: the length is beyond the context.
+    """
+    context = context_length(model)
+    if context is None or length <= context:
+        return context
+    if not beyond_context:
+        raise DataError(
+            f"{name}: a batch has sequences of {length} tokens, the model's context is {context}; cut them to at most "
+            f"{context}, or read them beyond it: load_data(..., beyond_context=True), --beyond-context."
+        )
+    if has_position_table(model):
+        raise DataError(
+            f"beyond_context: {type(model).__name__} looks positions up in a table of {context}, so there is nothing "
+            f"beyond it; cut the sequences to at most {context} tokens."
+        )
+    return context
 
 
 def first_position(model: nn.Module) -> int:

@@ -11,14 +11,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from actkit.core.ground.errors import DataError
+from actkit.core.layers.attention_function import AttentionFunction
 
 
-def unknown_function(model: nn.Module, *, ours: bool = False) -> str | None:
+def unknown_function(model: nn.Module, *, known: tuple[type[AttentionFunction], ...] = ()) -> str | None:
     """What a model computes by a function that is not transformers' own.
 
     Args:
         model: any model.
-        ours: whether actkit's own functions are known too, to whoever asks.
+        known: the classes of attention functions of ours that whoever asks knows too.
 
     Returns:
         "its attention is computed by 'mine' (package.function); ... set another one", or None.
@@ -37,14 +38,36 @@ def unknown_function(model: nn.Module, *, ours: bool = False) -> str | None:
         for what, key, functions, other in kinds:
             name = getattr(config, key, None)
             function = functions.get(name) if isinstance(name, str) else None
-            module = getattr(function, "__module__", None) or ""
-            if ours and module.startswith("actkit."):
+            if isinstance(function, known):
                 continue
-            if function is not None and not module.startswith("transformers."):
-                called = f"{module}.{getattr(function, '__qualname__', type(function).__name__)}".lstrip(".")
+            called = _foreign(function)
+            if called is not None:
                 verb = "is" if what == "attention" else "are"
                 return f"its {what} {verb} computed by {name!r} ({called}); for another function call model.{other}"
     return None
+
+
+def foreign_attention(name: Any) -> str | None:
+    """Say which function an attention's name stands for, if neither transformers nor actkit registered it.
+
+    Args:
+        name: of the attention implementation.
+
+    Returns:
+        Such as "package.function", or None.
+    """
+    from transformers import AttentionInterface
+
+    function = AttentionInterface().get(name) if isinstance(name, str) else None
+    return None if isinstance(function, AttentionFunction) else _foreign(function)
+
+
+def _foreign(function: Any) -> str | None:
+    """Where a function comes from that is not transformers' own; None for one that is."""
+    module = getattr(function, "__module__", None) or ""
+    if function is None or module.startswith("transformers."):
+        return None
+    return f"{module}.{getattr(function, '__qualname__', type(function).__name__)}".lstrip(".")
 
 
 def check_mask(model: nn.Module, mask: Tensor | None, name: str) -> None:

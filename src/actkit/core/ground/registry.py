@@ -2,7 +2,7 @@
 
 `actkit.methods`; `actkit.modules` (saved modules) with `actkit.weights`, `actkit.selections` and `actkit.inputs` (what
 a changed layer holds); `actkit.grids` (what values are rounded to); `actkit.functions` (activation functions),
-`actkit.models` (your own), `actkit.tasks` and `actkit.decoders`.
+`actkit.attentions` (attention functions), `actkit.models` (your own), `actkit.tasks` and `actkit.decoders`.
 
 Our own names and those of third parties are read the same way, lazily: listing names imports nothing, and a plug-in
 that does not import, is something else than it should be, or claims the name of another is an error that names it and
@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -27,6 +28,7 @@ from actkit.core.ground.yaml_files import shorten
 METHODS, MODULES, DECODERS = "actkit.methods", "actkit.modules", "actkit.decoders"
 WEIGHTS, SELECTIONS, INPUTS, TASKS = "actkit.weights", "actkit.selections", "actkit.inputs", "actkit.tasks"
 FUNCTIONS, MODELS, GRIDS = "actkit.functions", "actkit.models", "actkit.grids"
+ATTENTIONS = "actkit.attentions"
 MEND = "Update or uninstall that package (pip uninstall NAME), or report it to its author."
 
 
@@ -210,6 +212,29 @@ def function_record(name: str) -> Any:
             f"ActivationFunction of that name. {MEND}"
         )
     return found
+
+
+def attention_names() -> list[str]:
+    """The names of all registered attention functions; imports none of them."""
+    return list(_entries(ATTENTIONS))
+
+
+def attention_class(name: str) -> Any:
+    """Return the class of the attention function `name`, a `core.layers.attention_function.AttentionFunction`.
+
+    Args:
+        name: that is registered.
+
+    Raises:
+        RecipeError: as in `method_class`.
+    """
+    wanted = "an AttentionFunction, a frozen dataclass with attend()"
+    return _class(ATTENTIONS, name, wanted, lambda found: is_dataclass(found) and hasattr(found, "attend"))
+
+
+def attention_name(cls: type) -> str:
+    """The registered name of a class of attention functions."""
+    return _name_of(ATTENTIONS, cls)
 
 
 def model_names() -> list[str]:

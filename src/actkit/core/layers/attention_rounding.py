@@ -15,11 +15,10 @@ from torch.nn import functional as F
 
 from actkit.core.grids.grid import Grid
 from actkit.core.grids.integers import IntegerGrid
-from actkit.core.ground.errors import UnsupportedModelError
+from actkit.core.layers.attention_function import refuse_unknown
 from actkit.core.layers.keeps_dtype import KeepsDtype
 
 CHILD = "attention_rounding"  # the name of the child module
-UNKNOWN = ("softcap", "position_bias", "s_aux", "cache")  # settings of attention functions that are not computed here
 
 
 class AttentionRounding(KeepsDtype):
@@ -94,12 +93,7 @@ class AttentionRounding(KeepsDtype):
         Raises:
             UnsupportedModelError: scores are capped, biased by position, or join sinks.
         """
-        for name in UNKNOWN:
-            if settings.get(name) is not None:
-                raise UnsupportedModelError(
-                    f"attention: its scores use {name!r}, which is not computed beside rounded attention weights; "
-                    f"leave them out (softmax: none)."
-                )
+        refuse_unknown(settings, "beside rounded attention weights")
         readers = query.shape[1] // key.shape[1]
         if readers > 1:  # heads that share keys stand side by side
             key, value = key.repeat_interleave(readers, 1), value.repeat_interleave(readers, 1)

@@ -1,7 +1,7 @@
 """Keys and values rounded to few bits as they enter attention: what a decoder may keep as codes.
 
-A child module of an attention says how; the attention function `IMPLEMENTATION`, registered with transformers when a
-model first asks for it, rounds keys and values with it and calls transformers' scaled dot-product attention. The scale
+A child module of an attention says how; the attention function `RoundedAttention`, by its name `IMPLEMENTATION`, rounds
+keys and values with it and calls transformers' scaled dot-product attention. The scale
 of a token and head is found from its own vector, so that a vector is rounded alike whenever it is read. Queries and
 keys may be rotated before that, by one rotation: their products stay, (q R) (k R)^T = q k^T. Another child
 (`attention_rounding.py`) rounds what is multiplied by static scales, and the attention weights.
@@ -9,6 +9,8 @@ keys may be rotated before that, by one rotation: their products stay, (q R) (k 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 
 from actkit.core.grids.integers import IntegerGrid
 from actkit.core.layers import attention_rounding
+from actkit.core.layers.attention_function import AttentionFunction, note_call
+from actkit.core.layers.attention_rounding import AttentionRounding
 from actkit.core.layers.hadamard import Rotation
 
 IMPLEMENTATION = "actkit_rounded_cache"
@@ -63,37 +67,32 @@ class CacheRounding(nn.Module):
         return f"bits={self.bits}"
 
 
-def rounded_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **settings: Any
-) -> tuple[Tensor, Tensor | None]:
-    """Attend over what the attention's children round, in the form of transformers' attention functions.
+@dataclass(frozen=True)
+class RoundedAttention(AttentionFunction):
+    """Scaled dot-product attention over what the attention's children round, with transformers' masks for it."""
 
-    Args:
-        module: the attention.
-        query: [batch, heads, tokens, head size].
-        key: [batch, key-value heads, all tokens, head size].
-        value: of the shape of `key`.
-        attention_mask: as scaled dot-product attention takes it.
-        settings: of transformers.
-    """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    def __call__(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    rounding = getattr(module, CHILD, None)
-    if rounding is not None:
-        query, key = rounding.rotated(query), rounding.rotated(key)
-        key, value = rounding(key), rounding(value)
-    rounding = getattr(module, attention_rounding.CHILD, None)
-    if rounding is not None:
-        query, key, value = rounding.operands(query, key, value)
-        if rounding.weights is not None:
-            return rounding.attend(module, query, key, value, attention_mask, **settings)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+        note_call(module)
+        rounding = getattr(module, CHILD, None)
+        if rounding is not None:
+            query, key = rounding.rotated(query), rounding.rotated(key)
+            key, value = rounding(key), rounding(value)
+        rounding = getattr(module, attention_rounding.CHILD, None)
+        if rounding is not None:
+            query, key, value = rounding.operands(query, key, value)
+            if rounding.weights is not None:
+                return rounding.attend(module, query, key, value, mask, **settings)
+        return sdpa_attention_forward(module, query, key, value, mask, **settings)
 
+    def forms_weights(self, model: nn.Module) -> bool:
+        rounding = [module for module in model.modules() if isinstance(module, AttentionRounding)]
+        return bool(rounding) and all(each.weights is not None for each in rounding)
 
-def register() -> None:
-    """Make the attention function known to transformers, with the masks of its own one; again is no harm."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+    def mask_function(self) -> Callable[..., Tensor | None]:
+        from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(IMPLEMENTATION, rounded_attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+        return sdpa_mask

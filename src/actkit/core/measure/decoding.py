@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from actkit.core.forward.named_functions import unknown_function
 from actkit.core.ground import registry
 from actkit.core.ground.errors import ActkitError, RecipeError, UnsupportedModelError
+from actkit.core.layers.attention_function import AttentionFunction
 from actkit.core.store.pending import pending_of
 
 # The packages of modules whose computation a decoder may know. A class of another package says by an attribute
@@ -134,7 +135,7 @@ def choose_engine(model: nn.Module, *, capacity: int, decode_only: bool = False,
 
 def _own_forward(model: nn.Module) -> str | None:
     """What a model computes that its weights do not tell, or None."""
-    function = unknown_function(model, ours=True)  # whether a decoder takes ours, it has said
+    function = unknown_function(model, known=(AttentionFunction,))  # whether a decoder takes ours, it has said
     if function is not None:
         return function
     for path, module in model.named_modules():

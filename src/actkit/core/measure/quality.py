@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from actkit.core.forward.batch import BatchContext, as_batches, check_batch
+from actkit.core.forward.batch import BatchContext, as_batches, check_batch, reads_beyond
 from actkit.core.forward.hooks import evaluating, refuse_compiled_or_sharded
 from actkit.core.forward.limits import is_encoder_decoder
 from actkit.core.forward.outputs import Outputs
@@ -190,8 +190,9 @@ def measure_quality(
             f"reference: none was given, and {measured.needs_reference}; pass the original as reference= (--against)."
         )
     batches = as_batches(batches)
+    beyond = reads_beyond(batches)
     if isinstance(batches, Sequence):
-        _check_batches(models, batches)  # before any work is done
+        _check_batches(models, batches, beyond)  # before any work is done
     if stop is not None and processes.several():
         raise ValueError("stop: one process cannot end the measurement of the others; leave it out under torchrun.")
     data = getattr(batches, "description", "given batches")
@@ -208,7 +209,7 @@ def measure_quality(
                 given.append(fingerprint((batch, documents)))
             if not processes.mine(index):
                 continue
-            _check_batches(models, [batch])
+            _check_batches(models, [batch], beyond)
             output = outputs.of(batch, **kind)
             other = None if originals is None else output if same else originals.of(batch, **kind)
             if other is not None and other.shape != output.shape:
@@ -262,10 +263,10 @@ def _quality(
     return Quality(task.name, metrics, loss, len(owners), tokens, data, confidence, complete)
 
 
-def _check_batches(models: Sequence[nn.Module], batches: Iterable[Any]) -> None:
+def _check_batches(models: Sequence[nn.Module], batches: Iterable[Any], beyond_context: bool) -> None:
     for batch in batches:
         for model in models:
-            check_batch(model, batch)
+            check_batch(model, batch, beyond_context=beyond_context)
 
 
 def _with_documents(model: nn.Module, batches: Iterable[Any]) -> Iterator[tuple[Any, Tensor]]:

@@ -13,8 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from actkit.core.ground.errors import CoverageError, UnsupportedModelError
-from actkit.core.layers.attention_rounding import AttentionRounding
-from actkit.core.layers.cache_rounding import IMPLEMENTATION
+from actkit.core.layers.attention_function import function_of
 from actkit.core.layers.conv import PLAIN_CONVOLUTIONS, ActConv, why_no_plain_convolution
 from actkit.core.layers.conv1d import is_conv1d
 from actkit.core.layers.known_layers import why_unread
@@ -469,8 +468,5 @@ def attention_implementation(model: nn.Module) -> str | None:
 
 def forms_weights(model: nn.Module) -> bool:
     """Say whether the model's attention forms its weights, so that they can be read."""
-    implementation = attention_implementation(model)
-    if implementation != IMPLEMENTATION:
-        return implementation == "eager"
-    rounding = [module for module in model.modules() if isinstance(module, AttentionRounding)]
-    return bool(rounding) and all(each.weights is not None for each in rounding)
+    function = function_of(model)
+    return attention_implementation(model) == "eager" if function is None else function.forms_weights(model)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actkit.core.forward.batch import BatchContext, check_batch, forward
+from actkit.core.forward.batch import BatchContext, check_batch, forward, reads_beyond
 from actkit.core.forward.hooks import StopForward, evaluating, hooked, refuse_compiled_or_sharded
 from actkit.core.ground import processes
 from actkit.core.ground.fingerprint import fingerprint, model_fingerprint
@@ -319,7 +319,7 @@ def record_by_block(
 
     refuse_compiled_or_sharded(view.model)
     for batch in batches:
-        check_batch(view.model, batch)
+        check_batch(view.model, batch, beyond_context=reads_beyond(batches))
     share = None
     if processes.several():
         processes.agree(model=model_fingerprint(view.model), data=fingerprint([fingerprint(each) for each in batches]))

@@ -36,7 +36,7 @@ from actkit.core.edit.edits import (
     set_module,
     shared_parameters,
 )
-from actkit.core.forward.batch import check_batch, sequence_of
+from actkit.core.forward.batch import check_batch, reads_beyond, sequence_of
 from actkit.core.forward.hooks import evaluating, refuse_compiled_or_sharded
 from actkit.core.ground import offload, processes
 from actkit.core.ground.errors import DataError, EditError, NonFiniteError
@@ -177,7 +177,7 @@ def apply(
     transforms = [each for each in recipe if each.model_copy(update={"only": None}) != type(each).identity()]
     batches = batches_of(transforms, data)
     for batch in batches:
-        check_batch(model, batch)
+        check_batch(model, batch, beyond_context=reads_beyond(batches))
     if processes.several():
         for transform in transforms:
             if transform.tags.records_calls:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from actkit.core.edit import changes
 from actkit.core.edit.changes import Changes, Source, SourceGrid
-from actkit.core.edit.edits import describe_module, get_module, replay
+from actkit.core.edit.edits import ATTENTION, describe_module, get_module, replay
 from actkit.core.forward.hooks import refuse_compiled_or_sharded
 from actkit.core.forward.named_functions import unknown_function
 from actkit.core.ground import offload, processes, registry
@@ -32,6 +32,7 @@ from actkit.core.ground.machine import versions
 from actkit.core.ground.memory import format_bytes, parameter_bytes, parse_bytes
 from actkit.core.ground.modules import is_pretrained, is_within, memory_of
 from actkit.core.ground.whole_folder import complete_or_nothing, recover
+from actkit.core.layers.attention_function import AttentionFunction, describe_function, function_of, make_function
 from actkit.core.layers.foreign_layers import refuse_foreign_layers
 from actkit.core.layers.hidden_act import enter_those_of, own_names
 from actkit.core.store import checksums, pretrained
@@ -114,7 +115,7 @@ def check_savable(model: nn.Module) -> None:
     """
     refuse_compiled_or_sharded(model)
     refuse_foreign_layers(model)
-    function = unknown_function(model, ours=True)
+    function = unknown_function(model, known=(AttentionFunction,))
     if function is not None:
         raise CheckpointError(
             f"save: no folder holds what this model computes: {function}, save, and set yours again after loading."
@@ -123,6 +124,7 @@ def check_savable(model: nn.Module) -> None:
         return
     known = changes.of(model)
     edits = known.edits if known else []
+    _check_attention(model, edits)
     replaced = tuple(f"{path}." for edit in edits if (path := edit.get("replace", edit.get("insert"))))
     base = getattr(type(model), "actkit_base", type(model))
     houses = {"torch", "transformers", "actkit", base.__module__.partition(".")[0]}
@@ -137,6 +139,21 @@ def check_savable(model: nn.Module) -> None:
     from actkit.core.store.skeleton import check_rebuilds
 
     check_rebuilds(model, edits)  # type: ignore[arg-type]
+
+
+def _check_attention(model: nn.Module, edits: list[dict[str, Any]]) -> None:
+    """Refuse a model whose attention loading would compute by another function, if one of the two is of ours."""
+    function = function_of(model)
+    now = None if function is None else describe_function(function)
+    recorded = next((edit["value"] for edit in reversed(edits) if edit.get("configure") == ATTENTION), None)
+    made = None if recorded is None else make_function(recorded)
+    then = None if made is None else describe_function(made)
+    if now != then:
+        raise CheckpointError(
+            f"save: attention is computed by {now or model.config._attn_implementation!r}, "  # type: ignore[union-attr]
+            f"loading the folder would compute it by {then or 'the function of the model'!s}; change it by a transform "
+            f"or an edit (actkit.apply), which are recorded, not by set_attn_implementation."
+        )
 
 
 def _save(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.edit import changes
-from actkit.core.forward.batch import mask_of
+from actkit.core.forward.batch import mask_of, reads_beyond
 from actkit.core.forward.hooks import evaluating, hooked
 from actkit.core.forward.stream import Stream
 from actkit.core.ground import processes, whole_folder
@@ -109,6 +109,7 @@ class Trained:
         trainable: how many numbers were trained.
         seconds: it took.
         folder: that the model was saved to, if it was.
+        beyond_context: whether rows may have been longer than the model's context (`load_data` was told so).
     """
 
     model: nn.Module
@@ -119,6 +120,7 @@ class Trained:
     trainable: int
     seconds: float
     folder: Path | None = None
+    beyond_context: bool = False
 
     @property
     def steps(self) -> int:
@@ -135,6 +137,7 @@ class Trained:
             "trainable": self.trainable,
             "seconds": self.seconds,
             "folder": None if self.folder is None else str(self.folder),
+            "beyond_context": self.beyond_context,
             "history": [asdict(step) for step in self.history],
         }
 
@@ -144,7 +147,9 @@ class Trained:
 
         from actkit.core.ground.tables import PlainTable
 
-        title = f"Training ({self.steps} steps, {self.trainable:,} parameters, {self.seconds:.0f} s; kept: {self.kept})"
+        beyond = "; rows beyond the context" if self.beyond_context else ""
+        about = f"{self.steps} steps, {self.trainable:,} parameters, {self.seconds:.0f} s; kept: {self.kept}{beyond}"
+        title = f"Training ({about})"
         table = PlainTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         scored = any(step.score is not None for step in self.history)
         names = ["step", "loss", "penalty", "validation loss", *["score"] * scored, "learning rate"]
@@ -307,7 +312,8 @@ def train(
             result = run.finish(keep)
         if changes.of(model) is not before:  # by edits that a rule finished with
             result = replace(result, validation=run.measured()[0])
-        result = replace(result, seconds=time.perf_counter() - started)
+        beyond = reads_beyond(batches) or reads_beyond(validation)
+        result = replace(result, seconds=time.perf_counter() - started, beyond_context=beyond)
     if folder is not None and accelerator.is_main_process:
         checkpoint.save(model, folder, overwrite=True)
         write_whole(folder / RECORD, json.dumps(result.to_dict(), indent=1))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import nn
 
-from actkit.core.forward.batch import check_batch, sequence_of
+from actkit.core.forward.batch import check_batch, reads_beyond, sequence_of
 from actkit.core.forward.stream import Stream
 from actkit.core.ground import whole_folder
 from actkit.core.ground.errors import CheckpointError, DataError
@@ -138,7 +138,7 @@ def sequences(
             raise DataError(f"{name}: 0 batches were given; give at least one.")
         for batch in sequence.take(1) if isinstance(sequence, Stream) else sequence:
             if own_loss is None or (isinstance(batch, Mapping) and "input_ids" in batch):  # else any batch will do
-                check_batch(model, batch, name)
+                check_batch(model, batch, name, beyond_context=reads_beyond(sequence))
         found.append(sequence)
     prints = [getattr(sequence, "fingerprint", None) for sequence in found]
     if batches is validation or (prints[0] is not None and prints[0] == prints[1]):

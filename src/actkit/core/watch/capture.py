@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from actkit.core.edit.edits import set_module
-from actkit.core.forward.batch import BatchContext, as_batches, check_batch, forward
+from actkit.core.forward.batch import BatchContext, as_batches, check_batch, forward, reads_beyond
 from actkit.core.forward.hooks import After, Before, StopForward, evaluating, hooked, refuse_compiled_or_sharded
 from actkit.core.ground import processes
 from actkit.core.ground.errors import DataError
@@ -112,7 +112,7 @@ def record(
     refuse_compiled_or_sharded(model)
     started = time.perf_counter()
     batches = as_batches(batches)
-    remaining = iter(batches)
+    beyond, remaining = reads_beyond(batches), iter(batches)
     first = next(remaining, None)
     if first is None:
         raise DataError("calibration data: 0 batches were given; pass at least one dict of the model's keywords.")
@@ -128,7 +128,7 @@ def record(
             documents = getattr(batches, "document_ids", None)
             given = []
             tracked = track(every, "Recording activations", total, progress)
-            for index, (batch, context) in enumerate(_contexts(model, tracked, documents)):
+            for index, (batch, context) in enumerate(_contexts(model, tracked, documents, beyond)):
                 if processes.several():
                     given.append(fingerprint(batch))
                 if processes.mine(index):
@@ -576,14 +576,14 @@ def view_of(model: nn.Module, anatomy: Anatomy | None, example: Any) -> Anatomy:
 
 
 def _contexts(
-    model: nn.Module, batches: Iterable[Any], documents: Sequence[Tensor] | None
+    model: nn.Module, batches: Iterable[Any], documents: Sequence[Tensor] | None, beyond_context: bool
 ) -> Iterator[tuple[Any, BatchContext]]:
     """Each batch with what its rows are. Raises DataError if the model cannot be called with it."""
     row = 0
     for index, batch in enumerate(batches):
         if documents is not None and index >= len(documents):
             raise DataError(f"document_ids: {len(documents)} tensors were given for more batches; give one per batch.")
-        check_batch(model, batch)
+        check_batch(model, batch, beyond_context=beyond_context)
         owners = None if documents is None else documents[index]
         context = BatchContext.of(batch, model, first_row=row, documents=owners)
         row += context.batch_size
@@ -598,7 +598,7 @@ def _equal_lengths(model: nn.Module, batches: Iterable[Any]) -> bool:
 def _plan(view: Anatomy, wanted: Mapping[Site, Any], batch: Any, total: int | None, equal: bool) -> MemoryPlan:
     """Reads the channels of every site off one forward pass, which also gives the time."""
     readings = _Readings(view, wanted)
-    context = next(_contexts(view.model, [batch], None))[1]
+    context = next(_contexts(view.model, [batch], None, True))[1]
     channels: dict[Tap, int] = {}
 
     def measure(tap: Tap, value: Tensor, tokens: Tensor | None) -> None:
