@@ -57,9 +57,9 @@ from actkit.functions.kat.group_rational import GroupRational, RationalFirst
 from actkit.functions.kat.kat import GrKanLinear
 from actkit.functions.polycom.polynomials import PolyNorm, PolyReLU
 from actkit.functions.polycom.ungate import UngatedMlp
+from actkit.functions.posets.pooling import PosetActivation, PosetPool1d, PosetPool2d
 from actkit.functions.selu.self_normalize import PassThrough
 from actkit.functions.selu.selu import AlphaDropout, ScaledElu, constants
-from actkit.functions.posets.pooling import PosetActivation, PosetPool1d, PosetPool2d
 from actkit.functions.softplus_attention.layer import SoftplusAttention
 from actkit.quantization.ofq.query_key import QueryKeyAttention
 from actkit.sparsity.active_dendrites.segments import DendriticSegments, PatternMemory, sparse_code
