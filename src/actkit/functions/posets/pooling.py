@@ -113,7 +113,10 @@ class PosetPool2d(_PosetUnit):
         self.kernel, self.stride, self.ceil = kernel, stride, ceil
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pool [batch, channels, height, width].
+        """Pool an image.
+
+        Args:
+            x: [batch, channels, height, width].
 
         Raises:
             ValueError: it has another number of dimensions.
@@ -175,7 +178,10 @@ class PosetPool1d(_PosetUnit):
         self.kernel, self.stride, self.ceil = kernel, stride, ceil
 
     def forward(self, x: Tensor) -> Tensor:
-        """Pool [batch, channels, length].
+        """Pool a sequence.
+
+        Args:
+            x: [batch, channels, length].
 
         Raises:
             ValueError: it has another number of dimensions.
@@ -224,7 +230,10 @@ class PosetActivation(_PosetUnit):
         self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
-        """Evaluate channels [..., groups * n, ...] -> [..., groups, ...].
+        """Evaluate every group of channels.
+
+        Args:
+            x: [..., groups * n, ...], to give [..., groups, ...].
 
         Raises:
             ValueError: the number of channels is no multiple of the poset's points.

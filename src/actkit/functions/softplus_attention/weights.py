@@ -126,7 +126,7 @@ def attend(
     readers, keys = heads // key.shape[1], key.shape[2]
     if readers > 1:
         key, value = key.repeat_interleave(readers, 1), value.repeat_interleave(readers, 1)
-    visible = visible.expand(batch, -1, queries, keys)
+    visible = visible[(None,) * (4 - visible.dim())].expand(batch, -1, queries, keys)
     counts = None if counts is None else counts.expand(batch, -1, queries, 1)
     settings: dict[str, Any] = {"power": power, "offset_rows": offset_rows, "scale": scale}
 
