@@ -95,7 +95,7 @@ class Poset:
             return given
         if isinstance(given, str) and given in NAMES:
             given = NAMES[given]
-        if isinstance(given, int) and not isinstance(given, bool):
+        if isinstance(given, int):
             if not 0 <= given < len(FOUR):
                 raise ValueError(f"poset: {given} was given; the posets on four points are 0 to {len(FOUR) - 1}.")
             return cls.of(FOUR[given])
@@ -317,7 +317,8 @@ def _components(
 @cache
 def _classes(n: int) -> tuple[Poset, ...]:
     """One poset per class: every class has one whose relations go from smaller to larger numbers."""
-    pairs, found = list(combinations(range(n), 2)), {}
+    pairs = list(combinations(range(n), 2))
+    found: dict[tuple[tuple[int, int], ...], Poset] = {}
     for mask in range(1 << len(pairs)):
         chosen = {pair for bit, pair in enumerate(pairs) if mask >> bit & 1}
         if all((a, d) in chosen for a, b in chosen for c, d in chosen if b == c):
