@@ -16,9 +16,9 @@ import actkit
 from actkit.functions.crrelu.eafo import eafo
 from actkit.functions.polycom.degrees import polynomial_degrees
 from actkit.functions.selu.self_normalizing import self_normalizing
-from actkit.functions.swap import swap
 from actkit.functions.softplus_attention.entropy import attention_entropy
 from actkit.functions.softplus_attention.length_curve import extrapolation_curve
+from actkit.functions.swap import swap
 from actkit.quantization.adadim.sensitivity import weight_sensitivity
 from actkit.quantization.zeroquant_v2.ptq_study import ptq_study
 from actkit.search.profile import profile
@@ -63,6 +63,8 @@ def curve(model: Any, batches: Any) -> Any:
 
 def degrees(model: Any, batches: Any) -> Any:
     return polynomial_degrees(swap(model, "silu", "poly_relu", inplace=False).model, batches, progress=False)
+
+
 def lengths_of(batches: Any) -> Any:
     """Rows of seven tokens."""
     return torch.cat([batch["input_ids"][:, :7] for batch in batches])
