@@ -168,7 +168,7 @@ def test_papers(run):
         (["apply", "FOLDER", "--recipe", "nothing.yaml", "--out", "OUT"], "there is no file nothing.yaml"),
         (["apply", "FOLDER", "--recipe", "rtn", "--out", "FOLDER"], "exists already"),
         (["apply", "FOLDER", "--recipe", "UNEVEN", "--out", "OUT"], "does not divide"),
-        (["apply", "FOLDER", "--recipe", "wina", "--out", "OUT", "--length", "512"], "context of 64 tokens"),
+        (["apply", "FOLDER", "--recipe", "wina", "--out", "OUT", "--length", "512"], "context is 64"),
         (["apply", "FOLDER", "--recipe", "wina", "--out", "OUT", "--data", "no.txt"], "'no.txt' does not exist"),
         (
             ["apply", "FOLDER", "--recipe", "wina", "--out", "OUT", "--length", "32", "--max-memory", "1KB"],

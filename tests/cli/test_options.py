@@ -39,7 +39,8 @@ OPTIONS = {
     "evaluate": DATA
     | MODEL
     | RUN
-    | {"--against", "--tasks", "--speed", "--no-speed", "--prompt", "--max-new-tokens", "--batch"},
+    | {"--against", "--tasks", "--speed", "--no-speed", "--prompt", "--max-new-tokens", "--batch"}
+    | {"--beyond-context"},
     "generate": MODEL
     | RUN
     | {
@@ -63,7 +64,7 @@ OPTIONS = {
     | RUN
     | WRITE
     | {"--rule", "--steps", "--learning-rate", "--rate", "--accumulation", "--resume"}
-    | {"--optimizer", "--trainable", "--score", "--schedule", "--warmup"},
+    | {"--optimizer", "--trainable", "--score", "--schedule", "--warmup", "--beyond-context"},
     "papers": {"--family", "--kind", "--status", "--year", "--text", "--json"},
     "reproduce": {"--subject", "--record", "--threads", "--json"},
 }
