@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from tiny_models import batches, build
-from torch import nn
 from transformers import AttentionInterface, LlamaForCausalLM
 
 from actkit import zoo
@@ -24,7 +23,7 @@ from actkit.functions.softplus_attention.length_curve import extrapolation_curve
 from actkit.functions.softplus_attention.lssar import Lssa
 from actkit.functions.softplus_attention.weights import attention_weights, softplus_attention
 from actkit.quantization.quantize_cache import QuantizeCache
-from actkit.testing import tiny_model
+from actkit.testing import tiny_batches, tiny_model
 from error_proofs import Place, points, proof, run
 
 X = torch.ones(1, 1, 2, 4)
@@ -110,9 +109,8 @@ def an_attention_that_forms_no_weights(p: Place) -> None:
 
 @proof
 def an_attention_that_no_row_describes(p: Place) -> None:
-    model = nn.TransformerEncoderLayer(8, 2, batch_first=True).eval()
     p.patch.setattr("actkit.functions.softplus_attention.entropy.forms_weights", lambda model: True)
-    attention_entropy(model, [torch.zeros(1, 2, 8)], progress=False)
+    attention_entropy(tiny_model("mlp"), tiny_batches("mlp"), progress=False)
 
 
 @proof

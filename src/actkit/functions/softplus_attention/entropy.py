@@ -118,7 +118,9 @@ def attention_entropy(model: nn.Module, batches: Iterable[Any], *, progress: boo
     batches = sequence_of(batches)
     for batch in batches:
         check_batch(model, batch, beyond_context=reads_beyond(batches))
-    view = anatomy(model)
+    if not len(batches):
+        raise DataError("batches: they hold no token; give at least one.")
+    view = anatomy(model, batches[0])
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     with temporarily(model, _forming(model)), evaluating(model):
@@ -140,7 +142,7 @@ def attention_entropy(model: nn.Module, batches: Iterable[Any], *, progress: boo
 
             with hooked(model, after={tap.path: read(name, tap, mask) for name, tap in taps.items()}):
                 forward(model, batch)
-    if not sums or not min(counts.values()):
+    if not min(counts.values()):
         raise DataError("batches: they hold no token; give at least one.")
     blocks = tuple(HeadEntropy(name, tuple((total / counts[name]).tolist())) for name, total in sums.items())
     return AttentionEntropy(blocks, str(attention_implementation(model)), min(counts.values()))
