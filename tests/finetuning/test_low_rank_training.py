@@ -31,6 +31,13 @@ def test_the_merged_model_is_the_one_that_was_validated(kind: str) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_blocks_may_have_ranks_of_their_own() -> None:
+    model, trained = tuned("llama", ranks={1: 5})
+    assert trained.trainable == 2 * (2 + 5) * (16 + 24)  # matrices, the ranks of two layers, their sides
+    check = train(model, tiny_batches("llama"), validation=tiny_batches("llama"), steps=1, progress=False)
+    assert check.history[0].validation == pytest.approx(trained.validation, rel=1e-5)
+
+
 def test_a_16_bit_model_is_trained_in_float32_and_stays_in_16_bits() -> None:
     model, _ = tuned("llama", model=tiny_model("llama").bfloat16())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -56,6 +63,8 @@ def test_what_was_frozen_stays_frozen_and_a_failure_leaves_the_model_as_it_was()
     ("settings", "message"),
     [
         ({"rank": 0}, "rank: 0 was given"),
+        ({"ranks": {2: 4}}, "ranks: {2: 4} were given; give blocks of 0 to 1"),
+        ({"ranks": {0: 0}}, "each a rank of 1 or more"),
         ({"alpha": 0.0}, "alpha: 0.0 was given"),
         ({"roles": ("layer",)}, "roles: layer were given; the blocks of this model have down, gate"),
         ({"roles": ()}, "roles: none were given"),

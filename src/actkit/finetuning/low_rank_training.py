@@ -10,8 +10,10 @@ ever. Cost: gradients and moments of rank * (in + out) numbers per layer instead
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ def train_low_rank(
     roles: Sequence[LinearRole],
     rank: int = 8,
     alpha: float | None = None,
+    ranks: Mapping[int, int] | None = None,
     seed: int = 0,
     **training: Any,
 ) -> Trained:
@@ -46,6 +49,7 @@ def train_low_rank(
         roles: of the layers in the blocks that are trained, such as ("query", "gate").
         rank: of the changes.
         alpha: the change is multiplied by alpha / rank; default 2 * rank.
+        ranks: of single blocks, by index; their alpha / rank is that of the others.
         seed: of A and of the training.
         training: what `train` takes (steps, learning_rate, rules, mixed_precision ...) except `out`: save the model
             afterwards.
@@ -65,10 +69,14 @@ def train_low_rank(
         raise ValueError(f"alpha: {alpha} was given, allowed is a number above 0.")
     for name in {"out", "resume", "overwrite"} & training.keys():
         raise ValueError(f"{name}: adapters are not saved; train without it, then save the model with actkit.save.")
+    blocks = len(anatomy(model).blocks)
+    wrong = {index: own for index, own in (ranks or {}).items() if not 0 <= index < blocks or own < 1}
+    if wrong:
+        raise ValueError(f"ranks: {wrong} were given; give blocks of 0 to {blocks - 1}, each a rank of 1 or more.")
     if "trainable" in training:
         raise ValueError("trainable: adapters alone are trained; say with roles= beside which layers they stand.")
     targets = _targets(model, roles)
-    with _adapters(model, targets, rank, alpha, seed) as adapted:
+    with _adapters(model, targets, rank, alpha, seed, ranks or {}) as adapted:
         trained = train(model, batches, validation=validation, seed=seed, trainable="*.lora_*", **training)
         for layer in adapted:
             weight = layer.get_base_layer().weight
@@ -77,9 +85,11 @@ def train_low_rank(
     return trained
 
 
-def _targets(model: nn.Module, roles: Sequence[LinearRole]) -> list[Linear]:
-    layers: list[Linear] = []
+def _targets(model: nn.Module, roles: Sequence[LinearRole]) -> dict[int, list[Linear]]:
+    """The layers that are trained, by block."""
+    by_block: dict[int, list[Linear]] = {}
     for block in anatomy(model).blocks:
+        layers = by_block.setdefault(block.index, [])
         if block.experts is not None and not block.experts.members and {"gate", "up", "down"} & set(roles):
             raise ValueError(
                 f"roles: {block.experts.path} keeps its experts in 3-D parameters, which are no linear layers; apply a "
@@ -89,11 +99,11 @@ def _targets(model: nn.Module, roles: Sequence[LinearRole]) -> list[Linear]:
             layers += [*block.attention.inputs, block.attention.output]
         for _, mlp in block.mlps():
             layers += [*mlp.inputs, mlp.down]
-    chosen = [linear for linear in layers if linear.role in roles]
-    if not chosen:
-        found = ", ".join(sorted({linear.role for linear in layers})) or "none"
+    chosen = {index: [linear for linear in layers if linear.role in roles] for index, layers in by_block.items()}
+    if not any(chosen.values()):
+        found = ", ".join(sorted({linear.role for layers in by_block.values() for linear in layers})) or "none"
         raise ValueError(f"roles: {', '.join(roles) or 'none'} were given; the blocks of this model have {found}.")
-    for linear in chosen:
+    for linear in chain(*chosen.values()):
         if not isinstance(linear.module, nn.Linear | Conv1D) or not linear.module.weight.is_floating_point():
             raise ValueError(
                 f"model: {linear.path} ({type(linear.module).__name__}) has a weight that cannot be trained and "
@@ -103,16 +113,29 @@ def _targets(model: nn.Module, roles: Sequence[LinearRole]) -> list[Linear]:
 
 
 @contextmanager
-def _adapters(model: nn.Module, targets: list[Linear], rank: int, alpha: float, seed: int) -> Iterator[list[Any]]:
+def _adapters(
+    model: nn.Module, by_block: dict[int, list[Linear]], rank: int, alpha: float, seed: int, ranks: Mapping[int, int]
+) -> Iterator[list[Any]]:
     """The layers with their adapters, which alone are trainable meanwhile; afterwards the plain layers stand again."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ImportError("low-rank training: peft is missing; pip install 'actkit[finetune]'.") from error
+    targets = list(chain(*by_block.values()))
     plain = {linear.path: linear.module for linear in targets}
+    own = {
+        f"^{re.escape(x.path)}$": ranks[index] for index, layers in by_block.items() if index in ranks for x in layers
+    }
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     transposed = isinstance(targets[0].module, Conv1D)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(plain), fan_in_fan_out=transposed)  # type: ignore[arg-type]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        target_modules=list(plain),
+        fan_in_fan_out=transposed,
+        rank_pattern=own,
+        alpha_pattern={path: alpha / rank * each for path, each in own.items()},  # type: ignore[misc]
+    )
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -6,7 +6,7 @@ written. The skeleton is the plain model on the meta device: the list of modules
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,7 +114,7 @@ class Plain:
                     f"has a {type(plain).__name__}. No reader without actkit computes it; keep the model with "
                     f"actkit.save, or leave that transform out."
                 )
-        _refuse_other_tensors(model, skeleton, {**layers, **tables})
+        _refuse_other_tensors(model, skeleton, {**layers, **tables}, transposed)
         return cls(model, skeleton, layers, frozenset(transposed), tables, apart)
 
     @property
@@ -186,22 +186,35 @@ def _has_own_head(model: PreTrainedModel) -> bool:
 
 
 def _refuse_other_tensors(
-    model: PreTrainedModel, skeleton: PreTrainedModel, layers: Mapping[str, ActLinear | QuantizedEmbedding]
+    model: PreTrainedModel,
+    skeleton: PreTrainedModel,
+    layers: Mapping[str, ActLinear | QuantizedEmbedding],
+    transposed: Collection[str],
 ) -> None:
     """Raise ExportError for a tensor that only one of the two has, or in another shape."""
     expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     inside = tuple(f"{path}." for path in layers)
     given = {name: tuple(t.shape) for name, t in model.state_dict().items() if not (inside and name.startswith(inside))}
     for path, layer in layers.items():
-        given[f"{path}.weight"] = expected[f"{path}.weight"]  # that it fits was checked when it was made
+        shape = tuple(layer.storage.shape) if isinstance(layer, ActLinear) else expected[f"{path}.weight"]
+        given[f"{path}.weight"] = shape[::-1] if path in transposed else shape
         if isinstance(layer, ActLinear) and layer.bias is not None:
             given[f"{path}.bias"] = tuple(layer.bias.shape)
     for name in {**expected, **given}:
         if given.get(name) != expected.get(name):
             raise ExportError(
                 f"{name}: it is {given.get(name, 'not there')} in this model and {expected.get(name, 'not there')} in "
-                f"the plain {_name(skeleton)}. No reader without actkit computes it; keep the model with actkit.save."
+                f"the plain {_name(skeleton)}. No reader without actkit computes it; keep the model with actkit.save"
+                f"{_of_one_width(model)}."
             )
+
+
+def _of_one_width(model: nn.Module) -> str:
+    """Return what to do about layers that were narrowed, if some were."""
+    known = changes.of(model)
+    if known is None or not any("resize" in edit for edit in known.edits):
+        return ""
+    return ", or narrow all blocks to one width (cfsp: uniform: true), which a config can say"
 
 
 def _refuse_experts(model: PreTrainedModel) -> None:

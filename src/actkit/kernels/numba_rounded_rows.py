@@ -23,7 +23,7 @@ from actkit.kernels import integer_dots
 from actkit.kernels.integer_tiles import BLOCK_BYTES, PART, ROWS, add_tile, bring_in_order, order, unpack_four
 from actkit.kernels.numba_cpu import array, as_stored, widen
 from actkit.kernels.numba_int8 import NAN, largest, words_of
-from actkit.kernels.process import LOCK, compiled, follow_torch_threads
+from actkit.kernels.process import LOCK, PER_BYTE, compiled, follow_torch_threads
 from actkit.kernels.quantized import BLOCK, QuantizedWeight
 
 LONGEST = 128  # inputs of a span
@@ -183,7 +183,7 @@ class RoundedRows:
         self.rows, self.codes = len(given), np.zeros((rows, given.shape[1]), np.int8)
         self.steps, self.taken = np.zeros((spans, rows), np.float32), np.zeros((spans, rows), np.float32)
         with LOCK:
-            follow_torch_threads(given.nbytes)
+            follow_torch_threads(given.nbytes, PER_BYTE)
             _round(given, *words_of(given), span, self.codes, self.steps, self.taken)
 
 
@@ -208,7 +208,7 @@ def multiply_rounded(x: RoundedRows, weight: QuantizedWeight, bias: Tensor | Non
     shape = (layout.tile, BLOCK * layout.stored_bits // 8, layout.group, x.span, TOGETHER)
     added = np.empty(0, np.float32) if bias is None else bias.numpy()
     with LOCK:
-        follow_torch_threads(weight.nbytes)
+        follow_torch_threads(weight.nbytes, x.rows)
         _multiply(
             packed, weight.scale.numpy(), zeros, x.codes, x.steps, x.taken, added, array(y), shape,
             np.float32(layout.middle), (0,) * layout.zeros, order(kind),

@@ -20,7 +20,8 @@ from numba import cfunc, njit
 from actkit.kernels.compile_cache import cache_folder
 
 _CONFIG: Any = numba.config  # untyped in Numba
-SMALL = 1 << 18  # bytes of weight; below, waking a second thread takes longer than its half of the work
+SMALL = 1 << 18  # bytes; below, waking a second thread takes longer than its half of the reading
+PER_BYTE = 8  # what a pass over numbers takes, in readings of them: a function and a rounding of each
 LOCK = threading.Lock()  # one kernel at a time: they share the cores anyway, and not every Numba layer is thread-safe
 _started_in: int | None = None
 
@@ -116,8 +117,16 @@ def most_threads() -> int:
     return int(_CONFIG.NUMBA_NUM_THREADS)
 
 
-def follow_torch_threads(nbytes: int) -> int:
-    """Use as many threads as torch has; one for a small weight. Returns how many; call it with the lock held."""
+def follow_torch_threads(nbytes: int, times: int = 1) -> int:
+    """Use as many threads as torch has, or one for little work; call it with the lock held.
+
+    Args:
+        nbytes: of the weight, or of what else is read.
+        times: how much longer it takes than to read them, such as the rows that each byte of a weight meets.
+
+    Returns:
+        How many threads.
+    """
     if _started_in is None:
         _start()
     elif _started_in != os.getpid():
@@ -125,7 +134,7 @@ def follow_torch_threads(nbytes: int) -> int:
             "actkit.kernels: this process was forked after the kernels ran, and OpenMP does not survive a fork; "
             "start processes with multiprocessing's 'spawn' method."
         )
-    threads = 1 if nbytes < SMALL else min(torch.get_num_threads(), _CONFIG.NUMBA_NUM_THREADS)
+    threads = 1 if nbytes * times < SMALL else min(torch.get_num_threads(), _CONFIG.NUMBA_NUM_THREADS)
     if numba.get_num_threads() != threads:  # Numba keeps the number per thread; anyone may have set it
         numba.set_num_threads(threads)
     return threads

@@ -201,6 +201,6 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, begin: int, window: int,
     pairs = values.transpose(2, 3).contiguous().view(torch.int32)
     out = torch.empty(tokens, heads * size, dtype=torch.bfloat16)
     with LOCK:
-        follow_torch_threads(query.nbytes)
+        follow_torch_threads(query.nbytes, keys.shape[1])
         _attend(query.numpy(), by_feature.numpy(), pairs.squeeze(-1).numpy(), begin, window, scaling, array(out))
     return out

@@ -27,7 +27,7 @@ from actkit.kernels.numba_rounded_rows import RoundedRows, multiply_rounded, spa
 from actkit.kernels.output_rows import BundledUnits, PackedRows
 from actkit.kernels.packing import COLUMNS as BLOCK
 from actkit.kernels.packing import PackedWeight, in_order
-from actkit.kernels.process import LOCK, follow_torch_threads
+from actkit.kernels.process import LOCK, PER_BYTE, follow_torch_threads
 from actkit.kernels.prompt_attention import attend, available
 from actkit.kernels.quantized import QuantizedWeight, outputs_of
 from actkit.kernels.quantized_rows import QuantizedRows
@@ -241,7 +241,7 @@ class Prompt:
         exact = chooses or plan.cap > 0
         query = torch.empty(heads * plan.shared_by, tokens, plan.size, dtype=torch.float32 if exact else self.dtype)
         with LOCK:
-            follow_torch_threads(out.values.nbytes)
+            follow_torch_threads(out.values.nbytes, PER_BYTE)
             rows.take_in_rows(place, layer, begin, *out.arrays(), means, array(query), self.heads, self.cache)
         own = (layer, slice(first, first + heads), slice(begin + tokens))
         keys = _cached(work.keys[own], work.key_scales[own], plan.size)
@@ -277,7 +277,7 @@ class Prompt:
                 hidden.append(torch.empty(len(out.values), int(place[steps.UNITS]), dtype=self.dtype))
                 if hidden[-1].shape[1]:
                     with LOCK:
-                        follow_torch_threads(out.values.nbytes)
+                        follow_torch_threads(out.values.nbytes, PER_BYTE)
                         rows.activate_rows(place, threshold, *out.arrays(), array(hidden[-1]))
             return hidden, []
         bundled: list[Tensor] = []
@@ -314,7 +314,7 @@ class Prompt:
         """Add a share to x, and norm x into y, unless they have no tokens."""
         plan = self.plan
         with LOCK:
-            follow_torch_threads(x.nbytes)
+            follow_torch_threads(x.nbytes, PER_BYTE)
             rows.add_rows(x.numpy(), *out.arrays(), plan.added, array(y), weight, bias, plan.centered, plan.epsilon)
 
     def _plain_norm(self, x: Tensor, weight: np.ndarray, bias: np.ndarray) -> Tensor:

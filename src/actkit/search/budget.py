@@ -81,7 +81,7 @@ class Budget:
         needy = [transform for transform in transforms if transform.needs_data]
         passes = sum(transform.passes(tokens, rows) for transform in needy)
         if needy:
-            passes += 2 + len({transform.tags.stream for transform in needy})
+            passes += 2 + len({transform.tags.stream for transform in needy} - {"none"})
         calibration = self.pass_seconds * tokens / max(1, self.splits.test.tokens) * passes
         return calibration + self.search + self.test + self.rest
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from actkit.core.edit.resizing import resized
 from actkit.core.forward.example import Inputs
 from actkit.core.forward.named_functions import foreign_attention
 from actkit.core.ground import offload, registry
@@ -64,6 +65,21 @@ class Insert:
 
     path: str
     module: nn.Module
+
+
+@dataclass(frozen=True, eq=False)
+class Resize:
+    """Keep some outputs and inputs of the layer at a path, which keeps its class.
+
+    Attributes:
+        path: of the layer.
+        outputs: indices of those that stay, in their new order; None for all.
+        inputs: the same.
+    """
+
+    path: str
+    outputs: Tensor | None = None
+    inputs: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +137,7 @@ class Note:
     values: Mapping[str, Any] = field(default_factory=dict)
 
 
-Edit = Replace | ReplaceTied | Insert | Set | Configure
+Edit = Replace | ReplaceTied | Insert | Resize | Set | Configure
 Undo = Callable[[], None]
 Shared = dict[int, list[str]]
 
@@ -236,8 +252,10 @@ def apply_edit(model: nn.Module, edit: Edit, *, remember: bool = True, shared: S
         return _replace(model, parts_of(edit), remember, shared)
     if isinstance(edit, Insert):
         return _insert(model, edit)
+    if isinstance(edit, Resize):
+        return _resize(model, edit, remember, shared)
     raise EditError(
-        f"edit: {type(edit).__name__} was given, allowed are Replace, ReplaceTied, Insert, Set and Configure."
+        f"edit: {type(edit).__name__} was given, allowed are Replace, ReplaceTied, Insert, Resize, Set and Configure."
     )
 
 
@@ -273,6 +291,15 @@ def temporarily(model: nn.Module, edits: Iterable[Edit]) -> Iterator[nn.Module]:
             undo()
 
 
+def place_of(described: Mapping[str, Any]) -> str | None:
+    """Return the path of the module that a described edit put in or resized; None if it did neither.
+
+    Args:
+        described: what `describe` gave.
+    """
+    return described.get("replace", described.get("insert", described.get("resize")))
+
+
 def describe(edit: Edit, model: nn.Module | None = None) -> dict[str, Any]:
     """Return the JSON form of an edit, as a checkpoint keeps it.
 
@@ -286,6 +313,9 @@ def describe(edit: Edit, model: nn.Module | None = None) -> dict[str, Any]:
         return {"replace": edit.path, **describe_module(edit.module)}
     if isinstance(edit, Insert):
         return {"insert": edit.path, **describe_module(edit.module)}
+    if isinstance(edit, Resize):
+        sizes = {"outputs": edit.outputs, "inputs": edit.inputs}
+        return {"resize": edit.path, **{name: len(kept) for name, kept in sizes.items() if kept is not None}}
     if isinstance(edit, Set):
         return {"set": edit.parameter}
     if isinstance(edit, Configure) and edit.key == ATTENTION:
@@ -294,7 +324,7 @@ def describe(edit: Edit, model: nn.Module | None = None) -> dict[str, Any]:
         before = getattr(getattr(model, "config", None), edit.key, None)
         kept = {"before": before} if model is not None and _is_json(before) else {}
         return {"configure": edit.key, "value": edit.value, **kept}
-    raise EditError(f"edit: {type(edit).__name__} was given, allowed are Replace, Insert, Set and Configure.")
+    raise EditError(f"edit: {type(edit).__name__} was given, allowed are Replace, Insert, Resize, Set and Configure.")
 
 
 def describe_module(module: nn.Module) -> dict[str, Any]:
@@ -321,7 +351,7 @@ def replay(model: nn.Module, described: list[dict[str, Any]]) -> None:
         described: what `describe` gave of each edit.
 
     Raises:
-        EditError: an entry is none of replace, insert, set, configure.
+        EditError: an entry is none of replace, insert, resize, set, configure.
     """
     for entry in described:
         if "replace" in entry:
@@ -331,11 +361,16 @@ def replay(model: nn.Module, described: list[dict[str, Any]]) -> None:
         elif "insert" in entry:
             factory = registry.module_class(entry["module"])
             _insert(model, Insert(entry["insert"], factory.from_spec(entry["spec"], None)))  # type: ignore[attr-defined]
+        elif "resize" in entry:
+            path = entry["resize"]
+            narrower = resized(path, get_module(model, path), entry.get("outputs"), entry.get("inputs"))
+            set_module(model, path, narrower)
         elif "configure" in entry:
             _configure(model, Configure(entry["configure"], entry["value"]))
         elif "set" not in entry:
             raise EditError(
-                f"edit: {entry!r} is none of replace, insert, set, configure; the checkpoint may be newer than actkit."
+                f"edit: {entry!r} is none of replace, insert, resize, set, configure; the checkpoint may be newer than "
+                f"actkit."
             )
 
 
@@ -424,6 +459,15 @@ def _replace(model: nn.Module, edits: Sequence[Replace], remember: bool, shared:
             offload.settle(model, path)
 
     return undo if remember else None
+
+
+def _resize(model: nn.Module, edit: Resize, remember: bool, shared: Shared | None) -> Undo | None:
+    offload.refuse_offloaded(get_module(model, edit.path), f"{edit.path} is to become narrower")
+    old = get_module(model, edit.path)
+    _refuse_tied(model, old.parameters(), [edit.path], shared)
+    refuse_hooks(edit.path, old)
+    set_module(model, edit.path, resized(edit.path, old, edit.outputs, edit.inputs))
+    return (lambda: set_module(model, edit.path, old)) if remember else None
 
 
 def _insert(model: nn.Module, edit: Insert) -> Undo:

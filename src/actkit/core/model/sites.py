@@ -96,6 +96,22 @@ class Site:
         return cls(match["name"], None if block is None else int(block), None if expert is None else int(expert))
 
 
+@dataclass(frozen=True)
+class Joined:
+    """Two sites whose rows a statistic reads together (`core/watch/joined.py`).
+
+    Attributes:
+        first: a site of one block.
+        second: the same; its rows are those of the same tokens.
+    """
+
+    first: Site
+    second: Site
+
+    def __str__(self) -> str:
+        return f"{self.first} with {self.second}"
+
+
 Layout = Literal["tokens", "flat", "heads", "weights", "channels_first"]
 Angles = Literal["halves", "neighbours", "once"]  # how rotary tables list them: 0 1 2 0 1 2, 0 0 1 1 2 2 or 0 1 2
 Pairs = Literal["halves", "neighbours"]  # of n turned features: i and i + n / 2, or 2i and 2i + 1

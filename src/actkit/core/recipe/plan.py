@@ -175,7 +175,7 @@ def _cost(
 
     Of several processes, for the largest share of the batches.
     """
-    needy = [t for t in transforms if t.needs_data]
+    needy = [t for t in transforms if t.needs_data and t.tags.stream != "none"]
     if not needy or not len(batches):
         return [], 0.0
     contexts = [BatchContext.of(batch, view.model) for batch in batches]
@@ -234,7 +234,7 @@ def turns(transforms: Sequence[Transform]) -> list[range]:
 
 def _streams(transforms: Iterable[Transform]) -> set[str]:
     """The streams that transforms calibrate on."""
-    streams = (t.tags.stream for t in transforms)
+    streams = (t.tags.stream for t in transforms if t.tags.stream != "none")
     return {each for stream in streams for each in (("original", "edited") if stream == "both" else (stream,))}
 
 

@@ -24,6 +24,7 @@ from actkit.core.edit.edits import (
     Note,
     Replace,
     ReplaceTied,
+    Resize,
     Set,
     Shared,
     Skip,
@@ -33,9 +34,11 @@ from actkit.core.edit.edits import (
     get_module,
     get_tensor,
     parts_of,
+    place_of,
     set_module,
     shared_parameters,
 )
+from actkit.core.edit.resizing import resized
 from actkit.core.forward.batch import check_batch, reads_beyond, sequence_of
 from actkit.core.forward.hooks import evaluating, refuse_compiled_or_sharded
 from actkit.core.ground import offload, processes
@@ -401,6 +404,8 @@ class _Run:
             for part in parts_of(edit) if isinstance(edit, Replace | ReplaceTied) else ():
                 originals.setdefault(part.path, get_module(self.model, part.path))
             self._apply_edit(edit)
+            if isinstance(edit, Resize) and edit.path in originals:  # what it computed of what is left
+                originals[edit.path] = resized(edit.path, originals[edit.path], edit.outputs, edit.inputs)
             self.report.changed += [(where, type(transform).__name__) for where in _places(edit)]
 
     def _apply_edit(self, edit: Edit) -> None:
@@ -409,9 +414,9 @@ class _Run:
         if self._opened is not None and not isinstance(edit, Configure):
             for path in _places(edit):
                 self._opened.changed |= _is_inside(self.model, path, self._opened.experts)
-        for part in replaced:
-            old = get_module(self.model, part.path)
-            self._frozen |= {f"{part.path}.{name}" for name, p in old.named_parameters() if not p.requires_grad}
+        for path in _places(edit) if isinstance(edit, Replace | ReplaceTied | Resize) else ():
+            old = get_module(self.model, path)
+            self._frozen |= {f"{path}.{name}" for name, p in old.named_parameters() if not p.requires_grad}
         undo = apply_edit(self.model, edit, remember=self.mode == "memory", shared=self._shared)
         if undo is not None:
             self.undos.append(undo)
@@ -470,7 +475,8 @@ class _Run:
 
     def _keep_modes(self) -> None:
         modules = dict(self.model.named_modules())
-        for path in {entry["replace"] for entry in self.described if "replace" in entry} & modules.keys():
+        places = {place_of(entry) for entry in self.described if "insert" not in entry}
+        for path in places & modules.keys():
             modules[path].train(self._training.get(path, self.model.training))
 
     def _track(self, items: Any, description: str) -> Iterable[Any]:
@@ -481,7 +487,7 @@ def _places(edit: Edit) -> list[str]:
     """The paths, the parameter or the setting that an edit changes."""
     if isinstance(edit, Replace | ReplaceTied):
         return [part.path for part in parts_of(edit)]
-    if isinstance(edit, Insert):
+    if isinstance(edit, Insert | Resize):
         return [edit.path]
     return [edit.parameter if isinstance(edit, Set) else edit.key]
 
@@ -548,7 +554,8 @@ def _restore_from_source(model: nn.Module, described: list[dict[str, Any]], orig
     # Modules first, outer ones before inner ones: a tensor that was set may have been replaced since, and then comes
     # back with its module.
     inserted = {entry["insert"] for entry in described if "insert" in entry}
-    for path in sorted({entry["replace"] for entry in described if "replace" in entry}, key=len):
+    places = {path for entry in described if "insert" not in entry and (path := place_of(entry)) is not None}
+    for path in sorted(places, key=len):
         if not covered(path) and not any(is_within(path, other) for other in inserted):
             set_module(model, path, get_module(fresh, path))
             restored.add(path)

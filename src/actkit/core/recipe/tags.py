@@ -20,7 +20,8 @@ class Tags:
         least_coverage: share of the parameters inside blocks that it touches at least, if the model was read as it is.
         by_layer: it looks at a block by its linear layers alone, so that `only` may limit it to some of them.
         needs_data: calibration batches are required (at some settings only: see `Transform.needs_data`).
-        stream: the hidden states it calibrates on, of the original or of the edited model, or both.
+        stream: the hidden states it calibrates on, of the original or of the edited model, or both; 'none' if `plan`
+            alone looks at the data, so that no walk goes through the blocks for its sake.
         plans_in_turn: its `plan` needs the model as the transforms before it left it. These are applied to all blocks
             first, and what they left is the original from there on, for this transform and those after it.
         spans_blocks: its edits of all blocks, and of what stands before and behind them, belong together: it is applied
@@ -44,7 +45,7 @@ class Tags:
     by_layer: bool = False
     # what it calibrates on
     needs_data: bool = False
-    stream: Literal["original", "edited", "both"] = "edited"
+    stream: Literal["original", "edited", "both", "none"] = "edited"
     plans_in_turn: bool = False
     spans_blocks: bool = False
     records_calls: bool = False

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from actkit.core.edit import changes
 from actkit.core.edit.changes import Changes, Source, SourceGrid
-from actkit.core.edit.edits import ATTENTION, describe_module, get_module, replay
+from actkit.core.edit.edits import ATTENTION, describe_module, get_module, place_of, replay
 from actkit.core.forward.hooks import refuse_compiled_or_sharded
 from actkit.core.forward.named_functions import unknown_function
 from actkit.core.ground import offload, processes, registry
@@ -125,7 +125,7 @@ def check_savable(model: nn.Module) -> None:
     known = changes.of(model)
     edits = known.edits if known else []
     _check_attention(model, edits)
-    replaced = tuple(f"{path}." for edit in edits if (path := edit.get("replace", edit.get("insert"))))
+    replaced = tuple(f"{path}." for edit in edits if (path := place_of(edit)))
     base = getattr(type(model), "actkit_base", type(model))
     houses = {"torch", "transformers", "actkit", base.__module__.partition(".")[0]}
     named = own_names(model.config.to_dict()).values()  # type: ignore[union-attr, operator]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from actkit.core.edit.edits import place_of
 from actkit.core.ground.errors import CheckpointError
 from actkit.core.layers.hidden_act import enter_those_of
 from actkit.core.store.pretrained import base_type
@@ -52,7 +53,7 @@ def check_rebuilds(model: PreTrainedModel, edits: Sequence[dict[str, Any]]) -> N
             f"save: no {name} can be built from this model's config ({error}), so that the folder would not load; "
             f"mend model.config."
         ) from error
-    replaced = tuple(f"{path}." for edit in edits if (path := edit.get("replace", edit.get("insert"))))
+    replaced = tuple(f"{path}." for edit in edits if (path := place_of(edit)))
     expected, found = (
         {key: tuple(value.shape) for key, value in each.state_dict().items() if isinstance(value, Tensor)}
         for each in (plain, model)

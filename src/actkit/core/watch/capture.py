@@ -30,14 +30,15 @@ from actkit.core.ground.progress import track
 from actkit.core.model.anatomy import Anatomy, Site, Tap, read_tap
 from actkit.core.model.anatomy import anatomy as read_anatomy
 from actkit.core.model.experts import ExpertList
-from actkit.core.model.sites import write_tap
+from actkit.core.model.sites import Joined, write_tap
 from actkit.core.watch.calls import Call
+from actkit.core.watch.joined import End
 from actkit.core.watch.merging import merge
 from actkit.core.watch.one_pass import update_all
 from actkit.core.watch.rows import Keys, as_rows, check_finite
 from actkit.core.watch.statistics import Statistic
 
-Wanted = Mapping[Any, Any]  # site, its name or a pattern -> a statistic or several
+Wanted = Mapping[Any, Any]  # site, its name, a pattern or two joined sites -> a statistic or several
 
 
 class Observations(Mapping[Site, Any]):
@@ -52,7 +53,7 @@ class Observations(Mapping[Site, Any]):
         self._statistics = dict(statistics)
         self.seconds = seconds
 
-    def __getitem__(self, site: Site | str) -> Any:
+    def __getitem__(self, site: Site | Joined | str) -> Any:
         found = Site.parse(site) if isinstance(site, str) else site
         if found not in self._statistics:
             raise KeyError(f"site: {found} was not recorded; recorded are {_listed(self._statistics)}.")
@@ -91,7 +92,8 @@ def record(
     Args:
         model: neither compiled nor sharded.
         wanted: a site, its text, a bare name ('mlp.hidden': in every block and every expert) or a pattern
-            ('layer.input:*.down_proj') -> one statistic or a list; each site gets fresh ones with those settings.
+            ('layer.input:*.down_proj') -> one statistic or a list; each site gets fresh ones with those settings. A
+            `Joined` of two sites is given a statistic that reads the rows of both.
         batches: dicts of the model's keywords (attention_mask [batch, length] tells padding, labels are dropped) or
             single
             arguments; `batches.document_ids` are used if present, else every row is a document.
@@ -402,8 +404,12 @@ def resolve(view: Anatomy, wanted: Wanted) -> dict[Site, Any]:
         ValueError: no site of this model matches a key.
     """
     available = view.sites()
-    found: dict[Site, Any] = {}
+    found: dict[Any, Any] = {}
     for key, value in wanted.items():
+        if isinstance(key, Joined):
+            view.taps((view.canonical(key.first), view.canonical(key.second)))  # an error says what this model has
+            found[key] = value
+            continue
         for site in _matching(view, key, available):
             found[site] = [*_several(found[site]), *_several(value)] if site in found else value
     return found
@@ -458,23 +464,29 @@ def experts_for(view: Anatomy, wanted: Wanted) -> Iterator[None]:
 class _Readings:
     """taps: how each distinct tensor is read, a site to name it by, and the statistics to fill from it."""
 
-    def __init__(self, view: Anatomy, wanted: Mapping[Site, Any]) -> None:
+    def __init__(self, view: Anatomy, wanted: Mapping[Any, Any]) -> None:
         self.taps: dict[Tap, tuple[Site, list[Statistic]]] = {}
-        self.statistics: dict[Site, Any] = {}
-        names = {site: view.canonical(site) for site in wanted}
+        self.statistics: dict[Any, Any] = {}
+        parts = {site: (site.first, site.second) if isinstance(site, Joined) else (site,) for site in wanted}
+        names = {part: view.canonical(part) for both in parts.values() for part in both}
         taps = view.taps(names.values())
         for site, value in wanted.items():
-            tap = taps[names[site]]
-            fresh = [self._add(tap, site, statistic) for statistic in _several(value)]
+            where = [(taps[names[part]], part) for part in parts[site]]
+            fresh = [self._add(where, site, statistic) for statistic in _several(value)]
             self.statistics[site] = fresh if isinstance(value, Sequence) else fresh[0]
 
-    def _add(self, tap: Tap, site: Site, statistic: Any) -> Statistic:
+    def _add(self, where: list[tuple[Tap, Site]], site: Site | Joined, statistic: Any) -> Statistic:
         if not isinstance(statistic, Statistic):
             kind = type(statistic).__name__
             raise TypeError(
                 f"wanted: {kind} was given for {site}; give a statistic, as in {{'mlp.hidden': Moments()}}."
             )
-        _, known = self.taps.setdefault(tap, (site, []))
+        if isinstance(site, Joined):
+            fresh = statistic.empty()
+            for (tap, part), end in zip(where, End.both(fresh), strict=True):
+                self.taps.setdefault(tap, (part, []))[1].append(end)  # type: ignore[arg-type]
+            return fresh
+        _, known = self.taps.setdefault(where[0][0], (site, []))
         same = next((other for other in known if other.matches(statistic)), None)
         if same is None:
             same = statistic.empty()

@@ -1,0 +1,1 @@
+"""Compression: models that are smaller as they lie, without codes: narrower layers, factors, folds."""

@@ -1,0 +1,72 @@
+"""The width of an MLP: cut units out of every layer that knows them, and say the new width in the config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from actkit.core.edit.edits import Configure, Resize
+from actkit.core.ground.errors import EditError
+from actkit.core.model.parts import Mlp
+
+ENTRIES = ("intermediate_size", "n_inner", "ffn_dim")  # what configs call the width of their MLPs
+
+
+def cut(mlp: Mlp, kept: Tensor) -> Iterator[Resize]:
+    """Return the edits that leave some units of an MLP.
+
+    Args:
+        mlp: gated or not; gate and up may be one layer.
+        kept: int64 [units that stay], in any order; they keep the order that they have.
+
+    Raises:
+        EditError: something else in the MLP knows its units.
+    """
+    kept = kept.sort().values
+    _refuse_other_parts(mlp)
+    if mlp.up_rows is not None:  # one layer computes gate and up
+        up = mlp.up_rows.indices()
+        others = torch.ones(mlp.up.out_features, dtype=torch.bool).index_fill(0, up, False)
+        gate = others.nonzero().flatten()
+        if len(gate) != len(up):
+            raise EditError(f"{mlp.up.path}: {len(gate)} of its rows are no units, {len(up)} are; it cannot be cut.")
+        yield Resize(mlp.up.path, outputs=torch.cat((gate[kept], up[kept])).sort().values)
+    else:
+        for linear in mlp.inputs:
+            yield Resize(linear.path, outputs=kept)
+    yield Resize(mlp.down.path, inputs=kept)
+
+
+def configured(model: nn.Module, width: int) -> Configure | None:
+    """Return the edit that says in the config that all MLPs of a model have a width, or None if no entry can.
+
+    Args:
+        model: a transformers model whose MLPs have that width.
+        width: in units.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return None
+    from actkit.core.store.skeleton import plain_model
+
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for key in ENTRIES:
+        if not hasattr(model.config, key):
+            continue
+        plain = {name: tensor.shape for name, tensor in plain_model(model, **{key: width}).state_dict().items()}
+        if all(shapes.get(name) == shape for name, shape in plain.items()):
+            return Configure(key, width)
+    return None
+
+
+def _refuse_other_parts(mlp: Mlp) -> None:
+    """Raise EditError if a tensor of the MLP besides its layers has one of its sides as long as the width."""
+    layers = [linear.path.removeprefix(f"{mlp.path}.") for linear in (*mlp.inputs, mlp.down)]
+    for name, tensor in (*mlp.module.named_parameters(), *mlp.module.named_buffers()):
+        if mlp.width in tensor.shape and not any(name.startswith(f"{layer}.") for layer in layers):
+            raise EditError(
+                f"{mlp.path}.{name}: it knows the {mlp.width} units of this MLP by number {tuple(tensor.shape)}, and "
+                f"is no linear layer. Prune before what put it there, or leave this MLP out."
+            )

@@ -1,0 +1,59 @@
+"""How a user meets the errors of `compression`: one function per way, which raises it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from actkit.compression.cfsp import Cfsp, width
+from actkit.core.edit.edits import Resize, apply_edit
+from actkit.core.edit.widths import cut
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.selections import TopK
+from actkit.core.model.fused_layers import PartRows
+from error_proofs import Place, proof, run
+
+proof(lambda p: width(48, 0.5, 64, "model.layers.0.mlp"))
+
+
+@proof
+def nothing_left(p: Place) -> None:
+    run(Cfsp(sparsity=0.99))
+
+
+proof(lambda p: apply_edit(nn.Sequential(nn.LayerNorm(4)), Resize("0", outputs=torch.tensor([0]))))
+
+
+proof(lambda p: apply_edit(nn.Sequential(nn.Linear(4, 4)), Resize("0", outputs=torch.tensor([4]))))
+
+
+@proof
+def a_filled_slot(p: Place) -> None:
+    model = nn.Sequential(ActLinear.of(nn.Linear(4, 4), select=TopK(2, None)))
+    apply_edit(model, Resize("0", outputs=torch.tensor([0])))
+
+
+def _mlp(module: nn.Module, rows: PartRows | None = None) -> SimpleNamespace:
+    """An MLP of 4 units as `cut` reads one."""
+    up, down = nn.Linear(2, 4), nn.Linear(4, 2)
+    layers = [
+        SimpleNamespace(path=f"mlp.{name}", out_features=layer.out_features)
+        for name, layer in (("up", up), ("down", down))
+    ]
+    return SimpleNamespace(
+        path="mlp", module=module, width=4, inputs=layers[:1], up=layers[0], down=layers[1], up_rows=rows
+    )
+
+
+@proof
+def a_value_per_unit(p: Place) -> None:
+    module = nn.Module()
+    module.slopes = nn.Parameter(torch.ones(4))
+    list(cut(_mlp(module), torch.tensor([0])))  # type: ignore[arg-type]
+
+
+@proof
+def rows_of_something_else(p: Place) -> None:
+    list(cut(_mlp(nn.Module(), PartRows(0, 1)), torch.tensor([0])))  # type: ignore[arg-type]
