@@ -188,7 +188,7 @@ def test_a_module_that_stands_in_two_places_is_refused():
 
 
 def test_replay_refuses_what_it_does_not_know():
-    with pytest.raises(EditError, match="none of replace, insert, set, configure"):
+    with pytest.raises(EditError, match="none of replace, insert, resize, set, configure"):
         replay(build("llama"), [{"rotate": "everything"}])
     with pytest.raises(RecipeError, match="'no_such_module' is not known"):
         replay(build("llama"), [{"replace": GATE, "module": "no_such_module", "spec": {}}])
