@@ -43,7 +43,14 @@ def _mlp(module: nn.Module, rows: PartRows | None = None) -> SimpleNamespace:
         for name, layer in (("up", up), ("down", down))
     ]
     return SimpleNamespace(
-        path="mlp", module=module, width=4, inputs=layers[:1], up=layers[0], down=layers[1], up_rows=rows
+        path="mlp",
+        activation="mlp.act",
+        module=module,
+        width=4,
+        inputs=layers[:1],
+        up=layers[0],
+        down=layers[1],
+        up_rows=rows,
     )
 
 
@@ -57,3 +64,16 @@ def a_value_per_unit(p: Place) -> None:
 @proof
 def rows_of_something_else(p: Place) -> None:
     list(cut(_mlp(nn.Module(), PartRows(0, 1)), torch.tensor([0])))  # type: ignore[arg-type]
+
+
+class Mixing(nn.Module):
+    """Reads all units of a row."""
+
+    mixes = ("channels",)
+
+
+@proof
+def a_function_of_all_units(p: Place) -> None:
+    module = nn.Module()
+    module.act = Mixing()
+    list(cut(_mlp(module), torch.tensor([0])))  # type: ignore[arg-type]

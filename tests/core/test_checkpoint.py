@@ -275,7 +275,10 @@ def test_tensors_must_agree(folder, change, text):
         (lambda m: m.update(files={"../other": {"bytes": 1}}), "malformed"),
         (lambda m: m.update(base_class="os.system"), "'os.system' is not a model class of transformers"),
         (lambda m: m.update(base_class=3), "base_class is missing or malformed"),
-        (lambda m: m["edits"].append({"run": "rm"}), "edits do not fit .* none of replace, insert, resize, set, configure"),
+        (
+            lambda m: m["edits"].append({"run": "rm"}),
+            "edits do not fit .* none of replace, insert, resize, set, configure",
+        ),
         (lambda m: m["edits"][0].update(module="os:system"), "'os:system' is not known"),
         (lambda m: m["edits"][0].update(spec={}), "edits do not fit"),
         (lambda m: m["edits"][0]["spec"].update(in_features=5), "do not fit"),

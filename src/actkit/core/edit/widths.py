@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from actkit.core.edit.edits import Configure, Resize
 from actkit.core.ground.errors import EditError
+from actkit.core.layers.activations import mixes_of
 from actkit.core.model.parts import Mlp
 
 ENTRIES = ("intermediate_size", "n_inner", "ffn_dim")  # what configs call the width of their MLPs
@@ -62,7 +63,14 @@ def configured(model: nn.Module, width: int) -> Configure | None:
 
 
 def _refuse_other_parts(mlp: Mlp) -> None:
-    """Raise EditError if a tensor of the MLP besides its layers has one of its sides as long as the width."""
+    """Raise EditError if something in the MLP besides its layers would compute another function of fewer units."""
+    name = mlp.activation.removeprefix(f"{mlp.path}.")
+    activation = dict(mlp.module.named_modules()).get(name)
+    if activation is not None and "channels" in (mixes_of(activation) or ()):
+        raise EditError(
+            f"{mlp.activation}: a {type(activation).__name__} mixes the units of its MLP, so that those that stay "
+            f"would change if others are cut. Leave this MLP out, or replace the function first (swap)."
+        )
     layers = [linear.path.removeprefix(f"{mlp.path}.") for linear in (*mlp.inputs, mlp.down)]
     for name, tensor in (*mlp.module.named_parameters(), *mlp.module.named_buffers()):
         if mlp.width in tensor.shape and not any(name.startswith(f"{layer}.") for layer in layers):
