@@ -9,10 +9,10 @@ from torch import nn
 
 from actkit.compression.cfsp import Cfsp, width
 from actkit.core.edit.edits import Resize, apply_edit
-from actkit.core.edit.widths import cut
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.selections import TopK
 from actkit.core.model.fused_layers import PartRows
+from actkit.core.recipe.widths import cut
 from error_proofs import Place, proof, run
 
 proof(lambda p: width(48, 0.5, 64, "model.layers.0.mlp"))

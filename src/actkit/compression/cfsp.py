@@ -32,7 +32,6 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from actkit.core.edit.edits import Configure, Edit, Note, Replace, Set, Skip
-from actkit.core.edit.widths import configured, cut
 from actkit.core.ground.errors import RecipeError
 from actkit.core.layers.linear import ActLinear
 from actkit.core.model.anatomy import Anatomy, Block, Linear, Site
@@ -41,6 +40,7 @@ from actkit.core.model.sites import Joined
 from actkit.core.recipe.seen import Seen, Trial
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
+from actkit.core.recipe.widths import configured, cut
 from actkit.core.watch.capture import record
 from actkit.core.watch.joined import Difference
 from actkit.core.watch.statistics import Moments
@@ -187,9 +187,8 @@ def width(units: int, share: float, multiple_of: int | Literal["auto"] | None, p
     Raises:
         RecipeError: none would stay, or the multiple is larger than the MLP is wide.
     """
-    multiple = multiple_of
-    if multiple == "auto":
-        multiple = next((number for number in MULTIPLES if number * LEAST <= units), None)
+    fitting = (number for number in MULTIPLES if number * LEAST <= units)
+    multiple = next(fitting, None) if isinstance(multiple_of, str) else multiple_of
     if multiple is not None and multiple > units:
         raise RecipeError(f"multiple_of: {multiple} was given, and {path} has {units} units; give at most that.")
     number = int(units * share) if multiple is None else multiple * int((units * share + multiple / 2) / multiple)

@@ -12,6 +12,7 @@ from actkit.core.edit.edits import Configure, Resize
 from actkit.core.ground.errors import EditError
 from actkit.core.layers.activations import mixes_of
 from actkit.core.model.parts import Mlp
+from actkit.core.store.skeleton import plain_model
 
 ENTRIES = ("intermediate_size", "n_inner", "ffn_dim")  # what configs call the width of their MLPs
 
@@ -50,8 +51,6 @@ def configured(model: nn.Module, width: int) -> Configure | None:
     """
     if not isinstance(model, PreTrainedModel):
         return None
-    from actkit.core.store.skeleton import plain_model
-
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for key in ENTRIES:
         if not hasattr(model.config, key):
