@@ -3,8 +3,9 @@
 Measured on the zoo's SwiGLU language model: 64 x 256 training tokens for calibration, 3 seeds, perplexity on 33,000
 held-out tokens, 30 and 50 % of the MLP units cut. Arms: random units, the smallest weights, Wanda's score, CFSP's fine
 score, each with the same share in every block; and CFSP with the coarse shares; `relative` and `compensate` beside
-them, reported and not judged. Random units are one draw, the same in each block and for each seed. Widths are exact, so that arms have equal parameters to within a unit a block. The
-release's perplexities of LLaMA are not known to us, and 7B models cannot be run here.
+them, reported and not judged. Random units are one draw, the same in each block and for each seed. Widths are exact, so
+that arms have equal parameters to within a unit a block. The release's perplexities of LLaMA are not known to us, and
+7B models cannot be run here.
 
 On SmolLM2-135M (in bf16, as it is stored) the same arms at fewer rows (`REAL_SIZES`) and one seed; Gemma 3 270M
 likewise. About 10 minutes on two idle cores for each of the first two.
