@@ -14,6 +14,8 @@ from actkit.core.recipe.runner import apply
 from actkit.functions.af_kan.replace import AfKan
 from actkit.functions.crrelu import eafo
 from actkit.functions.kat.gr_kan import GrKan
+from actkit.functions.s_kan.basis_choice import basis_choice
+from actkit.functions.s_kan.choose_basis import ChooseBasis
 from actkit.functions.selu.self_normalize import SelfNormalize
 from actkit.functions.selu.self_normalizing import self_normalizing
 from actkit.functions.swap import Swap
@@ -103,3 +105,9 @@ proof(lambda p: run(GrKan(groups=5)))
 
 
 proof(lambda p: run(AfKan(where=("model.layers.0.mlp",))))
+
+
+proof(lambda p: basis_choice(build("mlp")))
+
+
+proof(lambda p: ChooseBasis().attach(build("mlp")))

@@ -11,10 +11,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 import actkit
 from actkit.functions.crrelu.eafo import eafo
 from actkit.functions.polycom.degrees import polynomial_degrees
+from actkit.functions.s_kan.basis_choice import basis_choice
+from actkit.functions.s_kan.s_kan_layer import SKanLayer
 from actkit.functions.selu.self_normalizing import self_normalizing
 from actkit.functions.softplus_attention.entropy import attention_entropy
 from actkit.functions.softplus_attention.length_curve import extrapolation_curve
@@ -115,6 +118,7 @@ WITHOUT_A_MODEL: dict[str, Callable[[], Any]] = {
     "threshold_curve": partial(threshold_curve, [1000, 2000], [0.02], [20], range(8, 12)),
     "relu law": lambda: fit_relu_law(TOKENS, [relu_law(each, 0.4, -1.0, 0.5, 0.1) for each in BILLIONS]),
     "silu law": lambda: fit_silu_law(TOKENS, [silu_law(each, 0.4, 0.2, 0.6) for each in BILLIONS]),
+    "basis_choice": lambda: basis_choice(nn.Sequential(SKanLayer(3, 4), SKanLayer(4, 2).pruned())),
     "width law": lambda: fit_width_law([10, 20, 30, 40, 60], [0.1, 0.15, 0.2, 0.25, 0.25]),
 }
 

@@ -58,6 +58,7 @@ from actkit.functions.kat.kat import GrKanLinear
 from actkit.functions.polycom.polynomials import PolyNorm, PolyReLU
 from actkit.functions.polycom.ungate import UngatedMlp
 from actkit.functions.posets.pooling import PosetActivation, PosetPool1d, PosetPool2d
+from actkit.functions.s_kan.s_kan_layer import PrunedLayer, SConvKan2d, SKanLayer
 from actkit.functions.selu.self_normalize import PassThrough
 from actkit.functions.selu.selu import AlphaDropout, ScaledElu, constants
 from actkit.functions.softplus_attention.layer import SoftplusAttention
@@ -361,6 +362,13 @@ LAYERS: dict[str, dict[str, Made]] = {
         "AF-KAN": Made(lambda: AfKanMlp(IN, 8, combine="sum_prod"), settings={"original": lambda: nn.Linear(IN, IN)}),
         "ReLU-KAN": Made(lambda: AfKanMlp(IN, 8, "relu_kan"), settings={"original": lambda: nn.Linear(IN, IN)}),
     },
+    "s_kan_layer": {
+        "by node": linear_like(lambda: SKanLayer(IN, OUT)),
+        "by layer": linear_like(lambda: SKanLayer(IN, OUT, ("cheby", "relukan"), "layer")),
+    },
+    "pruned_layer": {
+        "": linear_like(lambda: PrunedLayer(IN, OUT, {"rbf": [1, 5, *range(6, OUT)], "wavelet": [0, 2, 3, 4]})),
+    },
     "kan_linear": {
         "splines and a base": kan(BSplines, base="silu"),
         "bells behind a norm": kan(Bells, norm=True, bias=False),
@@ -412,6 +420,11 @@ NOT_SAVED = {  # layers that are used by hand, or inside another, or are models:
     "LearnedInputs": Made(learned_inputs, settings={"smooth": False}),
     "LowRank": Made(
         lambda: LowRank(torch.randn(OUT, 2), torch.randn(2, IN)), settings={"shape": lambda shape: (*shape[:-1], OUT)}
+    ),
+    "SConvKan2d": Made(
+        lambda: SConvKan2d(4, 8, 3, padding=1),
+        (torch.randn(2, 4, 6, 5),),
+        {"rows": False, "shape": lambda shape: (shape[0], 8, *shape[2:])},
     ),
     "GrKanLinear": Made(lambda: GrKanLinear(IN, OUT, 4), settings={"shape": lambda shape: (*shape[:-1], OUT)}),
     "AfKanNetwork": Made(
@@ -487,6 +500,7 @@ PARTS |= {"AbsentExperts", "StoredExperts"}  # see test_expert_store.py and test
 PARTS |= {"Passing", "PackedModel"}  # see test_recording.py and test_packed.py
 MODELS = {"DigitsCNN", "TinyMlp"}  # see test_check_model.py
 MODELS |= {"PLMForCausalLM", "PLMModel", "PLMPreTrainedModel", "PLMLayer", "LatentAttention", "SquaredReLUMLP"}
+MODELS |= {"ConvNet"}  # see tests/claims/test_s_kan.py
 MODELS |= {"GatedMLP"}  # and tests/sparsity/test_plm.py, tests/claims/test_plm.py
 
 
