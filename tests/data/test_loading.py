@@ -268,7 +268,7 @@ def test_a_folder_of_images_without_pillow(tmp_path, monkeypatch):
 
 
 BAD_ARGUMENTS = [
-    ({"length": 513}, "length=513.*context of 512"),
+    ({"length": 513}, "513 tokens.*context is 512"),
     ({"length": 0}, "length=0.*at least 1"),
     ({"batch_size": 0}, "batch_size=0"),
     ({"sequences": -1}, "sequences=-1"),

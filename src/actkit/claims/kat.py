@@ -88,6 +88,7 @@ class Sizes:
     samples: int = 256
 
 
+REAL_SIZES = Sizes()  # of smollm2 and gemma3
 CONVERSION = Statement(
     "A trained encoder keeps its function when its MLPs become GR-KANs",
     "a KAT that begins as a trained ViT ends better than one from the start (ImageNet top-1 75.7, 82.0, 82.8 and 74.6, "

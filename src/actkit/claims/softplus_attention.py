@@ -71,6 +71,7 @@ class Sizes:
     held_out: int = 8
 
 
+REAL_SIZES = Sizes()  # of smollm2 and gemma3
 SHORT = Statement(
     "LSSA and LSSAR learn as well as softmax at the length of training",
     "validation loss at 1,024: softmax 3.19, LSSA 3.19, LSSAR (power 15) 3.19",

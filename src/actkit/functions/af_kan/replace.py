@@ -1,5 +1,8 @@
 """AF-KAN or ReLU-KAN in place of MLPs or single linear layers of a model, to be trained (2025, arXiv:2503.06112).
 
+    mlp(x) = second(first(x)),    first: [..., hidden] -> [..., width],  second: [..., width] -> [..., hidden]
+    or one layer(x),              each an AF-KAN layer y = W s(norm(h(x))), or ReLU-KAN's y = W A(x)
+
 When to use it: `af_kan` to try a KAN in a small model of images or tables: in place of the MLPs of its blocks, or of
 the layers that you name, such as its head. The weights are drawn anew, so train after it.
 Cost: an MLP's hidden width is chosen so that it has at most the parameters of the one before.
