@@ -15,6 +15,8 @@ from torch import nn
 
 import actkit
 from actkit.functions.crrelu.eafo import eafo
+from actkit.functions.pangu_pi.collapse import collapse_bound
+from actkit.functions.pangu_pi.diversity import diversity
 from actkit.functions.polycom.degrees import polynomial_degrees
 from actkit.functions.s_kan.basis_choice import basis_choice
 from actkit.functions.s_kan.s_kan_layer import SKanLayer
@@ -71,6 +73,13 @@ def degrees(model: Any, batches: Any) -> Any:
 def lengths_of(batches: Any) -> Any:
     """Rows of seven tokens."""
     return torch.cat([batch["input_ids"][:, :7] for batch in batches])
+def bound(model: Any, batches: Any) -> Any:
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        return collapse_bound(model, {"input_ids": batches[0]["input_ids"]})
+    finally:
+        model.set_attn_implementation(implementation)
 
 
 ANALYSES: dict[str, Made] = {
@@ -86,6 +95,9 @@ ANALYSES: dict[str, Made] = {
     "activity_curve": Made(curve, "ActivityCurve", relu=True),
     "gate_sparsity": Made(quiet(gate_sparsity), "GateSparsity", "mixtral", relu=True),
     "polynomial_degrees": Made(degrees, "PolynomialDegrees", several=False),
+    "diversity": Made(quiet(diversity), "Diversity", several=False),
+    "diversity of images": Made(quiet(diversity, skip=0), "Diversity", "vit", several=False),
+    "collapse_bound": Made(bound, "CollapseBound", several=False),
     "weight_sensitivity": Made(quiet(weight_sensitivity), "Sensitivity", several=False),
     "ptq_study": Made(
         lambda model, batches: ptq_study(

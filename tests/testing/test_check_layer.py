@@ -55,6 +55,8 @@ from actkit.functions.af_kan.replace import AfKanMlp
 from actkit.functions.crrelu.crrelu import CRReLU
 from actkit.functions.kat.group_rational import GroupRational, RationalFirst
 from actkit.functions.kat.kat import GrKanLinear
+from actkit.functions.pangu_pi.series import SeriesActivation
+from actkit.functions.pangu_pi.shortcut import AugmentedAttention, AugmentedResidual, AugmentedShortcut
 from actkit.functions.polycom.polynomials import PolyNorm, PolyReLU
 from actkit.functions.polycom.ungate import UngatedMlp
 from actkit.functions.posets.pooling import PosetActivation, PosetPool1d, PosetPool2d
@@ -104,6 +106,25 @@ class Made:
     make: Callable[[], nn.Module]
     inputs: tuple[Any, ...] = field(default_factory=lambda: (rows(2, 3), rows(4, seed=2)))
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Adds(nn.Module):
+    """The sum of attention and residual of a BERT, as a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(IN, IN)
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        return self.dense(hidden_states) + input_tensor
+
+
+def augmented_residual() -> Made:
+    return Made(
+        lambda: AugmentedResidual(Adds(), AugmentedShortcut(IN, 4, zero=False)),
+        inputs=((rows(2, 3), rows(2, 3, seed=4)),),
+        settings={"original": Adds, "rows": False},
+    )
 
 
 def act_linear(grid: str = "dense", select: str = "all inputs", of: Any = None, bias: bool = True) -> Made:
@@ -376,6 +397,17 @@ LAYERS: dict[str, dict[str, Made]] = {
     "wavelets": {
         shape: linear_like(lambda shape=shape: Wavelets(IN, OUT, shape)) for shape in ("mexican_hat", "morlet", "dog")
     },
+    "series_activation": {
+        "": Made(lambda: SeriesActivation(nn.GELU(), 2, IN), settings={"original": nn.GELU}),
+        "one pair": Made(lambda: SeriesActivation(nn.ReLU(), 3, start="paper"), settings={"original": nn.ReLU}),
+    },
+    "augmented_attention": {
+        "": Made(
+            lambda: AugmentedAttention(nn.Linear(IN, IN), AugmentedShortcut(IN, 4, zero=False)),
+            settings={"original": lambda: nn.Linear(IN, IN)},
+        )
+    },
+    "augmented_residual": {"": augmented_residual()},
     "spark_ffn": {"": Made(lambda: SparkFFN(IN, 24, 4, 8), settings={"original": lambda: nn.Linear(IN, IN)})},
     "spark_attention": {"": attention()},
     "expert_list": {"": experts()},
@@ -436,6 +468,7 @@ NOT_SAVED = {  # layers that are used by hand, or inside another, or are models:
     "Bells": on_a_basis(Bells),
     "Bumps": on_a_basis(Bumps),
     "Polynomials": on_a_basis(lambda: Polynomials(3, outside="squashed")),
+    "AugmentedShortcut": Made(lambda: AugmentedShortcut(IN, 4, zero=False)),
     "ScaledSigmoid": Made(lambda: ScaledSigmoid(1.7)),
     "ActivationPredictor": Made(
         lambda: ActivationPredictor(IN, OUT, 3), settings={"shape": lambda shape: (*shape[:-1], OUT)}
