@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from actkit.core.layers.activation_function import Axis
 from actkit.core.layers.activations import Activation, mixes_of
-from actkit.core.layers.keeps_dtype import KeepsDtype
+from actkit.core.layers.keeps_dtype import KeepsDtype, at_least_float32
 
 Start = Literal["preserve", "paper"]
 STARTS: tuple[Start, ...] = ("preserve", "paper")
@@ -84,7 +84,7 @@ class SeriesActivation(KeepsDtype):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., channels] -> the same shape and dtype, computed in float32 at least."""
-        wide = x if x.dtype == torch.float64 else x.float()
+        wide = at_least_float32(x)
         y = sum((self.base(wide * a + b) for a, b in zip(self.scale, self.shift, strict=True)), torch.zeros_like(wide))
         return (y / self.terms if self.normalize else y).to(x.dtype)
 
