@@ -1,0 +1,355 @@
+"""VanillaNet's claims: folds are exact, and deep training and series activations help shallow nets.
+
+What is measured here: every preset with random weights and batch norm statistics, in its trained form with faded
+activations and folded, in float32 and float64, on one image. Nets of 4 convolutions (32 to 128 channels) for the digits
+at 16 x 16 pixels, trained for 30 epochs on 1,085 images, with and without pairs of layers whose activation fades out in
+the first third, with a series of order 3 or ReLU alone; Adam W, the rate of each the better of 1e-3 and 3e-3 by
+validation with the first seed, five seeds, accuracy on the 338 test images. The net `tiny` on 64 images of 32 x 32
+pixels, in its trained form and folded. And the zoo's CNN, deepened, trained on and collapsed.
+
+Digits are not ImageNet, and nets so small say little about 58 M parameters. The paper's accuracies and its latencies on
+GPUs cannot be checked here.
+
+About 10 minutes on one core.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from random import Random
+from statistics import mean, median
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from actkit import zoo
+from actkit.claims.outcome import SMALL, SYNTHETIC, Measurement, Outcome, Statement, conduct
+from actkit.claims.subject import spread
+from actkit.core.forward.batch import first_tensor, forward
+from actkit.core.forward.hooks import evaluating
+from actkit.core.recipe.runner import apply
+from actkit.core.train.training import train
+from actkit.data import digits
+from actkit.functions.vanillanet.deepen import Collapse, Deepen
+from actkit.functions.vanillanet.faded import FadeActivations, FadedActivation
+from actkit.functions.vanillanet.model import PRESETS, VanillaNet
+
+NARROW, WIDE = 1e-4, 1e-10  # in float32 and float64
+GAIN, CEILING, REDUCED = 0.005, 0.97, 0.15
+LEAST, DEEPER = -0.002, -0.002
+FASTER = 0.7
+RATES, BATCH = (1e-3, 3e-3), 64
+CELLS = {"deep, series": (True, 3), "deep": (True, None), "series": (False, 3), "neither": (False, None)}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is folded, trained and timed.
+
+    Attributes:
+        seeds: of weights and batches.
+        presets: that are folded.
+        images: side of their image.
+        epochs: of a training.
+        fade: share of it in which activations fade.
+        training: images; None for all.
+        steps: of the CNN.
+        rounds: of timings.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    presets: tuple[str, ...] = tuple(PRESETS)
+    images: int = 64
+    epochs: int = 30
+    fade: float = 1 / 3
+    training: int | None = None
+    steps: int = 170
+    rounds: int = 50
+
+
+EXACT = Statement(
+    "Once its activations have faded, a net is folded into a shallower one that computes the same",
+    "in the release's own code; parameters of the folded nets from 15.5 M (v5) to 58.6 M (v13)",
+    "every preset, random weights and statistics: the largest difference between trained form and folded net is below "
+    "1e-4 in float32 and 1e-10 in float64, the folded one has fewer parameters, and a strength of 0.5 is refused",
+    SYNTHETIC,
+)
+SERIES = Statement(
+    "Series activations raise the accuracy of shallow nets",
+    "6 layers: 59.58 % plain, 75.23 % with the series, ImageNet (quoted from memory)",
+    "digits, 2 x 2 arms, 5 seeds: the mean accuracy with the series is at least 0.5 points above that without, or, "
+    "above 97 %, the error is at least 15 % smaller",
+    SMALL,
+)
+BOTH = Statement(
+    "Deep training and series together are the best of the four",
+    "6 layers: 76.36 % with both, 75.23 and 60.53 % with one (quoted from memory)",
+    "digits, 5 seeds: mean accuracy with both >= that of every other arm - 0.2 points",
+    SMALL,
+)
+DEEP = Statement(
+    "Deep training costs shallow nets no accuracy",
+    "+ 0.95 points without, + 1.13 with the series (6 layers, from memory)",
+    "digits, 5 seeds: mean accuracy with deep training >= that without - 0.2 points",
+    SMALL,
+)
+SPEED = Statement(
+    "A folded net is faster than its trained form",
+    "half of the layers are gone",
+    "the net `tiny`, 64 images of 32 x 32 pixels, two threads, 50 interleaved rounds: median time of the folded one <= "
+    "0.7 of the trained form's",
+    SYNTHETIC,
+)
+ANY = Statement(
+    "Any layer of a trained model can be deepened, trained and collapsed again",
+    "not in the paper, which builds nets of pairs",
+    "the zoo's CNN, all layers: outputs move by less than 1e-4 when it is deepened and when it is collapsed, "
+    "afterwards it has as many numbers as before, and its test accuracy is at least that before - 0.5 points",
+    "cnn",
+)
+STATEMENTS = (EXACT, SERIES, BOTH, DEEP, SPEED, ANY)
+
+
+def run(*, subject: str | None = None, progress: bool = True, sizes: Sizes | None = None) -> Outcome:
+    """Run the claims, or those about one subject. sizes: smaller ones, for a try."""
+    sizes = sizes or Sizes()
+    arms = Arms(sizes, progress)
+    experiments = [
+        (EXACT, partial(exact, sizes)),
+        (SERIES, partial(series, arms)),
+        (BOTH, partial(both, arms)),
+        (DEEP, partial(deep, arms)),
+        (SPEED, partial(speed, sizes)),
+        (ANY, partial(any_layer, sizes)),
+    ]
+    return conduct("vanillanet", experiments, sizes, subject, progress)
+
+
+# -- folds -------------------------------------------------------------------------------------------------------------
+
+
+def drawn(net: nn.Module, seed: int = 0) -> nn.Module:
+    """As after a training: random statistics of batch norms, weights that keep the size of activations, faded."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.running_mean is not None and module.running_var is not None
+                module.running_mean.copy_(0.2 * torch.randn(module.running_mean.shape, generator=generator))
+                module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
+                module.weight.copy_(torch.rand(module.weight.shape, generator=generator) + 0.5)
+                module.bias.copy_(0.2 * torch.randn(module.bias.shape, generator=generator))
+            elif isinstance(module, nn.Conv2d):
+                module.weight.normal_(std=(module.weight[0].numel()) ** -0.5, generator=generator)
+    fade(net, 1.0)
+    return net.eval()
+
+
+def fade(net: nn.Module, strength: float) -> None:
+    """Set the strength of all faded activations."""
+    for module in net.modules():
+        if isinstance(module, FadedActivation):
+            module.strength.fill_(strength)
+
+
+def exact(sizes: Sizes) -> Measurement:
+    """The largest differences by preset."""
+    parts, passed = [], True
+    for name in sizes.presets:
+        net = drawn(VanillaNet.preset(name))
+        channels = net.settings["in_channels"]  # type: ignore[index]
+        x = torch.randn(1, channels, sizes.images, sizes.images, generator=torch.Generator().manual_seed(1))
+        gaps, counts = [], []
+        for dtype in (torch.float32, torch.float64):
+            net = net.to(dtype)
+            deployed = net.to_deploy()  # type: ignore[operator]
+            with torch.no_grad():
+                gaps.append(float((net(x.to(dtype)) - deployed(x.to(dtype))).abs().max()))
+            counts = [sum(parameter.numel() for parameter in each.parameters()) for each in (net, deployed)]
+        fade(net, 0.5)
+        try:
+            net.to_deploy()  # type: ignore[operator]
+            refused = False
+        except ValueError:
+            refused = True
+        passed &= gaps[0] < NARROW and gaps[1] < WIDE and counts[1] < counts[0] and refused
+        parts.append(f"{name} {gaps[0]:.0e} and {gaps[1]:.0e}, {counts[0] / 1e6:.1f} to {counts[1] / 1e6:.1f} M")
+        del net, deployed
+    return Measurement("; ".join(parts), passed)
+
+
+def speed(sizes: Sizes) -> Measurement:
+    """Median times of both forms, in random order, on two threads."""
+    net = drawn(VanillaNet.preset("tiny"))
+    forms = {"trained": net, "folded": net.to_deploy()}  # type: ignore[operator]
+    x = torch.randn(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
+    order, shuffle, threads = list(forms), Random(0).shuffle, torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.no_grad():
+            for number in range(sizes.rounds + 2):  # the first two warm up
+                shuffle(order)
+                for name in order:
+                    start = time.perf_counter()
+                    forms[name](x)
+                    if number > 1:
+                        seconds[name].append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    trained, folded = (median(seconds[name]) for name in ("trained", "folded"))
+    here = f"{folded / trained:.2f}: {trained * 1e3:.1f} and {folded * 1e3:.1f} ms, medians of {sizes.rounds} rounds"
+    return Measurement(here, folded / trained <= FASTER)
+
+
+# -- nets for digits ---------------------------------------------------------------------------------------------------
+
+
+def images(split: str, rows: int | None = None) -> tuple[Tensor, Tensor]:
+    """Digits at 16 x 16 pixels, and their labels."""
+    pixels, labels = digits(split)  # type: ignore[arg-type]
+    pixels = F.interpolate(pixels, scale_factor=2, mode="bilinear", align_corners=False)
+    return pixels[:rows], labels[:rows]
+
+
+@dataclass
+class Arms:
+    """The trained nets; each is trained when it is first needed.
+
+    Attributes:
+        sizes: how much is trained.
+        progress: show bars.
+    """
+
+    sizes: Sizes
+    progress: bool = False
+    _found: dict[tuple[str, int, float], tuple[float, float]] = field(default_factory=dict)
+
+    def rate(self, arm: str) -> float:
+        """The rate of an arm, by the validation loss of the first seed."""
+        return min(RATES, key=lambda rate: self._trained(arm, self.sizes.seeds[0], rate)[0])
+
+    def accuracies(self, arm: str) -> list[float]:
+        """The test accuracy of an arm in each seed."""
+        return [self._trained(arm, seed, self.rate(arm))[1] for seed in self.sizes.seeds]
+
+    def described(self) -> str:
+        """All four, for the record."""
+        parts = (
+            f"{arm} {spread([100 * each for each in self.accuracies(arm)])} % ({self.rate(arm):g})" for arm in CELLS
+        )
+        return ", ".join(parts)
+
+    def _trained(self, arm: str, seed: int, rate: float) -> tuple[float, float]:
+        """Validation loss and test accuracy."""
+        if (arm, seed, rate) not in self._found:
+            is_deep, order = CELLS[arm]
+            torch.manual_seed(seed)
+            net = VanillaNet.preset("digits", deep=is_deep, order=order)
+            pixels, labels = images("train", self.sizes.training)
+            batches = [
+                {"pixel_values": pixels[at : at + BATCH], "labels": labels[at : at + BATCH]}
+                for at in range(0, len(labels), BATCH)
+            ]
+            held_out = dict(zip(("pixel_values", "labels"), images("search"), strict=True))
+            trained = train(
+                net,
+                batches,
+                validation=[held_out],
+                epochs=self.sizes.epochs,
+                learning_rate=rate,
+                rules=[FadeActivations(share=self.sizes.fade)] if is_deep else [],
+                seed=seed,
+                evaluate_every=self.sizes.epochs * len(batches),
+                keep="last",
+                progress=self.progress,
+            )
+            pixels, labels = images("test")
+            with evaluating(net):
+                accuracy = float((net(pixels).argmax(-1) == labels).double().mean())
+            self._found[arm, seed, rate] = trained.validation, accuracy
+        return self._found[arm, seed, rate]
+
+    def mean(self, *arms: str) -> float:
+        """Mean accuracy over arms and seeds."""
+        return mean(each for arm in arms for each in self.accuracies(arm))
+
+
+def series(arms: Arms) -> Measurement:
+    """The main effect of the series."""
+    with_it, without = arms.mean("deep, series", "series"), arms.mean("deep", "neither")
+    reduced = (with_it - without) / max(1 - without, 1e-9)
+    passed = with_it - without >= GAIN or (with_it > CEILING and reduced >= REDUCED)
+    here = f"{100 * (with_it - without):+.2f} points, {reduced:.0%} of the error; {arms.described()}"
+    return Measurement(here, passed)
+
+
+def both(arms: Arms) -> Measurement:
+    """Both parts against each other arm."""
+    gaps = {arm: arms.mean("deep, series") - arms.mean(arm) for arm in CELLS if arm != "deep, series"}
+    here = ", ".join(f"{100 * gap:+.2f} points over {arm!r}" for arm, gap in gaps.items())
+    return Measurement(here, min(gaps.values()) >= LEAST)
+
+
+def deep(arms: Arms) -> Measurement:
+    """The main effect of deep training."""
+    gain = arms.mean("deep, series", "deep") - arms.mean("series", "neither")
+    return Measurement(f"{100 * gain:+.2f} points", gain >= DEEPER)
+
+
+# -- any layer ---------------------------------------------------------------------------------------------------------
+
+
+def any_layer(sizes: Sizes) -> Measurement:
+    """Deepen the zoo's CNN, train it, collapse it; beside it, the plain CNN trained as long."""
+    model = zoo.load("cnn").float().eval()
+    plain = copy.deepcopy(model)
+    pixels, labels = digits("train")
+    batches = [
+        {"pixel_values": pixels[at : at + BATCH], "labels": labels[at : at + BATCH]} for at in range(0, 1024, BATCH)
+    ]
+    held_out = [dict(zip(("pixel_values", "labels"), digits("search"), strict=True))]
+    numbers, accuracy = _numbers(model), _accuracy(model)
+    before = _logits(model)
+    apply(model, Deepen(), batches, undo="off", progress=False)
+    deepened = float((_logits(model) - before).abs().max())
+    for each, rules in ((model, [FadeActivations(share=sizes.fade)]), (plain, [])):
+        train(
+            each,
+            batches,
+            validation=held_out,
+            steps=sizes.steps,
+            learning_rate=1e-3,
+            rules=rules,
+            evaluate_every=sizes.steps,
+            keep="last",
+            progress=False,
+        )
+    trained = _logits(model)
+    apply(model.eval(), Collapse(), undo="off", progress=False)
+    collapsed = float((_logits(model) - trained).abs().max())
+    after = _accuracy(model)
+    here = (
+        f"outputs move by {deepened:.0e} and {collapsed:.0e} (up to {float(trained.abs().max()):.0f}); {numbers} "
+        f"numbers and {_numbers(model)}; accuracy {accuracy:.2%} before, {after:.2%} after, {_accuracy(plain):.2%} of "
+        f"the plain CNN trained as long"
+    )
+    same = deepened < NARROW and collapsed < NARROW and _numbers(model) == numbers
+    return Measurement(here, same and after >= accuracy - 0.005)
+
+
+def _numbers(model: nn.Module) -> int:
+    return sum(tensor.numel() for tensor in model.state_dict().values())
+
+
+def _logits(model: nn.Module) -> Tensor:
+    with evaluating(model):
+        return first_tensor(forward(model, {"pixel_values": digits("test")[0]}))
+
+
+def _accuracy(model: nn.Module) -> float:
+    return float((_logits(model).argmax(-1) == digits("test")[1]).double().mean())
