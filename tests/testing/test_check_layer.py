@@ -64,6 +64,9 @@ from actkit.functions.s_kan.s_kan_layer import PrunedLayer, SConvKan2d, SKanLaye
 from actkit.functions.selu.self_normalize import PassThrough
 from actkit.functions.selu.selu import AlphaDropout, ScaledElu, constants
 from actkit.functions.softplus_attention.layer import SoftplusAttention
+from actkit.functions.vanillanet.faded import FadedActivation
+from actkit.functions.vanillanet.folding import DeepPair
+from actkit.functions.vanillanet.series import SeriesActivation2d
 from actkit.quantization.ofq.query_key import QueryKeyAttention
 from actkit.sparsity.active_dendrites.segments import DendriticSegments, PatternMemory, sparse_code
 from actkit.sparsity.lazy_neuron.top_k_mlp import TopKActivation
@@ -117,6 +120,11 @@ class Adds(nn.Module):
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         return self.dense(hidden_states) + input_tensor
+
+
+def image_series(order: int, fused: bool = False) -> Made:
+    settings = {"rows": False, "original": lambda: nn.Conv2d(4, 4, 1)}
+    return Made(lambda: SeriesActivation2d(4, order, fused=fused), (torch.randn(2, 4, 6, 5),), settings)
 
 
 def augmented_residual() -> Made:
@@ -408,6 +416,22 @@ LAYERS: dict[str, dict[str, Made]] = {
         )
     },
     "augmented_residual": {"": augmented_residual()},
+    "faded_activation": {"": Made(lambda: FadedActivation(nn.GELU(), 0.3), settings={"original": nn.GELU})},
+    "deep_pair": {
+        "": Made(
+            lambda: DeepPair(nn.Linear(IN, 6), nn.Linear(6, IN), "gelu", 0.25),
+            settings={"original": lambda: nn.Linear(IN, IN)},
+        ),
+        "images": Made(
+            lambda: DeepPair(nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(6, 8, 1), norms=(True, True)),
+            (torch.randn(2, 4, 6, 5),),
+            {"original": lambda: nn.Conv2d(4, 8, 3), "shape": lambda shape: (2, 8, 6, 5), "rows": False},
+        ),
+    },
+    "series_activation_2d": {
+        "": image_series(1),
+        "fused": image_series(2, fused=True),
+    },
     "spark_ffn": {"": Made(lambda: SparkFFN(IN, 24, 4, 8), settings={"original": lambda: nn.Linear(IN, IN)})},
     "spark_attention": {"": attention()},
     "expert_list": {"": experts()},
@@ -534,6 +558,7 @@ PARTS |= {"Passing", "PackedModel"}  # see test_recording.py and test_packed.py
 MODELS = {"DigitsCNN", "TinyMlp"}  # see test_check_model.py
 MODELS |= {"PLMForCausalLM", "PLMModel", "PLMPreTrainedModel", "PLMLayer", "LatentAttention", "SquaredReLUMLP"}
 MODELS |= {"ConvNet"}  # see tests/claims/test_s_kan.py
+MODELS |= {"VanillaNet", "VanillaBlock"}  # and tests/functions/test_vanillanet.py
 MODELS |= {"GatedMLP"}  # and tests/sparsity/test_plm.py, tests/claims/test_plm.py
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from actkit.core.ground import registry
 from actkit.core.measure.fresh import FreshProcess
 from actkit.core.watch.capture import record
+from actkit.functions.vanillanet.model import VanillaNet
 from actkit.sparsity.active_dendrites.segments import DendriticSegments, PatternMemory, sparse_code
 from actkit.testing import Check, check_model, own_models
 from actkit.testing.models import TinyMlp
@@ -83,6 +84,11 @@ NO_LINEAR = {
 # how it is built, its batches, what does not apply
 MODELS: dict[str, tuple[Callable[[], nn.Module], list[Any], set[str]]] = {
     "DigitsCNN": (DigitsCNN, images(), set()),
+    "VanillaNet": (
+        lambda: VanillaNet((4, 6, 8), (2, 1), in_channels=1, classes=10, order=1, stem=(4, 2, 1)),
+        images(),
+        set(),
+    ),
     "TinyMlp": (TinyMlp, vectors(), {*NO_NAME, "its quality is measured"}),
     "a language model": (SmallLanguageModel, [{"input_ids": IDS}], NO_NAME),
     "PatternMemory": (memory, [codes(3), codes(2)], NO_LINEAR),

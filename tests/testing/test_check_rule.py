@@ -32,6 +32,7 @@ ELSEWHERE = {  # rules for models in training rounded are checked beside their o
     "choose_basis": "functions/test_s_kan.py",
     "confidence_annealing": "quantization/test_ofq.py",
     "oscillation_tracker": "quantization/test_ofq.py",
+    "fade_activations": "functions/test_vanillanet.py",
 }
 
 

@@ -69,6 +69,8 @@ ELSEWHERE = {  # those that do not fit every kind of model, or say less of it, a
     "lssa": "functions/test_softplus_attention.py",
     "replace_pooling": "functions/test_posets.py",
     "lssar": "functions/test_softplus_attention.py",
+    "deepen": "functions/test_vanillanet.py",
+    "collapse": "functions/test_vanillanet.py",
     "add_nonlinearity": "functions/test_pangu_pi.py",
     "noisyquant": "quantization/test_noisyquant.py",
     "omniquant": "quantization/test_omniquant.py",

@@ -20,6 +20,7 @@ from actkit.core.layers.selections import Threshold
 from actkit.core.recipe.runner import apply
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
+from actkit.functions.vanillanet.deepen import Deepen
 from actkit.quantization.fake_quantize import FakeQuantize
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.teal import Teal
@@ -40,6 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # where the defaults do not fit a tiny 
     "top_k_mlp": {"k": 5},
 }
 BEFORE = {  # what must stand before a method
+    "collapse": Deepen(where="*.up_proj"),
     "freeze": FakeQuantize(),
     "lorc": RoundToNearest(bits=4, group_size=8),
 }

@@ -200,6 +200,18 @@ class VanillaNet(nn.Module):
         y: Tensor = self.head(self.dropout(self.pool(x))).flatten(1)
         return y
 
+    def example(self, rows: int, seed: int) -> dict[str, Tensor]:
+        """Return random images that it can be called with.
+
+        Args:
+            rows: how many.
+            seed: of the numbers.
+        """
+        kernel, stride, padding = self.settings["stem"]
+        side = 15 * stride + kernel - 2 * padding
+        generator = torch.Generator().manual_seed(seed)
+        return {"pixel_values": torch.rand(rows, self.settings["in_channels"], side, side, generator=generator)}
+
     def to_deploy(self) -> VanillaNet:
         """Return the net that computes the same, folded, in evaluation mode; this one stays as it is.
 
