@@ -85,7 +85,7 @@ class Diversity:
         for each in self.places:
             if (each.block, each.after) == (wanted, after):
                 return each
-        raise KeyError(f"after: {after!r} of block {wanted} was not measured.")
+        raise KeyError(f"site: {after!r} of block {wanted} was not measured; see `places`.")
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""
