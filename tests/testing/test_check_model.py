@@ -87,7 +87,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[Any], set[str]]] = {
     "VanillaNet": (
         lambda: VanillaNet((4, 6, 8), (2, 1), in_channels=1, classes=10, order=1, stem=(4, 2, 1)),
         images(),
-        set(),
+        {"the anatomy reads it", "sites hold what layers read"},  # its pairs are no layers until they are one
     ),
     "TinyMlp": (TinyMlp, vectors(), {*NO_NAME, "its quality is measured"}),
     "a language model": (SmallLanguageModel, [{"input_ids": IDS}], NO_NAME),

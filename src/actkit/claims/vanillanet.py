@@ -37,6 +37,7 @@ from actkit.data import digits
 from actkit.functions.vanillanet.deepen import Collapse, Deepen
 from actkit.functions.vanillanet.faded import FadeActivations, FadedActivation
 from actkit.functions.vanillanet.model import PRESETS, VanillaNet
+from actkit.functions.vanillanet.series import SeriesActivation2d
 
 NARROW, WIDE = 1e-4, 1e-10  # in float32 and float64
 GAIN, CEILING, REDUCED = 0.005, 0.97, 0.15
@@ -143,8 +144,10 @@ def drawn(net: nn.Module, seed: int = 0) -> nn.Module:
                 module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
                 module.weight.copy_(torch.rand(module.weight.shape, generator=generator) + 0.5)
                 module.bias.copy_(0.2 * torch.randn(module.bias.shape, generator=generator))
-            elif isinstance(module, nn.Conv2d):
-                module.weight.normal_(std=(module.weight[0].numel()) ** -0.5, generator=generator)
+            elif isinstance(module, nn.Conv2d | SeriesActivation2d):
+                module.weight.normal_(std=module.weight[0].numel() ** -0.5, generator=generator)
+                if module.bias is not None:
+                    module.bias.zero_()
     fade(net, 1.0)
     return net.eval()
 
@@ -160,19 +163,21 @@ def exact(sizes: Sizes) -> Measurement:
     """The largest differences by preset."""
     parts, passed = [], True
     for name in sizes.presets:
-        net = drawn(VanillaNet.preset(name))
-        channels = net.settings["in_channels"]  # type: ignore[index]
-        x = torch.randn(1, channels, sizes.images, sizes.images, generator=torch.Generator().manual_seed(1))
-        gaps, counts = [], []
-        for dtype in (torch.float32, torch.float64):
-            net = net.to(dtype)
-            deployed = net.to_deploy()  # type: ignore[operator]
+        with torch.device("meta"):
+            empty = VanillaNet.preset(name)
+        net: VanillaNet = drawn(empty.to_empty(device="cpu")).double()  # type: ignore[assignment]
+        shape = (1, net.settings["in_channels"], sizes.images, sizes.images)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        deployed: nn.Module = net.to_deploy()  # in float64 whatever the net's dtype, and rounded once
+        counts = [sum(parameter.numel() for parameter in each.parameters()) for each in (net, deployed)]
+        gaps: list[float] = []
+        for dtype in (torch.float64, torch.float32):
+            net, deployed = net.to(dtype), deployed.to(dtype)
             with torch.no_grad():
-                gaps.append(float((net(x.to(dtype)) - deployed(x.to(dtype))).abs().max()))
-            counts = [sum(parameter.numel() for parameter in each.parameters()) for each in (net, deployed)]
+                gaps.insert(0, float((net(x.to(dtype)) - deployed(x.to(dtype))).abs().max()))
         fade(net, 0.5)
         try:
-            net.to_deploy()  # type: ignore[operator]
+            net.to_deploy()
             refused = False
         except ValueError:
             refused = True
@@ -185,7 +190,7 @@ def exact(sizes: Sizes) -> Measurement:
 def speed(sizes: Sizes) -> Measurement:
     """Median times of both forms, in random order, on two threads."""
     net = drawn(VanillaNet.preset("tiny"))
-    forms = {"trained": net, "folded": net.to_deploy()}  # type: ignore[operator]
+    forms: dict[str, nn.Module] = {"trained": net, "folded": net.to_deploy()}  # type: ignore[operator]
     x = torch.randn(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     seconds: dict[str, list[float]] = {name: [] for name in forms}
     order, shuffle, threads = list(forms), Random(0).shuffle, torch.get_num_threads()

@@ -138,7 +138,7 @@ def shortcut_factor(shortcut: AugmentedShortcut) -> float:
     """Return sum_t L |W1_t| |W2_t|."""
     lipschitz = lipschitz_of(shortcut.act_fn)
     pairs = zip(shortcut.down, shortcut.up, strict=True)
-    return sum(lipschitz * float(_norm(down.weight)) * float(_norm(up.weight)) for down, up in pairs)  # type: ignore[arg-type]
+    return sum((lipschitz * float(_norm(down.weight)) * float(_norm(up.weight)) for down, up in pairs), 0.0)  # type: ignore[arg-type]
 
 
 def mlp_factor(mlp: Mlp, model: nn.Module) -> float:
@@ -210,7 +210,7 @@ def collapse_bound(model: nn.Module, batch: Any) -> CollapseBound:
         s, v = float(_norm(_values(attention)).max()), float(_norm(attention.output.weight))
         alone = math.sqrt(spreads[site] * attention.heads) * s * v
         shortcuts = [each for each in block.module.modules() if isinstance(each, AugmentedShortcut)]
-        more = sum(map(shortcut_factor, shortcuts))
+        more = sum(map(shortcut_factor, shortcuts), 0.0)
         mlp = None if block.mlp is None or block.mlp.gated else mlp_factor(block.mlp, model)
         found.append(BlockBound(block.index, spreads[site], s, v, alone, alone + 1, alone + 1 + more, mlp))
     return CollapseBound(tuple(found))

@@ -189,8 +189,8 @@ def _described(layer: Layer) -> dict[str, Any]:
 
 def _built(described: dict[str, Any]) -> Layer:
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in described.items()}
-    kind = {"Linear": nn.Linear, "Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d}[settings.pop("kind")]
-    made: Layer = kind(**settings)
+    kinds: dict[Any, Any] = {"Linear": nn.Linear, "Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d}
+    made: Layer = kinds[settings.pop("kind")](**settings)
     return made
 
 

@@ -218,7 +218,10 @@ class VanillaNet(nn.Module):
         Raises:
             ValueError: an activation has not faded, or the net is in training mode.
         """
-        deployed = VanillaNet(**{**self.settings, "fused": True}).to(next(self.parameters())).eval()
+        first = next(self.parameters())
+        with torch.device("meta"):  # nothing is drawn that is overwritten
+            deployed = VanillaNet(**{**self.settings, "fused": True})
+        deployed = deployed.to_empty(device=first.device).to(first.dtype).eval()
         pairs = zip(_foldable(self), _foldable(deployed), strict=True)
         with torch.no_grad():
             for (path, source), (_, target) in pairs:
