@@ -95,7 +95,7 @@ ANALYSES: dict[str, Made] = {
     "activity_curve": Made(curve, "ActivityCurve", relu=True),
     "gate_sparsity": Made(quiet(gate_sparsity), "GateSparsity", "mixtral", relu=True),
     "polynomial_degrees": Made(degrees, "PolynomialDegrees", several=False),
-    "diversity": Made(quiet(diversity), "Diversity", several=False),
+    "diversity": Made(quiet(diversity, skip=0), "Diversity", several=False),
     "diversity of images": Made(quiet(diversity, skip=0), "Diversity", "vit", several=False),
     "collapse_bound": Made(bound, "CollapseBound", several=False),
     "weight_sensitivity": Made(quiet(weight_sensitivity), "Sensitivity", several=False),

@@ -29,6 +29,7 @@ from actkit.testing.transforms import Case, NotApplicable, compiles, exports
 
 SETTINGS: dict[str, dict[str, Any]] = {  # where the defaults do not fit a tiny model
     "adadim": {"group_size": 8},
+    "add_nonlinearity": {"ratio": 4},
     "aphq_vit": {"steps": 2, "search_rows": 32, "rounds": 1},
     "awq": {"bits": 3, "group_size": 8, "n_grid": 2},
     "gptq": {"bits": 4, "group_size": 8},

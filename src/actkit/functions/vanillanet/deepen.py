@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from actkit.core.edit.edits import Edit, Note, Replace, Skip
 from actkit.core.ground.errors import EditError
-from actkit.core.ground.modules import is_within
+from actkit.core.ground.modules import is_within, tied_names
 from actkit.core.layers.activations import Activation
 from actkit.core.layers.conv import ActConv
 from actkit.core.layers.known_layers import why_unread
@@ -110,9 +110,11 @@ class Deepen(_ByPath):
         return super().conflicts(earlier)
 
     def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
+        tied = tied_names(block.root)
         for path in self.targets(block):
             layer: Any = block.root.get_submodule(str(path))
-            reason = _why_whole(layer)
+            other = tied.get(f"{path}.weight")
+            reason = _why_whole(layer) if other is None else f"its weight is tied to {other}"
             if reason is not None:
                 yield Skip(str(path), reason)
                 continue
@@ -132,7 +134,7 @@ class Collapse(_ByPath):
 
     tolerance: float = Field(1e-5, gt=0)
 
-    tags: ClassVar[Tags] = Tags(changes_function="exact", parts=False)
+    tags: ClassVar[Tags] = Tags(changes_function="exact", parts=False, plans_in_turn=True)
     not_proposed: ClassVar[str] = "it needs a model that was deepened and trained"
 
     def found(self, model: nn.Module) -> list[str]:

@@ -9,7 +9,7 @@ once. `DeepPair` is what is folded: two layers, batch norms or none, and between
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,6 @@ class DeepPair(nn.Module):
         ValueError: the layers are of two kinds, or do not fit each other or a fold.
     """
 
-    compiles: ClassVar[bool] = True
-
     def __init__(
         self,
         first: Layer,
@@ -63,6 +61,16 @@ class DeepPair(nn.Module):
         """Apply it to what the first layer takes."""
         y: Tensor = self.norm2(self.second(self.act(self.norm1(self.first(x)))))
         return y
+
+    @property
+    def in_features(self) -> int:
+        """Channels of what the first layer takes."""
+        return _inputs(self.first)
+
+    @property
+    def out_features(self) -> int:
+        """Channels of what the second layer gives."""
+        return _outputs(self.second)
 
     def merged(self) -> Layer:
         """Return the one layer that computes the same.
