@@ -168,6 +168,7 @@ TINY = {
     "llm-fp4": {"calibration": 1, "held_out": 1, "candidates": 2, "rounds": 1, "tokens": 64},
     "omniquant": {"calibration": 1, "held_out": 1, "epochs": 1},
     "outliertune": {"calibration": 1, "held_out": 1, "steps": 0},
+    "pangu-pi": {"rows": 1},
     "r-sparse": {"calibration": 64, "tokens": 16, "sequences": 1, "held_out": 1, "generations": 1, "population": 2},
     "roste": {"steps": 1, "rates": (1e-4,), "calibration": 4},
     "smoothquant-plus": {"calibration": 1, "held_out": 1, "search": 64, "steps": 2},

@@ -73,6 +73,8 @@ def degrees(model: Any, batches: Any) -> Any:
 def lengths_of(batches: Any) -> Any:
     """Rows of seven tokens."""
     return torch.cat([batch["input_ids"][:, :7] for batch in batches])
+
+
 def bound(model: Any, batches: Any) -> Any:
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")

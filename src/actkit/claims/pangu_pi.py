@@ -74,6 +74,8 @@ class Sizes:
     rows: int = 16
 
 
+REAL_SIZES = Sizes()  # of which a real model takes the rows
+
 COLLAPSE = Statement(
     "Attention alone makes all tokens alike; the residual sum keeps them apart, an augmented shortcut more so",
     "proved as upper bounds",
@@ -121,7 +123,7 @@ STATEMENTS = (
 
 def run(*, subject: str | None = None, progress: bool = True, sizes: Sizes | None = None) -> Outcome:
     """Run the claims, or those about one subject. sizes: smaller ones, for a try."""
-    sizes = sizes or Sizes()
+    sizes = sizes or (REAL_SIZES if subject in REAL else Sizes())
     if subject in REAL:
         return conduct(
             "pangu-pi", [(INSERTION.on(subject), partial(insertion, subject, sizes))], sizes, subject, progress
