@@ -168,7 +168,10 @@ class Attentions:
         self.input = torch.randn(sizes.tokens, d, generator=generator, dtype=torch.float64)
 
     def run(self, kind: str) -> tuple[list[float], list[float]]:
-        """Run it 'plain', with the 'residual' sum, or 'augmented'.
+        """Run it.
+
+        Args:
+            kind: 'plain', with the 'residual' sum, or 'augmented'.
 
         Returns:
             The distances, of the input and behind each layer; the factors of the bound for each layer.
