@@ -171,6 +171,12 @@ def test_what_fills_slots_comes_after() -> None:
         apply(tiny_model("llama"), [RoundToNearest(bits=8, group_size=8), Cfsp()], batches, progress=False)
 
 
+def test_a_model_without_mlps_is_left_as_it_is() -> None:
+    model, batches = tiny_model("mlp"), tiny_batches("mlp")
+    applied = apply(model, Cfsp(sparsity=0.5), batches, min_coverage=0.0, progress=False)
+    assert applied.report.notes[-1].endswith("no units were cut") and not applied.report.changed
+
+
 def test_widths_in_multiples() -> None:
     assert [width(1536, share, 128, "here") for share in (0.5, 0.54, 0.55, 0.999)] == [768, 768, 896, 1536]
     assert [width(units, 0.61, "auto", "here") for units in (11008, 1536, 384, 48)] == [6656, 960, 240, 29]

@@ -126,6 +126,9 @@ class Cfsp(Transform):
                 yield _added(mlp.down.path, block.root.get_submodule(mlp.down.path), behind)
 
     def edit_ends(self, view: Anatomy) -> Iterable[Edit | Skip | Note]:
+        if not self._widths:  # no MLP that a token reached
+            yield Note("model", "no units were cut")
+            return
         before, after = (sum(widths) for widths in zip(*self._widths.values(), strict=True))
         configure: Configure | None = None
         kept = {number for _, number in self._widths.values()}
