@@ -155,6 +155,13 @@ def test_the_mean_of_the_cut_units_goes_into_the_bias() -> None:
     torch.testing.assert_close(model(**batches[0]).logits, by_hand(**batches[0]).logits)
 
 
+def test_one_width_is_in_the_config_also_if_the_layers_are_rounded_behind_it() -> None:
+    model, batches = tiny_model("llama"), tiny_batches("llama")
+    recipe = [Cfsp(sparsity=0.4, uniform=True), RoundToNearest(bits=8, group_size=-1)]
+    apply(model, recipe, batches, progress=False)
+    assert model.config.intermediate_size == model.model.layers[0].mlp.down_proj.in_features
+
+
 def test_a_layer_without_bias_gets_one(tmp_path) -> None:
     model, batches = tiny_model("llama"), tiny_batches("llama")
     apply(model, Cfsp(sparsity=0.5, compensate=True), batches, progress=False)

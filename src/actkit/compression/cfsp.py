@@ -31,7 +31,7 @@ import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor
 
-from actkit.core.edit.edits import Configure, Edit, Note, Replace, Set, Skip
+from actkit.core.edit.edits import Edit, Note, Replace, Set, Skip
 from actkit.core.ground.errors import RecipeError
 from actkit.core.layers.linear import ActLinear
 from actkit.core.model.anatomy import Anatomy, Block, Linear, Site
@@ -130,12 +130,9 @@ class Cfsp(Transform):
             yield Note("model", "no units were cut")
             return
         before, after = (sum(widths) for widths in zip(*self._widths.values(), strict=True))
-        configure: Configure | None = None
-        kept = {number for _, number in self._widths.values()}
-        if len(kept) == 1:
-            configure = configured(view.model, kept.pop())
-            if configure is not None:
-                yield configure
+        configure = configured(view)
+        if configure is not None:
+            yield configure
         plain = (
             "plain transformers can load an export" if configure else "widths differ, or no entry of the config says it"
         )

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from actkit.core.edit.edits import Configure, Resize
 from actkit.core.ground.errors import EditError
 from actkit.core.layers.activations import mixes_of
+from actkit.core.model.anatomy import Anatomy
 from actkit.core.model.parts import Mlp
 from actkit.core.store.skeleton import plain_model
 
@@ -42,22 +43,24 @@ def cut(mlp: Mlp, kept: Tensor) -> Iterator[Resize]:
     yield Resize(mlp.down.path, inputs=kept)
 
 
-def configured(model: nn.Module, width: int) -> Configure | None:
-    """Return the edit that says in the config that all MLPs of a model have a width, or None if no entry can.
+def configured(view: Anatomy) -> Configure | None:
+    """Return the edit that says the width of all MLPs of a model in its config, or None if no entry can.
 
     Args:
-        model: a transformers model whose MLPs have that width.
-        width: in units.
+        view: of a model, whatever its layers hold by now.
     """
-    if not isinstance(model, PreTrainedModel):
+    model = view.model
+    downs = [mlp.down for block in view.blocks for _, mlp in view.block(block.index).mlps()]
+    widths = {linear.in_features for linear in downs}
+    if not isinstance(model, PreTrainedModel) or len(widths) != 1:
         return None
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    width = widths.pop()
     for key in ENTRIES:
-        if not hasattr(model.config, key):
-            continue
-        plain = {name: tensor.shape for name, tensor in plain_model(model, **{key: width}).state_dict().items()}
-        if all(shapes.get(name) == shape for name, shape in plain.items()):
-            return Configure(key, width)
+        if hasattr(model.config, key):
+            plain = {name: tuple(each.shape) for name, each in plain_model(model, **{key: width}).state_dict().items()}
+            fits = ({(x.out_features, width), (width, x.out_features)} for x in downs)  # a Conv1D is transposed
+            if all(plain.get(f"{x.path}.weight") in shapes for x, shapes in zip(downs, fits, strict=True)):
+                return Configure(key, width)
     return None
 
 
