@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from actkit.claims import kat
 from actkit.claims.kat import GELU, IDENTITY, KAT, RELEASED, Workshop
 from actkit.claims.subject import Subject
-from actkit.core.univariate.rational import rational
 from actkit.functions.kat.group_rational import GroupRational
+from actkit.kernels.rationals import rational
 
 TINY = kat.Sizes(seeds=(0, 1), sentences=20, held_out_sentences=16, rows=1, epochs=1, tuning=1, images=64, samples=32)
 

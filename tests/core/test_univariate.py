@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,7 @@ from actkit.core.univariate.basis import Basis
 from actkit.core.univariate.edge_functions import Wavelets
 from actkit.core.univariate.fit_rational import fit_rational, rational_like
 from actkit.core.univariate.kan_linear import KanLinear
-from actkit.core.univariate.rational import Kind, rational
+from actkit.kernels.rationals import Kind, rational
 
 MADE: dict[str, Callable[[], Basis]] = {
     "cubic splines": BSplines,
@@ -84,6 +85,21 @@ def test_derivatives_are_those_of_autograd(name: str) -> None:
     basis, x = MADE[name](), points().requires_grad_()
     expected = [torch.autograd.grad(each.sum(), x, retain_graph=True)[0] for each in basis(x).unbind(-1)]
     torch.testing.assert_close(basis.derivative(x.detach()), torch.stack(expected, -1), atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_kernels_compute_the_same_in_float32(name: str) -> None:
+    basis, x = MADE[name](), points()[:, None].expand(-1, 3).contiguous()
+    narrow = copy.deepcopy(basis).float()
+    expected = basis(x)
+    torch.testing.assert_close(narrow.values(x.float()).double(), expected, atol=2e-5, rtol=2e-5)
+    gradient = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    pulled = (gradient * basis.derivative(x)).sum(-1)
+    torch.testing.assert_close(narrow.pulled(gradient.float(), x.float()).double(), pulled, atol=5e-4, rtol=5e-4)
+    broken = torch.tensor([[0.1, math.nan, -0.2]])
+    assert bool(narrow.values(broken)[0, 1].isnan().all()) and not narrow.values(broken)[0, ::2].isnan().any()
+    assert narrow.pulled(torch.ones(1, 3, basis.size), broken).isnan().tolist() == [[False, True, False]]
+    assert narrow.values(torch.zeros(0, 3)).shape == (0, 3, basis.size)
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -153,6 +169,7 @@ def test_a_kan_layer_is_the_double_sum(name: str, monkeypatch: pytest.MonkeyPatc
     edges = sum(layer.edge(1, i, x[0, :, i]) for i in range(3)) + layer.coefficients.bias[1]
     torch.testing.assert_close(edges + F.silu(x[0]) @ layer.base.weight[1], expected[0, :, 1])
     monkeypatch.setattr(kan_linear, "CHUNK", 1)
+    monkeypatch.setattr(kan_linear, "ROWS", 1)
     torch.testing.assert_close(layer(x), expected)
 
 
@@ -166,11 +183,38 @@ def test_basis_values_are_not_kept_and_gradients_are_the_same(monkeypatch: pytes
         return sum(sizes), list(torch.autograd.grad(output.square().sum(), list(layer.parameters())))
 
     monkeypatch.setattr(kan_linear, "CHUNK", 64 * 8 * 8)
+    monkeypatch.setattr(kan_linear, "ROWS", 1)
     few, gradients = saved(layer)
     layer.coefficients.register_forward_hook(lambda module, args, output: None)  # called once, as it stands
     many, expected = saved(layer)
     assert few <= 2 * x.numel() and many > 10 * x.numel()
     torch.testing.assert_close(gradients, expected)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_kan_layer_has_gradients_and_these_have_gradients(name: str) -> None:
+    layer = KanLinear(3, 2, MADE[name]()).double()
+    x = (0.9 * torch.rand(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) - 0.5).requires_grad_()
+    assert torch.autograd.gradcheck(layer, x) and torch.autograd.gradgradcheck(layer, x)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_kan_layer_of_float32_is_that_of_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = KanLinear(16, 5, MADE[name]())
+    exact = copy.deepcopy(layer).double()
+    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    monkeypatch.setattr(kan_linear, "CHUNK", 1)
+    monkeypatch.setattr(kan_linear, "ROWS", 16)  # three chunks, the last one shorter
+    gradient = torch.randn(40, 5, generator=torch.Generator().manual_seed(3))
+    y, expected = layer(x), exact(wide)
+    torch.testing.assert_close(y.double(), expected, atol=1e-4, rtol=1e-4)
+    ours = torch.autograd.grad(y, [x, *layer.parameters()], gradient)
+    theirs = torch.autograd.grad(expected, [wide, *exact.parameters()], gradient.double())
+    for found, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found.double(), other, atol=1e-3, rtol=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16  # the layer is called as it stands
 
 
 @pytest.mark.parametrize("shape", ["mexican_hat", "morlet", "dog"])

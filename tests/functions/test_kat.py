@@ -21,11 +21,11 @@ from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import apply
 from actkit.core.store.checkpoint import load, save
 from actkit.core.univariate.fit_rational import fit_rational, rational_like
-from actkit.core.univariate.rational import rational
 from actkit.core.watch.statistics import Histogram
 from actkit.functions.kat.gr_kan import GrKan, points_of
 from actkit.functions.kat.group_rational import GroupRational, RationalFirst
 from actkit.functions.kat.kat import GrKanLinear, begin_mimetic, kat, keep_variance, variance_gain
+from actkit.kernels.rationals import rational
 from actkit.quantization.awq import Awq
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.cats.cats import Cats

@@ -18,6 +18,7 @@
     x = masked_inputs(x, score, k=100)                     many rows: what is not selected becomes 0
 
     y = poly_norm(x, weight, bias)                         PolyCom's activations, with gradients
+    y = rational(x, numerator, denominator)                rational functions of groups of channels, with gradients
 
 Importing this registers the operators under `torch.ops.actkit`; Numba is imported when a kernel first runs.
 """
@@ -32,6 +33,7 @@ from actkit.kernels.polynomials import poly_norm, poly_relu
 from actkit.kernels.quantized import QuantizedWeight, pack_quantized
 from actkit.kernels.quantized_operators import quantized_linear, quantized_output_rows
 from actkit.kernels.quantized_rows import QuantizedRows, pack_quantized_rows
+from actkit.kernels.rationals import rational
 from actkit.kernels.stored_codes import stored_linear
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "poly_relu",
     "quantized_linear",
     "quantized_output_rows",
+    "rational",
     "sparse_linear",
     "stored_linear",
 ]

@@ -221,11 +221,13 @@ def _fake_dense_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_featu
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-def register(schema: str, kernel: Any, fake: Any) -> None:
-    """Define an operator of the library `actkit` for the CPU."""
+def register(schema: str, kernel: Any, fake: Any, elsewhere: Any = None) -> None:
+    """Define an operator of the library `actkit` for the CPU, and if `elsewhere` is given for all other devices."""
     name = "actkit::" + schema.partition("(")[0]
     torch.library.define(name, schema.removeprefix(schema.partition("(")[0]), tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(name, "CPU", kernel)
+    if elsewhere is not None:
+        torch.library.impl(name, "default", elsewhere)
     torch.library.register_fake(name, fake)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actkit.kernels.operators import has_numba, plain
+from actkit.kernels.operators import has_numba, plain, register
 
 
 def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
@@ -220,30 +220,21 @@ def _relu_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
     return torch.ops.actkit.poly_relu_backward.default(grad, *ctx.saved_tensors)
 
 
-def _register(schema: str, kernel: Any, reference: Any, fake: Any) -> None:
-    """Define an operator with a kernel for the CPU and another for all other devices."""
-    name = "actkit::" + schema.partition("(")[0]
-    torch.library.define(name, schema.removeprefix(schema.partition("(")[0]), tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(name, "CPU", kernel)
-    torch.library.impl(name, "default", reference)
-    torch.library.register_fake(name, fake)
-
-
-_register(
-    "poly_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)", _norm, reference_norm, _fake_norm
+register(
+    "poly_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)", _norm, _fake_norm, reference_norm
 )
-_register(
+register(
     "poly_norm_backward(Tensor grad, Tensor x, Tensor scales, Tensor weight) -> (Tensor, Tensor, Tensor)",
     _norm_backward,
-    reference_norm_backward,
     _fake_norm_backward,
+    reference_norm_backward,
 )
-_register("poly_relu(Tensor x, Tensor weight, Tensor bias) -> Tensor", _relu, reference_relu, _fake_relu)
-_register(
+register("poly_relu(Tensor x, Tensor weight, Tensor bias) -> Tensor", _relu, _fake_relu, reference_relu)
+register(
     "poly_relu_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)",
     _relu_backward,
-    reference_relu_backward,
     _fake_relu_backward,
+    reference_relu_backward,
 )
 torch.library.register_autograd("actkit::poly_norm", _norm_gradients, setup_context=_keep_norm)
 torch.library.register_autograd("actkit::poly_relu", _relu_gradients, setup_context=_keep_relu)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from actkit.core.univariate.basis import Basis, Outside
 from actkit.core.univariate.shifted_pairs import ShiftedPairs, check_grid
+from actkit.kernels.bases import BELLS, BUMPS, POLYNOMIALS, SPLINES, TANH_BELLS, KernelBasis
 
 
 class BSplines(Basis):
@@ -52,6 +53,10 @@ class BSplines(Basis):
         low, high = self.domain
         first = torch.arange(self.size, device=x.device, dtype=x.dtype) - self.order
         return ((x - low) * (self.grid / (high - low))).unsqueeze(-1) - first
+
+    def kernel(self) -> KernelBasis:
+        step = (self.domain[1] - self.domain[0]) / self.grid
+        return self._kernel(SPLINES, [self.domain[0] - self.order * step, 1 / step, 1.0, self.order])
 
     def settings(self) -> dict[str, Any]:
         return {"grid": self.grid, "order": self.order, **super().settings()}
@@ -104,6 +109,11 @@ class Bells(Basis):
     def _places(self, x: Tensor) -> Tensor:
         centres = torch.linspace(*self.domain, self.size, device=x.device, dtype=x.dtype)
         return (x.unsqueeze(-1) - centres) / self.width
+
+    def kernel(self) -> KernelBasis:
+        distance = (self.domain[1] - self.domain[0]) / (self.size - 1)
+        kind = BELLS if self.shape == "gaussian" else TANH_BELLS
+        return self._kernel(kind, [self.domain[0], 1 / self.width, distance / self.width])
 
     def settings(self) -> dict[str, Any]:
         return {"count": self.size, "width": self.width, "shape": self.shape, **super().settings()}
@@ -168,6 +178,10 @@ class Polynomials(Basis):
             2 * (n + a - 1) * (n + b - 1) * s / below,
         )
 
+    def kernel(self) -> KernelBasis:
+        steps = [self._step(n) for n in range(1, self.size)]
+        return self._kernel(POLYNOMIALS, [0.0, 0.0, 0.0, *(number for step in steps for number in step)])
+
     def settings(self) -> dict[str, Any]:
         jacobi = None if self.jacobi is None else list(self.jacobi)
         return {"degree": self.degree, "jacobi": jacobi, "outside": self.outside}
@@ -213,6 +227,10 @@ class Bumps(Basis):
         low, high = self.domain
         first = torch.arange(self.size, device=x.device, dtype=x.dtype) - self.order
         return (((x - low) * (self.grid / (high - low))).unsqueeze(-1) - first) / (self.order + 1)
+
+    def kernel(self) -> KernelBasis:
+        step, reach = (self.domain[1] - self.domain[0]) / self.grid, self.order + 1
+        return self._kernel(BUMPS, [self.domain[0] - self.order * step, 1 / (step * reach), 1 / reach])
 
     def settings(self) -> dict[str, Any]:
         return {"grid": self.grid, "order": self.order, **super().settings()}

@@ -15,11 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from actkit.kernels.bases import CLAMPED, SQUASHED, VANISH, KernelBasis, serves
+
 Outside = Literal["clamped", "squashed", "vanish"]
 POINTS = 1001  # on the domain, of a fit to a function
+CODES: dict[str, int] = {"vanish": VANISH, "clamped": CLAMPED, "squashed": SQUASHED}
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +85,41 @@ class Basis(nn.Module):
     def slopes(self, x: Tensor) -> Tensor:
         """Their derivatives, as `evaluate`."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def values(self, x: Tensor) -> Tensor:
+        """What `forward` gives, without a graph, and by a kernel if there is one.
+
+        Args:
+            x: [..., channels].
+
+        Returns:
+            [..., channels, size].
+        """
+        kernel = self.kernel() if serves(x) else None
+        return self(x) if kernel is None else kernel.values(x)
+
+    @torch.no_grad()
+    def pulled(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """Pull a gradient of the values back to x, by a kernel if there is one.
+
+        Args:
+            gradient: [..., channels, size].
+            x: [..., channels].
+
+        Returns:
+            [..., channels].
+        """
+        kernel = self.kernel() if serves(x) else None
+        return (gradient * self.derivative(x)).sum(-1) if kernel is None else kernel.pulled(gradient, x)
+
+    def kernel(self) -> KernelBasis | None:
+        """The basis as kernels read it, or None if there is no kernel for it."""
+        return None
+
+    def _kernel(self, kind: int, numbers: list[float]) -> KernelBasis:
+        ends, given = np.array(self.domain, np.float32), np.array(numbers, np.float32)
+        return KernelBasis(kind, CODES[self.outside], ends, self.size, given)
 
     def inside(self, x: Tensor) -> Tensor:
         """x [..., channels] as the functions read it."""

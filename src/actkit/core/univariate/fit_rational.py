@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from actkit.core.layers.activations import activation_function
-from actkit.core.univariate.rational import Kind, rational
+from actkit.kernels.rationals import Kind, rational
 
 POINTS = 2001  # on an interval
 STEPS = 40  # with the denominator of the step before

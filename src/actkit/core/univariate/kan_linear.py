@@ -3,9 +3,10 @@
     y_o = sum_i sum_m C[o, i, m] basis_m(x_i)  (+ W act(x))  (+ bias)
 
 The sum over i and m is one plain `nn.Linear` of channels x size inputs, `coefficients`, so that whatever handles linear
-layers (rounding, sparsity, coverage, export) meets one. The basis values are that many times larger than x; while
-gradients are recorded they are not kept: rows go through in chunks, and a chunk's values are computed again in the
-backward pass. That is done only if `coefficients` is a plain layer without hooks; else it is called once, as it stands.
+layers (rounding, sparsity, coverage, export) meets one. The basis values are size times larger than x. They are never
+all there: rows go through in chunks, and a chunk's values are computed again in the backward pass,
+for which x alone is kept. That is done only if `coefficients` is a plain layer without hooks; else it is called once,
+as it stands.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from actkit.core.layers.activations import Activation
 from actkit.core.univariate.bases import basis_of, name_of_basis
 from actkit.core.univariate.basis import Basis
 
-CHUNK = 1 << 22  # basis values at once, while gradients are recorded
+CHUNK = 1 << 22  # basis values at once
+ROWS = 256  # at least, so that products pay
 
 
 class KanLinear(nn.Module):
@@ -76,21 +79,26 @@ class KanLinear(nn.Module):
         return y if self.base is None or self.act is None else y + self.base(self.act(x))
 
     def _summed(self, x: Tensor) -> Tensor:
-        rows = max(1, CHUNK // max(1, self.in_features * self.basis.size))
-        if not (torch.is_grad_enabled() and self._is_plain()):
+        if not self._is_plain(x):
             return self._product(x)
+        rows, layer = max(ROWS, CHUNK // (self.in_features * self.basis.size)), self.coefficients
         flat = x.reshape(-1, self.in_features)
-        parts = [checkpoint(self._product, each, use_reentrant=False) for each in flat.split(rows)]
-        return torch.cat(parts).view(*x.shape[:-1], self.out_features)
+        if any(each.requires_grad for each in self.basis.parameters()):
+            parts = [checkpoint(self._product, each, use_reentrant=False) for each in flat.split(rows)]
+            y = torch.cat(parts)
+        else:
+            y = _InChunks.apply(flat, layer.weight, layer.bias, self.basis, rows)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def _product(self, x: Tensor) -> Tensor:
         return self.coefficients(self.basis(x).flatten(-2))
 
-    def _is_plain(self) -> bool:
-        """Whether calling the coefficients twice shows nowhere."""
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether calling the coefficients never, or twice, shows nowhere."""
         layer = self.coefficients
         hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-        return type(layer) is nn.Linear and not any(hooks) and not torch.compiler.is_compiling()
+        watched = any(hooks) or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+        return type(layer) is nn.Linear and not watched
 
     @torch.no_grad()
     def of_outputs(self, index: Tensor, factor: Tensor) -> KanLinear:
@@ -150,3 +158,35 @@ class KanLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class _InChunks(torch.autograd.Function):
+    """W basis(x) + bias for x [rows, channels], some rows at a time; x and W are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, basis: Basis, rows: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.basis, ctx.rows = basis, rows
+        parts = [F.linear(basis.values(part).flatten(-2), weight, bias) for part in x.split(rows)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (x, weight) = gradients, ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        to_bias = gradient.sum(0) if wants_bias else None
+        if torch.is_grad_enabled():  # a gradient of this gradient may be wanted
+            wanted = [each for each, wants in ((x, wants_x), (weight, wants_weight)) if wants]
+            y = F.linear(ctx.basis(x).flatten(-2), weight)
+            found = iter(torch.autograd.grad(y, wanted, gradient, create_graph=True) if wanted else ())
+            return next(found) if wants_x else None, next(found) if wants_weight else None, to_bias, None, None
+        to_x = torch.empty_like(x) if wants_x else None
+        to_weight = torch.zeros_like(weight) if wants_weight else None
+        for index in range(0, len(x), ctx.rows):
+            part, own = x[index : index + ctx.rows], gradient[index : index + ctx.rows]
+            if to_weight is not None:
+                to_weight.addmm_(own.t(), ctx.basis.values(part).flatten(-2))
+            if to_x is not None:
+                of_values = (own @ weight).unflatten(-1, (-1, ctx.basis.size))
+                to_x[index : index + ctx.rows] = ctx.basis.pulled(of_values, part)
+        return to_x, to_weight, to_bias, None, None

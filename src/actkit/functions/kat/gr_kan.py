@@ -32,9 +32,9 @@ from actkit.core.recipe.seen import Seen, Trial
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
 from actkit.core.univariate.fit_rational import RationalFit, fit_rational
-from actkit.core.univariate.rational import Kind
 from actkit.core.watch.statistics import Histogram, Statistic
 from actkit.functions.kat.group_rational import GroupRational, RationalFirst, Share
+from actkit.kernels.rationals import Kind
 
 BITS = 5  # of the mantissa, by which measured inputs are told apart
 SPREAD = 301  # points over the range

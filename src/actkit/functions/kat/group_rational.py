@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from actkit.core.layers.activation_function import Axis
 from actkit.core.layers.keeps_dtype import KeepsDtype
 from actkit.core.univariate.fit_rational import RationalFit, fit_rational, rational_like
-from actkit.core.univariate.rational import Kind, rational
+from actkit.kernels.rationals import Kind, rational
 
 Share = Literal["numerator", "denominator", "none"]
 Start = str | RationalFit | Callable[[Tensor], Tensor]
