@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from actkit.catalogue import papers as papers
     from actkit.claims import reproduce as reproduce
+    from actkit.comparison.compare import compare_functions as compare_functions
     from actkit.core.ground.errors import ActkitError as ActkitError
     from actkit.core.layers.linear import ActLinear as ActLinear
     from actkit.core.measure.proof import prove as prove
@@ -54,6 +55,7 @@ _HOMES = {
     "Transform": "core.recipe.transform",
     "anatomy": "core.model.anatomy",
     "apply": "verbs",
+    "compare_functions": "comparison.compare",
     "evaluate": "verbs",
     "export": "verbs",
     "generate": "generating",

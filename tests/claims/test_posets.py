@@ -21,7 +21,7 @@ def test_arms_begin_alike() -> None:
     starts = []
     for pool in posets.ARMS.values():
         torch.manual_seed(0)
-        starts.append(torch.cat([p.flatten() for p in posets._Network(pool, 2).parameters()]))
+        starts.append(torch.cat([p.flatten() for p in posets.Network(pool, 2).parameters()]))
     assert all(torch.equal(start, starts[0]) for start in starts)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from actkit.claims import s_kan
-from actkit.claims.s_kan import ARMS, MLP, OURS, POOLED, TARGETS, Bench, Fit
+from actkit.claims.s_kan import ARMS, MLP, OURS, POOLED, TARGETS, Bench, Fit, points
 
 TINY = s_kan.Sizes(seeds=(0,), steps=10, points=40, image_seeds=(0,), epochs=1)
 
@@ -22,12 +22,11 @@ def filled(**errors: float) -> Bench:
 
 
 def test_targets_are_finite_and_points_differ_by_split_and_seed() -> None:
-    bench = Bench(TINY)
     for target, (inputs, _) in TARGETS.items():
-        train, validation, test = bench.points(target, 0)
+        train, validation, test = points(target, 0, 40)
         assert train[0].shape == (40, inputs) and len(validation[0]) == 8 and test[1].shape == (40, 1)
         assert all(bool(torch.isfinite(y).all()) for _, y in (train, validation, test))
-        assert not torch.equal(train[0], test[0]) and not torch.equal(train[0], bench.points(target, 1)[0][0])
+        assert not torch.equal(train[0], test[0]) and not torch.equal(train[0], points(target, 1, 40)[0][0])
 
 
 @pytest.mark.parametrize("arm", ["cheby", OURS, MLP])

@@ -65,6 +65,7 @@ OPTIONS = {
     | WRITE
     | {"--rule", "--steps", "--learning-rate", "--rate", "--accumulation", "--resume"}
     | {"--optimizer", "--trainable", "--score", "--schedule", "--warmup", "--beyond-context"},
+    "compare-functions": RUN | WRITE | {"--on", "--equal", "--seeds", "--steps", "--width", "--resume"},
     "papers": {"--family", "--kind", "--status", "--year", "--text", "--json"},
     "reproduce": {"--subject", "--record", "--threads", "--json"},
 }

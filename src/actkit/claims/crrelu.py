@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from actkit.claims.outcome import SMALL, SYNTHETIC, Experiment, Measurement, Outcome, Statement, conduct
+from actkit.claims.small_models import vision_transformer
 from actkit.claims.subject import REAL, Subject, spread
 from actkit.core.edit.edits import set_module
 from actkit.core.forward.batch import first_tensor, forward
@@ -36,7 +37,7 @@ from actkit.data import digits
 from actkit.functions.crrelu.crrelu import START, CRReLU
 from actkit.functions.crrelu.eafo import correct, eafo, worst
 
-CLASSES, BATCH, RATE = 10, 64, 1e-3
+BATCH, RATE = 64, 1e-3
 ARMS: dict[str, Callable[[], nn.Module]] = {"crrelu": CRReLU, "relu": nn.ReLU, "gelu": nn.GELU, "prelu": nn.PReLU}
 
 
@@ -203,24 +204,7 @@ def on_digits(sizes: Sizes, progress: bool = True) -> Measurement:
 
 def trained(name: str, seed: int, sizes: Sizes) -> nn.Module:
     """A vision transformer of two blocks, trained on the digits; arms of one seed start from the same weights."""
-    from transformers import ViTConfig, ViTForImageClassification
-
-    torch.manual_seed(seed)
-    labels = {str(index): index for index in range(CLASSES)}
-    model = ViTForImageClassification(
-        ViTConfig(
-            image_size=8,
-            patch_size=2,
-            num_channels=1,
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            hidden_act="relu",
-            id2label={index: name for name, index in labels.items()},
-            label2id=labels,
-        )
-    )
+    model = vision_transformer("relu", seed=seed)
     for path in [path for path, module in model.named_modules() if isinstance(module, nn.ReLU)]:
         set_module(model, path, ARMS[name]())
     images, classes = digits("train")

@@ -35,7 +35,7 @@ from actkit.functions.posets.tropical import poset_argmax, poset_eval
 
 NEAR = 0.3  # points
 RATE = 3e-3
-Pool = Callable[[], nn.Module]
+Pool = Callable[[int], nn.Module]  # of so many channels
 
 
 @dataclass(frozen=True)
@@ -140,34 +140,42 @@ class _Mixed(nn.Module):
 
 
 ARMS: dict[str, Pool] = {
-    "average": lambda: nn.Sequential(nn.AvgPool2d(2), nn.ReLU()),
-    "maximum": lambda: nn.Sequential(nn.MaxPool2d(2), nn.ReLU()),
-    "mixed": lambda: nn.Sequential(_Mixed(), nn.ReLU()),
-    "N": lambda: PosetPool2d("N", normalize=True),
-    "ReLU, then N": lambda: nn.Sequential(nn.ReLU(), PosetPool2d("N", normalize=True)),
+    "average": lambda _: nn.Sequential(nn.AvgPool2d(2), nn.ReLU()),
+    "maximum": lambda _: nn.Sequential(nn.MaxPool2d(2), nn.ReLU()),
+    "mixed": lambda _: nn.Sequential(_Mixed(), nn.ReLU()),
+    "N": lambda _: PosetPool2d("N", normalize=True),
+    "ReLU, then N": lambda _: nn.Sequential(nn.ReLU(), PosetPool2d("N", normalize=True)),
 }
 BASELINES = ("average", "maximum", "mixed")
 
 
-class _Network(nn.Module):
-    """Two convolutions with pooling and a linear layer, for images [batch, 1, 8, 8]."""
+class Network(nn.Module):
+    """Two convolutions with pooling and a linear layer, for images [batch, 1, 8, 8].
+
+    Args:
+        pool: behind each convolution, made for its channels.
+        channels: of the first convolution.
+        second: channels of the second one; None for twice as many.
+    """
 
     input_shape = (1, 8, 8)
 
-    def __init__(self, pool: Pool, channels: int) -> None:
+    def __init__(self, pool: Pool, channels: int, second: int | None = None) -> None:
         super().__init__()
-        self.conv1, self.pool1 = nn.Conv2d(1, channels, 3, padding=1), pool()
-        self.conv2, self.pool2 = nn.Conv2d(channels, 2 * channels, 3, padding=1), pool()
-        self.fc = nn.Linear(8 * channels, 10)
+        second = 2 * channels if second is None else second
+        self.conv1, self.pool1 = nn.Conv2d(1, channels, 3, padding=1), pool(channels)
+        self.conv2, self.pool2 = nn.Conv2d(channels, second, 3, padding=1), pool(second)
+        self.fc = nn.Linear(4 * second, 10)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """Return the logits [batch, 10]."""
         return self.fc(self.pool2(self.conv2(self.pool1(self.conv1(pixel_values)))).flatten(1))
 
 
 def accuracy(arm: str, seed: int, sizes: Sizes, progress: bool = False) -> float:
     """Test accuracy of a trained network, in percent."""
     torch.manual_seed(seed)
-    model = _Network(ARMS[arm], sizes.channels)
+    model = Network(ARMS[arm], sizes.channels)
     given: dict[str, Any] = {"batch_size": sizes.rows}
     train(
         model,

@@ -139,6 +139,23 @@ def mlp(inputs: int, parameters: int) -> nn.Module:
     return nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, 1))
 
 
+def points(target: str, seed: int, count: int) -> tuple[Pair, Pair, Pair]:
+    """Training, validation and test points of a function, for validation a fifth as many.
+
+    Args:
+        target: of TARGETS.
+        seed: of the points.
+        count: for training, and for the test.
+    """
+    inputs, function = TARGETS[target]
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for number in (count, count // 5, count):
+        x = 2 * torch.rand(number, inputs, generator=generator) - 1
+        found.append((x, function(x)[:, None]))
+    return found[0], found[1], found[2]
+
+
 class Bench:
     """Fits each arm to each function once per seed.
 
@@ -150,16 +167,6 @@ class Bench:
         self.sizes = sizes
         self._fits: dict[tuple[str, str, int], Fit] = {}
 
-    def points(self, target: str, seed: int) -> tuple[Pair, Pair, Pair]:
-        """Training, validation and test points of a function."""
-        inputs, function = TARGETS[target]
-        generator = torch.Generator().manual_seed(seed)
-        found = []
-        for count in (self.sizes.points, self.sizes.points // 5, self.sizes.points):
-            x = 2 * torch.rand(count, inputs, generator=generator) - 1
-            found.append((x, function(x)[:, None]))
-        return found[0], found[1], found[2]
-
     def fit(self, target: str, arm: str, seed: int) -> Fit:
         """Fit an arm, from this run's memory if it was fitted before."""
         if (target, arm, seed) not in self._fits:
@@ -169,7 +176,7 @@ class Bench:
 
     def _fit(self, target: str, arm: str, seed: int) -> Fit:
         inputs = TARGETS[target][0]
-        train, validation, test = self.points(target, seed)
+        train, validation, test = points(target, seed, self.sizes.points)
         if arm == OURS:
             model = s_kan(inputs)
         else:

@@ -209,7 +209,7 @@ def _prediction_error(seed: int, sizes: Sizes) -> float:
 
 def on_tables(sizes: Sizes, progress: bool = True) -> Measurement:
     """Train deep networks on six tasks, and rank the methods by test accuracy."""
-    tasks = dict(list(_tasks().items())[: sizes.tasks])
+    tasks = dict(list(tables().items())[: sizes.tasks])
     accuracy: dict[str, dict[str, float]] = {method: {} for method in METHODS}
     for task, method in track(list(product(tasks, METHODS)), "Training on tables", enabled=progress):
         accuracy[method][task] = mean(_of_method(method, *tasks[task], sizes))
@@ -243,10 +243,7 @@ def _of_method(method: str, x: Tensor, y: Tensor, sizes: Sizes) -> list[float]:
 def _trained(method: str, x: Tensor, y: Tensor, rate: float, seed: int, sizes: Sizes) -> tuple[float, float]:
     """Validation and test accuracy, in percent, of a network trained on 60 % of the rows."""
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(x), generator=generator)
-    train, validation, test = order.tensor_split([int(0.6 * len(x)), int(0.8 * len(x))])
-    center, spread_ = x[train].mean(0), x[train].std(0)
-    x = (x - center) / torch.where(spread_ > 0, spread_, 1)
+    x, train, validation, test = split_table(x, generator)
     model = network(method, x.shape[1], int(y.max()) + 1, seed, sizes).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=MOMENTUM)
     for _ in range(sizes.epochs):
@@ -260,6 +257,19 @@ def _trained(method: str, x: Tensor, y: Tensor, rate: float, seed: int, sizes: S
     with torch.no_grad():
         hits = [(model(x[part]).argmax(-1) == y[part]).float().mean() for part in (validation, test)]
     return 100 * float(hits[0]), 100 * float(hits[1])
+
+
+def split_table(x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return features standardised by the training rows, and the indices of 60, 20 and 20 % of the rows.
+
+    Args:
+        x: features [rows, features].
+        generator: of the order.
+    """
+    order = torch.randperm(len(x), generator=generator)
+    train, validation, test = order.tensor_split([int(0.6 * len(x)), int(0.8 * len(x))])
+    center, spread_ = x[train].mean(0), x[train].std(0)
+    return (x - center) / torch.where(spread_ > 0, spread_, 1), train, validation, test
 
 
 def network(method: str, features: int, classes: int, seed: int, sizes: Sizes) -> nn.Module:
@@ -281,7 +291,7 @@ def network(method: str, features: int, classes: int, seed: int, sizes: Sizes) -
     return model
 
 
-def _tasks() -> dict[str, tuple[Tensor, Tensor]]:
+def tables() -> dict[str, tuple[Tensor, Tensor]]:
     """Features and classes of the six tasks."""
     from sklearn.datasets import load_breast_cancer, load_digits, load_wine, make_classification
 

@@ -1,8 +1,8 @@
-"""Small language models for experiments that train: the zoo's architecture at a fifth of its size, and text for them.
+"""Small models for experiments that train: language models like the zoo's with text for them, vision transformers.
 
-All read the tokens of the zoo's tokenizer (2048 words). Training goes through `core.train.training.train`, whose
-validation split is not optional; what is reported is measured on the test split, which neither training nor validation
-saw.
+Language models read the tokens of the zoo's tokenizer (2048 words). Training goes through `core.train.training.train`,
+whose validation split is not optional; what is reported is measured on the test split, which neither training nor
+validation saw.
 """
 
 from __future__ import annotations
@@ -45,6 +45,29 @@ def language_model(
             eos_token_id=0,
             pad_token_id=1,
             **more,
+        )
+    )
+
+
+def vision_transformer(
+    activation: str = "gelu", *, hidden: int = 64, intermediate: int = 256, layers: int = 2, seed: int = 0
+) -> nn.Module:
+    """A ViT for the 8 x 8 digits with patches of 2 pixels, 4 heads and random weights."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(seed)
+    return ViTForImageClassification(
+        ViTConfig(
+            image_size=8,
+            patch_size=2,
+            num_channels=1,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            id2label={label: str(label) for label in range(10)},
+            label2id={str(label): label for label in range(10)},
+            hidden_act=activation,
         )
     )
 

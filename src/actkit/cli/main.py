@@ -551,6 +551,54 @@ def train(
     print_result(result, as_json)
 
 
+@app.command("compare-functions")
+def compare_functions(
+    names: Annotated[str, typer.Argument(help="Arms with commas, the baseline first: silu,relu,gr_kan.")],
+    on: Annotated[str, typer.Option(help="digits-mlp, digits-cnn, digits-vit, text, formulas or tabular.")],
+    out: Out = Path("compared"),
+    equal: Annotated[
+        Literal["steps", "time"],
+        typer.Option(metavar="NAME", help="steps; or time, to train each for the baseline's seconds."),
+    ] = "steps",
+    seeds: Annotated[int, typer.Option(metavar="N", help="How many, 2 or more.")] = 5,
+    steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Of the baseline's trainings. Default: the task's own.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Of the baseline. Default: the task's own.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what the journal in --out holds.")] = False,
+    threads: Threads = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Compare functions, MLPs, pooling or attention on one task, with equal parameters, tuning and data."""
+    alone("compare-functions")
+    set_up(threads, seed)
+    import actkit
+
+    try:
+        result = actkit.compare_functions(
+            names,
+            on=on,
+            out=out,
+            equal=equal,
+            seeds=seeds,
+            steps=steps,
+            width=width,
+            resume=resume,
+            overwrite=overwrite,
+            seed=seed,
+        )
+    except KeyboardInterrupt:
+        note(f"stopped. What was measured is in {out / 'journal.jsonl'}; go on with the same command and --resume.")
+        raise typer.Exit(130) from None
+    print_result(result, as_json)
+    if not as_json:
+        note(f"page: {out / 'index.html'}")
+
+
 @app.command()
 def papers(
     slug: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,

@@ -75,6 +75,32 @@ def scatter(marks: Sequence[Mark], x_title: str, limit: float) -> str:
     return _svg(parts, f"Loss against {x_title}: {len(marks)} models")
 
 
+def points(marks: Sequence[Mark], x_title: str, y_title: str) -> str:
+    """Draw one figure against another, each with the interval of the first.
+
+    Args:
+        marks: `share` is what the x axis shows, from 0 on, `loss` what the y axis shows, whichever these are.
+        x_title: of the x axis.
+        y_title: of the y axis.
+
+    Returns:
+        SVG.
+    """
+    ends = [end for mark in marks for end in (mark.loss.low, mark.loss.high, mark.loss.value) if isfinite(end)]
+    low, high = min(ends, default=0.0), max(ends, default=1.0)
+    room = 0.08 * ((high - low) or 1.0)
+    low, high, right = low - room, high + room, 1.12 * max((mark.share.value for mark in marks), default=1.0)
+    x, y = _scale(0.0, right, LEFT, WIDTH - RIGHT), _scale(low, high, HEIGHT - BOTTOM, TOP)
+    parts = [_frame(_ticks(0.0, right), x, _ticks(low, high), y, percent=False)]
+    drawn = sorted(marks, key=lambda mark: list(RADIUS).index(mark.kind), reverse=True)
+    places = [(x(mark.share.value), y(mark.loss.value)) for mark in drawn]
+    taken = [(cx - 9, cy - 9, cx + 9, cy + 9) for cx, cy in places]
+    parts += [_intervals(mark, x, y) for mark in drawn]
+    parts += [_mark(mark, x, y, taken) for mark in drawn]
+    parts.append(_titles(x_title, y_title))
+    return _svg(parts, f"{y_title} against {x_title}: {len(marks)} arms")
+
+
 def _mark(
     mark: Mark, x: Callable[[float], float], y: Callable[[float], float], taken: list[tuple[float, float, float, float]]
 ) -> str:
@@ -315,7 +341,7 @@ def _frame(
         parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{text}</text>')
     for tick in xs:
         parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        text = f"{100 * tick:g}%"
+        text = f"{100 * tick:g}%" if percent else _number(tick)
         middle = f'x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle"'
         parts.append(f'<text class="tick" {middle}>{text}</text>')
     return "".join(parts)

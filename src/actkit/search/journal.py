@@ -1,4 +1,4 @@
-"""The journal of a search: one JSON line per finished measurement, on the disk before the next one begins.
+"""The journal of a search or a comparison: a JSON line per finished measurement, on the disk before the next begins.
 
 The first line says what the measurements depend on (model, data, settings, versions, machine); a search resumes only if
 that is the same. A line is written in one piece and flushed to the disk, so that after Ctrl-C, kill -9 or a power cut
@@ -20,6 +20,7 @@ from actkit.core.ground.whole_file import flush
 
 SCHEMA = 2  # since 2 each line ends with a digest of itself
 DIGEST = "digest"
+JOURNAL = "journal.jsonl"  # in the folder of a search or a comparison
 
 
 class JournalError(ActkitError):
@@ -27,7 +28,7 @@ class JournalError(ActkitError):
 
 
 class Journal:
-    """The lines of one search.
+    """The lines of one search, or of one comparison.
 
     Args:
         path: of the file.
@@ -58,12 +59,13 @@ class Journal:
         return journal
 
     @classmethod
-    def resume(cls, path: str | Path, header: Mapping[str, Any]) -> Self:
+    def resume(cls, path: str | Path, header: Mapping[str, Any], what: str = "search") -> Self:
         """Go on with a journal. A torn last line is cut off, and noted.
 
         Args:
             path: of the file.
             header: what the measurements depend on.
+            what: it is a journal of.
 
         Returns:
             The journal, with its entries.
@@ -88,7 +90,7 @@ class Journal:
         differing = differences(found, json.loads(json.dumps({"kind": "header", "schema": SCHEMA, **header})))
         if differing:
             raise JournalError(
-                f"resume: {path} is of another search: {'; '.join(differing)}. Give what was given then, or start "
+                f"resume: {path} is of another {what}: {'; '.join(differing)}. Give what was given then, or start "
                 f"again with overwrite=True (--overwrite)."
             )
         return cls(path, entries, notes)
@@ -109,6 +111,35 @@ class Journal:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+
+
+def check_out(out: Path, *, resume: bool, overwrite: bool, what: str = "search") -> None:
+    """Check that a folder can be written, so that nothing is lost in it.
+
+    Args:
+        out: the folder.
+        resume: its journal is to be gone on with.
+        overwrite: what an earlier run left is to be replaced.
+        what: leaves journals there.
+
+    Raises:
+        ValueError: it is a file, it holds something and neither was asked for, or nothing of ours left it.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ValueError(f"out: {out} is a file; choose a folder.")
+    if not any(out.iterdir()):
+        return
+    if not (resume or overwrite):
+        raise ValueError(
+            f"out: {out} exists already; choose another folder, pass resume=True (--resume) to go on with its journal, "
+            f"or overwrite=True (--overwrite) to replace it."
+        )
+    if not (out / JOURNAL).is_file():
+        raise ValueError(
+            f"out: {out} holds no {JOURNAL}, so no {what} left it, and nothing in it is touched; choose another folder."
+        )
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], list[str]]:

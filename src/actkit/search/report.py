@@ -18,6 +18,7 @@ from actkit.search.drawing import Bar, Kind, Mark, bars, profile_panels, scatter
 from actkit.search.figures import interval
 from actkit.search.measured import Candidate
 from actkit.search.mixing.drawing import chosen_grid, colours_of, damage_grid
+from actkit.search.pages import about_machine, template
 from actkit.search.verdict import times
 
 if TYPE_CHECKING:
@@ -41,21 +42,9 @@ def render(result: Optimization) -> str:
     Raises:
         ImportError: jinja2 (the extra `report`) is missing.
     """
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-        from markupsafe import Markup
-    except ImportError as error:
-        raise ImportError(
-            "report: jinja2 is missing, with which the report is written; pip install 'actkit[report]'."
-        ) from error
-    environment = Environment(
-        loader=PackageLoader("actkit.search"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html")
+    page = template("report.html")
+    from markupsafe import Markup
+
     rows = _rows(result)
     return page.render(
         r=result,
@@ -267,16 +256,9 @@ def _commands(result: Optimization) -> list[tuple[str, str]]:
 def _conditions(result: Optimization) -> list[tuple[str, str]]:
     """How it was measured: label and words."""
     info, settings = result.machine, result.settings
-    cache = info.get("last_level_cache")
     stored = "as stored" if settings.get("given_dtype") is None else "as asked for"
     rows = [
-        ("machine", f"{info['processor']}, {info['cores']} cores, {format_bytes(info['memory_bytes'])} memory"),
-        (
-            "vector units",
-            f"{info['capability']}" + ("" if cache is None else f"; last-level cache {format_bytes(cache)}"),
-        ),
-        ("system", info["system"]),
-        ("GPU", info["gpu"] or "none"),
+        *about_machine(info),
         ("threads, dtype, seed", f"{settings['threads']}, {settings['dtype']} {stored}, {settings['seed']}"),
         ("versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())),
     ]

@@ -10,7 +10,6 @@ The other candidates are removed; their recipes are in the report and make them 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -50,11 +49,12 @@ from actkit.search.candidates import MOST, given, propose
 from actkit.search.card import model_card
 from actkit.search.compile_ahead import CompileAhead
 from actkit.search.front import front, point
-from actkit.search.journal import Journal
+from actkit.search.journal import JOURNAL, Journal, check_out
 from actkit.search.measured import Candidate, speed_from
 from actkit.search.mixing.mixing import Aim, Mixing
 from actkit.search.mixing.rounds import Rounds
 from actkit.search.own_grid import WARNING as OWN_GRID
+from actkit.search.pages import check_pages
 from actkit.search.profile import profile
 from actkit.search.results import Answers, Optimization, Proposal
 from actkit.search.speed_row import SpeedRow, measure_speed_row
@@ -63,8 +63,7 @@ from actkit.search.verdict import TARGETS, Target, Verdict, decide
 from actkit.search.workshop import RANDOM, Workshop, recipe_key, task_for, transforms_key
 from actkit.zoo.loading import open_model
 
-JOURNAL, RESULTS, REPORT, BEST, CANDIDATES, RECIPE = (
-    "journal.jsonl",
+RESULTS, REPORT, BEST, CANDIDATES, RECIPE = (
     "results.json",
     "index.html",
     "best",
@@ -167,9 +166,9 @@ def optimize(
         )
     if mixes < 0:
         raise ValueError(f"mixes: {mixes} was given; give 0 for none, or how many to try.")
-    _check_report()
+    check_pages()
     out = Path(out)
-    _check_out(out, resume=resume, overwrite=overwrite)
+    check_out(out, resume=resume, overwrite=overwrite)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not isinstance(model, nn.Module):
         options |= {"device": device, "dtype": dtype, "base": base}
@@ -639,12 +638,6 @@ def _check_settings(
         raise ValueError(f"threads: {threads} was given; give 1 or more.")
 
 
-def _check_report() -> None:
-    """Before hours of work, not after them."""
-    if importlib.util.find_spec("jinja2") is None:
-        raise ImportError("report: jinja2 is missing, with which the report is written; pip install 'actkit[report]'.")
-
-
 def _check_base(model: nn.Module, base: Callable[[], nn.Module] | None) -> None:
     if base is not None:
         import_name(base)
@@ -653,24 +646,6 @@ def _check_base(model: nn.Module, base: Callable[[], nn.Module] | None) -> None:
             f"base: {type(model).__name__} is not a transformers model, nor registered under actkit.models; pass a "
             f"function that builds it unchanged, in a module that can be imported, so that candidates can be loaded in "
             f"a fresh process."
-        )
-
-
-def _check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ValueError(f"out: {out} is a file; choose a folder.")
-    if not any(out.iterdir()):
-        return
-    if not (resume or overwrite):
-        raise ValueError(
-            f"out: {out} exists already; choose another folder, pass resume=True (--resume) to go on with its journal, "
-            f"or overwrite=True (--overwrite) to replace it."
-        )
-    if not (out / JOURNAL).is_file():
-        raise ValueError(
-            f"out: {out} holds no {JOURNAL}, so no search left it, and nothing in it is touched; choose another folder."
         )
 
 

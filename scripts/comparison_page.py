@@ -1,0 +1,97 @@
+"""Write the tables of docs/functions/comparison.md, and draw its pictures, from the recorded comparisons.
+
+python scripts/comparison_page.py            # from docs/functions/comparison/TASK.json
+python scripts/comparison_page.py FOLDER     # first takes over FOLDER/TASK/results.json, as `compare-functions` wrote it
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "functions" / "comparison.md"
+RECORDS = ROOT / "docs" / "functions" / "comparison"
+TASKS = ("digits-mlp", "digits-cnn", "digits-vit", "text", "formulas", "tabular")
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        RECORDS.mkdir(exist_ok=True)
+        for task in TASKS:
+            found = Path(sys.argv[1]) / task / "results.json"
+            if found.exists():
+                shutil.copy(found, RECORDS / f"{task}.json")
+    page = PAGE.read_text(encoding="utf-8")
+    for task in TASKS:
+        record = RECORDS / f"{task}.json"
+        if record.exists():
+            page = replaced(page, task, section(json.loads(record.read_text(encoding="utf-8"))))
+    PAGE.write_text(page, encoding="utf-8")
+
+
+def replaced(page: str, task: str, text: str) -> str:
+    """The page with another text between the marks of a task."""
+    begin, end = f"<!-- {task} -->\n", f"<!-- end of {task} -->"
+    before, _, rest = page.partition(begin)
+    _, _, after = rest.partition(end)
+    assert after, f"{PAGE}: no marks for {task}"
+    return f"{before}{begin}{text}{end}{after}"
+
+
+def section(result: dict[str, Any]) -> str:
+    """A line on the sizes, and the table."""
+    given, machine = result["settings"], result["machine"]
+    unit = f", {result['unit']}" if result["unit"] else ""
+    threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
+    lines = [
+        f"{result['score']}{unit}, {result['better']} is better. {given['steps']} steps of {given['rows']} rows, "
+        f"{len(given['seeds'])} seeds, rates {', '.join(f'{rate:g}' for rate in given['rates'])}; {threads} of an "
+        f"{machine['processor']} that others used too; {result['seconds'] / 60:.0f} minutes.",
+        "",
+        "| arm | parameters | width | rate | score (range) | difference (interval) | ms per step | MFLOPs | saved | |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        lines.append(f"| {' | '.join(cells(row))} |")
+    for note in result["notes"][1:]:  # the first is about FLOPs, and stands on the page once
+        lines.append(f"\n{note[0].upper()}{note[1:]}.")
+    for row in result["rows"]:
+        if row["kept"]:
+            lines.append(f"\n`{row['name']}` has {span(row['kept'])} parameters behind the training.")
+        if row["failed"]:
+            lines.append(f"\n`{row['name']}` failed {row['failed']}")
+    return "\n".join(lines) + "\n"
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row as text."""
+    scores, change = row["scores"], row["difference"]
+    score = "" if not scores else f"{row['mean']:.4g} ({min(scores):.4g} to {max(scores):.4g})"
+    differs = "" if not change else f"{change['value']:+.3g} ({change['low']:+.2g} to {change['high']:+.2g})"
+    word = f"**{row['word']}**" if row["word"] in ("better", "worse") else row["word"]
+    return [
+        f"`{row['name']}`",
+        span(row["parameters"].values()),
+        span(row["widths"].values()),
+        "" if row["rate"] is None else f"{row['rate']:g}",
+        score,
+        differs,
+        f"{row['milliseconds']:.3g}",
+        f"{row['flops'] / 1e6:.3g}",
+        f"{row['saved_bytes'] / 1e6:.3g} MB",
+        word,
+    ]
+
+
+def span(values: Any) -> str:
+    """'9,610', or from the least to the most."""
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+if __name__ == "__main__":
+    main()

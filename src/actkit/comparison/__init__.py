@@ -1,0 +1,1 @@
+"""The fair comparison of functions, MLPs, pooling and attention: `actkit compare-functions`."""

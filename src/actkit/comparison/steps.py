@@ -1,0 +1,96 @@
+"""What a training step of each arm costs: time in turns with the others, arithmetic, and bytes kept for backward."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean, median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from actkit.core.measure.saved_tensors import saved_tensors
+
+WARM, ROUNDS = 3, 15  # steps of each arm that are not, and that are timed
+Loss = Callable[[nn.Module], Tensor]
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Of one training step, a mean over the parts of a task.
+
+    Attributes:
+        milliseconds: median over the rounds: forward, backward and the optimizer.
+        slowest: of the rounds.
+        flops: of forward and backward, for each row or token; matrix products and convolutions alone.
+        saved_bytes: that the forward pass keeps for the backward pass, parameters left out.
+    """
+
+    milliseconds: float
+    slowest: float
+    flops: float
+    saved_bytes: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Everything, as JSON takes it."""
+        return asdict(self)
+
+    @classmethod
+    def mean_of(cls, costs: Sequence[StepCost]) -> StepCost:
+        """The mean over parts.
+
+        Args:
+            costs: one for each.
+        """
+        columns = zip(*(asdict(each).values() for each in costs), strict=True)
+        return cls(*(mean(column) for column in columns))
+
+
+def measure_steps(
+    models: Mapping[str, nn.Module], loss: Loss, rows: int, rate: float, *, rounds: int = ROUNDS
+) -> dict[str, StepCost]:
+    """Measure a training step of each model, in turns.
+
+    Args:
+        models: by arm; they are trained by the steps that are timed.
+        loss: of a model, on a batch that is the same for all.
+        rows: of the batch.
+        rate: of AdamW, small enough that nothing overflows.
+        rounds: in which each model makes a step.
+
+    Returns:
+        The costs, by arm.
+    """
+    optimizers = {name: torch.optim.AdamW(model.parameters(), rate) for name, model in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for each in range(WARM + rounds):
+        for name, model in models.items():
+            model.train()
+            started = time.perf_counter()
+            optimizers[name].zero_grad()
+            loss(model).backward()
+            optimizers[name].step()
+            if each >= WARM:
+                times[name].append(1000 * (time.perf_counter() - started))
+    return {
+        name: StepCost(median(times[name]), max(times[name]), _flops(model, loss) / rows, _saved(model, loss))
+        for name, model in models.items()
+    }
+
+
+def _flops(model: nn.Module, loss: Loss) -> float:
+    counter = FlopCounterMode(display=False)
+    with counter:
+        loss(model).backward()
+    return float(counter.get_total_flops())
+
+
+def _saved(model: nn.Module, loss: Loss) -> float:
+    with saved_tensors(model) as saved:
+        kept: Any = loss(model)  # its graph lives until it is counted
+    found = saved.bytes
+    del kept
+    return float(found)
