@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from actkit.comparison.arms import LAYERS, Arm, find, function, known_names, mlp, parse, pooling
+from actkit.comparison.arms import MLPS, Arm, find, function, known_names, mlp, parse, pooling
 from actkit.core.ground.errors import RecipeError
 from actkit.functions.crrelu.crrelu import CRReLU
 from actkit.functions.posets.pooling import PosetPool2d
@@ -57,7 +57,7 @@ def test_parts_are_what_their_names_say() -> None:
     assert function("series:relu", 5, 1)(images).shape == images.shape
 
 
-@pytest.mark.parametrize("name", ["silu", "poly_relu", "series:silu", "group_rational", "swiglu", *LAYERS])
+@pytest.mark.parametrize("name", ["silu", "poly_relu", "series:silu", "group_rational", *MLPS])
 def test_every_mlp_reads_and_gives_its_channels_and_learns(name: str) -> None:
     torch.manual_seed(0)
     made = mlp(find(name), 6, 16, 3)

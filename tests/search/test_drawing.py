@@ -11,7 +11,7 @@ import pytest
 from made_up import around
 
 from actkit.core.ground.estimate import Estimate
-from actkit.search.drawing import HEIGHT, WIDTH, Bar, Mark, _ticks, bars, scatter
+from actkit.search.drawing import HEIGHT, WIDTH, Bar, Mark, _ticks, bars, points, scatter
 
 
 def marks(count: int, spread: float) -> list[Mark]:
@@ -36,6 +36,22 @@ def test_everything_is_inside(count, spread, limit):
         if "x" in text.attrib:
             assert 0 <= float(text.attrib["x"]) <= WIDTH and 0 <= float(text.attrib["y"]) <= HEIGHT
     assert not re.search("nan|inf", ElementTree.tostring(picture, "unicode").replace("interval", ""))
+
+
+@pytest.mark.parametrize(("count", "spread"), [(1, 0.0), (2, 1.0), (15, 0.01), (15, 30.0)])
+def test_points_and_their_intervals_are_inside(count, spread):
+    given = [
+        Mark(around(10 * m.share.value), around(m.loss.value - 5), m.kind, m.label, m.title)
+        for m in marks(count, spread)
+    ]
+    picture = ElementTree.fromstring(points(given, "seconds", "score (%)"))
+    assert len(picture.findall(".//circle") + picture.findall(".//polygon")) == count
+    for circle in picture.findall(".//circle"):
+        assert 0 <= float(circle.attrib["cx"]) <= WIDTH and 0 <= float(circle.attrib["cy"]) <= HEIGHT
+    for text in picture.findall(".//text"):
+        if "x" in text.attrib:
+            assert 0 <= float(text.attrib["x"]) <= WIDTH and 0 <= float(text.attrib["y"]) <= HEIGHT
+    assert "score (%)" in ElementTree.tostring(picture, "unicode")
 
 
 def test_a_loss_far_beyond_the_limit_stands_at_the_edge_with_its_value():

@@ -21,7 +21,7 @@ from actkit.core.ground.errors import RecipeError
 from actkit.core.ground.yaml_files import shorten
 from actkit.core.layers.activations import Activation, activation_function, function_names
 from actkit.core.recipe.runner import apply_edits
-from actkit.functions.af_kan.replace import layer_of
+from actkit.functions.af_kan.af_kan_layer import AfKanLayer, relu_kan_layer
 from actkit.functions.kat.kat import GrKanLinear
 from actkit.functions.pangu_pi.series import SeriesActivation
 from actkit.functions.posets.pooling import PosetPool2d
@@ -124,7 +124,7 @@ def known_names() -> dict[str, Kind]:
         ("softmax", *(name for name in registry.attention_names() if name not in INTERNAL)), "attention"
     )
     kinds |= dict.fromkeys(("max", "avg"), "pooling")
-    return kinds | dict.fromkeys(("swiglu", *LAYERS), "mlp")
+    return kinds | dict.fromkeys(MLPS, "mlp")
 
 
 def _squashed(name: str) -> str:
@@ -135,7 +135,7 @@ def _refuse(name: str, known: Sequence[str]) -> NoReturn:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f" Did you mean {', '.join(near)}?" if near else ""
     raise RecipeError(
-        f"names: {shorten(name)!r} is not known.{hint} Known are MLPs ({', '.join(('swiglu', *LAYERS))}), pooling "
+        f"names: {shorten(name)!r} is not known.{hint} Known are MLPs ({', '.join(MLPS)}), pooling "
         f"(max, avg, poset:0 to poset:15), attention (softmax, lssa, lssar), and every registered function, also as "
         f"series:NAME."
     )
@@ -209,13 +209,15 @@ def _rational(inputs: int, outputs: int, start: str) -> nn.Module:
 Layer = Callable[[int, int], nn.Module]
 LAYERS: dict[str, tuple[Layer, Layer]] = {  # of MLPs that are two layers with nothing between
     "gr_kan": (lambda d, o: _rational(d, o, "identity"), lambda d, o: _rational(d, o, "silu")),
-    "af_kan": (lambda d, o: layer_of("af_kan", d, o),) * 2,
-    "relu_kan": (lambda d, o: layer_of("relu_kan", d, o),) * 2,
+    "af_kan": (AfKanLayer,) * 2,
+    "relu_kan": (relu_kan_layer,) * 2,
     "bspline_kan": (POOL["bspline"],) * 2,
     "cheby_kan": (POOL["cheby"],) * 2,
     "rbf_kan": (POOL["fastkan"],) * 2,
     "s_kan": (SKanLayer,) * 2,
 }
+WHOLE: dict[str, Callable[[int, int, int], nn.Module]] = {"swiglu": GatedMlp}  # inputs, width, outputs
+MLPS = (*WHOLE, *LAYERS)
 
 
 def mlp(arm: Arm, inputs: int, width: int, outputs: int) -> nn.Module:
@@ -235,8 +237,8 @@ def mlp(arm: Arm, inputs: int, width: int, outputs: int) -> nn.Module:
     """
     if arm.kind == "function":
         return nn.Sequential(nn.Linear(inputs, width), function(arm.what, width), nn.Linear(width, outputs))
-    if arm.what == "swiglu":
-        return GatedMlp(inputs, width, outputs)
+    if arm.what in WHOLE:
+        return WHOLE[arm.what](inputs, width, outputs)
     first, second = LAYERS[arm.what]
     return nn.Sequential(first(inputs, width), second(width, outputs))
 

@@ -154,6 +154,13 @@ def count(model: nn.Module) -> int:
     return sum(each.numel() for each in model.parameters())
 
 
+def _prune(model: nn.Module) -> None:
+    """Leave layers that chose with what they chose; what the model computes stays, as only that counted at the end."""
+    with own_random_numbers(CPU, 0):  # new layers draw weights before they take over others
+        for path, layer in choosing(model).items():
+            set_module(model, path, layer.pruned())
+
+
 # -- classification ----------------------------------------------------------------------------------------------------
 
 Rows = tuple[Tensor, Tensor]  # inputs and classes
@@ -177,34 +184,26 @@ class Classification(Task):
         pairs = zip(rows[0][order].split(self.rows), rows[1][order].split(self.rows), strict=True)
         found = train(
             model,
-            [_batch(model, *pair) for pair in pairs],
-            validation=[_batch(model, *held)],
+            [{"pixel_values": x, "labels": labels} for x, labels in pairs],
+            validation=[{"pixel_values": held[0], "labels": held[1]}],
             loss=_loss,
             steps=steps,
             learning_rate=rate,
-            rules=[ChooseBasis()] if choosing(model) else (),
+            rules=[ChooseBasis(prune=False)] if choosing(model) else (),
             seed=seed,
             evaluate_every=steps,
             keep="last",
             progress=False,
         )
+        _prune(model)
         with evaluating(model):
             hits = (_logits(model, test[0]).argmax(-1) == test[1]).double().mean()
         return Training(found.validation, 100 * float(hits), count(model))
 
     def step(self, part: str) -> tuple[Callable[[nn.Module], Tensor], int]:
         (x, labels), *_ = self.splits(part, 0)
-        rows = x[: self.rows], labels[: self.rows]
-        return lambda model: _loss(model, _batch(model, *rows)), len(rows[0])
-
-
-def _input(model: nn.Module) -> str:
-    """What a model calls its input: a rule that ends with edits calls it by that."""
-    return "input" if isinstance(model, nn.Sequential) else "pixel_values"
-
-
-def _batch(model: nn.Module, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    return {_input(model): x, "labels": labels}
+        batch = {"pixel_values": x[: self.rows], "labels": labels[: self.rows]}
+        return lambda model: _loss(model, batch), len(batch["labels"])
 
 
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
@@ -212,7 +211,7 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def _loss(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(_logits(model, batch[_input(model)]), batch["labels"])
+    return F.cross_entropy(_logits(model, batch["pixel_values"]), batch["labels"])
 
 
 class _Digits(Classification):
@@ -315,12 +314,13 @@ class Text(_Transformer):
             validation=self._text(model, "search", 64, 0, 16),
             steps=steps,
             learning_rate=rate,
-            rules=[ChooseBasis()] if choosing(model) else (),
+            rules=[ChooseBasis(prune=False)] if choosing(model) else (),
             seed=seed,
             evaluate_every=steps,
             keep="last",
             progress=False,
         )
+        _prune(model)
         test = self._text(model, "test", self.held_out, 0, 16)
         quality = measure_quality(model.eval(), test, task="language", resamples=1, progress=False)
         return Training(found.validation, math.log(quality.metrics["perplexity"].value), count(model))
@@ -391,8 +391,7 @@ class Formulas(Task):
             fit(
                 model, rows, validation=held, steps=steps, rate=rate, penalty=penalty, evaluate_every=steps, keep="last"
             )
-        for path, layer in choosing(model).items():
-            set_module(model, path, layer.pruned())
+        _prune(model)
         with evaluating(model):
             errors = [float(F.mse_loss(model(x), y)) for x, y in (held, test)]
         return Training(_log_root(errors[0]), _log_root(errors[1]), count(model))
