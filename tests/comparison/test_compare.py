@@ -60,6 +60,7 @@ def test_what_is_written_and_shown(done: tuple[Comparison, Path]) -> None:
     console.print(result.table())
     shown = console.export_text()
     assert "silu" in shown and "baseline" in shown and "…" not in shown
+    assert shown.count(" KB") == 3  # nothing is cut off at the right
 
 
 def measured(result: Comparison) -> list[Any]:
@@ -86,6 +87,7 @@ def test_a_stopped_comparison_ends_as_an_uninterrupted_one(
     count = len(calls)
     again = compare_functions("silu,relu,gr_kan", out=tmp_path / "out", resume=True, **SMALL)
     assert len(calls) == count and again.rows == found.rows
+    assert again.training_seconds == found.training_seconds
     with pytest.raises(JournalError, match=r"of another comparison: settings\.steps was 6 and is 7"):
         compare_functions("silu,relu,gr_kan", out=tmp_path / "out", resume=True, **{**SMALL, "steps": 7})
 

@@ -144,6 +144,7 @@ def compare_functions(
         machine(),
         versions(),
         (*notes, *book.notes),
+        book.seconds,
         time.perf_counter() - started,
     )
     if out is not None:
@@ -167,6 +168,11 @@ class _Book:
         self._entries: dict[str, dict[str, Any]] = {}
         for entry in () if journal is None else journal.entries:
             self._entries[entry["key"]] = entry
+
+    @property
+    def seconds(self) -> float:
+        """Of all trainings."""
+        return sum(entry.get("seconds", 0.0) for entry in self._entries.values())
 
     def get(self, key: str, kind: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return what is known under a key, or measure it and write it down."""
@@ -207,8 +213,8 @@ class _Run:
         self.at_the_ends: tuple[str, ...] = ()  # arms whose best rate is the lowest or the highest
 
     def rows(self) -> tuple[Row, ...]:
-        found = self.book.get("steps", "steps", self._costs)
-        self.costs = {name: StepCost(**each) for name, each in found["costs"].items()}
+        measured = self.book.get("steps", "steps", self._costs)
+        self.costs = {name: StepCost(**each) for name, each in measured["costs"].items()}
         seeds = self.settings["seeds"]
         found: dict[tuple[Arm, float], list[_Trained]] = {}
         for arm, rate, each in self._track(list(product(self.arms, self.settings["rates"], seeds)), "Training"):

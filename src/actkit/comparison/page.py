@@ -74,12 +74,16 @@ def command(result: Comparison) -> str:
 
 def _picture(result: Comparison) -> str:
     marks = []
-    for row in result.rows:
+    for number, row in enumerate(result.rows):
         if row.mean is None:
             continue
         text = f"{row.name}: {row.mean:.4g}, {row.seconds:.3g} s; {row.word}"
         seconds = Estimate(row.seconds, row.seconds, row.seconds)
-        marks.append(Mark(seconds, Estimate(row.mean, min(row.scores), max(row.scores)), _kind(row), row.name, text))
+        marks.append(
+            Mark(
+                seconds, Estimate(row.mean, min(row.scores), max(row.scores)), _kind(row), str(number or row.name), text
+            )
+        )
     unit = f" ({result.unit})" if result.unit else ""
     return points(marks, "seconds of a training", f"{result.score}{unit}")
 
@@ -105,5 +109,5 @@ def _conditions(result: Comparison) -> list[tuple[str, str]]:
         ("seeds", f"{', '.join(map(str, given['seeds']))}, of weights, data and order, the same for all arms"),
         ("equal", "parameters and steps" if given["equal"] == "steps" else "parameters and seconds"),
         ("versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())),
-        ("time", f"{result.seconds:.0f} s in this run"),
+        ("time", f"{result.training_seconds:.0f} s of training, {result.seconds:.0f} s in this run"),
     ]

@@ -75,6 +75,7 @@ class Comparison:
         machine: that it ran on.
         versions: of Python and packages.
         notes: what a reader must know.
+        training_seconds: of all trainings, also those of earlier runs that the journal had.
         seconds: of this run.
     """
 
@@ -87,6 +88,7 @@ class Comparison:
     machine: Mapping[str, Any]
     versions: Mapping[str, str]
     notes: tuple[str, ...]
+    training_seconds: float
     seconds: float
 
     @property
@@ -111,7 +113,7 @@ class Comparison:
         return {**asdict(self), "rows": [{**asdict(row), "seconds": row.seconds} for row in self.rows]}
 
     def table(self) -> Table:
-        """Two lines per arm: what it is and reached, and what it costs; for 80 columns."""
+        """Three lines per arm: what it is, what it reached, what a step costs; for 80 columns."""
         from rich import box
         from rich.table import Table
         from rich.text import Text
@@ -123,19 +125,15 @@ class Comparison:
         about = f"{self.task}: {self.score}{unit} ({self.better} is better), {len(self.settings['seeds'])} seeds"
         page.add_row(Text(about, style="bold"))
         shown = PlainTable(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
-        shown.add_column("arm", overflow="fold", min_width=10)
-        for name in (
-            "parameters\nwidth",
-            "rate\nsteps",
-            "score\nrange",
-            "difference\ninterval",
-            "ms/step\nMFLOP/row",
-            "saved",
-        ):
+        shown.add_column("arm", overflow="fold", min_width=13)
+        pairs = ("parameters\nwidth", "rate\nsteps", "score\nrange", "difference\ninterval")
+        for name in (*pairs, "ms/step\nMFLOP/row\nsaved"):
             shown.add_column(name, justify="right", no_wrap=True)
         styles = {"better": "bold green", "worse": "yellow", "failed": "red"}
         for row in self.rows:
-            shown.add_row(f"{row.name}\n{row.word}", *cells(row), style=styles.get(row.word, ""))
+            *others, cost, saved = cells(row)
+            style = styles.get(row.word, "")
+            shown.add_row(f"{row.name}\n{row.word}", *others, f"{cost}\n{saved}", style=style)
         page.add_row(shown)
         threads = f"{self.machine['threads']} thread{'' if self.machine['threads'] == 1 else 's'}"
         page.add_row(Text(f"\n{self.machine['processor']}, {threads}", style="dim"))
@@ -154,7 +152,7 @@ def cells(row: Row) -> list[str]:
     if row.mean is not None:
         scores = f"{row.mean:.4g}\n{min(row.scores):.4g} to {max(row.scores):.4g}"
     change = row.difference
-    differs = "" if change is None else f"{change.value:+.3g}\n{change.low:+.2g} to {change.high:+.2g}"
+    differs = "" if change is None else f"{change.value:+.3g}\n{_signed(change.low)} to {_signed(change.high)}"
     return [
         f"{_span(row.parameters)}\n{_span(row.widths)}",
         f"{'-' if row.rate is None else format(row.rate, 'g')}\n{row.steps}",
@@ -163,6 +161,11 @@ def cells(row: Row) -> list[str]:
         f"{row.milliseconds:.3g}\n{row.flops / 1e6:.3g}",
         format_bytes(row.saved_bytes),
     ]
+
+
+def _signed(value: float) -> str:
+    """'+0.35' or '-120': two figures, and no power of ten."""
+    return f"{value:+.2g}" if abs(value) < 99.5 else f"{value:+.0f}"
 
 
 def _span(values: Mapping[str, int]) -> str:

@@ -289,7 +289,7 @@ class DigitsVit(_Transformer, _Digits):
     """A vision transformer of two blocks, 32 wide."""
 
     name, kinds = "digits-vit", ("function", "mlp")
-    width, steps, rows, hidden, own = 152, 300, 32, 32, "gelu"
+    width, steps, rows, hidden, own = 152, 150, 32, 32, "gelu"
 
     def plain(self) -> Any:
         return vision_transformer(hidden=self.hidden, intermediate=self.width, seed=torch.initial_seed() % 2**31)
@@ -300,7 +300,7 @@ class Text(_Transformer):
 
     name, kinds = "text", ("function", "mlp", "attention")
     score, unit, better = "test loss", "nats per token", "lower"
-    width, steps, rows, hidden, own = 208, 150, 8, 64, "silu"
+    width, steps, rows, hidden, own = 208, 100, 8, 64, "silu"
     length, held_out = 64, 160  # tokens of a row, test rows
 
     def plain(self) -> Any:
@@ -352,7 +352,7 @@ class Tabular(Classification):
 
     name, kinds = "tabular", ("function", "mlp")
     score = "mean test accuracy"
-    width, steps, rows = 460, 150, 64
+    width, steps, rows = 460, 100, 64
     parts = ("breast cancer", "wine", "digits", "made 1", "made 2", "made 3")
 
     def network(self, arm: Arm, width: int, part: str) -> nn.Module:
@@ -371,7 +371,7 @@ class Formulas(Task):
 
     name, kinds = "formulas", ("function", "mlp")
     score, unit, better = "ln of the test RMSE", "", "lower"
-    width, steps, rows = 420, 400, 500
+    width, steps, rows = 420, 200, 500
     parts = tuple(TARGETS)
 
     def network(self, arm: Arm, width: int, part: str) -> nn.Module:

@@ -76,10 +76,10 @@ def scatter(marks: Sequence[Mark], x_title: str, limit: float) -> str:
 
 
 def points(marks: Sequence[Mark], x_title: str, y_title: str) -> str:
-    """Draw one figure against another, each with the interval of the first.
+    """Draw one figure with its interval against another on a logarithmic axis.
 
     Args:
-        marks: `share` is what the x axis shows, from 0 on, `loss` what the y axis shows, whichever these are.
+        marks: `share` is what the x axis shows, above 0, `loss` what the y axis shows, whichever these are.
         x_title: of the x axis.
         y_title: of the y axis.
 
@@ -89,9 +89,18 @@ def points(marks: Sequence[Mark], x_title: str, y_title: str) -> str:
     ends = [end for mark in marks for end in (mark.loss.low, mark.loss.high, mark.loss.value) if isfinite(end)]
     low, high = min(ends, default=0.0), max(ends, default=1.0)
     room = 0.08 * ((high - low) or 1.0)
-    low, high, right = low - room, high + room, 1.12 * max((mark.share.value for mark in marks), default=1.0)
-    x, y = _scale(0.0, right, LEFT, WIDTH - RIGHT), _scale(low, high, HEIGHT - BOTTOM, TOP)
-    parts = [_frame(_ticks(0.0, right), x, _ticks(low, high), y, percent=False)]
+    low, high = low - room, high + room
+    shares = [mark.share.value for mark in marks] or [1.0]
+    first, last = log10(min(shares) / 1.3), log10(max(shares) * 1.3)
+    logarithmic = _scale(first, last, LEFT, WIDTH - RIGHT)
+    y = _scale(low, high, HEIGHT - BOTTOM, TOP)
+
+    def x(value: float) -> float:
+        return logarithmic(log10(value))
+
+    steps = [factor * 10.0**power for power in range(floor(first), floor(last) + 1) for factor in (1, 2, 5)]
+    kept = [round(each, 12) for each in steps if first <= log10(each) <= last]
+    parts = [_frame(kept, x, _ticks(low, high), y, percent=False)]
     drawn = sorted(marks, key=lambda mark: list(RADIUS).index(mark.kind), reverse=True)
     places = [(x(mark.share.value), y(mark.loss.value)) for mark in drawn]
     taken = [(cx - 9, cy - 9, cx + 9, cy + 9) for cx, cy in places]

@@ -1,7 +1,7 @@
-"""Write the tables of docs/functions/comparison.md, and draw its pictures, from the recorded comparisons.
+"""Write the tables of docs/functions/comparison.md from the recorded comparisons.
 
-python scripts/comparison_page.py            # from docs/functions/comparison/TASK.json
-python scripts/comparison_page.py FOLDER     # first takes over FOLDER/TASK/results.json, as `compare-functions` wrote it
+python benchmarks/comparison_page.py            # from benchmarks/results/comparison
+python benchmarks/comparison_page.py FOLDER     # takes over FOLDER/TASK/results.json of `compare-functions` first
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "functions" / "comparison.md"
-RECORDS = ROOT / "docs" / "functions" / "comparison"
+RECORDS = ROOT / "benchmarks" / "results" / "comparison"
 TASKS = ("digits-mlp", "digits-cnn", "digits-vit", "text", "formulas", "tabular")
 
 
@@ -47,10 +47,11 @@ def section(result: dict[str, Any]) -> str:
     given, machine = result["settings"], result["machine"]
     unit = f", {result['unit']}" if result["unit"] else ""
     threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
+    score = f"{result['score'][0].upper()}{result['score'][1:]}"
     lines = [
-        f"{result['score']}{unit}, {result['better']} is better. {given['steps']} steps of {given['rows']} rows, "
+        f"{score}{unit}, {result['better']} is better. {given['steps']} steps of {given['rows']} rows, "
         f"{len(given['seeds'])} seeds, rates {', '.join(f'{rate:g}' for rate in given['rates'])}; {threads} of an "
-        f"{machine['processor']} that others used too; {result['seconds'] / 60:.0f} minutes.",
+        f"{machine['processor']} that others used too; {result['training_seconds'] / 60:.0f} minutes.",
         "",
         "| arm | parameters | width | rate | score (range) | difference (interval) | ms per step | MFLOPs | saved | |",
         "|---|---|---|---|---|---|---|---|---|---|",
