@@ -72,7 +72,9 @@ def cells(row: dict[str, Any]) -> list[str]:
     """A row as text."""
     scores, change = row["scores"], row["difference"]
     score = "" if not scores else f"{row['mean']:.4g} ({min(scores):.4g} to {max(scores):.4g})"
-    differs = "" if not change else f"{change['value']:+.3g} ({change['low']:+.2g} to {change['high']:+.2g})"
+    differs = (
+        "" if not change else f"{signed(change['value'], 3)} ({signed(change['low'])} to {signed(change['high'])})"
+    )
     word = f"**{row['word']}**" if row["word"] in ("better", "worse") else row["word"]
     return [
         f"`{row['name']}`",
@@ -86,6 +88,11 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{row['saved_bytes'] / 1e6:.3g} MB",
         word,
     ]
+
+
+def signed(value: float, figures: int = 2) -> str:
+    """What rounding left of 0 is 0."""
+    return f"{round(value, 9) + 0.0:+.{figures}g}"
 
 
 def span(values: Any) -> str:

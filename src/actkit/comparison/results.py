@@ -152,7 +152,7 @@ def cells(row: Row) -> list[str]:
     if row.mean is not None:
         scores = f"{row.mean:.4g}\n{min(row.scores):.4g} to {max(row.scores):.4g}"
     change = row.difference
-    differs = "" if change is None else f"{change.value:+.3g}\n{_signed(change.low)} to {_signed(change.high)}"
+    differs = "" if change is None else f"{_signed(change.value, 3)}\n{_signed(change.low)} to {_signed(change.high)}"
     return [
         f"{_span(row.parameters)}\n{_span(row.widths)}",
         f"{'-' if row.rate is None else format(row.rate, 'g')}\n{row.steps}",
@@ -163,9 +163,10 @@ def cells(row: Row) -> list[str]:
     ]
 
 
-def _signed(value: float) -> str:
-    """'+0.35' or '-120': two figures, and no power of ten."""
-    return f"{value:+.2g}" if abs(value) < 99.5 else f"{value:+.0f}"
+def _signed(value: float, figures: int = 2) -> str:
+    """'+0.35' or '-120': some figures, and no power of ten; what rounding left of 0 is 0."""
+    value = round(value, 9) + 0.0
+    return f"{value:+.{figures}g}" if abs(value) < 99.5 else f"{value:+.0f}"
 
 
 def _span(values: Mapping[str, int]) -> str:
