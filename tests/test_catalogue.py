@@ -115,7 +115,7 @@ def test_status_follows_the_entry_and_the_evidence(evidence):
     assert entry in papers(status="working")
     assert entry.by_subject == {"swiglu": (1, 2), "smollm2": (1, 1)}
     assert "| working: 2 of 3 claims hold (on swiglu 1 of 2, on smollm2 1 of 1) |" in catalogue.readme_table()
-    assert paper("qkan").status == "planned"
+    assert paper("analog-crossbar").status == "planned"
 
 
 def test_to_dict_is_plain(evidence):

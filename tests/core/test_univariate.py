@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from actkit.core.layers.known_functions import GELU, SILU
 from actkit.core.train.fitting import fit
 from actkit.core.univariate import edge_functions, kan_linear
-from actkit.core.univariate.bases import BASES, Bells, BSplines, Bumps, Polynomials, basis_of, name_of_basis
+from actkit.core.univariate.bases import BASES, Bells, BSplines, Bumps, Polynomials, Waves, basis_of, name_of_basis
 from actkit.core.univariate.basis import Basis
 from actkit.core.univariate.edge_functions import Wavelets
 from actkit.core.univariate.fit_rational import fit_rational, rational_like
@@ -36,6 +36,7 @@ MADE: dict[str, Callable[[], Basis]] = {
     "Chebyshev": Polynomials,
     "squashed Jacobi": lambda: Polynomials(5, (1.0, 0.5), "squashed"),
     "bumps": Bumps,
+    "waves": Waves,
 }
 
 
@@ -115,6 +116,15 @@ def test_fits_find_what_is_in_the_basis_and_say_how_far_off_others_are(name: str
     assert samples.largest_error == pytest.approx(float(errors.max())) and samples.at in x.tolist()
 
 
+def test_waves_are_a_fourier_series() -> None:
+    basis, x = Waves(3, (0.0, 2.0)), points()[:, None]
+    expected = [f(k * math.pi * (x[:, 0] - 1)) for f in (torch.cos, torch.sin) for k in (1, 2, 3)]
+    torch.testing.assert_close(basis(x)[:, 0], torch.stack(expected, -1))
+    torch.testing.assert_close(basis(x + 2), basis(x))  # its period is the domain
+    with pytest.raises(ValueError, match="waves: 0 was given"):
+        Waves(0)
+
+
 @pytest.mark.parametrize("name", MADE)
 def test_a_basis_is_made_again_from_its_settings(name: str) -> None:
     basis = MADE[name]()
@@ -150,7 +160,7 @@ def test_inputs_outside() -> None:
 def test_bad_settings_are_refused(make: Callable[[], Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         make()
-    assert set(BASES) == {"bspline", "bells", "polynomials", "bumps", "shifted_pairs"}
+    assert set(BASES) == {"bspline", "bells", "polynomials", "bumps", "waves", "shifted_pairs"}
 
 
 # -- layers ------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,9 @@ from actkit.core.recipe.runner import apply
 from actkit.functions.af_kan.replace import AfKan
 from actkit.functions.crrelu import eafo
 from actkit.functions.kat.gr_kan import GrKan
+from actkit.functions.qkan.daruan import Daruan
+from actkit.functions.qkan.network import Qkan
+from actkit.functions.qkan.qkan_layer import QkanLayer
 from actkit.functions.s_kan.basis_choice import basis_choice
 from actkit.functions.s_kan.choose_basis import ChooseBasis
 from actkit.functions.selu.self_normalize import SelfNormalize
@@ -111,3 +114,24 @@ proof(lambda p: basis_choice(build("mlp")))
 
 
 proof(lambda p: ChooseBasis().attach(build("mlp")))
+
+
+proof(lambda p: Qkan((2, 1), reps=3).extended(2))
+
+
+proof(lambda p: QkanLayer(2, 2, group=2, trainable=()))
+
+
+proof(lambda p: Daruan(1, ansatz="px")(torch.full((2, 1), 1.5)))
+
+
+proof(lambda p: Daruan(1, measure="fast").spectrum(0))
+
+
+proof(lambda p: Qkan((2, 1)).pruned(torch.randn(9, 2), edges=1e9))
+
+
+proof(lambda p: Qkan((2, 1)).to_kan(torch.ones(9, 2)))
+
+
+proof(lambda p: Qkan((2, 1)).pruned(torch.ones(0, 2)))

@@ -44,7 +44,7 @@ from actkit.core.layers.selections import Selection, Threshold, TopK
 from actkit.core.layers.weights import DenseWeight, FloatWeight, IntegerWeight, rounded
 from actkit.core.model.architecture_rows import ExpertsRow
 from actkit.core.model.experts import ExpertList, ScaledSigmoid
-from actkit.core.univariate.bases import Bells, BSplines, Bumps, Polynomials
+from actkit.core.univariate.bases import Bells, BSplines, Bumps, Polynomials, Waves
 from actkit.core.univariate.basis import Basis
 from actkit.core.univariate.edge_functions import Wavelets
 from actkit.core.univariate.kan_linear import KanLinear
@@ -60,6 +60,9 @@ from actkit.functions.pangu_pi.shortcut import AugmentedAttention, AugmentedResi
 from actkit.functions.polycom.polynomials import PolyNorm, PolyReLU
 from actkit.functions.polycom.ungate import UngatedMlp
 from actkit.functions.posets.pooling import PosetActivation, PosetPool1d, PosetPool2d
+from actkit.functions.qkan.daruan import Daruan
+from actkit.functions.qkan.network import Hqkan, Qkan
+from actkit.functions.qkan.qkan_layer import QkanLayer
 from actkit.functions.s_kan.s_kan_layer import PrunedLayer, SConvKan2d, SKanLayer
 from actkit.functions.selu.self_normalize import PassThrough
 from actkit.functions.selu.selu import AlphaDropout, ScaledElu, constants
@@ -398,6 +401,16 @@ LAYERS: dict[str, dict[str, Made]] = {
     "pruned_layer": {
         "": linear_like(lambda: PrunedLayer(IN, OUT, {"rbf": [1, 5, *range(6, OUT)], "wavelet": [0, 2, 3, 4]})),
     },
+    "daruan": {
+        "": Made(lambda: Daruan(IN)),
+        "the release's measure": Made(lambda: Daruan(IN, 2, "rpz", (), "fast")),
+    },
+    "qkan_layer": {
+        "": linear_like(lambda: QkanLayer(IN, OUT)),
+        "shared": linear_like(lambda: QkanLayer(IN, OUT, 2, group=5)),
+        "real": linear_like(lambda: QkanLayer(IN, OUT, 2, "real", ("gain",))),
+    },
+    "hqkan": {"": linear_like(lambda: Hqkan(IN, OUT, scale=2, measure="fast"))},
     "kan_linear": {
         "splines and a base": kan(BSplines, base="silu"),
         "bells behind a norm": kan(Bells, norm=True, bias=False),
@@ -487,6 +500,8 @@ NOT_SAVED = {  # layers that are used by hand, or inside another, or are models:
         lambda: AfKanNetwork((IN, 8, OUT), ("global_attn", "multistep"), "quadratic"),
         settings={"shape": lambda shape: (*shape[:-1], OUT)},
     ),
+    "Qkan": Made(lambda: Qkan((IN, 3, OUT)), settings={"shape": lambda shape: (*shape[:-1], OUT)}),
+    "Waves": on_a_basis(Waves),
     "ShiftedPairs": on_a_basis(lambda: ShiftedPairs(combine="cubic1")),
     "BSplines": on_a_basis(BSplines),
     "Bells": on_a_basis(Bells),

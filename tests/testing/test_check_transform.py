@@ -63,6 +63,7 @@ ELSEWHERE = {  # those that do not fit every kind of model, or say less of it, a
     "aphq_vit": "quantization/test_aphq_vit.py",
     "af_kan": "functions/test_af_kan.py",
     "gr_kan": "functions/test_kat.py",
+    "hqkan": "functions/test_qkan.py",
     "reconstruct_mlp": "functions/test_reconstruct_mlp.py",
     "self_normalize": "functions/test_selu.py",
     "ungate": "functions/test_polycom.py",

@@ -1,4 +1,4 @@
-"""Bases of fixed functions: B-splines, bells, orthogonal polynomials, ReLU-KAN's bumps; and all bases by name."""
+"""Bases of fixed functions: B-splines, bells, polynomials, ReLU-KAN's bumps, sines; and all bases by name."""
 
 from __future__ import annotations
 
@@ -236,11 +236,52 @@ class Bumps(Basis):
         return {"grid": self.grid, "order": self.order, **super().settings()}
 
 
+class Waves(Basis):
+    """cos(k u) and sin(k u) for k = 1 to `waves`, u from -pi to pi on the domain: a Fourier series, as in FourierKAN.
+
+    The constant is left to the bias of what sums them.
+
+    Args:
+        waves: the highest k.
+        domain: one period.
+        outside: of the domain; `repeat` is the usual one.
+
+    Raises:
+        ValueError: waves < 1.
+    """
+
+    allowed = ("repeat", "clamped", "squashed")
+
+    def __init__(self, waves: int = 4, domain: tuple[float, float] = (-1.0, 1.0), outside: Outside = "repeat") -> None:
+        if waves < 1:
+            raise ValueError(f"waves: {waves} was given; give 1 or more.")
+        super().__init__(2 * waves, domain, outside)
+        self.waves = waves
+
+    def evaluate(self, x: Tensor) -> Tensor:
+        u = self._angles(x)[0]
+        return torch.cat((u.cos(), u.sin()), -1)
+
+    def slopes(self, x: Tensor) -> Tensor:
+        u, turns = self._angles(x)
+        return torch.cat((-turns * u.sin(), turns * u.cos()), -1)
+
+    def _angles(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """k u of x [..., channels, waves], and what x is multiplied by for it [waves]."""
+        low, high = self.domain
+        turns = torch.arange(1, self.waves + 1, device=x.device, dtype=x.dtype) * (2 * math.pi / (high - low))
+        return (x - (low + high) / 2).unsqueeze(-1) * turns, turns
+
+    def settings(self) -> dict[str, Any]:
+        return {"waves": self.waves, **super().settings()}
+
+
 BASES: dict[str, type[Basis]] = {
     "bspline": BSplines,
     "bells": Bells,
     "polynomials": Polynomials,
     "bumps": Bumps,
+    "waves": Waves,
     "shifted_pairs": ShiftedPairs,
 }
 

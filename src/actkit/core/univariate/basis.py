@@ -4,8 +4,8 @@
 
 A basis has a domain, on which it is meant to be used, and says what becomes of inputs outside of it: they are `clamped`
 to the nearest end (so that no gradient reaches them), `squashed` by tanh into it (then the domain is the whole line),
-or the functions `vanish` there by themselves. Values are scaled as the class says. `fit` finds the coefficients of a
-given function; `KanLinear` (`kan_linear.py`) is a basis with a linear layer behind it.
+or the functions `vanish` there, or `repeat`, by themselves. Values are scaled as the class says. `fit` finds the
+coefficients of a given function; `KanLinear` (`kan_linear.py`) is a basis with a linear layer behind it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from actkit.kernels.bases import CLAMPED, SQUASHED, VANISH, KernelBasis, serves
 
-Outside = Literal["clamped", "squashed", "vanish"]
+Outside = Literal["clamped", "squashed", "vanish", "repeat"]
 POINTS = 1001  # on the domain, of a fit to a function
 CODES: dict[str, int] = {"vanish": VANISH, "clamped": CLAMPED, "squashed": SQUASHED}
 

@@ -13,26 +13,18 @@ ReLU-KAN's grid + order times as many.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, PrivateAttr, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from actkit.core.edit.edits import Edit, Note, Replace, Skip, get_module
-from actkit.core.ground.errors import EditError
-from actkit.core.ground.modules import is_within
-from actkit.core.ground.random_numbers import own_random_numbers
-from actkit.core.model.anatomy import Anatomy, Block, Linear, Mlp, is_linear
-from actkit.core.recipe.seen import Seen, Trial
-from actkit.core.recipe.tags import Tags
-from actkit.core.recipe.transform import Transform
+from actkit.core.model.anatomy import Mlp
 from actkit.core.univariate.kan_linear import KanLinear
 from actkit.core.univariate.shifted_pairs import COMBINATIONS
 from actkit.functions.af_kan.af_kan_layer import AfKanLayer, relu_kan_layer
 from actkit.functions.af_kan.reductions import REDUCTIONS
+from actkit.functions.replace_layers import ReplaceLayers
 
 Kind = Literal["af_kan", "relu_kan"]
 
@@ -74,7 +66,7 @@ class AfKanMlp(nn.Module):
         return made if like is None else made.to(like.dtype)
 
 
-class AfKan(Transform):
+class AfKan(ReplaceLayers):
     """Replace MLPs, or the linear layers that are named, by KAN layers with weights drawn anew.
 
     Attributes:
@@ -93,7 +85,6 @@ class AfKan(Transform):
         EditError: when applied, an entry of `where` names no linear layer.
     """
 
-    where: tuple[str, ...] | None = None
     kind: Kind = "af_kan"
     grid: int = Field(3, ge=1)
     order: int = Field(3, ge=0)
@@ -101,11 +92,6 @@ class AfKan(Transform):
     combine: str = "quad1"
     reduce: str = "global_attn"
     scale: Literal["sample", "running"] = "sample"
-    seed: int = Field(0, ge=0)
-
-    tags: ClassVar[Tags] = Tags(least_coverage=0.0)
-    not_proposed: ClassVar[str] = "its weights are drawn anew, so that the model must be trained after it"
-    _paths: tuple[str, ...] = PrivateAttr(default=())
 
     @field_validator("combine")
     @classmethod
@@ -127,63 +113,12 @@ class AfKan(Transform):
         names = ("grid", "order") if self.kind == "relu_kan" else ("grid", "order", "act", "combine", "reduce", "scale")
         return {name: getattr(self, name) for name in names}
 
-    def plan(self, trial: Trial, data: Sequence[Any]) -> Self:
-        layer_of(self.kind, 4, 4, **self.layer_settings)  # raises what is wrong with the settings together
-        planned = self.model_copy()
-        if self.where is None:
-            return planned
-        found: dict[str, None] = {}
-        for entry in self.where:
-            named = {path: module for path, module in trial.model.named_modules() if fnmatchcase(path, entry)}
-            linear = [path for path, module in named.items() if is_linear(module)]
-            if not linear:
-                what = f"a {type(next(iter(named.values()))).__name__}" if named else "nothing"
-                raise EditError(f"where: {entry!r} names {what}; give the path or a pattern of linear layers.")
-            found |= dict.fromkeys(linear)
-        planned._paths = tuple(found)
-        return planned
+    def layer(self, in_features: int, out_features: int) -> nn.Module:
+        return layer_of(self.kind, in_features, out_features, **self.layer_settings)
 
-    def targets(self, block: Block) -> Iterable[Linear]:
-        if self.where is not None:
-            return [linear for linear in block.linears() if linear.path in self._paths]
-        found = [mlp for _, mlp in block.mlps() if self._reason(mlp) is None]
-        return [linear for mlp in found for linear in (*mlp.inputs, mlp.down)]
-
-    def conflicts(self, earlier: Transform) -> str | None:
-        if earlier.slots:
-            return f"it would take out what the {earlier.slots[0]} slot was filled for; put af_kan first, and train"
-        return None
-
-    def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
-        if self.where is not None:
-            for path in self._paths:
-                if is_within(path, block.path):
-                    yield self._layer(path, get_module(block.root, path))
-            return
-        if not block.mlps():
-            yield Skip(block.path or "model", "actkit knows no MLP here; name linear layers by `where`")
-        for number, (_, mlp) in enumerate(block.mlps()):
-            reason = self._reason(mlp)
-            if reason is not None:
-                yield Skip(mlp.path, reason)
-                continue
-            old = get_module(block.root, mlp.path)
-            width = mlp.down.out_features
-            most = sum(parameter.numel() for parameter in old.parameters())
-            with own_random_numbers(torch.device("cpu"), self.seed + 1000 * block.index + number):
-                made = self._widest(width, most)
-            kept = sum(parameter.numel() for parameter in made.parameters())
-            yield Replace(mlp.path, made.to(mlp.up.weight.dtype).train(old.training))
-            text = f"{self.kind} of width {made.hidden} in place of {mlp.width}: {kept} parameters, {most} before"
-            yield Note(mlp.path, text, {"hidden": made.hidden, "parameters": kept, "before": most})
-
-    def edit_ends(self, view: Anatomy) -> Iterable[Edit]:
-        for path in self._paths:
-            if not any(is_within(path, block.path) for block in view.blocks):
-                yield self._layer(path, get_module(view.model, path))
-
-    def _widest(self, width: int, most: int) -> AfKanMlp:
-        """The MLP with the most hidden units that has at most so many parameters."""
+    def mlp(self, old: Mlp, most: int) -> tuple[nn.Module, str, dict[str, int]]:
+        """The one with the most hidden units that has at most the parameters there are."""
+        width = old.down.out_features
 
         def count(hidden: int) -> int:
             with torch.device("meta"):
@@ -194,21 +129,8 @@ class AfKan(Transform):
         while low < high - 1:
             middle = (low + high) // 2
             low, high = (middle, high) if count(middle) <= most else (low, middle)
-        return AfKanMlp(width, low, self.kind, **self.layer_settings)
-
-    def _layer(self, path: str, old: nn.Module) -> Replace:
-        linear = Linear(path, "layer", old)
-        with own_random_numbers(torch.device("cpu"), self.seed + sum(map(ord, path))):
-            made = layer_of(self.kind, linear.in_features, linear.out_features, **self.layer_settings)
-        return Replace(path, made.to(linear.weight.dtype).train(old.training))
-
-    def _reason(self, mlp: Mlp) -> str | None:
-        """Why an MLP is left as it is, or None."""
-        if mlp.up.expert is not None:
-            return "experts are left as they are"
-        if not all(linear.path.startswith(f"{mlp.path}.") for linear in (*mlp.inputs, mlp.down)):
-            return "its two layers lie in different modules; name them by `where`"
-        return None
+        made = AfKanMlp(width, low, self.kind, **self.layer_settings)
+        return made, f"{self.kind} of width {low} in place of {old.width}", {"hidden": low}
 
 
 def layer_of(kind: Kind, in_features: int, out_features: int, **settings: Any) -> AfKanLayer | KanLinear:
