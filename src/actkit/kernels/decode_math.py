@@ -15,6 +15,7 @@ from numba.extending import intrinsic
 from actkit.kernels.process import compiled
 
 SILU, RELU, GELU, GELU_TANH, RELU2 = range(5)
+RATIONAL_A, RATIONAL_B, CRRELU, POLY_RELU = range(5, 9)  # with coefficients, as `core/layers/curve.py` lists them
 _ORDERLESS = {"reassoc"}
 LOOSE = {"reassoc", "contract", "nsz"}
 
@@ -48,10 +49,52 @@ def exponential(x):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def activate(code, x):  # type: ignore[no-untyped-def]
-    """Compute f(x), in place."""
+def _curve(code, c, x):  # type: ignore[no-untyped-def]
+    """Compute f(x) of a group with the coefficients c [10], in place."""
+    zero, one = np.float32(0.0), np.float32(1.0)
+    c0, c1, c2, c3, c4, c5, c6, c7, c8, c9 = c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9]
+    if code == CRRELU:
+        for i in range(x.size):
+            v = x[i]
+            x[i] = (v if v > zero else zero) + c0 * v * exponential(-(v * v) / np.float32(2.0))
+    elif code == POLY_RELU:
+        for i in range(x.size):
+            r = zero if x[i] <= zero else x[i]
+            high = (((c9 * r + c8) * r + c7) * r + c6) * r + c5
+            x[i] = ((((high * r + c4) * r + c3) * r + c2) * r + c1) * r + c0
+    elif code == RATIONAL_A:
+        c6, c7, c8, c9 = abs(c6), abs(c7), abs(c8), abs(c9)
+        for i in range(x.size):
+            v, u = x[i], abs(x[i])
+            top = ((((c5 * v + c4) * v + c3) * v + c2) * v + c1) * v + c0
+            x[i] = top / ((((c9 * u + c8) * u + c7) * u + c6) * u + one)
+    else:
+        for i in range(x.size):
+            v = x[i]
+            top = ((((c5 * v + c4) * v + c3) * v + c2) * v + c1) * v + c0
+            x[i] = top / (one + abs((((c9 * v + c8) * v + c7) * v + c6) * v))
+
+
+@compiled()
+def activate(code, x, curves, width, first):  # type: ignore[no-untyped-def]
+    """Compute f(x), in place.
+
+    Args:
+        code: of f.
+        x: float32, some units.
+        curves: float32 [groups, 10], coefficients of functions that have some.
+        width: units of a group.
+        first: the unit at which x begins.
+    """
     one, half = np.float32(1.0), np.float32(0.5)
-    if code == SILU:
+    if code >= RATIONAL_A:
+        at = 0
+        while at < x.size:
+            group = (first + at) // width
+            end = min(x.size, (group + 1) * width - first)
+            _curve(code, curves[group], x[at:end])
+            at = end
+    elif code == SILU:
         for i in range(x.size):
             x[i] = x[i] / (one + exponential(-x[i]))
     elif code == RELU:

@@ -114,6 +114,8 @@ class StepPlan(NamedTuple):
         products: int64 [products, FIELDS].
         thresholds: float32 [products].
         gates: float32 [layers, 2], below which a gate is 0, and the normal quantile of a statistical top-k before it.
+        curves: float32 [layers, groups, 10], coefficients of learned activation functions.
+        widths: int64 [layers], units of a group of them.
         norms: float32 [layers, 2, hidden], of the norms before attention and MLP.
         biases: float32 [layers, 2, hidden], of the same.
         last_norm: float32 [hidden].
@@ -146,6 +148,8 @@ class StepPlan(NamedTuple):
     products: np.ndarray
     thresholds: np.ndarray
     gates: np.ndarray
+    curves: np.ndarray
+    widths: np.ndarray
     norms: np.ndarray
     biases: np.ndarray
     last_norm: np.ndarray
@@ -574,7 +578,7 @@ def _run(thread, threads, position, plan, work):  # type: ignore[no-untyped-def]
             if meetings < 0:
                 return False
         if units > 0:
-            activate(place[ACTIVATION], gate)
+            activate(place[ACTIVATION], gate, plan.curves[layer], plan.widths[layer], unit)
             if plan.gates[layer, 0] > 0:
                 drop_below(plan.gates[layer, 0], gate)
             own[:] = gate

@@ -15,7 +15,17 @@ from numba import prange
 
 from actkit.kernels.decode_attention import scaled, take_in
 from actkit.kernels.decode_math import activate, drop_below, from_bits, layer_norm, rms_norm
-from actkit.kernels.decode_places import ACTIVATION, FIRST_HEAD, GATE_AT, HEADS, KEY_AT, QUERY_AT, UNITS, UP_AT
+from actkit.kernels.decode_places import (
+    ACTIVATION,
+    FIRST_HEAD,
+    FIRST_UNIT,
+    GATE_AT,
+    HEADS,
+    KEY_AT,
+    QUERY_AT,
+    UNITS,
+    UP_AT,
+)
 from actkit.kernels.numba_cpu import as_stored, widen
 from actkit.kernels.packing import HALF
 from actkit.kernels.process import compiled
@@ -114,12 +124,14 @@ def take_in_rows(place, layer, begin, rows, tiled, bias, means, queries, heads, 
 
 
 @compiled(parallel=True)
-def activate_rows(place, threshold, rows, tiled, bias, hidden):  # type: ignore[no-untyped-def]
+def activate_rows(place, threshold, curves, width, rows, tiled, bias, hidden):  # type: ignore[no-untyped-def]
     """Write the activation of the gate, times up if there is a gate, of all tokens.
 
     Args:
         place: int64 [LAYER_FIELDS], of a thread's layer.
         threshold: below which a gate is 0.
+        curves: float32 [groups, 10], as `activate` reads them.
+        width: see curves.
         rows: outputs of the products of gate and up, as `_widened` takes them.
         tiled: see `rows`.
         bias: see `rows`.
@@ -130,7 +142,7 @@ def activate_rows(place, threshold, rows, tiled, bias, hidden):  # type: ignore[
         for i in range(len(rows) * part // PARTS, len(rows) * (part + 1) // PARTS):
             _widened(rows[i], tiled, bias, stage)
             gate = stage[place[GATE_AT] : place[GATE_AT] + place[UNITS]]
-            activate(place[ACTIVATION], gate)
+            activate(place[ACTIVATION], gate, curves, width, place[FIRST_UNIT])
             if threshold > 0:
                 drop_below(threshold, gate)
             if place[UP_AT] >= 0:
@@ -139,6 +151,22 @@ def activate_rows(place, threshold, rows, tiled, bias, hidden):  # type: ignore[
                     gate[j] *= up[j]
             for j in range(gate.size):
                 hidden[i, j] = as_stored(gate[j], hidden)
+
+
+@compiled(parallel=True)
+def curve_rows(code, curves, width, first, gate):  # type: ignore[no-untyped-def]
+    """Compute a learned activation function of all tokens, in place.
+
+    Args:
+        code: of the function.
+        curves: float32 [groups, 10], as `activate` reads them.
+        width: see curves.
+        first: unit at which `gate` begins.
+        gate: float32 [tokens, units].
+    """
+    for part in prange(PARTS):
+        for i in range(len(gate) * part // PARTS, len(gate) * (part + 1) // PARTS):
+            activate(code, gate[i], curves, width, first)
 
 
 @compiled(parallel=True)

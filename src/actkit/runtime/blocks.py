@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from actkit.core.edit.edits import get_module
 from actkit.core.ground.errors import EditError, UnsupportedModelError
 from actkit.core.layers.activations import Thresholded, name_of
+from actkit.core.layers.curve import CurveKind, curve_of
 from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.layers.selections import Selection, Threshold
 from actkit.core.model.parts import Attention, Block, Linear, Mlp
@@ -36,6 +37,12 @@ ACTIVATIONS = {
     "gelu": functions.GELU,
     "gelu_tanh": functions.GELU_TANH,
     "relu2": functions.RELU2,
+}
+CURVES: dict[CurveKind, int] = {
+    "rational_a": functions.RATIONAL_A,
+    "rational_b": functions.RATIONAL_B,
+    "crrelu": functions.CRRELU,
+    "poly_relu": functions.POLY_RELU,
 }
 
 
@@ -87,10 +94,13 @@ def check(model: nn.Module, block: Block, latent: bool = False) -> None:
         if kind_named(model, path) not in (None, "row", "spark_attention", "spark_ffn"):
             raise UnsupportedModelError(f"{path}: the decoder knows no {kind_named(model, path)}")
     activation = _function(get_module(model, mlp.activation)).base
-    if name_of(activation) not in ACTIVATIONS:
+    curve = None if name_of(activation) in ACTIVATIONS else curve_of(activation)
+    if name_of(activation) not in ACTIVATIONS and curve is None:
         raise UnsupportedModelError(
-            f"{mlp.activation}: a {type(activation).__name__}; the decoder computes {', '.join(ACTIVATIONS)}"
+            f"{mlp.activation}: a {type(activation).__name__}; the decoder computes {', '.join((*ACTIVATIONS, *CURVES))}"
         )
+    if curve is not None and mlp.down.in_features % len(curve.rows):
+        raise UnsupportedModelError(f"{mlp.activation}: {len(curve.rows)} groups for {mlp.down.in_features} units")
     for linear in block.linears():
         if type(linear.module) is not nn.Linear and not isinstance(linear.module, ActLinear):
             raise UnsupportedModelError(
@@ -132,7 +142,8 @@ class Gate:
     @property
     def code(self) -> int:
         """Of `kernels.decode_math`."""
-        return ACTIVATIONS[str(name_of(self.base))]
+        name, curve = name_of(self.base), curve_of(self.base)
+        return ACTIVATIONS[str(name)] if name in ACTIVATIONS or curve is None else CURVES[curve.kind]
 
     @property
     def sparse(self) -> bool:

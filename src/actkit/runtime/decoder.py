@@ -347,7 +347,10 @@ class Decoder:
         thresholds, self._selections = tables.write_selections(self._matrices, self._plan.products, self._plan.layers)
         self._plan.thresholds[:] = thresholds
         if not isinstance(self.model, packed.PackedModel):
-            self._plan.gates[:] = tables.gates(self.model, _blocks(self.model))
+            blocks = _blocks(self.model)
+            self._plan.gates[:] = tables.gates(self.model, blocks)
+            for name, values in tables.curves(self.model, blocks).items():
+                getattr(self._plan, name)[:] = values
 
     def __call__(self, new: Sequence[int]) -> Tensor:
         """Return the logits of the token after some more tokens: float32 [vocabulary].

@@ -278,7 +278,8 @@ class Prompt:
                 if hidden[-1].shape[1]:
                     with LOCK:
                         follow_torch_threads(out.values.nbytes, PER_BYTE)
-                        rows.activate_rows(place, threshold, *out.arrays(), array(hidden[-1]))
+                        given = (threshold, plan.curves[layer], plan.widths[layer])
+                        rows.activate_rows(place, *given, *out.arrays(), array(hidden[-1]))
             return hidden, []
         bundled: list[Tensor] = []
         others = self._products(layer, steps.UP, normed)  # of threads that keep the up projection's rows apart
@@ -287,7 +288,7 @@ class Prompt:
         if places[0, steps.ALL_UNITS]:
             gates = _largest(gates, float(plan.gates[layer, 1]))
         for share, place, apart, gate, own in zip(outs, places, others, gates, normed):
-            gate = _activate(int(place[steps.ACTIVATION]), gate, float(threshold))
+            gate = self._activate(layer, place, gate, float(threshold))
             bundle = self._bundle(place)
             if place[steps.UP_AT] < 0:
                 hidden.append(gate)
@@ -303,6 +304,18 @@ class Prompt:
             if bundle is not None:
                 bundled.append((hidden[-1].to(bundle.buffer.dtype) @ bundle.down()).to(self.dtype))
         return hidden, bundled
+
+    def _activate(self, layer: int, place: np.ndarray, gate: Tensor, threshold: float) -> Tensor:
+        """Compute the activation of a thread's gates [tokens, units]."""
+        code, plan = int(place[steps.ACTIVATION]), self.plan
+        if code < functions.RATIONAL_A:
+            return _activate(code, gate, threshold)
+        y = gate.float().contiguous().clone()
+        with LOCK:
+            follow_torch_threads(y.nbytes, PER_BYTE)
+            rows.curve_rows(code, plan.curves[layer], plan.widths[layer], place[steps.FIRST_UNIT], array(y))
+        y = y.to(gate.dtype)
+        return y.masked_fill_(y.abs() < threshold, 0.0) if threshold > 0 else y
 
     def _norm(self, x: Tensor, weight: np.ndarray, bias: np.ndarray, before: bool = False) -> Tensor:
         """Apply the norm, in the dtype of the products. before: whether there is one, also if blocks have none."""

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from actkit.core.edit.edits import get_module
 from actkit.core.ground.errors import UnsupportedModelError
 from actkit.core.ground.progress import track
+from actkit.core.layers.curve import COEFFICIENTS, curve_of
 from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.selections import Selection, Threshold, TopK
 from actkit.core.model.parts import Block
@@ -310,6 +311,19 @@ def gates(model: nn.Module, blocks: Sequence[Block]) -> np.ndarray:
     return found
 
 
+def curves(model: nn.Module, blocks: Sequence[Block]) -> dict[str, np.ndarray]:
+    """Learned activation functions as they are now, as `steps.StepPlan` holds them: `curves` and `widths`."""
+    found = [curve_of(gate_of(model, block).base) for block in blocks]
+    rows = np.zeros((len(blocks), max([1, *(len(curve.rows) for curve in found if curve)]), COEFFICIENTS), np.float32)
+    widths = np.ones(len(blocks), np.int64)
+    for layer, (curve, block) in enumerate(zip(found, blocks)):
+        if curve is not None:
+            assert block.mlp is not None
+            rows[layer, : len(curve.rows)] = curve.rows.numpy()
+            widths[layer] = block.mlp.down.in_features // len(curve.rows)
+    return {"curves": rows, "widths": widths}
+
+
 def looked_up(table: Any) -> tuple[Tensor, bool]:
     """Return what the step reads embeddings of: the table, or a row, which is filled when its token comes.
 
@@ -465,6 +479,7 @@ def model_tables(
     behind = form.behind if any(path is not None for path in form.behind[0]) else ()
     return {
         "gates": gates(model, blocks),
+        **curves(model, blocks),
         "norms": stacked(form.before, gain),
         "biases": stacked(form.before, shift),
         "last_norm": gain(form.last),

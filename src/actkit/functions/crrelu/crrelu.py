@@ -9,7 +9,7 @@ learn, and their outputs are small but not 0.
 When to use it: in place of a ReLU, or of the GELU or SiLU of a transformer, before training; `swap(model, "relu",
 "crrelu")`, or as `hidden_act="crrelu"`. `eafo` says what epsilon the entropy argument wants in each layer.
 Cost: about that of GELU, of which it also keeps no more than the input for the backward pass; one number per place. Its
-zeros are gone: methods that skip exact zeros find none. The CPU decoder leaves such a model to transformers.
+zeros are gone: methods that skip exact zeros find none. The CPU decoder computes it (`curve`).
 Settled here: every place has its own epsilon, in float32 whatever the model's dtype, and weight decay leaves it alone,
 which would pull it to plain ReLU. With `per_channel` each channel has one.
 Our own reading: for a standard normal input the entropy falls with epsilon < 0 (`eafo.suggest`), while the published
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from actkit.core.layers.activation_function import ActivationFunction, Axis, Break, Piece
+from actkit.core.layers.curve import Curve
 from actkit.core.layers.keeps_dtype import KeepsDtype, at_least_float32
 
 START = 0.01  # the published initial value
@@ -110,6 +111,10 @@ class CRReLU(KeepsDtype):
     def forward(self, x: Tensor) -> Tensor:
         """x [...] -> the same shape."""
         return crrelu(x, self._beside(x))
+
+    def curve(self) -> Curve | None:
+        """Return what it computes now, for the CPU decoder; None with channels that are not the last dimension."""
+        return Curve.of("crrelu", self.epsilon.detach().reshape(-1, 1)) if self.dim == -1 else None
 
     def _beside(self, x: Tensor) -> Tensor:
         """Epsilon, in the shape that broadcasts with x."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.layers.activation_function import Axis
+from actkit.core.layers.curve import Curve, CurveKind
 from actkit.core.layers.keeps_dtype import KeepsDtype
 from actkit.core.univariate.fit_rational import RationalFit, fit_rational, rational_like
 from actkit.kernels.rationals import Kind, rational
@@ -92,6 +93,11 @@ class GroupRational(KeepsDtype):
         last = self.dim in (-1, x.dim() - 1)
         found = rational(x if last else x.movedim(self.dim, -1), self.numerator, self.denominator, self.kind)
         return found if last else found.movedim(-1, self.dim)
+
+    def curve(self) -> Curve | None:
+        """Return what it computes now, for the CPU decoder; None above degrees 5 and 4."""
+        kind: CurveKind = "rational_a" if self.kind == "A" else "rational_b"
+        return Curve.of(kind, self.numerator, self.denominator) if self.dim == -1 else None
 
     def spec(self) -> dict[str, Any]:
         """Its JSON arguments, as a checkpoint keeps them."""

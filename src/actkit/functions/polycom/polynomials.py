@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from actkit import kernels
 from actkit.core.layers.activation_function import ActivationFunction, Axis, Break, Function, Piece
+from actkit.core.layers.curve import Curve
 from actkit.core.layers.keeps_dtype import KeepsDtype, at_least_float32
 
 Init = Literal["paper", "relu", "relu2"]
@@ -119,6 +120,11 @@ class PolyReLU(Polynomial):
     def forward(self, x: Tensor) -> Tensor:
         """x [...] -> the same shape and dtype; powers in float32 at least."""
         return kernels.poly_relu(x, self.weight, self.bias) if self.channels is None else self._by_channel(x)
+
+    def curve(self) -> Curve | None:
+        """Return what it computes now, for the CPU decoder; None above degree 9."""
+        ascending = torch.cat((self.bias.detach()[None], self.weight.detach().view(self.order, -1).flip(0)))
+        return Curve.of("poly_relu", ascending.t())
 
     def _by_channel(self, x: Tensor) -> Tensor:
         positive = at_least_float32(x).relu()
