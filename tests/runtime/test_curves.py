@@ -117,5 +117,5 @@ def test_a_packed_file_keeps_the_coefficients(tmp_path: Path) -> None:
 @pytest.mark.parametrize("make", [lambda: PolyNorm(3), lambda: GroupRational(UNITS, 8, (7, 6)), lambda: PolyReLU(10)])
 def test_what_has_no_curve_is_left_to_transformers(make: Callable[[], nn.Module]) -> None:
     model = model_with(make)
-    with pytest.raises(UnsupportedModelError, match="the decoder computes silu, .* rational_a, rational_b, crrelu"):
+    with pytest.raises(UnsupportedModelError, match=r"the decoder computes silu, .* rational_a, rational_b, crrelu"):
         Decoder(model, capacity=32)

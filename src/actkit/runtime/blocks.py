@@ -96,9 +96,8 @@ def check(model: nn.Module, block: Block, latent: bool = False) -> None:
     activation = _function(get_module(model, mlp.activation)).base
     curve = None if name_of(activation) in ACTIVATIONS else curve_of(activation)
     if name_of(activation) not in ACTIVATIONS and curve is None:
-        raise UnsupportedModelError(
-            f"{mlp.activation}: a {type(activation).__name__}; the decoder computes {', '.join((*ACTIVATIONS, *CURVES))}"
-        )
+        known = ", ".join((*ACTIVATIONS, *CURVES))
+        raise UnsupportedModelError(f"{mlp.activation}: a {type(activation).__name__}; the decoder computes {known}")
     if curve is not None and mlp.down.in_features % len(curve.rows):
         raise UnsupportedModelError(f"{mlp.activation}: {len(curve.rows)} groups for {mlp.down.in_features} units")
     for linear in block.linears():
