@@ -1,11 +1,12 @@
-"""Layers that learn their functions, learned activations and attention without softmax: seconds and bytes of training.
+"""Layers that learn their functions, learned activations, attention without softmax: seconds and bytes.
 
-    python benchmarks/functions.py [--quick] [--json PATH|-] [--only layers activations attention]
+    python benchmarks/functions.py [--quick] [--json PATH|-] [--only layers activations attention decoding]
 
 layers: `KanLinear` with each basis (8 functions) beside a GELU MLP of equally many parameters, eager and compiled, the
 best of the two is the measure; and beside splines of other packages at the same shape (pykan, inkan, flashkan), and
 efficient-KAN's formulation written out. 1,024 rows. activations: a rational and PolyNorm beside `F.gelu` and plain
-autograd. attention: LSSAR beside eager softmax and SDPA, one sequence of 8 heads.
+autograd. attention: LSSAR beside eager softmax and SDPA, one sequence of 8 heads. decoding: the CPU decoder at the 1.1B
+shape, bfloat16, random weights, with SiLU gates and with learned ones; the three take turns in one process.
 
 Forward and backward passes are timed apart, interleaved, in one process with two threads, on inputs that rotate over
 more memory than the caches have. `saved MB` is what is kept for the backward pass, each storage once, without
@@ -29,10 +30,11 @@ from statistics import median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE / "decode_workers")]
 
 import common  # isort: skip
 import torch
+from protocol import SHAPES
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -42,11 +44,14 @@ from actkit.core.univariate.bases import Bells, BSplines, Bumps, Polynomials
 from actkit.core.univariate.basis import Basis
 from actkit.core.univariate.fit_rational import rational_like
 from actkit.core.univariate.kan_linear import KanLinear
+from actkit.functions.crrelu.crrelu import CRReLU
 from actkit.functions.kat.group_rational import GroupRational
 from actkit.functions.polycom.polynomials import PolyNorm
 from actkit.functions.softplus_attention.weights import softplus_attention
+from actkit.runtime.decoder import Decoder
+from actkit.testing.random_llama import random_llama
 
-PARTS = ("layers", "activations", "attention")
+PARTS = ("layers", "activations", "attention", "decoding")
 BASES: dict[str, Callable[[], Basis]] = {
     "B-splines": lambda: BSplines(5, 3),
     "Gaussian bells": lambda: Bells(8),
@@ -54,8 +59,14 @@ BASES: dict[str, Callable[[], Basis]] = {
     "Chebyshev": lambda: Polynomials(7),
     "bumps": lambda: Bumps(5, 3),
 }
-FULL: dict[str, Any] = {"widths": (64, 256, 768), "rows": 1024, "rounds": 12, "lengths": (1024, 2048, 8192)}
-QUICK: dict[str, Any] = {"widths": (64, 128), "rows": 256, "rounds": 4, "lengths": (256, 512)}
+FULL: dict[str, Any] = {
+    "widths": (64, 256, 768),
+    "rows": 1024,
+    "rounds": 12,
+    "lengths": (1024, 2048, 8192),
+    "shape": "1.1B",
+}
+QUICK: dict[str, Any] = {"widths": (64, 128), "rows": 256, "rounds": 4, "lengths": (256, 512), "shape": "tiny"}
 MEASURED = (256, 768)  # the widths that have targets
 MLP, COMPILED = "GELU MLP", "GELU MLP, compiled"
 
@@ -409,7 +420,49 @@ def attention(setting: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[
     return rows, targets
 
 
-MEASURE = {"layers": layers, "activations": activations, "attention": attention}
+# -- decoding ----------------------------------------------------------------------------------------------------------
+
+TOKENS = 16  # of a turn
+
+
+def decoding(setting: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and targets of decoders whose gates have learned functions."""
+    shape = SHAPES[setting["shape"]]
+    model = random_llama(shape)
+    units = model.config.intermediate_size
+    gates: dict[str, Callable[[], nn.Module]] = {
+        "SiLU": nn.SiLU,
+        "rational": lambda: GroupRational(units, 8),
+        "CRReLU": CRReLU,
+    }
+    decoders: dict[str, Decoder] = {}
+    for name, make in gates.items():
+        for layer in model.model.layers:
+            layer.mlp.act_fn = make()
+        decoders[name] = Decoder(model, capacity=(setting["rounds"] + 1) * TOKENS + 8)
+    del model
+
+    def write(name: str) -> None:
+        for token in range(TOKENS):
+            decoders[name]([token])
+
+    seconds = common.interleaved({name: partial(write, name) for name in gates}, setting["rounds"])
+    for decoder in decoders.values():
+        decoder.close()
+    rows = []
+    for name, own in seconds.items():
+        over = common.ratio(seconds["SiLU"], own)
+        row = {"row": name, "shape": setting["shape"], "tokens/s": round(TOKENS / median(own), 2)}
+        rows.append({**row, "of SiLU's": round(over["ratio"], 3), "deciles": over["deciles"]})
+    targets = [
+        common.target(f"decoding, {name} gates: tokens/s over SiLU's", row["of SiLU's"], at_least=0.95)
+        for name in ("rational", "CRReLU")
+        if (row := named(rows, name)) is not None
+    ]
+    return rows, targets
+
+
+MEASURE = {"layers": layers, "activations": activations, "attention": attention, "decoding": decoding}
 
 
 def show(console: Console, rows: list[dict[str, Any]]) -> None:
