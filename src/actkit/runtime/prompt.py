@@ -278,8 +278,8 @@ class Prompt:
                 if hidden[-1].shape[1]:
                     with LOCK:
                         follow_torch_threads(out.values.nbytes, PER_BYTE)
-                        given = (threshold, plan.curves[layer], plan.widths[layer])
-                        rows.activate_rows(place, *given, *out.arrays(), array(hidden[-1]))
+                        settings = threshold, plan.curves[layer], plan.widths[layer]
+                        rows.activate_rows(place, *settings, *out.arrays(), array(hidden[-1]))
             return hidden, []
         bundled: list[Tensor] = []
         others = self._products(layer, steps.UP, normed)  # of threads that keep the up projection's rows apart
