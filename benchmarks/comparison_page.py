@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "functions" / "comparison.md"
 RECORDS = ROOT / "benchmarks" / "results" / "comparison"
-TASKS = ("digits-mlp", "digits-cnn", "digits-vit", "text", "formulas", "tabular")
+TASKS = ("digits-mlp", "digits-mlp-time", "digits-cnn", "digits-vit", "text", "formulas", "tabular")
 
 
 def main() -> None:
@@ -48,13 +48,15 @@ def section(result: dict[str, Any]) -> str:
     unit = f", {result['unit']}" if result["unit"] else ""
     threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
     score = f"{result['score'][0].upper()}{result['score'][1:]}"
+    more = "" if given["equal"] == "steps" else " for the baseline, as many as fit into its seconds for the others"
     lines = [
-        f"{score}{unit}, {result['better']} is better. {given['steps']} steps of {given['rows']} rows, "
+        f"{score}{unit}, {result['better']} is better. {given['steps']} steps of {given['rows']} rows{more}, "
         f"{len(given['seeds'])} seeds, rates {', '.join(f'{rate:g}' for rate in given['rates'])}; {threads} of an "
         f"{machine['processor']} that others used too; {result['training_seconds'] / 60:.0f} minutes.",
         "",
-        "| arm | parameters | width | rate | score (range) | difference (interval) | ms per step | MFLOPs | saved | |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| arm | parameters | width | rate | steps | score (range) | difference (interval) | ms per step | MFLOPs | saved "
+        "| |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         lines.append(f"| {' | '.join(cells(row))} |")
@@ -81,6 +83,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         span(row["parameters"].values()),
         span(row["widths"].values()),
         "" if row["rate"] is None else f"{row['rate']:g}",
+        f"{row['steps']:,}",
         score,
         differs,
         f"{row['milliseconds']:.3g}",
