@@ -54,8 +54,7 @@ def section(result: dict[str, Any]) -> str:
         f"{len(given['seeds'])} seeds, rates {', '.join(f'{rate:g}' for rate in given['rates'])}; {threads} of an "
         f"{machine['processor']} that others used too; {result['training_seconds'] / 60:.0f} minutes.",
         "",
-        "| arm | parameters | width | rate | steps | score (range) | difference (interval) | ms per step | MFLOPs | saved "
-        "| |",
+        "| arm | parameters | width | rate | steps | score, range | difference, interval | ms/step | MFLOP | saved | |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:

@@ -31,7 +31,7 @@ def test_a_width_for_all_arms() -> None:
     assert width_for_all(lambda width: 7 * width, [lambda width: 10**9 * width], 60) is None
 
 
-MLPS = "silu,relu,crrelu,poly_norm,series:silu,swiglu,gr_kan,af_kan,relu_kan,bspline_kan,cheby_kan,rbf_kan,s_kan"
+MLPS = "silu,relu,crrelu,poly_norm,series:silu,swiglu,gr_kan,af_kan,relu_kan,bspline_kan,cheby_kan,rbf_kan,s_kan,hqkan"
 POOLS = "relu,silu,crrelu,max,avg,poset:12,poset:chain"
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
@@ -26,6 +27,7 @@ from actkit.functions.kat.kat import GrKanLinear
 from actkit.functions.pangu_pi.series import SeriesActivation
 from actkit.functions.posets.pooling import PosetPool2d
 from actkit.functions.posets.poset import Poset
+from actkit.functions.qkan.network import Hqkan
 from actkit.functions.s_kan.pool import POOL
 from actkit.functions.s_kan.s_kan_layer import SKanLayer
 from actkit.functions.vanillanet.series import SeriesActivation2d
@@ -216,7 +218,10 @@ LAYERS: dict[str, tuple[Layer, Layer]] = {  # of MLPs that are two layers with n
     "rbf_kan": (POOL["fastkan"],) * 2,
     "s_kan": (SKanLayer,) * 2,
 }
-WHOLE: dict[str, Callable[[int, int, int], nn.Module]] = {"swiglu": GatedMlp}  # inputs, width, outputs
+WHOLE: dict[str, Callable[[int, int, int], nn.Module]] = {  # inputs, width, outputs
+    "swiglu": GatedMlp,
+    "hqkan": lambda d, width, o: Hqkan(d, o, (max(1, math.ceil(math.log2(d))), width)),
+}
 MLPS = (*WHOLE, *LAYERS)
 
 
