@@ -47,12 +47,14 @@ def section(result: dict[str, Any]) -> str:
     given, machine = result["settings"], result["machine"]
     unit = f", {result['unit']}" if result["unit"] else ""
     threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
+    took = result["training_seconds"]
+    minutes = f"{took / 60:.0f} minutes" if took >= 100 else f"{took:.0f} seconds"
     score = f"{result['score'][0].upper()}{result['score'][1:]}"
     more = "" if given["equal"] == "steps" else " for the baseline, as many as fit into its seconds for the others"
     lines = [
         f"{score}{unit}, {result['better']} is better. {given['steps']} steps of {given['rows']} rows{more}, "
         f"{len(given['seeds'])} seeds, rates {', '.join(f'{rate:g}' for rate in given['rates'])}; {threads} of an "
-        f"{machine['processor']} that others used too; {result['training_seconds'] / 60:.0f} minutes.",
+        f"{machine['processor']} that others used too; {minutes} of training.",
         "",
         "| arm | parameters | width | rate | steps | score, range | difference, interval | ms/step | MFLOP | saved | |",
         "|---|---|---|---|---|---|---|---|---|---|---|",

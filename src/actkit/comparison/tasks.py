@@ -352,7 +352,7 @@ class Tabular(Classification):
 
     name, kinds = "tabular", ("function", "mlp")
     score = "mean test accuracy"
-    width, steps, rows = 460, 100, 64
+    width, steps, rows = 460, 60, 64
     parts = ("breast cancer", "wine", "digits", "made 1", "made 2", "made 3")
 
     def network(self, arm: Arm, width: int, part: str) -> nn.Module:
@@ -371,7 +371,7 @@ class Formulas(Task):
 
     name, kinds = "formulas", ("function", "mlp")
     score, unit, better = "ln of the test RMSE", "", "lower"
-    width, steps, rows = 420, 200, 500
+    width, steps, rows = 420, 150, 500
     parts = tuple(TARGETS)
 
     def network(self, arm: Arm, width: int, part: str) -> nn.Module:
