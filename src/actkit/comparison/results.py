@@ -127,7 +127,7 @@ class Comparison:
         shown = PlainTable(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
         shown.add_column("arm", overflow="fold", min_width=13)
         pairs = ("parameters\nwidth", "rate\nsteps", "score\nrange", "difference\ninterval")
-        for name in (*pairs, "ms/step\nMFLOP/row\nsaved"):
+        for name in (*pairs, "ms/step\nMFLOP\nsaved"):
             shown.add_column(name, justify="right", no_wrap=True)
         styles = {"better": "bold green", "worse": "yellow", "failed": "red"}
         for row in self.rows:
