@@ -17,6 +17,9 @@ from actkit.functions.kat.gr_kan import GrKan
 from actkit.functions.qkan.daruan import Daruan
 from actkit.functions.qkan.network import Qkan
 from actkit.functions.qkan.qkan_layer import QkanLayer
+from actkit.functions.rbfnet.field import DifGrid
+from actkit.functions.rbfnet.fit_field import fit_image, fit_sdf
+from actkit.functions.rbfnet.radial import RadialDecoder, RadialUnits
 from actkit.functions.s_kan.basis_choice import basis_choice
 from actkit.functions.s_kan.choose_basis import ChooseBasis
 from actkit.functions.selu.self_normalize import SelfNormalize
@@ -135,3 +138,28 @@ proof(lambda p: Qkan((2, 1)).to_kan(torch.ones(9, 2)))
 
 
 proof(lambda p: Qkan((2, 1)).pruned(torch.ones(0, 2)))
+
+
+proof(lambda p: DifGrid(2)(torch.full((4, 2), 1.2)))
+
+
+proof(lambda p: DifGrid(4))
+
+
+proof(lambda p: fit_image(torch.rand(1, 4, 3)))
+
+
+proof(lambda p: fit_image(torch.rand(4, 4, 3) + 255))
+
+
+proof(lambda p: fit_sdf(lambda x: x, points=64))
+
+
+proof(lambda p: RadialUnits(3, 4).place(torch.rand(2, 3)))
+
+
+@proof
+def neurons_that_are_not_finite(p: Place) -> None:
+    decoder = RadialDecoder(3, 2, 4)
+    nn.init.constant_(decoder.units.beta, float("nan"))
+    decoder.units_table()

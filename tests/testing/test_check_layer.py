@@ -63,6 +63,8 @@ from actkit.functions.posets.pooling import PosetActivation, PosetPool1d, PosetP
 from actkit.functions.qkan.daruan import Daruan
 from actkit.functions.qkan.network import Hqkan, Qkan
 from actkit.functions.qkan.qkan_layer import QkanLayer
+from actkit.functions.rbfnet.field import DifGrid
+from actkit.functions.rbfnet.radial import RadialDecoder, RadialUnits
 from actkit.functions.s_kan.s_kan_layer import PrunedLayer, SConvKan2d, SKanLayer
 from actkit.functions.selu.self_normalize import PassThrough
 from actkit.functions.selu.selu import AlphaDropout, ScaledElu, constants
@@ -410,6 +412,7 @@ LAYERS: dict[str, dict[str, Made]] = {
         "shared": linear_like(lambda: QkanLayer(IN, OUT, 2, group=5)),
         "real": linear_like(lambda: QkanLayer(IN, OUT, 2, "real", ("gain",))),
     },
+    "radial_decoder": {"": linear_like(lambda: RadialDecoder(IN, OUT, 8, beta=-2.0, reach=1.0))},
     "hqkan": {"": linear_like(lambda: Hqkan(IN, OUT, scale=2, measure="fast"))},
     "kan_linear": {
         "splines and a base": kan(BSplines, base="silu"),
@@ -479,6 +482,13 @@ LAYERS["poset_activation"] = {
         settings={"rows": False, "original": nn.ReLU, "shape": lambda given: (*given[:-1], given[-1] // 4)},
     )
 }
+POINTS = tuple(0.98 * torch.tanh(rows(*shape)[..., :3]) for shape in ((2, 3), (4,)))
+
+
+def with_channels(channels: int) -> Callable[[tuple[int, ...]], tuple[int, ...]]:
+    return lambda shape: (*shape[:-1], channels)
+
+
 NOT_SAVED = {  # layers that are used by hand, or inside another, or are models: no checkpoint holds them as a layer
     "Threshold": Made(lambda: Threshold(0.5, torch.rand(IN) + 0.5)),
     "TopK": Made(lambda: TopK(5)),
@@ -502,6 +512,11 @@ NOT_SAVED = {  # layers that are used by hand, or inside another, or are models:
     ),
     "Qkan": Made(lambda: Qkan((IN, 3, OUT)), settings={"shape": lambda shape: (*shape[:-1], OUT)}),
     "Waves": on_a_basis(Waves),
+    "RadialUnits": Made(
+        lambda: RadialUnits(IN, 8, "inverse_multiquadric", reach=1.0),
+        settings={"shape": lambda shape: (*shape[:-1], 8)},
+    ),
+    "DifGrid": Made(lambda: DifGrid(3, (4, 2), (5, 7), (2.0, 3.0), "triangle"), POINTS, {"shape": with_channels(6)}),
     "ShiftedPairs": on_a_basis(lambda: ShiftedPairs(combine="cubic1")),
     "BSplines": on_a_basis(BSplines),
     "Bells": on_a_basis(Bells),
@@ -572,6 +587,7 @@ PARTS |= {"AbsentExperts", "StoredExperts"}  # see test_expert_store.py and test
 PARTS |= {"Passing", "PackedModel"}  # see test_recording.py and test_packed.py
 MODELS = {"DigitsCNN", "TinyMlp"}  # see test_check_model.py
 MODELS |= {"PLMForCausalLM", "PLMModel", "PLMPreTrainedModel", "PLMLayer", "LatentAttention", "SquaredReLUMLP"}
+MODELS |= {"NeuralField"}
 MODELS |= {"ConvNet"}  # see tests/claims/test_s_kan.py
 MODELS |= {"VanillaNet", "VanillaBlock"}  # and tests/functions/test_vanillanet.py
 MODELS |= {"GatedMLP"}  # and tests/sparsity/test_plm.py, tests/claims/test_plm.py

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from actkit.core.ground import registry
 from actkit.core.measure.fresh import FreshProcess
 from actkit.core.watch.capture import record
+from actkit.functions.rbfnet.fit_field import new_field
 from actkit.functions.vanillanet.model import VanillaNet
 from actkit.sparsity.active_dendrites.segments import DendriticSegments, PatternMemory, sparse_code
 from actkit.testing import Check, check_model, own_models
@@ -88,6 +89,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[Any], set[str]]] = {
         lambda: VanillaNet((4, 6, 8), (2, 1), in_channels=1, classes=10, order=1, stem=(4, 2, 1)),
         images(),
         {"the anatomy reads it", "sites hold what layers read"},  # its pairs are no layers until they are one
+    ),
+    "NeuralField": (
+        lambda: new_field(2, 3, 8, resolutions=(4, 6), frequencies=(2.0, 3.2), channels=(4, 2)),
+        [(0.9 * torch.tanh(batch[:, :2]),) for batch in (codes(3), codes(2))],
+        {"random inputs fit", "its quality is measured"},  # points of a box, and values in place of classes
     ),
     "TinyMlp": (TinyMlp, vectors(), {*NO_NAME, "its quality is measured"}),
     "a language model": (SmallLanguageModel, [{"input_ids": IDS}], NO_NAME),

@@ -64,6 +64,7 @@ ELSEWHERE = {  # those that do not fit every kind of model, or say less of it, a
     "af_kan": "functions/test_af_kan.py",
     "gr_kan": "functions/test_kat.py",
     "hqkan": "functions/test_qkan.py",
+    "rbf": "functions/test_rbfnet.py",
     "reconstruct_mlp": "functions/test_reconstruct_mlp.py",
     "self_normalize": "functions/test_selu.py",
     "ungate": "functions/test_polycom.py",

@@ -1,8 +1,8 @@
-"""Fits a small model to inputs and targets that are all there: Adam or LBFGS on the full batch.
+"""Fits a small model to inputs and targets that are all there, or drawn anew for each step: Adam or LBFGS.
 
-For functions, formulas and fields, where a data set is a few thousand points and one step sees all of it. Everything
-else is `training.py`. A validation split is asked for, and the values that do best on it are kept; what is reported of
-a fit should come from a third split.
+For functions, formulas and fields: a data set is a few thousand points and one step sees all of it, or each step draws
+some points of an image or a shape. Everything else is `training.py`. A validation split is asked for, and the values
+that do best on it are kept; what is reported of a fit should come from a third split.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Fitted:
 
 def fit(
     model: nn.Module,
-    points: Pair,
+    points: Pair | Callable[[int], Pair],
     *,
     validation: Pair,
     steps: int = 1000,
@@ -53,14 +53,15 @@ def fit(
     loss: Loss = F.mse_loss,
     evaluate_every: int = 50,
     penalty: Callable[[int], Tensor | None] | None = None,
-    schedule: Literal["cosine", "constant"] = "cosine",
+    schedule: Literal["cosine", "constant", "tenth"] = "cosine",
     keep: Literal["best", "last"] = "best",
 ) -> Fitted:
     """Fit a model in place.
 
     Args:
         model: inputs -> outputs; its trainable parameters are fitted.
-        points: inputs and targets, used whole in every step.
+        points: inputs and targets, used whole in every step; or a function that is given the number of a step, from 1,
+            and draws those of that step.
         validation: other inputs and targets, which choose the step that is kept.
         steps: of the optimizer; one of LBFGS is up to 20 evaluations.
         method: which optimizer.
@@ -68,7 +69,7 @@ def fit(
         loss: of outputs and targets.
         evaluate_every: steps from one validation to the next.
         penalty: called with the number of a step before its loss; what it returns is added.
-        schedule: of Adam's rate; a cosine falls to 0.
+        schedule: of Adam's rate; a cosine falls to 0, `tenth` by the same factor per step to a tenth.
         keep: the values of the best step, or of the last one.
 
     Returns:
@@ -81,7 +82,8 @@ def fit(
         raise ValueError(f"steps, evaluate_every: {steps} and {evaluate_every} were given; give at least 1.")
     if method not in ("adam", "lbfgs"):
         raise ValueError(f"method: {method!r} was given, allowed are 'adam' and 'lbfgs'.")
-    for name, (inputs, targets) in (("points", points), ("validation", validation)):
+    given = {} if callable(points) else {"points": points}
+    for name, (inputs, targets) in {**given, "validation": validation}.items():
         if not len(inputs) or len(inputs) != len(targets):
             raise ValueError(
                 f"{name}: {len(inputs)} inputs and {len(targets)} targets were given; give as many of both, and one at "
@@ -89,19 +91,21 @@ def fit(
             )
     parameters = [each for each in model.parameters() if each.requires_grad]
     optimizer: torch.optim.Optimizer
-    falling = None
+    falling: torch.optim.lr_scheduler.LRScheduler | None = None
     if method == "adam":
         optimizer = torch.optim.Adam(parameters, rate or 3e-3)
         if schedule == "cosine":
             falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        elif schedule == "tenth":
+            falling = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1 ** (1 / steps))
     else:
         optimizer = torch.optim.LBFGS(parameters, rate or 1.0, line_search_fn="strong_wolfe")
-    step = 0
+    step, now = 0, validation
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         more = None if penalty is None else penalty(step)
-        found = loss(model(points[0]), points[1])
+        found = loss(model(now[0]), now[1])
         total = found if more is None else found + more
         total.backward()
         return found.detach()
@@ -110,6 +114,7 @@ def fit(
     history = [(0, math.nan, least)]
     last, stopped = math.nan, None
     for step in range(1, steps + 1):
+        now = points(step) if callable(points) else points
         last = float(optimizer.step(closure))  # type: ignore[arg-type]
         if falling is not None:
             falling.step()
@@ -117,10 +122,10 @@ def fit(
             stopped = f"the loss was no longer finite at step {step}"
             break
         if step % evaluate_every == 0 or step == steps:
-            now = _validated(model, validation, loss)
-            history.append((step, last, now))
-            if now < least or not math.isfinite(least) or keep == "last":
-                best, best_step, least = copy.deepcopy(model.state_dict()), step, now
+            score = _validated(model, validation, loss)
+            history.append((step, last, score))
+            if score < least or not math.isfinite(least) or keep == "last":
+                best, best_step, least = copy.deepcopy(model.state_dict()), step, score
     model.load_state_dict(best)
     return Fitted(step, best_step, last, least, tuple(history), stopped)
 
