@@ -161,7 +161,9 @@ def test_an_image_is_fitted_and_exported(tmp_path: Path) -> None:
     assert psnr(found, image) == pytest.approx(done.score, abs=1e-4)
     assert done.field.to_grid(4).shape == (4, 4, 3)
     mask = torch.rand(height, width, generator=torch.Generator().manual_seed(0)) < 0.8
-    part = fit_image(image, new_field(2, 3, 16, **SMALL), steps=100, pixels=512, rate=3e-2, fitted=mask, centres="kmeans")
+    part = fit_image(
+        image, new_field(2, 3, 16, **SMALL), steps=100, pixels=512, rate=3e-2, fitted=mask, centres="kmeans"
+    )
     assert part.held_out is not None and 12 < part.held_out < part.score + 3
     save(done.field, tmp_path / "field")
     torch.testing.assert_close(load(tmp_path / "field").to_image(7, 9), done.field.to_image(7, 9), rtol=0, atol=0)
