@@ -124,19 +124,17 @@ def size(module: nn.Module) -> int:
 
 
 def picture(name: str) -> Tensor:
-    """An image of scikit-learn [96, 144, 3] in [0, 1], cut to its shape and averaged.
+    """An image of scikit-learn, averaged to 96 x 144 pixels; it reads JPEG by pillow, and says so if that is missing.
 
-    Raises:
-        ImportError: scikit-learn or pillow is missing.
+    Args:
+        name: china.jpg or flower.jpg.
+
+    Returns:
+        [96, 144, 3] in [0, 1].
     """
-    try:
-        from sklearn.datasets import load_sample_image
+    from sklearn.datasets import load_sample_image
 
-        pixels = load_sample_image(name)
-    except ImportError as error:
-        raise ImportError(
-            "rbfnet: its images need scikit-learn and pillow, and one is missing; pip install 'actkit[zoo]'."
-        ) from error
+    pixels = load_sample_image(name)
     image = torch.tensor(pixels).float().div(255).permute(2, 0, 1)[None]  # [1, 3, 427, 640]
     return F.interpolate(image, (HEIGHT, WIDTH), mode="area")[0].permute(1, 2, 0).contiguous()
 
