@@ -23,6 +23,7 @@ TUTORIALS = [
     "four-bits",
     "try-a-method",
     "try-an-activation",
+    "narrow-and-heal",
     "read-activations",
     "read-longer-texts",
     "add-a-method",

@@ -97,6 +97,7 @@ SLOW = {  # page -> what takes more than 20 seconds
     "docs/sparsity/sparsing-law": "it searches for thresholds on a model of the zoo, and measures it",
     "docs/testers": "it runs every tester once, and compiles the decoder's kernels",
     "docs/tutorials/make-a-model-cheaper": "it searches for the front of a model",
+    "docs/tutorials/narrow-and-heal": "it cuts, trains, rounds and measures a model of the zoo",
     "docs/tutorials/read-longer-texts": "it trains a model of the zoo, and reads long rows of text",
     "docs/tutorials/try-a-method": "it changes, measures, saves and proves two models",
 }

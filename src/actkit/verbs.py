@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from actkit import zoo
 from actkit.core.edit import changes
 from actkit.core.forward.batch import sequence_of
 from actkit.core.forward.hooks import refuse_compiled_or_sharded
@@ -29,6 +30,7 @@ from actkit.core.recipe import runner
 from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.stage import Train
 from actkit.core.recipe.transform import Transform
+from actkit.core.store.adapter_folder import is_adapter
 from actkit.core.store.checkpoint import MANIFEST, check_savable, check_target, read_manifest, save
 from actkit.data import Batches, Split, Stream, load_data
 from actkit.generating import generate as generate
@@ -494,6 +496,8 @@ def train(
     schedule: Any = "cosine",
     warmup: float = 0.05,
     accumulation: int = 1,
+    adapter: Any = None,
+    merge: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     **options: Any,
@@ -518,6 +522,9 @@ def train(
         schedule: the course of the rate: 'cosine', 'linear', 'constant' or 'wsdc:stable=0.6,decay=0.2'.
         warmup: share of the steps in which it rises.
         accumulation: batches per step.
+        adapter: train low-rank changes beside the layers instead of the weights: 'lora:rank=8', 'eva:rank=8' and so on
+            (`finetuning.adapters.parse_adapter`).
+        merge: add them to the weights afterwards; otherwise `out` holds the adapter alone.
         resume: go on with the state kept in `out`.
         overwrite: replace what is in `out`.
         options: of `open_model` and `load_data`.
@@ -530,30 +537,47 @@ def train(
     """
     from actkit.core.train.training import train as run_training
 
+    if merge and adapter is None:
+        raise ValueError("merge: it was given without an adapter to merge; give adapter= (--adapter), or leave it out.")
     opening, reading = _sorted(options)
     if not isinstance(model, nn.Module) and opening.get("dtype") is None:
         opening["dtype"] = "float32"  # small updates vanish in 16 bits
+    settings: dict[str, Any] = {
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "learning_rates": learning_rates,
+        "optimizer": optimizer,
+        "score": score,
+        "schedule": schedule,
+        "warmup": warmup,
+        "rules": rules,
+        "gradient_accumulation": accumulation,
+        "seed": reading.get("seed", 0),
+        "out": out,
+        "overwrite": overwrite,
+    }
+    if trainable is not None or adapter is None:
+        settings["trainable"] = trainable
+    if resume or adapter is None:
+        settings["resume"] = resume
+    if adapter is not None:
+        from actkit.finetuning.adapters import parse_adapter
+        from actkit.finetuning.low_rank_training import check, train_adapter
+
+        chosen = parse_adapter(adapter)
+        check(merge, **settings)
     opened, tokenizer = open_model(model, **opening)
     batches, held_out = _training_data(opened, tokenizer, data, validation, "batches were given", **reading)
-    return run_training(
-        opened,
-        batches,
-        validation=held_out,
-        steps=steps,
-        learning_rate=learning_rate,
-        learning_rates=learning_rates,
-        optimizer=optimizer,
-        trainable=trainable,
-        score=score,
-        schedule=schedule,
-        warmup=warmup,
-        rules=rules,
-        gradient_accumulation=accumulation,
-        seed=reading.get("seed", 0),
-        out=out,
-        resume=resume,
-        overwrite=overwrite,
-    )
+    if adapter is None:
+        return run_training(opened, batches, validation=held_out, **settings)
+    layers = chosen.layers(opened, batches)
+    name = None if isinstance(model, nn.Module) else _name_of(model)
+    return train_adapter(opened, batches, validation=held_out, layers=layers, merge=merge, base=name, **settings)
+
+
+def _name_of(model: str | Path) -> str:
+    """A name that says the same from any folder."""
+    return str(Path(model).absolute()) if model not in zoo.names() and Path(model).exists() else str(model)
 
 
 def show(model: Model, data: Any = None, **options: Any) -> Summary:
@@ -595,7 +619,11 @@ def _folder(model: Model, opened: nn.Module, stack: ExitStack, needed: bool) -> 
         folder = locate(model)
     elif (origin := changes.source(model)) is not None and changes.of(model) is None and origin.untouched(model):
         folder = Path(origin.name)
-    loadable = folder is not None and ((folder / MANIFEST).exists() or changes.source(opened) is not None)
+    loadable = (
+        folder is not None
+        and not is_adapter(folder)
+        and ((folder / MANIFEST).exists() or changes.source(opened) is not None)
+    )
     if not needed or loadable:
         return folder
     temporary = stack.enter_context(TemporaryDirectory(prefix="actkit-"))

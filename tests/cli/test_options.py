@@ -64,7 +64,8 @@ OPTIONS = {
     | RUN
     | WRITE
     | {"--rule", "--steps", "--learning-rate", "--rate", "--accumulation", "--resume"}
-    | {"--optimizer", "--trainable", "--score", "--schedule", "--warmup", "--beyond-context"},
+    | {"--optimizer", "--trainable", "--score", "--schedule", "--warmup", "--beyond-context"}
+    | {"--adapter", "--merge"},
     "compare-functions": RUN | WRITE | {"--on", "--equal", "--seeds", "--steps", "--width", "--resume"},
     "papers": {"--family", "--kind", "--status", "--year", "--text", "--json"},
     "reproduce": {"--subject", "--record", "--threads", "--json"},

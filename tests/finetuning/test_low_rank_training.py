@@ -68,7 +68,9 @@ def test_what_was_frozen_stays_frozen_and_a_failure_leaves_the_model_as_it_was()
         ({"alpha": 0.0}, "alpha: 0.0 was given"),
         ({"roles": ("layer",)}, "roles: layer were given; the blocks of this model have down, gate"),
         ({"roles": ()}, "roles: none were given"),
-        ({"out": "folder"}, "out: adapters are not saved"),
+        ({"resume": True}, "resume: the state of an adapter's training is not kept"),
+        ({"trainable": "*"}, "trainable: adapters alone are trained"),
+        ({"merge": False}, "merge: False was given without out="),
         ({"model": tiny_model("mixtral")}, "3-D parameters"),
     ],
 )

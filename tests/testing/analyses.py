@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 import actkit
+from actkit.finetuning.eva import Eva
+from actkit.finetuning.explained_variance import explained_variance
 from actkit.functions.crrelu.eafo import eafo
 from actkit.functions.pangu_pi.collapse import collapse_bound
 from actkit.functions.pangu_pi.diversity import diversity
@@ -84,7 +86,13 @@ def bound(model: Any, batches: Any) -> Any:
         model.set_attn_implementation(implementation)
 
 
+def explained(model: Any, batches: Any) -> Any:
+    plan = Eva(rank=3).plan(model, batches[:2], progress=False)
+    return explained_variance(model, plan, batches, progress=False)
+
+
 ANALYSES: dict[str, Made] = {
+    "explained_variance": Made(explained, "ExplainedVariance"),
     "profile": Made(quiet(profile), "Profile"),
     "profile of experts": Made(quiet(profile), "Profile", "mixtral"),
     "profile of a traced model": Made(quiet(profile), "Profile", "mlp"),

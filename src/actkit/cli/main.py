@@ -502,6 +502,13 @@ def train(
     ] = "cosine",
     warmup: Annotated[float, typer.Option(min=0, help="Share of the steps in which the rate rises.")] = 0.05,
     accumulation: Annotated[int, typer.Option(min=1, help="Batches per optimizer step.")] = 1,
+    adapter: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Train low-rank changes instead of the weights: lora:rank=8, eva:rank=8 ..."),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add the changes to the weights; else --out holds the adapter alone.")
+    ] = False,
     sequences: Sequences = None,
     length: Length = None,
     beyond_context: BeyondContext = False,
@@ -534,6 +541,8 @@ def train(
             schedule=schedule,
             warmup=warmup,
             accumulation=accumulation,
+            adapter=adapter,
+            merge=merge,
             sequences=sequences,
             length=length,
             beyond_context=beyond_context,
@@ -546,7 +555,8 @@ def train(
             overwrite=overwrite,
         )
     except KeyboardInterrupt:
-        note(f"stopped. The state is kept in {out}; go on with the same command and --resume.")
+        kept = f"The state is kept in {out}; go on with the same command and --resume."
+        note(f"stopped. {kept if adapter is None else 'Nothing is kept of a training of adapters.'}")
         raise typer.Exit(130) from None
     print_result(result, as_json)
 

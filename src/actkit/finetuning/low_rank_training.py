@@ -5,25 +5,36 @@
 
 The adapters are those of peft (`pip install 'actkit[finetune]'`), the loop is `core.train.training.train`. All else is
 frozen meanwhile, and afterwards the model has the modules that it had before, so that it is saved, changed and run as
-ever. Cost: gradients and moments of rank * (in + out) numbers per layer instead of in * out.
+ever; or the adapter is kept alone, as peft's folder, and the model is what it was.
+
+When to use it: to train a model, or to heal one that was changed, with little memory for gradients and moments.
+Cost: gradients and moments of rank * (in + out) numbers per layer instead of in * out.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from actkit.core.edit.edits import set_module
-from actkit.core.model.anatomy import Linear, anatomy
+from actkit.core.edit.edits import get_module, set_module
+from actkit.core.ground.whole_file import write_whole
+from actkit.core.model.anatomy import anatomy
 from actkit.core.model.parts import LinearRole
+from actkit.core.store import checkpoint
+from actkit.core.store.adapter_folder import AdapterBase, write_adapter
 from actkit.core.train.training import Trained, train
+from actkit.core.train.training_setup import RECORD, check_folder
+from actkit.finetuning.adapters import AdaptedLayer, adaptable
 
 ADAPTER = "default"  # peft's name for the only one
 
@@ -51,8 +62,7 @@ def train_low_rank(
         alpha: the change is multiplied by alpha / rank; default 2 * rank.
         ranks: of single blocks, by index; their alpha / rank is that of the others.
         seed: of A and of the training.
-        training: what `train` takes (steps, learning_rate, rules, mixed_precision ...) except `out`: save the model
-            afterwards.
+        training: what `train_adapter` takes (steps, learning_rate, rules, out ...).
 
     Returns:
         What `train` returns.
@@ -67,74 +77,133 @@ def train_low_rank(
     alpha = 2.0 * rank if alpha is None else alpha
     if not alpha > 0:
         raise ValueError(f"alpha: {alpha} was given, allowed is a number above 0.")
-    for name in {"out", "resume", "overwrite"} & training.keys():
-        raise ValueError(f"{name}: adapters are not saved; train without it, then save the model with actkit.save.")
-    blocks = len(anatomy(model).blocks)
+    view = anatomy(model)
+    blocks = len(view.blocks)
     wrong = {index: own for index, own in (ranks or {}).items() if not 0 <= index < blocks or own < 1}
     if wrong:
         raise ValueError(f"ranks: {wrong} were given; give blocks of 0 to {blocks - 1}, each a rank of 1 or more.")
-    if "trainable" in training:
-        raise ValueError("trainable: adapters alone are trained; say with roles= beside which layers they stand.")
-    targets = _targets(model, roles)
-    with _adapters(model, targets, rank, alpha, seed, ranks or {}) as adapted:
+    by_block = {index: (ranks or {}).get(index, rank) for index in range(blocks)}
+    layers = {
+        linear.path: AdaptedLayer(by_block[index], alpha / rank * by_block[index])
+        for index, linears in adaptable(view, roles).items()
+        for linear in linears
+    }
+    return train_adapter(model, batches, validation=validation, layers=layers, seed=seed, **training)
+
+
+def train_adapter(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    validation: Iterable[Any],
+    layers: Mapping[str, AdaptedLayer],
+    merge: bool = True,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    base: str | None = None,
+    seed: int = 0,
+    **training: Any,
+) -> Trained:
+    """Train adapters beside some layers of a model.
+
+    Args:
+        model: as it was, if an error is raised.
+        batches: to train on.
+        validation: batches for the loss that chooses the best step.
+        layers: how which layers are adapted, by their paths, as `Adapter.layers` says.
+        merge: add the changes to the weights of the model. Otherwise the model is as it was afterwards, and `out` holds
+            the adapter alone, as peft writes it, with the fingerprint of the model: `actkit.load` opens it.
+        out: folder to write; needed without `merge`.
+        overwrite: replace what is there.
+        base: the name by which `actkit.load` opens the model; by default the folder that it was loaded from.
+        seed: of what begins at random, and of the training.
+        training: what `train` takes (steps, learning_rate, rules, mixed_precision ...).
+
+    Returns:
+        What `train` returns.
+
+    Raises:
+        ImportError: peft is missing.
+        ValueError: no layers, a start of another shape, or settings out of bounds; and what `train` raises.
+        CheckpointError: `out` holds something that is not to be replaced, or the model cannot be saved.
+    """
+    check(merge, out=out, overwrite=overwrite, **training)
+    _check_layers(model, layers)
+    folder = None if out is None else Path(out)
+    if folder is not None and merge:
+        checkpoint.check_savable(model)
+    trained_on = None if merge else AdapterBase.of(model, base)
+    with _adapters(model, layers, seed) as (config, adapted):
         trained = train(model, batches, validation=validation, seed=seed, trainable="*.lora_*", **training)
-        for layer in adapted:
-            weight = layer.get_base_layer().weight
-            with torch.no_grad():
-                weight.copy_(weight.float() + layer.get_delta_weight(ADAPTER).float())
+        if trained_on is not None and folder is not None:
+            write_adapter(model, config, trained_on, folder)
+        else:
+            for layer in adapted:
+                weight = layer.get_base_layer().weight
+                with torch.no_grad():
+                    weight.copy_(weight.float() + layer.get_delta_weight(ADAPTER).float())
+    if folder is None:
+        return trained
+    trained = replace(trained, folder=folder)
+    if merge:
+        checkpoint.save(model, folder, overwrite=True)
+    write_whole(folder / RECORD, json.dumps(trained.to_dict(), indent=1))
     return trained
 
 
-def _targets(model: nn.Module, roles: Sequence[LinearRole]) -> dict[int, list[Linear]]:
-    """The layers that are trained, by block."""
-    by_block: dict[int, list[Linear]] = {}
-    for block in anatomy(model).blocks:
-        layers = by_block.setdefault(block.index, [])
-        if block.experts is not None and not block.experts.members and {"gate", "up", "down"} & set(roles):
+def check(merge: bool, *, out: str | Path | None = None, overwrite: bool = False, **training: Any) -> None:
+    """Refuse settings of `train_adapter` that cannot go well; ask before long work, not after it.
+
+    Args:
+        merge: as in `train_adapter`.
+        out: the same.
+        overwrite: the same.
+        training: the same.
+
+    Raises:
+        ValueError: a setting that adapters do not take.
+        CheckpointError: `out` holds something that is not to be replaced.
+    """
+    if "resume" in training:
+        raise ValueError("resume: the state of an adapter's training is not kept; train without it, from the start.")
+    if "trainable" in training:
+        raise ValueError("trainable: adapters alone are trained; say with roles= beside which layers they stand.")
+    if not merge and out is None:
+        raise ValueError("merge: False was given without out=, so that nothing of the training would be left.")
+    check_folder(None if out is None else Path(out), False, overwrite)
+
+
+def _check_layers(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
+    if not layers:
+        raise ValueError("layers: none were given, so that nothing would be trained; give at least one.")
+    for path, layer in layers.items():
+        module: Any = get_module(model, path)
+        width = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
+        if layer.start is not None and tuple(layer.start.shape) != (layer.rank, width):
             raise ValueError(
-                f"roles: {block.experts.path} keeps its experts in 3-D parameters, which are no linear layers; apply a "
-                f"transform that opens them first, or leave gate, up and down out."
+                f"layers: {path} was given a start of shape {list(layer.start.shape)}; give [{layer.rank}, {width}], "
+                f"its rank by its inputs."
             )
-        if block.attention is not None:
-            layers += [*block.attention.inputs, block.attention.output]
-        for _, mlp in block.mlps():
-            layers += [*mlp.inputs, mlp.down]
-    chosen = {index: [linear for linear in layers if linear.role in roles] for index, layers in by_block.items()}
-    if not any(chosen.values()):
-        found = ", ".join(sorted({linear.role for layers in by_block.values() for linear in layers})) or "none"
-        raise ValueError(f"roles: {', '.join(roles) or 'none'} were given; the blocks of this model have {found}.")
-    for linear in chain(*chosen.values()):
-        if not isinstance(linear.module, nn.Linear | Conv1D) or not linear.module.weight.is_floating_point():
-            raise ValueError(
-                f"model: {linear.path} ({type(linear.module).__name__}) has a weight that cannot be trained and "
-                f"merged; train first and quantize or sparsify this layer after, or leave out the role {linear.role!r}."
-            )
-    return chosen
 
 
 @contextmanager
-def _adapters(
-    model: nn.Module, by_block: dict[int, list[Linear]], rank: int, alpha: float, seed: int, ranks: Mapping[int, int]
-) -> Iterator[list[Any]]:
-    """The layers with their adapters, which alone are trainable meanwhile; afterwards the plain layers stand again."""
+def _adapters(model: nn.Module, layers: Mapping[str, AdaptedLayer], seed: int) -> Iterator[tuple[Any, list[Any]]]:
+    """peft's settings and the layers with their adapters, which alone are trainable; afterwards all is as it was."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ImportError("low-rank training: peft is missing; pip install 'actkit[finetune]'.") from error
-    targets = list(chain(*by_block.values()))
-    plain = {linear.path: linear.module for linear in targets}
-    own = {
-        f"^{re.escape(x.path)}$": ranks[index] for index, layers in by_block.items() if index in ranks for x in layers
-    }
+    plain = {path: get_module(model, path) for path in layers}
+    (rank, alpha), _ = Counter((each.rank, each.alpha) for each in layers.values()).most_common(1)[0]
+    names = {path: f"^{re.escape(path)}$" for path in layers}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    transposed = isinstance(targets[0].module, Conv1D)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
         target_modules=list(plain),
-        fan_in_fan_out=transposed,
-        rank_pattern=own,
-        alpha_pattern={path: alpha / rank * each for path, each in own.items()},  # type: ignore[misc]
+        fan_in_fan_out=isinstance(next(iter(plain.values())), Conv1D),
+        rank_pattern={names[path]: each.rank for path, each in layers.items() if each.rank != rank},
+        alpha_pattern={names[path]: each.alpha for path, each in layers.items() if each.alpha != alpha},  # type: ignore[misc]
     )
     try:
         with torch.random.fork_rng(devices=[]):
@@ -143,7 +212,12 @@ def _adapters(
         for parameter in model.parameters():
             if parameter.requires_grad:  # of an adapter, which takes the dtype of its layer: too coarse in 16 bits
                 parameter.data = parameter.data.float()
-        yield [model.get_submodule(path) for path in plain]
+        adapted: list[Any] = [model.get_submodule(path) for path in plain]
+        for layer, each in zip(adapted, layers.values(), strict=True):
+            if each.start is not None:
+                with torch.no_grad():
+                    layer.lora_A[ADAPTER].weight.copy_(each.start)
+        yield config, adapted
     finally:
         for path, module in plain.items():
             set_module(model, path, module)

@@ -16,6 +16,7 @@ from actkit import zoo
 from actkit.core.edit import changes
 from actkit.core.ground.errors import CheckpointError
 from actkit.core.store import checkpoint
+from actkit.core.store.adapter_folder import is_adapter, merged, read_base
 from actkit.core.store.opening import open_pending
 from actkit.gguf.cached import cached, gguf_file
 
@@ -39,17 +40,46 @@ def load(
         dtype: default as stored (the zoo's own models are stored in bf16; what a GGUF file holds quantized is
             dequantized to bf16).
         base: builds the unchanged model, for a folder that `actkit.save` wrote of your own nn.Module, if its class is
-            not registered under `actkit.models`.
+            not registered under `actkit.models`; or the model that an adapter was trained on, if it has moved.
         trust_remote_code: run code that a hub repository brings; off unless asked for.
 
     Returns:
-        The model.
+        The model; of a folder that holds an adapter (`actkit train --adapter`) the model that it was trained on, with
+        the adapter merged, by default in the dtype in which it was trained.
 
     Raises:
-        CheckpointError: names the file, the keys, or what is not there.
+        CheckpointError: names the file, the keys, or what is not there; an adapter was trained on another model.
     """
     folder = locate(source, dtype)
+    if is_adapter(folder):
+        return _load_adapter(folder, device, checkpoint.parse_dtype(dtype), base, trust_remote_code)
     return checkpoint.load(folder, device=device, dtype=dtype, base=base, trust_remote_code=trust_remote_code)
+
+
+def _load_adapter(
+    folder: Path,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    base: Callable[[], nn.Module] | None,
+    trust_remote_code: bool,
+) -> nn.Module:
+    known = read_base(folder)
+    if base is not None:
+        model = base()
+    elif known.name is None:
+        raise CheckpointError(
+            f"{folder}: it holds an adapter of a model that had no name; give base=, a function that builds that model."
+        )
+    else:
+        try:
+            model = load(known.name, dtype=known.dtype, trust_remote_code=trust_remote_code)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{folder}: the model that its adapter was trained on, {known.name!r}, does not load: {error} If it "
+                f"has moved, give base=, a function that loads it."
+            ) from error
+    model = merged(model, folder).to(device)
+    return (model if dtype is None else model.to(dtype)).eval()
 
 
 def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
@@ -79,6 +109,9 @@ def find_tokenizer(
         trust_remote_code: as in `load`.
     """
     folder = locate(source, dtype)
+    if is_adapter(folder):
+        name = read_base(folder).name
+        return None if name is None else find_tokenizer(name, trust_remote_code=trust_remote_code)
     if not checkpoint.has_tokenizer(folder):
         return None
     return checkpoint.load_tokenizer(folder, trust_remote_code=trust_remote_code)
@@ -132,7 +165,7 @@ def open_model(
         ValueError: device, dtype or base are given for a model in memory.
     """
     if not isinstance(model, nn.Module):
-        if to_decode and str(device) == "cpu" and dtype is None and base is None:
+        if to_decode and str(device) == "cpu" and dtype is None and base is None and not is_adapter(locate(model)):
             loaded = open_pending(locate(model), trust_remote_code=trust_remote_code)
         else:
             loaded = load(model, device=device, dtype=dtype, base=base, trust_remote_code=trust_remote_code)

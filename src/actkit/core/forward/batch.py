@@ -462,6 +462,10 @@ class BatchContext:
             first_row=self.first_row + start,
         )
 
+    def counting(self, tokens: Tensor | None) -> BatchContext:
+        """The context with only some of the real tokens. tokens: bool [batch, length], None for all."""
+        return self if tokens is None else replace(self, mask=tokens if self.mask is None else self.mask & tokens)
+
     @classmethod
     def of(
         cls, batch: Any, model: nn.Module | None = None, *, first_row: int = 0, documents: Tensor | None = None

@@ -27,11 +27,13 @@ def fingerprint(value: Any) -> str:
     return digest.hexdigest()
 
 
-def model_fingerprint(model: nn.Module) -> str:
+def model_fingerprint(model: nn.Module, *, widened: bool = False) -> str:
     """Hash the class, and names, shapes, types and values of all saved tensors, offloaded ones too, with SHA-256.
 
     Args:
         model: in memory, or offloaded.
+        widened: values of 16 bits count as float32, which holds them exactly, so that a model has the same fingerprint
+            if it was loaded in float32.
 
     Raises:
         UnsupportedModelError: a tensor is on the meta device, and nothing fills it.
@@ -42,7 +44,8 @@ def model_fingerprint(model: nn.Module) -> str:
         alike.setdefault(memory_of(name, tensor), name)
 
     def read(name: str) -> str:
-        return fingerprint(value_of(model, name, state[name]))
+        value = value_of(model, name, state[name])
+        return fingerprint(value.float() if widened and value.dtype in (torch.float16, torch.bfloat16) else value)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing holds no lock of Python's
         digests = dict(zip(alike.values(), pool.map(read, alike.values()), strict=True))

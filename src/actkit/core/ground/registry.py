@@ -2,7 +2,8 @@
 
 `actkit.methods`; `actkit.modules` (saved modules) with `actkit.weights`, `actkit.selections` and `actkit.inputs` (what
 a changed layer holds); `actkit.grids` (what values are rounded to); `actkit.functions` (activation functions),
-`actkit.attentions` (attention functions), `actkit.models` (your own), `actkit.tasks` and `actkit.decoders`.
+`actkit.attentions` (attention functions), `actkit.models` (your own), `actkit.tasks`, `actkit.adapters` (what is
+trained beside frozen layers) and `actkit.decoders`.
 
 Our own names and those of third parties are read the same way, lazily: listing names imports nothing, and a plug-in
 that does not import, is something else than it should be, or claims the name of another is an error that names it and
@@ -28,7 +29,7 @@ from actkit.core.ground.yaml_files import shorten
 METHODS, MODULES, DECODERS = "actkit.methods", "actkit.modules", "actkit.decoders"
 WEIGHTS, SELECTIONS, INPUTS, TASKS = "actkit.weights", "actkit.selections", "actkit.inputs", "actkit.tasks"
 FUNCTIONS, MODELS, GRIDS = "actkit.functions", "actkit.models", "actkit.grids"
-ATTENTIONS = "actkit.attentions"
+ATTENTIONS, ADAPTERS = "actkit.attentions", "actkit.adapters"
 MEND = "Update or uninstall that package (pip uninstall NAME), or report it to its author."
 
 
@@ -282,6 +283,23 @@ def task_class(name: str) -> Any:
     wanted = "a Task with fits(), sums() and estimates()"
     return _class(
         TASKS, name, wanted, lambda found: all(hasattr(found, each) for each in ("fits", "sums", "estimates"))
+    )
+
+
+def adapter_class(name: str) -> Any:
+    """Return the class of the adapters `name`, a `finetuning.adapters.Adapter`.
+
+    Args:
+        name: that is registered.
+
+    Raises:
+        RecipeError: as in `method_class`.
+    """
+    return _class(
+        ADAPTERS,
+        name,
+        "an Adapter with layers()",
+        lambda found: issubclass(found, BaseModel) and hasattr(found, "layers"),
     )
 
 

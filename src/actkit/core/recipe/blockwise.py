@@ -295,6 +295,7 @@ def record_by_block(
     wanted: Callable[[Block], Mapping[Site, Any]],
     batches: Sequence[Any],
     *,
+    counted: Callable[[Any], Tensor | None] = lambda batch: None,
     progress: bool = True,
 ) -> Iterator[tuple[Block, Mapping[Site, Any]]]:
     """Record statistics block by block, so that only those of one block are held at a time.
@@ -303,6 +304,7 @@ def record_by_block(
         view: of the model; experts must have been opened to be seen.
         wanted: of a block, its sites and the fresh statistics that each gets.
         batches: as `record` takes them. Of several processes each runs its share, and all get the statistics of all.
+        counted: of a batch, which of its real tokens are recorded: bool [batch, length], or None for all.
         progress: show a bar.
 
     Yields:
@@ -325,6 +327,7 @@ def record_by_block(
         processes.agree(model=model_fingerprint(view.model), data=fingerprint([fingerprint(each) for each in batches]))
         share = [index for index in range(len(batches)) if processes.mine(index)]
     walk = Walk(view, batches, tracked, share)
+    chosen = [counted(batches[index]) for index in walk.share]
     with evaluating(view.model):
         walk.start(["original"])
         for index in tracked(range(len(view.blocks)), "Recording activations"):
@@ -332,8 +335,8 @@ def record_by_block(
             module = view.model.get_submodule(block.path)
             outputs = []
             with onloaded(view.model, block.path), observe(view, wanted(block)) as observer:
-                for call in walk.calls(index, "original"):
-                    observer.begin(call.context, call.kwargs)
+                for call, tokens in zip(walk.calls(index, "original"), chosen, strict=True):
+                    observer.begin(call.context.counting(tokens), call.kwargs)
                     outputs.append(call.replay(module))
             merge(observer.statistics)
             yield block, observer.statistics

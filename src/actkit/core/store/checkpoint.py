@@ -40,10 +40,11 @@ from actkit.core.store.card import Measured, card_of
 from actkit.core.store.filling import fill
 from actkit.core.store.mapped_arrays import HEADER
 from actkit.core.store.pretrained import base_type
-from actkit.core.store.transformers_folder import load_folder, refuse_adapter, remote_class
+from actkit.core.store.transformers_folder import ADAPTER, load_folder, refuse_adapter, remote_class
 
 SCHEMA = 2
 MANIFEST = "actkit.json"
+MODELS = (MANIFEST, "config.json", ADAPTER)  # a folder with one of these holds a model, or a part of one
 GRID = "source_grid.json"  # beside a plain checkpoint whose weights came from a quantized source
 WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".onnx", ".msgpack", ".gguf", ".index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
@@ -213,7 +214,7 @@ def replaceable(folder: Path) -> bool:
     """Whether a folder is empty or a checkpoint, so that replacing it deletes nothing else."""
     if not folder.is_dir():
         return False
-    return not any(folder.iterdir()) or any((folder / name).exists() for name in (MANIFEST, "config.json"))
+    return not any(folder.iterdir()) or any((folder / name).exists() for name in MODELS)
 
 
 def _copy_others(folder: Path, temporary: Path) -> None:

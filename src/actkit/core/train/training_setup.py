@@ -215,11 +215,7 @@ def check_folder(
         )
     checkpoint.check_target(folder, overwrite=overwrite)
     empty = folder.is_dir() and not any(folder.iterdir())
-    if (
-        folder.exists()
-        and not empty
-        and not any((folder / name).exists() for name in (checkpoint.MANIFEST, "config.json"))
-    ):
+    if folder.exists() and not empty and not any((folder / name).exists() for name in checkpoint.MODELS):
         raise CheckpointError(
             f"out: {folder} holds something else than a model, which overwriting would delete; choose another folder."
         )

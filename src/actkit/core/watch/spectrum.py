@@ -89,6 +89,31 @@ class Spectrum(Statistic):
         return self._all()[: self.rank]
 
     @property
+    def scatter(self) -> Tensor:
+        """The sum of products of channels over rows, of X minus its mean if `centred`: float64 [channels, channels]."""
+        self._needs_rows()
+        return self._gram - torch.outer(self._sum, self._sum) / self.count if self.centred else self._gram
+
+    def directions(self, k: int) -> tuple[Tensor, Tensor]:
+        """The first k right singular vectors, each with its largest entry positive, and their singular values.
+
+        Args:
+            k: how many, at most as many as there are channels.
+
+        Returns:
+            Float64 [k, channels] and [k], descending.
+
+        Raises:
+            ValueError: k is below 1 or above the channels.
+        """
+        if not 1 <= k <= (self.channels or k):
+            raise ValueError(f"k: {k} was given; give 1 to {self.channels}, the number of channels.")
+        squares, vectors = torch.linalg.eigh(self.scatter)
+        rows = vectors.flip(1).t()[:k]
+        signs = rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
+        return rows * signs, squares.flip(0)[:k].clamp(min=0).sqrt()
+
+    @property
     def effective_rank(self) -> float:
         """The exponential of the entropy of the singular values as shares (Roy and Vetterli 2007); 0 for X = 0."""
         values = self._all()
@@ -105,6 +130,4 @@ class Spectrum(Statistic):
         return float(squares[:k].sum() / squares.sum()) if squares.any() else 1.0
 
     def _all(self) -> Tensor:
-        self._needs_rows()
-        gram = self._gram - torch.outer(self._sum, self._sum) / self.count if self.centred else self._gram
-        return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
+        return torch.linalg.eigvalsh(self.scatter).clamp(min=0).sqrt().flip(0)
