@@ -619,11 +619,9 @@ def _folder(model: Model, opened: nn.Module, stack: ExitStack, needed: bool) -> 
         folder = locate(model)
     elif (origin := changes.source(model)) is not None and changes.of(model) is None and origin.untouched(model):
         folder = Path(origin.name)
-    loadable = (
-        folder is not None
-        and not is_adapter(folder)
-        and ((folder / MANIFEST).exists() or changes.source(opened) is not None)
-    )
+    if folder is not None and is_adapter(folder):
+        folder = None  # it does not hold the model, which has it merged
+    loadable = folder is not None and ((folder / MANIFEST).exists() or changes.source(opened) is not None)
     if not needed or loadable:
         return folder
     temporary = stack.enter_context(TemporaryDirectory(prefix="actkit-"))

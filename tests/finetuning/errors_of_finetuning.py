@@ -17,6 +17,7 @@ from actkit.finetuning.adapters import AdaptedLayer, Lora, parse_adapter
 from actkit.finetuning.eva import Eva
 from actkit.finetuning.explained_variance import explained_variance
 from actkit.finetuning.low_rank_training import train_adapter, train_low_rank
+from actkit.zoo.cnn import DigitsCNN
 from actkit.zoo.loading import load
 from error_proofs import HOST, Place, missing, proof
 
@@ -137,6 +138,18 @@ def directions_of_too_few_channels(p: Place) -> None:
     spectrum = Spectrum()
     spectrum.update(torch.ones(3, 2))
     spectrum.directions(3)
+
+
+def picture(value: float, padding: Any = 1) -> None:
+    model = DigitsCNN(channels=(2, 2), hidden=4)
+    model.conv1.padding = padding
+    Eva(rank=1).plan(model, [{"pixel_values": torch.full((2, 1, 8, 8), value)}], progress=False)
+
+
+proof(lambda p: picture(float("nan")))
+
+
+proof(lambda p: picture(1.0, "same"))
 
 
 @proof

@@ -14,7 +14,9 @@ from actkit.core.ground.errors import DataError, NonFiniteError
 from actkit.core.watch.spectrum import Spectrum
 from actkit.finetuning.eva import Eva, allocate, inputs_of
 from actkit.finetuning.explained_variance import explained_variance
+from actkit.finetuning.low_rank_training import _adapters, train_adapter
 from actkit.testing import tiny_batches, tiny_model
+from actkit.zoo.cnn import DigitsCNN
 
 peft = pytest.importorskip("peft")
 LENGTHS = ((9, 4, 6), (7, 2), (8, 8))
@@ -140,6 +142,50 @@ def test_other_kinds_of_models(kind: str) -> None:
     assert sum(plan.ranks.values()) == len(plan.ranks)
     found = explained_variance(model, plan, batches, progress=False)
     assert found.explained == pytest.approx(found.most)  # of its own data it is the best
+
+
+def test_convolutions_begin_at_the_directions_of_their_patches() -> None:
+    torch.manual_seed(0)
+    model = DigitsCNN(channels=(4, 6), hidden=12)
+    batches = [{"pixel_values": torch.rand(5, 1, 8, 8)} for _ in range(3)]
+    plan = Eva(rank=3).plan(model, batches, progress=False)
+    assert set(plan.ranks) == {"conv1", "conv2", "fc1", "fc2"} and sum(plan.ranks.values()) == 12
+    with torch.no_grad():
+        images = torch.cat([batch["pixel_values"] for batch in batches])
+        hidden = model.act1(model.conv1(images))
+    by_hand = hidden.double()
+    padded = torch.nn.functional.pad(by_hand, (1, 1, 1, 1))
+    rows = torch.stack(
+        [
+            padded[n, :, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3].flatten()
+            for n in range(15)
+            for i in range(4)
+            for j in range(4)
+        ]
+    )
+    found = next(each for each in plan.inputs if "conv2" in each.ranks)
+    assert found.tokens == len(rows)
+    assert torch.allclose(found.singular, torch.linalg.svdvals(rows - rows.mean(0))[:6], rtol=1e-5)
+    before = model(images)
+    batches = [{**batch, "labels": torch.arange(5) % 3} for batch in batches]
+    layers = plan.layers(2.0)
+    weight = model.conv2.weight.detach().clone()
+    trained = train_adapter(
+        model, batches, validation=list(batches), layers=layers, steps=4, learning_rate=0.01, progress=False
+    )
+    assert trained.validation < trained.history[0].validation
+    assert int(torch.linalg.matrix_rank((model.conv2.weight - weight).flatten(1), rtol=1e-4)) == plan.ranks["conv2"]
+    assert model(images).shape == before.shape and type(model.conv2) is torch.nn.Conv2d
+
+
+def test_a_start_changes_nothing_before_the_first_step() -> None:
+    model, batches = tiny_model("llama").eval(), tiny_batches("llama", lengths=LENGTHS)
+    with torch.no_grad():
+        before = model(**batches[0]).logits
+        with _adapters(model, Eva(rank=3).layers(model, batches), 0):
+            adapted = model(**batches[0]).logits
+        after = model(**batches[0]).logits
+    assert torch.equal(before, adapted) and torch.equal(before, after)
 
 
 def test_explained_variance_is_that_of_a_projection() -> None:

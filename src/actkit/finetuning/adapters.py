@@ -11,7 +11,7 @@ Cost: two thin products beside each layer while it is trained, nothing once they
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -24,7 +24,7 @@ from actkit.core.ground import registry
 from actkit.core.ground.errors import RecipeError
 from actkit.core.ground.yaml_files import explain, parse_call, shorten
 from actkit.core.model.anatomy import Anatomy, Linear, anatomy
-from actkit.core.model.parts import LinearRole
+from actkit.core.model.parts import Convolution, LinearRole
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class AdaptedLayer:
     Attributes:
         rank: of the change.
         alpha: it is multiplied by alpha / rank.
-        start: A to begin with, [rank, in]; None for peft's random one.
+        start: A to begin with, [rank, in], of a convolution [rank, in x kernel]; None for peft's random one.
     """
 
     rank: int
@@ -62,7 +62,7 @@ class Adapter(BaseModel):
         """What the product of the two matrices is multiplied by."""
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
-    def layers(self, model: nn.Module, batches: Sequence[Any]) -> dict[str, AdaptedLayer]:
+    def layers(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, AdaptedLayer]:
         """Return how which layers are adapted.
 
         Args:
@@ -81,8 +81,8 @@ class Adapter(BaseModel):
 class Lora(Adapter):
     """One rank for all layers, and a random start."""
 
-    def layers(self, model: nn.Module, batches: Sequence[Any]) -> dict[str, AdaptedLayer]:
-        view = anatomy(model, batches[0])
+    def layers(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, AdaptedLayer]:
+        view = anatomy(model, next(iter(batches), None))
         layer = AdaptedLayer(self.rank, self.scale * self.rank)
         return {linear.path: layer for linear in chain(*adaptable(view, self.roles).values())}
 
@@ -112,12 +112,12 @@ def parse_adapter(source: Any) -> Adapter:
         raise RecipeError(f"adapter: {name}: {what}") from error
 
 
-def adaptable(view: Anatomy, roles: Iterable[LinearRole] | None) -> dict[int, list[Linear]]:
-    """Find the layers that adapters stand beside.
+def adaptable(view: Anatomy, roles: Iterable[LinearRole] | None) -> dict[int, list[Linear | Convolution]]:
+    """Find the layers that adapters stand beside: linear ones, and in a traced model plain Conv2d of one group.
 
     Args:
         view: of the model.
-        roles: of the layers; None for all that stand in blocks.
+        roles: of the layers ('layer' in a traced model); None for all that stand in blocks.
 
     Returns:
         The layers, by block.
@@ -126,7 +126,7 @@ def adaptable(view: Anatomy, roles: Iterable[LinearRole] | None) -> dict[int, li
         ValueError: no layer has such a role, or one is quantized, packed or among experts that are no layers.
     """
     roles = None if roles is None else tuple(roles)
-    by_block: dict[int, list[Linear]] = {}
+    by_block: dict[int, list[Linear | Convolution]] = {}
     for block in map(view.block, range(len(view.blocks))):
         closed = block.experts is not None and not block.experts.members
         if closed and (roles is None or {"gate", "up", "down"} & set(roles)):
@@ -134,19 +134,27 @@ def adaptable(view: Anatomy, roles: Iterable[LinearRole] | None) -> dict[int, li
                 f"roles: {block.experts.path} keeps its experts in 3-D parameters, which are no linear layers; apply a "  # type: ignore[union-attr]
                 f"transform that opens them first, or leave gate, up and down out."
             )
-        by_block[block.index] = list(block.linears())
+        plain = [
+            each for each in block.convolutions() if isinstance(each.module, nn.Conv2d) and each.module.groups == 1
+        ]
+        by_block[block.index] = [*plain, *block.linears()]
     chosen = {
-        index: [linear for linear in layers if roles is None or linear.role in roles]
+        index: [layer for layer in layers if roles is None or _role(layer) in roles]
         for index, layers in by_block.items()
     }
     if not any(chosen.values()):
-        found = ", ".join(sorted({linear.role for layers in by_block.values() for linear in layers})) or "none"
+        found = ", ".join(sorted({_role(layer) for layers in by_block.values() for layer in layers})) or "none"
         given = "all" if roles is None else ", ".join(roles) or "none"
         raise ValueError(f"roles: {given} were given; the blocks of this model have {found}.")
-    for linear in chain(*chosen.values()):
-        if not isinstance(linear.module, nn.Linear | Conv1D) or not linear.module.weight.is_floating_point():
+    for layer in chain(*chosen.values()):
+        module: Any = layer.module
+        if not isinstance(module, nn.Linear | Conv1D | nn.Conv2d) or not module.weight.is_floating_point():
             raise ValueError(
-                f"model: {linear.path} ({type(linear.module).__name__}) has a weight that cannot be trained and "
-                f"merged; train first and quantize or sparsify this layer after, or leave out the role {linear.role!r}."
+                f"model: {layer.path} ({type(module).__name__}) has a weight that cannot be trained and merged; train "
+                f"first and quantize or sparsify this layer after, or leave out the role {_role(layer)!r}."
             )
     return chosen
+
+
+def _role(layer: Linear | Convolution) -> LinearRole:
+    return layer.role if isinstance(layer, Linear) else "layer"

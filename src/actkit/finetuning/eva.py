@@ -13,6 +13,7 @@ The paper finds the directions by an incremental decomposition that goes over th
 peft does; here the Gram matrices are summed over the batches once and decomposed exactly, so that there is no tau, no
 batch can be too short, and nothing can fail to converge. Both leave out the mean, so that it is a PCA, although the
 paper speaks of the SVD of the inputs; `centred=False` is the literal reading.
+Convolutions of a traced model are adapted too (plain Conv2d of one group): their rows are the unfolded patches.
 Settled here: layers that read one tensor share one decomposition, and each of them counts in the ranking; of equal
 shares those of earlier blocks and layers win. Each direction has its largest entry positive. A layer whose
 directions are all outranked gets no adapter. A direction without variance is never taken, so that fewer than rank *
@@ -21,7 +22,7 @@ layers may be left. `whiten` divides row i of A by the square root of s_i, as pe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
@@ -29,13 +30,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional
 
-from actkit.core.forward.batch import LABELS, as_batches, is_tokens, main_input, sequence_of
+from actkit.core.forward.batch import LABELS, as_batches, forward, is_tokens, main_input, sequence_of
+from actkit.core.forward.hooks import evaluating, hooked
 from actkit.core.forward.stream import Stream
-from actkit.core.ground.errors import DataError
+from actkit.core.ground import processes
+from actkit.core.ground.errors import DataError, NonFiniteError
 from actkit.core.model.anatomy import Block, Site, anatomy
 from actkit.core.model.parts import LinearRole
 from actkit.core.recipe.blockwise import record_by_block
+from actkit.core.watch.merging import merge
 from actkit.core.watch.spectrum import Spectrum
 from actkit.finetuning.adapters import AdaptedLayer, Adapter, adaptable
 
@@ -157,7 +162,7 @@ class Eva(Adapter):
     whiten: bool = False
     centred: bool = True
 
-    def layers(self, model: nn.Module, batches: Sequence[Any]) -> dict[str, AdaptedLayer]:
+    def layers(self, model: nn.Module, batches: Iterable[Any]) -> dict[str, AdaptedLayer]:
         return self.plan(model, batches).layers(self.scale, whiten=self.whiten)
 
     def plan(self, model: nn.Module, batches: Iterable[Any], *, progress: bool = True) -> EvaPlan:
@@ -275,8 +280,10 @@ def inputs_of(
     if not len(given):
         raise DataError("batches: 0 were given; give at least one, of what the model is to be trained on.")
     view = anatomy(model, given[0])
-    if chosen is None:
-        chosen = {linear.path for linear in chain(*adaptable(view, roles).values())}
+    known = {layer.path for layer in chain(*adaptable(view, roles).values())}
+    chosen = known if chosen is None else chosen
+    kernels = [path for path in sorted(chosen & known) if isinstance(view.model.get_submodule(path), nn.Conv2d)]
+    yield from _patches(model, kernels, given, centred)
 
     def wanted(block: Block) -> dict[Site, Any]:
         return {
@@ -296,3 +303,31 @@ def inputs_of(
             paths = [linear.path for linear in each.linears if linear.path in chosen]
             if paths:
                 yield str(each.site), paths, seen[each.site]
+
+
+def _patches(
+    model: nn.Module, paths: Sequence[str], batches: Iterable[Any], centred: bool
+) -> Iterator[tuple[str, list[str], Spectrum]]:
+    """What convolutions read, as a row [in x kernel] for each place: one more pass."""
+    spectra = {path: Spectrum(centred=centred) for path in paths}
+
+    def reading(path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def read(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if isinstance(module.padding, str):
+                raise ValueError(f"model: {path} pads by {module.padding!r}; give it its padding as numbers.")
+            x = functional.unfold(args[0], module.kernel_size, module.dilation, module.padding, module.stride)
+            rows = x.transpose(1, 2).flatten(0, 1)
+            if not torch.isfinite(rows).all():
+                raise NonFiniteError(f"layer.input:{path}: NaN or Inf in an image; check the data and the model.")
+            spectra[path].update(rows)
+
+        return read
+
+    if spectra:
+        with torch.no_grad(), evaluating(model), hooked(model, before={path: reading(path) for path in paths}):
+            for index, batch in enumerate(batches):
+                if processes.mine(index):
+                    forward(model, batch)
+        merge(spectra)
+    for path, spectrum in spectra.items():
+        yield f"layer.input:{path}", [path], spectrum

@@ -177,8 +177,8 @@ def _check_layers(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
     if not layers:
         raise ValueError("layers: none were given, so that nothing would be trained; give at least one.")
     for path, layer in layers.items():
-        module: Any = get_module(model, path)
-        width = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
+        weight: Any = get_module(model, path).weight
+        width = weight.shape[0] if isinstance(get_module(model, path), Conv1D) else weight[0].numel()
         if layer.start is not None and tuple(layer.start.shape) != (layer.rank, width):
             raise ValueError(
                 f"layers: {path} was given a start of shape {list(layer.start.shape)}; give [{layer.rank}, {width}], "
@@ -216,7 +216,8 @@ def _adapters(model: nn.Module, layers: Mapping[str, AdaptedLayer], seed: int) -
         for layer, each in zip(adapted, layers.values(), strict=True):
             if each.start is not None:
                 with torch.no_grad():
-                    layer.lora_A[ADAPTER].weight.copy_(each.start)
+                    start = layer.lora_A[ADAPTER].weight  # of a convolution [rank, in, height, width]
+                    start.copy_(each.start.view_as(start))
         yield config, adapted
     finally:
         for path, module in plain.items():

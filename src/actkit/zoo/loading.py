@@ -95,7 +95,9 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool = False) -> Any:
     Raises:
         CheckpointError: there is none.
     """
-    return checkpoint.load_tokenizer(locate(source), trust_remote_code=trust_remote_code)
+    folder = locate(source)
+    name = read_base(folder).name if is_adapter(folder) else None  # it stands beside the model that was adapted
+    return checkpoint.load_tokenizer(folder if name is None else locate(name), trust_remote_code=trust_remote_code)
 
 
 def find_tokenizer(
