@@ -164,6 +164,7 @@ TINY = {
     "awq": {"calibration": 1, "held_out": 1, "search": 64, "grid": 2},
     "cats": {"calibration": 1, "held_out": 1},
     "crrelu": {"calibration": 1},
+    "eva": {"fitted": 1, "measured": 1},
     "lazy-neuron": {"language": 1},
     "llm-fp4": {"calibration": 1, "held_out": 1, "candidates": 2, "rounds": 1, "tokens": 64},
     "omniquant": {"calibration": 1, "held_out": 1, "epochs": 1},

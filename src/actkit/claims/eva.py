@@ -23,7 +23,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -64,6 +64,9 @@ class Sizes:
         length: tokens of a row.
         held_out: rows that a training is measured on.
         pretrained: steps of 1,024 tokens in which the small model is trained first.
+        zoo_steps: `steps` of the zoo's model.
+        zoo_rows: its `rows`.
+        zoo_held_out: its `held_out`.
         fitted: rows (sentences, or 256 tokens) that directions are found on.
         measured: rows that they are measured on.
     """
@@ -76,11 +79,13 @@ class Sizes:
     length: int = 64
     held_out: int = 96
     pretrained: int = 400
+    zoo_steps: int = 80
+    zoo_rows: int = 2
+    zoo_held_out: int = 48
     fitted: int = 192
     measured: int = 512
 
 
-ZOO_SIZES = Sizes(steps=80, rows=2, held_out=48)  # a smaller run: it is five times as large a model
 REAL_SIZES = Sizes(seeds=(0,), fitted=8, measured=8)
 EXPLAINS = Statement(
     "The directions of EVA explain most of the variance of layers' inputs",
@@ -108,13 +113,14 @@ STATEMENTS = (EXPLAINS, SHARES, SOONER, SOONER.on(SMALL), EXPLAINS.on("smollm2")
 def run(*, subject: str | None = None, progress: bool = True, sizes: Sizes | None = None) -> Outcome:
     """Run the claims, or those about one subject. sizes: smaller ones, for a try."""
     name = "smollm2" if subject == "smollm2" else "minilm"
-    given = sizes or {"smollm2": REAL_SIZES, "swiglu": ZOO_SIZES}.get(subject or "", Sizes())
+    given = sizes or (REAL_SIZES if name == "smollm2" else Sizes())
     experiments: list[Experiment] = []
     if subject in (None, name):
         text = Subject(name, calibration=given.fitted, split="train", held_out=given.measured)
         experiments = [(EXPLAINS.on(name), partial(explains, text)), (SHARES.on(name), partial(shares, text))]
     if subject in (None, "swiglu"):
-        experiments.append((SOONER, lambda: sooner(zoo.load("swiglu", dtype=torch.float32), sizes or ZOO_SIZES)))
+        smaller = replace(given, steps=given.zoo_steps, rows=given.zoo_rows, held_out=given.zoo_held_out)
+        experiments.append((SOONER, lambda: sooner(zoo.load("swiglu", dtype=torch.float32), smaller)))
     if subject in (None, SMALL):
         experiments.append((SOONER.on(SMALL), lambda: sooner(pretrained(given), given)))
     return conduct("eva", experiments, given, subject, progress)
