@@ -28,7 +28,8 @@ def test_directions_are_measured_on_text_that_they_were_not_made_from(subject):
     assert len(names) == 2
     plan = Eva(rank=8, rho=1, batches=10**6).plan(subject.model, subject.calibration(0), progress=False)
     each = plan.inputs[-1]
-    rows = eva.inputs(subject.model, next(iter(each.ranks)), subject.calibration(0))
+    path = next(iter(each.ranks))
+    rows = eva.inputs(subject.model, [path], subject.calibration(0))[path]
     assert len(rows) == each.tokens
     cosines = (eva.principal(rows, 8) @ each.directions.t()).diagonal().abs()
     assert cosines.min() > 0.9999

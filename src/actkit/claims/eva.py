@@ -38,7 +38,7 @@ from actkit.claims.outcome import SMALL, Experiment, Measurement, Outcome, State
 from actkit.claims.small_models import LENGTH, language_model
 from actkit.claims.subject import Subject, spread
 from actkit.core.forward.batch import forward
-from actkit.core.forward.hooks import evaluating, hooked
+from actkit.core.forward.hooks import Before, evaluating, hooked
 from actkit.core.train.training import Trained, train
 from actkit.data import Batches, Split, load_data
 from actkit.data.text import Document, documents
@@ -82,8 +82,8 @@ class Sizes:
     zoo_steps: int = 80
     zoo_rows: int = 2
     zoo_held_out: int = 48
-    fitted: int = 192
-    measured: int = 512
+    fitted: int = 128
+    measured: int = 256
 
 
 REAL_SIZES = Sizes(seeds=(0,), fitted=8, measured=8)
@@ -133,10 +133,10 @@ def explains(subject: Subject) -> Measurement:
     """Compare EVA's directions with random ones and with an exact PCA, on held-out text."""
     adapter = Eva(rank=DIRECTIONS, rho=1, batches=10**6)
     plan = adapter.plan(subject.model, subject.calibration(0), progress=False)
+    first = {next(iter(each.ranks)): tuple(each.ranks) for each in plan.inputs}
     exact: dict[str, Tensor] = {}
-    for each in plan.inputs:
-        path = next(iter(each.ranks))
-        exact |= dict.fromkeys(each.ranks, principal(inputs(subject.model, path, subject.calibration(0)), DIRECTIONS))
+    for path, x in inputs(subject.model, first, subject.calibration(0)).items():
+        exact |= dict.fromkeys(first[path], principal(x, DIRECTIONS))
     arms = {"EVA": plan.directions, "random": random(plan.directions), "exact PCA": exact}
     found = {
         name: explained_variance(subject.model, given, subject.held_out, progress=False) for name, given in arms.items()
@@ -170,24 +170,27 @@ def shares(subject: Subject) -> Measurement:
     return Measurement(text, sums[2.0] >= sums[1.0])
 
 
-def inputs(model: nn.Module, path: str, batches: Iterable[Any]) -> Tensor:
-    """What a layer reads at real tokens: float64 [rows, in]."""
-    found: list[Tensor] = []
+def inputs(model: nn.Module, paths: Iterable[str], batches: Iterable[Any]) -> dict[str, Tensor]:
+    """What layers read at real tokens: [rows, in] each."""
+    found: dict[str, list[Tensor]] = {path: [] for path in paths}
     mask: Tensor | None = None
 
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0].detach().double()
-        found.append(x.flatten(0, -2) if mask is None else x[mask])
+    def keep(path: str) -> Before:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found[path].append(args[0].detach().flatten(0, -2) if mask is None else args[0].detach()[mask])
 
-    with torch.no_grad(), evaluating(model), hooked(model, before={path: keep}):
+        return hook
+
+    with torch.no_grad(), evaluating(model), hooked(model, before={path: keep(path) for path in found}):
         for batch in batches:
             mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
             forward(model, batch)
-    return torch.cat(found)
+    return {path: torch.cat(rows) for path, rows in found.items()}
 
 
 def principal(x: Tensor, rank: int) -> Tensor:
     """The first principal directions of rows, by an SVD."""
+    x = x.double()
     return torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:rank]
 
 
