@@ -7,13 +7,14 @@ all rows less their mean in float64, which shares no code with ours.
 Training: a language model goes on with another domain, the reference pages of Python's topics; LoRA and EVA at rank 4
 on all linear layers, with rho 1 and 2. The rate is the one of three with which plain LoRA is best on pages of the
 search and calibration splits (first seed), and is the same for all arms; what is reported is measured on pages of the
-test split. Seeds are of the order of the text and of LoRA's A. Two models: the zoo's SwiGLU one, which has seen the
-training pages before, among all others, so that there is little to learn (a smaller run, 80 steps of 128 tokens); and a
-small one of the same architecture (1.1 M parameters) that is trained on half of the library's modules first, and has
-seen no page (150 steps of 256 tokens).
+test split. Seeds are of the order of the text and of LoRA's A. The model is a small one of Llama's architecture (1.1 M
+parameters) that is trained on half of the library's modules first, and has seen no page; 150 steps of 256 tokens.
+
+The same on the zoo's SwiGLU model (`zoo_steps` ...), which has seen the pages before, is written and was not yet
+run: it joins STATEMENTS with its record.
 
 On SmolLM2-135M the directions alone (in bf16, as it is stored): 3 seeds of the training would take hours of the machine
-that the record was made on. About 15 minutes of one core for all but SmolLM2.
+that the record was made on. About 6 minutes of one core.
 """
 
 from __future__ import annotations
@@ -105,9 +106,9 @@ SOONER = Statement(
     "faster convergence and the best average score per domain (abstract; figures not known to us)",
     "mean validation loss at step 40 of the better EVA arm is at most LoRA's - 0.01 nats, lower in at least 4 of 5 "
     "seeds, and at the end at most LoRA's + 0.005",
-    "swiglu",
+    SMALL,
 )
-STATEMENTS = (EXPLAINS, SHARES, SOONER, SOONER.on(SMALL), EXPLAINS.on("smollm2"), SHARES.on("smollm2"))
+STATEMENTS = (EXPLAINS, SHARES, SOONER, EXPLAINS.on("smollm2"), SHARES.on("smollm2"))
 
 
 def run(*, subject: str | None = None, progress: bool = True, sizes: Sizes | None = None) -> Outcome:
@@ -118,11 +119,11 @@ def run(*, subject: str | None = None, progress: bool = True, sizes: Sizes | Non
     if subject in (None, name):
         text = Subject(name, calibration=given.fitted, split="train", held_out=given.measured)
         experiments = [(EXPLAINS.on(name), partial(explains, text)), (SHARES.on(name), partial(shares, text))]
-    if subject in (None, "swiglu"):
-        smaller = replace(given, steps=given.zoo_steps, rows=given.zoo_rows, held_out=given.zoo_held_out)
-        experiments.append((SOONER, lambda: sooner(zoo.load("swiglu", dtype=torch.float32), smaller)))
     if subject in (None, SMALL):
-        experiments.append((SOONER.on(SMALL), lambda: sooner(pretrained(given), given)))
+        experiments.append((SOONER, lambda: sooner(pretrained(given), given)))
+    if subject == "swiglu":
+        smaller = replace(given, steps=given.zoo_steps, rows=given.zoo_rows, held_out=given.zoo_held_out)
+        experiments.append((SOONER.on("swiglu"), lambda: sooner(zoo.load("swiglu", dtype=torch.float32), smaller)))
     return conduct("eva", experiments, given, subject, progress)
 
 
