@@ -289,7 +289,7 @@ class DigitsVit(_Transformer, _Digits):
     """A vision transformer of two blocks, 32 wide."""
 
     name, kinds = "digits-vit", ("function", "mlp")
-    width, steps, rows, hidden, own = 152, 100, 32, 32, "gelu"
+    width, steps, rows, hidden, own = 152, 250, 32, 32, "gelu"
 
     def plain(self) -> Any:
         return vision_transformer(hidden=self.hidden, intermediate=self.width, seed=torch.initial_seed() % 2**31)
