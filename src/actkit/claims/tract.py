@@ -79,7 +79,7 @@ KEPT = Statement(
 STATEMENTS = (EXACT, FEWER, KEPT)
 
 
-def reproduce(sizes: Sizes | None = None, subject: str | None = None, progress: bool = True) -> Outcome:
+def run(sizes: Sizes | None = None, subject: str | None = None, progress: bool = True) -> Outcome:
     """Run the claims.
 
     Args:
