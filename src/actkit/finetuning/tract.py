@@ -62,23 +62,21 @@ def tract_gradient(gradient: Tensor, x: Tensor, ridge: float = 0.1) -> Tensor:
             f"gradient, x: shapes {tuple(gradient.shape)} and {tuple(x.shape)} were given; give [rows, outputs] and "
             f"[rows, inputs] with equal rows."
         )
-    return _solved((gradient.t() @ x)[None], x[None], ridge)[0].to(x.dtype)
+    return _solved((gradient.t() @ x)[None], x[None], ridge)[0][0].to(x.dtype)
 
 
-def _solved(gradient: Tensor, x: Tensor, ridge: float) -> Tensor:
-    """gradient (x^T x / rows + ridge I)^-1, for gradients [groups, m, n] and rows [groups, rows, n]; float32 or 64."""
+def _solved(gradient: Tensor, x: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """g = gradient (x^T x / rows + ridge I)^-1, for gradients [groups, m, n] and x [groups, rows, n]; |x g^T|^2 too."""
     rows, inputs = x.shape[-2:]
-    if rows >= inputs:
-        return _divided(gradient, x.mT @ x / rows, ridge)
-    inner = x @ x.mT / rows + ridge * torch.eye(rows, dtype=x.dtype, device=x.device)
-    inside = torch.cholesky_solve(x @ gradient.mT, torch.linalg.cholesky(inner))  # [groups, rows, m]
-    return (gradient - inside.mT @ x / rows) / ridge
-
-
-def _divided(gradient: Tensor, square: Tensor, ridge: float) -> Tensor:
-    """gradient (square + ridge I)^-1 for a square matrix [groups, n, n]."""
-    regular = square + ridge * torch.eye(square.shape[-1], dtype=square.dtype, device=square.device)
-    return torch.cholesky_solve(gradient.mT, torch.linalg.cholesky(regular)).mT
+    one = torch.eye(min(rows, inputs), dtype=x.dtype, device=x.device)
+    if rows < inputs:
+        inner = x @ x.mT / rows + ridge * one
+        inside = torch.cholesky_solve(x @ gradient.mT, torch.linalg.cholesky(inner))  # [groups, rows, m]
+        found = (gradient - inside.mT @ x / rows) / ridge
+        return found, (x @ found.mT).square().sum()
+    square = x.mT @ x / rows
+    found = torch.cholesky_solve(gradient.mT, torch.linalg.cholesky(square + ridge * one)).mT
+    return found, ((found @ square) * found).sum() * rows
 
 
 class Tract(TrainingRule):
@@ -189,7 +187,7 @@ class AttachedTract(AttachedRule):
 
         def passed(gradient: Tensor) -> None:
             self.inputs.append(x)
-            self.wanted = self.wanted.to(gradient.device) + gradient.detach().double().square().sum()
+            self.wanted = self.wanted.to(gradient.device) + torch.linalg.vector_norm(gradient.detach()).square()
 
         output.register_hook(passed)
 
@@ -205,10 +203,10 @@ class AttachedTract(AttachedRule):
         """The gradient of the weight in place of the ordinary one."""
         dtype = getattr(torch, self.rule.solve_in)
         with torch.autocast(gradient.device.type, enabled=False):
-            rows = torch.cat([rows_of(self.layer, x.to(dtype)) for x in self.inputs], 1)  # [groups, rows, n]
+            parts = [rows_of(self.layer, x.to(dtype)) for x in self.inputs]  # [groups, rows, n] each
+            rows = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
             matrix = _matrix(self.layer, gradient.to(dtype), len(rows))
-            found = _solved(matrix, rows, self.rule.ridge)
-            realised = (rows @ found.mT).double().square().sum()
+            found, realised = _solved(matrix, rows, self.rule.ridge)
             self.share = realised.sqrt() / (self.wanted.sqrt() * rows.shape[1]).clamp(min=1e-30)
         return _weight(self.layer, found, gradient)
 
@@ -262,8 +260,11 @@ def rows_of(layer: nn.Module, x: Tensor) -> Tensor:
             padding += [_pair(layer.padding, flat, 0)[place]] * 2
     if any(padding):
         x = F.pad(x, padding, "constant" if layer.padding_mode == "zeros" else layer.padding_mode)
-    unfolded = F.unfold(x, size, dilation, 0, stride)  # [batch, channels * size, positions]
-    return unfolded.unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+    for place in (0, 1):  # windows as views: [batch, channels, height, width, size, size]
+        span = dilation[place] * (size[place] - 1) + 1
+        x = x.unfold(2 + place, span, stride[place])[..., :: dilation[place]]
+    windows = x.unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 4, 2, 5, 6)
+    return windows.reshape(layer.groups, -1, windows[0, 0, 0, 0].numel())
 
 
 def _pair(value: Any, flat: bool, filling: int = 1) -> tuple[int, int]:
