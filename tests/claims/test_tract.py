@@ -40,7 +40,7 @@ def test_arms_are_trained_at_one_rate(name: str, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(tract, "Tract", Watched)
     arms = Arms(TINY)
-    assert arms.rate(name, "varied") in tract.RATES
+    assert arms.rate(name, "varied") in tract.RATES[name]
     courses = [arms.courses(name, "varied", arm) for arm in tract.ARMS]
     assert [len(course) for course in courses[0] + courses[1]] == [2] * 4
     assert made == [0.1, 0.1]  # SGD trains without the rule
