@@ -119,6 +119,7 @@ def exact() -> Measurement:
         errors |= {name: max(errors[name], float((one - two).abs().max())) for name, (one, two) in pairs.items()}
     layer, x = nn.Conv2d(3, 4, 3, stride=2, padding=1).double(), drawn(5, 3, 9, 9)
     seen = rows_of(layer, x)[0]  # [rows, inputs]
+    assert layer.bias is not None
     with torch.no_grad():
         linear = (seen @ layer.weight.flatten(1).t() + layer.bias).view(5, -1, 4).mT.reshape(layer(x).shape)
         errors["convolution"] = float((linear - layer(x)).abs().max())
@@ -159,7 +160,8 @@ def net(name: str, seed: int) -> nn.Module:
 
     shape: dict[str, Any] = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 32}
     depth: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
-    return ViTForImageClassification(ViTConfig(**shape, **depth, num_labels=10, initializer_range=0.1))
+    more: dict[str, Any] = {"num_labels": 10, "initializer_range": 0.1}
+    return ViTForImageClassification(ViTConfig(**shape, **depth, **more))
 
 
 def accuracy(model: nn.Module, batches: Any) -> float:

@@ -163,6 +163,7 @@ class AttachedTract(AttachedRule):
 
     def __init__(self, rule: Tract, path: str, layer: nn.Module) -> None:
         self.rule, self.path, self.layer = rule, path, layer
+        self.weight: nn.Parameter = layer.get_parameter("weight")
         self.inputs: list[Tensor] = []  # of the calls that this backward pass has come through
         self.wanted = torch.zeros(())  # squares of the pre-activations' gradients, summed
         self.share: Tensor | None = None
@@ -171,7 +172,7 @@ class AttachedTract(AttachedRule):
         self._watch_weight()
 
     def _watch_weight(self) -> None:
-        self._handles.append(self.layer.weight.register_hook(self._replaced))
+        self._handles.append(self.weight.register_hook(self._replaced))
 
     def _called(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if not (torch.is_grad_enabled() and output.requires_grad):
@@ -227,9 +228,8 @@ class AttachedExactTract(AttachedTract):
         """The gradient is replaced when it is complete."""
 
     def after_backward(self, progress: float) -> None:
-        weight = self.layer.weight
-        if weight.grad is not None:
-            weight.grad.copy_(self._replaced(weight.grad))
+        if self.weight.grad is not None:
+            self.weight.grad.copy_(self._replaced(self.weight.grad))
 
 
 # -- layers as matrices ------------------------------------------------------------------------------------------------
