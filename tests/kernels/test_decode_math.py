@@ -7,6 +7,7 @@ from scipy.special import ndtri
 
 from actkit.core.layers.activations import activation_function
 from actkit.kernels import decode_math
+from actkit.kernels.rationals import reference
 
 
 def test_normal_quantile():
@@ -19,8 +20,21 @@ def test_normal_quantile():
 def test_activations(name):
     x = torch.cat([torch.linspace(-20, 20, 1001), torch.tensor([0.0, 1e-40, -1e-40, 100.0])])
     found = x.clone()
-    decode_math.activate(getattr(decode_math, name.upper()), found.numpy())
+    decode_math.activate(getattr(decode_math, name.upper()), found.numpy(), np.zeros((1, 10), np.float32), 1, 0)
     torch.testing.assert_close(found.double(), activation_function(name).function(x.double()), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["rational_a", "rational_b"])
+def test_rationals_by_group(kind):
+    """Units 3 to 12 of groups of 4, against the operator's formula in float64."""
+    x = torch.linspace(-3, 3, 10)
+    rows = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
+    found = x.clone()
+    decode_math.activate(getattr(decode_math, kind.upper()), found.numpy(), rows.numpy(), 4, 3)
+    whole = torch.zeros(1, 16, dtype=torch.float64)
+    whole[0, 3:13] = x.double()
+    expected = reference(whole, rows[:, :6].double(), rows[:, 6:].double(), kind == "rational_a")[0, 3:13]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_dropped():

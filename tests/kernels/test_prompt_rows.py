@@ -63,7 +63,8 @@ def test_gates(dtype: torch.dtype, gated: bool) -> None:
     place = np.zeros(LAYER_FIELDS, np.int64)
     place[[GATE_AT, UP_AT, UNITS, ACTIVATION]] = 3, units + 5 if gated else -1, units, SILU if gated else GELU_TANH
     hidden = torch.empty(TOKENS, units, dtype=dtype)
-    prompt_rows.activate_rows(place, np.float32(0.05), array(left), tiled, bias.numpy(), array(hidden))
+    curves = np.zeros((1, 10), np.float32), 1
+    prompt_rows.activate_rows(place, np.float32(0.05), *curves, array(left), tiled, bias.numpy(), array(hidden))
     outputs = ordered + bias
     gate = outputs[:, 3 : 3 + units]
     gate = F.silu(gate) if gated else F.gelu(gate, approximate="tanh")
