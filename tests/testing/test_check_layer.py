@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from actkit.comparison.arms import GatedMlp
 from actkit.core.grids.floats import FloatGrid, fp4, fp8, nvfp4
 from actkit.core.grids.half_integers import HalfIntegerGrid
 from actkit.core.grids.integers import IntegerGrid
@@ -505,6 +506,7 @@ NOT_SAVED = {  # layers that are used by hand, or inside another, or are models:
         (torch.randn(2, 4, 6, 5),),
         {"rows": False, "shape": lambda shape: (shape[0], 8, *shape[2:])},
     ),
+    "GatedMlp": Made(lambda: GatedMlp(IN, 8, OUT), settings={"shape": lambda shape: (*shape[:-1], OUT)}),
     "GrKanLinear": Made(lambda: GrKanLinear(IN, OUT, 4), settings={"shape": lambda shape: (*shape[:-1], OUT)}),
     "AfKanNetwork": Made(
         lambda: AfKanNetwork((IN, 8, OUT), ("global_attn", "multistep"), "quadratic"),
@@ -589,6 +591,7 @@ MODELS = {"DigitsCNN", "TinyMlp"}  # see test_check_model.py
 MODELS |= {"PLMForCausalLM", "PLMModel", "PLMPreTrainedModel", "PLMLayer", "LatentAttention", "SquaredReLUMLP"}
 MODELS |= {"NeuralField"}
 MODELS |= {"ConvNet"}  # see tests/claims/test_s_kan.py
+MODELS |= {"Network"}  # and tests/claims/test_posets.py
 MODELS |= {"VanillaNet", "VanillaBlock"}  # and tests/functions/test_vanillanet.py
 MODELS |= {"GatedMLP"}  # and tests/sparsity/test_plm.py, tests/claims/test_plm.py
 

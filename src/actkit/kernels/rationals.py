@@ -89,7 +89,8 @@ def _given(x: Tensor, numerator: Tensor, denominator: Tensor) -> tuple[Tensor, T
     """x [rows, groups, width] and the coefficients, in the dtype that all is computed in."""
     wide = torch.promote_types(x.dtype, torch.float32)
     groups = max(len(numerator), len(denominator))
-    split = x.to(wide).reshape(x.shape[:-1].numel(), groups, x.shape[-1] // groups)
+    rows = -1 if x.shape[-1] else x.shape[:-1].numel()  # a number would be a constant in an exported program
+    split = x.to(wide).reshape(rows, groups, x.shape[-1] // groups)
     return split, numerator.to(wide), denominator.to(wide)
 
 
