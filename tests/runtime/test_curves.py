@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalL
 
 from actkit.core.ground.errors import UnsupportedModelError
 from actkit.core.layers.activations import Thresholded
+from actkit.core.measure.decoding import choose_engine
 from actkit.core.recipe.runner import apply
 from actkit.functions.crrelu.crrelu import CRReLU
 from actkit.functions.kat.group_rational import GroupRational
@@ -80,6 +81,12 @@ def test_of_a_model_without_a_gate() -> None:
     with Decoder(model, capacity=32) as decoder:
         found = torch.stack([decoder([token]) for token in IDS[0].tolist()])
     torch.testing.assert_close(found, expected(model), atol=2e-4, rtol=2e-4)
+
+
+def test_the_decoder_is_what_text_is_written_with() -> None:
+    engine = choose_engine(model_with(FUNCTIONS["rational A"]), capacity=32)
+    assert engine.decoder is not None, engine.describe()
+    engine.decoder.close()  # type: ignore[attr-defined]
 
 
 def test_changed_coefficients_are_followed() -> None:

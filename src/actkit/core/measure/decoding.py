@@ -19,6 +19,7 @@ from actkit.core.forward.named_functions import unknown_function
 from actkit.core.ground import registry
 from actkit.core.ground.errors import ActkitError, RecipeError, UnsupportedModelError
 from actkit.core.layers.attention_function import AttentionFunction
+from actkit.core.layers.curve import curve_of
 from actkit.core.store.pending import pending_of
 
 # The packages of modules whose computation a decoder may know. A class of another package says by an attribute
@@ -140,7 +141,8 @@ def _own_forward(model: nn.Module) -> str | None:
         return function
     for path, module in model.named_modules():
         where = path or "the model"
-        if not type(module).__module__.startswith(KNOWN) and not hasattr(type(module), "decodes_as"):
+        known = type(module).__module__.startswith(KNOWN) or hasattr(type(module), "decodes_as")
+        if not known and curve_of(module) is None:
             return f"{where} is a {type(module).__name__}, whose forward pass no decoder calls"
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         # transformers leaves hooks behind that only record.
