@@ -40,6 +40,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from actkit.core.measure.saved_tensors import saved_tensors
 from actkit.core.univariate.bases import Bells, BSplines, Bumps, Polynomials
 from actkit.core.univariate.basis import Basis
 from actkit.core.univariate.fit_rational import rational_like
@@ -115,20 +116,6 @@ class PlainPolyNorm(nn.Module):
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def saved_bytes(function: Callable[[Tensor], Tensor], x: Tensor, parameters: set[int]) -> int:
-    """What a call keeps for its backward pass: each storage once, without those of parameters."""
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        function(x)
-    return sum(size for place, size in kept.items() if place not in parameters)
-
-
 def take_turns(
     variants: Mapping[str, Callable[[Tensor], Tensor]], shape: tuple[int, ...], rounds: int, title: str
 ) -> dict[str, dict[str, Any]]:
@@ -152,9 +139,9 @@ def take_turns(
                 found[name]["forward"].append(middle - start)
                 found[name]["backward"].append(end - middle)
     for name, variant in variants.items():
-        own = variant.parameters() if isinstance(variant, nn.Module) else ()
-        places = {each.untyped_storage().data_ptr() for each in own}
-        found[name]["saved"] = saved_bytes(variant, inputs[0], places)
+        with saved_tensors(variant if isinstance(variant, nn.Module) else nn.Identity()) as kept:
+            y = variant(inputs[0])  # alive while it is counted
+        found[name]["saved"] = kept.bytes
     return found
 
 
@@ -263,8 +250,6 @@ def layers(setting: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str
         found = take_turns(variants, shape, setting["rounds"], f"layers {width} wide")
         total = {n: median(found[n]["forward"]) + median(found[n]["backward"]) for n in (MLP, COMPILED) if n in found}
         best = min(total, key=lambda name: total[name])
-        if COMPILED in found:
-            found[COMPILED]["saved"] = found[MLP]["saved"] if not found[COMPILED]["saved"] else found[COMPILED]["saved"]
         own = rows_of(found, best, width=width)
         for row in own:
             if row["row"] == COMPILED:

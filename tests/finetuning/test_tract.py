@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from actkit.core.ground.errors import UnsupportedModelError
+from actkit.core.layers.layer_rows import rows_of
 from actkit.core.train.rules import attached
 from actkit.core.train.training import train
-from actkit.finetuning.tract import Tract, first_layer, rows_of, tract_gradient
+from actkit.finetuning.tract import Tract, first_layer, tract_gradient
 from actkit.testing import check_rule, tiny_batches, tiny_model
 from actkit.zoo.cnn import DigitsCNN
 

@@ -31,10 +31,11 @@ from torch import Tensor, nn
 from actkit.claims.outcome import SMALL, SYNTHETIC, Experiment, Measurement, Outcome, Statement, conduct
 from actkit.claims.subject import spread
 from actkit.core.forward.batch import first_tensor, forward
+from actkit.core.layers.layer_rows import rows_of
 from actkit.core.train.score import Score
 from actkit.core.train.training import train
 from actkit.data import Split, digits
-from actkit.finetuning.tract import Tract, rows_of, tract_gradient
+from actkit.finetuning.tract import Tract, tract_gradient
 from actkit.zoo.cnn import DigitsCNN
 
 CLOSE = 1e-5

@@ -30,13 +30,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional
 
 from actkit.core.forward.batch import LABELS, as_batches, forward, is_tokens, main_input, sequence_of
 from actkit.core.forward.hooks import evaluating, hooked
 from actkit.core.forward.stream import Stream
 from actkit.core.ground import processes
 from actkit.core.ground.errors import DataError, NonFiniteError
+from actkit.core.layers.layer_rows import rows_of
 from actkit.core.model.anatomy import Block, Site, anatomy
 from actkit.core.model.parts import LinearRole
 from actkit.core.recipe.blockwise import record_by_block
@@ -313,10 +313,7 @@ def _patches(
 
     def reading(path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def read(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if isinstance(module.padding, str):
-                raise ValueError(f"model: {path} pads by {module.padding!r}; give it its padding as numbers.")
-            x = functional.unfold(args[0], module.kernel_size, module.dilation, module.padding, module.stride)
-            rows = x.transpose(1, 2).flatten(0, 1)
+            rows = rows_of(module, args[0])[0]
             if not torch.isfinite(rows).all():
                 raise NonFiniteError(f"layer.input:{path}: NaN or Inf in an image; check the data and the model.")
             spectra[path].update(rows)
