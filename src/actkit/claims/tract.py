@@ -20,20 +20,19 @@ About 10 minutes on one core.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from statistics import mean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from actkit.claims.digit_arms import BATCH, DigitArms, Fitted, Images, accuracy
 from actkit.claims.outcome import SMALL, SYNTHETIC, Experiment, Measurement, Outcome, Statement, conduct
 from actkit.claims.subject import spread
-from actkit.core.forward.batch import first_tensor, forward
 from actkit.core.layers.layer_rows import rows_of
 from actkit.core.train.score import Score
-from actkit.core.train.training import train
 from actkit.data import Split, digits
 from actkit.finetuning.tract import Tract, tract_gradient
 from actkit.zoo.cnn import DigitsCNN
@@ -42,7 +41,7 @@ CLOSE = 1e-5
 SHARE, LOST = 0.8, 0.003  # of the epochs; of the accuracy
 RATES = {"CNN": (0.01, 0.03, 0.1, 0.3), "ViT": (0.003, 0.01, 0.03, 0.1)}
 CONTRAST, BRIGHTNESS = (0.2, 1.8), (-0.5, 0.5)
-BATCH, RIDGE = 64, 0.1
+RIDGE = 0.1
 NETS, DATA, ARMS = ("CNN", "ViT"), ("varied", "plain"), ("SGD", "TrAct")
 
 
@@ -139,7 +138,7 @@ def exact() -> Measurement:
 # -- digits ------------------------------------------------------------------------------------------------------------
 
 
-def images(split: Split, varied: bool, rows: int | None = None) -> tuple[Tensor, Tensor]:
+def images(split: Split, varied: bool) -> Images:
     """Standardised digits with labels; varied: each with a contrast and a brightness of its own."""
     pixels, labels = digits(split)
     known = digits("train")[0]
@@ -149,7 +148,7 @@ def images(split: Split, varied: bool, rows: int | None = None) -> tuple[Tensor,
         drawn = torch.rand(2, len(pixels), 1, 1, 1, generator=generator)
         (low, high), (dark, bright) = CONTRAST, BRIGHTNESS
         pixels = pixels * (low + (high - low) * drawn[0]) + dark + (bright - dark) * drawn[1]
-    return pixels[:rows], labels[:rows]
+    return pixels, labels
 
 
 def net(name: str, seed: int) -> nn.Module:
@@ -165,36 +164,30 @@ def net(name: str, seed: int) -> nn.Module:
     return ViTForImageClassification(ViTConfig(**shape, **depth, **more))
 
 
-def accuracy(model: nn.Module, batches: Any) -> float:
-    """Of the labels; the model is in evaluation mode."""
-    right = [first_tensor(forward(model, batch)).argmax(-1) == batch["labels"] for batch in batches]
-    return float(torch.cat(right).double().mean())
-
-
-@dataclass
 class Arms:
     """The trained nets; each is trained when it is first needed.
 
-    Attributes:
+    Args:
         sizes: how much is trained.
         progress: show bars.
     """
 
-    sizes: Sizes
-    progress: bool = False
-    _found: dict[tuple[Any, ...], tuple[list[float], float]] = field(default_factory=dict)
+    def __init__(self, sizes: Sizes, progress: bool = False) -> None:
+        self.sizes, self.progress = sizes, progress
+        self._arms: dict[tuple[str, str], DigitArms] = {}
 
     def rate(self, name: str, data: str) -> float:
         """The rate that SGD does best with, by the validation accuracy of the first seed."""
-        return max(RATES[name], key=lambda rate: self._trained(name, data, "SGD", self.sizes.seeds[0], rate)[0][-1])
+        arms, seed = self._of(name, data), self.sizes.seeds[0]
+        return max(RATES[name], key=lambda rate: arms.fitted("SGD", seed, rate).course[-1])
 
     def courses(self, name: str, data: str, arm: str) -> list[list[float]]:
         """The validation accuracy after each epoch, of each seed."""
-        return [self._trained(name, data, arm, seed, self.rate(name, data))[0] for seed in self.sizes.seeds]
+        return [each.course for each in self._fitted(name, data, arm)]
 
     def accuracies(self, name: str, data: str, arm: str) -> list[float]:
         """The test accuracy at the end, of each seed."""
-        return [self._trained(name, data, arm, seed, self.rate(name, data))[1] for seed in self.sizes.seeds]
+        return [each.accuracy for each in self._fitted(name, data, arm)]
 
     def epochs(self, name: str, data: str, arm: str) -> list[int]:
         """Epochs of each seed until SGD's final mean validation accuracy; one more than all if never."""
@@ -205,39 +198,29 @@ class Arms:
             for course in self.courses(name, data, arm)
         ]
 
-    def _trained(self, name: str, data: str, arm: str, seed: int, rate: float) -> tuple[list[float], float]:
-        key = (name, data, arm, seed, rate)
-        if key not in self._found:
-            model = net(name, seed)
-            pixels, labels = images("train", data == "varied", self.sizes.training)
-            batches = [
-                {"pixel_values": pixels[at : at + BATCH], "labels": labels[at : at + BATCH]}
-                for at in range(0, len(labels), BATCH)
-            ]
-            keys = ("pixel_values", "labels")
-            held_out = [dict(zip(keys, images("search", data == "varied"), strict=True))]
-            trained = train(
-                model,
-                batches,
-                validation=held_out,
+    def _fitted(self, name: str, data: str, arm: str) -> list[Fitted]:
+        return [self._of(name, data).fitted(arm, seed, self.rate(name, data)) for seed in self.sizes.seeds]
+
+    def _of(self, name: str, data: str) -> DigitArms:
+        """The arms of a net on one kind of images, validated after each epoch."""
+        if (name, data) not in self._arms:
+            rows = len(images("train", False)[1][: self.sizes.training])
+            self._arms[name, data] = DigitArms(
+                lambda arm, seed: net(name, seed),
+                seeds=self.sizes.seeds,
+                rates=RATES[name],
                 epochs=self.sizes.epochs,
-                learning_rate=rate,
+                images=lambda split: images(split, data == "varied"),
+                training=self.sizes.training,
+                rules=lambda arm: [Tract(ridge=RIDGE)] if arm == "TrAct" else [],
+                progress=self.progress,
                 optimizer="sgd:momentum=0.9",
                 weight_decay=0.0,
                 max_grad_norm=None,
-                rules=[Tract(ridge=RIDGE)] if arm == "TrAct" else [],
-                seed=seed,
-                evaluate_every=len(batches),
+                evaluate_every=-(-rows // BATCH),
                 score=Score(accuracy, "higher"),
-                keep="last",
-                progress=self.progress,
             )
-            course = [step.score for step in trained.history[1:] if step.score is not None]
-            with torch.no_grad():
-                model.eval()
-                final = accuracy(model, [dict(zip(keys, images("test", data == "varied"), strict=True))])
-            self._found[key] = course, final
-        return self._found[key]
+        return self._arms[name, data]
 
 
 def fewer(arms: Arms) -> Measurement:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from random import Random
 from statistics import mean, median
@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from actkit import zoo
+from actkit.claims.digit_arms import BATCH, DigitArms, Images, accuracy, in_batches
 from actkit.claims.outcome import SMALL, SYNTHETIC, Measurement, Outcome, Statement, conduct
-from actkit.claims.subject import spread
 from actkit.core.forward.batch import first_tensor, forward
 from actkit.core.forward.hooks import evaluating
 from actkit.core.recipe.runner import apply
 from actkit.core.train.training import train
-from actkit.data import digits
+from actkit.data import Split, digits
 from actkit.functions.vanillanet.deepen import Collapse, Deepen
 from actkit.functions.vanillanet.faded import FadeActivations, FadedActivation
 from actkit.functions.vanillanet.model import PRESETS, VanillaNet
@@ -44,7 +44,7 @@ NARROW, WIDE = 1e-4, 1e-10  # in float32 and float64
 GAIN, CEILING, REDUCED = 0.005, 0.97, 0.15
 LEAST, DEEPER = -0.002, -0.002
 FASTER = 0.7
-RATES, BATCH = (1e-3, 3e-3), 64
+RATES = (1e-3, 3e-3)
 CELLS = {"deep, series": (True, 3), "deep": (True, None), "series": (False, 3), "neither": (False, None)}
 
 
@@ -215,70 +215,42 @@ def speed(sizes: Sizes) -> Measurement:
 # -- nets for digits ---------------------------------------------------------------------------------------------------
 
 
-def images(split: str, rows: int | None = None) -> tuple[Tensor, Tensor]:
+def images(split: Split) -> Images:
     """Digits at 16 x 16 pixels, and their labels."""
-    pixels, labels = digits(split)  # type: ignore[arg-type]
-    pixels = F.interpolate(pixels, scale_factor=2, mode="bilinear", align_corners=False)
-    return pixels[:rows], labels[:rows]
+    pixels, labels = digits(split)
+    return F.interpolate(pixels, scale_factor=2, mode="bilinear", align_corners=False), labels
 
 
-@dataclass
-class Arms:
-    """The trained nets; each is trained when it is first needed.
+def fresh(arm: str, seed: int) -> nn.Module:
+    """The net of an arm with random weights."""
+    torch.manual_seed(seed)
+    deep, order = CELLS[arm]
+    return VanillaNet.preset("digits", deep=deep, order=order)
 
-    Attributes:
+
+class Arms(DigitArms):
+    """The four trained nets.
+
+    Args:
         sizes: how much is trained.
         progress: show bars.
     """
 
-    sizes: Sizes
-    progress: bool = False
-    _found: dict[tuple[str, int, float], tuple[float, float]] = field(default_factory=dict)
-
-    def rate(self, arm: str) -> float:
-        """The rate of an arm, by the validation loss of the first seed."""
-        return min(RATES, key=lambda rate: self._trained(arm, self.sizes.seeds[0], rate)[0])
-
-    def accuracies(self, arm: str) -> list[float]:
-        """The test accuracy of an arm in each seed."""
-        return [self._trained(arm, seed, self.rate(arm))[1] for seed in self.sizes.seeds]
-
-    def described(self) -> str:
-        """All four, for the record."""
-        parts = (
-            f"{arm} {spread([100 * each for each in self.accuracies(arm)])} % ({self.rate(arm):g})" for arm in CELLS
+    def __init__(self, sizes: Sizes, progress: bool = False) -> None:
+        super().__init__(
+            fresh,
+            seeds=sizes.seeds,
+            rates=RATES,
+            epochs=sizes.epochs,
+            images=images,
+            training=sizes.training,
+            rules=lambda arm: [FadeActivations(share=sizes.fade)] if CELLS[arm][0] else [],
+            progress=progress,
         )
-        return ", ".join(parts)
 
-    def _trained(self, arm: str, seed: int, rate: float) -> tuple[float, float]:
-        """Validation loss and test accuracy."""
-        if (arm, seed, rate) not in self._found:
-            is_deep, order = CELLS[arm]
-            torch.manual_seed(seed)
-            net = VanillaNet.preset("digits", deep=is_deep, order=order)
-            pixels, labels = images("train", self.sizes.training)
-            batches = [
-                {"pixel_values": pixels[at : at + BATCH], "labels": labels[at : at + BATCH]}
-                for at in range(0, len(labels), BATCH)
-            ]
-            held_out = dict(zip(("pixel_values", "labels"), images("search"), strict=True))
-            trained = train(
-                net,
-                batches,
-                validation=[held_out],
-                epochs=self.sizes.epochs,
-                learning_rate=rate,
-                rules=[FadeActivations(share=self.sizes.fade)] if is_deep else [],
-                seed=seed,
-                evaluate_every=self.sizes.epochs * len(batches),
-                keep="last",
-                progress=self.progress,
-            )
-            pixels, labels = images("test")
-            with evaluating(net):
-                accuracy = float((net(pixels).argmax(-1) == labels).double().mean())
-            self._found[arm, seed, rate] = trained.validation, accuracy
-        return self._found[arm, seed, rate]
+    def all_described(self) -> str:
+        """All four, for the record."""
+        return ", ".join(self.described(arm) for arm in CELLS)
 
     def mean(self, *arms: str) -> float:
         """Mean accuracy over arms and seeds."""
@@ -290,7 +262,7 @@ def series(arms: Arms) -> Measurement:
     with_it, without = arms.mean("deep, series", "series"), arms.mean("deep", "neither")
     reduced = (with_it - without) / max(1 - without, 1e-9)
     passed = with_it - without >= GAIN or (with_it > CEILING and reduced >= REDUCED)
-    here = f"{100 * (with_it - without):+.2f} points, {reduced:.0%} of the error; {arms.described()}"
+    here = f"{100 * (with_it - without):+.2f} points, {reduced:.0%} of the error; {arms.all_described()}"
     return Measurement(here, passed)
 
 
@@ -315,14 +287,12 @@ def any_layer(sizes: Sizes) -> Measurement:
     model = zoo.load("cnn").float().eval()
     plain = copy.deepcopy(model)
     pixels, labels = digits("train")
-    batches = [
-        {"pixel_values": pixels[at : at + BATCH], "labels": labels[at : at + BATCH]} for at in range(0, 1024, BATCH)
-    ]
-    held_out = [dict(zip(("pixel_values", "labels"), digits("search"), strict=True))]
-    numbers, accuracy = _numbers(model), _accuracy(model)
-    before = _logits(model)
+    batches, held_out = in_batches((pixels[:1024], labels[:1024])), in_batches(digits("search"), rows=None)
+    held = in_batches(digits("test"), rows=None)
+    numbers, before = _numbers(model), accuracy(model, held)
+    original = _logits(model)
     apply(model, Deepen(), batches, undo="off", progress=False)
-    deepened = float((_logits(model) - before).abs().max())
+    deepened = float((_logits(model) - original).abs().max())
     for each, rules in ((model, [FadeActivations(share=sizes.fade)]), (plain, [])):
         train(
             each,
@@ -338,14 +308,14 @@ def any_layer(sizes: Sizes) -> Measurement:
     trained = _logits(model)
     apply(model.eval(), Collapse(), undo="off", progress=False)
     collapsed = float((_logits(model) - trained).abs().max())
-    after = _accuracy(model)
+    after = accuracy(model, held)
     here = (
         f"outputs move by {deepened:.0e} and {collapsed:.0e} (up to {float(trained.abs().max()):.0f}); {numbers} "
-        f"numbers and {_numbers(model)}; accuracy {accuracy:.2%} before, {after:.2%} after, {_accuracy(plain):.2%} of "
-        f"the plain CNN trained as long"
+        f"numbers and {_numbers(model)}; accuracy {before:.2%} before, {after:.2%} after, {accuracy(plain, held):.2%} "
+        f"of the plain CNN trained as long"
     )
     same = deepened < NARROW and collapsed < NARROW and _numbers(model) == numbers
-    return Measurement(here, same and after >= accuracy - 0.005)
+    return Measurement(here, same and after >= before - 0.005)
 
 
 def _numbers(model: nn.Module) -> int:
@@ -355,7 +325,3 @@ def _numbers(model: nn.Module) -> int:
 def _logits(model: nn.Module) -> Tensor:
     with evaluating(model):
         return first_tensor(forward(model, {"pixel_values": digits("test")[0]}))
-
-
-def _accuracy(model: nn.Module) -> float:
-    return float((_logits(model).argmax(-1) == digits("test")[1]).double().mean())
