@@ -33,6 +33,8 @@ from actkit.core.model.anatomy import Site, anatomy, read_tap
 from actkit.core.model.experts import ExpertList
 from actkit.core.watch.calls import Call
 from actkit.core.watch.capture import Observations, calls, live, observe, opened_experts, plan_memory, record
+from actkit.core.watch.extremes import Extremes
+from actkit.core.watch.rows import Keys
 from actkit.core.watch.statistics import AbsMax, Density, Gram, Moments, Quantiles, Sample
 
 HIDDEN, INNER, HEADS, VOCABULARY = 16, 24, 4, 50
@@ -193,6 +195,39 @@ def test_left_padding() -> None:
     close(rows, model.model.embed_tokens.weight[ids])
     assert sample.count == len(ids)
     assert sample.positions.tolist()[:7] == list(range(7)) and sample.positions.tolist()[7:11] == [3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_extremes_name_row_column_place_and_token(side: str) -> None:
+    model, batches = build("llama"), padded(side)
+    seen = record(model, {"block.input": Extremes(60), "attention.weights": Extremes(1)}, batches, progress=False)
+    rows = [row for batch in batches for row in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)]
+    embedding = model.model.embed_tokens.weight.detach()
+    found = seen["blocks.0.block.input"].entries
+    assert len(found) == 60
+    for each in found:
+        ids, real = rows[each.sequence]
+        assert real[each.position] and each.place == int(real[: each.position].sum())
+        assert each.token_id == int(ids[each.position]) and each.document == each.sequence
+        assert each.value == float(embedding[each.token_id, each.channel])
+    ids = torch.cat([ids[real] for ids, real in rows])
+    largest = embedding[ids].abs().flatten().topk(60).values
+    close(torch.tensor([abs(each.value) for each in found]), largest)
+
+
+def test_tokens_of_packed_documents_are_told_apart() -> None:
+    """Documents and columns are shared by many; row and column are not."""
+    batch = {"input_ids": torch.randint(VOCABULARY, (4, 6), generator=torch.Generator().manual_seed(0))}
+    context = BatchContext.of(batch, first_row=3, documents=torch.tensor([[0, 0, 0, 1, 1, 1]]).expand(4, 6))
+    rows = Keys(context, torch.device("cpu")).tokens
+    assert len(torch.stack((rows.documents, rows.positions)).unique(dim=1).T) == 6
+    assert len(torch.stack((rows.sequences, rows.positions)).unique(dim=1).T) == 24
+    assert rows.sequences.unique().tolist() == [3, 4, 5, 6]
+    assert torch.equal(rows.token_ids, batch["input_ids"].flatten()) and torch.equal(rows.places, rows.positions)
+    part = Keys(context.rows(1, 3), torch.device("cpu")).tokens
+    assert torch.equal(part.token_ids, batch["input_ids"][1:3].flatten())
+    images = Keys(BatchContext.of({"pixel_values": torch.zeros(2, 3, 4, 4)}), torch.device("cpu")).tokens
+    assert images.token_ids.tolist() == [-1, -1]
 
 
 def test_attention_weights_of_one_length_and_of_several() -> None:

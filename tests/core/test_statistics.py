@@ -18,6 +18,7 @@ from actkit.core.watch.sample import mix
 from actkit.core.watch.statistics import (
     AbsMax,
     Density,
+    Extremes,
     Gram,
     Histogram,
     Midpoints,
@@ -26,6 +27,7 @@ from actkit.core.watch.statistics import (
     Range,
     Rows,
     Sample,
+    SequencePeaks,
     Spectrum,
     Statistic,
 )
@@ -46,6 +48,7 @@ MAKERS: dict[str, Callable[[], Statistic]] = {
     "gram": Gram,
     "spectrum": lambda: Spectrum(rank=2, centred=True),
     "sample": lambda: Sample(5),
+    "extremes": lambda: Extremes(5),
 }
 EXACT = (
     "absmax",
@@ -58,6 +61,7 @@ EXACT = (
     "density above",
     "density active",
     "sample",
+    "extremes",
 )
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -383,6 +387,47 @@ def test_rows_of_one_document_in_many_sequences() -> None:
     assert bool((hashes[kept] <= last).all()) and bool(kept[hashes < last].all())
     # without sequences the same rows are chosen: recorded evidence rests on it
     assert torch.equal(filled(lambda: Sample(300, seed=5), x, Rows(documents, positions)).rows, sample.rows)
+
+
+def test_extremes_are_those_of_a_sort_with_their_places() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 6, generator=generator).round(decimals=1)  # so that some are equal
+    rows = Rows(
+        torch.arange(40) // 20, torch.arange(40) % 8, torch.arange(40) // 8, torch.arange(40) % 8 + 1, torch.arange(40)
+    )
+    found = filled(lambda: Extremes(25), x, rows).entries
+    places = [(-abs(float(x[row, channel])), row, channel) for row in range(40) for channel in range(6)]
+    expected = sorted(places)[:25]
+    assert [(-abs(each.value), each.token_id, each.channel) for each in found] == expected
+    for each in found:
+        assert each.value == float(x[each.token_id, each.channel])
+        assert (each.document, each.sequence, each.position, each.place) == (
+            each.token_id // 20,
+            each.token_id // 8,
+            each.token_id % 8,
+            each.token_id % 8 + 1,
+        )
+
+
+def test_peaks_of_sequences_are_those_of_torch() -> None:
+    x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    sequences = torch.tensor([0] * 7 + [2] * 12 + [1] * 11)
+    rows = Rows(sequences, torch.arange(30), sequences)
+    first, second = SequencePeaks(), SequencePeaks()
+    first.update(x[:19], rows[:19])
+    second.update(x[19:], rows[19:])
+    first.merge(second)
+    parts = [x[sequences == number].abs() for number in range(3)]
+    assert first.largest.tolist() == [float(part.max()) for part in parts]
+    assert first.median.tolist() == [float(part.median()) for part in parts]
+    with pytest.raises(ValueError, match="sequence 1 came in two parts"):
+        first.update(x[25:], rows[25:])
+    with pytest.raises(ValueError, match="SequencePeaks tells sequences apart"):
+        SequencePeaks().update(x)
+    with pytest.raises(ValueError, match="Extremes says where values stand"):
+        Extremes().update(x)
+    with pytest.raises(ValueError, match="k: 0 was given"):
+        Extremes(0)
 
 
 def test_equal_rows_of_one_document_are_told_apart_in_any_order() -> None:

@@ -27,6 +27,7 @@ from actkit.core.model.experts import ExpertList
 from actkit.core.recipe.blockwise import record_by_block
 from actkit.core.recipe.proposals import INT4_POOR
 from actkit.core.watch.capture import record
+from actkit.core.watch.extremes import is_massive
 from actkit.core.watch.statistics import AbsMax, Density, Moments, Quantiles, Sample, Spectrum, Statistic
 from actkit.search.results import Finding, Profile, SiteProfile, WeightProfile
 
@@ -37,7 +38,6 @@ SPECTRUM_BUDGET = 1 << 30  # bytes for X^T X of one block, if max_memory says no
 SPECTRUM_BLOCKS = 5  # blocks, evenly spread, whose spectra are taken; that of all 30 costs six plain passes
 GROUP = 64
 OUTLIER = 6.0  # times the median channel: LLM.int8() calls an activation an outlier from magnitude 6 on
-MASSIVE, MASSIVE_RATIO = 100.0, 1000.0  # Sun et al. 2024: |x| > 100 and > 1000 x the median
 SPARSE = 50.0  # per cent of zeros from which skipping them pays for the bookkeeping
 FEW = 0.1  # up to this share of channels, outliers set the scale and make all others look small: no call for sparsity
 LOW_RANK = 0.25
@@ -264,7 +264,7 @@ def _site(site: Site, seen: Sequence[Any], read_by: tuple[str, ...], free: Conta
         largest_channel=int(values.argmax()),
         median=middle,
         ratio=ratio,
-        massive=ratio is not None and largest > MASSIVE and ratio > MASSIVE_RATIO,
+        massive=is_massive(largest, middle),
         outliers=_indices(values > OUTLIER * channel) if channel else (),
         kurtosis_median=float(kurtosis.median()) if len(kurtosis) else None,
         kurtosis_max=float(kurtosis.max()) if len(kurtosis) else None,

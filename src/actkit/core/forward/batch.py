@@ -425,8 +425,10 @@ class BatchContext:
         length: of the sequences, in tokens; None without tokens.
         mask: bool [batch, length], which tokens are real, or None if all are.
         documents: int64 [batch, length] or [batch], keys that are the same in whatever order or shard a batch is seen.
-        positions: the same, of the tokens in their sequence.
+        positions: the same, the columns of the tokens in their row, padding counted.
         first_row: the running number of the batch's first row among all batches.
+        places: int64 [batch, length], how many real tokens stand before each in its row; None without tokens.
+        token_ids: int64 [batch, length], which tokens they are; None if the model is given none.
     """
 
     batch_size: int
@@ -435,6 +437,8 @@ class BatchContext:
     documents: Tensor
     positions: Tensor
     first_row: int = 0
+    places: Tensor | None = None
+    token_ids: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -460,6 +464,8 @@ class BatchContext:
             documents=self.documents[chosen],
             positions=self.positions[chosen],
             first_row=self.first_row + start,
+            places=None if self.places is None else self.places[chosen],
+            token_ids=None if self.token_ids is None else self.token_ids[chosen],
         )
 
     def counting(self, tokens: Tensor | None) -> BatchContext:
@@ -494,4 +500,6 @@ class BatchContext:
         positions = (
             torch.zeros(size, dtype=torch.int64) if length is None else torch.arange(length).expand(size, length)
         )
-        return cls(size, length, mask, documents, positions, first_row)
+        places = positions if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)
+        ids = main if length is not None and not main.is_floating_point() and main.dim() == 2 else None
+        return cls(size, length, mask, documents, positions, first_row, None if length is None else places, ids)

@@ -85,9 +85,12 @@ class Keys:
             self.positions = torch.arange(size[1], device=device).expand(size)
         sequences = torch.arange(self.first_row, self.first_row + self.batch, device=device)
         self.sequences = sequences[:, None].expand(size)
+        self.places = self.positions if context.places is None else context.places.to(device)
+        ids = context.token_ids
+        self.token_ids = torch.full((1, 1), -1, device=device).expand(size) if ids is None else ids.to(device).long()
         self.mask = None if mask is None or bool(mask.all()) else mask.to(device)  # no padding, nothing to leave out
         self.real = None if self.mask is None else self.mask.flatten().nonzero().flatten()
-        rows = Rows(self.documents.flatten(), self.positions.flatten(), self.sequences.flatten())
+        rows = Rows(*(key.flatten() for key in self._each()))
         self.tokens = rows if self.real is None else rows[self.real]
 
     def locate(self, site: Site, shape: tuple[int, ...]) -> tuple[Tensor | None, Rows]:
@@ -101,7 +104,7 @@ class Keys:
             if self.mask is not None:
                 first = self.mask.long().argmax(1)
             each = (torch.arange(b, device=first.device), first)
-            return None, Rows(self.documents[each], self.positions[each], self.sequences[each])
+            return None, Rows(*(key[each] for key in self._each()))
         if self.mask is not None:
             raise DataError(
                 f"{site}: its tensor has the shape {[*shape, 'channels']}, which is neither one row per token of "
@@ -126,8 +129,11 @@ class Keys:
             )
         real = None if self.mask is None else self.mask.flatten()[tokens].nonzero().flatten()
         tokens = tokens if real is None else tokens[real]
-        keys = (self.documents, self.positions, self.sequences)
-        return real, Rows(*(key.flatten()[tokens] for key in keys))
+        return real, Rows(*(key.flatten()[tokens] for key in self._each()))
+
+    def _each(self) -> tuple[Tensor, ...]:
+        """The keys in the order of `Rows`, each [batch, length]."""
+        return self.documents, self.positions, self.sequences, self.places, self.token_ids
 
     def _unknown(self, index: Tensor) -> Rows:
         """The keys of rows whose sequence cannot be known; all are real. They are counted from the batch's first."""
@@ -145,11 +151,15 @@ def _weights(site: Site, value: Tensor, keys: Keys) -> Iterator[tuple[Tensor, Ro
     for i in range(b):
         real = torch.arange(queries, device=value.device) if keys.mask is None else keys.mask[i].nonzero().flatten()
         seen = torch.arange(others, device=value.device) if keys.mask is None else real
-        document = keys.documents[i, real] if (b, queries) == (keys.batch, keys.length) else torch.full_like(real, -1)
+        known = (b, queries) == (keys.batch, keys.length)
+        document = keys.documents[i, real] if known else torch.full_like(real, -1)
+        place, token = (keys.places[i, real], keys.token_ids[i, real]) if known else (real, torch.full_like(real, -1))
         for head in range(heads):
             positions = ((real * heads + head) * others)[:, None] + seen
-            documents, positions = document[:, None].expand_as(positions).reshape(-1), positions.reshape(-1)
-            rows = Rows(documents, positions, torch.full_like(positions, keys.first_row + i))
+            of_query = (each[:, None].expand_as(positions).reshape(-1) for each in (document, place, token))
+            documents, places, token_ids = of_query
+            positions = positions.reshape(-1)
+            rows = Rows(documents, positions, torch.full_like(positions, keys.first_row + i), places, token_ids)
             yield value[i, head][real][:, seen].reshape(-1, 1), rows
 
 

@@ -1,9 +1,9 @@
 """Streaming statistics of activations: bounded memory, any order of the rows, any number of shards.
 
 A statistic reads rows x [n, channels] of any float dtype, as often as they come, and merges with others of its kind.
-AbsMax, Range, Midpoints, Density, Quantiles, Histogram and Sample give the same bits however rows are ordered, sharded;
-Moments, Gram and Spectrum agree to the rounding of float64. Results are float64 on the device of the rows, unless said
-otherwise.
+AbsMax, Range, Midpoints, Density, Quantiles, Histogram, Sample, Extremes and SequencePeaks give the same bits however
+rows are ordered, sharded; Moments, Gram and Spectrum agree to the rounding of float64. Results are float64 on the
+device of the rows, unless said otherwise.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actkit.core.watch.extremes import Extremes, SequencePeaks
 from actkit.core.watch.histogram import Histogram
 from actkit.core.watch.ranges import Midpoints, Range
 from actkit.core.watch.sample import Sample
@@ -25,6 +26,7 @@ from actkit.core.watch.streaming import Rows, Statistic
 __all__ = [
     "AbsMax",
     "Density",
+    "Extremes",
     "Gram",
     "Histogram",
     "Midpoints",
@@ -33,6 +35,7 @@ __all__ = [
     "Range",
     "Rows",
     "Sample",
+    "SequencePeaks",
     "Spectrum",
     "Statistic",
 ]

@@ -21,25 +21,34 @@ class Rows:
 
     Attributes:
         documents: int64 [n].
-        positions: int64 [n], the place in the sequence.
+        positions: int64 [n], the column in the sequence, padding counted.
         sequences: int64 [n], the running number of the sequence among all; by default every document is one.
+        places: int64 [n], how many real tokens stand before it in the sequence; by default the positions.
+        token_ids: int64 [n], which token it is; -1, the default, if the row is none.
         memo: what a statistic has computed from the keys alone; the rows of a batch are the same at many sites.
     """
 
     documents: Tensor
     positions: Tensor
     sequences: Tensor = None  # type: ignore[assignment]  # the documents
+    places: Tensor = None  # type: ignore[assignment]  # the positions
+    token_ids: Tensor = None  # type: ignore[assignment]  # -1
     memo: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.sequences is None:
             object.__setattr__(self, "sequences", self.documents)
+        if self.places is None:
+            object.__setattr__(self, "places", self.positions)
+        if self.token_ids is None:
+            object.__setattr__(self, "token_ids", self.documents.new_full((1,), -1).expand(len(self.documents)))
 
     def __len__(self) -> int:
         return len(self.documents)
 
     def __getitem__(self, chosen: Any) -> Rows:
-        return Rows(self.documents[chosen], self.positions[chosen], self.sequences[chosen])
+        keys = (self.documents, self.positions, self.sequences, self.places, self.token_ids)
+        return Rows(*(key[chosen] for key in keys))
 
 
 def chunks(x: Tensor, rows: Rows | None) -> Iterator[tuple[Tensor, Rows | None]]:
@@ -73,7 +82,7 @@ class Statistic(ABC):
 
         Args:
             x: [n, channels], any float dtype.
-            rows: their keys, needed by `Sample` only.
+            rows: their keys, needed by those that say which rows they keep.
 
         Raises:
             ValueError: x is not a float matrix, or its channels do not match earlier rows or the settings.
