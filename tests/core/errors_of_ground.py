@@ -8,6 +8,7 @@ import torch
 from tiny_models import batches, build
 
 from actkit.core.ground import processes, registry
+from actkit.core.ground.largest import allocate, largest
 from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import apply
 from actkit.core.store import checkpoint
@@ -15,6 +16,15 @@ from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import Moments
 from actkit.search.search import optimize
 from error_proofs import HOST, Lazy, Place, beside, changed, offloaded, points, proof, raising, train
+
+proof(lambda p: largest(torch.zeros(3), -1))
+
+
+proof(lambda p: allocate([1.0, -1.0], 0.5))
+
+
+proof(lambda p: allocate([1.0, 2.0], 2.0))
+
 
 proof(
     lambda p: (

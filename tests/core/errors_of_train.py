@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import batches, build
 
 from actkit import verbs
@@ -14,12 +15,36 @@ from actkit.core.forward.batch import as_batches, check_batch, first_rows
 from actkit.core.forward.stream import Stream
 from actkit.core.store.tensor_files import write_values
 from actkit.core.train import rules, staged_run, training
+from actkit.core.train.masks import AttachedMasks, KeepMasks, Masks, layer_weights
 from actkit.core.train.objective import Objective
 from actkit.core.train.training_setup import Settings, state_folder, steps_per_epoch
 from actkit.data import load_data
 from error_proofs import HOST, IDS, NAN, Place, beside, proof, raising, stages, train
 
 STREAM = Stream(lambda generator: HOST)
+
+MASKS = Masks({"fc.weight": torch.ones(2, 2, dtype=torch.bool)})
+
+proof(lambda p: (save_file({"x": torch.zeros(1)}, p.path / "x.safetensors"), Masks.load(p.path / "x.safetensors")))
+
+
+proof(lambda p: Masks.load(p.path / "none.safetensors"))
+
+
+proof(lambda p: KeepMasks.of(Masks({})).attach(build("mlp")))
+
+
+proof(lambda p: MASKS.apply(build("mlp")))
+
+
+proof(lambda p: layer_weights(build("mlp"), ["*norm*"]))
+
+
+proof(lambda p: layer_weights(torch.nn.ReLU()))
+
+
+proof(lambda p: AttachedMasks(build("mlp"), Masks({})).load_state_dict({"masks": dict(MASKS.kept)}))
+
 
 proof(lambda p: rules.AttachedRules([("A", rules.AttachedRule())]).load_state_dict({"2.B": {"x": 1}}))
 

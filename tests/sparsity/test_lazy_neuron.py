@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from actkit.core.forward.batch import first_tensor, forward
 from actkit.core.forward.hooks import evaluating
 from actkit.core.ground.errors import RecipeError
+from actkit.core.ground.largest import largest
 from actkit.core.layers.activations import Activation, is_activation, mixes_of
 from actkit.core.layers.folding import ScaledActivation
 from actkit.core.model.anatomy import anatomy
@@ -25,7 +26,7 @@ from actkit.functions.swap import swap
 from actkit.quantization.awq import Awq
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.lazy_neuron.neuron_activity import neuron_activity
-from actkit.sparsity.lazy_neuron.top_k_mlp import TopKActivation, TopKMlp, largest
+from actkit.sparsity.lazy_neuron.top_k_mlp import TopKActivation, TopKMlp
 from actkit.sparsity.teal import Teal
 from actkit.testing import check_transform, tiny_batches, tiny_model
 from actkit.testing.models import INNER

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from actkit.core.edit.edits import Edit, Note, Replace, Set, Skip
 from actkit.core.ground.errors import RecipeError
+from actkit.core.ground.largest import largest
 from actkit.core.layers.linear import ActLinear
 from actkit.core.model.anatomy import Anatomy, Block, Linear, Site
 from actkit.core.model.parts import Mlp
@@ -228,8 +229,8 @@ def unit_scores(mlp: Mlp, moments: Moments, fine: Fine) -> Tensor:
 
 def split(scores: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """Return the units with the highest scores and the others, in ascending order; of equal ones the first stay."""
-    order = scores.argsort(descending=True, stable=True)
-    return order[:number].sort().values, order[number:].sort().values
+    kept = largest(scores, number)
+    return kept.nonzero().flatten(), (~kept).nonzero().flatten()
 
 
 def recovery_ranks(coarse: Mapping[int, float], rank: float, steepness: float = 1.0) -> dict[int, int]:

@@ -36,6 +36,7 @@ from actkit.core.forward.hooks import evaluating, hooked
 from actkit.core.forward.stream import Stream
 from actkit.core.ground import processes
 from actkit.core.ground.errors import DataError, NonFiniteError
+from actkit.core.ground.largest import largest
 from actkit.core.layers.layer_rows import rows_of
 from actkit.core.model.anatomy import Block, Site, anatomy
 from actkit.core.model.parts import LinearRole
@@ -234,8 +235,8 @@ def allocate(explained: Sequence[Tensor], layers: Sequence[int], rank: int) -> l
             shares.append(own)
             owners += [(index, layer)] * len(own)
     values = torch.cat(shares)
-    order = values.argsort(descending=True, stable=True)[: rank * sum(layers)]
-    for place in order[values[order] > 0].tolist():
+    chosen = largest(values, rank * sum(layers)) & (values > 0)
+    for place in chosen.nonzero().flatten().tolist():
         index, layer = owners[place]
         ranks[index][layer] += 1
     return ranks

@@ -32,6 +32,7 @@ from actkit.core.edit.folding import fold
 from actkit.core.grids.integers import Convention, IntegerGrid
 from actkit.core.grids.parcels import parcels
 from actkit.core.ground.errors import NonFiniteError
+from actkit.core.ground.largest import largest
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import Block, EqualizationSet, Linear, Norm, Site, equalization_sets
@@ -343,10 +344,9 @@ def saliency_mask(
     if not 0 < share <= 1:
         raise ValueError(f"share: {share} was given; give more than 0 and at most 1.")
     count = max(1, round(share * mean_abs.numel()))
-    if by == "random":
-        chosen = torch.randperm(mean_abs.numel(), generator=torch.Generator().manual_seed(seed))[:count]
-    else:
-        chosen = (mean_abs if by == "activation" else weight.float().norm(dim=0)).topk(count).indices
+    if by != "random":
+        return largest(mean_abs if by == "activation" else weight.float().norm(dim=0), count)
+    chosen = torch.randperm(mean_abs.numel(), generator=torch.Generator().manual_seed(seed))[:count]
     mask = torch.zeros(mean_abs.numel(), dtype=torch.bool)
     mask[chosen] = True
     return mask

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from actkit import kernels
 from actkit.core.ground import registry
+from actkit.core.ground.largest import largest
 from actkit.core.layers.keeps_dtype import KeepsDtype
 
 Prefill = Literal["sparse", "dense"]
@@ -127,14 +128,7 @@ class TopK(Selection):
         self.k = k
 
     def mask(self, x: Tensor) -> Tensor:
-        channels = x.shape[-1]
-        if self.k == 0 or self.k >= channels:
-            return torch.full_like(x, self.k > 0, dtype=torch.bool)
-        scored = self.scored(x).nan_to_num(nan=float("inf"), posinf=float("inf"))  # NaN is kept, so that it is seen
-        least = scored.topk(self.k, dim=-1, sorted=False).values.amin(-1, keepdim=True)  # far cheaper than a sort
-        larger, equal = scored > least, scored == least
-        room = self.k - larger.sum(-1, keepdim=True, dtype=torch.int32)
-        return larger | equal & (equal.cumsum(-1, dtype=torch.int32) <= room)
+        return largest(self.scored(x), self.k)
 
     def kernel_arguments(self, in_features: int) -> dict[str, Any] | None:
         return {"k": min(self.k, in_features)}

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from actkit.core.ground.largest import largest
 from actkit.sparsity.active_dendrites.hypergeometric import log_hazard
 from actkit.sparsity.active_dendrites.pattern_theory import DENSE, overlap_probability
 
@@ -57,8 +58,7 @@ def sparse_code(x: Tensor, active: int, *, by: Literal["abs", "value"] = "abs") 
         )
     if bool(x.isnan().any()):
         raise ValueError("x: it holds NaN, which has no rank; check the activations.")
-    order = (x.abs() if by == "abs" else x).argsort(dim=-1, descending=True, stable=True)[..., :active]
-    return torch.zeros_like(x, dtype=torch.bool).scatter_(-1, order, True)
+    return largest(x.abs() if by == "abs" else x, active)
 
 
 class GrowingModule(nn.Module):

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from actkit.core.edit.edits import Edit, Note, Replace, Skip, get_module
 from actkit.core.ground.errors import RecipeError
+from actkit.core.ground.largest import largest
 from actkit.core.layers.activation_function import Axis
 from actkit.core.layers.activations import Activation, is_activation
 from actkit.core.layers.folding import ScaledActivation
@@ -153,22 +154,6 @@ class TopKMlp(Transform):
                 yield Skip(chain.nonlinearity, f"before {chain.second.path}: no activation module to put top-k around")
             else:
                 yield chain.nonlinearity, chain.first.out_features
-
-
-def largest(score: Tensor, k: int) -> Tensor:
-    """Mark the k largest entries of each row; of equal ones, the first. NaN is counted in, beyond k.
-
-    Args:
-        score: [..., channels].
-        k: how many to mark.
-
-    Returns:
-        bool, of the shape of `score`.
-    """
-    smallest = score.topk(k, dim=-1).values[..., -1:]
-    above, equal = score > smallest, score == smallest
-    room = k - above.sum(-1, keepdim=True)
-    return above | (equal & (equal.cumsum(-1) <= room)) | score.isnan()
 
 
 def neurons_kept(k: int | float, channels: int) -> int:
