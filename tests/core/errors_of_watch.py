@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tiny_models import batches, build
 
 from actkit.core.forward.batch import BatchContext
-from actkit.core.model.anatomy import Site
+from actkit.core.model.anatomy import Site, anatomy
 from actkit.core.recipe.runner import apply
 from actkit.core.watch import importance
 from actkit.core.watch.calls import Call
-from actkit.core.watch.capture import plan_memory, record
+from actkit.core.watch.capture import Observer, plan_memory, record
 from actkit.core.watch.damage import layer_damage
 from actkit.core.watch.importance import perturbation_importance
+from actkit.core.watch.inside_attention import _changed, _eager, _Watch
 from actkit.core.watch.intervene import intervene
+from actkit.core.watch.passes import Passes
 from actkit.core.watch.rows import Keys, _weights
+from actkit.core.watch.site_changes import Scale, Zero
 from actkit.core.watch.statistics import Gram, Moments
 from error_proofs import HOST, IDS, PADDED, Place, overflowing, proof
 
@@ -54,26 +59,129 @@ proof(lambda p: Moments().merge(3))
 proof(lambda p: Gram(torch.bfloat16))
 
 
-@proof
-def weights_of_attention(p: Place) -> None:
-    model = build("llama")
-    model.set_attn_implementation("eager")
-    with intervene(model, {"attention.weights": torch.zeros(1)}):
-        pass
+def changed(changes: Any, kind: str = "llama", **settings: Any) -> None:
+    model = build(kind)
+    with intervene(model, changes, **settings):
+        model(**PADDED)
+
+
+HIDDEN_UNITS = "blocks.0.mlp.hidden"
+
+proof(lambda p: changed({HIDDEN_UNITS: lambda x, at: 3}))
+
+
+proof(lambda p: changed({HIDDEN_UNITS: torch.zeros(3)}))
+
+
+proof(lambda p: changed({HIDDEN_UNITS: lambda x, at: x.half()}))
+
+
+proof(lambda p: changed({HIDDEN_UNITS: lambda x, at: x.mul_(2)}))
+
+
+proof(lambda p: changed({HIDDEN_UNITS: lambda x, at: x / 0}))
+
+
+proof(lambda p: changed({HIDDEN_UNITS: lambda x: x}))
+
+
+proof(lambda p: changed({HIDDEN_UNITS: 3}))
+
+
+proof(lambda p: changed({HIDDEN_UNITS: Zero(heads=[0])}))
+
+
+proof(lambda p: changed({"blocks.0.attention.mixed": Zero(heads=[99])}))
+
+
+proof(lambda p: changed({HIDDEN_UNITS: Scale(torch.ones(9))}))
+
+
+proof(lambda p: changed({HIDDEN_UNITS: Zero(positions="first")}))  # type: ignore[arg-type]
+
+
+proof(lambda p: changed({HIDDEN_UNITS: Zero(positions=torch.ones(2, 9, dtype=torch.bool))}))
+
+
+proof(lambda p: changed({"blocks.0.block.output": lambda x, at: at["blocks.1.block.output"]}))
+
+
+proof(lambda p: changed({"blocks.0.attention.input": Zero(), "layer.input:model.layers.0.self_attn.v_proj": Zero()}))
+
+
+proof(lambda p: changed({"blocks.0.ln1.hook_normalized": Zero()}))
+
+
+proof(lambda p: changed({"hook_embed": Zero()}))
 
 
 @proof
-def no_tensor(p: Place) -> None:
-    model = build("llama")
-    with intervene(model, {"mlp.hidden": lambda x: None}):  # type: ignore[arg-type, return-value]
-        model(IDS)
+def places_in_pictures(p: Place) -> None:
+    model = build("vit")
+    with intervene(model, {HIDDEN_UNITS: Zero(positions="last")}):
+        model(**batches("vit")[0])
 
 
 @proof
-def other_shape(p: Place) -> None:
+def a_row_for_each_picture(p: Place) -> None:
+    model = build("bert")
+    with intervene(model, {"layer.input:bert.pooler.dense": Zero(positions="last")}):
+        model(**PADDED)
+
+
+@proof
+def a_part_that_does_not_run(p: Place) -> None:
     model = build("llama")
-    with intervene(model, {"mlp.hidden": torch.zeros(3)}):
-        model(IDS)
+    p.patch.setattr(model.model.layers[0], "forward", lambda x, **_: x)
+    with intervene(model, {HIDDEN_UNITS: Zero()}):
+        model(**PADDED)
+
+
+@proof
+def a_mask_of_some_tokens(p: Place) -> None:
+    Passes(build("llama")).begin(torch.nn.Identity(), (), {"input_ids": IDS, "attention_mask": torch.ones(1, 1)})
+
+
+@proof
+def readers_of_different_tensors(p: Place) -> None:
+    model = build("llama")
+    gate = model.model.layers[0].mlp.gate_proj
+    p.patch.setattr(gate, "forward", lambda x: torch.nn.functional.linear(x, gate.weight))
+    with intervene(model, {"blocks.0.mlp.input": Zero()}):
+        mlp = model.model.layers[0].mlp
+        x = torch.ones(1, 2, model.config.hidden_size)
+        mlp.gate_proj(x)
+        mlp.up_proj(x.clone())
+
+
+@proof
+def scores_block_by_block(p: Place) -> None:
+    Observer(anatomy(build("llama")), {Site("attention.scores", 0): Moments()}).hooks()
+
+
+proof(lambda p: changed({"attention.scores": Zero()}, "falcon"))
+
+
+proof(lambda p: changed({"attention.scores": Zero()}, "gpt_oss"))
+
+
+@proof
+def an_attention_that_drops_weights(p: Place) -> None:
+    model = build("llama", attention_dropout=0.5).train()
+    with intervene(model, {"attention.scores": Zero()}):
+        model(**PADDED)
+
+
+@proof
+def no_eager_function(p: Place) -> None:
+    _eager(torch.nn.Identity())
+
+
+@proof
+def no_weights(p: Place) -> None:
+    x = torch.ones(1, 1, 2, 4)
+    watch = _Watch({}, lambda tap, value: None)
+    _changed(torch.nn.Identity(), (x, x, x), None, {}, x.transpose(1, 2), None, [(watch, ())])
 
 
 proof(lambda p: Moments().mean)

@@ -165,7 +165,7 @@ def test_a_learned_or_thresholded_activation_is_one_too() -> None:
 def test_what_is_written_at_an_activation_is_what_a_hook_writes(side: str, path: str) -> None:
     model, x = actkit.load("cnn").float(), torch.rand(4, 1, 8, 8)
     module = model.get_submodule(path)
-    with intervene(model, {f"activation.{side}:{path}": lambda t: 0.5 * t + 0.1}, anatomy=anatomy(model, x)):
+    with intervene(model, {f"activation.{side}:{path}": lambda t, at: 0.5 * t + 0.1}, anatomy=anatomy(model, x)):
         found = model(x)
     if side == "input":
         handle: Any = module.register_forward_pre_hook(lambda m, a: (0.5 * a[0] + 0.1,))

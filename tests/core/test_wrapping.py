@@ -177,7 +177,7 @@ def test_what_a_part_gives_is_read_outside_of_its_wrapper() -> None:
         )
     assert torch.equal(given, inner + 2.0)
     expected = run(model, batch)
-    with intervene(model, {"blocks.1.mlp.output": lambda x: x - 2.0}):
+    with intervene(model, {"blocks.1.mlp.output": lambda x, at: x - 2.0}):
         back = run(model, batch)
     torch.testing.assert_close(back, run(build("llama"), batch))
     assert not torch.equal(back, expected)

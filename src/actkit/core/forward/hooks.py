@@ -31,6 +31,7 @@ def hooked(
     before: Mapping[str, Before] | None = None,
     after: Mapping[str, After] | None = None,
     replacing: bool = False,
+    marked: bool = True,
 ) -> Iterator[None]:
     """Call `before[path](module, args, kwargs)` and `after[path](module, args, kwargs, output)` around those modules.
 
@@ -40,6 +41,7 @@ def hooked(
         after: by path.
         replacing: what a hook returns, if not None, takes the place of (args, kwargs) or of the output; otherwise it
             is dropped.
+        marked: hooks that replace are known as such to whoever looks for them (`known_layers.hooks_of`).
 
     Raises:
         UnsupportedModelError: the model is compiled or sharded, so that hooks would not fire or would see shards.
@@ -47,19 +49,20 @@ def hooked(
     refuse_compiled_or_sharded(model)
     with ExitStack() as handles:
         for path, hook in (before or {}).items():
-            call: Any = _marked(hook) if replacing else _silent_before(hook)
+            call: Any = _kept(hook, marked) if replacing else _silent_before(hook)
             handles.callback(model.get_submodule(path).register_forward_pre_hook(call, with_kwargs=True).remove)
         for path, reader in (after or {}).items():
-            call = _marked(reader) if replacing else _silent_after(reader)
+            call = _kept(reader, marked) if replacing else _silent_after(reader)
             handles.callback(model.get_submodule(path).register_forward_hook(call, with_kwargs=True).remove)
         yield
 
 
-def _marked(hook: Callable[..., Any]) -> Callable[..., Any]:
+def _kept(hook: Callable[..., Any], marked: bool) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
         return hook(*arguments)
 
-    setattr(call, INTERVENES, True)
+    if marked:
+        setattr(call, INTERVENES, True)
     return call
 
 

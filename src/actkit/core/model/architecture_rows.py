@@ -168,6 +168,8 @@ class Architecture:
         heads: the name of their number in the config.
         key_value_heads: the same for key and value, or the number itself.
         adapt: (row, config, index) -> the row of that block, for what the configuration decides.
+        parallel: whether attention and MLP are side by side, each behind a norm of its own; or the name of the config's
+            entry that says so.
     """
 
     name: str
@@ -183,6 +185,7 @@ class Architecture:
     heads: str = "num_attention_heads"
     key_value_heads: str | int = "num_key_value_heads"
     adapt: Callable[[Architecture, Any, int], Architecture] | None = None
+    parallel: bool | str = False
 
     def of_block(self, config: Any, index: int) -> Architecture:
         """Return the row of one block."""

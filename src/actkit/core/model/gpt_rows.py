@@ -35,6 +35,7 @@ GPT_NEOX = Architecture(
         rotary=True,
     ),
     mlp=MlpRow("mlp", up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h", activation="mlp.act"),
+    parallel="use_parallel_residual",
 )
 
 
@@ -195,6 +196,7 @@ def _falcon_where_configured(row: Architecture, config: Any, index: int) -> Arch
     return replace(
         row,
         norms=norms,
+        parallel=config.parallel_attn,
         attention=replace(row.attention, rotary=not config.alibi),
         key_value_heads=config.num_kv_heads if grouped else 1 if config.multi_query else config.num_attention_heads,
     )

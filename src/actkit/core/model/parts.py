@@ -27,6 +27,7 @@ CONVOLUTIONS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     ActConv,
 )
+WATCHED = "actkit watches "  # before the name of an attention function that is watched inside for a while
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -421,8 +422,12 @@ class Block:
         )
 
     def sites(self) -> tuple[Site, ...]:
-        """Return the sites that can be read now; attention.weights only if the implementation forms them."""
-        return tuple(site for site in self.taps if site.name != "attention.weights" or forms_weights(self.root))
+        """Return the sites whose tensors the model forms: attention.scores and .weights only in some implementations.
+
+        The scores can be read by their name in others too.
+        """
+        formed = forms_weights(self.root)
+        return tuple(site for site in self.taps if formed or site.name not in ("attention.scores", "attention.weights"))
 
     def original(self, path: str) -> nn.Module:
         """Return the module that stood at a path before the run replaced it; else the module itself.
@@ -461,9 +466,10 @@ def _readable(groups: Iterator[LinearInput]) -> Iterator[LinearInput]:
 
 
 def attention_implementation(model: nn.Module) -> str | None:
-    """Return the name of the attention implementation of a transformers model."""
+    """Return the name of the attention implementation of a transformers model; also while it is watched inside."""
     config: Any = getattr(model, "config", None)
-    return getattr(config, "_attn_implementation", None)
+    name: str | None = getattr(config, "_attn_implementation", None)
+    return name if name is None else name.removeprefix(WATCHED)
 
 
 def forms_weights(model: nn.Module) -> bool:

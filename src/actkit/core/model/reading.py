@@ -10,7 +10,7 @@ part of the row is entered (`wrapping.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -73,6 +73,7 @@ class BlockReader:
             mlp = self._mlp(self._row_of(row.mlp), feeding.get("mlp"))
         if row.beside is not None:
             self._layers(row.beside)
+        self._middle(feeding, mlp or experts)
         self._tap("block.output", self.path, "output")
         module = submodule(self.model, self.path, row)
         return Block(
@@ -88,6 +89,21 @@ class BlockReader:
             taps=self.taps,
             _originals=originals,
         )
+
+    def _middle(self, norms: Mapping[str, Norm], second: Mlp | Experts | None) -> None:
+        """The residual stream between attention and MLP, if one comes after the other."""
+        parallel: Any = self.row.parallel
+        if isinstance(parallel, str):
+            parallel = getattr(self.model.config, parallel)
+        if self.row.attention is None or second is None or "both" in norms or parallel:
+            return
+        norm = norms.get("mlp")
+        layout = "flat" if isinstance(self.row.mlp, MlpRow) and self.row.mlp.flat else "tokens"
+        if norm is not None and norm.feeds_residual:
+            self._tap("block.middle", norm.path, "output", layout=layout)
+        else:
+            path = second.path if norm is None else norm.path
+            self._tap("block.middle", path, "input", layout=layout, passing=self.path)
 
     def _full(self, path: str) -> str:
         """Where a module of the row stands; a wrapper that stands there itself is not entered."""
@@ -122,9 +138,13 @@ class BlockReader:
         return None if path is None else self._linear(path, role)
 
     def _tap(
-        self, name: str, path: str, where: Any, index: int = 0, *, of_expert: int | None = None, **settings: Any
+        self, name: str, path: str, where: Any, index: int | str = 0, *, of_expert: int | None = None, **settings: Any
     ) -> None:
         self.taps[Site(name, self.index, of_expert)] = Tap(path, where, index, **settings)
+
+    def _input(self, name: str, linears: Sequence[Linear], **settings: Any) -> None:
+        """What several linear layers read: it is watched at the first of them."""
+        self._tap(name, linears[0].path, "input", shared=tuple(linear.path for linear in linears[1:]), **settings)
 
     def _own(self, row: AttentionRow | MlpRow, name: str) -> bool:
         """Whether a module stands here that says itself what its linear layers read; then reads those."""
@@ -159,7 +179,7 @@ class BlockReader:
             if site_name is not None:
                 site = Site(site_name, self.index)
                 if site not in self.taps:
-                    self._tap(site_name, linears[0].path, "input")
+                    self._input(site_name, linears)
             self.other.append(LinearInput(site, linears))
         if name is not None:
             self._tap(f"{name}.output", self._full(added or row.path), "output")
@@ -199,9 +219,10 @@ class BlockReader:
             row.pairs if row.rotary else None,
             row.query_norm is not None or row.key_norm is not None,
         )
-        self._tap("attention.input", attention.inputs[0].path, "input")
+        self._input("attention.input", attention.inputs)
         if row.readable and (fused is None or rows is not None):
             self._head_taps(row, attention, rows or (None, None, None))
+        self._tap("attention.scores", attention.path, "inside", "scores", layout="weights")
         self._tap("attention.weights", attention.path, "output", 1, layout="weights")
         self._tap("attention.mixed", output.path, "input")
         self._tap("attention.output", self._full(row.added or row.path), "output")
@@ -237,7 +258,7 @@ class BlockReader:
         return mlp
 
     def _mlp_taps(self, mlp: Mlp, added: str, overwritten: bool = False, **settings: Any) -> None:
-        self._tap("mlp.input", mlp.inputs[0].path, "input", **settings)
+        self._input("mlp.input", mlp.inputs, **settings)
         self._tap("mlp.preactivation", mlp.activation, "input", **settings)
         if mlp.gated:
             self._tap("mlp.gate", mlp.activation, "output", **settings)

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from actkit.core.model.fused_layers import PartRows
+from actkit.core.model.transformer_lens_names import our_name
 
 SITE_NAMES = (
     "block.input",
+    "block.middle",
     "block.output",
     "attention.input",
     "attention.query",
     "attention.key",
     "attention.value",
+    "attention.scores",
     "attention.weights",
     "attention.mixed",
     "attention.output",
@@ -78,10 +81,10 @@ class Site:
 
     @classmethod
     def parse(cls, text: str) -> Site:
-        """Read what `str(site)` wrote.
+        """Read what `str(site)` wrote, or TransformerLens' name of a site (`core/model/transformer_lens_names.py`).
 
         Args:
-            text: such as 'blocks.3.mlp.hidden' or 'layer.input:a.b'.
+            text: such as 'blocks.3.mlp.hidden', 'layer.input:a.b' or 'blocks.3.hook_resid_post'.
 
         Raises:
             ValueError: it is anything else.
@@ -89,6 +92,7 @@ class Site:
         name, colon, path = text.partition(":")
         if colon:
             return cls(name, path=path)
+        text = our_name(text)
         match = _TEXT.fullmatch(text)
         if match is None:
             raise ValueError(f"site: {text!r} was given; write it like 'blocks.3.mlp.hidden' or 'layer.input:a.b'.")
@@ -131,8 +135,8 @@ class Tap:
 
     Attributes:
         path: the module whose call is watched.
-        where: at its input or its output.
-        index: position or keyword of the argument, or position in an output tuple.
+        where: at its input, at its output, or inside its attention function (`core/watch/inside_attention.py`).
+        index: position or keyword of the argument, or position in an output tuple; inside, 'scores' or 'weights'.
         layout: of the result.
         heads: the last dimension is split into so many heads.
         columns: these of the last dimension (a fused qkv).
@@ -147,10 +151,12 @@ class Tap:
         attention: path of the module that is given the tables.
         expert: path of the expert around the tap; its second argument says which tokens (flat indices) the rows are.
         most: how many dimensions the tensor may have so that the layout holds.
+        shared: paths of the other modules that are called with this tensor, which are all given what is put there.
+        passing: path of a module around it whose output is the sum of this tensor, unseen, and of what is made of it.
     """
 
     path: str
-    where: Literal["input", "output"]
+    where: Literal["input", "output", "inside"]
     index: int | str = 0
     layout: Layout = "tokens"
     heads: int | None = None
@@ -164,6 +170,8 @@ class Tap:
     attention: str | None = None
     expert: str | None = None
     most: int | None = None
+    shared: tuple[str, ...] = ()
+    passing: str | None = None
 
 
 def read_tap(
@@ -215,6 +223,7 @@ def read_tap(
 def write_tap(
     tap: Tap,
     value: Tensor,
+    before: Tensor,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     output: Any = None,
@@ -222,9 +231,12 @@ def write_tap(
 ) -> Any:
     """Put another tensor at a site, in one call of the module at `tap.path`: `read_tap` would read it then.
 
+    What is equal to what was read leaves the model's own tensor as it was, to the bit.
+
     Args:
         tap: of the site.
         value: in the tap's layout.
+        before: what was read there.
         args: as in `read_tap`.
         kwargs: as in `read_tap`.
         output: as in `read_tap`.
@@ -238,15 +250,26 @@ def write_tap(
         assert position_embeddings is not None  # it was read with them
         cos, sin = (each_once(table, tap.angles) for table in position_embeddings)
         length = cos.square() + sin.square()  # not 1 if the tables are scaled, as YaRN's
-        value = _rotate(value, cos / length, -sin / length, tap.pairs)
+        value = _rotate(value - before, cos / length, -sin / length, tap.pairs)  # what is added: 0 stays 0
     if tap.heads is not None and not tap.heads_first:
         value = value.transpose(1, 2)
         flat = old.dim() == 3
         value = value.flatten(-2) if flat else value
+    if tap.rotary:
+        stood = old if tap.columns is None else tap.columns.of(old)
+        stood = stood if tap.limit is None else stood.clamp(-tap.limit, tap.limit)
+        value = value + stood.reshape(value.shape)
     if tap.columns is not None:
         value = tap.columns.replaced(old, value)
-    value = value.reshape(old.shape)
+    value = _laid_out_as(old, value if value.shape == old.shape else value.reshape(old.shape))
     return _with_argument(tap, value, args, kwargs) if tap.where == "input" else _with_output(tap, value, output)
+
+
+def _laid_out_as(old: Tensor, value: Tensor) -> Tensor:
+    """The value with the strides of what stood there, as kernels round otherwise in another order."""
+    if value.stride() == old.stride() or old.is_contiguous() or 0 in old.stride():
+        return value
+    return torch.empty_strided(old.shape, old.stride(), dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _with_argument(

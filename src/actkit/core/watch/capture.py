@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import chain
@@ -31,7 +31,9 @@ from actkit.core.model.anatomy import Anatomy, Site, Tap, read_tap
 from actkit.core.model.anatomy import anatomy as read_anatomy
 from actkit.core.model.experts import ExpertList
 from actkit.core.model.sites import Joined, write_tap
+from actkit.core.model.transformer_lens_names import our_name
 from actkit.core.watch.calls import Call
+from actkit.core.watch.inside_attention import inside_attention
 from actkit.core.watch.joined import End
 from actkit.core.watch.merging import merge
 from actkit.core.watch.one_pass import update_all
@@ -180,7 +182,7 @@ class Observer:
     """
 
     def __init__(self, view: Anatomy, wanted: Mapping[Site, Any], equal_lengths: bool = False) -> None:
-        self._readings = _Readings(view, wanted)
+        self._view, self._readings = view, _Readings(view, wanted)
         self._equal_lengths = equal_lengths
         self._unread: set[Tap] | None = None  # of a pass that ends when all are read
         self._context: BatchContext | None = None
@@ -201,8 +203,22 @@ class Observer:
         self._unread = set(self._readings.taps) if all(tap.path in once for tap in self._readings.taps) else None
 
     def hooks(self) -> tuple[dict[str, Before], dict[str, After]]:
-        """Return what to call before and after which modules, by path."""
-        return tap_hooks(self._readings.taps, self._see, lambda: self._keywords.get("position_embeddings"))
+        """Return what to call before and after which modules, by path.
+
+        Raises:
+            ValueError: a site is inside of attention functions, which only `watching` reads.
+        """
+        inside = next((site for tap, (site, _) in self._readings.taps.items() if tap.where == "inside"), None)
+        if inside is not None:
+            raise ValueError(f"site: {inside} cannot be read block by block; record it over the whole model.")
+        return tap_hooks(self._readings.taps, self._see, self._tables)
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Fill the statistics as long as a context lasts."""
+        return tapped(self._view.model, self._readings.taps, self._see, self._tables)
+
+    def _tables(self) -> Any:
+        return self._keywords.get("position_embeddings")
 
     def _see(self, tap: Tap, value: Tensor, tokens: Tensor | None) -> None:
         if self._context is None:
@@ -236,8 +252,7 @@ def observe(view: Anatomy, wanted: Mapping[Site, Any], *, equal_lengths: bool = 
         The observer.
     """
     observer = Observer(view, wanted, equal_lengths)
-    before, after = observer.hooks()
-    with hooked(view.model, before=before, after=after):
+    with observer.watching():
         yield observer
 
 
@@ -299,12 +314,16 @@ def live(
     for site in found:
         readers.setdefault(taps[names[site]], []).append(site)
 
-    def keep(tap: Tap, value: Tensor, tokens: Tensor | None) -> None:
+    def keep(tap: Tap, value: Tensor, tokens: Tensor | None) -> Tensor | None:
+        # The model goes on with a view of what was read, so that its gradient is that of this place alone.
+        goes_on = torch.is_grad_enabled()
+        value = value.view_as(value) if goes_on else value
         for site in readers[tap]:
             activations[site].append(value)
+        in_place = tap.copied or tap.limit is not None  # what the model does with it afterwards
+        return (value.clone() if in_place else value) if goes_on else None
 
-    before, after = tap_hooks(readers, keep)
-    with hooked(model, before=before, after=after):
+    with tapped(model, readers, keep, changes=True, alike=True):
         yield activations
 
 
@@ -416,6 +435,8 @@ def resolve(view: Anatomy, wanted: Wanted) -> dict[Site, Any]:
 
 
 def _matching(view: Anatomy, key: Site | str, available: tuple[Site, ...]) -> tuple[Site, ...]:
+    if isinstance(key, str):
+        key = our_name(key)
     if isinstance(key, str) and any(character in key for character in "*?["):
         found = tuple(site for site in available if fnmatchcase(str(site), key))
         if not found:
@@ -424,6 +445,8 @@ def _matching(view: Anatomy, key: Site | str, available: tuple[Site, ...]) -> tu
     site = Site.parse(key) if isinstance(key, str) else key
     if site in available:
         return (site,)
+    if site.name == "attention.scores":  # the model need not form them
+        available = tuple(other for block in view.blocks for other in block.taps)
     found = tuple(other for other in available if _stands_for(site, other))
     if not found:  # a module that is no linear layer, or an error that says what this model has
         view.tap(site if site.is_at_module or site.block is not None else replace(site, block=0))
@@ -497,6 +520,40 @@ class _Readings:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def tapped(
+    model: nn.Module,
+    taps: Iterable[Tap],
+    see: Callable[[Tap, Tensor, Tensor | None], Tensor | None],
+    rotary: Callable[[], Any] = lambda: None,
+    *,
+    changes: bool = False,
+    alike: bool = False,
+) -> Iterator[None]:
+    """Call `see(tap, tensor, tokens)` whenever the tensor of a tap passes by, as long as a context lasts.
+
+    Args:
+        model: neither compiled nor sharded.
+        taps: what is watched.
+        see: as in `tap_hooks`.
+        rotary: as in `tap_hooks`.
+        changes: what `see` returns takes the tensor's place.
+        alike: that is always equal to the tensor, so that whoever looks for hooks need not mind these.
+
+    Yields:
+        Nothing.
+    """
+    taps = list(taps)
+    before, after = tap_hooks(taps, see, rotary)
+    inside = [tap for tap in taps if tap.where == "inside"]
+    seen = see if changes else lambda *given: see(*given) and None  # type: ignore[func-returns-value]
+    with (
+        hooked(model, before=before, after=after, replacing=changes, marked=not alike),
+        inside_attention(model, inside, lambda tap, value: seen(tap, value, None)),
+    ):
+        yield
+
+
 def tap_hooks(
     taps: Iterable[Tap],
     see: Callable[[Tap, Tensor, Tensor | None], Tensor | None],
@@ -514,9 +571,11 @@ def tap_hooks(
     Returns:
         What to call before and after which modules, by path.
     """
-    taps = list(taps)
+    taps = [tap for tap in taps if tap.where != "inside"]
     tables: dict[str, Any] = {}  # attention path -> (cos, sin) of its running call
     tokens: dict[str, Tensor] = {}  # expert path -> its running call's tokens
+    shared: dict[Tap, tuple[Any, Any, set[str]]] = {}  # what was read and put there, and who is still to be given it
+    passing: dict[str, Tensor] = {}  # path -> what is still to be added at its output
     before: dict[str, list[Before]] = {}
     after: dict[str, list[After]] = {}
 
@@ -535,8 +594,43 @@ def tap_hooks(
     def read(tap: Tap) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> Any:
             angles = (tables.get(tap.attention or "") or rotary()) if tap.rotary else None
-            other = see(tap, read_tap(tap, args, kwargs, output, angles), tokens.get(tap.expert or ""))
-            return None if other is None else write_tap(tap, other, args, kwargs, output, angles)
+            value = read_tap(tap, args, kwargs, output, angles)
+            other = see(tap, value, tokens.get(tap.expert or ""))
+            if other is None:
+                return None
+            if tap.passing is not None:
+                passing[tap.passing] = other - value
+            if tap.shared:
+                shared[tap] = (value, other, set(tap.shared))
+            return write_tap(tap, other, value, args, kwargs, output, angles)
+
+        return hook
+
+    def give(tap: Tap, path: str) -> Before:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            value, other, waiting = shared.get(tap, (None, None, set()))
+            if path not in waiting:
+                return None
+            if read_tap(replace(tap, path=path), args, kwargs) is not value:
+                raise ValueError(
+                    f"site: {path} was called with another tensor than {tap.path}, so what was put there does not "
+                    f"reach it; change layer.input of each of them."
+                )
+            waiting.discard(path)
+            if not waiting:
+                del shared[tap]
+            return write_tap(tap, other, value, args, kwargs)
+
+        return hook
+
+    def add_passing(path: str) -> After:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            added = passing.pop(path, None)
+            if added is None:
+                return None
+            if isinstance(output, Tensor):
+                return output + added.reshape(output.shape)
+            return type(output)((output[0] + added.reshape(output[0].shape), *output[1:]))
 
         return hook
 
@@ -544,9 +638,13 @@ def tap_hooks(
         before.setdefault(path, []).append(keep_tables(path))
     for path in dict.fromkeys(tap.expert for tap in taps if tap.expert):
         before.setdefault(path, []).append(keep_tokens(path))
+    for path in dict.fromkeys(tap.passing for tap in taps if tap.passing):
+        after.setdefault(path, []).append(add_passing(path))
     for tap in taps:  # after those above, which they need
         where: dict[str, list[Any]] = before if tap.where == "input" else after
         where.setdefault(tap.path, []).append(read(tap))
+        for path in tap.shared:
+            before.setdefault(path, []).append(give(tap, path))
     return {path: _all(each) for path, each in before.items()}, {path: _all(each) for path, each in after.items()}
 
 
@@ -619,9 +717,8 @@ def _plan(view: Anatomy, wanted: Mapping[Site, Any], batch: Any, total: int | No
             keys = Keys(context, value.device)
             channels[tap] = next(x.shape[1] for x, _ in as_rows(site, tap, value, keys, tokens, equal))
 
-    before, after = tap_hooks(readings.taps, measure)
     started = time.perf_counter()
-    with evaluating(view.model), hooked(view.model, before=before, after=after):
+    with evaluating(view.model), tapped(view.model, readings.taps, measure):
         forward(view.model, batch)
     seconds = time.perf_counter() - started
     rows = []
