@@ -21,6 +21,7 @@ from actkit.core.watch.passes import Passes
 from actkit.core.watch.rows import Keys, _weights
 from actkit.core.watch.site_changes import Scale, Zero
 from actkit.core.watch.statistics import Gram, Moments
+from actkit.testing import tiny_model
 from error_proofs import HOST, IDS, PADDED, Place, overflowing, proof
 
 proof(lambda p: record(build("llama"), {"mlp.hidden": Moments()}, []))
@@ -59,9 +60,9 @@ proof(lambda p: Moments().merge(3))
 proof(lambda p: Gram(torch.bfloat16))
 
 
-def changed(changes: Any, kind: str = "llama", **settings: Any) -> None:
-    model = build(kind)
-    with intervene(model, changes, **settings):
+def changed(changes: Any, kind: str = "llama") -> None:
+    model = tiny_model(kind)
+    with intervene(model, changes):
         model(**PADDED)
 
 

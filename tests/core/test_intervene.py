@@ -64,7 +64,7 @@ def sites_of(view, *, scores: bool = True) -> list[Site]:
 
 
 def computes_by_name(model) -> bool:
-    """Whether the model calls transformers' attention functions, and nothing but softmax makes weights of its scores."""
+    """Whether the model calls transformers' attention functions, and its weights are the softmax of its scores."""
     return model._can_set_attn_implementation() and model.config.model_type != "gpt_oss"
 
 
@@ -543,7 +543,7 @@ def test_bad_input():
             model, {"blocks.0.attention.input": Zero(), "layer.input:model.layers.0.self_attn.v_proj": Zero()}
         ):
             pass
-    with pytest.raises(ValueError, match="blocks.1.mlp.hidden did not come by in any pass"):
+    with pytest.raises(ValueError, match=r"blocks.1.mlp.hidden did not come by in any pass"):
         with intervene(model, {"blocks.1.mlp.hidden": Zero()}):
             model.model.layers[1].forward, kept = (lambda x, **_: x), model.model.layers[1].forward
             outputs(model)

@@ -422,12 +422,13 @@ class Block:
         )
 
     def sites(self) -> tuple[Site, ...]:
-        """Return the sites whose tensors the model forms: attention.scores and .weights only in some implementations.
+        """Return the sites that a module of the model is given or gives; attention.weights only if they are formed.
 
-        The scores can be read by their name in others too.
+        attention.scores are read by that name.
         """
         formed = forms_weights(self.root)
-        return tuple(site for site in self.taps if formed or site.name not in ("attention.scores", "attention.weights"))
+        given = (site for site in self.taps if site.name != "attention.scores")
+        return tuple(site for site in given if formed or site.name != "attention.weights")
 
     def original(self, path: str) -> nn.Module:
         """Return the module that stood at a path before the run replaced it; else the module itself.

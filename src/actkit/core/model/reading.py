@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from actkit.core.ground.errors import CoverageError
-from actkit.core.model.architectures import Architecture, AttentionRow, ExpertsRow, LayersRow, MlpRow
+from actkit.core.model.architectures import Architecture, AttentionRow, ExpertsRow, LayersRow, MlpRow, Role
 from actkit.core.model.experts import ExpertList
 from actkit.core.model.fused_layers import PartRows, query_key_value_rows
 from actkit.core.model.parts import Attention, Block, Experts, Linear, LinearInput, LinearRole, Mlp, Norm, is_linear
@@ -90,7 +90,7 @@ class BlockReader:
             _originals=originals,
         )
 
-    def _middle(self, norms: Mapping[str, Norm], second: Mlp | Experts | None) -> None:
+    def _middle(self, norms: Mapping[Role, Norm], second: Mlp | Experts | None) -> None:
         """The residual stream between attention and MLP, if one comes after the other."""
         parallel: Any = self.row.parallel
         if isinstance(parallel, str):
@@ -98,11 +98,11 @@ class BlockReader:
         if self.row.attention is None or second is None or "both" in norms or parallel:
             return
         norm = norms.get("mlp")
-        layout = "flat" if isinstance(self.row.mlp, MlpRow) and self.row.mlp.flat else "tokens"
         if norm is not None and norm.feeds_residual:
-            self._tap("block.middle", norm.path, "output", layout=layout)
+            self._tap("block.middle", norm.path, "output")
         else:
             path = second.path if norm is None else norm.path
+            layout = "flat" if isinstance(self.row.mlp, MlpRow) and self.row.mlp.flat else "tokens"
             self._tap("block.middle", path, "input", layout=layout, passing=self.path)
 
     def _full(self, path: str) -> str:

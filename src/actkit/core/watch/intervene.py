@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -147,7 +147,7 @@ class At:
         except RuntimeError:
             fits = False
         if not fits:
-            raise ValueError(_wrong_shape(self.site, tensor, value))
+            _refuse_shape(self.site, tensor, value)
         return tensor.to(value.device, value.dtype)
 
     def _at_positions(self, positions: Positions) -> Tensor:
@@ -333,7 +333,7 @@ def _changed(site: Site, value: Tensor, change: Any, at: At) -> Tensor | None:
     if not isinstance(other, Tensor):
         raise ValueError(f"site: the function for {site} returned a {type(other).__name__}; return a tensor or None.")
     if other.shape != value.shape:
-        raise ValueError(_wrong_shape(site, other, value))
+        _refuse_shape(site, other, value)
     if other.dtype != value.dtype or other.device != value.device:
         raise ValueError(
             f"site: the function for {site} returned {other.dtype} on {other.device}, and {value.dtype} on "
@@ -344,5 +344,7 @@ def _changed(site: Site, value: Tensor, change: Any, at: At) -> Tensor | None:
     return other
 
 
-def _wrong_shape(site: Site, given: Tensor, value: Tensor) -> str:
-    return f"site: {list(given.shape)} was given for {site}, which is {list(value.shape)} here; give the same shape."
+def _refuse_shape(site: Site, given: Tensor, value: Tensor) -> NoReturn:
+    raise ValueError(
+        f"site: {list(given.shape)} was given for {site}, which is {list(value.shape)} here; give the same shape."
+    )

@@ -88,7 +88,7 @@ class Passes:
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
             self._before = self.now = None
             return
-        cache = given.get("past_key_values")
+        cache: Any = given.get("past_key_values")
         past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
         batch, length = tokens.shape[:2]
         if past:
