@@ -430,11 +430,10 @@ def rows_of(value: Tensor, real: Tensor | None) -> Tensor:
 
 def middle(block: Any, sites: dict[str, Tensor], factor: float) -> Tensor:
     """The stream in front of the MLP: what is left of the output without the MLP, or the norm that both read."""
+    given, output = sites["mlp.input"], sites["block.output"]
     if any(norm.role == "mlp" and norm.feeds_residual for norm in block.norms):
-        return sites["mlp.input"]
-    return (sites["block.output"] - factor * sites["mlp.output"].reshape(sites["block.output"].shape)).reshape(
-        sites["mlp.input"].shape
-    )
+        return given.reshape(output.shape)
+    return (output - factor * sites["mlp.output"].reshape(output.shape)).reshape(given.shape)
 
 
 @pytest.mark.parametrize("case", CASES)
