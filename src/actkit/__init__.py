@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from actkit.generating import generate as generate
     from actkit.generating import generate_all as generate_all
     from actkit.search.search import optimize as optimize
+    from actkit.verbs import analyze as analyze
     from actkit.verbs import apply as apply
     from actkit.verbs import evaluate as evaluate
     from actkit.verbs import export as export
@@ -53,6 +54,7 @@ _HOMES = {
     "Sampling": "core.measure.sampling",
     "Site": "core.model.anatomy",
     "Transform": "core.recipe.transform",
+    "analyze": "verbs",
     "anatomy": "core.model.anatomy",
     "apply": "verbs",
     "compare_functions": "comparison.compare",

@@ -7,6 +7,7 @@ the verbs (`core.recipe.runner.apply`, `core.measure.evaluation.evaluate` ...), 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,9 +25,11 @@ from actkit.core.forward.hooks import refuse_compiled_or_sharded
 from actkit.core.ground import processes
 from actkit.core.ground.errors import ActkitError, DataError
 from actkit.core.ground.memory import format_bytes
+from actkit.core.ground.whole_file import write_whole
 from actkit.core.measure.summary import Summary, summarise
 from actkit.core.model.architectures import find_architecture
 from actkit.core.recipe import runner
+from actkit.core.recipe.analysis import parse_analysis
 from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.stage import Train
 from actkit.core.recipe.transform import Transform
@@ -40,6 +43,7 @@ from actkit.zoo.loading import locate, open_model
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from actkit.core.ground.results import Result
     from actkit.core.measure.evaluation import Evaluation
     from actkit.core.measure.proof import Proof
     from actkit.core.train.training import Trained
@@ -82,6 +86,53 @@ def profile(
     opened, tokenizer = open_model(model, **opening)
     batches = open_data(data, opened, tokenizer, "calibration", **reading)
     return measure(opened, batches, sites=sites, max_memory=max_memory)
+
+
+def analyze(
+    model: Model,
+    analysis: Any,
+    data: Any = None,
+    *,
+    html: str | Path | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> Result:
+    """Run an analysis by its name, ours or one of a plug-in.
+
+    Args:
+        model: a model, or its name.
+        analysis: 'neuron_activity', 'neuron_activity:threshold=0.1' or {'neuron_activity': {'threshold': 0.1}}.
+        data: None for the embedded calibration split.
+        html: a file to which its picture is written.
+        out: a file to which all that it found is written, as JSON.
+        overwrite: replace what is at `html` and `out`.
+        progress: show bars.
+        options: of `open_model` and `load_data`.
+
+    Returns:
+        What it found, with `.table()`, `.figure()` and `.to_dict()`.
+
+    Raises:
+        RecipeError: the analysis or one of its settings is unknown.
+        ValueError: a file exists.
+        ActkitError: what opening, reading and the analysis itself raise.
+    """
+    found = parse_analysis(analysis)
+    for name, path in (("html", html), ("out", out)):
+        if path is not None and Path(path).exists() and not overwrite:
+            raise ValueError(
+                f"{name}: {path} exists already; choose another file, or pass overwrite=True, --overwrite."
+            )
+    opening, reading = _sorted(options)
+    opened, tokenizer = open_model(model, **opening)
+    result = found(opened, open_data(data, opened, tokenizer, "calibration", **reading), progress=progress)
+    if html is not None:
+        write_whole(Path(html), result.figure().to_html())
+    if out is not None:
+        write_whole(Path(out), json.dumps(result.to_dict(), indent=1))
+    return result
 
 
 def apply(

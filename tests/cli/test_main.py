@@ -152,6 +152,21 @@ def test_profile(run, folder):
     assert code == 0 and "mlp.hidden" in text
 
 
+def test_analyze(run, folder, tmp_path):
+    html, out, data = tmp_path / "a.html", tmp_path / "a.json", ("--sequences", 2, "--length", 32)
+    code, text, err = run(
+        "analyze", folder, "neuron_activity:threshold=0.1", *data, "--html", html, "--out", out, "--json"
+    )
+    assert code == 0 and f"written: {out}" in " ".join(err.split()), err
+    found = json.loads(text)
+    assert found["threshold"] == 0.1 and json.loads(out.read_text()) == found
+    assert "<html>" in html.read_text() and "plotly" in html.read_text()
+    code, _, err = run("analyze", folder, "neuron_activity", *data, "--out", out)
+    assert code == 1 and "out: " in err and "exists already" in err
+    code, text, _ = run("analyze", folder, "neuron_activity", *data, "--out", out, "--overwrite")
+    assert code == 0 and "Neurons on" in text and json.loads(out.read_text())["threshold"] == 0
+
+
 def test_papers(run):
     code, text, _ = run("papers", "--family", "sparsity", "--json")
     assert code == 0 and "wina" in [entry["slug"] for entry in json.loads(text)]
@@ -178,6 +193,8 @@ def test_papers(run):
         (["generate", "vit", "Hello"], "tokenizer"),
         (["generate", "FOLDER", "Hello", "--max-new-tokens", "100"], "exceed the model's context of 64"),
         (["generate", "FOLDER", "Hello", "--top-k", "3"], "top_k: 3 was given with temperature 0"),
+        (["analyze", "FOLDER", "nothing"], "analyses: 'nothing' is not known"),
+        (["analyze", "FOLDER", "eafo:a=1", "--out", "OUT"], "a: no such setting"),
         (["papers", "--family", "nothing"], "family: 'nothing' is not known"),
         (["reproduce", "nothing"], "'nothing' is not in the catalogue"),
         (["reproduce", "urhand"], "urhand"),

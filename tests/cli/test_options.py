@@ -14,6 +14,7 @@ WRITE = {"--out", "--overwrite"}
 
 OPTIONS = {
     "profile": DATA | MODEL | RUN | {"--figure", "--overwrite", "--max-memory"},
+    "analyze": DATA | MODEL | RUN | WRITE | {"--html"},
     "optimize": MODEL
     | RUN
     | WRITE

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from tiny_models import batches, build
 
 from actkit.core.recipe import rule, stage
+from actkit.core.recipe.analysis import parse_analysis, settings_of
 from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import apply
 from actkit.core.recipe.seen import check_shares
@@ -176,3 +177,15 @@ proof(lambda p: run("teal", undo="magic"))
 
 
 proof(lambda p: run(Teal(sparsity=0.5, only={"block": 7})))
+
+
+proof(lambda p: parse_analysis(["eafo"]))
+
+
+proof(lambda p: parse_analysis({"eafo": 3}))
+
+
+proof(lambda p: parse_analysis("eafo:colour=red"))
+
+
+proof(lambda p: settings_of("mine", len))

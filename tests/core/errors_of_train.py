@@ -16,6 +16,7 @@ from actkit.core.forward.stream import Stream
 from actkit.core.store.tensor_files import write_values
 from actkit.core.train import rules, staged_run, training
 from actkit.core.train.masks import AttachedMasks, KeepMasks, Masks, layer_weights
+from actkit.core.train.meter import Meter, readings
 from actkit.core.train.objective import Objective
 from actkit.core.train.training_setup import Settings, state_folder, steps_per_epoch
 from actkit.data import load_data
@@ -177,3 +178,18 @@ proof(lambda p: (beside(p), train(p)))
 
 
 proof(lambda p: train(p, steps=None))
+
+
+proof(lambda p: Meter(analysis="profile").attach(build("llama")))
+
+
+@proof
+def other_batches_for_a_meter(p: Place) -> None:
+    meters = [Meter(analysis="profile").attach(build("llama"), example=batch) for batch in batches("llama")[:2]]
+    meters[1].load_state_dict(meters[0].state_dict())
+
+
+proof(lambda p: readings(p.path))
+
+
+proof(lambda p: Meter(analysis="profile", at=(9,)).steps(3))

@@ -25,10 +25,15 @@ from rich.text import Text
 from torch import nn
 
 from actkit.core.edit.edits import set_module
+from actkit.core.ground import registry
+from actkit.core.ground.errors import RecipeError
 from actkit.core.ground.results import Result
+from actkit.core.recipe.analysis import parse_analysis, settings_of
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import AbsMax
+from actkit.search.profile import profile
 from actkit.search.results import Optimization
+from actkit.sparsity.lazy_neuron.neuron_activity import neuron_activity
 from actkit.testing import Check, check_analysis, tiny_batches, tiny_model
 from actkit.testing.analyses import CHECKS, RESULT_CHECKS, check_result
 from actkit.testing.checks import State
@@ -64,6 +69,30 @@ def test_every_analysis_is_in_the_table() -> None:
     for cls in public_classes():
         if inspect.isfunction(table := vars(cls).get("table")) and len(inspect.signature(table).parameters) == 1:
             assert table.__annotations__["return"] == "Table", f"{cls.__name__}.table() gives something else"
+
+
+def test_every_registered_analysis_is_in_the_table() -> None:
+    assert {name for name in registry.analysis_names() if name not in ANALYSES} == set()
+
+
+@pytest.mark.parametrize("name", registry.analysis_names())
+def test_settings_are_refused_by_name(name: str) -> None:
+    with pytest.raises(RecipeError, match=rf"analysis: {name}: colour: no such setting"):
+        parse_analysis(f"{name}:colour=red")
+    assert parse_analysis(name).settings == {}
+
+
+def test_an_analysis_runs_by_its_name_as_the_function_does() -> None:
+    made = ANALYSES["neuron_activity"]
+    by_name = parse_analysis({"neuron_activity": {"threshold": 0.1}})
+    found = by_name(made.model(), made.batches(), progress=False)
+    assert found.to_dict() == neuron_activity(made.model(), made.batches(), threshold=0.1, progress=False).to_dict()
+    assert parse_analysis(by_name) is by_name
+    assert set(settings_of("profile", profile).model_fields) == {"sites"}  # no functions, no data
+    with pytest.raises(RecipeError, match=r"threshold: 'high' was given"):
+        parse_analysis("neuron_activity:threshold=high")
+    with pytest.raises(RecipeError, match=r"'neuron_activty' is not known. Did you mean neuron_activity"):
+        parse_analysis("neuron_activty")
 
 
 @pytest.mark.slow(reason="two processes, which import everything, run all analyses")

@@ -96,6 +96,52 @@ def profile(
 
 
 @app.command()
+def analyze(
+    model: ModelName,
+    name: Annotated[
+        str, typer.Argument(help="An analysis, with settings after a colon: neuron_activity:threshold=0.1.")
+    ],
+    data: Data = None,
+    sequences: Sequences = 32,
+    length: Length = None,
+    batch_size: BatchSize = 8,
+    html: Annotated[Path | None, typer.Option(help="Also write its picture to this HTML file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write all that it found to this JSON file.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    trust_remote_code: RemoteCode = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --html and --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run an analysis by its name, ours or one of a plug-in. An unknown name lists them all."""
+    alone("analyze")
+    set_up(threads, seed)
+    from actkit import verbs
+
+    result = verbs.analyze(
+        model,
+        name,
+        data,
+        html=html,
+        out=out,
+        overwrite=overwrite,
+        sequences=sequences,
+        length=length,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+    )
+    print_result(result, as_json)
+    for path in (html, out):
+        if path is not None:
+            note(f"written: {path}")
+
+
+@app.command()
 def optimize(
     model: ModelName,
     out: Out = Path("actkit-report"),

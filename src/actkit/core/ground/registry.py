@@ -3,7 +3,7 @@
 `actkit.methods`; `actkit.modules` (saved modules) with `actkit.weights`, `actkit.selections` and `actkit.inputs` (what
 a changed layer holds); `actkit.grids` (what values are rounded to); `actkit.functions` (activation functions),
 `actkit.attentions` (attention functions), `actkit.models` (your own), `actkit.tasks`, `actkit.adapters` (what is
-trained beside frozen layers) and `actkit.decoders`.
+trained beside frozen layers), `actkit.analyses` and `actkit.decoders`.
 
 Our own names and those of third parties are read the same way, lazily: listing names imports nothing, and a plug-in
 that does not import, is something else than it should be, or claims the name of another is an error that names it and
@@ -29,7 +29,7 @@ from actkit.core.ground.yaml_files import shorten
 METHODS, MODULES, DECODERS = "actkit.methods", "actkit.modules", "actkit.decoders"
 WEIGHTS, SELECTIONS, INPUTS, TASKS = "actkit.weights", "actkit.selections", "actkit.inputs", "actkit.tasks"
 FUNCTIONS, MODELS, GRIDS = "actkit.functions", "actkit.models", "actkit.grids"
-ATTENTIONS, ADAPTERS = "actkit.attentions", "actkit.adapters"
+ATTENTIONS, ADAPTERS, ANALYSES = "actkit.attentions", "actkit.adapters", "actkit.analyses"
 MEND = "Update or uninstall that package (pip uninstall NAME), or report it to its author."
 
 
@@ -301,6 +301,29 @@ def adapter_class(name: str) -> Any:
         "an Adapter with layers()",
         lambda found: issubclass(found, BaseModel) and hasattr(found, "layers"),
     )
+
+
+def analysis_names() -> list[str]:
+    """The names of all installed analyses; imports none of them."""
+    return list(_entries(ANALYSES))
+
+
+def analysis_function(name: str) -> Callable[..., Any]:
+    """Return the analysis registered as `name`, a function of a model and batches.
+
+    Args:
+        name: that is registered.
+
+    Raises:
+        RecipeError: an unknown name, one that two packages claim, or a broken plug-in.
+    """
+    found = _load(ANALYSES, name)
+    if isinstance(found, type) or not callable(found):
+        raise RecipeError(
+            f"{ANALYSES}: {name!r} ({_origin(_entries(ANALYSES)[name][0])}) is a {type(found).__name__}, not a "
+            f"function of a model and batches. {MEND}"
+        )
+    return found
 
 
 def decoder_names() -> list[str]:

@@ -27,10 +27,12 @@ class TrainingRule(BaseModel):
     Attributes:
         keep: which weights a training under it ends with, if the user does not say: 'last' for a rule that trades loss
             for something else, so that the loss is least when it has worked least.
+        only_reads: it changes no gradient and no weight (`testing.check_rule` holds it to that).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     keep: ClassVar[Literal["best", "last"]] = "best"
+    only_reads: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
