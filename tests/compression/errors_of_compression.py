@@ -8,11 +8,14 @@ import torch
 from torch import nn
 
 from actkit.compression.cfsp import Cfsp, width
+from actkit.compression.svd import Svd
 from actkit.core.edit.edits import Resize, apply_edit
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.selections import TopK
 from actkit.core.model.fused_layers import PartRows
 from actkit.core.recipe.widths import cut
+from actkit.quantization.rtn import RoundToNearest
+from actkit.quantization.zeroquant_v2.lorc import Lorc
 from error_proofs import Place, proof, run
 
 proof(lambda p: width(48, 0.5, 64, "model.layers.0.mlp"))
@@ -21,6 +24,12 @@ proof(lambda p: width(48, 0.5, 64, "model.layers.0.mlp"))
 @proof
 def nothing_left(p: Place) -> None:
     run(Cfsp(sparsity=0.99))
+
+
+proof(lambda p: run([Svd(rank=2), RoundToNearest(bits=8, group_size=-1), Lorc()]))
+
+
+proof(lambda p: run([Svd(rank=3), RoundToNearest(bits=4, group_size=8)]))
 
 
 proof(lambda p: apply_edit(nn.Sequential(nn.LayerNorm(4)), Resize("0", outputs=torch.tensor([0]))))

@@ -13,6 +13,8 @@ from actkit.core.layers.activations import Activation
 from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.hidden_act import enter
 from actkit.core.layers.linear import ActLinear, LowRank
+from actkit.core.layers.low_rank import decompose
+from actkit.core.layers.low_rank_weight import LowRankWeight
 from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.layers.selections import Threshold, check_prefill
 from actkit.core.layers.weights import DenseWeight
@@ -56,6 +58,15 @@ proof(lambda p: Activation("softmax"))
 
 
 proof(lambda p: LowRank(torch.ones(2, 3), torch.ones(2, 3)))
+
+
+proof(lambda p: LowRankWeight(torch.ones(2, 3), torch.ones(2, 3)))
+
+
+proof(lambda p: LowRankWeight(torch.ones(4, 3), torch.ones(6, 3), heads=2).factors(range(1, 2)))
+
+
+proof(lambda p: decompose(torch.ones(2, 3), 3))
 
 
 proof(lambda p: RoundedInputs(IntegerGrid(8, scope="tensor"), torch.ones(3, 1))(torch.ones(2, 4)))

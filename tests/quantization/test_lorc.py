@@ -16,6 +16,7 @@ import torch
 from actkit.core.ground import registry
 from actkit.core.ground.errors import RecipeError
 from actkit.core.layers.linear import ActLinear, LowRank
+from actkit.core.layers.low_rank import captured, decompose
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import Block, anatomy
 from actkit.core.recipe.runner import apply
@@ -28,7 +29,7 @@ from actkit.quantization.awq import Awq
 from actkit.quantization.gptq import Gptq
 from actkit.quantization.rtn import RoundToNearest
 from actkit.quantization.smooth import Smooth
-from actkit.quantization.zeroquant_v2.lorc import Lorc, low_rank
+from actkit.quantization.zeroquant_v2.lorc import Lorc
 from actkit.sparsity.wina.wina import Wina
 from actkit.testing import check_transform, tiny_batches, tiny_model
 from actkit.testing.transforms import close, equal, outputs
@@ -39,24 +40,33 @@ RTN = RoundToNearest(bits=3, group_size=8)
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16)])
 def test_the_factors_are_those_of_scipy(shape: tuple[int, int]) -> None:
     error = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-    left, right, captured = low_rank(error, 4)
+    spectrum = decompose(error, 4, "gram")
+    left, right = spectrum.factors()
     assert left.shape == (shape[0], 4) and right.shape == (4, shape[1])
     u, s, vt = scipy.sparse.linalg.svds(error.double().numpy(), k=4)
     np.testing.assert_allclose(left @ right, (u * s) @ vt, rtol=1e-4, atol=1e-6)
     every = np.linalg.svd(error.double().numpy(), compute_uv=False)
     assert float((error - left @ right).norm()) == pytest.approx(np.sqrt((every[4:] ** 2).sum()), rel=1e-5)
-    assert captured == pytest.approx((every[:4] ** 2).sum() / (every**2).sum(), rel=1e-6)
+    share = captured(error, spectrum.values)
+    assert share == pytest.approx((every[:4] ** 2).sum() / (every**2).sum(), rel=1e-6)
     np.testing.assert_allclose(left.norm(dim=0), np.sqrt(every[:4]), rtol=1e-6)  # both get the root
     np.testing.assert_allclose(right.norm(dim=1), np.sqrt(every[:4]), rtol=1e-6)
 
 
 def test_an_error_of_less_rank_is_captured_whole() -> None:
     vector = torch.arange(1.0, 9)
-    left, right, captured = low_rank(torch.outer(vector, vector[:5]), 3)
-    assert captured == pytest.approx(1) and torch.isfinite(left).all() and torch.isfinite(right).all()
+    matrix = torch.outer(vector, vector[:5])
+    spectrum = decompose(matrix, 3, "gram")
+    left, right = spectrum.factors()
+    assert (
+        captured(matrix, spectrum.values) == pytest.approx(1)
+        and torch.isfinite(left).all()
+        and torch.isfinite(right).all()
+    )
     torch.testing.assert_close((left @ right).float(), torch.outer(vector, vector[:5]))
-    left, right, captured = low_rank(torch.zeros(8, 5), 3)
-    assert captured == 1 and not left.any() and not right.any()
+    spectrum = decompose(torch.zeros(8, 5), 3, "gram")
+    left, right = spectrum.factors()
+    assert captured(torch.zeros(8, 5), spectrum.values) == 1 and not left.any() and not right.any()
 
 
 QUANTIZERS: dict[str, list[Any]] = {

@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from decoded import family
-from tiny_models import build
+from tiny_models import batches, build
 from torch import nn
 
 from actkit import verbs
-from actkit.core.model.anatomy import anatomy
+from actkit.compression.svd import Svd
+from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.low_rank_weight import LowRankWeight
+from actkit.core.model.anatomy import Linear, anatomy
 from actkit.core.recipe.runner import apply
 from actkit.core.store import checkpoint
 from actkit.kernels import batch_step
@@ -21,8 +24,10 @@ from actkit.quantization.quantize_cache import QuantizeCache
 from actkit.quantization.rotate import Rotate
 from actkit.runtime import batch, packed
 from actkit.runtime import decoder as cpu
+from actkit.runtime.latent import refuse
 from actkit.runtime.packing import export_packed
-from actkit.runtime.shards import kind_of
+from actkit.runtime.shards import kind_of, part_of
+from actkit.sparsity.teal import Teal
 from error_proofs import NAN, Place, proof
 
 
@@ -57,6 +62,22 @@ proof(lambda p: cpu.Decoder(build("gpt2")))
 
 
 proof(lambda p: kind_of(nn.Identity(), 1, 1))
+
+
+proof(lambda p: part_of(ActLinear(LowRankWeight(torch.ones(4, 2), torch.ones(2, 4)))))
+
+
+@proof
+def factors_and_a_number_of_inputs(p: Place) -> None:
+    model = build("llama")
+    apply(model, [Svd(), Teal(mode="top_k")], batches("llama"), progress=False)
+    cpu.Decoder(model)
+
+
+@proof
+def factors_that_queries_absorb(p: Place) -> None:
+    layer = Linear("kv_b_proj", "layer", ActLinear(LowRankWeight(torch.ones(4, 2), torch.ones(2, 4))))
+    refuse(SimpleNamespace(linear=lambda name: layer))  # type: ignore[arg-type]
 
 
 proof(

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from actkit.core.ground.errors import RecipeError
 from actkit.core.layers.linear import ActLinear, LowRank
+from actkit.core.layers.low_rank import low_rank
 from actkit.core.layers.selections import Threshold, TopK
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.measure.quality import measure_quality
-from actkit.core.model.anatomy import Linear, anatomy
+from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.recipe import Recipe, transforms_of
 from actkit.core.recipe.runner import apply
 from actkit.core.recipe.seen import Trial
@@ -23,7 +24,7 @@ from actkit.core.recipe.transform import Transform
 from actkit.quantization.awq import Awq
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.r_sparse.importance_map import importance_map
-from actkit.sparsity.r_sparse.r_sparse import Budget, RSparse, low_rank
+from actkit.sparsity.r_sparse.r_sparse import Budget, RSparse
 from actkit.sparsity.r_sparse.rank_search import GRID, evolve
 from actkit.sparsity.teal import Teal
 from actkit.sparsity.wina.rotate_columns import RotateColumns
@@ -101,11 +102,11 @@ def test_threshold_and_output_are_the_releases() -> None:
 
 def test_factors_are_the_best_of_their_rank() -> None:
     module = nn.Linear(20, 12)
-    left, right = low_rank(Linear("layer", "layer", module), 5)
+    left, right = low_rank(module.weight, 5)
     sigma = torch.linalg.svdvals(module.weight.double())
     error = (module.weight.double() - left.double() @ right.double()).norm()
     torch.testing.assert_close(error, sigma[5:].norm(), rtol=1e-5, atol=0)  # Eckart and Young
-    assert low_rank(Linear("layer", "layer", module.bfloat16()), 5)[0].dtype == torch.bfloat16
+    assert low_rank(module.bfloat16().weight, 5)[0].dtype == torch.bfloat16
 
 
 # -- the special cases -------------------------------------------------------------------------------------------------
@@ -142,7 +143,7 @@ def test_alpha_zero_is_the_low_rank_copy_alone_and_the_bias_counts_once() -> Non
 def test_no_channel_is_counted_twice_or_dropped() -> None:
     """With the whole weight as its own low-rank copy the layer is the dense one, whatever the threshold."""
     linear = nn.Linear(16, 24)
-    left, right = low_rank(Linear("layer", "layer", linear), 16)
+    left, right = low_rank(linear.weight, 16)
     layer = ActLinear.of(linear, select=Threshold(0.8), correction=LowRank(left, right, of="dropped"))
     x = torch.randn(40, 16)
     x[0, :3] = torch.tensor([0.8, -0.8, 0.0])  # on the threshold

@@ -39,6 +39,7 @@ from actkit.core.layers.latent_product import LatentProduct
 from actkit.core.layers.latent_weight import LatentWeight
 from actkit.core.layers.learned_inputs import LearnedInputs
 from actkit.core.layers.linear import ActLinear, LowRank
+from actkit.core.layers.low_rank_weight import LowRankWeight
 from actkit.core.layers.operand_rounding import OperandRounding
 from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.layers.selections import Selection, Threshold, TopK
@@ -183,6 +184,19 @@ def half_integers() -> nn.Module:
     return ActLinear.of(linear, weight=rounded(linear.weight, HalfIntegerGrid(2)))
 
 
+THIN: dict[str, Any] = {"shape": lambda shape: (*shape[:-1], OUT)}
+
+
+def factored(
+    heads: int, bits: int | None = None, shape: tuple[int, int] = (IN, OUT), select: bool = False
+) -> nn.Module:
+    """A layer whose weight is kept as two factors, those of each head by themselves."""
+    inputs, outputs = shape
+    weight = LowRankWeight(torch.randn(outputs, 4) / 4, torch.randn(heads * 4, inputs) / 4, heads)
+    weight = weight if bits is None else weight.rounded(IntegerGrid(bits, -1))
+    return ActLinear(weight, torch.randn(outputs), Threshold(0.3) if select else None)
+
+
 def in_training() -> nn.Module:
     """A layer whose weight and inputs have learned steps."""
     linear = nn.Linear(IN, OUT)
@@ -301,6 +315,9 @@ LAYERS: dict[str, dict[str, Made]] = {
             shifted_floats, settings={"shape": lambda shape: (*shape[:-1], OUT), "smooth": False}
         ),
         "half-integers": Made(half_integers, settings={"shape": lambda shape: (*shape[:-1], OUT)}),
+        "two factors": Made(lambda: factored(1), settings=THIN),
+        "two factors for each head": Made(lambda: factored(3, select=True), settings={**THIN, "smooth": False}),
+        "two factors of codes": Made(lambda: factored(3, 8), settings=THIN),
         "in training": Made(in_training, settings={"shape": lambda shape: (*shape[:-1], OUT), "smooth": False}),
         "int4, threshold, low rank": act_linear("int4 in groups", "threshold", "dropped", bias=False),
     },
@@ -581,6 +598,7 @@ PARTS |= {
     "KernelWeight",
     "LatentWeight",
     "LatentProduct",
+    "LowRankWeight",
 }
 # what stands in a block while it learns, see test_reconstruction.py and the tests of omniquant, zeroquant and aphq_vit
 PARTS |= {"Learned", "BlockWeights", "Equivalent", "LearnedSet", "LearnedPair", "LearnedClipping", "LearnedThrough"}

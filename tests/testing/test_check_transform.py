@@ -50,6 +50,7 @@ SETTINGS: dict[str, list[tuple[Transform, tuple[Transform, ...]]]] = {
 ELSEWHERE = {  # those that do not fit every kind of model, or say less of it, are checked beside their own tests
     "cats": "sparsity/test_cats.py",
     "cfsp": "compression/test_cfsp.py",
+    "svd": "compression/test_svd.py",
     "expert_bits": "sparsity/test_expert_bits.py",
     "fatrelu": "sparsity/test_fatrelu.py",
     "ppl_sparsity": "sparsity/test_sparsing_law.py",

@@ -30,7 +30,7 @@ from actkit.core.model.anatomy import Linear, Site, anatomy
 from actkit.core.recipe.seen import Trial
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import Quantiles, Sample
-from actkit.sparsity.r_sparse.r_sparse import Factors, RSparse, cached_factors
+from actkit.sparsity.r_sparse.r_sparse import Factors, RSparse, cached
 from actkit.sparsity.r_sparse.rank_search import Evolution
 from actkit.sparsity.wina.wina import column_norms
 
@@ -144,7 +144,7 @@ class _Errors:
         """For each seed: budget -> errors [layers, alphas]."""
         if not self._found:
             linears = [linear for block in anatomy(self.subject.model).blocks for linear in block.linears()]
-            factors = cached_factors(1 - max(BUDGETS))  # the largest ranks; smaller ones are their first columns
+            factors = cached(1 - max(BUDGETS))  # the largest ranks; smaller ones are their first columns
             self._found = [self._of_seed(linears, factors, seed) for seed in self.sizes.seeds]
         return self._found
 

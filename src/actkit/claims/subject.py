@@ -28,7 +28,7 @@ from actkit.core.recipe.transform import Transform
 from actkit.core.watch.capture import record
 from actkit.data import Batches, Split, load_data
 from actkit.sparsity.cats.cats import Cats
-from actkit.sparsity.r_sparse.r_sparse import RSparse, cached_factors
+from actkit.sparsity.r_sparse.r_sparse import RSparse, cached
 from actkit.sparsity.teal import Teal
 
 LENGTH = 256  # tokens per row, in calibration and measurement
@@ -63,7 +63,7 @@ class Subject:
         self._calibrations: dict[int, Batches] = {}
         self._perplexities: dict[tuple[str, int], float] = {}
         self._seen: dict[tuple[Any, ...], dict[Site, Any]] = {}
-        self.factors = cached_factors(0.0)  # R-Sparse's, of every rank that some sparsity needs
+        self.factors = cached(0.0)  # R-Sparse's, of every rank that some sparsity needs
 
     def calibration(self, seed: int) -> Batches:
         """The calibration text of a seed: other documents for another seed."""

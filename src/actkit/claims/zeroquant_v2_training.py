@@ -17,12 +17,12 @@ from actkit.claims.outcome import Experiment, Measurement, Statement
 from actkit.claims.subject import Subject
 from actkit.core.edit.edits import Replace, get_module
 from actkit.core.layers.linear import ActLinear, LowRank
+from actkit.core.layers.low_rank import decompose
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.transform import Transform
 from actkit.quantization.gptq import Gptq
 from actkit.quantization.round_inputs import RoundInputs
 from actkit.quantization.rtn import RoundToNearest
-from actkit.quantization.zeroquant_v2.lorc import low_rank
 from actkit.quantization.zeroquant_v2.ptq_study import sensitivity_class
 from actkit.quantization.zeroquant_v2.zeroquant import ZeroQuant
 
@@ -138,7 +138,7 @@ def with_rank(subject: Subject, chosen: list[Transform]) -> tuple[float, float]:
         edits = []
         for path, weight in before.items():
             layer: Any = get_module(subject.model, path)
-            left, right, _ = low_rank(weight - layer.dequantized(), RANK)
+            left, right = decompose(weight - layer.dequantized(), RANK, "gram").factors()
             factors = LowRank(left.to(weight.dtype).contiguous(), right.to(weight.dtype).contiguous())
             edits.append(Replace(path, ActLinear.of(layer, correction=factors)))
         return subject.edited_perplexity([]), subject.edited_perplexity(edits)

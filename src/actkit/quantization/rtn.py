@@ -23,6 +23,7 @@ from actkit.core.grids.grid import Grid
 from actkit.core.grids.integers import Convention, IntegerGrid
 from actkit.core.layers.conv import ActConv
 from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.low_rank_weight import LowRankWeight
 from actkit.core.layers.weights import rounded
 from actkit.core.model.anatomy import Anatomy, Block, Site
 from actkit.core.model.parts import Convolution, Linear
@@ -57,6 +58,11 @@ class RoundedWeights(Transform):
         _ = self.grid  # it refuses a group size of 0
         return self
 
+    def conflicts(self, earlier: Transform) -> str | None:
+        if earlier.tags.factors and earlier.slots == self.slots:  # both factors are rounded
+            return None
+        return super().conflicts(earlier)
+
     def observe(self, block: Block) -> Mapping[Site, Statistic]:
         refuse_groups(self.grid, block)
         return {}
@@ -66,7 +72,9 @@ class RoundedWeights(Transform):
 
     def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
         for linear in block.linears():
-            yield Replace(linear.path, ActLinear.of(linear, weight=rounded(linear.weight, self.grid)))
+            factors = _factors(linear)
+            weight = rounded(linear.weight, self.grid) if factors is None else factors.rounded(self.grid)
+            yield Replace(linear.path, ActLinear.of(linear, weight=weight))
         for convolution in block.convolutions():
             reason = self._misfit(convolution)
             if reason is None:
@@ -136,6 +144,14 @@ class RoundToNearest(RoundedWeights):
 def refuse_groups(grid: Grid, block: Block) -> None:
     """Raise ValueError that names the first layer that the groups do not fit."""
     for linear in block.linears():
-        reason = grid.fits(linear.out_features, linear.in_features)
+        factors = _factors(linear)
+        shape = (linear.out_features, linear.in_features)
+        reason = grid.fits(*shape) if factors is None else factors.misfit(grid)
         if reason:
             raise ValueError(f"{linear.path}: {reason}.")
+
+
+def _factors(linear: Linear) -> LowRankWeight | None:
+    """The factors that stand in place of a layer's weight, or None."""
+    storage = getattr(linear.module, "storage", None)
+    return storage if isinstance(storage, LowRankWeight) else None

@@ -43,6 +43,7 @@ from actkit.kernels.quantized import BLOCK, QuantizedWeight, outputs_of
 from actkit.kernels.quantized_operators import quantized_output_rows
 from actkit.kernels.quantized_rows import QuantizedRows
 from actkit.runtime.prompt import Outputs, Prompt
+from actkit.runtime.shards import NoMatrix
 
 if TYPE_CHECKING:
     from actkit.runtime.decoder import Decoder
@@ -384,6 +385,8 @@ class _Rows(Prompt):
                 y = quantized_output_rows(given, weight, every)
             bias = self.matrices.biases[p]
             return y if bias is None else y + bias[: y.shape[1]]
+        if isinstance(weight, NoMatrix):
+            return super()._product(p, x)
         assert isinstance(weight, PackedWeight | QuantizedWeight)
         zeros = np.zeros(len(self.plan.products), np.int64)
         self._multiply(np.array([[p, 1]]), _stacked([x]), zeros, zeros)

@@ -22,14 +22,15 @@ from actkit.core.ground.errors import EditError, UnsupportedModelError
 from actkit.core.layers.activations import Thresholded, name_of
 from actkit.core.layers.curve import CurveKind, curve_of
 from actkit.core.layers.linear import ActLinear, LowRank
-from actkit.core.layers.selections import Selection, Threshold
+from actkit.core.layers.low_rank_weight import LowRankWeight
+from actkit.core.layers.selections import Selection, Threshold, TopK
 from actkit.core.model.parts import Attention, Block, Linear, Mlp
 from actkit.core.model.wrapping import inside
 from actkit.kernels import decode_math as functions
 from actkit.kernels import decode_step as steps
 from actkit.kernels.quantized import BLOCK, PIECES
 from actkit.kernels.quantized_rows import piece_of
-from actkit.runtime.shards import Kind, Part, held, joined, kind_of, part_of
+from actkit.runtime.shards import Kind, Part, dense_part, held, joined, kind_of, kind_of_stored, part_of, part_of_stored
 
 ACTIVATIONS = {
     "silu": functions.SILU,
@@ -106,6 +107,12 @@ def check(model: nn.Module, block: Block, latent: bool = False) -> None:
                 f"{linear.path} is a {type(linear.module).__name__}, whose forward pass no decoder calls"
             )
         refuse_rounded_inputs(linear.path, linear.module)
+        select = None if factors_of(linear.module) is None else selection_of(linear.module)
+        if isinstance(select, TopK) or (select is not None and _correction(linear.module)):
+            raise UnsupportedModelError(
+                f"{linear.path} is kept as two factors and selects its inputs by number, or beside a correction, which "
+                f"no product here does"
+            )
 
 
 def _fused_rows(attention: Attention) -> Literal["parts", "by_head"] | None:
@@ -181,7 +188,7 @@ class Product:
         zeros: whether many inputs are exactly 0; these are left out even if nothing selects.
         apart: whether each output has its own row, to be skipped behind a sparse gate.
         down: of bundled units, the layer that their column is taken from.
-        factor: of the layer's low-rank correction, the one that this is.
+        factor: of the layer's low-rank correction, or of its weight, the one that this is.
         inputs_at: where its inputs begin in those of the stage.
         transposed: the layer's outputs are inputs here.
     """
@@ -224,36 +231,36 @@ class Product:
         """Inputs of the whole product."""
         if self.transposed:
             return len(self.parts[0][1])
-        correction = self.correction
-        return correction.left.shape[1] if correction and self.factor == "left" else self.parts[0][0].in_features
+        return self._thin.rank if self.factor == "left" else self.parts[0][0].in_features
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of this part."""
+        return self.parts[0][0].out_features if self.by_rows else sum(len(cut) for _, cut in self.parts)
 
     @property
     def correction(self) -> LowRank | None:
         """The low-rank correction of the layer, which then is one alone."""
         return _correction(self.parts[0][0].module)
 
+    @property
+    def _thin(self) -> Thin:
+        """The two factors of the layer, which then is one alone."""
+        linear, cut = self.parts[0]
+        return Thin(linear.module, None if self.by_rows else cut, cut if self.by_rows else None)
+
     def factors(self) -> tuple[Product, Product] | None:
-        """The two products of the correction, right and left, if there is one."""
-        correction = self.correction
-        if correction is None or self.factor:
+        """The two products of the correction, or of a weight that is kept as factors, right and left, if any."""
+        if self.factor or not is_thin(self.parts[0][0].module):
             return None
-        kind = Kind(held(correction.left.dtype))
-        both = replace(self, kind=kind, at=0, biased=False, zeros=False)
-        return replace(both, factor="right"), replace(both, factor="left")
+        both = replace(self, at=0, biased=False, zeros=False)
+        right, left = self._thin.kinds
+        return replace(both, factor="right", kind=right), replace(both, factor="left", kind=left)
 
     def part(self) -> Part:
         """The matrix."""
         if self.factor:
-            (_, cut), correction = self.parts[0], self.correction
-            assert correction is not None
-            left, right = correction.factors()
-            matrix = (right if self.factor == "right" else left).detach()
-            if self.factor == "right" and self.by_rows:
-                matrix = matrix[:, cut.start : cut.stop]
-            elif self.factor == "left" and not self.by_rows:
-                matrix = matrix[cut.start : cut.stop]
-            assert self.kind.dtype is not None
-            return Part(self.kind, matrix.to(self.kind.dtype))
+            return self._thin.part(self.factor)
         if self.by_rows:
             (linear, cut), *_ = self.parts
             return part_of(linear.module, inputs=cut)
@@ -274,6 +281,82 @@ class Product:
                 for bias, cut in zip(found, cuts)
             ]
         )
+
+
+@dataclass(frozen=True)
+class Thin:
+    """The two factors of a layer: of its weight, of its correction, or of both side by side.
+
+    Attributes:
+        module: the layer.
+        outputs: of it that the left one has; None for all.
+        inputs: of it that the right one has; None for all.
+    """
+
+    module: Any
+    outputs: range | None
+    inputs: range | None
+
+    @property
+    def stored(self) -> LowRankWeight | None:
+        """The weight, if its factors are multiplied as they are stored."""
+        weight = factors_of(self.module)
+        return None if weight is None or _correction(self.module) else weight
+
+    @property
+    def _rows(self) -> range | None:
+        """Of the right factor, those that belong to the heads of the outputs."""
+        weight = factors_of(self.module)
+        if weight is None or weight.heads == 1 or self.outputs is None:
+            return None
+        size = weight.shape[0] // weight.heads
+        return range(self.outputs.start // size * weight.rank, self.outputs.stop // size * weight.rank)
+
+    @property
+    def rank(self) -> int:
+        """What both products meet in."""
+        weight, correction = factors_of(self.module), _correction(self.module)
+        own = 0 if weight is None else len(self._rows or range(weight.heads * weight.rank))
+        return own + (0 if correction is None else correction.left.shape[1])
+
+    @property
+    def kinds(self) -> tuple[Kind, Kind]:
+        """How the right and the left factor are kept: a block for each head makes floats of codes."""
+        stored, floats = self.stored, Kind(held(self.module.storage.dtype))
+        if stored is None:
+            correction = _correction(self.module)
+            assert correction is not None
+            floats = Kind(held(correction.left.dtype))
+            return floats, floats
+        right = kind_of_stored(stored.right, self._rows, self.inputs)
+        return right, kind_of_stored(stored.left, self.outputs) if stored.heads == 1 else floats
+
+    def part(self, factor: Literal["right", "left"]) -> Part:
+        """One of the two matrices."""
+        stored, kind = self.stored, self.kinds[factor == "left"]
+        if stored is not None and factor == "right" and (self._rows is None or self.inputs is None):
+            return part_of_stored(stored.right, self._rows, self.inputs)
+        if stored is not None and factor == "left" and stored.heads == 1:
+            return part_of_stored(stored.left, self.outputs)
+        weight, correction = factors_of(self.module), _correction(self.module)
+        found = [] if weight is None else [weight.factors(self.outputs)]
+        if correction is not None:
+            left, right = correction.factors()
+            found.append((left if self.outputs is None else left[self.outputs.start : self.outputs.stop], right))
+        if factor == "left":
+            return dense_part(torch.cat([left for left, _ in found], 1).detach(), kind)
+        return dense_part(torch.cat([right for _, right in found]).detach(), kind, inputs=self.inputs)
+
+
+def factors_of(module: nn.Module) -> LowRankWeight | None:
+    """Return the weight of a layer that is kept as two factors; None for any other."""
+    storage = module.storage if isinstance(module, ActLinear) else None
+    return storage if isinstance(storage, LowRankWeight) else None
+
+
+def is_thin(module: nn.Module) -> bool:
+    """Whether a layer's outputs, or a part of them, come out of two thin products."""
+    return _correction(module) is not None or factors_of(module) is not None
 
 
 def refuse_rounded_inputs(path: str, module: nn.Module) -> None:
@@ -318,8 +401,8 @@ def columns(
     for (linear, cut), begin in zip(layers, begins):
         kind = kind_of(linear.module, outputs=cut)
         last = runs[-1][0] if runs else None
-        alike = last is not None and last[2].joins(kind) and not _correction(last[0].module)
-        alike = alike and not _correction(linear.module) and firsts[-1] == begin
+        alike = last is not None and last[2].joins(kind) and not is_thin(last[0].module)
+        alike = alike and not is_thin(linear.module) and firsts[-1] == begin
         if alike and same_selection(selection_of(last[0].module), selection_of(linear.module)):  # type: ignore[index]
             runs[-1].append((linear, cut, kind))
         else:
@@ -473,7 +556,7 @@ def gated(share: Share, block: Block, thread: int, threads: int, gate: Gate) -> 
 
 def _has_rows(module: nn.Module) -> bool:
     """Whether a layer can be stored row by row, to skip outputs."""
-    if selection_of(module) or _correction(module):
+    if selection_of(module) or is_thin(module):
         return False
     kind = kind_of(module)
     if kind.dtype is not None:
@@ -484,7 +567,7 @@ def _has_rows(module: nn.Module) -> bool:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a layer multiplies floats with all of its inputs and adds no correction."""
-    return kind_of(module).dtype is not None and not selection_of(module) and not _correction(module)
+    return kind_of(module).dtype is not None and not selection_of(module) and not is_thin(module)
 
 
 def _bundles(up: Linear, down: Linear) -> bool:

@@ -218,6 +218,7 @@ class Decoder:
         for thread, share in enumerate(layers[-1]):
             parts.head(share, model.lm_head, thread, self.threads)  # type: ignore[arg-type]
         products = [product for layer in layers for share in layer for own in share.stages.values() for product in own]
+        products += [factor for product in products for factor in product.factors() or ()]
         self.activations = tables.choose_activations(activations, products)
         self.vocabulary: int = model.lm_head.out_features  # type: ignore[union-attr, assignment]
         self._table: Any = model.get_input_embeddings()  # type: ignore[operator]

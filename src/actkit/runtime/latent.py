@@ -25,7 +25,7 @@ from actkit.core.model.wrapping import inside
 from actkit.kernels import decode_step as steps
 from actkit.kernels.decode_latent import LatentPlan, no_latents
 from actkit.kernels.quantized import BLOCK, PIECES
-from actkit.runtime.blocks import Product, Share, columns, rows, share_of
+from actkit.runtime.blocks import Product, Share, columns, factors_of, rows, share_of
 from actkit.runtime.shards import kind_of
 
 TRANSFORMERS = ("DeepseekV3Attention",)  # whose attributes ours has too
@@ -119,6 +119,8 @@ def latent_of(model: nn.Module, block: Block) -> Latent | None:
 def refuse(latent: Latent) -> None:
     """Raise UnsupportedModelError if what is absorbed is more than a matrix."""
     layer = latent.linear("kv_b_proj")
+    if factors_of(layer.module) is not None:
+        raise UnsupportedModelError(f"{layer.path} is kept as two factors, which queries do not absorb here")
     if isinstance(layer.module, ActLinear) and (layer.module.select is not None or layer.module.correction is not None):
         raise UnsupportedModelError(
             f"{layer.path} selects its inputs or corrects its outputs, so that queries cannot absorb it"

@@ -46,12 +46,12 @@ from actkit.kernels.quantized import BLOCK, LANES, Layout, QuantizedWeight
 from actkit.kernels.quantized_rows import QuantizedRows, RowLayout
 from actkit.runtime import tables
 from actkit.runtime.prompt import few_tokens
-from actkit.runtime.shards import Kind
+from actkit.runtime.shards import Kind, NoMatrix
 
 SCHEMA = 1
 WEIGHTS = "packed.bin"
 FORMS: dict[str, Any] = {
-    each.__name__: each for each in (PackedWeight, PackedRows, QuantizedRows, BundledUnits, QuantizedWeight)
+    each.__name__: each for each in (PackedWeight, PackedRows, QuantizedRows, BundledUnits, QuantizedWeight, NoMatrix)
 }
 LAYOUTS: dict[str, Any] = {"QuantizedWeight": Layout, "QuantizedRows": RowLayout}
 # Fields of a product that are addresses of this process.

@@ -32,6 +32,7 @@ from actkit.kernels.prompt_attention import attend, available
 from actkit.kernels.quantized import QuantizedWeight, outputs_of
 from actkit.kernels.quantized_rows import QuantizedRows
 from actkit.runtime.latent import read_latents
+from actkit.runtime.shards import NoMatrix
 from actkit.runtime.tables import Matrices
 
 WIDENED = 512  # of an integer weight that are widened at a time: a few megabytes
@@ -61,6 +62,7 @@ def few_tokens(plan: steps.StepPlan, matrices: Matrices, dtype: torch.dtype, in_
     """
     threads, layers = len(plan.layers), len(plan.norms)
     elements = plan.products[:, [forms.TILES, forms.INPUTS, forms.TILE]].prod(1)
+    elements = elements * [not isinstance(weight, NoMatrix) for weight in matrices.weights]
     widened = np.array([isinstance(weight, QuantizedWeight | QuantizedRows) for weight in matrices.weights])
     integers = np.array([in_integers and takes(weight) for weight in matrices.weights])
     places = plan.layers[:, layers, 2 * steps.HEAD : 2 * steps.HEAD + 2]
@@ -417,8 +419,9 @@ class Prompt:
             own, given = self._given(p, thread, stage, inputs)
             gap = int(row[forms.OUT_AT]) - at if stage != steps.UP else 0
             found = self._product(p, own)
-            if row[forms.LOW_RANK] and (row[forms.OF_ALL] or own is not given):
-                rest = given if row[forms.OF_ALL] else given - own
+            factored = isinstance(self.matrices.weights[p], NoMatrix)
+            if row[forms.LOW_RANK] and (factored or row[forms.OF_ALL] or own is not given):
+                rest = own if factored else given if row[forms.OF_ALL] else given - own
                 right, left = int(row[forms.LOW_RANK]), int(row[forms.LOW_RANK]) + 1
                 found = found + self._product(left, self._product(right, rest))
             pieces += [found.new_zeros(len(own), gap), found] if gap else [found]
@@ -441,7 +444,9 @@ class Prompt:
     def _product(self, p: int, x: Tensor) -> Tensor:
         """One packed matrix times x [tokens, in], the bias added: [tokens, out]."""
         weight, bias = self.matrices.weights[p], self.matrices.biases[p]
-        if isinstance(weight, PackedWeight):
+        if isinstance(weight, NoMatrix):
+            y = x.new_zeros(len(x), weight.out_features, dtype=self.dtype)
+        elif isinstance(weight, PackedWeight):
             y = in_order(_in_tiles(weight, x))[:, : weight.out_features].to(self.dtype)
         elif isinstance(weight, PackedRows):
             y = (x.to(weight.buffer.dtype) @ weight.dense().t()).to(self.dtype)

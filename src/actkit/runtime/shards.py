@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from actkit.core.ground.errors import UnsupportedModelError
 from actkit.core.layers.linear import ActLinear
-from actkit.core.layers.weights import IntegerWeight
-from actkit.kernels.packing import PackedWeight, pack
+from actkit.core.layers.low_rank_weight import LowRankWeight
+from actkit.core.layers.weights import IntegerWeight, WeightStorage
+from actkit.kernels.packing import COLUMNS, PackedWeight, pack
 from actkit.kernels.quantized import PIECES, QuantizedWeight, pack_quantized
 
 
@@ -32,6 +33,7 @@ class Kind:
         axis: along which weights share a scale.
         group: outputs or inputs that share a scale.
         zeros: whether there are zero points.
+        factored: there is no matrix, but two factors, whose products are added as those of a correction are.
     """
 
     dtype: torch.dtype | None = None
@@ -39,6 +41,7 @@ class Kind:
     axis: str = ""
     group: int = 0
     zeros: bool = False
+    factored: bool = False
 
     def joins(self, other: Kind) -> bool:
         """Whether two parts with the same inputs can become one matrix."""
@@ -57,6 +60,34 @@ class Kind:
     def joined(self, other: Kind) -> Kind:
         """That of the matrix: groups of outputs are pieces, which divide each other."""
         return replace(self, group=min(self.group, other.group))
+
+
+@dataclass(frozen=True)
+class NoMatrix:
+    """Stands where the matrix of a layer would that is kept as two factors: its product is 0.
+
+    Attributes:
+        out_features: of the layer, or of this part.
+        in_features: the same.
+    """
+
+    out_features: int
+    in_features: int
+
+    @property
+    def buffer(self) -> Tensor:
+        """Nothing."""
+        return torch.empty(0)
+
+    @property
+    def nbytes(self) -> int:
+        """None."""
+        return 0
+
+    @property
+    def tile(self) -> int:
+        """How many outputs are set to 0: whole cache lines."""
+        return -(-self.out_features // COLUMNS) * COLUMNS
 
 
 @dataclass(frozen=True)
@@ -113,16 +144,25 @@ def kind_of(module: nn.Module, outputs: range | None = None, inputs: range | Non
         UnsupportedModelError: the module is another.
     """
     if isinstance(module, ActLinear):
-        if isinstance(module.storage, IntegerWeight):
-            return _integer_kind(module.storage, outputs, inputs)
-        dtype = module.storage.dtype
-    elif type(module) is nn.Linear:  # a subclass may compute something else
-        dtype = module.weight.dtype
-    else:
-        raise UnsupportedModelError(
-            f"model: a {type(module).__name__} stands where the decoder reads a linear layer; undo what replaced it."
-        )
-    return Kind(held(dtype))
+        return kind_of_stored(module.storage, outputs, inputs)
+    if type(module) is nn.Linear:  # a subclass may compute something else
+        return Kind(held(module.weight.dtype))
+    raise UnsupportedModelError(
+        f"model: a {type(module).__name__} stands where the decoder reads a linear layer; undo what replaced it."
+    )
+
+
+def kind_of_stored(weight: WeightStorage, outputs: range | None = None, inputs: range | None = None) -> Kind:
+    """Return how the decoder keeps some outputs or some inputs of a stored weight.
+
+    Args:
+        weight: any.
+        outputs: None for all.
+        inputs: None for all.
+    """
+    if isinstance(weight, IntegerWeight):
+        return _integer_kind(weight, outputs, inputs)
+    return Kind(held(weight.dtype), factored=isinstance(weight, LowRankWeight))
 
 
 def held(dtype: torch.dtype) -> torch.dtype:
@@ -146,14 +186,28 @@ def _integer_kind(stored: IntegerWeight, outputs: range | None, inputs: range | 
 
 def part_of(module: nn.Module, outputs: range | None = None, inputs: range | None = None) -> Part:
     """Some outputs or some inputs of a linear layer, stored as `kind_of` says, which see for what is raised."""
+    if isinstance(module, ActLinear):
+        return part_of_stored(module.storage, outputs, inputs)
     kind = kind_of(module, outputs, inputs)
+    return dense_part(module.weight.detach(), kind, outputs, inputs)  # type: ignore[union-attr, operator, arg-type]
+
+
+def dense_part(weight: Tensor, kind: Kind, outputs: range | None = None, inputs: range | None = None) -> Part:
+    """Some outputs or some inputs of a matrix [out, in], as floats of a kind."""
+    weight = weight if outputs is None else weight[outputs.start : outputs.stop]
+    weight = weight if inputs is None else weight[:, inputs.start : inputs.stop]
+    assert kind.dtype is not None
+    return Part(kind, weight.to(kind.dtype))
+
+
+def part_of_stored(stored: WeightStorage, outputs: range | None = None, inputs: range | None = None) -> Part:
+    """Some outputs or some inputs of a stored weight, as `kind_of_stored` says."""
+    kind = kind_of_stored(stored, outputs, inputs)
+    if kind.factored:
+        raise UnsupportedModelError("model: a weight that is kept as two factors is read here as one matrix.")
     if kind.dtype is not None:
-        weight = module.dequantized() if isinstance(module, ActLinear) else module.weight
-        weight = weight.detach()  # type: ignore[union-attr, operator]
-        weight = weight if outputs is None else weight[outputs.start : outputs.stop]
-        weight = weight if inputs is None else weight[:, inputs.start : inputs.stop]
-        return Part(kind, weight.to(kind.dtype))
-    stored: IntegerWeight = module.storage  # type: ignore[assignment]
+        return dense_part(stored.dequantize().detach(), kind, outputs, inputs)
+    assert isinstance(stored, IntegerWeight)
     grid, (n_out, n_in) = stored.grid, stored.shape
     outputs, inputs = outputs or range(n_out), inputs or range(n_in)
     by_input = grid.group_axis == "input"

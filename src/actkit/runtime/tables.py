@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numba import carray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,9 +34,9 @@ from actkit.kernels.team import line_padded
 from actkit.runtime.blocks import Product, Share, gate_of, same_selection
 from actkit.runtime.families import Form, epsilon_of, head_norms_of, is_centered
 from actkit.runtime.latent import Latent, plan_of
-from actkit.runtime.shards import packed, part_of
+from actkit.runtime.shards import NoMatrix, packed, part_of
 
-Packed = PackedWeight | PackedRows | QuantizedRows | BundledUnits | QuantizedWeight
+Packed = PackedWeight | PackedRows | QuantizedRows | BundledUnits | QuantizedWeight | NoMatrix
 ACTIVATIONS = ("float32", "int16")  # what integer weights are multiplied with
 CUT_FROM = 128  # tokens from which heads are cut for threads that do not divide them: below, two meetings cost more
 CACHES = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8}  # how keys and values are kept
@@ -167,16 +168,19 @@ def build(
     for number, both in corrections:  # behind all stages, whose products stand in a row
         assert found[number] is not None
         rows[number][forms.LOW_RANK] = len(rows)
-        rows[number][forms.OF_ALL] = found[number].correction.of == "all"  # type: ignore[union-attr]
+        correction = found[number].correction  # type: ignore[union-attr]
+        rows[number][forms.OF_ALL] = correction is None or correction.of == "all"
         for factor, weight in both:
             found.append(factor)
             weights.append(weight)
-            rows.append(row_of(weight, factor, False)[0])
+            rows.append(row_of(weight, factor, fixed and takes_dots(factor))[0])
             biases.append(None)
     return Matrices(tuple(found), tuple(weights), tuple(biases), []), np.array(rows, np.int64), places
 
 
 def _packed(product: Product) -> Packed:
+    if product.kind.factored and not product.factor:
+        return NoMatrix(product.outputs, len(product.inputs))
     part = product.part()
     if not product.apart:
         return packed(part)
@@ -205,7 +209,10 @@ def row_of(weight: Packed, product: Any, dots: bool) -> tuple[list[int], Tensor 
     """
     row = [0] * forms.FIELDS
     stored: Any
-    if isinstance(weight, QuantizedRows):
+    if isinstance(weight, NoMatrix):
+        tiles, inputs, tile = 1, weight.in_features, weight.tile
+        row[forms.FUNCTION] = forms.address(nothing)
+    elif isinstance(weight, QuantizedRows):
         rows = weight.layout
         tiles, inputs, tile = 1, weight.out_features, rows.blocks * BLOCK
         stored = np.uint8 if rows.stored_bits == 4 else np.int8
@@ -246,6 +253,16 @@ def row_of(weight: Packed, product: Any, dots: bool) -> tuple[list[int], Tensor 
     return row, bias
 
 
+def nothing() -> Any:
+    """Make the product with no matrix: all outputs are 0."""
+
+    def product(row, x, indices, values, count, out, memory):  # type: ignore[no-untyped-def]
+        row = carray(row, (forms.FIELDS,))
+        carray(out, (row[forms.TILES] * row[forms.TILE],))[:] = 0
+
+    return product
+
+
 def _integers(layout: Layout, dots: bool) -> int:
     """The address of the function that multiplies with integer weights."""
     stored = np.uint8 if layout.stored_bits == 4 else np.int8
@@ -272,9 +289,15 @@ def write_selections(matrices: Matrices, table: np.ndarray, places: np.ndarray) 
     """
     thresholds = np.zeros(len(table), np.float32)
     selections: list[Selection | None] = [None if product is None else product.select for product in matrices.products]
+    factored = [isinstance(weight, NoMatrix) for weight in matrices.weights]
     matrices.scores.clear()
     for number, (row, select) in enumerate(zip(table, selections)):
         row[forms.SELECT], row[forms.K], row[forms.SCORE] = steps.DENSE, 0, 0
+        if factored[number]:
+            row[forms.OF_ALL] = select is None
+            if select is not None:
+                thresholds[number] = _write_rest(row, select, matrices.scores)
+            continue
         if select is None:
             continue
         row[forms.SELECT] = steps.THRESHOLD if isinstance(select, Threshold) else steps.TOP_K
@@ -289,7 +312,8 @@ def write_selections(matrices: Matrices, table: np.ndarray, places: np.ndarray) 
             ranges = [range(first, first + number) for first, number in places[:, layer, 2 * stage : 2 * stage + 2]]
             for own in ranges:
                 for before, p in pairwise(own):
-                    kept = table[before, forms.LOW_RANK] == 0  # a correction takes the memory of the selection
+                    # a correction takes the memory of the selection, and factors turn theirs round
+                    kept = table[before, forms.LOW_RANK] == 0 and not factored[p]
                     kept &= (table[before, SLICE] == table[p, SLICE]).all()
                     table[p, forms.SHARES_SELECTION] = kept and same_selection(selections[before], selections[p])
             kinds = [table[own.start, forms.SELECT] for own in ranges if own]
@@ -297,6 +321,18 @@ def write_selections(matrices: Matrices, table: np.ndarray, places: np.ndarray) 
                 if not own and kinds:
                     table[own.start, forms.SELECT] = steps.TOP_K if kinds[0] == steps.TOP_K else steps.DENSE
     return thresholds, selections
+
+
+def _write_rest(row: np.ndarray, select: Any, scores: list[Tensor]) -> float:
+    """Write what a layer of two factors does not read, and return the threshold; the factors get the others.
+
+    The step adds low-rank products of inputs that were not selected. So what is selected here is |x| * -score > -t,
+    with the next number above the layer's own threshold as t: what it drops.
+    """
+    score = torch.ones(int(row[forms.ALL_INPUTS])) if select.score is None else select.score.detach().float()
+    scores.append((-score).contiguous())
+    row[forms.SELECT], row[forms.SCORE] = steps.THRESHOLD, scores[-1].data_ptr()
+    return -float(np.nextafter(np.float32(float(select.threshold)), np.float32(np.inf)))
 
 
 def gates(model: nn.Module, blocks: Sequence[Block]) -> np.ndarray:

@@ -372,7 +372,7 @@ class ActLinear(nn.Module):
         """Weight bytes read for one token when a share `density` of the inputs is active."""
         score = 0 if self.select is None or self.select.score is None else self.select.score.nbytes
         others = self.weight_bytes - self.storage.nbytes
-        return self.storage.nbytes * density + others + score
+        return self.storage.bytes_read(density) + others + score
 
     # -- checkpoints
 

@@ -118,6 +118,14 @@ class WeightStorage(KeepsDtype):
         """Return the kernel's product of x [rows, in] with what `packed` gave."""
         raise NotImplementedError
 
+    def bytes_read(self, density: float) -> float:
+        """Return the bytes that are read for one token.
+
+        Args:
+            density: share of the inputs that are active.
+        """
+        return self.nbytes * density
+
 
 class DenseWeight(WeightStorage):
     """A weight kept as it is.
@@ -504,6 +512,16 @@ def rounded(weight: Tensor, grid: Grid) -> CodedWeight:
         ValueError: the groups do not fit.
     """
     return registry.weight_class(grid.kind).quantize(weight, grid)
+
+
+def stored_numbers(weight: WeightStorage) -> int:
+    """Return how many numbers a stored weight consists of: outputs times inputs, or those of its parts.
+
+    Args:
+        weight: any.
+    """
+    parts = [module for module in weight.children() if isinstance(module, WeightStorage)]
+    return sum(map(stored_numbers, parts)) if parts else weight.shape[0] * weight.shape[1]
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING, Literal
 
 from torch import nn
@@ -14,6 +13,7 @@ from actkit.core.ground.modules import is_within
 from actkit.core.layers.conv import ActConv
 from actkit.core.layers.known_layers import why_unread
 from actkit.core.layers.linear import ActLinear
+from actkit.core.layers.weights import stored_numbers
 from actkit.core.model.parts import CONVOLUTIONS, Block, is_linear
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, int]]:
         yield name, parameter.numel()
     for path, module in model.named_modules():
         if isinstance(module, ActLinear | ActConv) and not list(module.storage.parameters()):
-            yield f"{path}.weight", prod(module.storage.shape)
+            yield f"{path}.weight", stored_numbers(module.storage)
 
 
 def _known(blocks: list[Block]) -> Iterator[tuple[str, tuple[Where, str | None]]]:

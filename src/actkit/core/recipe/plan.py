@@ -162,7 +162,13 @@ def _parameters_of(target: Target, block: Block, inside: Iterable[str]) -> set[s
         named = {name for name in inside if is_within(name, target)}
         if not weights and not named:
             get_module(block.root, target)  # raises if the model has no such module
-    return named | {name for name in inside if name.replace(".storage.tensor", ".weight") in weights}
+    return named | {name for name in inside if _weight_of(name) in weights}
+
+
+def _weight_of(parameter: str) -> str:
+    """What the weight is called that a parameter stores, or is a part of; the parameter itself if it is none."""
+    layer, stored, _ = parameter.rpartition(".storage.")
+    return f"{layer}.weight" if stored else parameter
 
 
 _OUTSIDE = {"linear": "linear layer that the recipe does not aim at", "experts": "experts that could not be opened"}

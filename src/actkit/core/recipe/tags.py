@@ -19,6 +19,7 @@ class Tags:
             works on a model that cannot be read, and no coverage is asked of it.
         least_coverage: share of the parameters inside blocks that it touches at least, if the model was read as it is.
         by_layer: it looks at a block by its linear layers alone, so that `only` may limit it to some of them.
+        factors: it puts factors into the weight slot, which are weights that a quantizer behind it may round.
         needs_data: calibration batches are required (at some settings only: see `Transform.needs_data`).
         stream: the hidden states it calibrates on, of the original or of the edited model, or both; 'none' if `plan`
             alone looks at the data, so that no walk goes through the blocks for its sake.
@@ -43,6 +44,7 @@ class Tags:
     parts: bool = True
     least_coverage: float = 0.5
     by_layer: bool = False
+    factors: bool = False
     # what it calibrates on
     needs_data: bool = False
     stream: Literal["original", "edited", "both", "none"] = "edited"

@@ -14,19 +14,17 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from actkit.core.forward.batch import check_batch, sequence_of
-from actkit.core.forward.hooks import evaluating
-from actkit.core.ground.errors import DataError, NonFiniteError
+from actkit.core.forward.batch import sequence_of
+from actkit.core.ground.errors import DataError
 from actkit.core.ground.figure_text import all_plain
-from actkit.core.ground.progress import track
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.weights import DenseWeight
 from actkit.core.model.anatomy import anatomy
-from actkit.core.train.objective import Loss, Objective
+from actkit.core.train.objective import Loss
+from actkit.core.train.squared_gradients import squared_gradients
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -146,28 +144,9 @@ def weight_sensitivity(
     if not parameters:
         paths = ", ".join(linear.path for linear in found[:8])
         raise ValueError(f"layers: {layers!r} matches no linear layer with dense weights; this model has {paths}, ...")
-    sums = {path: torch.zeros(weight.shape, device=weight.device) for path, weight in parameters.items()}
-    objective = Objective(model, loss)
-    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    try:
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        with evaluating(model), torch.enable_grad():
-            for batch in track(given, "Squaring gradients", enabled=progress):
-                check_batch(model, batch)
-                gradients = torch.autograd.grad(objective(model, batch), list(parameters.values()))
-                for total, gradient in zip(sums.values(), gradients, strict=True):
-                    total += gradient.float().square()
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trainable[name])
+    means = squared_gradients(model, parameters, given, loss=loss, progress=progress)
     turned = {linear.path for linear in found if isinstance(linear.module, Conv1D)}
-    maps = {path: (total.t() if path in turned else total) / len(given) for path, total in sums.items()}
-    for path, each in maps.items():
-        if not torch.isfinite(each).all():
-            raise NonFiniteError(f"{path}: the gradient of its weight is NaN or Inf; check the data and the dtype.")
+    maps = {path: mean.t() if path in turned else mean for path, mean in means.items()}
     return Sensitivity(tuple(LayerSensitivity.of(path, each) for path, each in maps.items()), len(given))
 
 

@@ -29,6 +29,8 @@ from actkit.core.edit.edits import Edit, Note, Replace, Skip
 from actkit.core.grids.integers import IntegerGrid
 from actkit.core.ground.errors import RecipeError
 from actkit.core.layers.linear import ActLinear, LowRank
+from actkit.core.layers.low_rank import captured, check_rank, decompose, stored
+from actkit.core.layers.low_rank_weight import LowRankWeight
 from actkit.core.layers.weights import DenseWeight, IntegerWeight
 from actkit.core.model.anatomy import Block, Linear
 from actkit.core.recipe.proposals import Idea, LeftOut, Looked, Shapes
@@ -68,15 +70,12 @@ class Lorc(Transform):
         kept: dict[str, dict[str, float]] = {}
         for linear in block.linears():
             error = rounding_error(block, linear)
-            if self.rank > min(error.shape):
-                raise ValueError(
-                    f"rank: {self.rank} was given, and {linear.path} has {error.shape[1]} inputs and {error.shape[0]} "
-                    f"outputs; give at most {min(error.shape)}."
-                )
-            left, right, captured = low_rank(error, self.rank)
-            correction = self._stored(left, right, linear.weight.dtype)
+            check_rank(self.rank, error.shape, linear.path)
+            spectrum = decompose(error, self.rank, "gram")
+            correction = self._stored(*spectrum.factors(), linear.weight.dtype)
             norm = float(error.norm())
-            kept[linear.path] = {"error": norm, "captured": captured, "bytes": correction.nbytes}
+            share = captured(error, spectrum.values)
+            kept[linear.path] = {"error": norm, "captured": share, "bytes": correction.nbytes}
             yield Replace(linear.path, ActLinear.of(linear, correction=correction))
         if kept:
             norms = sum(each["error"] ** 2 for each in kept.values())
@@ -85,7 +84,7 @@ class Lorc(Transform):
             yield Note(block.path, text, kept)
 
     def _stored(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> LowRank:
-        left, right = left.to(dtype).contiguous(), right.to(dtype).contiguous()
+        left, right = stored(left, dtype), stored(right, dtype)
         if self.bits is None:
             return LowRank(left, right)
         columns, rows = (IntegerGrid(self.bits, -1, axis, symmetric=True) for axis in ("output", "input"))
@@ -104,6 +103,10 @@ def rounding_error(block: Block, linear: Linear) -> Tensor:
     """
     if not isinstance(linear.module, ActLinear) or isinstance(linear.module.storage, DenseWeight):
         raise RecipeError(f"lorc: {linear.path} is not quantized; put a quantizer in front of it, such as rtn or gptq.")
+    if isinstance(linear.module.storage, LowRankWeight):
+        raise RecipeError(
+            f"lorc: the weight of {linear.path} is kept as two factors already; give svd a higher rank instead."
+        )
     before = Linear(linear.path, linear.role, block.original(linear.path), linear.expert)
     if before.module is linear.module or _is_rounded(before):
         raise RecipeError(
@@ -115,28 +118,3 @@ def rounding_error(block: Block, linear: Linear) -> Tensor:
 
 def _is_rounded(linear: Linear) -> bool:
     return isinstance(linear.module, ActLinear) and not isinstance(linear.module.storage, DenseWeight)
-
-
-def low_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Find the closest matrix of a rank.
-
-    Args:
-        error: [out, in].
-        rank: at most the smaller of the two.
-
-    Returns:
-        Its factors [out, rank] and [rank, in], each with the root of the singular values, and the share of the squared
-        entries that it captures (1 if all are 0).
-    """
-    matrix = error.double()
-    wide = matrix.shape[0] <= matrix.shape[1]
-    rows = matrix if wide else matrix.t()
-    _, vectors = torch.linalg.eigh(rows @ rows.t())  # ascending
-    first = vectors[:, -rank:].flip(1)  # [smaller, rank]
-    second = first.t() @ rows  # [rank, larger]: singular values times the other vectors
-    values = second.norm(dim=1)
-    root = values.sqrt()
-    second = torch.where(values > 0, second.t() / root, 0).t()
-    left, right = (first * root, second) if wide else (second.t(), (first * root).t())
-    total = float(matrix.square().sum())
-    return left, right, float(values.square().sum()) / total if total else 1.0

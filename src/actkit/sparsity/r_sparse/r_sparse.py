@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -37,6 +36,7 @@ from actkit.core.edit.edits import Edit, Note, Replace, Skip
 from actkit.core.forward.batch import BatchContext
 from actkit.core.ground.errors import RecipeError
 from actkit.core.layers.linear import ActLinear, LowRank
+from actkit.core.layers.low_rank import cached_factors, low_rank
 from actkit.core.layers.selections import Prefill, Selection, Threshold, TopK, check_prefill
 from actkit.core.measure.quality import measure_quality, task_of
 from actkit.core.model.anatomy import Block, Linear, Site
@@ -156,7 +156,7 @@ class RSparse(Transform):
             linear: the layer as it is.
             alpha: share of the budget that goes to inputs.
             quantiles: of its input times the score.
-            factors: used in place of `low_rank`.
+            factors: used in place of `core.layers.low_rank`.
 
         Returns:
             The layer that takes its place.
@@ -168,7 +168,7 @@ class RSparse(Transform):
         select.prefill = self.prefill
         correction = None
         if budget.rank:
-            correction = LowRank(*(factors or low_rank)(linear, budget.rank), of="dropped")
+            correction = LowRank(*(factors or _factors)(linear, budget.rank), of="dropped")
         return ActLinear.of(linear, select=select, correction=correction)
 
     def _score(self, linear: Linear) -> Tensor | None:
@@ -195,7 +195,7 @@ class RSparse(Transform):
         Args:
             trial: the model, to be tried with edits.
             data: batches, for thresholds and loss.
-            factors: `cached_factors`, to share between searches at several sparsities.
+            factors: `cached`, to share between searches at several sparsities.
             progress: show a bar.
 
         Returns:
@@ -206,7 +206,7 @@ class RSparse(Transform):
         wanted = {_site(x): Quantiles(weight=self._score(x)) for x in linears}
         seen = record(trial.model, wanted, data, anatomy=view, progress=progress)
         linears = [x for x in linears if seen[_site(x)].count]
-        factors, loss = factors or cached_factors(self.sparsity), _loss(trial, data)
+        factors, loss = factors or cached(self.sparsity), _loss(trial, data)
 
         def loss_of(alphas: dict[str, float]) -> float:
             layers = (self.layer(x, alphas[x.path], seen[_site(x)], factors) for x in linears)
@@ -241,26 +241,13 @@ class Budget:
         return cls(dropped, channels if alpha > 0 else 0, rank if alpha < 1 else 0)
 
 
-def low_rank(linear: Linear, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the best approximation of a weight of that rank: left [out, rank] and right [rank, in], in its dtype."""
-    u, s, vh = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
-    root = s[:rank].sqrt()
-    left, right = u[:, :rank] * root, root[:, None] * vh[:rank]
-    dtype = linear.weight.dtype
-    return left.to(dtype).contiguous(), right.to(dtype).contiguous()  # as they load: other strides round differently
-
-
-def cached_factors(sparsity: float) -> Factors:
+def cached(sparsity: float) -> Factors:
     """Return `low_rank` with each weight decomposed once, at the largest rank that the budget allows."""
-    known: dict[str, tuple[Tensor, Tensor]] = {}
+    return cached_factors(lambda outputs, inputs: Budget.of(outputs, inputs, sparsity, 0).rank)
 
-    def factors(linear: Linear, rank: int) -> tuple[Tensor, Tensor]:
-        if linear.path not in known:
-            known[linear.path] = low_rank(linear, Budget.of(linear.out_features, linear.in_features, sparsity, 0).rank)
-        left, right = known[linear.path]
-        return left[:, :rank], right[:rank]
 
-    return factors
+def _factors(linear: Linear, rank: int) -> tuple[Tensor, Tensor]:
+    return low_rank(linear.weight, rank)
 
 
 def _site(linear: Linear) -> Site:
