@@ -93,7 +93,7 @@ class LowRankWeight(WeightStorage):
         left = self.left.dequantize().unflatten(0, (self.heads, -1))  # [heads, size, rank]
         rows = inner.reshape(-1, self.heads, self.rank).transpose(0, 1)  # [heads, rows, rank]
         y = torch.bmm(rows, left.mT).transpose(0, 1).reshape(*x.shape[:-1], self.shape[0])
-        return y if bias is None else y + bias
+        return y if bias is None else y.add_(bias)
 
     def factors(self, outputs: range | None = None) -> tuple[Tensor, Tensor]:
         """Return two matrices whose product is the weight, or some of its rows; those of several heads hold zeros.
