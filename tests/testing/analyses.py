@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import actkit
+from actkit.compression.ap.dead_neurons import dead_neuron_rate
 from actkit.finetuning.eva import Eva
 from actkit.finetuning.explained_variance import explained_variance
 from actkit.functions.crrelu.eafo import eafo
@@ -92,6 +93,10 @@ def explained(model: Any, batches: Any) -> Any:
 
 
 ANALYSES: dict[str, Made] = {
+    "dead_neuron_rate": Made(quiet(dead_neuron_rate), "DeadNeurons", relu=True),
+    "dead_neuron_rate of images": Made(
+        quiet(dead_neuron_rate, granularity="channel", eps=0.1), "DeadNeurons", "vit"
+    ),
     "explained_variance": Made(explained, "ExplainedVariance"),
     "profile": Made(quiet(profile), "Profile"),
     "profile of experts": Made(quiet(profile), "Profile", "mixtral"),
