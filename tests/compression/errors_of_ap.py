@@ -30,9 +30,6 @@ proof(lambda p: ActivatingPruner(build("mlp"), base=lambda weights, alive, numbe
 proof(lambda p: ActivatingPruner(build("mlp"), base=lambda weights, alive, number: alive).prune())
 
 
-proof(lambda p: Ap(activating=0.5))
-
-
 proof(lambda p: Ap().attach(build("mlp")).load_state_dict({"cycle": 0}))
 
 

@@ -2,9 +2,11 @@
 
     w <- m * w  when training begins and after each step,   gradient of w <- m * gradient
 
-Masks are explicit: an entry that is 0 by chance is not pruned by that. They are saved as bits, and pass to and from
-`torch.nn.utils.prune`. What a training under `keep_masks` gives is, to the bit, that of torch's own pruning; the model
-keeps its modules and the names of its parameters.
+When to use it: to train a model that was pruned, here or by any other tool, so that it stays pruned.
+Cost: one bool per entry, a product for each gradient, and a pass over the weights after each step.
+Settled here: masks are explicit, so that an entry that is 0 by chance is pruned only where no masks are given. They are
+saved as bits, and pass to and from `torch.nn.utils.prune`; what a training gives is, to the bit, that of torch's own
+pruning, and the model keeps its modules and the names of its parameters.
 """
 
 from __future__ import annotations
