@@ -94,9 +94,7 @@ def explained(model: Any, batches: Any) -> Any:
 
 ANALYSES: dict[str, Made] = {
     "dead_neuron_rate": Made(quiet(dead_neuron_rate), "DeadNeurons", relu=True),
-    "dead_neuron_rate of images": Made(
-        quiet(dead_neuron_rate, granularity="channel", eps=0.1), "DeadNeurons", "vit"
-    ),
+    "dead_neuron_rate of images": Made(quiet(dead_neuron_rate, granularity="channel", eps=0.1), "DeadNeurons", "vit"),
     "explained_variance": Made(explained, "ExplainedVariance"),
     "profile": Made(quiet(profile), "Profile"),
     "profile of experts": Made(quiet(profile), "Profile", "mixtral"),
