@@ -8,14 +8,18 @@ import torch
 from torch import nn
 
 from actkit.compression.cfsp import Cfsp, width
+from actkit.compression.repavit.folded import FoldedMlp, Reparameterize, fold
+from actkit.compression.repavit.idle import IdleMlp, Repavit, TokenBatchNorm, active_channels, idle_share
 from actkit.compression.svd import Svd
 from actkit.core.edit.edits import Resize, apply_edit
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.selections import TopK
 from actkit.core.model.fused_layers import PartRows
+from actkit.core.recipe.runner import apply
 from actkit.core.recipe.widths import cut
 from actkit.quantization.rtn import RoundToNearest
 from actkit.quantization.zeroquant_v2.lorc import Lorc
+from actkit.testing import tiny_model
 from error_proofs import Place, proof, run
 
 proof(lambda p: width(48, 0.5, 64, "model.layers.0.mlp"))
@@ -86,3 +90,59 @@ def a_function_of_all_units(p: Place) -> None:
     module = nn.Module()
     module.act = Mixing()
     list(cut(_mlp(module), torch.tensor([0])))  # type: ignore[arg-type]
+
+
+# -- repavit -----------------------------------------------------------------------------------------------------------
+
+proof(lambda p: IdleMlp(4, 8, 9))
+
+
+proof(lambda p: IdleMlp(4, 8, 2, drop_path=1.0))
+
+
+proof(lambda p: FoldedMlp(4, 0, skip=False))
+
+
+proof(lambda p: active_channels(48, 0.99))
+
+
+proof(lambda p: idle_share(0.1, "linear", 0, 12))
+
+
+@proof
+def idle_channels_of_a_text_model(p: Place) -> None:
+    apply(tiny_model("gpt_neo"), Repavit(), progress=False)
+
+
+@proof
+def nothing_to_fold(p: Place) -> None:
+    apply(tiny_model("vit"), Reparameterize(), progress=False)
+
+
+@proof
+def a_fold_over_a_layer_norm(p: Place) -> None:
+    apply(apply(tiny_model("vit"), Repavit(norm="layer"), progress=False).model, Reparameterize(), progress=False)
+
+
+@proof
+def a_fold_in_training_mode(p: Place) -> None:
+    apply(apply(tiny_model("vit"), Repavit(), progress=False).model.train(), Reparameterize(), progress=False)
+
+
+@proof
+def a_norm_without_statistics(p: Place) -> None:
+    model = apply(tiny_model("vit"), Repavit(), progress=False).model
+    model.vit.layers[0].mlp.norm.running_mean = None
+    apply(model, Reparameterize(), progress=False)
+
+
+@proof
+def a_fold_over_another_layer(p: Place) -> None:
+    mlp = IdleMlp(4, 8, 2).eval()
+    mlp.up = ActLinear.of(mlp.up)  # type: ignore[assignment]
+    fold(TokenBatchNorm(4).eval(), mlp)
+
+
+@proof
+def a_norm_in_training_mode(p: Place) -> None:
+    fold(TokenBatchNorm(4), IdleMlp(4, 8, 2).eval())

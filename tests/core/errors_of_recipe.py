@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any, ClassVar
 
+import torch
 from tiny_models import batches, build
 
+from actkit.core.edit.edits import Set
+from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe import rule, stage
 from actkit.core.recipe.analysis import parse_analysis, settings_of
+from actkit.core.recipe.exactness import Probe
 from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import apply
 from actkit.core.recipe.seen import check_shares
 from actkit.core.recipe.steps import Steps
 from actkit.core.recipe.tags import Tags
+from actkit.core.recipe.transform import Transform
 from actkit.core.store import checkpoint
 from actkit.core.train import rules
 from actkit.sparsity.teal import Teal
@@ -189,3 +195,27 @@ proof(lambda p: parse_analysis("eafo:colour=red"))
 
 
 proof(lambda p: settings_of("mine", len))
+
+
+class Halves(Transform):
+    """Says that it is exact, and is not."""
+
+    tags: ClassVar[Tags] = Tags(changes_function="exact", least_coverage=0.0)
+
+    @property
+    def name(self) -> str:
+        return "halves"
+
+    def edit(self, block: Any, seen: Any) -> Any:
+        yield Set(f"{block.mlp.down.path}.weight", block.mlp.down.weight.detach() / 2)
+
+
+@proof
+def what_claims_to_be_exact_is_not(p: Place) -> None:
+    run(Halves())
+
+
+@proof
+def outputs_of_another_shape(p: Place) -> None:
+    model = build("llama")
+    Probe(anatomy(model), batches("llama")).compare("Halves", "", torch.zeros(3))

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from actkit.core.ground.errors import CoverageError, EditError, RecipeError
 from actkit.core.layers import moments
 from actkit.core.layers.activations import Activation, activation_function, name_of, record_of
+from actkit.core.layers.nothing import PassThrough
 from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import apply
 from actkit.core.store import checkpoint
-from actkit.functions.selu.self_normalize import PassThrough, SelfNormalize
+from actkit.functions.selu.self_normalize import SelfNormalize
 from actkit.functions.selu.self_normalizing import self_normalizing
 from actkit.functions.selu.selu import (
     ALPHA,

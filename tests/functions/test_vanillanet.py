@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from actkit.core.ground.errors import EditError, RecipeError
 from actkit.core.layers.activations import Activation
+from actkit.core.layers.batch_norm import batch_norm_factors
 from actkit.core.layers.conv import ActConv
 from actkit.core.layers.linear import ActLinear
 from actkit.core.recipe.runner import apply
@@ -21,7 +22,7 @@ from actkit.core.train.training import train
 from actkit.functions.swap import Swap
 from actkit.functions.vanillanet.deepen import Collapse, Deepen, deepened
 from actkit.functions.vanillanet.faded import FadeActivations, FadedActivation
-from actkit.functions.vanillanet.folding import DeepPair, batch_norm_factors
+from actkit.functions.vanillanet.folding import DeepPair
 from actkit.functions.vanillanet.model import PRESETS, VanillaNet, renamed
 from actkit.functions.vanillanet.series import SeriesActivation2d
 from actkit.quantization.rtn import RoundToNearest

@@ -15,6 +15,8 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from actkit.comparison.arms import GatedMlp
+from actkit.compression.repavit.folded import FoldedMlp
+from actkit.compression.repavit.idle import IdleMlp, TokenBatchNorm
 from actkit.core.grids.floats import FloatGrid, fp4, fp8, nvfp4
 from actkit.core.grids.half_integers import HalfIntegerGrid
 from actkit.core.grids.integers import IntegerGrid
@@ -40,6 +42,7 @@ from actkit.core.layers.latent_weight import LatentWeight
 from actkit.core.layers.learned_inputs import LearnedInputs
 from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.layers.low_rank_weight import LowRankWeight
+from actkit.core.layers.nothing import Nothing, PassThrough
 from actkit.core.layers.operand_rounding import OperandRounding
 from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.layers.selections import Selection, Threshold, TopK
@@ -68,7 +71,6 @@ from actkit.functions.qkan.qkan_layer import QkanLayer
 from actkit.functions.rbfnet.field import DifGrid
 from actkit.functions.rbfnet.radial import RadialDecoder, RadialUnits
 from actkit.functions.s_kan.s_kan_layer import PrunedLayer, SConvKan2d, SKanLayer
-from actkit.functions.selu.self_normalize import PassThrough
 from actkit.functions.selu.selu import AlphaDropout, ScaledElu, constants
 from actkit.functions.softplus_attention.layer import SoftplusAttention
 from actkit.functions.vanillanet.faded import FadedActivation
@@ -281,6 +283,15 @@ def norm() -> nn.Module:
     return nn.LayerNorm(IN)
 
 
+def with_statistics(layer: Any) -> Any:
+    """A layer whose batch norms have seen something."""
+    for each in layer.modules():
+        if isinstance(each, TokenBatchNorm):
+            each.running_mean.normal_()
+            each.running_var.uniform_(0.5, 2)
+    return layer
+
+
 def codes(count: int) -> Tensor:
     return sparse_code(rows(count), 6)
 
@@ -367,6 +378,19 @@ LAYERS: dict[str, dict[str, Made]] = {
         "channels": Made(lambda: AlphaDropout(0.3, channels=True), (rows(2, 3, 4), rows(2, 3)), {"rows": False}),
     },
     "pass_through": {"": Made(PassThrough)},
+    "nothing": {"": Made(Nothing)},
+    "idle_mlp": {
+        name: Made(
+            lambda active=active: with_statistics(IdleMlp(IN, 24, active)),
+            settings={"original": lambda: nn.Linear(IN, IN)},
+        )
+        for name, active in (("some", 6), ("none", 0), ("all", 24))
+    },
+    "token_batch_norm": {"": Made(lambda: with_statistics(TokenBatchNorm(IN)), settings={"original": norm})},
+    "folded_mlp": {
+        name: Made(lambda shape=shape: FoldedMlp(IN, *shape), settings={"original": lambda: nn.Linear(IN, IN)})
+        for name, shape in (("three", (6,)), ("one", (0,)), ("two", (24, "gelu", False)))
+    },
     "crrelu": {
         "one": Made(lambda: CRReLU(0.3)),
         "for each channel": Made(lambda: CRReLU(0.3, per_channel=True, channels=IN)),

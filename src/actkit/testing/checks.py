@@ -19,9 +19,10 @@ from actkit.core.edit import changes
 from actkit.core.forward.batch import first_tensor, forward
 from actkit.core.forward.hooks import evaluating
 from actkit.core.ground.random_numbers import random_state
+from actkit.core.recipe import exactness
 
 COMPILED = 1e-5  # of the largest value, in float32
-ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest value
+ROUNDING = exactness.ROUNDING | {torch.float64: 1e-9}  # of the largest value
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 CaseT = TypeVar("CaseT")

@@ -148,7 +148,7 @@ class BlockReader:
 
     def _own(self, row: AttentionRow | MlpRow, name: str) -> bool:
         """Whether a module stands here that says itself what its linear layers read; then reads those."""
-        declared = getattr(type(self._part(row.path)), "linear_inputs", None)
+        declared = getattr(self._part(row.path), "linear_inputs", None)
         if declared is None:
             return False
         for _, names in declared:

@@ -50,6 +50,7 @@ from actkit.core.layers.foreign_layers import refuse_adapters, refuse_quantized
 from actkit.core.model.anatomy import Anatomy, Block, Site, anatomy, has_row, unread
 from actkit.core.model.experts import ExpertList
 from actkit.core.recipe.blockwise import Walk
+from actkit.core.recipe.exactness import Probe
 from actkit.core.recipe.plan import Plan, make_plan, turns
 from actkit.core.recipe.recipe import Recipe, transforms_of
 from actkit.core.recipe.recording import Recorder
@@ -165,6 +166,7 @@ def apply(
         RecipeError: the recipe is not understood, or its order is ruled out.
         DataError: data are missing, or the model cannot be called with them.
         CoverageError: a transform would touch too little, or the model cannot be read.
+        EditError: an edit does not fit, or what claims to keep the function moves a block's output.
         MemoryLimitError: calibration would hold more than `max_memory`.
         NonFiniteError: a tensor or an activation holds NaN or Inf.
         UnsupportedModelError: the model is compiled, sharded or changed by another package.
@@ -178,6 +180,7 @@ def apply(
     known = changes.of(model)
     recipe.check(earlier=transforms_of(known.recipe, recipe.transforms) if known else ())
     transforms = [each for each in recipe if each.model_copy(update={"only": None}) != type(each).identity()]
+    _refuse_training(model, transforms)
     batches = batches_of(transforms, data)
     for batch in batches:
         check_batch(model, batch, beyond_context=reads_beyond(batches))
@@ -221,8 +224,10 @@ def apply(
         with evaluating(model):
             for turn in turns(transforms):
                 run.plan_transforms(turn)
+                run.probe(turn)
                 run.walk(turn)
                 run.change_ends(turn)
+                run.judge(turn)
         run.finish()
     except BaseException:
         run.give_up()
@@ -298,6 +303,7 @@ class _Run:
         origin = changes.source(view.model)
         self._origin = origin if origin is not None and origin.untouched(view.model) else None
         self._opened: _Opened | None = None
+        self._probe: Probe | None = None  # of the turn, if a transform in it claims to keep the function
 
     def plan_transforms(self, turn: range) -> None:
         self.model.eval()  # what the turns before put into it too
@@ -307,6 +313,24 @@ class _Run:
             # opened, so that the layers of experts can be tried too; one that goes by modules sees them as they are
             with opened_experts(self.view) if transform.tags.parts else nullcontext():
                 self.transforms[position] = transform.plan(trial, self.batches)
+
+    def probe(self, turn: range) -> None:
+        """Call the model on a probe batch, if a transform of the turn claims to keep what it computes."""
+        exact = any(_is_exact(transform) for transform in self.transforms[turn.start : turn.stop])
+        self._probe = Probe(self.view, self.batches) if exact else None
+
+    def judge(self, turn: range) -> None:
+        """Compare what the model gives with what it gave, if all transforms of a turn keep that; report what moved."""
+        if self._probe is None:
+            return
+        transforms = self.transforms[turn.start : turn.stop]
+        exact = [type(transform).__name__ for transform in transforms if _is_exact(transform)]
+        if len(exact) == len(transforms):
+            self._probe.compare_whole(exact)
+        for text, values in self._probe.notes(exact):
+            self.report.notes.append(text)
+            if values:
+                self.report.values.append(("model", " and ".join(exact), values))
 
     def walk(self, turn: range) -> None:
         needed = {t.tags.stream for t in self.transforms[turn.start : turn.stop] if t.needs_data}
@@ -355,7 +379,13 @@ class _Run:
             edits: Iterable[Edit | Skip | Note] | None = self.steps.take(position, index)
             if edits is None:
                 edits = self.steps.keep(position, index, self._edits(transform, index, walk, originals, targets))
+            alone = self._probe if _is_exact(transform) and not transform.tags.spans_blocks else None
+            path = self.view.blocks[index].path
+            before = alone.outputs(path) if alone is not None and path else None
+            made = len(self.described)
             self._apply_all(transform, edits, originals)
+            if alone is not None and len(self.described) > made:
+                alone.compare(type(transform).__name__, path, before)
         self._close_experts()
         if walk is not None and "edited" in streams:
             following["edited"] = walk.following(index, "edited")
@@ -481,6 +511,21 @@ class _Run:
 
     def _track(self, items: Any, description: str) -> Iterable[Any]:
         return track(items, description, enabled=self.progress)
+
+
+def _is_exact(transform: Transform) -> bool:
+    return transform.tags.changes_function == "exact"
+
+
+def _refuse_training(model: nn.Module, transforms: Sequence[Transform]) -> None:
+    """Raise EditError if a transform needs the model in evaluation mode and it is not."""
+    folding = next((transform for transform in transforms if transform.tags.evaluated), None)
+    training = next((path for path, module in model.named_modules() if module.training), None)
+    if folding is not None and training is not None:
+        raise EditError(
+            f"{type(folding).__name__}: {training or 'the model'} is in training mode, in which it computes something "
+            f"else than what is folded; call model.eval() first."
+        )
 
 
 def _places(edit: Edit) -> list[str]:

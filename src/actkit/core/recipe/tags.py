@@ -14,7 +14,8 @@ class Tags:
 
     Attributes:
         slot: the slot of ActLinear that it fills, or several; two transforms that fill the same one conflict.
-        changes_function: 'exact' edits keep the outputs to rounding.
+        changes_function: 'exact' edits keep the outputs to rounding; the runner compares blocks before and after.
+        evaluated: the model must be in evaluation mode when it is applied: what it folds reads the batch in training.
         parts: it goes by the parts of the anatomy. False for one that goes by modules alone and changes no weights: it
             works on a model that cannot be read, and no coverage is asked of it.
         least_coverage: share of the parameters inside blocks that it touches at least, if the model was read as it is.
@@ -41,6 +42,7 @@ class Tags:
     # what it changes
     slot: Slot | tuple[Slot, ...] | None = None
     changes_function: Literal["exact", "approximate"] = "approximate"
+    evaluated: bool = False
     parts: bool = True
     least_coverage: float = 0.5
     by_layer: bool = False

@@ -27,6 +27,7 @@ from actkit.core.forward.example import make_example
 from actkit.core.forward.hooks import evaluating
 from actkit.core.ground.errors import EditError
 from actkit.core.layers.activations import Activation, name_of
+from actkit.core.layers.nothing import PassThrough
 from actkit.core.model.anatomy import Block
 from actkit.core.model.parts import is_linear
 from actkit.core.recipe.seen import Seen, Trial
@@ -37,23 +38,6 @@ from actkit.functions.selu.selu import AlphaDropout
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 BY_CHANNEL = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-class PassThrough(nn.Module):
-    """Gives back its input, in the place of a norm that was taken out."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [...] as it is."""
-        return x
-
-    def spec(self) -> dict[str, Any]:
-        """Its JSON arguments, as a checkpoint keeps them."""
-        return {}
-
-    @classmethod
-    def from_spec(cls, spec: dict[str, Any], original: nn.Module | None = None) -> PassThrough:
-        """The module that `spec` described."""
-        return cls()
 
 
 class SelfNormalize(Transform):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from actkit.core.layers.batch_norm import norm_behind
 from actkit.functions.vanillanet.faded import FadedActivation
 
 EPS = 1e-6  # of VanillaNet's batch norms; torch's own is 1e-5
@@ -135,27 +136,6 @@ def why_no_pair(first: nn.Module, second: nn.Module) -> str | None:
     return None
 
 
-def batch_norm_factors(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return the factor and the shift that a batch norm is in evaluation mode, float64 [channels].
-
-    Args:
-        norm: a BatchNorm1d or BatchNorm2d with running statistics.
-
-    Raises:
-        ValueError: it is in training mode, or keeps no statistics.
-    """
-    found: Any = norm
-    if norm.training or found.running_mean is None:
-        raise ValueError(
-            "norm: a batch norm in training mode, or without running statistics, reads the batch and cannot be folded; "
-            "call model.eval() first."
-        )
-    gamma = torch.ones_like(found.running_var) if found.weight is None else found.weight.detach()
-    beta = torch.zeros_like(found.running_mean) if found.bias is None else found.bias.detach()
-    factor = gamma.double() / (found.running_var.double() + found.eps).sqrt()
-    return factor, beta.double() - found.running_mean.double() * factor
-
-
 def folded(layer: Layer, norm: nn.Module) -> Layer:
     """Return a layer in float64 that computes what a layer and the batch norm behind it do.
 
@@ -164,13 +144,11 @@ def folded(layer: Layer, norm: nn.Module) -> Layer:
         norm: a batch norm, or nn.Identity.
 
     Raises:
-        ValueError: as `batch_norm_factors`.
+        ValueError: as `core.layers.batch_norm.batch_norm_factors`.
     """
     weight, bias = layer.weight.detach().double(), None if layer.bias is None else layer.bias.detach().double()
     if not isinstance(norm, nn.Identity):
-        factor, shift = batch_norm_factors(norm)
-        weight = weight * factor.view(-1, *[1] * (weight.dim() - 1))
-        bias = shift if bias is None else bias * factor + shift
+        weight, bias = norm_behind(norm, weight, bias)
     return _like(layer, weight, bias, torch.float64)
 
 

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from actkit.core.layers.activation_function import Axis
 from actkit.core.layers.activations import Activation
-from actkit.functions.vanillanet.folding import EPS, batch_norm_factors
+from actkit.core.layers.batch_norm import batch_norm_factors
+from actkit.functions.vanillanet.folding import EPS
 
 
 class SeriesActivation2d(nn.Module):
