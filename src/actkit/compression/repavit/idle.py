@@ -238,7 +238,7 @@ class Repavit(Transform):
         with torch.no_grad():
             for mine, theirs in ((new.up, mlp.up), (new.down, mlp.down)):
                 mine.weight.copy_(theirs.weight)
-                if mine.bias is not None:
+                if mine.bias is not None and theirs.bias is not None:
                     mine.bias.copy_(theirs.bias)
         weight = mlp.down.weight
         if self.norm == "batch":
