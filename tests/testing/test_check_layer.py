@@ -54,6 +54,8 @@ from actkit.core.univariate.basis import Basis
 from actkit.core.univariate.edge_functions import Wavelets
 from actkit.core.univariate.kan_linear import KanLinear
 from actkit.core.univariate.shifted_pairs import ShiftedPairs
+from actkit.finetuning.s2a.prompts import PromptedBlock
+from actkit.finetuning.s2a.side_path import SidePath
 from actkit.functions.af_kan.af_kan_layer import AfKanLayer, AfKanNetwork
 from actkit.functions.af_kan.reductions import REDUCTIONS
 from actkit.functions.af_kan.replace import AfKanMlp
@@ -134,6 +136,12 @@ class Adds(nn.Module):
 def image_series(order: int, fused: bool = False) -> Made:
     settings = {"rows": False, "original": lambda: nn.Conv2d(4, 4, 1)}
     return Made(lambda: SeriesActivation2d(4, order, fused=fused), (torch.randn(2, 4, 6, 5),), settings)
+
+
+def drawn_again(side: SidePath) -> SidePath:
+    """As after a training, so that it does something."""
+    nn.init.normal_(side.up.weight)
+    return side
 
 
 def augmented_residual() -> Made:
@@ -474,6 +482,23 @@ LAYERS: dict[str, dict[str, Made]] = {
         )
     },
     "augmented_residual": {"": augmented_residual()},
+    "side_path": {
+        "": Made(
+            lambda: drawn_again(SidePath(nn.Linear(IN, IN), IN, 4)), settings={"original": lambda: nn.Linear(IN, IN)}
+        )
+    },
+    "prompted_block": {
+        "": Made(
+            lambda: PromptedBlock(nn.Linear(IN, IN), IN, 3),
+            (rows(2, 3), rows(1, 4, seed=2)),
+            {"original": lambda: nn.Linear(IN, IN), "rows": False},
+        ),
+        "low rank": Made(
+            lambda: PromptedBlock(nn.Linear(IN, IN), IN, 3, 2),
+            (rows(2, 3), rows(1, 4, seed=2)),
+            {"original": lambda: nn.Linear(IN, IN), "rows": False},
+        ),
+    },
     "faded_activation": {"": Made(lambda: FadedActivation(nn.GELU(), 0.3), settings={"original": nn.GELU})},
     "deep_pair": {
         "": Made(
@@ -612,6 +637,14 @@ def test_layers_that_are_not_saved_pass(name: str) -> None:
 
 # classes that are tried as part of others: what they derive from, and storages, which compute nothing by themselves
 PARTS = {"KeepsDtype", "Polynomial", "WeightStorage", "GrowingModule", "Selection", "Expert"}
+PARTS |= {
+    "StandIn",
+    "CodedActivation",
+    "CodedInputs",
+    "CodedSoftmax",
+    "RedrawnDropout",
+    "FrozenNorm",
+}  # while a rule works
 PARTS |= {"Basis", "EdgeFunctions", "Reduction", *(kind.__name__ for kind in REDUCTIONS.values())}
 PARTS |= {
     "DenseWeight",

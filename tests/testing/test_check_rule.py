@@ -37,6 +37,7 @@ ELSEWHERE = {  # rules for models in training rounded are checked beside their o
     "keep_masks": "core/test_masks.py",
     "tract": "finetuning/test_tract.py",
     "meter": "core/test_meter.py",
+    "s2a": "finetuning/test_s2a.py",
 }
 
 

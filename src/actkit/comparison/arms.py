@@ -34,7 +34,7 @@ from actkit.functions.vanillanet.series import SeriesActivation2d
 
 Kind = Literal["function", "mlp", "pooling", "attention"]
 SERIES, POSET = "series:", "poset:"
-INTERNAL = ("actkit_rounded_cache",)  # attention functions that other methods set
+INTERNAL = ("actkit_coded", "actkit_rounded_cache")  # attention functions that other methods set
 GROUPS = 8  # of the channels of a rational function, if that divides them
 
 

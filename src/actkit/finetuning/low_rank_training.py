@@ -30,6 +30,7 @@ from actkit.core.edit.edits import get_module, set_module
 from actkit.core.ground.whole_file import write_whole
 from actkit.core.model.anatomy import anatomy
 from actkit.core.model.parts import LinearRole
+from actkit.core.recipe.rule import parse_rules
 from actkit.core.store import checkpoint
 from actkit.core.store.adapter_folder import AdapterBase, write_adapter
 from actkit.core.train.training import Trained, train
@@ -124,11 +125,14 @@ def train_adapter(
 
     Raises:
         ImportError: peft is missing.
-        ValueError: no layers, a start of another shape, or settings out of bounds; and what `train` raises.
+        ValueError: no layers, a start of another shape, settings out of bounds, or a rule that trains more than the
+            adapter where that alone is kept; and what `train` raises.
         CheckpointError: `out` holds something that is not to be replaced, or the model cannot be saved.
     """
     check(merge, out=out, overwrite=overwrite, **training)
     _check_layers(model, layers)
+    if not merge:
+        _refuse_more(model, training.get("rules", ()))
     folder = None if out is None else Path(out)
     if folder is not None and merge:
         checkpoint.check_savable(model)
@@ -183,6 +187,17 @@ def _check_layers(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
             raise ValueError(
                 f"layers: {path} was given a start of shape {list(layer.start.shape)}; give [{layer.rank}, {width}], "
                 f"its rank by its inputs."
+            )
+
+
+def _refuse_more(model: nn.Module, rules: Any) -> None:
+    """Refuse rules that train more than adapters, where these alone are kept."""
+    for rule in parse_rules(rules):
+        more = list(rule.trainable(model) or ())
+        if more:
+            raise ValueError(
+                f"rules: {type(rule).__name__} trains parameters of the model beside the adapter ({more[0]} ...), which "
+                f"a folder of the adapter alone does not hold; merge the adapter, or let the rule train nothing."
             )
 
 
