@@ -644,6 +644,7 @@ PARTS |= {
     "CodedSoftmax",
     "RedrawnDropout",
     "FrozenNorm",
+    "NoDropout",
 }  # while a rule works
 PARTS |= {"Basis", "EdgeFunctions", "Reduction", *(kind.__name__ for kind in REDUCTIONS.values())}
 PARTS |= {
@@ -666,6 +667,7 @@ MODELS = {"DigitsCNN", "TinyMlp"}  # see test_check_model.py
 MODELS |= {"PLMForCausalLM", "PLMModel", "PLMPreTrainedModel", "PLMLayer", "LatentAttention", "SquaredReLUMLP"}
 MODELS |= {"NeuralField"}
 MODELS |= {"ConvNet"}  # see tests/claims/test_s_kan.py
+MODELS |= {"DigitsMobileNet", "InvertedBlock", "Excitation"}  # see tests/claims/test_mobiletl.py
 MODELS |= {"Network"}  # and tests/claims/test_posets.py
 MODELS |= {"VanillaNet", "VanillaBlock"}  # and tests/functions/test_vanillanet.py
 MODELS |= {"GatedMLP"}  # and tests/sparsity/test_plm.py, tests/claims/test_plm.py

@@ -38,6 +38,7 @@ ELSEWHERE = {  # rules for models in training rounded are checked beside their o
     "tract": "finetuning/test_tract.py",
     "meter": "core/test_meter.py",
     "s2a": "finetuning/test_s2a.py",
+    "mobiletl": "finetuning/test_mobiletl.py",
 }
 
 

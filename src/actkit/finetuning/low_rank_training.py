@@ -196,8 +196,8 @@ def _refuse_more(model: nn.Module, rules: Any) -> None:
         more = list(rule.trainable(model) or ())
         if more:
             raise ValueError(
-                f"rules: {type(rule).__name__} trains parameters of the model beside the adapter ({more[0]} ...), which "
-                f"a folder of the adapter alone does not hold; merge the adapter, or let the rule train nothing."
+                f"rules: {type(rule).__name__} trains parameters of the model beside the adapter ({more[0]} ...), "
+                f"which a folder of the adapter alone does not hold; merge the adapter, or let the rule train nothing."
             )
 
 

@@ -217,7 +217,15 @@ def redrawn_dropout(x: Tensor, share: float) -> Tensor:
 
 class _FrozenNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:  # fmt: skip
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> Tensor:
         ctx.save_for_backward(variance, *(() if weight is None else (weight,)))
         ctx.eps, ctx.dtype = eps, None if bias is None else bias.dtype
         return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)

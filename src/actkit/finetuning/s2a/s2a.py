@@ -142,7 +142,8 @@ class AttachedS2A(AttachedRule):
             if rule.coded and not self.counts:
                 raise UnsupportedModelError(
                     f"coded: this {type(model).__name__} has no module that would keep codes as "
-                    f"{', '.join(rule.coded)} (functions that it calls without a module are not seen); leave the rule out, or give coded: []."
+                    f"{', '.join(rule.coded)} (functions that it calls without a module are not seen); leave the rule "
+                    f"out, or give coded: []."
                 )
             undone.pop_all()
 
