@@ -183,7 +183,12 @@ class Docstrings:
 
     def rate(self, arm: str) -> float:
         """The rate of an arm, by the validation loss of the first seed."""
-        return min(RATES[arm], key=lambda rate: self._model(arm, self.sizes.seeds[0], rate)[1])
+        first = self.sizes.seeds[0]
+        best = min(RATES[arm], key=lambda rate: self._model(arm, first, rate)[1])
+        for rate in RATES[arm]:
+            if rate != best:  # only its loss is needed again
+                self._trained[arm, first, rate] = nn.Identity(), self._trained[arm, first, rate][1]
+        return best
 
     def _model(self, arm: str, seed: int, rate: float) -> tuple[nn.Module, float]:
         if (arm, seed, rate) not in self._trained:
@@ -200,6 +205,7 @@ class Docstrings:
                 keep="last",
                 progress=self.progress,
             )
+            model.zero_grad()
             self._trained[arm, seed, rate] = model.eval(), trained.validation
         return self._trained[arm, seed, rate]
 
