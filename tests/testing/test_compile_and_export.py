@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import actkit
+from actkit.compression.repavit.idle import Repavit
 from actkit.core.forward.batch import forward
 from actkit.core.forward.hooks import evaluating
 from actkit.core.ground import registry
@@ -45,8 +46,12 @@ BEFORE = {  # what must stand before a method
     "collapse": Deepen(where="*.up_proj"),
     "freeze": FakeQuantize(),
     "lorc": RoundToNearest(bits=4, group_size=8),
+    "reparameterize": Repavit(),
 }
+IMAGES = (lambda: tiny_model("vit", num_hidden_layers=1), tiny_batches("vit"))
 OTHERS: dict[str, Any] = {  # another model than a Llama, and its batches
+    "repavit": IMAGES,
+    "reparameterize": IMAGES,
     "replace_pooling": (
         lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)).eval(),
         [torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))],
