@@ -1,6 +1,6 @@
-"""Kill processes (SIGKILL) at random times while they save and search; nothing half-written may load.
+"""Kill processes (SIGKILL) at random times while they save, search and harvest; nothing half-written may load.
 
-    python scripts/kill_test.py --saves 160 --searches 40
+    python scripts/kill_test.py --saves 160 --searches 40 --harvests 100
 
 One process imports everything and forks a child for each kill, so that a kill costs what a save does. After each one:
 
@@ -9,6 +9,8 @@ One process imports everything and forks a child for each kill, so that a kill c
     search    the journal reads; best/, recipe.yaml, results.json and index.html are whole or not there; the search goes
               on with resume=True through all kills and ends with the verdict, the losses and the best model of one that
               nobody killed
+    harvest   a store of activations opens, or is refused by name; the harvest goes on through all kills and ends with
+              the files, byte for byte, of one that nobody killed
 
 The search proves its candidates in this process (a fresh one takes seconds to start, and is what other tests are for).
 """
@@ -42,6 +44,7 @@ from actkit.core.measure import proof
 from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import apply
 from actkit.core.store import checkpoint
+from actkit.core.store.activation_store import ActivationStore, harvest
 from actkit.core.store.tensor_files import read_values, write_values
 from actkit.core.watch import one_pass
 from actkit.search import workshop
@@ -269,15 +272,65 @@ def check_output(out: Path, whole: Optimization, best: State) -> None:
         assert (out / "index.html").read_text().rstrip().endswith("</html>")
 
 
+# -- harvests ----------------------------------------------------------------------------------------------------------
+
+
+def kill_harvests(count: int, folder: Path, seed: int = 0) -> dict[str, int]:
+    """Kill `count` harvests; each goes on where the one before was killed, and a finished one is begun anew.
+
+    Returns how many were killed, and how many ended. Raises AssertionError where a file is half-written or differs.
+    """
+    generator = random.Random(seed)
+    model = build()
+    ids = torch.randint(128, (48, 32), generator=torch.Generator().manual_seed(seed))
+    batches = [{"input_ids": part} for part in ids.split(4)]
+
+    def run(out: Path) -> None:
+        harvest(model, ["block.output", "mlp.hidden"], batches, out, shard_rows=128, progress=False)
+
+    def files(out: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+    run(folder / "first")  # the first is slower
+    started = time.perf_counter()
+    run(folder / "whole")
+    period = time.perf_counter() - started
+    expected, out = files(folder / "whole"), folder / "out"
+    found = {"killed": 0, "ended": 0}
+    for _ in range(count):
+        was_killed = killed(lambda: run(out), generator.uniform(0, 1.2 * period))
+        found["killed" if was_killed else "ended"] += 1
+        try:
+            ActivationStore.open(out).verify()
+            assert {name: each for name, each in files(out).items() if not name.endswith(".partial")} == expected
+        except CheckpointError:
+            assert was_killed
+        for name, content in files(out).items() if out.exists() else ():
+            assert name.endswith((".partial", ".safetensors")) or content == expected[name], name
+        if not was_killed:
+            shutil.rmtree(out)
+    run(out)
+    assert files(out) == expected
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--saves", type=int, default=160)
     parser.add_argument("--searches", type=int, default=40)
+    parser.add_argument("--harvests", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    for name, kill, count in (("save", kill_saves, given.saves), ("search", kill_searches, given.searches)):
+    kinds = (
+        ("save", kill_saves, given.saves),
+        ("search", kill_searches, given.searches),
+        ("harvest", kill_harvests, given.harvests),
+    )
+    for name, kill, count in kinds:
+        if not count:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
             found = kill(count, Path(folder), given.seed)

@@ -49,6 +49,7 @@ INTERNAL = {
     "core/grids/grid.py: ValueError": "the reason in `...: group_size ...`",
     "core/grids/integers.py: ValueError": "the reason in `...: group_size ...`",
     "core/ground/yaml_files.py: yaml.MarkedYAMLError": "the reason in `... is not valid YAML: ...`",
+    "core/store/activation_store.py: IndexError": "Python's protocol: an index beyond the shuffled batches",
     "gguf/file.py: IndexError": "the reason in `...: not readable as GGUF (...)`",
     "core/recipe/blockwise.py: StopForward": "ends a forward pass early",
     "core/store/expert_store.py: Unwanted": "ends the read of a preload, and is counted",

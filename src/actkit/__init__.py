@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from actkit.verbs import apply as apply
     from actkit.verbs import evaluate as evaluate
     from actkit.verbs import export as export
+    from actkit.verbs import harvest as harvest
     from actkit.verbs import profile as profile
     from actkit.verbs import show as show
     from actkit.verbs import train as train
@@ -62,6 +63,7 @@ _HOMES = {
     "export": "verbs",
     "generate": "generating",
     "generate_all": "generating",
+    "harvest": "verbs",
     "intervene": "core.watch.intervene",
     "live": "core.watch.capture",
     "load": "zoo.loading",

@@ -22,6 +22,7 @@ from actkit import zoo
 from actkit.core.edit import changes
 from actkit.core.forward.batch import sequence_of
 from actkit.core.forward.hooks import refuse_compiled_or_sharded
+from actkit.core.forward.limits import context_length
 from actkit.core.ground import processes
 from actkit.core.ground.errors import ActkitError, DataError
 from actkit.core.ground.memory import format_bytes
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from actkit.search.results import Profile
 
 Model = nn.Module | str | Path
+LONGEST = 512  # tokens of a row, if nothing else is said
 OPENING = ("device", "dtype", "base", "trust_remote_code")  # options of `open_model`
 READING = ("sequences", "length", "batch_size", "seed", "beyond_context")  # options of `load_data`
 
@@ -133,6 +135,94 @@ def analyze(
     if out is not None:
         write_whole(Path(out), json.dumps(result.to_dict(), indent=1))
     return result
+
+
+@dataclass(frozen=True)
+class Harvested:
+    """Activations on disk.
+
+    Attributes:
+        folder: the store.
+        rows: of each site.
+        shards: how many.
+        disk_bytes: of all shards.
+        seconds: of this run.
+    """
+
+    folder: Path
+    rows: Mapping[str, int]
+    shards: int
+    disk_bytes: int
+    seconds: float
+
+    def table(self) -> Table:
+        """Sites with their rows, and the size."""
+        from actkit.core.ground.tables import PlainTable
+
+        found = PlainTable(show_header=False, title=f"{self.folder}", title_justify="left", box=None, padding=(0, 2))
+        for site, rows in self.rows.items():
+            found.add_row(site, f"{rows:,} rows")
+        found.add_row("on disk", f"{format_bytes(self.disk_bytes)} in {self.shards} shards")
+        found.add_row("time", f"{self.seconds:.1f} s")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
+        return {
+            "folder": str(self.folder),
+            "rows": dict(self.rows),
+            "shards": self.shards,
+            "disk_bytes": self.disk_bytes,
+            "seconds": self.seconds,
+        }
+
+
+def harvest(
+    model: Model,
+    sites: str | Sequence[str],
+    data: Any = None,
+    *,
+    out: str | Path,
+    tokens: int | None = None,
+    max_disk: int | str | None = None,
+    announce: Callable[[str], None] | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Harvested:
+    """Keep the activations of sites in a folder; the same call goes on where one was killed.
+
+    Args:
+        model: a model, or its name.
+        sites: a site, a bare name or a pattern, or several.
+        data: None for the embedded train split.
+        out: the folder, which `core.store.activation_store.ActivationStore.open` reads.
+        tokens: how many at least, in whole rows; None for all rows that are read.
+        max_disk: cap for the folder, bytes or '2GB'.
+        announce: called with a line that says bytes and seconds, before anything is written.
+        progress: show a bar.
+        options: of `open_model` and `load_data`.
+
+    Returns:
+        What is in the store.
+
+    Raises:
+        ValueError: tokens and sequences were given, or what `core.store.activation_store.harvest` raises.
+        ActkitError: what opening and reading raise.
+    """
+    from actkit.core.store.activation_store import harvest as write
+
+    started = time.perf_counter()
+    opening, reading = _sorted(options)
+    opened, tokenizer = open_model(model, **opening)
+    if tokens is not None:
+        if tokens < 1 or reading.get("sequences") is not None:
+            raise ValueError(f"tokens: {tokens} was given; give 1 or more, and no sequences beside them.")
+        length = reading.get("length") or min(LONGEST, context_length(opened) or LONGEST)
+        reading |= {"length": length, "sequences": -(-tokens // length)}
+    batches = open_data(data, opened, tokenizer, "train", **reading)
+    store = write(opened, sites, batches, out, max_disk=max_disk, announce=announce, progress=progress)
+    rows = {site: store.count(site) for site in store.sites}
+    return Harvested(store.folder, rows, len(store.shards), store.bytes, time.perf_counter() - started)
 
 
 def apply(

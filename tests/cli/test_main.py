@@ -153,7 +153,8 @@ def test_profile(run, folder):
 
 
 def test_analyze(run, folder, tmp_path):
-    html, out, data = tmp_path / "a.html", tmp_path / "a.json", ("--sequences", 2, "--length", 32)
+    html, out = tmp_path / "a.html", tmp_path / "a.json"
+    data = ("--data", "random", "--sequences", 2, "--length", 32)
     code, text, err = run(
         "analyze", folder, "neuron_activity:threshold=0.1", *data, "--html", html, "--out", out, "--json"
     )
@@ -165,6 +166,33 @@ def test_analyze(run, folder, tmp_path):
     assert code == 1 and "out: " in err and "exists already" in err
     code, text, _ = run("analyze", folder, "neuron_activity", *data, "--out", out, "--overwrite")
     assert code == 0 and "Neurons on" in text and json.loads(out.read_text())["threshold"] == 0
+
+
+def test_harvest(run, folder, tmp_path):
+    out = tmp_path / "acts"
+    words = (
+        "harvest",
+        folder,
+        "block.output,mlp.hidden",
+        "--out",
+        out,
+        "--tokens",
+        100,
+        "--length",
+        32,
+        "--data",
+        "random",
+    )
+    code, text, err = run(*words, "--json")
+    assert code == 0, err
+    found = json.loads(text)
+    assert found["rows"]["blocks.0.block.output"] == 128 and found["shards"] == 1
+    code, text, err = run(*words)
+    assert code == 0 and "128 rows" in text
+    code, _, err = run(*words, "--seed", 1)
+    assert code == 1 and "was begun with other data" in err
+    code, _, err = run(*words, "--sequences", 3)
+    assert code == 1 and "tokens: 100 was given" in err
 
 
 def test_papers(run):

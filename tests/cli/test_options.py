@@ -15,6 +15,7 @@ WRITE = {"--out", "--overwrite"}
 OPTIONS = {
     "profile": DATA | MODEL | RUN | {"--figure", "--overwrite", "--max-memory"},
     "analyze": DATA | MODEL | RUN | WRITE | {"--html"},
+    "harvest": DATA | MODEL | RUN | {"--out", "--tokens", "--max-disk"},
     "optimize": MODEL
     | RUN
     | WRITE

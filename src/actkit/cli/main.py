@@ -142,6 +142,48 @@ def analyze(
 
 
 @app.command()
+def harvest(
+    model: ModelName,
+    sites: Annotated[str, typer.Argument(help="Sites or patterns with commas: blocks.3.block.output,mlp.hidden.")],
+    out: Out,
+    tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens, in whole rows. Default: all.")] = None,
+    max_disk: Annotated[str | None, typer.Option(help="Hard cap for the folder, such as 2GB.")] = None,
+    data: Data = None,
+    sequences: Sequences = None,
+    length: Length = None,
+    batch_size: BatchSize = 8,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Keep the activations of sites in a folder. The same command goes on after a kill."""
+    set_up(threads, seed)
+    from actkit import verbs
+
+    with together():
+        result = verbs.harvest(
+            model,
+            [site.strip() for site in sites.split(",")],
+            data,
+            out=out,
+            tokens=tokens,
+            max_disk=max_disk,
+            announce=None if as_json else note,
+            sequences=sequences,
+            length=length,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+        )
+    print_result(result, as_json)
+
+
+@app.command()
 def optimize(
     model: ModelName,
     out: Out = Path("actkit-report"),

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ from actkit.core.watch.merging import merge
 from actkit.core.watch.one_pass import update_all
 from actkit.core.watch.rows import Keys, as_rows, check_finite
 from actkit.core.watch.statistics import Statistic
+from actkit.core.watch.streaming import Rows
 
 Wanted = Mapping[Any, Any]  # site, its name, a pattern or two joined sites -> a statistic or several
 
@@ -79,8 +80,9 @@ class Observations(Mapping[Site, Any]):
 def record(
     model: nn.Module,
     wanted: Wanted,
-    batches: Iterable[Any],
+    batches: Iterable[Any] | None = None,
     *,
+    store: Stored | None = None,
     anatomy: Anatomy | None = None,
     max_memory: int | str | None = None,
     progress: bool = True,
@@ -99,6 +101,7 @@ def record(
         batches: dicts of the model's keywords (attention_mask [batch, length] tells padding, labels are dropped) or
             single
             arguments; `batches.document_ids` are used if present, else every row is a document.
+        store: read the rows from it instead of running the model (`core/store/activation_store.py`).
         anatomy: of the model, if it was read before.
         max_memory: cap for the statistics, bytes or '2GB'.
         progress: show a bar.
@@ -107,15 +110,24 @@ def record(
         The statistics by site.
 
     Raises:
-        ValueError: a site is unknown, or the layout of its tensor is.
+        ValueError: a site is unknown or not in the store, or the layout of its tensor is unknown; batches were given
+            beside a store.
         DataError: the data cannot be used.
+        CheckpointError: the store is of another model, or damaged.
         MemoryLimitError: the statistics would need more than `max_memory`; nothing has begun.
         NonFiniteError: a site holds NaN or Inf.
         UnsupportedModelError: the model is compiled or sharded.
     """
     refuse_compiled_or_sharded(model)
     started = time.perf_counter()
-    batches = as_batches(batches)
+    if store is not None:
+        if batches is not None:
+            raise ValueError("store: batches were given beside it; give one of the two.")
+        view = view_of(model, anatomy, None)
+        with experts_for(view, wanted):
+            statistics = _from_store(view, resolve(view, wanted), store, max_memory, progress)
+        return Observations(statistics, time.perf_counter() - started)
+    batches = as_batches(() if batches is None else batches)
     beyond, remaining = reads_beyond(batches), iter(batches)
     first = next(remaining, None)
     if first is None:
@@ -132,7 +144,7 @@ def record(
             documents = getattr(batches, "document_ids", None)
             given = []
             tracked = track(every, "Recording activations", total, progress)
-            for index, (batch, context) in enumerate(_contexts(model, tracked, documents, beyond)):
+            for index, (batch, context) in enumerate(contexts_of(model, tracked, documents, beyond)):
                 if processes.several():
                     given.append(fingerprint(batch))
                 if processes.mine(index):
@@ -167,6 +179,40 @@ def plan_memory(
     view = view_of(model, anatomy, batches[0])
     with experts_for(view, wanted):
         return _plan(view, resolve(view, wanted), batches[0], len(batches), _equal_lengths(model, batches))
+
+
+class Stored(Protocol):
+    """Activations that were kept: what `record` asks of a store."""
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse another model than the one that they are of."""
+
+    def read(self, site: Site | str) -> Iterable[tuple[Tensor, Rows]]:
+        """The rows of a site in the order of the data, in parts."""
+
+    def count(self, site: Site | str) -> int:
+        """How many rows a site has."""
+
+
+def _from_store(
+    view: Anatomy, sites: Mapping[Any, Any], store: Stored, max_memory: int | str | None, progress: bool
+) -> dict[Any, Any]:
+    """Statistics of the rows that a store keeps."""
+    store.check(view.model)
+    if joined := [site for site in sites if isinstance(site, Joined)]:
+        raise ValueError(f"store: {joined[0]} joins two sites, whose rows come apart there; record with batches.")
+    readings = _Readings(view, sites)
+    for site, _ in readings.taps.values():
+        store.count(site)  # an error says what it holds
+    if max_memory is not None:
+        widths = {site: next((x.shape[1] for x, _ in store.read(site)), 0) for site, _ in readings.taps.values()}
+        each = [(site, statistic) for site, statistics in readings.taps.values() for statistic in statistics]
+        MemoryPlan(tuple((str(s), type(o).__name__, o.memory(widths[s])) for s, o in each)).check(max_memory)
+    taps = list(readings.taps.values())
+    for site, statistics in track(taps, "Reading the store", len(taps), progress):
+        for x, rows in store.read(site):
+            update_all(statistics, x, rows)
+    return readings.statistics
 
 
 class Observer:
@@ -685,7 +731,7 @@ def view_of(model: nn.Module, anatomy: Anatomy | None, example: Any) -> Anatomy:
     return read_anatomy(model, example) if anatomy is None else anatomy
 
 
-def _contexts(
+def contexts_of(
     model: nn.Module, batches: Iterable[Any], documents: Sequence[Tensor] | None, beyond_context: bool
 ) -> Iterator[tuple[Any, BatchContext]]:
     """Each batch with what its rows are. Raises DataError if the model cannot be called with it."""
@@ -708,7 +754,7 @@ def _equal_lengths(model: nn.Module, batches: Iterable[Any]) -> bool:
 def _plan(view: Anatomy, wanted: Mapping[Site, Any], batch: Any, total: int | None, equal: bool) -> MemoryPlan:
     """Reads the channels of every site off one forward pass, which also gives the time."""
     readings = _Readings(view, wanted)
-    context = next(_contexts(view.model, [batch], None, True))[1]
+    context = next(contexts_of(view.model, [batch], None, True))[1]
     channels: dict[Tap, int] = {}
 
     def measure(tap: Tap, value: Tensor, tokens: Tensor | None) -> None:
