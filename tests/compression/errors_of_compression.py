@@ -5,11 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
+from tiny_models import build
 from torch import nn
 
 from actkit.compression.cfsp import Cfsp, width
 from actkit.compression.repavit.folded import FoldedMlp, Reparameterize, fold
 from actkit.compression.repavit.idle import IdleMlp, Repavit, TokenBatchNorm, active_channels, idle_share
+from actkit.compression.flashsvd.flashsvd import FlashSvd
+from actkit.compression.flashsvd.memory import activation_bytes
 from actkit.compression.svd import Svd
 from actkit.core.edit.edits import Resize, apply_edit
 from actkit.core.layers.linear import ActLinear
@@ -20,7 +23,7 @@ from actkit.core.recipe.widths import cut
 from actkit.quantization.rtn import RoundToNearest
 from actkit.quantization.zeroquant_v2.lorc import Lorc
 from actkit.testing import tiny_model
-from error_proofs import Place, proof, run
+from error_proofs import HOST, Place, proof, run
 
 proof(lambda p: width(48, 0.5, 64, "model.layers.0.mlp"))
 
@@ -31,6 +34,22 @@ def nothing_left(p: Place) -> None:
 
 
 proof(lambda p: run([Svd(rank=2), RoundToNearest(bits=8, group_size=-1), Lorc()]))
+
+
+proof(lambda p: run([FlashSvd()]))
+
+
+proof(lambda p: run([Svd(), FlashSvd()]).model(**HOST))
+
+
+@proof
+def a_text_of_padding(p: Place) -> None:
+    model = run([Svd(), FlashSvd()], kind="bert").model
+    with torch.no_grad():
+        model(**HOST, attention_mask=torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]]))
+
+
+proof(lambda p: activation_bytes(build("llama"), HOST))
 
 
 proof(lambda p: run([Svd(rank=3), RoundToNearest(bits=4, group_size=8)]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import pkgutil
@@ -15,6 +16,10 @@ from torch import nn
 
 import actkit
 from actkit.compression.ap.dead_neurons import dead_neuron_rate
+from actkit.compression.flashsvd.flashsvd import FlashSvd
+from actkit.compression.flashsvd.memory import activation_bytes
+from actkit.compression.svd import Svd
+from actkit.core.recipe.runner import apply
 from actkit.finetuning.eva import Eva
 from actkit.finetuning.explained_variance import explained_variance
 from actkit.functions.crrelu.eafo import eafo
@@ -92,9 +97,15 @@ def explained(model: Any, batches: Any) -> Any:
     return explained_variance(model, plan, batches, progress=False)
 
 
+def in_tiles(model: Any, batches: Any) -> Any:
+    changed = apply(copy.deepcopy(model), [Svd(), FlashSvd()], progress=False).model
+    return activation_bytes(changed, batches[0])
+
+
 ANALYSES: dict[str, Made] = {
     "dead_neuron_rate": Made(quiet(dead_neuron_rate), "DeadNeurons", relu=True),
     "dead_neuron_rate of images": Made(quiet(dead_neuron_rate, granularity="channel", eps=0.1), "DeadNeurons", "vit"),
+    "activation_bytes": Made(in_tiles, "ActivationBytes", several=False),
     "explained_variance": Made(explained, "ExplainedVariance"),
     "profile": Made(quiet(profile), "Profile"),
     "profile of experts": Made(quiet(profile), "Profile", "mixtral"),

@@ -17,6 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from actkit.comparison.arms import GatedMlp
 from actkit.compression.repavit.folded import FoldedMlp
 from actkit.compression.repavit.idle import IdleMlp, TokenBatchNorm
+from actkit.compression.flashsvd.flash_block import FlashBlock, MlpPaths
 from actkit.core.grids.floats import FloatGrid, fp4, fp8, nvfp4
 from actkit.core.grids.half_integers import HalfIntegerGrid
 from actkit.core.grids.integers import IntegerGrid
@@ -207,6 +208,36 @@ def factored(
     return ActLinear(weight, torch.randn(outputs), Threshold(0.3) if select else None)
 
 
+class Units(nn.Module):
+    """An MLP whose weights are kept as two factors."""
+
+    def __init__(self, gated: bool) -> None:
+        super().__init__()
+        self.up, self.act, self.down = factored(1, None, (IN, 10)), nn.GELU(), factored(1, None, (10, IN))
+        self.gate = factored(1, None, (IN, 10)) if gated else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)) if self.gate is None else self.act(self.gate(x)) * self.up(x))
+
+
+class Feeds(nn.Module):
+    """A block that has an MLP and nothing else."""
+
+    def __init__(self, gated: bool) -> None:
+        super().__init__()
+        self.mlp = Units(gated)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x)
+
+
+def flash_block(gated: bool) -> Made:
+    paths = MlpPaths("mlp", "mlp.up", "mlp.down", "mlp.act", "mlp.gate" if gated else None)
+    return Made(
+        lambda: FlashBlock(Feeds(gated), None, paths, tile=3, rows=2), settings={"original": lambda: Feeds(gated)}
+    )
+
+
 def in_training() -> nn.Module:
     """A layer whose weight and inputs have learned steps."""
     linear = nn.Linear(IN, OUT)
@@ -340,6 +371,7 @@ LAYERS: dict[str, dict[str, Made]] = {
         "in training": Made(in_training, settings={"shape": lambda shape: (*shape[:-1], OUT), "smooth": False}),
         "int4, threshold, low rank": act_linear("int4 in groups", "threshold", "dropped", bias=False),
     },
+    "flash_block": {"": flash_block(False), "gated": flash_block(True)},
     "attention_rounding": {
         "powers of two": Made(attention_rounding, (torch.rand(2, 3, 4, 5), torch.rand(1, 3, 1, 7)), {"smooth": False})
     },
@@ -658,6 +690,7 @@ PARTS |= {
     "LatentProduct",
     "LowRankWeight",
 }
+PARTS |= {"HeadRows", "HeadColumns", "Outputs"}  # see tests/compression/test_flashsvd.py
 # what stands in a block while it learns, see test_reconstruction.py and the tests of omniquant, zeroquant and aphq_vit
 PARTS |= {"Learned", "BlockWeights", "Equivalent", "LearnedSet", "LearnedPair", "LearnedClipping", "LearnedThrough"}
 PARTS |= {"LearnedRounding", "DroppedInputs", "WatchedInputs", "FittedMlp"}

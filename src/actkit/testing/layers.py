@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -103,7 +104,8 @@ def check_layer(
 ) -> list[Check]:
     """Check everything that a layer promises.
 
-    A class may say `compiles = False` or `exports = False`.
+    A class may say `compiles = False` or `exports = False`; and `trains = False` if it refuses gradients: it is called
+    without then.
 
     Args:
         make: builds the layer in float32, at settings at which it does something.
@@ -147,7 +149,8 @@ def same_result_twice(case: LayerCase) -> None:
     equal(tensors_in(given), tensors_in(case.inputs), "after a call its inputs")
     equal(again, first, "the outputs in another order")
     if first[0].is_floating_point():
-        close([call(layer, each).detach() for each in given], first, "the output with gradients on")
+        with _as_in_training(layer):
+            close([call(layer, each).detach() for each in given], first, "the output with gradients on")
 
 
 def shapes_are_as_promised(case: LayerCase) -> None:
@@ -242,6 +245,8 @@ def dtype_is_kept(case: LayerCase) -> None:
 
 def gradients_match_differences(case: LayerCase) -> None:
     """In float64, the gradients of inputs and trainable parameters are those of finite differences."""
+    if not getattr(case.made(), "trains", True):
+        raise NotApplicable("its class says trains = False")
     if not case.smooth:
         raise NotApplicable("its gradient is said not to be that of its function (smooth=False)")
     if not case.expected[0].is_floating_point():
@@ -282,7 +287,7 @@ def runs_under_autocast(case: LayerCase) -> None:
         for given in case.inputs:
             given = in_dtype(given, dtype)
             leaves = [tensor.requires_grad_() for tensor in tensors_in(given) if tensor.is_floating_point()]
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16), _as_in_training(layer):
                 output = call(layer, given)
             assert output.dtype in (torch.float32, torch.bfloat16), f"the output is {output.dtype}"
             assert bool(torch.isfinite(output).all()), f"the output holds NaN or Inf for {dtype} inputs"
@@ -291,6 +296,11 @@ def runs_under_autocast(case: LayerCase) -> None:
             for tensor in (*leaves, *layer.parameters()):
                 assert tensor.grad is None or bool(torch.isfinite(tensor.grad).all()), f"a gradient is NaN for {dtype}"
                 tensor.requires_grad_(False).grad = None
+
+
+def _as_in_training(layer: nn.Module) -> AbstractContextManager[Any]:
+    """With gradients, unless the class of a layer refuses them."""
+    return nullcontext() if getattr(layer, "trains", True) else torch.no_grad()
 
 
 def nothing_is_shared(case: LayerCase) -> None:
@@ -303,7 +313,8 @@ def nothing_is_shared(case: LayerCase) -> None:
     equal(case.outputs(copied), case.expected, "the outputs of a deep copy")
     used.train()
     for given in case.inputs:
-        output = call(used, given)
+        with _as_in_training(used):
+            output = call(used, given)
         if output.requires_grad:
             output.sum().backward()
     with torch.no_grad():
