@@ -112,6 +112,29 @@ def test_what_is_watched_runs_plainly_so_that_methods_behind_it_see_everything()
         assert after[site].count == moments.count and torch.allclose(after[site].mean, moments.mean)
 
 
+class Steered(nn.Module):
+    """Stands around an MLP."""
+
+    wraps = "inner"
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + 1
+
+
+def test_what_stands_around_a_part_counts() -> None:
+    batch = tiny_batches("llama")[0]
+    plain, model = factored("llama"), factored("llama")
+    apply(model, FLASH, progress=False)
+    plain.model.layers[0].mlp = Steered(plain.model.layers[0].mlp)
+    model.model.layers[0].inner.mlp = Steered(model.model.layers[0].inner.mlp)
+    assert len(anatomy(model).blocks) == 2
+    torch.testing.assert_close(outputs(model, batch), outputs(plain, batch), rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("later", [Wina(sparsity=0.4), RoundToNearest(bits=8, group_size=-1)])
 def test_methods_behind_it_count(later: Any) -> None:
     batches = tiny_batches("llama")

@@ -7,7 +7,7 @@ model, on tiles. In front of an empty cache the heads' keys and values are gathe
 
 The block runs plainly if keys are in the cache already (a single token has nothing to save), if hooks watch one of its
 modules (of transformers too, which stay once hidden states or attentions were asked for), and a part of it if a layer
-of that part selects, rounds or corrects. Outputs are the same then, to rounding.
+of that part selects, rounds or corrects, or another module stands around it. Outputs are the same then, to rounding.
 """
 
 from __future__ import annotations
@@ -153,7 +153,11 @@ class FlashBlock(nn.Module):
             yield mlp.down, made
 
     def _plain(self, layers: list[str]) -> bool:
-        found = [self.inner.get_submodule(path) for path in layers]
+        """Whether layers are where they were, and do no more than multiply."""
+        try:
+            found = [self.inner.get_submodule(path) for path in layers]
+        except AttributeError:  # something else stands there now, or around it
+            return False
         return not any(isinstance(layer, ActLinear) and layer.other_slots for layer in found)
 
     def _holds_keys(self, kwargs: Mapping[str, Any]) -> bool:
