@@ -138,17 +138,18 @@ def by_rows(function: Callable[..., Tensor], rows: int, *given: Tensor) -> Tenso
     Returns:
         What it gives, in the shape of the first.
     """
-    flat = [each.reshape(-1, each.shape[-1]) for each in given]
+    flat, shape = [each.reshape(-1, each.shape[-1]) for each in given], given[0].shape[:-1]
     count, out = len(flat[0]), None
+    if count <= rows:
+        whole = function(*flat)
+        return whole.view(*shape, whole.shape[-1])
     for start in range(0, count, rows):
         part = function(*(each[start : start + rows] for each in flat))
-        if count <= rows:
-            return part.view(*given[0].shape[:-1], -1)
         out = part.new_empty(count, part.shape[-1]) if out is None else out
         out[start : start + rows] = part
         del part  # before the next rows are computed
     assert out is not None
-    return out.view(*given[0].shape[:-1], -1)
+    return out.view(*shape, out.shape[-1])
 
 
 def flashsvd_ffn(
@@ -193,7 +194,8 @@ def flashsvd_ffn(
         gathered.add(hidden, tile)
         del hidden
     del narrow, other
-    return down.outputs(gathered.total, x.dtype).view(*x.shape[:-1], -1)
+    y = down.outputs(gathered.total, x.dtype)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class HeadRows(nn.Module):
