@@ -52,7 +52,6 @@ INTERNAL = {
     "core/store/activation_store.py: IndexError": "Python's protocol: an index beyond the shuffled batches",
     "gguf/file.py: IndexError": "the reason in `...: not readable as GGUF (...)`",
     "core/recipe/blockwise.py: StopForward": "ends a forward pass early",
-    "compression/flashsvd/tiles.py: StopForward": "ends the pass of some heads, until the last ones came",
     "core/store/expert_store.py: Unwanted": "ends the read of a preload, and is counted",
     "sparsity/edgemoe/throttled_store.py: Unwanted": "the same",
     "core/store/tensor_source.py: ValueError": "the reason in `...: not readable (...)`",
