@@ -8,7 +8,7 @@ a GPU with its own kernels, at its ranks and against its baseline: 70.2 % is not
 printed, not judged. The shape of SmolLM2's blocks (576 channels, 9 query heads on 3, 1,536 units, a gate, rotary
 embedding) with random weights stands beside it, at ranks 32 per head and 192. About 1 minute on one thread.
 
-SmolLM2-135M itself, in float32, at those ranks, with fewer rows (`REAL_SIZES`).
+SmolLM2-135M and Gemma 3 270M themselves, in float32, at those ranks, with fewer rows (`REAL_SIZES`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from actkit.data.text import documents
 
 RANKS: dict[str, Any] = {"query": 16, "key": 16, "value": 16, "output": 128, "up": 128, "down": 128}
 WIDER: dict[str, Any] = {name: 2 * rank if rank < 128 else 192 for name, rank in RANKS.items()} | {"gate": 192}
-REAL = "smollm2"
+REAL = ("smollm2", "gemma3")
 
 
 @dataclass(frozen=True)
@@ -88,17 +88,24 @@ SHAPE_SAME, SHAPE_SMALLER = (
     )
     for each in (SAME, SMALLER)
 )
-STATEMENTS = (SAME, SMALLER, MEANING, SHAPE_SAME, SHAPE_SMALLER, SAME.on(REAL), SMALLER.on(REAL))
+STATEMENTS = (
+    SAME,
+    SMALLER,
+    MEANING,
+    SHAPE_SAME,
+    SHAPE_SMALLER,
+    *(each.on(name) for name in REAL for each in (SAME, SMALLER)),
+)
 
 
 def run(*, subject: str | None = None, progress: bool = True, sizes: Sizes | None = None) -> Outcome:
     """Run the claims, or those about one subject. sizes: smaller ones, for a try."""
-    sizes = sizes or (REAL_SIZES if subject == REAL else Sizes())
-    if subject == REAL:
-        real = Arms(zoo.load(REAL, dtype=torch.float32), WIDER, REAL, sizes)
+    sizes = sizes or (REAL_SIZES if subject in REAL else Sizes())
+    if subject in REAL:
+        real = Arms(zoo.load(subject, dtype=torch.float32), WIDER, subject, sizes)
         found: list[Experiment] = [
-            (SAME.on(REAL), partial(same, real)),
-            (SMALLER.on(REAL), partial(smaller, real)),
+            (SAME.on(subject), partial(same, real)),
+            (SMALLER.on(subject), partial(smaller, real)),
         ]
         return conduct("flashsvd", found, sizes, subject, progress)
     encoder = None if subject == SYNTHETIC else Arms(zoo.load("minilm"), RANKS, "minilm", sizes)

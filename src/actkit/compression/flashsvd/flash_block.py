@@ -1,9 +1,9 @@
 """FlashBlock: runs a block in tiles, in place of its attention and its MLP (FlashSVD, 2025, arXiv:2508.01506).
 
 The block's own code runs, as its library wrote it: of its modules a copy that shares all parameters, in which other
-modules stand for the projections and the MLP (`tiles.py`). Attention runs once for each key head, with the query heads
-that read it, so that rotary embedding, norms of heads, masks, scaling and the attention function are those of the
-model, on tiles. In front of an empty cache the heads' keys and values are gathered for it, which keeps them whole.
+modules stand for the projections and the MLP (`tiles.py`). Attention runs once for each query head, so that rotary
+embedding, norms of heads, masks, scaling and the attention function are those of the model, on tiles. In front of an
+empty cache the heads' keys and values are gathered for it, which keeps them whole.
 
 The block runs plainly if keys are in the cache already (a single token has nothing to save), if hooks watch one of its
 modules (of transformers too, which stay once hidden states or attentions were asked for), and a part of it if a layer
@@ -197,39 +197,36 @@ class FlashBlock(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Attention, one key head after the other."""
+    """Attention, one query head after the other."""
 
     def __init__(self, inner: nn.Module, paths: AttentionPaths, rows: int) -> None:
         super().__init__()
         self.inner, self.paths, self.rows = inner, paths, rows
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        paths, turn = self.paths, Turn(self.paths.key_heads)
-        layers = {name: self.inner.get_submodule(name) for name in (paths.query, paths.key, paths.value) if name}
-        queries = paths.heads // paths.key_heads * paths.size
-        sizes = {paths.query: [queries], paths.key: [paths.size], paths.value: [paths.size]}
-        if paths.key is None:
-            sizes = {paths.query: [queries, paths.size, paths.size]}
-        stand_ins: dict[str, nn.Module] = {
-            name: HeadRows(Thin(layer), turn, sizes[name]) for name, layer in layers.items()
-        }
+        paths, turn = self.paths, Turn(self.paths.heads, self.paths.key_heads)
+        fused = paths.key is None
+        stand_ins: dict[str, nn.Module] = {}
+        for name in (paths.query, paths.key, paths.value):
+            if name is not None:
+                parts = ("query", "key", "key") if fused else ("query",) if name == paths.query else ("key",)
+                stand_ins[name] = HeadRows(Thin(self.inner.get_submodule(name)), turn, paths.size, parts)  # type: ignore[arg-type]
         output: Any = self.inner.get_submodule(paths.output)
         thin, (around, _, name) = Thin(output, True), paths.output.rpartition(".")
         behind = None
         if around:
             stand_in = Outputs(thin, output.weight.dtype)
             behind = _with(self.inner.get_submodule(around), {name: stand_in})
-        stand_ins[around or name] = HeadColumns(thin, turn, queries, self.rows, behind)
+        stand_ins[around or name] = HeadColumns(thin, turn, paths.size, self.rows, behind)
         narrow = _with(self.inner, stand_ins)
         own: Any = narrow.get_submodule(paths.query.rpartition(".")[0])
-        group = paths.heads // paths.key_heads
-        sizes_of_code = {"num_heads": group, "num_attention_heads": group, "num_key_value_heads": 1}
-        for name, value in (sizes_of_code | {"split_size": paths.size}).items():  # the last one is GPT-2's
+        ones = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_key_value_groups")
+        for name, value in {**dict.fromkeys(ones, 1), "split_size": paths.size}.items():  # the last one is GPT-2's
             if hasattr(own, name):  # the code of some goes by them
                 vars(own)[name] = value
-        caches = {name: _Gathering(value) for name, value in kwargs.items() if hasattr(value, "get_seq_length")}
+        caches = {name: _Gathering(value, turn) for name, value in kwargs.items() if hasattr(value, "get_seq_length")}
         result: Any = None
-        for number in range(turn.count):
+        for number in range(turn.heads):
             turn.number = number
             try:
                 result = narrow(*args, **kwargs | caches)
@@ -276,15 +273,20 @@ class _ByRows(nn.Module):
 class _Gathering:
     """An empty cache that gets the keys and values of all heads at the end, and gives each head its own back."""
 
-    def __init__(self, cache: Any) -> None:
-        self._cache, self._given = cache, list[tuple[Tensor, Tensor, tuple[Any, ...], dict[str, Any]]]()
+    def __init__(self, cache: Any, turn: Turn) -> None:
+        self._cache, self._turn, self._given = (
+            cache,
+            turn,
+            list[tuple[Tensor, Tensor, tuple[Any, ...], dict[str, Any]]](),
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keep a head's keys and values, and return them."""
-        self._given.append((keys, values, args, kwargs))
+        if len(self._given) == self._turn.key:  # not again for each query head
+            self._given.append((keys, values, args, kwargs))
         return keys, values
 
     def hand_over(self) -> None:

@@ -1,7 +1,7 @@
 """FlashSVD: factored attention and MLPs in tiles, so that peak activation memory falls (2025, arXiv:2508.01506).
 
     MLP:        P = x R_up^T;  tile by tile of the units:  S += act(P L_up[D]^T + b[D]) R_down[:, D]^T;   y = S L_down^T
-    attention:  key head by key head:  q, k, v = x R_h^T L_h^T + b_h;  S += softmax(q k^T / sqrt(d)) v R_out[:, h]^T
+    attention:  head by head:  q, k, v = x R_h^T L_h^T + b_h;  S += softmax(q k^T / sqrt(d)) v R_out[:, h]^T
 
 When to use it: behind `svd`, if the activations of long inputs or large batches are what does not fit: factors alone
 shrink weights, and the peak hardly falls, as what they make is as wide as before. It computes the same outputs. It is
@@ -9,10 +9,10 @@ slower on a CPU in most shapes: products are thinner, and there are more of them
 Cost: no data; one pass over an example, in which each block is compared with itself as it was.
 A block becomes a `FlashBlock`, which runs its library's own code on tiles. Heads go into W_out's factor one by one, so
 that what attention gives is never whole either; nor is P of attention, which the release keeps for all heads.
-Settled here: a tile of attention is one key head with the query heads that read it, over all tokens, and the model's
-attention function streams over keys inside of it (torch's fused one by default); the release's kernels, for GPUs, have
-tiles of tokens. Sums over tiles are float32 for models of 16 bits. There is no version with Triton, and none that
-recomputes for a backward pass: gradients are refused.
+Settled here: a tile of attention is one query head over all tokens (its keys and values are kept while other heads read
+them), and the model's attention function streams over keys inside of it (torch's fused one by default); the release's
+kernels, for GPUs, have tiles of tokens. Sums over tiles are float32 for models of 16 bits. There is no version with
+Triton, and none that recomputes for a backward pass: gradients are refused.
 Our own reading: rows of padding that see no key give what the attention function gives; a text without any key is an
 error.
 """

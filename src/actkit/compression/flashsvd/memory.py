@@ -6,7 +6,7 @@
     attention, q queries and k keys wide:
         plain   q + 2 k + max(q + tokens of a row if some are masked, of rotary embedding 3 q)
                 with grouped queries 2 q more, as keys and values are repeated
-        tiled   r_out + the same of one key head;  at the end r_out + d, and what stands behind, for some rows
+        tiled   r_out + the same of one head;  at the end r_out + d, and what stands behind, for some rows
 
 Inputs are left out, as whoever calls holds them, and so are weights. Both ways use the model's attention function; the
 count is of torch's fused one, which makes floats of a mask.
@@ -247,21 +247,20 @@ def _attention(block: FlashBlock, paths: AttentionPaths, tokens: int, rotary: bo
     inner = block.inner.get_submodule(paths.path)
     layers = {name: Thin(inner.get_submodule(name)) for name in (paths.query, paths.key, paths.value) if name}
     output = Thin(inner.get_submodule(paths.output), True)
-    group = paths.heads // paths.key_heads
+    grouped, size = paths.heads > paths.key_heads, paths.size
 
-    def held(key_heads: int) -> int:
-        key, query = key_heads * paths.size, key_heads * group * paths.size
-        # keys and values, once for each query head; of one key head that is a view
-        repeated = 2 * query if group > 1 and key_heads > 1 else 0
-        fused = repeated + query + masked + key_heads * group
-        return query + 2 * key + max(fused, 3 * query if rotary else 0)
+    def held(heads: int, key_heads: int, more: int) -> int:
+        query, key = heads * size, key_heads * size
+        return query + 2 * key + max(more + query + masked + heads, 3 * query if rotary else 0)
 
+    # keys and values are repeated for each query head, or those of a head kept as they were before they turned
+    plain = held(paths.heads, paths.key_heads, 2 * paths.heads * size if grouped else 0)
+    turn = held(1, 1, size if grouped and rotary else 0)
     r_out = _rank(output, True)
     assert output.right is not None
     out = len(output.right) if output.left is None else len(output.left)
     shared = sum(_rank(layer) for layer in layers.values() if layer.heads == 1)
-    mixed = group * paths.size
-    around = "." in paths.output  # then queries, keys and values of the last heads are gone by the end
-    end = shared + r_out + out + (mixed if around else 2 * mixed + 2 * paths.size)
+    around = "." in paths.output  # then queries, keys and values of the last head are gone by the end
+    end = shared + r_out + out + (1 if around else 5 if grouped and rotary else 4) * size
     behind = 3 * min(block.rows, tokens) * out if around else 0
-    return held(paths.key_heads) * tokens, max((shared + r_out + held(1)) * tokens, end * tokens + behind)
+    return plain * tokens, max((shared + r_out + turn) * tokens, end * tokens + behind)

@@ -10,7 +10,7 @@ not kept as factors takes part as it is, with its inputs in place of P, or its o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -198,29 +198,66 @@ def flashsvd_ffn(
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
+class Turn:
+    """Which query head has its turn.
+
+    Args:
+        heads: of the queries.
+        key_heads: of keys and values.
+
+    Attributes:
+        number: of the query head, from 0.
+    """
+
+    def __init__(self, heads: int, key_heads: int) -> None:
+        self.heads, self.key_heads, self.number = heads, key_heads, 0
+
+    @property
+    def key(self) -> int:
+        """The key head that the query head reads."""
+        return self.number // (self.heads // self.key_heads)
+
+    @property
+    def last(self) -> bool:
+        """Whether no other query head comes."""
+        return self.number + 1 == self.heads
+
+
 class HeadRows(nn.Module):
-    """Stands where query, key or value is computed: gives the outputs of the heads whose turn it is.
+    """Stands where query, key or value is computed: gives the outputs of the head whose turn it is.
+
+    Keys and values are kept while the query heads that read them have their turns.
 
     Args:
         layer: the projection.
-        turn: its `heads` say whose turn it is.
-        sizes: outputs of each turn, for a layer that holds several parts one after the other.
+        turn: whose turn it is.
+        size: of a head.
+        parts: of the layer's outputs, one after the other: 'query', 'key' for a key or a value.
     """
 
-    def __init__(self, layer: Thin, turn: Turn, sizes: Sequence[int]) -> None:
+    def __init__(self, layer: Thin, turn: Turn, size: int, parts: Sequence[Literal["query", "key"]]) -> None:
         super().__init__()
-        self.layer, self.turn, self.sizes = layer, turn, sizes
+        self.layer, self.turn, self.size, self.parts = layer, turn, size, parts
         self._narrow: Tensor | None = None
+        self._kept: tuple[int, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        turn, shared = self.turn, list(self.parts) == ["key"]
+        if shared and self._kept is not None and self._kept[0] == turn.key:
+            return self._kept[1]
+        self._kept = None  # before the next ones are computed
         if self.layer.heads == 1 and self._narrow is None:
             self._narrow = self.layer.narrow(x)
-        number, begin, parts = self.turn.number, 0, []
-        for size in self.sizes:
-            first = begin + number * size
-            parts.append(self.layer.rows(x, self._narrow, range(first, first + size)))
-            begin += self.turn.count * size
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        begin, found = 0, []
+        for part in self.parts:
+            number, count = (turn.number, turn.heads) if part == "query" else (turn.key, turn.key_heads)
+            first = begin + number * self.size
+            found.append(self.layer.rows(x, self._narrow, range(first, first + self.size)))
+            begin += count * self.size
+        y = found[0] if len(found) == 1 else torch.cat(found, -1)
+        if shared and turn.heads > turn.key_heads:
+            self._kept = turn.key, y
+        return y
 
 
 class HeadColumns(nn.Module):
@@ -229,7 +266,7 @@ class HeadColumns(nn.Module):
     Args:
         layer: the output layer.
         turn: whose turn it is.
-        size: inputs of each turn.
+        size: of a head.
         rows: tokens at a time, of what stands behind.
         behind: what is applied to the outputs, token by token, with `Outputs` in place of the layer; None for nothing.
     """
@@ -243,7 +280,7 @@ class HeadColumns(nn.Module):
     def forward(self, mixed: Tensor, *others: Tensor) -> Tensor:
         number, size = self.turn.number, self.size
         self.gathered.add(mixed, range(number * size, (number + 1) * size))
-        if number + 1 < self.turn.count:
+        if not self.turn.last:
             raise StopForward
         total, shape = self.gathered.total, mixed.shape[:-1]
         if self.behind is None:
@@ -265,14 +302,3 @@ class Outputs(nn.Module):
 
     def forward(self, total: Tensor) -> Tensor:
         return self.layer.outputs(total, self.dtype)
-
-
-class Turn:
-    """Whose turn it is: one key head, with the query heads that read it.
-
-    Args:
-        count: of key heads.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.count, self.number = count, 0
