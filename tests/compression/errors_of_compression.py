@@ -9,10 +9,10 @@ from tiny_models import build
 from torch import nn
 
 from actkit.compression.cfsp import Cfsp, width
-from actkit.compression.repavit.folded import FoldedMlp, Reparameterize, fold
-from actkit.compression.repavit.idle import IdleMlp, Repavit, TokenBatchNorm, active_channels, idle_share
 from actkit.compression.flashsvd.flashsvd import FlashSvd
 from actkit.compression.flashsvd.memory import activation_bytes
+from actkit.compression.repavit.folded import FoldedMlp, Reparameterize, fold
+from actkit.compression.repavit.idle import IdleMlp, Repavit, TokenBatchNorm, active_channels, idle_share
 from actkit.compression.svd import Svd
 from actkit.core.edit.edits import Resize, apply_edit
 from actkit.core.layers.linear import ActLinear

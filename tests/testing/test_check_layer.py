@@ -15,9 +15,9 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from actkit.comparison.arms import GatedMlp
+from actkit.compression.flashsvd.flash_block import FlashBlock, MlpPaths
 from actkit.compression.repavit.folded import FoldedMlp
 from actkit.compression.repavit.idle import IdleMlp, TokenBatchNorm
-from actkit.compression.flashsvd.flash_block import FlashBlock, MlpPaths
 from actkit.core.grids.floats import FloatGrid, fp4, fp8, nvfp4
 from actkit.core.grids.half_integers import HalfIntegerGrid
 from actkit.core.grids.integers import IntegerGrid
