@@ -52,6 +52,7 @@ IMAGES = (lambda: tiny_model("vit", num_hidden_layers=1), tiny_batches("vit"))
 OTHERS: dict[str, Any] = {  # another model than a Llama, and its batches
     "repavit": IMAGES,
     "reparameterize": IMAGES,
+    "prompts": (lambda: tiny_model("vit", num_hidden_layers=1), tiny_batches("vit")),
     "replace_pooling": (
         lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)).eval(),
         [torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))],

@@ -58,7 +58,7 @@ class PromptedBlock(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the block with the tokens in front, and give the rows behind them."""
         x: Tensor = args[0] if args else kwargs["hidden_states"]
-        prompts = self.prompts().to(x.dtype).expand(len(x), -1, -1)
+        prompts = self.prompts().to(x.dtype).expand(x.shape[0], -1, -1)
         longer = torch.cat([prompts, x], 1)
         count = prompts.shape[1]
         args = (longer, *(_wider(each, count) for each in args[1:])) if args else ()
