@@ -24,6 +24,7 @@ TUTORIALS = [
     "try-a-method",
     "try-an-activation",
     "narrow-and-heal",
+    "fine-tune-with-less-memory",
     "read-activations",
     "read-longer-texts",
     "add-a-method",
