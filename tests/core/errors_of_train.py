@@ -13,16 +13,32 @@ from tiny_models import batches, build
 from actkit import verbs
 from actkit.core.forward.batch import as_batches, check_batch, first_rows
 from actkit.core.forward.stream import Stream
+from actkit.core.recipe.rule import TrainingRule
 from actkit.core.store.tensor_files import write_values
 from actkit.core.train import rules, staged_run, training
 from actkit.core.train.masks import AttachedMasks, KeepMasks, Masks, layer_weights
 from actkit.core.train.meter import Meter, readings
 from actkit.core.train.objective import Objective
+from actkit.core.train.optimizers import chosen_optimizer
 from actkit.core.train.training_setup import Settings, state_folder, steps_per_epoch
 from actkit.data import load_data
 from error_proofs import HOST, IDS, NAN, Place, beside, proof, raising, stages, train
 
 STREAM = Stream(lambda generator: HOST)
+
+
+class OwnOptimizer(TrainingRule):
+    """A rule that brings its optimizer."""
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups)
+
+
+proof(lambda p: chosen_optimizer([OwnOptimizer(), OwnOptimizer()]))
+
+
+proof(lambda p: chosen_optimizer([OwnOptimizer()], "sgd"))
+
 
 MASKS = Masks({"fc.weight": torch.ones(2, 2, dtype=torch.bool)})
 

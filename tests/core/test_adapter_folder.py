@@ -16,6 +16,7 @@ from actkit.compression.cfsp import Cfsp
 from actkit.core.ground.errors import CheckpointError
 from actkit.core.ground.fingerprint import model_fingerprint
 from actkit.core.store.adapter_folder import BASE, is_adapter
+from actkit.core.store.deltas import Delta, LowRank
 from actkit.finetuning.adapters import Lora
 from actkit.finetuning.low_rank_training import train_adapter
 
@@ -55,6 +56,16 @@ def test_it_opens_over_its_base_as_what_was_trained_and_plain_peft_opens_it(
     assert torch.equal(run(again, batch), run(loaded, batch))
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     actkit.apply(loaded, "rtn", None, progress=False)  # an ordinary model, which recipes take
+
+
+def test_what_it_adds_is_a_delta_of_its_rank(tmp_path: Path) -> None:
+    base, _ = trained(tmp_path)
+    delta = Delta.of_adapter(base, tmp_path / "adapter").low_rank(2)
+    assert delta.parts and all(isinstance(part, LowRank) for part in delta.parts.values())
+    expected, found = actkit.load(tmp_path / "adapter"), actkit.load(tmp_path / "base")
+    delta.add_to(found)
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_the_validated_loss_is_that_of_the_loaded_model(tmp_path: Path) -> None:

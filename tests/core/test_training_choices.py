@@ -333,6 +333,57 @@ def test_a_rule_says_what_trains() -> None:
     assert_same(model, by_hand(expected, torch.optim.AdamW(second, lr=RATE, weight_decay=0.0)))
 
 
+class OwnOptimizer(TrainingRule):
+    """Trains by SGD, one part of the model at half the rate."""
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.SGD([{**group, "lr": group["lr"] / 2} for group in groups], momentum=0.5)
+
+    def attach(self, model: nn.Module, optimizer: Any = None, example: Any = None) -> AttachedRule:
+        assert isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["momentum"] == 0.5
+        return AttachedRule()
+
+
+def test_a_rule_brings_the_optimizer() -> None:
+    model, expected = net(), net()
+    ours(model, rules=[OwnOptimizer()])
+    by_hand(expected, torch.optim.SGD(expected.parameters(), lr=RATE / 2, momentum=0.5))
+    assert_same(model, expected)
+    with pytest.raises(ValueError, match="rules: OwnOptimizer, OwnOptimizer bring an optimizer each"):
+        ours(net(), rules=[OwnOptimizer(), OwnOptimizer()])
+    with pytest.raises(ValueError, match=r"optimizer: .* was given, and OwnOptimizer brings its own"):
+        ours(net(), rules=[OwnOptimizer()], optimizer="sgd")
+
+
+class AddsAllThatTrains(TrainingRule):
+    """Freezes the model and trains a scale that it puts behind the last layer."""
+
+    def trainable(self, model: nn.Module) -> list[str]:
+        return []
+
+    def attach(self, model: nn.Module, optimizer: Any = None, example: Any = None) -> AttachedRule:
+        return AttachedScale(model)
+
+
+class AttachedScale(AttachedRule):
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        model.last.register_parameter("scale", nn.Parameter(torch.ones(())))
+        self.handle = model.last.register_forward_hook(lambda module, args, output: output * module.scale)
+
+    def detach(self) -> None:
+        self.handle.remove()
+        self.model.last.found = float(self.model.last.scale.detach())
+        del self.model.last.scale
+
+
+def test_a_rule_may_add_all_that_trains() -> None:
+    model, before = net(), net()
+    ours(model, rules=[AddsAllThatTrains()])
+    assert model.last.found != 1.0
+    assert_same(model, before)
+
+
 class Unfreezes(TrainingRule):
     """Lets one parameter train once it is at work, and puts another layer behind the model's."""
 

@@ -35,8 +35,9 @@ from actkit.core.ground.random_numbers import own_random_numbers
 from actkit.core.measure.tasks.task import IGNORED
 from actkit.core.recipe.rule import AttachedRule, TrainingRule, dump_rules, parse_rules
 from actkit.core.store import checkpoint
-from actkit.core.train.choice import parameter_groups, trained_parameters
+from actkit.core.train.choice import trained_parameters
 from actkit.core.train.objective import Objective
+from actkit.core.train.optimizers import chosen_optimizer, make_optimizer
 from actkit.core.train.rules import RuleCallback, attach, finish
 from actkit.core.train.training import Trained, train
 from actkit.core.train.training_setup import prepare_modes
@@ -140,24 +141,21 @@ class RuleCase:
         return by_hand(self, self.groups())
 
     @cached_property
+    def adds_what_trains(self) -> bool:
+        """Whether no parameter of the model trains under it, but those that it adds.
+
+        The Trainer's optimizer, which is made before, cannot take them.
+        """
+        chosen = self.rule.trainable(self.model())
+        return chosen is not None and not list(chosen)
+
+    @cached_property
     def trainer_is_plain(self) -> bool:
         """Whether the Trainer agrees with the loop by hand if there is no rule.
 
         It does not for GPT-2, whose labels it counts before they are shifted.
         """
-        return self._plain(1)
-
-    @cached_property
-    def trainer_accumulates_plainly(self) -> bool:
-        """The same with two batches in each step.
-
-        It does not for a BERT, whose loss it takes for one that was divided already.
-        """
-        return self.trainer_is_plain and self._plain(2)
-
-    def _plain(self, accumulation: int) -> bool:
-        groups = self.groups(accumulation)
-        plain, found = by_hand(self, groups, rules=()), in_trainer(self, groups, rules=())
+        plain, found = by_hand(self, self.groups(), rules=()), in_trainer(self, self.groups(), rules=())
         return works(partial(found.compare, plain, "Trainer"))
 
 
@@ -223,6 +221,8 @@ def our_loop_agrees(case: RuleCase) -> None:
 
 def trainer_agrees(case: RuleCase) -> None:
     """The Trainer of transformers with a `RuleCallback` gives them too."""
+    if case.adds_what_trains:
+        raise NotApplicable("it adds what trains, and the Trainer's optimizer is made before")
     if not case.trainer_is_plain:
         kind = type(case.original).__name__
         raise NotApplicable(f"without any rule the Trainer weighs the loss of a {kind} differently than its labels do")
@@ -233,7 +233,7 @@ def gradients_are_accumulated(case: RuleCase) -> None:
     """So it is with two batches in each step."""
     found, ours = in_our_loop(case, accumulation=2)
     found.compare(by_hand(case, ours), "core.train.training.train with two batches per step")
-    if case.trainer_accumulates_plainly:
+    if case.trainer_is_plain and not case.adds_what_trains:
         groups = case.groups(2)
         in_trainer(case, groups).compare(by_hand(case, groups), "Trainer with two batches per step")
 
@@ -286,7 +286,7 @@ def detach_leaves_the_plain_model(case: RuleCase) -> None:
         before = State.of(model)
         batch = case.batches[0]
         with trained_parameters(model, [case.rule]):
-            running = attach(case.rule, model, _optimizer(model), batch)
+            running = attach(case.rule, model, _optimizer(model, [case.rule]), batch)
             try:
                 model.train()
                 running.before_step(0.0)
@@ -413,8 +413,9 @@ class _Watching(AttachedRule):
         self.ran.gradients.append({name: each.clone() for name, each in gradients.items() if each is not None})
 
 
-def _optimizer(model: nn.Module) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameter_groups(model, 0.0), lr=RATE)
+def _optimizer(model: nn.Module, rules: Iterable[TrainingRule]) -> torch.optim.Optimizer:
+    """That of a rule if one brings its own, else AdamW."""
+    return make_optimizer(chosen_optimizer(rules), model, RATE)
 
 
 def by_hand(case: RuleCase, groups: Sequence[Group], rules: Sequence[TrainingRule] | None = None) -> Ran:
@@ -439,7 +440,7 @@ def _steps(case: RuleCase, ran: Ran, groups: Sequence[Group], rules: Sequence[Tr
     """One optimizer step at a time: the mean loss over all labels of a group, and the mean penalty of its batches."""
     model = ran.model
     with trained_parameters(model, rules):
-        optimizer = _optimizer(model)
+        optimizer = _optimizer(model, rules)
         running = attach([*rules, _Watch.on(ran)], model, optimizer, groups[0][0])
         try:
             for step, group in enumerate(groups):
@@ -500,7 +501,7 @@ def in_trainer(case: RuleCase, groups: Sequence[Group], rules: Sequence[Training
             save_strategy="no",
             logging_strategy="no",
         )
-        optimizer = _optimizer(ran.model)
+        optimizer = _optimizer(ran.model, rules)
         constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
         with RuleCallback([*rules, _Watch.on(ran)], example=groups[0][0]) as callback:
             trainer = Trainer(

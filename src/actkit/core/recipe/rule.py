@@ -60,6 +60,16 @@ class TrainingRule(BaseModel):
         """
         return None
 
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Make the optimizer of a training under this rule; a rule that leaves it to the training has no such method.
+
+        In a loop of one's own, and in the Trainer, it is made by this before the rule is attached.
+
+        Args:
+            groups: of the parameters that train, each with `params`, `lr` and `weight_decay`.
+        """
+        raise NotImplementedError
+
     def attach(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, example: Any = None
     ) -> AttachedRule:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from actkit.core.recipe.optimizer import OPTIMIZERS, OptimizerSettings
+from actkit.core.recipe.rule import TrainingRule
 from actkit.core.train.choice import parameter_groups
 
 Optimizer = str | Mapping[str, Any] | OptimizerSettings | Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -28,6 +29,25 @@ def describe(optimizer: Optimizer) -> Any:
         function = getattr(optimizer, "func", optimizer)  # of a functools.partial
         return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"
     return OptimizerSettings.parse(optimizer).dump()
+
+
+def chosen_optimizer(rules: Iterable[TrainingRule], optimizer: Optimizer = "adamw") -> Optimizer:
+    """What makes the optimizer of a training: a rule if one brings its own.
+
+    Args:
+        rules: of the training.
+        optimizer: that was asked for; 'adamw' if none was.
+
+    Raises:
+        ValueError: two rules bring one, or one does and another was asked for.
+    """
+    own = [rule for rule in rules if type(rule).optimizer is not TrainingRule.optimizer]
+    names = ", ".join(type(rule).__name__ for rule in own)
+    if len(own) > 1:
+        raise ValueError(f"rules: {names} bring an optimizer each; leave all but one out.")
+    if own and optimizer != "adamw":
+        raise ValueError(f"optimizer: {describe(optimizer)} was given, and {names} brings its own; leave one out.")
+    return own[0].optimizer if own else optimizer
 
 
 def make_optimizer(
@@ -51,6 +71,8 @@ def make_optimizer(
         ValueError: an option or the weight decay is nothing for this optimizer, or a function makes something else.
     """
     groups = parameter_groups(model, weight_decay, learning_rate=learning_rate, learning_rates=learning_rates)
+    if not groups:  # a rule is going to add what trains
+        groups = [{"params": [], "lr": learning_rate, "weight_decay": weight_decay}]
     if _is_function(optimizer):
         made = optimizer(groups)  # type: ignore[operator]
         held = {id(each) for group in getattr(made, "param_groups", ()) for each in group["params"]}

@@ -41,7 +41,14 @@ from actkit.core.store import checkpoint
 from actkit.core.store.tensor_files import read_values, write_values
 from actkit.core.train.choice import Trainable, chooses, trained_parameters
 from actkit.core.train.objective import Loss, Objective
-from actkit.core.train.optimizers import Optimizer, describe, make_optimizer, optimizer_state, restore_optimizer
+from actkit.core.train.optimizers import (
+    Optimizer,
+    chosen_optimizer,
+    describe,
+    make_optimizer,
+    optimizer_state,
+    restore_optimizer,
+)
 from actkit.core.train.rules import AttachedRules, attached
 from actkit.core.train.score import Score
 from actkit.core.train.training_setup import (
@@ -215,7 +222,7 @@ def train(
         learning_rates: other peaks for some parameters, by a pattern of their names such as '*norm*'; the first that
             fits counts.
         optimizer: a class of torch.optim, 'sgd:momentum=0.9' or {'sgd': {'momentum': 0.9}}; or a function of parameter
-            groups that makes one.
+            groups that makes one. A rule may bring its own.
         trainable: the parameters that train: names, patterns, or a function from the model to these; those that rules
             name train too. None: all that require a gradient.
         rules: what `parse_rules` takes.
@@ -251,6 +258,7 @@ def train(
     """
     started = time.perf_counter()
     rules = parse_rules(rules)
+    optimizer = chosen_optimizer(rules, optimizer)
     if processes.several():
         raise ProcessError("train: it shares its batches out by itself; call it under torchrun, outside of `together`.")
     refuse_offloaded(model, "training changes all weights in place")
@@ -262,7 +270,8 @@ def train(
         if not chooses(rules, trainable):
             refuse_integers(model)
         stack.enter_context(trained_parameters(model, rules, trainable))
-        check_parameters(model)
+        if not (rules and chooses(rules, None)):  # a rule may add all that trains; asked again once it is attached
+            check_parameters(model)
         training, held_out = sequences(model, batches, validation, loss)
         check_folder(folder, resume, overwrite)
         if folder is not None and not resume:
