@@ -167,6 +167,7 @@ TINY = {
     "eva": {"fitted": 1, "measured": 1},
     "lazy-neuron": {"language": 1},
     "llm-fp4": {"calibration": 1, "held_out": 1, "candidates": 2, "rounds": 1, "tokens": 64},
+    "massive-activations": {"calibration": 1, "held_out": 1},
     "omniquant": {"calibration": 1, "held_out": 1, "epochs": 1},
     "outliertune": {"calibration": 1, "held_out": 1, "steps": 0},
     "pangu-pi": {"rows": 1},

@@ -32,6 +32,9 @@ from actkit.functions.selu.self_normalizing import self_normalizing
 from actkit.functions.softplus_attention.entropy import attention_entropy
 from actkit.functions.softplus_attention.length_curve import extrapolation_curve
 from actkit.functions.swap import swap
+from actkit.interpretation.massive_activations.dynamics import dynamics
+from actkit.interpretation.massive_activations.law import original_curve
+from actkit.interpretation.massive_activations.massive_activations import massive_activations
 from actkit.quantization.adadim.sensitivity import weight_sensitivity
 from actkit.quantization.zeroquant_v2.ptq_study import ptq_study
 from actkit.search.profile import profile
@@ -117,6 +120,8 @@ ANALYSES: dict[str, Made] = {
     "eafo of a traced model": Made(quiet(eafo), "Eafo", "mlp"),
     "self_normalizing": Made(quiet(self_normalizing), "SelfNormalizing", "mlp"),
     "activity_curve": Made(curve, "ActivityCurve", relu=True),
+    "massive_activations": Made(quiet(massive_activations), "MassiveActivations"),
+    "massive_activations of images": Made(quiet(massive_activations, top=1), "MassiveActivations", "vit"),
     "gate_sparsity": Made(quiet(gate_sparsity), "GateSparsity", "mixtral", relu=True),
     "polynomial_degrees": Made(degrees, "PolynomialDegrees", several=False),
     "diversity": Made(quiet(diversity, skip=0), "Diversity", several=False),
@@ -148,10 +153,13 @@ ANALYSES: dict[str, Made] = {
     "pareto": Made(quiet(pareto, methods=("zero", "fat", "cett"), grid=(0.3,), sample=16), "Pareto", several=False),
 }
 TOKENS = [1e9, 4e9, 2e10, 6e10, 1e11, 2e11]
+STEPS = [0.0, 1, 2, 4, 8, 16, 30, 60, 100]
+RISE = original_curve(STEPS, {"A": 30, "lambda": 0.3, "gamma": 0.2, "t0": 0.5, "K": 40}).tolist()
 BILLIONS = [tokens / 1e9 for tokens in TOKENS]
 # results that are of no model: laws, fits
 WITHOUT_A_MODEL: dict[str, Callable[[], Any]] = {
     "threshold_curve": partial(threshold_curve, [1000, 2000], [0.02], [20], range(8, 12)),
+    "dynamics": lambda: dynamics({"blocks.0.block.output": (STEPS, RISE), "blocks.1.block.output": (STEPS, [1.0] * 9)}),
     "relu law": lambda: fit_relu_law(TOKENS, [relu_law(each, 0.4, -1.0, 0.5, 0.1) for each in BILLIONS]),
     "silu law": lambda: fit_silu_law(TOKENS, [silu_law(each, 0.4, 0.2, 0.6) for each in BILLIONS]),
     "basis_choice": lambda: basis_choice(nn.Sequential(SKanLayer(3, 4), SKanLayer(4, 2).pruned())),

@@ -1,0 +1,1 @@
+"""Interpretation: what is inside a model, and which of it causes what it answers."""
