@@ -20,8 +20,10 @@ from actkit.compression.flashsvd.flashsvd import FlashSvd
 from actkit.compression.flashsvd.memory import activation_bytes
 from actkit.compression.svd import Svd
 from actkit.core.recipe.runner import apply
+from actkit.core.train.masks import Masks, layer_weights
 from actkit.finetuning.eva import Eva
 from actkit.finetuning.explained_variance import explained_variance
+from actkit.finetuning.lift.probe import weight_probe
 from actkit.functions.crrelu.eafo import eafo
 from actkit.functions.pangu_pi.collapse import collapse_bound
 from actkit.functions.pangu_pi.diversity import diversity
@@ -103,6 +105,9 @@ def explained(model: Any, batches: Any) -> Any:
 def in_tiles(model: Any, batches: Any) -> Any:
     changed = apply(copy.deepcopy(model), [Svd(), FlashSvd()], progress=False).model
     return activation_bytes(changed, batches[0])
+def probed(model: Any, batches: Any) -> Any:
+    masks = {"all": Masks.all_of(layer_weights(model))}
+    return weight_probe(model, masks, lambda model: float(model(**batches[0]).logits.detach().std()), progress=False)
 
 
 ANALYSES: dict[str, Made] = {
@@ -110,6 +115,7 @@ ANALYSES: dict[str, Made] = {
     "dead_neuron_rate of images": Made(quiet(dead_neuron_rate, granularity="channel", eps=0.1), "DeadNeurons", "vit"),
     "activation_bytes": Made(in_tiles, "ActivationBytes", several=False),
     "explained_variance": Made(explained, "ExplainedVariance"),
+    "weight_probe": Made(probed, "WeightProbe", several=False),
     "profile": Made(quiet(profile), "Profile"),
     "profile of experts": Made(quiet(profile), "Profile", "mixtral"),
     "profile of a traced model": Made(quiet(profile), "Profile", "mlp"),

@@ -34,6 +34,7 @@ ELSEWHERE = {  # rules for models in training rounded are checked beside their o
     "oscillation_tracker": "quantization/test_ofq.py",
     "fade_activations": "functions/test_vanillanet.py",
     "ap": "compression/test_ap.py",
+    "lift": "finetuning/test_lift.py",
     "keep_masks": "core/test_masks.py",
     "tract": "finetuning/test_tract.py",
     "meter": "core/test_meter.py",
