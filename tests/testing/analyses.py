@@ -105,6 +105,8 @@ def explained(model: Any, batches: Any) -> Any:
 def in_tiles(model: Any, batches: Any) -> Any:
     changed = apply(copy.deepcopy(model), [Svd(), FlashSvd()], progress=False).model
     return activation_bytes(changed, batches[0])
+
+
 def probed(model: Any, batches: Any) -> Any:
     masks = {"all": Masks.all_of(layer_weights(model))}
     return weight_probe(model, masks, lambda model: float(model(**batches[0]).logits.detach().std()), progress=False)
