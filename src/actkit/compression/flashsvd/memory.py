@@ -5,7 +5,7 @@
         tiled   d + (r_up + r_down + 2 tile) rows / tokens, or the last rows' outputs beside it     gated: 3 tile
     attention, q queries and k keys wide:
         plain   q + 2 k + max(q + tokens of a row if some are masked, of rotary embedding 3 q)
-                with grouped queries 2 q more, as keys and values are repeated
+                with grouped queries 2 q more, as keys and values are repeated; or q + 3 k + r_v, as values are made
         tiled   r_out + the same of one head;  at the end r_out + d, and what stands behind, for some rows
 
 Inputs are left out, as whoever calls holds them, and so are weights. Both ways use the model's attention function; the
@@ -255,6 +255,10 @@ def _attention(block: FlashBlock, paths: AttentionPaths, tokens: int, rotary: bo
 
     # keys and values are repeated for each query head, or those of a head kept as they were before they turned
     plain = held(paths.heads, paths.key_heads, 2 * paths.heads * size if grouped else 0)
+    last = layers[paths.value or paths.query]  # is made beside those before it, by head in two steps
+    wide = paths.key_heads * size + (0 if paths.value else (paths.heads + paths.key_heads) * size)
+    before = (paths.heads + paths.key_heads) * size if paths.value else 0
+    plain = max(plain, before + _rank(last) + (2 if last.heads > 1 else 1) * wide)
     turn = held(1, 1, size if grouped and rotary else 0)
     r_out = _rank(output, True)
     assert output.right is not None
