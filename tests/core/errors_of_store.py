@@ -10,15 +10,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tiny_models import Perceptron, build
+from tiny_models import Perceptron, batches, build
 from transformers import AttentionInterface
 
 from actkit.core.layers.activations import Activation
-from actkit.core.store import checkpoint, checksums
+from actkit.core.model.sites import Joined, Site
+from actkit.core.store import activation_store, checkpoint, checksums
+from actkit.core.store.activation_store import ActivationStore, harvest
 from actkit.core.store.deltas import Delta, Dense
 from actkit.core.store.quantized_source import _values
 from actkit.core.store.tensor_files import read_values, write_values
 from actkit.core.store.transformers_folder import remote_class, stored_dtype
+from actkit.core.watch.capture import record
+from actkit.core.watch.joined import Difference
+from actkit.core.watch.statistics import AbsMax
 from actkit.zoo.cnn import DigitsCNN
 from error_proofs import Place, changed, proof, raising
 
@@ -253,3 +258,109 @@ def a_spec_that_is_no_json(p: Place) -> None:
     model = DigitsCNN()
     model.settings = {"channels": (1, 2)}
     checkpoint.save(model, p.path / "new")
+
+
+def store(p: Place) -> Path:
+    harvest(build("llama"), "block.output", batches("llama"), p.path / "acts", progress=False)
+    return p.path / "acts"
+
+
+proof(lambda p: ActivationStore.open(p.path))
+
+
+@proof
+def a_harvest_that_was_killed(p: Place) -> None:
+    (store(p) / "shard-00000.json").unlink()
+    ActivationStore.open(p.path / "acts")
+
+
+@proof
+def a_damaged_index(p: Place) -> None:
+    (store(p) / "store.json").write_text("{}")
+    ActivationStore.open(p.path / "acts")
+
+
+proof(lambda p: harvest(build("llama"), "mlp.hidden", batches("llama"), store(p), progress=False))
+
+
+proof(lambda p: ActivationStore.open(store(p)).check(build("gpt2")))
+
+
+proof(lambda p: harvest(build("llama"), "mlp.hidden", batches("llama"), p.path / "a", max_disk=1, progress=False))
+
+
+@proof
+def no_room_for_a_store(p: Place) -> None:
+    p.patch.setattr(activation_store.shutil, "disk_usage", lambda path: type("Free", (), {"free": 1}))
+    store(p)
+
+
+@proof
+def a_disk_that_fills_up(p: Place) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    p.patch.setattr(activation_store, "save_file", full)
+    store(p)
+
+
+def shard(p: Place) -> Path:
+    return store(p) / "shard-00000.safetensors"
+
+
+@proof
+def a_shard_that_was_cut(p: Place) -> None:
+    path = shard(p)
+    path.write_bytes(path.read_bytes()[:-5])
+    list(ActivationStore.open(path.parent).read("blocks.0.block.output"))
+
+
+@proof
+def a_shard_that_was_changed(p: Place) -> None:
+    path = shard(p)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    ActivationStore.open(path.parent).verify()
+
+
+@proof
+def a_shard_that_is_gone(p: Place) -> None:
+    path = shard(p)
+    path.unlink()
+    ActivationStore.open(path.parent)
+
+
+@proof
+def a_shard_whose_description_is_damaged(p: Place) -> None:
+    path = shard(p)
+    path.with_suffix(".json").write_text("{")
+    ActivationStore.open(path.parent)
+
+
+@proof
+def a_shard_of_another_kind(p: Place) -> None:
+    path = shard(p)
+    path.write_bytes(b"?" * path.stat().st_size)
+    list(ActivationStore.open(path.parent).read("blocks.0.block.output"))
+
+
+proof(lambda p: record(build("llama"), {"block.output": AbsMax()}, [], store=ActivationStore.open(store(p))))
+
+
+@proof
+def joined_sites_of_a_store(p: Place) -> None:
+    joined = Joined(Site("block.output", 0), Site("block.output", 1))
+    record(build("llama"), {joined: Difference()}, store=ActivationStore.open(store(p)))
+
+
+proof(lambda p: record(build("llama"), {"mlp.hidden": AbsMax()}, store=ActivationStore.open(store(p))))
+
+
+@proof
+def joined_sites_to_keep(p: Place) -> None:
+    harvest(build("llama"), [Joined(Site("block.output", 0), Site("block.output", 1))], batches("llama"), p.path / "a")
+
+
+proof(lambda p: ActivationStore.open(store(p)).batches("blocks.0.block.output", 9999))
+
+
+proof(lambda p: ActivationStore.open(store(p)).context("blocks.0.block.output", 9999))

@@ -163,6 +163,7 @@ def test_a_harvest_that_was_cut_off_goes_on_to_the_same_bytes(tmp_path: Path, mo
     monkeypatch.setattr(activation_store, "_write", cut)
     with pytest.raises(KeyboardInterrupt):
         harvest(model, SITES, given, tmp_path / "cut", shard_rows=20, progress=False)
+    (tmp_path / "cut" / ".store.json.9.partial").write_bytes(b"half")
     (tmp_path / "cut" / ".shard-00001.safetensors.9.partial").write_bytes(b"half")
     with pytest.raises(CheckpointError, match="2 of 3 shards are not written yet"):
         ActivationStore.open(tmp_path / "cut")
@@ -173,6 +174,17 @@ def test_a_harvest_that_was_cut_off_goes_on_to_the_same_bytes(tmp_path: Path, mo
     assert kept(tmp_path / "cut") == kept(tmp_path / "whole") and len(whole) == 3
     harvest(model, SITES, given, tmp_path / "cut", shard_rows=20, progress=False, announce=said.append)
     assert len(said) == 1  # nothing was left to do
+
+
+def test_one_that_was_cut_off_before_it_began_begins(tmp_path: Path) -> None:
+    (tmp_path / "acts").mkdir()
+    (tmp_path / "acts" / ".store.json.9.partial").write_bytes(b"half")
+    harvest(build("llama"), SITES, padded(), tmp_path / "acts", progress=False)
+    assert {path.name for path in (tmp_path / "acts").iterdir()} == {
+        "store.json",
+        "shard-00000.safetensors",
+        "shard-00000.json",
+    }
 
 
 def test_two_processes_write_shards_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -455,11 +455,11 @@ def _check_disk(folder: Path, size: float, max_disk: int | str | None) -> None:
 
 def _begin(folder: Path, index: Mapping[str, Any]) -> None:
     """Make the folder, or go on with the one that is there."""
-    if not folder.exists():
-        folder.mkdir(parents=True)
-        write_whole(folder / INDEX, json.dumps(index, indent=1))
-        return
-    if folder.is_dir() and not any(folder.iterdir()):
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in (f".{INDEX}.*.partial", ".shard-*.partial"):  # of a run that was killed
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
         write_whole(folder / INDEX, json.dumps(index, indent=1))
         return
     before = _read_index(folder)
@@ -470,8 +470,6 @@ def _begin(folder: Path, index: Mapping[str, Any]) -> None:
                 f"store: {folder} was begun with {other}; give the same, or another folder. Another batch size "
                 f"counts as other data."
             )
-    for path in folder.glob(".*.partial"):  # of a run that was killed
-        path.unlink(missing_ok=True)
 
 
 def _write(folder: Path, number: int, found: Mapping[str, Kept], names: Mapping[str, str]) -> None:
