@@ -11,6 +11,10 @@ from torch import nn
 from actkit.compression.cfsp import Cfsp, width
 from actkit.compression.flashsvd.flashsvd import FlashSvd
 from actkit.compression.flashsvd.memory import activation_bytes
+from actkit.compression.minimal.budget import overdetermination
+from actkit.compression.minimal.collapse import CollapseAttention, collapse_stack, collapsed
+from actkit.compression.minimal.minimal_vit import MinimalViT, ReducedEncoder, ReducedLayer
+from actkit.compression.minimal.reduced_attention import ReducedAttention
 from actkit.compression.repavit.folded import FoldedMlp, Reparameterize, fold
 from actkit.compression.repavit.idle import IdleMlp, Repavit, TokenBatchNorm, active_channels, idle_share
 from actkit.compression.svd import Svd
@@ -165,3 +169,61 @@ def a_fold_over_another_layer(p: Place) -> None:
 @proof
 def a_norm_in_training_mode(p: Place) -> None:
     fold(TokenBatchNorm(4), IdleMlp(4, 8, 2).eval())
+
+
+# -- minimal transformers ----------------------------------------------------------------------------------------------
+
+proof(lambda p: ReducedAttention(8, qk="half"))  # type: ignore[arg-type]
+
+
+proof(lambda p: ReducedAttention(8, 3))
+
+
+proof(lambda p: ReducedAttention(8, 2, qk="cholesky"))
+
+
+proof(lambda p: ReducedAttention(8, 2, vo="none"))
+
+
+proof(lambda p: ReducedAttention(8, dropout=1.0))
+
+
+proof(lambda p: ReducedAttention.of(nn.MultiheadAttention(8, 1, kdim=4)))
+
+
+proof(lambda p: ReducedLayer(8, norm="behind"))  # type: ignore[arg-type]
+
+
+proof(lambda p: ReducedLayer(8, norm="bare"))
+
+
+proof(lambda p: ReducedEncoder(8, 0))
+
+
+proof(lambda p: MinimalViT(8, 3, 8, 1, 10))
+
+
+proof(lambda p: overdetermination(nn.Linear(2, 2), 0, 10))
+
+
+proof(lambda p: collapsed(ReducedAttention(8, 2)))
+
+
+proof(lambda p: collapsed(ReducedAttention(8, qk="collapsed", vo="none")))
+
+
+proof(lambda p: collapse_stack(ReducedEncoder(8, 1)))
+
+
+proof(lambda p: collapse_stack(ReducedEncoder(8, 1, None, "bare", heads=2)))
+
+
+@proof
+def heads_that_are_not_collapsed(p: Place) -> None:
+    apply(tiny_model("vit"), CollapseAttention(), progress=False)
+
+
+@proof
+def heads_of_a_model_of_your_own(p: Place) -> None:
+    model = MinimalViT(8, 4, 8, 1, 10, heads=2).eval()
+    apply(model, CollapseAttention(), [model.example(2, 0)], progress=False)

@@ -21,6 +21,7 @@ from actkit.compression.flashsvd.memory import activation_bytes
 from actkit.compression.svd import Svd
 from actkit.core.recipe.runner import apply
 from actkit.core.train.masks import Masks, layer_weights
+from actkit.compression.minimal.budget import parameter_budget
 from actkit.finetuning.eva import Eva
 from actkit.finetuning.explained_variance import explained_variance
 from actkit.finetuning.lift.probe import weight_probe
@@ -118,6 +119,7 @@ ANALYSES: dict[str, Made] = {
     "activation_bytes": Made(in_tiles, "ActivationBytes", several=False),
     "explained_variance": Made(explained, "ExplainedVariance"),
     "weight_probe": Made(probed, "WeightProbe", several=False),
+    "parameter_budget": Made(lambda model, batches: parameter_budget(model), "ParameterBudget"),
     "profile": Made(quiet(profile), "Profile"),
     "profile of experts": Made(quiet(profile), "Profile", "mixtral"),
     "profile of a traced model": Made(quiet(profile), "Profile", "mlp"),

@@ -16,6 +16,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from actkit.comparison.arms import GatedMlp
 from actkit.compression.flashsvd.flash_block import FlashBlock, MlpPaths
+from actkit.compression.minimal.reduced_attention import ReducedAttention
 from actkit.compression.repavit.folded import FoldedMlp
 from actkit.compression.repavit.idle import IdleMlp, TokenBatchNorm
 from actkit.core.grids.floats import FloatGrid, fp4, fp8, nvfp4
@@ -420,6 +421,20 @@ LAYERS: dict[str, dict[str, Made]] = {
     },
     "pass_through": {"": Made(PassThrough)},
     "nothing": {"": Made(Nothing)},
+    "reduced_attention": {
+        name: Made(
+            lambda settings=settings: ReducedAttention(IN, **settings),
+            (rows(2, 3), rows(1, 5)),
+            {"original": lambda: nn.Linear(IN, IN), "rows": False},
+        )
+        for name, settings in (
+            ("four heads", {"heads": 4}),
+            ("shared", {"heads": 4, "qk": "shared"}),
+            ("collapsed", {"qk": "collapsed", "vo": "collapsed"}),
+            ("symmetric, no values", {"qk": "symmetric", "vo": "none"}),
+            ("triangular", {"qk": "cholesky"}),
+        )
+    },
     "idle_mlp": {
         name: Made(
             lambda active=active: with_statistics(IdleMlp(IN, 24, active)),
@@ -705,6 +720,7 @@ MODELS |= {"ConvNet"}  # see tests/claims/test_s_kan.py
 MODELS |= {"DigitsMobileNet", "InvertedBlock", "Excitation"}  # see tests/claims/test_mobiletl.py
 MODELS |= {"Network"}  # and tests/claims/test_posets.py
 MODELS |= {"VanillaNet", "VanillaBlock"}  # and tests/functions/test_vanillanet.py
+MODELS |= {"MinimalViT", "ReducedEncoder", "ReducedLayer"}  # and tests/compression/test_minimal.py
 MODELS |= {"GatedMLP"}  # and tests/sparsity/test_plm.py, tests/claims/test_plm.py
 
 

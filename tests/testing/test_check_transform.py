@@ -51,6 +51,8 @@ ELSEWHERE = {  # those that do not fit every kind of model, or say less of it, a
     "cats": "sparsity/test_cats.py",
     "cfsp": "compression/test_cfsp.py",
     "svd": "compression/test_svd.py",
+    "collapse_attention": "compression/test_minimal.py",
+    "strip_mlp": "compression/test_minimal.py",
     "repavit": "compression/test_repavit.py",
     "reparameterize": "compression/test_repavit.py",
     "side_path": "finetuning/test_s2a.py",

@@ -46,12 +46,14 @@ class Fitted:
         validation: loss on the search split.
         course: its score there after each validation, if there is one.
         accuracy: on the test split.
+        seconds: that the training took.
     """
 
     model: nn.Module
     validation: float
     course: list[float]
     accuracy: float
+    seconds: float
 
 
 class DigitArms:
@@ -64,6 +66,7 @@ class DigitArms:
         epochs: of a training.
         images: of a split.
         training: images of the training split; None for all.
+        batch: images of a step.
         rules: that an arm is trained under.
         progress: show bars.
         settings: more settings of `train`; without them AdamW, a cosine, gradients clipped at 1, validated at the end.
@@ -78,13 +81,14 @@ class DigitArms:
         epochs: int,
         images: Callable[[Split], Images] = digits,
         training: int | None = None,
+        batch: int = BATCH,
         rules: Callable[[str], Sequence[Any]] = lambda arm: (),
         progress: bool = False,
         **settings: Any,
     ) -> None:
         self.fresh, self.seeds, self.rates, self.epochs = fresh, tuple(seeds), tuple(rates), epochs
         self.images, self.training, self.rules, self.progress = images, training, rules, progress
-        self.settings = settings
+        self.settings, self.batch = settings, batch
         self._fitted: dict[tuple[str, int, float], Fitted] = {}
 
     def rate(self, arm: str) -> float:
@@ -113,7 +117,7 @@ class DigitArms:
         if (arm, seed, rate) not in self._fitted:
             model = self.fresh(arm, seed)
             pixels, labels = self.images("train")
-            batches = in_batches((pixels[: self.training], labels[: self.training]))
+            batches = in_batches((pixels[: self.training], labels[: self.training]), self.batch)
             trained = train(
                 model,
                 batches,
@@ -128,5 +132,5 @@ class DigitArms:
             )
             course = [step.score for step in trained.history[1:] if step.score is not None]
             found = accuracy(model.eval(), in_batches(self.images("test"), rows=None))
-            self._fitted[arm, seed, rate] = Fitted(model, trained.validation, course, found)
+            self._fitted[arm, seed, rate] = Fitted(model, trained.validation, course, found, trained.seconds)
         return self._fitted[arm, seed, rate]

@@ -92,7 +92,7 @@ def cover(anatomy: Anatomy) -> Coverage:
     blocks = [anatomy.block(block.index) for block in anatomy.blocks]  # as they are now
     known = dict(_known(blocks))
     rows, inside, covered = [], 0, 0
-    for name, numel in _parameters(anatomy.model):
+    for name, numel in sizes(anatomy.model):
         where = known.get(name) or _outside(name, anatomy) or ("uncovered", _reason(name, anatomy))
         row = CoverageRow(name, numel, *where)
         rows.append(row)
@@ -102,8 +102,12 @@ def cover(anatomy: Anatomy) -> Coverage:
     return Coverage(tuple(rows), covered / inside if inside else 0.0)
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, int]]:
-    """Names and sizes; weights stored in buffers count as the parameter they stand for."""
+def sizes(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """Yield names and sizes of parameters; weights stored in buffers count as the parameter they stand for.
+
+    Args:
+        model: any; of tied parameters the first name.
+    """
     for name, parameter in model.named_parameters():
         yield name, parameter.numel()
     for path, module in model.named_modules():
