@@ -360,20 +360,27 @@ class _Traced(Anatomy):
         if index != 0:
             raise IndexError(f"block: {index} was given; a traced model is one block, 0.")
         tied, model = self.tied, self.model
+        standing = {path for path, _ in model.named_modules()}  # an edit may have taken layers out since
         groups = []
         for group in self._trace.inputs:
-            own = [path for path in group if path not in self.head and f"{path}.weight" not in tied]
+            own = [
+                path for path in group if path not in self.head and f"{path}.weight" not in tied and path in standing
+            ]
             linears = tuple(Linear(path, "layer", model.get_submodule(path)) for path in own)
             if linears:
                 groups.append(LinearInput(Site("layer.input", path=own[0]), linears))
-        chains = tuple(Chain(self._end(first), label, self._end(second)) for first, label, second in self._trace.chains)
+        chains = tuple(
+            Chain(self._end(first), label, self._end(second))
+            for first, label, second in self._trace.chains
+            if {first, second} <= standing
+        )
         norms = tuple(
             Norm(path, module)
             for path, module in model.named_modules()
             if "Norm" in type(module).__name__ and next(module.parameters(recurse=False), None) is not None
         )
         taps: dict[Site, Tap] = {}
-        for path in self._trace.dimensions:
+        for path in (path for path in self._trace.dimensions if path in standing):
             layout = self._layout(path, model.get_submodule(path))
             taps[Site("layer.input", path=path)] = Tap(path, "input", layout=layout)
             taps[Site("layer.output", path=path)] = Tap(path, "output", layout=layout)
