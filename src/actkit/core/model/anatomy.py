@@ -363,9 +363,8 @@ class _Traced(Anatomy):
         standing = {path for path, _ in model.named_modules()}  # an edit may have taken layers out since
         groups = []
         for group in self._trace.inputs:
-            own = [
-                path for path in group if path not in self.head and f"{path}.weight" not in tied and path in standing
-            ]
+            own = [path for path in group if path in standing and path not in self.head]
+            own = [path for path in own if f"{path}.weight" not in tied]
             linears = tuple(Linear(path, "layer", model.get_submodule(path)) for path in own)
             if linears:
                 groups.append(LinearInput(Site("layer.input", path=own[0]), linears))
