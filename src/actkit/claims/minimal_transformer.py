@@ -8,8 +8,8 @@ MLPs; that with query and key alike; one head with one matrix for query and key;
 (the minimum). Adam, 1e-3, cosine, batches of 128, 10 epochs, 3 seeds; nothing was tuned for an arm. Accuracy on the 338
 test images; losses of the 1,085 unshifted training images and of 182 validation images.
 
-A smaller run than the sheet's: 10 of its 40 epochs, so that it takes minutes. Its K is 12.9k, of all digits with no test
-split; widths and rates are those of the sheet. The paper's accuracies on MNIST and CIFAR-10 cannot be checked here.
+A smaller run than the sheet's: 10 of its 40 epochs, so that it takes minutes. Its K is 12.9k, of all digits with no
+test split; widths and rates are those of the sheet. The paper's accuracies on MNIST and CIFAR-10 cannot be checked.
 
 About 6 minutes on one core.
 """
