@@ -119,7 +119,6 @@ ANALYSES: dict[str, Made] = {
     "activation_bytes": Made(in_tiles, "ActivationBytes", several=False),
     "explained_variance": Made(explained, "ExplainedVariance"),
     "weight_probe": Made(probed, "WeightProbe", several=False),
-    "parameter_budget": Made(lambda model, batches: parameter_budget(model), "ParameterBudget"),
     "profile": Made(quiet(profile), "Profile"),
     "profile of experts": Made(quiet(profile), "Profile", "mixtral"),
     "profile of a traced model": Made(quiet(profile), "Profile", "mlp"),

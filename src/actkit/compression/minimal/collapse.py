@@ -134,7 +134,7 @@ def collapse_stack(encoder: ReducedEncoder) -> ReducedEncoder:
         if old.settings["heads"] > 1:
             raise EditError(f"heads: {_several(old.settings['heads'], features)}")
         (w, u), (v, b) = _collapsed_pairs(old)
-        query = new.attention.query
+        query: Any = new.attention.query  # type: ignore[union-attr]
         query.weight.copy_(p.mT @ w @ p)
         query.bias.copy_(p.mT @ (w @ c + u))
         p, c = v @ p, v @ c + b
