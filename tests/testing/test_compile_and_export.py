@@ -50,6 +50,10 @@ BEFORE = {  # what must stand before a method
 }
 IMAGES = (lambda: tiny_model("vit", num_hidden_layers=1), tiny_batches("vit"))
 OTHERS: dict[str, Any] = {  # another model than a Llama, and its batches
+    "collapse_attention": (
+        lambda: tiny_model("vit", num_hidden_layers=1, num_attention_heads=1),
+        tiny_batches("vit"),
+    ),
     "repavit": IMAGES,
     "reparameterize": IMAGES,
     "prompts": (lambda: tiny_model("vit", num_hidden_layers=1), tiny_batches("vit")),
