@@ -720,6 +720,7 @@ MODELS |= {"ConvNet"}  # see tests/claims/test_s_kan.py
 MODELS |= {"DigitsMobileNet", "InvertedBlock", "Excitation"}  # see tests/claims/test_mobiletl.py
 MODELS |= {"Network"}  # and tests/claims/test_posets.py
 MODELS |= {"VanillaNet", "VanillaBlock"}  # and tests/functions/test_vanillanet.py
+MODELS |= {"DigitsMlp"}  # and tests/claims/test_ap.py
 MODELS |= {"MinimalViT", "ReducedEncoder", "ReducedLayer"}  # and tests/compression/test_minimal.py
 MODELS |= {"GatedMLP"}  # and tests/sparsity/test_plm.py, tests/claims/test_plm.py
 
