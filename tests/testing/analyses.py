@@ -18,11 +18,9 @@ import actkit
 from actkit.compression.ap.dead_neurons import dead_neuron_rate
 from actkit.compression.flashsvd.flashsvd import FlashSvd
 from actkit.compression.flashsvd.memory import activation_bytes
-from actkit.compression.minimal.budget import parameter_budget
 from actkit.compression.svd import Svd
 from actkit.core.recipe.runner import apply
 from actkit.core.train.masks import Masks, layer_weights
-from actkit.compression.minimal.budget import parameter_budget
 from actkit.finetuning.eva import Eva
 from actkit.finetuning.explained_variance import explained_variance
 from actkit.finetuning.lift.probe import weight_probe
