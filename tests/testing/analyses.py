@@ -18,6 +18,7 @@ import actkit
 from actkit.compression.ap.dead_neurons import dead_neuron_rate
 from actkit.compression.flashsvd.flashsvd import FlashSvd
 from actkit.compression.flashsvd.memory import activation_bytes
+from actkit.compression.minimal.budget import parameter_budget
 from actkit.compression.svd import Svd
 from actkit.core.recipe.runner import apply
 from actkit.core.train.masks import Masks, layer_weights
@@ -168,6 +169,7 @@ BILLIONS = [tokens / 1e9 for tokens in TOKENS]
 WITHOUT_A_MODEL: dict[str, Callable[[], Any]] = {
     "threshold_curve": partial(threshold_curve, [1000, 2000], [0.02], [20], range(8, 12)),
     "dynamics": lambda: dynamics({"blocks.0.block.output": (STEPS, RISE), "blocks.1.block.output": (STEPS, [1.0] * 9)}),
+    "parameter_budget": lambda: parameter_budget(tiny_model("llama")),
     "relu law": lambda: fit_relu_law(TOKENS, [relu_law(each, 0.4, -1.0, 0.5, 0.1) for each in BILLIONS]),
     "silu law": lambda: fit_silu_law(TOKENS, [silu_law(each, 0.4, 0.2, 0.6) for each in BILLIONS]),
     "basis_choice": lambda: basis_choice(nn.Sequential(SKanLayer(3, 4), SKanLayer(4, 2).pruned())),
