@@ -328,6 +328,20 @@ class Anatomy:
         return cover(self)
 
     @property
+    def norms(self) -> tuple[Norm, ...]:
+        """Every norm of the blocks, then those among stem and head, as the model holds them now."""
+        found = [norm for index in range(len(self.blocks)) for norm in self.block(index).norms]
+        offset = found[0].offset if found else 0.0  # a family's norms are of one kind
+        known = {norm.path for norm in found}
+        for path in (*self.stem, *self.head):
+            for name, module in self.model.get_submodule(path).named_modules():
+                full = f"{path}.{name}".rstrip(".")
+                if "Norm" in type(module).__name__ and full not in known:
+                    found.append(Norm(full, module, "other", offset))
+                    known.add(full)
+        return tuple(found)
+
+    @property
     def tied(self) -> dict[str, str]:
         """For each parameter that the model holds under several names: another of its names."""
         return tied_names(self.model)

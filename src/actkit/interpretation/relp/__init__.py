@@ -1,0 +1,1 @@
+"""RelP: what the parts of a model do to an answer, for two forward passes and one backward pass."""

@@ -1,0 +1,425 @@
+"""What each part of a model does to an answer: RelP, and what it is measured against.
+
+    exact        c(n) = m(base | n := n_patch) - m(base)                       one forward pass for each node
+    attribution  c(n) = (n_patch - n_base) . dm/dn at the base                  two forward passes, one backward
+    relp         the same with the gradient that the rules of relevance give    the same
+    integrated   c(n) = (n_patch - n_base) . mean over k < steps of dm/dn at n_base + k / steps (n_patch - n_base)
+
+A node is a site at one position: the residual stream, what attention or an MLP adds, or one head's part of what is
+mixed. m is a number for a batch of pairs of equal length, such as a mean difference of logits; effects are sums over
+the batch, so means if m is one. Paper: RelP (2025, arXiv:2508.21258). Integrated gradients are those of its comparison:
+a sum that never reaches the patch, one site at a time, for all positions at once.
+
+When to use it: to find which parts cause an answer in seconds, and then to check the first ones exactly.
+
+Cost: relp and attribution two forward passes and one backward pass, for all nodes together; integrated `steps` passes
+forward and backward for each site of each block; exact one forward pass for each node, `rows` at once.
+
+Settled here: the base is what runs; patch it with values of the other input (denoising if the base is the corrupted
+one). The graph begins at the first block, whatever parameters require a gradient.
+Left open: features of sparse autoencoders as nodes, and exact patching that begins at the patched block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from actkit.core.forward.batch import forward, main_input
+from actkit.core.forward.hooks import evaluating
+from actkit.core.ground.figure_text import all_plain
+from actkit.core.ground.progress import track
+from actkit.core.model.anatomy import Anatomy, Site, anatomy
+from actkit.core.watch.capture import live, resolve
+from actkit.core.watch.intervene import At, intervene
+from actkit.interpretation.relp.metrics import Metric, logits_of
+from actkit.interpretation.relp.rules import RelevanceRules
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+    from rich.table import Table
+
+Method = Literal["exact", "attribution", "relp", "integrated"]
+METHODS = ("exact", "attribution", "relp", "integrated")
+SITES = ("block.output", "attention.output", "mlp.output")
+HEADS = "attention.mixed"  # whose nodes are heads
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node with its effect.
+
+    Attributes:
+        site: 'blocks.3.mlp.output'.
+        position: of the token, from 0.
+        effect: on the metric.
+        head: of `attention.mixed`.
+    """
+
+    site: str
+    position: int
+    effect: float
+    head: int | None = None
+
+
+@dataclass(frozen=True)
+class PatchEffects:
+    """The effects of all nodes.
+
+    Attributes:
+        method: how they were found.
+        values: by the name of the site, [blocks, positions], or [blocks, heads, positions] of attention.mixed.
+        blocks: by the name of the site, which blocks these are.
+        base: the metric of the base.
+        patch: the metric of the patch.
+        tokens: of the first pair's base, for pictures; empty if they were not given.
+    """
+
+    method: Method
+    values: Mapping[str, Tensor]
+    blocks: Mapping[str, tuple[int, ...]]
+    base: float
+    patch: float
+    tokens: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> float:
+        """What patching everything does: the metric of the patch less that of the base."""
+        return self.patch - self.base
+
+    def correlate(self, other: PatchEffects, site: str, *, skip: int = 0) -> float:
+        """Pearson's correlation with other effects of the same nodes.
+
+        Args:
+            other: of the same sites.
+            site: its name.
+            skip: leave out so many first positions, whose effects may rule a correlation.
+
+        Returns:
+            -1 to 1; NaN if either has no variance.
+        """
+        pair = torch.stack([each.values[site][..., skip:].flatten().double() for each in (self, other)])
+        return float(torch.corrcoef(pair)[0, 1])
+
+    def top(self, count: int = 20) -> tuple[Node, ...]:
+        """Return the nodes with the largest effects, in magnitude.
+
+        Args:
+            count: how many.
+        """
+        found: list[Node] = []
+        for name, values in self.values.items():
+            flat = values.abs().flatten()
+            for index in flat.topk(min(count, flat.numel())).indices.tolist():
+                place = torch.unravel_index(torch.tensor(index), values.shape)
+                block, position = self.blocks[name][int(place[0])], int(place[-1])
+                head = int(place[1]) if values.dim() == 3 else None
+                found.append(Node(f"blocks.{block}.{name}", position, float(values.flatten()[index]), head))
+        return tuple(sorted(found, key=lambda node: -abs(node.effect))[:count])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
+        return {
+            "method": self.method,
+            "base": self.base,
+            "patch": self.patch,
+            "tokens": list(self.tokens),
+            "sites": {
+                name: {"blocks": list(self.blocks[name]), "effects": values.tolist()}
+                for name, values in self.values.items()
+            },
+        }
+
+    def table(self) -> Table:
+        """The nodes with the largest effects."""
+        from rich import box
+
+        from actkit.core.ground.tables import PlainTable
+
+        about = f"{self.method}; the metric goes from {self.base:.4g} to {self.patch:.4g} if all is patched"
+        table = PlainTable(title=f"Effects ({about})", title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("node", no_wrap=True)
+        table.add_column("position", justify="right")
+        table.add_column("token")
+        table.add_column("effect", justify="right")
+        for node in self.top():
+            token = self.tokens[node.position] if node.position < len(self.tokens) else ""
+            name = node.site if node.head is None else f"{node.site}, head {node.head}"
+            table.add_row(name, str(node.position), token, f"{node.effect:.4g}")
+        return table
+
+    def figure(self) -> Figure:
+        """Blocks by positions, one picture for each site; heads are summed.
+
+        Raises:
+            ImportError: plotly (the extra `report`) is missing.
+        """
+        from plotly.graph_objects import Heatmap
+        from plotly.subplots import make_subplots
+
+        names = list(self.values)
+        figure: Figure = make_subplots(rows=len(names), cols=1, subplot_titles=names, shared_xaxes=True)
+        summed = {name: values.sum(1) if values.dim() == 3 else values for name, values in self.values.items()}
+        largest = max(float(values.abs().max()) for values in summed.values())
+        for row, (name, values) in enumerate(summed.items(), 1):
+            places = all_plain(f"{place} {token}" for place, token in enumerate(self.tokens)) or None
+            scale = {"colorscale": "RdBu", "zmid": 0, "zmin": -largest, "zmax": largest, "showscale": row == 1}
+            picture = Heatmap(z=values.tolist(), x=places, y=[str(block) for block in self.blocks[name]], **scale)
+            figure.add_trace(picture, row=row, col=1)
+            figure.update_yaxes(title_text="block", row=row, col=1)
+        return figure.update_layout(title=f"Effects by {self.method}", height=140 + 220 * len(names))
+
+
+def patch_effects(
+    model: nn.Module,
+    base: Mapping[str, Tensor],
+    patch: Mapping[str, Tensor],
+    metric: Metric,
+    *,
+    sites: Sequence[str] = SITES,
+    method: Method = "relp",
+    rules: RelevanceRules | None = None,
+    steps: int = 10,
+    rows: int = 16,
+    tokens: Sequence[str] = (),
+    progress: bool = True,
+) -> PatchEffects:
+    """Find what patching each node of one input with another's value does to a metric.
+
+    Args:
+        model: any with blocks; in evaluation mode meanwhile.
+        base: a batch of inputs that run.
+        patch: a batch of inputs of the same shape that values are taken from, row by row.
+        metric: of logits [batch, length, vocabulary] (or what the model gives first), a number.
+        sites: names of sites [batch, length, channels]; 'attention.mixed' is by head.
+        method: 'relp', 'attribution', 'integrated' or 'exact'.
+        rules: of 'relp'; None for the paper's.
+        steps: of 'integrated'.
+        rows: how many nodes 'exact' patches at once.
+        tokens: texts of the first base's tokens, for pictures.
+        progress: show a bar.
+
+    Returns:
+        The effects.
+
+    Raises:
+        ValueError: an unknown method or site, inputs of different lengths, or a metric that is no number.
+        UnsupportedModelError: a rule does not know the model.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: {method!r} was given, allowed are {', '.join(METHODS)}.")
+    if rules is not None and method != "relp":
+        raise ValueError(f"rules: they are of method 'relp', and {method!r} was given; leave them out.")
+    if min(steps, rows) < 1:
+        raise ValueError(f"steps, rows: {steps} and {rows} were given; give 1 or more of each.")
+    shapes = [tuple(main_input(batch, model).shape) for batch in (base, patch)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"patch: its inputs are {list(shapes[1])}, and those of the base {list(shapes[0])}; pairs need equal "
+            f"lengths, token by token."
+        )
+    view = anatomy(model, base)
+    places = _places(view, sites)
+    with evaluating(model):
+        with torch.no_grad(), live(model, places, view) as found:
+            patched = float(_measured(metric, forward(model, patch)))
+            other = {site: found[site][0] for site in places}
+            found.clear()
+            before = float(_measured(metric, forward(model, base)))
+            own = {site: found[site][0] for site in places}
+        for site in places:
+            if own[site].dim() != 3 or own[site].shape[0] != shapes[0][0]:
+                raise ValueError(
+                    f"sites: {site} is {list(own[site].shape)} here, and nodes are at [batch, length, channels]; "
+                    f"choose among {', '.join(SITES)} and {HEADS}."
+                )
+        differences = {site: other[site] - own[site] for site in places}
+        run = _Patching(view, base, metric, before, own, differences)
+        if method == "exact":
+            effects = run.exact(rows, progress)
+        elif method == "integrated":
+            effects = run.integrated(steps, progress)
+        else:
+            chosen = RelevanceRules.none() if method == "attribution" else rules or RelevanceRules()
+            with chosen.applied(view):
+                effects = run.first_order()
+    values: dict[str, Tensor] = {}
+    blocks: dict[str, tuple[int, ...]] = {}
+    for name in dict.fromkeys(site.name for site in places):
+        mine = [site for site in places if site.name == name]
+        values[name] = torch.stack([effects[site].cpu() for site in mine])
+        blocks[name] = tuple(int(site.block or 0) for site in mine)
+    return PatchEffects(method, values, blocks, before, patched, tuple(tokens))
+
+
+def _places(view: Anatomy, sites: Sequence[str]) -> list[Site]:
+    if not sites:
+        raise ValueError(f"sites: none were given; choose among {', '.join(SITES)} and {HEADS}.")
+    found = list(resolve(view, dict.fromkeys(sites)))
+    wrong = next((site for site in found if site.block is None or site.expert is not None), None)
+    if wrong is not None:
+        raise ValueError(f"sites: {wrong} is no part of a block; choose among {', '.join(SITES)} and {HEADS}.")
+    return found
+
+
+def _measured(metric: Metric, output: Any) -> Tensor:
+    value = metric(logits_of(output))
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"metric: it gave {shape}; give one number for a batch, such as a mean difference of logits.")
+    return value.reshape(())
+
+
+@dataclass(frozen=True)
+class _Patching:
+    """What all methods share: own values and differences by site, [batch, length, channels]."""
+
+    view: Anatomy
+    base: Mapping[str, Tensor]
+    metric: Metric
+    before: float
+    own: Mapping[Site, Tensor]
+    differences: Mapping[Site, Tensor]
+
+    def heads_of(self, site: Site) -> int | None:
+        block = self.view.blocks[site.block or 0]
+        return block.attention.heads if site.name == HEADS and block.attention is not None else None
+
+    def summed(self, site: Site, products: Tensor) -> Tensor:
+        """Products [batch, length, channels] by node: [length] or [heads, length]."""
+        heads = self.heads_of(site)
+        if heads is None:
+            return products.sum((0, 2))
+        return products.unflatten(-1, (heads, -1)).sum((0, 3)).T
+
+    def first_order(self) -> dict[Site, Tensor]:
+        gradients = self.gradients(list(self.own))
+        return {site: self.summed(site, self.differences[site] * gradients[site]) for site in self.own}
+
+    def gradients(self, sites: list[Site], changes: Mapping[Any, Any] | None = None) -> dict[Site, Tensor]:
+        """Of the metric at the base."""
+        model = self.view.model
+
+        def begin(value: Tensor, at: At) -> Tensor:
+            return value.detach().clone().requires_grad_()
+
+        first = intervene(model, {"blocks.0.block.input": begin}, anatomy=self.view)
+        changed = intervene(model, changes, anatomy=self.view) if changes else nullcontext()
+        with torch.enable_grad(), first, changed, live(model, sites, self.view) as found:
+            value = _measured(self.metric, forward(model, self.base))
+            tensors = [found[site][0] for site in sites]
+            given = torch.autograd.grad(value, tensors, allow_unused=True, materialize_grads=True)
+        return dict(zip(sites, given, strict=True))
+
+    def integrated(self, steps: int, progress: bool) -> dict[Site, Tensor]:
+        effects = {}
+        for site in track(list(self.own), "Integrated gradients", len(self.own), progress):
+            mean = torch.zeros_like(self.own[site])
+            for step in range(steps):
+                here = self.own[site] + step / steps * self.differences[site]
+                start = here.requires_grad_()
+                mean += self.gradients([site], {site: lambda value, at, start=start: start.clone()})[site] / steps
+            effects[site] = self.summed(site, self.differences[site] * mean)
+        return effects
+
+    def exact(self, rows: int, progress: bool) -> dict[Site, Tensor]:
+        effects = {site: self.summed(site, torch.zeros_like(value)).contiguous() for site, value in self.own.items()}
+        nodes = [(site, node) for site, found in effects.items() for node in range(found.numel())]
+        chunks = [
+            (site, [node for _, node in group[start : start + rows]])
+            for site in effects
+            for group in [[each for each in nodes if each[0] == site]]
+            for start in range(0, len(group), rows)
+        ]
+        for site, chosen in track(chunks, "Patching exactly", len(chunks), progress):
+            effects[site].view(-1)[chosen] = self._patched(site, chosen)
+        return effects
+
+    @torch.no_grad()
+    def _patched(self, site: Site, nodes: list[int]) -> Tensor:
+        """The effects of some nodes of one site, each in rows of its own."""
+        size, length = self.own[site].shape[:2]
+        heads = self.heads_of(site)
+        batch = {key: value.repeat(len(nodes), *(1,) * (value.dim() - 1)) for key, value in self.base.items()}
+
+        def put(value: Tensor, at: At) -> Tensor:
+            value = value.clone()
+            for place, node in enumerate(nodes):
+                rows, position = slice(place * size, (place + 1) * size), node % length
+                if heads is None:
+                    value[rows, position] += self.differences[site][:, position]
+                else:
+                    width = value.shape[-1] // heads
+                    own = slice(node // length * width, (node // length + 1) * width)
+                    value[rows, position, own] += self.differences[site][:, position, own]
+            return value
+
+        with intervene(self.view.model, {site: put}, anatomy=self.view):
+            logits = logits_of(forward(self.view.model, batch))
+        parts = logits.split(size)
+        return torch.stack([_measured(self.metric, part) for part in parts]).cpu() - self.before
+
+
+def faithfulness(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    metric: Metric,
+    effects: PatchEffects,
+    kept: Iterable[int],
+) -> dict[int, float]:
+    """Return what is left of a metric if all but the nodes with the largest effects stand at their mean.
+
+        F = (m(circuit) - m(nothing)) / (m(model) - m(nothing))
+
+    The mean is over the batch, position by position. The definition is that of sparse feature circuits (from memory).
+
+    Args:
+        model: any.
+        batch: of inputs of one length; more than one, as a mean of one is itself.
+        metric: as in `patch_effects`.
+        effects: which nodes matter; of sites whose ablation leaves the rest, such as attention.output and mlp.output.
+        kept: how many nodes are kept; several to draw a curve.
+
+    Returns:
+        F by the number of nodes; 1 for all of them.
+
+    Raises:
+        ValueError: one input alone, or no difference between the model and nothing of it.
+    """
+    if main_input(batch, model).shape[0] < 2:
+        raise ValueError("batch: 1 input was given; give at least 2, as the mean over one input changes nothing.")
+    view = anatomy(model, batch)
+    places = [Site(name, block) for name in effects.values for block in effects.blocks[name]]
+    with evaluating(model), torch.no_grad():
+        with live(model, places, view) as found:
+            full = float(_measured(metric, forward(model, batch)))
+        means = {site: found[site][0].mean(0, keepdim=True) for site in places}
+        ordered = effects.top(sum(values.numel() for values in effects.values.values()))
+
+        def measured(count: int) -> float:
+            inside = {site: torch.zeros(means[site].shape, dtype=torch.bool) for site in places}
+            for node in ordered[:count]:
+                site = Site.parse(node.site)
+                channels = slice(None)
+                if node.head is not None:
+                    attention = view.blocks[site.block or 0].attention
+                    assert attention is not None  # it has heads
+                    width = means[site].shape[-1] // attention.heads
+                    channels = slice(node.head * width, (node.head + 1) * width)
+                inside[site][:, node.position, channels] = True
+
+            def ablate(site: Site) -> Callable[[Tensor, At], Tensor]:
+                return lambda value, at: torch.where(inside[site].to(value.device), value, means[site])
+
+            with intervene(model, {site: ablate(site) for site in places}, anatomy=view):
+                return float(_measured(metric, forward(model, batch)))
+
+        nothing = measured(0)
+        if full == nothing:
+            raise ValueError("metric: it is the same with all nodes and with none, so there is no share of it.")
+        return {count: (measured(count) - nothing) / (full - nothing) for count in kept}
