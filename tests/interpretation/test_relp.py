@@ -12,9 +12,9 @@ from actkit.core.model.anatomy import anatomy
 from actkit.core.watch.capture import live
 from actkit.core.watch.intervene import intervene
 from actkit.interpretation.relp.effects import faithfulness, patch_effects
-from actkit.interpretation.relp.metrics import LogitDifference
+from actkit.interpretation.relp.metrics import LogitDifference, logits_of
 from actkit.interpretation.relp.rules import RelevanceRules
-from actkit.testing import tiny_model
+from actkit.testing import tiny_batches, tiny_model
 
 BASE = {"input_ids": torch.tensor([[3, 5, 7, 11], [1, 4, 9, 16]])}
 PATCH = {"input_ids": torch.tensor([[3, 6, 7, 11], [1, 4, 2, 16]])}
@@ -116,14 +116,39 @@ def test_exact_heads_are_patched_one_by_one():
     assert float(found[1, 1, 2]) == pytest.approx(float(after - before), abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen2_moe", "bert", "vit", "opt", "falcon"])
+def test_exact_patching_that_begins_at_its_block_is_that_of_whole_passes(kind):
+    model, batch = tiny_model(kind), tiny_batches(kind)[0]
+    batch = {key: value for key, value in batch.items() if key != "labels"}
+    other = {key: value.flip(0) if key != "attention_mask" else value for key, value in batch.items()}
+
+    def metric(x: Tensor) -> Tensor:
+        return x.flatten(1)[:, :7].mean()
+
+    found = patch_effects(model, batch, other, metric, method="exact", sites=["block.output"], progress=False)
+    with torch.no_grad(), live(model, "blocks.1.block.output") as seen:
+        forward(model, other)
+        value = seen["blocks.1.block.output"][0].clone()
+        before = metric(logits_of(forward(model, batch)))
+        for position in (0, 3):
+
+            def put(x, at, position=position):
+                x = x.clone()
+                x[:, position] = value[:, position]
+                return x
+
+            with intervene(model, {"blocks.1.block.output": put}):
+                after = metric(logits_of(forward(model, batch)))
+            assert float(found.values["block.output"][1, position]) == pytest.approx(float(after - before), abs=1e-5)
+    assert type(anatomy(model, batch).blocks[0].module).__name__ != "_Known"
+
+
 ALL = RelevanceRules(attention="stopped")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma", "bert", "vit", "qwen3", "olmo2", "cohere"])
 @pytest.mark.parametrize("rules", [RelevanceRules(), ALL, RelevanceRules.attnlrp()])
 def test_values_stay_as_they_are_to_the_bit(kind, rules):
-    from actkit.testing import tiny_batches
-
     model, batch = tiny_model(kind), tiny_batches(kind)[0]
     view = anatomy(model, batch)
 

@@ -11,7 +11,7 @@ word of another sentence. Blocks' outputs and MLPs, at all real positions.
 
 SmolLM2-135M (float32): 16 sentences of one template that asks for the name that is left over, and the same with the
 names' roles exchanged. Effects of the difference of logits. The claim is invalid, and fails, if the model prefers the
-wrong name in more than 30 % of the sentences.
+wrong name in more than 30 % of the sentences. It is written and was not yet run: it joins STATEMENTS with its record.
 
 Attention's outputs are reported and not judged, as the paper sees no gain there. About 6 minutes of one core, and half
 an hour for SmolLM2.
@@ -95,7 +95,7 @@ REAL = Statement(
     "prefers the right name in at least 70 % of the sentences",
     "smollm2",
 )
-STATEMENTS = (AGREES, CHEAP, ENCODER, REAL)
+STATEMENTS = (AGREES, CHEAP, ENCODER)
 
 
 def run(*, subject: str | None = None, progress: bool = True, sizes: Sizes | None = None) -> Outcome:

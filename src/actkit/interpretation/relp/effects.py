@@ -13,11 +13,12 @@ a sum that never reaches the patch, one site at a time, for all positions at onc
 When to use it: to find which parts cause an answer in seconds, and then to check the first ones exactly.
 
 Cost: relp and attribution two forward passes and one backward pass, for all nodes together; integrated `steps` passes
-forward and backward for each site of each block; exact one forward pass for each node, `rows` at once.
+forward and backward for each site of each block; exact half a forward pass for each node, `rows` at once.
 
 Settled here: the base is what runs; patch it with values of the other input (denoising if the base is the corrupted
 one). The graph begins at the first block, whatever parameters require a gradient.
-Left open: features of sparse autoencoders as nodes, and exact patching that begins at the patched block.
+Exact patching begins at the patched block, as all before it is the same.
+Left open: features of sparse autoencoders as nodes.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from actkit.core.edit.edits import standing_in
 from actkit.core.forward.batch import forward, main_input
-from actkit.core.forward.hooks import evaluating
+from actkit.core.forward.hooks import evaluating, hooked
 from actkit.core.ground.figure_text import all_plain
 from actkit.core.ground.progress import track
 from actkit.core.model.anatomy import Anatomy, Site, anatomy
@@ -159,17 +162,20 @@ class PatchEffects:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        from plotly.graph_objects import Heatmap
-        from plotly.subplots import make_subplots
-
+        try:
+            from plotly import graph_objects, subplots
+        except ImportError as error:
+            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
         names = list(self.values)
-        figure: Figure = make_subplots(rows=len(names), cols=1, subplot_titles=names, shared_xaxes=True)
+        figure: Figure = subplots.make_subplots(rows=len(names), cols=1, subplot_titles=names, shared_xaxes=True)
         summed = {name: values.sum(1) if values.dim() == 3 else values for name, values in self.values.items()}
         largest = max(float(values.abs().max()) for values in summed.values())
         for row, (name, values) in enumerate(summed.items(), 1):
             places = all_plain(f"{place} {token}" for place, token in enumerate(self.tokens)) or None
             scale = {"colorscale": "RdBu", "zmid": 0, "zmin": -largest, "zmax": largest, "showscale": row == 1}
-            picture = Heatmap(z=values.tolist(), x=places, y=[str(block) for block in self.blocks[name]], **scale)
+            picture = graph_objects.Heatmap(
+                z=values.tolist(), x=places, y=[str(block) for block in self.blocks[name]], **scale
+            )
             figure.add_trace(picture, row=row, col=1)
             figure.update_yaxes(title_text="block", row=row, col=1)
         return figure.update_layout(title=f"Effects by {self.method}", height=140 + 220 * len(names))
@@ -275,7 +281,7 @@ def _measured(metric: Metric, output: Any) -> Tensor:
     return value.reshape(())
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Patching:
     """What all methods share: own values and differences by site, [batch, length, channels]."""
 
@@ -340,6 +346,32 @@ class _Patching:
             effects[site].view(-1)[chosen] = self._patched(site, chosen)
         return effects
 
+    @cached_property
+    def _outputs(self) -> dict[str, Any]:
+        """What the blocks give at the base, by path."""
+        found: dict[str, Any] = {}
+
+        def keep(path: str) -> Callable[..., None]:
+            return lambda module, args, kwargs, output: found.update({path: output})
+
+        with (
+            torch.no_grad(),
+            hooked(self.view.model, after={block.path: keep(block.path) for block in self.view.blocks}),
+        ):
+            forward(self.view.model, self.base)
+        return found
+
+    def _known(self, index: int, copies: int) -> dict[str, nn.Module]:
+        """What stands where blocks before one are, whose outputs at the base are known."""
+
+        def repeated(output: Any) -> Any:
+            if isinstance(output, Tensor):
+                return output.repeat(copies, *(1,) * (output.dim() - 1))
+            return type(output)(repeated(part) for part in output) if isinstance(output, tuple) else output
+
+        blocks = self.view.blocks[:index]
+        return {block.path: _Known(block.module, repeated(self._outputs[block.path])) for block in blocks}
+
     @torch.no_grad()
     def _patched(self, site: Site, nodes: list[int]) -> Tensor:
         """The effects of some nodes of one site, each in rows of its own."""
@@ -359,10 +391,30 @@ class _Patching:
                     value[rows, position, own] += self.differences[site][:, position, own]
             return value
 
-        with intervene(self.view.model, {site: put}, anatomy=self.view):
-            logits = logits_of(forward(self.view.model, batch))
+        model, known = self.view.model, self._known(site.block or 0, len(nodes))
+        with intervene(model, {site: put}, anatomy=self.view), standing_in(model, known):
+            logits = logits_of(forward(model, batch))
         parts = logits.split(size)
         return torch.stack([_measured(self.metric, part) for part in parts]).cpu() - self.before
+
+
+class _Known(nn.Module):
+    """Stands where a block is whose output is known, and gives that.
+
+    Args:
+        block: that it stands for, whose attributes it has.
+        output: of the block.
+    """
+
+    def __init__(self, block: nn.Module, output: Any) -> None:
+        super().__init__()
+        self.__dict__.update(block=block, output=output)  # no part of this module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["output"]
 
 
 def faithfulness(
