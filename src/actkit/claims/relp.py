@@ -215,7 +215,7 @@ def learned(grammar: Grammar, seed: int, steps: int) -> tuple[nn.Module, int, fl
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
-    size = {"n_embd": 128, "n_layer": 6, "n_head": 4, "n_positions": 16, "vocab_size": grammar.size}
+    size: dict[str, Any] = {"n_embd": 128, "n_layer": 6, "n_head": 4, "n_positions": 16, "vocab_size": grammar.size}
     model = GPT2LMHeadModel(GPT2Config(**size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     draw, accuracy, step = random.Random(seed), 0.0, 0
