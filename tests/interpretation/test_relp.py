@@ -239,7 +239,7 @@ def test_the_result_is_read_and_drawn():
     name = top[0].site.split(".", 2)[2]
     assert float(found.values[name][block, position]) == pytest.approx(top[0].effect)
     assert found.correlate(found, "mlp.output") == pytest.approx(1)
-    assert found.to_dict()["sites"]["mlp.output"]["blocks"] == [0, 1]
+    assert found.to_dict()["blocks"]["mlp.output"] == [0, 1]
     assert found.table().row_count == 20
     assert len(found.figure().data) == 3
 

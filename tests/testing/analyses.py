@@ -38,6 +38,7 @@ from actkit.functions.swap import swap
 from actkit.interpretation.massive_activations.dynamics import dynamics
 from actkit.interpretation.massive_activations.law import original_curve
 from actkit.interpretation.massive_activations.massive_activations import massive_activations
+from actkit.interpretation.relp.effects import patch_effects
 from actkit.quantization.adadim.sensitivity import weight_sensitivity
 from actkit.quantization.zeroquant_v2.ptq_study import ptq_study
 from actkit.search.profile import profile
@@ -113,7 +114,13 @@ def probed(model: Any, batches: Any) -> Any:
     return weight_probe(model, masks, lambda model: float(model(**batches[0]).logits.detach().std()), progress=False)
 
 
+def effects(model: Any, batches: Any) -> Any:
+    other = {**batches[0], "input_ids": batches[0]["input_ids"].flip(0)}
+    return patch_effects(model, batches[0], other, lambda logits: logits[:, 0].mean(), tokens="abc", progress=False)
+
+
 ANALYSES: dict[str, Made] = {
+    "patch_effects": Made(effects, "PatchEffects", several=False),
     "dead_neuron_rate": Made(quiet(dead_neuron_rate), "DeadNeurons", relu=True),
     "dead_neuron_rate of images": Made(quiet(dead_neuron_rate, granularity="channel", eps=0.1), "DeadNeurons", "vit"),
     "activation_bytes": Made(in_tiles, "ActivationBytes", several=False),

@@ -132,10 +132,8 @@ class PatchEffects:
             "base": self.base,
             "patch": self.patch,
             "tokens": list(self.tokens),
-            "sites": {
-                name: {"blocks": list(self.blocks[name]), "effects": values.tolist()}
-                for name, values in self.values.items()
-            },
+            "values": {name: values.tolist() for name, values in self.values.items()},
+            "blocks": {name: list(blocks) for name, blocks in self.blocks.items()},
         }
 
     def table(self) -> Table:
