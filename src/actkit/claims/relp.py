@@ -289,17 +289,18 @@ def described(found: list[dict[str, dict[str, float]]]) -> str:
 def encoder(sizes: Sizes) -> Measurement:
     """Exchange one word of each sentence, and see what that does to its cosine with another sentence."""
     model, tokenizer = zoo.load("minilm"), zoo.tokenizer("minilm")
-    batches = load_data(
-        None, model, tokenizer, sequences=sizes.sentences, batch_size=sizes.sentences, split="test", length=24
-    )
-    base = {key: batches[0][key] for key in ("input_ids", "attention_mask")}
-    draw = random.Random(0)
+    rows = load_data(
+        None, model, tokenizer, sequences=4 * sizes.sentences, batch_size=4 * sizes.sentences, split="test", length=24
+    )[0]
     whole = [i for i, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))) if token.isalpha()]
-    words = sorted(set(base["input_ids"].flatten().tolist()) & set(whole))
+    words = sorted(set(rows["input_ids"].flatten().tolist()) & set(whole))
+    places = [[place for place, token in enumerate(row) if token in words] for row in rows["input_ids"].tolist()]
+    chosen = [row for row, found in enumerate(places) if len(found) > 3][: sizes.sentences]
+    base = {key: rows[key][chosen] for key in ("input_ids", "attention_mask")}
+    draw = random.Random(0)
     ids = base["input_ids"].clone()
-    for row in ids:
-        places = [place for place, token in enumerate(row.tolist()) if token in words]
-        place = draw.choice(places)
+    for row, own in zip(ids, chosen, strict=True):
+        place = draw.choice(places[own])
         row[place] = draw.choice([word for word in words if word != int(row[place])])
     mask = base["attention_mask"][:, :, None].float()
 
