@@ -315,7 +315,7 @@ def encoder(sizes: Sizes) -> Measurement:
 
     methods: tuple[Method, ...] = ("exact", "relp", "attribution", "integrated")
     sites = ("block.output", "mlp.output")
-    effects = {
+    effects: dict[str, PatchEffects] = {
         method: timed(model, base, {**base, "input_ids": ids}, metric, method, sizes.steps_integrated, sites)[0]
         for method in methods
     }
@@ -347,7 +347,7 @@ def real(sizes: Sizes) -> Measurement:
     methods: tuple[Method, ...] = ("exact", "relp", "attribution")
     given = {"input_ids": base}, {"input_ids": patch}
     runs = {method: timed(model, *given, metric, method) for method in methods}
-    found = correlations({method: effects for method, (effects, _) in runs.items()})
+    found = correlations({str(method): effects for method, (effects, _) in runs.items()})
     seconds = ", ".join(f"{method} {took:.1f} s" for method, (_, took) in runs.items())
     relp, plain = found["relp"], found["attribution"]
     passed = (
