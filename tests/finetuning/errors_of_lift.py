@@ -12,7 +12,7 @@ from actkit.finetuning.lift.principal import principal_mask
 from actkit.finetuning.lift.probe import weight_probe
 from actkit.finetuning.lift.shira import lift_shira
 from actkit.quantization.rtn import RoundToNearest
-from error_proofs import proof
+from error_proofs import Place, missing, proof
 
 WEIGHT = torch.randn(4, 5)
 
@@ -50,3 +50,9 @@ proof(lambda p: lift_shira(build("gpt2"), 1, 2))
 
 
 proof(lambda p: weight_probe(build("mlp"), {}, lambda model: 0.0))
+
+
+@proof
+def shira_without_peft(p: Place) -> None:
+    missing("peft", p)
+    lift_shira(build("mlp"), 1, 2)

@@ -6,6 +6,9 @@
 
 It adds no penalty and changes nothing: gradients and weights are the same bits with it and without. What it reads
 stands in the history, and so in `training.json`, at the next step that is validated.
+
+When to use it: to see how something grows while a model learns, without saved checkpoints.
+Cost: one run of the analysis at each reading.
 """
 
 from __future__ import annotations
