@@ -5,8 +5,8 @@
 When to use it: to train a model that was pruned, here or by any other tool, so that it stays pruned.
 Cost: one bool per entry, a product for each gradient, and a pass over the weights after each step.
 Settled here: masks are explicit, so that an entry that is 0 by chance is pruned only where no masks are given. They are
-saved as bits, and pass to and from `torch.nn.utils.prune`; what a training gives is that of torch's own pruning (to 1e-6),
-and the model keeps its modules and the names of its parameters.
+saved as bits, and pass to and from `torch.nn.utils.prune`; what a training gives is that of torch's own pruning (to
+1e-6), and the model keeps its modules and the names of its parameters.
 """
 
 from __future__ import annotations
