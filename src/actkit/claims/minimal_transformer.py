@@ -8,9 +8,9 @@ MLPs; that with query and key alike; one head with one matrix for query and key;
 (the minimum). Adam, 1e-3, cosine, batches of 128, 10 epochs, 3 seeds; nothing was tuned for an arm. Accuracy on the 338
 test images; losses of the 1,085 unshifted training images and of 182 validation images.
 
-This is a smaller run than the sheet's 40 epochs (`Sizes(epochs=40)`), in which no arm has learned its task. The sheet's K is 12.9k, of all
-digits with no test split; widths and rates are those of the sheet. The paper's accuracies on MNIST and CIFAR-10 cannot
-be checked.
+This is a smaller run than the sheet's 40 epochs (`Sizes(epochs=40)`), in which no arm has learned its task. The sheet's
+K is 12.9k, of all digits with no test split; widths and rates are those of the sheet. The paper's accuracies on MNIST
+and CIFAR-10 cannot be checked.
 
 About 4 minutes on one core.
 """
