@@ -68,7 +68,7 @@ def more_than_the_adapter(p: Place) -> None:
     batch = {"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.tensor([0, 1])}
     layers = {"bert.encoder.layer.0.output.dense": AdaptedLayer(2, 4.0)}
     train_adapter(
-        build("bert"), [batch], validation=[batch], layers=layers, merge=False, out=p.path, rules=["s2a"], steps=1
+        build("bert"), [batch], validation=[batch], layers=layers, merge=False, out=p.path / "a", rules=["s2a"], steps=1
     )
 
 

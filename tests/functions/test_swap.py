@@ -301,7 +301,7 @@ def test_in_recipes() -> None:
         ({"where": (), "new": "relu"}, "where"),
         ({"where": "silu", "new": "swoosh"}, "swoosh"),
         ({"where": "silu", "new": {"module": "activation"}}, "spec"),
-        ({"where": "silu", "new": {"module": "nothing", "spec": {}}}, "nothing"),
+        ({"where": "silu", "new": {"module": "nowhere", "spec": {}}}, "nowhere"),
         ({"where": "silu"}, "new"),
     ):
         with pytest.raises(RecipeError, match=message):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from actkit.compression.minimal.minimal_vit import MinimalViT
 from actkit.core.ground import registry
 from actkit.core.measure.fresh import FreshProcess
 from actkit.core.watch.capture import record
@@ -90,6 +91,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[Any], set[str]]] = {
         images(),
         {"the anatomy reads it", "sites hold what layers read"},  # its pairs are no layers until they are one
     ),
+    "MinimalViT": (lambda: MinimalViT(8, 2, 8, 2, 10, channels=1), images(), set()),
     "NeuralField": (
         lambda: new_field(2, 3, 8, resolutions=(4, 6), frequencies=(2.0, 3.2), channels=(4, 2)),
         [(0.9 * torch.tanh(batch[:, :2]),) for batch in (codes(3), codes(2))],
