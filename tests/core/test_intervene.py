@@ -387,6 +387,20 @@ def test_scores_are_what_weights_are_the_softmax_of(kind, implementation):
         torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_weights_have_the_gradient_of_finite_differences():
+    model, site = build("llama").double(), "blocks.1.attention.weights"
+    model.set_attn_implementation("eager")
+    with live(model, site) as found:
+        value = model(**BATCH).logits.pow(2).sum()
+        (gradient,) = torch.autograd.grad(value, found[site])
+    direction = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0)).double()
+    ends = []
+    for sign in (1, -1):
+        with torch.no_grad(), intervene(model, {site: lambda x, at: x + sign * 1e-3 * direction}):  # noqa: B023
+            ends.append(float(model(**BATCH).logits.pow(2).sum()))
+    assert float((gradient * direction).sum()) == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=1e-2)
+
+
 def test_scores_are_recorded_also_where_sdpa_forms_none():
     model = build("llama")
     batch = {"input_ids": IDS}

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from actkit.core.forward.hooks import hooked, refuse_compiled_or_sharded
 from actkit.core.ground.errors import NonFiniteError
 from actkit.core.model.anatomy import Anatomy, Site, Tap
-from actkit.core.watch.capture import experts_for, resolve, tapped, view_of
+from actkit.core.watch.capture import experts_for, resolve, view_of
 from actkit.core.watch.passes import Pass, Passes, Phase
 from actkit.core.watch.site_changes import Positions, SiteChange, change_of
+from actkit.core.watch.tap_hooks import tapped
 
 Change = Tensor | SiteChange | Callable[[Tensor, "At"], Tensor | None]
 
@@ -222,8 +223,8 @@ def intervene(
         Nothing.
 
     Raises:
-        ValueError: a site is unknown, named twice or never came by, or what takes its place has another shape or dtype
-            or was changed in place.
+        ValueError: a site is unknown, named twice or never came by (an expert without tokens need not), or what takes
+            its place has another shape or dtype or was changed in place.
         NonFiniteError: what takes its place holds NaN or Inf.
         UnsupportedModelError: the model is compiled or sharded, or computes attention by itself and its scores or
             weights are to be changed.
