@@ -19,6 +19,7 @@
 
     y = poly_norm(x, weight, bias)                         PolyCom's activations, with gradients
     y = rational(x, numerator, denominator)                rational functions of groups of channels, with gradients
+    y = chosen_sum(indices, values, weight)                sparse codes, with gradients that are as sparse
 
 Importing this registers the operators under `torch.ops.actkit`; Numba is imported when a kernel first runs.
 """
@@ -34,6 +35,7 @@ from actkit.kernels.quantized import QuantizedWeight, pack_quantized
 from actkit.kernels.quantized_operators import quantized_linear, quantized_output_rows
 from actkit.kernels.quantized_rows import QuantizedRows, pack_quantized_rows
 from actkit.kernels.rationals import rational
+from actkit.kernels.sparse_codes import chosen_products, chosen_sum, largest_of_rows
 from actkit.kernels.stored_codes import stored_linear
 
 __all__ = [
@@ -43,9 +45,12 @@ __all__ = [
     "PackedWeight",
     "QuantizedRows",
     "QuantizedWeight",
+    "chosen_products",
+    "chosen_sum",
     "compact",
     "dense_linear",
     "int8_linear",
+    "largest_of_rows",
     "masked_inputs",
     "output_rows",
     "pack",
