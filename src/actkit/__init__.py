@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from actkit.verbs import export as export
     from actkit.verbs import harvest as harvest
     from actkit.verbs import profile as profile
+    from actkit.verbs import sae as sae
     from actkit.verbs import show as show
     from actkit.verbs import train as train
     from actkit.zoo.loading import load as load
@@ -75,6 +76,7 @@ _HOMES = {
     "prove": "core.measure.proof",
     "record": "core.watch.capture",
     "reproduce": "claims",
+    "sae": "verbs",
     "save": "core.store.checkpoint",
     "show": "verbs",
     "swap": "functions.swap",

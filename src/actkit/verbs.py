@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from actkit.core.measure.proof import Proof
     from actkit.core.train.training import Trained
     from actkit.formats.exported import Exported
+    from actkit.interpretation.sparse_autoencoder.training import TrainedAutoencoder
     from actkit.runtime.packing import PackedExport
     from actkit.search.results import Profile
 
@@ -223,6 +224,51 @@ def harvest(
     store = write(opened, sites, batches, out, max_disk=max_disk, announce=announce, progress=progress)
     rows = {site: store.count(site) for site in store.sites}
     return Harvested(store.folder, rows, len(store.shards), store.bytes, time.perf_counter() - started)
+
+
+def sae(
+    store: str | Path,
+    site: str | None = None,
+    *,
+    out: str | Path | None = None,
+    kind: str = "topk",
+    latents: int = 4096,
+    k: float | None = None,
+    sparsity: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> TrainedAutoencoder:
+    """Train a sparse autoencoder on activations that `harvest` kept.
+
+    Args:
+        store: the folder.
+        site: one of its sites; None if it has one.
+        out: the folder to write, which SAELens opens; nothing if None.
+        kind: 'topk', 'batchtopk', 'matryoshka', 'jumprelu', 'gated' or 'standard'.
+        latents: how many.
+        k: latents that are on in a row, of topk, batchtopk and matryoshka.
+        sparsity: weight of the penalty of the others.
+        settings: further ones of the kind's class.
+        options: of `interpretation.sparse_autoencoder.training.train_autoencoder`.
+
+    Returns:
+        The autoencoder, and what it is worth on held-out rows.
+
+    Raises:
+        ValueError: a setting is out of bounds, or is none of this kind.
+        ActkitError: what opening the store and training raise.
+    """
+    from actkit.core.store.activation_store import ActivationStore
+    from actkit.interpretation.sparse_autoencoder.training import train_autoencoder
+
+    own = dict(settings or {})
+    if k is not None:
+        own["k"] = int(k) if kind == "topk" and k == int(k) else k
+    if sparsity is not None:
+        own["sparsity"] = sparsity
+    return train_autoencoder(
+        ActivationStore.open(store), site, kind=kind, latents=latents, settings=own, out=out, **options
+    )
 
 
 def apply(

@@ -195,6 +195,23 @@ def test_harvest(run, folder, tmp_path):
     assert code == 1 and "tokens: 100 was given" in err
 
 
+def test_sae(run, folder, tmp_path):
+    acts, out = tmp_path / "acts", tmp_path / "sae"
+    data = ("--tokens", 400, "--length", 32, "--data", "random")
+    assert run("harvest", folder, "blocks.0.block.output", "--out", acts, *data)[0] == 0
+    words = ("sae", acts, "--out", out, "--kind", "topk", "--width", 40, "--k", 3, "--steps", 3, "--size", 16)
+    code, text, err = run(*words, "--figure", tmp_path / "often.html")
+    assert code == 0, err
+    assert "explained variance" in text and (tmp_path / "often.html").exists()
+    assert json.loads((out / "cfg.json").read_text())["architecture"] == "topk"
+    code, _, err = run(*words)
+    assert code == 1 and "exists already" in err
+    code, text, err = run(*words, "--overwrite", "--json")
+    assert code == 0 and json.loads(text)["report"]["latents"] == 40
+    code, _, err = run(*words, "--overwrite", "--sparsity", 1)
+    assert code == 1 and "settings: " in err
+
+
 def test_papers(run):
     code, text, _ = run("papers", "--family", "sparsity", "--json")
     assert code == 0 and "wina" in [entry["slug"] for entry in json.loads(text)]

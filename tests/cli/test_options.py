@@ -16,6 +16,10 @@ OPTIONS = {
     "profile": DATA | MODEL | RUN | {"--figure", "--overwrite", "--max-memory"},
     "analyze": DATA | MODEL | RUN | WRITE | {"--html"},
     "harvest": DATA | MODEL | RUN | {"--out", "--tokens", "--max-disk"},
+    "sae": RUN
+    | WRITE
+    | {"--site", "--kind", "--width", "--k", "--sparsity", "--steps", "--size", "--learning-rate", "--skip"}
+    | {"--held-out", "--figure", "--resume", "--device"},
     "optimize": MODEL
     | RUN
     | WRITE

@@ -20,6 +20,7 @@ from actkit.compression.flashsvd.flashsvd import FlashSvd
 from actkit.compression.flashsvd.memory import activation_bytes
 from actkit.compression.minimal.budget import parameter_budget
 from actkit.compression.svd import Svd
+from actkit.core.ground.random_numbers import own_random_numbers
 from actkit.core.recipe.runner import apply
 from actkit.core.train.masks import Masks, layer_weights
 from actkit.finetuning.eva import Eva
@@ -39,6 +40,9 @@ from actkit.interpretation.massive_activations.dynamics import dynamics
 from actkit.interpretation.massive_activations.law import original_curve
 from actkit.interpretation.massive_activations.massive_activations import massive_activations
 from actkit.interpretation.relp.effects import patch_effects
+from actkit.interpretation.relp.latents import latent_effects
+from actkit.interpretation.sparse_autoencoder.autoencoder import TopKAutoencoder
+from actkit.interpretation.sparse_autoencoder.training import measure_autoencoder
 from actkit.quantization.adadim.sensitivity import weight_sensitivity
 from actkit.quantization.zeroquant_v2.ptq_study import ptq_study
 from actkit.search.profile import profile
@@ -119,7 +123,19 @@ def effects(model: Any, batches: Any) -> Any:
     return patch_effects(model, batches[0], other, lambda logits: logits[:, 0].mean(), tokens="abc", progress=False)
 
 
+def of_latents(model: Any, batches: Any) -> Any:
+    other = {**batches[0], "input_ids": batches[0]["input_ids"].flip(0)}
+    with own_random_numbers(torch.device("cpu"), 0):
+        coders = {"blocks.0.block.output": TopKAutoencoder(model.config.hidden_size, 24, 3).eval()}
+    return latent_effects(model, batches[0], other, lambda logits: logits[:, 0].mean(), coders, exact=3, progress=False)
+
+
+def of_an_autoencoder() -> Any:
+    return measure_autoencoder(TopKAutoencoder(4, 8, 2), [torch.randn(30, 4)])
+
+
 ANALYSES: dict[str, Made] = {
+    "latent_effects": Made(of_latents, "LatentEffects", several=False),
     "patch_effects": Made(effects, "PatchEffects", several=False),
     "dead_neuron_rate": Made(quiet(dead_neuron_rate), "DeadNeurons", relu=True),
     "dead_neuron_rate of images": Made(quiet(dead_neuron_rate, granularity="channel", eps=0.1), "DeadNeurons", "vit"),
@@ -174,6 +190,7 @@ RISE = original_curve(STEPS, {"A": 30, "lambda": 0.3, "gamma": 0.2, "t0": 0.5, "
 BILLIONS = [tokens / 1e9 for tokens in TOKENS]
 # results that are of no model: laws, fits
 WITHOUT_A_MODEL: dict[str, Callable[[], Any]] = {
+    "measure_autoencoder": of_an_autoencoder,
     "threshold_curve": partial(threshold_curve, [1000, 2000], [0.02], [20], range(8, 12)),
     "dynamics": lambda: dynamics({"blocks.0.block.output": (STEPS, RISE), "blocks.1.block.output": (STEPS, [1.0] * 9)}),
     "parameter_budget": lambda: parameter_budget(tiny_model("llama")),

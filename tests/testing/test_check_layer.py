@@ -80,6 +80,7 @@ from actkit.functions.softplus_attention.layer import SoftplusAttention
 from actkit.functions.vanillanet.faded import FadedActivation
 from actkit.functions.vanillanet.folding import DeepPair
 from actkit.functions.vanillanet.series import SeriesActivation2d
+from actkit.interpretation.sparse_autoencoder.autoencoder import KINDS as AUTOENCODERS
 from actkit.quantization.ofq.query_key import QueryKeyAttention
 from actkit.sparsity.active_dendrites.segments import DendriticSegments, PatternMemory, sparse_code
 from actkit.sparsity.lazy_neuron.top_k_mlp import TopKActivation
@@ -604,6 +605,13 @@ def with_channels(channels: int) -> Callable[[tuple[int, ...]], tuple[int, ...]]
     return lambda shape: (*shape[:-1], channels)
 
 
+def autoencoder(cls: Callable[..., nn.Module]) -> Made:
+    """JumpReLU gives its thresholds straight-through gradients, which no difference shows."""
+    name = cls.__name__
+    few = {"k": 4} if "TopK" in name or "Matryoshka" in name else {}
+    return Made(lambda: cls(IN, 40, **few), settings={"smooth": False} if "Jump" in name else {})
+
+
 NOT_SAVED = {  # layers that are used by hand, or inside another, or are models: no checkpoint holds them as a layer
     "Threshold": Made(lambda: Threshold(0.5, torch.rand(IN) + 0.5)),
     "TopK": Made(lambda: TopK(5)),
@@ -620,6 +628,7 @@ NOT_SAVED = {  # layers that are used by hand, or inside another, or are models:
         (torch.randn(2, 4, 6, 5),),
         {"rows": False, "shape": lambda shape: (shape[0], 8, *shape[2:])},
     ),
+    **{cls.__name__: autoencoder(cls) for cls in AUTOENCODERS.values()},
     "GatedMlp": Made(lambda: GatedMlp(IN, 8, OUT), settings={"shape": lambda shape: (*shape[:-1], OUT)}),
     "GrKanLinear": Made(lambda: GrKanLinear(IN, OUT, 4), settings={"shape": lambda shape: (*shape[:-1], OUT)}),
     "AfKanNetwork": Made(

@@ -184,6 +184,67 @@ def harvest(
 
 
 @app.command()
+def sae(
+    store: Annotated[Path, typer.Argument(help="A folder that `actkit harvest` wrote.")],
+    out: Out,
+    site: Annotated[str | None, typer.Option(help="Which of its sites. Default: the only one.")] = None,
+    kind: Annotated[
+        Literal["topk", "batchtopk", "matryoshka", "jumprelu", "gated", "standard"], typer.Option(help="Of what kind.")
+    ] = "topk",
+    width: Annotated[int, typer.Option(min=1, metavar="N", help="How many latents.")] = 4096,
+    k: Annotated[
+        float | None, typer.Option(help="Latents that are on in a row (topk and its kin). Default: 32.")
+    ] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Weight of the penalty (all other kinds).")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 1000,
+    size: Annotated[int, typer.Option(min=1, metavar="N", help="Rows of a step.")] = 4096,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. Default: by the width.")] = None,
+    skip: Annotated[int, typer.Option(min=0, metavar="N", help="Leave out the first tokens of each sequence.")] = 0,
+    held_out: Annotated[
+        float, typer.Option(parser=share, metavar="SHARE", help="Of the rows, measured and not trained on: 10%.")
+    ] = 0.1,
+    figure: Annotated[Path | None, typer.Option(help="Also write how often latents fire to this HTML file.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the state kept beside --out.")] = False,
+    overwrite: Overwrite = False,
+    device: Device = "cpu",
+    threads: Threads = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a sparse autoencoder on activations that are kept in a folder. SAELens opens what it writes."""
+    alone("sae")
+    set_up(threads, seed)
+    from actkit import verbs
+
+    try:
+        result = verbs.sae(
+            store,
+            site,
+            out=out,
+            kind=kind,
+            latents=width,
+            k=k,
+            sparsity=sparsity,
+            steps=steps,
+            size=size,
+            learning_rate=learning_rate,
+            skip=skip,
+            held_out=held_out,
+            resume=resume,
+            overwrite=overwrite,
+            device=device,
+            seed=seed,
+        )
+    except KeyboardInterrupt:
+        note(f"stopped. The state is kept beside {out}; go on with the same command and --resume.")
+        raise typer.Exit(130) from None
+    print_result(result, as_json)
+    if figure is not None:
+        result.report.figure().write_html(figure)
+        note(f"picture: {figure}")
+
+
+@app.command()
 def optimize(
     model: ModelName,
     out: Out = Path("actkit-report"),

@@ -226,13 +226,14 @@ class ActivationStore:
             if shard.rows.get(name):
                 yield shard.tensors[f"rows.{name}"], shard.keys(name)
 
-    def batches(self, site: Site | str, size: int, *, seed: int = 0) -> StoredBatches:
+    def batches(self, site: Site | str, size: int, *, seed: int = 0, rows: Tensor | None = None) -> StoredBatches:
         """The rows of a site in a random order, in batches by their index.
 
         Args:
             site: one of `sites`.
             size: rows of a batch; rows that fill no batch are left out.
             seed: of the order.
+            rows: int64 [n], numbers of rows in the order of the data; None for all.
 
         Returns:
             A sequence of tensors [size, channels]; batch i is the same in whatever order batches are taken.
@@ -240,10 +241,40 @@ class ActivationStore:
         Raises:
             ValueError: the site is not in the store, or has fewer rows than one batch.
         """
-        rows = self.count(site)
-        if not 1 <= size <= rows:
-            raise ValueError(f"size: {size} was given; {site} has {rows} rows, give 1 to {rows}.")
-        return StoredBatches(self, self._name(site), size, Shuffle(rows, seed))
+        count = self.count(site) if rows is None else len(rows)
+        if not 1 <= size <= count:
+            raise ValueError(f"size: {size} was given; {site} has {count} rows, give 1 to {count}.")
+        return StoredBatches(self, self._name(site), size, Shuffle(count, seed), rows)
+
+    def split(self, site: Site | str, share: float, *, skip: int = 0) -> tuple[Tensor, Tensor]:
+        """Which rows of a site to learn from and which to measure on: no document is in both.
+
+        Args:
+            site: one of `sites`.
+            share: of the rows that are measured on, at the end of the data.
+            skip: leave out so many first tokens of each sequence.
+
+        Returns:
+            Numbers of rows, int64, for learning and for measuring.
+
+        Raises:
+            ValueError: the site is not in the store, or one of the two would be empty.
+        """
+        if not 0 < share < 1 or skip < 0:
+            raise ValueError(f"share, skip: {share} and {skip} were given; give a share in (0, 1), and 0 or more.")
+        keys = [keys for _, keys in self.read(site)]
+        numbers = (torch.cat([each.places for each in keys]) >= skip).nonzero()[:, 0]
+        owners = torch.cat([each.documents for each in keys])[numbers]
+        if len(owners.unique()) < 2:  # one long text
+            owners = torch.cat([each.sequences for each in keys])[numbers]
+        first = int(len(numbers) * (1 - share))
+        learned = ~torch.isin(owners, owners[first:])
+        if not bool(learned.any()) or first == len(numbers):
+            raise ValueError(
+                f"share, skip: of {len(numbers)} rows of {site} whose tokens count, none would be left to learn from "
+                f"or to measure on; harvest more documents, or change share={share} and skip={skip}."
+            )
+        return numbers[learned], numbers[first:]
 
     def take(self, site: Site | str, index: Tensor) -> Tensor:
         """Rows of a site by their numbers in the order of the data.
@@ -310,10 +341,19 @@ class StoredBatches(Sequence[Tensor]):
         site: under which name the rows are kept.
         size: rows of a batch.
         order: of the rows.
+        rows: which ones, by their numbers; None for all.
     """
 
-    def __init__(self, store: ActivationStore, site: str, size: int, order: Shuffle) -> None:
-        self.store, self.site, self.size, self.order = store, site, size, order
+    def __init__(
+        self, store: ActivationStore, site: str, size: int, order: Shuffle, rows: Tensor | None = None
+    ) -> None:
+        self.store, self.site, self.size, self.order, self.rows = store, site, size, order, rows
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """By which a training that goes on knows its data."""
+        shards = [shard.digest for shard in self.store.shards]
+        return fingerprint([shards, self.site, self.size, self.order.seed, self.rows])
 
     def __len__(self) -> int:
         return len(self.order) // self.size
@@ -324,7 +364,8 @@ class StoredBatches(Sequence[Tensor]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"batch: {index} was given, there are {len(self)}.")
         start = index % len(self) * self.size
-        return self.store.take(self.site, self.order(torch.arange(start, start + self.size)))
+        chosen = self.order(torch.arange(start, start + self.size))
+        return self.store.take(self.site, chosen if self.rows is None else self.rows[chosen])
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -199,6 +199,7 @@ def train(
     keep: Keep | None = None,
     score: Any = None,
     loss: Loss | None = None,
+    write: Callable[[nn.Module, Path], None] | None = None,
     progress: bool = True,
 ) -> Trained:
     """Train a model in place.
@@ -242,6 +243,8 @@ def train(
         score: by which a step is the best: a metric of the model's task with its direction, 'accuracy:better=higher',
             or a `Score` with a function. None: the validation loss, the lower the better.
         loss: of (model, batch), a mean over the batch; batches then count equally.
+        write: of (model, folder), which writes `out` at the end, over what is there; by default as `actkit.load` reads
+            it.
         progress: show a bar.
 
     Returns:
@@ -263,7 +266,7 @@ def train(
         raise ProcessError("train: it shares its batches out by itself; call it under torchrun, outside of `together`.")
     refuse_offloaded(model, "training changes all weights in place")
     check_model(model)
-    if out is not None:
+    if out is not None and write is None:
         checkpoint.check_savable(model)
     folder = None if out is None else Path(out)
     with ExitStack() as stack:
@@ -324,7 +327,10 @@ def train(
         beyond = reads_beyond(batches) or reads_beyond(validation)
         result = replace(result, seconds=time.perf_counter() - started, beyond_context=beyond)
     if folder is not None and accelerator.is_main_process:
-        checkpoint.save(model, folder, overwrite=True)
+        if write is None:
+            checkpoint.save(model, folder, overwrite=True)
+        else:
+            write(model, folder)
         write_whole(folder / RECORD, json.dumps(result.to_dict(), indent=1))
         whole_folder.discard(state_folder(folder))
     return result
@@ -407,7 +413,8 @@ class _Loop:
         self.rules.before_step(done)
         prepare_modes(self.model)
         group = self._group()
-        labels = [self.objective.labels(self.batches[index]) for index in group]
+        own = self.objective.loss is not None  # its batches count equally, and are read once
+        labels = [1 if own else self.objective.labels(self.batches[index]) for index in group]
         mine = range(accelerator.process_index, len(group), accelerator.num_processes)
         total_loss, total_penalty, penalised = 0.0, 0.0, False
         for place in mine:

@@ -136,14 +136,21 @@ def sequences(
         sequence = given if isinstance(given, Stream) else sequence_of(given, name)
         if not isinstance(sequence, Stream) and not len(sequence):
             raise DataError(f"{name}: 0 batches were given; give at least one.")
+        if own_loss is not None and not isinstance(sequence, Stream) and not _has_tokens(sequence[0]):
+            found.append(sequence)  # any batch will do, and a store on disk is not read
+            continue
         for batch in sequence.take(1) if isinstance(sequence, Stream) else sequence:
-            if own_loss is None or (isinstance(batch, Mapping) and "input_ids" in batch):  # else any batch will do
+            if own_loss is None or _has_tokens(batch):
                 check_batch(model, batch, name, beyond_context=reads_beyond(sequence))
         found.append(sequence)
     prints = [getattr(sequence, "fingerprint", None) for sequence in found]
     if batches is validation or (prints[0] is not None and prints[0] == prints[1]):
         raise DataError("validation: it is the training data; pass batches that are not trained on.")
     return found[0], found[1]
+
+
+def _has_tokens(batch: Any) -> bool:
+    return isinstance(batch, Mapping) and "input_ids" in batch
 
 
 def fingerprints(*data: Any) -> list[str | None]:
@@ -215,7 +222,8 @@ def check_folder(
         )
     checkpoint.check_target(folder, overwrite=overwrite)
     empty = folder.is_dir() and not any(folder.iterdir())
-    if folder.exists() and not empty and not any((folder / name).exists() for name in checkpoint.MODELS):
+    known = (*checkpoint.MODELS, record)
+    if folder.exists() and not empty and not any((folder / name).exists() for name in known):
         raise CheckpointError(
             f"out: {folder} holds something else than a model, which overwriting would delete; choose another folder."
         )

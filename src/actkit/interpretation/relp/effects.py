@@ -18,7 +18,7 @@ forward and backward for each site of each block; exact half a forward pass for 
 Settled here: the base is what runs; patch it with values of the other input (denoising if the base is the corrupted
 one). The graph begins at the first block, whatever parameters require a gradient.
 Exact patching begins at the patched block, as all before it is the same.
-Left open: features of sparse autoencoders as nodes.
+Features of sparse autoencoders are nodes of `latents.py`.
 """
 
 from __future__ import annotations
@@ -221,6 +221,43 @@ def patch_effects(
         raise ValueError(f"rules: they are of method 'relp', and {method!r} was given; leave them out.")
     if min(steps, rows) < 1:
         raise ValueError(f"steps, rows: {steps} and {rows} were given; give 1 or more of each.")
+    run, places = read_pair(model, base, patch, metric, sites)
+    with evaluating(model):
+        if method == "exact":
+            effects = run.exact(rows, progress)
+        elif method == "integrated":
+            effects = run.integrated(steps, progress)
+        else:
+            chosen = RelevanceRules.none() if method == "attribution" else rules or RelevanceRules()
+            with chosen.applied(run.view):
+                effects = run.first_order()
+    values: dict[str, Tensor] = {}
+    blocks: dict[str, tuple[int, ...]] = {}
+    for name in dict.fromkeys(site.name for site in places):
+        mine = [site for site in places if site.name == name]
+        values[name] = torch.stack([effects[site].cpu() for site in mine])
+        blocks[name] = tuple(int(site.block or 0) for site in mine)
+    return PatchEffects(method, values, blocks, run.before, run.patched, tuple(tokens))
+
+
+def read_pair(
+    model: nn.Module, base: Mapping[str, Tensor], patch: Mapping[str, Tensor], metric: Metric, sites: Sequence[str]
+) -> tuple[Patching, list[Site]]:
+    """Run both inputs and keep what stands at sites, for all methods.
+
+    Args:
+        model: as in `patch_effects`, as are all others.
+        base: that runs.
+        patch: of the same shape.
+        metric: a number.
+        sites: names.
+
+    Returns:
+        What the methods share, and the sites in their order.
+
+    Raises:
+        ValueError: an unknown site, one without a row per token, or inputs of different lengths.
+    """
     shapes = [tuple(main_input(batch, model).shape) for batch in (base, patch)]
     if shapes[0] != shapes[1]:
         raise ValueError(
@@ -229,36 +266,20 @@ def patch_effects(
         )
     view = anatomy(model, base)
     places = _places(view, sites)
-    with evaluating(model):
-        with torch.no_grad(), live(model, places, view) as found:
-            patched = float(_measured(metric, forward(model, patch)))
-            other = {site: found[site][0] for site in places}
-            found.clear()
-            before = float(_measured(metric, forward(model, base)))
-            own = {site: found[site][0] for site in places}
-        for site in places:
-            if own[site].dim() != 3 or own[site].shape[0] != shapes[0][0]:
-                raise ValueError(
-                    f"sites: {site} is {list(own[site].shape)} here, and nodes are at [batch, length, channels]; "
-                    f"choose among {', '.join(SITES)} and {HEADS}."
-                )
-        differences = {site: other[site] - own[site] for site in places}
-        run = _Patching(view, base, metric, before, own, differences)
-        if method == "exact":
-            effects = run.exact(rows, progress)
-        elif method == "integrated":
-            effects = run.integrated(steps, progress)
-        else:
-            chosen = RelevanceRules.none() if method == "attribution" else rules or RelevanceRules()
-            with chosen.applied(view):
-                effects = run.first_order()
-    values: dict[str, Tensor] = {}
-    blocks: dict[str, tuple[int, ...]] = {}
-    for name in dict.fromkeys(site.name for site in places):
-        mine = [site for site in places if site.name == name]
-        values[name] = torch.stack([effects[site].cpu() for site in mine])
-        blocks[name] = tuple(int(site.block or 0) for site in mine)
-    return PatchEffects(method, values, blocks, before, patched, tuple(tokens))
+    with evaluating(model), torch.no_grad(), live(model, places, view) as found:
+        patched = float(measured(metric, forward(model, patch)))
+        other = {site: found[site][0] for site in places}
+        found.clear()
+        before = float(measured(metric, forward(model, base)))
+        own = {site: found[site][0] for site in places}
+    for site in places:
+        if own[site].dim() != 3 or own[site].shape[0] != shapes[0][0]:
+            raise ValueError(
+                f"sites: {site} is {list(own[site].shape)} here, and nodes are at [batch, length, channels]; "
+                f"choose among {', '.join(SITES)} and {HEADS}."
+            )
+    differences = {site: other[site] - own[site] for site in places}
+    return Patching(view, base, metric, before, patched, own, differences), places
 
 
 def _places(view: Anatomy, sites: Sequence[str]) -> list[Site]:
@@ -271,7 +292,16 @@ def _places(view: Anatomy, sites: Sequence[str]) -> list[Site]:
     return found
 
 
-def _measured(metric: Metric, output: Any) -> Tensor:
+def measured(metric: Metric, output: Any) -> Tensor:
+    """Return the metric of an output, a scalar.
+
+    Args:
+        metric: of logits.
+        output: of a model.
+
+    Raises:
+        ValueError: it is no number.
+    """
     value = metric(logits_of(output))
     if not isinstance(value, Tensor) or value.numel() != 1:
         shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -280,33 +310,60 @@ def _measured(metric: Metric, output: Any) -> Tensor:
 
 
 @dataclass
-class _Patching:
-    """What all methods share: own values and differences by site, [batch, length, channels]."""
+class Patching:
+    """What all methods share.
+
+    Attributes:
+        view: of the model.
+        base: the input that runs.
+        metric: of logits.
+        before: the metric of the base.
+        patched: that of the patch.
+        own: values at the base, by site, [batch, length, channels].
+        differences: of the patch to them.
+    """
 
     view: Anatomy
     base: Mapping[str, Tensor]
     metric: Metric
     before: float
+    patched: float
     own: Mapping[Site, Tensor]
     differences: Mapping[Site, Tensor]
 
     def heads_of(self, site: Site) -> int | None:
+        """Return how many heads a site has; None if its nodes are whole.
+
+        Args:
+            site: of a block.
+        """
         block = self.view.blocks[site.block or 0]
         return block.attention.heads if site.name == HEADS and block.attention is not None else None
 
     def summed(self, site: Site, products: Tensor) -> Tensor:
-        """Products [batch, length, channels] by node: [length] or [heads, length]."""
+        """Return products [batch, length, channels] by node: [length] or [heads, length].
+
+        Args:
+            site: where they are.
+            products: of differences and gradients.
+        """
         heads = self.heads_of(site)
         if heads is None:
             return products.sum((0, 2))
         return products.unflatten(-1, (heads, -1)).sum((0, 3)).T
 
     def first_order(self) -> dict[Site, Tensor]:
+        """Return differences times gradients."""
         gradients = self.gradients(list(self.own))
         return {site: self.summed(site, self.differences[site] * gradients[site]) for site in self.own}
 
     def gradients(self, sites: list[Site], changes: Mapping[Any, Any] | None = None) -> dict[Site, Tensor]:
-        """Of the metric at the base."""
+        """The gradients of the metric at the base.
+
+        Args:
+            sites: where.
+            changes: made meanwhile, as of `intervene`.
+        """
         model = self.view.model
 
         def begin(value: Tensor, at: At) -> Tensor:
@@ -315,12 +372,18 @@ class _Patching:
         first = intervene(model, {"blocks.0.block.input": begin}, anatomy=self.view)
         changed = intervene(model, changes, anatomy=self.view) if changes else nullcontext()
         with torch.enable_grad(), first, changed, live(model, sites, self.view) as found:
-            value = _measured(self.metric, forward(model, self.base))
+            value = measured(self.metric, forward(model, self.base))
             tensors = [found[site][0] for site in sites]
             given = torch.autograd.grad(value, tensors, allow_unused=True, materialize_grads=True)
         return dict(zip(sites, given, strict=True))
 
     def integrated(self, steps: int, progress: bool) -> dict[Site, Tensor]:
+        """Return differences times the mean of the gradients on the way.
+
+        Args:
+            steps: on the way.
+            progress: show a bar.
+        """
         effects = {}
         for site in track(list(self.own), "Integrated gradients", len(self.own), progress):
             mean = torch.zeros_like(self.own[site])
@@ -332,6 +395,12 @@ class _Patching:
         return effects
 
     def exact(self, rows: int, progress: bool) -> dict[Site, Tensor]:
+        """Patch each node.
+
+        Args:
+            rows: nodes at once.
+            progress: show a bar.
+        """
         effects = {site: self.summed(site, torch.zeros_like(value)).contiguous() for site, value in self.own.items()}
         nodes = [(site, node) for site, found in effects.items() for node in range(found.numel())]
         chunks = [
@@ -393,7 +462,7 @@ class _Patching:
         with intervene(model, {site: put}, anatomy=self.view), standing_in(model, known):
             logits = logits_of(forward(model, batch))
         parts = logits.split(size)
-        return torch.stack([_measured(self.metric, part) for part in parts]).cpu() - self.before
+        return torch.stack([measured(self.metric, part) for part in parts]).cpu() - self.before
 
 
 class _Known(nn.Module):
@@ -447,11 +516,11 @@ def faithfulness(
     places = [Site(name, block) for name in effects.values for block in effects.blocks[name]]
     with evaluating(model), torch.no_grad():
         with live(model, places, view) as found:
-            full = float(_measured(metric, forward(model, batch)))
+            full = float(measured(metric, forward(model, batch)))
         means = {site: found[site][0].mean(0, keepdim=True) for site in places}
         ordered = effects.top(sum(values.numel() for values in effects.values.values()))
 
-        def measured(count: int) -> float:
+        def with_kept(count: int) -> float:
             inside = {site: torch.zeros(means[site].shape, dtype=torch.bool) for site in places}
             for node in ordered[:count]:
                 site = Site.parse(node.site)
@@ -467,9 +536,9 @@ def faithfulness(
                 return lambda value, at: torch.where(inside[site].to(value.device), value, means[site])
 
             with intervene(model, {site: ablate(site) for site in places}, anatomy=view):
-                return float(_measured(metric, forward(model, batch)))
+                return float(measured(metric, forward(model, batch)))
 
-        nothing = measured(0)
+        nothing = with_kept(0)
         if full == nothing:
             raise ValueError("metric: it is the same with all nodes and with none, so there is no share of it.")
-        return {count: (measured(count) - nothing) / (full - nothing) for count in kept}
+        return {count: (with_kept(count) - nothing) / (full - nothing) for count in kept}

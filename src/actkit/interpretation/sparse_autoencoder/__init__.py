@@ -1,0 +1,1 @@
+"""Sparse autoencoders: module kinds, training, files, and what their error holds."""

@@ -1,0 +1,181 @@
+"""Where the latents of a sparse autoencoder fire: the tokens around their largest values, to be read by a person.
+
+    found = latent_contexts(autoencoder, store, text=tokenizer.decode)
+    print(found.table(sort="density"))        # latents by how often they fire, each with its strongest contexts
+
+When to use it: to see whether latents mean something before anything is built on them.
+Cost: one pass of the autoencoder over the store, and k places for each latent.
+Settled here: contexts are of the token's own sequence, as the store keeps them; latents that never fire have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from actkit.core.ground.progress import track
+from actkit.core.store.activation_store import ActivationStore
+from actkit.interpretation.sparse_autoencoder.autoencoder import SparseAutoencoder
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+ROWS = 4096  # that are encoded at once
+
+
+@dataclass(frozen=True)
+class LatentContext:
+    """One place where a latent fires.
+
+    Attributes:
+        value: of the latent.
+        row: of the store.
+        tokens: texts of the tokens around it.
+        place: of the token itself among them.
+    """
+
+    value: float
+    row: int
+    tokens: tuple[str, ...]
+    place: int
+
+    @property
+    def text(self) -> str:
+        """The context with its token in brackets."""
+        marked = [f"[{token}]" if at == self.place else token for at, token in enumerate(self.tokens)]
+        return "".join(marked).replace("\n", "\\n")
+
+
+@dataclass(frozen=True)
+class ReadLatent:
+    """A latent and where it fires.
+
+    Attributes:
+        latent: its number.
+        density: share of the rows in which it fires.
+        contexts: with the largest values, the largest first.
+    """
+
+    latent: int
+    density: float
+    contexts: tuple[LatentContext, ...]
+
+
+@dataclass(frozen=True)
+class LatentContexts:
+    """Latents with their contexts.
+
+    Attributes:
+        site: of the activations.
+        rows: that were encoded.
+        latents: those that were asked for.
+    """
+
+    site: str
+    rows: int
+    latents: tuple[ReadLatent, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
+        return {"site": self.site, "rows": self.rows, "latents": [asdict(each) for each in self.latents]}
+
+    def table(self, sort: Literal["latent", "density", "value"] = "latent", most: int = 50) -> Table:
+        """A row per latent.
+
+        Args:
+            sort: by number, by density or by the largest value, these two falling.
+            most: rows, at most.
+        """
+        from rich import box
+        from rich.text import Text
+
+        from actkit.core.ground.tables import PlainTable
+
+        if sort not in ("latent", "density", "value"):
+            raise ValueError(f"sort: {sort!r} was given, allowed are latent, density and value.")
+        keys: dict[str, Callable[[ReadLatent], float]] = {
+            "latent": lambda each: each.latent,
+            "density": lambda each: -each.density,
+            "value": lambda each: -each.contexts[0].value if each.contexts else 0.0,
+        }
+        title = f"Latents at {self.site}, {self.rows:,} rows"
+        table = PlainTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        for name in ("latent", "fires in", "largest", "where"):
+            table.add_column(name, justify="left" if name == "where" else "right")
+        for each in sorted(self.latents, key=keys[sort])[:most]:
+            largest = f"{each.contexts[0].value:.3g}" if each.contexts else ""
+            where = Text("\n".join(context.text for context in each.contexts))
+            table.add_row(str(each.latent), f"{each.density:.2%}", largest, where)
+        return table
+
+
+@torch.no_grad()
+def latent_contexts(
+    autoencoder: SparseAutoencoder,
+    store: ActivationStore,
+    site: str | None = None,
+    *,
+    latents: Sequence[int] | None = None,
+    count: int = 3,
+    before: int = 8,
+    after: int = 4,
+    text: Callable[[list[int]], str] | None = None,
+    progress: bool = True,
+) -> LatentContexts:
+    """Find where latents have their largest values.
+
+    Args:
+        autoencoder: of the activations.
+        store: of them.
+        site: one of its sites; None for that of the autoencoder, or the store's only one.
+        latents: which ones; None for all.
+        count: contexts of each.
+        before: tokens before.
+        after: tokens behind.
+        text: makes text of one token's id, such as `tokenizer.decode`; None shows ids.
+        progress: show a bar.
+
+    Returns:
+        The latents with their contexts.
+
+    Raises:
+        ValueError: the site is not in the store, a latent is not there, or a number is out of bounds.
+    """
+    name = site or autoencoder.site or next(iter(store.sites))
+    chosen = list(range(autoencoder.latents)) if latents is None else list(latents)
+    wrong = next((each for each in chosen if not 0 <= each < autoencoder.latents), None)
+    if wrong is not None or min(count, before + 1, after + 1) < 1:
+        raise ValueError(
+            f"latents, count, before, after: {wrong}, {count}, {before} and {after} were given; latents are 0 to "
+            f"{autoencoder.latents - 1}, counts 1 or more, tokens 0 or more."
+        )
+    index = torch.tensor(chosen, device=autoencoder.decoder.device)
+    best = torch.zeros(len(chosen), count, device=index.device)
+    rows = torch.full((len(chosen), count), -1, device=index.device)
+    fired, done = torch.zeros(len(chosen), dtype=torch.int64, device=index.device), 0
+    training = autoencoder.training
+    autoencoder.eval()
+    try:
+        for x, _ in track(store.read(name), "Reading latents", len(store.shards), progress):
+            for part in x.split(ROWS):
+                values = autoencoder.encode(part.to(index.device, torch.float32))[:, index].T  # [latents, rows]
+                fired += (values > 0).sum(1)
+                numbers = torch.arange(done, done + len(part), device=index.device).expand(len(chosen), -1)
+                found = torch.cat([best, values], 1).topk(count, dim=1)
+                best, rows = found.values, torch.cat([rows, numbers], 1).gather(1, found.indices)
+                done += len(part)
+    finally:
+        autoencoder.train(training)
+    read = []
+    for place, latent in enumerate(chosen):
+        contexts = []
+        for value, row in zip(best[place].tolist(), rows[place].tolist(), strict=True):
+            if value > 0:
+                ids, own = store.context(name, row, before, after)
+                tokens = tuple(str(each) + " " if text is None else text([each]) for each in ids)
+                contexts.append(LatentContext(value, row, tokens, own))
+        read.append(ReadLatent(latent, float(fired[place]) / max(1, done), tuple(contexts)))
+    return LatentContexts(str(name), done, tuple(read))

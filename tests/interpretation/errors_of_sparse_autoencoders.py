@@ -1,0 +1,96 @@
+"""How a user meets the errors of sparse autoencoders: one function per way, which raises it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tiny_models import build
+
+from actkit.interpretation.sparse_autoencoder.autoencoder import TopKAutoencoder
+from actkit.interpretation.sparse_autoencoder.files import read_autoencoder, write_autoencoder
+from actkit.interpretation.sparse_autoencoder.splice import check_model
+from error_proofs import Place, proof
+
+
+def saved(p: Place, **changes: Any) -> Path:
+    """A folder whose config was changed by hand."""
+    folder = write_autoencoder(TopKAutoencoder(4, 8, 2), p.path / "sae")
+    (folder / "actkit.sha256").unlink()
+    config = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+proof(lambda p: read_autoencoder(p.path / "none"))
+
+
+@proof
+def a_pickle(p: Place) -> None:
+    (p.path / "ae.pt").write_bytes(b"")
+    read_autoencoder(p.path)
+
+
+@proof
+def no_weights(p: Place) -> None:
+    folder = saved(p)
+    (folder / "sae_weights.safetensors").unlink()
+    read_autoencoder(folder)
+
+
+@proof
+def other_tensors(p: Place) -> None:
+    folder = saved(p)
+    save_file({"W_enc": torch.zeros(4, 8)}, folder / "sae_weights.safetensors")
+    read_autoencoder(folder)
+
+
+proof(lambda p: read_autoencoder(saved(p, d_sae=9)))
+
+
+proof(lambda p: read_autoencoder(saved(p, metadata={})))
+
+
+proof(lambda p: read_autoencoder(saved(p, architecture="transcoder")))
+
+
+proof(lambda p: read_autoencoder(saved(p, normalize_activations="layer_norm")))
+
+
+@proof
+def a_transcoder_of_sparsify(p: Place) -> None:
+    folder = write_autoencoder(TopKAutoencoder(4, 8, 2), p.path / "sae", form="sparsify")
+    config = json.loads((folder / "cfg.json").read_text())
+    (folder / "actkit.sha256").unlink()
+    (folder / "cfg.json").write_text(json.dumps({**config, "transcode": True}))
+    read_autoencoder(folder)
+
+
+@proof
+def no_config(p: Place) -> None:
+    folder = saved(p)
+    (folder / "cfg.json").write_text("[]")
+    read_autoencoder(folder)
+
+
+@proof
+def no_arrays(p: Place) -> None:
+    (p.path / "params.npz").write_bytes(b"none")
+    read_autoencoder(p.path)
+
+
+@proof
+def scaled(p: Place) -> None:
+    np.savez(p.path / "params.npz", scaling_factor=np.float32(2))
+    read_autoencoder(p.path)
+
+
+@proof
+def another_model(p: Place) -> None:
+    autoencoder = TopKAutoencoder(4, 8, 2)
+    autoencoder.model = "0" * 64
+    check_model(autoencoder, build("llama"))
