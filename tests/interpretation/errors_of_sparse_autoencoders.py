@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from tiny_models import build
 
-from actkit.interpretation.sparse_autoencoder.autoencoder import TopKAutoencoder
 from actkit.interpretation.sparse_autoencoder.files import read_autoencoder, write_autoencoder
 from actkit.interpretation.sparse_autoencoder.splice import check_model
+from actkit.interpretation.sparse_autoencoder.top_k import TopKAutoencoder
 from error_proofs import Place, proof
 
 

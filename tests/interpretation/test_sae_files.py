@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from actkit.core.ground.errors import CheckpointError
-from actkit.interpretation.sparse_autoencoder.autoencoder import KINDS, JumpReLUAutoencoder, TopKAutoencoder
 from actkit.interpretation.sparse_autoencoder.files import read_autoencoder, write_autoencoder
+from actkit.interpretation.sparse_autoencoder.gates import JumpReLUAutoencoder
+from actkit.interpretation.sparse_autoencoder.kinds import KINDS
+from actkit.interpretation.sparse_autoencoder.top_k import TopKAutoencoder
 
 FOLDERS = Path(__file__).parent / "sae_folders"
 

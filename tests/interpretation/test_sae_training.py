@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from actkit.core.ground.errors import CheckpointError
 from actkit.core.store.activation_store import ActivationStore, harvest
 from actkit.core.train import training as loop
-from actkit.interpretation.sparse_autoencoder.autoencoder import KINDS
 from actkit.interpretation.sparse_autoencoder.contexts import latent_contexts
 from actkit.interpretation.sparse_autoencoder.files import read_autoencoder
+from actkit.interpretation.sparse_autoencoder.kinds import KINDS
 from actkit.interpretation.sparse_autoencoder.training import train_autoencoder
 from actkit.testing import tiny_model
 

@@ -9,15 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from actkit.interpretation.sparse_autoencoder.autoencoder import (
-    KINDS,
-    BatchTopKAutoencoder,
-    GatedAutoencoder,
-    JumpReLUAutoencoder,
-    MatryoshkaAutoencoder,
-    SparseAutoencoder,
-    TopKAutoencoder,
-)
+from actkit.interpretation.sparse_autoencoder.autoencoder import SparseAutoencoder
+from actkit.interpretation.sparse_autoencoder.gates import GatedAutoencoder, JumpReLUAutoencoder
+from actkit.interpretation.sparse_autoencoder.kinds import KINDS
+from actkit.interpretation.sparse_autoencoder.top_k import BatchTopKAutoencoder, MatryoshkaAutoencoder, TopKAutoencoder
 from actkit.interpretation.sparse_autoencoder.training import geometric_median, measure_autoencoder
 
 CHANNELS, LATENTS, ROWS = 8, 24, 40

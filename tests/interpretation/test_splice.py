@@ -14,8 +14,8 @@ from actkit.core.watch.intervene import intervene
 from actkit.interpretation.relp.effects import patch_effects
 from actkit.interpretation.relp.latents import latent_effects
 from actkit.interpretation.relp.metrics import LogitDifference
-from actkit.interpretation.sparse_autoencoder.autoencoder import TopKAutoencoder
 from actkit.interpretation.sparse_autoencoder.splice import Splice
+from actkit.interpretation.sparse_autoencoder.top_k import TopKAutoencoder
 from actkit.testing import tiny_batches, tiny_model
 
 SITE = "blocks.0.block.output"

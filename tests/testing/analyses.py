@@ -41,7 +41,7 @@ from actkit.interpretation.massive_activations.law import original_curve
 from actkit.interpretation.massive_activations.massive_activations import massive_activations
 from actkit.interpretation.relp.effects import patch_effects
 from actkit.interpretation.relp.latents import latent_effects
-from actkit.interpretation.sparse_autoencoder.autoencoder import TopKAutoencoder
+from actkit.interpretation.sparse_autoencoder.top_k import TopKAutoencoder
 from actkit.interpretation.sparse_autoencoder.training import measure_autoencoder
 from actkit.quantization.adadim.sensitivity import weight_sensitivity
 from actkit.quantization.zeroquant_v2.ptq_study import ptq_study

@@ -80,7 +80,7 @@ from actkit.functions.softplus_attention.layer import SoftplusAttention
 from actkit.functions.vanillanet.faded import FadedActivation
 from actkit.functions.vanillanet.folding import DeepPair
 from actkit.functions.vanillanet.series import SeriesActivation2d
-from actkit.interpretation.sparse_autoencoder.autoencoder import KINDS as AUTOENCODERS
+from actkit.interpretation.sparse_autoencoder.kinds import KINDS as AUTOENCODERS
 from actkit.quantization.ofq.query_key import QueryKeyAttention
 from actkit.sparsity.active_dendrites.segments import DendriticSegments, PatternMemory, sparse_code
 from actkit.sparsity.lazy_neuron.top_k_mlp import TopKActivation

@@ -29,12 +29,9 @@ from actkit.core.ground.whole_folder import complete_or_nothing, recover
 from actkit.core.model.sites import Site
 from actkit.core.model.transformer_lens_names import SAME, our_name
 from actkit.core.store import checksums
-from actkit.interpretation.sparse_autoencoder.autoencoder import (
-    GatedAutoencoder,
-    JumpReLUAutoencoder,
-    SparseAutoencoder,
-    TopKAutoencoder,
-)
+from actkit.interpretation.sparse_autoencoder.autoencoder import SparseAutoencoder
+from actkit.interpretation.sparse_autoencoder.gates import GatedAutoencoder, JumpReLUAutoencoder
+from actkit.interpretation.sparse_autoencoder.top_k import TopKAutoencoder
 
 Format = Literal["saelens", "sparsify"]
 CONFIG, SAELENS, SPARSIFY, GEMMA = "cfg.json", "sae_weights.safetensors", "sae.safetensors", "params.npz"

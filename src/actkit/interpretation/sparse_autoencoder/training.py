@@ -35,8 +35,9 @@ from actkit.core.ground.whole_file import write_whole
 from actkit.core.recipe.rule import AttachedRule, TrainingRule
 from actkit.core.store.activation_store import ActivationStore
 from actkit.core.train.training import Trained, train
-from actkit.interpretation.sparse_autoencoder.autoencoder import KINDS, SparseAutoencoder
+from actkit.interpretation.sparse_autoencoder.autoencoder import SparseAutoencoder
 from actkit.interpretation.sparse_autoencoder.files import write_autoencoder
+from actkit.interpretation.sparse_autoencoder.kinds import KINDS
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
