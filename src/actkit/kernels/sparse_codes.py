@@ -157,7 +157,7 @@ def _outer(indices: Tensor, values: Tensor, y: Tensor, n: int) -> Tensor:
         return reference_outer(indices, values, y, n)
     from actkit.kernels import numba_sparse_codes
 
-    return numba_sparse_codes.chosen_outer(*given, n).to(y.dtype)
+    return numba_sparse_codes.chosen_outer(given[0], given[1], given[2], n).to(y.dtype)
 
 
 def _largest(x: Tensor, k: int) -> Tensor:

@@ -199,7 +199,7 @@ def train(
     keep: Keep | None = None,
     score: Any = None,
     loss: Loss | None = None,
-    write: Callable[[nn.Module, Path], None] | None = None,
+    write: Callable[[nn.Module, Path], object] | None = None,
     progress: bool = True,
 ) -> Trained:
     """Train a model in place.

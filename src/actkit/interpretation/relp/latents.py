@@ -200,15 +200,15 @@ def latent_effects(
         gradients = run.gradients(places)
     values, errors, changes = {}, {}, {}
     with torch.no_grad():
-        for site in places:
-            autoencoder = by_site[site]
-            before = autoencoder.encode(run.own[site])
-            change = autoencoder.encode(run.own[site] + run.differences[site]) - before  # [batch, length, latents]
-            along = gradients[site].to(change) @ autoencoder.decoder.T
-            left = run.differences[site].to(change) - change @ autoencoder.decoder
-            values[str(site)] = (change * along).sum(0).T
-            errors[str(site)] = (left * gradients[site].to(change)).sum((0, 2))
-            changes[str(site)] = change
+        for place in places:
+            autoencoder = by_site[place]
+            before = autoencoder.encode(run.own[place])
+            change = autoencoder.encode(run.own[place] + run.differences[place]) - before  # [batch, length, latents]
+            along = gradients[place].to(change) @ autoencoder.decoder.T
+            left = run.differences[place].to(change) - change @ autoencoder.decoder
+            values[str(place)] = (change * along).sum(0).T
+            errors[str(place)] = (left * gradients[place].to(change)).sum((0, 2))
+            changes[str(place)] = change
     found = LatentEffects(method, values, errors, run.before, run.patched, (), tuple(tokens))
     nodes = []
     with evaluating(model), torch.no_grad():

@@ -146,7 +146,7 @@ class SparseAutoencoder(nn.Module):
             factor: above 0.
         """
         for each in self._scaled():
-            each /= factor
+            each.div_(factor)
 
     def finished(self) -> SparseAutoencoder:
         """Return what is kept after training: itself, if it encodes as it was trained."""

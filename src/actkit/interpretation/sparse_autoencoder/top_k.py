@@ -198,7 +198,8 @@ class MatryoshkaAutoencoder(BatchTopKAutoencoder):
 
     def _errors(self, x: Tensor, latents: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         found: dict[str, Tensor] = {}
-        decoded, before = self.decoder_bias, 0
+        decoded: Tensor = self.decoder_bias
+        before = 0
         for width in dict.fromkeys((*self.widths, self.latents)):
             decoded = decoded + latents[:, before:width] @ self.decoder[before:width]
             before = width
