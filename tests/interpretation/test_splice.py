@@ -96,7 +96,7 @@ def test_latents_and_error_add_up_to_the_effect_of_the_site(method: str) -> None
         found.values[SITE].sum(0) + found.errors[SITE], whole.values["block.output"][0], rtol=1e-4, atol=1e-5
     )
     assert (found.base, found.patch) == (whole.base, whole.patch)
-    assert found.table().row_count == 20 and set(found.to_dict()["nodes"]) == {SITE}
+    assert found.table().row_count == 20 and set(found.to_dict()["values"]) == {SITE}
 
 
 def test_exact_effects_are_those_of_a_loop() -> None:

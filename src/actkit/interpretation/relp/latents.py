@@ -95,7 +95,7 @@ class LatentEffects:
         return tuple(sorted(found, key=lambda node: -abs(node.effect))[:count])
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it; of latents those whose effect is not 0."""
+        """Everything, as JSON takes it; of values [latent, position, value] of those that are not 0."""
         nodes = {
             site: [
                 [latent, position, float(values[latent, position])] for latent, position in values.nonzero().tolist()
@@ -107,7 +107,7 @@ class LatentEffects:
             "base": self.base,
             "patch": self.patch,
             "tokens": list(self.tokens),
-            "nodes": nodes,
+            "values": nodes,
             "errors": {site: values.tolist() for site, values in self.errors.items()},
             "checked": [asdict(node) for node in self.checked],
         }

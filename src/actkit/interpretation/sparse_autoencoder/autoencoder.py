@@ -136,7 +136,7 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     def constrain(self) -> None:
         """Give the decoder's rows the norm 1 again, after a step."""
-        self.decoder /= self.decoder.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.decoder.dtype).eps)
+        self.decoder.div_(self.decoder.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.decoder.dtype).eps))
 
     @torch.no_grad()
     def rescale(self, factor: float) -> None:
