@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 from tiny_models import build
 
+from actkit.interpretation.dark_matter.error_split import split_error
+from actkit.interpretation.dark_matter.spliced_loss import spliced_loss
 from actkit.interpretation.sparse_autoencoder.files import read_autoencoder, write_autoencoder
 from actkit.interpretation.sparse_autoencoder.splice import check_model
 from actkit.interpretation.sparse_autoencoder.top_k import TopKAutoencoder
@@ -94,3 +96,23 @@ def another_model(p: Place) -> None:
     autoencoder = TopKAutoencoder(4, 8, 2)
     autoencoder.model = "0" * 64
     check_model(autoencoder, build("llama"))
+
+
+ROWS = torch.ones(20, 4)
+
+proof(lambda p: split_error(TopKAutoencoder(4, 8, 2), [ROWS], [ROWS.clone()]))
+
+
+def losses(p: Place, skip: int, mask: int = 1) -> None:
+    model = build("llama")
+    autoencoder = TopKAutoencoder(model.config.hidden_size, 40, 2)
+    ids = torch.ones(1, 5, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[1, mask, mask, mask, mask]])}
+    linear = torch.zeros(2 * [model.config.hidden_size])
+    spliced_loss(model, [batch], "blocks.0.block.output", autoencoder, linear, skip=skip, progress=False)
+
+
+proof(lambda p: losses(p, 9))
+
+
+proof(lambda p: losses(p, 1, 0))

@@ -36,6 +36,8 @@ from actkit.functions.selu.self_normalizing import self_normalizing
 from actkit.functions.softplus_attention.entropy import attention_entropy
 from actkit.functions.softplus_attention.length_curve import extrapolation_curve
 from actkit.functions.swap import swap
+from actkit.interpretation.dark_matter.error_split import split_error
+from actkit.interpretation.dark_matter.widths import compare_widths
 from actkit.interpretation.massive_activations.dynamics import dynamics
 from actkit.interpretation.massive_activations.law import original_curve
 from actkit.interpretation.massive_activations.massive_activations import massive_activations
@@ -134,6 +136,17 @@ def of_an_autoencoder() -> Any:
     return measure_autoencoder(TopKAutoencoder(4, 8, 2), [torch.randn(30, 4)])
 
 
+def of_an_error() -> Any:
+    torch.manual_seed(0)
+    return split_error(TopKAutoencoder(4, 8, 2), [torch.randn(30, 4)], [torch.randn(20, 4)])
+
+
+def of_widths() -> Any:
+    torch.manual_seed(0)
+    coders = [TopKAutoencoder(4, width, 2) for width in (8, 9)]
+    return compare_widths(coders, [torch.randn(60, 4)], [torch.randn(50, 4)])
+
+
 ANALYSES: dict[str, Made] = {
     "latent_effects": Made(of_latents, "LatentEffects", several=False),
     "patch_effects": Made(effects, "PatchEffects", several=False),
@@ -191,6 +204,8 @@ BILLIONS = [tokens / 1e9 for tokens in TOKENS]
 # results that are of no model: laws, fits
 WITHOUT_A_MODEL: dict[str, Callable[[], Any]] = {
     "measure_autoencoder": of_an_autoencoder,
+    "split_error": of_an_error,
+    "compare_widths": of_widths,
     "threshold_curve": partial(threshold_curve, [1000, 2000], [0.02], [20], range(8, 12)),
     "dynamics": lambda: dynamics({"blocks.0.block.output": (STEPS, RISE), "blocks.1.block.output": (STEPS, [1.0] * 9)}),
     "parameter_budget": lambda: parameter_budget(tiny_model("llama")),

@@ -1,0 +1,1 @@
+"""What the error of a sparse autoencoder is made of."""
