@@ -1,18 +1,29 @@
-"""What fine-tuning and training methods cost for each step, beside the plain step and their peers.
+"""What fine-tuning and training methods cost for each step, beside the plain step and their peers, and how they score.
 
-    python benchmarks/finetuning.py [--quick] [--json PATH|-]
+    python benchmarks/finetuning.py [--quick] [--json PATH|-] [--only PART ...]
 
 tract: a vision transformer of ViT-S's shape (patches of 16 x 16 x 3, 384 wide, 12 blocks) and the digits CNN; a step is
 forward, backward and SGD, interleaved, two threads. Beside them the released package `torch_tract` (its `inverse`), if
 it is installed in `.venv-bench`: its layer in place of the first one. Pass: at most 1.10 times the plain step, and no
 slower than the package.
 
-s2a: MiniLM with a new classifier (16 rows of 128 tokens, dropout as configured), full training, LoRA of rank 8 by peft
-on all linear layers of the blocks, full training under gradient checkpointing, biases, and S2A with side paths;
-mobiletl: transformers' MobileNetV2 (8 images of 96 x 96, random weights), all of it, its last five blocks with the
-classifier as torch trains them, and MobileTL. A step is forward, backward and AdamW. Bytes kept for the backward pass
-and bytes of the optimizer's state stand apart. Pass: S2A keeps at most 0.25 times the bytes of full training and 0.4
-times those of LoRA.
+memory, steps: MiniLM with a new classifier (16 rows of 128 tokens, dropout as configured), the digits ViT (64 images)
+and transformers' MobileNetV2 (8 images of 96 x 96, random weights, padded as torch pads, because peft's layers have no
+stride that transformers could read), each trained in every way that fits it: all weights, LoRA of rank 8 by peft on all
+linear layers of the blocks (of MobileNetV2 on its pointwise convolutions), all weights under gradient checkpointing,
+biases, S2A (with side paths in transformers), MobileNetV2's last five blocks as torch trains them, the same by
+MobileTL, and LIFT with as many entries as a LoRA of rank 8. The head trains too. Bytes kept for the backward pass,
+bytes of the optimizer's state (AdamW), and the peak of resident memory over what was resident before are those of one
+step in a fresh process; milliseconds of a step are interleaved, of LIFT with the 200th part of a choice. Pass: S2A
+keeps at most 0.25 times the bytes of full training and 0.4 times those of LoRA; LIFT's step takes at most 1.10 times
+AdamW's, and its state at most 12 % of the bytes.
+
+scores: accuracy on test data after 60 steps, at the rate of three that is best on validation data, one seed: MiniLM on
+docstrings of ten packages (24 tokens), the digits ViT on inverted and turned digits, MobileNetV2 (0.35 times the width)
+on the same, after it learned the digits as they are.
+
+atlas: six task vectors of 16 bits of MiniLM, one row of 8 tokens. Pass: the peak of a step, without the vectors, is at
+most 1.5 times the model.
 
 The targets were set before the first run.
 """
@@ -20,44 +31,47 @@ The targets were set before the first run.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import common  # isort: skip
-import copy
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import (
-    BertForSequenceClassification,
-    MobileNetV2Config,
-    MobileNetV2ForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-)
+from transformers import MobileNetV2Config, MobileNetV2ForImageClassification, ViTConfig, ViTForImageClassification
 
 from actkit import zoo
-from actkit.claims.s2a import ARMS, RULES, arranged
+from actkit.claims.digit_arms import accuracy, in_batches
+from actkit.claims.s2a import REDUCTION, Docstrings, Sizes, turned
 from actkit.core.edit.edits import get_module
 from actkit.core.forward.batch import first_tensor
-from actkit.core.measure.saved_tensors import saved_tensors
-from actkit.core.train.choice import trained_parameters
+from actkit.core.ground.memory import parameter_bytes
+from actkit.core.measure.fresh import FreshProcess
+from actkit.core.recipe.runner import apply
+from actkit.core.store import checkpoint
+from actkit.core.store.deltas import Delta, Dense
 from actkit.core.train.rules import attached
-from actkit.core.train.training_setup import prepare_modes
+from actkit.core.train.training import train
+from actkit.data import digits
+from actkit.finetuning.adapters import parse_adapter
+from actkit.finetuning.low_rank_training import train_adapter
 from actkit.finetuning.mobiletl import MobileTL
+from actkit.finetuning.s2a.side_path import AddSidePath
+from actkit.finetuning.timed_step import Way, stepping, time_step
 from actkit.finetuning.tract import Tract, first_layer
 from actkit.zoo.cnn import DigitsCNN
 
+PARTS = ("tract", "memory", "steps", "scores", "atlas")
 PLAIN, OURS, PACKAGE = "plain", "tract", "torch_tract"
-CHECKPOINTED = "full training, checkpointed"
-Arm = tuple[nn.Module, Iterable[Any], Any]  # the model, its rules, and what trains if no rule says
 
 
 def vit(blocks: int) -> nn.Module:
@@ -120,97 +134,259 @@ def measure(name: str, make: Callable[[], nn.Module], shape: tuple[int, ...], ro
     return sorted(rows, key=lambda row: str(row["row"]))
 
 
-# -- memory ------------------------------------------------------------------------------------------------------------
+# -- ways to fine-tune -------------------------------------------------------------------------------------------------
+
+FULL, LORA, CHECKPOINTED, BIASES = "full training", "LoRA", "checkpointed", "biases"
+S2A, BLOCKS, TL, LIFT = "S2A", "five blocks", "MobileTL", "LIFT"
+LAST = 5  # blocks of MobileNetV2
+RANK, INTERVAL = 8, 200  # of LoRA and LIFT; steps between LIFT's choices
+STEPS, RATES = 60, (1e-3, 3e-3, 1e-2)
+SMALLER = {FULL: (1e-4, 3e-4, 1e-3)}  # rates of all weights of a pretrained model
+COUNTS = {"train": STEPS, "search": 8, "test": 20}  # batches of docstrings
+WAYS = {
+    FULL: Way(),
+    LORA: Way(adapter=f"lora:rank={RANK}", rules=({"s2a": {"bias": False, "coded": []}},)),  # the rule trains the head
+    CHECKPOINTED: Way(checkpointing=True),
+    BIASES: Way(rules=({"s2a": {"coded": []}},)),
+    S2A: Way(rules=("s2a",)),
+    TL: Way(rules=(f"mobiletl:blocks={LAST}",)),
+    LIFT: Way(rules=(f"lift:lora_rank={RANK},rank_filter={RANK},algorithm=gram,update_interval={INTERVAL}",)),
+}
+Batch = dict[str, torch.Tensor]
 
 
-def minilm(arm: str) -> nn.Module:
-    """MiniLM as an arm trains it."""
-    model = arranged(BertForSequenceClassification.from_pretrained(zoo.path("minilm"), num_labels=10), arm, 0)
-    if arm == CHECKPOINTED:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.train()
+@dataclass(frozen=True)
+class Case:
+    """A model with what it is trained on.
+
+    Attributes:
+        name: of the model.
+        folders: that hold it, by arm.
+        ways: how it is trained, by arm.
+        batch: that costs are of.
+        splits: batches to train on, to choose by, and to test on.
+        rates: that are tried, of arms that have their own.
+    """
+
+    name: str
+    folders: Mapping[str, Path]
+    ways: Mapping[str, Way]
+    batch: Batch | None = None
+    splits: Mapping[str, list[Batch]] | None = None
+    rates: Mapping[str, Sequence[float]] | None = None
 
 
-def mobilenet() -> nn.Module:
-    """MobileNetV2 with random weights."""
+def saved(model: nn.Module, folder: Path, arms: Sequence[str]) -> dict[str, Path]:
+    """The folder of each arm: the model, for S2A with side paths if it is a transformer."""
+    folders = dict.fromkeys(arms, checkpoint.save(model, folder / "plain"))
+    if TL not in arms:
+        apply(model, AddSidePath(reduction=REDUCTION), progress=False)
+        folders[S2A] = checkpoint.save(model, folder / "side paths")
+    return folders
+
+
+def transformers_arms() -> dict[str, Way]:
+    """All that trains a transformer."""
+    return {arm: way for arm, way in WAYS.items() if arm != TL}
+
+
+def mobile_arms(model: nn.Module) -> dict[str, Way]:
+    """All that trains MobileNetV2, which has no checkpointing."""
+    last = tuple(f"{block.path}.*" for block in MobileTL(blocks=LAST).chosen(model))
+    blocks = {BLOCKS: Way(trainable=(*last, "classifier.*"))}
+    return {arm: way for arm, way in (WAYS | blocks).items() if arm != CHECKPOINTED}
+
+
+def minilm(place: Path, quick: bool) -> Case:
+    """MiniLM with a new classifier, on docstrings."""
+    ways, texts = transformers_arms(), Docstrings(Sizes(measured=32, rows=4) if quick else Sizes())
+    splits = {split: texts._batches(split, 2 if quick else count, 24) for split, count in COUNTS.items()}  # type: ignore[arg-type]
+    folders = saved(texts.plain(dropout=True), place / "minilm", list(ways))
+    return Case("MiniLM", folders, ways, texts.large(), splits, SMALLER)
+
+
+def digits_vit(place: Path, quick: bool) -> Case:
+    """The zoo's vision transformer, on 320 inverted and turned digits."""
+    ways = transformers_arms()
+    splits = {split: in_batches(turned(split)) for split in COUNTS}  # type: ignore[arg-type]
+    splits["train"] = splits["train"][:5]
+    folders = saved(zoo.load("vit", dtype=torch.float32), place / "vit", list(ways))
+    return Case("digits ViT", folders, ways, splits["train"][0], splits)
+
+
+def mobilenet(place: Path, quick: bool) -> Case:
+    """MobileNetV2 of full width, whose costs are measured."""
     torch.manual_seed(0)
-    return MobileNetV2ForImageClassification(MobileNetV2Config(image_size=96, num_labels=10))
+    model = MobileNetV2ForImageClassification(MobileNetV2Config(image_size=96, num_labels=10, tf_padding=False))
+    ways, rows, side = mobile_arms(model), 2 if quick else 8, 64 if quick else 96
+    batch = {"pixel_values": torch.randn(rows, 3, side, side), "labels": torch.arange(rows)}
+    return Case("MobileNetV2", saved(model, place / "mobilenet", list(ways)), ways, batch)
 
 
-def memory(name: str, arms: Mapping[str, Arm], batch: dict[str, torch.Tensor], rounds: int) -> list[dict[str, Any]]:
-    """A row for each arm of one model: kept bytes, bytes of the optimizer, milliseconds of a step."""
-    rows: list[dict[str, Any]] = []
-    with ExitStack() as stack:
-        variants: dict[str, Callable[[], None]] = {}
-        for arm, (model, rules, trainable) in arms.items():
-            stack.enter_context(trained_parameters(model, rules, trainable))
-            stack.enter_context(attached(rules, model))
-            prepare_modes(model)
-            optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-4)
-
-            def run(model: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
-                optimizer.zero_grad()
-                model(**batch).loss.backward()
-                optimizer.step()
-
-            with saved_tensors(model) as meter:
-                loss = model(**batch).loss
-            kept = meter.bytes
-            del loss
-            run()
-            state = sum(
-                each.nbytes
-                for values in optimizer.state.values()
-                for each in values.values()
-                if isinstance(each, torch.Tensor)
-            )
-            variants[arm] = run
-            rows.append(
-                {"model": name, "row": arm, "kept MB": round(kept / 1e6, 2), "optimizer MB": round(state / 1e6, 2)}
-            )
-        seconds = common.interleaved(variants, rounds)
-    return [{**row, "ms": round(median(seconds[row["row"]]) * 1e3, 1)} for row in rows]
-
-
-def fine_tuning(quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows and targets of S2A and MobileTL."""
-    rows_, length, rounds = (2, 32, 2) if quick else (16, 128, 5)
+def small_mobilenet(place: Path, quick: bool) -> Case:
+    """A narrow MobileNetV2 that knows the digits and learns inverted and turned ones."""
     torch.manual_seed(0)
-    batch = {
-        "input_ids": torch.randint(1000, 20000, (rows_, length)),
-        "attention_mask": torch.ones(rows_, length, dtype=torch.long),
-        "labels": torch.arange(rows_) % 10,
-    }
-    texts = {arm: (minilm(arm), RULES.get(arm, ()), None) for arm in (*ARMS, CHECKPOINTED)}
-    rows = memory("MiniLM", texts, batch, rounds)
-    side = 64 if quick else 96
-    pixels = {
-        "pixel_values": torch.randn(rows_ if quick else 8, 3, side, side),
-        "labels": torch.arange(rows_ if quick else 8),
-    }
-    plain = mobilenet()
-    blocks = [f"{block.path}.*" for block in MobileTL(blocks=5).chosen(plain)]
-    nets: dict[str, Arm] = {
-        "full training": (copy.deepcopy(plain), (), None),
-        "five blocks": (copy.deepcopy(plain), (), [*blocks, "classifier.*"]),
-        "MobileTL": (plain, (MobileTL(blocks=5),), None),
-    }
-    rows += memory("MobileNetV2", nets, pixels, rounds)
-    kept = {(row["model"], row["row"]): row["kept MB"] for row in rows}
-    ours = kept["MiniLM", "S2A"]
+    config = MobileNetV2Config(image_size=32, depth_multiplier=0.35, num_labels=10, tf_padding=False)
+    model = MobileNetV2ForImageClassification(config)
+
+    def enlarged(images: tuple[torch.Tensor, torch.Tensor]) -> list[Batch]:
+        pixels = F.interpolate(images[0], 32, mode="bilinear").expand(-1, 3, -1, -1).contiguous()
+        return in_batches((pixels, images[1]))
+
+    settings: dict[str, Any] = {"epochs": 1 if quick else 12, "learning_rate": 3e-3, "progress": False}
+    train(model, enlarged(digits("train")), validation=enlarged(digits("search")), keep="last", **settings)
+    splits = {split: enlarged(turned(split)) for split in COUNTS}  # type: ignore[arg-type]
+    splits["train"] = splits["train"][:5]
+    ways = mobile_arms(model)
+    return Case("MobileNetV2", saved(model.eval(), place / "small", list(ways)), ways, None, splits)
+
+
+# -- what a step costs -------------------------------------------------------------------------------------------------
+
+
+def of_each(quick: bool, measured: Callable[[Case, int], dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """What is measured of each way to train each model."""
+    found = {}
+    with TemporaryDirectory() as name:
+        for make in (minilm, digits_vit, mobilenet):
+            case = make(Path(name), quick)
+            found[case.name] = measured(case, 2 if quick else 8)
+    return found
+
+
+def listed(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each way to train each model."""
+    return [{"model": model, "row": arm, **own} for model, arms in found.items() for arm, own in arms.items()]
+
+
+def memory(quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Bytes of one step."""
+    found = of_each(quick, held)
+    targets = []
+    for name, rows in found.items():
+        state = round(rows[LIFT]["optimizer MB"] / rows[FULL]["optimizer MB"], 3)
+        targets.append(common.target(f"{name}: LIFT's state, over full training", state, at_most=0.12))
+        for other, most in ((FULL, 0.25), (LORA, 0.4)) if TL not in rows else ():
+            over = round(rows[S2A]["kept MB"] / rows[other]["kept MB"], 3)
+            targets.append(common.target(f"{name}: S2A's kept bytes, over {other}", over, at_most=most))
+    return listed(found), targets
+
+
+def held(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
+    """Bytes of one step of each arm, in a process of its own."""
+    found = {}
+    for arm, way in case.ways.items():
+        with FreshProcess() as process:
+            process.load(case.folders[arm], "float32")
+            cost = time_step(process, case.batch, way)
+        peak = None if cost["peak_bytes"] is None else round((cost["peak_bytes"] - cost["resident_bytes"]) / 1e6, 1)
+        found[arm] = {
+            "trained": cost["trainable"],
+            "kept MB": round(cost["kept_bytes"] / 1e6, 2),
+            "optimizer MB": round(cost["optimizer_bytes"] / 1e6, 2),
+            "peak MB": peak,
+        }
+    return found
+
+
+def steps(quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Milliseconds of a step."""
+    found = of_each(quick, milliseconds)
     targets = [
-        common.target(
-            "MiniLM: S2A's kept bytes, over full training", ours / kept["MiniLM", "full training"], at_most=0.25
-        ),
-        common.target("MiniLM: S2A's kept bytes, over LoRA", ours / kept["MiniLM", "LoRA"], at_most=0.4),
+        common.target(f"{name}: LIFT's step, over full training", rows[LIFT]["over full"], at_most=1.10)
+        for name, rows in found.items()
     ]
-    return rows, targets
+    return listed(found), targets
 
 
-def main() -> None:
-    """Measure, print and record."""
-    chosen = common.options(__doc__ or "")
-    blocks, batch, rounds = (2, 4, 3) if chosen.quick else (12, 16, 12)
+def milliseconds(case: Case, rounds: int) -> dict[str, dict[str, Any]]:
+    """Of a step of each arm, interleaved; LIFT's with its share of a choice."""
+    choices: dict[str, float] = {}
+    with ExitStack() as stack:
+        variants = {}
+        for arm, way in case.ways.items():
+            model = checkpoint.load(case.folders[arm], dtype=torch.float32)
+            variants[arm] = stack.enter_context(stepping(model, case.batch, way))
+            first, second = variants[arm]()[2], variants[arm]()[2]  # the first choice is in the first update
+            choices[arm] = max(0.0, first - second) if arm == LIFT else 0.0
+        seconds = common.interleaved(variants, rounds)
+    whole = {arm: [each + choices[arm] / INTERVAL for each in own] for arm, own in seconds.items()}
+    found: dict[str, dict[str, Any]] = {}
+    for arm, own in whole.items():
+        over = common.ratio(own, whole[FULL])
+        found[arm] = {
+            "ms": round(median(own) * 1e3, 1),
+            "over full": round(over["ratio"], 3),
+            "deciles": over["deciles"],
+            "choice ms": round(choices[arm] * 1e3, 1) if arm == LIFT else None,
+        }
+    return found
+
+
+# -- how it scores -----------------------------------------------------------------------------------------------------
+
+
+def scores(quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Accuracies on test data."""
+    rows = []
+    with TemporaryDirectory() as name:
+        for make in (minilm, digits_vit, small_mobilenet):
+            case = make(Path(name), quick)
+            for arm in case.ways:
+                if arm != CHECKPOINTED:  # whose gradients are those of full training
+                    rates = (case.rates or {}).get(arm, RATES)
+                    tried = {rate: fitted(case, arm, rate, 2 if quick else STEPS) for rate in rates}
+                    best = min(tried, key=lambda rate: tried[rate][0])
+                    found = {"accuracy": round(100 * tried[best][1], 1), "rate": best}
+                    rows.append({"model": case.name, "row": arm, **found})
+    return rows, []
+
+
+def fitted(case: Case, arm: str, rate: float, count: int) -> tuple[float, float]:
+    """Validation loss and test accuracy after a training."""
+    assert case.splits is not None
+    model, way = checkpoint.load(case.folders[arm], dtype=torch.float32), case.ways[arm]
+    given: dict[str, Any] = {"validation": case.splits["search"], "steps": count, "learning_rate": rate, "keep": "last"}
+    given |= {"rules": list(way.rules), "evaluate_every": count, "progress": False}
+    batches = case.splits["train"]
+    if way.adapter is None:
+        trained = train(model, batches, trainable=way.trainable, **given)
+    else:
+        trained = train_adapter(model, batches, layers=parse_adapter(way.adapter).layers(model, batches), **given)
+    return trained.validation, accuracy(model.eval(), case.splits["test"])
+
+
+# -- task vectors ------------------------------------------------------------------------------------------------------
+
+
+def atlas(quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The peak of a step that composes six vectors of 16 bits."""
+    model = Docstrings(Sizes()).plain()
+    batch = {"input_ids": torch.arange(8)[None] + 1000, "labels": torch.zeros(1, dtype=torch.long)}
+    with TemporaryDirectory() as name, FreshProcess() as process:
+        base = checkpoint.save(model, Path(name) / "base")
+        files = [str(Path(name) / f"{index}.safetensors") for index in range(6)]
+        for index, file in enumerate(files):
+            generator = torch.Generator().manual_seed(index)
+            drawn = {key: torch.randn(each.shape, generator=generator) for key, each in model.named_parameters()}
+            Delta({key: Dense((0.01 * each).half()) for key, each in drawn.items()}).save(file)
+        process.load(base, "float32")
+        found = time_step(process, batch, Way(rules=({"atlas": {"vectors": files}},)))
+    size, vectors = parameter_bytes(model), 6 * 2 * sum(each.numel() for each in model.parameters())
+    over = (found["peak_bytes"] - found["resident_bytes"] - vectors) / size
+    row = {"model": "MiniLM", "row": "aTLAS, six vectors", "trained": found["trainable"]}
+    row |= {"model MB": round(size / 1e6, 1), "vectors MB": round(vectors / 1e6, 1), "peak over model": round(over, 3)}
+    return [row], [
+        common.target("aTLAS: peak of a step without the vectors, over the model", row["peak over model"], at_most=1.5)
+    ]
+
+
+# -- all ---------------------------------------------------------------------------------------------------------------
+
+
+def tract(quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A step with a first layer by TrAct."""
+    blocks, batch, rounds = (2, 4, 3) if quick else (12, 16, 12)
     rows = measure("ViT-S", lambda: vit(blocks), (batch, 3, 224, 224), rounds)
     rows += measure("digits CNN", DigitsCNN, (64, 1, 8, 8), 10 * rounds)
     targets = []
@@ -220,8 +396,38 @@ def main() -> None:
         if PACKAGE in own:
             over = round(own[OURS]["ms"] / own[PACKAGE]["ms"], 3)
             targets.append(common.target(f"{name}: tract, over torch_tract", over, at_most=1.0))
-    more, own_targets = fine_tuning(chosen.quick)
-    common.report("finetuning", rows + more, targets + own_targets, chosen)
+    return rows, targets
+
+
+def show(console: Any, rows: list[dict[str, Any]]) -> None:
+    """Print a table for each part."""
+    from rich.table import Table
+
+    for part in PARTS:
+        own = [row for row in rows if row["part"] == part]
+        fields = list(dict.fromkeys(key for row in own for key in row if key != "part"))
+        if own:
+            table = Table(*fields, title=part)
+            for row in own:
+                table.add_row(*("" if row.get(key) is None else common.cell(row[key]) for key in fields))
+            console.print(table)
+
+
+def main() -> None:
+    """Measure, print and record."""
+    chosen = common.options(__doc__ or "", parts=PARTS)
+    before = common.committed("finetuning") or {"rows": [], "targets": []}
+    rows: list[dict[str, Any]] = []
+    targets: list[dict[str, Any]] = []
+    for part, run in zip(PARTS, (tract, memory, steps, scores, atlas), strict=True):
+        if part in chosen.only:
+            own, wanted = run(chosen.quick)
+            rows += [{"part": part, **row} for row in own]
+            targets += [{"part": part, **each} for each in wanted]
+        elif not chosen.quick:
+            rows += [row for row in before["rows"] if row["part"] == part]
+            targets += [each for each in before["targets"] if each["part"] == part]
+    common.report("finetuning", rows, targets, chosen, show=show)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from actkit.core.ground.errors import DataError, NonFiniteError
 from actkit.core.watch.spectrum import Spectrum
 from actkit.finetuning.eva import Eva, allocate, inputs_of
 from actkit.finetuning.explained_variance import explained_variance
-from actkit.finetuning.low_rank_training import _adapters, train_adapter
+from actkit.finetuning.low_rank_training import adapters_beside, train_adapter
 from actkit.testing import tiny_batches, tiny_model
 from actkit.zoo.cnn import DigitsCNN
 
@@ -182,7 +182,7 @@ def test_a_start_changes_nothing_before_the_first_step() -> None:
     model, batches = tiny_model("llama").eval(), tiny_batches("llama", lengths=LENGTHS)
     with torch.no_grad():
         before = model(**batches[0]).logits
-        with _adapters(model, Eva(rank=3).layers(model, batches), 0):
+        with adapters_beside(model, Eva(rank=3).layers(model, batches), 0):
             adapted = model(**batches[0]).logits
         after = model(**batches[0]).logits
     assert torch.equal(before, adapted) and torch.equal(before, after)

@@ -22,7 +22,9 @@ from actkit.compression.minimal.budget import parameter_budget
 from actkit.compression.svd import Svd
 from actkit.core.ground.random_numbers import own_random_numbers
 from actkit.core.recipe.runner import apply
+from actkit.core.store.deltas import Delta, Dense
 from actkit.core.train.masks import Masks, layer_weights
+from actkit.finetuning.atlas.selection import disentanglement
 from actkit.finetuning.eva import Eva
 from actkit.finetuning.explained_variance import explained_variance
 from actkit.finetuning.lift.probe import weight_probe
@@ -120,6 +122,14 @@ def probed(model: Any, batches: Any) -> Any:
     return weight_probe(model, masks, lambda model: float(model(**batches[0]).logits.detach().std()), progress=False)
 
 
+def disturbed_tasks(model: Any, batches: Any) -> Any:
+    drawn = {name: torch.randn_like(each) for name, each in model.named_parameters()}
+    vectors = {
+        task: scale * Delta({name: Dense(each) for name, each in drawn.items()}) for task, scale in TASKS.items()
+    }
+    return disentanglement(model, vectors, dict.fromkeys(TASKS, batches[:1]))
+
+
 def effects(model: Any, batches: Any) -> Any:
     other = {**batches[0], "input_ids": batches[0]["input_ids"].flip(0)}
     return patch_effects(model, batches[0], other, lambda logits: logits[:, 0].mean(), tokens="abc", progress=False)
@@ -147,6 +157,7 @@ def of_widths() -> Any:
     return compare_widths(coders, [torch.randn(60, 4)], [torch.randn(50, 4)])
 
 
+TASKS = {"one": 0.1, "other": -0.2}
 ANALYSES: dict[str, Made] = {
     "latent_effects": Made(of_latents, "LatentEffects", several=False),
     "patch_effects": Made(effects, "PatchEffects", several=False),
@@ -155,6 +166,7 @@ ANALYSES: dict[str, Made] = {
     "activation_bytes": Made(in_tiles, "ActivationBytes", several=False),
     "explained_variance": Made(explained, "ExplainedVariance"),
     "weight_probe": Made(probed, "WeightProbe", several=False),
+    "disentanglement": Made(disturbed_tasks, "Disentanglement", several=False),
     "profile": Made(quiet(profile), "Profile"),
     "profile of experts": Made(quiet(profile), "Profile", "mixtral"),
     "profile of a traced model": Made(quiet(profile), "Profile", "mlp"),

@@ -35,6 +35,7 @@ ELSEWHERE = {  # rules for models in training rounded are checked beside their o
     "fade_activations": "functions/test_vanillanet.py",
     "ap": "compression/test_ap.py",
     "lift": "finetuning/test_lift.py",
+    "atlas": "finetuning/test_atlas.py",
     "keep_masks": "core/test_masks.py",
     "tract": "finetuning/test_tract.py",
     "meter": "core/test_meter.py",

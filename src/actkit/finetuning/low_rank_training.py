@@ -137,7 +137,7 @@ def train_adapter(
     if folder is not None and merge:
         checkpoint.check_savable(model)
     trained_on = None if merge else AdapterBase.of(model, base)
-    with _adapters(model, layers, seed) as (config, adapted):
+    with adapters_beside(model, layers, seed) as (config, adapted):
         trained = train(model, batches, validation=validation, seed=seed, trainable="*.lora_*", **training)
         if trained_on is not None and folder is not None:
             write_adapter(model, config, trained_on, folder)
@@ -202,8 +202,20 @@ def _refuse_more(model: nn.Module, rules: Any) -> None:
 
 
 @contextmanager
-def _adapters(model: nn.Module, layers: Mapping[str, AdaptedLayer], seed: int) -> Iterator[tuple[Any, list[Any]]]:
-    """peft's settings and the layers with their adapters, which alone are trainable; afterwards all is as it was."""
+def adapters_beside(model: nn.Module, layers: Mapping[str, AdaptedLayer], seed: int) -> Iterator[tuple[Any, list[Any]]]:
+    """Let adapters stand beside layers, which alone are trainable; afterwards all is as it was.
+
+    Args:
+        model: in place.
+        layers: how which are adapted, by their paths.
+        seed: of what begins at random.
+
+    Yields:
+        peft's settings, and the layers with their adapters.
+
+    Raises:
+        ImportError: peft is missing.
+    """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:

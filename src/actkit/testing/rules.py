@@ -481,7 +481,7 @@ def in_our_loop(case: RuleCase, accumulation: int = 1) -> tuple[Ran, list[Group]
     places = {main_input(batch).data_ptr(): index for index, batch in enumerate(case.batches)}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        place = places.get(main_input(kwargs).data_ptr()) if module.training else None
+        place = places.get(main_input(kwargs).data_ptr()) if torch.is_grad_enabled() else None  # not in validation
         if place is not None:
             order.append(case.batches[place])
 

@@ -241,10 +241,25 @@ class FreshProcess:
                 - `peak_bytes`: largest resident set since the load ended;
                 - `resident_bytes`: now;
                 - `before_bytes`: resident just before the load;
+                - `request`: `resident_bytes` just before the request before this one, and its `peak_bytes` (None if the
+                  system lets no process reset its peak);
                 - `peak`: 'VmHWM' if the system lets a process reset its peak, else 'ru_maxrss', the largest since the
                   worker started, the load included.
         """
         return self._ask("memory")
+
+    def call(self, function: str, batch: Any, **settings: Any) -> dict[str, Any]:
+        """Run a function of the loaded model, as `actkit.finetuning.timed_step.time_step` does.
+
+        Args:
+            function: of (model, batch, **settings), as 'package.module:function'; it returns what JSON takes.
+            batch: as in `outputs`.
+            settings: what JSON takes.
+
+        Returns:
+            What the function returned.
+        """
+        return self._ask("call", function=function, batch=_write_batch(batch, self._folder), settings=settings)
 
     def use_threads(self, threads: int) -> None:
         """Set the worker's number of threads; a decoder keeps those it was made with."""
@@ -405,7 +420,7 @@ def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 class _Worker:
-    """Answers requests: each public method is one of them."""
+    """Answers requests: each public method is one of them; `_answer` runs it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -414,6 +429,8 @@ class _Worker:
         self._kernels = False  # whether decoding runs kernels of ours
         self._before: int | None = None
         self._peak = "ru_maxrss"
+        self._largest = 0  # peak of the requests since the load
+        self._request: dict[str, int | None] = {}  # the last one's memory
 
     @property
     def _opened(self) -> nn.Module:
@@ -430,7 +447,7 @@ class _Worker:
         if pending_of(self._opened) is not None:  # as if it had been loaded so from the beginning
             self._model = whole(self._opened)
             gc.collect()
-            self._peak = "VmHWM" if _reset_peak() else "ru_maxrss"
+            self._peak, self._largest = "VmHWM" if _reset_peak() else "ru_maxrss", 0
         return self._opened
 
     def load(
@@ -463,7 +480,7 @@ class _Worker:
         self._model = model
         load_peak = _peak()[0]
         gc.collect()
-        self._peak = "VmHWM" if _reset_peak() else "ru_maxrss"
+        self._peak, self._largest = "VmHWM" if _reset_peak() else "ru_maxrss", 0
         return {
             "model_class": type(model).__name__,
             "dtype": str(main_dtype(model)).removeprefix("torch."),
@@ -552,11 +569,27 @@ class _Worker:
     def memory(self) -> dict[str, Any]:
         peak, method = _peak(self._peak)
         return {
-            "peak_bytes": peak,
+            "peak_bytes": max(self._largest, peak),
             "resident_bytes": _resident(),
             "before_bytes": self._before,
+            "request": self._request,
             "peak": method,
         }
+
+    def call(self, function: str, batch: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+        called: Any = _imported(function)
+        return called(self._loaded, _read_batch(batch, self._folder), **settings)
+
+    def _answer(self, what: str, **arguments: Any) -> dict[str, Any]:
+        """One request; its peak begins with what is resident, and counts among those since the load."""
+        resident, resets = _resident(), _reset_peak()
+        try:
+            return getattr(self, what)(**arguments)
+        finally:
+            if what != "memory":
+                peak = _peak(self._peak)[0]
+                self._largest = max(self._largest, peak)
+                self._request = {"resident_bytes": resident, "peak_bytes": peak if resets else None}
 
     def use_threads(self, threads: int) -> dict[str, Any]:
         torch.set_num_threads(threads)
@@ -657,7 +690,7 @@ def _serve(folder: Path, threads: int) -> None:
         for line in requests:
             arguments = json.loads(line)
             try:
-                reply = getattr(worker, arguments.pop("what"))(**arguments)
+                reply = worker._answer(**arguments)
             except Exception as error:
                 if not isinstance(error, ActkitError):  # those say all in their text
                     traceback.print_exc()

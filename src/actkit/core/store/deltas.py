@@ -31,6 +31,7 @@ from actkit.core.layers.low_rank import decompose
 from actkit.core.store.adapter_folder import merged
 
 KIND = "actkit delta"
+PIECE = 1 << 20  # numbers that are widened at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +165,19 @@ def product(one: Part, other: Part) -> float:
     if isinstance(one, LowRank) and isinstance(other, LowRank):
         inner = one.left.double().t() @ other.left.double()
         return float((inner * (one.right.double() @ other.right.double().t())).sum())
-    return float(one.dense().flatten().double() @ other.dense().flatten().double())
+    pieces = zip(one.dense().flatten().split(PIECE), other.dense().flatten().split(PIECE), strict=True)
+    return sum(float(a.double() @ b.double()) for a, b in pieces)
+
+
+def moved(part: Part, device: torch.device) -> Part:
+    """Put a part on a device.
+
+    Args:
+        part: anywhere.
+        device: where it shall be.
+    """
+    tensors: dict[str, Any] = {key: value for key, value in vars(part).items() if isinstance(value, Tensor)}
+    return replace(part, **{key: value.to(device) for key, value in tensors.items()})
 
 
 @dataclass(frozen=True, eq=False)
