@@ -123,7 +123,8 @@ def probed(model: Any, batches: Any) -> Any:
 
 
 def disturbed_tasks(model: Any, batches: Any) -> Any:
-    drawn = {name: torch.randn_like(each) for name, each in model.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    drawn = {name: torch.randn(each.shape, generator=generator) for name, each in model.named_parameters()}
     vectors = {
         task: scale * Delta({name: Dense(each) for name, each in drawn.items()}) for task, scale in TASKS.items()
     }
