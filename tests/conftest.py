@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from actkit.core.measure.fresh import FreshProcess
 
 LIMIT = 20.0  # seconds that a test may take without the mark `slow`
+
+# Triton's kernels run in its interpreter, on the CPU. It must know before anything imports it.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A shell starts background jobs with Ctrl-C ignored, and some tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,6 +9,7 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -233,7 +234,7 @@ def public_classes() -> Iterator[type]:
     """All public classes of actkit, each once."""
     seen = set()
     for module in pkgutil.walk_packages(actkit.__path__, "actkit."):
-        if module.name == "actkit.__main__":
+        if module.name == "actkit.__main__" or ("triton" in module.name and find_spec("triton") is None):
             continue
         for name, cls in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
             if cls.__module__.startswith("actkit.") and not name.startswith("_") and cls not in seen:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -98,6 +99,28 @@ def has_numba() -> bool:
         )
         return False
     return True
+
+
+@cache
+def has_triton() -> bool:
+    """Return whether Triton can be imported; if not, a warning says what that costs."""
+    if find_spec("triton") is None:
+        warnings.warn(
+            "the package triton is missing; on this GPU rational functions and PolyNorm run in plain torch, which "
+            "reads and writes every power. Install triton.",
+            stacklevel=3,
+        )
+        return False
+    return True
+
+
+def runs_in_triton(x: Tensor) -> bool:
+    """Return whether a kernel in Triton takes x: values on a GPU.
+
+    Args:
+        x: any tensor.
+    """
+    return x.is_cuda and x.numel() > 0 and has_triton()
 
 
 def check_gradient(*tensors: Tensor | None) -> None:

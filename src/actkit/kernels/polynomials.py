@@ -5,8 +5,8 @@
 
 For the backward pass x alone is saved, and of `poly_norm` the scales 1 / sqrt(mean(x^2i) + eps), `order` numbers per
 row, where plain autograd keeps every power. Powers and sums are float32 (float64 of a float64 x), whatever x is. On
-the CPU they run in Numba: one pass over a row that stays in a cache. Elsewhere, and without Numba, the same formulas
-run in plain torch. A gradient of a gradient is not to be had.
+the CPU they run in Numba: one pass over a row that stays in a cache. `poly_norm` runs in Triton on a GPU. Elsewhere,
+and without these, the same formulas run in plain torch. A gradient of a gradient is not to be had.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from actkit.kernels.operators import has_numba, plain, register
+from actkit.kernels.operators import has_numba, plain, register, runs_in_triton
 
 
 def poly_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
@@ -178,6 +178,42 @@ def _gradients(sums: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return sums[1:].flip(0).to(weight.dtype), sums[:1].to(weight.dtype)
 
 
+# -- elsewhere ---------------------------------------------------------------------------------------------------------
+
+
+def _norm_elsewhere(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if not _in_triton(x):
+        return reference_norm(x, weight, bias, eps)
+    from actkit.kernels import triton_polynomials
+
+    ascending = plain(_ascending(weight, x))
+    y, scales = triton_polynomials.norm(_as_rows(x), ascending, bias.to(ascending.dtype), eps)
+    return y.view(x.shape), scales
+
+
+def _norm_backward_elsewhere(grad: Tensor, x: Tensor, scales: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if not _in_triton(x):
+        return reference_norm_backward(grad, x, scales, weight)
+    from actkit.kernels import triton_polynomials
+
+    given = (_as_rows(grad), _as_rows(x), plain(scales), plain(_ascending(weight, x)))
+    dx, sums = triton_polynomials.norm_backward(*given)
+    return dx.view(x.shape), *_gradients(sums, weight)
+
+
+def _in_triton(x: Tensor) -> bool:
+    if not runs_in_triton(x):
+        return False
+    from actkit.kernels.triton_polynomials import LONGEST
+
+    return x.shape[-1] <= LONGEST
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """[rows, channels] in the dtype that it has."""
+    return plain(x.reshape(-1, x.shape[-1]))
+
+
 # -- registration ------------------------------------------------------------------------------------------------------
 
 
@@ -221,13 +257,16 @@ def _relu_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
 
 
 register(
-    "poly_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)", _norm, _fake_norm, reference_norm
+    "poly_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor)",
+    _norm,
+    _fake_norm,
+    _norm_elsewhere,
 )
 register(
     "poly_norm_backward(Tensor grad, Tensor x, Tensor scales, Tensor weight) -> (Tensor, Tensor, Tensor)",
     _norm_backward,
     _fake_norm_backward,
-    reference_norm_backward,
+    _norm_backward_elsewhere,
 )
 register("poly_relu(Tensor x, Tensor weight, Tensor bias) -> Tensor", _relu, _fake_relu, reference_relu)
 register(

@@ -8,8 +8,8 @@ Q is at least 1, so that there is no pole. Channels are split into contiguous gr
 row of the coefficients; one row serves all groups. What the backward pass needs is computed again from x, which alone
 is kept. Where |.| has no derivative its slope is taken to be +1, so that a coefficient that begins at 0 is learned.
 Both kinds are "safe" Padé units (Molina et al. 2019, arXiv:1907.06732), A with the absolute value on each term.
-On the CPU they run in Numba; elsewhere, and without Numba, the same formulas run in plain torch, as they do if a
-gradient of the gradient may be wanted (`create_graph=True`).
+On the CPU they run in Numba, on a GPU in Triton; elsewhere, and without these, the same formulas run in plain torch, as
+they do if a gradient of the gradient may be wanted (`create_graph=True`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from actkit.kernels.operators import has_numba, plain, register
+from actkit.kernels.operators import has_numba, plain, register, runs_in_triton
 
 Kind = Literal["A", "B"]
 
@@ -165,6 +165,35 @@ def _backward(
     return dx.view(x.shape).to(x.dtype), *_gradients(to_a, to_b, numerator, denominator, absolute)
 
 
+# -- elsewhere ---------------------------------------------------------------------------------------------------------
+
+
+def _elsewhere(x: Tensor, numerator: Tensor, denominator: Tensor, absolute: bool) -> Tensor:
+    if not runs_in_triton(x):
+        return reference(x, numerator, denominator, absolute)
+    from actkit.kernels import triton_rationals
+
+    return triton_rationals.rational(plain(x), *_held(x, numerator, denominator, absolute), absolute)
+
+
+def _elsewhere_backward(
+    grad: Tensor, x: Tensor, numerator: Tensor, denominator: Tensor, absolute: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not runs_in_triton(x):
+        return reference_backward(grad, x, numerator, denominator, absolute)
+    from actkit.kernels import triton_rationals
+
+    held = _held(x, numerator, denominator, absolute)
+    dx, to_a, to_b = triton_rationals.rational_backward(plain(grad), plain(x), *held, absolute)
+    return dx, *_gradients(to_a, to_b, numerator, denominator, absolute)
+
+
+def _held(x: Tensor, numerator: Tensor, denominator: Tensor, absolute: bool) -> tuple[Tensor, Tensor]:
+    """The coefficients, in the dtype that all is computed in."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return plain(numerator.to(wide)), plain(_below(denominator.to(wide), absolute))
+
+
 # -- registration ------------------------------------------------------------------------------------------------------
 
 
@@ -195,13 +224,13 @@ def _derived(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 register(
-    "rational(Tensor x, Tensor numerator, Tensor denominator, bool absolute) -> Tensor", _forward, _fake, reference
+    "rational(Tensor x, Tensor numerator, Tensor denominator, bool absolute) -> Tensor", _forward, _fake, _elsewhere
 )
 register(
     "rational_backward(Tensor grad, Tensor x, Tensor numerator, Tensor denominator, bool absolute)"
     " -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
-    reference_backward,
+    _elsewhere_backward,
 )
 torch.library.register_autograd("actkit::rational", _derived, setup_context=_keep)
