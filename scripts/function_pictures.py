@@ -1,4 +1,4 @@
-"""Draw docs/functions/crrelu.svg and docs/functions/selu.svg, from the functions themselves.
+"""Draw the pictures of docs/functions (crrelu, selu, qkan, rbfnet), from the functions and the recorded claims.
 
 python scripts/function_pictures.py   # half a minute
 """
@@ -6,10 +6,12 @@ python scripts/function_pictures.py   # half a minute
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +20,12 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import svg  # noqa: E402
+from actkit.catalogue import paper  # noqa: E402
 from actkit.claims.selu import Sizes, _moments  # noqa: E402
+from actkit.core.ground.random_numbers import own_random_numbers  # noqa: E402
 from actkit.functions.crrelu.crrelu import record_at  # noqa: E402
+from actkit.functions.qkan.daruan import Daruan  # noqa: E402
+from actkit.functions.rbfnet.radial import SHAPES, Shape  # noqa: E402
 from actkit.functions.selu.selu import AlphaDropout  # noqa: E402
 
 FOLDER = ROOT / "docs" / "functions"
@@ -102,10 +108,67 @@ def selu() -> str:
     return svg.picture(2 * (WIDTH + LEFT) + 12, TOP + HEIGHT + 50, [*_all(panels), *legend(list(arms), [""] * 5)])
 
 
+def qkan() -> str:
+    """Functions of an edge by how often it reads its input, and the frequencies that it has."""
+    panels = [
+        Panel(0, "an edge at random angles", (-6, 6), (-1, 1), ((-6, -3, 0, 3, 6), (-1, -0.5, 0, 0.5, 1))),
+        Panel(
+            1,
+            "frequencies by learned numbers, as a power of 10",
+            (8, 28),
+            (0, 3),
+            ((8, 12, 16, 20, 24, 28), (0, 1, 2, 3)),
+        ),
+    ]
+    x = torch.linspace(-6, 6, 401, dtype=torch.float64)
+    readings = (1, 3, 6)
+    for count, colour in zip(readings, svg.COLOURS):
+        with own_random_numbers(torch.device("cpu"), 1):
+            edge = Daruan(1, count).double()
+            edge.frequency.data += torch.rand_like(edge.frequency)
+            edge.theta.data += torch.randn_like(edge.theta)
+        panels[0].draw(x.tolist(), edge(x[:, None]).detach()[:, 0].tolist(), colour)
+    here = next(found for found in (each["here"] for each in recorded("qkan")) if "a series" in found)
+    rows = [tuple(map(int, row)) for row in re.findall(r"(\d+) from (\d+) \(a series: (\d+)\)", here)]
+    numbers = [learned for _, learned, _ in rows]
+    panels[1].draw(numbers, [math.log10(many) for many, _, _ in rows], svg.COLOURS[3])
+    panels[1].draw(numbers, [math.log10(few) for _, _, few in rows], svg.COLOURS[4])
+    names = [*(f"{count} reading{'s' * (count > 1)}" for count in readings), "QKAN", "Fourier series"]
+    return svg.picture(2 * (WIDTH + LEFT) + 12, TOP + HEIGHT + 50, [*_all(panels), *legend(names, [""] * 5)])
+
+
+def rbfnet() -> str:
+    """Neurons by distance, and what decoders behind the same grid reached."""
+    panels = [
+        Panel(0, "a neuron by its distance", (0, 3), (0, 2), ((0, 1, 2, 3), (0, 0.5, 1, 1.5, 2))),
+        Panel(1, "PSNR, dB, by thousands of operations", (0, 12), (10, 22), ((0, 3, 6, 9, 12), (10, 13, 16, 19, 22))),
+    ]
+    distance = torch.linspace(0, 3, 151, dtype=torch.float64)
+    shapes: tuple[Shape, ...] = ("gaussian", "inverse_multiquadric", "wendland")
+    for shape, colour in zip(shapes, svg.COLOURS):
+        panels[0].draw(distance.tolist(), SHAPES[shape](distance**2).tolist(), colour)
+    parts, here = _all(panels), next(each["here"] for each in recorded("rbfnet") if "PSNR" in each["here"])
+    pattern = r"(?:: |, )([^:,]+?) \(\d+ parameters, (\d+) operations, rate [\d.]+\) ([\d.]+)"
+    for name, operations, score in re.findall(pattern, here):
+        x, y = panels[1].at(int(operations) / 1000, float(score))
+        parts += [svg.circle(x, y, svg.COLOURS[0 if "radial" in name else 3], 4)]
+        below = name == "3 layers of 40"  # which lies where another does
+        parts += [svg.text(x + 8, y + 4, name, "start") if x < 500 else svg.text(x, y + (18 if below else -8), name)]
+    return svg.picture(2 * (WIDTH + LEFT) + 12, TOP + HEIGHT + 50, [*parts, *legend(list(shapes), [""] * 3)])
+
+
+def recorded(slug: str) -> list[dict[str, Any]]:
+    """What is recorded of the claims of a method."""
+    record = paper(slug).evidence
+    assert record is not None
+    claims: list[dict[str, Any]] = record["claims"]
+    return claims
+
+
 def _all(panels: Sequence[Panel]) -> list[str]:
     return [part for panel in panels for part in panel.parts]
 
 
 if __name__ == "__main__":
-    for name, draw in (("crrelu", crrelu), ("selu", selu)):
+    for name, draw in (("crrelu", crrelu), ("selu", selu), ("qkan", qkan), ("rbfnet", rbfnet)):
         (FOLDER / f"{name}.svg").write_text(draw(), encoding="utf-8")
