@@ -132,6 +132,7 @@ def write(plain: Plain, folder: Path, max_shard: int | str) -> dict[str, Any]:
     quantized: dict[str, str] = {}
     dense: dict[str, str] = {}
     tensors = plain.other_tensors()
+    dense |= dict.fromkeys(plain.convolutions, "a convolution; this format holds linear layers")
     for path, layer in plain.layers.items():
         reason = _unsaid(path, plain)
         if layer.inputs is not None:

@@ -21,6 +21,7 @@ from actkit.core.forward.hooks import refuse_compiled_or_sharded
 from actkit.core.forward.named_functions import unknown_function
 from actkit.core.ground.errors import EditError, ExportError
 from actkit.core.layers.activations import Activation, name_of
+from actkit.core.layers.conv import PLAIN_CONVOLUTIONS, ActConv
 from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.foreign_layers import refuse_foreign_layers
 from actkit.core.layers.hidden_act import own_names
@@ -41,6 +42,7 @@ class Plain:
             whether it rounds its inputs is for the format to say or refuse.
         corrections: path -> what corrects the outputs of that layer, for the caller who asked for them apart.
         transposed: paths at which the plain model has a Conv1D, whose weight is [in, out].
+        convolutions: path -> ActConv, which every format writes dense.
         tables: path -> QuantizedEmbedding; GGUF has rows of blocks for it, compressed-tensors writes it dense.
     """
 
@@ -49,6 +51,7 @@ class Plain:
     layers: dict[str, ActLinear]
     transposed: frozenset[str]
     tables: dict[str, QuantizedEmbedding]
+    convolutions: dict[str, ActConv] = field(default_factory=dict)
     corrections: dict[str, LowRank] = field(default_factory=dict)
 
     @classmethod
@@ -86,6 +89,7 @@ class Plain:
         _refuse_experts(model)
         layers: dict[str, ActLinear] = {}
         tables: dict[str, QuantizedEmbedding] = {}
+        convolutions: dict[str, ActConv] = {}
         apart: dict[str, LowRank] = {}
         transposed = set()
         for path, plain in skeleton.named_modules():
@@ -105,6 +109,8 @@ class Plain:
                     layers[path] = module if written is module.storage else ActLinear.of(module, weight=written)
                 if isinstance(plain, Conv1D):
                     transposed.add(path)
+            elif isinstance(module, ActConv) and isinstance(plain, PLAIN_CONVOLUTIONS):
+                convolutions[path] = module
             elif isinstance(module, QuantizedEmbedding) and isinstance(plain, nn.Embedding):
                 _refuse_rotation(path, module.rotation, model)
                 tables[path] = module
@@ -114,8 +120,8 @@ class Plain:
                     f"has a {type(plain).__name__}. No reader without actkit computes it; keep the model with "
                     f"actkit.save, or leave that transform out."
                 )
-        _refuse_other_tensors(model, skeleton, {**layers, **tables}, transposed)
-        return cls(model, skeleton, layers, frozenset(transposed), tables, apart)
+        _refuse_other_tensors(model, skeleton, {**layers, **tables, **convolutions}, transposed)
+        return cls(model, skeleton, layers, frozenset(transposed), tables, convolutions, apart)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -159,7 +165,10 @@ class Plain:
     def other_tensors(self) -> dict[str, Tensor]:
         """All tensors that belong to none of `layers`, by name. Raises ExportError for one without values."""
         found = {f"{path}.weight": table.weight.to(self.dtype) for path, table in self.tables.items()}
-        inside = tuple(f"{path}." for path in (*self.layers, *self.tables))
+        for path, convolution in self.convolutions.items():
+            found[f"{path}.weight"] = convolution.weight.detach().to(self.dtype)
+            found |= {} if convolution.bias is None else {f"{path}.bias": convolution.bias.detach()}
+        inside = tuple(f"{path}." for path in (*self.layers, *self.tables, *self.convolutions))
         for name, tensor in self.model.state_dict().items():
             if inside and name.startswith(inside):
                 continue
@@ -188,7 +197,7 @@ def _has_own_head(model: PreTrainedModel) -> bool:
 def _refuse_other_tensors(
     model: PreTrainedModel,
     skeleton: PreTrainedModel,
-    layers: Mapping[str, ActLinear | QuantizedEmbedding],
+    layers: Mapping[str, ActLinear | ActConv | QuantizedEmbedding],
     transposed: Collection[str],
 ) -> None:
     """Raise ExportError for a tensor that only one of the two has, or in another shape."""
@@ -196,9 +205,11 @@ def _refuse_other_tensors(
     inside = tuple(f"{path}." for path in layers)
     given = {name: tuple(t.shape) for name, t in model.state_dict().items() if not (inside and name.startswith(inside))}
     for path, layer in layers.items():
-        shape = tuple(layer.storage.shape) if isinstance(layer, ActLinear) else expected[f"{path}.weight"]
+        shape = expected[f"{path}.weight"]
+        if isinstance(layer, ActLinear | ActConv):
+            shape = tuple(layer.weight.shape) if isinstance(layer, ActConv) else tuple(layer.storage.shape)
         given[f"{path}.weight"] = shape[::-1] if path in transposed else shape
-        if isinstance(layer, ActLinear) and layer.bias is not None:
+        if isinstance(layer, ActLinear | ActConv) and layer.bias is not None:
             given[f"{path}.bias"] = tuple(layer.bias.shape)
     for name in {**expected, **given}:
         if given.get(name) != expected.get(name):

@@ -128,13 +128,13 @@ class Collapse(_ByPath):
         tolerance: largest difference between a layer and its fold on random inputs, as a share of the largest output.
 
     Raises:
-        EditError: nothing is to be collapsed, an activation has not faded, a batch norm is in training mode, or a fold
-            differs.
+        EditError: nothing is to be collapsed, an activation has not faded, the model is in training mode (in which its
+            batch norms compute something else), or a fold differs.
     """
 
     tolerance: float = Field(1e-5, gt=0)
 
-    tags: ClassVar[Tags] = Tags(changes_function="exact", parts=False, plans_in_turn=True)
+    tags: ClassVar[Tags] = Tags(changes_function="exact", parts=False, plans_in_turn=True, evaluated=True)
     not_proposed: ClassVar[str] = "it needs a model that was deepened and trained"
 
     def found(self, model: nn.Module) -> list[str]:

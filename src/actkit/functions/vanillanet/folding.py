@@ -73,6 +73,11 @@ class DeepPair(nn.Module):
         """Channels of what the second layer gives."""
         return _outputs(self.second)
 
+    @property
+    def weight(self) -> Tensor:
+        """The product of both weights, which models read that ask a layer for its dtype; without batch norms."""
+        return torch.einsum("om,mi...->oi...", self.second.weight.flatten(1), self.first.weight)
+
     def merged(self) -> Layer:
         """Return the one layer that computes the same.
 
