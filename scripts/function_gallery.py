@@ -16,13 +16,18 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import svg  # noqa: E402
 from actkit.core.ground import registry  # noqa: E402
 from actkit.core.layers.activation_function import ActivationFunction  # noqa: E402
-from actkit.core.layers.activations import activation_function, function_names, says_what_it_mixes  # noqa: E402
+from actkit.core.layers.activations import (  # noqa: E402
+    activation_function,
+    flops_of,
+    function_names,
+    says_what_it_mixes,
+)
 from actkit.core.layers.hidden_act import default_spec  # noqa: E402
 
 PICTURE, PAGE = (ROOT / "docs" / "functions" / name for name in ("gallery.svg", "gallery.md"))
 COLUMNS, CELL, INNER = 6, 132, 112
 LOW, HIGH, BOTTOM, TOP = -4.0, 4.0, -2.0, 4.0
-MARK = "<!-- learned -->"
+MARK, NAMES = "<!-- learned -->", "<!-- names -->"
 
 
 def learned() -> dict[str, ActivationFunction | None]:
@@ -89,7 +94,20 @@ def written(page: str) -> str:
     before, _, rest = page.partition(MARK)
     after = rest.partition(MARK)[2]
     rows = "\n".join(f"| `{name}` | {_of(registry.module_class(name))} |" for name in learned())
-    return f"{before}{MARK}\n| name | what it is |\n|---|---|\n{rows}\n{MARK}{after}"
+    return f"{before}{MARK}\n| name | what it is | FLOPs |\n|---|---|---|\n{rows}\n{MARK}{_elsewhere(after)}"
+
+
+def _elsewhere(page: str) -> str:
+    """The page with a new table of the names that others have for a function."""
+    before, _, rest = page.partition(NAMES)
+    after = rest.partition(NAMES)[2]
+    rows = []
+    for name in function_names():
+        record = activation_function(name)
+        theirs = (f"nn.{record.torch_name}" if record.torch_name else None, record.config_name)
+        rows.append(f"| `{name}` | {' | '.join(f'`{each}`' if each else '' for each in theirs)} | {record.flops} |")
+    head = "| name | torch | transformers | FLOPs |\n|---|---|---|---|"
+    return f"{before}{NAMES}\n{head}\n{chr(10).join(rows)}\n{NAMES}{after}"
 
 
 def _of(cls: type) -> str:
@@ -98,7 +116,7 @@ def _of(cls: type) -> str:
     mixes = ", ".join(module.mixes) if getattr(module, "mixes", ()) else ""  # type: ignore[attr-defined]
     about = (cls.__doc__ or "").strip().partition("\n")[0].rstrip(".")
     learns = f"{count} learned {'number' if count == 1 else 'numbers'}" if count else "nothing learned"
-    return f"{about}; {learns}{f'; mixes {mixes}' if mixes else ''}"
+    return f"{about}; {learns}{f'; mixes {mixes}' if mixes else ''} | {flops_of(module)}"
 
 
 if __name__ == "__main__":

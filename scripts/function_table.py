@@ -12,7 +12,7 @@ from actkit.core.layers.activations import activation_function, function_names
 
 PAGE = Path(__file__).parents[1] / "docs" / "activation-functions.md"
 HEAD = (
-    "| name | kinks, *jumps* | inflections | pieces | inverse | antiderivative | limits | mean | second moment "
+    "| name | FLOPs | kinks, *jumps* | inflections | pieces | inverse | antiderivative | limits | mean | second moment "
     "| mean slope | mean squared slope |"
 )
 
@@ -32,6 +32,7 @@ def _row(record: ActivationFunction) -> str:
     moving = [piece for piece in record.pieces if piece.direction]
     cells = (
         f"`{record.name}`",
+        "None" if record.flops is None else str(record.flops),
         ", ".join([*map(_number, record.kinks), *(f"*{_number(x)}*" for x in record.jumps)]),
         ", ".join(map(_number, record.inflections)),
         ", ".join(signs[piece.direction] for piece in record.pieces),
@@ -59,7 +60,7 @@ def _number(value: float) -> str:
 
 def written(page: str) -> str:
     """The page with a new table."""
-    before, _, rest = page.partition(HEAD.split(" kinks")[0])
+    before, _, rest = page.partition(HEAD.split(" FLOPs")[0])
     lines = rest.splitlines()
     end = next((index for index, line in enumerate(lines) if index and not line.startswith("|")), len(lines))
     return before + table() + "\n" + "\n".join(lines[end:]) + "\n"

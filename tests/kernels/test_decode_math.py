@@ -37,6 +37,22 @@ def test_rationals_by_group(kind):
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["silu", "relu", "gelu", "gelu_tanh", "relu2"])
+@pytest.mark.parametrize(("groups", "width"), [(1, 16), (4, 4), (16, 1)])
+def test_series_by_group(name, groups, width):
+    """Units 3 to 12 of 16, three terms and half of their sum; what no term reads is not read."""
+    x = torch.linspace(-3, 3, 10)
+    rows = torch.randn(groups, 10, generator=torch.Generator().manual_seed(0))
+    rows[:, 8:] = torch.tensor([0.5, 3.0])
+    rows[:, 6:8] = torch.nan
+    found = x.clone()
+    decode_math.activate(getattr(decode_math, f"SERIES_{name.upper()}"), found.numpy(), rows.numpy(), width, 3)
+    pairs = rows[:, :6].double().repeat_interleave(width, 0)[3:13].view(10, 3, 2)
+    terms = pairs[..., 0] * x.double()[:, None] + pairs[..., 1]
+    expected = activation_function(name).function(terms).sum(-1) / 2
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_what_is_dropped():
     x = np.array([-2, -1, -0.5, 0, 0.5, 1, np.nan], np.float32)
     decode_math.drop_below(np.float32(1.0), x)

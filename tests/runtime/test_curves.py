@@ -17,6 +17,8 @@ from actkit.core.measure.decoding import choose_engine
 from actkit.core.recipe.runner import apply
 from actkit.functions.crrelu.crrelu import CRReLU
 from actkit.functions.kat.group_rational import GroupRational
+from actkit.functions.pangu_pi.add_nonlinearity import AddNonlinearity
+from actkit.functions.pangu_pi.series import SeriesActivation
 from actkit.functions.polycom.polynomials import PolyNorm, PolyReLU
 from actkit.quantization.rtn import RoundToNearest
 from actkit.runtime.decoder import Decoder
@@ -33,8 +35,18 @@ FUNCTIONS: dict[str, Callable[[], nn.Module]] = {
     "CRReLU by channel": lambda: CRReLU(0.2, per_channel=True, channels=UNITS),
     "PolyReLU": lambda: PolyReLU(3),
     "PolyReLU by channel, order 9": lambda: PolyReLU(9, per_channel=True, channels=UNITS),
+    "series": lambda: drawn(SeriesActivation("silu", 2, UNITS)),
+    "series of GELUs, one pair": lambda: drawn(SeriesActivation("gelu", 4, start="paper", normalize=True)),
     "thresholded": lambda: Thresholded(GroupRational(UNITS, 8), 0.02),
 }
+
+
+def drawn(series: SeriesActivation) -> SeriesActivation:
+    """Every term adds something."""
+    with torch.no_grad():
+        for each in series.parameters():
+            each.add_(0.5 * torch.randn_like(each))
+    return series
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +133,33 @@ def test_a_packed_file_keeps_the_coefficients(tmp_path: Path) -> None:
         torch.testing.assert_close(decoder(IDS[0].tolist()), wanted, atol=1e-5, rtol=1e-5)  # another number of threads
 
 
-@pytest.mark.parametrize("make", [lambda: PolyNorm(3), lambda: GroupRational(UNITS, 8, (7, 6)), lambda: PolyReLU(10)])
+HAVE_NONE: list[Callable[[], nn.Module]] = [
+    lambda: PolyNorm(3),
+    lambda: GroupRational(UNITS, 8, (7, 6)),
+    lambda: PolyReLU(10),
+    lambda: SeriesActivation("silu", 5),
+    lambda: SeriesActivation("tanh", 2),
+]
+
+
+def test_a_function_that_mixes_is_left_with_the_reason() -> None:
+    engine = choose_engine(model_with(lambda: PolyNorm(3)), capacity=32)
+    assert engine.name == "transformers" and "a PolyNorm mixes channels, and a unit is computed" in engine.reason
+
+
+def test_the_gates_of_an_inserted_series() -> None:
+    """As `add_nonlinearity` puts them in; with its shortcuts the model is left to transformers."""
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    apply(model, AddNonlinearity(series=2, ratio=None), progress=False)
+    for layer in model.model.layers:
+        drawn(layer.mlp.act_fn)
+    with Decoder(model, capacity=32) as decoder:
+        torch.testing.assert_close(decoder(IDS[0].tolist()), expected(model)[-1], atol=2e-4, rtol=2e-4)
+    apply(model, AddNonlinearity(series=1, ratio=4), progress=False)
+    assert choose_engine(model, capacity=32).name == "transformers"
+
+
+@pytest.mark.parametrize("make", HAVE_NONE)
 def test_what_has_no_curve_is_left_to_transformers(make: Callable[[], nn.Module]) -> None:
     model = model_with(make)
     with pytest.raises(UnsupportedModelError, match=r"the decoder computes silu, .* rational_a, rational_b, crrelu"):

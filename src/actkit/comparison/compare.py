@@ -43,8 +43,8 @@ RESULTS, PAGE = "results.json", "index.html"
 LEFT = (JOURNAL, RESULTS, PAGE)
 Equal = Literal["steps", "time"]
 ABOUT_FLOPS = (
-    "FLOPs are those of matrix products and convolutions, forward and backward, for each row or token; element-wise "
-    "operations are not counted, as no record of a function says how many it needs"
+    "FLOPs are those of matrix products and convolutions, forward and backward, for each row or token; those of "
+    "functions stand apart, forward alone, as their records count them (exp or tanh is one)"
 )
 ABOUT_TIME = "with equal time an arm makes as many steps as fit into the baseline's seconds, by the measured steps"
 ABOUT_POOL = "a layer that chooses is matched by all that it trains; behind the training it is pruned"
@@ -326,6 +326,7 @@ class _Run:
             slowest=cost.slowest,
             flops=cost.flops,
             saved_bytes=cost.saved_bytes,
+            function_flops=cost.function_flops,
             steps=self.steps(arm),
             failed=failed,
         )

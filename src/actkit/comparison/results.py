@@ -36,6 +36,8 @@ class Row:
         saved_bytes: of a step, kept for the backward pass, parameters left out.
         steps: of a training.
         failed: why a training failed, or None.
+        function_flops: of the activations in a forward pass, for each row or token, as their records count them; None
+            if nobody counted those of one, or for a record from before they were counted.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Row:
     saved_bytes: float
     steps: int
     failed: str | None = None
+    function_flops: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -127,7 +130,7 @@ class Comparison:
         shown = PlainTable(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
         shown.add_column("arm", overflow="fold", min_width=13)
         pairs = ("parameters\nwidth", "rate\nsteps", "score\nrange", "difference\ninterval")
-        for name in (*pairs, "ms/step\nMFLOP\nsaved"):
+        for name in (*pairs, "ms/step\nMFLOP\nfunctions\nsaved"):
             shown.add_column(name, justify="right", no_wrap=True)
         styles = {"better": "bold green", "worse": "yellow", "failed": "red"}
         for row in self.rows:
@@ -153,13 +156,14 @@ def cells(row: Row) -> list[str]:
         scores = f"{row.mean:.4g}\n{min(row.scores):.4g} to {max(row.scores):.4g}"
     change = row.difference
     differs = "" if change is None else f"{_signed(change.value, 3)}\n{_signed(change.low)} to {_signed(change.high)}"
+    functions = "-" if row.function_flops is None else f"{row.function_flops / 1e6:.2g}"
     return [
         f"{_span(row.parameters)}\n{_span(row.widths)}",
         f"{'-' if row.rate is None else format(row.rate, 'g')}\n{row.steps}",
         scores,
         differs,
         f"{row.milliseconds:.3g}\n{row.flops / 1e6:.3g}",
-        format_bytes(row.saved_bytes),
+        f"{functions}\n{format_bytes(row.saved_bytes)}",
     ]
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from actkit.core.forward.hooks import hooked
+from actkit.core.layers.activations import flops_of, is_activation, without_inner
 from actkit.core.measure.saved_tensors import saved_tensors
 
 WARM, ROUNDS = 3, 15  # steps of each arm that are not, and that are timed
@@ -27,12 +29,15 @@ class StepCost:
         slowest: of the rounds.
         flops: of forward and backward, for each row or token; matrix products and convolutions alone.
         saved_bytes: that the forward pass keeps for the backward pass, parameters left out.
+        function_flops: of the activations in a forward pass, for each row or token, as their records count them; None
+            if nobody counted those of one.
     """
 
     milliseconds: float
     slowest: float
     flops: float
     saved_bytes: float
+    function_flops: float | None = None
 
     def to_dict(self) -> dict[str, float]:
         """Everything, as JSON takes it."""
@@ -46,7 +51,7 @@ class StepCost:
             costs: one for each.
         """
         columns = zip(*(asdict(each).values() for each in costs), strict=True)
-        return cls(*(mean(column) for column in columns))
+        return cls(*(None if None in column else mean(column) for column in columns))
 
 
 def measure_steps(
@@ -75,18 +80,30 @@ def measure_steps(
             optimizers[name].step()
             if each >= WARM:
                 times[name].append(1000 * (time.perf_counter() - started))
-    return {
-        name: StepCost(median(times[name]), max(times[name]), _flops(model, loss) / rows, _saved(model, loss))
-        for name, model in models.items()
-    }
+    found = {}
+    for name, model in models.items():
+        products, functions = _flops(model, loss)
+        each = None if functions is None else functions / rows
+        found[name] = StepCost(median(times[name]), max(times[name]), products / rows, _saved(model, loss), each)
+    return found
 
 
-def _flops(model: nn.Module, loss: Loss) -> float:
+def _flops(model: nn.Module, loss: Loss) -> tuple[float, float | None]:
+    """Of products, forward and backward; and of activations, forward."""
+    functions: list[int | None] = []
+
+    def count(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        each = flops_of(module)
+        functions.append(None if each is None else each * output.numel())
+
     # torch knows products that are added to something, but not those that are added in place
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _of_product})
-    with counter:
+    # a module that stands at several paths is hooked once, and fires at each of its calls
+    places = {module: path for path, module in without_inner(model) if is_activation(module)}
+    with hooked(model, after=dict.fromkeys(places.values(), count)), counter:
         loss(model).backward()
-    return float(counter.get_total_flops())
+    counted = [each for each in functions if each is not None]
+    return float(counter.get_total_flops()), float(sum(counted)) if len(counted) == len(functions) else None
 
 
 def _of_product(added: Any, one: Any, other: Any, *more: Any, **named: Any) -> int:

@@ -15,7 +15,11 @@ from numba.extending import intrinsic
 from actkit.kernels.process import compiled
 
 SILU, RELU, GELU, GELU_TANH, RELU2 = range(5)
-RATIONAL_A, RATIONAL_B, CRRELU, POLY_RELU = range(5, 9)  # with coefficients, as `core/layers/curve.py` lists them
+# with coefficients, as `core/layers/curve.py` lists them
+RATIONAL_A, RATIONAL_B, CRRELU, POLY_RELU, SERIES_SILU, SERIES_RELU, SERIES_GELU, SERIES_GELU_TANH, SERIES_RELU2 = (
+    range(5, 14)
+)
+FACTOR, TERMS = 8, 9  # where a series has its last two
 _ORDERLESS = {"reassoc"}
 LOOSE = {"reassoc", "contract", "nsz"}
 
@@ -76,25 +80,10 @@ def _curve(code, c, x):  # type: ignore[no-untyped-def]
 
 
 @compiled()
-def activate(code, x, curves, width, first):  # type: ignore[no-untyped-def]
-    """Compute f(x), in place.
-
-    Args:
-        code: of f.
-        x: float32, some units.
-        curves: float32 [groups, 10], coefficients of functions that have some.
-        width: units of a group.
-        first: the unit at which x begins.
-    """
+def _known(code, x):  # type: ignore[no-untyped-def]
+    """Compute f(x) of a function without coefficients, in place."""
     one, half = np.float32(1.0), np.float32(0.5)
-    if code >= RATIONAL_A:
-        at = 0
-        while at < x.size:
-            group = (first + at) // width
-            end = min(x.size, (group + 1) * width - first)
-            _curve(code, curves[group], x[at:end])
-            at = end
-    elif code == SILU:
+    if code == SILU:
         for i in range(x.size):
             x[i] = x[i] / (one + exponential(-x[i]))
     elif code == RELU:
@@ -112,6 +101,45 @@ def activate(code, x, curves, width, first):  # type: ignore[no-untyped-def]
             g = x[i]  # half * (1 + tanh(y)) is 1 / (1 + exp(-2 y))
             twice = np.float32(1.5957691216057308) * (g + np.float32(0.044715) * g * g * g)
             x[i] = g / (one + exponential(-twice))
+
+
+@compiled()
+def _series(code, x, curves, width, first):  # type: ignore[no-untyped-def]
+    """Compute a sum of shifted and scaled f(x), in place; a pair may be of each unit."""
+    total, term = np.zeros(x.size, np.float32), np.empty(x.size, np.float32)
+    for at in range(int(curves[0, TERMS])):
+        for i in range(x.size):
+            pair = curves[(first + i) // width]
+            term[i] = pair[2 * at] * x[i] + pair[2 * at + 1]
+        _known(code, term)
+        for i in range(x.size):
+            total[i] += term[i]
+    for i in range(x.size):
+        x[i] = total[i] * curves[0, FACTOR]
+
+
+@compiled()
+def activate(code, x, curves, width, first):  # type: ignore[no-untyped-def]
+    """Compute f(x), in place.
+
+    Args:
+        code: of f.
+        x: float32, some units.
+        curves: float32 [groups, 10], coefficients of functions that have some.
+        width: units of a group.
+        first: the unit at which x begins.
+    """
+    if code >= SERIES_SILU:
+        _series(code - SERIES_SILU + SILU, x, curves, width, first)
+    elif code >= RATIONAL_A:
+        at = 0
+        while at < x.size:
+            group = (first + at) // width
+            end = min(x.size, (group + 1) * width - first)
+            _curve(code, curves[group], x[at:end])
+            at = end
+    else:
+        _known(code, x)
 
 
 @compiled()

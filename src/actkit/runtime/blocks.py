@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from actkit.core.edit.edits import get_module
 from actkit.core.ground.errors import EditError, UnsupportedModelError
-from actkit.core.layers.activations import Thresholded, name_of
+from actkit.core.layers.activations import Thresholded, mixes_of, name_of
 from actkit.core.layers.curve import CurveKind, curve_of
 from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.layers.low_rank_weight import LowRankWeight
@@ -44,6 +44,7 @@ CURVES: dict[CurveKind, int] = {
     "rational_b": functions.RATIONAL_B,
     "crrelu": functions.CRRELU,
     "poly_relu": functions.POLY_RELU,
+    **{f"series_{name}": functions.SERIES_SILU + code - functions.SILU for name, code in ACTIVATIONS.items()},  # type: ignore[dict-item]
 }
 
 
@@ -97,8 +98,11 @@ def check(model: nn.Module, block: Block, latent: bool = False) -> None:
     activation = _function(get_module(model, mlp.activation)).base
     curve = None if name_of(activation) in ACTIVATIONS else curve_of(activation)
     if name_of(activation) not in ACTIVATIONS and curve is None:
-        known = ", ".join((*ACTIVATIONS, *CURVES))
-        raise UnsupportedModelError(f"{mlp.activation}: a {type(activation).__name__}; the decoder computes {known}")
+        known, mixed = ", ".join((*ACTIVATIONS, *CURVES)), ", ".join(mixes_of(activation) or ())
+        mixing = f" mixes {mixed}, and a unit is computed without the others" if mixed else ""
+        raise UnsupportedModelError(
+            f"{mlp.activation}: a {type(activation).__name__}{mixing}; the decoder computes {known}"
+        )
     if curve is not None and mlp.down.in_features % len(curve.rows):
         raise UnsupportedModelError(f"{mlp.activation}: {len(curve.rows)} groups for {mlp.down.in_features} units")
     for linear in block.linears():

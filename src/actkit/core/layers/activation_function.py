@@ -105,6 +105,11 @@ class ActivationFunction:
         pieces: where the function is monotone, from -inf to inf.
         limits: of the function at -inf and at inf; may be infinite.
         config_name: what a transformers config calls it (`hidden_act` and its kin); None if it has no name there.
+        torch_name: the class in torch.nn, with settings if they are not its usual ones: `LeakyReLU(0.2)`; None if torch
+            has none.
+        flops: operations for one output, as the formula is written: additions, products, quotients, comparisons,
+            changes of sign, and one each for exp, log, tanh and erf; of a condition the costlier side. None if nobody
+            counted.
 
     Raises:
         ValueError: an unknown axis, a field that an element-wise function must have, or pieces with a gap.
@@ -121,6 +126,8 @@ class ActivationFunction:
     pieces: tuple[Piece, ...] = ()
     limits: tuple[float, float] | None = None
     config_name: str | None = None
+    torch_name: str | None = None
+    flops: int | None = None
 
     def __post_init__(self) -> None:
         if not set(self.mixes) <= set(AXES):
@@ -268,8 +275,9 @@ def thresholded(base: ActivationFunction, threshold: float) -> ActivationFunctio
         Its record, named `BASE with threshold T`; it has no antiderivative.
     """
     name = f"{base.name} with threshold {threshold:.6g}"
+    flops = None if base.flops is None else base.flops + 2  # a magnitude, a comparison
     if threshold == 0:
-        return replace(base, name=name, config_name=None)
+        return replace(base, name=name, config_name=None, torch_name=None, flops=flops)
 
     def cut(function: Function) -> Function:
         def kept(x: Tensor) -> Tensor:
@@ -309,6 +317,7 @@ def thresholded(base: ActivationFunction, threshold: float) -> ActivationFunctio
         inflections=tuple(x for x in base.inflections if inside_kept(x)),
         pieces=tuple(pieces),
         limits=(below, above),
+        flops=flops,
     )
 
 
@@ -318,6 +327,9 @@ def piecewise_polynomial(
     knots: tuple[float, ...],
     polynomials: tuple[tuple[float, ...], ...],
     config_name: str | None = None,
+    *,
+    torch_name: str | None = None,
+    flops: int | None = None,
 ) -> ActivationFunction:
     """The record of a function that is a polynomial of degree 2 at most between knots.
 
@@ -327,6 +339,8 @@ def piecewise_polynomial(
         knots: inputs at which one polynomial ends and the next begins, in order.
         polynomials: coefficients, constant first; one more than there are knots.
         config_name: what transformers calls it.
+        torch_name: what torch.nn calls it.
+        flops: for one output.
 
     Returns:
         The record; derivatives, antiderivative, pieces, inverses and breaks follow from the coefficients.
@@ -352,6 +366,8 @@ def piecewise_polynomial(
         pieces=tuple(_joined(list(_monotone(knots, polynomials)), polynomials, knots)),
         limits=(_limit(polynomials[0], -1), _limit(polynomials[-1], 1)),
         config_name=config_name,
+        torch_name=torch_name,
+        flops=flops,
     )
 
 

@@ -161,6 +161,21 @@ def record_of(module: nn.Module) -> ActivationFunction | None:
     return None if answer is None else answer()
 
 
+def flops_of(module: nn.Module) -> int | None:
+    """Operations for one output of an activation, as its record counts them; None if nobody counted.
+
+    A module with other coefficients for each channel has no record; it says them itself, by an attribute `flops`.
+
+    Args:
+        module: any module.
+    """
+    said: int | None = getattr(module, "flops", None)
+    if said is not None:
+        return said
+    record = record_of(module)
+    return None if record is None else record.flops
+
+
 def name_of(module: nn.Module) -> str | None:
     """The registered name of what a module computes; None for other functions and other settings.
 

@@ -5,6 +5,7 @@ A module that has a method `curve()` says by it what it computes now, element by
     rational_a, rational_b    (a_0 + ... + a_5 x^5) / Q(x), as `kernels.rational` has Q; a_0 to a_5, then b_1 to b_4
     crrelu                    max(x, 0) + e x exp(-x^2 / 2); e
     poly_relu                 c_0 + c_1 r + ... + c_9 r^9, r = max(x, 0); c_0 to c_9
+    series_silu, ...          c (f(a_1 x + b_1) + ... + f(a_n x + b_n)), n up to 4; a_1, b_1 to a_4, b_4, then c and n
 """
 
 from __future__ import annotations
@@ -16,7 +17,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-CurveKind = Literal["rational_a", "rational_b", "crrelu", "poly_relu"]
+CurveKind = Literal[
+    "rational_a",
+    "rational_b",
+    "crrelu",
+    "poly_relu",
+    "series_silu",
+    "series_relu",
+    "series_gelu",
+    "series_gelu_tanh",
+    "series_relu2",
+]
 KINDS: tuple[CurveKind, ...] = get_args(CurveKind)
 COEFFICIENTS = 10  # of a group; zeros stand in for missing ones
 NUMERATOR = 6  # of them the numerator's

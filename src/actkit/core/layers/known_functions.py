@@ -45,13 +45,28 @@ def _valley(lowest: float) -> tuple[Piece, ...]:
 
 # -- polynomials between knots -----------------------------------------------------------------------------------------
 
-IDENTITY = piecewise_polynomial("identity", lambda x: x, (), ((0.0, 1.0),), "linear")
-RELU = piecewise_polynomial("relu", F.relu, (0.0,), ((0.0,), (0.0, 1.0)), "relu")
-RELU6 = piecewise_polynomial("relu6", F.relu6, (0.0, 6.0), ((0.0,), (0.0, 1.0), (6.0,)), "relu6")
-RELU2 = piecewise_polynomial("relu2", lambda x: F.relu(x).square(), (0.0,), ((0.0,), (0.0, 0.0, 1.0)), "relu2")
-HARDSIGMOID = piecewise_polynomial("hardsigmoid", F.hardsigmoid, (-3.0, 3.0), ((0.0,), (0.5, 1 / 6), (1.0,)))
+IDENTITY = piecewise_polynomial("identity", lambda x: x, (), ((0.0, 1.0),), "linear", torch_name="Identity", flops=0)
+RELU = piecewise_polynomial("relu", F.relu, (0.0,), ((0.0,), (0.0, 1.0)), "relu", torch_name="ReLU", flops=1)
+RELU6 = piecewise_polynomial(
+    "relu6", F.relu6, (0.0, 6.0), ((0.0,), (0.0, 1.0), (6.0,)), "relu6", torch_name="ReLU6", flops=2
+)
+RELU2 = piecewise_polynomial("relu2", lambda x: F.relu(x).square(), (0.0,), ((0.0,), (0.0, 0.0, 1.0)), "relu2", flops=2)
+HARDSIGMOID = piecewise_polynomial(
+    "hardsigmoid",
+    F.hardsigmoid,
+    (-3.0, 3.0),
+    ((0.0,), (0.5, 1 / 6), (1.0,)),
+    torch_name="Hardsigmoid",
+    flops=4,
+)
 HARDSWISH = piecewise_polynomial(
-    "hardswish", F.hardswish, (-3.0, 3.0), ((0.0,), (0.0, 0.5, 1 / 6), (0.0, 1.0)), "hardswish"
+    "hardswish",
+    F.hardswish,
+    (-3.0, 3.0),
+    ((0.0,), (0.0, 0.5, 1 / 6), (0.0, 1.0)),
+    "hardswish",
+    torch_name="Hardswish",
+    flops=5,
 )
 
 
@@ -60,21 +75,31 @@ def leaky_relu(slope: float = 0.01) -> ActivationFunction:
     """x if x > 0, else slope * x; also a PReLU with one slope."""
     name = _named("leaky_relu", slope, usual=(0.01,))
     lines = ((0.0, slope), (0.0, 1.0))
-    return piecewise_polynomial(name, lambda x: F.leaky_relu(x, slope), (0.0,), lines, "leaky_relu")
+    return piecewise_polynomial(
+        name,
+        lambda x: F.leaky_relu(x, slope),
+        (0.0,),
+        lines,
+        "leaky_relu",
+        torch_name=_named("LeakyReLU", slope, usual=(0.01,)),
+        flops=2,
+    )
 
 
 @lru_cache
 def shifted_relu(shift: float) -> ActivationFunction:
     """max(x - shift, 0)."""
     name = _named("shifted_relu", shift, usual=())
-    return piecewise_polynomial(name, lambda x: F.relu(x - shift), (shift,), ((0.0,), (-shift, 1.0)))
+    return piecewise_polynomial(name, lambda x: F.relu(x - shift), (shift,), ((0.0,), (-shift, 1.0)), flops=2)
 
 
 @lru_cache
 def hardtanh(low: float = -1.0, high: float = 1.0) -> ActivationFunction:
     """x, clamped to [low, high]."""
     name = _named("hardtanh", low, high, usual=(-1.0, 1.0))
-    return piecewise_polynomial(name, lambda x: x.clamp(low, high), (low, high), ((low,), (0.0, 1.0), (high,)))
+    theirs = _named("Hardtanh", low, high, usual=(-1.0, 1.0))
+    lines = ((low,), (0.0, 1.0), (high,))
+    return piecewise_polynomial(name, lambda x: x.clamp(low, high), (low, high), lines, torch_name=theirs, flops=2)
 
 
 @lru_cache
@@ -82,7 +107,8 @@ def hardshrink(size: float = 0.5) -> ActivationFunction:
     """x if |x| > size, else 0."""
     name = _named("hardshrink", size, usual=(0.5,))
     lines = ((0.0, 1.0), (0.0,), (0.0, 1.0))
-    return piecewise_polynomial(name, lambda x: F.hardshrink(x, size), (-size, size), lines)
+    theirs = _named("Hardshrink", size, usual=(0.5,))
+    return piecewise_polynomial(name, lambda x: F.hardshrink(x, size), (-size, size), lines, torch_name=theirs, flops=2)
 
 
 @lru_cache
@@ -90,14 +116,16 @@ def softshrink(size: float = 0.5) -> ActivationFunction:
     """x moved towards 0 by size, and 0 if |x| <= size."""
     name = _named("softshrink", size, usual=(0.5,))
     lines = ((size, 1.0), (0.0,), (-size, 1.0))
-    return piecewise_polynomial(name, lambda x: F.softshrink(x, size), (-size, size), lines)
+    theirs = _named("Softshrink", size, usual=(0.5,))
+    return piecewise_polynomial(name, lambda x: F.softshrink(x, size), (-size, size), lines, torch_name=theirs, flops=3)
 
 
 @lru_cache
 def threshold(at: float, value: float) -> ActivationFunction:
     """x if x > at, else value."""
     name = _named("threshold", at, value, usual=())
-    return piecewise_polynomial(name, lambda x: F.threshold(x, at, value), (at,), ((value,), (0.0, 1.0)))
+    theirs, lines = _named("Threshold", at, value, usual=()), ((value,), (0.0, 1.0))
+    return piecewise_polynomial(name, lambda x: F.threshold(x, at, value), (at,), lines, torch_name=theirs, flops=1)
 
 
 LEAKY_RELU, HARDTANH, HARDSHRINK, SOFTSHRINK = leaky_relu(), hardtanh(), hardshrink(), softshrink()
@@ -106,7 +134,9 @@ LEAKY_RELU, HARDTANH, HARDSHRINK, SOFTSHRINK = leaky_relu(), hardtanh(), hardshr
 # -- exponential below 0 -----------------------------------------------------------------------------------------------
 
 
-def _exponential(name: str, function: Function, scale: float, depth: float, width: float) -> ActivationFunction:
+def _exponential(
+    name: str, torch_name: str, function: Function, scale: float, depth: float, width: float, flops: int
+) -> ActivationFunction:
     """scale * x above 0, scale * depth * (exp(x / width) - 1) below."""
 
     def sides(above: Callable[[Tensor], Tensor], below: Callable[[Tensor], Tensor]) -> Function:
@@ -122,23 +152,27 @@ def _exponential(name: str, function: Function, scale: float, depth: float, widt
         breaks=(Break(0.0, 2 if depth == width else 1),),
         pieces=_rising(sides(lambda y: y / scale, lambda y: width * torch.log1p(y / bottom))),
         limits=(-bottom, INF),
+        torch_name=torch_name,
+        flops=flops,
     )
 
 
 @lru_cache
 def elu(alpha: float = 1.0) -> ActivationFunction:
     """x if x > 0, else alpha * (exp(x) - 1), alpha > 0."""
-    return _exponential(_named("elu", alpha, usual=(1.0,)), lambda x: F.elu(x, alpha), 1.0, alpha, 1.0)
+    names = (_named(each, alpha, usual=(1.0,)) for each in ("elu", "ELU"))
+    return _exponential(*names, lambda x: F.elu(x, alpha), 1.0, alpha, 1.0, flops=4)
 
 
 @lru_cache
 def celu(alpha: float = 1.0) -> ActivationFunction:
     """x if x > 0, else alpha * (exp(x / alpha) - 1), alpha > 0."""
-    return _exponential(_named("celu", alpha, usual=(1.0,)), lambda x: F.celu(x, alpha), 1.0, alpha, alpha)
+    names = (_named(each, alpha, usual=(1.0,)) for each in ("celu", "CELU"))
+    return _exponential(*names, lambda x: F.celu(x, alpha), 1.0, alpha, alpha, flops=5)
 
 
 ELU, CELU = elu(), celu()
-SELU = _exponential("selu", F.selu, 1.0507009873554805, 1.6732632423543772, 1.0)
+SELU = _exponential("selu", "SELU", F.selu, 1.0507009873554805, 1.6732632423543772, 1.0, flops=5)
 
 
 # -- sigmoids and what is made of them ---------------------------------------------------------------------------------
@@ -162,6 +196,8 @@ SIGMOID = ActivationFunction(
     pieces=_rising(torch.logit),
     limits=(0.0, 1.0),
     config_name="sigmoid",
+    torch_name="Sigmoid",
+    flops=4,
 )
 TANH = ActivationFunction(
     name="tanh",
@@ -173,6 +209,8 @@ TANH = ActivationFunction(
     pieces=_rising(torch.atanh),
     limits=(-1.0, 1.0),
     config_name="tanh",
+    torch_name="Tanh",
+    flops=1,
 )
 TANHSHRINK = ActivationFunction(
     name="tanhshrink",
@@ -183,6 +221,8 @@ TANHSHRINK = ActivationFunction(
     inflections=(0.0,),
     pieces=_rising(),
     limits=(-INF, INF),
+    torch_name="Tanhshrink",
+    flops=2,
 )
 SOFTSIGN = ActivationFunction(
     name="softsign",
@@ -194,6 +234,8 @@ SOFTSIGN = ActivationFunction(
     inflections=(0.0,),
     pieces=_rising(lambda y: y / (1 - y.abs())),
     limits=(-1.0, 1.0),
+    torch_name="Softsign",
+    flops=3,
 )
 LOG_SIGMOID = ActivationFunction(
     name="log_sigmoid",
@@ -202,6 +244,8 @@ LOG_SIGMOID = ActivationFunction(
     second_derivative=lambda x: -_sigmoid_slope(x),
     pieces=_rising(lambda y: y - torch.log(-torch.expm1(y))),
     limits=(-INF, 0.0),
+    torch_name="LogSigmoid",
+    flops=5,
 )
 
 
@@ -215,6 +259,8 @@ def softplus(beta: float = 1.0) -> ActivationFunction:
         second_derivative=lambda x: beta * _sigmoid_slope(beta * x),
         pieces=_rising(lambda y: y + torch.log(-torch.expm1(-beta * y)) / beta),
         limits=(0.0, INF),
+        torch_name=_named("Softplus", beta, usual=(1.0,)),
+        flops=5,
     )
 
 
@@ -224,8 +270,8 @@ SOFTPLUS = softplus()
 # -- an input times a share of it --------------------------------------------------------------------------------------
 
 
-def _swish(name: str, function: Function, beta: float, config_name: str) -> ActivationFunction:
-    """x * sigmoid(beta * x)."""
+def _swish(name: str, function: Function, beta: float, torch_name: str | None) -> ActivationFunction:
+    """x / (1 + exp(-beta * x)); transformers' name is ours."""
 
     def second(x: Tensor) -> Tensor:
         x = beta * x
@@ -239,12 +285,14 @@ def _swish(name: str, function: Function, beta: float, config_name: str) -> Acti
         inflections=(-2.3993572805154676678 / beta, 2.3993572805154676678 / beta),
         pieces=_valley(-1.2784645427610737951 / beta),
         limits=(0.0, INF),
-        config_name=config_name,
+        config_name=name,
+        torch_name=torch_name,
+        flops=4 if beta == 1 else 5,
     )
 
 
-SILU = _swish("silu", F.silu, 1.0, "silu")
-QUICK_GELU = _swish("quick_gelu", lambda x: x * torch.sigmoid(1.702 * x), 1.702, "quick_gelu")
+SILU = _swish("silu", F.silu, 1.0, "SiLU")
+QUICK_GELU = _swish("quick_gelu", lambda x: x * torch.sigmoid(1.702 * x), 1.702, None)
 
 
 def _normal(x: Tensor) -> Tensor:
@@ -262,6 +310,8 @@ GELU = ActivationFunction(
     pieces=_valley(-0.75179152469356445746),
     limits=(0.0, INF),
     config_name="gelu",
+    torch_name="GELU",
+    flops=5,
 )
 
 _WIDTH, _CUBE = math.sqrt(2 / math.pi), 0.044715
@@ -293,6 +343,8 @@ GELU_TANH = ActivationFunction(
     pieces=_valley(-0.75246142207101625849),
     limits=(0.0, INF),
     config_name="gelu_pytorch_tanh",
+    torch_name="GELU('tanh')",
+    flops=9,
 )
 
 
@@ -322,13 +374,17 @@ MISH = ActivationFunction(
     pieces=_valley(-1.1924312145154952121),
     limits=(0.0, INF),
     config_name="mish",
+    torch_name="Mish",
+    flops=5,
 )
 
 
 # -- functions that mix ------------------------------------------------------------------------------------------------
 
-SOFTMAX = ActivationFunction(name="softmax", function=lambda x: x.softmax(-1), mixes=("channels",))
-GLU = ActivationFunction(name="glu", function=F.glu, mixes=("channels",))
+SOFTMAX = ActivationFunction(
+    name="softmax", function=lambda x: x.softmax(-1), mixes=("channels",), torch_name="Softmax(-1)", flops=5
+)
+GLU = ActivationFunction(name="glu", function=F.glu, mixes=("channels",), torch_name="GLU", flops=5)
 
 
 # -- which module computes which ---------------------------------------------------------------------------------------
@@ -340,7 +396,7 @@ def _prelu(module: nn.PReLU) -> ActivationFunction | None:
     if weight.numel() > 1 or weight.is_meta:
         return None
     slope = float(weight.detach())
-    return replace(leaky_relu(slope), name=f"prelu({slope:g})", config_name=None)
+    return replace(leaky_relu(slope), name=f"prelu({slope:g})", config_name=None, torch_name="PReLU")
 
 
 def _softplus(module: nn.Softplus) -> ActivationFunction | None:

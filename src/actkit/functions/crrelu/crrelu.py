@@ -172,6 +172,7 @@ def record_at(epsilon: float) -> ActivationFunction:
         inflections=(-math.sqrt(3), math.sqrt(3)) if epsilon else (),
         pieces=tuple(_pieces(epsilon)),
         limits=(0.0, math.inf),
+        flops=7,
     )
 
 

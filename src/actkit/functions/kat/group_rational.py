@@ -94,6 +94,11 @@ class GroupRational(KeepsDtype):
         found = rational(x if last else x.movedim(self.dim, -1), self.numerator, self.denominator, self.kind)
         return found if last else found.movedim(-1, self.dim)
 
+    @property
+    def flops(self) -> int:
+        """Operations for one output, by Horner's rule; the paper counts 21 where these are 20."""
+        return 2 * sum(self.degrees) + 2
+
     def curve(self) -> Curve | None:
         """Return what it computes now, for the CPU decoder; None above degrees 5 and 4."""
         kind: CurveKind = "rational_a" if self.kind == "A" else "rational_b"

@@ -9,6 +9,7 @@ When to use it: in the MLPs of a language model, from the first step of a traini
 `add_nonlinearity`, which also adds the shortcuts. For images `vanillanet` has a series that also sees the neighbours.
 Cost: n activations in place of one, and 2 n numbers per hidden unit; without a fused kernel, what is kept for the
 backward pass grows n-fold. Each term adds to the scale of the output and to its Lipschitz constant.
+The CPU decoder computes up to four terms of SiLU, GELU or ReLU (`curve`).
 Settled here: a_i and b_i keep float32 in a model of 16 bits, and weight decay spares them (it would switch terms off).
 b_i other than 0 gives a ReLU outputs other than 0 for an input of 0.
 Our own reading: a pair a_i, b_i for each hidden unit (the paper does not state the shape), behind one shared up
@@ -24,11 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.layers.activation_function import Axis
-from actkit.core.layers.activations import Activation, mixes_of
+from actkit.core.layers.activations import Activation, flops_of, mixes_of, name_of
+from actkit.core.layers.curve import COEFFICIENTS, KINDS, Curve
 from actkit.core.layers.keeps_dtype import KeepsDtype, at_least_float32
 
 Start = Literal["preserve", "paper"]
 STARTS: tuple[Start, ...] = ("preserve", "paper")
+MOST_TERMS = 4  # that the decoder computes
 SPREAD = 0.02  # standard deviation around the start of the paper's kind
 
 
@@ -87,6 +90,23 @@ class SeriesActivation(KeepsDtype):
         wide = at_least_float32(x)
         y = sum((self.base(wide * a + b) for a, b in zip(self.scale, self.shift, strict=True)), torch.zeros_like(wide))
         return (y / self.terms if self.normalize else y).to(x.dtype)
+
+    def curve(self) -> Curve | None:
+        """Return what it computes now, for the CPU decoder; None above 4 terms, or of a function that it has not."""
+        kind: Any = f"series_{name_of(self.base)}"
+        if kind not in KINDS or self.terms > MOST_TERMS:
+            return None
+        pairs = torch.stack((self.scale.detach().float(), self.shift.detach().float()), -1)  # [terms, channels, 2]
+        rows = torch.zeros(pairs.shape[1], COEFFICIENTS)
+        rows[:, : 2 * self.terms] = pairs.transpose(0, 1).flatten(1)
+        rows[:, -2:] = torch.tensor([1 / self.terms if self.normalize else 1.0, float(self.terms)])
+        return Curve.of(kind, rows)
+
+    @property
+    def flops(self) -> int | None:
+        """Operations for one output; None if nobody counted those of its base."""
+        base = flops_of(self.base)
+        return None if base is None else self.terms * (base + 3) - 1 + self.normalize
 
     def spec(self) -> dict[str, Any]:
         """Return its JSON arguments, as a checkpoint keeps them; the values are in the weights file."""

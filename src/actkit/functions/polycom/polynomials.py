@@ -174,7 +174,9 @@ class PolyNorm(Polynomial):
         def function(x: Tensor) -> Tensor:
             return kernels.poly_norm(x, weight, bias, eps)
 
-        return ActivationFunction(name=_called("poly_norm", found), function=function, mixes=self.mixes)
+        # powers, their squares and sums of these, products with a number per row; a row's roots are hardly any
+        flops = 5 * self.order - 1
+        return ActivationFunction(name=_called("poly_norm", found), function=function, mixes=self.mixes, flops=flops)
 
     def spec(self) -> dict[str, Any]:
         return {"order": self.order, "eps": self.eps}
@@ -214,6 +216,7 @@ def polynomial_of_relu(coefficients: Sequence[float]) -> ActivationFunction:
         inflections=tuple(_sign_changes(curvature)),
         pieces=tuple(pieces),
         limits=(float(p.coef[0]), float(p.coef[0]) if constant else math.copysign(math.inf, p.coef[-1])),
+        flops=1 + 2 * p.degree(),
     )
 
 

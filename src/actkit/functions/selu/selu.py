@@ -181,6 +181,7 @@ def record_at(alpha: float, scale: float) -> ActivationFunction:
             ),
         ),
         limits=(-scale * alpha, math.inf),
+        flops=5,
     )
 
 
