@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/functions (crrelu, selu, qkan, rbfnet), from the functions and the recorded claims.
+"""Draw the pictures of docs/functions, from the functions and from what is recorded of the claims.
 
 python scripts/function_pictures.py   # half a minute
 """
@@ -23,10 +23,15 @@ import svg  # noqa: E402
 from actkit.catalogue import paper  # noqa: E402
 from actkit.claims.selu import Sizes, _moments  # noqa: E402
 from actkit.core.ground.random_numbers import own_random_numbers  # noqa: E402
+from actkit.core.univariate.fit_rational import fit_rational  # noqa: E402
+from actkit.core.univariate.shifted_pairs import ShiftedPairs  # noqa: E402
 from actkit.functions.crrelu.crrelu import record_at  # noqa: E402
+from actkit.functions.polycom.polynomials import PolyNorm, PolyReLU  # noqa: E402
 from actkit.functions.qkan.daruan import Daruan  # noqa: E402
 from actkit.functions.rbfnet.radial import SHAPES, Shape  # noqa: E402
 from actkit.functions.selu.selu import AlphaDropout  # noqa: E402
+from actkit.functions.vanillanet.faded import FadedActivation  # noqa: E402
+from actkit.kernels import rational  # noqa: E402
 
 FOLDER = ROOT / "docs" / "functions"
 WIDTH, HEIGHT, LEFT, TOP = 300, 200, 46, 26
@@ -157,6 +162,124 @@ def rbfnet() -> str:
     return svg.picture(2 * (WIDTH + LEFT) + 12, TOP + HEIGHT + 50, [*parts, *legend(list(shapes), [""] * 3)])
 
 
+def kat() -> str:
+    """SiLU by a rational, and how far it is off."""
+    fits = {
+        "fitted on -3 to 3": fit_rational(nn.functional.silu),
+        "on -8 to 8": fit_rational(nn.functional.silu, between=(-8.0, 8.0)),
+        "on -8 to 8, degrees 3 and 2": fit_rational(nn.functional.silu, (3, 2), between=(-8.0, 8.0)),
+    }
+    panels = [
+        Panel(0, "SiLU (grey) and rationals", (-8, 8), (-1, 8), ((-8, -4, 0, 4, 8), (0, 2, 4, 6, 8))),
+        Panel(1, "error, as a power of 10", (-8, 8), (-9, 1), ((-8, -4, 0, 4, 8), (-8, -6, -4, -2, 0))),
+    ]
+    x = torch.linspace(-8, 8, 801, dtype=torch.float64)
+    silu = nn.functional.silu(x)
+    panels[0].draw(x.tolist(), silu.tolist(), "#999999")
+    for fit, colour in zip(fits.values(), svg.COLOURS):
+        coefficients = (torch.tensor([each], dtype=torch.float64) for each in (fit.numerator, fit.denominator))
+        y = rational(x[:, None], *coefficients, fit.kind)[:, 0]
+        panels[0].draw(x.tolist(), y.tolist(), colour, "4 3")
+        panels[1].draw(x.tolist(), (y - silu).abs().clamp(min=1e-12).log10().tolist(), colour)
+    return svg.picture(2 * (WIDTH + LEFT) + 12, TOP + HEIGHT + 50, [*_all(panels), *legend(list(fits), [""] * 3)])
+
+
+def polycom() -> str:
+    """PolyReLU and its derivative, and PolyNorm of rows of other sizes."""
+    panels = [
+        Panel(0, "PolyReLU (dashed: its derivative)", (-2, 2), (-1, 4), ((-2, -1, 0, 1, 2), (-1, 0, 1, 2, 3, 4))),
+        Panel(1, "PolyNorm of evenly spread rows", (-3, 3), (-3, 3), ((-3, -1.5, 0, 1.5, 3), (-3, -1.5, 0, 1.5, 3))),
+    ]
+    x = torch.linspace(-2, 2, 401, dtype=torch.float64) + 1e-9
+    record = PolyReLU(3).record()
+    assert record is not None and record.derivative is not None
+    panels[0].draw(x.tolist(), record.function(x).tolist(), svg.COLOURS[0])
+    panels[0].draw(x.tolist(), record.derivative(x).tolist(), svg.COLOURS[0], "4 3")
+    for size, colour in zip((0.5, 1.0, 3.0), svg.COLOURS[1:]):
+        row = torch.linspace(-size, size, 401, dtype=torch.float64)
+        panels[1].draw(row.tolist(), PolyNorm(3).double()(row[None])[0].tolist(), colour)
+    names = ["PolyReLU", "PolyNorm, values to 0.5", "to 1", "to 3"]
+    return svg.picture(2 * (WIDTH + LEFT) + 12, TOP + HEIGHT + 50, [*_all(panels), *legend(names, [""] * 4)])
+
+
+def pangu() -> str:
+    """How many directions the tokens of two models lie in, and how unlike they are, block by block."""
+    panels = [
+        Panel(0, "components for 80 % of the variance", (1, 30), (0, 180), ((1, 6, 12, 18, 24, 30), (0, 60, 120, 180))),
+        Panel(1, "diversity of the tokens", (1, 30), (0.2, 1), ((1, 6, 12, 18, 24, 30), (0.2, 0.4, 0.6, 0.8, 1))),
+    ]
+    names = {"smollm2": "SmolLM2-135M", "gemma3": "Gemma 3 270M"}
+    for name, colour in zip(names, svg.COLOURS):
+        here = next(each["here"] for each in recorded("pangu-pi") if each["subject"] == name)
+        counts, diversity = (re.search(f"{what} ([\\d., ]+)", here) for what in ("by block", "diversity"))
+        assert counts is not None and diversity is not None
+        for panel, found in zip(panels, (counts, diversity)):
+            values = [float(each) for each in found[1].strip(" ,").split(", ")]
+            panel.draw(list(range(1, len(values) + 1)), values, colour)
+    return svg.picture(
+        2 * (WIDTH + LEFT) + 12, TOP + HEIGHT + 50, [*_all(panels), *legend(list(names.values()), [""] * 2)]
+    )
+
+
+def vanillanet() -> str:
+    """A ReLU as it fades, and a series of two."""
+    ticks = ((-2, -1, 0, 1, 2), (-2, -1, 0, 1, 2))
+    panels = [
+        Panel(0, "a ReLU as it fades", (-2, 2), (-2, 2), ticks),
+        Panel(1, "a series of two ReLUs", (-2, 2), (-2, 2), ticks),
+    ]
+    x = torch.linspace(-2, 2, 201, dtype=torch.float64)
+    strengths = (0.0, 0.5, 1.0)
+    for strength, colour in zip(strengths, svg.COLOURS):
+        panels[0].draw(x.tolist(), FadedActivation("relu", strength).double()(x).tolist(), colour)
+    for b, colour in zip((-1.0, 1.0), svg.COLOURS[3:]):
+        panels[1].draw(x.tolist(), (x.relu() - 0.8 * (x + b).relu()).tolist(), colour)
+    names = [*(f"strength {strength:g}" for strength in strengths), "second one at 1", "at -1"]
+    return svg.picture(2 * (WIDTH + LEFT) + 12, TOP + HEIGHT + 50, [*_all(panels), *legend(names, [""] * 5)])
+
+
+def af_kan() -> str:
+    """The features of an input, and what was reached at what size."""
+    panels = [
+        Panel(0, "features of an input", (-1, 2), (0, 0.2), ((-1, 0, 1, 2), (0, 0.05, 0.1, 0.15, 0.2))),
+        Panel(1, "digits, %, by thousands of parameters", (0, 18), (80, 100), ((0, 6, 12, 18), (80, 85, 90, 95, 100))),
+    ]
+    x = torch.linspace(-1, 2, 301, dtype=torch.float64)
+    values = ShiftedPairs().double()(x[:, None]).detach()[:, 0]
+    for column in range(values.shape[1]):
+        panels[0].draw(x.tolist(), values[:, column].tolist(), svg.COLOURS[column % len(svg.COLOURS)])
+    parts, texts = _all(panels), [each["here"] for each in recorded("af-kan")]
+    found = re.findall(r"(AF-KAN|MLP|ReLU-KAN[\w ]*?) \((\d+)(?: parameters)?\) ([\d.]+)", " ".join(texts))
+    for name, size, score in dict.fromkeys(found):
+        at = panels[1].at(int(size) / 1000, float(score))
+        parts += [svg.circle(*at, svg.COLOURS[0 if name == "AF-KAN" else 3], 4)]
+        parts += [
+            svg.text(at[0] + 8, at[1] + 4, name, "start") if int(size) < 9000 else svg.text(at[0], at[1] - 8, name)
+        ]
+    return svg.picture(2 * (WIDTH + LEFT) + 12, TOP + HEIGHT + 30, parts)
+
+
+def s_kan() -> str:
+    """Errors on seven functions by basis, and for the nodes that choose."""
+    here = next(each["here"] for each in recorded("s-kan") if "Errors (" in each["here"])
+    names = re.search(r"Errors \((.+?)\): ", here)
+    assert names is not None
+    functions = [part.rsplit(": ", 1) for part in here[names.end() :].split("; ")]
+    panel = Panel(0, "error on each of seven functions, as a power of 10", (1, 7), (-3, 0), (range(1, 8), range(-3, 1)))
+    arms = names[1].split(", ")
+    shown = [name for name in arms if name != "wavelet"]
+    for name, colour in zip(shown, svg.COLOURS):
+        values = [math.log10(float(row.split(", ")[arms.index(name)])) for _, row in functions]
+        panel.draw(list(range(1, 8)), values, colour, "" if name == "S-KAN" else "4 3")
+    parts = [
+        svg.text(WIDTH + 2 * LEFT, TOP + 24 + 22 * k, f"{k + 1}: {name}", "start")
+        for k, (name, _) in enumerate(functions)
+    ]
+    return svg.picture(
+        2 * (WIDTH + LEFT) + 12, TOP + HEIGHT + 50, [*panel.parts, *parts, *legend(shown, ["4 3"] * 4 + [""])]
+    )
+
+
 def recorded(slug: str) -> list[dict[str, Any]]:
     """What is recorded of the claims of a method."""
     record = paper(slug).evidence
@@ -169,6 +292,20 @@ def _all(panels: Sequence[Panel]) -> list[str]:
     return [part for panel in panels for part in panel.parts]
 
 
+PICTURES = {
+    "crrelu": crrelu,
+    "selu": selu,
+    "qkan": qkan,
+    "rbfnet": rbfnet,
+    "kat": kat,
+    "polycom": polycom,
+    "pangu-pi": pangu,
+    "vanillanet": vanillanet,
+    "af-kan": af_kan,
+    "s-kan": s_kan,
+}
+
+
 if __name__ == "__main__":
-    for name, draw in (("crrelu", crrelu), ("selu", selu), ("qkan", qkan), ("rbfnet", rbfnet)):
+    for name, draw in PICTURES.items():
         (FOLDER / f"{name}.svg").write_text(draw(), encoding="utf-8")
