@@ -87,6 +87,7 @@ PLAIN: dict[str, tuple[str | tuple[str, ...], Callable[..., Any]]] = {
 }
 
 
+@pytest.mark.slow(reason="a training, and a process without actkit that reads the export")
 @pytest.mark.parametrize("kind", PLAIN)
 def test_collapsed_it_is_a_plain_checkpoint(kind: str, tmp_path: Path) -> None:
     """Deepened, trained, collapsed: transformers alone reads a model of the class and the shapes of the first."""
