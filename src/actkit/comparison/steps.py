@@ -51,7 +51,8 @@ class StepCost:
             costs: one for each.
         """
         columns = zip(*(asdict(each).values() for each in costs), strict=True)
-        return cls(*(None if None in column else mean(column) for column in columns))
+        found: list[Any] = [None if None in column else mean(column) for column in columns]
+        return cls(*found)
 
 
 def measure_steps(
@@ -83,8 +84,8 @@ def measure_steps(
     found = {}
     for name, model in models.items():
         products, functions = _flops(model, loss)
-        each = None if functions is None else functions / rows
-        found[name] = StepCost(median(times[name]), max(times[name]), products / rows, _saved(model, loss), each)
+        each_row = None if functions is None else functions / rows
+        found[name] = StepCost(median(times[name]), max(times[name]), products / rows, _saved(model, loss), each_row)
     return found
 
 

@@ -46,7 +46,7 @@ def write(plain: Plain, folder: Path, max_shard: int | str) -> dict[str, Any]:
         tensors |= plain.bias(path)
         also = ", its correction merged" if path in plain.corrections else ""
         dense[path] = f"{layer.storage.describe()} in this model{also}"
-    others = {**plain.tables, **plain.convolutions}
+    others: dict[str, Any] = {**plain.tables, **plain.convolutions}
     dense |= {path: f"{module.storage.describe()} in this model" for path, module in others.items()}
     plain.skeleton.save_pretrained(folder, state_dict=tensors, max_shard_size=max_shard)
     notes = ["every weight takes the bytes of the model's dtype, whatever it was rounded to"]

@@ -44,7 +44,11 @@ CURVES: dict[CurveKind, int] = {
     "rational_b": functions.RATIONAL_B,
     "crrelu": functions.CRRELU,
     "poly_relu": functions.POLY_RELU,
-    **{f"series_{name}": functions.SERIES_SILU + code - functions.SILU for name, code in ACTIVATIONS.items()},  # type: ignore[dict-item]
+    "series_silu": functions.SERIES_SILU,
+    "series_relu": functions.SERIES_RELU,
+    "series_gelu": functions.SERIES_GELU,
+    "series_gelu_tanh": functions.SERIES_GELU_TANH,
+    "series_relu2": functions.SERIES_RELU2,
 }
 
 

@@ -160,15 +160,15 @@ def _exponential(
 @lru_cache
 def elu(alpha: float = 1.0) -> ActivationFunction:
     """x if x > 0, else alpha * (exp(x) - 1), alpha > 0."""
-    names = (_named(each, alpha, usual=(1.0,)) for each in ("elu", "ELU"))
-    return _exponential(*names, lambda x: F.elu(x, alpha), 1.0, alpha, 1.0, flops=4)
+    name, theirs = (_named(each, alpha, usual=(1.0,)) for each in ("elu", "ELU"))
+    return _exponential(name, theirs, lambda x: F.elu(x, alpha), 1.0, alpha, 1.0, flops=4)
 
 
 @lru_cache
 def celu(alpha: float = 1.0) -> ActivationFunction:
     """x if x > 0, else alpha * (exp(x / alpha) - 1), alpha > 0."""
-    names = (_named(each, alpha, usual=(1.0,)) for each in ("celu", "CELU"))
-    return _exponential(*names, lambda x: F.celu(x, alpha), 1.0, alpha, alpha, flops=5)
+    name, theirs = (_named(each, alpha, usual=(1.0,)) for each in ("celu", "CELU"))
+    return _exponential(name, theirs, lambda x: F.celu(x, alpha), 1.0, alpha, alpha, flops=5)
 
 
 ELU, CELU = elu(), celu()
