@@ -155,8 +155,9 @@ def test_the_gates_of_an_inserted_series() -> None:
         drawn(layer.mlp.act_fn)
     with Decoder(model, capacity=32) as decoder:
         torch.testing.assert_close(decoder(IDS[0].tolist()), expected(model)[-1], atol=2e-4, rtol=2e-4)
-    apply(model, AddNonlinearity(series=1, ratio=4), progress=False)
-    assert choose_engine(model, capacity=32).name == "transformers"
+    other = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
+    apply(other, AddNonlinearity(series=2, ratio=4), progress=False)
+    assert choose_engine(other, capacity=32).name == "transformers"
 
 
 @pytest.mark.parametrize("make", HAVE_NONE)
