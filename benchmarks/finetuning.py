@@ -250,7 +250,7 @@ def of_each(quick: bool, measured: Callable[[Case, int], dict[str, dict[str, Any
     with TemporaryDirectory() as name:
         for make in (minilm, digits_vit, mobilenet):
             case = make(Path(name), quick)
-            found[case.name] = measured(case, 2 if quick else 8)
+            found[case.name] = measured(case, 2 if quick else 4)
     return found
 
 

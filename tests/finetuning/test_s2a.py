@@ -224,3 +224,18 @@ def test_what_has_no_place_is_refused() -> None:
         apply(tiny_model("llama"), AddPrompts(), progress=False)
     with pytest.raises(EditError, match=r"reduction: 1000 was given, and the hidden states have"):
         apply(tiny_model("bert"), AddSidePath(reduction=1000), progress=False)
+
+
+def test_a_network_without_attention_keeps_codes_of_the_rest() -> None:
+    from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
+
+    config = MobileNetV2Config(image_size=32, depth_multiplier=0.25, num_labels=2, classifier_dropout_prob=0.0)
+    model = MobileNetV2ForImageClassification(config).eval()
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    before = model(pixel_values=pixels).logits
+    with trained_parameters(model, [S2A()]), attached([S2A()], model) as running:
+        assert torch.equal(model(pixel_values=pixels).logits, before)
+        report = running.report()["0.S2A"]
+    assert any("attention" in each for each in report["left"]) and torch.equal(
+        model(pixel_values=pixels).logits, before
+    )

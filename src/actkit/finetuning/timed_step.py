@@ -80,7 +80,8 @@ def time_step(process: FreshProcess, batch: Any, way: Way | None = None, *, step
             - `trainable`: how many numbers train;
             - `loss`: in the last step;
             - `resident_bytes`: of the process before;
-            - `peak_bytes`: the largest meanwhile; None if the system lets no process reset its peak.
+            - `peak_bytes`: the largest meanwhile, with what a first training imports (some 70 MB); None if the system
+              lets no process reset its peak.
 
     Raises:
         ValueError: there are fewer steps than 1.

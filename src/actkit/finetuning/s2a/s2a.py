@@ -167,7 +167,7 @@ class AttachedS2A(AttachedRule):
     def _code_attention(self, rule: S2A, model: nn.Module) -> None:
         """Let the attention of transformers' models keep codes."""
         inner = getattr(getattr(model, "config", None), "_attn_implementation", None)
-        if inner is None or not hasattr(model, "set_attn_implementation"):
+        if inner is None or not getattr(model, "_supports_sdpa", False):  # such as a convolutional network
             self.left.add(f"attention: {type(model).__name__} calls no attention function of transformers")
             return
         function = CodedAttention(inner, rule.bits, rule.group, rule.rounding)
