@@ -29,6 +29,7 @@ from actkit.core.ground.memory import format_bytes
 from actkit.core.ground.whole_file import write_whole
 from actkit.core.measure.summary import Summary, summarise
 from actkit.core.model.architectures import find_architecture
+from actkit.core.page.page import HasPage
 from actkit.core.recipe import runner
 from actkit.core.recipe.analysis import parse_analysis
 from actkit.core.recipe.recipe import Recipe
@@ -108,7 +109,7 @@ def analyze(
         model: a model, or its name.
         analysis: 'neuron_activity', 'neuron_activity:threshold=0.1' or {'neuron_activity': {'threshold': 0.1}}.
         data: None for the embedded calibration split.
-        html: a file to which its picture is written.
+        html: a file to which its page is written, or its picture if it has no page.
         out: a file to which all that it found is written, as JSON.
         overwrite: replace what is at `html` and `out`.
         progress: show bars.
@@ -130,9 +131,14 @@ def analyze(
             )
     opening, reading = _sorted(options)
     opened, tokenizer = open_model(model, **opening)
-    result = found(opened, open_data(data, opened, tokenizer, "calibration", **reading), progress=progress)
+    if found.reader is None:
+        batches = open_data(data, opened, tokenizer, "calibration", **reading)
+    else:
+        batches = found.reader(data, opened, tokenizer, **reading)
+    result = found(opened, batches, progress=progress)
     if html is not None:
-        write_whole(Path(html), result.figure().to_html())
+        page = result.page().html() if isinstance(result, HasPage) else result.figure().to_html()
+        write_whole(Path(html), page)
     if out is not None:
         write_whole(Path(out), json.dumps(result.to_dict(), indent=1))
     return result

@@ -11,6 +11,7 @@ from tiny_models import build
 from torch import nn
 
 from actkit.data import Batches, load_data, text
+from actkit.data.pairs import read_pairs
 from error_proofs import HOST, IDS, Place, Words, _t5, missing, proof, raising
 
 
@@ -112,3 +113,40 @@ def zoo_digits() -> Any:
 
     _all.cache_clear()
     return digits("test")
+
+
+# -- pairs -------------------------------------------------------------------------------------------------------------
+
+PAIR = '{"clean": "a b", "corrupted": "a c", "right": "d", "wrong": "e"}'
+
+
+def pairs(p: Place, text: str, tokenizer: Any = None) -> Any:
+    (p.path / "pairs.jsonl").write_text(text)
+    return read_pairs(p.path / "pairs.jsonl", build("llama"), tokenizer or Words())
+
+
+proof(lambda p: read_pairs(None, build("llama"), Words()))
+
+
+proof(lambda p: read_pairs(p.path / "absent.jsonl", build("llama"), Words()))
+
+
+@proof
+def a_model_without_texts(p: Place) -> None:
+    (p.path / "pairs.jsonl").write_text(PAIR)
+    read_pairs(p.path / "pairs.jsonl", build("vit"), None)
+
+
+proof(lambda p: pairs(p, ""))
+
+
+proof(lambda p: pairs(p, "{"))
+
+
+proof(lambda p: pairs(p, PAIR.replace("a b", "a b c")))
+
+
+proof(lambda p: pairs(p, f"{PAIR}\n{PAIR.replace('a b', 'a').replace('a c', 'a')}"))
+
+
+proof(lambda p: pairs(p, PAIR.replace('"d"', '"d d"')))

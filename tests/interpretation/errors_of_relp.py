@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from actkit.core.model.parts import Norm
-from actkit.interpretation.relp.effects import faithfulness, patch_effects
+from actkit.interpretation.relp.effects import exact_effects, faithfulness, patch_effects
 from actkit.interpretation.relp.metrics import LogitDifference
+from actkit.interpretation.relp.relp import relp
+from actkit.interpretation.relp.results import Node
 from actkit.interpretation.relp.rules import RelevanceRules, _norm
 from actkit.testing import tiny_model
 from error_proofs import Place, missing, proof
@@ -84,3 +86,15 @@ def no_picture(p: Place) -> None:
     found = effects()
     missing("plotly", p)
     found.figure()
+
+
+proof(lambda p: relp(tiny_model("llama"), [BASE], progress=False))
+
+
+proof(lambda p: relp(tiny_model("llama"), [], checked=-1))
+
+
+@proof
+def a_node_beyond_the_inputs(p: Place) -> None:
+    node = Node("blocks.0.mlp.output", 999, 0.0)
+    exact_effects(tiny_model("llama"), BASE, BASE, lambda logits: logits.mean(), [node], progress=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,9 +11,11 @@ from torch import Tensor, nn
 import actkit
 from actkit.core.forward.batch import forward
 from actkit.core.model.anatomy import anatomy
+from actkit.core.model.sites import Site
 from actkit.core.watch.capture import live
 from actkit.core.watch.intervene import intervene
-from actkit.interpretation.relp.effects import faithfulness, patch_effects
+from actkit.data.pairs import read_pairs
+from actkit.interpretation.relp.effects import exact_effects, faithfulness, patch_effects
 from actkit.interpretation.relp.metrics import LogitDifference, logits_of
 from actkit.interpretation.relp.rules import RelevanceRules
 from actkit.testing import tiny_batches, tiny_model
@@ -267,3 +271,37 @@ def test_bad_input():
 
 
 IDS1 = BASE["input_ids"][:1]
+
+
+# -- by name -----------------------------------------------------------------------------------------------------------
+
+
+def test_by_name_it_is_the_mean_over_all_pairs_with_the_first_nodes_patched_exactly(tmp_path):
+    rows = [
+        {"clean": f"If the {a} is not a", "corrupted": f"If this {a} is not a", "right": f" {a}", "wrong": " list"}
+        for a in ("file", "name", "value")
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    options = {"dtype": "float32", "progress": False}
+    several = actkit.analyze("swiglu", "relp:checked=3", path, batch_size=2, html=tmp_path / "relp.html", **options)
+    model, tokenizer = actkit.load("swiglu", dtype=torch.float32), actkit.load_tokenizer("swiglu")
+    (pairs,) = read_pairs(path, model, tokenizer, batch_size=3)
+    base, patch = {"input_ids": pairs["input_ids"]}, {"input_ids": pairs["clean_input_ids"]}
+    metric = LogitDifference(pairs["right"], pairs["wrong"])
+    once = patch_effects(model, base, patch, metric, progress=False)
+    exact = patch_effects(model, base, patch, metric, method="exact", progress=False)
+    for name, values in once.values.items():
+        torch.testing.assert_close(several.values[name], values, rtol=1e-4, atol=1e-5)
+    for node, effect in zip(several.top(3), several.checked, strict=True):
+        site = Site.parse(node.site)
+        assert effect == pytest.approx(float(exact.values[site.name][site.block, node.position]), abs=1e-4)
+    assert "patched exactly" in (tmp_path / "relp.html").read_text() and len(several.to_dict()["checked"]) == 3
+    assert "exact" in [column.header for column in several.table().columns]
+
+
+def test_heads_are_patched_exactly_one_by_one():
+    model = tiny_model("llama")
+    found = effects(model, sites=["attention.mixed"], method="exact")
+    again = exact_effects(model, BASE, PATCH, METRIC, found.top(5), progress=False)
+    assert again == pytest.approx([node.effect for node in found.top(5)], abs=1e-6)

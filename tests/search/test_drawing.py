@@ -11,7 +11,8 @@ import pytest
 from made_up import around
 
 from actkit.core.ground.estimate import Estimate
-from actkit.search.drawing import HEIGHT, WIDTH, Bar, Mark, _ticks, bars, points, scatter
+from actkit.core.page.axes import HEIGHT, WIDTH, ticks
+from actkit.search.drawing import Bar, Mark, bars, points, scatter
 
 
 def marks(count: int, spread: float) -> list[Mark]:
@@ -69,5 +70,5 @@ def test_unknown_intervals_have_no_bar_and_titles_are_escaped():
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 0.023), (-0.004, 0.1), (0, 1234), (3, 3.0001)])
 def test_ticks_are_few_round_and_inside(low, high):
-    ticks = _ticks(low, high)
-    assert 2 <= len(ticks) <= 8 and low - 1e-9 <= min(ticks) <= max(ticks) <= high + 1e-9
+    found = ticks(low, high)
+    assert 2 <= len(found) <= 8 and low - 1e-9 <= min(found) <= max(found) <= high + 1e-9

@@ -48,6 +48,7 @@ from actkit.interpretation.relp.effects import patch_effects
 from actkit.interpretation.relp.latents import latent_effects
 from actkit.interpretation.sparse_autoencoder.top_k import TopKAutoencoder
 from actkit.interpretation.sparse_autoencoder.training import measure_autoencoder
+from actkit.interpretation.relp.relp import relp
 from actkit.quantization.adadim.sensitivity import weight_sensitivity
 from actkit.quantization.zeroquant_v2.ptq_study import ptq_study
 from actkit.search.profile import profile
@@ -162,6 +163,15 @@ def of_widths() -> Any:
 TASKS = {"one": 0.1, "other": -0.2}
 ANALYSES: dict[str, Made] = {
     "latent_effects": Made(of_latents, "LatentEffects", several=False),
+def pairs(model: Any, batches: Any) -> Any:
+    base = batches[0]["input_ids"]
+    answers = {"right": base[:, 0], "wrong": base[:, 1]}
+    given = {"input_ids": base, "clean_input_ids": base.flip(0), **answers, "tokens": ("<b>",) * base.shape[1]}
+    return relp(model, [given], checked=2, progress=False)
+
+
+ANALYSES: dict[str, Made] = {
+    "relp": Made(pairs, "PatchEffects", several=False),
     "patch_effects": Made(effects, "PatchEffects", several=False),
     "dead_neuron_rate": Made(quiet(dead_neuron_rate), "DeadNeurons", relu=True),
     "dead_neuron_rate of images": Made(quiet(dead_neuron_rate, granularity="channel", eps=0.1), "DeadNeurons", "vit"),

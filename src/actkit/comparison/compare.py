@@ -36,8 +36,8 @@ from actkit.core.ground.machine import machine, versions
 from actkit.core.ground.progress import step, track
 from actkit.core.ground.whole_file import write_whole
 from actkit.core.ground.yaml_files import shorten
+from actkit.core.page.templating import check_pages
 from actkit.search.journal import JOURNAL, Journal, check_out
-from actkit.search.pages import check_pages
 
 RESULTS, PAGE = "results.json", "index.html"
 LEFT = (JOURNAL, RESULTS, PAGE)

@@ -6,8 +6,8 @@ from typing import Any
 
 from actkit.comparison.results import Comparison, Row, cells
 from actkit.core.ground.estimate import Estimate
+from actkit.core.page.templating import about_machine, template
 from actkit.search.drawing import Kind, Mark, points
-from actkit.search.pages import about_machine, template
 
 
 def render(result: Comparison) -> str:

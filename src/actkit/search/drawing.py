@@ -1,6 +1,6 @@
 """The pictures of the report, as small inline SVG that follows the page's colours and needs no script.
 
-Colours are CSS classes of the page (`templates/report.html`): c0 to c7 for lines, `mark-*` for candidates.
+Colours are CSS classes of the page (`core/page/templates/style.css`): c0 to c7 for lines, `mark-*` for candidates.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from statistics import median
 from typing import Literal
 
 from actkit.core.ground.estimate import Estimate
+from actkit.core.page.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, frame, scale, svg, ticks, titles
+from actkit.core.page.pictures import lines_over
 from actkit.search.results import Profile, SiteProfile
 
 Kind = Literal["original", "best", "front", "other"]
-WIDTH, HEIGHT = 560, 400
-LEFT, RIGHT, TOP, BOTTOM = 58, 18, 18, 46
 RADIUS = {"original": 7.0, "best": 8.0, "front": 6.0, "other": 5.0}
 
 
@@ -58,9 +58,9 @@ def scatter(marks: Sequence[Mark], x_title: str, limit: float) -> str:
     lowest = min((m.loss.low if isfinite(m.loss.low) else m.loss.value for m in marks), default=0.0)
     bottom = max(min(0.0, lowest), -top / 2) - 0.06 * top
     right = max((min(_end(m.share), 2 * m.share.value) for m in marks), default=1.0) * 1.06
-    x = _scale(0.0, right, LEFT, WIDTH - RIGHT)
-    y = _scale(bottom, top, HEIGHT - BOTTOM, TOP)
-    parts = [_frame(_ticks(0.0, right), x, _ticks(bottom, top), y, percent=True)]
+    x = scale(0.0, right, LEFT, WIDTH - RIGHT)
+    y = scale(bottom, top, HEIGHT - BOTTOM, TOP)
+    parts = [frame(ticks(0.0, right), x, ticks(bottom, top), y, percent=True)]
     if bottom <= limit <= top:
         parts.append(f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(limit):.1f}" y2="{y(limit):.1f}"/>')
         parts.append(f'<text class="limit-text" x="{LEFT + 6}" y="{y(limit) - 5:.1f}">limit {limit:.1%}</text>')
@@ -71,8 +71,8 @@ def scatter(marks: Sequence[Mark], x_title: str, limit: float) -> str:
         taken.append((cx - 9, cy - 9, cx + 9, cy + 9))
     parts += [_intervals(mark, x, y) for mark in drawn]  # below all labels
     parts += [_mark(mark, x, y, taken) for mark in drawn]
-    parts.append(_titles(x_title, "loss"))
-    return _svg(parts, f"Loss against {x_title}: {len(marks)} models")
+    parts.append(titles(x_title, "loss"))
+    return svg(parts, f"Loss against {x_title}: {len(marks)} models")
 
 
 def points(marks: Sequence[Mark], x_title: str, y_title: str) -> str:
@@ -92,22 +92,22 @@ def points(marks: Sequence[Mark], x_title: str, y_title: str) -> str:
     low, high = low - room, high + room
     shares = [mark.share.value for mark in marks] or [1.0]
     first, last = log10(min(shares) / 1.3), log10(max(shares) * 1.3)
-    logarithmic = _scale(first, last, LEFT, WIDTH - RIGHT)
-    y = _scale(low, high, HEIGHT - BOTTOM, TOP)
+    logarithmic = scale(first, last, LEFT, WIDTH - RIGHT)
+    y = scale(low, high, HEIGHT - BOTTOM, TOP)
 
     def x(value: float) -> float:
         return logarithmic(log10(value))
 
     steps = [factor * 10.0**power for power in range(floor(first), floor(last) + 1) for factor in (1, 2, 5)]
     kept = [round(each, 12) for each in steps if first <= log10(each) <= last]
-    parts = [_frame(kept, x, _ticks(low, high), y, percent=False)]
+    parts = [frame(kept, x, ticks(low, high), y, percent=False)]
     drawn = sorted(marks, key=lambda mark: list(RADIUS).index(mark.kind), reverse=True)
     places = [(x(mark.share.value), y(mark.loss.value)) for mark in drawn]
     taken = [(cx - 9, cy - 9, cx + 9, cy + 9) for cx, cy in places]
     parts += [_intervals(mark, x, y) for mark in drawn]
     parts += [_mark(mark, x, y, taken) for mark in drawn]
-    parts.append(_titles(x_title, y_title))
-    return _svg(parts, f"{y_title} against {x_title}: {len(marks)} arms")
+    parts.append(titles(x_title, y_title))
+    return svg(parts, f"{y_title} against {x_title}: {len(marks)} arms")
 
 
 def _mark(
@@ -195,7 +195,7 @@ def bars(rows: Sequence[Bar]) -> str:
     """Draw horizontal bars with intervals, each with its label above and its text at the end."""
     width, step, left = 680, 46, 4
     longest = max((row.value.high if isfinite(row.value.high) else row.value.value for row in rows), default=1.0)
-    x = _scale(0.0, longest, left, width - 270)
+    x = scale(0.0, longest, left, width - 270)
     parts = []
     for index, row in enumerate(rows):
         top = 8 + step * index
@@ -210,7 +210,7 @@ def bars(rows: Sequence[Bar]) -> str:
             parts.append(f'<line class="interval" x1="{low:.1f}" x2="{high:.1f}" y1="{top + 23}" y2="{top + 23}"/>')
             end = max(end, high)
         parts.append(f'<text x="{end + 8:.1f}" y="{top + 28}">{escape(row.text)}</text>')
-    return _svg(parts, "Speed: " + "; ".join(f"{row.label}: {row.text}" for row in rows), width, step * len(rows) + 8)
+    return svg(parts, "Speed: " + "; ".join(f"{row.label}: {row.text}" for row in rows), width, step * len(rows) + 8)
 
 
 # -- the profile -------------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def profile_panels(profile: Profile) -> list[Panel]:
         lines = [
             _medians((places.index(_place_of(s)), read(s)) for s in profile.sites if s.name == name) for name in names
         ]
-        panels.append(Panel(title, _lines(lines, title, places, logarithmic), legend))
+        panels.append(Panel(title, lines_over(lines, title, places, logarithmic), legend))
     if profile.weights:
         roles = list(dict.fromkeys(weight.role for weight in profile.weights))[:8]
         rows = [[w for w in profile.weights if w.role == role] for role in roles]
@@ -267,7 +267,9 @@ def profile_panels(profile: Profile) -> list[Panel]:
         ]
         title = "weights in int4, groups of 64 (dB)"
         wide = [w.path for w in rows[0]] if roles == ["layer"] else sorted({w.block for w in profile.weights})
-        panels.append(Panel(title, _lines(lines, title, wide, False), tuple((f"c{i}", r) for i, r in enumerate(roles))))
+        panels.append(
+            Panel(title, lines_over(lines, title, wide, False), tuple((f"c{i}", r) for i, r in enumerate(roles)))
+        )
     return panels
 
 
@@ -281,92 +283,3 @@ def _medians(points: Iterable[tuple[int, float | None]]) -> list[tuple[int, floa
         if value is not None and isfinite(value):
             found.setdefault(place, []).append(value)
     return [(place, median(values)) for place, values in sorted(found.items())]
-
-
-def _lines(lines: Sequence[list[tuple[int, float]]], title: str, places: Sequence[int | str], logarithmic: bool) -> str:
-    width, height, left, bottom, top = 300, 170, 44, 22, 8
-    values = [value for line in lines for _, value in line if value > 0 or not logarithmic]
-    y, ticks = _vertical(values, logarithmic, height - bottom, top)
-    x = _scale(0, max(1, len(places) - 1), left + 6, width - 10)
-    parts = []
-    for tick in ticks:
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - 4}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        parts.append(
-            f'<text class="tick" x="{left - 5}" y="{y(tick) + 4:.1f}" text-anchor="end">{_number(tick)}</text>'
-        )
-    numbered = all(isinstance(place, int) for place in places)
-    for index in range(0, len(places), max(1, -(-len(places) // 8))):
-        text = str(places[index]) if numbered else str(index + 1)
-        parts.append(
-            f'<text class="tick" x="{x(index):.1f}" y="{height - 6}" text-anchor="middle">{escape(text)}</text>'
-        )
-    for number, line in enumerate(lines):
-        points = [(x(place), y(value)) for place, value in line]
-        if len(points) > 1:
-            path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-            parts.append(f'<polyline class="line c{number}" points="{path}"/>')
-        parts += [f'<circle class="dot c{number}" cx="{a:.1f}" cy="{b:.1f}" r="2.6"/>' for a, b in points]
-    return _svg(parts, title, width, height)
-
-
-def _vertical(
-    values: Sequence[float], logarithmic: bool, start: float, end: float
-) -> tuple[Callable[[float], float], list[float]]:
-    """The axis of a panel: from 0, or over powers of ten; with its ticks."""
-    low, high = min(values, default=1.0), max(values, default=1.0)
-    if logarithmic:
-        first, last = floor(log10(low)), floor(log10(high)) + 1
-        scale = _scale(first, last, start, end)
-        ticks = [10.0**power for power in range(first, last + 1)]
-        return lambda value: scale(log10(max(value, 10.0**first))), ticks[:: max(1, len(ticks) // 4)]
-    low, high = min(0.0, low), max(1.05 * high, 1e-9)
-    return _scale(low, high, start, end), _ticks(low, high, 4)
-
-
-# -- axes --------------------------------------------------------------------------------------------------------------
-
-
-def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    span = (high - low) or 1.0
-    return lambda value: start + (value - low) / span * (end - start)
-
-
-def _ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers from low to high."""
-    raw = (high - low) / about or 1.0
-    power = 10.0 ** floor(log10(raw))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
-    first = -floor(-low / step)
-    return [round(index * step, 12) for index in range(first, floor(high / step + 1e-9) + 1)]
-
-
-def _frame(
-    xs: Sequence[float], x: Callable[[float], float], ys: Sequence[float], y: Callable[[float], float], percent: bool
-) -> str:
-    parts = []
-    for tick in ys:
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
-        text = f"{100 * tick:g}%" if percent else _number(tick)
-        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{text}</text>')
-    for tick in xs:
-        parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        text = f"{100 * tick:g}%" if percent else _number(tick)
-        middle = f'x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle"'
-        parts.append(f'<text class="tick" {middle}>{text}</text>')
-    return "".join(parts)
-
-
-def _titles(x_title: str, y_title: str) -> str:
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    across = f'<text class="axis" x="{middle:.0f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x_title)}</text>'
-    up = f'<text class="axis" transform="translate(14 {(HEIGHT - BOTTOM) / 2:.0f}) rotate(-90)" text-anchor="middle">'
-    return f"{across}{up}{escape(y_title)}</text>"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
-
-
-def _svg(parts: Iterable[str], label: str, width: int = WIDTH, height: int = HEIGHT) -> str:
-    opening = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label, quote=True)}">'
-    return opening + "".join(parts) + "</svg>"

@@ -14,11 +14,11 @@ import yaml
 
 from actkit.core.ground.estimate import Estimate
 from actkit.core.ground.memory import format_bytes
+from actkit.core.page.templating import about_machine, template
 from actkit.search.drawing import Bar, Kind, Mark, bars, profile_panels, scatter
 from actkit.search.figures import interval
 from actkit.search.measured import Candidate
 from actkit.search.mixing.drawing import chosen_grid, colours_of, damage_grid
-from actkit.search.pages import about_machine, template
 from actkit.search.verdict import times
 
 if TYPE_CHECKING:

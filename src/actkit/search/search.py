@@ -37,6 +37,7 @@ from actkit.core.measure.proof import prove
 from actkit.core.measure.speed import Speed, measure_speed
 from actkit.core.measure.summary import summarise
 from actkit.core.model.anatomy import Anatomy, anatomy
+from actkit.core.page.templating import check_pages
 from actkit.core.recipe.proposals import LeftOut, Shapes
 from actkit.core.recipe.recipe import transforms_of
 from actkit.core.recipe.runner import check_model
@@ -54,7 +55,6 @@ from actkit.search.measured import Candidate, speed_from
 from actkit.search.mixing.mixing import Aim, Mixing
 from actkit.search.mixing.rounds import Rounds
 from actkit.search.own_grid import WARNING as OWN_GRID
-from actkit.search.pages import check_pages
 from actkit.search.profile import profile
 from actkit.search.results import Answers, Optimization, Proposal
 from actkit.search.speed_row import SpeedRow, measure_speed_row

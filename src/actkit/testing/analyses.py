@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property, partial
@@ -29,6 +30,7 @@ from torch import nn
 from actkit.core.ground import processes
 from actkit.core.ground.random_numbers import own_random_numbers
 from actkit.core.ground.results import Result
+from actkit.core.page.page import HasPage
 from actkit.testing.checks import (
     Check,
     NotApplicable,
@@ -222,6 +224,17 @@ def figure_can_be_drawn(case: Any) -> None:
     figure.to_json()
 
 
+def page_can_be_written(case: Any) -> None:
+    """`page()`, if it has one, is one file below 3 MB that loads nothing."""
+    if not isinstance(case.result, HasPage):
+        raise NotApplicable("it has no page of its own")
+    if find_spec("jinja2") is None:
+        raise NotApplicable("jinja2 is not installed (pip install 'actkit[report]')")
+    written = case.result.page().html()  # which refuses what is larger
+    loaded = re.findall(r"(?:src|href)\s*=|url\(|@import", re.sub(r"(?s)<(td|dd|title|script type).*?</", "", written))
+    assert not loaded, f"the page loads something: {', '.join(loaded)}"
+
+
 def dictionary_is_json(case: Any) -> None:
     """JSON takes `to_dict()` without NaN and Inf and with no key that is no text, and every field is in it."""
     content = _asked(case.result, "to_dict")
@@ -238,6 +251,7 @@ RESULT_CHECKS: dict[str, Callable[[Any], None]] = {
     "the result is frozen": result_is_frozen,
     "the table can be printed": table_can_be_printed,
     "the figure can be drawn": figure_can_be_drawn,
+    "the page can be written": page_can_be_written,
     "the dictionary is JSON": dictionary_is_json,
 }
 CHECKS: dict[str, Callable[[AnalysisCase], None]] = {

@@ -5,7 +5,7 @@
 
 They stand in the entry-point group `actkit.analyses`, ours and those of plug-ins. What a function takes beside the
 model and the batches is a setting if it can be written down (numbers, texts, lists of these); functions and data are
-for callers in Python.
+for callers in Python. A function that needs data of its own kind says how they are read: `@reads(reader)`.
 """
 
 from __future__ import annotations
@@ -30,6 +30,24 @@ PLAIN = (int, float, str, bool, NoneType, Site, ...)
 GIVEN = ("progress", "anatomy", "max_memory")  # said by whoever runs it
 
 
+Reader = Callable[..., Any]  # (source, model, tokenizer, **how much is read) -> batches
+
+
+def reads(reader: Reader) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Say how the data of an analysis are read, if not as those of the other verbs.
+
+    Args:
+        reader: called with what the user gave (None for nothing), the model, its tokenizer, and the options of
+            `load_data` by name; it gives batches.
+    """
+
+    def named(function: Callable[..., Any]) -> Callable[..., Any]:
+        function.reader = reader  # type: ignore[attr-defined]
+        return function
+
+    return named
+
+
 @dataclass(frozen=True)
 class Analysis:
     """A registered analysis with its settings.
@@ -43,6 +61,11 @@ class Analysis:
     name: str
     function: Callable[..., Any]
     settings: Mapping[str, Any]
+
+    @property
+    def reader(self) -> Reader | None:
+        """What reads its data; None if these are read as those of the other verbs."""
+        return getattr(self.function, "reader", None)
 
     def __call__(self, model: nn.Module, batches: Any, *, progress: bool = True) -> Result:
         """Run it.

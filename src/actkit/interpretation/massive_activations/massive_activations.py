@@ -25,6 +25,9 @@ from torch import nn
 from actkit.core.forward.batch import sequence_of
 from actkit.core.ground.errors import DataError
 from actkit.core.model.sites import Site
+from actkit.core.page.page import Page, Picture, Pictures
+from actkit.core.page.page import Table as Sorted
+from actkit.core.page.pictures import lines_over
 from actkit.core.watch.capture import record
 from actkit.core.watch.extremes import Extreme, Extremes, SequencePeaks, is_massive
 from actkit.core.watch.statistics import Quantiles
@@ -102,6 +105,33 @@ class MassiveActivations:
             name = layer.site if layer.block is None else f"block {layer.block}"
             table.add_row(name, f"{first.value:,.4g}", *where, f"{layer.median:.3g}", ratio)
         return table
+
+    def page(self) -> Page:
+        """Magnitudes by layer on a logarithmic axis, and all of the largest values with their places."""
+        places: list[int | str] = [layer.site if layer.block is None else layer.block for layer in self.layers]
+        lines = [
+            [(at, abs(layer.top[0].value)) for at, layer in enumerate(self.layers)],
+            [(at, layer.median) for at, layer in enumerate(self.layers)],
+            [(at, layer.ratio) for at, layer in enumerate(self.layers)],
+        ]
+        drawn = [
+            Picture("the largest (blue) and the median magnitude", lines_over(lines[:2], "magnitudes", places, True)),
+            Picture("largest over median, a mean over sequences", lines_over(lines[2:], "ratios", places, True)),
+        ]
+        where = ("token id", "position", "channel", "document")
+        headings = ("layer", "rank", "value", *where, "over the median", "strict")
+        rows = []
+        for layer in self.layers:
+            for rank, one in enumerate(layer.top, start=1):
+                place = (one.token_id, one.place, one.channel, one.document)
+                strict = "massive" if is_massive(abs(one.value), layer.median) else ""
+                rows.append((layer.site, rank, one.value, *place, abs(one.value) / layer.median, strict))
+        return Page(
+            f"Massive activations at {self.site}",
+            f"{self.sequences} sequences. {len(self.strict)} of {len(self.layers)} layers are massive: above 100 "
+            "and 1,000 times the median.",
+            (Pictures("By layer", drawn, small=True), Sorted("The largest values", headings, rows)),
+        )
 
     def figure(self) -> Figure:
         """Draw the largest magnitudes and the median of each layer, on a logarithmic axis.

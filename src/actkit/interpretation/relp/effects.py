@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,148 +35,17 @@ from torch import Tensor, nn
 from actkit.core.edit.edits import standing_in
 from actkit.core.forward.batch import forward, main_input
 from actkit.core.forward.hooks import evaluating, hooked
-from actkit.core.ground.figure_text import all_plain
 from actkit.core.ground.progress import track
 from actkit.core.model.anatomy import Anatomy, Site, anatomy
 from actkit.core.watch.capture import live, resolve
 from actkit.core.watch.intervene import At, intervene
 from actkit.interpretation.relp.metrics import Metric, logits_of
+from actkit.interpretation.relp.results import Method, Node, PatchEffects
 from actkit.interpretation.relp.rules import RelevanceRules
 
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-    from rich.table import Table
-
-Method = Literal["exact", "attribution", "relp", "integrated"]
 METHODS = ("exact", "attribution", "relp", "integrated")
 SITES = ("block.output", "attention.output", "mlp.output")
 HEADS = "attention.mixed"  # whose nodes are heads
-
-
-@dataclass(frozen=True)
-class Node:
-    """One node with its effect.
-
-    Attributes:
-        site: 'blocks.3.mlp.output'.
-        position: of the token, from 0.
-        effect: on the metric.
-        head: of `attention.mixed`.
-    """
-
-    site: str
-    position: int
-    effect: float
-    head: int | None = None
-
-
-@dataclass(frozen=True)
-class PatchEffects:
-    """The effects of all nodes.
-
-    Attributes:
-        method: how they were found.
-        values: by the name of the site, [blocks, positions], or [blocks, heads, positions] of attention.mixed.
-        blocks: by the name of the site, which blocks these are.
-        base: the metric of the base.
-        patch: the metric of the patch.
-        tokens: of the first pair's base, for pictures; empty if they were not given.
-    """
-
-    method: Method
-    values: Mapping[str, Tensor]
-    blocks: Mapping[str, tuple[int, ...]]
-    base: float
-    patch: float
-    tokens: tuple[str, ...] = ()
-
-    @property
-    def total(self) -> float:
-        """What patching everything does: the metric of the patch less that of the base."""
-        return self.patch - self.base
-
-    def correlate(self, other: PatchEffects, site: str, *, skip: int = 0) -> float:
-        """Pearson's correlation with other effects of the same nodes.
-
-        Args:
-            other: of the same sites.
-            site: its name.
-            skip: leave out so many first positions, whose effects may rule a correlation.
-
-        Returns:
-            -1 to 1; NaN if either has no variance.
-        """
-        pair = torch.stack([each.values[site][..., skip:].flatten().double() for each in (self, other)])
-        return float(torch.corrcoef(pair)[0, 1])
-
-    def top(self, count: int = 20) -> tuple[Node, ...]:
-        """Return the nodes with the largest effects, in magnitude.
-
-        Args:
-            count: how many.
-        """
-        found: list[Node] = []
-        for name, values in self.values.items():
-            flat = values.abs().flatten()
-            for index in flat.topk(min(count, flat.numel())).indices.tolist():
-                place = torch.unravel_index(torch.tensor(index), values.shape)
-                block, position = self.blocks[name][int(place[0])], int(place[-1])
-                head = int(place[1]) if values.dim() == 3 else None
-                found.append(Node(f"blocks.{block}.{name}", position, float(values.flatten()[index]), head))
-        return tuple(sorted(found, key=lambda node: -abs(node.effect))[:count])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
-        return {
-            "method": self.method,
-            "base": self.base,
-            "patch": self.patch,
-            "tokens": list(self.tokens),
-            "values": {name: values.tolist() for name, values in self.values.items()},
-            "blocks": {name: list(blocks) for name, blocks in self.blocks.items()},
-        }
-
-    def table(self) -> Table:
-        """The nodes with the largest effects."""
-        from rich import box
-
-        from actkit.core.ground.tables import PlainTable
-
-        about = f"{self.method}; the metric goes from {self.base:.4g} to {self.patch:.4g} if all is patched"
-        table = PlainTable(title=f"Effects ({about})", title_justify="left", box=box.SIMPLE_HEAD)
-        table.add_column("node", no_wrap=True)
-        table.add_column("position", justify="right")
-        table.add_column("token")
-        table.add_column("effect", justify="right")
-        for node in self.top():
-            token = self.tokens[node.position] if node.position < len(self.tokens) else ""
-            name = node.site if node.head is None else f"{node.site}, head {node.head}"
-            table.add_row(name, str(node.position), token, f"{node.effect:.4g}")
-        return table
-
-    def figure(self) -> Figure:
-        """Blocks by positions, one picture for each site; heads are summed.
-
-        Raises:
-            ImportError: plotly (the extra `report`) is missing.
-        """
-        try:
-            from plotly import graph_objects, subplots
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
-        names = list(self.values)
-        figure: Figure = subplots.make_subplots(rows=len(names), cols=1, subplot_titles=names, shared_xaxes=True)
-        summed = {name: values.sum(1) if values.dim() == 3 else values for name, values in self.values.items()}
-        largest = max(float(values.abs().max()) for values in summed.values())
-        for row, (name, values) in enumerate(summed.items(), 1):
-            places = all_plain(f"{place} {token}" for place, token in enumerate(self.tokens)) or None
-            scale = {"colorscale": "RdBu", "zmid": 0, "zmin": -largest, "zmax": largest, "showscale": row == 1}
-            picture = graph_objects.Heatmap(
-                z=values.tolist(), x=places, y=[str(block) for block in self.blocks[name]], **scale
-            )
-            figure.add_trace(picture, row=row, col=1)
-            figure.update_yaxes(title_text="block", row=row, col=1)
-        return figure.update_layout(title=f"Effects by {self.method}", height=140 + 220 * len(names))
 
 
 def patch_effects(
@@ -238,6 +107,45 @@ def patch_effects(
         values[name] = torch.stack([effects[site].cpu() for site in mine])
         blocks[name] = tuple(int(site.block or 0) for site in mine)
     return PatchEffects(method, values, blocks, run.before, run.patched, tuple(tokens))
+
+
+def exact_effects(
+    model: nn.Module,
+    base: Mapping[str, Tensor],
+    patch: Mapping[str, Tensor],
+    metric: Metric,
+    nodes: Sequence[Node],
+    *,
+    rows: int = 16,
+    progress: bool = True,
+) -> tuple[float, ...]:
+    """Patch some nodes exactly, such as the first that another method found.
+
+    Args:
+        model: as in `patch_effects`.
+        base: as in `patch_effects`.
+        patch: as in `patch_effects`.
+        metric: as in `patch_effects`.
+        nodes: whatever their sites.
+        rows: how many are patched at once.
+        progress: show a bar.
+
+    Returns:
+        The effect of each, in their order.
+
+    Raises:
+        ValueError: a node is beyond the inputs, or what `patch_effects` raises.
+    """
+    run, _ = read_pair(model, base, patch, metric, list(dict.fromkeys(node.site for node in nodes)))
+    flat: list[tuple[Site, int]] = []
+    for node in nodes:
+        site = Site.parse(node.site)
+        length, heads = run.own[site].shape[1], run.heads_of(site)
+        if not 0 <= node.position < length or (node.head is None) != (heads is None):
+            raise ValueError(f"nodes: {node} is no node of inputs of {length} tokens; give what `top` returns.")
+        flat.append((site, node.position if heads is None else (node.head or 0) * length + node.position))
+    with evaluating(model):
+        return tuple(run.exactly(flat, rows, progress))
 
 
 def read_pair(
@@ -403,14 +311,29 @@ class Patching:
         """
         effects = {site: self.summed(site, torch.zeros_like(value)).contiguous() for site, value in self.own.items()}
         nodes = [(site, node) for site, found in effects.items() for node in range(found.numel())]
-        chunks = [
-            (site, [node for _, node in group[start : start + rows]])
-            for site in effects
-            for group in [[each for each in nodes if each[0] == site]]
-            for start in range(0, len(group), rows)
-        ]
+        for (site, node), value in zip(nodes, self.exactly(nodes, rows, progress), strict=True):
+            effects[site].view(-1)[node] = value
+        return effects
+
+    def exactly(self, nodes: Sequence[tuple[Site, int]], rows: int, progress: bool) -> list[float]:
+        """Patch some nodes.
+
+        Args:
+            nodes: each (site, flat index).
+            rows: nodes of a site that are patched at once.
+            progress: show a bar.
+
+        Returns:
+            Their effects.
+        """
+        chunks: list[tuple[Site, list[int]]] = []
+        for wanted in dict.fromkeys(site for site, _ in nodes):
+            mine = [at for at, (site, _) in enumerate(nodes) if site == wanted]
+            chunks += [(wanted, mine[start : start + rows]) for start in range(0, len(mine), rows)]
+        effects = [0.0] * len(nodes)
         for site, chosen in track(chunks, "Patching exactly", len(chunks), progress):
-            effects[site].view(-1)[chosen] = self._patched(site, chosen)
+            for at, value in zip(chosen, self._patched(site, [nodes[at][1] for at in chosen]).tolist(), strict=True):
+                effects[at] = value
         return effects
 
     @cached_property

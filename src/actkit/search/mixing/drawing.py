@@ -6,15 +6,15 @@ A column is a block, a row the layers that read one tensor. Titles of cells say 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from html import escape
+from collections.abc import Callable, Container
 
+from actkit.core.page.pictures import FAINT, FULL, grid
 from actkit.search.mixing.mixing import AS_IT_IS, Mix, Mixing
 
-CELL, GAP, NAMES, TOP = 18, 2, 128, 20
-FAINT, FULL = 0.06, 1.0  # opacity of the least and of the most damage
 DECADES = 3.0  # of damage between the two
 COLOURS = ("c7", "c0", "c1", "c2", "c3", "c4", "c5", "c6")  # of the page; the first is for what is as it was
+
+Cell = Callable[[int], tuple[str, float, str]]  # of a position: colour, opacity, words
 
 
 def damage_grid(mixing: Mixing, name: str) -> str:
@@ -78,34 +78,16 @@ def selection_of(option: str, mixing: Mixing) -> str:
     return next((x.name for x in mixing.ingredients if x.slot == "select" and x.name in parts), "")
 
 
-Cell = Callable[[int], tuple[str, float, str]]
-
-
-def _grid(mixing: Mixing, label: str, cell: Cell, dots: Sequence[int] | set[int] = ()) -> str:
+def _grid(mixing: Mixing, label: str, cell: Cell, dots: Container[int] = ()) -> str:
     rows = list(dict.fromkeys(place.name for place in mixing.places))
     columns = sorted({place.block for place in mixing.places})
-    step = CELL + GAP
-    width, height = NAMES + step * len(columns) + 4, TOP + step * len(rows) + 4
-    every = max(1, math.ceil(len(columns) / 12))
-    parts = [
-        f'<text class="tick" x="{NAMES + step * at + CELL / 2:.0f}" y="13" text-anchor="middle">{block}</text>'
-        for at, block in enumerate(columns)
-        if at % every == 0
-    ]
-    parts += [
-        f'<text class="tick" x="{NAMES - 8}" y="{TOP + step * at + 13}" text-anchor="end">{escape(name)}</text>'
-        for at, name in enumerate(rows)
-    ]
-    for position, place in enumerate(mixing.places):
-        x, y = NAMES + step * columns.index(place.block), TOP + step * rows.index(place.name)
+    positions = {(place.name, place.block): at for at, place in enumerate(mixing.places)}
+
+    def at(row: int, column: int) -> tuple[str, float, str, bool] | None:
+        position = positions.get((rows[row], columns[column]))
+        if position is None:
+            return None
         colour, opacity, text = cell(position)
-        title = f"block {place.block}, {place.name}: {text}"
-        parts.append(
-            f'<g class="{colour}"><title>{escape(title)}</title><rect class="cell" x="{x}" y="{y}" width="{CELL}" '
-            f'height="{CELL}" rx="3" fill-opacity="{opacity:.2f}"/>'
-            + (f'<circle class="hole" cx="{x + CELL / 2}" cy="{y + CELL / 2}" r="3.5"/>' if position in dots else "")
-            + "</g>"
-        )
-    sized = f'style="max-width:{round(1.3 * width)}px"'  # few blocks are not blown up to the page's width
-    opening = f'<svg viewBox="0 0 {width} {height}" {sized} role="img" aria-label="{escape(label, quote=True)}">'
-    return opening + "".join(parts) + "</svg>"
+        return colour, opacity, f"block {columns[column]}, {rows[row]}: {text}", position in dots
+
+    return grid(rows, [str(block) for block in columns], label, at)

@@ -1,26 +1,29 @@
-"""What the pages of a search and of a comparison share: the template engine, the style, words on the machine."""
+"""What all pages share: the template engine, the style, words on the machine."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from actkit.core.ground.memory import format_bytes
+
+MISSING = "report: jinja2 is missing, with which pages are written; pip install 'actkit[report]'."
 
 
 def check_pages() -> None:
     """Raise ImportError if no page can be written: before hours of work, not after them."""
     if importlib.util.find_spec("jinja2") is None:
-        raise ImportError("report: jinja2 is missing, with which the report is written; pip install 'actkit[report]'.")
+        raise ImportError(MISSING)
 
 
-def template(name: str, package: str = "actkit.search") -> Any:
+def template(name: str, package: str = "actkit.core.page", **filters: Callable[..., Any]) -> Any:
     """Return a template of jinja2.
 
     Args:
         name: of the file.
-        package: whose folder `templates` has it; the style is that of the search.
+        package: whose folder `templates` has it; `base.html` and the style are those of all pages.
+        filters: further ones, by their names in the template.
 
     Raises:
         ImportError: jinja2 (the extra `report`) is missing.
@@ -28,16 +31,15 @@ def template(name: str, package: str = "actkit.search") -> Any:
     try:
         from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
     except ImportError as error:
-        raise ImportError(
-            "report: jinja2 is missing, with which the report is written; pip install 'actkit[report]'."
-        ) from error
+        raise ImportError(MISSING) from error
     environment = Environment(
-        loader=ChoiceLoader([PackageLoader(each) for each in dict.fromkeys((package, "actkit.search"))]),
+        loader=ChoiceLoader([PackageLoader(each) for each in dict.fromkeys((package, "actkit.core.page"))]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters.update(filters)
     return environment.get_template(name)
 
 
