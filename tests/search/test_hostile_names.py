@@ -37,7 +37,21 @@ WORDS = {"h1", "h2", "h3", "p", "ul", "li", "dl", "dt", "dd", "pre", "code", "b"
 TABLE = {"table", "thead", "tbody", "tr", "th", "td", "summary"}
 ALLOWED = SVG | PAGE | WORDS | TABLE
 ATTRIBUTES = {
-    *("lang", "charset", "name", "content", "class", "id", "style", "colspan", "href", "viewbox", "role", "aria-label"),
+    *(
+        "lang",
+        "charset",
+        "name",
+        "content",
+        "http-equiv",
+        "class",
+        "id",
+        "style",
+        "colspan",
+        "href",
+        "viewbox",
+        "role",
+        "aria-label",
+    ),
     *("x", "y", "x1", "x2", "y1", "y2", "cx", "cy", "r", "rx", "width", "height", "points", "transform", "text-anchor"),
 }
 

@@ -44,11 +44,13 @@ from actkit.interpretation.dark_matter.widths import compare_widths
 from actkit.interpretation.massive_activations.dynamics import dynamics
 from actkit.interpretation.massive_activations.law import original_curve
 from actkit.interpretation.massive_activations.massive_activations import massive_activations
+from actkit.interpretation.neural_code.neural_code import neural_code
 from actkit.interpretation.relp.effects import patch_effects
 from actkit.interpretation.relp.latents import latent_effects
 from actkit.interpretation.sparse_autoencoder.top_k import TopKAutoencoder
 from actkit.interpretation.sparse_autoencoder.training import measure_autoencoder
 from actkit.interpretation.relp.relp import relp
+from actkit.interpretation.representational_geometry.representational_geometry import representational_geometry
 from actkit.quantization.adadim.sensitivity import weight_sensitivity
 from actkit.quantization.zeroquant_v2.ptq_study import ptq_study
 from actkit.search.profile import profile
@@ -170,7 +172,14 @@ def pairs(model: Any, batches: Any) -> Any:
     return relp(model, [given], checked=2, progress=False)
 
 
+def geometry(model: Any, batches: Any) -> Any:
+    count = sum(len(batch["input_ids"]) for batch in batches)
+    conditions = torch.arange(count) % 2
+    return representational_geometry(model, batches, conditions=conditions, progress=False)
+
+
 ANALYSES: dict[str, Made] = {
+    "representational_geometry": Made(geometry, "RepresentationalGeometry"),
     "relp": Made(pairs, "PatchEffects", several=False),
     "patch_effects": Made(effects, "PatchEffects", several=False),
     "dead_neuron_rate": Made(quiet(dead_neuron_rate), "DeadNeurons", relu=True),
@@ -189,6 +198,8 @@ ANALYSES: dict[str, Made] = {
     "eafo of a traced model": Made(quiet(eafo), "Eafo", "mlp"),
     "self_normalizing": Made(quiet(self_normalizing), "SelfNormalizing", "mlp"),
     "activity_curve": Made(curve, "ActivityCurve", relu=True),
+    "neural_code": Made(quiet(neural_code, fitted=2), "NeuralCode", relu=True),
+    "neural_code of a traced model": Made(quiet(neural_code), "NeuralCode", "mlp"),
     "massive_activations": Made(quiet(massive_activations), "MassiveActivations"),
     "massive_activations of images": Made(quiet(massive_activations, top=1), "MassiveActivations", "vit"),
     "gate_sparsity": Made(quiet(gate_sparsity), "GateSparsity", "mixtral", relu=True),

@@ -42,7 +42,7 @@ def render(result: Optimization) -> str:
     Raises:
         ImportError: jinja2 (the extra `report`) is missing.
     """
-    page = template("report.html")
+    page = template("report.html", "actkit.search")
     from markupsafe import Markup
 
     rows = _rows(result)

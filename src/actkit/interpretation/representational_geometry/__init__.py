@@ -1,0 +1,1 @@
+"""The shape of representations: what they keep of inputs and of targets, and how abstract they are."""
