@@ -70,7 +70,10 @@ proof(lambda p: neural_codes(nn.Sequential(nn.Linear(4, 2)), [torch.ones(2, 4)])
 proof(lambda p: neural_codes(tiny_model("mlp"), tiny_batches("mlp"), layers=["relu*"]))
 
 
-proof(lambda p: neural_codes(tiny_model("mixtral"), tiny_batches("mixtral"), progress=False))
+@proof
+def layers_of_other_rows(p: Place) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+    neural_codes(net, [torch.ones(1, 1, 6, 6)], samples="row", progress=False)
 
 
 proof(lambda p: neural_codes(tiny_model("llama"), tiny_batches("llama"), samples="example", progress=False))

@@ -45,6 +45,8 @@ from actkit.interpretation.massive_activations.dynamics import dynamics
 from actkit.interpretation.massive_activations.law import original_curve
 from actkit.interpretation.massive_activations.massive_activations import massive_activations
 from actkit.interpretation.neural_code.neural_code import neural_code
+from actkit.interpretation.pavlovian.capacity import capacity_curve
+from actkit.interpretation.pavlovian.head_memory import head_memory
 from actkit.interpretation.relp.effects import patch_effects
 from actkit.interpretation.relp.latents import latent_effects
 from actkit.interpretation.sparse_autoencoder.top_k import TopKAutoencoder
@@ -200,6 +202,8 @@ ANALYSES: dict[str, Made] = {
     "activity_curve": Made(curve, "ActivityCurve", relu=True),
     "neural_code": Made(quiet(neural_code, fitted=2), "NeuralCode", relu=True),
     "neural_code of a traced model": Made(quiet(neural_code), "NeuralCode", "mlp"),
+    "head_memory": Made(quiet(head_memory), "HeadMemories", several=False),
+    "capacity_curve": Made(lambda model, batches: capacity_curve("hebb", 8, [1, 2], trials=2), "CapacityCurve"),
     "massive_activations": Made(quiet(massive_activations), "MassiveActivations"),
     "massive_activations of images": Made(quiet(massive_activations, top=1), "MassiveActivations", "vit"),
     "gate_sparsity": Made(quiet(gate_sparsity), "GateSparsity", "mixtral", relu=True),

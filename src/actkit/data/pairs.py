@@ -59,7 +59,7 @@ def read_pairs(
         raise DataError(f"source={str(source)!r} is no file; {WANTED}.")
     if tokenizer is None or Inputs.of(model).vocabulary is None:
         raise DataError(f"data: pairs are texts, and {type(model).__name__} takes none; choose a language model.")
-    rows = []
+    rows: list[dict[str, list[int]]] = []
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip() and (sequences is None or len(rows) < sequences):

@@ -8,13 +8,11 @@ from typing import Any
 
 from actkit.core.ground.memory import format_bytes
 
-MISSING = "report: jinja2 is missing, with which pages are written; pip install 'actkit[report]'."
-
 
 def check_pages() -> None:
     """Raise ImportError if no page can be written: before hours of work, not after them."""
     if importlib.util.find_spec("jinja2") is None:
-        raise ImportError(MISSING)
+        raise ImportError("report: jinja2 is missing, with which pages are written; pip install 'actkit[report]'.")
 
 
 def template(name: str, package: str = "actkit.core.page", **filters: Callable[..., Any]) -> Any:
@@ -31,7 +29,9 @@ def template(name: str, package: str = "actkit.core.page", **filters: Callable[.
     try:
         from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
     except ImportError as error:
-        raise ImportError(MISSING) from error
+        raise ImportError(
+            "report: jinja2 is missing, with which pages are written; pip install 'actkit[report]'."
+        ) from error
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(each) for each in dict.fromkeys((package, "actkit.core.page"))]),
         autoescape=True,

@@ -9,6 +9,8 @@ logistic regressions one against one. Bits that are constant over the samples th
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +20,6 @@ from actkit.core.ground.errors import DataError
 from actkit.interpretation.neural_code.codes import Codes, varying
 
 Matching = Literal["hungarian", "greedy"]
-MISSING = "neural_code: scikit-learn is missing; pip install 'actkit[interpretation]'."
 
 
 def code_knn(train: Codes, test: Codes, *, k: int = 9) -> float:
@@ -35,11 +36,8 @@ def code_knn(train: Codes, test: Codes, *, k: int = 9) -> float:
     """
     if not 1 <= k <= len(train):
         raise DataError(f"k: {k} was given, and there are {len(train)} training samples; give 1 to {len(train)}.")
-    try:
-        from sklearn.neighbors import KNeighborsClassifier
-    except ImportError as error:
-        raise ImportError(MISSING) from error
-    return _scored(KNeighborsClassifier(k, metric="hamming", algorithm="brute"), train, test)
+    neighbours = _part("sklearn.neighbors").KNeighborsClassifier(k, metric="hamming", algorithm="brute")
+    return _scored(neighbours, train, test)
 
 
 def code_logistic(train: Codes, test: Codes, *, seed: int = 9) -> float:
@@ -54,12 +52,8 @@ def code_logistic(train: Codes, test: Codes, *, seed: int = 9) -> float:
         DataError: labels are missing, or of one class.
         ImportError: scikit-learn is missing.
     """
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.multiclass import OneVsOneClassifier
-    except ImportError as error:
-        raise ImportError(MISSING) from error
-    return _scored(OneVsOneClassifier(LogisticRegression(max_iter=1000, random_state=seed)), train, test)
+    one = _part("sklearn.linear_model").LogisticRegression(max_iter=1000, random_state=seed)
+    return _scored(_part("sklearn.multiclass").OneVsOneClassifier(one), train, test)
 
 
 def code_kmeans(train: Codes, test: Codes, *, matching: Matching = "hungarian", seed: int = 9) -> float:
@@ -78,17 +72,25 @@ def code_kmeans(train: Codes, test: Codes, *, matching: Matching = "hungarian", 
     """
     if matching not in ("hungarian", "greedy"):
         raise ValueError(f"matching: {matching!r} was given; give 'hungarian' or 'greedy'.")
-    try:
-        from scipy.optimize import linear_sum_assignment
-        from sklearn.cluster import KMeans
-    except ImportError as error:
-        raise ImportError(MISSING) from error
+    cluster, optimize = _part("sklearn.cluster"), _part("scipy.optimize")
     (x, labels), (other, wanted) = _pair(train, test)
     classes = np.unique(labels)
-    clusters = KMeans(len(classes), n_init=10, random_state=seed).fit(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", _part("sklearn.exceptions").ConvergenceWarning
+        )  # fewer different codes than classes: some stay empty
+        clusters = cluster.KMeans(len(classes), n_init=10, random_state=seed).fit(x)
     table = np.array([[np.sum(labels[clusters.labels_ == c] == k) for k in classes] for c in range(len(classes))])
-    matched = linear_sum_assignment(-table)[1] if matching == "hungarian" else table.argmax(1)
+    matched = optimize.linear_sum_assignment(-table)[1] if matching == "hungarian" else table.argmax(1)
     return float(np.mean(classes[matched[clusters.predict(other)]] == wanted))
+
+
+def _part(name: str) -> Any:
+    """A module of scikit-learn, or of scipy, which comes with it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError("neural_code: scikit-learn is missing; pip install 'actkit[interpretation]'.") from error
 
 
 def _scored(classifier: Any, train: Codes, test: Codes) -> float:

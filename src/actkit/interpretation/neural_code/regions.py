@@ -88,4 +88,5 @@ def code_diffusion(codes: Codes) -> Diffusion:
         if not chosen.any():
             raise DataError(f"codes: no two different codes are there for {name!r}; give more samples of two classes.")
         means.append(float(np.mean(distances[chosen] ** -2)))
-    return Diffusion(*means, equal=int((~apart).sum()))
+    every, within, between = means
+    return Diffusion(every, within, between, int((~apart).sum()))

@@ -58,7 +58,13 @@ def relp(
         raise ValueError(f"checked: {checked} was given; give 0 or more nodes that are patched exactly too.")
     pairs = [_Pairs.of(batch) for batch in sequence_of(batches)]
     weights = [len(each.metric.right) for each in pairs]
-    settings = {"sites": sites, "method": method, "steps": steps, "tokens": pairs[0].tokens, "progress": progress}
+    settings: dict[str, Any] = {
+        "sites": sites,
+        "method": method,
+        "steps": steps,
+        "tokens": pairs[0].tokens,
+        "progress": progress,
+    }
     found = [patch_effects(model, each.corrupted, each.clean, each.metric, **settings) for each in pairs]
     effects = mean_effects(found, weights)
     nodes = () if method == "exact" else effects.top(checked)

@@ -154,11 +154,11 @@ class PatchEffects:
             picture = signed_grid(values[:, shown].tolist(), rows, columns, f"Effects at {name}", most)
             maps.append(Picture(name, picture))
         left = "" if len(shown) == length else f" Shown are the {len(shown)} of {length} positions with most effect."
-        nodes = []
+        nodes: list[tuple[Any, ...]] = []
         for at, node in enumerate(self.top(LISTED)):
             exact = self.checked[at] if at < len(self.checked) else ""
             nodes.append((self._name(node), node.position, self._token(node.position), node.effect, exact))
-        headings = ("node", "position", "token", "effect", "patched exactly")
+        headings: tuple[str, ...] = ("node", "position", "token", "effect", "patched exactly")
         if not self.checked:
             headings, nodes = headings[:-1], [row[:-1] for row in nodes]
         return Page(

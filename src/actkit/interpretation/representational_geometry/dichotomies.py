@@ -24,7 +24,6 @@ from actkit.core.ground.errors import DataError
 Dichotomy = NDArray[np.bool_]  # [conditions]
 Pairing = Literal["exact", "assignment"]
 EXACT = 4  # pairs up to which all pairings are tried
-MISSING = "dichotomies: scikit-learn is missing; pip install 'actkit[interpretation]'."
 
 
 def balanced_dichotomies(conditions: int, limit: int | None = None, seed: int = 0) -> list[Dichotomy]:
@@ -46,7 +45,8 @@ def balanced_dichotomies(conditions: int, limit: int | None = None, seed: int = 
     if limit is None or limit >= total:
         rest = combinations(range(1, conditions), conditions // 2 - 1)
         return [_of((0, *chosen), conditions) for chosen in rest]
-    draw, found = random.Random(seed), set()
+    draw = random.Random(seed)
+    found: set[tuple[int, ...]] = set()
     while len(found) < limit:
         found.add((0, *sorted(draw.sample(range(1, conditions), conditions // 2 - 1))))
     return [_of(each, conditions) for each in sorted(found)]
@@ -224,7 +224,7 @@ def _score(
     try:
         from sklearn.svm import LinearSVC
     except ImportError as error:
-        raise ImportError(MISSING) from error
+        raise ImportError("dichotomies: scikit-learn is missing; pip install 'actkit[interpretation]'.") from error
     fitted = np.flatnonzero(trained)
     if len(fitted) > samples:
         fitted = np.random.default_rng(seed).choice(fitted, samples, replace=False)

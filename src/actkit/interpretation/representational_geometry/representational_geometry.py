@@ -201,16 +201,18 @@ def representational_geometry(
     noise_free = None
     if clean is not None:
         noise_free = record(model, wanted, sequence_of(clean), anatomy=view, progress=False)
-    inputs = _inputs(given, model, owner, None if clean is None else sequence_of(clean))
     # targets as -1 and 1; one against all others has the same centred kernel
     target_kernel = kernel(2.0 * goals - 1)
     dichotomies = [goals[:, at] for at in range(goals.shape[1])]
-    found = []
+    vectors: dict[Any, Matrix] = {}
     for site, statistic in seen.items():
         assert isinstance(statistic, ByExample)
-        values = statistic.vectors.double().numpy()
-        if len(values) != len(owner):
-            raise DataError(f"conditions: {len(owner)} were given for {len(values)} samples; give one for each.")
+        vectors[site] = statistic.vectors.double().numpy()
+        if len(vectors[site]) != len(owner):
+            raise DataError(f"conditions: {len(owner)} were given for {len(vectors[site])} samples; give one for each.")
+    inputs = _inputs(given, model, owner, None if clean is None else sequence_of(clean))
+    found = []
+    for site, values in vectors.items():
         points = _means(values, owner, count)
         if noise_free is not None:
             points = noise_free[site].vectors.double().numpy()
