@@ -45,6 +45,7 @@ from actkit.interpretation.massive_activations.dynamics import dynamics
 from actkit.interpretation.massive_activations.law import original_curve
 from actkit.interpretation.massive_activations.massive_activations import massive_activations
 from actkit.interpretation.neural_code.neural_code import neural_code
+from actkit.interpretation.neural_code.phase_chart import PhaseChart, Reading
 from actkit.interpretation.pavlovian.capacity import capacity_curve
 from actkit.interpretation.pavlovian.head_memory import head_memory
 from actkit.interpretation.relp.effects import patch_effects
@@ -203,7 +204,6 @@ ANALYSES: dict[str, Made] = {
     "neural_code": Made(quiet(neural_code, fitted=2), "NeuralCode", relu=True),
     "neural_code of a traced model": Made(quiet(neural_code), "NeuralCode", "mlp"),
     "head_memory": Made(quiet(head_memory), "HeadMemories", several=False),
-    "capacity_curve": Made(lambda model, batches: capacity_curve("hebb", 8, [1, 2], trials=2), "CapacityCurve"),
     "massive_activations": Made(quiet(massive_activations), "MassiveActivations"),
     "massive_activations of images": Made(quiet(massive_activations, top=1), "MassiveActivations", "vit"),
     "gate_sparsity": Made(quiet(gate_sparsity), "GateSparsity", "mixtral", relu=True),
@@ -246,6 +246,8 @@ WITHOUT_A_MODEL: dict[str, Callable[[], Any]] = {
     "split_error": of_an_error,
     "compare_widths": of_widths,
     "threshold_curve": partial(threshold_curve, [1000, 2000], [0.02], [20], range(8, 12)),
+    "capacity_curve": lambda: capacity_curve("hebb", 8, [1, 2], trials=2),
+    "phase_chart": lambda: PhaseChart((Reading(4, 10, 20, 0, 0.5, 0.4, 0.6, 0.5, 0.7, 0.9),)),
     "dynamics": lambda: dynamics({"blocks.0.block.output": (STEPS, RISE), "blocks.1.block.output": (STEPS, [1.0] * 9)}),
     "parameter_budget": lambda: parameter_budget(tiny_model("llama")),
     "relu law": lambda: fit_relu_law(TOKENS, [relu_law(each, 0.4, -1.0, 0.5, 0.1) for each in BILLIONS]),
