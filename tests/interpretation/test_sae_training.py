@@ -172,6 +172,10 @@ def test_contexts_are_where_a_latent_is_largest(store: ActivationStore) -> None:
             assert context.tokens[context.place] == f"{int(keys.token_ids[context.row])} "
             assert f"[{context.tokens[context.place]}]" in context.text and len(context.tokens) <= 4
     assert found.table("density", most=5).row_count == 5 and found.to_dict()["rows"] == len(x)
+    page = found.page(most=5)
+    densities = [row[1] for row in page.parts[0].rows]
+    assert len(densities) == 5 and densities == sorted(densities, reverse=True)
+    assert "Shown are the 5 that fire most often" in page.html()
     few = latent_contexts(autoencoder, store, latents=[3], text=lambda ids: f"<{ids[0]}>", progress=False)
     assert [each.latent for each in few.latents] == [3]
     with pytest.raises(ValueError, match="latents are 0 to 47"):

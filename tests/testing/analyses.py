@@ -50,10 +50,10 @@ from actkit.interpretation.pavlovian.capacity import capacity_curve
 from actkit.interpretation.pavlovian.head_memory import head_memory
 from actkit.interpretation.relp.effects import patch_effects
 from actkit.interpretation.relp.latents import latent_effects
-from actkit.interpretation.sparse_autoencoder.top_k import TopKAutoencoder
-from actkit.interpretation.sparse_autoencoder.training import measure_autoencoder
 from actkit.interpretation.relp.relp import relp
 from actkit.interpretation.representational_geometry.representational_geometry import representational_geometry
+from actkit.interpretation.sparse_autoencoder.top_k import TopKAutoencoder
+from actkit.interpretation.sparse_autoencoder.training import measure_autoencoder
 from actkit.quantization.adadim.sensitivity import weight_sensitivity
 from actkit.quantization.zeroquant_v2.ptq_study import ptq_study
 from actkit.search.profile import profile
@@ -183,6 +183,7 @@ def geometry(model: Any, batches: Any) -> Any:
 
 ANALYSES: dict[str, Made] = {
     "representational_geometry": Made(geometry, "RepresentationalGeometry"),
+    "latent_effects": Made(of_latents, "LatentEffects", several=False),
     "relp": Made(pairs, "PatchEffects", several=False),
     "patch_effects": Made(effects, "PatchEffects", several=False),
     "dead_neuron_rate": Made(quiet(dead_neuron_rate), "DeadNeurons", relu=True),

@@ -134,7 +134,7 @@ def between(edges: list[Tensor], blocks: list[Tensor]) -> float:
 def hidden(sizes: Sizes, progress: bool) -> Measurement:
     """Two nets side by side behind rotations."""
     shares: dict[str, list[float]] = {"lib": [], "neuron": [], "without centring": []}
-    two = []
+    two, pure, counts = [], [], []
     for seed in track(range(sizes.blocks), "Hidden blocks", sizes.blocks, progress):
         sections, x, turns = rotated(seed, sizes.rows)
         for name, settings in (("lib", {}), ("neuron", {"kind": "neuron"}), ("without centring", {"centre": False})):
@@ -145,7 +145,9 @@ def hidden(sizes: Sizes, progress: bool) -> Measurement:
             if name == "lib":
                 found = modules(edges, SMALLEST * max(float(each[1:, 1:].max()) for each in edges))
                 sides = [{bool(blocks[layer][at]) for layer, at in group} for group in found.groups]
-                two.append(len(sides) == 2 and all(len(side) == 1 for side in sides))
+                counts.append(len(sides))
+                pure.append(all(len(side) == 1 for side in sides))
+                two.append(len(sides) == 2 and pure[-1])
     passed = (
         max(shares["lib"]) < SHARE
         and min(shares["neuron"]) > NEURONS
@@ -153,9 +155,11 @@ def hidden(sizes: Sizes, progress: bool) -> Measurement:
         and min(shares["without centring"]) > SHARE
     )
     listed = "; ".join(f"{name} {min(values):.1e} to {max(values):.1e}" for name, values in shares.items())
-    return Measurement(
-        f"share between the blocks: {listed}; modules are the blocks in {sum(two)} of {len(two)}", passed
+    text = (
+        f"share between the blocks: {listed}; modules are the blocks in {sum(two)} of {len(two)} nets ({min(counts)} "
+        f"to {max(counts)} modules; none joins the blocks in {sum(pure)})"
     )
+    return Measurement(text, passed)
 
 
 # -- digits ------------------------------------------------------------------------------------------------------------

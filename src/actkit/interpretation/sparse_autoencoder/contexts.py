@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from actkit.core.ground.progress import track
+from actkit.core.page.page import Context, Page
+from actkit.core.page.page import Table as Sorted
 from actkit.core.store.activation_store import ActivationStore
 from actkit.interpretation.sparse_autoencoder.autoencoder import SparseAutoencoder
 
@@ -110,6 +112,42 @@ class LatentContexts:
             where = Text("\n".join(context.text for context in each.contexts))
             table.add_row(str(each.latent), f"{each.density:.2%}", largest, where)
         return table
+
+    def page(self, most: int = 2000) -> Page:
+        """The latents to sort and filter, each with its contexts; the token itself is shaded by its value.
+
+        Args:
+            most: latents, at most; those that fire most often.
+        """
+        shown = sorted(self.latents, key=lambda each: -each.density)[:most]
+        rows, contexts = [], []
+        for each in shown:
+            first = each.contexts[0] if each.contexts else None
+            where = "" if first is None else first.tokens[first.place].strip()
+            rows.append((each.latent, 100 * each.density, 0.0 if first is None else first.value, where))
+            contexts.append(
+                [
+                    Context(
+                        found.tokens, [found.value if at == found.place else 0.0 for at in range(len(found.tokens))]
+                    )
+                    for found in each.contexts
+                ]
+            )
+        never = sum(not each.contexts for each in self.latents)
+        left = "" if len(shown) == len(self.latents) else f" Shown are the {len(shown):,} that fire most often."
+        return Page(
+            f"Latents at {self.site}",
+            f"{len(self.latents):,} latents over {self.rows:,} rows, {never:,} of which never fire.{left}",
+            (
+                Sorted(
+                    "Latents",
+                    ("latent", "fires in (%)", "largest value", "at the token"),
+                    rows,
+                    "Open a latent for the places of its largest values; the filter looks at these texts too.",
+                    contexts,
+                ),
+            ),
+        )
 
 
 @torch.no_grad()
