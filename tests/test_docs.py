@@ -96,6 +96,7 @@ SLOW = {  # page -> what takes more than 20 seconds
     "docs/sparsity/cats": "it changes and measures a model of the zoo several times",
     "docs/sparsity/sparsing-law": "it searches for thresholds on a model of the zoo, and measures it",
     "docs/testers": "it runs every tester once, and compiles the decoder's kernels",
+    "docs/tutorials/look-inside": "it reads a real model several times",
     "docs/tutorials/make-a-model-cheaper": "it searches for the front of a model",
     "docs/tutorials/narrow-and-heal": "it cuts, trains, rounds and measures a model of the zoo",
     "docs/tutorials/read-longer-texts": "it trains a model of the zoo, and reads long rows of text",
