@@ -165,9 +165,6 @@ def of_widths() -> Any:
     return compare_widths(coders, [torch.randn(60, 4)], [torch.randn(50, 4)])
 
 
-TASKS = {"one": 0.1, "other": -0.2}
-ANALYSES: dict[str, Made] = {
-    "latent_effects": Made(of_latents, "LatentEffects", several=False),
 def pairs(model: Any, batches: Any) -> Any:
     base = batches[0]["input_ids"]
     answers = {"right": base[:, 0], "wrong": base[:, 1]}
@@ -181,6 +178,7 @@ def geometry(model: Any, batches: Any) -> Any:
     return representational_geometry(model, batches, conditions=conditions, progress=False)
 
 
+TASKS = {"one": 0.1, "other": -0.2}
 ANALYSES: dict[str, Made] = {
     "representational_geometry": Made(geometry, "RepresentationalGeometry"),
     "latent_effects": Made(of_latents, "LatentEffects", several=False),
