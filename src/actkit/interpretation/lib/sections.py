@@ -163,9 +163,7 @@ def mlp_sections(model: nn.Module, block: int) -> Sections:
     def output(nodes: Tensor) -> Tensor:
         return torch.cat((nodes[:, :1], _apply(down, nodes[:, 1:], nodes[:, :1])), 1)
 
-    widths = [mlp.up.weight.shape[1], mlp.down.weight.shape[1], mlp.down.weight.shape[0]]
-    if type(up).__name__ == "Conv1D":
-        widths = [up.weight.shape[0], down.weight.shape[0], down.weight.shape[1]]  # type: ignore[union-attr, index]
+    widths = [mlp.up.weight.shape[1], mlp.down.weight.shape[1], mlp.down.weight.shape[0]]  # [out, in], Conv1D's too
     return Sections((hidden, output), tuple((width,) for width in widths), ("input", "hidden", "output"))
 
 
