@@ -23,7 +23,7 @@ proof(lambda p: run(Collapse(), kind="mlp"))
 
 @proof
 def collapsed_too_early(p: Place) -> None:
-    model = nn.Sequential(nn.Linear(3, 2))
+    model = nn.Sequential(nn.Linear(3, 2)).eval()
     apply(model, Deepen(), [torch.randn(2, 3)], progress=False)
     model[0].act.strength.fill_(0.5)  # type: ignore[union-attr, operator]
     apply(model, Collapse(), [torch.randn(2, 3)], progress=False)
@@ -31,7 +31,7 @@ def collapsed_too_early(p: Place) -> None:
 
 @proof
 def a_fold_that_differs(p: Place) -> None:
-    model = nn.Sequential(nn.Linear(3, 2))
+    model = nn.Sequential(nn.Linear(3, 2)).eval()
     apply(model, Deepen(), [torch.randn(2, 3)], progress=False)
     p.patch.setattr(deepen, "_largest_gap", lambda module, new: 1.0)
     apply(model, Collapse(), [torch.randn(2, 3)], progress=False)
