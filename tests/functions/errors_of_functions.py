@@ -22,6 +22,7 @@ from actkit.functions.rbfnet.fit_field import fit_image, fit_sdf
 from actkit.functions.rbfnet.radial import RadialDecoder, RadialUnits
 from actkit.functions.s_kan.basis_choice import basis_choice
 from actkit.functions.s_kan.choose_basis import ChooseBasis
+from actkit.functions.s_kan.s_kan_layer import SKanLayer
 from actkit.functions.selu.self_normalize import SelfNormalize
 from actkit.functions.selu.self_normalizing import self_normalizing
 from actkit.functions.swap import Swap
@@ -156,6 +157,12 @@ proof(lambda p: fit_sdf(lambda x: x, points=64))
 
 
 proof(lambda p: RadialUnits(3, 4).place(torch.rand(2, 3)))
+
+
+proof(lambda p: RadialUnits(3, 4).place(torch.ones(9, 3)))
+
+
+proof(lambda p: SKanLayer(3, 4).pruned())
 
 
 @proof

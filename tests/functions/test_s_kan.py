@@ -151,6 +151,8 @@ def test_pruning_computes_the_same_with_one_basis_for_each_node(select: Any) -> 
         layer.gates.normal_()
     x = torch.rand(4, 5, 3)
     layer(x)
+    with pytest.raises(ValueError, match=r"hard: the nodes have not chosen, and the largest shares are 0\.\d+ to"):
+        layer.pruned()
     layer.eval().hard.fill_(1.0)
     pruned = layer.pruned()
     torch.testing.assert_close(pruned(x), layer(x), atol=1e-6, rtol=1e-5)

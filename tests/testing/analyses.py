@@ -138,6 +138,11 @@ def disturbed_tasks(model: Any, batches: Any) -> Any:
     return disentanglement(model, vectors, dict.fromkeys(TASKS, batches[:1]))
 
 
+def chosen(layer: SKanLayer) -> SKanLayer:
+    layer.hard.fill_(1.0)
+    return layer
+
+
 def effects(model: Any, batches: Any) -> Any:
     other = {**batches[0], "input_ids": batches[0]["input_ids"].flip(0)}
     return patch_effects(model, batches[0], other, lambda logits: logits[:, 0].mean(), tokens="abc", progress=False)
@@ -251,7 +256,7 @@ WITHOUT_A_MODEL: dict[str, Callable[[], Any]] = {
     "parameter_budget": lambda: parameter_budget(tiny_model("llama")),
     "relu law": lambda: fit_relu_law(TOKENS, [relu_law(each, 0.4, -1.0, 0.5, 0.1) for each in BILLIONS]),
     "silu law": lambda: fit_silu_law(TOKENS, [silu_law(each, 0.4, 0.2, 0.6) for each in BILLIONS]),
-    "basis_choice": lambda: basis_choice(nn.Sequential(SKanLayer(3, 4), SKanLayer(4, 2).pruned())),
+    "basis_choice": lambda: basis_choice(nn.Sequential(SKanLayer(3, 4), chosen(SKanLayer(4, 2)).pruned())),
     "width law": lambda: fit_width_law([10, 20, 30, 40, 60], [0.1, 0.15, 0.2, 0.25, 0.25]),
 }
 

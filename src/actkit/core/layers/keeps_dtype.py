@@ -55,6 +55,20 @@ def kept_parameters(model: nn.Module) -> list[str]:
     ]
 
 
+def check_floats(x: Tensor, name: str = "x") -> None:
+    """Refuse integers, which torch would take for many functions and round their outputs.
+
+    Args:
+        x: what a function is to read.
+        name: of the argument.
+
+    Raises:
+        ValueError: it holds no floating-point numbers.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"{name}: {x.dtype} was given; give floating-point numbers, such as {name}.float().")
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """A tensor in float32 if it is float16 or bfloat16, else as it is.
 

@@ -11,6 +11,7 @@ coefficients of a given function; `KanLinear` (`kan_linear.py`) is a basis with 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from actkit.kernels.bases import CLAMPED, SQUASHED, VANISH, KernelBasis, serves
 
 Outside = Literal["clamped", "squashed", "vanish", "repeat"]
+MANY = 0.05  # of the inputs are outside, and it is said
 POINTS = 1001  # on the domain, of a fit to a function
 CODES: dict[str, int] = {"vanish": VANISH, "clamped": CLAMPED, "squashed": SQUASHED}
 
@@ -63,6 +65,7 @@ class Basis(nn.Module):
         if outside not in self.allowed:
             raise ValueError(f"outside: {outside!r} was given, allowed are {', '.join(self.allowed)}.")
         self.size, self.domain, self.outside = size, (float(low), float(high)), outside
+        self.noticed = False  # whether inputs were looked at
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., channels] -> [..., channels, size]."""
@@ -136,6 +139,25 @@ class Basis(nn.Module):
         if self.outside == "squashed" or not x.numel():
             return 0.0
         return float(((x < low) | (x > high)).double().mean())
+
+    def notice(self, x: Tensor) -> None:
+        """Warn if many inputs are outside of the domain; of the first inputs alone.
+
+        Args:
+            x: [...], inputs of a layer; a program that is compiled or exported is not looked at.
+        """
+        if self.noticed or type(x) not in (Tensor, nn.Parameter) or x.is_meta or torch.compiler.is_compiling():
+            return
+        self.noticed = True
+        share = 0.0 if self.outside == "repeat" else self.share_outside(x.detach())
+        if share > MANY:
+            low, high = self.domain
+            warnings.warn(
+                f"x: {share:.0%} of the inputs are outside of {low:g} to {high:g}, the domain of {type(self).__name__} "
+                f"(outside={self.outside!r}); scale them, or take a wider domain or outside='squashed'. This is said "
+                f"once.",
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def fit(self, function: Callable[[Tensor], Tensor] | tuple[Tensor, Tensor]) -> BasisFit:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from actkit.core.layers.activations import Activation
+from actkit.core.layers.keeps_dtype import check_floats
 from actkit.core.univariate.bases import basis_of, name_of_basis
 from actkit.core.univariate.basis import Basis
 
@@ -69,13 +70,16 @@ class KanLinear(nn.Module):
             x: [..., in_features].
 
         Raises:
-            ValueError: the last dimension is another one.
+            ValueError: the last dimension is another one, or x holds no floats.
         """
         if x.shape[-1] != self.in_features:
             raise ValueError(
                 f"x: its last dimension is {x.shape[-1]}; this layer reads {self.in_features} channels there."
             )
-        y = self._summed(x if self.norm is None else self.norm(x))
+        check_floats(x)
+        given = x if self.norm is None else self.norm(x)
+        self.basis.notice(given)
+        y = self._summed(given)
         return y if self.base is None or self.act is None else y + self.base(self.act(x))
 
     def _summed(self, x: Tensor) -> Tensor:

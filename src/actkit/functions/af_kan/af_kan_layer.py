@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.layers.activations import Activation
+from actkit.core.layers.keeps_dtype import check_floats
 from actkit.core.univariate.kan_linear import KanLinear
 from actkit.core.univariate.shifted_pairs import ShiftedPairs
 from actkit.functions.af_kan.reductions import REDUCTIONS
@@ -122,6 +123,7 @@ class AfKanLayer(nn.Module):
             raise ValueError(
                 f"x: its last dimension is {x.shape[-1]}; this layer reads {self.in_features} channels there."
             )
+        check_floats(x)
         values = self.basis(x)
         if self.scale == "none" or not values.numel():
             return values

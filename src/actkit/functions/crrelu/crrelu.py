@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from actkit.core.layers.activation_function import ActivationFunction, Axis, Break, Piece
 from actkit.core.layers.curve import Curve
-from actkit.core.layers.keeps_dtype import KeepsDtype, at_least_float32
+from actkit.core.layers.keeps_dtype import KeepsDtype, at_least_float32, check_floats
 
 START = 0.01  # the published initial value
 
@@ -41,7 +41,11 @@ def crrelu(x: Tensor, epsilon: Tensor | float) -> Tensor:
 
     Returns:
         The shape and the dtype of x.
+
+    Raises:
+        ValueError: x holds no floats.
     """
+    check_floats(x)
     return _Corrected.apply(x, epsilon if isinstance(epsilon, Tensor) else x.new_tensor(epsilon))  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from actkit.core.layers.activation_function import Axis
 from actkit.core.layers.activations import Activation, flops_of, mixes_of, name_of
 from actkit.core.layers.curve import COEFFICIENTS, KINDS, Curve
-from actkit.core.layers.keeps_dtype import KeepsDtype, at_least_float32
+from actkit.core.layers.keeps_dtype import KeepsDtype, at_least_float32, check_floats
 
 Start = Literal["preserve", "paper"]
 STARTS: tuple[Start, ...] = ("preserve", "paper")
@@ -87,6 +87,7 @@ class SeriesActivation(KeepsDtype):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., channels] -> the same shape and dtype, computed in float32 at least."""
+        check_floats(x)
         wide = at_least_float32(x)
         y = sum((self.base(wide * a + b) for a, b in zip(self.scale, self.shift, strict=True)), torch.zeros_like(wide))
         return (y / self.terms if self.normalize else y).to(x.dtype)

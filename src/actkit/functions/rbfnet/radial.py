@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from actkit.core.ground.errors import NonFiniteError
 from actkit.core.ground.random_numbers import own_random_numbers
-from actkit.core.layers.keeps_dtype import KeepsDtype, at_least_float32
+from actkit.core.layers.keeps_dtype import KeepsDtype, at_least_float32, check_floats
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -88,8 +88,9 @@ class RadialUnits(KeepsDtype):
             f: [..., in_features], floats.
 
         Raises:
-            ValueError: another last dimension.
+            ValueError: another last dimension, or f holds no floats.
         """
+        check_floats(f, "f")
         with torch.autocast(f.device.type, enabled=False):
             return SHAPES[self.shape](self.distances(f)).to(f.dtype)
 
@@ -100,7 +101,7 @@ class RadialUnits(KeepsDtype):
             f: [..., in_features], floats.
 
         Raises:
-            ValueError: another last dimension.
+            ValueError: another last dimension, or f holds no floats.
         """
         if f.shape[-1] != self.in_features:
             raise ValueError(
@@ -124,7 +125,7 @@ class RadialUnits(KeepsDtype):
             Itself.
 
         Raises:
-            ValueError: too few features, or an unknown way.
+            ValueError: too few features, features that are all the same, or an unknown way.
         """
         rows = features.reshape(-1, features.shape[-1]).to(self.centres)
         if how not in ("data", "kmeans") or len(rows) < self.units:
@@ -132,6 +133,8 @@ class RadialUnits(KeepsDtype):
                 f"how, features: {how!r} and {len(rows)} rows were given for {self.units} units; give 'data' or "
                 f"'kmeans', and at least as many rows as units."
             )
+        if bool((rows == rows[0]).all()):
+            raise ValueError("features: all rows are the same, so that no width fits them; give features that differ.")
         with own_random_numbers(torch.device("cpu"), seed):
             centres = rows[torch.randperm(len(rows))[: self.units]]
         for _ in range(ROUNDS if how == "kmeans" else 0):

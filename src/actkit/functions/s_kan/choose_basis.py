@@ -93,4 +93,5 @@ class AttachedChoice(AttachedRule):
     def finish(self) -> Iterable[Edit]:
         if self.settings.prune:
             for path, layer in self.layers.items():
+                layer.hard.fill_(1.0)  # a training of few steps ends before the last third
                 yield Replace(path, layer.pruned())

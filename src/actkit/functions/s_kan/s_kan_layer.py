@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from actkit.core.layers.keeps_dtype import check_floats
 from actkit.functions.s_kan.pool import POOL, Branch, check_pool
 
 Select = Literal["node", "layer"]
@@ -73,6 +74,7 @@ class SKanLayer(nn.Module):
         Args:
             x: [..., in_features].
         """
+        check_floats(x)
         found = torch.stack([branch(x) for branch in self.branches.values()], -1)  # [..., out, K]
         if self.training:
             self._measure(found.detach())
@@ -99,7 +101,17 @@ class SKanLayer(nn.Module):
         return [self.pool[index] for index in self.gates.argmax(-1).expand(self.out_features).tolist()]
 
     def pruned(self) -> PrunedLayer:
-        """Return the layer in which each node has its basis alone."""
+        """Return the layer in which each node has its basis alone.
+
+        Raises:
+            ValueError: the nodes have not chosen: all branches still count.
+        """
+        if not float(self.hard):
+            shares = self.shares().detach().amax(-1)
+            raise ValueError(
+                f"hard: the nodes have not chosen, and the largest shares are {float(shares.min()):.2f} to "
+                f"{float(shares.max()):.2f}; train under the rule choose_basis to its end, or set hard to 1."
+            )
         chosen = self.selection()
         factors = (self.gain[:, None] / self.sizes.clamp(min=SMALLEST)).detach()
         made: dict[str, Branch] = {}

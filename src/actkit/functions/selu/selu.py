@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from actkit.core.layers.activation_function import ActivationFunction, Axis, Break, Piece
-from actkit.core.layers.keeps_dtype import at_least_float32
+from actkit.core.layers.keeps_dtype import at_least_float32, check_floats
 from actkit.core.layers.known_functions import SELU
 
 ALPHA, SCALE = 1.6732632423543772, 1.0507009873554805  # those of mean 0 and variance 1
@@ -130,6 +130,7 @@ class ScaledElu(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [...] -> the same shape."""
+        check_floats(x)
         if (self.alpha, self.scale) == (ALPHA, SCALE):
             return F.selu(x)
         return self.scale * F.elu(x, self.alpha)
@@ -228,6 +229,7 @@ class AlphaDropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [...] -> the same shape; in evaluation mode as it is."""
+        check_floats(x)
         if not self.training or self.p == 0:
             return x
         shape = x.shape if not self.channels else (*x.shape[:2], *[1] * (x.dim() - 2))

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from actkit.core.layers.attention_function import read_mask
+from actkit.core.layers.keeps_dtype import check_floats
 
 Kind = Literal["softmax", "sigmoid", "relu", "lssa", "lssar"]
 EPSILON = 1e-8  # of the paper's first normalisation
@@ -65,6 +66,7 @@ def softplus_attention(
         ValueError: a setting is out of bounds, or the head size is 1, of which the logarithm is 0.
         UnsupportedModelError: the mask adds other numbers than 0 and minus infinity.
     """
+    check_floats(query, "query")
     check_power(power)
     visible = read_mask(mask, query, key, causal=False)
     if is_causal:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from actkit.core.ground.errors import EditError
 from actkit.core.layers.activation_function import Axis
 from actkit.core.layers.activations import Activation, mixes_of
-from actkit.core.layers.keeps_dtype import KeepsDtype
+from actkit.core.layers.keeps_dtype import KeepsDtype, check_floats
 from actkit.core.recipe.rule import AttachedRule, TrainingRule
 
 
@@ -57,6 +57,7 @@ class FadedActivation(KeepsDtype):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [...] -> the same shape."""
+        check_floats(x)
         return torch.lerp(self.base(x), x, self.strength.to(x.dtype))
 
     def spec(self) -> dict[str, Any]:
