@@ -114,7 +114,13 @@ def run(sizes: Sizes | None = None, subject: str | None = None, progress: bool =
 
 
 class Bench:
-    """Activations, and the autoencoders of each seed, which both claims read."""
+    """Activations, and the autoencoders of each seed, which both claims read.
+
+    Args:
+        sizes: how much.
+        folder: for the activations.
+        progress: show bars.
+    """
 
     def __init__(self, sizes: Sizes, folder: Path, progress: bool) -> None:
         self.sizes, self.folder, self.progress = sizes, folder, progress
@@ -122,18 +128,27 @@ class Bench:
 
     @cached_property
     def model(self) -> Any:
+        """SwiGLU of the zoo."""
         return zoo.load("swiglu")
 
     @cached_property
     def site(self) -> str:
+        """Behind the middle block."""
         return f"blocks.{self.model.config.num_hidden_layers // 2 - 1}.block.output"
 
     def text(self, split: str, rows: int) -> Any:
+        """Batches of embedded text.
+
+        Args:
+            split: of the data.
+            rows: how many.
+        """
         length, tokenizer = self.sizes.length, zoo.tokenizer("swiglu")
         return load_data(None, self.model, tokenizer, split=split, sequences=rows, length=length, batch_size=16)  # type: ignore[arg-type]
 
     @cached_property
     def store(self) -> ActivationStore:
+        """The activations of the training text."""
         rows = -(-self.sizes.tokens // self.sizes.length)
         return harvest(self.model, self.site, self.text("train", rows), self.folder / "acts", progress=self.progress)
 
@@ -146,6 +161,11 @@ class Bench:
         return first, second
 
     def autoencoders(self, seed: int) -> list[SparseAutoencoder]:
+        """Those of all widths, the narrowest first; trained once.
+
+        Args:
+            seed: of weights and order.
+        """
         if seed not in self._trained:
             self._trained[seed] = [self._train(seed, width) for width in self.sizes.widths]
         return self._trained[seed]
