@@ -155,9 +155,10 @@ def count(model: nn.Module) -> int:
 
 
 def _prune(model: nn.Module) -> None:
-    """Leave layers that chose with what they chose; what the model computes stays, as only that counted at the end."""
+    """Leave layers that chose with what they chose; after enough steps the model computes what it did."""
     with own_random_numbers(CPU, 0):  # new layers draw weights before they take over others
         for path, layer in choosing(model).items():
+            layer.hard.fill_(1.0)  # a training of few steps ends before only one counts
             set_module(model, path, layer.pruned())
 
 
