@@ -765,7 +765,10 @@ def train(
         return run_training(opened, batches, validation=held_out, **settings)
     layers = chosen.layers(opened, batches)
     name = None if isinstance(model, nn.Module) else _name_of(model)
-    return train_adapter(opened, batches, validation=held_out, layers=layers, merge=merge, base=name, **settings)
+    whole = chosen.whole(opened)
+    return train_adapter(
+        opened, batches, validation=held_out, layers=layers, also=whole, merge=merge, base=name, **settings
+    )
 
 
 def _name_of(model: str | Path) -> str:

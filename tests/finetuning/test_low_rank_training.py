@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from actkit.core.train.training import train
-from actkit.finetuning.low_rank_training import train_low_rank
+from actkit.finetuning.adapters import AdaptedLayer, Lora, parse_adapter
+from actkit.finetuning.low_rank_training import train_adapter, train_low_rank
 from actkit.testing import tiny_batches, tiny_model
 
 pytest.importorskip("peft")
@@ -83,3 +86,72 @@ def test_without_peft_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"pip install 'actkit\[finetune\]'"):
         tuned("llama")
+
+
+class Named(nn.Module):
+    """A net with what can train whole and what cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.head = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+        self.tied, self.half, self.other_head = nn.Linear(4, 8), nn.Linear(2, 2).half(), nn.Linear(2, 2)
+        self.tied.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.first(x)).relu())
+
+
+def numbers(seed: int) -> list[dict[str, torch.Tensor]]:
+    x = torch.randn(32, 4, generator=torch.Generator().manual_seed(seed))
+    return [{"x": x, "labels": (x[:, 0] > x[:, 1]).long()}]
+
+
+def test_modules_that_train_whole_are_the_models_own_afterwards() -> None:
+    model = Named()
+    del model.tied, model.half
+    before, norm = copy.deepcopy(model.state_dict()), model.norm
+    settings: dict[str, Any] = {"layers": {"first": AdaptedLayer(2, 2.0)}, "steps": 8, "learning_rate": 3e-2}
+    trained = train_adapter(
+        model,
+        numbers(1),
+        validation=numbers(2),
+        also=["norm"],
+        learning_rates={"norm.*": 0.1},
+        progress=False,
+        **settings,
+    )
+    assert trained.validation < trained.history[0].validation and trained.trainable == 2 * (4 + 8) + 16
+    assert model.norm is norm and model.norm.weight.requires_grad
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"first.weight", "norm.weight", "norm.bias"}
+    check = train(model, numbers(1), validation=numbers(2), steps=1, progress=False)
+    assert check.history[0].validation == pytest.approx(trained.validation, rel=1e-5)
+    with pytest.raises(ValueError, match="learning_rate"):
+        train_adapter(model, numbers(1), validation=numbers(2), also=["norm"], **{**settings, "learning_rate": -1.0})
+    assert model.norm is norm
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere", "no module of the model with parameters"),
+        ("first", "first is adapted already"),
+        ("tied", "tied to one elsewhere"),
+        ("half", "kept in torch.float16"),
+        ("head", "other_head ends alike"),
+    ],
+)
+def test_what_cannot_train_whole_is_refused(path: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^also: .*{message}"):
+        train_adapter(
+            Named(), numbers(1), validation=numbers(2), layers={"first": AdaptedLayer(2, 2.0)}, also=[path], steps=1
+        )
+
+
+def test_patterns_name_modules_and_not_what_is_inside_of_them() -> None:
+    model = nn.ModuleDict({"head": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "body": nn.Linear(2, 2)})
+    assert Lora(also=("*head*",)).whole(model) == ("head",)
+    assert parse_adapter("lora:also=[head.1, body]").whole(model) == ("head.1", "body")
+    with pytest.raises(ValueError, match="'\\*tail' fits no module"):
+        Lora(also=("*tail",)).whole(model)

@@ -11,8 +11,9 @@ import torch
 from analyses import public_classes
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import MixtralConfig
+from transformers import MixtralConfig, ViTConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.vit.modeling_vit import ViTLayer
 
 from actkit.comparison.arms import GatedMlp
 from actkit.compression.flashsvd.flash_block import FlashBlock, MlpPaths
@@ -56,6 +57,7 @@ from actkit.core.univariate.basis import Basis
 from actkit.core.univariate.edge_functions import Wavelets
 from actkit.core.univariate.kan_linear import KanLinear
 from actkit.core.univariate.shifted_pairs import ShiftedPairs
+from actkit.finetuning.pyra.merging_layer import MergingDeiTLayer, MergingViTLayer
 from actkit.finetuning.s2a.prompts import PromptedBlock
 from actkit.finetuning.s2a.side_path import SidePath
 from actkit.functions.af_kan.af_kan_layer import AfKanLayer, AfKanNetwork
@@ -334,6 +336,22 @@ def with_statistics(layer: Any) -> Any:
     return layer
 
 
+TOKENS = (rows(2, 7), rows(1, 9, seed=2))
+MERGED: dict[str, Any] = {
+    "original": lambda: ViTLayer(small_vit()),
+    "shape": lambda shape: (*shape[:-2], shape[-2] - 2, IN),
+}
+
+
+def small_vit() -> ViTConfig:
+    return ViTConfig(hidden_size=IN, num_attention_heads=2, intermediate_size=2 * IN, attn_implementation="sdpa")
+
+
+def merging_layer(cls: Any, carries: tuple[bool, bool], modulator: Any = None) -> nn.Module:
+    """A block of a vision transformer that merges two tokens."""
+    return cls(ViTLayer(small_vit()).eval(), IN, 2, carries, modulator)
+
+
 def codes(count: int) -> Tensor:
     return sparse_code(rows(count), 6)
 
@@ -548,6 +566,21 @@ LAYERS: dict[str, dict[str, Made]] = {
             {"original": lambda: nn.Linear(IN, IN), "rows": False},
         ),
     },
+    "merging_vit_layer": {
+        "plain": Made(lambda: merging_layer(MergingViTLayer, (False, False)), TOKENS, {**MERGED, "rows": False}),
+        "with PYRA, sizes from here on": Made(
+            lambda: merging_layer(MergingViTLayer, (False, True), {"features": IN, "r": 2}),
+            TOKENS,
+            {**MERGED, "shape": lambda shape: (*shape[:-2], shape[-2] - 2, IN + 1), "rows": False},
+        ),
+    },
+    "merging_deit_layer": {
+        "sizes until here": Made(
+            lambda: merging_layer(MergingDeiTLayer, (True, False)),
+            tuple(torch.cat([each, torch.ones_like(each[..., :1])], -1) for each in TOKENS),
+            {**MERGED, "rows": False},
+        )
+    },
     "faded_activation": {"": Made(lambda: FadedActivation(nn.GELU(), 0.3), settings={"original": nn.GELU})},
     "deep_pair": {
         "": Made(
@@ -696,6 +729,9 @@ def test_layers_that_are_not_saved_pass(name: str) -> None:
 # classes that are tried as part of others: what they derive from, and storages, which compute nothing by themselves
 PARTS = {"KeepsDtype", "Polynomial", "WeightStorage", "GrowingModule", "Selection", "Expert"}
 PARTS |= {
+    "MergingLayer",
+    "PyraModulator",
+    "Matrix",  # of PYRA's claim
     "StandIn",
     "CodedActivation",
     "CodedInputs",

@@ -57,6 +57,7 @@ ELSEWHERE = {  # those that do not fit every kind of model, or say less of it, a
     "reparameterize": "compression/test_repavit.py",
     "side_path": "finetuning/test_s2a.py",
     "prompts": "finetuning/test_s2a.py",
+    "merge_tokens": "finetuning/test_pyra.py",
     "flashsvd": "compression/test_flashsvd.py",
     "expert_bits": "sparsity/test_expert_bits.py",
     "fatrelu": "sparsity/test_fatrelu.py",

@@ -37,6 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # where the defaults do not fit a tiny 
     "lorc": {"rank": 2},
     "ofq": {"operands": False, "inputs": {"by": "lsq", "bits": 4, "per": "tensor"}},
     "reconstruct_mlp": {"steps": 2},
+    "merge_tokens": {"schedule": (1,), "pyra": True},
     "rtn": {"bits": 4, "group_size": 8},
     "self_normalize": {"force": True},
     "swap": {"where": "*", "new": "relu2"},
@@ -56,6 +57,7 @@ OTHERS: dict[str, Any] = {  # another model than a Llama, and its batches
     ),
     "repavit": IMAGES,
     "reparameterize": IMAGES,
+    "merge_tokens": IMAGES,
     "prompts": (lambda: tiny_model("vit", num_hidden_layers=1), tiny_batches("vit")),
     "replace_pooling": (
         lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)).eval(),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from itertools import chain
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from actkit.core.ground import registry
 from actkit.core.ground.errors import RecipeError
+from actkit.core.ground.modules import is_within
 from actkit.core.ground.yaml_files import explain, parse_call, shorten
 from actkit.core.model.anatomy import Anatomy, Linear, anatomy
 from actkit.core.model.parts import Convolution, LinearRole
@@ -49,6 +51,7 @@ class Adapter(BaseModel):
         rank: of the changes, as a mean over layers.
         alpha: a change is multiplied by alpha / rank; default 2 * rank.
         roles: of the layers in the blocks, such as [query, gate]; all of them if not given.
+        also: modules that train whole beside the changes, by patterns of their paths, such as [classifier].
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,6 +59,7 @@ class Adapter(BaseModel):
     rank: int = Field(8, ge=1)
     alpha: float | None = Field(None, gt=0)
     roles: tuple[LinearRole, ...] | None = None
+    also: tuple[str, ...] = ()
 
     @property
     def scale(self) -> float:
@@ -76,6 +80,31 @@ class Adapter(BaseModel):
             ValueError: the model has no such layers, or one that cannot be adapted.
         """
         raise NotImplementedError
+
+    def whole(self, model: nn.Module) -> tuple[str, ...]:
+        """Return which modules train whole.
+
+        Args:
+            model: that is to be trained.
+
+        Returns:
+            Their paths; of one inside another the outer one.
+
+        Raises:
+            ValueError: a pattern of `also` fits no module.
+        """
+        paths = [path for path, _ in model.named_modules() if path]
+        found: list[str] = []
+        for pattern in self.also:
+            fitting = [path for path in paths if fnmatchcase(path, pattern)]
+            if not fitting:
+                raise ValueError(
+                    f"also: {pattern!r} fits no module; give patterns of paths such as {', '.join(paths[-3:])}."
+                )
+            found += fitting
+        return tuple(
+            path for path in dict.fromkeys(found) if not any(is_within(path, each) for each in found if each != path)
+        )
 
 
 class Lora(Adapter):

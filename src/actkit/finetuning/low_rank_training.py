@@ -27,6 +27,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from actkit.core.edit.edits import get_module, set_module
+from actkit.core.ground.modules import is_within
 from actkit.core.ground.whole_file import write_whole
 from actkit.core.model.anatomy import anatomy
 from actkit.core.model.parts import LinearRole
@@ -38,6 +39,7 @@ from actkit.core.train.training_setup import RECORD, check_folder
 from actkit.finetuning.adapters import AdaptedLayer, adaptable
 
 ADAPTER = "default"  # peft's name for the only one
+WHOLE = "modules_to_save"  # and for the trained copies of modules that train whole
 
 
 def train_low_rank(
@@ -98,6 +100,7 @@ def train_adapter(
     *,
     validation: Iterable[Any],
     layers: Mapping[str, AdaptedLayer],
+    also: Sequence[str] = (),
     merge: bool = True,
     out: str | Path | None = None,
     overwrite: bool = False,
@@ -112,6 +115,7 @@ def train_adapter(
         batches: to train on.
         validation: batches for the loss that chooses the best step.
         layers: how which layers are adapted, by their paths, as `Adapter.layers` says.
+        also: paths of modules that train whole beside them, such as a head (peft's `modules_to_save`).
         merge: add the changes to the weights of the model. Otherwise the model is as it was afterwards, and `out` holds
             the adapter alone, as peft writes it, with the fingerprint of the model: `actkit.load` opens it.
         out: folder to write; needed without `merge`.
@@ -125,20 +129,22 @@ def train_adapter(
 
     Raises:
         ImportError: peft is missing.
-        ValueError: no layers, a start of another shape, settings out of bounds, or a rule that trains more than the
-            adapter where that alone is kept; and what `train` raises.
+        ValueError: no layers, a start of another shape, modules that cannot train whole, settings out of bounds, or a
+            rule that trains more than the adapter where that alone is kept; and what `train` raises.
         CheckpointError: `out` holds something that is not to be replaced, or the model cannot be saved.
     """
     check(merge, out=out, overwrite=overwrite, **training)
     _check_layers(model, layers)
+    _check_whole(model, also, layers)
     if not merge:
         _refuse_more(model, training.get("rules", ()))
     folder = None if out is None else Path(out)
     if folder is not None and merge:
         checkpoint.check_savable(model)
     trained_on = None if merge else AdapterBase.of(model, base)
-    with adapters_beside(model, layers, seed) as (config, adapted):
-        trained = train(model, batches, validation=validation, seed=seed, trainable="*.lora_*", **training)
+    trainable = adapter_parameters(also)
+    with adapters_beside(model, layers, seed, also) as (config, adapted, whole):
+        trained = train(model, batches, validation=validation, seed=seed, trainable=trainable, **training)
         if trained_on is not None and folder is not None:
             write_adapter(model, config, trained_on, folder)
         else:
@@ -146,6 +152,8 @@ def train_adapter(
                 weight = layer.get_base_layer().weight
                 with torch.no_grad():
                     weight.copy_(weight.float() + layer.get_delta_weight(ADAPTER).float())
+            for module in whole:
+                module.original_module.load_state_dict(getattr(module, WHOLE)[ADAPTER].state_dict())
     if folder is None:
         return trained
     trained = replace(trained, folder=folder)
@@ -190,6 +198,31 @@ def _check_layers(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
             )
 
 
+def _check_whole(model: nn.Module, also: Sequence[str], layers: Mapping[str, AdaptedLayer]) -> None:
+    """Refuse modules that peft would not train whole, or others that it would take for them."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path in also:
+        module = modules.get(path)
+        parameters = [] if module is None else list(module.parameters())
+        if module is None or not parameters:
+            raise ValueError(f"also: {path!r} is no module of the model with parameters; give paths of such modules.")
+        reason = None
+        inside = next((each for each in layers if is_within(each, path) or is_within(path, each)), None)
+        same = next((name for name in modules if name.endswith(path) and name != path), None)
+        own = {id(parameter) for parameter in parameters}
+        outside = (p for n, p in model.named_parameters(remove_duplicate=False) if not n.startswith(f"{path}."))
+        if inside is not None:
+            reason = f"{inside} is adapted already"
+        elif same is not None:
+            reason = f"peft goes by the ends of names, and {same} ends alike"
+        elif any(id(parameter) in own for parameter in outside):
+            reason = "a parameter of it is tied to one elsewhere"
+        elif any(parameter.dtype not in (torch.float32, torch.float64) for parameter in parameters):
+            reason = f"it is kept in {parameters[0].dtype}, in which small steps vanish; load the model in float32"
+        if reason is not None:
+            raise ValueError(f"also: {path} cannot train whole: {reason}. Leave it out, or change what is named.")
+
+
 def _refuse_more(model: nn.Module, rules: Any) -> None:
     """Refuse rules that train more than adapters, where these alone are kept."""
     for rule in parse_rules(rules):
@@ -201,17 +234,29 @@ def _refuse_more(model: nn.Module, rules: Any) -> None:
             )
 
 
+def adapter_parameters(also: Sequence[str] = ()) -> list[str]:
+    """Return patterns of the names of what trains while adapters stand there.
+
+    Args:
+        also: paths of modules that train whole.
+    """
+    return ["*.lora_*", *(f"{path}.{WHOLE}.*" for path in also)]
+
+
 @contextmanager
-def adapters_beside(model: nn.Module, layers: Mapping[str, AdaptedLayer], seed: int) -> Iterator[tuple[Any, list[Any]]]:
+def adapters_beside(
+    model: nn.Module, layers: Mapping[str, AdaptedLayer], seed: int, also: Sequence[str] = ()
+) -> Iterator[tuple[Any, list[Any], list[Any]]]:
     """Let adapters stand beside layers, which alone are trainable; afterwards all is as it was.
 
     Args:
         model: in place.
         layers: how which are adapted, by their paths.
         seed: of what begins at random.
+        also: paths of modules that train whole, as in `train_adapter`.
 
     Yields:
-        peft's settings, and the layers with their adapters.
+        peft's settings, the layers with their adapters, and the modules that train whole, in peft's wrappers.
 
     Raises:
         ImportError: peft is missing.
@@ -220,14 +265,15 @@ def adapters_beside(model: nn.Module, layers: Mapping[str, AdaptedLayer], seed: 
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ImportError("low-rank training: peft is missing; pip install 'actkit[finetune]'.") from error
-    plain = {path: get_module(model, path) for path in layers}
+    plain = {path: get_module(model, path) for path in (*layers, *also)}
     (rank, alpha), _ = Counter((each.rank, each.alpha) for each in layers.values()).most_common(1)[0]
     names = {path: f"^{re.escape(path)}$" for path in layers}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
-        target_modules=list(plain),
+        target_modules=list(layers),
+        modules_to_save=list(also) or None,
         fan_in_fan_out=isinstance(next(iter(plain.values())), Conv1D),
         rank_pattern={names[path]: each.rank for path, each in layers.items() if each.rank != rank},
         alpha_pattern={names[path]: each.alpha for path, each in layers.items() if each.alpha != alpha},  # type: ignore[misc]
@@ -236,16 +282,16 @@ def adapters_beside(model: nn.Module, layers: Mapping[str, AdaptedLayer], seed: 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(config, model)
-        for parameter in model.parameters():
-            if parameter.requires_grad:  # of an adapter, which takes the dtype of its layer: too coarse in 16 bits
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:  # they take the dtype of their layer: too coarse in 16 bits
                 parameter.data = parameter.data.float()
-        adapted: list[Any] = [model.get_submodule(path) for path in plain]
+        adapted: list[Any] = [model.get_submodule(path) for path in layers]
         for layer, each in zip(adapted, layers.values(), strict=True):
             if each.start is not None:
                 with torch.no_grad():
                     start = layer.lora_A[ADAPTER].weight  # of a convolution [rank, in, height, width]
                     start.copy_(each.start.view_as(start))
-        yield config, adapted
+        yield config, adapted, [model.get_submodule(path) for path in also]
     finally:
         for path, module in plain.items():
             set_module(model, path, module)

@@ -37,7 +37,7 @@ from actkit.core.train.optimizers import chosen_optimizer, make_optimizer
 from actkit.core.train.rules import AttachedRules, attached
 from actkit.core.train.training_setup import check_parameters, modes_restored, prepare_modes
 from actkit.finetuning.adapters import parse_adapter
-from actkit.finetuning.low_rank_training import adapters_beside
+from actkit.finetuning.low_rank_training import adapter_parameters, adapters_beside
 
 RATE = 1e-4
 
@@ -142,8 +142,10 @@ def stepping(model: nn.Module, batch: Any, way: Way) -> Iterator[Step]:
     with ExitStack() as stack:
         stack.enter_context(modes_restored(model))
         if way.adapter is not None:
-            stack.enter_context(adapters_beside(model, parse_adapter(way.adapter).layers(model, [batch]), 0))
-            trainable = ("*.lora_*", *(trainable or ()))
+            adapter = parse_adapter(way.adapter)
+            layers, also = adapter.layers(model, [batch]), adapter.whole(model)
+            stack.enter_context(adapters_beside(model, layers, 0, also))
+            trainable = (*adapter_parameters(also), *(trainable or ()))
         if way.checkpointing:
             whole.gradient_checkpointing_enable({"use_reentrant": False})
             stack.callback(whole.gradient_checkpointing_disable)

@@ -5,7 +5,8 @@ If a module stands at the attention or MLP of the row and computes in another wa
 read this one tensor. Such a part is no Attention or Mlp, so that no method takes it for one; its layers are among
 `Block.other`. A LayersRow says the same of a class of another library. An MLP of another class that computes as an
 MlpRow describes says so by an attribute `row`, with paths inside of itself, and is an Mlp. A module that only wraps a
-part of the row is entered (`wrapping.py`).
+part of the row is entered (`wrapping.py`). A block whose hidden states carry more than channels says by
+`hidden_columns` which columns of its input and output are these.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class BlockReader:
             known = {None, *(norm.path for norm in row.norms)}
             heads = [path for path in (row.attention.query_norm, row.attention.key_norm) if path not in known]
             norms += tuple(Norm(self._full(path), self._module(path)) for path in heads if path is not None)
-        self._tap("block.input", self.path, "input")
+        columns = getattr(submodule(self.model, self.path, row), "hidden_columns", (None, None))
+        self._tap("block.input", self.path, "input", columns=columns[0])
         attention, mlp, experts = None, None, None
         if isinstance(row.attention, LayersRow):
             self._layers(row.attention, "attention")
@@ -74,7 +76,7 @@ class BlockReader:
         if row.beside is not None:
             self._layers(row.beside)
         self._middle(feeding, mlp or experts)
-        self._tap("block.output", self.path, "output")
+        self._tap("block.output", self.path, "output", columns=columns[1])
         module = submodule(self.model, self.path, row)
         return Block(
             self.index,

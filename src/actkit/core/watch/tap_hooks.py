@@ -127,8 +127,8 @@ def tap_hooks(
             if added is None:
                 return None
             if isinstance(output, Tensor):
-                return output + added.reshape(output.shape)
-            return type(output)((output[0] + added.reshape(output[0].shape), *output[1:]))
+                return _sum(output, added)
+            return type(output)((_sum(output[0], added), *output[1:]))
 
         return hook
 
@@ -144,6 +144,12 @@ def tap_hooks(
         for path in tap.shared:
             before.setdefault(path, []).append(give(tap, path))
     return {path: in_turn(each) for path, each in before.items()}, {path: in_turn(each) for path, each in after.items()}
+
+
+def _sum(output: Tensor, added: Tensor) -> Tensor:
+    """The sum, where an output may have more columns than channels (`hidden_columns` of a block)."""
+    rows = added.reshape(*output.shape[:-1], -1)
+    return output + nn.functional.pad(rows, (0, output.shape[-1] - rows.shape[-1]))
 
 
 def in_turn(hooks: list[Any]) -> Callable[..., Any]:

@@ -118,7 +118,15 @@ def width_of(block: Block) -> int | None:
 
     Args:
         block: of the model.
+
+    Raises:
+        EditError: its tokens are merged, so that what stands beside them or in front of them does not fit.
     """
     if not block.path or block.attention is None:
         return None
+    if hasattr(block.module, "hidden_columns"):
+        raise EditError(
+            f"{block.path}: its tokens are merged (merge_tokens), so that no side path fits those that are left, and "
+            f"prompts would be merged too; use one of the two."
+        )
     return block.attention.inputs[0].in_features
