@@ -5,8 +5,9 @@
     of all pairs (l, i), i <= rho * rank, the rank * layers with the largest e_li are kept;
     rank_l = how many of layer l are,  A_l = [v_1 ... v_rank_l],  B_l = 0,  alpha_l / rank_l the same for all
 
-When to use it: to train low-rank changes in few steps; compare with `lora` on your own data, as the gain was too small
-to tell in our own experiment. The plan is also a picture of how many directions each layer's input fills.
+When to use it: to train low-rank changes in few steps; compare with `lora` on your own data, as the gain was too
+small to tell in our own experiment, and a model that knew the text already did worse from there. The plan is also a
+picture of how many directions each layer's input fills.
 Cost: one pass over `batches` batches, and one eigendecomposition per distinct input. The Gram matrices are held block
 by block: inputs^2 * 8 bytes each.
 The paper finds the directions by an incremental decomposition that goes over the data until they stand still (tau), as
