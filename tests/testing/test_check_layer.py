@@ -82,6 +82,7 @@ from actkit.functions.softplus_attention.layer import SoftplusAttention
 from actkit.functions.vanillanet.faded import FadedActivation
 from actkit.functions.vanillanet.folding import DeepPair
 from actkit.functions.vanillanet.series import SeriesActivation2d
+from actkit.interpretation.pavlovian.attention import PavlovianAttention
 from actkit.interpretation.sparse_autoencoder.kinds import KINDS as AUTOENCODERS
 from actkit.quantization.ofq.query_key import QueryKeyAttention
 from actkit.sparsity.active_dendrites.segments import DendriticSegments, PatternMemory, sparse_code
@@ -662,6 +663,7 @@ NOT_SAVED = {  # layers that are used by hand, or inside another, or are models:
         {"rows": False, "shape": lambda shape: (shape[0], 8, *shape[2:])},
     ),
     **{cls.__name__: autoencoder(cls) for cls in AUTOENCODERS.values()},
+    "PavlovianAttention": Made(lambda: PavlovianAttention(IN, 4, "delta"), (rows(2, 3), rows(1, 5)), {"rows": False}),
     "GatedMlp": Made(lambda: GatedMlp(IN, 8, OUT), settings={"shape": lambda shape: (*shape[:-1], OUT)}),
     "GrKanLinear": Made(lambda: GrKanLinear(IN, OUT, 4), settings={"shape": lambda shape: (*shape[:-1], OUT)}),
     "AfKanNetwork": Made(
@@ -739,6 +741,7 @@ PARTS |= {
     "RedrawnDropout",
     "FrozenNorm",
     "NoDropout",
+    "Composed",
 }  # while a rule works
 PARTS |= {"Basis", "EdgeFunctions", "Reduction", *(kind.__name__ for kind in REDUCTIONS.values())}
 PARTS |= {
@@ -767,6 +770,7 @@ MODELS |= {"Network"}  # and tests/claims/test_posets.py
 MODELS |= {"VanillaNet", "VanillaBlock"}  # and tests/functions/test_vanillanet.py
 MODELS |= {"DigitsMlp"}  # and tests/claims/test_ap.py
 MODELS |= {"MinimalViT", "ReducedEncoder", "ReducedLayer"}  # and tests/compression/test_minimal.py
+MODELS |= {"CodeNet", "Net", "Recaller"}  # see tests/interpretation/test_neural_code.py and tests/claims
 MODELS |= {"GatedMLP"}  # and tests/sparsity/test_plm.py, tests/claims/test_plm.py
 
 

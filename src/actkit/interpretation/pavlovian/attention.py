@@ -3,7 +3,7 @@
     o_t = phi(q_t)^T S_t,   normalised: divided by phi(q_t)^T z_t, z_t the sum of phi(k_i) as it is kept
 
 `rules` says how S_t comes about. Queries are scaled by keys^-1/2 at retrieval, never keys at storage: that would change
-how much fits in.
+how much fits in. The memory is kept in float32 or wider.
 When to use it: to see what a rule can learn that another cannot, in a small model of your own.
 Cost: as of the rules; the state of a head is keys x values, whatever the length.
 Left open: in place of the attention of a trained model; chunks on a GPU are plain torch (flash-linear-attention has
@@ -35,6 +35,11 @@ def features(x: Tensor, kind: Features) -> Tensor:
     if kind == "relu":
         return x.relu()
     return nn.functional.normalize(x, dim=-1) if kind == "l2" else x
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32, if it is narrower: a memory is a sum over all tokens."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class PavlovianAttention(nn.Module):
@@ -107,9 +112,20 @@ class PavlovianAttention(nn.Module):
         query, key, value = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )
+        gate = None if self.gate is None else self.gate(x).sigmoid().transpose(1, 2)
+        given = value.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            wide = None if gate is None else _wide(gate)
+            out, after = self._learned(_wide(query), _wide(key), _wide(value), wide, state)
+        found: Tensor = self.output(out.to(given).transpose(1, 2).flatten(2))
+        return found, after
+
+    def _learned(
+        self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, state: State | None
+    ) -> tuple[Tensor, State]:
+        """What is retrieved [batch, heads, length, features], and the state."""
         key = features(key, self.phi)
         query = features(query, self.phi) * key.shape[-1] ** -0.5
-        gate = None if self.gate is None else self.gate(x).sigmoid().transpose(1, 2)
         before = State.empty(key, value) if state is None else state
         if self.mode == "recurrent":
             out, total, after = recurrent(self.rule, query, key, value, gate, before)
@@ -120,8 +136,7 @@ class PavlovianAttention(nn.Module):
             out, total = query @ after.memory, (query * after.total[..., None, :]).sum(-1)
         if self.normalise:
             out = out / total.clamp(min=1e-6)[..., None]
-        found: Tensor = self.output(out.transpose(1, 2).flatten(2))
-        return found, after
+        return out, after
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [batch, length, width] to the same shape."""
