@@ -1,11 +1,12 @@
 """Layers that learn their functions, learned activations, attention without softmax: seconds and bytes.
 
-    python benchmarks/functions.py [--quick] [--json PATH|-] [--only layers activations attention decoding]
+    python benchmarks/functions.py [--quick] [--json PATH|-] [--only layers activations qkan fits attention decoding]
 
 layers: `KanLinear` with each basis (8 functions) beside a GELU MLP of equally many parameters, eager and compiled, the
 best of the two is the measure; and beside splines of other packages at the same shape (pykan, inkan, flashkan), and
 efficient-KAN's formulation written out. 1,024 rows. activations: a rational and PolyNorm beside `F.gelu` and plain
-autograd. attention: LSSAR beside eager softmax and SDPA, one sequence of 8 heads. decoding: the CPU decoder at the 1.1B
+autograd. qkan: a layer of QKAN beside that of the package `qkan` with its exact solver, both measured by <Z>, all
+parameters learned. fits: `gr_kan` applied to SmolLM2-135M beside a plain pass over its calibration rows. attention: LSSAR beside eager softmax and SDPA, one sequence of 8 heads. decoding: the CPU decoder at the 1.1B
 shape, bfloat16, random weights, with SiLU gates and with learned ones; the three take turns in one process.
 
 Forward and backward passes are timed apart, interleaved, in one process with two threads, on inputs that rotate over
@@ -40,6 +41,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import actkit
 from actkit.core.measure.saved_tensors import saved_tensors
 from actkit.core.univariate.bases import Bells, BSplines, Bumps, Polynomials
 from actkit.core.univariate.basis import Basis
@@ -48,11 +50,12 @@ from actkit.core.univariate.kan_linear import KanLinear
 from actkit.functions.crrelu.crrelu import CRReLU
 from actkit.functions.kat.group_rational import GroupRational
 from actkit.functions.polycom.polynomials import PolyNorm
+from actkit.functions.qkan.qkan_layer import QkanLayer
 from actkit.functions.softplus_attention.weights import softplus_attention
 from actkit.runtime.decoder import Decoder
 from actkit.testing.random_llama import random_llama
 
-PARTS = ("layers", "activations", "attention", "decoding")
+PARTS = ("layers", "activations", "qkan", "fits", "attention", "decoding")
 BASES: dict[str, Callable[[], Basis]] = {
     "B-splines": lambda: BSplines(5, 3),
     "Gaussian bells": lambda: Bells(8),
@@ -65,9 +68,12 @@ FULL: dict[str, Any] = {
     "rows": 1024,
     "rounds": 12,
     "lengths": (1024, 2048, 8192),
+    "qkan": 32,
+    "model": ("smollm2", 16, 256, 3),
     "shape": "1.1B",
 }
 QUICK: dict[str, Any] = {"widths": (64, 128), "rows": 256, "rounds": 4, "lengths": (256, 512), "shape": "tiny"}
+QUICK |= {"qkan": 8, "model": ("swiglu", 4, 64, 2)}
 MEASURED = (256, 768)  # the widths that have targets
 MLP, COMPILED = "GELU MLP", "GELU MLP, compiled"
 
@@ -313,6 +319,62 @@ def activations(setting: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dic
     ]
 
 
+# -- QKAN --------------------------------------------------------------------------------------------------------------
+
+
+def _qkan(width: int) -> nn.Module:
+    from qkan import QKANLayer
+
+    learned = {"preact_trainable": True, "postact_weight_trainable": True, "postact_bias_trainable": True}
+    return QKANLayer(width, width, reps=3, solver="exact", fast_measure=False, **learned)
+
+
+def qkan(setting: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and targets of QKAN."""
+    width = setting["qkan"]
+    peers(1)  # makes the packages findable
+    variants: dict[str, Any] = {"QkanLayer": QkanLayer(width, width)}
+    try:
+        variants["qkan"] = _qkan(width)
+    except Exception as error:
+        missing = [{"width": width, "row": "qkan", "about": f"{type(error).__name__}: {error}"[:120]}]
+    else:
+        missing = []
+    found = take_turns(variants, (setting["rows"], width), setting["rounds"], "QKAN")
+    rows = [*rows_of(found, "QkanLayer", width=width), *missing]
+    steps = {row["row"]: row["forward ms"] + row["backward ms"] for row in rows if "forward ms" in row}
+    over = steps["qkan"] / steps["QkanLayer"] if "qkan" in steps else None
+    targets = [] if over is None else [common.target("package qkan's step, over ours", over, at_least=3.0)]
+    return rows, targets
+
+
+# -- fits --------------------------------------------------------------------------------------------------------------
+
+
+def fits(setting: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What rationals in place of a model's activations cost, beside a plain pass over the same rows."""
+    name, sequences, length, rounds = setting["model"]
+    model, tokenizer = actkit.load(name, dtype="float32"), actkit.load_tokenizer(name)
+    batches = actkit.load_data(None, model, tokenizer, sequences=sequences, length=length, batch_size=4)
+    seconds: dict[str, list[float]] = {"plain pass": [], "gr_kan": []}
+    for number in range(rounds + 1):  # the first warms up
+        start = time.perf_counter()
+        with torch.no_grad():
+            for batch in batches:
+                model(**batch)
+        middle = time.perf_counter()
+        applied = actkit.apply(model, "gr_kan", batches, progress=False)
+        end = time.perf_counter()
+        applied.undo()
+        if number:
+            seconds["plain pass"].append(middle - start)
+            seconds["gr_kan"].append(end - middle)
+    over = common.ratio(seconds["gr_kan"], seconds["plain pass"])
+    about = f"{name}, {sequences} rows of {length} tokens"
+    rows = [{"row": each, "about": about, "s": round(median(own), 2)} for each, own in seconds.items()]
+    return rows, [common.target(f"gr_kan on {name}, over a plain pass", over["ratio"], at_most=1.5)]
+
+
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 HEADS, HEAD = 8, 64
@@ -447,7 +509,14 @@ def decoding(setting: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[s
     return rows, targets
 
 
-MEASURE = {"layers": layers, "activations": activations, "attention": attention, "decoding": decoding}
+MEASURE = {
+    "layers": layers,
+    "activations": activations,
+    "qkan": qkan,
+    "fits": fits,
+    "attention": attention,
+    "decoding": decoding,
+}
 
 
 def show(console: Console, rows: list[dict[str, Any]]) -> None:
