@@ -6,8 +6,9 @@ layers: `KanLinear` with each basis (8 functions) beside a GELU MLP of equally m
 best of the two is the measure; and beside splines of other packages at the same shape (pykan, inkan, flashkan), and
 efficient-KAN's formulation written out. 1,024 rows. activations: a rational and PolyNorm beside `F.gelu` and plain
 autograd. qkan: a layer of QKAN beside that of the package `qkan` with its exact solver, both measured by <Z>, all
-parameters learned. fits: `gr_kan` applied to SmolLM2-135M beside a plain pass over its calibration rows. attention: LSSAR beside eager softmax and SDPA, one sequence of 8 heads. decoding: the CPU decoder at the 1.1B
-shape, bfloat16, random weights, with SiLU gates and with learned ones; the three take turns in one process.
+parameters learned. fits: `gr_kan` applied to SmolLM2-135M beside a plain pass over its calibration rows. attention:
+LSSAR beside eager softmax and SDPA, one sequence of 8 heads. decoding: the CPU decoder at the 1.1B shape, bfloat16,
+random weights, with SiLU gates and with learned ones; the three take turns in one process.
 
 Forward and backward passes are timed apart, interleaved, in one process with two threads, on inputs that rotate over
 more memory than the caches have. `saved MB` is what is kept for the backward pass, each storage once, without
