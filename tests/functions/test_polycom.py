@@ -194,7 +194,10 @@ def test_an_ungated_mlp_is_read_as_one(kind: str):
 
 
 def test_the_decoder_leaves_it_to_transformers():
-    for activation, text in (("poly_norm", "a PolyNorm; the decoder computes"), ("relu", "is a UngatedMlp, whose")):
+    for activation, text in (
+        ("poly_norm", "a PolyNorm mixes channels, and a unit is computed without the others"),
+        ("relu", "is a UngatedMlp, whose"),
+    ):
         model = tiny_model("llama")
         apply(model, Ungate(activation=activation), progress=False)
         engine = choose_engine(model, capacity=16)

@@ -22,8 +22,8 @@ from rich.console import Console
 
 import actkit
 from actkit.core.ground.errors import DataError, RecipeError
+from actkit.core.page import templating
 from actkit.core.store import checkpoint
-from actkit.search import pages
 from actkit.search.card import model_card
 from actkit.search.figures import optimization_table
 from actkit.search.journal import JournalError
@@ -257,7 +257,7 @@ def test_bad_settings_and_places_are_refused_before_any_work(llama, tmp_path, mo
     for options in ({"overwrite": True}, {"resume": True}):
         refused("nothing in it is touched", out=tmp_path / "mine", **options)
     assert (tmp_path / "mine" / "thesis.txt").exists()
-    monkeypatch.setattr(pages.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(templating.importlib.util, "find_spec", lambda name: None)
     refused(r"pip install 'actkit\[report\]'", ImportError)
 
 
