@@ -128,6 +128,9 @@ def pairs(p: Place, text: str, tokenizer: Any = None) -> Any:
 proof(lambda p: read_pairs(None, build("llama"), Words()))
 
 
+proof(lambda p: read_pairs(p.path, build("llama"), Words(), length=8))
+
+
 proof(lambda p: read_pairs(p.path / "absent.jsonl", build("llama"), Words()))
 
 

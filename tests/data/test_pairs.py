@@ -23,7 +23,7 @@ def written(path, *rows):
     return path
 
 
-def test_pairs_are_batches(swiglu, tmp_path):
+def test_pairs_are_batches(swiglu, tmp_path, capsys):
     model, tokenizer = swiglu
     other = {**PAIR, "clean": "If the list is", "corrupted": "If this list is"}
     batches = read_pairs(written(tmp_path / "p.jsonl", PAIR, "", other, PAIR), model, tokenizer, batch_size=2)
@@ -32,7 +32,9 @@ def test_pairs_are_batches(swiglu, tmp_path):
     assert batches[0]["clean_input_ids"][0].tolist() == tokenizer.encode("If the file is")
     assert batches[1]["wrong"].tolist() == tokenizer.encode(" not")
     assert "".join(batches[0]["tokens"]) == "If this file is"
+    assert "are read" not in capsys.readouterr().err
     assert len(read_pairs(tmp_path / "p.jsonl", model, tokenizer, sequences=1)[0]["right"]) == 1
+    assert "pairs: 1 of 3 are read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -52,7 +54,7 @@ def test_what_is_no_pair_is_refused(swiglu, tmp_path, rows, says):
 
 
 def test_no_file_and_no_language_model(swiglu, tmp_path):
-    with pytest.raises(DataError, match=r"nothing was given; give a \.jsonl"):
+    with pytest.raises(DataError, match="nothing was given and pairs are read"):
         read_pairs(None, *swiglu)
     with pytest.raises(DataError, match="is no file"):
         read_pairs(tmp_path / "absent.jsonl", *swiglu)

@@ -57,6 +57,9 @@ proof(lambda p: generalisation([1.5]))
 proof(lambda p: capacity_curve("hebb", 4, [1], criterion="best"))  # type: ignore[arg-type]
 
 
+proof(lambda p: capacity_curve("delta", 4, [1, 2]))
+
+
 proof(lambda p: capacity_curve("hebb", 4, [2, 1]))
 
 

@@ -19,6 +19,7 @@ from actkit.core.forward.example import Inputs
 from actkit.core.forward.limits import TOKENS, check_length
 from actkit.core.forward.texts import check_text
 from actkit.core.ground.errors import DataError
+from actkit.core.ground.progress import say
 from actkit.data.batches import Batches
 
 FIELDS = ("clean", "corrupted", "right", "wrong")
@@ -31,6 +32,7 @@ def read_pairs(
     tokenizer: Any,
     *,
     sequences: int | None = None,
+    length: int | None = None,
     batch_size: int = 8,
     **unused: Any,
 ) -> Batches:
@@ -40,9 +42,10 @@ def read_pairs(
         source: the file.
         model: that is called on them.
         tokenizer: the model's.
-        sequences: how many pairs, at most; None for all.
+        sequences: how many pairs, at most; None for all. A line says so if some are left out.
+        length: refused, as pairs have their own.
         batch_size: pairs of a batch.
-        unused: what pairs have no use for, such as a length.
+        unused: what does not change how pairs are read, such as a seed.
 
     Returns:
         Batches of `input_ids` (the corrupted text), `clean_input_ids`, `right` and `wrong` [pairs], and `tokens`, the
@@ -53,19 +56,27 @@ def read_pairs(
             is more than one token.
     """
     if source is None or not isinstance(source, str | Path):
-        raise DataError(f"data: {'nothing' if source is None else type(source).__name__} was given; {WANTED}.")
+        given = "nothing" if source is None else type(source).__name__
+        raise DataError(f"data: {given} was given and pairs are read; {WANTED}.")
+    if length is not None:
+        raise DataError(f"length: {length} was given; pairs are as long as their texts, leave it out.")
     path = Path(source)
     if not path.is_file():
         raise DataError(f"source={str(source)!r} is no file; {WANTED}.")
     if tokenizer is None or Inputs.of(model).vocabulary is None:
         raise DataError(f"data: pairs are texts, and {type(model).__name__} takes none; choose a language model.")
     rows: list[dict[str, list[int]]] = []
+    left = 0
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
-            if line.strip() and (sequences is None or len(rows) < sequences):
+            if line.strip() and sequences is not None and len(rows) == sequences:
+                left += 1
+            elif line.strip():
                 rows.append(_pair(line, f"{path}, line {number}", tokenizer, rows[0] if rows else None))
     if not rows:
         raise DataError(f"source={str(source)!r} holds no pair; {WANTED}.")
+    if left:
+        say(f"pairs: {len(rows)} of {len(rows) + left} are read; sequences (--sequences) sets how many.")
     check_length(model, len(rows[0]["clean"]), "data")
     items = []
     for start in range(0, len(rows), batch_size):

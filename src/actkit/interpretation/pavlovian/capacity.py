@@ -39,8 +39,8 @@ class CapacityCurve:
     Attributes:
         rule: its name.
         size: of a key.
-        criterion: 'worst': the mean over keys of the sum of |cosines| with the others; 'mse': the squared error of what
-            is retrieved, of unit values; 'argmax': the share of wrong nearest values.
+        criterion: 'worst': the mean over keys of the sum of |cosines| with the others, of 'hebb' alone; 'mse': the
+            squared error of what is retrieved, of unit values; 'argmax': the share of wrong nearest values.
         stored: numbers of associations.
         values: of the criterion, means over trials.
     """
@@ -137,6 +137,8 @@ def capacity_curve(
             f"criterion, keys: {criterion!r}, {keys!r} were given; give {', '.join(get_args(Criterion))}, and "
             f"'random', 'orthogonal' or a tensor."
         )
+    if criterion == "worst" and rule.name != "hebb":
+        raise ValueError(f"criterion: 'worst' is the crosstalk of Hebb's rule; give 'mse' or 'argmax' for {rule.name}.")
     if size < 1 or trials < 1 or passes < 1 or not stored or min(stored) < 1 or list(stored) != sorted(set(stored)):
         raise ValueError(
             f"size, trials, passes, stored: {size}, {trials}, {passes}, {list(stored)} were given; give 1 or more of "
