@@ -164,7 +164,8 @@ def test_a_harvest_that_was_cut_off_goes_on_to_the_same_bytes(tmp_path: Path, mo
     with pytest.raises(KeyboardInterrupt):
         harvest(model, SITES, given, tmp_path / "cut", shard_rows=20, progress=False)
     (tmp_path / "cut" / ".store.json.9.partial").write_bytes(b"half")
-    (tmp_path / "cut" / ".shard-00001.safetensors.9.partial").write_bytes(b"half")
+    (tmp_path / "cut" / ".shard-00001.9.partial").mkdir()
+    (tmp_path / "cut" / ".shard-00001.9.partial" / ".tmp8RxZ2k").write_bytes(b"half")
     with pytest.raises(CheckpointError, match="2 of 3 shards are not written yet"):
         ActivationStore.open(tmp_path / "cut")
     monkeypatch.setattr(activation_store, "_write", write)

@@ -19,7 +19,6 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import getpid
@@ -499,7 +498,7 @@ def _begin(folder: Path, index: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for pattern in (f".{INDEX}.*.partial", ".shard-*.partial"):  # of a run that was killed
         for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     if not any(folder.iterdir()):
         write_whole(folder / INDEX, json.dumps(index, indent=1))
         return
@@ -530,14 +529,16 @@ def _write(folder: Path, number: int, found: Mapping[str, Kept], names: Mapping[
         tensors[f"rows.{site}"] = x.contiguous()
         about["rows"][site], about["groups"][site] = len(x), group
     path = _path(folder, number)
-    partial = folder / f".{path.name}.{getpid()}.partial"
+    partial = folder / f".{path.stem}.{getpid()}.partial"  # a folder: safetensors writes under a name of its own first
     try:
-        save_file(tensors, partial)
-        flush(partial)
-        with partial.open("rb") as file:
+        partial.mkdir(exist_ok=True)
+        written = partial / path.name
+        save_file(tensors, written)
+        flush(written)
+        with written.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        size = partial.stat().st_size
-        partial.replace(path)
+        size = written.stat().st_size
+        written.replace(path)
         flush(folder)
         write_whole(path.with_suffix(".json"), json.dumps({**about, "sha256": digest, "bytes": size}))
     except (OSError, SafetensorError) as error:
@@ -545,8 +546,7 @@ def _write(folder: Path, number: int, found: Mapping[str, Kept], names: Mapping[
             f"store: {path} could not be written ({error}); free some space and harvest again, which goes on there."
         ) from error
     finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _path(folder: Path, number: int) -> Path:
