@@ -4,13 +4,14 @@
 # make docs   the site, from docs/ and the docstrings, into site/
 # make bench  the decoder beside llama.cpp, torchao and OpenVINO, also on a real model (a C++ compiler builds the first;
 #             three quarters of an hour)
+# make bench-compression    what narrower and factored models cost and lose, beside torch-pruning and optipfair (an hour)
 # make bench-functions      learned functions beside MLPs, pykan, inkan and flashkan (five minutes)
 # make bench-quantization   our quantizers beside llm-compressor and AutoRound, on SmolLM2 (hours on two cores)
 # make zoo    train the embedded models again (two hours and a half on one core)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint docs bench bench-functions bench-quantization zoo clean
+.PHONY: demo test test-all lint docs bench bench-functions bench-compression bench-quantization zoo clean
 
 demo: .venv/.installed
 	$(BIN)/actkit optimize smollm2 --minutes 5 --out actkit-report --overwrite
@@ -64,6 +65,10 @@ bench-functions: .venv/.installed .venv-bench/.installed
 	-.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt pykan inkan flashkan matplotlib pandas \
 	  scikit-learn sympy seaborn tqdm pyyaml
 	$(BIN)/python benchmarks/functions.py
+
+bench-compression: .venv/.installed .venv-bench/.installed
+	-.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt torch-pruning==1.6.1 optipfair==0.4.2
+	$(BIN)/python benchmarks/compression.py
 
 bench-quantization: .venv/.installed .venv-quantization/.installed
 	$(BIN)/python benchmarks/quantization.py

@@ -1,6 +1,15 @@
 """What compression methods cost and save, beside the same model without them.
 
-    python benchmarks/compression.py [--quick] [--json PATH|-] [--only flashsvd repavit]
+    python benchmarks/compression.py [--quick] [--json PATH|-] [--only PART ...]
+
+widths: SmolLM2-135M and the zoo's SwiGLU language model in float32, 20, 30 and 50 % of the units of their MLPs cut by
+CFSP, by its controls (random, magnitude, Wanda-SP's score, with and without FLAP's bias) and by the packages
+torch-pruning and optipfair, without and with data, if they are in `.venv-bench`; exact widths, so that parameters are
+equal to within a unit a block. Each arm in a process of its own (`pruning_worker.py`), on the same 16 x 256 tokens; its
+seconds and the peak over what was resident are those of the change alone, on a machine that others use. Perplexity on
+32 x 256 held-out tokens. Pass: on SmolLM2 CFSP's is at most that of each package's better variant.
+
+cost: CFSP at 30 % on the same rows beside one pass of the model over them, in turns. Pass: at most 1.6 times.
 
 flashsvd: one block of BERT-Base's shape (768 channels, 12 heads, 3,072 units), 32 x 256 tokens, random weights, factors
 of rank 40 per head and 240 elsewhere: bytes of tensors that are alive at once in the block (weights and its input
@@ -17,27 +26,39 @@ The targets were set before the first run.
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import common  # isort: skip
+import pruning_worker
 import torch
+from safetensors.torch import save_file
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
+from actkit import zoo
+from actkit.claims.subject import Subject
+from actkit.compression.cfsp import Cfsp
 from actkit.compression.flashsvd.flashsvd import FlashSvd
 from actkit.compression.flashsvd.memory import activation_bytes, block_peaks
 from actkit.compression.repavit.folded import Reparameterize
 from actkit.compression.repavit.idle import Repavit
 from actkit.compression.svd import Svd
+from actkit.core.forward.batch import forward
+from actkit.core.forward.hooks import evaluating
 from actkit.core.recipe.runner import apply
+from actkit.core.store import checkpoint
 
-PARTS = ("flashsvd", "repavit")
+PARTS = ("flashsvd", "repavit", "widths", "cost")
 RANKS: dict[str, Any] = {"query": 40, "key": 40, "value": 40, "output": 240, "up": 240, "down": 240}
 
 
@@ -125,15 +146,120 @@ def vision_transformer(features: int, heads: int, depth: int) -> ViTModel:
     return ViTModel(config, add_pooling_layer=False).eval()
 
 
+# -- widths of MLPs ----------------------------------------------------------------------------------------------------
+
+SHARES = (0.2, 0.3, 0.5)
+MODELS = ("smollm2", "swiglu")
+PEERS = HERE.parent / ".venv-bench" / "bin" / "python"
+
+
+def subject(name: str, calibration: int, held_out: int) -> Subject:
+    """A language model of the zoo in float32, with its text."""
+    split = "calibration" if name == "smollm2" else "train"
+    return Subject(
+        name, calibration=calibration, split=split, held_out=held_out, model=zoo.load(name, dtype=torch.float32)
+    )  # type: ignore[arg-type]
+
+
+def widths(quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Perplexities of models whose MLPs were cut, and what the cut took."""
+    rows, targets = [], []
+    for name in MODELS[quick:]:
+        given = subject(name, 4 if quick else 16, 8 if quick else 32)
+        with TemporaryDirectory() as folder:
+            base, text = Path(folder) / "base", Path(folder) / "text.safetensors"
+            given.model.save_pretrained(base)  # type: ignore[operator]
+            save_file({"input_ids": torch.cat([batch["input_ids"] for batch in given.calibration(0)])}, text)
+            rows.append({"model": name, "row": "whole", "cut": 0.0, **judged(given.model, given)})
+            for share in SHARES[quick:]:
+                own = [{"model": name, "row": arm, "cut": share, **cut(arm, base, text, share, given)} for arm in ARMS]
+                rows += own
+                if name == "smollm2":
+                    targets += beside_peers(own, share)
+    return rows, targets
+
+
+ARMS = (*pruning_worker.OURS, *pruning_worker.PEERS)
+
+
+def judged(model: Any, given: Subject) -> dict[str, Any]:
+    """What a model gives and takes."""
+    other = Subject(given.name, calibration=1, split="train", held_out=1, model=model)
+    other.held_out = given.held_out
+    size = sum(each.numel() for each in model.parameters())
+    return {"perplexity": round(other.perplexity(), 2), "parameters, M": round(size / 1e6, 3)}
+
+
+def cut(arm: str, base: Path, text: Path, share: float, given: Subject) -> dict[str, Any]:
+    """A row of one arm; one that does not run says why in place of the perplexity."""
+    peer = arm in pruning_worker.PEERS
+    python = str(PEERS) if peer else sys.executable
+    if peer and not PEERS.exists():
+        return {"perplexity": "no .venv-bench (make bench)"}
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        command = [python, str(HERE / "pruning_worker.py"), arm, str(base), str(text), str(share), str(out)]
+        ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        if ended.returncode:
+            return {"perplexity": (ended.stderr.strip().splitlines() or ["it ended without a word"])[-1][:120]}
+        found = json.loads(ended.stdout.strip().splitlines()[-1])
+        taken = {"seconds": round(found["seconds"], 2), "peak MB": round(found["peak_bytes"] / 1e6, 1)}
+        size = sum(each.stat().st_size for each in out.rglob("*.safetensors"))
+        return {
+            **judged(checkpoint.load(out, dtype=torch.float32), given),
+            "on disk, MB": round(size / 1e6, 1),
+            **taken,
+        }
+
+
+def beside_peers(rows: list[dict[str, Any]], share: float) -> list[dict[str, Any]]:
+    """CFSP's perplexity over that of each package's better variant."""
+    found = {row["row"]: row["perplexity"] for row in rows}
+    targets = []
+    for package in ("torch-pruning", "optipfair"):
+        own = [value for arm, value in found.items() if arm.startswith(package) and not isinstance(value, str)]
+        if own:
+            over = round(found["CFSP"] / min(own), 3)
+            targets.append(common.target(f"widths: SmolLM2, {share:.0%} cut, over {package}", over, at_most=1.0))
+    return targets
+
+
+def cost(quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Seconds of CFSP beside a pass of the model over the same rows."""
+    rows, targets = [], []
+    for name in MODELS[quick:]:
+        given = subject(name, 4 if quick else 16, 1)
+        model, batches = given.model, given.calibration(0)
+
+        def plain(model: Any = model, batches: Any = batches) -> None:
+            with evaluating(model):
+                for batch in batches:
+                    forward(model, batch)
+
+        def change(model: Any = model, batches: Any = batches) -> None:
+            apply(model, Cfsp(), batches, undo="memory", progress=False).undo()
+
+        seconds = common.interleaved({"one pass": plain, "CFSP": change}, 3 if quick else 5)
+        over = common.ratio(seconds["CFSP"], seconds["one pass"])
+        for row, own in seconds.items():
+            deciles = [round(each, 2) for each in common.spread(own)]
+            rows.append({"model": name, "row": row, "seconds": round(median(own), 2), "deciles": deciles})
+        targets.append(common.target(f"cost: {name}, CFSP over one pass", round(over["ratio"], 2), at_most=1.6))
+    return rows, targets
+
+
+# -- all ---------------------------------------------------------------------------------------------------------------
+
+
 def show(console: Any, rows: list[dict[str, Any]]) -> None:
     """Print a table for each part."""
     for part in PARTS:
         own = [row for row in rows if row["part"] == part]
         if own:
-            fields = [field for field in own[0] if field != "part"]
+            fields = list(dict.fromkeys(field for row in own for field in row if field != "part"))
             table = common.Table(*fields, title=part)
             for row in own:
-                table.add_row(*(common.cell(row[field]) for field in fields))
+                table.add_row(*(common.cell(row.get(field)) for field in fields))
             console.print(table)
 
 
@@ -144,6 +270,8 @@ def main() -> None:
     measure = {
         "flashsvd": lambda: flashsvd(batch, length, rounds),
         "repavit": lambda: repavit(5 if chosen.quick else 24, large=not chosen.quick),
+        "widths": lambda: widths(chosen.quick),
+        "cost": lambda: cost(chosen.quick),
     }
     before = common.committed("compression") or {"rows": [], "targets": [], "measured": {}}
     rows: list[dict[str, Any]] = []
