@@ -40,6 +40,7 @@ def test_every_family_gets_recipes_that_fit(kind):
     looked, shapes = seen(kind)
     found, left = propose(looked, shapes)
     assert 1 <= len(found) <= 12
+    assert [each.name for each in propose(looked, shapes, most=20)[0]][: len(found)] == [each.name for each in found]
     assert len({each.name for each in found}) == len(found) == len({str(each.recipe.dump()) for each in found})
     for each in found:
         each.recipe.check()
@@ -91,8 +92,8 @@ def test_a_cap_says_what_it_left_out():
     found, left = propose(looked, shapes, most=3)
     assert [each.name for each in found] == [each.name for each in everything[:3]]
     assert {each.name for each in everything[3:]} <= {each.what for each in left}
-    with pytest.raises(ValueError, match="max_recipes: 13"):
-        propose(looked, shapes, most=13)
+    with pytest.raises(ValueError, match="max_recipes: 21"):
+        propose(looked, shapes, most=21)
 
 
 def test_what_the_model_went_through_already_is_not_tried_again():
@@ -148,3 +149,15 @@ def test_recipes_of_ones_own_are_named_by_what_is_set():
     stacks = [[eight], [eight], [coarse, sparse]]
     names = [each.name for each in given(["rtn", *({"actkit": 1, "transforms": stack} for stack in stacks)])]
     assert names == ["rtn", "rtn bits=8", "rtn bits=8 #2", "wina sparsity=0.25 over rtn group_size=64"]
+
+
+def test_narrower_mlps_and_factors_are_tried_late_and_only_if_they_can_save() -> None:
+    looked, shapes = seen("llama")
+    names = [each.name for each in propose(looked, shapes, most=20)[0]]
+    assert names.index("cfsp 10%") > names.index("wina 50%") and names[-1] != "cfsp 10%" and "cfsp 20%" in names
+    assert "svd 70%" in names
+    found, left = propose(looked, replace(shapes, roles=("query", "output"), inputs=(2, 2), outputs=(2, 2)), most=20)
+    assert not any(each.name.startswith(("cfsp", "svd")) for each in found)
+    reasons = {each.what: each.reason for each in left}
+    assert "no block of the model has an MLP" in reasons["cfsp"]
+    assert "as narrow as these" in reasons["svd 70%"]

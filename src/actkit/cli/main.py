@@ -262,7 +262,7 @@ def optimize(
     min_speedup: Annotated[
         float | None, typer.Option(help="Least speedup that is wanted, such as 1.5: what has less does not pay.")
     ] = None,
-    max_recipes: Annotated[int, typer.Option(min=1, max=12, help="How many recipes to try at most.")] = 12,
+    max_recipes: Annotated[int, typer.Option(min=1, max=20, help="How many recipes to try at most.")] = 12,
     recipe: Annotated[
         list[str] | None, typer.Option(help="Try these instead: YAML files or names like 'awq,wina'. Repeatable.")
     ] = None,

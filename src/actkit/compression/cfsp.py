@@ -38,6 +38,7 @@ from actkit.core.layers.linear import ActLinear
 from actkit.core.model.anatomy import Anatomy, Block, Linear, Site
 from actkit.core.model.parts import Mlp
 from actkit.core.model.sites import Joined
+from actkit.core.recipe.proposals import Idea, LeftOut, Looked, Shapes
 from actkit.core.recipe.seen import Seen, Trial
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
@@ -81,12 +82,20 @@ class Cfsp(Transform):
     compensate: bool = False
 
     tags: ClassVar[Tags] = Tags(needs_data=True, stream="none", least_coverage=0.2)
-    not_proposed: ClassVar[str] = "units that are cut are to be healed by training; try it with recipes= and cfsp"
 
     _coarse: dict[int, float] = PrivateAttr(default_factory=dict)  # by block
     _shares: dict[int, float] = PrivateAttr(default_factory=dict)
     _units: dict[Site, Moments] = PrivateAttr(default_factory=dict)
     _widths: dict[str, tuple[int, int]] = PrivateAttr(default_factory=dict)  # of MLPs: units before, and kept
+
+    @classmethod
+    def proposals(cls, profile: Looked, shapes: Shapes) -> Iterable[Idea | LeftOut]:
+        if "down" not in shapes.roles:
+            yield LeftOut("cfsp", "no block of the model has an MLP whose units could be cut")
+            return
+        why = "fewer units of the MLPs, in any library; not healed by training, so that rounding comes first"
+        for share, order in ((0.1, 105), (0.2, 115)):
+            yield Idea(f"cfsp {share:.0%}", cls(sparsity=share), why, order)
 
     def plan(self, trial: Trial, data: Sequence[Any]) -> Self:
         view = trial.anatomy

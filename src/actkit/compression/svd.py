@@ -34,6 +34,7 @@ from actkit.core.layers.low_rank_weight import LowRankWeight
 from actkit.core.layers.weights import DenseWeight
 from actkit.core.model.anatomy import Block, Linear, Site
 from actkit.core.model.parts import LinearRole
+from actkit.core.recipe.proposals import Idea, LeftOut, Looked, Shapes
 from actkit.core.recipe.seen import Seen, Trial
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
@@ -43,6 +44,7 @@ from actkit.core.watch.statistics import Statistic
 
 OF_HEADS = ("query", "key", "value", "query_key_value")
 MULTIPLE = 16  # of ranks from a budget that are four times as large, so that groups of a quantizer fit them
+WORTH = 0.8  # share of a weight's numbers above which factors are not proposed
 Rank = Annotated[int, Field(ge=1)]
 
 
@@ -74,9 +76,24 @@ class Svd(Transform):
     tags: ClassVar[Tags] = Tags(
         slot="weight", by_layer=True, factors=True, needs_data=True, plans_in_turn=True, least_coverage=0.0
     )
-    not_proposed: ClassVar[str] = "rounding loses less for as many bytes on the models here; try it with recipes="
 
     _importance: dict[str, Tensor] = PrivateAttr(default_factory=dict)  # by layer: [in]
+
+    @classmethod
+    def proposals(cls, profile: Looked, shapes: Shapes) -> Iterable[Idea | LeftOut]:
+        method = cls(budget=0.7, norm="whiten")
+        pairs = list(zip(shapes.inputs, shapes.outputs, strict=True))
+        factors = sum(method._rank(outputs, inputs) * (inputs + outputs) for inputs, outputs in pairs)
+        share = factors / max(1, sum(inputs * outputs for inputs, outputs in pairs))
+        name = f"svd {method.budget:.0%}"
+        if share > WORTH:
+            yield LeftOut(
+                name, f"factors of layers as narrow as these hold {share:.0%} of the numbers of their weights"
+            )
+            return
+        yield Idea(
+            name, method, f"two thin factors hold {share:.0%} of the numbers of the weights; rounding loses less", 118
+        )
 
     @classmethod
     def cannot_be_limited(cls, *, whole_blocks: bool) -> str | None:
@@ -146,12 +163,15 @@ class Svd(Transform):
             return 1
         return linear.out_features // block.attention.head_dim
 
+    def _rank(self, outputs: int, inputs: int) -> int:
+        """The rank that the budget allows."""
+        rank = rank_within(outputs, inputs, self.budget)
+        return rank // MULTIPLE * MULTIPLE if rank >= 4 * MULTIPLE else rank
+
     def _factored(self, linear: Linear, weight: Tensor, heads: int, gram: Tensor | None) -> LowRankWeight:
         shape = (linear.out_features // heads, linear.in_features)
         rank = self.rank[linear.role] if isinstance(self.rank, dict) else self.rank
-        if rank is None:
-            rank = rank_within(*shape, self.budget)
-            rank = rank // MULTIPLE * MULTIPLE if rank >= 4 * MULTIPLE else rank
+        rank = self._rank(*shape) if rank is None else rank
         check_rank(rank, shape, linear.path if heads == 1 else f"each head of {linear.path}")
         left, right = factored_by_head(
             weight,

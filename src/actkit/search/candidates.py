@@ -1,7 +1,8 @@
 """Which recipes to try on a model, and which methods are left out and why: what the methods propose, in their order.
 
 Each registered transform says by `proposals` which settings suit the model's profile and shapes. A setting that stacks
-is also tried over the bases, those rounded weights over which others may stand. At most 12 recipes are tried.
+is also tried over the bases, those rounded weights over which others may stand. The first 12 are tried, if no other
+number is given.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.transform import Transform
 from actkit.search.results import Profile, Proposal
 
-MOST = 12
+USUAL, MOST = 12, 20  # recipes that are tried
 RULE = "it is a training rule, not a change of a trained model"
 
 
 def propose(
-    profile: Profile, shapes: Shapes, *, most: int = MOST, earlier: Sequence[Transform] = ()
+    profile: Profile, shapes: Shapes, *, most: int = USUAL, earlier: Sequence[Transform] = ()
 ) -> tuple[list[Proposal], list[LeftOut]]:
     """List the recipes to try, most promising first.
 
     Args:
         profile: of the model.
         shapes: of its layers.
-        most: how many at most, 1 to 12.
+        most: how many at most, 1 to 20.
         earlier: what the model went through already.
 
     Returns:

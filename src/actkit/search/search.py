@@ -46,7 +46,7 @@ from actkit.kernels.compile_cache import nothing_compiled
 from actkit.search.answers import ask
 from actkit.search.budget import Budget, OutOfTime, check_minutes, out_of_time
 from actkit.search.cache import last_level_cache
-from actkit.search.candidates import MOST, given, propose
+from actkit.search.candidates import MOST, USUAL, given, propose
 from actkit.search.card import model_card
 from actkit.search.compile_ahead import CompileAhead
 from actkit.search.front import front, point
@@ -88,7 +88,7 @@ def optimize(
     max_loss: float = 0.02,
     target: Target | None = None,
     min_speedup: float | None = None,
-    max_recipes: int = MOST,
+    max_recipes: int = USUAL,
     recipes: Sequence[Any] | None = None,
     minutes: float | None = None,
     resume: bool = False,
@@ -119,7 +119,7 @@ def optimize(
             latency if that pays, else disk, else memory.
         min_speedup: least ratio of speeds that the lower bound of its interval must reach, such as 1.5; None for none.
             Mixes then lose as little as that allows.
-        max_recipes: 1 to 12.
+        max_recipes: 1 to 20.
         recipes: try these instead (whatever `Recipe.of` takes).
         minutes: what the search may take at most; None for no limit. What does not fit by its estimate is left out, and
             noted.
