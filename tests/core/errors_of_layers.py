@@ -9,7 +9,7 @@ from torch import nn
 
 from actkit.core.grids.integers import IntegerGrid
 from actkit.core.layers.activation_function import ActivationFunction
-from actkit.core.layers.activations import Activation
+from actkit.core.layers.activations import Activation, record_of
 from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.hidden_act import enter
 from actkit.core.layers.linear import ActLinear, LowRank
@@ -79,6 +79,9 @@ def an_embedding_of_another_kind(p: Place) -> None:
             return 2 * super().forward(ids)
 
     QuantizedEmbedding.of(Doubled(4, 8), DenseWeight(torch.ones(4, 8)))
+
+
+proof(lambda p: record_of(torch.nn.PReLU(3), 3))
 
 
 proof(lambda p: enter("act_linear"))

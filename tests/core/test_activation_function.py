@@ -164,7 +164,6 @@ def test_modules_at_other_settings(module: nn.Module, name: str) -> None:
 
 
 ODD = [
-    nn.PReLU(3),
     nn.Softplus(1.0, 5.0),
     nn.ELU(-1.0),
     nn.RReLU(),

@@ -84,7 +84,7 @@ def test_its_record_holds_at_any_epsilon(epsilon: float) -> None:
 
 def test_what_a_module_says_of_itself() -> None:
     assert record_of(CRReLU(0.2)).name == "crrelu(0.2)" and is_activation(CRReLU()) and name_of(CRReLU()) is None
-    assert record_of(CRReLU(per_channel=True, channels=3)) is None
+    assert record_of(CRReLU(0.2, per_channel=True, channels=3)).name == "crrelu(0.2)"  # each has its own, but the same
     fixed = CRReLU(0.2, learned=False)
     assert not list(fixed.parameters()) and fixed.half().epsilon.dtype == torch.float32
     images = torch.randn(2, 3, 4, 5)

@@ -79,7 +79,7 @@ def test_a_polynomial_per_channel_is_one_in_each():
             one.weight.copy_(many.weight[:, channel])
             one.bias.copy_(many.bias[channel : channel + 1])
         torch.testing.assert_close(many(x)[:, channel], one(x[:, channel]))
-    assert many.record() is None and many.extra_repr() == "order=3, channels=3"
+    assert many.record() is None and many.record(2) is not None and many.extra_repr() == "order=3, channels=3"
 
 
 @pytest.mark.parametrize(

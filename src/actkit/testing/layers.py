@@ -28,7 +28,8 @@ from actkit.core.forward.batch import first_tensor
 from actkit.core.forward.hooks import evaluating
 from actkit.core.ground import registry
 from actkit.core.ground.random_numbers import own_random_numbers
-from actkit.core.layers.activations import mixes_of, record_of, says_what_it_mixes
+from actkit.core.layers.activation_function import ActivationFunction
+from actkit.core.layers.activations import groups_of, mixes_of, record_of, says_what_it_mixes
 from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.layers.selections import Selection
 from actkit.core.layers.weights import WeightStorage
@@ -48,6 +49,7 @@ from actkit.testing.checks import (
 from actkit.testing.functions import check_function
 
 CPU = torch.device("cpu")
+FEW = 3  # records of a layer that holds many functions
 OF_TORCH = frozenset(vars(nn.Module()))  # attributes that every module has
 
 
@@ -196,14 +198,23 @@ def _mixes_no_more(layer: nn.Module, x: Tensor, output: Tensor, mixes: Sequence[
 
 
 def record_is_true(case: LayerCase) -> None:
-    """What `record()` answers computes what the layer does, and is what `check_function` asks of a record."""
+    """What `record()` answers, of some groups too, computes what the layer does, and `check_function` holds it."""
     layer = case.made(torch.float64)
-    record = record_of(layer) if says_what_it_mixes(layer) else None
-    if record is None:
+    groups, dim = groups_of(layer), getattr(layer, "dim", -1)
+    asked = {record: group for group in (None, *range(groups)) if (record := _record(layer, group)) is not None}
+    if not asked:
         raise NotApplicable("it is no activation function with a record")
-    for given, output in zip(case.inputs, case.outputs(layer, torch.float64), strict=True):
-        close([record.function(_first(given).double())], [output], "the function of its record", 1e-6)
-    check_function(record)
+    for record, group in list(asked.items())[:FEW]:
+        for given, output in zip(case.inputs, case.outputs(layer, torch.float64), strict=True):
+            expected = record.function(_first(given).double())
+            if group is not None:
+                expected, output = (each.chunk(groups, dim)[group] for each in (expected, output))
+            close([expected], [output], "the function of its record", 1e-6)
+        check_function(record)
+
+
+def _record(layer: nn.Module, group: int | None) -> ActivationFunction | None:
+    return record_of(layer, group) if says_what_it_mixes(layer) else None
 
 
 def large_inputs_stay_finite(case: LayerCase) -> None:

@@ -5,7 +5,9 @@ entry-point group `actkit.functions`, each with a record (`activation_function.p
 Methods with learned functions bring modules of their own, which say by a class attribute `mixes` that they are
 activation functions: () if each output depends on its own input alone, else what it depends on besides ("channels",
 "positions", "batch"). `record()` answers what is known of the function at its present coefficients, `gives_zeros =
-True` says that many outputs are exactly 0. The older flag `elementwise = True` means `mixes = ()`.
+True` says that many outputs are exactly 0. The older flag `elementwise = True` means `mixes = ()`. A module that holds
+several functions, one for each group of channels, says by `groups` how many, and answers `record(group)` for each;
+`record()` is then None unless all groups compute the same.
 """
 
 from __future__ import annotations
@@ -125,9 +127,18 @@ class Thresholded(KeepsDtype):
             y.detach().float().abs() < self.threshold, torch.zeros((), dtype=y.dtype, device=y.device), y
         )
 
-    def record(self) -> ActivationFunction | None:
-        """What is known of it at the present threshold; None if nothing is known of the base."""
-        base = record_of(self.base)
+    @property
+    def groups(self) -> int:
+        """Of the base: how many functions it holds."""
+        return groups_of(self.base)
+
+    def record(self, group: int | None = None) -> ActivationFunction | None:
+        """What is known of it at the present threshold; None if nothing is known of the base.
+
+        Args:
+            group: of channels; None for all.
+        """
+        base = record_of(self.base, group)
         if base is None or base.mixes or self.threshold.is_meta:
             return None
         return thresholded(base, float(self.threshold))
@@ -145,26 +156,46 @@ class Thresholded(KeepsDtype):
         return f"threshold={float(self.threshold):.4g}"
 
 
-def record_of(module: nn.Module) -> ActivationFunction | None:
+def record_of(module: nn.Module, group: int | None = None) -> ActivationFunction | None:
     """What is known of the function that a module computes at its present settings.
 
     Args:
         module: any module.
+        group: of channels, from 0 to `groups_of(module) - 1`; None for all.
 
     Returns:
-        The record; None if it is no activation function, or one of which nothing is known (random, or with other
-        coefficients for each channel).
+        The record; None if it is no activation function, or one of which nothing is known (random, or `group` is None
+        and its groups have other coefficients).
+
+    Raises:
+        ValueError: there is no such group.
     """
+    groups = groups_of(module)
+    if group is not None and not 0 <= group < groups:
+        raise ValueError(f"group: {group} was given for a {type(module).__name__}; give 0 to {groups - 1}.")
     if not says_what_it_mixes(module):
-        return of_class(module)
+        return of_class(module, group)
     answer = getattr(module, "record", None)
-    return None if answer is None else answer()
+    if answer is None:
+        return None
+    return answer() if group is None or groups == 1 else answer(group)
+
+
+def groups_of(module: nn.Module) -> int:
+    """How many functions an activation holds: one for each group of contiguous channels, or one for all.
+
+    Args:
+        module: any module.
+    """
+    if isinstance(module, nn.PReLU):
+        return module.weight.numel()
+    return int(getattr(module, "groups", 1)) if says_what_it_mixes(module) else 1
 
 
 def flops_of(module: nn.Module) -> int | None:
     """Operations for one output of an activation, as its record counts them; None if nobody counted.
 
-    A module with other coefficients for each channel has no record; it says them itself, by an attribute `flops`.
+    A module with other coefficients for each channel has no one record; it says them itself, by an attribute `flops`.
 
     Args:
         module: any module.
@@ -172,7 +203,7 @@ def flops_of(module: nn.Module) -> int | None:
     said: int | None = getattr(module, "flops", None)
     if said is not None:
         return said
-    record = record_of(module)
+    record = record_of(module, 0)  # the same for all groups
     return None if record is None else record.flops
 
 

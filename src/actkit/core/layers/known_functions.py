@@ -390,12 +390,12 @@ GLU = ActivationFunction(name="glu", function=F.glu, mixes=("channels",), torch_
 # -- which module computes which ---------------------------------------------------------------------------------------
 
 
-def _prelu(module: nn.PReLU) -> ActivationFunction | None:
-    """At its present slope; None if it has one per channel, or none yet."""
-    weight = module.weight
-    if weight.numel() > 1 or weight.is_meta:
+def _prelu(module: nn.PReLU, channel: int | None) -> ActivationFunction | None:
+    """At its present slope; None if it has none yet, or others for each channel."""
+    slopes = [] if module.weight.is_meta else module.weight.detach().tolist()
+    if not slopes or (channel is None and len(set(slopes)) > 1):
         return None
-    slope = float(weight.detach())
+    slope = slopes[channel or 0]
     return replace(leaky_relu(slope), name=f"prelu({slope:g})", config_name=None, torch_name="PReLU")
 
 
@@ -439,18 +439,25 @@ _BY_SETTINGS: dict[type[nn.Module], Callable[[Any], ActivationFunction | None]] 
     nn.Hardshrink: lambda module: hardshrink(float(module.lambd)),
     nn.Hardtanh: lambda module: hardtanh(float(module.min_val), float(module.max_val)),
     nn.LeakyReLU: lambda module: leaky_relu(float(module.negative_slope)),
-    nn.PReLU: _prelu,
     nn.Softmax: lambda module: SOFTMAX if module.dim == -1 else None,
     nn.Softplus: _softplus,
     nn.Softshrink: lambda module: softshrink(float(module.lambd)),
     nn.Threshold: lambda module: threshold(float(module.threshold), float(module.value)),
 }
-ACTIVATION_CLASSES = (*_ALWAYS, *_BY_SETTINGS, nn.RReLU)  # of torch; a randomized ReLU computes no one function
+# of torch; a randomized ReLU computes no one function
+ACTIVATION_CLASSES = (*_ALWAYS, *_BY_SETTINGS, nn.PReLU, nn.RReLU)
 
 
-def of_class(module: nn.Module) -> ActivationFunction | None:
-    """The record of a module of torch or transformers at its settings; None for another class, or odd settings."""
+def of_class(module: nn.Module, channel: int | None = None) -> ActivationFunction | None:
+    """The record of a module of torch or transformers at its settings; None for another class, or odd settings.
+
+    Args:
+        module: any module.
+        channel: of a PReLU with a slope for each; None for all.
+    """
     kind = type(module)
+    if kind is nn.PReLU:
+        return _prelu(module, channel)  # type: ignore[arg-type]
     if kind in _ALWAYS:
         return _ALWAYS[kind]
     if kind.__module__ == THEIRS:

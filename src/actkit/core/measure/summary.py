@@ -11,7 +11,7 @@ from torch import nn
 
 from actkit.core.edit import changes
 from actkit.core.ground.memory import distinct_tensors, format_bytes, parameter_bytes
-from actkit.core.layers.activations import is_activation, record_of, without_inner
+from actkit.core.layers.activations import groups_of, is_activation, record_of, without_inner
 from actkit.core.layers.linear import ActLinear
 from actkit.core.model.anatomy import anatomy
 
@@ -150,8 +150,9 @@ def _activations(model: nn.Module) -> dict[str, dict[str, float]]:
     for _, module in without_inner(model):
         if not is_activation(module):
             continue
-        record = record_of(module)
-        known = found.setdefault(type(module).__name__ if record is None else record.name, {"count": 0})
+        record, groups = record_of(module), groups_of(module)
+        name = type(module).__name__ + (f" of {groups:,} functions" if groups > 1 else "")
+        known = found.setdefault(name if record is None else record.name, {"count": 0})
         known["count"] += 1
         moments = None if record is None else record.moments()
         if record is not None and moments is not None:

@@ -126,11 +126,21 @@ class CRReLU(KeepsDtype):
             return self.epsilon
         return self.epsilon.view(-1, *[1] * (-1 - self.dim if self.dim < 0 else x.dim() - 1 - self.dim))
 
-    def record(self) -> ActivationFunction | None:
-        """What is known of it at the present epsilon; None if each channel has its own."""
-        if self.epsilon.dim() or self.epsilon.is_meta:
+    @property
+    def groups(self) -> int:
+        """How many functions it holds: one for each channel, or one."""
+        return self.channels or 1
+
+    def record(self, group: int | None = None) -> ActivationFunction | None:
+        """What is known of it at the present epsilon; None if channels have others each.
+
+        Args:
+            group: a channel; None for all.
+        """
+        if self.epsilon.is_meta:
             return None
-        return record_at(float(self.epsilon.detach()))
+        values = self.epsilon.detach().reshape(-1).tolist()
+        return record_at(values[group or 0]) if group is not None or len(set(values)) == 1 else None
 
     def spec(self) -> dict[str, Any]:
         """Its JSON arguments, as a checkpoint keeps them."""

@@ -21,13 +21,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from actkit.core.layers.activation_function import Axis
+from actkit.core.layers.activation_function import ActivationFunction, Axis
 from actkit.core.layers.curve import Curve, CurveKind
 from actkit.core.layers.keeps_dtype import KeepsDtype
 from actkit.core.univariate.fit_rational import RationalFit, fit_rational, rational_like
+from actkit.core.univariate.rational_record import rational_record
 from actkit.kernels.rationals import Kind, rational
 
 Share = Literal["numerator", "denominator", "none"]
+NAMES = ("numerator", "denominator")
 Start = str | RationalFit | Callable[[Tensor], Tensor]
 
 
@@ -75,7 +77,7 @@ class GroupRational(KeepsDtype):
         fitted = _fitted(start, degrees, kind)
         self.channels, self.groups, self.degrees = channels, groups, (degrees[0], degrees[1])
         self.kind, self.share, self.dim = kind, share, dim
-        rows = {name: 1 if share == name else groups for name in ("numerator", "denominator")}
+        rows = {name: 1 if share == name else groups for name in NAMES}
         self.numerator = _rows(fitted.numerator, rows["numerator"])
         self.denominator = _rows(fitted.denominator, rows["denominator"])
 
@@ -98,6 +100,23 @@ class GroupRational(KeepsDtype):
     def flops(self) -> int:
         """Operations for one output, by Horner's rule; the paper counts 21 where these are 20."""
         return 2 * sum(self.degrees) + 2
+
+    def record(self, group: int | None = None) -> ActivationFunction | None:
+        """What is known of it at its present coefficients; None if its groups have others each.
+
+        Args:
+            group: of channels; None for all.
+        """
+        if self.numerator.is_meta:
+            return None
+        pairs = [tuple(map(tuple, each)) for each in zip(*(self._by_group(name) for name in NAMES), strict=True)]
+        if group is None and len(set(pairs)) > 1:
+            return None
+        return rational_record(*pairs[group or 0], self.kind)
+
+    def _by_group(self, name: str) -> list[list[float]]:
+        rows: list[list[float]] = getattr(self, name).detach().double().tolist()
+        return rows * (self.groups // len(rows))
 
     def curve(self) -> Curve | None:
         """Return what it computes now, for the CPU decoder; None above degrees 5 and 4."""

@@ -24,9 +24,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from actkit.core.layers.activation_function import Axis
-from actkit.core.layers.activations import Activation, flops_of, mixes_of, name_of
+from actkit.core.layers.activation_function import ActivationFunction, Axis
+from actkit.core.layers.activations import Activation, flops_of, mixes_of, name_of, record_of
 from actkit.core.layers.curve import COEFFICIENTS, KINDS, Curve
+from actkit.core.layers.found_record import Term, sum_of
 from actkit.core.layers.keeps_dtype import KeepsDtype, at_least_float32, check_floats
 
 Start = Literal["preserve", "paper"]
@@ -91,6 +92,28 @@ class SeriesActivation(KeepsDtype):
         wide = at_least_float32(x)
         y = sum((self.base(wide * a + b) for a, b in zip(self.scale, self.shift, strict=True)), torch.zeros_like(wide))
         return (y / self.terms if self.normalize else y).to(x.dtype)
+
+    @property
+    def groups(self) -> int:
+        """How many functions it holds: one for each channel, or one."""
+        return self.channels or 1
+
+    def record(self, group: int | None = None) -> ActivationFunction | None:
+        """What is known of it at its present coefficients; None if nothing is of f, or channels have others each.
+
+        Args:
+            group: a channel; None for all.
+        """
+        base = record_of(self.base)
+        if base is None or base.mixes or self.scale.is_meta:
+            return None
+        pairs = torch.stack((self.scale, self.shift), -1).detach().double()  # [terms, channels, 2]
+        if group is None and bool((pairs != pairs[:, :1]).any()):
+            return None
+        factor = 1 / self.terms if self.normalize else 1.0
+        terms = tuple(Term(base, factor, scale, shift) for scale, shift in pairs[:, group or 0].tolist())
+        inside = " + ".join(f"{each.scale:.4g} x {each.shift:+.4g}" for each in terms)
+        return sum_of(f"series({base.name}: {inside})", terms, self.flops)
 
     def curve(self) -> Curve | None:
         """Return what it computes now, for the CPU decoder; None above 4 terms, or of a function that it has not."""

@@ -174,7 +174,7 @@ def polynomial_degrees(model: nn.Module, batches: Iterable[Any], *, progress: bo
     found = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, Polynomial) and module.coefficients() is not None
+        if isinstance(module, Polynomial) and module.channels is None and not module.weight.is_meta
     }
     if not found:
         raise DataError(

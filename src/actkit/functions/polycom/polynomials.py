@@ -73,11 +73,23 @@ class Polynomial(KeepsDtype):
         self.weight = nn.Parameter(start if channels is None else start[:, None].repeat(1, channels))
         self.bias = nn.Parameter(torch.zeros(1 if channels is None else channels))
 
-    def coefficients(self) -> tuple[float, ...] | None:
-        """b, a_1, a_2 ... as they are now; None with a polynomial per channel, or on the meta device."""
-        if self.channels is not None or self.weight.is_meta:
+    @property
+    def groups(self) -> int:
+        """How many polynomials it holds: one for each channel, or one."""
+        return self.channels or 1
+
+    def coefficients(self, channel: int | None = None) -> tuple[float, ...] | None:
+        """b, a_1, a_2 ... as they are now; None on the meta device, or if channels have others each.
+
+        Args:
+            channel: None for all.
+        """
+        if self.weight.is_meta:
             return None
-        return (float(self.bias.detach()), *self.weight.detach().flip(0).tolist())
+        rows = torch.cat((self.bias.detach()[None], self.weight.detach().view(self.order, -1).flip(0)))
+        if channel is None and bool((rows != rows[:, :1]).any()):
+            return None
+        return tuple(rows[:, channel or 0].tolist())
 
     def spec(self) -> dict[str, Any]:
         """Return its JSON arguments, as a checkpoint keeps them; the values are in the weights file."""
@@ -89,7 +101,7 @@ class Polynomial(KeepsDtype):
         return cls(**spec)
 
     def extra_repr(self) -> str:
-        found = self.coefficients()
+        found = None if self.channels else self.coefficients()
         if found is None:
             return f"order={self.order}, channels={self.channels}"
         return ", ".join(f"{name}={value:.3g}" for name, value in zip(["b", *_names(self.order)], found, strict=True))
@@ -133,9 +145,13 @@ class PolyReLU(Polynomial):
             y = y * positive + added
         return y.to(x.dtype)
 
-    def record(self) -> ActivationFunction | None:
-        """What is known of it at its present coefficients; None with a polynomial per channel."""
-        found = self.coefficients()
+    def record(self, group: int | None = None) -> ActivationFunction | None:
+        """What is known of it at its present coefficients; None if channels have others each.
+
+        Args:
+            group: a channel; None for all.
+        """
+        found = self.coefficients(group)
         return None if found is None else polynomial_of_relu(found)
 
 

@@ -25,9 +25,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from actkit.core.ground.errors import EditError
-from actkit.core.layers.activation_function import Axis
-from actkit.core.layers.activations import Activation, mixes_of
+from actkit.core.layers.activation_function import ActivationFunction, Axis
+from actkit.core.layers.activations import Activation, groups_of, mixes_of, record_of
+from actkit.core.layers.found_record import Term, sum_of
 from actkit.core.layers.keeps_dtype import KeepsDtype, check_floats
+from actkit.core.layers.known_functions import IDENTITY
 from actkit.core.recipe.rule import AttachedRule, TrainingRule
 
 
@@ -59,6 +61,24 @@ class FadedActivation(KeepsDtype):
         """x [...] -> the same shape."""
         check_floats(x)
         return torch.lerp(self.base(x), x, self.strength.to(x.dtype))
+
+    @property
+    def groups(self) -> int:
+        """Of f: how many functions it holds."""
+        return groups_of(self.base)
+
+    def record(self, group: int | None = None) -> ActivationFunction | None:
+        """What is known of it at its present strength; None if nothing is known of f.
+
+        Args:
+            group: of channels; None for all.
+        """
+        base = record_of(self.base, group)
+        if base is None or self.strength.is_meta:
+            return None
+        faded = float(self.strength)
+        flops = None if base.flops is None else base.flops + 3
+        return sum_of(f"{base.name} faded by {faded:.4g}", (Term(base, 1 - faded), Term(IDENTITY, faded)), flops)
 
     def spec(self) -> dict[str, Any]:
         """Return its JSON arguments; the strength is in the weights file."""
