@@ -56,8 +56,9 @@ def section(result: dict[str, Any]) -> str:
         f"{len(given['seeds'])} seeds, rates {', '.join(f'{rate:g}' for rate in given['rates'])}; {threads} of an "
         f"{machine['processor']} that others used too; {minutes} of training.",
         "",
-        "| arm | parameters | width | rate | steps | score, range | difference, interval | ms/step | MFLOP | saved | |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| arm | parameters | width | rate | steps | score, range | difference, interval | ms/step | MFLOP | of functions "
+        "| saved | |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         lines.append(f"| {' | '.join(cells(row))} |")
@@ -89,6 +90,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         differs,
         f"{row['milliseconds']:.3g}",
         f"{row['flops'] / 1e6:.3g}",
+        "" if row["function_flops"] is None else f"{row['function_flops'] / 1e6:.2g}",
         f"{row['saved_bytes'] / 1e6:.3g} MB",
         word,
     ]

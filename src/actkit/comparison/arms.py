@@ -197,10 +197,11 @@ class GatedMlp(nn.Module):
     def __init__(self, inputs: int, width: int, outputs: int) -> None:
         super().__init__()
         self.gate, self.up, self.down = nn.Linear(inputs, width), nn.Linear(inputs, width), nn.Linear(width, outputs)
+        self.activation = nn.SiLU()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs]."""
-        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
 def _rational(inputs: int, outputs: int, start: str) -> nn.Module:

@@ -21,6 +21,7 @@ from actkit.kernels.rationals import Kind, rational
 
 POINTS = 2001  # on an interval
 STEPS = 40  # with the denominator of the step before
+APART = 1e-10  # of its size, by which a column has to differ from others
 STARTS = (0.0, 1.0, 30.0)  # coefficients of x^n in the first denominators
 
 Array = Any  # of numpy, float64
@@ -153,29 +154,20 @@ class _Problem:
 
     def starts(self) -> Iterator[Array]:
         """Ends of the linear steps, from several denominators, each with and without signs left free (kind B)."""
-        n = self.under.shape[1]
-        low = np.full(self.m + 1 + n, -np.inf)
-        low[self.m + 1 :] = 0.0
-        bounds = [low] if self.kind == "A" else [np.full_like(low, -np.inf), low]
-        for lower in bounds:
+        for bounded in (True,) if self.kind == "A" else (False, True):
             for start in STARTS:
-                b = np.zeros(n)
+                b = np.zeros(self.under.shape[1])
                 b[-1] = start
-                yield self._linear_steps(b, lower)
+                yield self._linear_steps(b, bounded)
 
-    def _linear_steps(self, b: Array, lower: Array) -> Array:
-        from scipy.optimize import lsq_linear
-
+    def _linear_steps(self, b: Array, bounded: bool) -> Array:
         best, least = np.concatenate([np.zeros(self.m + 1), b]), np.inf
         for _ in range(STEPS):
             w = self.w / self._bottom(b)
             matrix = w[:, None] * np.concatenate([self.over, -self.y[:, None] * self.under], 1)
             q, r = np.linalg.qr(matrix)
             target = q.T @ (w * self.y)
-            if np.isfinite(lower).any():
-                found = lsq_linear(r, target, (lower, np.inf), tol=1e-12).x
-            else:
-                found = np.linalg.lstsq(r, target, rcond=None)[0]
+            found = self._bounded(r, target) if bounded else np.linalg.lstsq(r, target, rcond=None)[0]
             loss = self.loss(found)
             if loss < least:
                 best, least = found, loss
@@ -183,6 +175,18 @@ class _Problem:
                 break
             b = found[self.m + 1 :]
         return best
+
+    def _bounded(self, r: Array, target: Array) -> Array:
+        """The least squares of a triangular matrix whose b are 0 or more: b first, as rows of its own hold b alone."""
+        from scipy.linalg import solve_triangular
+        from scipy.optimize import nnls
+
+        free = self.m + 1
+        columns = r[free:, free:]
+        apart = np.linalg.norm(columns, axis=0) > APART * np.linalg.norm(r[:, free:], axis=0)  # from the numerator's
+        b = np.zeros(len(columns))
+        b[apart] = nnls(columns[:, apart], target[free:])[0]
+        return np.concatenate([solve_triangular(r[:free, :free], target[:free] - r[:free, free:] @ b), b])
 
     def polished(self, start: Array) -> Array:
         """The nearest minimum of the weighted squares."""

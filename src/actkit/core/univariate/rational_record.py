@@ -4,8 +4,8 @@
 
 Q is smooth but at 0 for kind A, and at the real roots of what stands inside of |.| for kind B; there the slope jumps,
 unless P is 0 there. The roots of the numerators of F' and F'', found as eigenvalues, only say between which inputs
-signs are compared (`found_record`), so that a root that rounding made up is none; so is a jump of 1e-6 or less. Inverses
-and antiderivatives have no closed form here.
+signs are compared (`found_record`), so that a root that rounding made up is none; so is a jump of 1e-6 or less.
+Inverses and antiderivatives have no closed form here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def rational_record(numerator: tuple[float, ...], denominator: tuple[float, ...]
 
     Args:
         numerator: a_0 to a_m.
-        denominator: b_1 to b_n.
+        denominator: b_1 to b_n, n from 1 on.
         kind: of the denominator.
 
     Returns:

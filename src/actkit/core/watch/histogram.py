@@ -30,10 +30,15 @@ class Histogram(Statistic):
         return {"bins": torch.zeros(2 * self.HALF + 1, dtype=torch.int64, device=device)}
 
     def _update(self, x: Tensor, rows: Rows | None) -> None:
-        values = x.float()
-        size = torch.where(values == 0, 0, (values.abs().view(torch.int32) >> self._SHIFT) + 1)
-        index = torch.where(values < 0, self.HALF - size, self.HALF + size)
-        self._bins += torch.bincount(index.flatten(), minlength=2 * self.HALF + 1)
+        values = x.float() + 0.0  # no -0
+        # an int32 with the bits of a float32 grows with its size, above 0 from 0 on and below it from the least on
+        index = (values.view(torch.int32) >> self._SHIFT) + self.HALF
+        counts = torch.bincount(index.flatten(), minlength=2 * self.HALF)
+        zeros = values.numel() - values.count_nonzero()
+        counts[self.HALF] -= zeros
+        self._bins[: self.HALF] += counts[: self.HALF].flip(0)
+        self._bins[self.HALF] += zeros
+        self._bins[self.HALF + 1 :] += counts[self.HALF :]
 
     def _merge(self, other: Self) -> None:
         self._bins += other._bins.to(self._device)
