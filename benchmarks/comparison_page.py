@@ -56,8 +56,8 @@ def section(result: dict[str, Any]) -> str:
         f"{len(given['seeds'])} seeds, rates {', '.join(f'{rate:g}' for rate in given['rates'])}; {threads} of an "
         f"{machine['processor']} that others used too; {minutes} of training.",
         "",
-        "| arm | parameters | width | rate | steps | score, range | difference, interval | ms/step | MFLOP | of functions "
-        "| saved | |",
+        "| arm | parameters | width | rate | steps | score, range | difference, interval | ms/step | MFLOP | "
+        "of functions | saved | |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:

@@ -228,7 +228,7 @@ def mixes_of(module: nn.Module) -> tuple[Axis, ...] | None:
         return tuple(module.mixes)  # type: ignore[arg-type]  # of the class, or by its settings
     if hasattr(kind, "elementwise"):
         return () if kind.elementwise else AXES[:2]
-    record = of_class(module)
+    record = of_class(module, 0)
     return None if record is None else record.mixes
 
 
