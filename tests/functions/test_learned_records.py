@@ -90,7 +90,7 @@ def test_the_record_follows_the_coefficients() -> None:
 
 
 def test_what_reads_records_reads_these() -> None:
-    rational, series = GroupRational(CHANNELS, 4, start="silu"), SeriesActivation("relu", 2)
+    rational, series = GroupRational(CHANNELS, 4, start="silu"), SeriesActivation("relu", 1)
     function = function_of(rational)
     assert function is not None and abs(float(function(torch.tensor([1.0], dtype=torch.float64))) - 0.7311) < 1e-3
     assert lipschitz_of(rational) == pytest.approx(1.1, abs=0.05) and gives_zeros(series)
