@@ -8,12 +8,20 @@ import torch
 from tiny_models import build
 from torch import nn
 
+from actkit.comparison.compare import compare_functions
 from actkit.core.ground import registry
+from actkit.core.layers import known_functions
 from actkit.core.layers.activations import Activation
+from actkit.core.layers.moments import Density
 from actkit.core.recipe.runner import apply
+from actkit.core.univariate.bases import BSplines
+from actkit.functions.af_kan.af_kan_layer import AfKanLayer
 from actkit.functions.af_kan.replace import AfKan
 from actkit.functions.crrelu import eafo
+from actkit.functions.crrelu.crrelu import CRReLU
 from actkit.functions.kat.gr_kan import GrKan
+from actkit.functions.kat.group_rational import GroupRational
+from actkit.functions.pangu_pi.series import SeriesActivation
 from actkit.functions.qkan.daruan import Daruan
 from actkit.functions.qkan.network import Qkan
 from actkit.functions.qkan.qkan_layer import QkanLayer
@@ -25,10 +33,52 @@ from actkit.functions.s_kan.choose_basis import ChooseBasis
 from actkit.functions.s_kan.s_kan_layer import SKanLayer
 from actkit.functions.selu.self_normalize import SelfNormalize
 from actkit.functions.selu.self_normalizing import self_normalizing
+from actkit.functions.selu.selu import AlphaDropout
+from actkit.functions.softplus_attention.weights import softplus_attention
 from actkit.functions.swap import Swap
+from actkit.functions.vanillanet.folding import DeepPair
 from error_proofs import Place, proof, run
 
 proof(lambda p: Swap.of(build("mlp"), "*", "no_function"))
+
+
+proof(lambda p: CRReLU()(torch.ones(2, 8, dtype=torch.long)))
+
+
+proof(lambda p: GroupRational(10, 4))
+
+
+proof(lambda p: SeriesActivation("silu", 0))
+
+
+proof(lambda p: AlphaDropout(1.0))
+
+
+proof(lambda p: eafo.correct(known_functions.SILU, Density.normal()))
+
+
+proof(lambda p: Density.measured(torch.ones(9)))
+
+
+proof(lambda p: BSplines(0))
+
+
+proof(lambda p: AfKanLayer(4, 3, combine="cube"))
+
+
+proof(lambda p: SKanLayer(3, 4, ()))
+
+
+proof(lambda p: DeepPair(nn.Linear(3, 4), nn.Linear(4, 2), "relu", 0.9999).merged())
+
+
+proof(lambda p: softplus_attention(*(torch.rand(1, 1, 3, 1),) * 3))
+
+
+proof(lambda p: softplus_attention(*(torch.rand(1, 1, 3, 4),) * 3, power=0.5))
+
+
+proof(lambda p: compare_functions("silu,relu", on="digits-mlp", seeds=1))
 
 
 proof(lambda p: run([Swap(where=("act",), new="silu"), Swap(where=("act",), new="relu")], kind="conv"))
