@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,8 +42,8 @@ def rational_record(numerator: tuple[float, ...], denominator: tuple[float, ...]
     a, b = (torch.tensor([values], dtype=torch.float64) for values in (numerator, denominator))
     top, inside = Polynomial(numerator), Polynomial((0.0, *denominator))
     if kind == "A":
-        inside = Polynomial(np.abs(inside.coef))
-        mirrored = Polynomial(inside.coef * (-1.0) ** np.arange(len(inside.coef)))
+        magnitudes: Any = np.abs(inside.coef)
+        inside, mirrored = (Polynomial(magnitudes * side ** np.arange(len(magnitudes))) for side in (1.0, -1.0))
         bottoms, knots = (1 + inside, 1 + mirrored), [0.0]
     else:
         bottoms = (1 + inside, 1 - inside)
