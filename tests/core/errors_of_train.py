@@ -209,3 +209,13 @@ proof(lambda p: readings(p.path))
 
 
 proof(lambda p: Meter(analysis="profile", at=(9,)).steps(3))
+
+
+proof(lambda p: Meter(analysis="profile", until="loss = 3").attach(build("llama"), example=IDS))
+
+
+@proof
+def a_meter_ends_by_no_number(p: Place) -> None:
+    meter = Meter(analysis="profile", until="sites < 3", at=(1,)).attach(build("llama"), example=batches("llama")[0])
+    meter.before_step(0.0)
+    meter.after_step(0.5)

@@ -85,3 +85,70 @@ def test_errors_say_what_to_do() -> None:
         other.load_state_dict(running.state_dict())
     with pytest.raises(DataError, match="no meter of eafo read there"):
         readings(trained(Meter(analysis=ANALYSIS, at=(1,)), steps=1), "eafo")
+
+
+# -- the end of a training ---------------------------------------------------------------------------------------------
+
+PLAIN = {
+    "schedule": "constant",
+    "warmup": 0.0,
+    "keep": "last",
+}  # a rate that does not depend on how many steps there are
+
+
+def shares(**settings: Any) -> list[tuple[int, float]]:
+    rule = Meter(analysis=ANALYSIS, spacing="linear", points=7)
+    return [(step, found["share"]) for step, found in readings(trained(rule, **PLAIN, **settings))]
+
+
+def test_a_training_ends_after_the_first_step_whose_reading_is_so() -> None:
+    """Against one of as many steps, bit for bit."""
+    after = shares()[1:]
+    least = min(value for _, value in after[:4])
+    last = next(step for step, value in after if value == least)
+    until = f"share < {least + 1e-9}"
+    rule = Meter(analysis=ANALYSIS, spacing="linear", points=7, until=until)
+    found = trained(rule, **PLAIN, evaluate_every=6)
+    assert found.steps == last and found.history[-1].validation is not None
+    assert (
+        found.ended == f"share was {least:.4g} after step {last} ({until})" and found.to_dict()["ended"] == found.ended
+    )
+    assert [step for step, _ in readings(found)] == list(range(last + 1))
+    short = trained(Meter(analysis=ANALYSIS, at=(0,)), steps=last, **PLAIN)
+    assert short.ended is None
+    pairs = zip(found.model.state_dict().values(), short.model.state_dict().values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_one_that_is_never_so_ends_nothing_and_the_first_model_is_not_asked() -> None:
+    assert trained(Meter(analysis=ANALYSIS, at=(0, 6), until="share > -1")).ended is None  # its last step anyway
+    assert trained(Meter(analysis=ANALYSIS, points=3, until="share < 0")).steps == 6
+
+
+def test_its_end_is_resumed_and_deeper_numbers_have_names() -> None:
+    data = batches("llama")
+    rule = Meter(analysis=ANALYSIS, at=(1,), until="layers.1.share > 0")
+    running = rule.attach(build("llama"), example=data[0])
+    running.before_step(0.0)
+    assert running.over() is None
+    running.after_step(0.25)
+    again = rule.attach(build("llama"), example=data[0])
+    again.load_state_dict(running.state_dict())
+    assert again.over() == running.over() and running.over() is not None
+
+
+def test_the_trainer_ends_too(tmp_path: Any) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    from actkit.core.train.rules import RuleCallback
+
+    model, data = build("llama"), batches("llama")[0]
+    rows = [{"input_ids": row, "labels": row} for row in data["input_ids"]]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=6, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True
+    )
+    rule = Meter(analysis=ANALYSIS, at=(2,), until="share > 0", batches=[data])
+    with RuleCallback([rule]) as callback:
+        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
+        trainer.train()
+    assert trainer.state.global_step == 2

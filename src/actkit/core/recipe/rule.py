@@ -90,7 +90,7 @@ class AttachedRule:
     """A rule at work on one model, with its running state. A method that a rule does not need stays as it is here.
 
     In an optimizer step the calls are: `before_step`, `penalty` after each forward pass, `after_backward`, then the
-    gradients are clipped and the optimizer steps, `after_step`.
+    gradients are clipped and the optimizer steps, `after_step`, `over`.
     """
 
     def penalty(self, mask: Tensor | None = None, batch: Any = None, output: Any = None) -> Tensor | None:
@@ -118,6 +118,13 @@ class AttachedRule:
 
     def after_step(self, progress: float) -> None:
         """Called after the optimizer's step, while its gradients still stand."""
+
+    def over(self) -> str | None:
+        """Say why the training ends after the step that was just made; None if it goes on.
+
+        What is true once stays true, in the state of the rule too. The rate's course stays that of all steps.
+        """
+        return None
 
     def report(self) -> dict[str, Any]:
         """Return what the rule has to say of the step that was just made, as JSON takes it.

@@ -5,7 +5,8 @@
         ...
 
 It adds no penalty and changes nothing: gradients and weights are the same bits with it and without. What it reads
-stands in the history, and so in `training.json`, at the next step that is validated.
+stands in the history, and so in `training.json`, at the next step that is validated. With `until='share < 0.2'` the
+training ends after the first step whose reading is so.
 
 When to use it: to see how something grows while a model learns, without saved checkpoints.
 Cost: one run of the analysis at each reading.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -43,6 +45,8 @@ class Meter(TrainingRule):
             on one step.
         spacing: how they lie: 'linear', 'log' (dense at the beginning), or 'both', half of each.
         at: these steps instead; 0 is the model before training.
+        until: 'name < number' or 'name > number' of a reading after a step, at which the training ends; what stands
+            deeper in the dictionary of the result is 'layers.0.name'. None: it goes on to its last step.
         batches: what is read, the same each time; None is the first batch of the training. Not written to files.
 
     Raises:
@@ -54,12 +58,15 @@ class Meter(TrainingRule):
     points: int = Field(40, ge=2)
     spacing: Literal["linear", "log", "both"] = "both"
     at: tuple[int, ...] | None = None
+    until: str | None = None
     batches: Any = Field(None, exclude=True, repr=False)
 
     def attach(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, example: Any = None
     ) -> AttachedMeter:
         measure = parse_analysis(self.analysis)
+        if self.until is not None:
+            _condition(self.until)
         if self.batches is None and example is None:
             raise DataError("meter: there is no batch to read; give it batches=, or the training an example.")
         batches = [example] if self.batches is None else sequence_of(self.batches, "meter: batches")
@@ -103,6 +110,7 @@ class AttachedMeter(AttachedRule):
         self.rule, self.measure, self.model, self.batches = rule, measure, model, batches
         self.step = 0
         self.readings: list[dict[str, Any]] = []  # that were not reported yet
+        self._over: str | None = None
         self._begun = False
 
     def before_step(self, progress: float) -> None:
@@ -118,6 +126,14 @@ class AttachedMeter(AttachedRule):
     def _read(self) -> None:
         found = self.measure(self.model, self.batches, progress=False).to_dict()
         self.readings.append({"step": self.step, **found})
+        if self.rule.until is not None and self.step:
+            name, less, limit = _condition(self.rule.until)
+            number = _number(found, name)
+            if number < limit if less else number > limit:
+                self._over = f"{name} was {number:.4g} after step {self.step} ({self.rule.until})"
+
+    def over(self) -> str | None:
+        return self._over
 
     def report(self) -> dict[str, Any]:
         if not self.readings:
@@ -130,6 +146,7 @@ class AttachedMeter(AttachedRule):
             "step": self.step,
             "begun": self._begun,
             "readings": json.dumps(self.readings),
+            "over": self._over or "",
             "data": fingerprint(self.batches),
         }
 
@@ -138,6 +155,32 @@ class AttachedMeter(AttachedRule):
             raise CheckpointError("meter: its batches are not those of the readings so far; go on with the same ones.")
         self.step, self._begun = state["step"], state["begun"]
         self.readings = json.loads(state["readings"])
+        self._over = state["over"] or None
+
+
+def _condition(text: str) -> tuple[str, bool, float]:
+    """The name, whether it is to be less, and the number of 'name < number'."""
+    parts = re.fullmatch(r"\s*([\w.]+)\s*([<>])\s*(\S+)\s*", text)
+    try:
+        if parts is not None:
+            return parts[1], parts[2] == "<", float(parts[3])
+    except ValueError:
+        pass
+    raise ValueError(f"until: {text!r} was given; give 'name < number' or 'name > number'.")
+
+
+def _number(found: Any, name: str) -> float:
+    """What stands in the dictionary of a result at 'layers.0.name'."""
+    value = found
+    for part in name.split("."):
+        known = value if isinstance(value, Mapping) else dict(enumerate(value)) if isinstance(value, list) else {}
+        value = next((each for key, each in known.items() if str(key) == part), None)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DataError(
+            f"until: {name} is no number of the analysis, whose result has {', '.join(map(str, found))}; name one of "
+            f"these, or as in 'layers.0.name' what stands in it."
+        )
+    return value
 
 
 def readings(trained: Trained | str | Path, analysis: str | None = None) -> list[tuple[int, dict[str, Any]]]:

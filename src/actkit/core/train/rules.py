@@ -87,6 +87,10 @@ class AttachedRules(AttachedRule):
         for rule in self._rules.values():
             rule.after_step(progress)
 
+    def over(self) -> str | None:
+        """The reason of the first rule that ends the training."""
+        return next((reason for rule in self._rules.values() if (reason := rule.over()) is not None), None)
+
     def report(self) -> dict[str, Any]:
         """One dict per rule, by '0.name', without those that report nothing."""
         reports = {key: rule.report() for key, rule in self._rules.items()}
@@ -346,6 +350,11 @@ class RuleCallback(TrainerCallback):
         if self.running is not None:
             self._update += 1
             self.running.after_step((state.global_step + 1) / state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the training if a rule says that it is over."""
+        if self.running is not None and self.running.over() is not None:
+            control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the steps of an epoch anew."""

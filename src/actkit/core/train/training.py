@@ -117,6 +117,7 @@ class Trained:
         seconds: it took.
         folder: that the model was saved to, if it was.
         beyond_context: whether rows may have been longer than the model's context (`load_data` was told so).
+        ended: why a rule ended it before its last step; None if none did.
     """
 
     model: nn.Module
@@ -128,6 +129,7 @@ class Trained:
     seconds: float
     folder: Path | None = None
     beyond_context: bool = False
+    ended: str | None = None
 
     @property
     def steps(self) -> int:
@@ -145,6 +147,7 @@ class Trained:
             "seconds": self.seconds,
             "folder": None if self.folder is None else str(self.folder),
             "beyond_context": self.beyond_context,
+            "ended": self.ended,
             "history": [asdict(step) for step in self.history],
         }
 
@@ -155,6 +158,7 @@ class Trained:
         from actkit.core.ground.tables import PlainTable
 
         beyond = "; rows beyond the context" if self.beyond_context else ""
+        beyond += "" if self.ended is None else f"; ended: {self.ended}"
         about = f"{self.steps} steps, {self.trainable:,} parameters, {self.seconds:.0f} s; kept: {self.kept}{beyond}"
         title = f"Training ({about})"
         table = PlainTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
@@ -389,7 +393,7 @@ class _Loop:
         with watched, interruptible(self.folder is not None) as interrupted:
             for _ in track(remaining, "Training", enabled=progress and self.accelerator.is_main_process):
                 self.evaluate_if_due()
-                if interrupted():
+                if interrupted() or self.over is not None:
                     break
                 self.update()
                 if interrupted():
@@ -399,6 +403,11 @@ class _Loop:
             if interrupted():
                 self.save()
                 raise KeyboardInterrupt(f"stopped after step {self.step}; go on from {self.folder} with resume=True")
+
+    @property
+    def over(self) -> str | None:
+        """Why a rule ends the training here."""
+        return self.rules.over() if 0 < self.step < self.settings.steps else None
 
     def _see(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.output = output if torch.is_grad_enabled() else None
@@ -480,7 +489,7 @@ class _Loop:
 
     def evaluate_if_due(self) -> None:
         settings = self.settings
-        due = self.step % settings.evaluate_every == 0 or self.step == settings.steps
+        due = self.step % settings.evaluate_every == 0 or self.step == settings.steps or self.over is not None
         if not due or (self.history and self.history[-1].validation is not None):
             return
         reports = self.rules.report() if self.step else {}
@@ -575,7 +584,8 @@ class _Loop:
         validation = self.best.loss if keep == "best" else last
         assert validation is not None
         size = sum(parameter.numel() for parameter in self.parameters)
-        return Trained(self.model, tuple(self.history), self.best.step, keep, validation, size, 0.0, self.folder)
+        history = tuple(self.history)
+        return Trained(self.model, history, self.best.step, keep, validation, size, 0.0, self.folder, ended=self.over)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
