@@ -67,13 +67,20 @@ def open_data(data: Any, model: nn.Module, tokenizer: Any, split: Split, **optio
 
 
 def profile(
-    model: Model, data: Any = None, *, sites: Iterable[str] = (), max_memory: int | str | None = None, **options: Any
+    model: Model,
+    data: Any = None,
+    *,
+    store: str | Path | None = None,
+    sites: Iterable[str] = (),
+    max_memory: int | str | None = None,
+    **options: Any,
 ) -> Profile:
     """Show what the activations of a model look like, and which methods that suggests.
 
     Args:
         model: a model, or its name.
         data: None for the embedded calibration split.
+        store: a folder of kept activations, in place of data: its sites are profiled, and the model is not run.
         sites: further sites or patterns to show, such as 'activation.output'.
         max_memory: cap for the statistics, bytes or '2GB'.
         options: of `open_model` and `load_data`.
@@ -88,6 +95,10 @@ def profile(
 
     opening, reading = _sorted(options)
     opened, tokenizer = open_model(model, **opening)
+    if store is not None:
+        from actkit.core.store.activation_store import ActivationStore
+
+        return measure(opened, data, store=ActivationStore.open(store), sites=sites, max_memory=max_memory)
     batches = open_data(data, opened, tokenizer, "calibration", **reading)
     return measure(opened, batches, sites=sites, max_memory=max_memory)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from tiny_models import batches, build
 
+from actkit.core.store.activation_store import harvest
 from actkit.search import journal
 from actkit.search.profile import profile as measure_profile
 from actkit.search.report import render
@@ -18,6 +19,12 @@ HEADER = {"settings": {"seed": 0}}
 
 
 proof(lambda p: measure_profile(build("llama"), []))
+
+
+@proof
+def a_profile_of_batches_and_a_store(p: Place) -> None:
+    store = harvest(build("llama"), "block.output", batches("llama"), p.path / "acts", progress=False)
+    measure_profile(build("llama"), batches("llama"), store=store)
 
 
 proof(lambda p: split_data([HOST], build("llama"), None))

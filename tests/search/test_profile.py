@@ -30,6 +30,7 @@ from transformers import (
 from actkit.catalogue import papers
 from actkit.core.ground import registry
 from actkit.core.ground.errors import DataError, MemoryLimitError
+from actkit.core.store.activation_store import harvest
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import AbsMax, Density, Moments, Quantiles, Sample, Spectrum
 from actkit.search.profile import SITES, find, in_blocks, profile, snr, spread
@@ -270,6 +271,30 @@ def test_every_family(kind):
     json.loads(json.dumps(seen.to_dict(), allow_nan=False))
     text = printed(seen)
     assert max(map(len, text.splitlines())) <= 100 and "…" not in text
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2"])
+def test_a_store_is_profiled_as_a_forward_pass_is(kind, tmp_path):
+    model, data = build(kind).eval(), batches(kind)
+    wanted = ["block.output", "mlp.input", "mlp.hidden", "blocks.0.attention.mixed"]
+    store = harvest(model, wanted, data, tmp_path / "acts", shard_rows=30, progress=False)
+    whole = profile(model, data, progress=False)
+    calls = model.register_forward_hook(lambda *_: pytest.fail("the model ran"))
+    seen = profile(model, store=store, progress=False)
+    calls.remove()
+    direct = {site.site: site.__dict__ for site in whole.sites}
+    unseen = {name for name in store.sites if name not in {site.site for site in seen.sites}}
+    assert all(store.count(name) == 0 for name in unseen) and len(seen.sites) + len(unseen) == len(store.sites)
+    for site in seen.sites:
+        if site.name == "mlp.input" and "experts" in site.site:
+            continue  # batches show what the block's experts read together
+        for name, value in site.__dict__.items():
+            given = direct[site.site][name]
+            assert value == (pytest.approx(given, rel=1e-6) if isinstance(given, float) else given), (site.site, name)
+    assert seen.weights == whole.weights and seen.rows == whole.rows
+    assert seen.notes[0] == f"activations of a store, {len(store.sites)} sites"
+    with pytest.raises(ValueError, match="batches or sites were given beside it"):
+        profile(model, store=store, sites=["activation.output"])
 
 
 def test_planted_properties_of_a_llama():

@@ -60,6 +60,9 @@ def profile(
     sequences: Sequences = 32,
     length: Length = None,
     batch_size: BatchSize = 8,
+    store: Annotated[
+        Path | None, typer.Option(help="A folder of `actkit harvest`, in place of data: the model is not run.")
+    ] = None,
     figure: Annotated[Path | None, typer.Option(help="Also write the pictures to this HTML file.")] = None,
     max_memory: MaxMemory = None,
     device: Device = "cpu",
@@ -80,6 +83,7 @@ def profile(
         result = verbs.profile(
             model,
             data,
+            store=store,
             sequences=sequences,
             length=length,
             batch_size=batch_size,

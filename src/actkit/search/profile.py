@@ -7,6 +7,7 @@ how each number is defined; the constants below say what counts as unusual, and 
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import log10
 from typing import Any
@@ -26,6 +27,7 @@ from actkit.core.model.anatomy import anatomy as read_anatomy
 from actkit.core.model.experts import ExpertList
 from actkit.core.recipe.blockwise import record_by_block
 from actkit.core.recipe.proposals import INT4_POOR
+from actkit.core.store.activation_store import ActivationStore
 from actkit.core.watch.capture import record
 from actkit.core.watch.extremes import is_massive
 from actkit.core.watch.statistics import AbsMax, Density, Moments, Quantiles, Sample, Spectrum, Statistic
@@ -46,8 +48,9 @@ INT8_POOR = 20.0  # dB: an error of 10 % of the signal; a bell curve with one in
 
 def profile(
     model: nn.Module,
-    batches: Sequence[Any],
+    batches: Sequence[Any] | None = None,
     *,
+    store: ActivationStore | None = None,
     sites: Iterable[Site | str] = (),
     anatomy: Anatomy | None = None,
     max_memory: int | str | None = None,
@@ -60,6 +63,7 @@ def profile(
     Args:
         model: neither compiled nor sharded.
         batches: dicts of the model's keywords, or tensors.
+        store: activations on disk, in place of batches: the sites that it holds are profiled, and the model is not run.
         sites: further sites or patterns to show, such as 'activation.output'; one more batch is run to see how many
             channels they have.
         anatomy: of the model, if it was read before.
@@ -71,51 +75,111 @@ def profile(
 
     Raises:
         DataError: there are no batches, or the model cannot be called with one.
-        ValueError: a site is unknown.
+        ValueError: a site is unknown, or batches or sites were given beside a store.
+        CheckpointError: the store is of another model, or damaged.
         CoverageError: the model cannot be read.
         MemoryLimitError: the statistics of a block need more than `max_memory`.
         NonFiniteError: an activation is NaN or infinite.
         UnsupportedModelError: a block runs several times in one pass, or not at all.
     """
+    if store is not None:
+        if batches is not None or tuple(sites):
+            raise ValueError(
+                "store: batches or sites were given beside it; its own sites are profiled, leave them out."
+            )
+        return _of_store(model, store, anatomy, max_memory, progress)
     if isinstance(batches, Tensor | Mapping):
         raise DataError(f"batches: one {type(batches).__name__} was given; give a list of batches: [batch].")
-    batches = batches if isinstance(batches, Sequence) else list(batches)
+    batches = batches if isinstance(batches, Sequence) else list(batches or ())
     if not len(batches):
         raise DataError("batches: none were given; give at least one.")
     view = anatomy or read_anatomy(model, batches[0])
+    with _opened(view):
+        blocks = [view.block(block.index) for block in view.blocks]
+        widths: dict[int | None, dict[Site, int]] = {block.index: _widths(view, block) for block in blocks}
+        for site, width in _widths_seen(view, sites, batches[0]).items():
+            widths.setdefault(_block_of(view, site), {}).setdefault(site, width)
+        plan = _Plan.of(widths, max_memory)
+        findings = _Found(blocks)
+
+        def statistics(block: Block) -> dict[Site, list[Statistic]]:
+            return plan.statistics(block.index)
+
+        for block, seen in record_by_block(view, statistics, batches, progress=progress):
+            findings.add(seen, _readers(block))
+            with onloaded(view.model, block.path):
+                findings.weights += [_weight(linear, block.index) for linear in block.linears()]
+        if outside := plan.statistics(None):
+            findings.add(record(view.model, outside, batches, anatomy=view, progress=progress), {})
+    rows = sum(BatchContext.of(batch, view.model).tokens for batch in batches)
+    return findings.profile(view, rows, plan.notes)
+
+
+def _of_store(
+    model: nn.Module, store: ActivationStore, anatomy: Anatomy | None, max_memory: int | str | None, progress: bool
+) -> Profile:
+    """The profile of what a store holds."""
+    view = anatomy or read_anatomy(model)
+    widths: dict[int | None, dict[Site, int]] = {}
+    for name in store.sites:
+        site = view.canonical(Site.parse(name))
+        width = next((x.shape[1] for x, _ in store.read(name)), 0)
+        widths.setdefault(_block_of(view, site), {}).setdefault(Site.parse(name), width)
+    plan = _Plan.of(widths, max_memory)
+    # It is recorded before experts are opened: the store knows the model as it was given.
+    every = [record(model, plan.statistics(at), store=store, anatomy=view, progress=progress) for at in widths]
+    with _opened(view):
+        blocks = [view.block(block.index) for block in view.blocks]
+        findings = _Found(blocks)
+        readers = {site: paths for block in blocks for site, paths in _readers(block).items()}
+        for seen in every:
+            findings.add(seen, {site: readers.get(view.canonical(site), ()) for site in seen})
+        for block in blocks:
+            with onloaded(view.model, block.path):
+                findings.weights += [_weight(linear, block.index) for linear in block.linears()]
+    notes = [f"activations of a store, {len(store.sites)} sites", *plan.notes]
+    return findings.profile(view, max(store.count(name) for name in store.sites), notes)
+
+
+@contextmanager
+def _opened(view: Anatomy) -> Iterator[None]:
+    """Open the experts of a model as long as a context lasts."""
     closed = [b.experts for b in view.blocks if b.experts and not isinstance(b.experts.module, ExpertList)]
     for experts in closed:
         refuse_offloaded(experts.module, f"{experts.path} holds all experts in one tensor")
     with temporarily(view.model, [Replace(e.path, ExpertList.of(e.module, e.row)) for e in closed]):
-        blocks = [view.block(block.index) for block in view.blocks]
-        free = {
-            e.consumers[0].path
-            for b in blocks
-            for e in equalization_sets(b)
-            if e.consumers and not e.refused and not e.shared
-        }
-        plan = _Plan.of(view, blocks, _widths_seen(view, sites, batches[0]), max_memory)
-        found: list[SiteProfile] = []
-        weights: list[WeightProfile] = []
-        unseen: list[Site] = []
+        yield
 
-        def add(seen: Mapping[Site, Any], read_by: Mapping[Site, tuple[str, ...]]) -> None:
-            for site, statistics in seen.items():
-                if any(statistic.count for statistic in statistics):
-                    found.append(_site(site, statistics, read_by.get(site, ()), free))
-                else:
-                    unseen.append(site)
 
-        for block, seen in record_by_block(view, plan.statistics, batches, progress=progress):
-            add(seen, _readers(block))
-            with onloaded(view.model, block.path):
-                weights += [_weight(linear, block.index) for linear in block.linears()]
-        if outside := plan.statistics(None):
-            add(record(view.model, outside, batches, anatomy=view, progress=progress), {})
-    rows = sum(BatchContext.of(batch, view.model).tokens for batch in batches)
-    notes = [*plan.notes, *([f"no token reached {', '.join(map(str, unseen))}"] if unseen else [])]
-    kind, findings = type(view.model).__name__, find(found, weights)
-    return Profile(kind, view.architecture, rows, tuple(found), tuple(weights), findings, tuple(notes))
+class _Found:
+    """What was found so far.
+
+    Args:
+        blocks: of the model, experts opened.
+    """
+
+    def __init__(self, blocks: Iterable[Block]) -> None:
+        sets = [each for block in blocks for each in equalization_sets(block)]
+        self.free = {e.consumers[0].path for e in sets if e.consumers and not e.refused and not e.shared}
+        self.sites: list[SiteProfile] = []
+        self.weights: list[WeightProfile] = []
+        self.unseen: list[Site] = []
+
+    def add(self, seen: Mapping[Site, Any], read_by: Mapping[Site, tuple[str, ...]]) -> None:
+        """Profile sites with their statistics; read_by: the linear layers that read each."""
+        for site, statistics in seen.items():
+            if any(statistic.count for statistic in statistics):
+                self.sites.append(_site(site, statistics, read_by.get(site, ()), self.free))
+            else:
+                self.unseen.append(site)
+
+    def profile(self, view: Anatomy, rows: int, notes: Iterable[str]) -> Profile:
+        """All of it."""
+        unseen = [f"no token reached {', '.join(map(str, self.unseen))}"] if self.unseen else []
+        kind, findings = type(view.model).__name__, find(self.sites, self.weights)
+        return Profile(
+            kind, view.architecture, rows, tuple(self.sites), tuple(self.weights), findings, (*notes, *unseen)
+        )
 
 
 def snr(x: Tensor, rounded: Tensor) -> float | None:
@@ -190,20 +254,16 @@ class _Plan:
     notes: tuple[str, ...]
 
     @classmethod
-    def of(
-        cls, view: Anatomy, blocks: Sequence[Block], further: Mapping[Site, int], max_memory: int | str | None
-    ) -> _Plan:
+    def of(cls, widths: Mapping[int | None, Mapping[Site, int]], max_memory: int | str | None) -> _Plan:
         """Spectra, narrow sites first, as long as there is room; of some blocks, evenly spread.
 
         Raises:
             MemoryLimitError: what else is recorded of a block needs more than `max_memory`.
         """
-        widths: dict[int | None, dict[Site, int]] = {block.index: _widths(view, block) for block in blocks}
-        for site, width in further.items():
-            widths.setdefault(_block_of(view, site), {}).setdefault(site, width)
+        blocks = [index for index in widths if index is not None]
         notes: list[str] = []
         last = SPECTRUM_BLOCKS - 1
-        spread = {blocks[round(i * (len(blocks) - 1) / last)].index for i in range(SPECTRUM_BLOCKS)}
+        spread = {blocks[round(i * (len(blocks) - 1) / last)] for i in range(SPECTRUM_BLOCKS)} if blocks else set()
         if len(spread) < len(blocks):
             numbers = ", ".join(map(str, sorted(spread)))
             notes.append(f"effective rank measured in {len(spread)} of {len(blocks)} blocks, evenly spread: {numbers}")
@@ -229,11 +289,11 @@ class _Plan:
             )
         return cls(widths, frozenset(spectra), tuple(notes))
 
-    def statistics(self, block: Block | None) -> dict[Site, list[Statistic]]:
-        """Fresh ones for the sites of a block, or for those outside of all."""
+    def statistics(self, block: int | None) -> dict[Site, list[Statistic]]:
+        """Fresh ones for the sites of a block by its number, or for those outside of all."""
         return {
             site: [*_statistics(width), *([Spectrum()] if site in self.spectra else [])]
-            for site, width in self.widths.get(None if block is None else block.index, {}).items()
+            for site, width in self.widths.get(block, {}).items()
         }
 
 
