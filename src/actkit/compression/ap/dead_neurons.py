@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from actkit.core.forward.batch import sequence_of
 from actkit.core.ground.errors import DataError
 from actkit.core.ground.figure_text import all_plain
-from actkit.core.layers.activations import activation_function, function_names, gives_zeros
+from actkit.core.layers.activations import gives_zeros
 from actkit.core.model.anatomy import Anatomy, Linear, Site, anatomy
+from actkit.core.model.called_functions import called_functions
 from actkit.core.model.parts import Mlp
 from actkit.core.watch.capture import opened_experts, record
 from actkit.core.watch.statistics import Rows, Statistic
@@ -290,12 +291,8 @@ def _places(view: Anatomy) -> dict[Site, _Place]:
         Site("activation.output", path=path): _Place(path, gives_zeros(modules[path]), _weight(view, firsts.get(path)))
         for path in view.activations()
     }
-    for chain in blocks[0].chains:
-        if chain.nonlinearity not in modules:  # a function, whose output is what the next layer reads
-            name = chain.nonlinearity
-            path = chain.second.path if isinstance(chain.second, Linear) else chain.second
-            zeros = name in function_names() and activation_function(name).share_of_zeros() > 0
-            found[Site("layer.input", path=path)] = _Place(f"{name} before {path}", zeros, _weight(view, chain.first))
+    for called in called_functions(view):
+        found[called.site] = _Place(called.label, called.gives_zeros, _weight(view, called.chain.first))
     return found
 
 

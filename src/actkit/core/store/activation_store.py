@@ -42,7 +42,7 @@ from actkit.core.model.anatomy import Anatomy
 from actkit.core.model.sites import Site
 from actkit.core.store.shuffled import Shuffle
 from actkit.core.watch.capture import contexts_of, experts_for, observe, resolve, view_of
-from actkit.core.watch.streaming import Rows, Statistic
+from actkit.core.watch.streaming import Rows, Statistic, in_order
 
 INDEX, VERSION = "store.json", 1
 SHARD_ROWS = 1 << 15  # tokens of a shard; 38 MB of 576 channels in bf16
@@ -73,8 +73,7 @@ class Kept(Statistic):
         """All rows and their keys, by sequence and position."""
         x = torch.cat([part for part, _ in self.parts])
         keys = {name: torch.cat([getattr(rows, name).cpu() for _, rows in self.parts]) for name in KEYS}
-        order = keys["positions"].argsort(stable=True)
-        order = order[keys["sequences"][order].argsort(stable=True)]
+        order = in_order(keys["sequences"], keys["positions"])
         return x[order], {name: key[order] for name, key in keys.items()}
 
 

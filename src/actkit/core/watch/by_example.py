@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from actkit.core.ground.errors import DataError
-from actkit.core.watch.streaming import Rows, Statistic
+from actkit.core.watch.streaming import Rows, Statistic, in_order
 
 Position = Literal["mean", "first", "last", "flat"]
 
@@ -44,8 +44,7 @@ class ByExample(Statistic):
         if rows is None:
             raise ValueError("rows: ByExample tells examples apart; pass Rows(documents, positions).")
         sequence, position = rows.sequences.to(self._device), rows.positions.to(self._device)
-        order = torch.argsort(position, stable=True)
-        order = order[torch.argsort(sequence[order], stable=True)]
+        order = in_order(sequence, position)
         x, sequence = x[order].float(), sequence[order]
         examples, counts = sequence.unique_consecutive(return_counts=True)
         ends = counts.cumsum(0)

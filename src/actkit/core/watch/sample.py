@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from actkit.core.watch.streaming import Rows, Statistic
+from actkit.core.watch.streaming import Rows, Statistic, in_order
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -141,8 +141,7 @@ class Sample(Statistic):
         return self._sequences[self._order()]
 
     def _order(self) -> Tensor:
-        order = self._positions.argsort(stable=True)
-        return order[self._documents[order].argsort(stable=True)]
+        return in_order(self._documents, self._positions)
 
 
 def paired(first: Sample, second: Sample) -> tuple[Tensor, Tensor]:

@@ -51,6 +51,17 @@ class Rows:
         return Rows(*(key[chosen] for key in keys))
 
 
+def in_order(first: Tensor, then: Tensor) -> Tensor:
+    """Return the order of rows by one key and then by another, those alike in both as they come: int64 [n].
+
+    Args:
+        first: int64 [n], such as sequences.
+        then: int64 [n], such as positions.
+    """
+    order = then.argsort(stable=True)
+    return order[first[order].argsort(stable=True)]
+
+
 def chunks(x: Tensor, rows: Rows | None) -> Iterator[tuple[Tensor, Rows | None]]:
     """Yield the rows a part at a time.
 

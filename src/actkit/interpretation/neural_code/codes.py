@@ -30,10 +30,11 @@ from torch import Tensor, nn
 
 from actkit.core.forward.batch import sequence_of
 from actkit.core.ground.errors import DataError
-from actkit.core.layers.activations import activation_function, function_names, gives_zeros
-from actkit.core.model.anatomy import Anatomy, Linear, Site, anatomy
+from actkit.core.layers.activations import gives_zeros
+from actkit.core.model.anatomy import Anatomy, Site, anatomy
+from actkit.core.model.called_functions import called_functions
 from actkit.core.watch.capture import record
-from actkit.core.watch.streaming import Rows, Statistic
+from actkit.core.watch.streaming import Rows, Statistic, in_order
 
 Samples = Literal["example", "row"]
 NEAR = 1e-6  # a pre-activation so small may have another sign with another batch size
@@ -260,8 +261,7 @@ class SignBits(Statistic):
     def rows(self) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.int64], int]:
         """Bits [rows, channels] in the order of sequences and positions, these two, and how many are nearly 0."""
         self._needs_rows()
-        order = torch.argsort(self._position, stable=True)
-        order = order[torch.argsort(self._sequence[order], stable=True)]
+        order = in_order(self._sequence, self._position)
         packed, sequence, position = (x[order].cpu().numpy() for x in (self._packed, self._sequence, self._position))
         bits = np.unpackbits(packed, axis=1, count=self.channels).astype(bool)
         return bits, sequence, position, int(self._near)
@@ -343,18 +343,13 @@ def _places(view: Anatomy, patterns: Sequence[str] | None) -> list[_Place]:
     places = [
         _Place(Site("activation.input", path=path), path, not gives_zeros(modules[path])) for path in view.activations()
     ]
-    if view.architecture == "traced":
-        for chain in view.blocks[0].chains:
-            if chain.nonlinearity in modules:
-                continue
-            path = chain.second.path if isinstance(chain.second, Linear) else chain.second
-            name = chain.nonlinearity
-            if name not in function_names() or not activation_function(name).share_of_zeros() > 0:
-                raise DataError(
-                    f"layers: {name} before {path} is called as a function, and of its outputs no sign of its inputs "
-                    f"can be read; make it a module of torch.nn."
-                )
-            places.append(_Place(Site("layer.input", path=path), f"{name} before {path}", False))
+    for called in called_functions(view):
+        if not called.gives_zeros:
+            raise DataError(
+                f"layers: {called.label} is called as a function, and of its outputs no sign of its inputs can be "
+                f"read; make it a module of torch.nn."
+            )
+        places.append(_Place(called.site, called.label, False))
     if not places:
         raise DataError("layers: this model has no activation function that is seen; make functions it calls modules.")
     wanted = [p for p in places if patterns is None or any(fnmatchcase(p.path, each) for each in patterns)]
