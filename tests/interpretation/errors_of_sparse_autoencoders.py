@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tiny_models import build
+from tiny_models import batches, build
 
+from actkit.core.watch.intervene import intervene
 from actkit.interpretation.dark_matter.error_split import split_error
 from actkit.interpretation.dark_matter.spliced_loss import spliced_loss
+from actkit.interpretation.relp.latents import latent_effects
 from actkit.interpretation.sparse_autoencoder.files import read_autoencoder, write_autoencoder
-from actkit.interpretation.sparse_autoencoder.splice import check_model
+from actkit.interpretation.sparse_autoencoder.splice import Splice, check_model
 from actkit.interpretation.sparse_autoencoder.top_k import TopKAutoencoder
 from error_proofs import Place, proof
 
@@ -101,6 +103,37 @@ def another_model(p: Place) -> None:
 ROWS = torch.ones(20, 4)
 
 proof(lambda p: split_error(TopKAutoencoder(4, 8, 2), [ROWS], [ROWS.clone()]))
+
+
+proof(lambda p: split_error(TopKAutoencoder(4, 8, 2), [ROWS], [ROWS]))
+
+
+proof(lambda p: split_error(TopKAutoencoder(4, 8, 2), [torch.randn(7, 4)], [torch.randn(9, 4)]))
+
+
+proof(lambda p: TopKAutoencoder(4, 8, 2)(torch.ones(3, 5)))
+
+
+proof(lambda p: TopKAutoencoder(4, 8, 9))
+
+
+def of_another_site() -> TopKAutoencoder:
+    autoencoder = TopKAutoencoder(build("llama").config.hidden_size, 8, 2)
+    autoencoder.site = "blocks.0.block.output"
+    return autoencoder
+
+
+@proof
+def spliced_at_another_site(p: Place) -> None:
+    model = build("llama")
+    with intervene(model, {"blocks.1.block.output": Splice(of_another_site())}):
+        model(**batches("llama")[0])
+
+
+@proof
+def latents_of_another_site(p: Place) -> None:
+    batch, given = batches("llama")[0], {"blocks.1.block.output": of_another_site()}
+    latent_effects(build("llama"), batch, batch, lambda logits: logits.mean(), given, progress=False)
 
 
 def losses(p: Place, skip: int, mask: int = 1) -> None:
