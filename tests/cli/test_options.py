@@ -13,7 +13,7 @@ RUN = {"--threads", "--seed", "--json"}
 WRITE = {"--out", "--overwrite"}
 
 OPTIONS = {
-    "profile": DATA | MODEL | RUN | {"--figure", "--overwrite", "--max-memory"},
+    "profile": DATA | MODEL | RUN | {"--store", "--figure", "--overwrite", "--max-memory"},
     "analyze": DATA | MODEL | RUN | WRITE | {"--html"},
     "harvest": DATA | MODEL | RUN | {"--out", "--tokens", "--max-disk"},
     "sae": RUN

@@ -346,8 +346,8 @@ def _places(view: Anatomy, patterns: Sequence[str] | None) -> list[_Place]:
     for called in called_functions(view):
         if not called.gives_zeros:
             raise DataError(
-                f"layers: {called.label} is called as a function, and of its outputs no sign of its inputs can be "
-                f"read; make it a module of torch.nn."
+                f"layers: {called.name} before {called.before} is called as a function, and of its outputs no "
+                f"sign of its inputs can be read; make it a module of torch.nn."
             )
         places.append(_Place(called.site, called.label, False))
     if not places:
