@@ -19,7 +19,10 @@ SILU, RELU, GELU, GELU_TANH, RELU2 = range(5)
 RATIONAL_A, RATIONAL_B, CRRELU, POLY_RELU, SERIES_SILU, SERIES_RELU, SERIES_GELU, SERIES_GELU_TANH, SERIES_RELU2 = (
     range(5, 14)
 )
+POLY_NORM = 14  # of this one the mean squares of powers over all units make a polynomial first, for each token
 FACTOR, TERMS = 8, 9  # where a series has its last two
+POWERS, EPSILON = 8, 9  # how many a PolyNorm has, and where its epsilon is
+PIECE = 512  # values whose powers stay in the cache
 _ORDERLESS = {"reassoc"}
 LOOSE = {"reassoc", "contract", "nsz"}
 
@@ -66,6 +69,11 @@ def _curve(code, c, x):  # type: ignore[no-untyped-def]
             r = zero if x[i] <= zero else x[i]
             high = (((c9 * r + c8) * r + c7) * r + c6) * r + c5
             x[i] = ((((high * r + c4) * r + c3) * r + c2) * r + c1) * r + c0
+    elif code == POLY_NORM:  # c are the coefficients of the polynomial that it is for this token
+        for i in range(x.size):
+            v = x[i]
+            high = (((c8 * v + c7) * v + c6) * v + c5) * v + c4
+            x[i] = (((high * v + c3) * v + c2) * v + c1) * v + c0
     elif code == RATIONAL_A:
         c6, c7, c8, c9 = abs(c6), abs(c7), abs(c8), abs(c9)
         for i in range(x.size):
@@ -125,11 +133,11 @@ def activate(code, x, curves, width, first):  # type: ignore[no-untyped-def]
     Args:
         code: of f.
         x: float32, some units.
-        curves: float32 [groups, 10], coefficients of functions that have some.
+        curves: float32 [groups, 10], coefficients of functions that have some; of a PolyNorm `normed_powers`.
         width: units of a group.
         first: the unit at which x begins.
     """
-    if code >= SERIES_SILU:
+    if SERIES_SILU <= code < POLY_NORM:
         _series(code - SERIES_SILU + SILU, x, curves, width, first)
     elif code >= RATIONAL_A:
         at = 0
@@ -245,6 +253,48 @@ def rotate(x, cos, sin):  # type: ignore[no-untyped-def]
         a, b = x[i], x[i + half]
         x[i] = a * cos[i] - b * sin[i]
         x[i + half] = b * cos[i + half] + a * sin[i + half]
+
+
+# -- normalised powers -------------------------------------------------------------------------------------------------
+
+
+@compiled(fastmath=LOOSE, inner=True)
+def power_sums(x, row, out):  # type: ignore[no-untyped-def]
+    """Write the sums of squares of x, x^2 ... into out, float64 [8]; 0 of powers that have no coefficient in row."""
+    order, room = POWERS, np.empty(PIECE, np.float32)
+    while order > 0 and row[order] == 0:
+        order -= 1
+    out[:] = 0
+    for start in range(0, x.size, PIECE):
+        values = x[start : min(start + PIECE, x.size)]
+        power = room[: values.size]
+        power[:] = 1
+        for i in range(order):
+            total = np.float32(0.0)
+            for j in range(values.size):
+                power[j] *= values[j]
+                total += power[j] * power[j]
+            out[i] += total
+
+
+@compiled(inner=True)
+def normed_powers(row, sums, count, out):  # type: ignore[no-untyped-def]
+    """Write the polynomial that a PolyNorm is for one token.
+
+    Args:
+        row: float32 [10], its coefficients and its epsilon.
+        sums: float64 [threads, 8], of squares of powers, over each thread's units.
+        count: of all units.
+        out: float32 [10], written.
+    """
+    out[:] = row
+    out[EPSILON] = 0
+    for i in range(POWERS):
+        total = 0.0
+        for thread in range(len(sums)):
+            total += sums[thread, i]
+        if row[i + 1] != 0:
+            out[i + 1] *= np.float32(1 / np.sqrt(total / count + row[EPSILON]))
 
 
 # -- statistical top-k -------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ PLACES = 2 * STAGES
 QUERY_AT, KEY_AT, VALUE_AT, GATE_AT, UP_AT, WINDOW, FIRST_HEAD, HEADS, UNITS, FIRST_UNIT, ACTIVATION = range(
     PLACES, PLACES + 11
 )
-# All units of an MLP whose gate passes a statistical top-k, else 0; features that choose the keys, and how many keys.
-# How query and key turn; UP_AT is negative if the MLP has no gate, and up stands in its place.
+# All units of an MLP whose threads meet over their gates (for a statistical top-k, or normalised powers), else 0;
+# features that choose the keys, and how many keys. How query and key turn; UP_AT is negative if the MLP has no gate,
+# and up stands in its place.
 ALL_UNITS, CHOOSING, KEYS, TURN = range(PLACES + 11, PLACES + 15)
 # Which rotary table; from one key-value head to the next, in the outputs, of its queries and of key and value.
 ROTARY, QUERY_STEP, KEY_STEP = range(PLACES + 15, PLACES + 18)

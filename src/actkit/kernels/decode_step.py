@@ -29,12 +29,15 @@ from actkit.kernels.decode_latent import (
     attend_to_rows,
 )
 from actkit.kernels.decode_math import (
+    POLY_NORM,
     activate,
     active_ones,
     cap,
     drop_below,
     layer_norm,
+    normed_powers,
     nothing,
+    power_sums,
     rms_norm,
     shift_down,
     statistical_cut,
@@ -207,6 +210,7 @@ class Work(NamedTuple):
         read: int64 [products], rows that were read.
         factor: float32 [threads, 2 * width], of low-rank corrections.
         moments: float64 [threads, 8], of gates.
+        polynomials: float32 [threads, 1, 10], of functions that normalise powers of all gates, for the token at hand.
         cores: int64 [threads, 8], where the threads run (`team.stand_apart`).
         allowed: int64, the cores that they may use, or empty.
         memory: int64 [threads, 6], each thread's `decode_products.Memory.addresses`.
@@ -247,6 +251,7 @@ class Work(NamedTuple):
     read: np.ndarray
     factor: np.ndarray
     moments: np.ndarray
+    polynomials: np.ndarray
     cores: np.ndarray
     allowed: np.ndarray
     memory: np.ndarray
@@ -475,6 +480,17 @@ def _shift_gates(gate, count, quantile, thread, threads, meetings, work):  # typ
 
 
 @compiled(inner=True)
+def _norm_powers(gate, count, row, thread, threads, meetings, work):  # type: ignore[no-untyped-def]
+    """Find the polynomial that normalised powers of all threads' gates are; return the meetings, or -1."""
+    power_sums(gate, row, work.moments[thread])
+    meetings += threads
+    if not meet(work.counter, meetings):
+        return -1
+    normed_powers(row, work.moments[:threads], count, work.polynomials[thread, 0])
+    return meetings
+
+
+@compiled(inner=True)
 def _latent(thread, threads, layer, position, normed, meetings, plan, work):  # type: ignore[no-untyped-def]
     """Do latent attention with this thread's heads, up to the output projection; return the meetings, or -1."""
     place, own, shared = plan.layers[thread, layer], work.latent_own[thread], work.latent_shared
@@ -573,12 +589,17 @@ def _run(thread, threads, position, plan, work):  # type: ignore[no-untyped-def]
         gate = stage[place[GATE_AT] : place[GATE_AT] + units]
         if units > 0:
             _stage(place, GATE_UP, thread, normed, normed, stage, plan, work)
-        if place[ALL_UNITS] > 0:
-            meetings = _shift_gates(gate, place[ALL_UNITS], plan.gates[layer, 1], thread, threads, meetings, work)
+        curves, every = plan.curves[layer], place[ALL_UNITS]
+        if every > 0:  # the threads meet over their gates
+            if place[ACTIVATION] == POLY_NORM:
+                meetings = _norm_powers(gate, every, curves[0], thread, threads, meetings, work)
+                curves = work.polynomials[thread]
+            else:
+                meetings = _shift_gates(gate, every, plan.gates[layer, 1], thread, threads, meetings, work)
             if meetings < 0:
                 return False
         if units > 0:
-            activate(place[ACTIVATION], gate, plan.curves[layer], plan.widths[layer], unit)
+            activate(place[ACTIVATION], gate, curves, plan.widths[layer], unit)
             if plan.gates[layer, 0] > 0:
                 drop_below(plan.gates[layer, 0], gate)
             own[:] = gate

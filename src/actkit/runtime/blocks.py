@@ -49,6 +49,7 @@ CURVES: dict[CurveKind, int] = {
     "series_gelu": functions.SERIES_GELU,
     "series_gelu_tanh": functions.SERIES_GELU_TANH,
     "series_relu2": functions.SERIES_RELU2,
+    "poly_norm": functions.POLY_NORM,
 }
 
 
@@ -99,16 +100,23 @@ def check(model: nn.Module, block: Block, latent: bool = False) -> None:
     for path in (mlp.path,) if attention is None else (attention.path, mlp.path):
         if kind_named(model, path) not in (None, "row", "spark_attention", "spark_ffn"):
             raise UnsupportedModelError(f"{path}: the decoder knows no {kind_named(model, path)}")
-    activation = _function(get_module(model, mlp.activation)).base
+    gate = _function(get_module(model, mlp.activation))
+    activation = gate.base
     curve = None if name_of(activation) in ACTIVATIONS else curve_of(activation)
     if name_of(activation) not in ACTIVATIONS and curve is None:
-        known, mixed = ", ".join((*ACTIVATIONS, *CURVES)), ", ".join(mixes_of(activation) or ())
+        known = ", ".join((*ACTIVATIONS, *CURVES))
+        mixed = "" if hasattr(activation, "curve") else ", ".join(mixes_of(activation) or ())
         mixing = f" mixes {mixed}, and a unit is computed without the others" if mixed else ""
         raise UnsupportedModelError(
             f"{mlp.activation}: a {type(activation).__name__}{mixing}; the decoder computes {known}"
         )
     if curve is not None and mlp.down.in_features % len(curve.rows):
         raise UnsupportedModelError(f"{mlp.activation}: {len(curve.rows)} groups for {mlp.down.in_features} units")
+    if gate.k is not None and gate.code == functions.POLY_NORM:
+        raise UnsupportedModelError(
+            f"{mlp.activation}: a {type(activation).__name__} behind a statistical top-k; threads meet over gates "
+            f"for one of the two, not for both"
+        )
     for linear in block.linears():
         if type(linear.module) is not nn.Linear and not isinstance(linear.module, ActLinear):
             raise UnsupportedModelError(
@@ -158,6 +166,11 @@ class Gate:
         """Of `kernels.decode_math`."""
         name, curve = name_of(self.base), curve_of(self.base)
         return ACTIVATIONS[str(name)] if name in ACTIVATIONS or curve is None else CURVES[curve.kind]
+
+    @property
+    def meets(self) -> bool:
+        """Whether it depends on all units, so that threads meet over their gates."""
+        return self.k is not None or self.code == functions.POLY_NORM
 
     @property
     def sparse(self) -> bool:
@@ -559,7 +572,7 @@ def gated(share: Share, block: Block, thread: int, threads: int, gate: Gate) -> 
     share.stages |= stages
     share.places |= dict(zip((steps.GATE_AT, steps.UP_AT), places))
     share.places |= {steps.UNITS: len(own), steps.FIRST_UNIT: own.start, steps.ACTIVATION: gate.code}
-    share.places |= {steps.ALL_UNITS: 0 if gate.k is None else units}
+    share.places |= {steps.ALL_UNITS: units if gate.meets else 0}
 
 
 def _has_rows(module: nn.Module) -> bool:

@@ -27,6 +27,7 @@ from actkit.kernels.numba_rounded_rows import RoundedRows, multiply_rounded, spa
 from actkit.kernels.output_rows import BundledUnits, PackedRows
 from actkit.kernels.packing import COLUMNS as BLOCK
 from actkit.kernels.packing import PackedWeight, in_order
+from actkit.kernels.polynomials import poly_norm
 from actkit.kernels.process import LOCK, PER_BYTE, follow_torch_threads
 from actkit.kernels.prompt_attention import attend, available
 from actkit.kernels.quantized import QuantizedWeight, outputs_of
@@ -287,7 +288,9 @@ class Prompt:
         others = self._products(layer, steps.UP, normed)  # of threads that keep the up projection's rows apart
         outs = self._products(layer, steps.GATE_UP, normed)
         gates = [share[:, place[steps.GATE_AT] :][:, : place[steps.UNITS]] for share, place in zip(outs, places)]
-        if places[0, steps.ALL_UNITS]:
+        if places[0, steps.ACTIVATION] == functions.POLY_NORM:
+            gates = _poly_norm(gates, plan.curves[layer, 0])
+        elif places[0, steps.ALL_UNITS]:
             gates = _largest(gates, float(plan.gates[layer, 1]))
         for share, place, apart, gate, own in zip(outs, places, others, gates, normed):
             gate = self._activate(layer, place, gate, float(threshold))
@@ -310,7 +313,7 @@ class Prompt:
     def _activate(self, layer: int, place: np.ndarray, gate: Tensor, threshold: float) -> Tensor:
         """Compute the activation of a thread's gates [tokens, units]."""
         code, plan = int(place[steps.ACTIVATION]), self.plan
-        if code < functions.RATIONAL_A:
+        if code < functions.RATIONAL_A or code == functions.POLY_NORM:
             return _activate(code, gate, threshold)
         y = gate.float().contiguous().clone()
         with LOCK:
@@ -487,6 +490,8 @@ def _activate(code: int, x: Tensor, threshold: float) -> Tensor:
         y = F.relu(x)
     elif code == functions.RELU2:
         y = F.relu(x).square()
+    elif code == functions.POLY_NORM:
+        y = x  # it needs the gates of all threads, and was computed before
     else:
         y = F.gelu(x, approximate="none" if code == functions.GELU else "tanh")
     return y.masked_fill_(y.abs() < threshold, 0.0) if threshold > 0 else y
@@ -498,6 +503,14 @@ def _largest(gates: list[Tensor], quantile: float) -> list[Tensor]:
     deviation, mean = torch.std_mean(every, 1, correction=0, keepdim=True)
     cut = torch.where(deviation <= 5e-7 * mean.abs(), torch.inf, mean + deviation * quantile)
     return [F.relu(gate.float() - cut).to(gate.dtype) for gate in gates]
+
+
+def _poly_norm(gates: list[Tensor], row: np.ndarray) -> list[Tensor]:
+    """PolyNorm of the gates of all threads, each [tokens, own units]; row: as in `core/layers/curve.py`."""
+    weight, bias = torch.from_numpy(row[functions.POWERS : 0 : -1].copy()), torch.from_numpy(row[:1])
+    weight = weight[int((weight == 0).cumprod(0).sum()) :] if weight.any() else weight[-1:]  # not powers above its own
+    y = poly_norm(torch.cat(gates, 1).float(), weight, bias, float(row[functions.EPSILON]))
+    return list(y.to(gates[0].dtype).split([gate.shape[1] for gate in gates], 1))
 
 
 def _capped(x: Tensor, limit: float) -> Tensor:

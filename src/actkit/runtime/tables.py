@@ -614,6 +614,7 @@ def memory(
         read=np.zeros(len(products), np.int64),
         factor=aligned((threads, 2 * width), np.float32),
         moments=aligned((threads, 8), np.float64),
+        polynomials=aligned((threads, 1, COEFFICIENTS), np.float32),
         cores=aligned((threads, 8), np.int64),
         allowed=np.array(sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [], np.int64),
         memory=np.stack([own.addresses for own in memories]),

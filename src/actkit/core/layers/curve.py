@@ -1,11 +1,13 @@
 """Learned activation functions as the CPU decoder reads them: coefficients for each group of channels.
 
-A module that has a method `curve()` says by it what it computes now, element by element, or None if that is no curve:
+A module that has a method `curve()` says by it what it computes now, or None if that is no curve. All but the last are
+element by element:
 
     rational_a, rational_b    (a_0 + ... + a_5 x^5) / Q(x), as `kernels.rational` has Q; a_0 to a_5, then b_1 to b_4
     crrelu                    max(x, 0) + e x exp(-x^2 / 2); e
     poly_relu                 c_0 + c_1 r + ... + c_9 r^9, r = max(x, 0); c_0 to c_9
     series_silu, ...          c (f(a_1 x + b_1) + ... + f(a_n x + b_n)), n up to 4; a_1, b_1 to a_4, b_4, then c and n
+    poly_norm                 c_0 + sum of c_i x^i / sqrt(mean(x^2i) + e), means over all channels; c_0 to c_8, then e
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ CurveKind = Literal[
     "series_gelu",
     "series_gelu_tanh",
     "series_relu2",
+    "poly_norm",
 ]
 KINDS: tuple[CurveKind, ...] = get_args(CurveKind)
 COEFFICIENTS = 10  # of a group; zeros stand in for missing ones

@@ -32,10 +32,11 @@ import numpy as np
 import torch
 from numpy.polynomial import Polynomial as Coefficients
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from actkit import kernels
 from actkit.core.layers.activation_function import ActivationFunction, Axis, Break, Function, Piece
-from actkit.core.layers.curve import Curve
+from actkit.core.layers.curve import COEFFICIENTS, Curve
 from actkit.core.layers.keeps_dtype import KeepsDtype, at_least_float32
 
 Init = Literal["paper", "relu", "relu2"]
@@ -179,6 +180,14 @@ class PolyNorm(Polynomial):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., channels] -> the same shape and dtype; powers and means in float32 at least."""
         return kernels.poly_norm(x, self.weight, self.bias, self.eps)
+
+    def curve(self) -> Curve | None:
+        """Return what it computes now, for the CPU decoder; None above order 8."""
+        last = torch.full((1, 1), self.eps, device=self.bias.device)
+        ascending = torch.cat((self.bias.detach(), self.weight.detach().flip(0)))[None]
+        if self.order >= COEFFICIENTS - 1:
+            return None
+        return Curve.of("poly_norm", torch.cat((F.pad(ascending, (0, COEFFICIENTS - 2 - self.order)), last), 1))
 
     def record(self) -> ActivationFunction | None:
         """The function at its present coefficients; as it mixes channels, no more is a number per input."""

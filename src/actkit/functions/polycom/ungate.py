@@ -46,6 +46,7 @@ class UngatedMlp(nn.Module):
     """
 
     row: ClassVar[MlpRow] = MlpRow("", up="up_proj", down="down_proj", activation="act_fn")
+    decodes_as: ClassVar[str] = "row"
 
     def __init__(self, inputs: int, width: int, outputs: int, biases: tuple[bool, bool], activation: nn.Module) -> None:
         super().__init__()
