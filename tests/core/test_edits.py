@@ -144,7 +144,7 @@ TIED = {"tie_word_embeddings": True}
             {},
             Note("model.norm", "text"),
             EditError,
-            "Note was given, allowed are Replace, ReplaceTied, Insert",
+            "Note was given, allowed are Replace, ReplaceTied, Restore, Insert",
         ),
         (TIED, Set("lm_head.weight", torch.zeros(50, HIDDEN)), EditError, "tied to model.embed_tokens.weight"),
         (TIED, Set("model.embed_tokens.weight", torch.zeros(50, HIDDEN)), EditError, "tied to lm_head.weight"),

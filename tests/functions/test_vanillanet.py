@@ -10,14 +10,18 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from actkit.core.edit import changes
 from actkit.core.ground.errors import EditError, RecipeError
 from actkit.core.layers.activations import Activation
 from actkit.core.layers.batch_norm import batch_norm_factors
-from actkit.core.layers.conv import ActConv
 from actkit.core.layers.linear import ActLinear
+from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import apply
+from actkit.core.recipe.stage import Train
 from actkit.core.store import checkpoint
+from actkit.core.train import staged_run
 from actkit.core.train.training import train
 from actkit.functions.swap import Swap
 from actkit.functions.vanillanet.deepen import Collapse, Deepen, deepened
@@ -267,11 +271,101 @@ def test_deepen_train_collapse(tmp_path: Path):
     assert not torch.allclose(deep, expected, atol=1e-3)
     apply(model, Collapse(), progress=False)
     torch.testing.assert_close(model(x), deep, rtol=1e-4, atol=1e-5)
-    assert isinstance(model.conv2, ActConv) and isinstance(model.fc1, ActLinear)
+    assert type(model.conv2) is nn.Conv2d and type(model.fc1) is nn.Linear and recorded(model) == []
     assert sum(tensor.numel() for tensor in model.state_dict().values()) == before
     apply(model, RoundToNearest(bits=8, group_size=16), [images(0)], progress=False)
     checkpoint.save(model, tmp_path / "folder")
     torch.testing.assert_close(checkpoint.load(tmp_path / "folder")(x), model(x), rtol=0, atol=0)
+
+
+def recorded(model: nn.Module) -> list[dict[str, Any]]:
+    known = changes.of(model)
+    return known.edits if known else []
+
+
+def test_collapsed_the_model_is_a_plain_checkpoint(tmp_path: Path):
+    """Of the base's class, read by transformers alone; the record keeps what was done, and what others put in."""
+    model, (batch, *_) = tiny_model("llama"), tiny_batches("llama")
+    shapes = {name: each.shape for name, each in model.state_dict().items()}
+    first = apply(model, Deepen(where="*.up_proj"), progress=False)
+    train(model, [batch], validation=[batch], steps=2, rules=[FadeActivations(share=0.5)], keep="last", progress=False)
+    checkpoint.save(model, tmp_path / "deep")
+    model = checkpoint.load(tmp_path / "deep").eval()
+    deep, edits = model(**batch).logits, recorded(model)
+    assert type(model) is not LlamaForCausalLM and len(edits) == 2
+    second = apply(model, Collapse(), progress=False)
+    assert type(model) is LlamaForCausalLM and recorded(model) == []
+    assert [next(iter(entry)) for entry in changes.of(model).recipe] == ["deepen", "collapse"]
+    checkpoint.save(model, tmp_path / "plain")
+    assert not (tmp_path / "plain" / checkpoint.MANIFEST).exists()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    assert {name: each.shape for name, each in again.state_dict().items()} == shapes
+    torch.testing.assert_close(again(**batch).logits, model(**batch).logits, rtol=0, atol=0)
+    torch.testing.assert_close(again(**batch).logits, deep, rtol=1e-4, atol=1e-5)
+    with pytest.raises(EditError, match="undo: the model was changed again since"):
+        copied = apply(first.model, Collapse(), progress=False)
+        first.undo()
+    copied.undo()
+    second.undo()
+    assert recorded(model) == edits and type(model) is not LlamaForCausalLM
+    torch.testing.assert_close(model(**batch).logits, deep, rtol=0, atol=0)
+
+
+def test_edits_of_others_stay_behind_a_collapse(tmp_path: Path):
+    model, (batch, *_) = tiny_model("llama"), tiny_batches("llama")
+    apply(model, [Swap(where="silu", new="gelu"), Deepen(where="*.up_proj"), Collapse()], progress=False)
+    assert {entry.get("replace", "config") for entry in recorded(model)} <= {
+        "config",
+        "model.layers.0.mlp.act_fn",
+        "model.layers.1.mlp.act_fn",
+    }
+    apply(model, RoundToNearest(bits=8, group_size=8), tiny_batches("llama"), progress=False)
+    checkpoint.save(model, tmp_path / "folder")
+    loaded = checkpoint.load(tmp_path / "folder")
+    torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=0, atol=0)
+
+
+def test_a_pair_that_no_edit_put_in_is_kept_by_name(tmp_path: Path):
+    model = DigitsCNN().eval()
+    model.fc1 = deepened(model.fc1)
+    apply(model, Collapse(), progress=False)
+    assert isinstance(model.fc1, ActLinear) and len(recorded(model)) == 1
+    checkpoint.save(model, tmp_path / "folder")
+    x = images(1)["pixel_values"]
+    torch.testing.assert_close(checkpoint.load(tmp_path / "folder")(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_recipe_goes_on_behind_a_collapse(deep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Stopped in the stage after it: the folder is a plain one, also if the run began with a deepened model."""
+    rows, deepen = tiny_batches("llama"), Deepen(where="*.up_proj")
+    fading = Train(rules=(FadeActivations(share=0.5),), steps=2, learning_rate=1e-3)
+    recipe = Recipe([*([] if deep else [deepen]), fading, Collapse(), Train(steps=1)])
+
+    def begun() -> nn.Module:
+        model = tiny_model("llama")
+        return apply(model, deepen, progress=False).model if deep else model
+
+    def run(name: str, **options: Any) -> Any:
+        given = [(rows, rows[:1]) if isinstance(each, Train) else None for each in recipe.stages]
+        return staged_run.run(begun(), recipe, given, out=tmp_path / name, progress=False, **options)
+
+    whole, real = run("whole"), staged_run.train
+
+    def failing(*args: Any, **options: Any) -> Any:
+        return 1 / 0 if options["steps"] == 1 else real(*args, **options)
+
+    monkeypatch.setattr(staged_run, "train", failing)
+    with pytest.raises(ZeroDivisionError):
+        run("out")
+    monkeypatch.setattr(staged_run, "train", real)
+    done = run("out", resume=True)
+    assert type(done.model) is LlamaForCausalLM
+    assert changes.of(done.model).recipe == changes.of(whole.model).recipe
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(done.model.state_dict()[name], tensor)
+    assert done.edits == whole.edits == []
+    assert recorded(done.undo()) == recorded(begun())
 
 
 def test_collapse_refuses_what_is_not_ready():

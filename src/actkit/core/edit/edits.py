@@ -55,6 +55,21 @@ class ReplaceTied:
 
 
 @dataclass(frozen=True, eq=False)
+class Restore:
+    """Put a layer back that is like the one before an edit: the record forgets that edit, and those inside of it since.
+
+    Attributes:
+        path: of the module that an edit put in.
+        layer: of the class, the settings and the shapes of the layer that the edit took the place of.
+        otherwise: what `Replace` puts there instead, if no recorded edit put in what stands at the path.
+    """
+
+    path: str
+    layer: nn.Module
+    otherwise: nn.Module
+
+
+@dataclass(frozen=True, eq=False)
 class Insert:
     """Put a module where none is: a child of a module that looks for it by name.
 
@@ -137,7 +152,7 @@ class Note:
     values: Mapping[str, Any] = field(default_factory=dict)
 
 
-Edit = Replace | ReplaceTied | Insert | Resize | Set | Configure
+Edit = Replace | ReplaceTied | Restore | Insert | Resize | Set | Configure
 Undo = Callable[[], None]
 Shared = dict[int, list[str]]
 
@@ -253,9 +268,14 @@ def apply_edit(model: nn.Module, edit: Edit, *, remember: bool = True, shared: S
     if isinstance(edit, Insert):
         return _insert(model, edit)
     if isinstance(edit, Resize):
-        return _resize(model, edit, remember, shared)
+        old = get_module(model, edit.path)
+        offload.refuse_offloaded(old, f"{edit.path} is to become narrower")
+        return _put_plain(model, edit.path, resized(edit.path, old, edit.outputs, edit.inputs), remember, shared)
+    if isinstance(edit, Restore):
+        return _put_plain(model, edit.path, edit.layer, remember, shared)
     raise EditError(
-        f"edit: {type(edit).__name__} was given, allowed are Replace, ReplaceTied, Insert, Resize, Set and Configure."
+        f"edit: {type(edit).__name__} was given, allowed are Replace, ReplaceTied, Restore, Insert, Resize, Set and "
+        f"Configure."
     )
 
 
@@ -292,12 +312,30 @@ def temporarily(model: nn.Module, edits: Iterable[Edit]) -> Iterator[nn.Module]:
 
 
 def place_of(described: Mapping[str, Any]) -> str | None:
-    """Return the path of the module that a described edit put in or resized; None if it did neither.
+    """Return the path of the module that a described edit put in, put back or resized; None if it did neither.
 
     Args:
         described: what `describe` gave.
     """
-    return described.get("replace", described.get("insert", described.get("resize")))
+    return next((described[kind] for kind in ("replace", "insert", "resize", "restore") if kind in described), None)
+
+
+def settled(described: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the edits that still count: what was restored is as before the edit that put something in its place.
+
+    Args:
+        described: what `describe` gave of each edit, in their order.
+    """
+    found: list[dict[str, Any]] = []
+    for entry in described:
+        path = entry.get("restore")
+        if path is None:
+            found.append(entry)
+            continue
+        last = max(index for index, each in enumerate(found) if each.get("replace") == path)
+        inside = [is_within(str(place_of(each) or each.get("set", "")), path) for each in found]
+        found = [each for index, each in enumerate(found) if index < last or not inside[index]]
+    return found
 
 
 def describe(edit: Edit, model: nn.Module | None = None) -> dict[str, Any]:
@@ -311,6 +349,8 @@ def describe(edit: Edit, model: nn.Module | None = None) -> dict[str, Any]:
     """
     if isinstance(edit, Replace):
         return {"replace": edit.path, **describe_module(edit.module)}
+    if isinstance(edit, Restore):
+        return {"restore": edit.path}
     if isinstance(edit, Insert):
         return {"insert": edit.path, **describe_module(edit.module)}
     if isinstance(edit, Resize):
@@ -324,7 +364,9 @@ def describe(edit: Edit, model: nn.Module | None = None) -> dict[str, Any]:
         before = getattr(getattr(model, "config", None), edit.key, None)
         kept = {"before": before} if model is not None and _is_json(before) else {}
         return {"configure": edit.key, "value": edit.value, **kept}
-    raise EditError(f"edit: {type(edit).__name__} was given, allowed are Replace, Insert, Resize, Set and Configure.")
+    raise EditError(
+        f"edit: {type(edit).__name__} was given, allowed are Replace, Restore, Insert, Resize, Set and Configure."
+    )
 
 
 def describe_module(module: nn.Module) -> dict[str, Any]:
@@ -461,13 +503,13 @@ def _replace(model: nn.Module, edits: Sequence[Replace], remember: bool, shared:
     return undo if remember else None
 
 
-def _resize(model: nn.Module, edit: Resize, remember: bool, shared: Shared | None) -> Undo | None:
-    offload.refuse_offloaded(get_module(model, edit.path), f"{edit.path} is to become narrower")
-    old = get_module(model, edit.path)
-    _refuse_tied(model, old.parameters(), [edit.path], shared)
-    refuse_hooks(edit.path, old)
-    set_module(model, edit.path, resized(edit.path, old, edit.outputs, edit.inputs))
-    return (lambda: set_module(model, edit.path, old)) if remember else None
+def _put_plain(model: nn.Module, path: str, layer: nn.Module, remember: bool, shared: Shared | None) -> Undo | None:
+    """Put in a layer that needs no name in a checkpoint."""
+    old = get_module(model, path)
+    _refuse_tied(model, old.parameters(), [path], shared)
+    refuse_hooks(path, old)
+    set_module(model, path, layer)
+    return (lambda: set_module(model, path, old)) if remember else None
 
 
 def _insert(model: nn.Module, edit: Insert) -> Undo:

@@ -25,6 +25,7 @@ from actkit.core.edit.edits import (
     Replace,
     ReplaceTied,
     Resize,
+    Restore,
     Set,
     Shared,
     Skip,
@@ -36,6 +37,7 @@ from actkit.core.edit.edits import (
     parts_of,
     place_of,
     set_module,
+    settled,
     shared_parameters,
 )
 from actkit.core.edit.resizing import resized
@@ -431,26 +433,33 @@ class _Run:
                 if edit.values:
                     self.report.values.append((edit.path, type(transform).__name__, dict(edit.values)))
                 continue
-            for part in parts_of(edit) if isinstance(edit, Replace | ReplaceTied) else ():
-                originals.setdefault(part.path, get_module(self.model, part.path))
+            for path in _places(edit) if isinstance(edit, Replace | ReplaceTied | Restore) else ():
+                originals.setdefault(path, get_module(self.model, path))
             self._apply_edit(edit)
             if isinstance(edit, Resize) and edit.path in originals:  # what it computed of what is left
                 originals[edit.path] = resized(edit.path, originals[edit.path], edit.outputs, edit.inputs)
             self.report.changed += [(where, type(transform).__name__) for where in _places(edit)]
 
     def _apply_edit(self, edit: Edit) -> None:
+        if isinstance(edit, Restore) and not self._put_in(edit.path):
+            edit = Replace(edit.path, edit.otherwise)
         replaced = parts_of(edit) if isinstance(edit, Replace | ReplaceTied) else ()
         descriptions = [describe(each, self.model) for each in replaced or (edit,)]
         if self._opened is not None and not isinstance(edit, Configure):
             for path in _places(edit):
                 self._opened.changed |= _is_inside(self.model, path, self._opened.experts)
-        for path in _places(edit) if isinstance(edit, Replace | ReplaceTied | Resize) else ():
+        for path in _places(edit) if isinstance(edit, Replace | ReplaceTied | Restore | Resize) else ():
             old = get_module(self.model, path)
             self._frozen |= {f"{path}.{name}" for name, p in old.named_parameters() if not p.requires_grad}
         undo = apply_edit(self.model, edit, remember=self.mode == "memory", shared=self._shared)
         if undo is not None:
             self.undos.append(undo)
         self.described += descriptions
+
+    def _put_in(self, path: str) -> bool:
+        """Whether a recorded edit put in what stands at a path."""
+        known = changes.of(self.model)
+        return any(edit.get("replace") == path for edit in settled([*(known.edits if known else ()), *self.described]))
 
     def _open_experts(self, block: Block) -> None:
         """Experts in 3-D parameters become an ExpertList, so that their layers can be seen and replaced."""
@@ -532,7 +541,7 @@ def _places(edit: Edit) -> list[str]:
     """The paths, the parameter or the setting that an edit changes."""
     if isinstance(edit, Replace | ReplaceTied):
         return [part.path for part in parts_of(edit)]
-    if isinstance(edit, Insert | Resize):
+    if isinstance(edit, Insert | Resize | Restore):
         return [edit.path]
     return [edit.parameter if isinstance(edit, Set) else edit.key]
 

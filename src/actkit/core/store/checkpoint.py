@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from actkit.core.edit import changes
 from actkit.core.edit.changes import Changes, Source, SourceGrid
-from actkit.core.edit.edits import ATTENTION, describe_module, get_module, place_of, replay
+from actkit.core.edit.edits import ATTENTION, describe_module, get_module, place_of, replay, set_module
 from actkit.core.forward.hooks import refuse_compiled_or_sharded
 from actkit.core.forward.named_functions import unknown_function
 from actkit.core.ground import offload, processes, registry
@@ -459,12 +460,41 @@ def load_into(model: nn.Module, folder: Path) -> None:
     """
     checksums.verify(folder, of_the_model)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    if (folder / MANIFEST).exists():
+    changed = holds_record(folder)
+    later = None if changed else load_folder(folder, None, False)[0]
+    _take_back(model, folder, read_manifest(folder)["edits"] if changed else [], later)
+    if later is None:
         _load_changed(folder, lambda: model, False)
     else:  # trained, and not changed otherwise
-        tensors, shared = _tensors(load_folder(folder, None, False)[0])
+        tensors, shared = _tensors(later)
         fill(model, tensors, shared, folder)
     model.to(device)
+
+
+def _take_back(model: nn.Module, folder: Path, edits: list[dict[str, Any]], later: nn.Module | None) -> None:
+    """Put the layers of a later state in the place of what it restored, and let the model's record forget that."""
+    known = changes.of(model)
+    kept: list[dict[str, Any]] = []
+    gone: list[str] = []
+    for edit in known.edits if known else ():
+        if len(kept) < len(edits) and _is_same(edit, edits[len(kept)]):
+            kept.append(edit)
+        else:
+            gone.append(str(place_of(edit)))
+    if not gone:
+        return
+    assert known is not None
+    later = later or _load_changed(folder, None, False)[0]
+    for path in sorted(gone, key=len):  # outer ones first: those inside have gone with them
+        if not any(path != other and is_within(path, other) for other in gone):
+            set_module(model, path, get_module(later, path))
+    pretrained.restore(model, replace(known, edits=kept))
+
+
+def _is_same(edit: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two described edits change the same place in the same way; the module's settings may be newer."""
+    parts = [{name: value for name, value in each.items() if name != "spec"} for each in (edit, other)]
+    return parts[0] == parts[1]
 
 
 def of_the_model(name: str) -> bool:
@@ -484,6 +514,11 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
         module._buffers[name] = buffer
     if is_pretrained(model):
         model.config.dtype = dtype  # type: ignore[union-attr]
+
+
+def holds_record(folder: str | Path) -> bool:
+    """Whether a folder says what was changed: what `save` wrote of a changed model, and not of a plain one."""
+    return (Path(folder) / MANIFEST).exists()
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

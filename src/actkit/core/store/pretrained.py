@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from actkit.core.edit import changes
 from actkit.core.edit.changes import Changes
+from actkit.core.edit.edits import settled
 from actkit.core.ground import registry
 from actkit.core.ground.errors import CheckpointError
 from actkit.core.ground.modules import is_pretrained
@@ -160,17 +161,17 @@ def set_changed(model: PreTrainedModel, changed: bool) -> None:
 
 
 def record(model: nn.Module, edits: list[dict[str, Any]], recipe: list[dict[str, Any]], architecture: str) -> None:
-    """Add edits to a model's changes.
+    """Add edits to a model's changes, and take those away that were restored since.
 
     Args:
         model: any model. A transformers model changes its class, so that `save_pretrained` writes an actkit folder and
-            never a plain config over changed weights.
+            never a plain config over changed weights; if no edit is left, it is of its own class again.
         edits: in their JSON form.
         recipe: the transforms that made them, as a recipe's YAML form lists them.
         architecture: the row that the model was read by; the one of earlier changes stays.
     """
     known = changes.of(model) or Changes(architecture=architecture)
-    known = replace(known, edits=known.edits + edits, recipe=known.recipe + recipe)
+    known = replace(known, edits=settled(known.edits + edits), recipe=known.recipe + recipe)
     restore(model, replace(known, architecture=known.architecture or architecture))
 
 

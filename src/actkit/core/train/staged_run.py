@@ -40,7 +40,7 @@ from actkit.core.recipe.recipe import Recipe, transforms_of
 from actkit.core.recipe.runner import Applied, Report
 from actkit.core.recipe.stage import Apply, Stage, Train
 from actkit.core.store import checkpoint
-from actkit.core.store.pretrained import record_training, restore
+from actkit.core.store.pretrained import record, record_training, restore
 from actkit.core.train.choice import chooses
 from actkit.core.train.training import train
 from actkit.core.train.training_setup import RECORD as HISTORY
@@ -132,7 +132,8 @@ def run(
         runner.refuse_later_changes(model, after)
         before.restore()  # type: ignore[union-attr]
 
-    edits = (after.edits if after else [])[len(known.edits) if known else 0 :]
+    earlier = known.edits if known else []
+    edits = [edit for edit in (after.edits if after else []) if edit not in earlier]
     return Applied(model, edits, report, None if before is None else take_back)
 
 
@@ -179,12 +180,11 @@ class _Stages:
 
     def _go_on_from(self, number: int) -> None:
         """Bring the model to its state after a stage."""
-        known = changes.of(self.model)
-        checkpoint.load_into(self.model, self.state.folder(number))  # type: ignore[union-attr]
-        if changes.of(self.model) is known:  # a plain checkpoint holds no record: only trained so far
+        folder = self.state.folder(number)  # type: ignore[union-attr]
+        checkpoint.load_into(self.model, folder)
+        if not checkpoint.holds_record(folder):  # a plain checkpoint: trained, and what was put in was taken out again
             for stage in self.recipe.stages[:number]:
-                if isinstance(stage, Train):
-                    record_training(self.model, stage.dump())
+                record(self.model, [], stage.entries(), "")
 
     def _apply(self, number: int, stage: Apply, data: Sequence[Any], limits: Mapping[str, Any]) -> dict[str, Any]:
         applied = runner.apply(

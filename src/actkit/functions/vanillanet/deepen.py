@@ -9,8 +9,10 @@ When to use it: before a training of a shallow net, which gains from it in the p
 Cost: while it is trained, one more layer of out x out weights beside each. Nothing afterwards: as many weights as
 before.
 Settled here: the halves are W and an identity (nothing is rounded), or by `split: svd` two of equal singular values.
-A collapsed layer is kept as a dense `ActLinear` or `ActConv`, which every export writes as a plain layer. Each fold is
-compared with what it replaces on random inputs, and refused if they differ by more than `tolerance`.
+A collapsed layer is of the class and the shape that `deepen` found, and the record forgets the pair: with all of them
+collapsed the model is a plain checkpoint again. In a model built of pairs, or if a half was narrowed, the fold is kept
+as a dense `ActLinear` or `ActConv`, which every export writes as a plain layer. Each fold is compared with what it
+replaces on random inputs, and refused if they differ by more than `tolerance`.
 Our own reading: the release builds nets of such pairs; to deepen any layer of any model, and to begin where it stood,
 is ours.
 """
@@ -25,7 +27,7 @@ import torch
 from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor, nn
 
-from actkit.core.edit.edits import Edit, Note, Replace, Skip
+from actkit.core.edit.edits import Edit, Note, Replace, Restore, Skip
 from actkit.core.ground.errors import EditError
 from actkit.core.ground.modules import is_within, tied_names
 from actkit.core.layers.activations import Activation
@@ -37,7 +39,7 @@ from actkit.core.model.anatomy import Block
 from actkit.core.recipe.seen import Seen, Trial
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Target, Transform
-from actkit.functions.vanillanet.folding import NORMS, DeepPair, Layer
+from actkit.functions.vanillanet.folding import NORMS, DeepPair, Layer, described
 from actkit.functions.vanillanet.series import SeriesActivation2d
 
 
@@ -155,14 +157,16 @@ class Collapse(_ByPath):
     def edit(self, block: Block, seen: Seen) -> Iterable[Edit | Skip | Note]:
         for path in self.targets(block):
             module = block.root.get_submodule(str(path))
-            new = _fold(module, str(path))
+            layer = _fold(module, str(path))
+            new = _kept(layer)
             gap = _largest_gap(module, new)
             if gap > self.tolerance:
                 raise EditError(
                     f"tolerance: {path} and its fold differ by {gap:.1e} of the largest output on random inputs; give "
                     f"tolerance={gap:.0e} or more if that is accepted, or leave the layer deep."
                 )
-            yield Replace(str(path), new)
+            stood = isinstance(module, DeepPair) and module.stands_for == described(layer)
+            yield Restore(str(path), layer, new) if stood else Replace(str(path), new)
 
 
 def deepened(layer: Layer, act: str = "relu", split: Literal["identity", "svd"] = "identity") -> DeepPair:
@@ -190,7 +194,8 @@ def deepened(layer: Layer, act: str = "relu", split: Literal["identity", "svd"] 
             target = first.bias if whole else second.bias
             assert target is not None
             target.copy_(layer.bias)
-    return DeepPair(first, second, act, 1.0).to(weight.device, weight.dtype).train(layer.training)
+    pair = DeepPair(first, second, act, 1.0, stands_for=described(layer))
+    return pair.to(weight.device, weight.dtype).train(layer.training)
 
 
 def _halves(layer: Layer, inner: int, bias_first: bool) -> tuple[Layer, Layer]:
@@ -223,12 +228,18 @@ def _fold(module: nn.Module, path: str) -> Any:
         if isinstance(module, SeriesActivation2d):
             return module.fuse()
         assert isinstance(module, DeepPair)
-        merged = module.merged()
+        return module.merged()
     except ValueError as error:
         raise EditError(f"collapse: {path}: {error}") from error
-    if isinstance(merged, nn.Linear):
-        return ActLinear.of(merged, weight=DenseWeight(merged.weight.detach()))
-    return ActConv.of(merged, weight=DenseWeight(merged.weight.detach().flatten(1)))
+
+
+def _kept(folded: nn.Module) -> Any:
+    """The same in a module that a checkpoint knows by name."""
+    if isinstance(folded, nn.Linear):
+        return ActLinear.of(folded, weight=DenseWeight(folded.weight.detach()))
+    if isinstance(folded, nn.Conv1d | nn.Conv2d):
+        return ActConv.of(folded, weight=DenseWeight(folded.weight.detach().flatten(1)))
+    return folded
 
 
 @torch.no_grad()

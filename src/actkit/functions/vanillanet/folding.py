@@ -33,6 +33,7 @@ class DeepPair(nn.Module):
         strength: how far the activation has faded, from 0 to 1.
         norms: whether a batch norm follows the first, and the second.
         eps: of these.
+        stands_for: what `described` gives of the one layer that it took the place of; None if there was none.
 
     Raises:
         ValueError: the layers are of two kinds, or do not fit each other or a fold.
@@ -46,12 +47,13 @@ class DeepPair(nn.Module):
         strength: float = 0.0,
         norms: tuple[bool, bool] = (False, False),
         eps: float = EPS,
+        stands_for: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         reason = why_no_pair(first, second)
         if reason is not None:
             raise ValueError(f"first, second: {reason}")
-        self.first, self.second, self.eps = first, second, eps
+        self.first, self.second, self.eps, self.stands_for = first, second, eps, stands_for
         self.norm1, self.norm2 = (
             NORMS[type(layer)](_outputs(layer), eps=eps) if wanted else nn.Identity()
             for layer, wanted in zip((first, second), norms, strict=True)
@@ -101,17 +103,19 @@ class DeepPair(nn.Module):
     def spec(self) -> dict[str, Any]:
         """Return its JSON arguments, as a checkpoint keeps them."""
         return {
-            "first": _described(self.first),
-            "second": _described(self.second),
+            "first": described(self.first),
+            "second": described(self.second),
             "act": self.act.base.name,
             "norms": [isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) for norm in (self.norm1, self.norm2)],
             "eps": self.eps,
+            "stands_for": self.stands_for,
         }
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any], original: nn.Module | None = None) -> DeepPair:
         """Make it in the dtype of what stands in its place; the values come from the weights file."""
         pair = cls(_built(spec["first"]), _built(spec["second"]), spec["act"], 0.0, tuple(spec["norms"]), spec["eps"])
+        pair.stands_for = spec.get("stands_for")  # earlier versions did not write it
         return pair if original is None else pair.to(next(original.parameters()).dtype)
 
 
@@ -159,9 +163,9 @@ def folded(layer: Layer, norm: nn.Module) -> Layer:
 
 def _like(layer: Layer, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Layer:
     """A layer with the settings of another, other outputs, and these values."""
-    described = _described(layer) | {"bias": bias is not None}
-    described["out_features" if isinstance(layer, nn.Linear) else "out_channels"] = len(weight)
-    made = _built(described).to(weight.device, dtype).train(layer.training)
+    settings = described(layer) | {"bias": bias is not None}
+    settings["out_features" if isinstance(layer, nn.Linear) else "out_channels"] = len(weight)
+    made = _built(settings).to(weight.device, dtype).train(layer.training)
     with torch.no_grad():
         made.weight.copy_(weight)
         if bias is not None and made.bias is not None:
@@ -169,7 +173,12 @@ def _like(layer: Layer, weight: Tensor, bias: Tensor | None, dtype: torch.dtype)
     return made
 
 
-def _described(layer: Layer) -> dict[str, Any]:
+def described(layer: Layer) -> dict[str, Any]:
+    """Return the class and the settings of a layer, as JSON takes them.
+
+    Args:
+        layer: of torch's own classes.
+    """
     if isinstance(layer, nn.Linear):
         settings: dict[str, Any] = {"in_features": layer.in_features, "out_features": layer.out_features}
     else:
