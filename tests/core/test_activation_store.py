@@ -77,6 +77,25 @@ def test_rows_are_those_of_the_model_with_their_tokens(tmp_path: Path, side: str
     store.check(model)
 
 
+def test_passes_end_at_the_last_site_unless_a_module_runs_again(tmp_path: Path) -> None:
+    model, given = build("llama"), padded()
+    runs = {"model.layers.1": 0, "model.layers.0": 0, "lm_head": 0}
+    for path in runs:
+        model.get_submodule(path).register_forward_hook(lambda m, a, o, path=path: runs.update({path: runs[path] + 1}))
+    store = harvest(model, "blocks.0.block.output", given, tmp_path / "one", progress=False)
+    runs_of_one = dict(runs)
+    assert runs_of_one == {"model.layers.0": len(given) + 1, "model.layers.1": 1, "lm_head": 1}  # the first is whole
+    assert torch.equal(next(store.read("blocks.0.block.output"))[0], by_hand(model, given, 0))
+
+    model = build("llama")
+    inner = model.model.layers[0].mlp
+    model.model.layers[0].mlp.forward = lambda x, own=inner.forward: own(own(x))  # type: ignore[method-assign]
+    store = harvest(model, "layer.output:model.layers.0.mlp.down_proj", given, tmp_path / "two", progress=False)
+    assert store.count("layer.output:model.layers.0.mlp.down_proj") == 2 * sum(
+        int(batch["attention_mask"].sum()) for batch in given
+    )
+
+
 def test_the_order_of_rows_does_not_depend_on_the_batches(tmp_path: Path) -> None:
     model = build("llama")
     ids = torch.randint(50, (12, 6), generator=torch.Generator().manual_seed(0))

@@ -8,8 +8,9 @@ A folder holds `store.json` (which model, data and sites, and which batches are 
 safetensors file with the rows of each site [rows, channels], in the model's own dtype, and their keys (document,
 sequence, position, place, token id; once for sites with the same rows), beside a JSON file with its size and SHA-256. A
 shard counts as there once that second file is; both come by a rename, so that no half of one is ever read. The order of
-rows follows from the data alone, not from the batch size. Several processes (`core.ground.processes.together`) write
-shards of their own. Files are mapped when they are read: what is held in memory is what is asked for.
+rows follows from the data alone, not from the batch size. Passes end at the last site if the first pass read each of
+them once. Several processes (`core.ground.processes.together`) write shards of their own. Files are mapped when they
+are read: what is held in memory is what is asked for.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import getpid
@@ -31,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from actkit.core.forward.batch import forward, reads_beyond, sequence_of
-from actkit.core.forward.hooks import evaluating, refuse_compiled_or_sharded
+from actkit.core.forward.hooks import StopForward, evaluating, refuse_compiled_or_sharded
 from actkit.core.ground import processes
 from actkit.core.ground.errors import CheckpointError, DataError
 from actkit.core.ground.fingerprint import fingerprint, model_fingerprint
@@ -57,6 +59,7 @@ class Kept(Statistic):
 
     def __init__(self) -> None:
         self.parts: list[tuple[Tensor, Rows]] = []
+        self.last = 0.0  # when rows came
 
     def _zeros(self, channels: int, device: torch.device) -> dict[str, Tensor]:
         return {}
@@ -65,6 +68,7 @@ class Kept(Statistic):
         if rows is None:
             raise ValueError("rows: a store keeps which tokens its rows are; pass Rows(documents, positions).")
         self.parts.append((x.to("cpu", copy=True), rows))  # the model may change it in place
+        self.last = time.perf_counter()
 
     def _merge(self, other: Self) -> None:
         self.parts += other.parts
@@ -420,8 +424,9 @@ def harvest(
         if any(not isinstance(site, Site) for site in found):
             raise ValueError("sites: two joined sites were given; a store keeps the rows of single ones.")
         started = time.perf_counter()
-        first = _run(view, found, given[:1])
-        seconds = (time.perf_counter() - started) * sum(c.tokens for _, c in given) / given[0][1].tokens
+        first, once = _run(view, found, given[:1])
+        ended = max(kept.last for kept in first.values()) if once else time.perf_counter()
+        seconds = (ended - started) * sum(c.tokens for _, c in given) / given[0][1].tokens
         names = _names(first)
         shards = _plan([context.tokens for _, context in given], shard_rows)
         index: dict[str, Any] = {
@@ -442,18 +447,22 @@ def harvest(
             announce(f"{format_bytes(size)} in {len(todo)} shards, about {seconds * len(todo) / len(shards):.0f} s")
         mine = [number for number in todo if processes.mine(number)]
         for number in track(mine, "Harvesting activations", len(mine), progress):
-            _write(folder, number, _run(view, found, given[slice(*shards[number])]), names)
+            _write(folder, number, _run(view, found, given[slice(*shards[number])], once)[0], names)
     processes.on_first("the shards", lambda: None)  # all are there before anyone reads
     return ActivationStore.open(folder)
 
 
-def _run(view: Anatomy, sites: Mapping[Any, Any], given: Sequence[Any]) -> dict[str, Kept]:
-    """The rows of some batches."""
+def _run(
+    view: Anatomy, sites: Mapping[Any, Any], given: Sequence[Any], once: Collection[str] = ()
+) -> tuple[dict[str, Kept], frozenset[str]]:
+    """The rows of some batches, whose passes end early if `once` says so, and what to say for passes like the last."""
     with evaluating(view.model), observe(view, sites) as observer:
         for batch, context in given:
-            observer.begin(context)
-            forward(view.model, batch)
-    return {str(site): kept[0] if isinstance(kept, list) else kept for site, kept in observer.statistics.items()}
+            observer.begin(context, once=once)
+            with suppress(StopForward):
+                forward(view.model, batch)
+    kept = {str(site): each[0] if isinstance(each, list) else each for site, each in observer.statistics.items()}
+    return kept, observer.once
 
 
 def _names(first: Mapping[str, Kept]) -> dict[str, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -231,6 +232,7 @@ class Observer:
         self._view, self._readings = view, _Readings(view, wanted)
         self._equal_lengths = equal_lengths
         self._unread: set[Tap] | None = None  # of a pass that ends when all are read
+        self._runs: Counter[Tap] = Counter()  # of the pass
         self._context: BatchContext | None = None
         self._keys: dict[torch.device, Keys] = {}  # of the batch, on the devices that its tensors are on
         self._keywords: Mapping[str, Any] = {}
@@ -246,7 +248,14 @@ class Observer:
                 `StopForward` as soon as they were.
         """
         self._context, self._keywords, self._keys = context, kwargs or {}, {}
+        self._runs.clear()
         self._unread = set(self._readings.taps) if all(tap.path in once for tap in self._readings.taps) else None
+
+    @property
+    def once(self) -> frozenset[str]:
+        """What `begin` takes for more passes like the last: modules of all sites if each was read once, else none."""
+        taps = self._readings.taps
+        return frozenset(tap.path for tap in taps) if all(self._runs[tap] == 1 for tap in taps) else frozenset()
 
     def hooks(self) -> tuple[dict[str, Before], dict[str, After]]:
         """Return what to call before and after which modules, by path.
@@ -270,6 +279,7 @@ class Observer:
         if self._context is None:
             raise ValueError("observe: begin(context) must be called before the model runs.")
         site, statistics = self._readings.taps[tap]
+        self._runs[tap] += 1
         keys = self._keys.get(value.device)
         if keys is None:
             keys = self._keys[value.device] = Keys(self._context, value.device)
