@@ -7,11 +7,13 @@
 # make bench-compression    what narrower and factored models cost and lose, beside torch-pruning and optipfair (an hour)
 # make bench-functions      learned functions beside MLPs, pykan, inkan and flashkan (five minutes)
 # make bench-quantization   our quantizers beside llm-compressor and AutoRound, on SmolLM2 (hours on two cores)
+# make bench-interpretation   how we look into models, beside TransformerLens, SAELens and others (15 minutes)
 # make zoo    train the embedded models again (two hours and a half on one core)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint docs bench bench-functions bench-compression bench-quantization zoo clean
+.PHONY: demo test test-all lint docs bench bench-functions bench-compression bench-quantization bench-interpretation
+.PHONY: interpretation-peers zoo clean
 
 demo: .venv/.installed
 	$(BIN)/actkit optimize smollm2 --minutes 5 --out actkit-report --overwrite
@@ -79,6 +81,18 @@ bench-quantization: .venv/.installed .venv-quantization/.installed
 	.venv-quantization/bin/python -m pip install --quiet torch==2.13.0 llmcompressor==0.14.0.1 auto-round==0.15.1
 	touch $@
 
+# Packages that look into models; some pin what does not go with torch here, so without what they depend on.
+interpretation-peers: .venv/.installed
+	test -x .venv-interpretation/bin/python || $(PYTHON) -m venv .venv-interpretation
+	-.venv-interpretation/bin/python -m pip install --quiet --constraint constraints.txt torch transformers \
+	  sae-lens==6.54.0 transformer-lens==3.9.0 captum==0.9.0 nnsight==0.8.1 eai-sparsify==1.3.3
+	-.venv-interpretation/bin/python -m pip install --quiet --no-deps lxt==2.1 torchcam==0.5.0 dictionary-learning==0.1.0
+
+bench-interpretation: interpretation-peers
+	$(BIN)/python benchmarks/interpretation_parity.py
+	$(BIN)/python benchmarks/interpretation.py
+	$(BIN)/python benchmarks/interpretation_page.py
+
 .venv-bench/.installed: constraints.txt
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet --upgrade pip
@@ -91,4 +105,4 @@ bench-quantization: .venv/.installed .venv-quantization/.installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-bench .venv-quantization .venv-docs actkit-report site
+	rm -rf .venv .venv-bench .venv-quantization .venv-interpretation .venv-docs actkit-report site

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import types
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,15 +29,17 @@ sys.path.insert(0, str(HERE))
 
 import common  # isort: skip
 import torch
-from peers import add_peers
+from peers import add_peers, hooked_transformer
 from torch import Tensor
 
+from actkit import zoo
 from actkit.core.forward.hooks import evaluating
 from actkit.core.model.anatomy import anatomy
 from actkit.core.model.transformer_lens_names import SAME
 from actkit.core.watch.capture import live
 from actkit.core.watch.intervene import intervene
 from actkit.core.watch.site_changes import Scale
+from actkit.data import load_data
 from actkit.interpretation.relp.effects import patch_effects, read_pair
 from actkit.interpretation.relp.metrics import LogitDifference
 from actkit.interpretation.relp.rules import RelevanceRules
@@ -71,36 +74,6 @@ def pair(kind: str) -> tuple[Any, dict[str, Tensor], dict[str, Tensor], LogitDif
 # -- TransformerLens ---------------------------------------------------------------------------------------------------
 
 
-def hooked_transformer(model: Any) -> Any:
-    """The same weights in TransformerLens, unprocessed."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights, convert_llama_weights
-
-    own = model.config
-    settings: dict[str, Any] = {
-        "n_layers": own.num_hidden_layers,
-        "d_model": own.hidden_size,
-        "n_heads": own.num_attention_heads,
-        "d_head": own.hidden_size // own.num_attention_heads,
-        "n_ctx": min(512, own.max_position_embeddings),
-        "d_vocab": own.vocab_size,
-    }
-    if own.model_type == "llama":
-        settings |= {"act_fn": "silu", "gated_mlp": True, "d_mlp": own.intermediate_size, "eps": own.rms_norm_eps}
-        settings |= {"normalization_type": "RMS", "final_rms": True, "positional_embedding_type": "rotary"}
-        settings |= {"rotary_dim": settings["d_head"], "rotary_adjacent_pairs": False}
-        settings |= {"rotary_base": own.rope_parameters["rope_theta"], "n_key_value_heads": own.num_key_value_heads}
-    else:
-        settings |= {"act_fn": "gelu_new", "d_mlp": 4 * own.hidden_size, "eps": own.layer_norm_epsilon}
-        settings |= {"normalization_type": "LN", "positional_embedding_type": "standard"}
-    hooked = HookedTransformer(HookedTransformerConfig(**settings))
-    convert = convert_llama_weights if own.model_type == "llama" else convert_gpt2_weights
-    weights = {name: weight.detach() for name, weight in convert(model, hooked.cfg).items()}
-    off = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
-    hooked.load_and_process_state_dict(weights, **dict.fromkeys(off, False))
-    return hooked.eval()
-
-
 def transformer_lens() -> list[Row]:
     """Values at all names that both have, and exact patching."""
     from transformer_lens.patching import get_act_patch_block_every
@@ -113,7 +86,7 @@ def transformer_lens() -> list[Row]:
         with torch.no_grad(), live(model, names) as found:
             logits = model(**base).logits
         theirs, cache = hooked.run_with_cache(base["input_ids"])
-        rows.append(compared(f"{kind}: logits", theirs, logits, 1e-5))
+        rows.append(compared(f"{kind}, logits", theirs, logits, 1e-5))
         for name in names:
             pairs = []
             for index in range(hooked.cfg.n_layers):
@@ -126,14 +99,14 @@ def transformer_lens() -> list[Row]:
                 seen = other.isfinite()
                 pairs.append((own[seen], other[seen]))
             mine, others = (torch.cat([each[side] for each in pairs]) for side in (0, 1))
-            rows.append(compared(f"{kind}: {name}", mine, others, 1e-5, f"ours: {SAME[name]}"))
+            rows.append(compared(f"{kind}, values at the same name: {name}", mine, others, 1e-5, f"ours: {SAME[name]}"))
         with torch.no_grad():
             _, clean = hooked.run_with_cache(patch["input_ids"])
             every = get_act_patch_block_every(hooked, base["input_ids"], clean, metric)
         sites = ("block.input", "attention.output", "mlp.output")
         ours = patch_effects(model, base, patch, metric, sites=sites, method="exact", progress=False)
-        stacked = torch.stack([ours.values[site] for site in sites]) + ours.before
-        rows.append(compared(f"{kind}: patching.get_act_patch_block_every", stacked, every, 1e-5, "method 'exact'"))
+        stacked = torch.stack([ours.values[site] for site in sites]) + ours.base
+        rows.append(compared(f"{kind}, patching.get_act_patch_block_every", stacked, every, 1e-5, "method 'exact'"))
     return rows
 
 
@@ -164,7 +137,7 @@ def captum() -> list[Row]:
             given = LayerGradientXActivation(answer, block).attribute(base["input_ids"])
             others.append(-_first(given).sum((0, 2)) / ROWS)  # ours are of the mean over rows
         note = "attribution with a patch run of zeros, negated"
-        rows.append(compared(f"{kind}: LayerGradientXActivation", torch.stack(own), torch.stack(others), 1e-6, note))
+        rows.append(compared(f"{kind}, LayerGradientXActivation", torch.stack(own), torch.stack(others), 1e-6, note))
         ours = patch_effects(
             model, base, patch, metric, sites=["block.output"], method="integrated", steps=10, progress=False
         )
@@ -174,7 +147,7 @@ def captum() -> list[Row]:
                 patch["input_ids"], base["input_ids"], n_steps=10, method="riemann_left"
             )
             others.append(_first(given).sum((0, 2)) / ROWS)
-        what = f"{kind}: LayerIntegratedGradients, 10 steps, riemann_left"
+        what = f"{kind}, LayerIntegratedGradients, 10 steps, riemann_left"
         rows.append(compared(what, ours.values["block.output"], torch.stack(others), 1e-6, "method 'integrated'"))
     return rows
 
@@ -198,21 +171,25 @@ def nnsight() -> list[Row]:
         with torch.no_grad(), wrapped.trace(**base):
             blocks[1].mlp.output[:, 2:4] = blocks[1].mlp.output[:, 2:4] * 0.5
             theirs = wrapped.lm_head.output.save()
-        rows.append(compared(f"{kind}: logits, {site}[1].mlp halved at two positions", ours, theirs, 0.0, "intervene"))
+        rows.append(compared(f"{kind}, logits, {site}[1].mlp halved at two positions", ours, theirs, 0.0, "intervene"))
     return rows
 
 
 def lxt() -> list[Row]:
     """AttnLRP: relevance of the input embeddings, gradient times input."""
-    from transformers import pytorch_utils
+    import lxt as lxt_package
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
     from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-    # lxt 2.1 imports a function for BERT that transformers 5 no longer has, and wraps a table of attention functions
-    # that is read in another way there: its rules are put in by hand, with its own functions.
-    if not hasattr(pytorch_utils, "find_pruneable_heads_and_indices"):
-        pytorch_utils.find_pruneable_heads_and_indices = None
+    # Importing lxt.efficient imports all of its models, for which torchvision is needed and functions that transformers
+    # 5 no longer has. Its `monkey_patch` also wraps a table of attention functions that is read in another way there.
+    # So its functions are imported alone, and put in by hand.
+    for name in ("lxt.efficient", "lxt.efficient.models"):
+        package = types.ModuleType(name)
+        package.__path__ = [str(Path(next(iter(lxt_package.__path__)), *name.split(".")[1:]))]
+        sys.modules[name] = package
     from lxt.efficient import patches
     from lxt.efficient.models import gpt2 as of_gpt2
 
@@ -222,9 +199,8 @@ def lxt() -> list[Row]:
         with RelevanceRules.attnlrp().applied(anatomy(model)):
             ours[kind] = _relevance(model, base, metric)
         ours[f"{kind}, plain"] = _relevance(model, base, metric)
-    from transformers.models.llama.modeling_llama import eager_attention_forward
-
-    ALL_ATTENTION_FUNCTIONS.register("lxt", patches.wrap_attention_forward(eager_attention_forward))
+    ALL_ATTENTION_FUNCTIONS.register("lxt", patches.wrap_attention_forward(ALL_ATTENTION_FUNCTIONS["sdpa"]))
+    ALL_MASK_ATTENTION_FUNCTIONS.register("lxt", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     patches.patch_method(patches.gated_mlp_forward, LlamaMLP)
     patches.patch_method(patches.rms_norm_forward, LlamaRMSNorm)
     patches.patch_method(of_gpt2.mlp_forward, GPT2MLP)
@@ -235,7 +211,7 @@ def lxt() -> list[Row]:
         theirs = _relevance(model, base, metric)
         plain = float((ours[f"{kind}, plain"] - theirs).abs().max())
         note = f"RelevanceRules.attnlrp(); without rules {plain:.2g} apart"
-        rows.append(compared(f"{kind}: AttnLRP of the embedded tokens", ours[kind], theirs, 1e-4, note))
+        rows.append(compared(f"{kind}, AttnLRP of the embedded tokens", ours[kind], theirs, 1e-4, note))
     return rows
 
 
@@ -245,6 +221,26 @@ def _relevance(model: Any, base: dict[str, Tensor], metric: LogitDifference) -> 
         value = metric(model(inputs_embeds=embedded).logits)
         (gradient,) = torch.autograd.grad(value, embedded)
     return (gradient * embedded).detach().sum(-1)
+
+
+def torchcam() -> list[Row]:
+    """Class activation maps of the second convolution of the zoo's `cnn`, as they are, by three methods."""
+    from torchcam.methods import LayerCAM, GradCAM, GradCAMpp
+
+    from actkit.interpretation.doei.maps import gradient_maps
+
+    model: Any = zoo.load("cnn").eval()
+    batch = load_data(None, model, split="test", sequences=8, batch_size=8)[0]
+    images = batch["pixel_values"] if isinstance(batch, dict) else batch
+    with torch.no_grad():
+        classes = model(images).argmax(1)
+    rows = []
+    for method, peer in (("grad_cam", GradCAM), ("layer_cam", LayerCAM), ("grad_cam_pp", GradCAMpp)):
+        found = gradient_maps(model, batch, classes[:, None], method, site="layer.output:conv2")[:, 0]  # type: ignore[arg-type]
+        with peer(model, model.conv2) as extractor:
+            theirs = extractor(classes.tolist(), model(images), normalized=False)[0]
+        rows.append(compared(f"cnn, {peer.__name__}", found, theirs.detach(), 1e-5))
+    return rows
 
 
 # -- autoencoders ------------------------------------------------------------------------------------------------------
@@ -288,12 +284,12 @@ def sae_lens() -> list[Row]:
                 own = made(kind, centred=centred)
                 name = f"{kind}{'' if centred else ', not centred'}"
                 theirs = SAE.load_from_disk(str(write_autoencoder(own, Path(folder) / name, overwrite=True)))
-                rows.append(compared(f"opens ours, {name}: latents", theirs.encode(x), own.encode(x), 1e-5))
-                rows.append(compared(f"opens ours, {name}: reconstruction", theirs(x), own(x), 1e-5))
+                rows.append(compared(f"opens ours: {name}, latents", theirs.encode(x), own.encode(x), 1e-5))
+                rows.append(compared(f"opens ours: {name}, reconstruction", theirs(x), own(x), 1e-5))
                 theirs.save_model(Path(folder) / f"theirs {name}")
                 back = read_autoencoder(Path(folder) / f"theirs {name}")
-                rows.append(compared(f"we open its, {name}: latents", back.encode(x), theirs.encode(x), 1e-5))
-                rows.append(compared(f"we open its, {name}: reconstruction", back(x), theirs(x), 1e-5))
+                rows.append(compared(f"ours opens its: {name}, latents", back.encode(x), theirs.encode(x), 1e-5))
+                rows.append(compared(f"ours opens its: {name}, reconstruction", back(x), theirs(x), 1e-5))
     return rows
 
 
@@ -308,19 +304,21 @@ def sparsify() -> list[Row]:
         theirs = SparseCoder.load_from_disk(write_autoencoder(own, Path(folder) / "ours", form="sparsify"))
         code = theirs.encode(x)
         decoded = theirs.decode(code.top_acts, code.top_indices)
-        rows.append(compared("opens ours: decode", decoded, own(x), 1e-5))
+        rows.append(compared("opens ours, decode", decoded, own(x), 1e-5))
         torch.manual_seed(1)
         other = noisy(SparseCoder(8, SparseCoderConfig(k=5, num_latents=24)))
         other.save_to_disk(Path(folder) / "theirs")
         code, back = other.encode(x), read_autoencoder(Path(folder) / "theirs")
-        rows.append(compared("we open its: decode", back(x), other.decode(code.top_acts, code.top_indices), 1e-5))
+        rows.append(compared("ours opens its, decode", back(x), other.decode(code.top_acts, code.top_indices), 1e-5))
     own.train()
     error, fvu = own.losses(x)["error"], theirs(x).fvu
     rows.append(compared("loss (FVU)", error, fvu, 1e-5))
     mine = torch.autograd.grad(error, [own.encoder, own.encoder_bias, own.decoder, own.decoder_bias])
     others = torch.autograd.grad(fvu, [theirs.encoder.weight, theirs.encoder.bias, theirs.W_dec, theirs.b_dec])
-    for name, one, other in zip(("encoder", "its bias", "decoder", "its bias"), mine, others, strict=True):
-        rows.append(compared(f"gradient of the {name}", one, other, 1e-5))
+    for name, one, other in zip(
+        ("encoder", "bias of the encoder", "decoder", "bias of the decoder"), mine, others, strict=True
+    ):
+        rows.append(compared(f"gradients: {name}", one, other, 1e-5))
     return rows
 
 
@@ -344,7 +342,7 @@ def dictionary_learning() -> list[Row]:
         own.decoder.copy_(its.decoder.weight.T)
         own.decoder_bias.copy_(its.b_dec)
     variance = (x - x.mean(0)).square().sum() / len(x)  # ours is a share of it
-    rows.append(compared("TopKTrainer: loss over the variance", own.loss(x), trainer.loss(x, step=0) / variance, 1e-5))
+    rows.append(compared("loss: TopKTrainer, over the variance", own.loss(x), trainer.loss(x, step=0) / variance, 1e-5))
 
     trainer = GatedSAETrainer(l1_penalty=0.3, **common)
     its, own = noisy(trainer.ae), KINDS["gated"](8, 24, sparsity=0.3)
@@ -356,7 +354,7 @@ def dictionary_learning() -> list[Row]:
         own.magnitude_bias.copy_(its.mag_bias)
         own.decoder.copy_(its.decoder.weight.T)
         own.decoder_bias.copy_(its.decoder_bias)
-    rows.append(compared("GatedSAETrainer: loss", own.loss(x), trainer.loss(x, step=0), 1e-5))
+    rows.append(compared("loss: GatedSAETrainer", own.loss(x), trainer.loss(x, step=0), 1e-5))
 
     trainer = JumpReluTrainer(target_l0=3.0, sparsity_penalty=0.3, bandwidth=0.001, **common)
     its, own = noisy(trainer.ae), KINDS["jumprelu"](8, 24, sparsity=0.3, target=3.0)
@@ -367,7 +365,7 @@ def dictionary_learning() -> list[Row]:
         own.threshold.copy_(its.threshold)
         own.decoder.copy_(its.W_dec)
         own.decoder_bias.copy_(its.b_dec)
-    rows.append(compared("JumpReluTrainer: loss", own.loss(x), trainer.loss(x, step=0), 1e-5))
+    rows.append(compared("loss: JumpReluTrainer", own.loss(x), trainer.loss(x, step=0), 1e-5))
 
     trainer = StandardTrainer(l1_penalty=0.3, **common)
     its, own = noisy(trainer.ae), KINDS["standard"](8, 24, sparsity=0.3)
@@ -378,7 +376,7 @@ def dictionary_learning() -> list[Row]:
         own.encoder_bias.copy_(its.encoder.bias)
         own.decoder.copy_(its.decoder.weight.T)
         own.decoder_bias.copy_(its.bias)
-    rows.append(compared("StandardTrainer: loss, directions of norm 1", own.loss(x), trainer.loss(x, step=0), 1e-5))
+    rows.append(compared("loss: StandardTrainer, directions of norm 1", own.loss(x), trainer.loss(x, step=0), 1e-5))
     return rows
 
 
@@ -389,6 +387,7 @@ PEERS: dict[str, tuple[str, Callable[[], list[Row]]]] = {
     "captum": ("captum", captum),
     "nnsight": ("nnsight", nnsight),
     "lxt": ("lxt", lxt),
+    "torchcam": ("torchcam", torchcam),
     "sae-lens": ("sae-lens", sae_lens),
     "sparsify": ("eai-sparsify", sparsify),
     "dictionary-learning": ("dictionary-learning", dictionary_learning),
