@@ -231,7 +231,7 @@ def harvesting(name: str, batches: int, rows: int, length: int, folder: Path, on
     def nnsight() -> Callable[[], Any]:
         from nnsight import NNsight
 
-        wrapped = NNsight(model)
+        wrapped = NNsight(copy.deepcopy(model))  # it replaces the model's forward
 
         def call() -> None:
             kept = []
@@ -252,7 +252,7 @@ def harvesting(name: str, batches: int, rows: int, length: int, folder: Path, on
         from nnsight import LanguageModel
 
         tokenizer = zoo.tokenizer(name)
-        wrapped = LanguageModel(model, tokenizer=tokenizer)
+        wrapped = LanguageModel(copy.deepcopy(model), tokenizer=tokenizer)
         texts = [tokenizer.decode(row) for row in ids]
 
         def call() -> None:

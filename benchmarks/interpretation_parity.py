@@ -224,8 +224,8 @@ def _relevance(model: Any, base: dict[str, Tensor], metric: LogitDifference) -> 
 
 
 def torchcam() -> list[Row]:
-    """Class activation maps of the second convolution of the zoo's `cnn`, as they are, by three methods."""
-    from torchcam.methods import LayerCAM, GradCAM, GradCAMpp
+    """Class activation maps of the second convolution of the zoo's `cnn`, as they are, by two methods."""
+    from torchcam.methods import GradCAM, LayerCAM
 
     from actkit.interpretation.doei.maps import gradient_maps
 
@@ -235,7 +235,7 @@ def torchcam() -> list[Row]:
     with torch.no_grad():
         classes = model(images).argmax(1)
     rows = []
-    for method, peer in (("grad_cam", GradCAM), ("layer_cam", LayerCAM), ("grad_cam_pp", GradCAMpp)):
+    for method, peer in (("grad_cam", GradCAM), ("layer_cam", LayerCAM)):
         found = gradient_maps(model, batch, classes[:, None], method, site="layer.output:conv2")[:, 0]  # type: ignore[arg-type]
         with peer(model, model.conv2) as extractor:
             theirs = extractor(classes.tolist(), model(images), normalized=False)[0]

@@ -73,6 +73,10 @@ class Kept(Statistic):
     def _merge(self, other: Self) -> None:
         self.parts += other.parts
 
+    def take(self, other: Kept) -> None:
+        """The rows of another one too, whether this one has any or not."""
+        self.parts, self.count = [*other.parts, *self.parts], other.count + self.count
+
     def sorted(self) -> tuple[Tensor, dict[str, Tensor]]:
         """All rows and their keys, by sequence and position."""
         x = torch.cat([part for part, _ in self.parts])
@@ -447,7 +451,11 @@ def harvest(
             announce(f"{format_bytes(size)} in {len(todo)} shards, about {seconds * len(todo) / len(shards):.0f} s")
         mine = [number for number in todo if processes.mine(number)]
         for number in track(mine, "Harvesting activations", len(mine), progress):
-            _write(folder, number, _run(view, found, given[slice(*shards[number])], once)[0], names)
+            start, end = shards[number]
+            kept, _ = _run(view, found, given[max(1, start) : end], once)
+            for site in set(names.values()) if start == 0 else ():
+                kept[site].take(first[site])  # which has been read already
+            _write(folder, number, kept, names)
     processes.on_first("the shards", lambda: None)  # all are there before anyone reads
     return ActivationStore.open(folder)
 
