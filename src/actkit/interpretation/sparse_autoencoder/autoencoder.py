@@ -78,7 +78,7 @@ class SparseAutoencoder(nn.Module):
         Raises:
             ValueError: x has another width.
         """
-        return self._input(x) @ self.encoder.T + self.encoder_bias
+        return F.linear(self._input(x), self.encoder, self.encoder_bias)
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the latents [..., latents] of x, most of which are 0.
@@ -94,7 +94,7 @@ class SparseAutoencoder(nn.Module):
         Args:
             latents: [..., latents].
         """
-        return latents @ self.decoder + self.decoder_bias
+        return F.linear(latents, self.decoder.T, self.decoder_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the reconstruction of x, in its dtype.
@@ -124,8 +124,8 @@ class SparseAutoencoder(nn.Module):
             Numbers by name.
         """
         latents = self.encode(x)
-        self._count(latents > 0)
-        penalty = (latents * self.decoder.norm(dim=1)).sum(1).mean()
+        self._count(latents)
+        penalty = latents.mean(0) @ self.decoder.norm(dim=1)  # latents are not below 0
         return {"error": self._error(x, latents), "sparsity": self.sparsity * self.ramp * penalty}
 
     def constrain_gradients(self) -> None:
@@ -168,11 +168,11 @@ class SparseAutoencoder(nn.Module):
         return (x - self.decode(latents)).square().sum(1).mean()
 
     @torch.no_grad()
-    def _count(self, fired: Tensor) -> None:
-        """fired: bool [rows, latents]."""
+    def _count(self, latents: Tensor) -> None:
+        """latents: [rows, latents], which have fired above 0."""
         if self.training:
-            self.silent += len(fired)
-            self.silent[fired.any(0)] = 0
+            self.silent += len(latents)
+            self.silent[latents.amax(0) > 0] = 0
 
     def _auxiliary(self, x: Tensor, residual: Tensor, pre: Tensor, dead_after: int, positive: bool) -> Tensor:
         """The squared error of predicting the residual from dead latents, a sum; 0 if none is dead."""

@@ -123,7 +123,8 @@ class LatentContexts:
         rows, contexts = [], []
         for each in shown:
             first = each.contexts[0] if each.contexts else None
-            where = "" if first is None else first.tokens[first.place].strip()
+            token = "" if first is None else first.tokens[first.place]
+            where = token.strip() or repr(token)[1:-1]  # line ends show as such
             rows.append((each.latent, 100 * each.density, 0.0 if first is None else first.value, where))
             contexts.append(
                 [

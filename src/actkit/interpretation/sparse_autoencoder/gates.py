@@ -53,7 +53,7 @@ class JumpReLUAutoencoder(SparseAutoencoder):
         """See `SparseAutoencoder.losses`."""
         pre = self.preactivations(x)
         latents = _Jump.apply(pre, self.threshold, self.bandwidth)
-        self._count(latents > 0)
+        self._count(latents)
         count = _Step.apply(pre, self.threshold, self.bandwidth).sum(1).mean()
         penalty = count if self.target is None else (count / self.target - 1).square()
         return {"error": self._error(x, latents), "sparsity": self.sparsity * self.ramp * penalty}
@@ -87,14 +87,15 @@ class GatedAutoencoder(SparseAutoencoder):
 
     def encode(self, x: Tensor) -> Tensor:
         """See `SparseAutoencoder.encode`."""
-        return self._latents(self._input(x) @ self.encoder.T)
+        products = self._input(x) @ self.encoder.T
+        return self._latents(products, products + self.encoder_bias)
 
     def losses(self, x: Tensor) -> dict[str, Tensor]:
         """See `SparseAutoencoder.losses`."""
         products = self._input(x) @ self.encoder.T
-        latents = self._latents(products)
-        self._count(latents > 0)
-        gate = (products + self.encoder_bias).relu()
+        pre = products + self.encoder_bias
+        latents, gate = self._latents(products, pre), pre.relu()
+        self._count(latents)
         by_gate = gate @ self.decoder.detach() + self.decoder_bias.detach()
         return {
             "error": self._error(x, latents),
@@ -102,9 +103,8 @@ class GatedAutoencoder(SparseAutoencoder):
             "auxiliary": (x - by_gate).square().sum(1).mean(),
         }
 
-    def _latents(self, products: Tensor) -> Tensor:
-        open_ = products + self.encoder_bias > 0
-        return open_ * (self.log_scale.exp() * products + self.magnitude_bias).relu()
+    def _latents(self, products: Tensor, pre: Tensor) -> Tensor:
+        return (pre > 0) * (self.log_scale.exp() * products + self.magnitude_bias).relu()
 
     def _scaled(self) -> list[Tensor]:
         return [*super()._scaled(), self.magnitude_bias]

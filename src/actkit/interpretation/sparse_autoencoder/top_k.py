@@ -135,13 +135,12 @@ class BatchTopKAutoencoder(SparseAutoencoder):
     def losses(self, x: Tensor) -> dict[str, Tensor]:
         """See `SparseAutoencoder.losses`."""
         pre = self.preactivations(x)
-        latents = self._largest(pre)
-        self._count(latents > 0)
         if self.training:
-            with torch.no_grad():
-                least = latents[latents > 0].min() if bool((latents > 0).any()) else None
-                if least is not None:
-                    self.threshold += self.rate * (least.double() - self.threshold)
+            kept, places = self._kept(pre)
+            latents = self._placed(pre, kept, places)
+            self._follow(len(x), kept.detach(), places)
+        else:
+            latents = self._largest(pre)
         found, residual = self._errors(x, latents)
         if self.auxiliary:
             auxiliary = self._auxiliary(x, residual, pre, self.dead_after, positive=False)
@@ -163,12 +162,24 @@ class BatchTopKAutoencoder(SparseAutoencoder):
         return {"error": residual.square().sum(1).mean()}, residual
 
     def _largest(self, pre: Tensor) -> Tensor:
-        if not self.training:
-            return pre * (pre > self.threshold)
-        values = pre.relu().flatten()
-        count = int(self.k * pre.shape[:-1].numel())
-        kept = values.topk(count, sorted=False)
-        return torch.zeros_like(values).scatter(0, kept.indices, kept.values).view(pre.shape)
+        return self._placed(pre, *self._kept(pre)) if self.training else pre * (pre > self.threshold)
+
+    def _kept(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest values of a batch, not below 0, and their places."""
+        kept = pre.relu().flatten().topk(int(self.k * pre.shape[:-1].numel()), sorted=False)
+        return kept.values, kept.indices
+
+    def _placed(self, pre: Tensor, kept: Tensor, places: Tensor) -> Tensor:
+        return pre.new_zeros(pre.numel()).scatter(0, places, kept).view(pre.shape)
+
+    @torch.no_grad()
+    def _follow(self, rows: int, kept: Tensor, places: Tensor) -> None:
+        """What fired, and the threshold behind the least of it."""
+        above = kept > 0
+        self.silent += rows
+        self.silent[places[above] % self.latents] = 0
+        if bool(above.any()):
+            self.threshold += self.rate * (kept[above].min().double() - self.threshold)
 
     def _scaled(self) -> list[Tensor]:
         return [*super()._scaled(), self.threshold]
