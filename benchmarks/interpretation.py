@@ -5,12 +5,12 @@
 
 swiglu, smollm2: activations of one site (the middle block's output) and of all blocks' outputs to disk, beside a plain
 forward pass, SAELens' cache runner (TransformerLens runs the model), nnsight (its rows written as safetensors), and
-dictionary_learning's buffer (in memory); float32, the same rows of text, weights the same in all. reading: a shuffled
-batch of 4,096 rows from the store, beside a training step. steps: one optimizer step of a TopK autoencoder with k 32 on
-4,096 rows, 256 -> 2,048 and 576 -> 8,192, by each package's own training code (loss, backward, what it does to
-gradients and decoder, Adam), from the same weights; and what 100 steps of each are worth on rows held out (256 ->
-2,048, swiglu's activations). kinds: the same for the other kinds. relp: effects of all (block, position) of three sites
-of swiglu by RelP, attribution patching and exact patching, and TransformerLens' `get_act_patch_block_every`.
+dictionary_learning's buffer (in memory); float32, the same random tokens and weights in all. reading: a shuffled batch
+of 4,096 rows from the store, beside a training step. steps: one optimizer step of a TopK autoencoder with k 32 on 4,096
+rows, 256 -> 2,048 and 576 -> 8,192, by each package's own training code (loss, backward, what it does to gradients and
+decoder, Adam), from the same weights; and what 100 steps of each are worth on rows held out (256 -> 2,048, rows made of
+sparse directions). kinds: the same for the other kinds. relp: effects of all (block, position) of three sites of swiglu
+by RelP, attribution patching and exact patching, and TransformerLens' `get_act_patch_block_every`.
 
 Two threads. Peaks are of a process of its own for each, on top of what it held before the call, model and data
 included there. The targets were set before the first run. A package that does not run is a row that says so.
@@ -43,7 +43,6 @@ from torch import Tensor
 
 from actkit import zoo
 from actkit.core.store.activation_store import ActivationStore, harvest
-from actkit.data import load_data
 from actkit.interpretation.relp.effects import patch_effects
 from actkit.interpretation.relp.metrics import LogitDifference
 from actkit.interpretation.sparse_autoencoder.kinds import KINDS
@@ -51,8 +50,8 @@ from actkit.interpretation.sparse_autoencoder.training import geometric_median
 
 PARTS = ("swiglu", "smollm2", "reading", "steps", "kinds", "relp")
 FULL: dict[str, Any] = {
-    "swiglu": (48, 8, 128, 5),  # batches, rows, tokens of a row, rounds
-    "smollm2": (12, 2, 128, 3),
+    "swiglu": (16, 8, 128, 5),  # batches, rows, tokens of a row, rounds
+    "smollm2": (8, 2, 128, 3),
     "rounds": 5,
     "rows": 4096,
     "shapes": ((256, 2048), (576, 8192)),
@@ -169,13 +168,17 @@ SAE_LENS, NNSIGHT, BUFFER = "SAELens' cache runner", "nnsight", "dictionary_lear
 ONCE = (BUFFER,)
 
 
+def random_text(model: Any, batches: int, rows: int, length: int) -> list[dict[str, Tensor]]:
+    """Batches of tokens."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batches, rows, length)
+    return [{"input_ids": ids} for ids in torch.randint(2, model.config.vocab_size, shape, generator=generator)]
+
+
 def harvesting(name: str, batches: int, rows: int, length: int, folder: Path, only: str | None = None) -> Variants:
     """Calls that run a model over the same text and keep what stands behind its middle block."""
     model = zoo.load(name, dtype=torch.float32).eval()
-    text = load_data(
-        None, model, zoo.tokenizer(name), split="train", sequences=batches * rows, length=length, batch_size=rows
-    )
-    given = [{"input_ids": batch["input_ids"]} for batch in text]
+    given = random_text(model, batches, rows, length)
     ids = torch.cat([batch["input_ids"] for batch in given])
     block = model.config.num_hidden_layers // 2 - 1
     site, counter = f"blocks.{block}.block.output", iter(range(1_000_000))
@@ -565,8 +568,7 @@ def reading(setting: Mapping[str, Any]) -> tuple[Rows, Rows]:
     """Rows and targets of shuffled batches from a store, beside the step that they feed."""
     batches, rows, length, _ = setting["swiglu"]
     model = zoo.load("swiglu", dtype=torch.float32).eval()
-    tokenizer = zoo.tokenizer("swiglu")
-    text = load_data(None, model, tokenizer, split="train", sequences=batches * rows, length=length, batch_size=rows)
+    text = random_text(model, batches, rows, length)
     channels, latents = setting["shapes"][0]
     size = min(setting["rows"], batches * rows * length // 4)
     with tempfile.TemporaryDirectory() as folder:
