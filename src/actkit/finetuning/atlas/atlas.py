@@ -36,7 +36,7 @@ from actkit.core.forward.hooks import hooked
 from actkit.core.ground.errors import CheckpointError
 from actkit.core.ground.fingerprint import model_fingerprint
 from actkit.core.recipe.rule import AttachedRule, TrainingRule
-from actkit.core.store.deltas import Delta, Dense, Part, moved, product
+from actkit.core.store.deltas import PIECE, Delta, Dense, Part, moved, product
 from actkit.core.train.training_setup import modes_restored
 
 Mode = Literal["block", "isotropic", "partition"]
@@ -64,10 +64,10 @@ class Sum(torch.autograd.Function):
         for part, own in zip(parts, coefficients, strict=True):
             if part is None or not bool(own.any()):
                 continue
-            if groups is None:
-                total.add_(part.dense().to(total), alpha=float(own))
-            else:
-                total += part.dense().to(total) * own[groups]
+            index = None if groups is None else groups.flatten().split(PIECE)
+            pieces = zip(total.view(-1).split(PIECE), part.dense().flatten().split(PIECE), strict=True)
+            for at, (piece, values) in enumerate(pieces):  # a whole part in float32 would be the largest weight again
+                piece += values.to(piece) * (float(own) if index is None else own[index[at]])
         return total.to(base.dtype)
 
     @staticmethod
@@ -220,10 +220,10 @@ class AttachedAtlas(AttachedRule):
         """Put what was composed into the weights, and the plain modules back."""
         if not self._places:
             return
-        values = {name: each(self._original(name)) for name, each in self.composed.items()}
+        for name, each in self.composed.items():
+            original = self._original(name)
+            original.copy_(each(original))
         self._remove()
-        for name, value in values.items():
-            self.model.get_parameter(name).copy_(value)
 
     def _original(self, name: str) -> Tensor:
         path, _, attribute = name.rpartition(".")
