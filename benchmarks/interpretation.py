@@ -8,18 +8,21 @@ forward pass, SAELens' cache runner (TransformerLens runs the model), nnsight (i
 dictionary_learning's buffer (in memory); float32, the same random tokens and weights in all. reading: a shuffled batch
 of 4,096 rows from the store, beside a training step. steps: one optimizer step of a TopK autoencoder with k 32 on 4,096
 rows, 256 -> 2,048 and 576 -> 8,192, by each package's own training code (loss, backward, what it does to gradients and
-decoder, Adam), from the same weights; and what 100 steps of each are worth on rows held out (256 -> 2,048, rows made of
+decoder, Adam), from the same weights; and what 50 steps of each are worth on rows held out (256 -> 2,048, rows made of
 sparse directions). kinds: the same for the other kinds. relp: effects of all (block, position) of three sites of swiglu
 by RelP, attribution patching and exact patching, and TransformerLens' `get_act_patch_block_every`.
 
-Two threads. Peaks are of a process of its own for each, on top of what it held before the call, model and data
-included there. The targets were set before the first run. A package that does not run is a row that says so.
+Two threads. Peaks are of a process of its own for each, on top of what it held before the call, model and data included
+there; of steps at the largest shape alone. The targets were set before the first run. A package that does not run is a
+row that says so.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
+import gc
 import io
 import json
 import multiprocessing
@@ -52,10 +55,10 @@ PARTS = ("swiglu", "smollm2", "reading", "steps", "kinds", "relp")
 FULL: dict[str, Any] = {
     "swiglu": (16, 8, 128, 5),  # batches, rows, tokens of a row, rounds
     "smollm2": (8, 2, 128, 3),
-    "rounds": 5,
+    "rounds": 3,
     "rows": 4096,
     "shapes": ((256, 2048), (576, 8192)),
-    "steps": 100,
+    "steps": 50,
     "relp": (8, 12, 3),  # pairs, tokens, rounds
 }
 QUICK: dict[str, Any] = {
@@ -89,6 +92,8 @@ def _peak(make: Callable[..., Variants], arguments: tuple[Any, ...], name: str, 
             call = make(*arguments, Path(folder), only=name)[name]
             if name not in ONCE:
                 call()  # kernels are compiled, optimizers have their state
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, or the call finds it there
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
             before = high_water()
             call()
@@ -134,14 +139,14 @@ def runnable(variants: Variants) -> tuple[Variants, dict[str, str]]:
 
 
 def timed(
-    make: Callable[..., Variants], arguments: tuple[Any, ...], rounds: int
+    make: Callable[..., Variants], arguments: tuple[Any, ...], rounds: int, peaks: bool = True
 ) -> tuple[dict[str, list[float]], dict[str, str], dict[str, float | None]]:
     """Seconds of each round, why some do not run, and the peaks in MB."""
     with tempfile.TemporaryDirectory() as folder:
         fine, reasons = runnable(make(*arguments, Path(folder)))
         with quiet():
             seconds = common.interleaved(fine, rounds)
-    return seconds, reasons, {name: peak_bytes(make, arguments, name) for name in fine}
+    return seconds, reasons, {name: peak_bytes(make, arguments, name) for name in fine if peaks}
 
 
 def chosen(variants: Mapping[str, Callable[[], Callable[[], Any]]], only: str | None) -> Variants:
@@ -484,7 +489,8 @@ def steps(setting: Mapping[str, Any]) -> tuple[Rows, Rows]:
     for channels, latents in setting["shapes"]:
         arguments = ("topk", channels, latents, setting["rows"])
         losses = first_losses(*arguments)
-        seconds, reasons, peaks = timed(stepping, arguments, setting["rounds"])
+        largest = (channels, latents) == setting["shapes"][-1]
+        seconds, reasons, peaks = timed(stepping, arguments, setting["rounds"], peaks=largest)
         shape = f"{channels} -> {latents}"
         for name in (OURS, LEARNING, LENS, SPARSIFY):
             own = seconds.get(name)
@@ -543,7 +549,8 @@ def kinds(setting: Mapping[str, Any]) -> tuple[Rows, Rows]:
     for kind in KINDS:
         if kind == "topk":
             continue
-        seconds, reasons, peaks = timed(stepping, (kind, channels, latents, setting["rows"]), setting["rounds"])
+        arguments = (kind, channels, latents, setting["rows"])
+        seconds, reasons, _ = timed(stepping, arguments, setting["rounds"], peaks=False)
         for name in (OURS, LEARNING, LENS):
             own = seconds.get(name)
             over = None if own is None else common.ratio(own, seconds[OURS])
@@ -554,7 +561,6 @@ def kinds(setting: Mapping[str, Any]) -> tuple[Rows, Rows]:
                     "ms": None if own is None else round(median(own) * 1e3, 1),
                     "time over actkit": None if over is None else round(over["ratio"], 3),
                     "deciles": None if over is None else over["deciles"],
-                    "peak MB": peaks.get(name),
                     "note": reasons.get(name, ""),
                 }
             )
@@ -708,19 +714,21 @@ def main() -> None:
     add_peers()
     torch.set_num_threads(2)
     setting = QUICK if given.quick else FULL
-    before = common.committed("interpretation") or {"rows": [], "targets": [], "measured": {}}
-    measured: dict[str, Any] = {} if given.quick else dict(before["measured"])
+    found = {part: MEASURE[part](setting) for part in given.only}
+    # what is recorded of other parts stays
+    before = (None if given.quick else common.committed("interpretation")) or {
+        "rows": [],
+        "targets": [],
+        "measured": {},
+    }
+    now = {"date": f"{common.datetime.now(common.UTC):%Y-%m-%d}", "commit": common.commit()}
+    measured = {**before["measured"], **dict.fromkeys(given.only, now)}
     rows: Rows = []
     targets: Rows = []
     for part in PARTS:
-        if part in given.only:
-            own, goals = MEASURE[part](setting)
-            rows += [{"part": part, **row} for row in own]
-            targets += [{"part": part, **goal} for goal in goals]
-            measured[part] = {"date": f"{common.datetime.now(common.UTC):%Y-%m-%d}", "commit": common.commit()}
-        elif not given.quick:
-            rows += [row for row in before["rows"] if row["part"] == part]
-            targets += [goal for goal in before["targets"] if goal["part"] == part]
+        kept = [[each for each in before[name] if each["part"] == part] for name in ("rows", "targets")]
+        own, goals = ([{"part": part, **each} for each in side] for side in found[part]) if part in found else kept
+        rows, targets = [*rows, *own], [*targets, *goals]
     common.report("interpretation", json.loads(json.dumps(rows)), targets, given, show=show, measured=measured)
 
 
