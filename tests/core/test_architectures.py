@@ -128,7 +128,7 @@ class ByHand:
 
     def run(self, x: Tensor) -> dict[str, Tensor]:
         self.sites["block.input"] = x
-        alike = {"roberta": "bert", "deit": "vit", "exaone4": "olmo2", "cohere2": "cohere"}
+        alike = {"roberta": "bert", "deit": "vit", "class_token_vit": "vit", "exaone4": "olmo2", "cohere2": "cohere"}
         name = alike.get(self.kind, self.kind)
         getattr(self, name, self.llama)(x)
         return self.sites
@@ -362,7 +362,10 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> dict[nn.Module, dict[str, Tenso
     found: dict[nn.Module, dict[str, Tensor]] = {}
 
     def watch(model: nn.Module) -> dict[nn.Module, dict[str, Tensor]]:
-        ours = {"plm": "actkit.sparsity.plm.latent_attention"}
+        ours = {
+            "plm": "actkit.sparsity.plm.latent_attention",
+            "class_token_vit": "transformers.models.vit.modeling_vit",
+        }
         source = sys.modules[ours.get(model.config.model_type, type(model).__module__)]
         if not hasattr(source, "eager_attention_forward"):
             watch_modules(model, source)
@@ -554,7 +557,9 @@ BARE, CLAMPED = "the norm has no weight", "the value is clamped to 0.5"
 FREE = [None, None, None, None]  # attention's input, value to output, the MLP's input, up to down
 REFUSED: dict[str, list[str | None]] = {
     **{case: [None, None, None, None] for case in CASES},
-    **dict.fromkeys(("gpt2", "gpt_neox", "gpt_neox, MLP after attention", "opt", "vit", "deit"), FREE),
+    **dict.fromkeys(
+        ("gpt2", "gpt_neox", "gpt_neox, MLP after attention", "opt", "vit", "deit", "class_token_vit"), FREE
+    ),
     **dict.fromkeys(("gpt_neo", "bloom", "falcon, as many value heads, alibi"), FREE),
     "gptj": [None, None, None],  # one norm for attention and MLP
     **{key: [None, None, None] for key in ("phi", "cohere", "cohere2", "stablelm, side by side")},

@@ -41,6 +41,7 @@ from actkit.functions.softplus_attention.length_curve import extrapolation_curve
 from actkit.functions.swap import swap
 from actkit.interpretation.dark_matter.error_split import split_error
 from actkit.interpretation.dark_matter.widths import compare_widths
+from actkit.interpretation.doei.class_activation_maps import class_activation_maps
 from actkit.interpretation.massive_activations.dynamics import dynamics
 from actkit.interpretation.massive_activations.law import original_curve
 from actkit.interpretation.massive_activations.massive_activations import massive_activations
@@ -207,6 +208,15 @@ ANALYSES: dict[str, Made] = {
     "activity_curve": Made(curve, "ActivityCurve", relu=True),
     "neural_code": Made(quiet(neural_code, fitted=2), "NeuralCode", relu=True),
     "neural_code of a traced model": Made(quiet(neural_code), "NeuralCode", "mlp"),
+    "class_activation_maps": Made(
+        quiet(class_activation_maps, method="class_tokens", classes=2),
+        "ClassActivationMaps",
+        "class_token_vit",
+        several=False,
+    ),
+    "class_activation_maps of a plain model": Made(
+        quiet(class_activation_maps), "ClassActivationMaps", "vit", several=False
+    ),
     "head_memory": Made(quiet(head_memory), "HeadMemories", several=False),
     "massive_activations": Made(quiet(massive_activations), "MassiveActivations"),
     "massive_activations of images": Made(quiet(massive_activations, top=1), "MassiveActivations", "vit"),

@@ -39,6 +39,7 @@ ELSEWHERE = {  # rules for models in training rounded are checked beside their o
     "keep_masks": "core/test_masks.py",
     "tract": "finetuning/test_tract.py",
     "meter": "core/test_meter.py",
+    "doei": "interpretation/test_doei.py",
     "s2a": "finetuning/test_s2a.py",
     "mobiletl": "finetuning/test_mobiletl.py",
 }

@@ -189,6 +189,7 @@ SETTINGS: dict[str, tuple[str, str, Mapping[str, Any]]] = {
     "roberta": ("Roberta", "SequenceClassification", {**ENCODER, "vocab_size": VOCABULARY, "pad_token_id": 0}),
     "vit": ("ViT", "ImageClassification", IMAGES),
     "deit": ("DeiT", "ImageClassification", IMAGES),
+    "class_token_vit": ("ClassTokenViT", "ImageClassification", {**IMAGES, "num_labels": 3}),
 }
 ARCHITECTURES = tuple(SETTINGS)
 KINDS = ("llama", "gemma", "mixtral", "gpt2", "bert", "vit", "mlp")
@@ -250,7 +251,7 @@ def tiny_batches(kind: str, *, seed: int = 1, lengths: tuple[tuple[int, ...], ..
         Batches as the model takes them.
     """
     generator = torch.Generator().manual_seed(seed)
-    if kind in ("vit", "deit"):
+    if kind in ("vit", "deit", "class_token_vit"):
         return [{"pixel_values": torch.randn(len(rows), 3, 8, 8, generator=generator)} for rows in lengths]
     if kind == "mlp":
         return [torch.randn(8 * len(rows), HIDDEN, generator=generator) for rows in lengths]

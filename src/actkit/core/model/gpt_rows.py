@@ -98,7 +98,7 @@ BERT = Architecture(
 # same in evaluation.
 VIT = Architecture(
     name="vit",
-    model_types=("vit", "deit"),
+    model_types=("vit", "deit", "class_token_vit"),
     blocks="layers",
     stem=("embeddings",),
     head=("layernorm", "pooler"),
