@@ -141,12 +141,14 @@ class Found:
         threshold: that they are cut at.
         precision: mean average precision of its logits, in points.
         parameters: of the model.
+        unrefined: the same mIoU of the maps without their refinement; for the record.
     """
 
     miou: float
     threshold: float
     precision: float
     parameters: int
+    unrefined: float | None = None
 
 
 class Arms:
@@ -163,7 +165,7 @@ class Arms:
         self._found: dict[str, Found] = {}
         if journal is not None and journal.is_file():
             kept = json.loads(journal.read_text(encoding="utf-8"))
-            if kept["sizes"] == json.loads(json.dumps(asdict(sizes))):
+            if kept["sizes"] == self._described():
                 self._found = {name: Found(**each) for name, each in kept["found"].items()}
 
     @property
@@ -197,11 +199,15 @@ class Arms:
                 self._found[f"{AT_TEST}, {seed}"] = self._measured(model, ARMS[EDITED])
             if self.journal is not None:
                 kept = {
-                    "sizes": asdict(self.sizes),
+                    "sizes": self._described(),
                     "found": {name: asdict(each) for name, each in self._found.items()},
                 }
                 write_whole(self.journal, json.dumps(kept, indent=1))
         return self._found[f"{arm}, {seed}"]
+
+    def _described(self) -> dict[str, Any]:
+        """What a training and its measurement depend on, but the seed."""
+        return {name: value for name, value in asdict(self.sizes).items() if name not in ("seeds", "few")}
 
     def all(self, arm: str, value: Callable[[Found], float]) -> list[float]:
         """One number of an arm in each seed."""
@@ -217,16 +223,22 @@ class Arms:
         train_scenes = Scenes(*(each[: self.sizes.searched] for each in self.scenes("train")))
         test = self.scenes("test")
 
-        def maps(scenes: Scenes) -> Tensor:
-            return torch.cat([class_token_maps(model, batch, batch["labels"]) for batch in in_batches(scenes)])
+        def found(refine: bool) -> tuple[float, float]:
+            """Threshold and mIoU."""
+            maps = [
+                torch.cat([class_token_maps(model, each, each["labels"], refine=refine) for each in in_batches(scenes)])
+                for scenes in (train_scenes, test)
+            ]
+            threshold, _ = miou_at_best_threshold(maps[0], train_scenes.masks)
+            return threshold, 100 * cam_miou(maps[1], test.masks, threshold)
 
         with nullcontext() if rule is None else rule.on(model):
-            threshold, _ = miou_at_best_threshold(maps(train_scenes), train_scenes.masks)
-            miou = cam_miou(maps(test), test.masks, threshold)
+            threshold, miou = found(refine=True)
+            _, unrefined = found(refine=False)
             with evaluating(model), torch.no_grad():
                 logits: Any = torch.cat([model(batch["pixel_values"]).logits for batch in in_batches(test)])
         parameters = sum(each.numel() for each in model.parameters())
-        return Found(100 * miou, threshold, 100 * average_precision(logits, test.labels), parameters)
+        return Found(miou, threshold, 100 * average_precision(logits, test.labels), parameters, unrefined)
 
 
 def average_precision(logits: Tensor, labels: Tensor) -> float:
@@ -242,10 +254,14 @@ def tighter(arms: Arms) -> Measurement:
     mious = {arm: arms.all(arm, lambda found: found.miou) for arm in (PLAIN, EDITED, AT_TEST)}
     gains = [edited - plain for edited, plain in zip(mious[EDITED], mious[PLAIN], strict=True)]
     texts = [f"{arm} {spread(values)}" for arm, values in mious.items()]
-    seed = arms.sizes.few[0]
-    texts += [f"{arm} {arms.found(arm, seed).miou:.1f} (seed {seed})" for arm in list(ARMS)[2:]]
+    for seed in arms.sizes.few:
+        texts += [f"{arm} {arms.found(arm, seed).miou:.1f} (seed {seed})" for arm in list(ARMS)[2:]]
     wins = sum(gain >= 0 for gain in gains)
     text = f"mIoU in points: {'; '.join(texts)}; gain {mean(gains):+.2f}, {wins} of {len(gains)} not below 0"
+    measured = {arm: [arms.found(arm, seed).unrefined for seed in arms.sizes.seeds] for arm in mious}
+    unrefined = {arm: [each for each in values if each is not None] for arm, values in measured.items()}
+    if all(unrefined.values()):
+        text += f"; maps that are not refined: {'; '.join(f'{arm} {spread(each)}' for arm, each in unrefined.items())}"
     return Measurement(text, mean(gains) >= GAIN and wins >= WINS)
 
 
