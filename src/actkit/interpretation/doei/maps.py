@@ -13,7 +13,8 @@ Cost: a forward pass, and for the first three a backward pass for each class.
 Settled here: the site of a vision transformer is what the attention of its last block reads, as the class token of a
 plain one takes nothing from patches behind it; of other models the last convolution. `rollout` is one map for all
 classes of a model with one class token. The attention of `class_tokens` is that of the last half of the blocks, and of
-all in M's refinement.
+all in M's refinement. Grad-CAM++ sums A over the places of a channel, as its paper does; torchcam 0.5
+multiplies gradient and A at each place instead. Its Grad-CAM and LayerCAM are ours to the bit on the zoo's CNN.
 """
 
 from __future__ import annotations
