@@ -1,19 +1,24 @@
 """DOEI's claims: edits of embeddings tighten the maps of a vision transformer with class tokens, and cost no class.
 
-What is measured here: a ClassTokenViT (images of 56 pixels, patches of 7, width 96, 6 blocks, 4 heads) is trained on
-3,000 scenes of `data/digit_scenes.py` of which it is told the classes alone, for 8 epochs in batches of 64: AdamW with
-decay 0.01, 1e-3 after 10 % warm-up, cosine, gradients clipped at 1, last weights; 3 seeds (of weights and order). Both
-arms have the same seeds, scenes and settings. The rate is the one of two (1e-3, 3e-3) that plain training had the
-smaller loss with after two epochs on another seed; nothing was tuned for DOEI, whose settings are its defaults. Maps
-are those of the class tokens, of the classes that an image shows (both arms are told them, as is usual for seeds). The
-threshold is that of 0.05 to 0.95 with the best mIoU on 200 training scenes of each arm, and the mIoU of it on 500 test
-scenes counts. Masks are used for nothing else. Classification: mean average precision of the test scenes, labels not
-given.
+What is measured here: a ClassTokenViT (images of 56 pixels, patches of 7, width 64, 6 blocks, 4 heads) is trained on
+2,000 scenes of `data/digit_scenes.py` of which it is told the classes alone, for 8 epochs in batches of 16: AdamW with
+decay 0.01, 2e-3 after 10 % warm-up, cosine, gradients clipped at 1, bfloat16 products, last weights; 3 seeds (of
+weights and order). Both arms have the same seeds, scenes and settings, and DOEI those that it has by default: nothing
+was tuned for it. Maps are those of the class tokens, of the classes that an image shows (both arms are told them, as is
+usual for seeds). The threshold is that of 0.05 to 0.95 with the best mIoU on 200 training scenes of each arm, and the
+mIoU of it on 500 test scenes counts. Masks are used for nothing else. Classification: mean average precision of the
+test scenes, labels not given.
+
+It is smaller than the sheet says (width 96, 3,000 scenes), for a short run, and departs from it in two ways that plain
+training asked for. The rank weights are 0.9^r: with 0.996^r, at 1e-3 and the sheet's sizes, the plain model of one seed
+learned next to nothing (mAP 36 %, and 29 % are chance). Maps are not refined by the attention of patches: after so
+short a training that turns them around (patches of ground attend to digits). A first run judged refined maps; with its
+one seed plain had 8.4 and DOEI 8.3 points, which is the ground alone. Refined ones are recorded beside.
 
 For the record, with one seed: patches alone, classes alone, without colours; and with all seeds DOEI at test alone, on
 the weights of the plain arm. VOC and COCO cannot be checked, nor the authors' constants, which are not known.
 
-About 40 minutes on one core; `journal` keeps what was measured, so that it can be stopped and goes on.
+About 10 minutes on one core; `journal` keeps what was measured, so that it can be stopped and goes on.
 """
 
 from __future__ import annotations
@@ -141,14 +146,14 @@ class Found:
         threshold: that they are cut at.
         precision: mean average precision of its logits, in points.
         parameters: of the model.
-        unrefined: the same mIoU of the maps without their refinement; for the record.
+        refined: the mIoU of refined maps; for the record.
     """
 
     miou: float
     threshold: float
     precision: float
     parameters: int
-    unrefined: float | None = None
+    refined: float | None = None
 
 
 class Arms:
@@ -233,12 +238,12 @@ class Arms:
             return threshold, 100 * cam_miou(maps[1], test.masks, threshold)
 
         with nullcontext() if rule is None else rule.on(model):
-            threshold, miou = found(refine=True)
-            _, unrefined = found(refine=False)
+            threshold, miou = found(refine=False)
+            _, refined = found(refine=True)
             with evaluating(model), torch.no_grad():
                 logits: Any = torch.cat([model(batch["pixel_values"]).logits for batch in in_batches(test)])
         parameters = sum(each.numel() for each in model.parameters())
-        return Found(miou, threshold, 100 * average_precision(logits, test.labels), parameters, unrefined)
+        return Found(miou, threshold, 100 * average_precision(logits, test.labels), parameters, refined)
 
 
 def average_precision(logits: Tensor, labels: Tensor) -> float:
@@ -258,10 +263,10 @@ def tighter(arms: Arms) -> Measurement:
         texts += [f"{arm} {arms.found(arm, seed).miou:.1f} (seed {seed})" for arm in list(ARMS)[2:]]
     wins = sum(gain >= 0 for gain in gains)
     text = f"mIoU in points: {'; '.join(texts)}; gain {mean(gains):+.2f}, {wins} of {len(gains)} not below 0"
-    measured = {arm: [arms.found(arm, seed).unrefined for seed in arms.sizes.seeds] for arm in mious}
-    unrefined = {arm: [each for each in values if each is not None] for arm, values in measured.items()}
-    if all(unrefined.values()):
-        text += f"; maps that are not refined: {'; '.join(f'{arm} {spread(each)}' for arm, each in unrefined.items())}"
+    measured = {arm: [arms.found(arm, seed).refined for seed in arms.sizes.seeds] for arm in mious}
+    refined = {arm: [each for each in values if each is not None] for arm, values in measured.items()}
+    if all(refined.values()):
+        text += f"; refined maps: {'; '.join(f'{arm} {spread(each)}' for arm, each in refined.items())}"
     return Measurement(text, mean(gains) >= GAIN and wins >= WINS)
 
 
