@@ -32,10 +32,10 @@ class Keeping(Arms):
         few = Scenes(*(each[:SHOWN] for each in self.scenes("test")))
         (batch,) = in_batches(few)
         if rule is None:
-            self.maps.setdefault(False, class_token_maps(model, batch, batch["labels"]))
+            self.maps.setdefault(False, class_token_maps(model, batch, batch["labels"], refine=False))
         else:
             with rule.on(model):
-                self.maps[True] = class_token_maps(model, batch, batch["labels"])
+                self.maps[True] = class_token_maps(model, batch, batch["labels"], refine=False)
         return super()._measured(model, rule)
 
 
