@@ -18,7 +18,7 @@ one seed plain had 8.4 and DOEI 8.3 points, which is the ground alone. Refined o
 For the record, with one seed: patches alone, classes alone, without colours; and with all seeds DOEI at test alone, on
 the weights of the plain arm. VOC and COCO cannot be checked, nor the authors' constants, which are not known.
 
-About 10 minutes on one core; `journal` keeps what was measured, so that it can be stopped and goes on.
+About 12 minutes on one core; `journal` keeps what was measured, so that it can be stopped and goes on.
 """
 
 from __future__ import annotations
