@@ -21,6 +21,7 @@ from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import apply
 from actkit.core.recipe.stage import Train
 from actkit.core.store import checkpoint
+from actkit.core.store.deltas import Delta
 from actkit.core.train import staged_run
 from actkit.core.train.training import train
 from actkit.functions.swap import Swap
@@ -302,6 +303,9 @@ def test_collapsed_the_model_is_a_plain_checkpoint(tmp_path: Path):
     assert {name: each.shape for name, each in again.state_dict().items()} == shapes
     torch.testing.assert_close(again(**batch).logits, model(**batch).logits, rtol=0, atol=0)
     torch.testing.assert_close(again(**batch).logits, deep, rtol=1e-4, atol=1e-5)
+    tuned = tiny_model("llama")
+    Delta.between(again, tuned).add_to(tuned)
+    torch.testing.assert_close(tuned.eval()(**batch).logits, again(**batch).logits, rtol=1e-4, atol=1e-5)
     with pytest.raises(EditError, match="undo: the model was changed again since"):
         copied = apply(first.model, Collapse(), progress=False)
         first.undo()
