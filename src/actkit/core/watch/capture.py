@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, S
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from itertools import chain
 from typing import Any, Protocol
 
@@ -484,29 +485,49 @@ def resolve(view: Anatomy, wanted: Wanted) -> dict[Site, Any]:
     Raises:
         ValueError: no site of this model matches a key.
     """
-    available = view.sites()
+    listed = _Listed(view)
     found: dict[Any, Any] = {}
     for key, value in wanted.items():
         if isinstance(key, Joined):
             view.taps((view.canonical(key.first), view.canonical(key.second)))  # an error says what this model has
             found[key] = value
             continue
-        for site in _matching(view, key, available):
+        for site in _matching(view, key, listed):
             found[site] = [*_several(found[site]), *_several(value)] if site in found else value
     return found
 
 
-def _matching(view: Anatomy, key: Site | str, available: tuple[Site, ...]) -> tuple[Site, ...]:
+class _Listed:
+    """The sites of a model, read as far as keys ask for them: listing all reads the whole model."""
+
+    def __init__(self, view: Anatomy) -> None:
+        self.view = view
+        self._of_blocks: dict[int, frozenset[Site]] = {}
+
+    @cached_property
+    def all(self) -> tuple[Site, ...]:
+        return self.view.sites()
+
+    def __contains__(self, site: Site) -> bool:
+        if site.block is None or not 0 <= site.block < len(self.view.blocks):
+            return site in self.all
+        if site.block not in self._of_blocks:
+            self._of_blocks[site.block] = frozenset(self.view.block(site.block).sites())
+        return site in self._of_blocks[site.block]
+
+
+def _matching(view: Anatomy, key: Site | str, listed: _Listed) -> tuple[Site, ...]:
     if isinstance(key, str):
         key = our_name(key)
     if isinstance(key, str) and any(character in key for character in "*?["):
-        found = tuple(site for site in available if fnmatchcase(str(site), key))
+        found = tuple(site for site in listed.all if fnmatchcase(str(site), key))
         if not found:
-            raise ValueError(f"site: no site matches {key!r}; this model has {_listed(available)}.")
+            raise ValueError(f"site: no site matches {key!r}; this model has {_listed(listed.all)}.")
         return found
     site = Site.parse(key) if isinstance(key, str) else key
-    if site in available:
+    if site in listed:
         return (site,)
+    available = listed.all
     if site.name == "attention.scores":  # the model need not form them
         available = tuple(other for block in view.blocks for other in block.taps)
     found = tuple(other for other in available if _stands_for(site, other))
