@@ -12,8 +12,9 @@ better of mapped and unmapped memory, and of one thread and two.
 The masks of actkit's sparse rows are as good as random; the column `density` is what was read of the selecting layers.
 These rows say how fast it is, and nothing on quality, which `actkit optimize` measures. The yardstick is a pure read of
 as many rows, in the same round (`pure_read`). `resident GB` is of the worker, which made the model; `saved` and
-`packed` beside it are of processes that decode from such folders and do nothing else. A peer that is not installed is
-a row that says so.
+`packed` beside it are of processes that decode from such folders and do nothing else; `start s, packed` is from imports
+to the first token. The columns `long` are of fewer rounds behind a prompt of 1,024, in turns too. A peer that is not
+installed is a row that says so.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from rich.console import Console
 from rich.progress import track
 
 PROMPT = 128
-FULL = {"shapes": ("1.1B", "0.5B"), "rounds": 7, "tokens": 16}
-QUICK = {"shapes": ("tiny",), "rounds": 3, "tokens": 8}
+FULL = {"shapes": ("1.1B", "0.5B"), "rounds": 7, "tokens": 16, "long": 1024, "long rounds": 3}
+QUICK = {"shapes": ("tiny",), "rounds": 3, "tokens": 8, "long": 512, "long rounds": 1}
+LONG = ("first token s, long", "tokens/s, long")
 SPARSITIES = (0.0, 0.25, 0.5, 0.7)
 REFERENCE = "llama.cpp Q4_0"
 USERS = ("resident GB, saved", "resident GB, packed")  # of processes that do nothing but decode from such a folder
@@ -88,10 +90,11 @@ def groups(quick: bool, tokens: int) -> list[list[Engine]]:
 Yardsticks = dict[str, list[dict[str, Any]]]  # by row, one each round
 
 
-def measure_group(group: list[Engine], shape: str, threads: int, rounds: int, tokens: int, folder: str) -> Yardsticks:
+def measure_group(group: list[Engine], shape: str, threads: int, setting: dict[str, Any], folder: str) -> Yardsticks:
     """Load all engines of a group, then let them take turns. Returns the pure reads beside our own rows."""
     yardsticks: Yardsticks = {}
-    load: dict[str, Any] = {"shape": shape, "threads": threads, "folder": folder}
+    tokens = setting["tokens"]
+    load: dict[str, Any] = {"shape": shape, "threads": threads, "folder": folder, "capacity": setting["long"] + PROMPT}
 
     def read(engine: Engine, label: str, counts: bool) -> None:
         if engine.own:
@@ -103,16 +106,28 @@ def measure_group(group: list[Engine], shape: str, threads: int, rounds: int, to
         for engine in track(group, f"{shape}: loading", console=Console(stderr=True), transient=True):
             if engine.script == "llama_cpp_worker":
                 start_best(engine, prompt=PROMPT, tokens=2 * tokens, counts=sorted({1, threads}), **load)
+            elif engine.script == "openvino_worker":  # its cache grows
+                engine.start(**{name: value for name, value in load.items() if name != "capacity"})
             else:
                 engine.start(**load)
-        take_turns(group, rounds, f"{shape}: measuring", after=read)
+        take_turns(group, setting["rounds"], f"{shape}: measuring", after=read)
+        short = [engine.rows for engine in group]
         for engine in group:
+            engine.rows = {long(label): {**row, "prompt": setting["long"]} for label, row in engine.rows.items()}
+        take_turns(group, setting["long rounds"], f"{shape}: behind {setting['long']:,} tokens")
+        for engine, rows in zip(group, short):
+            engine.rows = rows
             if engine.own:
                 engine.loaded["users"] = engine.ask("users")
     finally:
         for engine in group:
             engine.stop()
     return yardsticks
+
+
+def long(label: str) -> str:
+    """What the rounds of a row are called that have the long prompt."""
+    return f"{label}, long"
 
 
 def rows_of(group: list[Engine], shape: str, yardsticks: Yardsticks) -> list[dict[str, Any]]:
@@ -145,12 +160,14 @@ def rows_of(group: list[Engine], shape: str, yardsticks: Yardsticks) -> list[dic
                 "about": f"{engine.loaded['about']}{'; ' + engine.about if engine.about else ''}",
                 "versions": engine.loaded["versions"],
             }
+            far = engine.found[long(label)]
+            firsts = [found["first_token_seconds"] for found in far]
+            row |= dict(zip(LONG, (median(firsts), 1 / median(median(found["token_seconds"]) for found in far))))
             if engine.own:
-                row |= {
-                    f"resident GB, {name}": found["resident_bytes"] / 1e9
-                    for name, found in engine.loaded["users"].items()
-                }
-                row["users"] = engine.loaded["users"]
+                users = engine.loaded["users"]
+                row |= {f"resident GB, {name}": found["resident_bytes"] / 1e9 for name, found in users.items()}
+                parts = ("import_seconds", "load_seconds", "first_token_seconds")
+                row |= {"start s, packed": sum(users["packed"][part] for part in parts), "users": users}
             if label in yardsticks:
                 reads = [read["seconds"] for read in yardsticks[label]]
                 row["of the pure read"] = common.ratio(reads, seconds)["ratio"]
@@ -204,7 +221,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         for shape in shapes:
             for group in groups(chosen.quick, setting["tokens"]):
-                run = (chosen.threads, setting["rounds"], setting["tokens"], chosen.folder or temporary)
+                run = (chosen.threads, setting, chosen.folder or temporary)
                 rows += rows_of(group, shape, measure_group(group, shape, *run))
     targets = [] if chosen.quick else [found for shape in shapes for found in targets_of(rows, shape)]
     return common.report("decode", rows, targets, chosen, keep=not (chosen.quick or chosen.shape), show=show)
@@ -215,7 +232,7 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     sizes = ("MB/token", "density", "GB/s", "of the pure read", "resident GB", *USERS)
-    names = ("tokens/s", "deciles", "first token s", *sizes, "x Q4_0")
+    names = ("tokens/s", "deciles", "first token s", *LONG, *sizes, "start s, packed", "x Q4_0")
     for shape in dict.fromkeys(row["shape"] for row in rows):
         table = Table("engine", *names, title=f"{shape} parameters", title_justify="left")
         for row in rows:

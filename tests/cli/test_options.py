@@ -33,6 +33,8 @@ OPTIONS = {
         "--recipe",
         "--speed",
         "--no-speed",
+        "--prompt",
+        "--prefill",
         "--resume",
         "--max-memory",
         "--target",

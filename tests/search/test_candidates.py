@@ -86,6 +86,20 @@ def test_zeros_in_the_profile_give_a_recipe_of_their_own():
     assert "exactly 0" in each.why
 
 
+def test_behind_a_long_text_the_cache_is_tried_too():
+    looked, shapes = seen("llama")
+    assert shapes.prompt == 0 and shapes.no_cache is None
+    reasons = {each.what: each.reason for each in propose(looked, replace(shapes, prompt=128))[1]}
+    assert "speed is measured behind 128 tokens; give prompt=1024" in reasons["quantize_cache"]
+    found, _ = propose(looked, replace(shapes, prompt=2048))
+    cached = {each.name: [transform.name for transform in each.recipe] for each in found if "cache" in each.name}
+    assert cached["cache 8 bit"] == ["quantize_cache"]
+    assert cached["cache 8 bit over rtn 8 bit"] == ["rtn", "quantize_cache"] and "cache 8 bit over rtn 4 bit" in cached
+    looked, shapes = seen("bert")
+    reasons = {each.what: each.reason for each in propose(looked, replace(shapes, prompt=2048))[1]}
+    assert reasons["quantize_cache"] == "it keeps no cache, as it generates nothing"
+
+
 def test_a_cap_says_what_it_left_out():
     looked, shapes = seen("llama")
     everything, _ = propose(looked, shapes)

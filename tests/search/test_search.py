@@ -23,13 +23,15 @@ from rich.console import Console
 import actkit
 from actkit.core.ground.errors import DataError, RecipeError
 from actkit.core.page import templating
+from actkit.core.recipe.recipe import Recipe
 from actkit.core.store import checkpoint
+from actkit.quantization.rtn import RoundToNearest
 from actkit.search.card import model_card
 from actkit.search.figures import optimization_table
 from actkit.search.journal import JournalError
 from actkit.search.measured import Candidate
 from actkit.search.report import render
-from actkit.search.results import Answers
+from actkit.search.results import Answers, Proposal
 from actkit.search.search import optimize
 from actkit.search.speed_row import Row, SpeedRow, measure_speed_row
 from actkit.search.verdict import decide
@@ -249,6 +251,11 @@ def test_bad_settings_and_places_are_refused_before_any_work(llama, tmp_path, mo
     refused("max_recipes: 0", max_recipes=0)
     refused("seed: -1", seed=-1)
     refused("threads: 0", threads=0)
+    refused("prompt: 0 was given; give the tokens before those that are timed", prompt=0)
+    refused(r"prompt: 99 was given with speed=False \(--no-speed\)", prompt=99, speed=False)
+    refused("prompt: 31 was given; give 1 to 30, as the model's context is 32", prompt=31)
+    refused("prefill: 'none' was given, allowed are sparse, dense", prefill="none")
+    refused("prefill: 'dense' was given with recipes=", prefill="dense", recipes=["teal"])
     refused("not known", RecipeError, recipes=["nothing"])
     refused("--data random", DataError, data=None)  # no tokenizer beside the model
     refused("2 batches were given", DataError, data=[{"input_ids": torch.zeros(1, 4, dtype=torch.int64)}] * 2)
@@ -286,6 +293,39 @@ def test_a_candidate_that_breaks_is_recorded_and_nothing_pays(llama, tmp_path, m
     assert "Nothing pays here" in (tmp_path / "out" / "index.html").read_text()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert type(model).__name__ == "LlamaForCausalLM"
+
+
+def test_prompts_of_what_selects_inputs_can_be_left_dense(llama, tmp_path, monkeypatch):
+    both = [Proposal("wina", Recipe.of("wina"), "why"), Proposal("rtn", Recipe([RoundToNearest(group_size=16)]), "why")]
+    monkeypatch.setattr("actkit.search.search.propose", lambda *args, **options: (both, []))
+    result = optimize(
+        str(llama), out=tmp_path / "out", data="random", speed=False, prefill="dense", threads=1, progress=False
+    )
+    recipes = {each.name: each.recipe for each in result.candidates}
+    assert recipes["wina"][0]["wina"]["prefill"] == "dense" and "prefill" not in recipes["rtn"][0]["rtn"]
+    assert result.candidate("wina").why == "why; prompts are read dense" and result.candidate("rtn").why == "why"
+    assert "--prefill dense" in (tmp_path / "out" / "index.html").read_text()
+
+
+@pytest.mark.slow(reason="two processes that load and decode a model")
+def test_speed_is_measured_behind_the_text_that_was_asked_for(llama, tmp_path):
+    result = optimize(
+        str(llama),
+        out=tmp_path / "out",
+        data="random",
+        recipes=["quantize_cache"],
+        max_loss=10.0,
+        prompt=20,
+        speed_row=False,
+        threads=1,
+        progress=False,
+    )
+    (cached,) = result.candidates
+    assert cached.speed is not None, (cached.failed, cached.stopped, cached.speed_failed)
+    assert (cached.speed.prompt, cached.speed.new_tokens) == (20, 12) and result.original.speed.prompt == 20
+    assert cached.speed.engine == "decoder"
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "--prompt 20" in page and "the first after" in page
 
 
 def test_the_speed_row_at_a_small_shape():

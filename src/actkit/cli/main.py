@@ -278,6 +278,16 @@ def optimize(
         float | None, typer.Option(help="Spend at most so many minutes, best candidates first. --resume goes on.")
     ] = None,
     speed: Annotated[bool, typer.Option(help="Measure speed and memory in fresh processes.")] = True,
+    prompt: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Measure speed behind so many tokens; from 1024 on the cache is a candidate too."
+        ),
+    ] = None,
+    prefill: Annotated[
+        Literal["sparse", "dense"],
+        typer.Option(metavar="NAME", help="dense: candidates that skip inputs read all of them in prompts."),
+    ] = "sparse",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what the journal in --out holds.")] = False,
     max_memory: MaxMemory = None,
     device: Device = "cpu",
@@ -306,6 +316,8 @@ def optimize(
             mixes=mixes,
             minutes=minutes,
             speed=speed,
+            prompt=prompt,
+            prefill=prefill,
             resume=resume,
             max_memory=max_memory,
             device=device,

@@ -3,7 +3,8 @@
     k' = round(k / s) s,   s = max|k| / (2^(b-1) - 1)      of each token and key-value head; values alike
 
 When to use it: for long contexts. At 1,300 tokens the float32 cache of SmolLM2-135M is as large as its blocks in 4
-bits. 8 bits are nearly free; measure 4. It stacks on everything that changes weights, inputs or selections.
+bits. 8 bits are nearly free; measure 4. It stacks on everything that changes weights, inputs or selections. `optimize`
+tries it if speed is measured behind 1,024 tokens or more (`prompt=`).
 Cost: no data; a rounding of each key and value.
 Settled here: keys are rounded behind the rotary embedding, as they are kept. Through transformers keys and values are
 rounded whenever they are read, and its cache stays as wide as it is; the CPU decoder keeps 8-bit codes. Sinks, caps and
@@ -21,9 +22,12 @@ from actkit.core.layers.cache_rounding import CHILD, IMPLEMENTATION, CacheRoundi
 from actkit.core.model.anatomy import Anatomy, Block
 from actkit.core.model.own_attention import why_no_cache
 from actkit.core.model.parts import Linear
+from actkit.core.recipe.proposals import Idea, LeftOut, Looked, Shapes
 from actkit.core.recipe.seen import Seen, Trial
 from actkit.core.recipe.tags import Tags
 from actkit.core.recipe.transform import Transform
+
+LONG = 1024  # tokens from which a search tries it
 
 
 class QuantizeCache(Transform):
@@ -39,7 +43,17 @@ class QuantizeCache(Transform):
     bits: Literal[4, 8] = 8
 
     tags: ClassVar[Tags] = Tags(least_coverage=0.0)
-    not_proposed: ClassVar[str] = "it pays at long contexts, which the search does not measure; add it to a recipe"
+
+    @classmethod
+    def proposals(cls, profile: Looked, shapes: Shapes) -> Iterable[Idea | LeftOut]:
+        if shapes.no_cache is not None or shapes.prompt < LONG:
+            short = f"it pays at long contexts, and speed is measured behind {shapes.prompt} tokens; give prompt={LONG}"
+            yield LeftOut("quantize_cache", shapes.no_cache or short)
+            return
+        why = f"keys and values of {shapes.prompt:,} tokens are read for every new one"
+        both = "a new token reads weights and cache"
+        yield Idea("cache 8 bit", cls(bits=8), why, 15, stacks=(32, 13, 22), why_stacked=both)
+        yield LeftOut("quantize_cache at 4 bits", "it loses much, and the decoder keeps codes of 8 bits")
 
     def plan(self, trial: Trial, data: Sequence[Any]) -> Self:
         reason = why_no_cache(trial.model)

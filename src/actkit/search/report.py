@@ -101,7 +101,7 @@ def _rows(result: Optimization) -> list[dict[str, Any]]:
                 "disk": _amount(candidate.disk_bytes, candidate.disk_share(original)),
                 "read": _amount(candidate.bytes_per_token, candidate.read_share(original)),
                 "memory": "" if candidate.peak_share is None else f"{candidate.peak_share:.0%}",
-                "rate": "" if candidate.speed is None else f"{candidate.speed.rate.value:.4g} {candidate.speed.unit}",
+                "rate": "" if candidate.speed is None else _rate(candidate.speed),
                 "engine": "" if candidate.speed is None or not mixed else candidate.speed.engine,
                 "speed": _split(None if ratio is None else times(ratio)),
                 "noisy": candidate.speed is not None and candidate.speed.noisy,
@@ -120,6 +120,12 @@ def _rows(result: Optimization) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _rate(speed: Speed) -> str:
+    """'52.3 tokens/s, the first after 0.11 s'."""
+    first = speed.first_token_seconds
+    return f"{speed.rate.value:.4g} {speed.unit}" + ("" if first is None else f", the first after {first.value:.2g} s")
 
 
 def _speeds(result: Optimization) -> list[Speed]:
@@ -237,6 +243,8 @@ def _commands(result: Optimization) -> list[tuple[str, str]]:
     stored = "" if settings.get("given_dtype") is None else f" --dtype {settings['given_dtype']}"
     target = "" if settings.get("target") is None else f" --target {settings['target']}"
     least = "" if settings.get("min_speedup") is None else f" --min-speedup {settings['min_speedup']:g}"
+    least += "" if settings.get("prompt") is None else f" --prompt {settings['prompt']}"
+    least += "" if settings.get("prefill", "sparse") == "sparse" else f" --prefill {settings['prefill']}"
     common = f"{source}{stored} --threads {settings['threads']} --seed {settings['seed']}"
     found = [
         (

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from actkit.core.ground.modules import is_pretrained
 from actkit.core.ground.offload import refuse_offloaded
 from actkit.core.ground.progress import say, step, track
 from actkit.core.ground.whole_file import write_whole
+from actkit.core.layers.selections import Prefill
 from actkit.core.measure.fresh import import_name
 from actkit.core.measure.proof import prove
 from actkit.core.measure.speed import Speed, measure_speed
@@ -39,7 +40,7 @@ from actkit.core.measure.summary import summarise
 from actkit.core.model.anatomy import Anatomy, anatomy
 from actkit.core.page.templating import check_pages
 from actkit.core.recipe.proposals import LeftOut, Shapes
-from actkit.core.recipe.recipe import transforms_of
+from actkit.core.recipe.recipe import Recipe, transforms_of
 from actkit.core.recipe.runner import check_model
 from actkit.core.store import checkpoint
 from actkit.kernels.compile_cache import nothing_compiled
@@ -96,6 +97,8 @@ def optimize(
     speed: bool = True,
     speed_row: bool | None = None,
     mixes: int = 0,
+    prompt: int | None = None,
+    prefill: Prefill = "sparse",
     max_memory: int | str | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
@@ -130,6 +133,10 @@ def optimize(
             language model that fits in the cache, so that its own speed says little.
         mixes: how many mixes to try, models with another setting for each part (`search/mixing`), such as 2. Only for
             models that decode text, if speed is measured.
+        prompt: tokens of the text behind which speed is measured; None for 128, or half of the context if that is less.
+            From 1,024 on keys and values in 8 bits are among the candidates.
+        prefill: 'dense' for candidates that select inputs in decoding only, and read all of them in a prompt: the first
+            token comes sooner. Quality is measured with every token sparse either way.
         max_memory: hard cap for calibration beside the model.
         device: as in `load`.
         dtype: as in `load`.
@@ -166,6 +173,15 @@ def optimize(
         )
     if mixes < 0:
         raise ValueError(f"mixes: {mixes} was given; give 0 for none, or how many to try.")
+    if prompt is not None and (prompt < 1 or not speed):
+        raise ValueError(
+            f"prompt: {prompt} was given{'' if speed else ' with speed=False (--no-speed)'}; give the tokens before "
+            f"those that are timed, such as 2048, and let speed be measured."
+        )
+    if prefill not in get_args(Prefill):
+        raise ValueError(f"prefill: {prefill!r} was given, allowed are {', '.join(get_args(Prefill))}.")
+    if prefill == "dense" and recipes is not None:
+        raise ValueError("prefill: 'dense' was given with recipes=; write it into the recipes, and leave it out here.")
     check_pages()
     out = Path(out)
     check_out(out, resume=resume, overwrite=overwrite)
@@ -178,6 +194,7 @@ def optimize(
     check_model(opened)
     checkpoint.check_savable(opened)
     _check_base(opened, base)
+    _check_prompt(opened, prompt)
     with _threads(threads):
         known = changes.of(opened)
         earlier = transforms_of(known.recipe) if known else ()
@@ -191,6 +208,7 @@ def optimize(
             "speed": speed,
             "length": splits.length,
             "batch_size": ROWS,
+            **({} if prompt is None else {"prompt": prompt}),
         }
         header = {
             "model": {"name": name, "class": type(opened).__name__, "fingerprint": model_fingerprint(opened)},
@@ -209,6 +227,7 @@ def optimize(
         shop.interrupt = budget.interrupt
         shop.by_divergence = task == "language" and isinstance(data, str) and data == "random"
         search = _Search(out, name, shop, journal, max_loss, target, trust_remote_code, budget, min_speedup)
+        search.prompt, search.prefill = prompt, prefill
         search.notes += [note] if note else []
         search.notes += [RANDOM] if shop.by_divergence else []
         try:
@@ -221,6 +240,7 @@ def optimize(
         "min_speedup": min_speedup,
         "max_recipes": max_recipes,
         "minutes": minutes,
+        "prefill": prefill,
         "recipes": None if recipes is None else [str(recipe) for recipe in recipes],
         "data": data if data is None or isinstance(data, str | Path) else "given batches",
         "given_dtype": None if dtype is None else str(dtype).removeprefix("torch."),
@@ -247,6 +267,8 @@ class _Search:
         min_speedup: float | None = None,
     ) -> None:
         self.budget, self.min_speedup = budget, min_speedup
+        self.prompt: int | None = None
+        self.prefill: Prefill = "sparse"
         self.out, self.name, self.shop, self.journal = out, name, shop, journal
         self.max_loss, self.target, self.trust = max_loss, target, trust_remote_code
         self.notes = list(journal.notes)
@@ -277,10 +299,11 @@ class _Search:
             progress=shop.progress,
         )
         release_memory()  # of its statistics
-        shapes = Shapes.of(view)
+        shapes = replace(Shapes.of(view), prompt=self._decoded()[0] if speed and ids is not None else 0)
         left: list[LeftOut] = []
         if proposals is None:
             proposals, left = propose(seen, shapes, most=most, earlier=earlier)
+            proposals = [self._with_prefill(each) for each in proposals]
         else:
             left = [LeftOut("every recipe of the search", "recipes= was given")]
             left += [LeftOut(each.name, f"more than max_recipes={most}") for each in proposals[most:]]
@@ -358,8 +381,19 @@ class _Search:
 
     def _decoded(self) -> tuple[int, int]:
         """Tokens of the prompt and new ones, as they fit the context."""
-        half = (Inputs.of(self.shop.model).context or PROMPT + NEW_TOKENS) // 2
-        return max(1, min(PROMPT, half)), max(2, min(NEW_TOKENS, half))
+        context = Inputs.of(self.shop.model).context or (self.prompt or PROMPT) + NEW_TOKENS
+        if self.prompt is not None:
+            return self.prompt, min(NEW_TOKENS, context - self.prompt)
+        return max(1, min(PROMPT, context // 2)), max(2, min(NEW_TOKENS, context // 2))
+
+    def _with_prefill(self, proposal: Proposal) -> Proposal:
+        """The same with prompts that are read dense, if it selects inputs and that is wanted."""
+        transforms = proposal.recipe.transforms
+        if self.prefill == "sparse" or not any(hasattr(each, "prefill") for each in transforms):
+            return proposal
+        settings = [{"prefill": self.prefill} if hasattr(each, "prefill") else {} for each in transforms]
+        changed = [each.model_copy(update=given) for each, given in zip(transforms, settings, strict=True)]
+        return replace(proposal, recipe=Recipe(changed), why=f"{proposal.why}; prompts are read dense")
 
     def _original(self) -> Candidate:
         for entry in self.journal.find("original"):
@@ -636,6 +670,14 @@ def _check_settings(
         raise ValueError(f"seed: {seed} was given; give 0 or more.")
     if threads is not None and threads < 1:
         raise ValueError(f"threads: {threads} was given; give 1 or more.")
+
+
+def _check_prompt(model: nn.Module, prompt: int | None) -> None:
+    context = Inputs.of(model).context
+    if prompt is not None and not Inputs.of(model).causal:
+        raise ValueError(f"prompt: {prompt} was given, and {type(model).__name__} decodes no text; leave it out.")
+    if prompt is not None and context is not None and prompt + 2 > context:
+        raise ValueError(f"prompt: {prompt} was given; give 1 to {context - 2}, as the model's context is {context}.")
 
 
 def _check_base(model: nn.Module, base: Callable[[], nn.Module] | None) -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from actkit.core.model.anatomy import Anatomy, Block, equalization_sets, paths_of_end
+from actkit.core.model.own_attention import why_no_cache
 from actkit.core.watch.capture import opened_experts
 
 GROUPS = (64, 32, 16)
@@ -114,6 +115,8 @@ class Shapes:
         roles: of the layers.
         shared: how many of the scalable sets scale value heads that several query heads read.
         ends: the share of the model's parameters that embedding and head hold.
+        no_cache: why keys and values are not rounded, or None.
+        prompt: tokens behind which the search measures how fast others follow; 0 if it does not.
     """
 
     inputs: tuple[int, ...]
@@ -123,6 +126,8 @@ class Shapes:
     roles: tuple[str, ...]
     shared: int = 0
     ends: float = 0.0
+    no_cache: str | None = None
+    prompt: int = 0
 
     @classmethod
     def of(cls, view: Anatomy) -> Shapes:
@@ -139,6 +144,7 @@ class Shapes:
                 tuple(dict.fromkeys(linear.role for linear in linears)),
                 sum(found.refused is None and found.shared is not None for found in sets),
                 _share_of_ends(view.model),
+                why_no_cache(view.model),
             )
 
     @property
