@@ -397,7 +397,7 @@ def test_speeds_are_shown_with_what_they_were_measured_with(killed):
         "dense, decoder 30.0 tokens/s",
         "50% of the inputs dropped, decoder 45.0 tokens/s, 1.50x",
         "dense, transformers 15.0 tokens/s, 0.50x",
-        "55 tokens/s transformers",  # beside the candidate, as they differ
+        "55 tokens/s, the first after 0.1 s transformers",  # beside the candidate, as they differ
     ):
         assert words in page, words
     card = model_card(result, result.candidates[0])
