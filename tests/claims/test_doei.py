@@ -15,11 +15,11 @@ TINY = Sizes(seeds=(0,), few=(0,), training=32, searched=8, test=24, epochs=1, w
 
 def test_it_runs_in_small_and_goes_on_from_its_journal(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = tmp_path / "journal.json"
-    tighter, same = doei.run(progress=False, sizes=TINY, journal=journal).claims
-    assert all(arm in tighter.here for arm in doei.ARMS) and AT_TEST in same.here
+    claims = doei.run(progress=False, sizes=TINY, journal=journal).claims
+    assert all(arm in claims[1].here for arm in doei.ARMS) and AT_TEST in claims[2].here
     monkeypatch.setattr(doei, "train", None)  # nothing is trained again
     again = doei.run(progress=False, sizes=TINY, journal=journal).claims
-    assert [claim.here for claim in again] == [tighter.here, same.here]
+    assert [claim.here for claim in again] == [claim.here for claim in claims]
     assert doei.Arms(Sizes(), journal)._found == {}  # of other sizes
 
 
@@ -32,7 +32,7 @@ class Fixed(Arms):
 
     def found(self, arm: str, seed: int) -> Found:
         numbers = self.given.get({PLAIN: "plain", EDITED: "edited"}.get(arm, ""), [20.0] * 3)
-        return Found(numbers[seed], 0.3, numbers[seed], 5 + (arm == EDITED) * len(self.given.get("more", ())))
+        return Found(30.0, numbers[seed], numbers[seed], 5 + (arm == EDITED) * len(self.given.get("more", ())))
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,8 @@ class Fixed(Arms):
     ],
 )
 def test_what_is_tighter(edited: list[float], passed: bool) -> None:
-    assert doei.tighter(Fixed(plain=[20.0] * 3, edited=edited)).passed == passed
+    assert doei.tighter(Fixed(plain=[20.0] * 3, edited=edited), refined=False).passed == passed
+    assert not doei.tighter(Fixed(plain=[20.0] * 3, edited=edited), refined=True).passed  # all alike
 
 
 def test_what_is_the_same() -> None:

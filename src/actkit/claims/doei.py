@@ -11,9 +11,10 @@ test scenes, labels not given.
 
 It is smaller than the sheet says (width 96, 3,000 scenes), for a short run, and departs from it in two ways that plain
 training asked for. The rank weights are 0.9^r: with 0.996^r, at 1e-3 and the sheet's sizes, the plain model of one seed
-learned next to nothing (mAP 36 %, and 29 % are chance). Maps are not refined by the attention of patches: after so
-short a training that turns them around (patches of ground attend to digits). A first run judged refined maps; with its
-one seed plain had 8.4 and DOEI 8.3 points, which is the ground alone. Refined ones are recorded beside.
+learned next to nothing (mAP 36 %, and 29 % are chance). And beside the maps of the sheet, which are refined by the
+attention of patches, those without that step are judged: after so short a training it turns maps around (patches of
+ground attend to digits), so that both arms have the mIoU of the ground alone. That was seen in a first run, with one
+seed, before the statement about maps without it was written.
 
 For the record, with one seed: patches alone, classes alone, without colours; and with all seeds DOEI at test alone, on
 the weights of the plain arm. VOC and COCO cannot be checked, nor the authors' constants, which are not known.
@@ -92,8 +93,14 @@ class Sizes:
 TIGHTER = Statement(
     "Edits of embeddings tighten class activation maps",
     "mIoU on PASCAL VOC +3.6, +1.5 and +1.2 points, on MS COCO +1.2 and +1.6 (abstract)",
-    "seed mIoU on 500 test scenes at the threshold of 200 training scenes: gain >= 1.0 point, a mean over 3 seeds, and "
-    ">= 0 in 2 of 3",
+    "refined maps, seed mIoU on 500 test scenes at the threshold of 200 training scenes: gain >= 1.0 point, a mean "
+    "over 3 seeds, and >= 0 in 2 of 3",
+    SMALL,
+)
+UNREFINED = Statement(
+    "They tighten the maps that attention and patches give before they are refined",
+    "not reported apart",
+    "maps that are not refined, the same: gain >= 1.0 point, a mean over 3 seeds, and >= 0 in 2 of 3",
     SMALL,
 )
 SAME = Statement(
@@ -102,7 +109,7 @@ SAME = Statement(
     "mean average precision at most 1 point lower, a mean over 3 seeds; as many parameters",
     SMALL,
 )
-STATEMENTS = (TIGHTER, SAME)
+STATEMENTS = (TIGHTER, UNREFINED, SAME)
 
 
 def run(
@@ -111,7 +118,11 @@ def run(
     """Run the claims. journal: a file that keeps what was measured, from which a stopped run goes on."""
     sizes = sizes or Sizes()
     arms = Arms(sizes, journal, progress)
-    experiments: list[Experiment] = [(TIGHTER, partial(tighter, arms)), (SAME, partial(same, arms))]
+    experiments: list[Experiment] = [
+        (TIGHTER, partial(tighter, arms, refined=True)),
+        (UNREFINED, partial(tighter, arms, refined=False)),
+        (SAME, partial(same, arms)),
+    ]
     return conduct("doei", experiments, sizes, subject, progress)
 
 
@@ -142,18 +153,16 @@ class Found:
     """What a trained model does.
 
     Attributes:
-        miou: of its maps on test scenes, in points.
-        threshold: that they are cut at.
+        refined: the mIoU of its refined maps on test scenes, in points, at a threshold of their own.
+        miou: the same of maps that are not refined.
         precision: mean average precision of its logits, in points.
         parameters: of the model.
-        refined: the mIoU of refined maps; for the record.
     """
 
+    refined: float
     miou: float
-    threshold: float
     precision: float
     parameters: int
-    refined: float | None = None
 
 
 class Arms:
@@ -228,22 +237,21 @@ class Arms:
         train_scenes = Scenes(*(each[: self.sizes.searched] for each in self.scenes("train")))
         test = self.scenes("test")
 
-        def found(refine: bool) -> tuple[float, float]:
-            """Threshold and mIoU."""
+        def found(refine: bool) -> float:
+            """The mIoU in points."""
             maps = [
                 torch.cat([class_token_maps(model, each, each["labels"], refine=refine) for each in in_batches(scenes)])
                 for scenes in (train_scenes, test)
             ]
             threshold, _ = miou_at_best_threshold(maps[0], train_scenes.masks)
-            return threshold, 100 * cam_miou(maps[1], test.masks, threshold)
+            return 100 * cam_miou(maps[1], test.masks, threshold)
 
         with nullcontext() if rule is None else rule.on(model):
-            threshold, miou = found(refine=False)
-            _, refined = found(refine=True)
+            refined, miou = found(refine=True), found(refine=False)
             with evaluating(model), torch.no_grad():
                 logits: Any = torch.cat([model(batch["pixel_values"]).logits for batch in in_batches(test)])
         parameters = sum(each.numel() for each in model.parameters())
-        return Found(miou, threshold, 100 * average_precision(logits, test.labels), parameters, refined)
+        return Found(refined, miou, 100 * average_precision(logits, test.labels), parameters)
 
 
 def average_precision(logits: Tensor, labels: Tensor) -> float:
@@ -254,19 +262,19 @@ def average_precision(logits: Tensor, labels: Tensor) -> float:
     return float(((precision * hits).sum(0) / hits.sum(0)).mean())
 
 
-def tighter(arms: Arms) -> Measurement:
+def tighter(arms: Arms, *, refined: bool) -> Measurement:
     """Seeds of both arms, and of what is recorded."""
-    mious = {arm: arms.all(arm, lambda found: found.miou) for arm in (PLAIN, EDITED, AT_TEST)}
+
+    def points(found: Found) -> float:
+        return found.refined if refined else found.miou
+
+    mious = {arm: arms.all(arm, points) for arm in (PLAIN, EDITED, AT_TEST)}
     gains = [edited - plain for edited, plain in zip(mious[EDITED], mious[PLAIN], strict=True)]
     texts = [f"{arm} {spread(values)}" for arm, values in mious.items()]
     for seed in arms.sizes.few:
-        texts += [f"{arm} {arms.found(arm, seed).miou:.1f} (seed {seed})" for arm in list(ARMS)[2:]]
+        texts += [f"{arm} {points(arms.found(arm, seed)):.1f} (seed {seed})" for arm in list(ARMS)[2:]]
     wins = sum(gain >= 0 for gain in gains)
-    text = f"mIoU in points: {'; '.join(texts)}; gain {mean(gains):+.2f}, {wins} of {len(gains)} not below 0"
-    measured = {arm: [arms.found(arm, seed).refined for seed in arms.sizes.seeds] for arm in mious}
-    refined = {arm: [each for each in values if each is not None] for arm, values in measured.items()}
-    if all(refined.values()):
-        text += f"; refined maps: {'; '.join(f'{arm} {spread(each)}' for arm, each in refined.items())}"
+    text = f"mIoU in points: {'; '.join(texts)}; gain {mean(gains):+.3f}, {wins} of {len(gains)} not below 0"
     return Measurement(text, mean(gains) >= GAIN and wins >= WINS)
 
 
