@@ -251,7 +251,9 @@ def test_what_the_report_leaves_out() -> None:
     assert [layer.layer for layer in report.layers] and not report.holds
     with pytest.raises(CoverageError, match="no layer with a known function"):
         self_normalizing(tiny_model("llama"), tiny_batches("llama"), progress=False)
-    unknown = nn.Sequential(nn.Linear(3, 3), nn.PReLU(3), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    unequal = nn.PReLU(3)  # a function for each channel, of which there is no one record
+    nn.init.uniform_(unequal.weight)
+    unknown = nn.Sequential(nn.Linear(3, 3), unequal, nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
     report = self_normalizing(unknown, [torch.full((4, 3), 5.0)], progress=False)  # too few features for a warning
     assert report.skipped == (("0", "left out: nothing is known of 1"),)
 
