@@ -131,10 +131,12 @@ def attend(
     visible = visible[(None,) * (4 - visible.dim())].expand(batch, -1, queries, keys)
     counts = None if counts is None else counts.expand(batch, -1, queries, 1)
     settings: dict[str, Any] = {"power": power, "offset_rows": offset_rows, "scale": scale}
+    check_weights(kind, power, scale, query.shape[-1])
+    prepared = _prepared(key, kind)  # once for all chunks
 
     def mix(rows: slice) -> tuple[Tensor, Tensor]:
         here = None if counts is None else counts[:, :, rows]
-        found = attention_weights(query[:, :, rows], key, visible[:, :, rows], kind, counts=here, **settings)
+        found = _weights(query[:, :, rows], prepared, visible[:, :, rows], kind, counts=here, **settings)
         found = F.dropout(found, dropout) if dropout else found
         return found.to(value.dtype) @ value, found
 
@@ -143,7 +145,10 @@ def attend(
         mixed, weights = mix(slice(None))
         return mixed, weights if return_weights else None
     step = max(1, CHUNK // max(1, batch * heads * keys))
-    return torch.cat([mix(slice(start, start + step))[0] for start in range(0, max(1, queries), step)], 2), None
+    mixed = value.new_empty(batch, heads, queries, value.shape[-1])
+    for start in range(0, queries, step):  # small pieces kept apart would leave holes in memory
+        mixed[:, :, start : start + step] = mix(slice(start, start + step))[0]
+    return mixed, None
 
 
 def attention_weights(
@@ -182,20 +187,61 @@ def attention_weights(
     Raises:
         ValueError: the kind is unknown, the power out of bounds, or the head size 1.
     """
+    check_weights(kind, power, scale, query.shape[-1])
+    settings: dict[str, Any] = {"power": power, "offset_rows": offset_rows, "scale": scale}
+    return _weights(query, _prepared(key, kind), visible, kind, counts=counts, **settings)
+
+
+def check_weights(kind: Kind, power: float | None, scale: Literal["log"] | float, head_size: int) -> None:
+    """Refuse settings of `attention_weights` that give no weights.
+
+    Args:
+        kind: of the weights.
+        power: of the re-weighting.
+        scale: of the cosines.
+        head_size: channels of a query.
+
+    Raises:
+        ValueError: as there.
+    """
     if kind not in get_args(Kind):
         raise ValueError(f"kind: {kind!r} was given, allowed are {', '.join(get_args(Kind))}.")
     check_power(power)
-    if kind in ("lssa", "lssar") and scale == "log" and query.shape[-1] == 1:
+    if kind in ("lssa", "lssar") and scale == "log" and head_size == 1:
         raise ValueError("query: the head size is 1, and log(1) = 0 makes all scores 0; use a larger one, or a scale.")
+
+
+def _prepared(key: Tensor, kind: Kind) -> Tensor:
+    """Keys in float32 or wider, of length 1 if cosines are taken."""
+    with torch.autocast(key.device.type, enabled=False):
+        key = key.to(torch.promote_types(key.dtype, torch.float32))
+        return F.normalize(key, dim=-1) if kind in ("lssa", "lssar") else key
+
+
+def _weights(
+    query: Tensor,
+    key: Tensor,
+    visible: Tensor,
+    kind: Kind,
+    power: float | None,
+    offset_rows: int,
+    counts: Tensor | None,
+    scale: Literal["log"] | float,
+) -> Tensor:
+    """What `attention_weights` forms, of keys that are prepared."""
     power = 15 if power is None and kind == "lssar" else power
     with torch.autocast(query.device.type, enabled=False):
         wide = torch.promote_types(query.dtype, torch.float32)
         query, key = query.to(wide), key.to(wide)
         counts = (visible.sum(-1, keepdim=True) if counts is None else counts).to(wide)
         if kind in ("lssa", "lssar"):
-            cosines = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).mT
+            cosines = F.normalize(query, dim=-1) @ key.mT
             factor = math.log(query.shape[-1]) * counts.clamp_min(1).log() if scale == "log" else scale
-            weights = _shared(F.softplus(factor * cosines) * visible)
+            if _learns(cosines):
+                weights = _shared(F.softplus(factor * cosines) * visible)
+            else:
+                weights = F.softplus(cosines.mul_(factor)).mul_(visible)
+                weights.div_(weights.sum(-1, keepdim=True) + EPSILON)
         else:
             scores = query @ key.mT * query.shape[-1] ** -0.5
             if kind == "softmax":  # a row that reads nothing has weights of 0, not NaN
@@ -220,22 +266,36 @@ def reweighted(weights: Tensor, counts: Tensor, power: float, offset_rows: int =
         power: 1 or more.
         offset_rows: rows that read at most so many keys are not shifted.
     """
-    above = F.relu(weights * counts - (counts > offset_rows).to(weights.dtype))
-    largest = above.detach().amax(-1, keepdim=True)
-    sharp = _raised(above / largest.clamp_min(LEAST), power)
-    return torch.where(largest > LEAST, sharp / sharp.sum(-1, keepdim=True).clamp_min(LEAST), weights)
+    least = (counts > offset_rows).to(weights.dtype)
+    if _learns(weights):
+        above = F.relu(weights * counts - least)
+        largest = above.detach().amax(-1, keepdim=True)
+        sharp = (above / largest.clamp_min(LEAST)) ** power
+        shared = sharp / sharp.sum(-1, keepdim=True).clamp_min(LEAST)
+    else:  # in place: what is new for each step costs more than the arithmetic
+        above = (weights * counts).sub_(least).relu_()
+        largest = above.amax(-1, keepdim=True)
+        shared = _raised(above.div_(largest.clamp_min(LEAST)), power)
+        shared.div_(shared.sum(-1, keepdim=True).clamp_min(LEAST))
+    return torch.where(largest > LEAST, shared, weights)
+
+
+def _learns(x: Tensor) -> bool:
+    """Whether gradients are wanted, or the code is compiled, which may both keep what is computed between."""
+    return (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling()
 
 
 def _raised(x: Tensor, power: float) -> Tensor:
-    """x ** power; without gradients, which would keep every factor, whole powers by squaring: five times as fast."""
-    if power != int(power) or (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling():
-        return x**power
+    """x ** power, whose memory may be used; whole powers by squaring: five times as fast."""
+    if power != int(power):
+        return x.pow_(power)
     left, result = int(power), None
     while left:
         if left % 2:
-            result = x if result is None else result * x
+            result = x.clone() if result is None else result.mul_(x)
         left //= 2
-        x = x * x if left else x
+        if left:
+            x.mul_(x)
     assert result is not None  # the power is 1 or more
     return result
 
