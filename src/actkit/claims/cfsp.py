@@ -84,7 +84,7 @@ STATEMENTS = (CHOSEN, SHARED_OUT, FASTER, *(each.on(name) for name in REAL for e
 def run(*, subject: str | None = None, progress: bool = True, sizes: Sizes | None = None) -> Outcome:
     """Run the claims, or those about one subject. sizes: smaller ones, for a try."""
     name = subject if subject in REAL else "swiglu"
-    sizes = sizes or {"smollm2": REAL_SIZES, "gemma3": LARGEST_MODEL}.get(name, Sizes())
+    sizes = sizes or (real_sizes(name) if name in REAL else Sizes())
     split = "calibration" if subject in REAL else "train"
     model = None if subject == SYNTHETIC else Subject(
         name, calibration=sizes.calibration, split=split, held_out=sizes.held_out  # type: ignore[arg-type]
@@ -96,6 +96,11 @@ def run(*, subject: str | None = None, progress: bool = True, sizes: Sizes | Non
     if subject not in REAL:
         experiments.append((FASTER, partial(faster, sizes)))
     return conduct("cfsp", experiments, sizes, subject, progress)
+
+
+def real_sizes(name: str) -> Sizes:
+    """How much is measured on a real model."""
+    return LARGEST_MODEL if name == "gemma3" else REAL_SIZES
 
 
 def perplexities(subject: Subject, sizes: Sizes, arm: str, sparsity: float) -> list[float]:
