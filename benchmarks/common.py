@@ -166,6 +166,17 @@ def report(
     return result
 
 
+def show_parts(console: Console, rows: list[dict[str, Any]]) -> None:
+    """Print a table for each part that rows name in 'part', with the fields that its rows have."""
+    for part in dict.fromkeys(row["part"] for row in rows):
+        own = [row for row in rows if row["part"] == part]
+        fields = list(dict.fromkeys(key for row in own for key in row if key != "part"))
+        table = Table(*fields, title=part)
+        for row in own:
+            table.add_row(*(cell(row.get(key)) for key in fields))
+        console.print(table)
+
+
 def _show(
     console: Console, result: dict[str, Any], show: Callable[[Console, list[dict[str, Any]]], None] | None = None
 ) -> None:

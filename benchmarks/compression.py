@@ -57,6 +57,7 @@ from actkit.core.forward.batch import forward
 from actkit.core.forward.hooks import evaluating
 from actkit.core.recipe.runner import apply
 from actkit.core.store import checkpoint
+from actkit.data import Split
 
 PARTS = ("flashsvd", "repavit", "widths", "cost")
 RANKS: dict[str, Any] = {"query": 40, "key": 40, "value": 40, "output": 240, "up": 240, "down": 240}
@@ -155,10 +156,9 @@ PEERS = HERE.parent / ".venv-bench" / "bin" / "python"
 
 def subject(name: str, calibration: int, held_out: int) -> Subject:
     """A language model of the zoo in float32, with its text."""
-    split = "calibration" if name == "smollm2" else "train"
-    return Subject(
-        name, calibration=calibration, split=split, held_out=held_out, model=zoo.load(name, dtype=torch.float32)
-    )  # type: ignore[arg-type]
+    split: Split = "calibration" if name == "smollm2" else "train"
+    model = zoo.load(name, dtype=torch.float32)
+    return Subject(name, calibration=calibration, split=split, held_out=held_out, model=model)
 
 
 def widths(quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -251,18 +251,6 @@ def cost(quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 # -- all ---------------------------------------------------------------------------------------------------------------
 
 
-def show(console: Any, rows: list[dict[str, Any]]) -> None:
-    """Print a table for each part."""
-    for part in PARTS:
-        own = [row for row in rows if row["part"] == part]
-        if own:
-            fields = list(dict.fromkeys(field for row in own for field in row if field != "part"))
-            table = common.Table(*fields, title=part)
-            for row in own:
-                table.add_row(*(common.cell(row.get(field)) for field in fields))
-            console.print(table)
-
-
 def main() -> None:
     """Measure, print and record."""
     chosen = common.options(__doc__ or "", parts=PARTS)
@@ -286,7 +274,7 @@ def main() -> None:
         elif not chosen.quick:
             rows += [row for row in before["rows"] if row["part"] == part]
             targets += [goal for goal in before["targets"] if goal["part"] == part]
-    common.report("compression", rows, targets, chosen, show=show, measured=measured)
+    common.report("compression", rows, targets, chosen, show=common.show_parts, measured=measured)
 
 
 if __name__ == "__main__":

@@ -401,20 +401,6 @@ def tract(quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return rows, targets
 
 
-def show(console: Any, rows: list[dict[str, Any]]) -> None:
-    """Print a table for each part."""
-    from rich.table import Table
-
-    for part in PARTS:
-        own = [row for row in rows if row["part"] == part]
-        fields = list(dict.fromkeys(key for row in own for key in row if key != "part"))
-        if own:
-            table = Table(*fields, title=part)
-            for row in own:
-                table.add_row(*("" if row.get(key) is None else common.cell(row[key]) for key in fields))
-            console.print(table)
-
-
 def main() -> None:
     """Measure, print and record."""
     chosen = common.options(__doc__ or "", parts=PARTS)
@@ -429,7 +415,7 @@ def main() -> None:
         elif not chosen.quick:
             rows += [row for row in before["rows"] if row["part"] == part]
             targets += [each for each in before["targets"] if each["part"] == part]
-    common.report("finetuning", rows, targets, chosen, show=show)
+    common.report("finetuning", rows, targets, chosen, show=common.show_parts)
 
 
 if __name__ == "__main__":

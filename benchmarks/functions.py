@@ -520,20 +520,6 @@ MEASURE = {
 }
 
 
-def show(console: Console, rows: list[dict[str, Any]]) -> None:
-    """Print the rows of each part as a table."""
-    from rich.table import Table
-
-    for part in PARTS:
-        own = [row for row in rows if row["part"] == part]
-        fields = list(dict.fromkeys(key for row in own for key in row if key != "part"))
-        if own:
-            table = Table(*fields, title=part)
-            for row in own:
-                table.add_row(*("" if row.get(key) is None else common.cell(row[key]) for key in fields))
-            console.print(table)
-
-
 def main() -> None:
     """Measure, print and record."""
     chosen = common.options(__doc__ or "", parts=PARTS)
@@ -548,7 +534,7 @@ def main() -> None:
         elif not chosen.quick:
             rows += [row for row in before["rows"] if row["part"] == part]
             targets += [goal for goal in before["targets"] if goal["part"] == part]
-    common.report("functions", rows, targets, chosen, show=show)
+    common.report("functions", rows, targets, chosen, show=common.show_parts)
 
 
 if __name__ == "__main__":

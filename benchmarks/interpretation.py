@@ -40,7 +40,6 @@ sys.path.insert(0, str(HERE))
 import common  # isort: skip
 import torch
 from peers import add_peers, hooked_transformer
-from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -694,20 +693,6 @@ MEASURE: dict[str, Callable[[Mapping[str, Any]], tuple[Rows, Rows]]] = {
 }
 
 
-def show(console: Console, rows: Rows) -> None:
-    """Print the rows of each part as a table."""
-    from rich.table import Table
-
-    for part in PARTS:
-        own = [row for row in rows if row["part"] == part]
-        fields = list(dict.fromkeys(key for row in own for key in row if key != "part"))
-        if own:
-            table = Table(*fields, title=part)
-            for row in own:
-                table.add_row(*("" if row.get(key) is None else common.cell(row[key]) for key in fields))
-            console.print(table)
-
-
 def main() -> None:
     """Measure, print and record."""
     given = common.options(__doc__ or "", parts=PARTS)
@@ -729,7 +714,9 @@ def main() -> None:
         kept = [[each for each in before[name] if each["part"] == part] for name in ("rows", "targets")]
         own, goals = ([{"part": part, **each} for each in side] for side in found[part]) if part in found else kept
         rows, targets = [*rows, *own], [*targets, *goals]
-    common.report("interpretation", json.loads(json.dumps(rows)), targets, given, show=show, measured=measured)
+    common.report(
+        "interpretation", json.loads(json.dumps(rows)), targets, given, show=common.show_parts, measured=measured
+    )
 
 
 if __name__ == "__main__":

@@ -309,7 +309,7 @@ class Workshop:
             self.splits.calibration,
             inplace=False,
             undo="off",
-            min_coverage=min(LEAST_COVERAGE, *(each.least_coverage for each in proposal.recipe)),
+            min_coverage=min((LEAST_COVERAGE, *(each.least_coverage for each in proposal.recipe))),
             max_memory=self.max_memory,
             progress=self.progress,
             steps=self.steps_of(proposal),
