@@ -104,6 +104,22 @@ def test_kernels_compute_the_same_in_float32(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_values_of_sixteen_bits_are_those_of_float32_rounded_once(name: str, autocast: bool) -> None:
+    """Powers of a bfloat16 would be off by many roundings; what is learned of a basis stays float32."""
+    x = points().bfloat16()
+    for dtype in (torch.bfloat16, torch.float16):
+        basis, exact = MADE[name]().to(dtype), MADE[name]()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for found, expected in (
+                (basis(x.to(dtype)), exact(x.float())),
+                (basis.derivative(x.to(dtype)), exact.derivative(x.float())),
+            ):
+                assert torch.equal(found, expected.to(dtype))
+        assert {each.dtype for each in basis.parameters()} <= {torch.float32}
+
+
+@pytest.mark.parametrize("name", MADE)
 def test_fits_find_what_is_in_the_basis_and_say_how_far_off_others_are(name: str) -> None:
     basis = MADE[name]()
     wanted = torch.randn(basis.size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -249,6 +265,13 @@ def test_wavelets_are_their_formulas(shape: Any, monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(torch.autograd.grad(layer(x).square().sum(), list(layer.parameters())), gradients)
     torch.testing.assert_close(layer.edge(2, 1, x[0, :, 1]), (layer.weight * psi)[0, :, 2, 1])
     assert bool(torch.isfinite(layer(torch.zeros(1, 3, dtype=torch.float64))).all())
+
+
+def test_a_wavelet_keeps_its_coefficients_and_its_exponential_in_float32() -> None:
+    torch.manual_seed(0)
+    layer, x = Wavelets(6, 5), torch.randn(7, 6).bfloat16()
+    expected = layer(x.float()).bfloat16()
+    assert torch.equal(layer.bfloat16()(x), expected)
 
 
 def test_layers_refuse_what_they_cannot_read() -> None:

@@ -4,8 +4,9 @@
 
 A basis has a domain, on which it is meant to be used, and says what becomes of inputs outside of it: they are `clamped`
 to the nearest end (so that no gradient reaches them), `squashed` by tanh into it (then the domain is the whole line),
-or the functions `vanish` there, or `repeat`, by themselves. Values are scaled as the class says. `fit` finds the
-coefficients of a given function; `KanLinear` (`kan_linear.py`) is a basis with a linear layer behind it.
+or the functions `vanish` there, or `repeat`, by themselves. Values are scaled as the class says; those of inputs in 16
+bits are computed in float32. `fit` finds the coefficients of a given function; `KanLinear` (`kan_linear.py`) is a basis
+with a linear layer behind it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from actkit.core.layers.keeps_dtype import KeepsDtype, at_least_float32
 from actkit.kernels.bases import CLAMPED, SQUASHED, VANISH, KernelBasis, serves
 
 Outside = Literal["clamped", "squashed", "vanish", "repeat"]
@@ -43,7 +45,7 @@ class BasisFit:
     at: float
 
 
-class Basis(nn.Module):
+class Basis(KeepsDtype):
     """Some functions of one variable; subclasses give `evaluate` and `slopes`, and may have parameters.
 
     Args:
@@ -68,18 +70,19 @@ class Basis(nn.Module):
         self.noticed = False  # whether inputs were looked at
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., channels] -> [..., channels, size]."""
-        return self.evaluate(self.inside(x))
+        """x [..., channels] -> [..., channels, size], in the dtype of x."""
+        return self.evaluate(self.inside(at_least_float32(x))).to(x.dtype)
 
     def derivative(self, x: Tensor) -> Tensor:
         """The derivative of each function by x [..., channels]: [..., channels, size]."""
-        found = self.slopes(self.inside(x))
+        wide = at_least_float32(x)
+        found = self.slopes(self.inside(wide))
         low, high = self.domain
         if self.outside == "clamped":
-            return found * ((x >= low) & (x <= high)).to(x.dtype).unsqueeze(-1)
-        if self.outside == "squashed":
-            return found * ((high - low) / 2 * (1 - torch.tanh(x) ** 2)).unsqueeze(-1)
-        return found
+            found = found * ((x >= low) & (x <= high)).to(found.dtype).unsqueeze(-1)
+        elif self.outside == "squashed":
+            found = found * ((high - low) / 2 * (1 - torch.tanh(wide) ** 2)).unsqueeze(-1)
+        return found.to(x.dtype)
 
     def evaluate(self, x: Tensor) -> Tensor:
         """The functions at x [..., channels], which `inside` has brought into the domain: [..., channels, size]."""

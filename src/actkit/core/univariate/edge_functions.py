@@ -9,7 +9,7 @@ gradients are recorded a chunk's values are computed again in the backward pass.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from actkit.core.layers.activations import Activation
+from actkit.core.layers.keeps_dtype import KeepsDtype, at_least_float32
 
 CHUNK = 1 << 22  # values of edges at once
 NARROWEST = 1e-3  # a wavelet's width
@@ -96,7 +97,7 @@ class EdgeFunctions(nn.Module):
         return self.values(x.view(-1, 1, 1), *own).flatten()
 
 
-class Wavelets(EdgeFunctions):
+class Wavelets(KeepsDtype, EdgeFunctions):
     """A wavelet on each edge, w psi((x - shift) / width); the width is kept at 0.001 or more.
 
         mexican_hat  2 / (sqrt(3) pi^(1/4)) (u^2 - 1) exp(-u^2 / 2)
@@ -112,6 +113,8 @@ class Wavelets(EdgeFunctions):
     Raises:
         ValueError: an unknown shape or function, or a width of a layer below 1.
     """
+
+    keeps: ClassVar[tuple[str, ...]] = ("weight", "shift", "width")
 
     def __init__(
         self,
@@ -137,7 +140,7 @@ class Wavelets(EdgeFunctions):
         Args:
             x: [..., in_features].
         """
-        y = super().forward(x)
+        y = super().forward(at_least_float32(x)).to(x.dtype)
         return y if self.base is None or self.act is None else y + self.base(self.act(x))
 
     @torch.no_grad()

@@ -47,6 +47,7 @@ class ShiftedPairs(Basis):
     """
 
     allowed: ClassVar[tuple[Outside, ...]] = ("vanish",)
+    keeps: ClassVar[tuple[str, ...]] = ("low", "high")
     low: nn.Parameter
     high: nn.Parameter
 

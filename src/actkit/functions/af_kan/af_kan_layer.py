@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.layers.activations import Activation
-from actkit.core.layers.keeps_dtype import check_floats
+from actkit.core.layers.keeps_dtype import KeepsDtype, check_floats
 from actkit.core.univariate.kan_linear import KanLinear
 from actkit.core.univariate.shifted_pairs import ShiftedPairs
 from actkit.functions.af_kan.reductions import REDUCTIONS
@@ -38,7 +38,7 @@ Join = Literal["sum", "product", "sum_product", "quadratic"]
 MOMENTUM = 0.1  # of running extremes
 
 
-class AfKanLayer(nn.Module):
+class AfKanLayer(KeepsDtype):
     """One layer: [..., in_features] -> [..., out_features].
 
     Args:

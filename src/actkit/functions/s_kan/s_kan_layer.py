@@ -19,13 +19,13 @@ the image and apply a layer to each patch, as the authors' wrapper does.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from actkit.core.layers.keeps_dtype import check_floats
+from actkit.core.layers.keeps_dtype import KeepsDtype, check_floats
 from actkit.functions.s_kan.pool import POOL, Branch, check_pool
 
 Select = Literal["node", "layer"]
@@ -33,7 +33,7 @@ POOLED = ("bspline", "cheby", "wavelet", "rbf")
 MOMENTUM, SMALLEST = 0.1, 1e-6  # of the running size
 
 
-class SKanLayer(nn.Module):
+class SKanLayer(KeepsDtype):
     """A layer that chooses: [..., in_features] -> [..., out_features].
 
     Args:
@@ -46,6 +46,7 @@ class SKanLayer(nn.Module):
         ValueError: an empty pool, a name twice, an unknown one, or another `select`.
     """
 
+    keeps: ClassVar[tuple[str, ...]] = ("gates", "gain")
     sizes: Tensor
     seen: Tensor
     temperature: Tensor
