@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -44,6 +45,23 @@ def shared_worker() -> Iterator[FreshProcess]:
 def worker(shared_worker: FreshProcess) -> FreshProcess:
     assert not shared_worker.closed, "an earlier test lost the shared worker"
     return shared_worker
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a window."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium (the extra dev) is missing")
+    chromium, driver_file = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver_file is None:
+        pytest.skip("chromium and chromedriver are missing (Debian's chromium and chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver_file))
+    yield driver
+    driver.quit()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

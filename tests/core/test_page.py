@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 
 from actkit.core.page.page import LARGEST, Context, Facts, Page, Picture, Pictures, Table
 from actkit.core.page.pictures import signed_grid
 
 HOSTILE = '</script><img src=x onerror="alert(1)"><b>&amp;'
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
 def page(rows: int = 3) -> Page:
@@ -24,22 +21,6 @@ def page(rows: int = 3) -> Page:
     )
     facts = Facts("What", [("model", HOSTILE)])
     return Page(f"Title {HOSTILE}", "about", (facts, Pictures("Where", [Picture("grid", grid)]), table))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium without a window."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium (the extra dev) is missing")
-    if CHROMIUM is None or DRIVER is None:
-        pytest.skip("chromium and chromedriver are missing (Debian's chromium and chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
 
 
 def opened(browser, path, given: Page):

@@ -1,11 +1,11 @@
-"""The pictures of the report, as small inline SVG that follows the page's colours and needs no script.
+"""The pictures of the report, as small inline SVG that follows the page's colours; titles say the numbers.
 
 Colours are CSS classes of the page (`core/page/templates/style.css`): c0 to c7 for lines, `mark-*` for candidates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from math import floor, isfinite, log10
@@ -14,7 +14,7 @@ from typing import Literal
 
 from actkit.core.ground.estimate import Estimate
 from actkit.core.page.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, frame, scale, svg, ticks, titles
-from actkit.core.page.pictures import lines_over
+from actkit.core.page.pictures import FAINT, FULL, grid, lines_over
 from actkit.search.results import Profile, SiteProfile
 
 Kind = Literal["original", "best", "front", "other"]
@@ -30,7 +30,8 @@ class Mark:
         loss: of quality.
         kind: what it is drawn as.
         label: beside it.
-        title: on hover.
+        title: what is read out for whoever points at it.
+        of: the place on the page that says more, or ''.
     """
 
     share: Estimate
@@ -38,6 +39,7 @@ class Mark:
     kind: Kind
     label: str
     title: str
+    of: str = ""
 
 
 def scatter(marks: Sequence[Mark], x_title: str, limit: float) -> str:
@@ -117,7 +119,8 @@ def _mark(
     beyond = cy < TOP
     cy = max(TOP + 4, cy)
     label = f"{mark.label} ▲ {mark.loss.value:.0%}" if beyond else mark.label
-    parts = [f'<g class="mark-{mark.kind}"><title>{escape(mark.title)}</title>']
+    of = f' data-of="{escape(mark.of)}"' if mark.of else ""
+    parts = [f'<g class="mark-{mark.kind}"{of}><title>{escape(mark.title)}</title>']
     radius = RADIUS[mark.kind]
     if mark.kind == "original":
         parts.append(_diamond(cx, cy, radius))
@@ -213,6 +216,41 @@ def bars(rows: Sequence[Bar]) -> str:
     return svg(parts, "Speed: " + "; ".join(f"{row.label}: {row.text}" for row in rows), width, step * len(rows) + 8)
 
 
+def stacked(
+    rows: Sequence[tuple[str, Mapping[str, float]]], kinds: Sequence[str], words: Callable[[float], str]
+) -> str:
+    """Draw horizontal bars that are made of parts.
+
+    Args:
+        rows: name, and the size of each kind.
+        kinds: in the order of the parts; the first is c0.
+        words: that say a size.
+
+    Returns:
+        SVG; the title of a part says its numbers.
+    """
+    width, step, left, room = 860, 40, 4, 110
+    longest = max((sum(parts.values()) for _, parts in rows), default=1.0)
+    x = scale(0.0, longest or 1.0, 0.0, width - left - room)
+    drawn = []
+    for index, (name, parts) in enumerate(rows):
+        top, at, whole = 4 + step * index, float(left), sum(parts.values())
+        drawn.append(f'<text class="bar-label" x="{left}" y="{top + 11}">{escape(name)}</text>')
+        for kind in kinds:
+            size = parts.get(kind, 0.0)
+            if not size:
+                continue
+            title = f"{name}, {kind}: {words(size)}, {size / whole:.0%} of its bytes"
+            drawn.append(
+                f'<g class="c{kinds.index(kind) % 8}"><title>{escape(title)}</title><rect class="cell" x="{at:.1f}" '
+                f'y="{top + 16}" width="{max(x(size), 0.5):.1f}" height="15"/></g>'
+            )
+            at += x(size)
+        drawn.append(f'<text x="{at + 8:.1f}" y="{top + 28}">{escape(words(whole))}</text>')
+    label = "; ".join(f"{name}: {words(sum(parts.values()))}" for name, parts in rows)
+    return svg(drawn, label, width, step * len(rows) + 6)
+
+
 # -- the profile -------------------------------------------------------------------------------------------------------
 
 Reader = Callable[[SiteProfile], float | None]
@@ -271,6 +309,50 @@ def profile_panels(profile: Profile) -> list[Panel]:
             Panel(title, lines_over(lines, title, wide, False), tuple((f"c{i}", r) for i, r in enumerate(roles)))
         )
     return panels
+
+
+def profile_grids(profile: Profile) -> list[tuple[str, str]]:
+    """Draw what stands out block by block: how much is not near zero, and how large the largest value is.
+
+    Args:
+        profile: of a model.
+
+    Returns:
+        (title, SVG); none for a traced model, whose sites have one place each.
+    """
+    blocks = sorted({site.block for site in profile.sites if site.block is not None})
+    names = list(dict.fromkeys(site.name for site in profile.sites if site.block is not None))
+    if len(blocks) < 2:
+        return []
+    sites = {(site.name, site.block): site for site in profile.sites}
+    largest = [site.ratio for site in profile.sites if site.ratio is not None and isfinite(site.ratio)]
+    decades = max(1.0, log10(max(largest, default=10.0)))
+
+    def above(site: SiteProfile) -> tuple[str, float, str]:
+        share = site.above_one_percent
+        return "c0", share, f"{share:.1%} above 1 % of the scale"
+
+    def outliers(site: SiteProfile) -> tuple[str, float, str]:
+        ratio = site.ratio if site.ratio is not None and isfinite(site.ratio) else None
+        depth = 0.0 if ratio is None else log10(max(1.0, ratio)) / decades
+        said = "no median above 0" if ratio is None else f"largest |x| {ratio:,.4g} times the median"
+        return "c3", depth, f"{said}; {len(site.outliers)} outlier channels of {site.channels:,}"
+
+    def picture(title: str, of: Callable[[SiteProfile], tuple[str, float, str]]) -> tuple[str, str]:
+        def cell(row: int, column: int) -> tuple[str, float, str, bool] | None:
+            site = sites.get((names[row], blocks[column]))
+            if site is None:
+                return None
+            colour, depth, words = of(site)
+            opacity = FAINT + (FULL - FAINT) * max(0.0, min(1.0, depth))
+            return colour, opacity, f"block {blocks[column]}, {names[row]}: {words}", False
+
+        return title, grid(names, [str(block) for block in blocks], title, cell)
+
+    return [
+        picture("Density: values above 1 % of the scale", above),
+        picture("Outliers: largest |x| over the median, logarithmic", outliers),
+    ]
 
 
 def _place_of(site: SiteProfile) -> int | str:

@@ -1,6 +1,7 @@
-"""index.html: what a search found, on one page that needs nothing else: no script, no font, no network.
+"""index.html: what a search found, on one page that needs nothing else: no font, no package, no network.
 
 The page is `templates/report.html`; this module gives it words and numbers, so that the template only arranges them.
+The script of all pages reads out what is pointed at and sorts the table; without it all is there.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import yaml
 
 from actkit.core.ground.estimate import Estimate
 from actkit.core.ground.memory import format_bytes
+from actkit.core.ground.yaml_files import shorten
 from actkit.core.page.templating import about_machine, template
-from actkit.search.drawing import Bar, Kind, Mark, bars, profile_panels, scatter
+from actkit.search.drawing import Bar, Kind, Mark, bars, profile_grids, profile_panels, scatter, stacked
 from actkit.search.figures import interval
 from actkit.search.measured import Candidate
 from actkit.search.mixing.drawing import chosen_grid, colours_of, damage_grid
@@ -51,6 +53,8 @@ def render(result: Optimization) -> str:
         rows=rows,
         best=next((row for row in rows if row["kind"] == "best"), None),
         pictures=[(title, Markup(svg)) for title, svg in _pictures(result)],
+        bytes_read=_bytes_read(result, Markup),
+        heat=[(title, Markup(svg)) for title, svg in profile_grids(result.profile)],
         panels=[(panel.title, Markup(panel.svg), panel.legend) for panel in profile_panels(result.profile)],
         speed_bars=None if result.speed_row is None else Markup(_speed_bars(result)),
         densities=_densities(result),
@@ -84,7 +88,9 @@ def _rows(result: Optimization) -> list[dict[str, Any]]:
         rows.append(
             {
                 "number": number or "",
+                "place": _place(number),
                 "kind": kind,
+                "numbers": _numbers(candidate, original),
                 "name": candidate.name,
                 "on_front": candidate.name in result.front,
                 "why": candidate.why,
@@ -120,6 +126,23 @@ def _rows(result: Optimization) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _place(number: int) -> str:
+    """Where the page says more of a candidate; of the original in the table alone."""
+    return f"candidate-{number}"
+
+
+def _numbers(candidate: Candidate, original: Candidate) -> dict[str, float]:
+    """What the table is sorted by; nan for what was not measured, and of a failed one."""
+    found = {
+        "loss": None if candidate.loss is None else candidate.loss.value,
+        "speed": candidate.ratio.value if candidate.ratio else 1.0 if candidate is original else None,
+        "memory": candidate.peak_share,
+        "disk": candidate.disk_share(original),
+        "read": candidate.read_share(original),
+    }
+    return {name: math.nan if value is None or candidate.failed else value for name, value in found.items()}
 
 
 def _rate(speed: Speed) -> str:
@@ -164,13 +187,41 @@ def _pictures(result: Optimization) -> list[tuple[str, str]]:
             if candidate.loss is None or share is None or candidate.failed is not None:
                 continue
             label = "original" if number == 0 else str(number)
-            text = f"{candidate.name}: {share.value:.0%} of the {title}, loss {interval(candidate.loss, '.2%')}"
-            marks.append(Mark(share, candidate.loss, _kind(candidate, result), label, text))
+            text = _said(candidate, label, result.original)
+            marks.append(Mark(share, candidate.loss, _kind(candidate, result), label, text, _place(number)))
         shares = [mark.share.value for mark in marks]
         if marks and max(shares) - min(shares) >= APART:
             svg = scatter(marks, f"{title}, share of the original's", float(result.settings["max_loss"]))
             found.append((title, svg))
     return found
+
+
+def _said(candidate: Candidate, label: str, original: Candidate) -> str:
+    """All that a point of the front stands for, in a line: numbers, intervals and the recipe."""
+    name = candidate.name if label == "original" else f"{label}. {candidate.name}"
+    parts = [] if candidate.loss is None else [f"loss {interval(candidate.loss, '.2%')}"]
+    if candidate.ratio is not None:
+        parts.append(f"{times(candidate.ratio)} as fast")
+    for share, of in (
+        (candidate.peak_share, "peak memory"),
+        (candidate.disk_share(original), "disk"),
+        (candidate.read_share(original), "bytes read per token"),
+    ):
+        if share is not None:
+            parts.append(f"{share:.0%} of the {of}")
+    if candidate.recipe:
+        parts.append(shorten(yaml.safe_dump(candidate.recipe, default_flow_style=True, width=math.inf).strip()))
+    return f"{name}: {'; '.join(parts)}"
+
+
+def _bytes_read(result: Optimization, markup: Callable[[str], Any]) -> tuple[Any, list[tuple[str, str]]] | None:
+    """The picture of what a token reads, and its legend."""
+    read = [each for each in (result.original, *result.candidates) if each.reads and not each.failed]
+    kinds = sorted({kind for each in read for kind, size in each.reads.items() if size})
+    if not kinds:
+        return None
+    rows = [(each.name, each.reads) for each in read]
+    return markup(stacked(rows, kinds, format_bytes)), [(f"c{at % 8}", kind) for at, kind in enumerate(kinds)]
 
 
 def _exactly(share: float | None) -> Estimate | None:

@@ -1,7 +1,7 @@
 "use strict";
 // What a page of a result can do: tables are sorted by their headings and filtered by a word, rows open their
-// contexts, and the cell of a grid that is pointed at, or reached by arrow keys, is read out. Texts of a model are
-// set as text, never as markup.
+// contexts, and what is pointed at in a picture, or reached by arrow keys, is read out. Texts of a model are set as
+// text, never as markup.
 
 for (const box of document.querySelectorAll(".table")) {
   const body = box.querySelector("tbody"), shown = box.querySelector(".shown"), given = box.querySelector("script");
@@ -88,36 +88,48 @@ for (const box of document.querySelectorAll(".table")) {
   });
 }
 
+// A point or cell is read out below its pictures. One that stands for a row of a table carries its name in `data-of`: it
+// is marked in all pictures and in the table, and Enter or a click opens what the page says of it.
 for (const section of document.querySelectorAll("section")) {
   const pointed = section.querySelector(".pointed");
   if (!pointed) continue;
   let last = null;
+  const same = (cell) => (cell.dataset.of ? [...document.querySelectorAll(`[data-of="${cell.dataset.of}"]`)] : [cell]);
   const point = (cell) => {
-    if (last) last.classList.remove("at");
+    if (last) same(last).forEach((each) => each.classList.remove("at"));
     last = cell;
-    cell.classList.add("at");
+    same(cell).forEach((each) => each.classList.add("at"));
     pointed.textContent = cell.querySelector("title").textContent;
+  };
+  const open = (cell) => {
+    const detail = cell && cell.dataset.of && document.getElementById(cell.dataset.of);
+    if (!detail) return;
+    for (let each = detail; each; each = each.parentElement) if (each.tagName === "DETAILS") each.open = true;
+    detail.scrollIntoView();
   };
   for (const picture of section.querySelectorAll("svg")) {
     const cells = [...picture.querySelectorAll("g")].filter((each) => each.querySelector("title"));
     if (!cells.length) continue;
-    const corner = (cell) => ["x", "y"].map((name) => Number(cell.querySelector("rect").getAttribute(name)));
-    picture.addEventListener("pointerover", (event) => {
-      const cell = event.target.closest("g");
-      if (cell && cells.includes(cell)) point(cell);
-    });
+    const middle = (cell) => {
+      const box = cell.querySelector("rect, circle, polygon").getBBox();
+      return [box.x + box.width / 2, box.y + box.height / 2];
+    };
+    const under = (event) => cells.find((each) => each === event.target.closest("g"));
+    picture.addEventListener("pointerover", (event) => under(event) && point(under(event)));
+    picture.addEventListener("click", (event) => open(under(event)));
     picture.parentElement.addEventListener("keydown", (event) => {
+      if (event.key === "Enter") return open(last);
       const step = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]}[event.key];
       if (!step) return;
       event.preventDefault();
       if (!cells.includes(last)) return point(cells[0]);
-      const [x, y] = corner(last);
-      const ahead = cells.filter((each) => {
-        const [a, b] = corner(each);
-        return step[0] ? b === y && (a - x) * step[0] > 0 : a === x && (b - y) * step[1] > 0;
-      });
-      const away = (cell) => Math.abs(corner(cell)[0] - x) + Math.abs(corner(cell)[1] - y);
-      if (ahead.length) point(ahead.reduce((a, b) => (away(a) < away(b) ? a : b)));
+      const [x, y] = middle(last), ahead = [];
+      for (const cell of cells) {
+        const [a, b] = middle(cell), along = (a - x) * step[0] + (b - y) * step[1];
+        const aside = Math.abs((a - x) * step[1]) + Math.abs((b - y) * step[0]);
+        if (along > 0.1) ahead.push([along + 4 * aside, cell]);  // so that rows and columns of a grid are kept
+      }
+      if (ahead.length) point(ahead.reduce((one, other) => (other[0] < one[0] ? other : one))[1]);
     });
   }
 }
