@@ -645,3 +645,17 @@ class Divide(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x / self.scale
+
+
+def test_held_blocks_are_those_that_were_read() -> None:
+    model = llama()
+    view = anatomy(model)
+    assert view.block(0) is not view.blocks[0]
+    with view.held():
+        assert view.block(0) is view.blocks[0]
+        with view.held():
+            assert view.block(1) is view.blocks[1]
+        assert view.block(1) is view.blocks[1]
+        view.refresh(1)
+        assert view.block(1) is view.blocks[1]
+    assert view.block(1) is not view.blocks[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from actkit.core.ground.errors import CheckpointError
 from actkit.core.store.activation_store import ActivationStore, harvest
 from actkit.core.train import training as loop
+from actkit.core.watch.intervene import intervene
 from actkit.interpretation.sparse_autoencoder.contexts import latent_contexts
 from actkit.interpretation.sparse_autoencoder.files import read_autoencoder
 from actkit.interpretation.sparse_autoencoder.kinds import KINDS
@@ -182,3 +184,32 @@ def test_contexts_are_where_a_latent_is_largest(store: ActivationStore) -> None:
         latent_contexts(autoencoder, store, latents=[48])
     with pytest.raises(ValueError, match="sort: 'size'"):
         found.table("size")  # type: ignore[arg-type]
+
+
+def test_rows_far_longer_than_others_are_left_out(tmp_path: Path) -> None:
+    """Attention sinks, wherever they stand; without them it is as if they had never been in the store."""
+    model, ids = tiny_model("llama"), torch.randint(0, 40, (60, 16), generator=torch.Generator().manual_seed(0))
+    batches = [{"input_ids": part} for part in ids.split(10)]
+
+    def sinks(value: torch.Tensor, at: Any) -> torch.Tensor:
+        value = value.clone()
+        value[:, 0] *= 1000
+        value[3, 5] *= 1000
+        return value
+
+    with intervene(model, {SITE: sinks}):
+        store = harvest(model, SITE, batches, tmp_path / "acts", progress=False)
+    rows = torch.cat([x for x, _ in store.read(SITE)])
+    norms = rows.norm(dim=1)
+    usual = store.numbers(SITE, longest=10.0)
+    assert torch.equal(usual, (norms <= 10 * norms.median()).nonzero()[:, 0]) and len(usual) == 60 * 15 - 6
+    assert len(store.numbers(SITE)) == 960 and len(store.numbers(SITE, skip=1, longest=10.0)) == 894
+    found = trained(store)
+    assert found.report.left_out == 66 and found.table().row_count == 4
+    assert trained(store, longest=math.inf).report.left_out == 0
+    assert found.report.explained_variance > 0.2
+    read = latent_contexts(found.autoencoder, store, progress=False)
+    places = {context.row for each in read.latents for context in each.contexts}
+    assert read.rows == 894 and places <= set(usual.tolist())
+    with pytest.raises(ValueError, match="longest: "):
+        trained(store, longest=1.0)

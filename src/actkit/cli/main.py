@@ -204,6 +204,10 @@ def sae(
     size: Annotated[int, typer.Option(min=1, metavar="N", help="Rows of a step.")] = 4096,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. Default: by the width.")] = None,
     skip: Annotated[int, typer.Option(min=0, metavar="N", help="Leave out the first tokens of each sequence.")] = 0,
+    longest: Annotated[
+        float,
+        typer.Option(metavar="X", help="Leave out rows whose norm is over X times the median, as of attention sinks."),
+    ] = 10.0,
     held_out: Annotated[
         float, typer.Option(parser=share, metavar="SHARE", help="Of the rows, measured and not trained on: 10%.")
     ] = 0.1,
@@ -233,6 +237,7 @@ def sae(
             size=size,
             learning_rate=learning_rate,
             skip=skip,
+            longest=longest,
             held_out=held_out,
             resume=resume,
             overwrite=overwrite,

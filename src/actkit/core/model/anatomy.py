@@ -6,7 +6,8 @@ pass (`core/model/tracing.py`): then the whole model is one block with linear la
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -149,19 +150,38 @@ class Anatomy:
     architecture: str
     stem: tuple[str, ...] = ()
     head: tuple[str, ...] = ()
+    _held = False
 
     def __init__(self, model: nn.Module, count: int) -> None:
         self.model = model
         self.blocks: tuple[Block, ...] = tuple(self.block(index) for index in range(count))
 
     def block(self, index: int, originals: Mapping[str, nn.Module] | None = None) -> Block:
-        """Read a block again from the model as it is now.
+        """Read a block again from the model as it is now; while `held` lasts, return the one in `blocks`.
 
         Args:
             index: of the block.
             originals: what `Block.original` answers, by full path.
         """
+        if self._held and originals is None:
+            return self.blocks[index]
+        return self._read(index, originals)
+
+    def _read(self, index: int, originals: Mapping[str, nn.Module] | None = None) -> Block:
         raise NotImplementedError
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Take blocks as they are in `blocks`: for work at many sites of a model whose modules stay as they were read.
+
+        Yields:
+            Nothing.
+        """
+        before, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = before
 
     def refresh(self, index: int) -> None:
         """Read a block of `blocks` again: as it was first read, it keeps modules in memory that were replaced since.
@@ -169,7 +189,7 @@ class Anatomy:
         Args:
             index: of the block.
         """
-        self.blocks = (*self.blocks[:index], self.block(index), *self.blocks[index + 1 :])
+        self.blocks = (*self.blocks[:index], self._read(index), *self.blocks[index + 1 :])
 
     def activations(self) -> tuple[str, ...]:
         """Return the paths of the activation functions that are modules; F.relu and the like have none.
@@ -355,7 +375,7 @@ class _Unread(Anatomy):
 
     architecture = "unread"
 
-    def block(self, index: int, originals: Mapping[str, nn.Module] | None = None) -> Block:
+    def _read(self, index: int, originals: Mapping[str, nn.Module] | None = None) -> Block:
         if index != 0:
             raise IndexError(f"block: {index} was given; a model that was not read is one block, 0.")
         return Block(0, "", self.model, None, None, None, (), root=self.model, _originals=originals)
@@ -370,7 +390,7 @@ class _Traced(Anatomy):
         self.stem, self.head = paths_of_end(model, "get_input_embeddings"), paths_of_end(model, "get_output_embeddings")
         super().__init__(model, 1)
 
-    def block(self, index: int, originals: Mapping[str, nn.Module] | None = None) -> Block:
+    def _read(self, index: int, originals: Mapping[str, nn.Module] | None = None) -> Block:
         if index != 0:
             raise IndexError(f"block: {index} was given; a traced model is one block, 0.")
         tied, model = self.tied, self.model
@@ -453,7 +473,7 @@ class _Described(Anatomy):
         modules = dict(model.named_modules())
         return tuple(self._prefix + path for path in paths if self._prefix + path in modules)
 
-    def block(self, index: int, originals: Mapping[str, nn.Module] | None = None) -> Block:
+    def _read(self, index: int, originals: Mapping[str, nn.Module] | None = None) -> Block:
         path = f"{self._blocks}.{index}"
         row = self.row.of_block(self.model.config, index)
         return BlockReader(self.model, row, index, path).read(originals)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -82,6 +83,8 @@ class Kept(Statistic):
         x = torch.cat([part for part, _ in self.parts])
         keys = {name: torch.cat([getattr(rows, name).cpu() for _, rows in self.parts]) for name in KEYS}
         order = in_order(keys["sequences"], keys["positions"])
+        if torch.equal(order, torch.arange(len(order))):  # as they come, mostly: no copy
+            return x, keys
         return x[order], {name: key[order] for name, key in keys.items()}
 
 
@@ -252,13 +255,43 @@ class ActivationStore:
             raise ValueError(f"size: {size} was given; {site} has {count} rows, give 1 to {count}.")
         return StoredBatches(self, self._name(site), size, Shuffle(count, seed), rows)
 
-    def split(self, site: Site | str, share: float, *, skip: int = 0) -> tuple[Tensor, Tensor]:
+    def numbers(self, site: Site | str, *, skip: int = 0, longest: float = math.inf) -> Tensor:
+        """Which rows of a site count.
+
+        Args:
+            site: one of `sites`.
+            skip: leave out so many first tokens of each sequence.
+            longest: leave out rows whose norm is more than so many times the median of the others; inf for none.
+
+        Returns:
+            Numbers of rows in the order of the data, int64.
+
+        Raises:
+            ValueError: the site is not in the store, or a setting is out of bounds.
+        """
+        if skip < 0 or not longest > 1:
+            raise ValueError(f"skip, longest: {skip} and {longest} were given; give 0 or more, and more than 1.")
+        places, norms = [], []
+        for x, keys in self.read(site):
+            places.append(keys.places)
+            if longest < math.inf:
+                norms.append(torch.linalg.vector_norm(x, dim=1, dtype=torch.float32))
+        numbers = (torch.cat(places) >= skip).nonzero()[:, 0]
+        if norms and len(numbers):
+            found = torch.cat(norms)[numbers]
+            numbers = numbers[found <= longest * found.median()]
+        return numbers
+
+    def split(
+        self, site: Site | str, share: float, *, skip: int = 0, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Which rows of a site to learn from and which to measure on: no document is in both.
 
         Args:
             site: one of `sites`.
             share: of the rows that are measured on, at the end of the data.
             skip: leave out so many first tokens of each sequence.
+            rows: those to split, as `numbers` gives them; None for all that `skip` leaves.
 
         Returns:
             Numbers of rows, int64, for learning and for measuring.
@@ -268,8 +301,8 @@ class ActivationStore:
         """
         if not 0 < share < 1 or skip < 0:
             raise ValueError(f"share, skip: {share} and {skip} were given; give a share in (0, 1), and 0 or more.")
+        numbers = self.numbers(site, skip=skip) if rows is None else rows
         keys = [keys for _, keys in self.read(site)]
-        numbers = (torch.cat([each.places for each in keys]) >= skip).nonzero()[:, 0]
         owners = torch.cat([each.documents for each in keys])[numbers]
         if len(owners.unique()) < 2:  # one long text
             owners = torch.cat([each.sequences for each in keys])[numbers]

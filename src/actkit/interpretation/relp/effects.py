@@ -91,7 +91,7 @@ def patch_effects(
     if min(steps, rows) < 1:
         raise ValueError(f"steps, rows: {steps} and {rows} were given; give 1 or more of each.")
     run, places = read_pair(model, base, patch, metric, sites)
-    with evaluating(model):
+    with evaluating(model), run.view.held():
         if method == "exact":
             effects = run.exact(rows, progress)
         elif method == "integrated":
@@ -144,14 +144,14 @@ def exact_effects(
         if not 0 <= node.position < length or (node.head is None) != (heads is None):
             raise ValueError(f"nodes: {node} is no node of inputs of {length} tokens; give what `top` returns.")
         flat.append((site, node.position if heads is None else (node.head or 0) * length + node.position))
-    with evaluating(model):
+    with evaluating(model), run.view.held():
         return tuple(run.exactly(flat, rows, progress))
 
 
 def read_pair(
     model: nn.Module, base: Mapping[str, Tensor], patch: Mapping[str, Tensor], metric: Metric, sites: Sequence[str]
 ) -> tuple[Patching, list[Site]]:
-    """Run both inputs and keep what stands at sites, for all methods.
+    """Run the patch and keep what stands at sites, for all methods.
 
     Args:
         model: as in `patch_effects`, as are all others.
@@ -173,21 +173,18 @@ def read_pair(
             f"lengths, token by token."
         )
     view = anatomy(model, base)
-    places = _places(view, sites)
-    with evaluating(model), torch.no_grad(), live(model, places, view) as found:
-        patched = float(measured(metric, forward(model, patch)))
-        other = {site: found[site][0] for site in places}
-        found.clear()
-        before = float(measured(metric, forward(model, base)))
-        own = {site: found[site][0] for site in places}
+    with view.held():
+        places = _places(view, sites)
+        with evaluating(model), torch.no_grad(), live(model, places, view) as found:
+            patched = float(measured(metric, forward(model, patch)))
+            other = {site: found[site][0] for site in places}
     for site in places:
-        if own[site].dim() != 3 or own[site].shape[0] != shapes[0][0]:
+        if other[site].dim() != 3 or other[site].shape[0] != shapes[0][0]:
             raise ValueError(
-                f"sites: {site} is {list(own[site].shape)} here, and nodes are at [batch, length, channels]; "
+                f"sites: {site} is {list(other[site].shape)} here, and nodes are at [batch, length, channels]; "
                 f"choose among {', '.join(SITES)} and {HEADS}."
             )
-    differences = {site: other[site] - own[site] for site in places}
-    return Patching(view, base, metric, before, patched, own, differences), places
+    return Patching(view, base, metric, patched, other), places
 
 
 def _places(view: Anatomy, sites: Sequence[str]) -> list[Site]:
@@ -225,19 +222,38 @@ class Patching:
         view: of the model.
         base: the input that runs.
         metric: of logits.
-        before: the metric of the base.
-        patched: that of the patch.
-        own: values at the base, by site, [batch, length, channels].
-        differences: of the patch to them.
+        patched: the metric of the patch.
+        other: values at the patch, by site, [batch, length, channels].
     """
 
     view: Anatomy
     base: Mapping[str, Tensor]
     metric: Metric
-    before: float
     patched: float
-    own: Mapping[Site, Tensor]
-    differences: Mapping[Site, Tensor]
+    other: Mapping[Site, Tensor]
+
+    @cached_property
+    def _at_base(self) -> tuple[float, dict[Site, Tensor]]:
+        """The metric and the values; `first_order` reads them off the pass that it differentiates."""
+        model, sites = self.view.model, list(self.other)
+        with evaluating(model), torch.no_grad(), live(model, sites, self.view) as found:
+            before = float(measured(self.metric, forward(model, self.base)))
+            return before, {site: found[site][0] for site in sites}
+
+    @property
+    def before(self) -> float:
+        """The metric of the base."""
+        return self._at_base[0]
+
+    @property
+    def own(self) -> dict[Site, Tensor]:
+        """Values at the base, by site."""
+        return self._at_base[1]
+
+    @cached_property
+    def differences(self) -> dict[Site, Tensor]:
+        """Of the patch to the base, by site."""
+        return {site: other - self.own[site] for site, other in self.other.items()}
 
     def heads_of(self, site: Site) -> int | None:
         """Return how many heads a site has; None if its nodes are whole.
@@ -262,8 +278,9 @@ class Patching:
 
     def first_order(self) -> dict[Site, Tensor]:
         """Return differences times gradients."""
-        gradients = self.gradients(list(self.own))
-        return {site: self.summed(site, self.differences[site] * gradients[site]) for site in self.own}
+        before, own, gradients = self._differentiated(list(self.other))
+        self._at_base = before, own  # rules change no value
+        return {site: self.summed(site, self.differences[site] * gradients[site]) for site in own}
 
     def gradients(self, sites: list[Site], changes: Mapping[Any, Any] | None = None) -> dict[Site, Tensor]:
         """The gradients of the metric at the base.
@@ -272,6 +289,12 @@ class Patching:
             sites: where.
             changes: made meanwhile, as of `intervene`.
         """
+        return self._differentiated(sites, changes)[2]
+
+    def _differentiated(
+        self, sites: list[Site], changes: Mapping[Any, Any] | None = None
+    ) -> tuple[float, dict[Site, Tensor], dict[Site, Tensor]]:
+        """The metric, the values at sites and their gradients."""
         model = self.view.model
 
         def begin(value: Tensor, at: At) -> Tensor:
@@ -283,7 +306,8 @@ class Patching:
             value = measured(self.metric, forward(model, self.base))
             tensors = [found[site][0] for site in sites]
             given = torch.autograd.grad(value, tensors, allow_unused=True, materialize_grads=True)
-        return dict(zip(sites, given, strict=True))
+        own = {site: tensor.detach() for site, tensor in zip(sites, tensors, strict=True)}
+        return float(value.detach()), own, dict(zip(sites, given, strict=True))
 
     def integrated(self, steps: int, progress: bool) -> dict[Site, Tensor]:
         """Return differences times the mean of the gradients on the way.
@@ -437,7 +461,7 @@ def faithfulness(
         raise ValueError("batch: 1 input was given; give at least 2, as the mean over one input changes nothing.")
     view = anatomy(model, batch)
     places = [Site(name, block) for name in effects.values for block in effects.blocks[name]]
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad(), view.held():
         with live(model, places, view) as found:
             full = float(measured(metric, forward(model, batch)))
         means = {site: found[site][0].mean(0, keepdim=True) for site in places}

@@ -196,7 +196,7 @@ def latent_effects(
     run, places = read_pair(model, base, patch, metric, list(autoencoders))
     by_site = {Site.parse(site): each for site, each in autoencoders.items()}
     chosen = RelevanceRules.none() if method == "attribution" else rules or RelevanceRules()
-    with evaluating(model), chosen.applied(run.view):
+    with evaluating(model), run.view.held(), chosen.applied(run.view):
         gradients = run.gradients(places)
     values, errors, changes = {}, {}, {}
     with torch.no_grad():

@@ -21,6 +21,7 @@ from actkit.core.page.page import Context, Page
 from actkit.core.page.page import Table as Sorted
 from actkit.core.store.activation_store import ActivationStore
 from actkit.interpretation.sparse_autoencoder.autoencoder import SparseAutoencoder
+from actkit.interpretation.sparse_autoencoder.training import LONGEST
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -161,6 +162,7 @@ def latent_contexts(
     count: int = 3,
     before: int = 8,
     after: int = 4,
+    longest: float = LONGEST,
     text: Callable[[list[int]], str] | None = None,
     progress: bool = True,
 ) -> LatentContexts:
@@ -174,6 +176,7 @@ def latent_contexts(
         count: contexts of each.
         before: tokens before.
         after: tokens behind.
+        longest: leave out rows whose norm is more than so many times the median, as in training; inf for none.
         text: makes text of one token's id, such as `tokenizer.decode`; None shows ids.
         progress: show a bar.
 
@@ -195,12 +198,16 @@ def latent_contexts(
     best = torch.zeros(len(chosen), count, device=index.device)
     rows = torch.full((len(chosen), count), -1, device=index.device)
     fired, done = torch.zeros(len(chosen), dtype=torch.int64, device=index.device), 0
+    usual = torch.zeros(store.count(name), dtype=torch.bool)
+    usual[store.numbers(name, longest=longest)] = True
+    usual = usual.to(index.device)
     training = autoencoder.training
     autoencoder.eval()
     try:
         for x, _ in track(store.read(name), "Reading latents", len(store.shards), progress):
             for part in x.split(ROWS):
                 values = autoencoder.encode(part.to(index.device, torch.float32))[:, index].T  # [latents, rows]
+                values = values * usual[done : done + len(part)]
                 fired += (values > 0).sum(1)
                 numbers = torch.arange(done, done + len(part), device=index.device).expand(len(chosen), -1)
                 found = torch.cat([best, values], 1).topk(count, dim=1)
@@ -208,7 +215,7 @@ def latent_contexts(
                 done += len(part)
     finally:
         autoencoder.train(training)
-    read = []
+    read, counted = [], int(usual.sum())
     for place, latent in enumerate(chosen):
         contexts = []
         for value, row in zip(best[place].tolist(), rows[place].tolist(), strict=True):
@@ -216,5 +223,5 @@ def latent_contexts(
                 ids, own = store.context(name, row, before, after)
                 tokens = tuple(str(each) + " " if text is None else text([each]) for each in ids)
                 contexts.append(LatentContext(value, row, tokens, own))
-        read.append(ReadLatent(latent, float(fired[place]) / max(1, done), tuple(contexts)))
-    return LatentContexts(str(name), done, tuple(read))
+        read.append(ReadLatent(latent, float(fired[place]) / max(1, counted), tuple(contexts)))
+    return LatentContexts(str(name), counted, tuple(read))

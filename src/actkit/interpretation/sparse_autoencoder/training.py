@@ -11,7 +11,8 @@ When to use it: after `actkit harvest`; with rows of many more tokens than laten
 Cost: a step is an encoder's product forward, and three times that (backward, and the decoder's) for all kinds but topk.
 Settled here: the decoder's bias starts at the geometric median of a batch; Adam with 2e-4 / sqrt(latents / 2^14),
 falling to 0 in a line, gradients at most 1 long; the penalty grows over the first tenth of the steps. A latent is dead
-that has not fired for a tenth of the training's rows, or 10 million. Documents are whole: none has rows on both sides.
+that has not fired for a tenth of the training's rows, or 10 million. Rows ten times as long as the median, such as
+attention sinks, are left out. Documents are whole: none has rows on both sides.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,7 @@ REPORT = "report.json"
 RAMP = 0.1  # of the steps, in which the penalty grows
 MEASURED = 16  # batches that are held out, at most
 WITH_DEAD = ("topk", "batchtopk", "matryoshka")  # kinds with an auxiliary loss for latents that have not fired
+LONGEST = 10.0  # times the median norm; attention sinks are 100 times as long, and would rule every sum of squares
 FIRST = 4  # batches that tell the norm of activations
 
 
@@ -66,6 +68,7 @@ class AutoencoderReport:
         dead: share of the latents that never fired on these rows.
         densities: of each latent, the share of rows in which it fires.
         site: that it was trained on.
+        left_out: rows that were neither trained on nor measured, as their norm is far from that of all others.
     """
 
     kind: str
@@ -76,6 +79,7 @@ class AutoencoderReport:
     dead: float
     densities: tuple[float, ...]
     site: str | None = None
+    left_out: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON takes it."""
@@ -94,6 +98,8 @@ class AutoencoderReport:
         table.add_row("explained variance", f"{self.explained_variance:.4f}")
         table.add_row("active latents per row", f"{self.active:.2f}")
         table.add_row("latents that never fire", f"{self.dead:.1%}")
+        if self.left_out:
+            table.add_row("rows left out, far longer than others", f"{self.left_out:,}")
         return table
 
     def figure(self) -> Figure:
@@ -197,6 +203,7 @@ def train_autoencoder(
     size: int = 4096,
     learning_rate: float | None = None,
     skip: int = 0,
+    longest: float = LONGEST,
     held_out: float = 0.1,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -217,7 +224,8 @@ def train_autoencoder(
         steps: updates of the weights.
         size: rows of a batch.
         learning_rate: the peak; None: 2e-4 / sqrt(latents / 2^14).
-        skip: leave out so many first tokens of each sequence, whose norms are often far larger.
+        skip: leave out so many first tokens of each sequence.
+        longest: leave out rows whose norm is more than so many times the median; inf for none.
         held_out: share of the rows, at the end of the data, that is measured and not trained on.
         seed: of weights and order.
         device: to train on.
@@ -238,7 +246,9 @@ def train_autoencoder(
     """
     processes.refuse("train_autoencoder", "start it without torchrun")
     site = _site(store, site)
-    learned, measured = store.split(site, held_out, skip=skip)
+    rows = store.numbers(site, skip=skip, longest=longest)
+    left_out = len(store.numbers(site, skip=skip)) - len(rows)
+    learned, measured = store.split(site, held_out, skip=skip, rows=rows)
     training = store.batches(site, size, seed=seed, rows=learned)
     count = min(MEASURED, max(1, len(measured) // size))
     held = store.batches(site, min(size, len(measured)), seed=seed, rows=measured)
@@ -281,6 +291,7 @@ def train_autoencoder(
     )
     found = kept(autoencoder)
     report = measure_autoencoder(found, track(validation, "Measuring", len(validation), progress))
+    report = replace(report, left_out=left_out)
     if out is not None:
         write_whole(Path(out) / REPORT, json.dumps(report.to_dict(), indent=1))
     return TrainedAutoencoder(found, report, trained, scale)
