@@ -164,7 +164,7 @@ TINY = {
     "awq": {"calibration": 1, "held_out": 1, "search": 64, "grid": 2},
     "cats": {"calibration": 1, "held_out": 1},
     "crrelu": {"calibration": 1},
-    "eva": {"fitted": 1, "measured": 1},
+    "eva": {"fitted": 1, "measured": 1, "rates": (1e-3,), "steps": 2, "early": 2, "rows": 1, "held_out": 2},
     "lazy-neuron": {"language": 1},
     "llm-fp4": {"calibration": 1, "held_out": 1, "candidates": 2, "rounds": 1, "tokens": 64},
     "massive-activations": {"calibration": 1, "held_out": 1},
