@@ -112,8 +112,8 @@ SOONER = Statement(
 )
 REAL_SOONER = replace(
     SOONER,
-    condition="mean validation loss at step 40, the last, of the better EVA arm is at most LoRA's - 0.01 nats, lower in "
-    "3 of 3 seeds",
+    condition="mean validation loss at step 40, the last, of the better EVA arm is at most LoRA's - 0.01 nats, lower "
+    "in 3 of 3 seeds",
     subject="smollm2",
 )
 STATEMENTS = (
