@@ -239,9 +239,9 @@ def sooner(model: nn.Module, sizes: Sizes, tokenizer: str = "swiglu", *, progres
     early: dict[str, list[float]] = {name: [] for name in ARMS}
     late: dict[str, list[float]] = {name: [] for name in ARMS}
     counts = {}
-    for seed, text in track(texts.items(), "Training from each start", enabled=progress):
-        for name, layers in track(starts(model, text, progress).items(), f"Seed {seed}", enabled=progress):
-            run = tune(model, layers, text, sizes, seed, rate, test)
+    for seed, pages in track(texts.items(), "Training from each start", enabled=progress):
+        for name, layers in track(starts(model, pages, progress).items(), f"Seed {seed}", enabled=progress):
+            run = tune(model, layers, pages, sizes, seed, rate, test)
             losses = {step.step: step.validation for step in run.history}
             early[name].append(losses[sizes.early] or math.nan)
             late[name].append(losses[sizes.steps] or math.nan)
