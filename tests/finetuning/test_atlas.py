@@ -122,6 +122,35 @@ def test_composition_and_gradients_are_those_of_a_literal_loop(mode: Any) -> Non
     torch.testing.assert_close(model(x), output, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["block", "partition"])
+@pytest.mark.parametrize("form", ["dense", "sparse", "low_rank"])
+def test_an_embedding_s_gradient_is_of_the_rows_that_were_read(mode: Any, form: str) -> None:
+    class Read(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(40, 6, padding_idx=3), nn.Linear(6, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.table(ids).mean(1))
+
+    torch.manual_seed(0)
+    base, tuned = Read(), Read()
+    delta = Delta.between(tuned, base)
+    delta = {"dense": delta, "sparse": delta.sparse(0.5), "low_rank": delta.low_rank(2)}[form]
+    ids, labels = torch.tensor([[1, 5, 5, 3], [7, 1, 0, 39]]), torch.tensor([0, 2])
+    found = []
+    for whole_table in (False, True):
+        running = Atlas.of([delta], mode=mode).attach(base)
+        assert base.table.sparse
+        base.table.sparse = not whole_table
+        F.cross_entropy(base(ids), labels).backward()
+        found.append(running.composed["table.weight"].coefficients.grad)
+        running.detach()
+        assert not base.table.sparse
+    assert found[0].abs().max() > 0
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
+
+
 def test_one_number_for_all_is_peft_s_task_arithmetic() -> None:
     merging = pytest.importorskip("peft.utils.merge_utils")
     base = net()

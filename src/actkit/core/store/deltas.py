@@ -31,7 +31,7 @@ from actkit.core.layers.low_rank import decompose
 from actkit.core.store.adapter_folder import merged
 
 KIND = "actkit delta"
-PIECE = 1 << 20  # numbers that are widened at once
+PIECE = 1 << 17  # numbers that are widened at once
 
 
 @dataclass(frozen=True, eq=False)

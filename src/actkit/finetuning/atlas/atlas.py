@@ -78,7 +78,13 @@ class Sum(torch.autograd.Function):
         for index, part in enumerate(ctx.parts):
             if part is None:
                 continue
-            if ctx.groups is None:
+            if gradient.is_sparse:  # of an embedding: the rows that were read
+                rows, values = gradient._indices()[0], gradient._values()
+                each = (values.double() * part.dense()[rows].double()).flatten()
+                to = each.new_zeros(ctx.shape[1])
+                own = torch.zeros_like(rows)[:, None].expand_as(values) if ctx.groups is None else ctx.groups[rows]
+                found[index] = to.index_add(0, own.flatten(), each)
+            elif ctx.groups is None:
                 found[index] = product(Dense(gradient), part)
             else:
                 each = (gradient.float() * part.dense().to(gradient)).flatten()
@@ -167,6 +173,7 @@ class AttachedAtlas(AttachedRule):
         self.rule, self.model = rule, model
         self.composed: dict[str, Composed] = {}
         self._evaluated = ExitStack()
+        self._embeddings: list[nn.Embedding] = []
         self._places: list[tuple[nn.Module, str]] = []
         self._orders = [(module, list(module._parameters)) for module in model.modules()]
         blocks = _blocks(rule, model, vectors)
@@ -193,11 +200,20 @@ class AttachedAtlas(AttachedRule):
                         model.get_submodule(path), attribute, self.composed[name], unsafe=True
                     )
                     self._places.append((model.get_submodule(path), attribute))
+                self._read_by_row(names[id(parameter)])
             self._evaluated.enter_context(modes_restored(model))
             self._evaluated.enter_context(hooked(model, before={"": lambda *_: model.eval()}))
         except BaseException:
             self._remove()
             raise
+
+    def _read_by_row(self, names: Sequence[str]) -> None:
+        """Let an embedding give the gradient of the rows that were read, not of its whole table."""
+        module = self.model.get_submodule(names[0].rpartition(".")[0])
+        plain = isinstance(module, nn.Embedding) and module.max_norm is None and not module.scale_grad_by_freq
+        if len(names) == 1 and plain and not module.sparse:
+            module.sparse = True
+            self._embeddings.append(module)
 
     @property
     def coefficients(self) -> dict[str, Tensor]:
@@ -233,6 +249,9 @@ class AttachedAtlas(AttachedRule):
 
     def _remove(self) -> None:
         self._evaluated.close()
+        for embedding in self._embeddings:
+            embedding.sparse = False
+        self._embeddings = []
         for module, attribute in reversed(self._places):
             parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
         if self._places:
