@@ -36,8 +36,10 @@ def rows_of(layer: nn.Module, x: Tensor) -> Tensor:
     for place in (0, 1):  # windows as views: [batch, channels, height, width, size, size]
         span = dilation[place] * (size[place] - 1) + 1
         x = x.unfold(2 + place, span, stride[place])[..., :: dilation[place]]
-    windows = x.unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 4, 2, 5, 6)
-    return windows.reshape(layer.groups, -1, windows[0, 0, 0, 0].numel())
+    windows, inputs = x.unflatten(1, (layer.groups, -1)), layer.in_channels // layer.groups * size[0] * size[1]
+    if stride[1] < size[1]:  # neighbours overlap: each entry of the kernel is copied along the positions, not by itself
+        return windows.permute(1, 2, 5, 6, 0, 3, 4).reshape(layer.groups, inputs, -1).mT
+    return windows.permute(1, 0, 3, 4, 2, 5, 6).reshape(layer.groups, -1, inputs)
 
 
 def _pair(value: Any, flat: bool, filling: int = 1) -> tuple[int, int]:
