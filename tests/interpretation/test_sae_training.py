@@ -15,6 +15,7 @@ from actkit.core.ground.errors import CheckpointError
 from actkit.core.store.activation_store import ActivationStore, harvest
 from actkit.core.train import training as loop
 from actkit.core.watch.intervene import intervene
+from actkit.interpretation.dark_matter.error_split import split_error
 from actkit.interpretation.sparse_autoencoder.contexts import latent_contexts
 from actkit.interpretation.sparse_autoencoder.files import read_autoencoder
 from actkit.interpretation.sparse_autoencoder.kinds import KINDS
@@ -173,11 +174,20 @@ def test_contexts_are_where_a_latent_is_largest(store: ActivationStore) -> None:
             assert context.value == pytest.approx(float(values[context.row]))
             assert context.tokens[context.place] == f"{int(keys.token_ids[context.row])} "
             assert f"[{context.tokens[context.place]}]" in context.text and len(context.tokens) <= 4
+            first = context.row - context.place
+            assert context.values == pytest.approx(values[first : first + len(context.tokens)].tolist())
+            assert keys.sequences[first : first + len(context.tokens)].unique().tolist() == [
+                int(keys.sequences[context.row])
+            ]
     assert found.table("density", most=5).row_count == 5 and found.to_dict()["rows"] == len(x)
     page = found.page(most=5)
     densities = [row[1] for row in page.parts[0].rows]
     assert len(densities) == 5 and densities == sorted(densities, reverse=True)
     assert "Shown are the 5 that fire most often" in page.html()
+    halves = (store.batches(SITE, 64, rows=rows) for rows in store.split(SITE, 0.5))
+    split = split_error(autoencoder, *halves)
+    text = found.page(most=5, split=split).html()
+    assert "What the latents leave out" in text and f"{split.fvu_linear:.1%}, which more latents may find" in text
     few = latent_contexts(autoencoder, store, latents=[3], text=lambda ids: f"<{ids[0]}>", progress=False)
     assert [each.latent for each in few.latents] == [3]
     with pytest.raises(ValueError, match="latents are 0 to 47"):
@@ -208,8 +218,9 @@ def test_rows_far_longer_than_others_are_left_out(tmp_path: Path) -> None:
     assert found.report.left_out == 66 and found.table().row_count == 4
     assert trained(store, longest=math.inf).report.left_out == 0
     assert found.report.explained_variance > 0.2
-    read = latent_contexts(found.autoencoder, store, progress=False)
+    read = latent_contexts(found.autoencoder, store, before=15, after=15, progress=False)
     places = {context.row for each in read.latents for context in each.contexts}
+    assert all(context.values[0] == 0 for each in read.latents for context in each.contexts)  # a sink
     assert read.rows == 894 and places <= set(usual.tolist())
     with pytest.raises(ValueError, match="longest: "):
         trained(store, longest=1.0)

@@ -4,20 +4,21 @@
     print(found.table(sort="density"))        # latents by how often they fire, each with its strongest contexts
 
 When to use it: to see whether latents mean something before anything is built on them.
-Cost: one pass of the autoencoder over the store, and k places for each latent.
+Cost: two passes of the autoencoder over the store at most, and k places for each latent.
 Settled here: contexts are of the token's own sequence, as the store keeps them; latents that never fire have none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from actkit.core.ground.progress import track
-from actkit.core.page.page import Context, Page
+from actkit.core.page.page import Context, Facts, Page
 from actkit.core.page.page import Table as Sorted
 from actkit.core.store.activation_store import ActivationStore
 from actkit.interpretation.sparse_autoencoder.autoencoder import SparseAutoencoder
@@ -25,6 +26,8 @@ from actkit.interpretation.sparse_autoencoder.training import LONGEST
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from actkit.interpretation.dark_matter.error_split import ErrorSplit
 
 ROWS = 4096  # that are encoded at once
 
@@ -38,12 +41,14 @@ class LatentContext:
         row: of the store.
         tokens: texts of the tokens around it.
         place: of the token itself among them.
+        values: of the latent at each of these tokens.
     """
 
     value: float
     row: int
     tokens: tuple[str, ...]
     place: int
+    values: tuple[float, ...]
 
     @property
     def text(self) -> str:
@@ -114,11 +119,12 @@ class LatentContexts:
             table.add_row(str(each.latent), f"{each.density:.2%}", largest, where)
         return table
 
-    def page(self, most: int = 2000) -> Page:
-        """The latents to sort and filter, each with its contexts; the token itself is shaded by its value.
+    def page(self, most: int = 2000, split: ErrorSplit | None = None) -> Page:
+        """The latents to sort and filter, each with its contexts, whose tokens are shaded by the latent's values.
 
         Args:
             most: latents, at most; those that fire most often.
+            split: of the autoencoder's error (`dark_matter.error_split.split_error`), shown above them.
         """
         shown = sorted(self.latents, key=lambda each: -each.density)[:most]
         rows, contexts = [], []
@@ -127,20 +133,14 @@ class LatentContexts:
             token = "" if first is None else first.tokens[first.place]
             where = token.strip() or repr(token)[1:-1]  # line ends show as such
             rows.append((each.latent, 100 * each.density, 0.0 if first is None else first.value, where))
-            contexts.append(
-                [
-                    Context(
-                        found.tokens, [found.value if at == found.place else 0.0 for at in range(len(found.tokens))]
-                    )
-                    for found in each.contexts
-                ]
-            )
+            contexts.append([Context(found.tokens, found.values) for found in each.contexts])
         never = sum(not each.contexts for each in self.latents)
         left = "" if len(shown) == len(self.latents) else f" Shown are the {len(shown):,} that fire most often."
         return Page(
             f"Latents at {self.site}",
             f"{len(self.latents):,} latents over {self.rows:,} rows, {never:,} of which never fire.{left}",
             (
+                *([] if split is None else [_of_error(split)]),
                 Sorted(
                     "Latents",
                     ("latent", "fires in (%)", "largest value", "at the token"),
@@ -150,6 +150,18 @@ class LatentContexts:
                 ),
             ),
         )
+
+
+def _of_error(split: ErrorSplit) -> Facts:
+    return Facts(
+        "What the latents leave out",
+        [
+            ("of the variance", f"{split.fvu:.1%} (FVU, {split.rows:,} held-out rows)"),
+            ("of which linear in the activation", f"{split.fvu_linear:.1%}, which more latents may find"),
+            ("of which the rest", f"{split.fvu_rest:.1%}"),
+            ("active latents per row", f"{split.active:.1f}"),
+        ],
+    )
 
 
 @torch.no_grad()
@@ -215,13 +227,44 @@ def latent_contexts(
                 done += len(part)
     finally:
         autoencoder.train(training)
-    read, counted = [], int(usual.sum())
+    counted = int(usual.sum())
+    read = []
     for place, latent in enumerate(chosen):
         contexts = []
         for value, row in zip(best[place].tolist(), rows[place].tolist(), strict=True):
             if value > 0:
                 ids, own = store.context(name, row, before, after)
                 tokens = tuple(str(each) + " " if text is None else text([each]) for each in ids)
-                contexts.append(LatentContext(value, row, tokens, own))
+                contexts.append(LatentContext(value, row, tokens, own, ()))
         read.append(ReadLatent(latent, float(fired[place]) / max(1, counted), tuple(contexts)))
-    return LatentContexts(str(name), counted, tuple(read))
+    return LatentContexts(str(name), counted, tuple(_with_values(autoencoder, store, name, read, usual)))
+
+
+def _with_values(
+    autoencoder: SparseAutoencoder, store: ActivationStore, name: Any, read: list[ReadLatent], usual: Tensor
+) -> Iterator[ReadLatent]:
+    """Latents with their values at all tokens of their contexts; 0 at rows that do not count."""
+    windows = [(each.latent, found) for each in read for found in each.contexts]
+    device = usual.device
+    wanted = [range(found.row - found.place, found.row - found.place + len(found.tokens)) for _, found in windows]
+    rows = torch.tensor([row for window in wanted for row in window], dtype=torch.int64)
+    latents = torch.tensor([latent for (latent, _), window in zip(windows, wanted, strict=True) for _ in window])
+    values = torch.zeros(len(rows))
+    single, place = rows.unique(return_inverse=True)
+    training = autoencoder.training
+    autoencoder.eval()
+    try:
+        for start in range(0, len(single), ROWS):
+            part = single[start : start + ROWS]
+            encoded = autoencoder.encode(store.take(name, part).to(device, torch.float32))
+            here = ((place >= start) & (place < start + len(part))).nonzero()[:, 0]
+            encoded = encoded * usual[part.to(device), None]
+            values[here] = encoded[(place[here] - start).to(device), latents[here].to(device)].cpu().float()
+    finally:
+        autoencoder.train(training)
+    each_value = iter(values.tolist())
+    for latent in read:
+        contexts = tuple(
+            replace(found, values=tuple(next(each_value) for _ in found.tokens)) for found in latent.contexts
+        )
+        yield replace(latent, contexts=contexts)
