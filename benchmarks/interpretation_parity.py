@@ -130,8 +130,8 @@ def captum() -> list[Row]:
         own, others = [], []
         with evaluating(model):
             run, places = read_pair(model, base, patch, metric, ["block.output"])
-            zeros = replace(run, differences={site: -run.own[site] for site in places})  # a patch run of zeros
-            effects = zeros.first_order()
+            zeros = {site: torch.zeros_like(run.other[site]) for site in places}  # as a patch run would give
+            effects = replace(run, other=zeros).first_order()
             own = [effects[site] for site in places]
         for block in blocks:
             given = LayerGradientXActivation(answer, block).attribute(base["input_ids"])

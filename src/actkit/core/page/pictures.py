@@ -14,6 +14,7 @@ from actkit.core.page.axes import number, scale, svg, upright
 CELL, GAP, TOP = 18, 2, 20
 FAINT, FULL = 0.06, 1.0  # opacity of the least and of the most
 LONGEST_NAME, LETTER = 128, 6.4  # of a row beside a grid, in the picture's own units
+DIGIT = 7.4  # of a number beside lines
 
 
 def lines_over(
@@ -30,9 +31,10 @@ def lines_over(
     Returns:
         SVG.
     """
-    width, height, left, bottom, top = 300, 170, 44, 22, 8
+    width, height, bottom, top = 300, 170, 22, 8
     values = [value for line in lines for _, value in line if value > 0 or not logarithmic]
     y, ticks = upright(values, logarithmic, height - bottom, top)
+    left = max(44, 8 + round(DIGIT * max((len(number(tick)) for tick in ticks), default=0)))
     x = scale(0, max(1, len(places) - 1), left + 6, width - 10)
     parts = []
     for tick in ticks:
