@@ -160,6 +160,7 @@ def test_a_record_that_could_not_be_written_is_refused_before_the_run(evidence, 
 
 
 TINY = {
+    "adadim": {"calibration": 1, "held_out": 1, "search": 64, "bits": (3,)},
     "agile-quant": {"calibration": 1, "held_out": 1},
     "awq": {"calibration": 1, "held_out": 1, "search": 64, "grid": 2},
     "cats": {"calibration": 1, "held_out": 1},

@@ -101,7 +101,7 @@ STATEMENTS = (LOG2, W4A8, PRUNED, SPEED, *(each.on(name) for name in REAL for ea
 def run(*, subject: str | None = None, progress: bool = True, sizes: Sizes | None = None) -> Outcome:
     """Run the claims, or those about one subject. sizes: smaller ones, for a try."""
     if subject in REAL:
-        return _on_a_real_model(subject, progress, sizes or (LARGEST_MODEL if subject == "gemma3" else REAL_SIZES))
+        return _on_a_real_model(subject, progress, sizes or real_sizes(subject))
     sizes = sizes or Sizes()
     natural = Subject("swiglu", calibration=sizes.calibration, held_out=sizes.held_out, split="train")
     experiments: list[Experiment] = [
@@ -111,6 +111,11 @@ def run(*, subject: str | None = None, progress: bool = True, sizes: Sizes | Non
         (SPEED, partial(time_to_first_token, sizes)),
     ]
     return conduct("agile-quant", experiments, sizes, subject, progress)
+
+
+def real_sizes(subject: str) -> Sizes:
+    """The sizes of a run on a real model."""
+    return LARGEST_MODEL if subject == "gemma3" else REAL_SIZES
 
 
 def _on_a_real_model(name: str, progress: bool, sizes: Sizes) -> Outcome:

@@ -98,7 +98,7 @@ STATEMENTS = (CENTRAL, NATURAL, ERROR, *(REAL_MODEL.on(name) for name in REAL))
 def run(*, subject: str | None = None, progress: bool = True, sizes: Sizes | None = None) -> Outcome:
     """Run the claims, or those about one subject. sizes: smaller ones, for a try."""
     if subject in REAL:
-        return _on_a_real_model(subject, progress, sizes or (LARGEST_MODEL if subject == "gemma3" else REAL_SIZES))
+        return _on_a_real_model(subject, progress, sizes or real_sizes(subject))
     sizes = sizes or Sizes()
     rows: dict[str, Any] = {"calibration": sizes.calibration, "held_out": sizes.held_out, "split": "train"}
     natural = Subject("swiglu", model=trained(sizes.steps), **rows)
@@ -109,6 +109,11 @@ def run(*, subject: str | None = None, progress: bool = True, sizes: Sizes | Non
         (ERROR, partial(errors_of_weights, twin, sizes)),
     ]
     return conduct("outliertune", experiments, sizes, subject, progress)
+
+
+def real_sizes(subject: str) -> Sizes:
+    """The sizes of a run on a real model."""
+    return LARGEST_MODEL if subject == "gemma3" else REAL_SIZES
 
 
 def _on_a_real_model(name: str, progress: bool, sizes: Sizes) -> Outcome:

@@ -10,7 +10,7 @@ more.
 
 On SmolLM2-135M (in float32) its off-grid twin is judged, as its weights were rounded to 4 bits before they were
 published; a smaller run (`REAL_SIZES`): 4,096 held-out tokens, one seed, of 8 x 256 for calibration and of random
-factors, symmetric grids in the study.
+factors, symmetric grids in the study. Gemma 3 270M likewise.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import nn
 from actkit import zoo
 from actkit.claims import small_models, zeroquant_v2_training
 from actkit.claims.outcome import SMALL, Experiment, Measurement, Outcome, Statement, conduct
-from actkit.claims.subject import Subject, moved_by, spread
+from actkit.claims.subject import REAL, Subject, moved_by, spread
 from actkit.core.edit.edits import Replace
 from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.model.anatomy import anatomy
@@ -38,7 +38,6 @@ from actkit.quantization.zeroquant_v2.lorc import Lorc
 from actkit.quantization.zeroquant_v2.ptq_study import sensitivity_class
 from actkit.zoo.off_grid import off_grid_twin
 
-REAL = "smollm2"
 FAMILIES = ("swiglu", "geglu", "relu")
 GROUP, FINER = 64, 32
 RANK = 8  # the paper's
@@ -127,43 +126,47 @@ CONTROL = Statement(
 )
 ON_REAL = (
     replace(
-        SENSITIVE.on(REAL),
+        SENSITIVE,
         condition="off-grid twin, whose float32 logits agree with the model's to 1e-4, symmetric grids: d of 8-bit "
         "inputs by one static scale (mean over the calibration seeds) is above d of 8-bit rows of weights, and d of "
         "6-bit inputs per token above d of 6-bit rows",
     ),
     replace(
-        LORC.on(REAL),
+        LORC,
         condition="off-grid twin, 3 bits in groups of 64: perplexity falls strictly over the ranks 0, 1, 2, 4, 8, and "
         "rank 8 recovers at least 10 % of the gap to float32",
     ),
     replace(
-        GROWS.on(REAL),
+        GROWS,
         condition="off-grid twin, groups of 64, rank 8: the perplexity gained at 2 bits is above that at 3, and that "
         "above that at 4; and at 2 bits the perplexity with it is at most 10 x that of float32, as of two models that "
         "have collapsed none is better",
     ),
     replace(
-        INTEGERS.on(REAL),
+        INTEGERS,
         condition="off-grid twin, 3 bits in groups of 64, rank 8: 8-bit factors change the perplexity by less than "
         "0.5 %",
     ),
     replace(
-        CONTROL.on(REAL),
+        CONTROL,
         condition="off-grid twin, 3 bits in groups of 64: random factors of rank 8, their product of the same norm as "
         "LoRC's, leave the perplexity no lower than none (mean of the draws)",
     ),
 )
 TRAINING = zeroquant_v2_training.STATEMENTS
-STATEMENTS = (EXACT, FINE, BOTH, SENSITIVE, LORC, GROWS, RECOVERS, INTEGERS, CONTROL, *TRAINING, *ON_REAL)
+STATEMENTS = (
+    *(EXACT, FINE, BOTH, SENSITIVE, LORC, GROWS, RECOVERS, INTEGERS, CONTROL),
+    *TRAINING,
+    *(each.on(name) for name in REAL for each in ON_REAL),
+)
 
 Models = dict[str, Subject]
 
 
 def run(*, subject: str | None = None, progress: bool = True, sizes: Sizes | None = None) -> Outcome:
     """Run the claims, or those about one subject. sizes: smaller ones, for a try."""
-    if subject == REAL:
-        return _on_a_real_model(progress, sizes or REAL_SIZES)
+    if subject in REAL:
+        return _on_a_real_model(subject, progress, sizes or REAL_SIZES)
     sizes = sizes or Sizes()
     rows: dict[str, Any] = {"calibration": sizes.calibration, "held_out": sizes.held_out, "split": "train"}
     families = {name: Subject(name, **rows) for name in FAMILIES if subject in (None, SMALL, name)}
@@ -185,18 +188,18 @@ def run(*, subject: str | None = None, progress: bool = True, sizes: Sizes | Non
     return conduct("zeroquant-v2", experiments, sizes, subject, progress)
 
 
-def _on_a_real_model(progress: bool, sizes: Sizes) -> Outcome:
+def _on_a_real_model(name: str, progress: bool, sizes: Sizes) -> Outcome:
     rows: dict[str, Any] = {"calibration": sizes.calibration, "held_out": sizes.held_out, "split": "train"}
-    published = Subject(REAL, model=zoo.load(REAL), **rows)  # float32: the differences are small
-    twin = {"off-grid twin": Subject(REAL, model=off_grid_twin(published.model), **rows)}
+    published = Subject(name, model=zoo.load(name), **rows)  # float32: the differences are small
+    twin = {"off-grid twin": Subject(name, model=off_grid_twin(published.model), **rows)}
     experiments: list[Experiment] = [
-        (ON_REAL[0], partial(inputs_or_weights_of_a_twin, twin, published, sizes)),
-        (ON_REAL[1], partial(falling_and_recovered, twin, sizes)),
-        (ON_REAL[2], partial(growing, twin)),
-        (ON_REAL[3], partial(integer_factors, twin, (3,))),
-        (ON_REAL[4], partial(random_directions, twin, sizes, (3,))),
+        (ON_REAL[0].on(name), partial(inputs_or_weights_of_a_twin, twin, published, sizes)),
+        (ON_REAL[1].on(name), partial(falling_and_recovered, twin, sizes)),
+        (ON_REAL[2].on(name), partial(growing, twin)),
+        (ON_REAL[3].on(name), partial(integer_factors, twin, (3,))),
+        (ON_REAL[4].on(name), partial(random_directions, twin, sizes, (3,))),
     ]
-    return conduct("zeroquant-v2", experiments, sizes, REAL, progress)
+    return conduct("zeroquant-v2", experiments, sizes, name, progress)
 
 
 def trained(steps: int) -> nn.Module:
@@ -337,7 +340,7 @@ def growing(models: Models) -> Measurement:
     for name, subject in models.items():
         two, three, four = (gained(subject, bits) for bits in (2, 3, 4))
         left = subject.perplexity(compensated(2)) / subject.perplexity()
-        holds = holds and two > three > four and (subject.name != REAL or left <= COLLAPSED)
+        holds = holds and two > three > four and (subject.name not in REAL or left <= COLLAPSED)
         parts.append(f"{name} {two:.3f}, {three:.3f} and {four:.4f} (at 2 bits {left:.3g} x float32 is left)")
     return Measurement(f"gained at 2, 3 and 4 bits: {'; '.join(parts)}", holds)
 
