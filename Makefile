@@ -6,7 +6,8 @@
 #             three quarters of an hour)
 # make bench-compression    what narrower and factored models cost and lose, beside torch-pruning and optipfair (an hour)
 # make bench-functions      learned functions beside MLPs, pykan, inkan and flashkan (five minutes)
-# make bench-quantization   our quantizers beside llm-compressor and AutoRound, on SmolLM2 (hours on two cores)
+# make bench-quantization   our quantizers beside llm-compressor and AutoRound, on SmolLM2 and Gemma 3 (hours on two
+#             cores), and on MiniLM and digits
 # make bench-interpretation   how we look into models, beside TransformerLens, SAELens and others (15 minutes)
 # make zoo    train the embedded models again (two hours and a half on one core)
 PYTHON ?= python3
@@ -73,7 +74,10 @@ bench-compression: .venv/.installed .venv-bench/.installed
 	$(BIN)/python benchmarks/compression.py
 
 bench-quantization: .venv/.installed .venv-quantization/.installed
+	$(BIN)/python benchmarks/gptq_parity.py
 	$(BIN)/python benchmarks/quantization.py
+	$(BIN)/python benchmarks/quantization.py --model gemma3
+	$(BIN)/python benchmarks/quantization_encoders.py
 
 # llm-compressor wants other versions than we do; torch alone is pinned, as others pull in an accelerator's libraries.
 .venv-quantization/.installed:

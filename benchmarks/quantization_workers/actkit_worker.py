@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from peer_worker import losses, memory, weights
+from peer_worker import losses, memory, read_once, weights
 
 import actkit
 from actkit.runtime.decoder import Decoder
@@ -29,6 +29,7 @@ def main() -> None:
     model = actkit.load(job["model"])
     rows = torch.tensor(job["calibration"])
     batches = [{"input_ids": each, "attention_mask": torch.ones_like(each)} for each in rows.split(BATCH)]
+    read_once(model)
     loaded, started = memory("VmRSS"), time.perf_counter()
     notes = []
     if job["recipe"]:
@@ -44,6 +45,7 @@ def main() -> None:
         "losses": losses(model, job["held_out"]),
         "notes": notes,
     }
+    result["plain tokens/s"] = plain_rate(model, job["held_out"][0][:16])
     if Decoder.supports(model) is None:
         result["tokens/s"] = rate(model, job["held_out"][0][:16])
     Path(job["result"]).write_text(json.dumps(result), encoding="utf-8")
@@ -53,6 +55,18 @@ def resident(model: torch.nn.Module) -> float:
     """MB of the parameters and buffers as they are held, each once."""
     held = {each.data_ptr(): each.nbytes for each in (*model.parameters(), *model.buffers())}
     return sum(held.values()) / 1e6
+
+
+@torch.no_grad()
+def plain_rate(model: Any, prompt: list[int]) -> float:
+    """Tokens a second through transformers' own forward pass, one token after the other, the median."""
+    found: list[float] = []
+    read = model(torch.tensor([prompt]), use_cache=True)
+    for _ in range(NEW):
+        started = time.perf_counter()
+        read = model(read.logits[:, -1:].argmax(-1), past_key_values=read.past_key_values, use_cache=True)
+        found.append(1 / (time.perf_counter() - started))
+    return median(found[NEW // 4 :])  # the first ones compile
 
 
 def rate(model: torch.nn.Module, prompt: list[int]) -> float:

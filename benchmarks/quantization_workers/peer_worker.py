@@ -4,7 +4,9 @@
 
 The job names the model's folder, the tokens (calibration and held-out, lists of rows), the method, bits and group size.
 Losses are those of the model as the peer leaves it in memory: its own rounding of weights (and activations), run by
-transformers in the model's dtype. Peak memory is that of this process (VmHWM) less its size with the model loaded.
+transformers in the model's dtype. Peak memory is that of this process (VmHWM) less its size with the model loaded and
+read once, as weights that are mapped count when they are first read. llm-compressor's AWQ pins memory, which fails
+without an accelerator: that is left out here.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-BATCH = 8
+BATCH, LARGE_VOCABULARY = 8, 100_000
 
 
 def memory(name: str) -> float:
@@ -28,6 +30,12 @@ def memory(name: str) -> float:
         if line.startswith(name):
             return int(line.split()[1]) / 1024
     return float("nan")
+
+
+def read_once(model: Any) -> None:
+    """Read a byte of each page of the weights, so that those that are mapped count as loaded."""
+    for parameter in model.parameters():
+        parameter.detach().view(-1).view(torch.uint8)[::4096].sum()
 
 
 def weights(folder: Path) -> float:
@@ -41,6 +49,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     rows = [torch.tensor(row) for row in job["calibration"]]
+    read_once(model)
     loaded, started = memory("VmRSS"), time.perf_counter()
     rounding: Any = None
     if job["method"] == "autoround":
@@ -65,7 +74,12 @@ def compress(model: Any, rows: list[torch.Tensor], job: dict[str, Any]) -> None:
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    if not torch.accelerator.is_available():
+        IntermediatesCache.pin_memory = lambda *_, **__: None  # type: ignore[method-assign]
 
     if job["method"] == "smooth w8a8":
         weights = QuantizationArgs(num_bits=8, symmetric=True, strategy="channel")
@@ -79,6 +93,7 @@ def compress(model: Any, rows: list[torch.Tensor], job: dict[str, Any]) -> None:
     recipe: list[Any] = {
         "rtn": lambda: [QuantizationModifier(**groups)],
         "gptq": lambda: [GPTQModifier(**groups)],
+        "awq": lambda: [AWQModifier(), QuantizationModifier(**groups)],
         "smooth w8a8": lambda: [SmoothQuantModifier(smoothing_strength=0.5), QuantizationModifier(**groups)],
     }[job["method"]]()
     data = Dataset.from_dict({"input_ids": [r.tolist() for r in rows], "attention_mask": [[1] * len(r) for r in rows]})
@@ -120,8 +135,9 @@ def losses(model: Any, rows: list[list[int]]) -> list[float]:
     """The summed loss of the next token on each row."""
     model.eval()
     found: list[float] = []
-    for start in range(0, len(rows), BATCH):
-        ids = torch.tensor(rows[start : start + BATCH])
+    batch = BATCH if model.config.vocab_size < LARGE_VOCABULARY else 1  # a token of Gemma 3 has 1 MB of logits
+    for start in range(0, len(rows), batch):
+        ids = torch.tensor(rows[start : start + batch])
         logits = model(input_ids=ids).logits[:, :-1].float()
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         found += loss.view(len(ids), -1).double().sum(1).tolist()

@@ -119,6 +119,19 @@ proof(lambda p: written(p, layer_with(changed(), inputs=ROUNDED), format="dense"
 proof(lambda p: written(p, layer_with(changed(), inputs=ROUNDED, correction=CORRECTION), adapter=True))
 
 
+FP8_CACHE = {"quantize_cache": {"format": "fp8"}}
+SYMMETRIC = {"rtn": {"bits": 4, "group_size": 8, "symmetric": True}}
+
+
+proof(lambda p: written(p, run({"actkit": 1, "transforms": [SYMMETRIC, FP8_CACHE]}).model, format="dense"))
+
+
+proof(lambda p: gguf_settings.refuse(Plain.of(run({"actkit": 1, "transforms": [SYMMETRIC, FP8_CACHE]}).model)))
+
+
+proof(lambda p: written(p, run({"actkit": 1, "transforms": [*STACK["transforms"], FP8_CACHE]}).model))
+
+
 @proof
 def two_kinds_beside_an_adapter(p: Place) -> None:
     steps = [{"rtn": {"bits": 4, "group_size": 8, "symmetric": True}}]

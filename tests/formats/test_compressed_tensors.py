@@ -35,6 +35,7 @@ GROUPS = {"bits": 4, "group_size": 8, "symmetric": True}
 ZEROS = {**GROUPS, "symmetric": False}  # of 16 outputs: the package (0.20) fails where one word holds all of them
 ROWS = {"bits": 8, "group_size": -1, "symmetric": True}
 TOKENS = ("round_inputs", {"half_step": True})
+FP8_CACHE = ("quantize_cache", {"format": "fp8"})
 
 
 def recipe(*transforms: tuple[str, dict[str, Any]]) -> dict[str, Any]:
@@ -110,6 +111,9 @@ CASES = {  # name -> the model, the share of the largest output by which readers
     "int8 of vLLM": (lambda: changed("qwen2", "rtn", ROWS, ("round_inputs", {})), 1e-5),
     "int8 by one scale": (lambda: changed("qwen2", "rtn", ROWS, ("round_inputs", {"per": "tensor"})), 1e-5),
     "int8 without down": (lambda: changed("qwen2", "rtn", ROWS, ("round_inputs", {"skip": ("down",)})), 1e-5),
+    "fp8 cache": (lambda: changed("llama", "rtn", GROUPS, FP8_CACHE), 1e-5),
+    "fp8 cache of groups of readers": (lambda: changed("qwen2", "rtn", ROWS, TOKENS, FP8_CACHE), 1e-5),
+    "fp8 cache in 16 bits": (lambda: changed("mistral", "rtn", GROUPS, FP8_CACHE).to(torch.bfloat16), 0.0),
     "outliertune": (lambda: changed("llama", "outliertune", {}), 1e-5),
     "int8 encoder": (lambda: changed("bert", "rtn", ROWS, TOKENS), 1e-5),
     "int8 as stored": (lambda: embedded(None, ROWS, TOKENS), 0.0),  # bfloat16

@@ -116,6 +116,9 @@ def rounded_before(p: Place) -> None:
 
 
 proof(lambda p: run(QuantizeCache(), kind="bert"))
+
+
+proof(lambda p: run([Rotate(sites=("R3",)), QuantizeCache(format="fp8")]))
 proof(lambda p: run(OmniQuant(group_size=8, cache_bits=8), kind="bert"))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import actkit
 from actkit.core.edit.edits import Insert, apply_edit
@@ -14,7 +15,9 @@ from actkit.core.ground.errors import EditError, ExportError, UnsupportedModelEr
 from actkit.core.layers.cache_rounding import CHILD, CacheRounding
 from actkit.core.recipe.runner import apply
 from actkit.quantization.quantize_cache import QuantizeCache
+from actkit.quantization.rotate import Rotate
 from actkit.quantization.rtn import RoundToNearest
+from actkit.runtime.decoder import Decoder
 from actkit.testing import check_transform, tiny_batches, tiny_model
 
 
@@ -48,6 +51,53 @@ def test_keys_and_values_are_those_of_the_formula(kind: str, bits: int) -> None:
     other.set_attn_implementation("rounded_by_hand")
     torch.testing.assert_close(model(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(model(ids).logits, before, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_floats_are_those_of_torchs_cast_by_the_largest_of_calibration() -> None:
+    model, other = tiny_model("llama"), tiny_model("llama")
+    batches = [{"input_ids": torch.randint(40, (2, 12), generator=torch.Generator().manual_seed(0))}]
+    largest: dict[tuple[int, str], float] = {}
+
+    def seen(module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
+        for name, x in (("key", key), ("value", value)):
+            place = (module.layer_idx, name)
+            largest[place] = max(largest.get(place, 0.0), float(x.abs().max()))
+        return sdpa_attention_forward(module, query, key, value, mask, **settings)
+
+    def cast(module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
+        rounded = []
+        for name, x in (("key", key), ("value", value)):
+            scale = largest[module.layer_idx, name] / 448
+            rounded.append((x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale)
+        return sdpa_attention_forward(module, query, *rounded, mask, **settings)
+
+    AttentionInterface.register("seen_by_hand", seen)
+    AttentionInterface.register("cast_by_hand", cast)
+    other.set_attn_implementation("seen_by_hand")
+    for batch in batches:
+        other(**batch)
+    other.set_attn_implementation("cast_by_hand")
+    apply(model, QuantizeCache(format="fp8"), batches, progress=False)
+    rounding = getattr(model.model.layers[1].self_attn, CHILD)
+    assert float(rounding.key) == pytest.approx(largest[1, "key"] / 448)
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+    torch.testing.assert_close(model(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_floats_are_saved_kept_from_the_decoder_and_refused_behind_a_rotation(tmp_path: Any) -> None:
+    model, batches = tiny_model("llama"), tiny_batches("llama")
+    apply(model, QuantizeCache(format="fp8"), batches, progress=False)
+    actkit.save(model, tmp_path / "small")
+    again = actkit.load(tmp_path / "small")
+    with torch.no_grad():
+        assert torch.equal(again(**batches[0]).logits, model(**batches[0]).logits)
+    assert getattr(again.half().model.layers[0].self_attn, CHILD).key.dtype == torch.float32
+    assert "fp8" in str(Decoder.supports(model))
+    with pytest.raises(UnsupportedModelError, match=r"keys of this .* are rotated"):
+        apply(tiny_model("llama"), [Rotate(sites=("R3",)), QuantizeCache(format="fp8")], batches, progress=False)
+    with pytest.raises(ValueError, match="bits: 4 was given with format: fp8"):
+        QuantizeCache(bits=4, format="fp8")
 
 
 @torch.no_grad()
@@ -109,3 +159,8 @@ def test_nothing_is_inserted_over_something() -> None:
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "mixtral"])
 def test_it_keeps_its_promises(kind: str) -> None:
     check_transform(QuantizeCache(), tiny_model(kind), tiny_batches(kind))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_floats_keep_the_promises_too(kind: str) -> None:
+    check_transform(QuantizeCache(format="fp8"), tiny_model(kind), tiny_batches(kind))

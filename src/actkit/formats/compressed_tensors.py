@@ -17,6 +17,9 @@ A code stands for (code - zero) * scale on both sides, so codes move over as the
 bits; 5 to 7 are written in 8. compressed-tensors packs 3 bits side by side from 0.18 on, earlier versions otherwise,
 and the config says the version. Scales are float32; a reader that computes in 16 bits rounds them to its dtype when it
 loads.
+
+Keys and values in fp8 (`quantize_cache: {format: fp8}`) are a `kv_cache_scheme` and k_scale, v_scale [1] of each
+attention, by which readers round what enters the cache.
 """
 
 from __future__ import annotations
@@ -30,9 +33,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from actkit.core.grids.floats import fp8, mxfp4, nvfp4
+from actkit.core.grids.floats import FloatGrid, fp8, mxfp4, nvfp4
 from actkit.core.grids.packing import pack_codes
 from actkit.core.ground.errors import ExportError
+from actkit.core.layers.cache_rounding import CHILD, CacheRounding
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.rounded_inputs import RoundedInputs
 from actkit.core.layers.weights import CodedWeight, DenseWeight, FloatWeight, IntegerWeight
@@ -44,6 +48,7 @@ NEED_16_BITS = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")  # the package w
 KERNEL_GROUPS = (-1, 32, 64, 128)  # group sizes that vLLM's kernels for packed weights take
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one layer each in vLLM, so one scheme each
 LAYOUT = "0.20.0"  # the version of compressed-tensors whose layout this is; readers tell old packings of 3 bits by it
+CACHE = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": "tensor"}
 READER = 127.5  # what transformers divides the range of a token by; vLLM takes 127
 
 
@@ -162,11 +167,23 @@ def write(plain: Plain, folder: Path, max_shard: int | str) -> dict[str, Any]:
             f"compressed-tensors: the model has {len(kinds)} kinds of weights, and transformers reads all of them as "
             f"the first kind if it is to unpack them for an adapter. Quantize all layers alike, or export it as dense."
         )
+    if plain.caches and (plain.corrections or not all(scheme.symmetric for scheme in kinds)):
+        what = "an adapter" if plain.corrections else "zero points"
+        raise ExportError(
+            f"compressed-tensors: the keys and values of the model are rounded beside {what}, for which transformers "
+            f"unpacks the weights while it loads; then it rounds no cache, and says nothing of it. Quantize "
+            f"symmetrically and without corrections, or leave quantize_cache out."
+        )
+    for path, cache in plain.caches.items():
+        assert cache.key is not None and cache.value is not None
+        tensors |= {f"{path}.k_scale": cache.key.cpu(), f"{path}.v_scale": cache.value.cpu()}
     dense |= dict.fromkeys(plain.other_linears(), "not quantized by the recipe")
     plain.skeleton.save_pretrained(folder, state_dict=tensors, max_shard_size=max_shard)
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    config["quantization_config"] = quantization_config(schemes, list(dense), bool(plain.corrections))
+    config["quantization_config"] = quantization_config(
+        schemes, list(dense), bool(plain.corrections), bool(plain.caches)
+    )
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return {"quantized": quantized, "dense": dense, "notes": _notes(plain, schemes)}
 
@@ -184,6 +201,15 @@ class _ReadInputs(RoundedInputs):
         """No kernel of ours multiplies them, as it rounds in float32."""
 
 
+class _ReadFloats(FloatGrid):
+    """Floats of 8 bits as transformers' reader rounds to them: in the dtype of the values."""
+
+    def fake(self, x: Tensor, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
+        assert scale is not None
+        scale = scale.to(x.dtype)
+        return (x / scale).clamp(-self.largest, self.largest).to(torch.float8_e4m3fn).to(x.dtype) * scale
+
+
 def as_read(plain: Plain, quantized: Iterable[str]) -> dict[str, nn.Module]:
     """What transformers' reader computes in place of the quantized layers: scales and rounded inputs in its dtype.
 
@@ -192,7 +218,7 @@ def as_read(plain: Plain, quantized: Iterable[str]) -> dict[str, nn.Module]:
         quantized: paths of the layers that `write` wrote quantized.
 
     Returns:
-        Path -> the layer as it is read.
+        Path -> the layer as it is read, or what rounds the keys and values of an attention.
     """
     found: dict[str, nn.Module] = {}
     for path in quantized:
@@ -205,16 +231,23 @@ def as_read(plain: Plain, quantized: Iterable[str]) -> dict[str, nn.Module]:
         inputs = plain.layers[path].inputs
         read = None if inputs is None else _ReadInputs(inputs.grid, inputs.scale)
         found[path] = ActLinear.of(plain.layers[path], weight=weight.rescaled(scale), inputs=read)
+    for path, cache in plain.caches.items():
+        read_cache = CacheRounding(scales=(cache.key, cache.value))  # type: ignore[arg-type]
+        read_cache.grid = _ReadFloats(4, 3, reserved="nan", scope="tensor")
+        found[f"{path}.{CHILD}"] = read_cache
     return found
 
 
-def quantization_config(schemes: dict[str, Scheme], ignore: list[str], unpack: bool = False) -> dict[str, Any]:
+def quantization_config(
+    schemes: dict[str, Scheme], ignore: list[str], unpack: bool = False, cache: bool = False
+) -> dict[str, Any]:
     """The entry of config.json.
 
     Args:
         schemes: path -> its scheme.
         ignore: linear layers that are dense.
         unpack: whether transformers unpacks the weights while it loads.
+        cache: whether keys and values are rounded to fp8.
     """
     kinds = list(dict.fromkeys(schemes.values()))
     groups = {}
@@ -228,7 +261,7 @@ def quantization_config(schemes: dict[str, Scheme], ignore: list[str], unpack: b
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ignore,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": CACHE if cache else None,
     }
     if unpack or not all(kind.symmetric for kind in kinds):
         # This makes transformers unpack while it loads; vLLM reads other keys only. peft looks for weights, and packed

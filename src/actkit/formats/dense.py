@@ -18,7 +18,12 @@ from actkit.formats.plain import Plain
 
 
 def refuse(plain: Plain) -> None:
-    """Raise ExportError for a layer that rounds its inputs, which no weight says."""
+    """Raise ExportError for a layer that rounds its inputs, or a rounded cache, which no weight says."""
+    if plain.caches:
+        raise ExportError(
+            f"{next(iter(plain.caches))}: its keys and values are rounded to fp8, which a dense folder does not say. "
+            f"Export the model as compressed-tensors, or leave quantize_cache out."
+        )
     rounded = next((path for path, layer in plain.layers.items() if layer.inputs is not None), None)
     if rounded is not None:
         raise ExportError(

@@ -58,6 +58,11 @@ def refuse(plain: Plain) -> None:
             f"{rounded}: it rounds its inputs, and GGUF does not say how; llama.cpp decides. Export the model as "
             f"compressed-tensors, or one on which only the weights were rounded."
         )
+    if plain.caches:
+        raise ExportError(
+            f"{next(iter(plain.caches))}: its keys and values are rounded to fp8, and GGUF does not say so; llama.cpp "
+            f"decides. Export the model as compressed-tensors, or leave quantize_cache out."
+        )
     if plain.dtype not in DTYPES:
         raise ExportError(f"dtype: the model is {plain.dtype}; GGUF export writes float32, float16 and bfloat16.")
 

@@ -21,6 +21,8 @@ from actkit.core.forward.hooks import refuse_compiled_or_sharded
 from actkit.core.forward.named_functions import unknown_function
 from actkit.core.ground.errors import EditError, ExportError
 from actkit.core.layers.activations import Activation, name_of
+from actkit.core.layers.attention_rounding import AttentionRounding
+from actkit.core.layers.cache_rounding import CHILD, CacheRounding, RoundedAttention
 from actkit.core.layers.conv import PLAIN_CONVOLUTIONS, ActConv
 from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.foreign_layers import refuse_foreign_layers
@@ -41,6 +43,7 @@ class Plain:
         layers: path -> ActLinear that neither selects inputs nor corrects outputs, its weight as others read it;
             whether it rounds its inputs is for the format to say or refuse.
         corrections: path -> what corrects the outputs of that layer, for the caller who asked for them apart.
+        caches: path of an attention -> how it rounds its keys and values to fp8; all of them do, or none.
         transposed: paths at which the plain model has a Conv1D, whose weight is [in, out].
         convolutions: path -> ActConv, which every format writes dense.
         tables: path -> QuantizedEmbedding; GGUF has rows of blocks for it, compressed-tensors writes it dense.
@@ -53,6 +56,7 @@ class Plain:
     tables: dict[str, QuantizedEmbedding]
     convolutions: dict[str, ActConv] = field(default_factory=dict)
     corrections: dict[str, LowRank] = field(default_factory=dict)
+    caches: dict[str, CacheRounding] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, *, corrections: bool = False) -> Plain:
@@ -77,7 +81,8 @@ class Plain:
                 f"model: {type(model).__name__} is no transformers model, and these formats hold no other; "
                 f"keep it with actkit.save."
             )
-        function = unknown_function(model)
+        caches = _static_caches(model)
+        function = unknown_function(model, known=(RoundedAttention,) if caches else ())
         if function is not None:
             raise ExportError(f"model: no reader computes what this model does: {function}, then export.")
         for name in own_names(model.config.to_dict()):
@@ -120,8 +125,8 @@ class Plain:
                     f"has a {type(plain).__name__}. No reader without actkit computes it; keep the model with "
                     f"actkit.save, or leave that transform out."
                 )
-        _refuse_other_tensors(model, skeleton, {**layers, **tables, **convolutions}, transposed)
-        return cls(model, skeleton, layers, frozenset(transposed), tables, convolutions, apart)
+        _refuse_other_tensors(model, skeleton, {**layers, **tables, **convolutions}, transposed, caches)
+        return cls(model, skeleton, layers, frozenset(transposed), tables, convolutions, apart, caches)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -169,6 +174,7 @@ class Plain:
             found[f"{path}.weight"] = convolution.weight.detach().to(self.dtype)
             found |= {} if convolution.bias is None else {f"{path}.bias": convolution.bias.detach()}
         inside = tuple(f"{path}." for path in (*self.layers, *self.tables, *self.convolutions))
+        inside += tuple(f"{path}.{CHILD}." for path in self.caches)
         for name, tensor in self.model.state_dict().items():
             if inside and name.startswith(inside):
                 continue
@@ -199,10 +205,11 @@ def _refuse_other_tensors(
     skeleton: PreTrainedModel,
     layers: Mapping[str, ActLinear | ActConv | QuantizedEmbedding],
     transposed: Collection[str],
+    caches: Collection[str],
 ) -> None:
     """Raise ExportError for a tensor that only one of the two has, or in another shape."""
     expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    inside = tuple(f"{path}." for path in layers)
+    inside = (*(f"{path}." for path in layers), *(f"{path}.{CHILD}." for path in caches))
     given = {name: tuple(t.shape) for name, t in model.state_dict().items() if not (inside and name.startswith(inside))}
     for path, layer in layers.items():
         shape = expected[f"{path}.weight"]
@@ -226,6 +233,17 @@ def _of_one_width(model: nn.Module) -> str:
     if known is None or not any("resize" in edit for edit in known.edits):
         return ""
     return ", or narrow all blocks to one width (cfsp: uniform: true), which a config can say"
+
+
+def _static_caches(model: PreTrainedModel) -> dict[str, CacheRounding]:
+    """The attentions whose keys and values have one scale each; none if some have not, or queries are rounded too."""
+    found = {path: getattr(module, CHILD, None) for path, module in model.named_modules()}
+    caches = {path: child for path, child in found.items() if isinstance(child, CacheRounding)}
+    kinds = tuple({type(model.get_submodule(path)) for path in caches})
+    alike = all(child.static for child in caches.values()) and all(
+        path in caches for path, module in model.named_modules() if type(module) in kinds
+    )
+    return caches if alike and not any(isinstance(each, AttentionRounding) for each in model.modules()) else {}
 
 
 def _refuse_experts(model: PreTrainedModel) -> None:

@@ -128,6 +128,8 @@ def codes_of_cache(model: nn.Module, blocks: Sequence[Block]) -> bool:
     if any(isinstance(module, AttentionRounding) for module in model.modules()):
         raise UnsupportedModelError("its attention rounds what it multiplies, which is computed by transformers alone")
     children = [getattr(block.attention.module, CHILD, None) for block in blocks if block.attention]
+    if any(getattr(child, "static", False) for child in children):
+        raise UnsupportedModelError("its keys and values are rounded to fp8, and codes of 8 bits are what is kept")
     found = {getattr(child, "bits", None) for child in children}
     if found == {None}:
         return False  # a rotation of queries and keys alone cancels in their products

@@ -284,13 +284,14 @@ def channel_ranges(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         rows: [n, channels].
         bits: of a code.
     """
-    x, levels = rows.double(), 2**bits - 1
+    x, grid = rows.double(), IntegerGrid(bits)
+    levels = grid.levels
     middle, half = (x.amax(0) + x.amin(0)) / 2, (x.amax(0) - x.amin(0)) / 2
     best, least = torch.ones_like(half), torch.full_like(half, torch.inf)
     for share in torch.linspace(1, SHARES[0], SHARES[1]).tolist():
         step = (2 * share * half / levels).clamp(min=torch.finfo(x.dtype).tiny)
-        low = middle - share * half
-        error = (low + step * torch.round((x - low) / step).clamp(0, levels) - x).square().sum(0)
+        above = x - (middle - share * half)
+        error = (grid.round(above, step, torch.zeros_like(step)) - above).square().sum(0)
         best, least = torch.where(error < least, share, best), torch.minimum(error, least)
     scale = 2 * best * half / levels
     mean = float(scale.mean())
