@@ -9,6 +9,9 @@ equal to within a unit a block. Each arm in a process of its own (`pruning_worke
 seconds and the peak over what was resident are those of the change alone, on a machine that others use. Perplexity on
 32 x 256 held-out tokens. Pass: on SmolLM2 CFSP's is at most that of each package's better variant.
 
+factors: the same models and texts, 75 and 50 % of the numbers of each weight kept by `svd` in its three norms, and what
+`widths` says of the cuts.
+
 cost: CFSP at 30 % on the same rows beside one pass of the model over them, in turns. Pass: at most 1.6 times.
 
 flashsvd: one block of BERT-Base's shape (768 channels, 12 heads, 3,072 units), 32 x 256 tokens, random weights, factors
@@ -55,11 +58,12 @@ from actkit.compression.repavit.idle import Repavit
 from actkit.compression.svd import Svd
 from actkit.core.forward.batch import forward
 from actkit.core.forward.hooks import evaluating
+from actkit.core.ground.memory import parameter_bytes
 from actkit.core.recipe.runner import apply
 from actkit.core.store import checkpoint
 from actkit.data import Split
 
-PARTS = ("flashsvd", "repavit", "widths", "cost")
+PARTS = ("flashsvd", "repavit", "widths", "factors", "cost")
 RANKS: dict[str, Any] = {"query": 40, "key": 40, "value": 40, "output": 240, "up": 240, "down": 240}
 
 
@@ -180,13 +184,30 @@ def widths(quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 ARMS = (*pruning_worker.OURS, *pruning_worker.PEERS)
+BUDGETS = (0.75, 0.5)
+
+
+def factors(quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Perplexities of models with thin factors in place of weights, and what making them took."""
+    rows: list[dict[str, Any]] = []
+    for name in MODELS[quick:]:
+        given = subject(name, 4 if quick else 16, 8 if quick else 32)
+        with TemporaryDirectory() as folder:
+            base, text = Path(folder) / "base", Path(folder) / "text.safetensors"
+            given.model.save_pretrained(base)  # type: ignore[operator]
+            save_file({"input_ids": torch.cat([batch["input_ids"] for batch in given.calibration(0)])}, text)
+            rows.append({"model": name, "row": "whole", "kept": 1.0, **judged(given.model, given)})
+            for kept in BUDGETS[quick:]:
+                for arm in pruning_worker.FACTORS:
+                    rows.append({"model": name, "row": arm, "kept": kept, **cut(arm, base, text, kept, given)})
+    return rows, []
 
 
 def judged(model: Any, given: Subject) -> dict[str, Any]:
     """What a model gives and takes."""
     other = Subject(given.name, calibration=1, split="train", held_out=1, model=model)
     other.held_out = given.held_out
-    size = sum(each.numel() for each in model.parameters())
+    size = parameter_bytes(model) / 4  # factors of a layer are no parameters of torch's
     return {"perplexity": round(other.perplexity(), 2), "parameters, M": round(size / 1e6, 3)}
 
 
@@ -259,6 +280,7 @@ def main() -> None:
         "flashsvd": lambda: flashsvd(batch, length, rounds),
         "repavit": lambda: repavit(5 if chosen.quick else 24, large=not chosen.quick),
         "widths": lambda: widths(chosen.quick),
+        "factors": lambda: factors(chosen.quick),
         "cost": lambda: cost(chosen.quick),
     }
     before = common.committed("compression") or {"rows": [], "targets": [], "measured": {}}

@@ -1,10 +1,10 @@
-"""Narrows the MLPs of a Llama in a process of its own, by us or a peer: `compression.py` starts it.
+"""Narrows the MLPs of a Llama, or factors its weights, in a process of its own: `compression.py` starts it.
 
     python pruning_worker.py ARM FOLDER TEXT SHARE OUT
 
 FOLDER holds a model that transformers loads, TEXT the rows to calibrate on (safetensors: `input_ids`), SHARE says how
-much of each MLP's units goes, and OUT gets the narrower model. Printed is a line of JSON: seconds of the change alone,
-and bytes of its peak over what was resident before. All run in float32.
+much of each MLP's units goes, or of each weight's numbers is kept, and OUT gets the smaller model. Printed is a line of
+JSON: seconds of the change alone, and bytes of its peak over what was resident before. All run in float32.
 """
 
 from __future__ import annotations
@@ -33,6 +33,22 @@ OURS: dict[str, dict[str, Any]] = {  # settings of Cfsp, beside the share; one s
     "CFSP, one width": {"uniform": True},
     "CFSP": {},
 }
+
+
+FACTORS = {"svd": "svd", "svd, fisher": "fisher", "svd, whiten": "whiten"}  # norms of Svd
+
+
+def factored(norm: str) -> Callable[..., Any]:
+    """Two factors in place of each weight, by actkit."""
+    import actkit
+    from actkit.compression.svd import Svd
+
+    def factor(model: Any, batches: list[dict[str, torch.Tensor]], kept: float, out: Path) -> Callable[[], Any]:
+        text = [{**batch, "labels": batch["input_ids"]} for batch in batches]
+        actkit.apply(model, Svd(budget=kept, norm=norm), text, undo="off", progress=False)
+        return lambda: actkit.save(model, out)
+
+    return factor
 
 
 def ours(settings: dict[str, Any]) -> Callable[..., Any]:
@@ -120,7 +136,7 @@ def main() -> None:
 
     arm, folder, text, share, out = sys.argv[1:]
     torch.manual_seed(0)
-    prune = ours(OURS[arm]) if arm in OURS else PEERS[arm]()
+    prune = factored(FACTORS[arm]) if arm in FACTORS else ours(OURS[arm]) if arm in OURS else PEERS[arm]()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     batches = [{"input_ids": rows} for rows in load_file(text)["input_ids"].split(BATCH)]
     with suppress(OSError):

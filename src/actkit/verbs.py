@@ -534,8 +534,8 @@ def export(
     Args:
         model: changed, in memory or a folder that actkit saved.
         folder: where to write.
-        format: 'compressed-tensors' (transformers, vLLM), 'gguf' (llama.cpp), 'dense' (transformers), or 'packed' (the
-            decoder of this package).
+        format: 'compressed-tensors' (transformers, vLLM), 'gguf' (llama.cpp), 'dense' or 'transformers' (plain
+            transformers), or 'packed' (the decoder of this package).
         adapter: write low-rank corrections (`lorc`) as a peft adapter inside the folder; compressed-tensors only.
         tokenizer: by default the one beside the model.
         evaluation: what `evaluate` found, for the card; by default what the model's folder says was measured.
@@ -553,9 +553,10 @@ def export(
         ActkitError: what `formats.export.export` and `runtime.packing.export_packed` raise.
         ValueError: a packed folder is to have a card.
     """
-    from actkit.formats.export import check, read
+    from actkit.formats.export import SAME, check, read
     from actkit.formats.export import export as write
 
+    format = SAME.get(format, format)
     if format == "packed":
         if adapter:
             raise ValueError("adapter: a packed folder holds corrections as they are; leave it out for 'packed'.")

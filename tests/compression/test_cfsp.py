@@ -9,6 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+import actkit
 from actkit.compression.cfsp import Cfsp, allocate, recovery_ranks, split, unit_scores, width
 from actkit.core.ground.errors import ExportError, RecipeError
 from actkit.core.model.anatomy import Site, anatomy
@@ -129,7 +130,7 @@ def test_plain_transformers_loads_one_width_and_several_are_refused(kind: str, t
 
     model, batches = tiny_model(kind), tiny_batches(kind)
     apply(model, Cfsp(sparsity=0.4, uniform=True), batches, progress=False)
-    export(model, tmp_path / "plain", format="dense")
+    actkit.export(model, tmp_path / "plain", format="transformers")  # another name of "dense"
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     torch.testing.assert_close(plain(**batches[0]).logits, model(**batches[0]).logits)
     unequal = tiny_model(kind)

@@ -15,7 +15,8 @@ are of pages of the test split, and for what is forgotten of other modules of th
 
 On SmolLM2-135M the probe alone. The tables of the paper cannot be checked here.
 
-About 9 minutes of one core; on SmolLM2 (`--subject smollm2`) 2.
+About 9 minutes of one core; on SmolLM2 (`--subject smollm2`) 2; the probe alone also on Gemma 3 270M
+(`--subject gemma3`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 
 from actkit.claims import eva
 from actkit.claims.outcome import SMALL, SYNTHETIC, Experiment, Measurement, Outcome, Statement, conduct
-from actkit.claims.subject import Subject, spread
+from actkit.claims.subject import REAL, Subject, spread
 from actkit.core.ground.largest import largest
 from actkit.core.measure.quality import measure_quality
 from actkit.core.model.anatomy import anatomy
@@ -125,13 +126,13 @@ STATE = Statement(
     "bytes of LIFT's state, indices included, <= 12 % of AdamW's in full training",
     SMALL,
 )
-STATEMENTS = (SPECTRAL, PROBE, PROBE.on("smollm2"), LEARNS, FORGETS, STATE)
+STATEMENTS = (SPECTRAL, PROBE, *(PROBE.on(name) for name in REAL), LEARNS, FORGETS, STATE)
 
 
 def run(*, subject: str | None = None, progress: bool = True, sizes: Sizes | None = None) -> Outcome:
     """Run the claims, or those about one subject. sizes: smaller ones, for a try."""
-    name = "smollm2" if subject == "smollm2" else "swiglu"
-    given = sizes or (REAL_SIZES if name == "smollm2" else Sizes())
+    name = subject if subject in REAL else "swiglu"
+    given = sizes or (REAL_SIZES if name in REAL else Sizes())
     arms = Arms(given)
     experiments: list[Experiment] = []
     if subject in (None, SYNTHETIC):

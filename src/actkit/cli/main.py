@@ -592,8 +592,8 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            help="compressed-tensors (transformers, vLLM), gguf (llama.cpp), dense (transformers) or packed (actkit "
-            "generate)."
+            help="compressed-tensors (transformers, vLLM), gguf (llama.cpp), dense or transformers (plain "
+            "transformers), or packed (actkit generate)."
         ),
     ] = "compressed-tensors",
     adapter: Annotated[

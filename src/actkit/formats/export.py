@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # name -> the package that reads it beside transformers
 FORMATS = {"compressed-tensors": "compressed_tensors", "gguf": "gguf", "dense": None}
+SAME = {"transformers": "dense"}  # other names of a format
 
 
 def export(
@@ -43,7 +44,8 @@ def export(
     Args:
         model: a changed model.
         folder: where to write.
-        format: 'compressed-tensors' (transformers, vLLM), 'gguf' (llama.cpp) or 'dense' (transformers).
+        format: 'compressed-tensors' (transformers, vLLM), 'gguf' (llama.cpp) or 'dense' (transformers; 'transformers' is
+            another name of it).
         adapter: write low-rank corrections as a peft adapter, in the folder `adapter` inside; compressed-tensors only.
         tokenizer: written beside the weights, into the file for GGUF.
         evaluation: what `evaluate` measured of the model, for the card (README.md).
@@ -62,7 +64,7 @@ def export(
         ImportError: the package that the format needs is missing.
         ValueError: the format is unknown, or has no adapter.
     """
-    folder = Path(folder)
+    folder, format = Path(folder), SAME.get(format, format)
     check(format, folder, overwrite=overwrite, proof=proof, adapter=adapter)
     plain = read(model, format, adapter=adapter)
     file = f"{folder.resolve().name}.gguf" if format == "gguf" else None
