@@ -44,8 +44,8 @@ def export(
     Args:
         model: a changed model.
         folder: where to write.
-        format: 'compressed-tensors' (transformers, vLLM), 'gguf' (llama.cpp) or 'dense' (transformers; 'transformers' is
-            another name of it).
+        format: 'compressed-tensors' (transformers, vLLM), 'gguf' (llama.cpp) or 'dense' (transformers), which may be
+            called 'transformers' too.
         adapter: write low-rank corrections as a peft adapter, in the folder `adapter` inside; compressed-tensors only.
         tokenizer: written beside the weights, into the file for GGUF.
         evaluation: what `evaluate` measured of the model, for the card (README.md).
