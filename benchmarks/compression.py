@@ -58,7 +58,6 @@ from actkit.compression.repavit.idle import Repavit
 from actkit.compression.svd import Svd
 from actkit.core.forward.batch import forward
 from actkit.core.forward.hooks import evaluating
-from actkit.core.ground.memory import parameter_bytes
 from actkit.core.recipe.runner import apply
 from actkit.core.store import checkpoint
 from actkit.data import Split
@@ -207,7 +206,7 @@ def judged(model: Any, given: Subject) -> dict[str, Any]:
     """What a model gives and takes."""
     other = Subject(given.name, calibration=1, split="train", held_out=1, model=model)
     other.held_out = given.held_out
-    size = parameter_bytes(model) / 4  # factors of a layer are no parameters of torch's
+    size = sum(each.numel() for each in model.parameters())
     return {"perplexity": round(other.perplexity(), 2), "parameters, M": round(size / 1e6, 3)}
 
 
