@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 def add_peers() -> None:
     """Let packages of that environment be imported, behind those of this one."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # it takes its kernels wherever triton is installed
     environment = Path(__file__).resolve().parent.parent / ".venv-interpretation"
     site = next(environment.glob("lib/python*/site-packages"), None)
     if site is not None and str(site) not in sys.path:
