@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,27 @@ from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.cats.cats import Cats
 from actkit.testing import check_function, tiny_batches, tiny_model
 
+PACKAGE = json.loads(Path(__file__).with_name("ml_networks.json").read_text())
+
 
 def closed(x: Tensor, epsilon: float) -> Tensor:
     return torch.where(x > 0, x, 0) + epsilon * x * torch.exp(-(x**2) / 2)
 
 
 # -- the function ------------------------------------------------------------------------------------------------------
+
+
+def test_the_package_gives_the_same_outputs_and_gradients() -> None:
+    """ml-networks, run once at the version that the file names."""
+    x, output, slope = (torch.tensor(PACKAGE[name], dtype=torch.float64) for name in ("x", "output", "slope"))
+    layer = CRReLU(PACKAGE["epsilon"]).double()
+    y = layer(x.requires_grad_())
+    y.sum().backward()
+    torch.testing.assert_close(y, output, atol=1e-12, rtol=0)
+    torch.testing.assert_close(x.grad, slope, atol=1e-12, rtol=0)
+    assert layer.epsilon.grad is not None
+    assert float(layer.epsilon.grad) == pytest.approx(PACKAGE["to_epsilon"], abs=1e-12)
+    torch.testing.assert_close(CRReLU(PACKAGE["epsilon"])(x.float()).double(), output, atol=1e-7, rtol=1e-7)
 
 
 @pytest.mark.parametrize("epsilon", [0.01, -0.3, 2.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.teal import Teal
 from actkit.testing import check_function, check_transform, tiny_batches, tiny_model
 
+LIGER = json.loads(Path(__file__).with_name("liger_kernel.json").read_text())
 X = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
 
 
@@ -49,6 +51,18 @@ def test_moments_at_the_start_for_normal_inputs():
     y = PolyNorm().double()(torch.special.ndtri(points / len(points))[None]).detach()
     assert float(y.mean()) == pytest.approx(1 / 3 / math.sqrt(3), abs=1e-4)  # of x^2 alone
     assert float(y.std()) == pytest.approx(math.sqrt((3 + 6 / math.sqrt(15)) / 9 - 1 / 27), abs=1e-4)
+
+
+def test_poly_norm_is_liger_kernel_s():
+    """Outputs and gradients of its kernels with copied weights, run once at the version that the file names."""
+    names = ("x", "weight", "bias", "upstream", "output", "to_x", "to_weight", "to_bias")
+    theirs = {name: torch.tensor(LIGER[name]) for name in names}
+    layer = PolyNorm()
+    layer.load_state_dict({name: theirs[name] for name in ("weight", "bias")})
+    output = layer(theirs["x"].requires_grad_())
+    found = (output, *torch.autograd.grad(output, (theirs["x"], layer.weight, layer.bias), theirs["upstream"]))
+    for ours, name in zip(found, names[4:], strict=True):
+        torch.testing.assert_close(ours, theirs[name], atol=1e-5, rtol=1e-5)
 
 
 def test_poly_norm_keeps_its_output_if_the_input_is_scaled():

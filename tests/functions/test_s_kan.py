@@ -1,7 +1,8 @@
-"""S-KAN: bases against scipy and their formulas, the choice against the sum written out, and exact pruning."""
+"""S-KAN: bases against scipy, pykan and the authors' layers, the choice against the sum, and exact pruning."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,15 @@ from actkit.core.recipe.rule import AttachedRule
 from actkit.core.recipe.runner import apply_edits
 from actkit.core.store.checkpoint import load, save
 from actkit.core.train.training import train
+from actkit.core.univariate.bases import Bells, BSplines
+from actkit.core.univariate.edge_functions import Wavelets
 from actkit.functions.s_kan.basis_choice import basis_choice
 from actkit.functions.s_kan.choose_basis import ChooseBasis
 from actkit.functions.s_kan.pool import POOL
 from actkit.functions.s_kan.s_kan_layer import PrunedLayer, SConvKan2d, SKanLayer, choosing
 from actkit.testing import check_rule, tiny_batches, tiny_model
+
+THEIRS = json.loads(Path(__file__).with_name("kan_layers.json").read_text())
 
 
 class Net(nn.Module):
@@ -46,6 +51,10 @@ def batches(count: int = 6) -> list[dict[str, Tensor]]:
 
 
 # -- bases -------------------------------------------------------------------------------------------------------------
+
+
+def table(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def features(name: str, x: Tensor) -> Tensor:
@@ -85,6 +94,37 @@ def test_bases_are_the_authors(name: str) -> None:
         expected = expected + F.silu(x) @ branch.base.weight.T
     torch.testing.assert_close(branch(x), expected, atol=1e-8, rtol=0)
     assert {"bspline", "fastkan", "jacobi", "gram"} >= {name} if branch.base is not None else True
+
+
+@pytest.mark.parametrize("name", THEIRS["layers"]["layers"])
+def test_layers_are_those_of_the_authors(name: str) -> None:
+    """KANConv2d's, run once at the commit that the file names; what its FasterKAN gives has a width of 1, not of 2."""
+    x = table(THEIRS["layers"]["x"])
+    theirs = THEIRS["layers"]["layers"][name]
+    branch: Any
+    if name.startswith("wavelet"):
+        branch = Wavelets(4, 3, name.partition(" ")[2], base="silu").double()  # type: ignore[arg-type]
+        own = {
+            **{each: table(theirs[each]) for each in ("weight", "width", "shift")},
+            "base.weight": table(theirs["base"]),
+        }
+    else:
+        branch = POOL[name](4, 3).double()
+        if name == "fasterkan":
+            branch.basis = Bells(8, (-1.2, 0.2), 1.0, "tanh")
+        own = {"coefficients.weight": table(theirs["coefficients"])}
+        own |= {"base.weight": table(theirs["base"])} if "base" in theirs else {}
+        own |= {"coefficients.bias": table(theirs["bias"])} if "bias" in theirs else {}
+        own |= {f"basis.{each}": table(theirs[each]) for each in ("low", "high") if each in theirs}
+    branch.load_state_dict({**branch.state_dict(), **own})
+    output = branch(x) if theirs.get("behind") is None else F.silu(branch(x))
+    torch.testing.assert_close(output, table(theirs["output"]), atol=1e-8, rtol=0)
+
+
+def test_splines_are_pykan_s() -> None:
+    """Its B_batch, run once at the version that the file names."""
+    x, values = (table(THEIRS["splines"][name]) for name in ("x", "values"))
+    torch.testing.assert_close(BSplines(5, 3)(x), values, atol=1e-8, rtol=0)
 
 
 @pytest.mark.parametrize("name", POOL)

@@ -1,4 +1,7 @@
-"""Functions under other methods: changed, trained, changed again, saved, and read in a fresh process to equal bits."""
+"""Functions under other methods: changed, trained, changed again, saved, and read in a fresh process to equal bits.
+
+What comes last keeps all that a transform promises also there.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ from actkit.quantization.awq import Awq
 from actkit.quantization.rtn import RoundToNearest
 from actkit.sparsity.cats.cats import Cats
 from actkit.sparsity.wina.wina import Wina
-from actkit.testing import tiny_batches, tiny_model
+from actkit.testing import check_transform, tiny_batches, tiny_model
 
 EIGHT = RoundToNearest(bits=8, group_size=8)
 Stack = tuple[list[Any], list[Any]]  # before and after a training
@@ -66,7 +69,10 @@ def test_trained_between_two_methods_and_loaded(name: str, tmp_path: Path, worke
     learned = outputs(model, batches[0])
     trained(model)
     assert not torch.equal(outputs(model, batches[0]), learned)
-    apply(model, after, batches, progress=False)
+    for earlier in after[:-1]:
+        apply(model, earlier, batches, progress=False)
+    check_transform(after[-1], model, batches)
+    apply(model, after[-1], batches, progress=False)
     actkit.save(model, tmp_path / "stack")
     worker.load(tmp_path / "stack")
     assert torch.equal(worker.outputs(batches[0]), outputs(model, batches[0]))
