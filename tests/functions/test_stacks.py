@@ -61,6 +61,7 @@ def trained(model: nn.Module, kind: str = "llama", **options: Any) -> nn.Module:
     return model.eval()
 
 
+@pytest.mark.slow(reason="a training, all promises of a transform, and a process that reads the folder")
 @pytest.mark.parametrize("name", STACKS)
 def test_trained_between_two_methods_and_loaded(name: str, tmp_path: Path, worker: FreshProcess) -> None:
     before, after = STACKS[name]
