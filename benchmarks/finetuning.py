@@ -26,10 +26,6 @@ atlas: six task vectors of 16 bits of MiniLM, one row of 8 tokens, in a process 
 what a first training imports (70 MB) is there. Pass: the peak of a step, without the vectors, is at most 1.5 times the
 model.
 
-eva: the zoo's SwiGLU language model, 8 batches of 4 x 128 tokens, rank 8 at rho 2 on all linear layers of the blocks:
-ranks and directions by `Eva.plan` and by peft (`get_eva_state_dict` at tau 0.99) from the same batches, in turns. Pass:
-ours at least 2 times as fast.
-
 The targets were set before the first run.
 """
 
@@ -66,9 +62,8 @@ from actkit.core.store import checkpoint
 from actkit.core.store.deltas import Delta, Dense
 from actkit.core.train.rules import attached
 from actkit.core.train.training import train
-from actkit.data import digits, load_data
+from actkit.data import digits
 from actkit.finetuning.adapters import parse_adapter
-from actkit.finetuning.eva import Eva
 from actkit.finetuning.low_rank_training import train_adapter
 from actkit.finetuning.mobiletl import MobileTL
 from actkit.finetuning.s2a.side_path import AddSidePath
@@ -76,7 +71,7 @@ from actkit.finetuning.timed_step import Way, stepping, time_step
 from actkit.finetuning.tract import Tract, first_layer
 from actkit.zoo.cnn import DigitsCNN
 
-PARTS = ("tract", "memory", "steps", "scores", "atlas", "eva")
+PARTS = ("tract", "memory", "steps", "scores", "atlas")
 PLAIN, OURS, PACKAGE = "plain", "tract", "torch_tract"
 
 
@@ -388,39 +383,6 @@ def atlas(quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     ]
 
 
-# -- plans -------------------------------------------------------------------------------------------------------------
-
-
-def eva(quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Seconds of a plan by us and by peft."""
-    from peft import EvaConfig, LoraConfig
-    from peft.tuners.lora.eva import get_eva_state_dict
-
-    model: Any = zoo.load("swiglu", dtype=torch.float32).eval()
-    given: dict[str, Any] = {"sequences": 8 if quick else 32, "length": 128, "batch_size": 4, "split": "train"}
-    batches = list(load_data(None, model, zoo.tokenizer("swiglu"), **given))
-    adapter = Eva(rank=RANK)
-    paths = list(adapter.plan(model, batches, progress=False).ranks)
-    config = LoraConfig(
-        r=RANK, init_lora_weights="eva", target_modules=paths, eva_config=EvaConfig(rho=adapter.rho, tau=0.99)
-    )
-
-    def by_peft() -> None:
-        get_eva_state_dict(
-            model, batches, config, forward_fn=lambda model, batch: model(**batch), show_progress_bar=False
-        )
-
-    plans = {"Eva.plan": lambda: adapter.plan(model, batches, progress=False), "peft": by_peft}
-    seconds = common.interleaved(plans, 2 if quick else 5)
-    over = common.ratio(seconds["peft"], seconds["Eva.plan"])
-    rows = [
-        {"model": "swiglu", "row": name, "seconds": round(median(own), 3), "deciles": list(common.spread(own))}
-        for name, own in seconds.items()
-    ]
-    faster = common.target("EVA's plan, times as fast as peft's", round(over["ratio"], 2), at_least=2.0)
-    return rows, [faster]
-
-
 # -- all ---------------------------------------------------------------------------------------------------------------
 
 
@@ -445,7 +407,7 @@ def main() -> None:
     before = common.committed("finetuning") or {"rows": [], "targets": []}
     rows: list[dict[str, Any]] = []
     targets: list[dict[str, Any]] = []
-    for part, run in zip(PARTS, (tract, memory, steps, scores, atlas, eva), strict=True):
+    for part, run in zip(PARTS, (tract, memory, steps, scores, atlas), strict=True):
         if part in chosen.only:
             own, wanted = run(chosen.quick)
             rows += [{"part": part, **row} for row in own]
