@@ -11,12 +11,12 @@ import pytest
 from made_up import candidate, the_original
 
 from actkit.search.closing import in_short
-from actkit.search.verdict import decide
+from actkit.search.verdict import Limits, decide
 
 
 def search(*candidates: Any, best: bool = True, prompt: str | None = None) -> Any:
     original = the_original()
-    verdict = decide(candidates, original, max_loss=0.02)
+    verdict = decide(candidates, original, Limits(0.02))
     every = {each.name: each for each in (original, *candidates)}
     return SimpleNamespace(
         name="tiny", original=original, verdict=verdict, best=Path("best") if best else None, prompt=prompt,

@@ -21,7 +21,7 @@ from actkit.search.profile import profile
 from actkit.search.report import render
 from actkit.search.results import Optimization
 from actkit.search.speed_row import Row, SpeedRow
-from actkit.search.verdict import decide
+from actkit.search.verdict import Limits, decide
 
 NAMES = (
     "<script>alert(1)</script>",
@@ -137,7 +137,7 @@ def found() -> Optimization:
     tried[3] = replace(tried[3], speed=replace(a_speed(around(1.1)), engine="transformers", engine_reason=NAMES[3]))
     row = SpeedRow(10**9, 2 * 10**9, (Row(0.0, around(30.0), None, None, 1e9, NAMES[4]),), NAMES[2], 2, 16, 12, 5, 9.0)
     part = {"data": NAMES[4], "rows": 3, "tokens": 40, "fingerprint": "ab" * 32}
-    verdict = decide(tried, original, max_loss=0.02)
+    verdict = decide(tried, original, Limits(0.02))
     assert verdict.best is not None
     return Optimization(
         name=NAMES[2],

@@ -14,7 +14,7 @@ from actkit.core.measure.summary import summarise
 from actkit.search.profile import profile
 from actkit.search.report import render
 from actkit.search.results import Optimization
-from actkit.search.verdict import decide
+from actkit.search.verdict import Limits, decide
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def report(tmp_path_factory):
         candidate("worse", 0.03, ratio=(1.1, 1.2), disk=0.7),
         candidate("broken", failed="RuntimeError: no"),
     ]
-    verdict = decide(tried, original, max_loss=0.02)
+    verdict = decide(tried, original, Limits(0.02))
     part = {"data": "numbers", "rows": 3, "tokens": 40, "fingerprint": "ab" * 32}
     result = Optimization(
         name="made up",

@@ -34,7 +34,7 @@ from actkit.search.report import render
 from actkit.search.results import Answers, Proposal
 from actkit.search.search import optimize
 from actkit.search.speed_row import Row, SpeedRow, measure_speed_row
-from actkit.search.verdict import decide
+from actkit.search.verdict import Limits, decide
 
 SECTIONS = {
     "verdict",
@@ -200,7 +200,7 @@ def test_names_are_whole_on_the_terminal():
     names = ("rtn 4 bit, groups of outputs", "wina 25% over awq 4 bit", "teal 90% on attention.output, mlp.down")
     wide = {"ratio": (10.29, 11.99), "disk": 0.37, "memory": 0.95}
     tried = [candidate(name, loss, 0.02, **wide) for name, loss in zip(names, (0.341, 0.95, 0.041))]
-    verdict = decide(tried, the_original(), max_loss=2.0)
+    verdict = decide(tried, the_original(), Limits(2.0))
     result = SimpleNamespace(original=the_original(), candidates=tried, verdict=verdict, front=(), speed_row=None)
     result.best = result.proof = None
     result.left_out = result.notes = ()
@@ -246,7 +246,7 @@ def test_bad_settings_and_places_are_refused_before_any_work(llama, tmp_path, mo
         assert not (tmp_path / "out").exists()
 
     refused("max_loss: -1", max_loss=-1)
-    refused("target: 'speed' was given, allowed are latency, memory, disk, quality", target="speed")
+    refused("target: 'speed' was given, allowed are latency, throughput, memory, disk, quality", target="speed")
     refused("target: 'latency' was given, which is measured with the speed", target="latency", speed=False)
     refused("max_recipes: 0", max_recipes=0)
     refused("seed: -1", seed=-1)
@@ -254,6 +254,12 @@ def test_bad_settings_and_places_are_refused_before_any_work(llama, tmp_path, mo
     refused("prompt: 0 was given; give the tokens before those that are timed", prompt=0)
     refused(r"prompt: 99 was given with speed=False \(--no-speed\)", prompt=99, speed=False)
     refused("prompt: 31 was given; give 1 to 30, as the model's context is 32", prompt=31)
+    refused("max_new_tokens: 32 was given; give 2 to 31", max_new_tokens=32)
+    refused("batch: 0 was given; give the rows", batch=0)
+    refused("target: 'throughput' was given, which is measured with the speed", target="throughput", speed=False)
+    refused("max_peak: .*'much'", max_peak="much")
+    refused("max_peak: 300MB was given with speed=False", max_peak="300MB", speed=False)
+    refused("max_disk: 0 was given; give more than 0", max_disk=0)
     refused("prefill: 'none' was given, allowed are sparse, dense", prefill="none")
     refused("prefill: 'dense' was given with recipes=", prefill="dense", recipes=["teal"])
     refused("not known", RecipeError, recipes=["nothing"])
@@ -316,16 +322,21 @@ def test_speed_is_measured_behind_the_text_that_was_asked_for(llama, tmp_path):
         recipes=["quantize_cache"],
         max_loss=10.0,
         prompt=20,
+        max_new_tokens=6,
+        batch=2,
+        max_disk=10,
         speed_row=False,
         threads=1,
         progress=False,
     )
     (cached,) = result.candidates
     assert cached.speed is not None, (cached.failed, cached.stopped, cached.speed_failed)
-    assert (cached.speed.prompt, cached.speed.new_tokens) == (20, 12) and result.original.speed.prompt == 20
+    assert (cached.speed.prompt, cached.speed.new_tokens, cached.speed.batch) == (20, 6, 2)
+    assert result.original.speed.prompt == 20
+    assert not result.verdict.pays and "Asked for: disk of at most 10 B. Nearest:" in result.verdict.headline
     assert cached.speed.engine == "decoder"
     page = (tmp_path / "out" / "index.html").read_text()
-    assert "--prompt 20" in page and "the first after" in page
+    assert "--max-disk 10 --prompt 20 --max-new-tokens 6 --batch 2" in page and "the first after" in page
 
 
 def test_the_speed_row_at_a_small_shape():

@@ -262,15 +262,19 @@ def optimize(
         float, typer.Option(parser=share, metavar="SHARE", help="Largest loss of quality that is accepted: 0.02 or 2%.")
     ] = 0.02,
     target: Annotated[
-        Literal["latency", "memory", "disk", "quality"] | None,
+        Literal["latency", "throughput", "memory", "disk", "quality"] | None,
         typer.Option(
             metavar="NAME",
-            help="Choose the best for latency, memory, disk or quality; if not given, for latency or else disk.",
+            help="Choose the best for latency, throughput, memory, disk or quality; else for latency, or else disk.",
         ),
     ] = None,
     min_speedup: Annotated[
         float | None, typer.Option(help="Least speedup that is wanted, such as 1.5: what has less does not pay.")
     ] = None,
+    max_peak: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Most memory of a process that runs it, such as 300MB.")
+    ] = None,
+    max_disk: Annotated[str | None, typer.Option(metavar="SIZE", help="Most bytes on disk, such as 100MB.")] = None,
     max_recipes: Annotated[int, typer.Option(min=1, max=20, help="How many recipes to try at most.")] = 12,
     recipe: Annotated[
         list[str] | None, typer.Option(help="Try these instead: YAML files or names like 'awq,wina'. Repeatable.")
@@ -288,6 +292,12 @@ def optimize(
         typer.Option(
             min=1, metavar="N", help="Measure speed behind so many tokens; from 1024 on the cache is a candidate too."
         ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Tokens that are timed for each row, 32 if not given.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Rows timed together, 1 if not given; 8 for throughput.")
     ] = None,
     prefill: Annotated[
         Literal["sparse", "dense"],
@@ -316,12 +326,16 @@ def optimize(
             max_loss=max_loss,
             target=target,
             min_speedup=min_speedup,
+            max_peak=max_peak,
+            max_disk=max_disk,
             max_recipes=max_recipes,
             recipes=recipe,
             mixes=mixes,
             minutes=minutes,
             speed=speed,
             prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            batch=batch,
             prefill=prefill,
             resume=resume,
             max_memory=max_memory,

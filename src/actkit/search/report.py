@@ -294,7 +294,9 @@ def _commands(result: Optimization) -> list[tuple[str, str]]:
     stored = "" if settings.get("given_dtype") is None else f" --dtype {settings['given_dtype']}"
     target = "" if settings.get("target") is None else f" --target {settings['target']}"
     least = "" if settings.get("min_speedup") is None else f" --min-speedup {settings['min_speedup']:g}"
-    least += "" if settings.get("prompt") is None else f" --prompt {settings['prompt']}"
+    for option in ("max_peak", "max_disk", "prompt", "max_new_tokens", "batch"):
+        if settings.get(option) is not None:
+            least += f" --{option.replace('_', '-')} {settings[option]}"
     least += "" if settings.get("prefill", "sparse") == "sparse" else f" --prefill {settings['prefill']}"
     common = f"{source}{stored} --threads {settings['threads']} --seed {settings['seed']}"
     found = [

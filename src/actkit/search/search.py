@@ -27,7 +27,7 @@ from actkit.core.ground import processes, registry, whole_folder
 from actkit.core.ground.errors import ActkitError, MemoryLimitError
 from actkit.core.ground.fingerprint import model_fingerprint
 from actkit.core.ground.machine import machine, versions
-from actkit.core.ground.memory import release_memory
+from actkit.core.ground.memory import parse_bytes, release_memory
 from actkit.core.ground.modules import is_pretrained
 from actkit.core.ground.offload import refuse_offloaded
 from actkit.core.ground.progress import say, step, track
@@ -60,7 +60,8 @@ from actkit.search.profile import profile
 from actkit.search.results import Answers, Optimization, Proposal
 from actkit.search.speed_row import SpeedRow, measure_speed_row
 from actkit.search.splits import ROWS, split_data
-from actkit.search.verdict import TARGETS, Target, Verdict, decide
+from actkit.search.verdict import TARGETS, Limits, Target, Verdict, decide
+from actkit.search.workload import BATCH, Workload
 from actkit.search.workshop import RANDOM, Workshop, recipe_key, task_for, transforms_key
 from actkit.zoo.loading import open_model
 
@@ -78,7 +79,6 @@ TWO_ENGINES = (
 )
 ROUNDS = 5
 ROW_SECONDS = 60.0  # of the 0.5B shape, building it included
-PROMPT, NEW_TOKENS, BATCH = 128, 32, 8  # of the speed; BATCH for models that run one pass instead of decoding
 
 
 def optimize(
@@ -89,6 +89,8 @@ def optimize(
     max_loss: float = 0.02,
     target: Target | None = None,
     min_speedup: float | None = None,
+    max_peak: int | str | None = None,
+    max_disk: int | str | None = None,
     max_recipes: int = USUAL,
     recipes: Sequence[Any] | None = None,
     minutes: float | None = None,
@@ -98,6 +100,8 @@ def optimize(
     speed_row: bool | None = None,
     mixes: int = 0,
     prompt: int | None = None,
+    max_new_tokens: int | None = None,
+    batch: int | None = None,
     prefill: Prefill = "sparse",
     max_memory: int | str | None = None,
     device: str | torch.device = "cpu",
@@ -118,10 +122,13 @@ def optimize(
         out: the folder to write.
         data: as in `load_data`; None for the embedded data.
         max_loss: largest loss of quality, as a share, that the upper bound of its interval may reach.
-        target: what the best is chosen for among those that pay: 'latency', 'memory', 'disk' or 'quality'; None for
-            latency if that pays, else disk, else memory.
+        target: what the best is chosen for among those that pay: 'latency', 'throughput' (speed too, of 8 rows at a
+            time unless `batch` says otherwise), 'memory', 'disk' or 'quality'; None for latency if that pays, else
+            disk, else memory.
         min_speedup: least ratio of speeds that the lower bound of its interval must reach, such as 1.5; None for none.
             Mixes then lose as little as that allows.
+        max_peak: most that a process that runs it may take at its peak, bytes or '300MB'; None for no limit.
+        max_disk: most that its folder may hold, bytes or '100MB'; None for no limit.
         max_recipes: 1 to 20.
         recipes: try these instead (whatever `Recipe.of` takes).
         minutes: what the search may take at most; None for no limit. What does not fit by its estimate is left out, and
@@ -135,6 +142,8 @@ def optimize(
             models that decode text, if speed is measured.
         prompt: tokens of the text behind which speed is measured; None for 128, or half of the context if that is less.
             From 1,024 on keys and values in 8 bits are among the candidates.
+        max_new_tokens: that are timed for each row, 2 or more; None for 32, or half of the context if that is less.
+        batch: rows that are timed together; None for 1 (for 8 if the model decodes no text, or for 'throughput').
         prefill: 'dense' for candidates that select inputs in decoding only, and read all of them in a prompt: the first
             token comes sooner. Quality is measured with every token sparse either way.
         max_memory: hard cap for calibration beside the model.
@@ -166,6 +175,12 @@ def optimize(
     )
     check_minutes(minutes)
     _check_settings(max_loss, target, max_recipes, seed, threads, speed=speed)
+    limits = Limits(max_loss, min_speedup, _bytes("max_peak", max_peak), _bytes("max_disk", max_disk))
+    if max_peak is not None and not speed:
+        raise ValueError(
+            f"max_peak: {max_peak} was given with speed=False (--no-speed), and the peak is measured with the speed; "
+            f"leave one of them out."
+        )
     if min_speedup is not None and not (speed and 1 < min_speedup < float("inf")):
         raise ValueError(
             f"min_speedup: {min_speedup:g} was given{'' if speed else ' with speed=False (--no-speed)'}; give a ratio "
@@ -173,11 +188,10 @@ def optimize(
         )
     if mixes < 0:
         raise ValueError(f"mixes: {mixes} was given; give 0 for none, or how many to try.")
-    if prompt is not None and (prompt < 1 or not speed):
-        raise ValueError(
-            f"prompt: {prompt} was given{'' if speed else ' with speed=False (--no-speed)'}; give the tokens before "
-            f"those that are timed, such as 2048, and let speed be measured."
-        )
+    if batch is None and target == "throughput":
+        batch = BATCH
+    workload = Workload(prompt, max_new_tokens, batch)
+    workload.check(speed=speed)
     if prefill not in get_args(Prefill):
         raise ValueError(f"prefill: {prefill!r} was given, allowed are {', '.join(get_args(Prefill))}.")
     if prefill == "dense" and recipes is not None:
@@ -194,7 +208,7 @@ def optimize(
     check_model(opened)
     checkpoint.check_savable(opened)
     _check_base(opened, base)
-    _check_prompt(opened, prompt)
+    workload.check_model(opened)
     with _threads(threads):
         known = changes.of(opened)
         earlier = transforms_of(known.recipe) if known else ()
@@ -208,7 +222,7 @@ def optimize(
             "speed": speed,
             "length": splits.length,
             "batch_size": ROWS,
-            **({} if prompt is None else {"prompt": prompt}),
+            **workload.given(),
         }
         header = {
             "model": {"name": name, "class": type(opened).__name__, "fingerprint": model_fingerprint(opened)},
@@ -226,8 +240,7 @@ def optimize(
         shop = Workshop(opened, tokenizer, task, splits, out / CANDIDATES, base, max_loss, max_memory, seed, progress)
         shop.interrupt = budget.interrupt
         shop.by_divergence = task == "language" and isinstance(data, str) and data == "random"
-        search = _Search(out, name, shop, journal, max_loss, target, trust_remote_code, budget, min_speedup)
-        search.prompt, search.prefill = prompt, prefill
+        search = _Search(out, name, shop, journal, limits, target, trust_remote_code, budget, workload, prefill)
         search.notes += [note] if note else []
         search.notes += [RANDOM] if shop.by_divergence else []
         try:
@@ -238,6 +251,8 @@ def optimize(
         "max_loss": max_loss,
         "target": target,
         "min_speedup": min_speedup,
+        "max_peak": limits.max_peak,
+        "max_disk": limits.max_disk,
         "max_recipes": max_recipes,
         "minutes": minutes,
         "prefill": prefill,
@@ -260,17 +275,16 @@ class _Search:
         name: str,
         shop: Workshop,
         journal: Journal,
-        max_loss: float,
+        limits: Limits,
         target: Target | None,
         trust_remote_code: bool,
         budget: Budget,
-        min_speedup: float | None = None,
+        workload: Workload,
+        prefill: Prefill,
     ) -> None:
-        self.budget, self.min_speedup = budget, min_speedup
-        self.prompt: int | None = None
-        self.prefill: Prefill = "sparse"
+        self.budget, self.workload, self.prefill = budget, workload, prefill
         self.out, self.name, self.shop, self.journal = out, name, shop, journal
-        self.max_loss, self.target, self.trust = max_loss, target, trust_remote_code
+        self.limits, self.target, self.trust = limits, target, trust_remote_code
         self.notes = list(journal.notes)
         self.cache = last_level_cache()
         self.ahead: CompileAhead | None = None
@@ -321,14 +335,7 @@ class _Search:
             left += unpaid
             original, candidates = self._speeds(original, [*candidates, *mixed])
         row, why_not = self._row(original, speed=speed, wanted=speed_row)
-        verdict = decide(
-            candidates,
-            original,
-            max_loss=self.max_loss,
-            target=self.target,
-            min_speedup=self.min_speedup,
-            cache=self.cache,
-        )
+        verdict = decide(candidates, original, self.limits, target=self.target, cache=self.cache)
         points = [point(each, original) for each in (original, *candidates)]
         names = [each.name for each in (original, *candidates)]
         on_front = tuple(names[index] for index in front(points))
@@ -381,10 +388,7 @@ class _Search:
 
     def _decoded(self) -> tuple[int, int]:
         """Tokens of the prompt and new ones, as they fit the context."""
-        context = Inputs.of(self.shop.model).context or (self.prompt or PROMPT) + NEW_TOKENS
-        if self.prompt is not None:
-            return self.prompt, min(NEW_TOKENS, context - self.prompt)
-        return max(1, min(PROMPT, context // 2)), max(2, min(NEW_TOKENS, context // 2))
+        return self.workload.tokens(Inputs.of(self.shop.model).context)
 
     def _with_prefill(self, proposal: Proposal) -> Proposal:
         """The same with prompts that are read dense, if it selects inputs and that is wanted."""
@@ -408,7 +412,9 @@ class _Search:
         found = {
             entry["key"]: (Candidate.from_dict(entry["measured"]), entry.get("max_loss", 0.0)) for entry in entries
         }
-        return {key: each for key, (each, limit) in found.items() if each.stopped is None or limit >= self.max_loss}
+        return {
+            key: each for key, (each, limit) in found.items() if each.stopped is None or limit >= self.limits.max_loss
+        }
 
     def _measure(self, proposals: Sequence[Proposal], *, speed: bool) -> tuple[list[Candidate], list[LeftOut]]:
         """The candidates, best first, as far as the minutes go; and what they did not pay for."""
@@ -445,7 +451,7 @@ class _Search:
                 "candidate",
                 key=keys[proposal.name],
                 measured=found.to_dict(),
-                max_loss=self.max_loss,
+                max_loss=self.limits.max_loss,
                 estimated_seconds=seconds,
             )
             step(_told(found, seconds), self.shop.progress)
@@ -503,11 +509,11 @@ class _Search:
         """Each of a group with its speed, or why there is none; in smaller groups if they do not fit together."""
         folders = {each.name: self._folder(each) for each in (original, *group)}
         prompt, new_tokens = self._decoded()
-        decodes = Inputs.of(self.shop.model).causal
+        usual = 1 if Inputs.of(self.shop.model).causal else BATCH
         try:
             speeds: dict[str, Speed] = measure_speed(
                 folders,
-                batch=1 if decodes else BATCH,
+                batch=self.workload.batch or usual,
                 prompt=prompt,
                 max_new_tokens=new_tokens,
                 rounds=ROUNDS,
@@ -548,7 +554,7 @@ class _Search:
         if isinstance(prepared, str):
             return None, [], [LeftOut("mixed recipes", prepared)]
         aim: Aim = "bytes" if self.target in ("disk", "memory") else "time"
-        return rounds.run(prepared, count, self.max_loss, aim, self.min_speedup)
+        return rounds.run(prepared, count, self.limits.max_loss, aim, self.limits.min_speedup)
 
     def _folder(self, candidate: Candidate) -> Path:
         folder = self.shop.folder_of(candidate.name)
@@ -657,7 +663,7 @@ def _check_settings(
 ) -> None:
     if target is not None and target not in TARGETS:
         raise ValueError(f"target: {target!r} was given, allowed are {', '.join(TARGETS)}.")
-    if target in ("latency", "memory") and not speed:
+    if target in ("latency", "throughput", "memory") and not speed:
         raise ValueError(
             f"target: {target!r} was given, which is measured with the speed; leave out speed=False (--no-speed), or "
             f"choose the target 'disk' or 'quality'."
@@ -672,12 +678,17 @@ def _check_settings(
         raise ValueError(f"threads: {threads} was given; give 1 or more.")
 
 
-def _check_prompt(model: nn.Module, prompt: int | None) -> None:
-    context = Inputs.of(model).context
-    if prompt is not None and not Inputs.of(model).causal:
-        raise ValueError(f"prompt: {prompt} was given, and {type(model).__name__} decodes no text; leave it out.")
-    if prompt is not None and context is not None and prompt + 2 > context:
-        raise ValueError(f"prompt: {prompt} was given; give 1 to {context - 2}, as the model's context is {context}.")
+def _bytes(name: str, given: int | str | None) -> int | None:
+    """What was given as a size."""
+    if given is None:
+        return None
+    try:
+        size = parse_bytes(given)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if not size:
+        raise ValueError(f"{name}: {given} was given; give more than 0, such as '300MB', or None for no limit.")
+    return size
 
 
 def _check_base(model: nn.Module, base: Callable[[], nn.Module] | None) -> None:

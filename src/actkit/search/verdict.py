@@ -8,11 +8,13 @@ A candidate pays if something is gained and the loss is known to be small:
 and if its folder reloads and, of a language model, it still writes. The best is one that pays and that no other that
 pays beats (see `front`). Which one depends on the target:
 
-- latency, memory or disk takes the largest gain of that kind, and the smallest loss among gains within 5 % of it;
+- latency, throughput, memory or disk takes the largest gain of that kind, and the smallest loss among gains within 5 %
+  of it (latency and throughput are both the ratio of speeds; how many rows were timed together makes the difference);
 - quality takes the smallest loss;
 - without a target it is latency if that pays, else disk, else memory.
 
-If a least speedup is asked for, only what surely has it pays; if nothing does, the headline says what comes nearest.
+If a least speedup, or a most of memory or disk, is asked for, only what surely has it pays; if nothing does, the
+headline says what comes nearest.
 
 Losses rank on the search split: the test split may reject a candidate, for its loss or because another beats it, but
 never ranks them.
@@ -21,7 +23,7 @@ never ranks them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -32,9 +34,80 @@ from actkit.search.measured import Candidate
 
 FASTER, SMALLER, EQUAL = 1.03, 0.9, 1.05
 
-Target = Literal["latency", "memory", "disk", "quality"]
+Target = Literal["latency", "throughput", "memory", "disk", "quality"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 BY_DEFAULT: tuple[Target, ...] = ("latency", "disk", "memory")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a candidate must keep to, to pay.
+
+    Attributes:
+        max_loss: of quality, which the upper bound of its interval may reach.
+        min_speedup: that the lower bound of its ratio of speeds must reach; None for none.
+        max_peak: bytes of the process that runs it, at its peak; None for none.
+        max_disk: bytes of its folder; None for none.
+    """
+
+    max_loss: float
+    min_speedup: float | None = None
+    max_peak: int | None = None
+    max_disk: int | None = None
+
+    def wishes(self) -> list[_Wish]:
+        """What is asked for beside a small loss."""
+        found = []
+        if self.min_speedup is not None:
+            found.append(_Wish(f"at least {self.min_speedup:g}x", "speed", "fastest", _slowness, 1 / self.min_speedup))
+        for what, cost, most in (("peak memory", _peak, self.max_peak), ("disk", _disk, self.max_disk)):
+            if most is not None:
+                found.append(_Wish(f"at most {format_bytes(most)}", what, "smallest", cost, most))
+        return found
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """One thing that is asked for.
+
+    Attributes:
+        asked: in words.
+        what: it is about.
+        nearest: what the candidate is called that comes nearest.
+        cost: of a candidate, the less the better; None if it was not measured.
+        most: that the cost may be.
+    """
+
+    asked: str
+    what: str
+    nearest: str
+    cost: Callable[[Candidate], float | None]
+    most: float
+
+    def met(self, candidate: Candidate) -> bool:
+        """Whether a candidate surely has it."""
+        cost = self.cost(candidate)
+        return cost is not None and cost <= self.most
+
+    def found(self, candidate: Candidate) -> str:
+        """What a candidate has."""
+        if self.what == "speed":
+            return "not measured" if candidate.ratio is None else times(candidate.ratio)
+        cost = self.cost(candidate)
+        return "not measured" if cost is None else format_bytes(cost)
+
+
+def _slowness(candidate: Candidate) -> float | None:
+    """The upper bound of its time over the original's."""
+    return None if candidate.ratio is None or candidate.ratio.low <= 0 else 1 / candidate.ratio.low
+
+
+def _peak(candidate: Candidate) -> float | None:
+    return None if candidate.speed is None else candidate.speed.peak_bytes
+
+
+def _disk(candidate: Candidate) -> float | None:
+    return candidate.disk_bytes
 
 
 @dataclass(frozen=True)
@@ -95,14 +168,13 @@ class Verdict:
         return next(each for each in self.judgements if each.name == name)
 
 
-def judge(candidate: Candidate, original: Candidate, max_loss: float, min_speedup: float | None = None) -> Judgement:
+def judge(candidate: Candidate, original: Candidate, limits: Limits) -> Judgement:
     """Judge whether one candidate pays.
 
     Args:
         candidate: measured.
         original: measured.
-        max_loss: largest loss that the upper bound of its interval may reach.
-        min_speedup: least ratio of speeds that the lower bound of its interval must reach; None for none.
+        limits: that it must keep to.
 
     Returns:
         Whether it pays, and why not.
@@ -113,12 +185,12 @@ def judge(candidate: Candidate, original: Candidate, max_loss: float, min_speedu
         return Judgement(candidate.name, False, {}, (candidate.stopped,))
     gains = _gains(candidate, original)
     against = [] if gains else [_no_gain(candidate, original)]
-    if min_speedup is not None and not _as_fast(candidate, min_speedup):
-        found = "not measured" if candidate.ratio is None else times(candidate.ratio)
-        against.append(f"speed {found}, at least {min_speedup:g}x was asked for")
+    for wish in limits.wishes():
+        if not wish.met(candidate):
+            against.append(f"{wish.what} {wish.found(candidate)}, {wish.asked} was asked for")
     for loss, split in ((candidate.search_loss, "search"), (candidate.loss, "test")):
-        if loss is None or not loss.high <= max_loss:
-            against.append(_too_much(loss, split, max_loss))
+        if loss is None or not loss.high <= limits.max_loss:
+            against.append(_too_much(loss, split, limits.max_loss))
             break
     if candidate.proof is not None and not candidate.proof.passed:
         against.append(f"its folder does not reload: {candidate.proof.reason}")
@@ -130,10 +202,9 @@ def judge(candidate: Candidate, original: Candidate, max_loss: float, min_speedu
 def decide(
     candidates: Sequence[Candidate],
     original: Candidate,
+    limits: Limits,
     *,
-    max_loss: float,
     target: Target | None = None,
-    min_speedup: float | None = None,
     cache: int | None = None,
 ) -> Verdict:
     """Decide over all candidates.
@@ -141,15 +212,15 @@ def decide(
     Args:
         candidates: measured.
         original: measured.
-        max_loss: largest loss that the upper bound of its interval may reach.
+        limits: that they must keep to.
         target: what the best is chosen for; None for latency if that pays, else disk, else memory.
-        min_speedup: least ratio of speeds that the lower bound of its interval must reach; None for none.
         cache: bytes of the last-level cache, for the words on speed.
 
     Returns:
         The verdict.
     """
-    judged = [judge(candidate, original, max_loss, min_speedup) for candidate in candidates]
+    max_loss = limits.max_loss
+    judged = [judge(candidate, original, limits) for candidate in candidates]
     paying = [candidate for candidate, each in zip(candidates, judged) if each.pays]
     beaten = {candidate.name: _beaten_by(candidate, paying, original) for candidate in paying}
     judged = [replace(each, beaten_by=beaten.get(each.name, "")) for each in judged]
@@ -162,8 +233,7 @@ def decide(
     within = [candidate for candidate in candidates if _is_small(candidate, max_loss)]
     if best is None:
         headline = _refusal(target, second, candidates, original)
-        if min_speedup is not None:
-            headline += _nearest(candidates, within, min_speedup, max_loss)
+        headline += "".join(_nearest(candidates, within, wish, max_loss) for wish in limits.wishes())
     else:
         headline = _headline(best, second, chosen, len(paying), original)
     return Verdict(
@@ -197,7 +267,7 @@ def gain(candidate: Candidate, original: Candidate, target: Target) -> float | N
     """
     if target == "quality":
         return max((each for kind in BY_DEFAULT if (each := gain(candidate, original, kind))), default=None)
-    if target == "latency":
+    if target in ("latency", "throughput"):
         low = -math.inf if candidate.ratio is None else candidate.ratio.low
         return low if math.isfinite(low) and low > FASTER else None
     share = candidate.peak_share if target == "memory" else candidate.disk_share(original)
@@ -240,10 +310,6 @@ def _too_much(loss: Estimate | None, split: str, max_loss: float) -> str:
     if loss.value > max_loss and not clearly:
         return f"loss {loss.value:.1%} on the {split} split, the limit is {max_loss:.1%}"
     return f"loss up to {loss.high:.1%} on the {split} split, the limit is {max_loss:.1%}{clearly}"
-
-
-def _as_fast(candidate: Candidate, least: float) -> bool:
-    return candidate.ratio is not None and candidate.ratio.low >= least
 
 
 def _is_small(candidate: Candidate, max_loss: float) -> bool:
@@ -333,21 +399,23 @@ def _refusal(
     )
 
 
-def _nearest(candidates: Sequence[Candidate], within: Sequence[Candidate], least: float, max_loss: float) -> str:
-    """What comes nearest to a speedup that nothing reaches within the limit on the loss."""
+def _nearest(candidates: Sequence[Candidate], within: Sequence[Candidate], wish: _Wish, max_loss: float) -> str:
+    """What comes nearest to a wish that nothing grants within the limit on the loss; '' if something does."""
+    if any(wish.met(each) for each in within):
+        return ""
     texts = []
-    timed = [(ratio.low, ratio, each) for each in within if (ratio := each.ratio) is not None]
-    if timed:
-        _, ratio, fastest = max(timed, key=lambda found: found[0])
-        texts.append(f"within a loss of {max_loss:.1%} the fastest is {fastest.name} with {times(ratio)}")
-    fast = [each for each in candidates if _as_fast(each, least) and each.search_loss is not None]
-    if fast:
-        closest = min(fast, key=_search_loss)
+    known = [(cost, each) for each in within if (cost := wish.cost(each)) is not None]
+    if known:
+        _, closest = min(known, key=lambda found: found[0])
+        texts.append(f"within a loss of {max_loss:.1%} the {wish.nearest} is {closest.name} with {wish.found(closest)}")
+    met = [each for each in candidates if wish.met(each) and each.search_loss is not None]
+    if met:
+        closest = min(met, key=_search_loss)
         assert closest.search_loss is not None
-        texts.append(f"{closest.name} has the speed, for a loss of {closest.search_loss.value:.1%}")
+        texts.append(f"{closest.name} has the {wish.what}, for a loss of {closest.search_loss.value:.1%}")
     if not texts:
-        return f" Asked for: at least {least:g}x; no candidate comes near."
-    return f" Asked for: at least {least:g}x. Nearest: {'; '.join(texts)}."
+        return f" Asked for: {wish.what} of {wish.asked}; no candidate comes near."
+    return f" Asked for: {wish.what} of {wish.asked}. Nearest: {'; '.join(texts)}."
 
 
 def _about_speed(
