@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from actkit.comparison.compare import compare_functions
-from actkit.core.ground.errors import ActkitError
+from actkit.core.ground.errors import ActkitError, RecipeError
 from actkit.core.layers import known_functions as known
 from actkit.core.layers.activations import activation_function
 from actkit.core.layers.moments import Density
@@ -33,8 +33,10 @@ from actkit.functions.rbfnet.radial import RadialUnits
 from actkit.functions.s_kan.s_kan_layer import SKanLayer
 from actkit.functions.selu.selu import AlphaDropout, ScaledElu
 from actkit.functions.softplus_attention.weights import softplus_attention
+from actkit.functions.swap import swap
 from actkit.functions.vanillanet.faded import FadedActivation
 from actkit.functions.vanillanet.folding import DeepPair
+from actkit.testing import tiny_model
 
 
 def whole(*shape: int) -> Tensor:
@@ -165,3 +167,18 @@ def test_inputs_outside_of_the_domain_are_said_once() -> None:
         KanLinear(4, 2, BSplines())(x / 3)
         KanLinear(4, 2, Polynomials(outside="squashed"))(x)
         KanLinear(4, 2, Waves(2))(x)
+
+
+def test_constant_features_of_af_kan_are_said_once():
+    layer = AfKanLayer(3, 2, act="relu")
+    x = torch.full((4, 3), 7.0)  # beyond the grid, where all values are 0
+    with pytest.warns(UserWarning, match="x: 100% of the samples give one value in all features"):
+        assert torch.isfinite(layer(x)).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x)
+
+
+def test_a_name_that_swap_does_not_know_gets_its_neighbours():
+    with pytest.raises(RecipeError, match=r"swap: new: .*Did you mean .*poly_norm"):
+        swap(tiny_model("llama"), "silu", "polynorm")

@@ -25,6 +25,7 @@ from actkit.core.univariate.bases import Bells, BSplines
 from actkit.core.univariate.edge_functions import Wavelets
 from actkit.functions.s_kan.basis_choice import basis_choice
 from actkit.functions.s_kan.choose_basis import ChooseBasis
+from actkit.functions.s_kan.edges import PrunedEdges
 from actkit.functions.s_kan.pool import POOL
 from actkit.functions.s_kan.s_kan_layer import PrunedLayer, SConvKan2d, SKanLayer, choosing
 from actkit.testing import check_rule, tiny_batches, tiny_model
@@ -203,6 +204,83 @@ def test_pruning_computes_the_same_with_one_basis_for_each_node(select: Any) -> 
     assert sum(p.numel() for p in pruned.parameters()) <= max(single) + 6 * len(POOL)
 
 
+def every_basis_by_edge() -> tuple[SKanLayer, Tensor]:
+    """A layer of all bases whose edges have chosen, with sizes that were measured; and inputs."""
+    torch.manual_seed(0)
+    layer = SKanLayer(4, 6, tuple(POOL), "edge")
+    x = torch.rand(9, 4) * 1.6 - 0.8
+    with torch.no_grad():
+        layer.gates.normal_()
+        layer.gain.uniform_(0.5, 2)
+        for branch in layer.branches.values():
+            for parameter in branch.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    layer.train()(x)
+    return layer.eval(), x
+
+
+def test_edges_choose_each_for_itself() -> None:
+    """Against the sum over edges, one by one, of every branch at that edge alone."""
+    layer, x = every_basis_by_edge()
+    layer.temperature.fill_(0.7)
+    shares = (layer.gates / 0.7).softmax(-1)
+    outputs = torch.stack([branch(x) for branch in layer.branches.values()], -1)
+    torch.testing.assert_close(layer.sizes, outputs.square().mean(0).sqrt())
+    expected = torch.zeros(9, 6)
+    for k, branch in enumerate(layer.branches.values()):
+        whole = branch(x)
+        for i in range(4):
+            kept = {name: value.clone() for name, value in branch.named_parameters()}
+            for name, value in kept.items():
+                if name == "coefficients.weight":
+                    value.view(6, 4, -1)[:, i] = 0
+                elif name in ("base.weight",) or (name == "weight" and isinstance(branch, Wavelets)):
+                    value[:, i] = 0
+            without = torch.func.functional_call(branch, kept, (x,))  # the difference is what these edges give
+            share = layer.gain * shares[:, i, k] / layer.sizes[:, k]
+            expected += (whole - without) * share
+        bias = getattr(getattr(branch, "coefficients", None), "bias", None)
+        if bias is not None:
+            expected += bias * (layer.gain * shares[:, :, k].mean(1) / layer.sizes[:, k])
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-4)
+    entropy = -(shares * shares.log()).sum(-1).mean()
+    torch.testing.assert_close(layer.gate_entropy(), entropy)
+
+
+def test_pruned_edges_compute_the_same_with_their_own_coefficients_alone() -> None:
+    layer, x = every_basis_by_edge()
+    with pytest.raises(ValueError, match="hard: the nodes have not chosen"):
+        layer.pruned()
+    layer.hard.fill_(1.0)
+    layer(x).square().sum().backward()
+    assert layer.gates.grad is not None and bool(layer.gates.grad.any())  # straight-through
+    pruned = layer.pruned()
+    assert isinstance(pruned, PrunedEdges) and set(pruned.branches) == set(POOL)
+    torch.testing.assert_close(pruned(x), layer(x), atol=1e-5, rtol=1e-4)
+    assert pruned.selection() == layer.selection() and len(pruned.selection()) == 24
+    for name, branch in pruned.branches.items():
+        edges = len(pruned.edges[name])
+        own = [p for key, p in branch.named_parameters() if key in ("coefficients", "base", "weight", "shift", "width")]
+        assert own and all(len(parameter) == edges for parameter in own)
+    assert torch.equal(pruned(x.view(3, 3, 4)), pruned(x).view(3, 3, 6))
+    assert basis_choice(nn.Sequential(pruned)).layers[0].chosen == tuple(pruned.selection())
+
+
+def test_a_training_of_edges_is_pruned_and_saved(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return Net("edge")
+
+    net = build()
+    train(net, batches(), validation=batches(2), epochs=3, rules=[ChooseBasis()], progress=False)
+    assert isinstance(net.first, PrunedEdges) and isinstance(net.second, PrunedLayer)
+    x = torch.rand(5, 3)
+    save(net.eval(), tmp_path / "pruned")
+    assert torch.equal(load(tmp_path / "pruned", base=build)(x), net(x))
+    image = SConvKan2d(1, 2, 2, select="edge").eval()
+    patches = F.unfold(x[None, None], 2).transpose(1, 2)
+    torch.testing.assert_close(image(x[None, None]).flatten(2), image.layer(patches).transpose(1, 2))
+
+
 def test_a_convolution_is_the_layer_on_every_patch() -> None:
     torch.manual_seed(0)
     layer = SConvKan2d(2, 3, 3, stride=2, padding=1)
@@ -226,7 +304,7 @@ def test_a_convolution_is_the_layer_on_every_patch() -> None:
         ({"pool": ()}, r"pool: \[\] was given"),
         ({"pool": ("rbf", "rbf")}, r"pool: \['rbf', 'rbf'\] was given"),
         ({"pool": ("sine",)}, r"pool: \['sine'\] was given"),
-        ({"select": "edge"}, "select: 'edge' was given"),
+        ({"select": "channel"}, "select: 'channel' was given"),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], text: str) -> None:

@@ -76,6 +76,7 @@ from actkit.functions.qkan.network import Hqkan, Qkan
 from actkit.functions.qkan.qkan_layer import QkanLayer
 from actkit.functions.rbfnet.field import DifGrid
 from actkit.functions.rbfnet.radial import RadialDecoder, RadialUnits
+from actkit.functions.s_kan.edges import PrunedEdges
 from actkit.functions.s_kan.s_kan_layer import PrunedLayer, SConvKan2d, SKanLayer
 from actkit.functions.selu.selu import AlphaDropout, ScaledElu, constants
 from actkit.functions.softplus_attention.layer import SoftplusAttention
@@ -371,6 +372,12 @@ def memory() -> nn.Module:
 
 FUNCTIONS = [name for name in function_names() if activation_function(name).elementwise]
 # registered name -> its instances
+# each third edge has one of three bases
+EDGES = {
+    name: [[node, channel] for node in range(OUT) for channel in range(IN) if (node + channel) % 3 == third]
+    for third, name in enumerate(("rbf", "wavelet", "relukan"))
+}
+
 LAYERS: dict[str, dict[str, Made]] = {
     "act_linear": {
         **{f"{grid}, {select}": act_linear(grid, select) for grid in GRIDS for select in SELECTIONS},
@@ -517,7 +524,9 @@ LAYERS: dict[str, dict[str, Made]] = {
     "s_kan_layer": {
         "by node": linear_like(lambda: SKanLayer(IN, OUT)),
         "by layer": linear_like(lambda: SKanLayer(IN, OUT, ("cheby", "relukan"), "layer")),
+        "by edge": linear_like(lambda: SKanLayer(IN, OUT, ("cheby", "wavelet"), "edge")),
     },
+    "pruned_edges": {"": linear_like(lambda: PrunedEdges(IN, OUT, EDGES))},
     "pruned_layer": {
         "": linear_like(lambda: PrunedLayer(IN, OUT, {"rbf": [1, 5, *range(6, OUT)], "wavelet": [0, 2, 3, 4]})),
     },

@@ -14,6 +14,7 @@ zeros, or to one that is learned.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -97,10 +98,15 @@ class Swap(Transform):
         if isinstance(new, str) and new in function_names():
             Activation(new)  # raises what is wrong with it
         else:
+            name = new if isinstance(new, str) else new["module"]
             try:
-                registry.module_class(new if isinstance(new, str) else new["module"])
+                registry.module_class(name)
             except ValueError as error:
-                raise ValueError(f"it is none of the functions {', '.join(function_names())}, and {error}") from error
+                near = difflib.get_close_matches(str(name), function_names(), n=3)
+                hint = f" Did you mean {', '.join(near)}?" if near else ""
+                raise ValueError(
+                    f"it is none of the functions {', '.join(function_names())}, and {error}{hint}"
+                ) from error
         return new
 
     @classmethod

@@ -97,6 +97,28 @@ class EdgeFunctions(nn.Module):
         return self.values(x.view(-1, 1, 1), *own).flatten()
 
 
+Shape = Literal["mexican_hat", "morlet", "dog"]
+
+
+def wavelets(shape: Shape, x: Tensor, weight: Tensor, shift: Tensor, width: Tensor) -> Tensor:
+    """Return weight * psi((x - shift) / width), element by element.
+
+    Args:
+        shape: of psi, as in `Wavelets`.
+        x: of the shape of the others, or one that goes with it.
+        weight: of each edge.
+        shift: of each edge.
+        width: of each edge, kept at 0.001 or more.
+    """
+    u = (x - shift) / (F.relu(width.abs() - NARROWEST) + NARROWEST)
+    bell = torch.exp(-(u**2) / 2)
+    if shape == "morlet":
+        return weight * torch.cos(5 * u) * bell
+    if shape == "dog":
+        return weight * -u * bell
+    return weight * (2 / (math.sqrt(3) * math.pi**0.25)) * (u**2 - 1) * bell
+
+
 class Wavelets(KeepsDtype, EdgeFunctions):
     """A wavelet on each edge, w psi((x - shift) / width); the width is kept at 0.001 or more.
 
@@ -120,13 +142,13 @@ class Wavelets(KeepsDtype, EdgeFunctions):
         self,
         in_features: int,
         out_features: int,
-        shape: Literal["mexican_hat", "morlet", "dog"] = "mexican_hat",
+        shape: Shape = "mexican_hat",
         base: str | None = None,
     ) -> None:
         super().__init__(in_features, out_features)
         if shape not in ("mexican_hat", "morlet", "dog"):
             raise ValueError(f"shape: {shape!r} was given, allowed are mexican_hat, morlet, dog.")
-        self.shape: Literal["mexican_hat", "morlet", "dog"] = shape
+        self.shape: Shape = shape
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.shift = nn.Parameter(torch.zeros(out_features, in_features))
         self.width = nn.Parameter(torch.ones(out_features, in_features))
@@ -165,14 +187,7 @@ class Wavelets(KeepsDtype, EdgeFunctions):
         return self.weight, self.shift, self.width
 
     def values(self, x: Tensor, *parameters: Tensor) -> Tensor:
-        weight, shift, width = parameters
-        u = (x - shift) / (F.relu(width.abs() - NARROWEST) + NARROWEST)
-        bell = torch.exp(-(u**2) / 2)
-        if self.shape == "morlet":
-            return weight * torch.cos(5 * u) * bell
-        if self.shape == "dog":
-            return weight * -u * bell
-        return weight * (2 / (math.sqrt(3) * math.pi**0.25)) * (u**2 - 1) * bell
+        return wavelets(self.shape, x, *parameters)
 
     def spec(self) -> dict[str, Any]:
         """Its JSON arguments, as a checkpoint keeps them."""

@@ -210,8 +210,9 @@ class AttachedAtlas(AttachedRule):
     def _read_by_row(self, names: Sequence[str]) -> None:
         """Let an embedding give the gradient of the rows that were read, not of its whole table."""
         module = self.model.get_submodule(names[0].rpartition(".")[0])
-        plain = isinstance(module, nn.Embedding) and module.max_norm is None and not module.scale_grad_by_freq
-        if len(names) == 1 and plain and not module.sparse:
+        if len(names) > 1 or not isinstance(module, nn.Embedding):
+            return
+        if module.max_norm is None and not module.scale_grad_by_freq and not module.sparse:
             module.sparse = True
             self._embeddings.append(module)
 

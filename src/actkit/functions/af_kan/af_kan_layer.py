@@ -19,6 +19,7 @@ summary and the release's code.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
@@ -90,6 +91,7 @@ class AfKanLayer(KeepsDtype):
         self.normed = kinds[norm](in_features) if norm in kinds else nn.Identity()
         self.act = Activation(act)
         self.coefficients = nn.Linear(in_features, out_features, bias=False)
+        self.noticed = False  # whether inputs were looked at
         if scale == "running":
             self.register_buffer("low", torch.zeros(()))
             self.register_buffer("high", torch.ones(()))
@@ -128,7 +130,21 @@ class AfKanLayer(KeepsDtype):
         if self.scale == "none" or not values.numel():
             return values
         low, high = self._extremes(values)
+        self._notice(low, high)
         return (values - low) / (high - low).clamp(min=torch.finfo(values.dtype).tiny)
+
+    def _notice(self, low: Tensor, high: Tensor) -> None:
+        """Warn if samples have nothing between their extremes; of the first inputs alone."""
+        if self.noticed or low.is_meta or torch.compiler.is_compiling():
+            return
+        self.noticed = True
+        same = float((high == low).float().mean())
+        if same:
+            warnings.warn(
+                f"x: {same:.0%} of the samples give one value in all features, which has no extremes to be scaled by, "
+                f"and becomes 0; scale the inputs into the grid, or take scale='none'. This is said once.",
+                stacklevel=2,
+            )
 
     def _extremes(self, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.scale == "sample":

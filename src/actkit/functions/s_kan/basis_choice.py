@@ -1,4 +1,4 @@
-"""Which node of an S-KAN chose which basis (2024, arXiv:2408.08338).
+"""Which node, or edge, of an S-KAN chose which basis (2024, arXiv:2408.08338).
 
 When to use it: after a training under `choose_basis`, or in its midst, to see what was chosen and what pruning saves.
 Cost: no pass over data.
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from actkit.core.ground.errors import UnsupportedModelError
+from actkit.functions.s_kan.edges import PrunedEdges
 from actkit.functions.s_kan.s_kan_layer import PrunedLayer, SKanLayer
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class LayerChoice:
 
     Attributes:
         path: of the layer.
-        chosen: the basis of each node.
+        chosen: the basis of each node; of each edge, node by node, if edges choose.
         pruned: whether the other bases are gone.
         parameters: of the layer now.
     """
@@ -37,7 +38,7 @@ class LayerChoice:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Nodes by basis, the most chosen first."""
+        """Nodes, or edges, by basis, the most chosen first."""
         names = sorted(set(self.chosen), key=lambda name: (-self.chosen.count(name), name))
         return {name: self.chosen.count(name) for name in names}
 
@@ -62,9 +63,9 @@ class BasisChoice:
 
         from actkit.core.ground.tables import PlainTable
 
-        table = PlainTable(title="Bases that nodes chose", title_justify="left", box=box.SIMPLE_HEAD)
-        for name in ("layer", "basis", "nodes", "which", "parameters"):
-            table.add_column(name, justify="right" if name in ("nodes", "parameters") else "left")
+        table = PlainTable(title="Bases that nodes, or edges, chose", title_justify="left", box=box.SIMPLE_HEAD)
+        for name in ("layer", "basis", "count", "which", "parameters"):
+            table.add_column(name, justify="right" if name in ("count", "parameters") else "left")
         for layer in self.layers:
             for row, (name, count) in enumerate(layer.counts.items()):
                 which = ", ".join(str(node) for node, each in enumerate(layer.chosen) if each == name)
@@ -106,11 +107,11 @@ def basis_choice(model: nn.Module) -> BasisChoice:
         LayerChoice(
             path or "model",
             tuple(module.selection()),
-            isinstance(module, PrunedLayer),
+            isinstance(module, PrunedLayer | PrunedEdges),
             sum(parameter.numel() for parameter in module.parameters()),
         )
         for path, module in model.named_modules()
-        if isinstance(module, SKanLayer | PrunedLayer)
+        if isinstance(module, SKanLayer | PrunedLayer | PrunedEdges)
     ]
     if not found:
         raise UnsupportedModelError(

@@ -8,27 +8,31 @@ temperature make each node decide (`choose_basis`); near its end only the basis 
 gradient of all (straight-through). What is left then are layers of one basis each, for the nodes that chose it, with s,
 size and gain folded into their coefficients: they compute the same.
 When to use it: for a KAN without a search for the basis by hand.
-Cost: K layers while it chooses, one afterwards.
+Cost: K layers while it chooses, one afterwards; with edges that choose twice as much, as sizes are those of whole
+branches.
 Our own reading: all of the gating, as only the abstract and two summaries of the paper were known: softmax gates, the
 running size and the gain, the phases and their lengths. They speak of a weighted combination for each node, and of full
 training, selective training and pruning.
-Settled here: choosing by node or by layer; by edge is not built, as no dense layer would be left. Convolutions unfold
-the image and apply a layer to each patch, as the authors' wrapper does.
+Settled here: choosing by node, by layer or by edge (then s has a row for each edge, and what is left is in `edges.py`).
+Convolutions unfold the image and apply a layer to each patch, as the authors' wrapper does.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from actkit.core.layers.keeps_dtype import KeepsDtype, check_floats
+from actkit.functions.s_kan.edges import PrunedEdges, scaled
 from actkit.functions.s_kan.pool import POOL, Branch, check_pool
 
-Select = Literal["node", "layer"]
+Select = Literal["node", "layer", "edge"]
 POOLED = ("bspline", "cheby", "wavelet", "rbf")
 MOMENTUM, SMALLEST = 0.1, 1e-6  # of the running size
 
@@ -40,7 +44,7 @@ class SKanLayer(KeepsDtype):
         in_features: channels of x.
         out_features: nodes.
         pool: names of bases.
-        select: whether each node chooses, or the layer for all.
+        select: whether each node chooses, or each edge, or the layer for all.
 
     Raises:
         ValueError: an empty pool, a name twice, an unknown one, or another `select`.
@@ -57,12 +61,13 @@ class SKanLayer(KeepsDtype):
     ) -> None:
         super().__init__()
         check_pool(tuple(pool))
-        if select not in ("node", "layer"):
-            raise ValueError(f"select: {select!r} was given, allowed are 'node' and 'layer'.")
+        if select not in ("node", "layer", "edge"):
+            raise ValueError(f"select: {select!r} was given, allowed are 'node', 'layer' and 'edge'.")
         self.in_features, self.out_features = in_features, out_features
         self.pool, self.select = tuple(pool), select
         self.branches = nn.ModuleDict({name: POOL[name](in_features, out_features) for name in self.pool})
-        self.gates = nn.Parameter(torch.zeros(out_features if select == "node" else 1, len(self.pool)))
+        choosers = {"node": (out_features,), "layer": (1,), "edge": (out_features, in_features)}[select]
+        self.gates = nn.Parameter(torch.zeros(*choosers, len(self.pool)))
         self.gain = nn.Parameter(torch.ones(out_features))
         self.register_buffer("sizes", torch.ones(out_features, len(self.pool)))
         self.register_buffer("seen", torch.zeros(()))  # 1 once sizes were measured
@@ -76,33 +81,51 @@ class SKanLayer(KeepsDtype):
             x: [..., in_features].
         """
         check_floats(x)
-        found = torch.stack([branch(x) for branch in self.branches.values()], -1)  # [..., out, K]
+        if self.select == "edge":
+            return self._of_edges(x)
+        found = self._whole(x)
         if self.training:
             self._measure(found.detach())
         return (found * self.factors().to(found.dtype)).sum(-1)
 
+    def _whole(self, x: Tensor) -> Tensor:
+        """What each branch gives by itself: [..., out, K]."""
+        return torch.stack([branch(x) for branch in self.branches.values()], -1)
+
+    def _of_edges(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self._measure(self._whole(x))
+        factors = self.factors().unbind(-1)  # [out, in] for each basis
+        branches = [cast(Branch, branch) for branch in self.branches.values()]
+        parts = [functional_call(branch, scaled(branch, f), (x,)) for branch, f in zip(branches, factors, strict=True)]
+        return sum(parts[1:], parts[0])
+
     def shares(self) -> Tensor:
-        """s [out_features, K]: rows that sum to 1, of one number 1 if only the largest counts."""
+        """s [out_features, K], of edges [out, in, K]: rows sum to 1, and hold a single 1 if only the largest counts."""
         soft = (self.gates / self.temperature).softmax(-1)
         largest = F.one_hot(soft.argmax(-1), len(self.pool)).to(soft.dtype)
         chosen = torch.where(self.hard > 0, largest + soft - soft.detach(), soft)
-        return chosen.expand(self.out_features, -1)
+        return chosen if self.select == "edge" else chosen.expand(self.out_features, -1)
 
     def factors(self) -> Tensor:
-        """What each branch's outputs are multiplied by: [out_features, K]."""
-        return self.gain[:, None] * self.shares() / self.sizes.clamp(min=SMALLEST)
+        """What each branch's outputs, or edges, are multiplied by: [out_features, K], or [out, in, K]."""
+        scale = self.gain[:, None] / self.sizes.clamp(min=SMALLEST)
+        return (scale[:, None] if self.select == "edge" else scale) * self.shares()
 
     def gate_entropy(self) -> Tensor:
-        """The mean entropy of s over the nodes, in nats."""
+        """The mean entropy of s over the nodes or edges, in nats."""
         soft = (self.gates / self.temperature).softmax(-1)
         return -(soft * soft.clamp(min=1e-12).log()).sum(-1).mean()
 
     def selection(self) -> list[str]:
-        """The basis with the largest share, for each node."""
-        return [self.pool[index] for index in self.gates.argmax(-1).expand(self.out_features).tolist()]
+        """The basis with the largest share, for each node, or for each edge, node by node."""
+        largest = self.gates.argmax(-1)
+        every = largest.flatten() if self.select == "edge" else largest.expand(self.out_features)
+        return [self.pool[index] for index in every.tolist()]
 
-    def pruned(self) -> PrunedLayer:
-        """Return the layer in which each node has its basis alone.
+    def pruned(self) -> PrunedLayer | PrunedEdges:
+        """Return the layer in which each node, or edge, has its basis alone.
 
         Raises:
             ValueError: the nodes have not chosen: all branches still count.
@@ -113,6 +136,8 @@ class SKanLayer(KeepsDtype):
                 f"hard: the nodes have not chosen, and the largest shares are {float(shares.min()):.2f} to "
                 f"{float(shares.max()):.2f}; train under the rule choose_basis to its end, or set hard to 1."
             )
+        if self.select == "edge":
+            return self._pruned_edges()
         chosen = self.selection()
         factors = (self.gain[:, None] / self.sizes.clamp(min=SMALLEST)).detach()
         made: dict[str, Branch] = {}
@@ -124,6 +149,21 @@ class SKanLayer(KeepsDtype):
                 branch = cast(Branch, self.branches[name])
                 made[name], nodes[name] = branch.of_outputs(index, factors[index, number]), own
         return PrunedLayer(self.in_features, self.out_features, nodes, made).train(self.training)
+
+    @torch.no_grad()
+    def _pruned_edges(self) -> PrunedEdges:
+        """The same of edges: s, size and gain go into the coefficients, and the edges of other bases go."""
+        factors, largest = self.factors(), self.gates.argmax(-1)
+        made: dict[str, Branch] = {}
+        edges: dict[str, list[list[int]]] = {}
+        for number, name in enumerate(self.pool):
+            own = (largest == number).nonzero().tolist()
+            if own:
+                branch = copy.deepcopy(cast(Branch, self.branches[name]))
+                for key, value in scaled(branch, factors[..., number]).items():
+                    branch.get_parameter(key).copy_(value)
+                made[name], edges[name] = branch, own
+        return PrunedEdges(self.in_features, self.out_features, edges, made).train(self.training)
 
     @torch.no_grad()
     def _measure(self, found: Tensor) -> None:
