@@ -64,7 +64,7 @@ def test_the_release_gives_the_same_outputs(case: dict[str, Any]) -> None:
     layer.load_state_dict({name: state[name] for name in own})  # theirs holds a temperature that not all use
     x, expected = (torch.tensor(case[name], dtype=torch.float64) for name in ("x", "output"))
     torch.testing.assert_close(layer(x), expected, atol=1e-10, rtol=0)
-    torch.testing.assert_close(layer.float()(x.float()), expected.float(), atol=1e-4, rtol=0)  # norms enlarge rounding
+    torch.testing.assert_close(layer.float()(x.float()), expected.float(), atol=3e-5, rtol=0)  # norms enlarge rounding
 
 
 def test_self_attention_is_its_formula() -> None:
