@@ -19,7 +19,7 @@ OPTIONS = {
     "sae": RUN
     | WRITE
     | {"--site", "--kind", "--width", "--k", "--sparsity", "--steps", "--size", "--learning-rate", "--skip"}
-    | {"--held-out", "--figure", "--resume", "--device"},
+    | {"--longest", "--held-out", "--figure", "--resume", "--device"},
     "optimize": MODEL
     | RUN
     | WRITE

@@ -304,7 +304,7 @@ def test_a_channel_takes_the_range_that_errs_least() -> None:
 def test_learning_pays_on_what_it_learned_from(importance: str) -> None:
     settings: dict[str, Any] = {"bits": 3, "input_bits": 8, "importance": importance, "keep": 1.0, **FAST}
     batches = tiny_batches("vit", lengths=((1,) * 8,) * 2)
-    report = apply(tiny_model("vit"), AphqVit(**{**settings, "steps": 120, "rows": 8}), batches, progress=False).report
+    report = apply(tiny_model("vit"), AphqVit(**{**settings, "steps": 300, "rows": 8}), batches, progress=False).report
     found = [values for _, method, values in report.values if method == "AphqVit"]
     assert len(found) == 2
     for values in found:

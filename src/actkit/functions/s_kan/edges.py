@@ -30,15 +30,16 @@ def scaled(branch: Branch, factor: Tensor) -> dict[str, Tensor]:
         factor: [out_features, in_features].
     """
     if isinstance(branch, Wavelets):
-        found = {"weight": branch.weight * factor}
+        pairs = {"weight": (branch.weight, factor)}
     else:
         weight, bias = branch.coefficients.weight, branch.coefficients.bias
-        found = {"coefficients.weight": (weight.view(*factor.shape, -1) * factor[..., None]).flatten(1)}
+        size = weight.shape[1] // factor.shape[1]
+        pairs = {"coefficients.weight": (weight, factor.repeat_interleave(size, 1))}
         if bias is not None:
-            found["coefficients.bias"] = bias * factor.mean(1)
+            pairs["coefficients.bias"] = (bias, factor.mean(1))
     if branch.base is not None:
-        found["base.weight"] = branch.base.weight * factor
-    return found
+        pairs["base.weight"] = (branch.base.weight, factor)
+    return {name: (value * own).to(value.dtype) for name, (value, own) in pairs.items()}  # factors are float32
 
 
 class KanEdges(nn.Module):
