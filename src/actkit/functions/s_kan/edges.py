@@ -30,7 +30,7 @@ def scaled(branch: Branch, factor: Tensor) -> dict[str, Tensor]:
         factor: [out_features, in_features].
     """
     if isinstance(branch, Wavelets):
-        pairs = {"weight": (branch.weight, factor)}
+        pairs: dict[str, tuple[Tensor, Tensor]] = {"weight": (branch.weight, factor)}
     else:
         weight, bias = branch.coefficients.weight, branch.coefficients.bias
         size = weight.shape[1] // factor.shape[1]
