@@ -33,6 +33,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -164,15 +166,22 @@ def subject(name: str, calibration: int, held_out: int) -> Subject:
     return Subject(name, calibration=calibration, split=split, held_out=held_out, model=model)
 
 
+@contextmanager
+def for_workers(given: Subject) -> Iterator[tuple[Path, Path]]:
+    """The folder of a model and a file of its calibration text, for the processes that change it."""
+    with TemporaryDirectory() as folder:
+        base, text = Path(folder) / "base", Path(folder) / "text.safetensors"
+        given.model.save_pretrained(base)  # type: ignore[operator]
+        save_file({"input_ids": torch.cat([batch["input_ids"] for batch in given.calibration(0)])}, text)
+        yield base, text
+
+
 def widths(quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Perplexities of models whose MLPs were cut, and what the cut took."""
     rows, targets = [], []
     for name in MODELS[quick:]:
         given = subject(name, 4 if quick else 16, 8 if quick else 32)
-        with TemporaryDirectory() as folder:
-            base, text = Path(folder) / "base", Path(folder) / "text.safetensors"
-            given.model.save_pretrained(base)  # type: ignore[operator]
-            save_file({"input_ids": torch.cat([batch["input_ids"] for batch in given.calibration(0)])}, text)
+        with for_workers(given) as (base, text):
             rows.append({"model": name, "row": "whole", "cut": 0.0, **judged(given.model, given)})
             for share in SHARES[quick:]:
                 own = [{"model": name, "row": arm, "cut": share, **cut(arm, base, text, share, given)} for arm in ARMS]
@@ -191,10 +200,7 @@ def factors(quick: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     rows: list[dict[str, Any]] = []
     for name in MODELS[quick:]:
         given = subject(name, 4 if quick else 16, 8 if quick else 32)
-        with TemporaryDirectory() as folder:
-            base, text = Path(folder) / "base", Path(folder) / "text.safetensors"
-            given.model.save_pretrained(base)  # type: ignore[operator]
-            save_file({"input_ids": torch.cat([batch["input_ids"] for batch in given.calibration(0)])}, text)
+        with for_workers(given) as (base, text):
             rows.append({"model": name, "row": "whole", "kept": 1.0, **judged(given.model, given)})
             for kept in BUDGETS[quick:]:
                 for arm in pruning_worker.FACTORS:

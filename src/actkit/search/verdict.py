@@ -233,7 +233,9 @@ def decide(
     within = [candidate for candidate in candidates if _is_small(candidate, max_loss)]
     if best is None:
         headline = _refusal(target, second, candidates, original)
-        headline += "".join(_nearest(candidates, within, wish, max_loss) for wish in limits.wishes())
+        wishes = limits.wishes()
+        headline += "".join(_nearest(candidates, within, wish, max_loss) for wish in wishes)
+        headline += _nearest_together(within, wishes)
     else:
         headline = _headline(best, second, chosen, len(paying), original)
     return Verdict(
@@ -416,6 +418,23 @@ def _nearest(candidates: Sequence[Candidate], within: Sequence[Candidate], wish:
     if not texts:
         return f" Asked for: {wish.what} of {wish.asked}; no candidate comes near."
     return f" Asked for: {wish.what} of {wish.asked}. Nearest: {'; '.join(texts)}."
+
+
+def _nearest_together(within: Sequence[Candidate], wishes: Sequence[_Wish]) -> str:
+    """What comes nearest to wishes that are granted one by one, and never together; '' if that is not so."""
+    if len(wishes) < 2 or not all(any(wish.met(each) for each in within) for wish in wishes):
+        return ""
+    if any(all(wish.met(each) for wish in wishes) for each in within):
+        return ""
+
+    def excess(candidate: Candidate) -> float:
+        costs = [wish.cost(candidate) for wish in wishes]
+        return max(math.inf if cost is None else cost / wish.most for cost, wish in zip(costs, wishes, strict=True))
+
+    closest = min(within, key=excess)
+    asked = " and ".join(f"{wish.what} of {wish.asked}" for wish in wishes)
+    has = " and ".join(f"{wish.what} {wish.found(closest)}" for wish in wishes)
+    return f" Asked for: {asked}, which no candidate has together. Nearest: {closest.name} with {has}."
 
 
 def _about_speed(
