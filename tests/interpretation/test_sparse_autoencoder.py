@@ -201,6 +201,7 @@ def test_counts_constraints_and_scale(kind: str) -> None:
     fired = (a.encode(X) > 0).any(0)
     assert torch.equal(a.silent == 0, fired) and bool((a.silent[~fired] == ROWS).all())
     a.constrain_gradients()
+    assert not a.decoder.grad.requires_grad  # a graph of its own would keep the memory of every step
     along = (a.decoder.grad * a.decoder).sum(1)
     torch.testing.assert_close(along, torch.zeros_like(along), rtol=0, atol=1e-5)  # directions were made in float32
     with torch.no_grad():

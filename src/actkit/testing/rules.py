@@ -307,6 +307,8 @@ def detach_leaves_the_plain_model(case: RuleCase) -> None:
                 if not cut:
                     loss.backward()
                     running.after_backward(0.0)
+                    kept = [n for n, p in model.named_parameters() if p.grad is not None and p.grad.requires_grad]
+                    assert not kept, f"{what}: gradients of {kept} hold a graph of their own, which is never freed"
                     running.after_step(1.0)
             finally:
                 running.detach()

@@ -128,6 +128,7 @@ class SparseAutoencoder(nn.Module):
         penalty = latents.mean(0) @ self.decoder.norm(dim=1)  # latents are not below 0
         return {"error": self._error(x, latents), "sparsity": self.sparsity * self.ramp * penalty}
 
+    @torch.no_grad()  # else a gradient would hold its own graph, and no step's memory would be freed
     def constrain_gradients(self) -> None:
         """Take from the decoder's gradients what would only change the norm of its rows."""
         if self.decoder.grad is not None:
