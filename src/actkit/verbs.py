@@ -402,6 +402,7 @@ def _training_data(
 ) -> tuple[Batches | Stream, Any]:
     """What is trained on, and what is measured: the train and search splits of data by name, or what was given.
 
+    With `sequences` no more rows of the search split are read, to whole batches, so that a short training stays short.
     Raises DataError for batches without any to validate on (what: begins its text), and what `load_data` raises.
     """
     named = data is None or isinstance(data, str | Path)
@@ -413,7 +414,8 @@ def _training_data(
     if not isinstance(data, Stream):
         batches = load_data(data, model, tokenizer, split="train" if named else None, sequences=sequences, **reading)
     if validation is None:
-        return batches, load_data(data, model, tokenizer, split="search", **reading)
+        held_out = load_data(data, model, tokenizer, split="search", **reading)
+        return batches, held_out if sequences is None else held_out[: -(-sequences // len(held_out.document_ids[0]))]
     if isinstance(validation, str | Path):
         return batches, load_data(validation, model, tokenizer, **reading)
     return batches, validation

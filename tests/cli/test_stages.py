@@ -9,6 +9,7 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import actkit
+from actkit import verbs
 from actkit.cli.main import main
 from actkit.core.edit import changes
 from actkit.core.ground.errors import DataError, RecipeError
@@ -17,6 +18,7 @@ from actkit.core.train import staged_run
 from actkit.functions.swap import Swap
 from actkit.sparsity.prosparse.fatrelu import FatRelu
 from actkit.sparsity.wina.wina import Wina
+from actkit.testing import tiny_model
 from actkit.verbs import apply_and_save
 
 SIZES = ["--length", 16, "--batch-size", 2, "--seed", 5, "--threads", 1]
@@ -134,6 +136,14 @@ def test_the_verbs_one_by_one_give_the_same(folder, recipe, texts):
     actkit.apply(model, [FatRelu(threshold=0.01), Wina(sparsity=0.25)], text, progress=False)
     for (name, one), other in zip(staged.state_dict().items(), model.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
+
+
+def test_as_many_rows_are_validated_on_at_most():
+    model, read = tiny_model("llama"), {"length": 8, "batch_size": 2}
+    whole = verbs._training_data(model, None, "random", None, "", **read)[1]
+    batches, held_out = verbs._training_data(model, None, "random", None, "", sequences=3, **read)
+    assert (whole.rows, batches.rows, held_out.rows) == (32, 3, 4)
+    assert all(torch.equal(one["input_ids"], other["input_ids"]) for one, other in zip(held_out, whole, strict=False))
 
 
 def test_batches_beside_the_recipe(folder, tmp_path):

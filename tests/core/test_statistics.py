@@ -15,6 +15,7 @@ from torch import Tensor
 
 from actkit.core.watch import streaming
 from actkit.core.watch.sample import mix
+from actkit.core.watch.spectrum import leading
 from actkit.core.watch.statistics import (
     AbsMax,
     Density,
@@ -333,6 +334,30 @@ def test_spectrum_summaries() -> None:
     nothing = Spectrum()
     nothing.update(torch.zeros(2, 3))
     assert nothing.effective_rank == 0.0 and nothing.explained(1) == 1.0
+
+
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+def test_few_directions_of_many_channels_are_those_of_numpy(mean: float) -> None:
+    scales = torch.arange(1, 129, dtype=torch.float64) ** -0.7
+    x = torch.randn(400, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * scales + mean
+    spectrum = Spectrum(centred=True)
+    spectrum.update(x[:150])
+    spectrum.update(x[150:])
+    assert leading(spectrum.scatter, 6) is not None  # not by way of all of them
+    rows, singular = spectrum.directions(6)
+    _, values, exact = np.linalg.svd((x - x.mean(0)).numpy(), full_matrices=False)
+    np.testing.assert_allclose(singular, values[:6], rtol=1e-11)
+    np.testing.assert_allclose((rows.numpy() * exact[:6]).sum(1) ** 2, 1, rtol=1e-11)
+    assert bool((rows.gather(1, rows.abs().argmax(1, keepdim=True)) > 0).all())
+
+
+def test_directions_that_do_not_stand_apart_come_from_the_whole_decomposition() -> None:
+    x = torch.randn(4000, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    spectrum = Spectrum()
+    spectrum.update(x)
+    assert leading(spectrum.scatter, 6) is None and leading(spectrum.scatter, 9) is None
+    values = np.linalg.svd(x.numpy(), compute_uv=False)
+    np.testing.assert_allclose(spectrum.directions(6)[1], values[:6], rtol=1e-11)
 
 
 def splitmix(x: int) -> int:

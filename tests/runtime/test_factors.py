@@ -14,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from actkit.compression.svd import Svd
 from actkit.core.layers.linear import ActLinear, LowRank
 from actkit.core.layers.low_rank_weight import LowRankWeight
+from actkit.core.measure.decoding import choose_engine
 from actkit.core.model.anatomy import anatomy
 from actkit.core.recipe.runner import apply
 from actkit.core.store.checkpoint import load, save
@@ -97,6 +98,11 @@ def test_factors_of_codes_take_fixed_point(name: str) -> None:
     found = stepped(decoder)
     assert float((found - expected).norm() / expected.norm()) < 0.02
     assert decoder.nbytes < sum(x.weight.numel() for b in anatomy(model).blocks for x in b.linears()) * 4 + 4e5
+
+
+def test_it_is_what_decodes_them() -> None:
+    engine = choose_engine(made("plain"), capacity=16)
+    assert engine.name == "decoder", engine.reason
 
 
 def test_it_reads_fewer_bytes_than_the_weights_have() -> None:

@@ -26,7 +26,7 @@ from actkit.core.store.pending import pending_of
 # `decodes_as` what it computes, and a decoder says whether it knows that (`supports`).
 KNOWN = (
     *("torch.nn.", "transformers.", "actkit.core.layers.linear", "actkit.core.layers.weights"),
-    *("actkit.core.layers.selections", "actkit.core.layers.activations"),
+    *("actkit.core.layers.selections", "actkit.core.layers.activations", "actkit.core.layers.low_rank_weight"),
 )
 PACKED = "packed"  # what a model says by `decodes_as` that only a decoder runs
 
