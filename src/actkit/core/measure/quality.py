@@ -26,6 +26,7 @@ from actkit.core.ground import processes, registry
 from actkit.core.ground.errors import DataError, UnsupportedModelError
 from actkit.core.ground.estimate import Estimate
 from actkit.core.ground.fingerprint import fingerprint, model_fingerprint
+from actkit.core.ground.memory import release_memory
 from actkit.core.ground.progress import track
 from actkit.core.measure.tasks.task import IGNORED, Scale, Sums, Task
 
@@ -222,6 +223,8 @@ def measure_quality(
             found[f"owners {index}"], found[f"totals {index}"] = _per_document(
                 owners, torch.stack([sums[name] for name in names], dim=1)
             )
+            del output, other
+            release_memory(cycles=False)  # what is kept of outputs lies between what was dropped
             if stop is None or total is None or index + 1 == total:
                 continue
             if len(torch.cat([found[key] for key in found if key.startswith("owners")]).unique()) < FEWEST:

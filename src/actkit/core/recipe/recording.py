@@ -8,6 +8,7 @@ computed, beside its hidden states; then every batch runs through the model.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -129,6 +130,8 @@ class Recorder:
                     own = outputs.get(last[path], (None, 0))
                     if own[0] is not None and _first(output) is own[0] and own[0]._version == own[1]:
                         returns[path] = _around(output)
+                if path in self.paths:
+                    outputs.clear()  # all its parts have ended
 
             return hook
 
@@ -141,9 +144,12 @@ class Recorder:
         before = {path: begin(path) for path in inside} | {
             path: stop for path in self.anatomy.head if path not in inside
         }
+        args, kwargs = arguments(model, batch)
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            kwargs.setdefault("logits_to_keep", 1)
         with torch.no_grad(), hooked(model, before=before, after={path: end(path) for path in inside}):
             with suppress(StopForward):
-                forward(model, batch)
+                model(*args, **kwargs)
         once = frozenset(path for path, times in runs.items() if times == 1)
         self._once[shape] = next((known for known in self._once.values() if known == once), once)
         calls = seen.of(self.paths)

@@ -38,16 +38,19 @@ def predictions(
     """
     classes = logits.shape[-1]
     rows, some = max(1, SLICE // classes), max(1, CHUNK // classes)
-    parts: list[Sums] = []
-    for where, target, owner in zip(position.split(rows), targets.split(rows), owners.split(rows)):
+    found: Sums = {}  # of all rows at once: small tensors kept between large ones keep the allocator from reusing these
+    for first in range(0, max(1, len(position)), rows):
+        where = position[first : first + rows]
         mine = logits.rows(where)
         others = None if other is None else mine if other is logits else other.rows(where).to(mine.device)
         for at in range(0, max(1, len(where)), some):
-            part = slice(at, at + some)
-            parts.append(
-                _scores(mine[part], None if others is None else others[part], target[part], owner[part], likelihood)
+            part, whole = slice(at, at + some), slice(first + at, first + min(at + some, len(where)))
+            scores = _scores(
+                mine[part], None if others is None else others[part], targets[whole], owners[whole], likelihood
             )
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            for name, value in scores.items():
+                found.setdefault(name, torch.empty(len(position), dtype=torch.float64))[whole] = value
+    return found
 
 
 def _scores(logits: Tensor, other: Tensor | None, target: Tensor, owner: Tensor, likelihood: bool) -> Sums:
