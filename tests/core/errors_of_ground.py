@@ -49,6 +49,7 @@ proof(lambda p: (points(p, registry.METHODS, ("odd_x", "json:dumps")), Recipe.of
 proof(lambda p: registry.method_name(Lazy))
 
 
+proof(lambda p: Recipe.of("cfsp:uniform=true"))
 proof(lambda p: Recipe.of("nowhere.yaml"))
 
 

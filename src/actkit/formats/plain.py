@@ -232,7 +232,7 @@ def _of_one_width(model: nn.Module) -> str:
     known = changes.of(model)
     if known is None or not any("resize" in edit for edit in known.edits):
         return ""
-    return ", or narrow all blocks to one width (cfsp: uniform: true), which a config can say"
+    return ", or narrow all blocks to one width (`cfsp: {uniform: true}` in a recipe file), which a config can say"
 
 
 def _static_caches(model: PreTrainedModel) -> dict[str, CacheRounding]:

@@ -64,6 +64,11 @@ class Recipe:
         if isinstance(source, Path) or (isinstance(source, str) and source.endswith((".yaml", ".yml"))):
             return cls.load(source)
         if isinstance(source, str):
+            if ":" in source:
+                raise RecipeError(
+                    f"recipe: {source!r} holds settings, and names like 'awq,wina' have none; write them into a YAML "
+                    f"file, such as `- cfsp: {{uniform: true}}` under `transforms:`."
+                )
             return cls.parse({"actkit": RECIPE_VERSION, "transforms": [name.strip() for name in source.split(",")]})
         if not isinstance(source, Iterable):
             raise RecipeError(
