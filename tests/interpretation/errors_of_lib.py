@@ -7,8 +7,9 @@ from torch import nn
 
 from actkit.interpretation.lib.basis import InteractionBasis, local_interaction_basis
 from actkit.interpretation.lib.graph import accuracy, fewest_edges, interaction_graph, modules
-from actkit.interpretation.lib.sections import mlp_sections, sections_of
-from actkit.testing import tiny_model
+from actkit.interpretation.lib.lib import lib
+from actkit.interpretation.lib.sections import head_of, mlp_sections, sections_of
+from actkit.testing import tiny_batches, tiny_model
 from error_proofs import Place, proof
 
 X = torch.arange(12.0).reshape(4, 3).sin()
@@ -68,3 +69,30 @@ proof(lambda p: interaction_graph(basis().edges(X, progress=False), 0.0))
 
 
 proof(lambda p: modules(basis().edges(X, progress=False), 1e30))
+
+
+proof(lambda p: local_interaction_basis(sections_of(net(), X), X, sources=0))
+
+
+proof(lambda p: basis().edges(X, directions=0))
+
+
+proof(lambda p: head_of(net(), X, start="nothing"))
+
+
+proof(lambda p: head_of(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)), X))
+
+
+proof(lambda p: lib(net(), [X, X], rows=0))
+
+
+proof(lambda p: lib(net(), [X]))
+
+
+proof(lambda p: lib(net(), [X, X], blocks=(0,)))
+
+
+proof(lambda p: lib(tiny_model("llama"), tiny_batches("llama"), start="model.layers.0"))
+
+
+proof(lambda p: lib(tiny_model("gemma2"), tiny_batches("gemma2"), progress=False))

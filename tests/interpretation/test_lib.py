@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from actkit.core.ground.errors import UnsupportedModelError
 from actkit.interpretation.lib.basis import local_interaction_basis
 from actkit.interpretation.lib.graph import accuracy, fewest_edges, interaction_graph, modules, node_curve, strongest
-from actkit.interpretation.lib.sections import Sections, mlp_sections, sections_of
-from actkit.testing import tiny_model
+from actkit.interpretation.lib.lib import lib
+from actkit.interpretation.lib.sections import Sections, head_of, mlp_sections, sections_of
+from actkit.testing import tiny_batches, tiny_model
 
 torch.manual_seed(0)
 
@@ -241,3 +243,156 @@ def test_it_finds_two_networks_that_rotations_hide():
     assert len(parts[0]) == 2 and len(parts[1]) == 1
     found = modules(edges, smallest)
     assert found.modularity > 0.45 and all(any(group <= part for part in parts[0]) for group in found.groups)
+
+
+# -- random combinations, some edges, ranks ----------------------------------------------------------------------------
+
+
+def influence(basis, layer: int) -> torch.Tensor:
+    """M behind a basis, in neurons: as colour, it does not depend on the order or sign of directions."""
+    back = basis.back[layer][1:, 1:]
+    return back.T @ torch.diag(basis.importance[layer] ** 2) @ back
+
+
+def test_random_combinations_estimate_the_exact_jacobian():
+    model, x = net(5, 12, 9, 7), inputs(300)
+    sections = sections_of(model, x)
+    exact = local_interaction_basis(sections, x, progress=False)
+    off = {}
+    for sources in (1, 6):
+        found = [
+            local_interaction_basis(sections, x, sources=sources, seed=seed, progress=False).importance[2]
+            for seed in range(8)
+        ]
+        off[sources] = float((torch.stack(found).sum(1) / exact.importance[2].sum() - 1).square().mean().sqrt())
+    assert 0 < off[6] < off[1] < 0.1
+    mean = torch.stack(
+        [influence(local_interaction_basis(sections, x, sources=4, seed=s, progress=False), 2) for s in range(30)]
+    ).mean(0)
+    assert float((mean - influence(exact, 2)).norm() / influence(exact, 2).norm()) < 0.02
+    same = local_interaction_basis(sections, x, sources=13, progress=False)  # as many as there are: exact
+    torch.testing.assert_close(same.importance[0], exact.importance[0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["lib", "neuron"])
+def test_edges_of_some_directions_are_those_of_all(kind):
+    model, x = net(5, 8, 6, 3), inputs()
+    basis = local_interaction_basis(sections_of(model, x), x, kind=kind, progress=False)
+    for some, whole in zip(basis.edges(x, directions=3, progress=False), basis.edges(x, progress=False), strict=True):
+        there = some > 0
+        assert there[1:, 1:].sum() <= 9
+        torch.testing.assert_close(some[there], whole[there], rtol=1e-9, atol=1e-12)
+        assert not some[~there].any()
+
+
+def test_the_neurons_that_are_kept_are_the_largest():
+    model, x = net(5, 8, 3), inputs()
+    sections = sections_of(model, x)
+    basis = local_interaction_basis(sections, x, kind="neuron", progress=False)
+    hidden = sections.nodes(x)[1][:, 1:]
+    largest = hidden.square().mean(0).argsort(descending=True)[:3]
+    kept = torch.zeros_like(hidden)
+    kept[:, largest] = hidden[:, largest]
+    torch.testing.assert_close(basis.ablated_nodes(x, 1, 3), model[2](kept))
+    assert (basis.importance[1].diff() <= 0).all()
+
+
+# -- the analysis ------------------------------------------------------------------------------------------------------
+
+
+class Convolutional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.flat = nn.Conv2d(1, 2, 3), nn.Flatten()
+        self.first, self.act, self.second = nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.act(self.first(self.flat(self.conv(x)))))
+
+
+class Functional(Convolutional):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(nn.functional.relu(self.first(self.flat(self.conv(x)))))
+
+
+IMAGES = [torch.randn(9, 1, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+
+
+def test_the_head_of_a_model_is_found_and_may_begin_earlier():
+    model = Convolutional()
+    head = head_of(model, IMAGES[0])
+    assert head.paths == ("first", "act", "second") and head.sections.widths == [8, 6, 3]
+    torch.testing.assert_close(head.inputs(IMAGES[1]), model.flat(model.conv(IMAGES[1])))
+    whole = head_of(model, IMAGES[0], start="conv")
+    assert whole.sections.widths == [16, 8, 6, 3]
+    assert len(head_of(net(5, 6, 4).float(), inputs().float()).paths) == 3
+
+
+def test_the_head_of_a_model_beside_its_sections():
+    model = Convolutional()
+    found = lib(model, IMAGES, progress=False)
+    (network,) = found.networks
+    assert (found.rows, found.held_out, network.name) == (18, 18, "first to second")
+    head, held = head_of(model, IMAGES[0]), torch.cat(IMAGES[1::2])
+    x, other = (model.flat(model.conv(torch.cat(part))).detach() for part in (IMAGES[::2], IMAGES[1::2]))
+    basis = local_interaction_basis(head.sections, x, kind="pca", progress=False)
+    before, after = (y.log_softmax(-1) for y in (model(held).double(), basis.ablated_nodes(other, 0, 4)))
+    wanted = float((before.exp() * (before - after)).sum(-1).mean())
+    curve = network.layers[0].nodes["pca"]
+    assert curve.divergence[curve.kept.index(4)] == pytest.approx(wanted, rel=1e-4)
+    assert all(layer.nodes["neuron"].divergence[-1] < 1e-9 for layer in network.layers[:-1])
+    shares = [sum(edge.share for edge in network.edges if edge.layer == layer) for layer in (0, 1)]
+    assert min(shares) >= 0.9 and len(network.layers[2].importance) == 3
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_mlps_of_several_blocks_are_cut_in_the_running_model(kind):
+    model, batches = tiny_model(kind), tiny_batches(kind, lengths=((9, 4, 6), (7, 2)))
+    found = lib(model, batches, blocks=(0, 1), progress=False)
+    assert [network.name for network in found.networks] == ["blocks.0.mlp", "blocks.1.mlp"]
+    assert found.rows == 19 and found.held_out == 9
+    path = "model.layers.0.mlp" if kind == "llama" else "transformer.h.0.mlp"
+    mask = batches[1]["attention_mask"].bool() if "attention_mask" in batches[1] else None
+
+    def cut(module, args, output):
+        return changed(args[0]).to(output.dtype).view_as(output)
+
+    sample = lib_rows(model, path, batches[0])
+    basis = local_interaction_basis(mlp_sections(model, 0), sample, kind="pca", progress=False)
+
+    def changed(x):
+        return basis.ablated_nodes(x.flatten(0, -2), 1, 4)
+
+    with torch.no_grad():
+        before = model(**batches[1]).logits.log_softmax(-1)
+        handle = model.get_submodule(path).register_forward_hook(cut)
+        after = model(**batches[1]).logits.log_softmax(-1)
+        handle.remove()
+    rows = (before.exp() * (before - after)).sum(-1)
+    wanted = float(rows[mask].mean() if mask is not None else rows.mean())
+    curve = found.networks[0].layers[1].nodes["pca"]
+    assert curve.divergence[curve.kept.index(4)] == pytest.approx(wanted, rel=2e-3)
+
+
+def lib_rows(model, path: str, batch) -> torch.Tensor:
+    """What the MLP reads at real tokens."""
+    found = []
+    handle = model.get_submodule(path).register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    with torch.no_grad():
+        model(**batch)
+    handle.remove()
+    return found[0][batch["attention_mask"].bool()] if "attention_mask" in batch else found[0].flatten(0, 1)
+
+
+def test_its_page_names_each_direction_and_draws_the_graph():
+    found = lib(Convolutional(), IMAGES, progress=False)
+    page = found.page().html()
+    for text in ("what may be cut", "direction 1", "principal components", "strongest from"):
+        assert text in page
+    assert page.count("<circle") > 20
+
+
+def test_a_model_that_calls_a_function_in_between_is_refused():
+    with pytest.raises(UnsupportedModelError, match="give another output"):
+        lib(Functional(), IMAGES, progress=False)

@@ -42,6 +42,7 @@ from actkit.functions.swap import swap
 from actkit.interpretation.dark_matter.error_split import split_error
 from actkit.interpretation.dark_matter.widths import compare_widths
 from actkit.interpretation.doei.class_activation_maps import class_activation_maps
+from actkit.interpretation.lib.lib import lib
 from actkit.interpretation.massive_activations.dynamics import dynamics
 from actkit.interpretation.massive_activations.law import original_curve
 from actkit.interpretation.massive_activations.massive_activations import massive_activations
@@ -218,6 +219,8 @@ ANALYSES: dict[str, Made] = {
         quiet(class_activation_maps), "ClassActivationMaps", "vit", several=False
     ),
     "head_memory": Made(quiet(head_memory), "HeadMemories", several=False),
+    "lib": Made(quiet(lib, directions=4), "LocalInteraction", several=False),
+    "lib of a traced model": Made(quiet(lib, sources=3), "LocalInteraction", "mlp", several=False),
     "massive_activations": Made(quiet(massive_activations), "MassiveActivations"),
     "massive_activations of images": Made(quiet(massive_activations, top=1), "MassiveActivations", "vit"),
     "gate_sparsity": Made(quiet(gate_sparsity), "GateSparsity", "mixtral", relu=True),

@@ -10,10 +10,12 @@ From "The Local Interaction Basis" (2024, arXiv:2405.10928; rules of the referen
 are singular directions of the Jacobian, scaled by their importance.
 
 When to use it: a small net, or an MLP of a transformer: some hundred units, whose wiring it makes sparse.
-Cost: a Jacobian for each row and layer, in float64; edges one for each point of the integral.
+Cost: a Jacobian for each row and layer, in float64, or a product with it for each of `sources` random combinations of
+its outputs (a mean over them is M); edges one for each point of the integral.
 Settled here: `pca` and `neuron` are the baselines, `global` takes the Jacobian to the output at every layer. The last
-layer keeps its own axes (`rotate_last` for its principal components). No stochastic sources: Jacobians are exact.
-Left open: attention and norms; sections are of `sections`, or callables of your own.
+layer keeps its own axes (`rotate_last` for its principal components).
+Left open: attention and norms, so that blocks are not joined through the residual stream; sections are of `sections`,
+or callables of your own. The reference's random sources over positions: a section here reads one position.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ class InteractionBasis:
         kind: 'lib', 'pca', 'neuron' or 'global'.
         to: float64 [1 + width, 1 + directions] of each layer: fhat = f @ to.
         back: float64 [1 + directions, 1 + width]: f = fhat @ back, but for what was dropped.
-        importance: float64 [directions] of each layer, falling; of 'pca' the variances, of 'neuron' the mean squares.
+        importance: float64 [directions] of each layer; of 'pca' the variances, of 'neuron' and an output that keeps its
+            axes the mean squares. It falls, but at such an output.
     """
 
     sections: Sections
@@ -54,12 +57,22 @@ class InteractionBasis:
     back: tuple[Tensor, ...]
     importance: tuple[Tensor, ...]
 
+    def strongest(self, layer: int, count: int) -> Tensor:
+        """Return the numbers of a layer's most important directions, from 0 without the constant.
+
+        Args:
+            layer: its number.
+            count: how many, at most.
+        """
+        return self.importance[layer].sort(descending=True, stable=True).indices[:count]
+
     def edges(
         self,
         x: Tensor,
         *,
         integration: Integration = "gauss-legendre",
         points: int = 5,
+        directions: int | None = None,
         progress: bool = True,
     ) -> list[Tensor]:
         """Measure the interactions of neighbouring layers: [1 + directions of the next, 1 + directions] for each pair.
@@ -68,29 +81,40 @@ class InteractionBasis:
             x: inputs [rows, ...].
             integration: 'gradient' takes the end alone, for which the parts do not add up.
             points: of the integral.
+            directions: only between so many of the most important ones of each layer, and the constant; the others'
+                edges are 0. None for all.
             progress: show a bar.
 
         Raises:
-            ValueError: an unknown integration, or no point.
+            ValueError: an unknown integration, no point, or no direction.
         """
         weights, at = _quadrature(integration, points)
+        if directions is not None and directions < 1:
+            raise ValueError(f"directions: {directions} was given; give at least 1, or None for all.")
+        chosen = [
+            torch.cat((torch.zeros(1, dtype=torch.int64), 1 + self.strongest(layer, directions or len(importance))))
+            for layer, importance in enumerate(self.importance)
+        ]
         found = []
         with torch.no_grad():
             nodes = self.sections.nodes(x)
         for layer in track(range(len(self.sections)), "Edges", len(self.sections), progress):
-            function, fhat = self._hat(layer), nodes[layer] @ self.to[layer]
-            total = torch.zeros(self.to[layer + 1].shape[1], self.to[layer].shape[1], dtype=torch.float64)
-            for part in _parts(fhat, len(total) * fhat.shape[1]):
+            before, after = chosen[layer], chosen[layer + 1]
+            function, fhat = self._hat(layer, after), nodes[layer] @ self.to[layer]
+            total = torch.zeros(len(after), len(before), dtype=torch.float64)
+            for part in _parts(fhat, len(after) * fhat.shape[1]):
                 mean = torch.zeros(len(part), *total.shape, dtype=torch.float64)
                 for weight, alpha in zip(weights, at, strict=True):
-                    mean += weight * vmap(jacrev(function))(alpha * part)
-                total += (mean * part[:, None]).square().sum(0)
-            found.append(total / len(fhat))
+                    mean += weight * vmap(jacrev(function))(alpha * part)[:, :, before]
+                total += (mean * part[:, None, before]).square().sum(0)
+            whole = torch.zeros(self.to[layer + 1].shape[1], self.to[layer].shape[1], dtype=torch.float64)
+            whole[after[:, None], before] = total / len(fhat)
+            found.append(whole)
         return found
 
-    def _hat(self, layer: int) -> Callable[[Tensor], Tensor]:
-        """A section in the new coordinates, of one row."""
-        function, back, to = self.sections.functions[layer], self.back[layer], self.to[layer + 1]
+    def _hat(self, layer: int, directions: Tensor) -> Callable[[Tensor], Tensor]:
+        """A section in the new coordinates, of one row; some directions of what it gives."""
+        function, back, to = self.sections.functions[layer], self.back[layer], self.to[layer + 1][:, directions]
         return lambda fhat: (function((fhat @ back)[None]) @ to)[0]
 
     def ablated_nodes(self, x: Tensor, layer: int, kept: int) -> Tensor:
@@ -103,7 +127,7 @@ class InteractionBasis:
         """
         with torch.no_grad():
             nodes = self.sections.nodes(x)[layer]
-            chosen = slice(None, 1 + kept)
+            chosen = torch.cat((torch.zeros(1, dtype=torch.int64), 1 + self.strongest(layer, kept)))
             return self.sections.rest(nodes @ self.to[layer][:, chosen] @ self.back[layer][chosen], layer)
 
     def ablated_edges(self, x: Tensor, layer: int, mask: Tensor) -> Tensor:
@@ -136,6 +160,8 @@ def local_interaction_basis(
     centre: bool = True,
     truncation: float = 1e-12,
     rotate_last: bool = False,
+    sources: int | None = None,
+    seed: int = 0,
     progress: bool = True,
 ) -> InteractionBasis:
     """Find the basis of each layer.
@@ -147,17 +173,23 @@ def local_interaction_basis(
         centre: subtract means, through the constant.
         truncation: directions whose variance, or importance, is below it (relative to the largest) are dropped.
         rotate_last: turn the output to its principal components.
+        sources: estimate each row's influence by so many combinations of the next layer's directions with random
+            signs, if it has more; None for exact Jacobians. The fewer, the noisier are small importances.
+        seed: of the signs.
         progress: show a bar.
 
     Returns:
         The basis.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: an unknown kind, or no source.
         DataError: no direction of a layer is left.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind: {kind!r} was given; give one of {', '.join(get_args(Kind))}.")
+    if sources is not None and sources < 1:
+        raise ValueError(f"sources: {sources} was given; give at least 1, or None for exact Jacobians.")
+    draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         nodes = sections.nodes(x)
     last = len(sections)
@@ -166,8 +198,12 @@ def local_interaction_basis(
     for layer in track(range(last, -1, -1), "Finding the basis", last + 1, progress):
         f = nodes[layer]
         if kind == "neuron" or (layer == last and not rotate_last):
-            to[layer] = back[layer] = torch.eye(f.shape[1], dtype=torch.float64)
-            importance[layer] = f[:, 1:].square().mean(0)
+            squares, eye = f[:, 1:].square().mean(0), torch.eye(f.shape[1] - 1, dtype=torch.float64)
+            order = torch.arange(len(squares))
+            if layer != last:
+                order = squares.sort(descending=True, stable=True).indices
+            to[layer], back[layer] = _beside_one(eye[:, order]), _beside_one(eye[order])
+            importance[layer] = squares[order]
             continue
         values, axes, mean = _principal(f, centre, truncation, sections.names[layer])
         if kind == "pca" or layer == last:
@@ -175,7 +211,7 @@ def local_interaction_basis(
             importance[layer] = values
             continue
         whiten, colour = _with_constant(axes / values.sqrt(), (axes * values.sqrt()).T, mean)
-        gram = _influence(sections, f, layer, to, kind == "global")
+        gram = _influence(sections, f, layer, to, kind == "global", sources, draw)
         seen = (colour @ gram @ colour.T)[1:, 1:]
         strengths, turned = torch.linalg.eigh((seen + seen.T) / 2)
         strengths, turned = strengths.flip(0), turned.flip(1)
@@ -217,7 +253,15 @@ def _with_constant(to: Tensor, back: Tensor, mean: Tensor) -> tuple[Tensor, Tens
     return shift @ _beside_one(to), _beside_one(back) @ unshift
 
 
-def _influence(sections: Sections, f: Tensor, layer: int, to: Sequence[Tensor], whole: bool) -> Tensor:
+def _influence(
+    sections: Sections,
+    f: Tensor,
+    layer: int,
+    to: Sequence[Tensor],
+    whole: bool,
+    sources: int | None,
+    draw: torch.Generator,
+) -> Tensor:
     """The mean of J^T J, [1 + width, 1 + width]: of the next layer in its basis, or of the output."""
     if whole:
         functions, ahead = sections.functions[layer:], to[-1]
@@ -230,9 +274,19 @@ def _influence(sections: Sections, f: Tensor, layer: int, to: Sequence[Tensor], 
             nodes = each(nodes)
         return (nodes @ ahead)[0]
 
+    def combined(row: Tensor, signs: Tensor) -> Tensor:
+        return signs @ function(row)
+
+    outputs = ahead.shape[1]
+    exact = sources is None or outputs <= sources
+    count = outputs if sources is None or exact else sources
     total = torch.zeros(f.shape[1], f.shape[1], dtype=torch.float64)
-    for part in _parts(f, f.shape[1] * ahead.shape[1]):
-        jacobian = vmap(jacrev(function))(part).flatten(0, 1)
+    for part in _parts(f, f.shape[1] * count):
+        if exact:
+            jacobian = vmap(jacrev(function))(part).flatten(0, 1)
+        else:
+            signs = torch.randint(0, 2, (len(part), count, outputs), generator=draw).double() * 2 - 1
+            jacobian = vmap(jacrev(combined))(part, signs).flatten(0, 1) / count**0.5
         total += jacobian.T @ jacobian
     return total / len(f)
 

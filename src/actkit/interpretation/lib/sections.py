@@ -4,7 +4,8 @@
 
 A constant coordinate carries the biases, so that a section at 0 is 0, which integrated gradients need to add up. A net
 of linear layers, convolutions and element-wise functions in a row is cut before each layer with weights; the MLP of a
-block of a transformer before its first layer, before its last, and behind it.
+block of a transformer before its first layer, before its last, and behind it. The head of any other model is what
+stands behind its last convolution.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from actkit.core.forward.batch import first_tensor, forward
+from actkit.core.forward.hooks import evaluating, hooked
 from actkit.core.ground.errors import UnsupportedModelError
 from actkit.core.model.anatomy import anatomy
 
@@ -26,6 +30,7 @@ WITHOUT = (
     *(nn.AvgPool2d, nn.MaxPool2d, nn.Dropout),
 )
 TOLERANCE = 1e-5  # relative, of what the sections give together, beside the model
+ROUGH = 5e-2  # the same of models in 16 bits, which round between their layers
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ def sections_of(
             for module in part:
                 values = _apply(module, values, one)
         shapes.append(tuple(values.shape[1:]))
-    names = [f"before section {at}" for at in range(len(parts))] + ["output"]
+    names = ["input", *(f"layer {at}" for at in range(1, len(parts))), "output"]
     found = Sections(tuple(functions), tuple(shapes), tuple(names))
     with torch.no_grad():
         wanted = x
@@ -153,6 +158,8 @@ def mlp_sections(model: nn.Module, block: int) -> Sections:
         None if layer is None else model.get_submodule(layer.path) for layer in (mlp.up, mlp.gate, mlp.down)
     )
     act = model.get_submodule(mlp.activation)
+    if type(act).__name__ == "BloomGelu":  # whose own backward pass torch.func does not take
+        act = nn.GELU("tanh")
 
     def hidden(nodes: Tensor) -> Tensor:
         one, x = nodes[:, :1], nodes[:, 1:]
@@ -165,6 +172,100 @@ def mlp_sections(model: nn.Module, block: int) -> Sections:
 
     widths = [mlp.up.weight.shape[1], mlp.down.weight.shape[1], mlp.down.weight.shape[0]]  # [out, in], Conv1D's too
     return Sections((hidden, output), tuple((width,) for width in widths), ("input", "hidden", "output"))
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last layers of a model.
+
+    Attributes:
+        sections: of them.
+        paths: of the modules.
+        model: that they belong to.
+    """
+
+    sections: Sections
+    paths: tuple[str, ...]
+    model: nn.Module
+
+    def inputs(self, batch: Any) -> Tensor:
+        """Read what its first layer gets: [rows, ...].
+
+        Args:
+            batch: for the model.
+        """
+        found: list[Tensor] = []
+
+        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(_rows(module, next(iter((*args, *kwargs.values())))))
+
+        with evaluating(self.model), torch.no_grad(), hooked(self.model, before={self.paths[0]: read}):
+            forward(self.model, batch)
+        return found[0]
+
+
+def head_of(model: nn.Module, batch: Any, *, start: str | None = None) -> Head:
+    """Find the layers at the end of a model, and cut them before each with weights.
+
+    Args:
+        model: whose last modules are called one behind the other, as an MLP's and a CNN's are.
+        batch: some inputs.
+        start: the path of the module that it begins with; None for the first linear layer with no other layer than
+            linear and element-wise ones behind it.
+
+    Returns:
+        Its sections and the paths of its modules.
+
+    Raises:
+        ValueError: no module of that path is called.
+        UnsupportedModelError: what comes last is no such row of layers, or gives another output than the model.
+    """
+    called: list[str] = []
+    firsts: list[Tensor] = []
+
+    def note(path: str) -> Any:
+        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            called.append(path)
+            firsts.append(next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), torch.empty(0)))
+
+        return read
+
+    leaves = {path: note(path) for path, module in model.named_modules() if path and not any(module.children())}
+    with evaluating(model), torch.no_grad(), hooked(model, before=leaves):
+        wanted = first_tensor(forward(model, batch))
+    modules = [model.get_submodule(path) for path in called]
+    if start is None:
+        allowed = (nn.Linear, *WITHOUT)
+        at = next((i + 1 for i in reversed(range(len(called))) if not isinstance(modules[i], allowed)), 0)
+        at = next((i for i in range(at, len(called)) if isinstance(modules[i], nn.Linear)), len(called))
+    elif start in called:
+        at = called.index(start)
+    else:
+        raise ValueError(f"start: {start!r} was given; modules that are called are {', '.join(called[-12:])}.")
+    if at == len(called):
+        raise UnsupportedModelError(
+            f"model: {type(model).__name__} does not end in linear layers and element-wise functions, each a module; "
+            f"give an MLP, a CNN with such a head, or a transformer."
+        )
+    x = _rows(modules[at], firsts[at])
+    sections = sections_of(modules[at:], x)
+    _check(sections, x, _rows(modules[-1], wanted))
+    return Head(sections, tuple(called[at:]), model)
+
+
+def distance(made: Tensor, wanted: Tensor) -> float:
+    """How far values are from others, beside the largest of these.
+
+    Args:
+        made: any shape.
+        wanted: the same shape.
+    """
+    return float((made - wanted.double()).abs().max() / wanted.double().abs().max().clamp(min=1e-12))
+
+
+def _rows(module: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer reads vectors, however many dimensions stand before."""
+    return x.flatten(0, -2) if isinstance(module, nn.Linear) and x.dim() > 2 else x
 
 
 def _flat(model: nn.Sequential | Sequence[nn.Module]) -> list[nn.Module]:
@@ -216,9 +317,9 @@ def _apply(module: nn.Module | None, x: Tensor, one: Tensor) -> Tensor:
 def _check(sections: Sections, x: Tensor, wanted: Tensor) -> None:
     with torch.no_grad():
         found = sections.nodes(x)[-1][:, 1:]
-    off = float((found - wanted.flatten(1).double()).abs().max() / wanted.double().abs().max().clamp(min=1e-12))
-    if not off <= TOLERANCE:
+    off = distance(found, wanted.flatten(1))
+    if not off <= (TOLERANCE if wanted.dtype in (torch.float32, torch.float64) else ROUGH):
         raise UnsupportedModelError(
             f"model: its sections give another output than it does, off by {off:.1e} of the largest; put it in "
-            f"evaluation mode, and give it in float32 or float64."
+            f"evaluation mode."
         )

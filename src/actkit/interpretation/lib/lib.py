@@ -1,0 +1,526 @@
+"""`actkit analyze MODEL lib`: the interaction basis of the MLPs of blocks, or of a model's head, beside two others.
+
+    divergence after a cut = mean over held-out rows of KL(the model's prediction || its prediction after the cut)
+    participation = (sum L)^2 / sum L^2                  how many directions share the importance L
+
+Of each network (the MLP of a block, or the last layers of a model that is no transformer) it finds the local
+interaction basis (`basis`), and measures with how few of its directions, and of its strongest edges, the model still
+predicts what it predicted; so too with principal components and with neurons, the most important first. Paper: The
+Local Interaction Basis (2024, arXiv:2405.10928).
+
+When to use it: to see the wiring of a small net, or whether the MLP of a block is simpler in this basis than in others.
+Cost: `sources` products with the Jacobian for each of `rows` rows; edges of 256 rows in three bases; then a pass over
+the held-out batches for each point of the curves, about 60 of them. Some minutes for a block of a model of 135M
+parameters.
+Settled here: every second batch is held out. An MLP is cut while the whole model runs, so that the divergence is that
+of its predictions. Edges are those between the `directions` most important directions of each layer. The graph holds
+the strongest edges of each pair of layers, which carry 90 % of its interaction together, as shares of it; modules are
+those of this graph.
+Our own reading: the divergence (the paper takes accuracy or loss, for which labels are needed) and the 90 %.
+Left open: blocks are taken one by one; attention and norms between them are no sections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from actkit.core.forward.batch import first_tensor, forward, mask_of, sequence_of
+from actkit.core.forward.hooks import evaluating
+from actkit.core.ground.errors import DataError, UnsupportedModelError
+from actkit.core.ground.progress import track
+from actkit.core.model.anatomy import Anatomy, Site, anatomy
+from actkit.core.page.page import Page, Picture, Pictures
+from actkit.core.page.page import Table as Sorted
+from actkit.core.page.pictures import lines_over
+from actkit.core.watch.capture import live, record
+from actkit.core.watch.intervene import At, intervene
+from actkit.core.watch.sample import Sample
+from actkit.interpretation.lib.basis import InteractionBasis, Kind, local_interaction_basis
+from actkit.interpretation.lib.drawing import layered
+from actkit.interpretation.lib.graph import modules, strongest
+from actkit.interpretation.lib.sections import ROUGH, Head, Sections, distance, head_of, mlp_sections
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+    from rich.table import Table
+
+KINDS: tuple[Kind, ...] = ("lib", "pca", "neuron")
+NAMES = {"lib": "interaction basis", "pca": "principal components", "neuron": "neurons"}
+SHORT = {"lib": "LIB", "pca": "PCA", "neuron": "neurons"}
+CARRIED = 0.9  # of the interaction of a pair of layers, by the edges of the graph
+EDGE_ROWS = 256
+SAME = 1e-4  # relative, of an MLP and its sections
+SHOWN = (1, 4, 16, 64)  # directions kept, in the table
+FACTOR = 4  # between the points of a curve
+Cut = Callable[[Tensor], Tensor]  # inputs of the network [rows, ...] -> its outputs [rows, channels]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How far predictions move if only so much is kept.
+
+    Attributes:
+        kept: directions or edges.
+        divergence: in nats, a mean over held-out rows.
+    """
+
+    kept: tuple[int, ...]
+    divergence: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class NodeLayer:
+    """A layer of a network in its interaction basis.
+
+    Attributes:
+        name: of the layer.
+        width: its neurons.
+        importance: of each direction, falling; of an output, its channels' mean squares in their order.
+        participation: over how many directions the importance spreads.
+        nodes: by basis, for the most important directions; empty for the output.
+        edges: by basis, for the strongest edges to the next layer; empty for the output.
+        carrying: by basis, how many edges to the next layer carry 90 % of the interaction; empty for the output.
+    """
+
+    name: str
+    width: int
+    importance: tuple[float, ...]
+    participation: float
+    nodes: Mapping[str, Curve]
+    edges: Mapping[str, Curve]
+    carrying: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One edge of the graph.
+
+    Attributes:
+        layer: that it starts from; it ends in the next one.
+        start: the direction there, from 0.
+        end: the direction in the next layer.
+        share: of the interaction of this pair of layers.
+    """
+
+    layer: int
+    start: int
+    end: int
+    share: float
+
+
+@dataclass(frozen=True)
+class InteractionNetwork:
+    """One network.
+
+    Attributes:
+        name: of what it is.
+        layers: the output last.
+        edges: of the graph, the strongest of each pair first.
+        modules: communities of (layer, direction), the largest first.
+        modularity: of them.
+    """
+
+    name: str
+    layers: tuple[NodeLayer, ...]
+    edges: tuple[Edge, ...]
+    modules: tuple[tuple[tuple[int, int], ...], ...]
+    modularity: float
+
+    def module_of(self) -> dict[tuple[int, int], int]:
+        """The number of the module of each (layer, direction) of the graph, from 0."""
+        return {node: number for number, group in enumerate(self.modules) for node in group}
+
+
+@dataclass(frozen=True)
+class LocalInteraction:
+    """Networks in their interaction bases.
+
+    Attributes:
+        rows: that each basis was found on.
+        held_out: rows that predictions were compared on.
+        directions: of each layer, between which edges were measured.
+        networks: in their order.
+    """
+
+    rows: int
+    held_out: int
+    directions: int
+    networks: tuple[InteractionNetwork, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
+        return asdict(self)
+
+    def table(self) -> Table:
+        """A row per layer and basis: edges that carry the interaction, and how predictions move with few directions."""
+        from rich import box
+
+        from actkit.core.ground.tables import PlainTable
+
+        title = f"Interaction bases from {self.rows} rows; nats by which predictions of {self.held_out} others move"
+        table = PlainTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("layer", overflow="fold")
+        table.add_column("basis", no_wrap=True)
+        for name in ("spread", "edges for 90 %", *(f"{count} kept" for count in SHOWN)):
+            table.add_column(name, justify="right")
+        for network in self.networks:
+            for layer in network.layers[:-1]:
+                name = f"{network.name} {layer.name} ({layer.width})"
+                spread = f"{layer.participation:.1f}"
+                for kind in KINDS:
+                    moved = dict(zip(layer.nodes[kind].kept, layer.nodes[kind].divergence, strict=True))
+                    cells = ("" if count not in moved else f"{moved[count]:.3f}" for count in SHOWN)
+                    table.add_row(name, SHORT[kind], spread, f"{layer.carrying[kind]:,}", *cells)
+                    name = spread = ""
+        return table
+
+    def page(self) -> Page:
+        """The graph of each network, its curves beside those of the other bases, and all of its directions."""
+        parts: list[Pictures | Sorted] = []
+        legend = [(f"c{at}", NAMES[kind]) for at, kind in enumerate(KINDS)]
+        for network in self.networks:
+            joined = ", ".join(str(len(nodes)) for nodes in network.modules)
+            drawn = layered(
+                [f"{layer.name}, {layer.width} wide" for layer in network.layers],
+                [(edge.layer, edge.start, edge.end, edge.share) for edge in network.edges],
+                network.module_of(),
+                f"graph of {network.name}",
+            )
+            parts.append(
+                Pictures(
+                    f"{network.name}: the graph",
+                    [Picture("Directions of each layer, 1 the most important, and their interactions", drawn)],
+                    f"The strongest edges that carry 90 % of the interaction between neighbouring layers (at most 60 "
+                    f"of a pair are drawn), among the {self.directions} most important directions of each. Colours "
+                    f"are modules (directions in each: {joined}; modularity {network.modularity:.2f}); grey edges "
+                    f"join two.",
+                )
+            )
+            curves = []
+            for layer in network.layers[:-1]:
+                curves.append(Picture(f"{layer.name}: directions kept", _curves(layer.nodes)))
+                curves.append(Picture(f"{layer.name}: edges to the next layer kept", _curves(layer.edges)))
+            about = (
+                f"By how many nats the predictions of {self.held_out:,} held-out rows move if only the most important "
+                f"directions, or the strongest edges between the {self.directions} most important ones, are kept."
+            )
+            parts.append(Pictures(f"{network.name}: what may be cut", curves, about, legend, small=True))
+            parts.append(_listed(network))
+        return Page(
+            "Local interaction basis",
+            f"{self.rows:,} rows. Directions that vary and that the next layer reads, and what they do to each other.",
+            tuple(parts),
+        )
+
+    def figure(self) -> Figure:
+        """Draw how predictions move with the directions that are kept.
+
+        Raises:
+            ImportError: plotly (the extra `report`) is missing.
+        """
+        try:
+            from plotly.graph_objects import Figure, Scatter
+        except ImportError as error:
+            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        figure = Figure()
+        for network in self.networks:
+            for layer in network.layers[:-1]:
+                for kind, curve in layer.nodes.items():
+                    name = f"{network.name} {layer.name}: {NAMES[kind]}"
+                    figure.add_trace(Scatter(x=curve.kept, y=curve.divergence, name=name))
+        figure.update_xaxes(type="log", title="directions kept").update_yaxes(title="divergence in nats")
+        return figure
+
+
+def _curves(curves: Mapping[str, Curve]) -> str:
+    places = sorted({kept for curve in curves.values() for kept in curve.kept})
+    lines = [
+        [(places.index(kept), value) for kept, value in zip(curve.kept, curve.divergence, strict=True)]
+        for curve in curves.values()
+    ]
+    return lines_over(lines, "divergence in nats", places, False)
+
+
+def _listed(network: InteractionNetwork) -> Sorted:
+    owner = network.module_of()
+    rows = []
+    for at, layer in enumerate(network.layers):
+        total = sum(layer.importance) or 1.0
+        for number, importance in enumerate(layer.importance):
+            if (at, number) not in owner and number >= 32:
+                continue
+            ins = [edge for edge in network.edges if edge.layer == at - 1 and edge.end == number]
+            outs = [edge for edge in network.edges if edge.layer == at and edge.start == number]
+            read = ", ".join(f"{edge.start + 1} ({edge.share:.1%})" for edge in ins[:3])
+            sent = ", ".join(f"{edge.end + 1} ({edge.share:.1%})" for edge in outs[:3])
+            group: int | str = owner[at, number] + 1 if (at, number) in owner else ""
+            rows.append((layer.name, number + 1, importance / total, group, read, sent))
+    headings = ("layer", "direction", "share of importance", "module", "strongest from", "strongest to")
+    return Sorted(f"{network.name}: directions", headings, rows, "Shares in brackets are of the layers' interaction.")
+
+
+# -- networks and what their predictions are ---------------------------------------------------------------------------
+
+
+class _Network(Protocol):
+    """What is cut: sections, rows to find a basis on, and how far cuts move predictions."""
+
+    name: str
+    sections: Sections
+    rows: Tensor
+
+    def moved(self, cuts: Sequence[Cut], progress: bool) -> tuple[list[float], int]:
+        """Nats for each cut, and over how many rows."""
+
+
+@dataclass(frozen=True)
+class _Mlp:
+    name: str
+    sections: Sections
+    rows: Tensor
+    model: nn.Module
+    view: Anatomy
+    block: int
+    held: Sequence[Any]
+
+    def moved(self, cuts: Sequence[Cut], progress: bool) -> tuple[list[float], int]:
+        source, target = (Site(f"mlp.{side}", self.block) for side in ("input", "output"))
+        totals, count = [0.0] * len(cuts), 0
+        with evaluating(self.model), torch.no_grad():
+            for batch in self.held:
+                mask = mask_of(batch)
+                before = _logs(first_tensor(forward(self.model, batch)), mask)
+                count += len(before)
+                for number in track(range(len(cuts)), f"Cutting {self.name}", len(cuts), progress):
+                    made = cuts[number]
+
+                    def change(value: Tensor, at: At, made: Cut = made) -> Tensor:
+                        x = at[source]
+                        return made(x.flatten(0, -2)).to(value.dtype).view_as(value)
+
+                    with intervene(self.model, {target: change}, reads=[source], anatomy=self.view):
+                        after = _logs(first_tensor(forward(self.model, batch)), mask)
+                    totals[number] += _divergence(before, after)
+        return [total / count for total in totals], count
+
+
+@dataclass(frozen=True)
+class _Head:
+    name: str
+    sections: Sections
+    rows: Tensor
+    held: Tensor
+
+    def moved(self, cuts: Sequence[Cut], progress: bool) -> tuple[list[float], int]:
+        with torch.no_grad():
+            before = _logs(self.sections.nodes(self.held)[-1][:, 1:], None)
+            made = track(cuts, f"Cutting {self.name}", len(cuts), progress)
+            return [_divergence(before, _logs(cut(self.held), None)) / len(before) for cut in made], len(before)
+
+
+def _logs(outputs: Tensor, mask: Tensor | None) -> Tensor:
+    """Log-probabilities [rows, classes], padding left out."""
+    outputs = outputs if mask is None or mask.shape != outputs.shape[:-1] else outputs[mask.bool()]
+    flat = outputs.flatten(0, -2)
+    return (flat if flat.dtype == torch.float64 else flat.float()).log_softmax(-1)
+
+
+def _divergence(before: Tensor, after: Tensor) -> float:
+    found = nn.functional.kl_div(after, before, reduction="none", log_target=True).sum(-1).double().sum()
+    return max(0.0, float(found))  # rounding may give less than 0
+
+
+def _networks(
+    model: nn.Module, given: Sequence[Any], blocks: tuple[int, ...] | None, start: str | None, rows: int, progress: bool
+) -> list[_Network]:
+    fitted, held = given[::2], given[1::2]
+    view = anatomy(model, given[0])
+    if view.architecture == "traced":
+        if blocks is not None:
+            raise ValueError(f"blocks: {list(blocks)} were given, and {type(model).__name__} has none; leave them out.")
+        head = head_of(model, given[0], start=start)
+        name = f"{head.paths[0]} to {head.paths[-1]}"
+        x, other = (_inputs(head, part) for part in (fitted, held))
+        return [_Head(name, head.sections, x[:rows], other)]
+    if start is not None:
+        raise ValueError(f"start: {start!r} was given, which is for models without blocks; choose blocks instead.")
+    chosen = (len(view.blocks) // 2,) if blocks is None else blocks
+    cut = {block: mlp_sections(model, block) for block in dict.fromkeys(chosen)}
+    wanted: dict[Site | str, Any] = {Site("mlp.input", block): Sample(rows) for block in cut}
+    seen = record(model, wanted, fitted, anatomy=view, progress=progress)
+    found: list[_Network] = []
+    for block, sections in cut.items():
+        _check_output(model, view, block, sections, given[0])
+        sample = seen[Site("mlp.input", block)].rows.double()
+        found.append(_Mlp(f"blocks.{block}.mlp", sections, sample, model, view, block, held))
+    return found
+
+
+def _inputs(head: Head, batches: Sequence[Any]) -> Tensor:
+    return torch.cat([head.inputs(batch) for batch in batches])
+
+
+def _check_output(model: nn.Module, view: Anatomy, block: int, sections: Sections, batch: Any) -> None:
+    """What is added to the residual stream is what the sections give, with no norm in between."""
+    sites = tuple(Site(f"mlp.{side}", block) for side in ("input", "output"))
+    with evaluating(model), torch.no_grad(), live(model, sites, view) as found:
+        forward(model, batch)
+    x, wanted = (found[site][0].flatten(0, -2) for site in sites)
+    with torch.no_grad():
+        made = sections.nodes(x)[-1][:, 1:]
+    off = distance(made, wanted)
+    if not off <= (SAME if wanted.dtype in (torch.float32, torch.float64) else ROUGH):
+        raise UnsupportedModelError(
+            f"block: the MLP of block {block} of {type(model).__name__} adds another value than its layers give, off "
+            f"by {off:.1e} of the largest, as behind a norm; choose a model whose MLP is added as it is."
+        )
+
+
+# -- the analysis ------------------------------------------------------------------------------------------------------
+
+
+def lib(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    blocks: tuple[int, ...] | None = None,
+    start: str | None = None,
+    rows: int = 2048,
+    sources: int | None = 64,
+    directions: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+) -> LocalInteraction:
+    """Find the local interaction basis of MLPs of blocks, or of a model's head, and compare it with two others.
+
+    Args:
+        model: a transformer with plain MLPs, an MLP, or a CNN with a head of linear layers.
+        batches: two or more; every second one is held out.
+        blocks: whose MLPs; None for the one in the middle.
+        start: of a model without blocks, the path of the module that the head begins with; None for the first of its
+            last linear layers.
+        rows: the most that a basis is found on.
+        sources: random combinations of outputs for each row, in layers with more directions; None for exact Jacobians.
+        directions: of each layer, between which edges are measured.
+        seed: of the random combinations and of the search for modules.
+        progress: show bars.
+
+    Returns:
+        Importances, graph, modules and curves of each network.
+
+    Raises:
+        ValueError: a setting is below 1, or is of another kind of model.
+        DataError: fewer than two batches.
+        UnsupportedModelError: an MLP, or the end of the model, is not of linear layers and element-wise functions.
+        ActkitError: what `local_interaction_basis` raises.
+    """
+    for name, value in (("rows", rows), ("directions", directions)):
+        if value < 1:
+            raise ValueError(f"{name}: {value} was given; give at least 1.")
+    given = sequence_of(batches)
+    if len(given) < 2:
+        raise DataError(
+            f"batches: {len(given)} was given, and every second one is held out; give two or more, or a smaller batch "
+            f"size."
+        )
+    found, held = [], 0
+    networks = _networks(model, given, blocks, start, rows, progress)
+    for network in networks:
+        measured, held = _measured(network, sources, directions, seed, progress)
+        found.append(measured)
+    return LocalInteraction(len(networks[0].rows), held, directions, tuple(found))
+
+
+def _measured(
+    network: _Network, sources: int | None, directions: int, seed: int, progress: bool
+) -> tuple[InteractionNetwork, int]:
+    sections, last = network.sections, len(network.sections)
+    bases, edges = {}, {}
+    for kind in KINDS:
+        basis = local_interaction_basis(
+            sections, network.rows, kind=kind, sources=sources, seed=seed, progress=progress
+        )
+        bases[kind] = basis
+        edges[kind] = basis.edges(network.rows[:EDGE_ROWS], directions=directions, progress=progress)
+    places: list[tuple[str, int, Kind, int]] = []  # nodes or edges, layer, basis, how many
+    cuts: list[Cut] = []
+    for layer in range(last):
+        for kind, basis in bases.items():
+            for kept in _spaced(1, len(basis.importance[layer])):
+                places.append(("nodes", layer, kind, kept))
+                cuts.append(_of_nodes(basis, layer, kept))
+            matrix = edges[kind][layer]
+            most = min(directions, matrix.shape[0] - 1) * min(directions, matrix.shape[1] - 1)
+            for kept in _spaced(FACTOR, most):
+                places.append(("edges", layer, kind, kept))
+                cuts.append(_of_edges(basis, layer, strongest(matrix, kept)))
+    moved, held = network.moved(cuts, progress)
+    by_place = dict(zip(places, moved, strict=True))
+
+    def curves(what: str, layer: int) -> dict[str, Curve]:
+        found = {}
+        for kind in KINDS:
+            points = {kept: value for (*place, kept), value in by_place.items() if place == [what, layer, kind]}
+            found[str(kind)] = Curve(tuple(points), tuple(points.values()))
+        return found
+
+    layers = []
+    for layer, name in enumerate(sections.names):
+        importance = bases["lib"].importance[layer]
+        spread = float(importance.sum() ** 2 / importance.square().sum().clamp(min=1e-300))
+        ends = layer == last
+        carrying = {} if ends else {str(kind): len(_carrying(edges[kind][layer])) for kind in KINDS}
+        nodes, cut = ({}, {}) if ends else (curves("nodes", layer), curves("edges", layer))
+        layers.append(NodeLayer(name, sections.widths[layer], tuple(importance.tolist()), spread, nodes, cut, carrying))
+    graph = [
+        Edge(layer, start, end, share)
+        for layer, matrix in enumerate(edges["lib"])
+        for start, end, share in _carrying(matrix)
+    ]
+    groups, modularity = _grouped(graph, edges["lib"], seed)
+    return InteractionNetwork(network.name, tuple(layers), tuple(graph), groups, modularity), held
+
+
+def _of_nodes(basis: InteractionBasis, layer: int, kept: int) -> Cut:
+    return lambda x: basis.ablated_nodes(x, layer, kept)
+
+
+def _of_edges(basis: InteractionBasis, layer: int, mask: Tensor) -> Cut:
+    return lambda x: basis.ablated_edges(x, layer, mask)
+
+
+def _spaced(first: int, most: int) -> list[int]:
+    """first, 4 first, 16 first, ... and the most."""
+    found = []
+    while first < most:
+        found.append(first)
+        first *= FACTOR
+    return [*found, most]
+
+
+def _carrying(matrix: Tensor) -> list[tuple[int, int, float]]:
+    """(start, end, share) of the strongest edges that carry 90 % of a pair's interaction."""
+    inner = matrix[1:, 1:]
+    total = inner.sum().clamp(min=1e-300)
+    shares, order = (inner.flatten() / total).sort(descending=True, stable=True)
+    count = min(len(shares), int((shares.cumsum(0) < CARRIED).sum()) + 1)
+    width = inner.shape[1]
+    pairs = zip(order[:count].tolist(), shares[:count].tolist(), strict=True)
+    return [(at % width, at // width, share) for at, share in pairs if share > 0]
+
+
+def _grouped(
+    graph: Sequence[Edge], edges: Sequence[Tensor], seed: int
+) -> tuple[tuple[tuple[tuple[int, int], ...], ...], float]:
+    """Modules of the graph, whose edges are shares of the interaction of their pair."""
+    kept = [torch.zeros_like(matrix) for matrix in edges]
+    for edge in graph:
+        kept[edge.layer][1 + edge.end, 1 + edge.start] = edge.share
+    least = min(edge.share for edge in graph) * (1 - 1e-9)  # the weakest counts, with a weight of nearly 0
+    found = modules(kept, least, seed=seed)
+    return tuple(tuple(sorted(group)) for group in found.groups), found.modularity
