@@ -45,7 +45,7 @@ def outcomes(checks: list[Check]) -> dict[str, str]:
     return {check.name: check.outcome for check in checks}
 
 
-WITH_A_PAGE = {"PatchEffects", "MassiveActivations", "ClassActivationMaps"}
+WITH_A_PAGE = {"PatchEffects", "MassiveActivations", "ClassActivationMaps", "LocalInteraction"}
 
 
 @pytest.mark.parametrize("name", ANALYSES)
