@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from actkit.verbs import evaluate as evaluate
     from actkit.verbs import export as export
     from actkit.verbs import harvest as harvest
+    from actkit.verbs import latents as latents
     from actkit.verbs import profile as profile
     from actkit.verbs import sae as sae
     from actkit.verbs import show as show
@@ -72,6 +73,7 @@ _HOMES = {
     "load_tokenizer": "zoo.loading",
     "optimize": "search.search",
     "papers": "catalogue",
+    "latents": "verbs",
     "profile": "verbs",
     "prove": "core.measure.proof",
     "record": "core.watch.capture",

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from actkit.core.measure.proof import Proof
     from actkit.core.train.training import Trained
     from actkit.formats.exported import Exported
+    from actkit.interpretation.sparse_autoencoder.contexts import LatentContexts
     from actkit.interpretation.sparse_autoencoder.training import TrainedAutoencoder
     from actkit.runtime.packing import PackedExport
     from actkit.search.results import Profile
@@ -136,10 +137,7 @@ def analyze(
     """
     found = parse_analysis(analysis)
     for name, path in (("html", html), ("out", out)):
-        if path is not None and Path(path).exists() and not overwrite:
-            raise ValueError(
-                f"{name}: {path} exists already; choose another file, or pass overwrite=True, --overwrite."
-            )
+        _refuse_existing(name, path, overwrite)
     opening, reading = _sorted(options)
     opened, tokenizer = open_model(model, **opening)
     if found.reader is None:
@@ -153,6 +151,11 @@ def analyze(
     if out is not None:
         write_whole(Path(out), json.dumps(result.to_dict(), indent=1))
     return result
+
+
+def _refuse_existing(name: str, path: str | Path | None, overwrite: bool) -> None:
+    if path is not None and Path(path).exists() and not overwrite:
+        raise ValueError(f"{name}: {path} exists already; choose another file, or pass overwrite=True, --overwrite.")
 
 
 @dataclass(frozen=True)
@@ -286,6 +289,51 @@ def sae(
     return train_autoencoder(
         ActivationStore.open(store), site, kind=kind, latents=latents, settings=own, out=out, **options
     )
+
+
+def latents(
+    autoencoder: str | Path,
+    store: str | Path,
+    site: str | None = None,
+    *,
+    text_of: str | None = None,
+    count: int = 3,
+    longest: float = 10.0,
+    html: str | Path | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> LatentContexts:
+    """Find what the latents of a sparse autoencoder fire on, among activations that `harvest` kept.
+
+    Args:
+        autoencoder: the folder of one, ours or another tool's.
+        store: the folder of the activations.
+        site: one of its sites; None for that of the autoencoder.
+        text_of: a model, by name or folder, whose tokenizer makes text of tokens; None shows their ids.
+        count: places of each latent.
+        longest: leave out rows whose norm is more than so many times the median, as in training.
+        html: a file to which the page is written, to sort, to filter and to open.
+        overwrite: replace what is there.
+        progress: show a bar.
+
+    Returns:
+        The latents, with `.table()`, `.page()` and `.to_dict()`.
+
+    Raises:
+        ValueError: the file exists, or the site is not in the store.
+        ActkitError: what opening the autoencoder, the store and the tokenizer raise.
+    """
+    from actkit.core.store.activation_store import ActivationStore
+    from actkit.interpretation.sparse_autoencoder.contexts import latent_contexts
+    from actkit.interpretation.sparse_autoencoder.files import read_autoencoder
+
+    _refuse_existing("html", html, overwrite)
+    text = None if text_of is None else load_tokenizer(text_of).decode
+    opened, kept = read_autoencoder(autoencoder), ActivationStore.open(store)
+    found = latent_contexts(opened, kept, site, count=count, longest=longest, text=text, progress=progress)
+    if html is not None:
+        write_whole(Path(html), found.page().html())
+    return found
 
 
 def apply(

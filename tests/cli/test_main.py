@@ -204,6 +204,15 @@ def test_sae(run, folder, tmp_path):
     assert code == 0, err
     assert "explained variance" in text and (tmp_path / "often.html").exists()
     assert json.loads((out / "cfg.json").read_text())["architecture"] == "topk"
+    page = tmp_path / "latents.html"
+    code, text, err = run("latents", out, acts, "--html", page)
+    assert code == 0 and "fires in" in text and "of which never fire" in page.read_text(encoding="utf-8"), err
+    code, _, err = run("latents", out, acts, "--html", page)
+    assert code == 1 and "html: " in err and "exists already" in err
+    code, _, err = run("latents", out, acts, "--site", "blocks.1.block.output")
+    assert code == 1 and "blocks.1.block.output" in err
+    code, _, err = run("latents", acts, out)
+    assert code == 1 and "error" in err.lower()
     code, _, err = run(*words)
     assert code == 1 and "exists already" in err
     code, text, err = run(*words, "--overwrite", "--json")

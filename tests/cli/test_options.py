@@ -20,6 +20,7 @@ OPTIONS = {
     | WRITE
     | {"--site", "--kind", "--width", "--k", "--sparsity", "--steps", "--size", "--learning-rate", "--skip"}
     | {"--longest", "--held-out", "--figure", "--resume", "--device"},
+    "latents": {"--site", "--text-of", "--count", "--longest", "--html", "--overwrite", "--threads", "--json"},
     "optimize": MODEL
     | RUN
     | WRITE

@@ -254,6 +254,36 @@ def sae(
 
 
 @app.command()
+def latents(
+    autoencoder: Annotated[Path, typer.Argument(help="A folder that `actkit sae` wrote, or another tool's.")],
+    store: Annotated[Path, typer.Argument(help="A folder that `actkit harvest` wrote.")],
+    site: Annotated[str | None, typer.Option(help="Which of its sites. Default: the autoencoder's.")] = None,
+    text_of: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Show tokens as this model's text. Default: their ids.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, max=5, metavar="N", help="Places of each latent.")] = 3,
+    longest: Annotated[
+        float, typer.Option(metavar="X", help="Leave out rows whose norm is over X times the median.")
+    ] = 10.0,
+    html: Annotated[Path | None, typer.Option(help="Also write a page to sort and filter to this HTML file.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --html.")] = False,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Show what the latents of a sparse autoencoder fire on."""
+    alone("latents")
+    set_up(threads, 0)
+    from actkit import verbs
+
+    result = verbs.latents(
+        autoencoder, store, site, text_of=text_of, count=count, longest=longest, html=html, overwrite=overwrite
+    )
+    print_result(result, as_json)
+    if html is not None:
+        note(f"page: {html}")
+
+
+@app.command()
 def optimize(
     model: ModelName,
     out: Out = Path("actkit-report"),
