@@ -40,7 +40,7 @@ from actkit.core.store.checkpoint import MANIFEST, check_savable, check_target, 
 from actkit.data import Batches, Split, Stream, load_data
 from actkit.generating import generate as generate
 from actkit.generating import generate_all as generate_all
-from actkit.zoo.loading import locate, open_model
+from actkit.zoo.loading import load_tokenizer, locate, open_model
 
 if TYPE_CHECKING:
     from rich.table import Table
