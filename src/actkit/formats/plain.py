@@ -6,6 +6,7 @@ written. The skeleton is the plain model on the meta device: the list of modules
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ from actkit.core.layers.embedding import QuantizedEmbedding
 from actkit.core.layers.foreign_layers import refuse_foreign_layers
 from actkit.core.layers.hidden_act import own_names
 from actkit.core.layers.linear import ActLinear, LowRank
+from actkit.core.model.anatomy import anatomy
 from actkit.core.model.architectures import find_architecture
 from actkit.core.store.pretrained import base_type
 from actkit.core.store.skeleton import plain_model
@@ -232,7 +234,14 @@ def _of_one_width(model: nn.Module) -> str:
     known = changes.of(model)
     if known is None or not any("resize" in edit for edit in known.edits):
         return ""
-    return ", or narrow all blocks to one width (`cfsp: {uniform: true}` in a recipe file), which a config can say"
+    view = anatomy(model)
+    widths = [mlp.down.in_features for each in view.blocks for _, mlp in view.block(each.index).mlps()]
+    step = math.gcd(*widths)
+    nearest = round(sum(widths) / len(widths) / step) * step
+    return (
+        f", or narrow all blocks to one width, which a config can say; nearest is {nearest} (`cfsp: {{uniform: true}}` "
+        f"in a recipe file)"
+    )
 
 
 def _static_caches(model: PreTrainedModel) -> dict[str, CacheRounding]:
