@@ -270,9 +270,14 @@ def _listed(network: InteractionNetwork) -> Sorted:
 class _Network(Protocol):
     """What is cut: sections, rows to find a basis on, and how far cuts move predictions."""
 
-    name: str
-    sections: Sections
-    rows: Tensor
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def sections(self) -> Sections: ...
+
+    @property
+    def rows(self) -> Tensor: ...
 
     def moved(self, cuts: Sequence[Cut], progress: bool) -> tuple[list[float], int]:
         """Nats for each cut, and over how many rows."""
