@@ -45,7 +45,15 @@ def outcomes(checks: list[Check]) -> dict[str, str]:
     return {check.name: check.outcome for check in checks}
 
 
-WITH_A_PAGE = {"PatchEffects", "MassiveActivations", "ClassActivationMaps", "LocalInteraction"}
+WITH_A_PAGE = {
+    "PatchEffects",
+    "MassiveActivations",
+    "ClassActivationMaps",
+    "LocalInteraction",
+    "NeuralCode",
+    "HeadMemories",
+    "RepresentationalGeometry",
+}
 
 
 @pytest.mark.parametrize("name", ANALYSES)

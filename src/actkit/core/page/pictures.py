@@ -43,9 +43,8 @@ def lines_over(
     numbered = all(isinstance(place, int) for place in places)
     for index in range(0, len(places), max(1, -(-len(places) // 8))):
         text = str(places[index]) if numbered else str(index + 1)
-        parts.append(
-            f'<text class="tick" x="{x(index):.1f}" y="{height - 6}" text-anchor="middle">{escape(text)}</text>'
-        )
+        middle = min(x(index), width - DIGIT * len(text) / 2)  # a long number at the end stays inside
+        parts.append(f'<text class="tick" x="{middle:.1f}" y="{height - 6}" text-anchor="middle">{escape(text)}</text>')
     for which, line in enumerate(lines):
         points = [(x(place), y(value)) for place, value in line]
         if len(points) > 1:

@@ -340,9 +340,14 @@ def _changed(site: Site, value: Tensor, change: Any, at: At) -> Tensor | None:
             f"site: the function for {site} returned {other.dtype} on {other.device}, and {value.dtype} on "
             f"{value.device} stands there; return that."
         )
-    if other is not value and other.is_floating_point() and not bool(torch.isfinite(other).all()):
+    if other is not value and other.is_floating_point() and not _all_finite(other.detach()):
         raise NonFiniteError(f"{site}: the change that was given for it returned NaN or Inf.")
     return other
+
+
+def _all_finite(value: Tensor) -> bool:
+    # NaN and Inf stay in a sum, which is one pass over the values; a sum that overflows by itself says nothing
+    return bool(torch.isfinite(value.sum())) or bool(torch.isfinite(value).all())
 
 
 def _refuse_shape(site: Site, given: Tensor, value: Tensor) -> NoReturn:

@@ -24,6 +24,9 @@ from torch import nn
 from actkit.core.forward.batch import first_tensor, forward, sequence_of
 from actkit.core.forward.hooks import evaluating
 from actkit.core.ground.errors import DataError
+from actkit.core.page.page import Facts, Page, Picture, Pictures
+from actkit.core.page.page import Table as Sorted
+from actkit.core.page.pictures import lines_over
 from actkit.interpretation.neural_code.categories import code_kmeans, code_knn, code_logistic
 from actkit.interpretation.neural_code.codes import Codes, Samples, distinct, neural_codes, redundancy
 
@@ -114,6 +117,48 @@ class NeuralCode:
             knn = "" if layer.knn is None else f"{layer.knn:.1%}"
             table.add_row(f"{layer.path}{' (soft)' if layer.soft else ''}", *counts, knn)
         return table
+
+    def page(self) -> Page:
+        """Redundancy and accuracy layer by layer, and all numbers."""
+        kind, fitted, held_out = self.samples
+        places = [layer.path for layer in self.layers]
+        drawn = []
+        if any(layer.redundancy > 0 for layer in self.layers):
+            drawn.append(("redundancy", [(at, layer.redundancy) for at, layer in enumerate(self.layers)]))
+        if self.knn is not None:
+            found = [(at, layer.knn) for at, layer in enumerate(self.layers) if layer.knn is not None]
+            drawn.append(("accuracy of the nearest neighbours", found))
+        pictures = [Picture(title, lines_over([line], title, places, False)) for title, line in drawn]
+        names = {
+            "knn": "nearest neighbours",
+            "kmeans": "clusters that stand for classes",
+            "logistic": "logistic regression",
+            "accuracy": "the model itself",
+        }
+        scores = [(text, getattr(self, name)) for name, text in names.items()]
+        facts = [
+            ("regions", f"{self.regions} different codes of {self.bits} bits"),
+            (
+                "redundancy",
+                f"{self.redundancy:.2%} of fitted samples, {self.test_redundancy:.2%} held out",
+            ),
+            *((text, f"{value:.1%} of the samples held out") for text, value in scores if value is not None),
+        ]
+        headings = ("number", "layer", "bits", "always on", "always off", "near zero", "redundancy", "K-NN", "soft")
+        rows = []
+        for at, layer in enumerate(self.layers, start=1):
+            counts = (layer.bits, layer.always_on, layer.always_off, layer.near_zero, layer.redundancy)
+            knn = "" if layer.knn is None else layer.knn
+            rows.append((at, layer.path, *counts, knn, "soft" if layer.soft else ""))
+        return Page(
+            "Neural codes",
+            f"{fitted} {kind}s are fitted, {held_out} held out.",
+            (
+                Facts("All layers together", facts),
+                Pictures("By layer", pictures, "Layers by their number in the table below.", small=True),
+                Sorted("Layers", headings, rows),
+            ),
+        )
 
     def figure(self) -> Figure:
         """Draw redundancy, and accuracy if there are labels, layer by layer.

@@ -27,6 +27,9 @@ from actkit.core.ground.errors import DataError, UnsupportedModelError
 from actkit.core.ground.progress import track
 from actkit.core.model.anatomy import Site, anatomy
 from actkit.core.model.parts import attention_implementation, forms_weights
+from actkit.core.page.page import Page, Picture, Pictures
+from actkit.core.page.page import Table as Sorted
+from actkit.core.page.pictures import lines_over, signed_grid
 from actkit.core.watch.capture import live
 
 if TYPE_CHECKING:
@@ -95,6 +98,31 @@ class HeadMemories:
             cells = (f"{means[0]:.2f}", f"{means[1]:.1f}", f"{means[2]:.1f}", f"{means[3]:.3f}")
             table.add_row(str(block), *cells, str(best.head), f"{best.fidelity:.3f}")
         return table
+
+    def page(self) -> Page:
+        """The fidelity of each head as a grid, means by block, and all numbers."""
+        blocks = list(dict.fromkeys(head.block for head in self.heads))
+        by_block = [[head for head in self.heads if head.block == block] for block in blocks]
+        values = [[head.fidelity for head in mine] for mine in by_block]
+        columns = [str(head) for head in range(max(map(len, by_block)))]
+        drawn = [
+            Picture("blocks by heads", signed_grid(values, [f"block {b}" for b in blocks], columns, "fidelity", 1.0))
+        ]
+        lines = []
+        for name in MEASURES[:3]:
+            means = [(at, sum(getattr(head, name) for head in mine) / len(mine)) for at, mine in enumerate(by_block)]
+            lines.append(Picture(name, lines_over([means], name, blocks, False)))
+        headings = ("block", "head", *MEASURES)
+        rows = [(head.block, head.head, *(getattr(head, name) for name in MEASURES)) for head in self.heads]
+        return Page(
+            "Heads as memories",
+            f"Keys of {self.size}; means over {self.queries} queries.",
+            (
+                Pictures("Fidelity of retrieval", drawn, "Cosine of what is retrieved and the value of the first key."),
+                Pictures("Means by block", lines, small=True),
+                Sorted("Heads", headings, rows, "first: the weight of the key that is weighed most."),
+            ),
+        )
 
     def figure(self) -> Figure:
         """Draw the fidelity of each head, blocks by heads.

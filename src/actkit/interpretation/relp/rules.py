@@ -157,7 +157,8 @@ def _norm(norm: Norm, module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
     y = y if weight is None else y * (weight + norm.offset)
     y = y if bias is None else y + bias
     bound = 1e-3 if output.dtype in (torch.float32, torch.float64) else 5e-2
-    if not bool((y.detach() - output.detach()).abs().amax() <= bound * output.detach().abs().amax()):
+    most = partial(torch.linalg.vector_norm, ord=torch.inf)
+    if not bool(most(y.detach() - output.detach()) <= bound * most(output.detach())):
         raise UnsupportedModelError(
             f"rules: {norm.path} is a {kind}, which is neither a LayerNorm nor an RMSNorm; use "
             f"RelevanceRules(norms=False)."

@@ -28,6 +28,9 @@ from torch import Tensor, nn
 from actkit.core.forward.batch import main_input, sequence_of
 from actkit.core.ground.errors import DataError
 from actkit.core.model.anatomy import anatomy
+from actkit.core.page.page import Page, Picture, Pictures
+from actkit.core.page.page import Table as Sorted
+from actkit.core.page.pictures import lines_over
 from actkit.core.watch.by_example import ByExample
 from actkit.core.watch.capture import record
 from actkit.interpretation.representational_geometry.dichotomies import ccgp, decodability, parallelism, shattering
@@ -111,7 +114,7 @@ class RepresentationalGeometry:
             title += f"; from inputs {_mean(self.input_decodability):.1%} are decoded"
         table = PlainTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("site", overflow="fold")
-        for name in ("like inputs", "like targets", "dims", "parallel", "CCGP", "decoded", "untrained"):
+        for name in ("like\ninputs", "like\ntargets", "dims", "parallel", "CCGP", "decoded", "untrained"):
             table.add_column(name, justify="right", no_wrap=True)
         for site in self.sites:
             means = [_mean(getattr(target, name) for target in site.targets) for name in ("parallelism", "ccgp")]
@@ -127,6 +130,34 @@ class RepresentationalGeometry:
                 _text(site.shattering, ".1%"),
             )
         return table
+
+    def page(self) -> Page:
+        """The alignments site by site, and all numbers, of each target too."""
+        places = [site.site for site in self.sites]
+        lines = [[(at, site.target_alignment) for at, site in enumerate(self.sites)]]
+        legend = [("c0", "like the targets")]
+        if all(site.input_alignment is not None for site in self.sites):
+            lines.append([(at, site.input_alignment or 0.0) for at, site in enumerate(self.sites)])
+            legend.append(("c1", "like the inputs"))
+        drawn = (Picture("CKA", lines_over(lines, "alignment", places, False)),)
+        headings = ("number", "site", "units", "like inputs", "like targets", "dimensions", "untrained")
+        rows, each = [], []
+        for at, site in enumerate(self.sites, start=1):
+            alike = (_cell(site.input_alignment), site.target_alignment)
+            rows.append((at, site.site, site.units, *alike, site.participation_ratio, _cell(site.shattering)))
+            for number, target in enumerate(site.targets):
+                measures = (target.parallelism, target.ccgp, target.decodability)
+                raw = self.input_decodability[number] if self.input_decodability else None
+                each.append((site.site, number, *map(_cell, measures), _cell(raw)))
+        return Page(
+            "Representational geometry",
+            f"{self.conditions} conditions, {self.samples} samples.",
+            (
+                Pictures("Alignment", drawn, "Sites by their number in the table below.", legend, small=True),
+                Sorted("Sites", headings, rows, "untrained: mean decodability of dichotomies that are no target."),
+                Sorted("Targets", ("site", "target", "parallelism", "CCGP", "decoded", "decoded from inputs"), each),
+            ),
+        )
 
     def figure(self) -> Figure:
         """Draw the alignments with inputs and targets, site by site.
@@ -144,6 +175,10 @@ class RepresentationalGeometry:
         return figure.update_yaxes(title="CKA", range=[-0.02, 1.02])
 
 
+def _cell(value: float | None) -> float | str:
+    return "" if value is None else value
+
+
 def _mean(values: Iterable[float | None]) -> float | None:
     found = [value for value in values if value is not None]
     return sum(found) / len(found) if found else None
@@ -157,7 +192,7 @@ def representational_geometry(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    sites: tuple[str, ...] = ("block.output",),
+    sites: tuple[str, ...] | None = None,
     position: Literal["mean", "first", "last", "flat"] = "mean",
     conditions: Tensor | None = None,
     targets: Tensor | None = None,
@@ -172,7 +207,8 @@ def representational_geometry(
     Args:
         model: in evaluation mode meanwhile.
         batches: noisy samples, as for the model; "labels" [batch] are their conditions, from 0.
-        sites: names, patterns, or paths such as 'activation.output:act'.
+        sites: names, patterns, or paths such as 'activation.output:act'; None for what blocks give, or, in a model
+            without blocks, what its layers give.
         position: which row of an example is read: 'mean' over tokens or pixels, 'first', 'last', or all, 'flat'.
         conditions: of each sample [samples], instead of labels.
         targets: 0 and 1 [conditions, targets]; None for one of each condition against all others.
@@ -196,6 +232,8 @@ def representational_geometry(
     count = int(owner.max()) + 1
     goals = np.eye(count, dtype=bool) if targets is None else _targets(targets, count)
     view = anatomy(model, given[0] if len(given) else None)
+    if sites is None:
+        sites = ("layer.output",) if view.architecture == "traced" else ("block.output",)
     wanted = {site: ByExample(position) for site in sites}
     seen = record(model, wanted, given, anatomy=view, progress=progress)
     noise_free = None
