@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from actkit.core.ground.figure_text import all_plain
+from actkit.core.ground.figures import all_plain, plotly
 from actkit.finetuning.eva import EvaPlan, inputs_of
 
 if TYPE_CHECKING:
@@ -89,10 +89,7 @@ class ExplainedVariance:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            from plotly import graph_objects
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        graph_objects = plotly().graph_objects
         names = all_plain(layer.path for layer in self.layers)
         bars = {"these directions": "explained", "the best of this rank": "most"}
         figure = graph_objects.Figure(

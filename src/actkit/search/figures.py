@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from actkit.core.ground.estimate import Estimate
-from actkit.core.ground.figure_text import all_plain, plain
+from actkit.core.ground.figures import all_plain, plain, plotly
 from actkit.core.ground.tables import PlainTable
 from actkit.search.measured import Candidate
 from actkit.search.verdict import times
@@ -122,7 +122,7 @@ def profile_figure(profile: Profile) -> Figure:
     Raises:
         ImportError: plotly is missing.
     """
-    subplots = _plotly()
+    subplots = plotly().subplots
     panels: list[tuple[str, Callable[[SiteProfile], float | None]]] = [
         ("Values above 1 % of the scale (%)", lambda s: 100 * s.above_one_percent),
         ("Largest |x| over median |x|", lambda s: s.ratio),
@@ -151,14 +151,6 @@ def profile_figure(profile: Profile) -> Figure:
     }
     title = f"{plain(profile.model)}: {profile.rows:,} tokens or images"
     return figure.update_layout(template="plotly_white", height=720, title=title, margin={"b": 140}, **legends)
-
-
-def _plotly() -> Any:
-    try:
-        from plotly import subplots
-    except ImportError as error:
-        raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
-    return subplots
 
 
 def _where(site: SiteProfile) -> int | str:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from actkit.core.forward.batch import sequence_of
 from actkit.core.ground.errors import DataError
-from actkit.core.ground.figure_text import all_plain
+from actkit.core.ground.figures import all_plain, plotly
 from actkit.core.layers.activations import gives_zeros
 from actkit.core.model.anatomy import Anatomy, Linear, Site, anatomy
 from actkit.core.model.called_functions import called_functions
@@ -137,10 +137,7 @@ class DeadNeurons:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            from plotly import graph_objects
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        graph_objects = plotly().graph_objects
         names = all_plain(layer.path for layer in self.layers)
         bars = {"silenced": "dynamic", "pruned away": "static"}
         figure = graph_objects.Figure(

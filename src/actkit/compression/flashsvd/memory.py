@@ -26,6 +26,7 @@ from actkit.compression.flashsvd.tiles import Thin
 from actkit.core.forward.batch import forward
 from actkit.core.forward.hooks import evaluating, hooked
 from actkit.core.ground.errors import UnsupportedModelError
+from actkit.core.ground.figures import plotly
 from actkit.core.ground.memory import format_bytes
 from actkit.core.measure.live_tensors import live_tensors
 
@@ -98,9 +99,9 @@ class ActivationBytes:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        import plotly.graph_objects as go
+        go = plotly().graph_objects
 
-        from actkit.core.ground.figure_text import all_plain
+        from actkit.core.ground.figures import all_plain
 
         names = all_plain(f"{each.path}.{each.part}" for each in self.parts)
         bars = [

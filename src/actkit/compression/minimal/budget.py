@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from actkit.core.ground.figure_text import all_plain
+from actkit.core.ground.figures import all_plain, plotly
 from actkit.core.model.coverage import sizes
 
 if TYPE_CHECKING:
@@ -92,10 +92,7 @@ class ParameterBudget:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            from plotly import graph_objects
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        graph_objects = plotly().graph_objects
         names = all_plain(each.name for each in self.components)
         figure = graph_objects.Figure([graph_objects.Bar(x=names, y=[100 * each.share for each in self.components])])
         figure.update_yaxes(title_text="parameters (%)")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from actkit.core.forward.batch import first_tensor, forward
 from actkit.core.forward.hooks import evaluating
-from actkit.core.ground.figure_text import all_plain
+from actkit.core.ground.figures import all_plain, plotly
 from actkit.core.store.deltas import Delta
 from actkit.core.train.choice import trained_parameters
 from actkit.core.train.objective import Loss, Objective
@@ -160,10 +160,7 @@ class Disentanglement:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            from plotly import graph_objects
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        graph_objects = plotly().graph_objects
         names = all_plain(self.tasks)
         figure = graph_objects.Figure(graph_objects.Heatmap(z=self.shares, x=names, y=names, zmin=0))
         figure.update_xaxes(title_text="vector that is added")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from actkit.core.ground.figure_text import all_plain
+from actkit.core.ground.figures import all_plain, plotly
 from actkit.core.ground.progress import track
 from actkit.core.train.masks import Masks
 
@@ -90,10 +90,7 @@ class WeightProbe:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            from plotly import graph_objects
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        graph_objects = plotly().graph_objects
         names = all_plain(choice.name for choice in self.choices)
         figure = graph_objects.Figure(graph_objects.Bar(x=names, y=[choice.mean for choice in self.choices]))
         figure.add_hline(y=self.before, annotation_text="without noise")

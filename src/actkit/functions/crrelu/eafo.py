@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.ground.errors import CoverageError
-from actkit.core.ground.figure_text import all_plain
+from actkit.core.ground.figures import all_plain, plotly
 from actkit.core.layers.activation_function import ActivationFunction, Function
 from actkit.core.layers.activations import record_of
 from actkit.core.layers.moments import Density, check_rising, slope_of
@@ -239,13 +239,13 @@ class Eafo:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        from plotly.graph_objects import Figure, Scatter
+        graph_objects = plotly().graph_objects
 
         paths = all_plain(at.path for at in self.layers)
-        figure = Figure()
+        figure = graph_objects.Figure()
         for name in ("epsilon", "standardised"):
             values = [getattr(at, name) for at in self.layers]
-            figure.add_trace(Scatter(x=paths, y=values, name=name, mode="lines+markers"))
+            figure.add_trace(graph_objects.Scatter(x=paths, y=values, name=name, mode="lines+markers"))
         return figure.update_yaxes(title="suggested epsilon; entropy at deviation 1, nats")
 
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from actkit.core.forward.batch import forward, mask_of
 from actkit.core.forward.hooks import evaluating, hooked
 from actkit.core.ground.errors import DataError
+from actkit.core.ground.figures import plotly
 from actkit.core.layers.activations import record_of
 from actkit.core.model.anatomy import Attention, Mlp, Site, anatomy, read_tap
 from actkit.functions.pangu_pi.series import SeriesActivation
@@ -99,10 +100,7 @@ class CollapseBound:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            from plotly import graph_objects
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        graph_objects = plotly().graph_objects
         figure = graph_objects.Figure()
         for name in ("attention", "residual", "augmented"):
             values = [getattr(each, name) for each in self.blocks]

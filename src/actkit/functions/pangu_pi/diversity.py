@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from actkit.core.forward.batch import first_tensor, forward, mask_of, sequence_of
 from actkit.core.forward.hooks import evaluating, hooked
 from actkit.core.ground.errors import DataError
+from actkit.core.ground.figures import plotly
 from actkit.core.ground.progress import track
 from actkit.core.model.anatomy import Block, anatomy
 
@@ -114,10 +115,8 @@ class Diversity:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            from plotly import graph_objects, subplots
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        graph_objects = plotly().graph_objects
+        subplots = plotly().subplots
         titles = ("diversity", "likeness", f"dimension ({self.share:.0%})")
         figure = subplots.make_subplots(rows=1, cols=3, subplot_titles=titles)
         at = [each.block + (0.5 if each.after == "attention" else 1.0) for each in self.places]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from actkit.core.forward.batch import sequence_of
 from actkit.core.ground.errors import DataError
-from actkit.core.ground.figure_text import plain
+from actkit.core.ground.figures import plain, plotly
 from actkit.core.model.anatomy import Site, anatomy
 from actkit.core.watch.capture import record
 from actkit.core.watch.streaming import Rows, Statistic
@@ -139,10 +139,7 @@ class PolynomialDegrees:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            from plotly import graph_objects
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        graph_objects = plotly().graph_objects
         most = max(len(layer.coefficients) for layer in self.layers)
         figure = graph_objects.Figure()
         names = [plain(each.path) for each in self.layers]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from actkit.core.ground.errors import UnsupportedModelError
+from actkit.core.ground.figures import plotly
 from actkit.functions.s_kan.edges import PrunedEdges
 from actkit.functions.s_kan.s_kan_layer import PrunedLayer, SKanLayer
 
@@ -79,10 +80,7 @@ class BasisChoice:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            import plotly.graph_objects as go
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        go = plotly().graph_objects
         names = list(dict.fromkeys(name for layer in self.layers for name in layer.counts))
         paths = [layer.path for layer in self.layers]
         figure = go.Figure(

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.ground.errors import CoverageError
-from actkit.core.ground.figure_text import all_plain
+from actkit.core.ground.figures import all_plain, plotly
 from actkit.core.layers.activation_function import ActivationFunction
 from actkit.core.layers.activations import activation_function, function_names, record_of
 from actkit.core.layers.moments import moment_map
@@ -169,13 +169,15 @@ class SelfNormalizing:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        from plotly.graph_objects import Figure, Scatter
+        graph_objects = plotly().graph_objects
 
         paths = all_plain(at.layer for at in self.layers)
-        figure = Figure()
+        figure = graph_objects.Figure()
         for name in ("predicted_variance", "measured_variance"):
             values = [getattr(at, name) for at in self.layers]
-            figure.add_trace(Scatter(x=paths, y=values, name=name.replace("_", " "), mode="lines+markers"))
+            figure.add_trace(
+                graph_objects.Scatter(x=paths, y=values, name=name.replace("_", " "), mode="lines+markers")
+            )
         return figure.update_yaxes(title="variance over the units", type="log")
 
 

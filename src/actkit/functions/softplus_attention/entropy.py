@@ -20,7 +20,7 @@ from actkit.core.edit.edits import ATTENTION, Configure, temporarily
 from actkit.core.forward.batch import check_batch, forward, mask_of, reads_beyond, sequence_of
 from actkit.core.forward.hooks import evaluating, hooked
 from actkit.core.ground.errors import DataError, UnsupportedModelError
-from actkit.core.ground.figure_text import all_plain
+from actkit.core.ground.figures import all_plain, plotly
 from actkit.core.ground.progress import track
 from actkit.core.layers.attention_function import function_of
 from actkit.core.model.anatomy import Anatomy, Site, anatomy
@@ -90,10 +90,7 @@ class AttentionEntropy:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            import plotly.graph_objects as go
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        go = plotly().graph_objects
         values, sites = [list(block.heads) for block in self.blocks], all_plain(block.site for block in self.blocks)
         figure = go.Figure(go.Heatmap(z=values, y=sites, colorbar={"title": "nats"}))
         figure.update_xaxes(title="head")

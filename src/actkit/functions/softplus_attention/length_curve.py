@@ -20,6 +20,7 @@ from actkit.core.forward.hooks import evaluating
 from actkit.core.forward.limits import check_length
 from actkit.core.ground.errors import DataError
 from actkit.core.ground.estimate import Estimate
+from actkit.core.ground.figures import plotly
 from actkit.core.ground.progress import track
 from actkit.core.measure.quality import resampled_totals
 
@@ -116,10 +117,7 @@ class LengthCurve:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            import plotly.graph_objects as go
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        go = plotly().graph_objects
         figure = go.Figure()
         x = [each.length for each in self.lengths]
         figure.add_trace(go.Scatter(x=x, y=[each.last.value for each in self.lengths], name=f"last {self.last}"))

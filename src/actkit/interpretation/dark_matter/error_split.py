@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from actkit.core.ground.errors import DataError
+from actkit.core.ground.figures import plotly
 from actkit.core.store.activation_store import StoredBatches
 from actkit.interpretation.sparse_autoencoder.autoencoder import SparseAutoencoder
 
@@ -107,11 +108,10 @@ class ErrorSplit:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            from plotly.graph_objects import Bar, Figure
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
-        figure = Figure(Bar(x=["error", *PARTS], y=[self.explained, *(self.lengths[part] for part in PARTS)]))
+        graph_objects = plotly().graph_objects
+        figure = graph_objects.Figure(
+            graph_objects.Bar(x=["error", *PARTS], y=[self.explained, *(self.lengths[part] for part in PARTS)])
+        )
         figure.update_yaxes(title="R2 from the activation")
         title = f"{self.latents:,} latents: R2 of the error (first), and of squared lengths"
         return figure.update_layout(title=title)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from actkit.core.ground.figures import plotly
 from actkit.interpretation.dark_matter.error_split import ErrorSplit, split_error
 from actkit.interpretation.sparse_autoencoder.autoencoder import SparseAutoencoder
 
@@ -93,19 +94,16 @@ class WidthComparison:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            from plotly.graph_objects import Figure, Scatter
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        graph_objects = plotly().graph_objects
         widths = [split.latents for split in self.splits]
-        figure = Figure()
+        figure = graph_objects.Figure()
         parts = {
             "all": [split.fvu for split in self.splits],
             "linear": [split.fvu_linear for split in self.splits],
             "rest": [split.fvu_rest for split in self.splits],
         }
         for name, values in parts.items():
-            figure.add_trace(Scatter(x=widths, y=values, name=name))
+            figure.add_trace(graph_objects.Scatter(x=widths, y=values, name=name))
         figure.update_xaxes(type="log", title="latents")
         figure.update_yaxes(title="fraction of variance unexplained", rangemode="tozero")
         return figure.update_layout(title="What width takes of the error")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from actkit.core.forward.batch import first_tensor, forward, main_input, sequence_of
 from actkit.core.forward.hooks import evaluating
 from actkit.core.ground.errors import DataError
+from actkit.core.ground.figures import plotly
 from actkit.core.ground.progress import track
 from actkit.core.model.sites import Site
 from actkit.core.page.page import Page, Picture, Pictures
@@ -97,15 +98,12 @@ class ClassActivationMaps:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            from plotly.graph_objects import Heatmap
-            from plotly.subplots import make_subplots
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        graph_objects = plotly().graph_objects
+        subplots = plotly().subplots
         titles = [f"image {each.image}, class {each.class_index}" for each in self.maps]
-        figure = make_subplots(rows=1, cols=len(self.maps), subplot_titles=titles)
+        figure = subplots.make_subplots(rows=1, cols=len(self.maps), subplot_titles=titles)
         for at, each in enumerate(self.maps):
-            figure.add_trace(Heatmap(z=each.values, zmin=0, zmax=1, showscale=False), row=1, col=at + 1)
+            figure.add_trace(graph_objects.Heatmap(z=each.values, zmin=0, zmax=1, showscale=False), row=1, col=at + 1)
         return figure.update_yaxes(autorange="reversed").update_layout(title=f"Maps by {self.method}")
 
     def page(self) -> Page:

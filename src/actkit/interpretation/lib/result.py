@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from actkit.core.ground.figures import plotly
 from actkit.core.page.page import Page, Picture, Pictures
 from actkit.core.page.page import Table as Sorted
 from actkit.core.page.pictures import lines_over
@@ -185,16 +186,13 @@ class LocalInteraction:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            from plotly.graph_objects import Figure, Scatter
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
-        figure = Figure()
+        graph_objects = plotly().graph_objects
+        figure = graph_objects.Figure()
         for network in self.networks:
             for layer in network.layers[:-1]:
                 for kind, curve in layer.nodes.items():
                     name = f"{network.name} {layer.name}: {NAMES[kind]}"
-                    figure.add_trace(Scatter(x=curve.kept, y=curve.divergence, name=name))
+                    figure.add_trace(graph_objects.Scatter(x=curve.kept, y=curve.divergence, name=name))
         figure.update_xaxes(type="log", title="directions kept").update_yaxes(title="divergence in nats")
         return figure
 

@@ -13,6 +13,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from actkit.core.ground.errors import DataError
+from actkit.core.ground.figures import plotly
 from actkit.core.train.meter import readings
 from actkit.interpretation.massive_activations.law import LAW, LAWS, Fitted, compare_laws
 
@@ -118,16 +119,15 @@ class Dynamics:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            from plotly.graph_objects import Figure, Scatter
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
-        figure = Figure()
+        graph_objects = plotly().graph_objects
+        figure = graph_objects.Figure()
         for layer in self.layers:
-            figure.add_trace(Scatter(x=layer.times, y=layer.ratios, mode="markers", name=layer.layer))
+            figure.add_trace(graph_objects.Scatter(x=layer.times, y=layer.ratios, mode="markers", name=layer.layer))
             if layer.law.converged:
                 curve = layer.law.predict(layer.times).tolist()
-                figure.add_trace(Scatter(x=layer.times, y=curve, mode="lines", name=f"{layer.layer}, the law"))
+                figure.add_trace(
+                    graph_objects.Scatter(x=layer.times, y=curve, mode="lines", name=f"{layer.layer}, the law")
+                )
         figure.update_xaxes(title="step").update_yaxes(title="largest / median")
         return figure
 

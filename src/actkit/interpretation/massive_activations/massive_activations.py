@@ -24,6 +24,7 @@ from torch import nn
 
 from actkit.core.forward.batch import sequence_of
 from actkit.core.ground.errors import DataError
+from actkit.core.ground.figures import plotly
 from actkit.core.model.sites import Site
 from actkit.core.page.page import Page, Picture, Pictures
 from actkit.core.page.page import Table as Sorted
@@ -139,12 +140,9 @@ class MassiveActivations:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            from plotly.graph_objects import Figure, Scatter
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        graph_objects = plotly().graph_objects
         names = [layer.site for layer in self.layers]
-        figure = Figure()
+        figure = graph_objects.Figure()
         for rank in range(max(len(layer.top) for layer in self.layers)):
             held = [layer for layer in self.layers if len(layer.top) > rank]
             texts = [
@@ -152,8 +150,10 @@ class MassiveActivations:
                 for layer in held
             ]
             sizes = [abs(layer.top[rank].value) for layer in held]
-            figure.add_trace(Scatter(x=[layer.site for layer in held], y=sizes, text=texts, name=f"largest {rank + 1}"))
-        figure.add_trace(Scatter(x=names, y=[layer.median for layer in self.layers], name="median"))
+            figure.add_trace(
+                graph_objects.Scatter(x=[layer.site for layer in held], y=sizes, text=texts, name=f"largest {rank + 1}")
+            )
+        figure.add_trace(graph_objects.Scatter(x=names, y=[layer.median for layer in self.layers], name="median"))
         figure.update_yaxes(type="log", title="magnitude")
         return figure
 

@@ -24,6 +24,7 @@ from torch import nn
 from actkit.core.forward.batch import first_tensor, forward, sequence_of
 from actkit.core.forward.hooks import evaluating
 from actkit.core.ground.errors import DataError
+from actkit.core.ground.figures import plotly
 from actkit.core.page.page import Facts, Page, Picture, Pictures
 from actkit.core.page.page import Table as Sorted
 from actkit.core.page.pictures import lines_over
@@ -166,14 +167,15 @@ class NeuralCode:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            from plotly.graph_objects import Figure, Scatter
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        graph_objects = plotly().graph_objects
         names = [layer.path for layer in self.layers]
-        figure = Figure(Scatter(x=names, y=[layer.redundancy for layer in self.layers], name="redundancy"))
+        figure = graph_objects.Figure(
+            graph_objects.Scatter(x=names, y=[layer.redundancy for layer in self.layers], name="redundancy")
+        )
         if self.knn is not None:
-            figure.add_trace(Scatter(x=names, y=[layer.knn for layer in self.layers], name="K-NN on the layer's code"))
+            figure.add_trace(
+                graph_objects.Scatter(x=names, y=[layer.knn for layer in self.layers], name="K-NN on the layer's code")
+            )
         return figure.update_yaxes(range=[-0.02, 1.02], title="share")
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.ground.errors import DataError
+from actkit.core.ground.figures import plotly
 from actkit.core.ground.progress import track
 from actkit.core.train.meter import Meter, readings
 from actkit.core.train.training import train
@@ -138,10 +139,8 @@ class PhaseChart:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            from plotly import graph_objects, subplots
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        graph_objects = plotly().graph_objects
+        subplots = plotly().subplots
         figure: Figure = subplots.make_subplots(rows=1, cols=2, subplot_titles=["redundancy", "K-NN on codes"])
         sizes = self.axis("size")
         for step in self.axis("step"):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from actkit.core.ground.errors import DataError
+from actkit.core.ground.figures import plotly
 from actkit.interpretation.pavlovian.rules import Name, Rule, State, in_chunks, recurrent
 
 if TYPE_CHECKING:
@@ -95,11 +96,8 @@ class CapacityCurve:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            from plotly.graph_objects import Figure, Scatter
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
-        figure = Figure(Scatter(x=list(self.stored), y=list(self.values), name=self.rule))
+        graph_objects = plotly().graph_objects
+        figure = graph_objects.Figure(graph_objects.Scatter(x=list(self.stored), y=list(self.values), name=self.rule))
         figure.add_hline(y=LIMITS[self.criterion], line_dash="dash")
         return figure.update_xaxes(title="associations").update_yaxes(title=self.criterion)
 

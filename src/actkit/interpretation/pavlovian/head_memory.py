@@ -24,6 +24,7 @@ from actkit.core.edit.edits import ATTENTION, Configure, temporarily
 from actkit.core.forward.batch import forward, mask_of, sequence_of
 from actkit.core.forward.hooks import evaluating
 from actkit.core.ground.errors import DataError, UnsupportedModelError
+from actkit.core.ground.figures import plotly
 from actkit.core.ground.progress import track
 from actkit.core.model.anatomy import Site, anatomy
 from actkit.core.model.parts import attention_implementation, forms_weights
@@ -130,13 +131,12 @@ class HeadMemories:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            from plotly.graph_objects import Figure, Heatmap
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        graph_objects = plotly().graph_objects
         blocks = list(dict.fromkeys(head.block for head in self.heads))
         rows = [[head.fidelity for head in self.heads if head.block == block] for block in blocks]
-        figure = Figure(Heatmap(z=rows, y=[str(block) for block in blocks], colorscale="Viridis"))
+        figure = graph_objects.Figure(
+            graph_objects.Heatmap(z=rows, y=[str(block) for block in blocks], colorscale="Viridis")
+        )
         return (
             figure.update_layout(title="Fidelity of retrieval").update_xaxes(title="head").update_yaxes(title="block")
         )

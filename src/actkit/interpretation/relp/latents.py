@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from actkit.core.forward.batch import forward
 from actkit.core.forward.hooks import evaluating
+from actkit.core.ground.figures import plotly
 from actkit.core.ground.progress import track
 from actkit.core.model.sites import Site
 from actkit.core.watch.intervene import At, intervene
@@ -135,18 +136,19 @@ class LatentEffects:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            from plotly.graph_objects import Bar, Figure
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        graph_objects = plotly().graph_objects
         nodes = (self.checked or self.top())[::-1]
         names = [
             f"{node.site}, {'error' if node.latent is None else node.latent}, position {node.position}"
             for node in nodes
         ]
-        figure = Figure(Bar(x=[node.effect for node in nodes], y=names, orientation="h", name=self.method))
+        figure = graph_objects.Figure(
+            graph_objects.Bar(x=[node.effect for node in nodes], y=names, orientation="h", name=self.method)
+        )
         if self.checked:
-            figure.add_trace(Bar(x=[node.exact for node in nodes], y=names, orientation="h", name="exact"))
+            figure.add_trace(
+                graph_objects.Bar(x=[node.exact for node in nodes], y=names, orientation="h", name="exact")
+            )
         return figure.update_layout(title=f"Effects of latents by {self.method}")
 
 

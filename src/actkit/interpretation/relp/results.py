@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from actkit.core.ground.figure_text import all_plain
+from actkit.core.ground.figures import all_plain, plotly
 from actkit.core.page.page import Page, Picture, Pictures
 from actkit.core.page.page import Table as Sorted
 from actkit.core.page.pictures import signed_grid
@@ -182,10 +182,8 @@ class PatchEffects:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            from plotly import graph_objects, subplots
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        graph_objects = plotly().graph_objects
+        subplots = plotly().subplots
         names = list(self.values)
         figure: Figure = subplots.make_subplots(rows=len(names), cols=1, subplot_titles=names, shared_xaxes=True)
         summed = {name: values.sum(1) if values.dim() == 3 else values for name, values in self.values.items()}

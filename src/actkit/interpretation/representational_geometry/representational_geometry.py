@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from actkit.core.forward.batch import main_input, sequence_of
 from actkit.core.ground.errors import DataError
+from actkit.core.ground.figures import plotly
 from actkit.core.model.anatomy import anatomy
 from actkit.core.page.page import Page, Picture, Pictures
 from actkit.core.page.page import Table as Sorted
@@ -165,13 +166,14 @@ class RepresentationalGeometry:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            from plotly.graph_objects import Figure, Scatter
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        graph_objects = plotly().graph_objects
         names = [site.site for site in self.sites]
-        figure = Figure(Scatter(x=names, y=[site.target_alignment for site in self.sites], name="like the targets"))
-        figure.add_trace(Scatter(x=names, y=[site.input_alignment for site in self.sites], name="like the inputs"))
+        figure = graph_objects.Figure(
+            graph_objects.Scatter(x=names, y=[site.target_alignment for site in self.sites], name="like the targets")
+        )
+        figure.add_trace(
+            graph_objects.Scatter(x=names, y=[site.input_alignment for site in self.sites], name="like the inputs")
+        )
         return figure.update_yaxes(title="CKA", range=[-0.02, 1.02])
 
 

@@ -30,6 +30,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from actkit.core.ground import processes
+from actkit.core.ground.figures import plotly
 from actkit.core.ground.progress import track
 from actkit.core.ground.random_numbers import own_random_numbers
 from actkit.core.ground.whole_file import write_whole
@@ -108,12 +109,9 @@ class AutoencoderReport:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            from plotly.graph_objects import Figure, Scatter
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        graph_objects = plotly().graph_objects
         found = sorted((each for each in self.densities if each > 0), reverse=True)
-        figure = Figure(Scatter(x=list(range(1, len(found) + 1)), y=found, mode="lines"))
+        figure = graph_objects.Figure(graph_objects.Scatter(x=list(range(1, len(found) + 1)), y=found, mode="lines"))
         figure.update_yaxes(type="log", title="share of rows in which a latent fires")
         return figure.update_layout(title=f"{self.latents:,} latents, {self.dead:.1%} never fire", xaxis_title="latent")
 

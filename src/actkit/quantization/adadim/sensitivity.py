@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from actkit.core.forward.batch import sequence_of
 from actkit.core.ground.errors import DataError
-from actkit.core.ground.figure_text import all_plain
+from actkit.core.ground.figures import all_plain, plotly
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.weights import DenseWeight
 from actkit.core.model.anatomy import anatomy
@@ -102,10 +102,7 @@ class Sensitivity:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            import plotly.graph_objects as go
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        go = plotly().graph_objects
         paths = all_plain(layer.path for layer in self.layers)
         bars = [
             go.Bar(x=paths, y=[getattr(layer, name) for layer in self.layers], name=name)

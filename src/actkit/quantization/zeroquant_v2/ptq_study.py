@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from actkit.core.forward.batch import sequence_of
-from actkit.core.ground.figure_text import all_plain
+from actkit.core.ground.figures import all_plain, plotly
 from actkit.core.ground.progress import track
 from actkit.core.layers.linear import ActLinear
 from actkit.core.measure.quality import measure_quality
@@ -138,10 +138,7 @@ class Study:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            import plotly.graph_objects as go
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        go = plotly().graph_objects
         names = all_plain(each.name for each in self.combinations)
         figure = go.Figure(go.Bar(x=[each.loss for each in self.combinations], y=names, orientation="h"))
         return figure.update_layout(xaxis={"title": "perplexity lost"}, yaxis={"autorange": "reversed"})

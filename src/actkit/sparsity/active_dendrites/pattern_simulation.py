@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from actkit.core.ground.errors import DataError
-from actkit.core.ground.figure_text import plain
+from actkit.core.ground.figures import plain, plotly
 from actkit.core.ground.progress import track
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import Sample
@@ -308,7 +308,7 @@ class ExpectedVsObserved:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        import plotly.graph_objects as go
+        go = plotly().graph_objects
 
         figure = go.Figure()
         thresholds = list(range(1, self.sites[0].synapses + 1))

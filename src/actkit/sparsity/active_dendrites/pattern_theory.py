@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from actkit.core.ground.figures import plotly
 from actkit.sparsity.active_dendrites.hypergeometric import (
     Form,
     entrywise,
@@ -373,7 +374,7 @@ class ThresholdCurve:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        import plotly.graph_objects as go
+        go = plotly().graph_objects
 
         figure = go.Figure(go.Scatter(x=self.thresholds, y=self.log10_errors, mode="lines+markers"))
         return figure.update_layout(xaxis_title="threshold", yaxis_title="log10 of the median false positive rate")

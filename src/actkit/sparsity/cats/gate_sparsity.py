@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from actkit.core.ground.errors import CoverageError
-from actkit.core.ground.figure_text import all_plain
+from actkit.core.ground.figures import all_plain, plotly
 from actkit.core.layers.linear import ActLinear
 from actkit.core.model.anatomy import Anatomy, Linear, Mlp, Site, anatomy, has_row
 from actkit.core.watch.capture import opened_experts, record
@@ -102,10 +102,7 @@ class GateSparsity:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            import plotly.graph_objects as go
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        go = plotly().graph_objects
         found = [layer for layer in self.layers if layer.zeros is not None]
         means, above, below = [], [], []
         for layer in found:

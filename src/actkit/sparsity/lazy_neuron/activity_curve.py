@@ -11,9 +11,9 @@ from torch import nn
 
 from actkit.core.forward.batch import sequence_of
 from actkit.core.ground.errors import DataError
-from actkit.core.ground.figure_text import all_plain, plain
+from actkit.core.ground.figures import all_plain, plain, plotly
 from actkit.core.ground.progress import track
-from actkit.sparsity.lazy_neuron.neuron_activity import HIDDEN, NeuronActivity, neuron_activity, plotly
+from actkit.sparsity.lazy_neuron.neuron_activity import HIDDEN, NeuronActivity, neuron_activity
 from actkit.zoo import Checkpoint
 from actkit.zoo.loading import load
 
@@ -56,7 +56,7 @@ class ActivityCurve:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        _, graphs = plotly()
+        graphs = plotly().graph_objects
         figure = graphs.Figure()
         labels = list(self.points)
         for name in dict.fromkeys(layer.site for activity in self.points.values() for layer in activity.layers):

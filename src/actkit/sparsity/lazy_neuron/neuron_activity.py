@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from actkit.core.forward.batch import sequence_of
 from actkit.core.ground.errors import DataError
-from actkit.core.ground.figure_text import all_plain, plain
+from actkit.core.ground.figures import all_plain, plain, plotly
 from actkit.core.layers.activations import activation_function, function_names, name_of
 from actkit.core.model.anatomy import Anatomy, Linear, Site, anatomy
 from actkit.core.watch.capture import opened_experts, record
@@ -188,7 +188,7 @@ class NeuronActivity:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        subplots, graphs = plotly()
+        subplots, graphs = plotly().subplots, plotly().graph_objects
         titles = ("Neurons on (%), mean and 5-95 % of tokens", "How often each neuron is on (% of tokens), sorted")
         figure = subplots.make_subplots(rows=1, cols=2, subplot_titles=titles)
         shares = [100 * layer.share for layer in self.layers]
@@ -320,12 +320,3 @@ def _measured(site: Site, density: Density, layer: _Layer | None) -> LayerActivi
         layer.before,
         layer.after,
     )
-
-
-def plotly() -> tuple[Any, Any]:
-    """Return plotly's subplots and graph objects. Raises ImportError if it is missing."""
-    try:
-        from plotly import graph_objects, subplots
-    except ImportError as error:
-        raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
-    return subplots, graph_objects

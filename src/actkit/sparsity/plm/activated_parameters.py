@@ -23,7 +23,7 @@ from torch import nn
 
 from actkit.core.forward.batch import sequence_of
 from actkit.core.ground.errors import CoverageError
-from actkit.core.ground.figure_text import all_plain
+from actkit.core.ground.figures import all_plain, plotly
 from actkit.core.model.anatomy import Site, anatomy
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import Density
@@ -107,10 +107,10 @@ class ActivatedParameters:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        from plotly.graph_objects import Bar, Figure
+        graph_objects = plotly().graph_objects
 
         names = all_plain([layer.site for layer in self.layers])
-        figure = Figure(Bar(x=names, y=[layer.zeros for layer in self.layers]))
+        figure = graph_objects.Figure(graph_objects.Bar(x=names, y=[layer.zeros for layer in self.layers]))
         return figure.update_yaxes(title="units that are exactly 0", tickformat=".0%")
 
 

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from actkit.core.edit.edits import Edit, Note, Replace, Skip, get_module, temporarily
 from actkit.core.forward.batch import sequence_of
 from actkit.core.ground.errors import RecipeError, UnsupportedModelError
+from actkit.core.ground.figures import plotly
 from actkit.core.ground.progress import track
 from actkit.core.layers.activation_function import ActivationFunction, Axis
 from actkit.core.layers.activations import Thresholded, name_of
@@ -244,10 +245,7 @@ class ThresholdSweep:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        try:
-            from plotly import graph_objects
-        except ImportError as error:
-            raise ImportError("figure: plotly is missing; pip install 'actkit[report]'.") from error
+        graph_objects = plotly().graph_objects
         points = (self.original, *self.points)
         figure = graph_objects.Figure(
             graph_objects.Scatter(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from actkit.core.ground.figures import plotly
 from actkit.core.model.anatomy import Linear, Site, is_linear
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import Moments
@@ -84,7 +85,7 @@ class ImportanceMap:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        import plotly.graph_objects as go
+        go = plotly().graph_objects
 
         cells = (min(len(self.importance), LARGEST_FIGURE), min(self.importance.shape[1], LARGEST_FIGURE))
         shown = torch.nn.functional.adaptive_avg_pool2d(self.importance[None], cells)[0]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from actkit.core.edit.edits import get_module, set_module
 from actkit.core.forward.batch import BatchContext
 from actkit.core.ground.errors import DataError
-from actkit.core.ground.figure_text import all_plain
+from actkit.core.ground.figures import all_plain, plotly
 from actkit.core.ground.progress import track
 from actkit.core.layers.activations import Thresholded
 from actkit.core.model.anatomy import Anatomy, Site
@@ -90,9 +90,9 @@ class ActivationRatio:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        from plotly.graph_objects import Bar, Figure
+        graph_objects = plotly().graph_objects
 
-        figure = Figure(Bar(x=all_plain(self.ratios), y=list(self.ratios.values())))
+        figure = graph_objects.Figure(graph_objects.Bar(x=all_plain(self.ratios), y=list(self.ratios.values())))
         return figure.update_yaxes(title=f"active neurons by {self.method!r}", tickformat=".0%")
 
 
@@ -246,12 +246,12 @@ class Pareto:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        from plotly.graph_objects import Figure, Scatter
+        graph_objects = plotly().graph_objects
 
-        figure = Figure()
+        figure = graph_objects.Figure()
         for method in dict.fromkeys(point.method for point in self.points):
             chosen = sorted((p.ratio, p.perplexity) for p in self.points if p.method == method)
-            figure.add_trace(Scatter(x=[x for x, _ in chosen], y=[y for _, y in chosen], name=method))
+            figure.add_trace(graph_objects.Scatter(x=[x for x, _ in chosen], y=[y for _, y in chosen], name=method))
         figure.update_xaxes(title="active neurons", tickformat=".0%")
         return figure.update_yaxes(title="perplexity", type="log")
 

@@ -25,6 +25,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import OptimizeWarning, curve_fit
 
+from actkit.core.ground.figures import plotly
+
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
     from rich.table import Table
@@ -116,13 +118,13 @@ class LawFit:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        from plotly.graph_objects import Figure, Scatter
+        graph_objects = plotly().graph_objects
 
         dense = np.geomspace(min(self.tokens), max(self.tokens), 200)
-        figure = Figure(
+        figure = graph_objects.Figure(
             [
-                Scatter(x=self.tokens, y=self.ratios, mode="markers", name="measured"),
-                Scatter(x=dense, y=self.predict(dense), mode="lines", name=f"{self.law} law"),
+                graph_objects.Scatter(x=self.tokens, y=self.ratios, mode="markers", name="measured"),
+                graph_objects.Scatter(x=dense, y=self.predict(dense), mode="lines", name=f"{self.law} law"),
             ]
         )
         figure.update_xaxes(title="training tokens", type="log")
@@ -272,14 +274,14 @@ class WidthFit:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        from plotly.graph_objects import Figure, Scatter
+        graph_objects = plotly().graph_objects
 
         ends = [min(self.shapes), max(self.shapes)]
         turns = sorted(ends if self.bottleneck is None else [*ends, self.bottleneck])
-        figure = Figure(
+        figure = graph_objects.Figure(
             [
-                Scatter(x=self.shapes, y=self.ratios, mode="markers", name="measured"),
-                Scatter(x=turns, y=self.predict(turns).tolist(), mode="lines", name="width law"),
+                graph_objects.Scatter(x=self.shapes, y=self.ratios, mode="markers", name="measured"),
+                graph_objects.Scatter(x=turns, y=self.predict(turns).tolist(), mode="lines", name="width law"),
             ]
         )
         return figure.update_layout(xaxis_title="hidden size / layers", yaxis_title="activation ratio")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from actkit.core.forward.batch import BatchContext
-from actkit.core.ground.figure_text import all_plain
+from actkit.core.ground.figures import all_plain, plotly
 from actkit.core.train.objective import Loss
 from actkit.sparsity.sparsing_law.cett import Method
 from actkit.sparsity.sparsing_law.shared_cett import SharedCett, Sparse, in_float32, largest_cett, sequence
@@ -101,14 +101,18 @@ class PerplexitySparsityResult:
         Raises:
             ImportError: plotly (the extra `report`) is missing.
         """
-        from plotly.graph_objects import Bar, Figure
+        graph_objects = plotly().graph_objects
 
         middle = list(self.ratios.values())
         spread = {
             "array": [max(0, self.per_token[path][2] - ratio) for path, ratio in self.ratios.items()],
             "arrayminus": [max(0, ratio - self.per_token[path][0]) for path, ratio in self.ratios.items()],
         }
-        figure = Figure(Bar(x=all_plain(self.ratios), y=middle, error_y={"type": "data", "symmetric": False, **spread}))
+        figure = graph_objects.Figure(
+            graph_objects.Bar(
+                x=all_plain(self.ratios), y=middle, error_y={"type": "data", "symmetric": False, **spread}
+            )
+        )
         return figure.update_yaxes(title=f"active neurons at PPL-{self.p:g}%", tickformat=".0%")
 
 
