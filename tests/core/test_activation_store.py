@@ -220,6 +220,63 @@ def test_two_processes_write_shards_of_their_own(tmp_path: Path, monkeypatch: py
     assert kept(tmp_path / "two") == kept(tmp_path / "one")
 
 
+@pytest.mark.parametrize(("first", "second"), [(2, 3), (4, 1), (1, 12)])
+def test_a_run_goes_on_with_another_batch_size(tmp_path: Path, first: int, second: int) -> None:
+    """Keys are equal, rows but for rounding; a shard equals to the byte that of a run with its batch size."""
+    model, whole = build("llama"), (HIDDEN, "blocks.1.mlp.hidden")
+    mask = torch.cat([batch["attention_mask"] for batch in padded()])
+    ids = torch.cat([batch["input_ids"] for batch in padded()])
+
+    def given(size: int) -> list[dict[str, torch.Tensor]]:
+        parts = zip(ids.split(size), mask.split(size), strict=True)
+        widths = ((part, real, int(real.sum(1).max())) for part, real in parts)  # padded as far as each batch needs
+        return [
+            {"input_ids": part[:, :width].where(real[:, :width].bool(), 9 + size), "attention_mask": real[:, :width]}
+            for part, real, width in widths
+        ]
+
+    stores = {
+        size: harvest(model, whole, given(size), tmp_path / f"{size}", shard_rows=16, progress=False)
+        for size in (first, second)
+    }
+    assert len({len(store) for store in stores.values()}) == 1 and len(stores[first]) > 3
+    one, other = (kept(tmp_path / f"{size}") for size in (first, second))
+    assert one["store.json"] == other["store.json"]
+    for number in (1, 2):  # as if it had been killed; the first and the last are there
+        for suffix in ("json", "safetensors"):
+            (tmp_path / f"{first}" / f"shard-{number:05d}.{suffix}").unlink()
+    resumed = harvest(model, whole, given(second), tmp_path / f"{first}", shard_rows=16, progress=False)
+    for site in whole:
+        for size in (first, second):
+            for mine, theirs in zip(_flat(resumed, site), _flat(stores[size], site), strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(mine[1:], theirs[1:], strict=True))
+                torch.testing.assert_close(mine[0], theirs[0], rtol=1e-5, atol=1e-6)
+    assert all(kept(tmp_path / f"{first}")[name] == other[name] for name in other if "-00001." in name)
+
+
+def test_where_padding_stands_is_data_and_what_stands_there_is_not(tmp_path: Path) -> None:
+    model, given, out = build("llama"), padded(), tmp_path / "acts"
+    harvest(model, SITES, given, out, progress=False)
+    for batch in given:
+        batch["input_ids"] = batch["input_ids"].where(batch["attention_mask"].bool(), 1)
+    harvest(model, SITES, given, out, progress=False)
+    with pytest.raises(CheckpointError, match="was begun with other data"):
+        harvest(model, SITES, padded(side="left"), out, progress=False)
+
+
+def test_images_go_on_with_another_batch_size(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2))
+    x = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+    site, out = "layer.output:0", tmp_path / "acts"
+    before = harvest(model, site, list(x.split(4)), out, shard_rows=3, progress=False)
+    expected = torch.cat([rows for rows, _ in before.read(site)])
+    torch.testing.assert_close(expected, model[0](x).detach())
+    for path in out.glob("shard-00002.*"):
+        path.unlink()
+    after = harvest(model, site, list(x.split(5)), out, shard_rows=3, progress=False)
+    torch.testing.assert_close(torch.cat([rows for rows, _ in after.read(site)]), expected)
+
+
 def test_another_model_data_or_sites_are_refused(tmp_path: Path) -> None:
     model, given, out = build("llama"), padded(), tmp_path / "acts"
     harvest(model, SITES, given, out, progress=False)

@@ -4,13 +4,14 @@
     for batch in store.batches("blocks.15.block.output", 4096, seed=0):     # shuffled, [4096, channels]
     record(model, {"block.output": Moments()}, store=store)                 # any statistic, without a forward pass
 
-A folder holds `store.json` (which model, data and sites, and which batches are in which shard), and for each shard a
+A folder holds `store.json` (which model, data and sites, and which sequences are in which shard), and for each shard a
 safetensors file with the rows of each site [rows, channels], in the model's own dtype, and their keys (document,
 sequence, position, place, token id; once for sites with the same rows), beside a JSON file with its size and SHA-256. A
 shard counts as there once that second file is; both come by a rename, so that no half of one is ever read. The order of
-rows follows from the data alone, not from the batch size. Passes end at the last site if the first pass read each of
-them once. Several processes (`core.ground.processes.together`) write shards of their own. Files are mapped when they
-are read: what is held in memory is what is asked for.
+rows, and what is in which shard, follow from the data alone, not from the batch size, so that a run may go on with
+another one. Passes end at the last site if the first pass read each of them once. Several processes
+(`core.ground.processes.together`) write shards of their own. Files are mapped when they are read: what is held in
+memory is what is asked for.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import json
 import math
 import shutil
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from os import getpid
 from pathlib import Path
 from typing import Any, Self
@@ -33,8 +36,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from actkit.core.forward.batch import forward, reads_beyond, sequence_of
+from actkit.core.forward.batch import LABELS, BatchContext, forward, reads_beyond, sequence_of
 from actkit.core.forward.hooks import StopForward, evaluating, refuse_compiled_or_sharded
+from actkit.core.forward.limits import is_encoder_decoder
 from actkit.core.ground import processes
 from actkit.core.ground.errors import CheckpointError, DataError
 from actkit.core.ground.fingerprint import fingerprint, model_fingerprint
@@ -51,6 +55,7 @@ INDEX, VERSION = "store.json", 1
 SHARD_ROWS = 1 << 15  # tokens of a shard; 38 MB of 576 channels in bf16
 KEYS = ("documents", "sequences", "positions", "places", "token_ids")
 KEY_BYTES = 8 * len(KEYS)
+AT_TOKENS = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")  # what has one value for each token
 
 
 class Kept(Statistic):
@@ -74,18 +79,23 @@ class Kept(Statistic):
     def _merge(self, other: Self) -> None:
         self.parts += other.parts
 
-    def take(self, other: Kept) -> None:
-        """The rows of another one too, whether this one has any or not."""
-        self.parts, self.count = [*other.parts, *self.parts], other.count + self.count
+    @classmethod
+    def joined(cls, others: Iterable[Kept]) -> Self:
+        """The rows of several, in their order, whether each has any or not."""
+        found = cls()
+        for other in others:
+            found.parts, found.count = [*found.parts, *other.parts], found.count + other.count
+        return found
 
-    def sorted(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """All rows and their keys, by sequence and position."""
+    def sorted(self, start: int, end: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The rows of sequences from `start` to before `end` with their keys, by sequence and position."""
         x = torch.cat([part for part, _ in self.parts])
         keys = {name: torch.cat([getattr(rows, name).cpu() for _, rows in self.parts]) for name in KEYS}
         order = in_order(keys["sequences"], keys["positions"])
-        if torch.equal(order, torch.arange(len(order))):  # as they come, mostly: no copy
-            return x, keys
-        return x[order], {name: key[order] for name, key in keys.items()}
+        if not torch.equal(order, torch.arange(len(order))):  # as they come, mostly: no copy
+            x, keys = x[order], {name: key[order] for name, key in keys.items()}
+        first, behind = torch.searchsorted(keys["sequences"], torch.tensor([start, end])).tolist()
+        return x[first:behind], {name: key[first:behind] for name, key in keys.items()}
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -465,11 +475,12 @@ def harvest(
         ended = max(kept.last for kept in first.values()) if once else time.perf_counter()
         seconds = (ended - started) * sum(c.tokens for _, c in given) / given[0][1].tokens
         names = _names(first)
-        shards = _plan([context.tokens for _, context in given], shard_rows)
+        tokens = torch.cat([context.tokens_per_row for _, context in given]).tolist()
+        shards = _plan(tokens, shard_rows)
         index: dict[str, Any] = {
             "actkit": VERSION,
             "model": model_fingerprint(model),
-            "data": fingerprint([[dict(b) if isinstance(b, Mapping) else b for b in batches], documents]),
+            "data": _data_fingerprint(model, given),
             "sites": names,
             "shards": [list(each) for each in shards],
         }
@@ -477,18 +488,24 @@ def harvest(
             processes.agree(model=index["model"], data=index["data"])
         processes.on_first("the store", lambda: _begin(folder, index))
         todo = [number for number in range(len(shards)) if _shard(folder, number) is None]
-        share = sum(given[at][1].tokens for number in todo for at in range(*shards[number])) / given[0][1].tokens
+        share = sum(sum(tokens[slice(*shards[number])]) for number in todo) / given[0][1].tokens
         size = sum(_bytes(kept) for kept in {id(each): each for each in first.values()}.values()) * share
         _check_disk(folder, size, max_disk)
         if announce is not None and todo:
             announce(f"{format_bytes(size)} in {len(todo)} shards, about {seconds * len(todo) / len(shards):.0f} s")
         mine = [number for number in todo if processes.mine(number)]
+        held = {0: first}  # by number: batches that were read already
+        ends = list(accumulate(context.batch_size for _, context in given))
         for number in track(mine, "Harvesting activations", len(mine), progress):
             start, end = shards[number]
-            kept, _ = _run(view, found, given[max(1, start) : end], once)
-            for site in set(names.values()) if start == 0 else ():
-                kept[site].take(first[site])  # which has been read already
-            _write(folder, number, kept, names)
+            one, last = bisect_right(ends, start), bisect_left(ends, end)  # a batch may have sequences of two shards
+            if ends[last] > end and last not in held:
+                held[last] = _run(view, found, [given[last]], once)[0]
+            between = [given[at] for at in range(one, last + 1) if at not in held]
+            parts = [held.get(one), _run(view, found, between, once)[0], held.get(last) if last > one else None]
+            kept = {site: Kept.joined(part[site] for part in parts if part) for site in set(names.values())}
+            _write(folder, number, kept, names, start, end)
+            held = {last: held[last]} if ends[last] > end else {}
     processes.on_first("the shards", lambda: None)  # all are there before anyone reads
     return ActivationStore.open(folder)
 
@@ -512,8 +529,27 @@ def _names(first: Mapping[str, Kept]) -> dict[str, str]:
     return {site: owners.setdefault(id(kept), site) for site, kept in first.items()}
 
 
+def _data_fingerprint(model: nn.Module, given: Sequence[tuple[Any, BatchContext]]) -> str:
+    """Of what the model is given, sequence by sequence: neither the batch size nor what stands at padding counts."""
+    at_tokens = AT_TOKENS if is_encoder_decoder(model) else (*AT_TOKENS, LABELS)
+    return fingerprint([_sequence(*each, row, at_tokens) for each in given for row in range(each[1].batch_size)])
+
+
+def _sequence(batch: Any, context: BatchContext, row: int, at_tokens: Collection[str]) -> dict[str, Any]:
+    """What one sequence of a batch is, without padding; the columns of its tokens say where padding stands."""
+    real = torch.ones(context.length or 1, dtype=torch.bool) if context.mask is None else context.mask[row].cpu()
+    found: dict[str, Any] = {"columns": real.nonzero(), "documents": context.documents[row].expand(len(real))[real]}
+    items = batch if isinstance(batch, Mapping) else dict(enumerate(batch if isinstance(batch, tuple) else [batch]))
+    for key, value in items.items():
+        if key == "attention_mask" and context.mask is not None:
+            continue
+        mine = value[row].cpu() if isinstance(value, Tensor) and value.shape[:1] == (context.batch_size,) else value
+        found[f"given {key}"] = mine[real] if key in at_tokens and mine.shape[:1] == real.shape else mine
+    return found
+
+
 def _plan(tokens: Sequence[int], shard_rows: int) -> list[tuple[int, int]]:
-    """Which batches go into each shard: (first, behind the last)."""
+    """Which sequences go into each shard: (first, behind the last)."""
     shards, start, held = [], 0, 0
     for number, count in enumerate(tokens, 1):
         held += count
@@ -556,20 +592,24 @@ def _begin(folder: Path, index: Mapping[str, Any]) -> None:
     for key, other in others.items():
         if before[key] != index[key]:
             raise CheckpointError(
-                f"store: {folder} was begun with {other}; give the same, or another folder. Another batch size "
-                f"counts as other data."
+                f"store: {folder} was begun with {other}; give the same, or another folder. Where padding stands "
+                f"counts as data, the batch size does not."
             )
 
 
-def _write(folder: Path, number: int, found: Mapping[str, Kept], names: Mapping[str, str]) -> None:
-    """Write a shard: its rows, then the file that says that it is there."""
+def _write(
+    folder: Path, number: int, found: Mapping[str, Kept], names: Mapping[str, str], start: int, end: int
+) -> None:
+    """Write a shard of sequences from `start` to before `end`: its rows, then the file that says that it is there."""
     tensors: dict[str, Tensor] = {}
     groups: list[dict[str, Tensor]] = []
     about: dict[str, dict[str, int]] = {"rows": {}, "groups": {}}
     for site in dict.fromkeys(names.values()):
         if not found[site].count:
             continue
-        x, keys = found[site].sorted()
+        x, keys = found[site].sorted(start, end)
+        if not len(x):
+            continue
         same = (at for at, each in enumerate(groups) if all(torch.equal(each[name], keys[name]) for name in KEYS))
         group = next(same, len(groups))
         if group == len(groups):
