@@ -48,6 +48,9 @@ def another_mode(p: Place) -> None:
 proof(lambda p: massive_activations(build("llama", hidden_act="relu"), batches("llama"), site="mlp.hidden"))
 
 
+proof(lambda p: massive_activations(build("llama"), batches("llama"), top=0))
+
+
 @proof
 def no_token_came_there(p: Place) -> None:
     place = "actkit.interpretation.massive_activations.massive_activations.record"

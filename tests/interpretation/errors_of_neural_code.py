@@ -88,6 +88,9 @@ proof(lambda p: neural_codes(tiny_model("llama"), labelled(3, 1), progress=False
 proof(lambda p: code_knn(codes(), codes(), k=4))
 
 
+proof(lambda p: neural_code(tiny_model("mlp"), tiny_batches("mlp"), k=0))
+
+
 proof(lambda p: code_knn(codes(None), codes(), k=1))
 
 

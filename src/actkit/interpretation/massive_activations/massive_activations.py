@@ -179,6 +179,8 @@ def massive_activations(
         DataError: half of the values of a layer are 0, so that no ratio is defined.
         ActkitError: what `record` raises.
     """
+    if top < 1:
+        raise ValueError(f"top: {top} was given; show at least 1 value of each layer.")
     wanted = {site: [Extremes(top), SequencePeaks(), Quantiles()]}
     seen = record(model, wanted, sequence_of(batches), progress=progress)
     layers = tuple(_layer(found, *seen[found]) for found in seen if seen[found][0].count)

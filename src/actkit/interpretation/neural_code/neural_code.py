@@ -207,9 +207,11 @@ def neural_code(
 
     Raises:
         DataError: no example is left on one side, or what `neural_codes` and the classifiers raise.
-        ValueError: what `neural_codes` raises.
+        ValueError: `k` is below 1, or what `neural_codes` raises.
         ImportError: there are labels, and scikit-learn (the extra `interpretation`) is missing.
     """
+    if k < 1:
+        raise ValueError(f"k: {k} was given; let at least 1 neighbour vote.")
     given = sequence_of(batches)
     codes = neural_codes(model, given, layers=layers, samples=samples, pool=pool, progress=progress)
     examples = int(codes.examples.max()) + 1
