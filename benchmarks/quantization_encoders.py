@@ -43,7 +43,8 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "W4A4, aphq_vit": [{"aphq_vit": {"bits": 4, "input_bits": 4}}],
 }
 LEARNED = "W4A4, aphq_vit"  # of the vision transformer alone, and of a full run, for the time
-FULL, QUICK = {"sentences": 400, "images": 512}, {"sentences": 8, "images": 32}
+FULL: dict[str, int] = {"calibration": 64, "sentences": 400, "images": 512}
+QUICK: dict[str, int] = {"calibration": 2, "sentences": 8, "images": 32}
 METRIC = {"minilm": ("embedding", "fidelity"), "vit": ("classification", "accuracy")}
 
 
@@ -56,7 +57,7 @@ def data(name: str, model: Any, sizes: dict[str, int]) -> tuple[list[Any], list[
         return calibration, [{"pixel_values": images, "labels": right} for images, right in parts]
     tokenizer = actkit.load_tokenizer(name)
     found = []
-    for split, rows in (("calibration", 64), ("test", sizes["sentences"])):
+    for split, rows in (("calibration", sizes["calibration"]), ("test", sizes["sentences"])):
         batches = load_data(None, model, tokenizer, sequences=rows, length=256, split=split)  # type: ignore[arg-type]
         found.append(list(batches))
     return found[0], found[1]

@@ -20,11 +20,12 @@ from actkit.core.edit import changes
 from actkit.core.edit.edits import Note, Replace, Set, Skip, get_module
 from actkit.core.grids.integers import IntegerGrid
 from actkit.core.ground import registry
-from actkit.core.ground.errors import CoverageError, DataError, EditError, MemoryLimitError
+from actkit.core.ground.errors import CoverageError, DataError, EditError, MemoryLimitError, NonFiniteError
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.weights import IntegerWeight
 from actkit.core.model.anatomy import Block, Site, anatomy
 from actkit.core.model.experts import ExpertList
+from actkit.core.recipe import runner
 from actkit.core.recipe.recipe import Recipe
 from actkit.core.recipe.runner import apply
 from actkit.core.recipe.seen import Seen
@@ -647,3 +648,23 @@ def test_replaced_weights_are_freed_block_by_block(mode, tmp_path) -> None:
     finally:
         gc.enable()
     assert len(Rounded.before) > len(Rounded.alive) > 1 and not any(Rounded.alive)
+
+
+@pytest.mark.parametrize(("large", "calls"), [(1, LAYERS), (2**20, 0)])
+def test_freed_memory_goes_back_behind_each_large_block(monkeypatch: Any, large: int, calls: int) -> None:
+    """What the allocator keeps between small pieces grew by 20 MB a block of SmolLM2 else."""
+    model, done = build("llama"), []
+    monkeypatch.setattr(runner, "LARGE", large)
+    monkeypatch.setattr(runner, "release_memory", lambda cycles: done.append(cycles))
+    apply(model, Round(), progress=False)
+    assert done == [False] * calls
+
+
+def test_a_value_that_is_not_finite_is_found_wherever_it_stands(monkeypatch: Any) -> None:
+    monkeypatch.setattr(runner, "LARGE", 3)  # values that are looked at in one go
+    model = build("llama")
+    tensor = next(iter(anatomy(model).blocks[0].linears())).weight
+    with torch.no_grad():
+        tensor.view(-1)[-1] = torch.inf
+    with pytest.raises(NonFiniteError, match="holds NaN or Inf"):
+        apply(model, Round(), progress=False)

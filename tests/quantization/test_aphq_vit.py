@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from actkit.core.edit.edits import apply_edit, get_module
 from actkit.core.grids.integers import IntegerGrid
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.weights import IntegerWeight
+from actkit.core.measure.fresh import FreshProcess
 from actkit.core.model.anatomy import Linear, anatomy
 from actkit.core.recipe.runner import apply
+from actkit.core.store.checkpoint import save
 from actkit.core.watch.capture import record
 from actkit.core.watch.statistics import Sample
 from actkit.functions.reconstruct_mlp import ReconstructMlp
@@ -329,6 +332,27 @@ def test_importance_of_the_changed_model_is_planned_behind_the_mlps() -> None:
     for block in anatomy(model).blocks:
         down = get_module(model, block.mlp.down.path)
         assert float(down.inputs.zero) == 0  # what ReLU gives needs no zero point
+
+
+def test_behind_the_mlps_it_is_saved_loaded_elsewhere_and_undone(tmp_path: Path) -> None:
+    model, batches = tiny_model("vit", hidden_act="gelu"), tiny_batches("vit")
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        exact = model(**batches[0]).logits
+    applied = apply(model, [ReconstructMlp(steps=2), AphqVit(**FAST)], batches, progress=False)
+    with torch.no_grad():
+        rounded = model(**batches[0]).logits
+    assert not torch.equal(rounded, exact)
+    save(model, tmp_path / "stack")
+    with FreshProcess() as process:
+        process.load(tmp_path / "stack")
+        assert torch.equal(process.outputs(batches[0]), rounded)
+    applied.undo()
+    assert model.config.hidden_act == "gelu"
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(after[name], each) for name, each in before.items())
+    with torch.no_grad():
+        assert torch.equal(model(**batches[0]).logits, exact)
 
 
 def test_without_steps_it_is_the_search_alone() -> None:

@@ -247,7 +247,7 @@ class Order(NamedTuple):
         if act_order:
             columns = active.argsort(descending=True, stable=True)
         reverse = columns.flip(0)
-        turned = moment.double()[reverse[:, None], reverse]
+        turned = moment[reverse[:, None], reverse].double()
         diagonal = turned.diagonal()
         live = diagonal > 0
         mean = float(diagonal[live].mean()) if bool(live.any()) else 1.0
