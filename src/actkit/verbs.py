@@ -29,7 +29,7 @@ from actkit.core.ground.memory import format_bytes
 from actkit.core.ground.whole_file import write_whole
 from actkit.core.measure.summary import Summary, summarise
 from actkit.core.model.architectures import find_architecture
-from actkit.core.page.page import HasPage
+from actkit.core.page.result_page import page_of
 from actkit.core.recipe import runner
 from actkit.core.recipe.analysis import parse_analysis
 from actkit.core.recipe.recipe import Recipe
@@ -121,7 +121,7 @@ def analyze(
         model: a model, or its name.
         analysis: 'neuron_activity', 'neuron_activity:threshold=0.1' or {'neuron_activity': {'threshold': 0.1}}.
         data: None for the embedded calibration split.
-        html: a file to which its page is written, or its picture if it has no page.
+        html: a file to which its page is written, or its tables and pictures if it has no page of its own.
         out: a file to which all that it found is written, as JSON.
         overwrite: replace what is at `html` and `out`.
         progress: show bars.
@@ -146,8 +146,8 @@ def analyze(
         batches = found.reader(data, opened, tokenizer, **reading)
     result = found(opened, batches, progress=progress)
     if html is not None:
-        page = result.page().html() if isinstance(result, HasPage) else result.figure().to_html()
-        write_whole(Path(html), page)
+        name = model if isinstance(model, str) else type(opened).__name__
+        write_whole(Path(html), page_of(result, found.name.replace("_", " ").capitalize(), name).html())
     if out is not None:
         write_whole(Path(out), json.dumps(result.to_dict(), indent=1))
     return result

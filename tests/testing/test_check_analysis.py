@@ -45,32 +45,18 @@ def outcomes(checks: list[Check]) -> dict[str, str]:
     return {check.name: check.outcome for check in checks}
 
 
-WITH_A_PAGE = {
-    "PatchEffects",
-    "MassiveActivations",
-    "ClassActivationMaps",
-    "LocalInteraction",
-    "NeuralCode",
-    "HeadMemories",
-    "RepresentationalGeometry",
-}
-
-
 @pytest.mark.parametrize("name", ANALYSES)
 def test_analyses_pass(name: str) -> None:
     made = ANALYSES[name]
     checks = check_analysis(made.run, made.model(), made.batches(), several=made.several)
     assert [check.name for check in checks] == list(CHECKS)
-    assert {check.name for check in checks if check.outcome != "holds"} == {
-        "several processes find the same",
-        *(() if made.result in WITH_A_PAGE else ("the page can be written",)),
-    }
+    assert {check.name for check in checks if check.outcome != "holds"} == {"several processes find the same"}
 
 
 @pytest.mark.parametrize("name", WITHOUT_A_MODEL)
 def test_results_without_a_model_pass(name: str) -> None:
     found = outcomes(check_result(WITHOUT_A_MODEL[name]()))
-    assert found == {**dict.fromkeys(RESULT_CHECKS, "holds"), "the page can be written": "does not apply"}
+    assert found == dict.fromkeys(RESULT_CHECKS, "holds")
 
 
 def test_every_analysis_is_in_the_table() -> None:
@@ -371,5 +357,4 @@ def test_a_sound_one_passes_and_says_what_was_not_asked() -> None:
     reasons = {check.name: check.reason for check in checks if check.outcome != "holds"}
     assert reasons == {
         "several processes find the same": "it is not said to run in several processes (several=)",
-        "the page can be written": "it has no page of its own",
     }

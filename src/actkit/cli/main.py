@@ -109,7 +109,7 @@ def analyze(
     sequences: Sequences = 32,
     length: Length = None,
     batch_size: BatchSize = 8,
-    html: Annotated[Path | None, typer.Option(help="Also write its page, or picture, to this HTML file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write its page to this HTML file.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also write all that it found to this JSON file.")] = None,
     device: Device = "cpu",
     dtype: Dtype = None,

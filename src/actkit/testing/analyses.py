@@ -30,7 +30,7 @@ from torch import nn
 from actkit.core.ground import processes
 from actkit.core.ground.random_numbers import own_random_numbers
 from actkit.core.ground.results import Result
-from actkit.core.page.page import HasPage
+from actkit.core.page.result_page import page_of
 from actkit.testing.checks import (
     Check,
     NotApplicable,
@@ -225,12 +225,10 @@ def figure_can_be_drawn(case: Any) -> None:
 
 
 def page_can_be_written(case: Any) -> None:
-    """`page()`, if it has one, is one file below 3 MB that loads nothing."""
-    if not isinstance(case.result, HasPage):
-        raise NotApplicable("it has no page of its own")
-    if find_spec("jinja2") is None:
-        raise NotApplicable("jinja2 is not installed (pip install 'actkit[report]')")
-    written = case.result.page().html()  # which refuses what is larger
+    """Its page, or what its table and figure make one of, is one file below 3 MB that loads nothing."""
+    if find_spec("jinja2") is None or find_spec("plotly") is None:
+        raise NotApplicable("jinja2 or plotly is not installed (pip install 'actkit[report]')")
+    written = page_of(case.result, "Result").html()  # which refuses what is larger
     loaded = re.findall(r"(?:src|href)\s*=|url\(|@import", re.sub(r"(?s)<(td|dd|title|script type).*?</", "", written))
     assert not loaded, f"the page loads something: {', '.join(loaded)}"
 
