@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from actkit.core.edit import changes
 from actkit.core.edit.edits import Note, Replace, Set, Skip, get_module
 from actkit.core.grids.integers import IntegerGrid
-from actkit.core.ground import registry
+from actkit.core.ground import memory, registry
 from actkit.core.ground.errors import CoverageError, DataError, EditError, MemoryLimitError, NonFiniteError
 from actkit.core.layers.linear import ActLinear
 from actkit.core.layers.weights import IntegerWeight
@@ -654,14 +654,14 @@ def test_replaced_weights_are_freed_block_by_block(mode, tmp_path) -> None:
 def test_freed_memory_goes_back_behind_each_large_block(monkeypatch: Any, large: int, calls: int) -> None:
     """What the allocator keeps between small pieces grew by 20 MB a block of SmolLM2 else."""
     model, done = build("llama"), []
-    monkeypatch.setattr(runner, "LARGE", large)
-    monkeypatch.setattr(runner, "release_memory", lambda cycles: done.append(cycles))
+    monkeypatch.setattr(memory, "LARGE", large)
+    monkeypatch.setattr(memory, "release_memory", lambda cycles: done.append(cycles))
     apply(model, Round(), progress=False)
     assert done == [False] * calls
 
 
 def test_a_value_that_is_not_finite_is_found_wherever_it_stands(monkeypatch: Any) -> None:
-    monkeypatch.setattr(runner, "LARGE", 3)  # values that are looked at in one go
+    monkeypatch.setattr(runner, "PART", 3)  # values that are looked at in one go
     model = build("llama")
     tensor = next(iter(anatomy(model).blocks[0].linears())).weight
     with torch.no_grad():

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+LARGE = 2**20  # bytes of a module behind which memory is handed back
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", start=1)}
 _UNITS |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", start=1)}
@@ -106,6 +107,16 @@ def release_memory(*, cycles: bool = True) -> None:
         gc.collect()
     with suppress(OSError, AttributeError):  # only the GNU C library has it
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def release_behind(module: nn.Module) -> None:
+    """Hand back what was dropped while a module was run or changed, if it is large: that takes milliseconds.
+
+    Args:
+        module: a block, say.
+    """
+    if sum(each.nbytes for each in (*module.parameters(), *module.buffers())) >= LARGE:
+        release_memory(cycles=False)
 
 
 def distinct_tensors(model: nn.Module) -> Iterable[Tensor]:

@@ -23,6 +23,7 @@ from actkit.core.forward.batch import BatchContext, check_batch, forward, reads_
 from actkit.core.forward.hooks import StopForward, evaluating, hooked, refuse_compiled_or_sharded
 from actkit.core.ground import processes
 from actkit.core.ground.fingerprint import fingerprint, model_fingerprint
+from actkit.core.ground.memory import release_behind
 from actkit.core.ground.offload import onloaded
 from actkit.core.ground.progress import track
 from actkit.core.layers.weights import widened
@@ -233,6 +234,7 @@ class Walk:
                 observer.begin(call.context, call.kwargs, once)
                 with suppress(StopForward):
                     call.replay(module)
+        release_behind(module)
         merge(observer.statistics)
         return observer.statistics
 

@@ -46,7 +46,7 @@ from actkit.core.forward.hooks import evaluating, refuse_compiled_or_sharded
 from actkit.core.ground import offload, processes
 from actkit.core.ground.errors import DataError, EditError, NonFiniteError
 from actkit.core.ground.fingerprint import fingerprint, model_fingerprint
-from actkit.core.ground.memory import release_memory
+from actkit.core.ground.memory import release_behind
 from actkit.core.ground.modules import is_within
 from actkit.core.ground.progress import track
 from actkit.core.layers.foreign_layers import refuse_adapters, refuse_quantized
@@ -66,7 +66,7 @@ from actkit.core.watch.calls import Call
 from actkit.core.watch.capture import opened_experts
 
 UNDO_MODES = ("source", "memory", "off")
-LARGE = 2**20  # bytes of a block behind which freed memory is handed back, and values that are looked at in one go
+PART = 2**20  # values that are looked at in one go
 
 
 @dataclass
@@ -350,16 +350,14 @@ class _Run:
                     "from passes over the whole prefix (slower, same result)"
                 )
         for index in self._track(range(len(self.view.blocks)), "Changing block by block"):
-            module = get_module(self.model, self.view.blocks[index].path)
-            large = sum(parameter.nbytes for parameter in module.parameters()) >= LARGE
             weights = any(transform.tags.parts for transform in self.transforms[turn.start : turn.stop])
             with offload.onloaded(self.model, self.view.blocks[index].path, weights=weights):
                 following = self._change_block(index, turn, walk, streams)
             self.view.refresh(index)  # the old weights are freed, if no undo keeps them
             for stream, calls in following.items():
                 walk.move(stream, calls)  # type: ignore[union-attr]
-            if large:  # between what stays, freed weights and copies lie in pieces that the allocator would keep
-                release_memory(cycles=False)
+            # between what stays, freed weights and copies lie in pieces that the allocator would keep
+            release_behind(get_module(self.model, self.view.blocks[index].path))
 
     def change_ends(self, turn: range) -> None:
         """Apply what the transforms of a turn make of what stands before and behind the blocks."""
@@ -660,7 +658,7 @@ def check_model(model: nn.Module) -> None:
 
 def _is_finite(tensor: torch.Tensor) -> bool:
     """Whether all values are; part by part, as a large table would be copied."""
-    return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(LARGE))
+    return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(PART))
 
 
 def batches_of(transforms: Sequence[Transform], data: Iterable[Any] | None) -> Any:
