@@ -532,20 +532,26 @@ def _names(first: Mapping[str, Kept]) -> dict[str, str]:
 def _data_fingerprint(model: nn.Module, given: Sequence[tuple[Any, BatchContext]]) -> str:
     """Of what the model is given, sequence by sequence: neither the batch size nor what stands at padding counts."""
     at_tokens = AT_TOKENS if is_encoder_decoder(model) else (*AT_TOKENS, LABELS)
-    return fingerprint([_sequence(*each, row, at_tokens) for each in given for row in range(each[1].batch_size)])
-
-
-def _sequence(batch: Any, context: BatchContext, row: int, at_tokens: Collection[str]) -> dict[str, Any]:
-    """What one sequence of a batch is, without padding; the columns of its tokens say where padding stands."""
-    real = torch.ones(context.length or 1, dtype=torch.bool) if context.mask is None else context.mask[row].cpu()
-    found: dict[str, Any] = {"columns": real.nonzero(), "documents": context.documents[row].expand(len(real))[real]}
-    items = batch if isinstance(batch, Mapping) else dict(enumerate(batch if isinstance(batch, tuple) else [batch]))
-    for key, value in items.items():
-        if key == "attention_mask" and context.mask is not None:
-            continue
-        mine = value[row].cpu() if isinstance(value, Tensor) and value.shape[:1] == (context.batch_size,) else value
-        found[f"given {key}"] = mine[real] if key in at_tokens and mine.shape[:1] == real.shape else mine
-    return found
+    lengths: list[int] = []
+    tokens: dict[str, list[Tensor]] = {"columns": [], "documents": []}  # columns say where padding stands
+    others: dict[str, list[Any]] = {}  # by sequence
+    for batch, context in given:
+        size, length = context.batch_size, context.length or 1
+        real = torch.ones(size, length, dtype=torch.bool) if context.mask is None else context.mask.cpu()
+        lengths += real.sum(1).tolist()
+        tokens["columns"].append(real.nonzero()[:, 1])
+        tokens["documents"].append(context.documents.reshape(size, -1).expand(real.shape)[real])
+        items = batch if isinstance(batch, Mapping) else dict(enumerate(batch if isinstance(batch, tuple) else [batch]))
+        for key, value in items.items():
+            if key == "attention_mask" and context.mask is not None:
+                continue
+            if not isinstance(value, Tensor) or value.shape[:1] != (size,):
+                others.setdefault(str(key), []).extend([value] * size)
+            elif key in at_tokens and value.shape[:2] == real.shape:
+                tokens.setdefault(f"given {key}", []).append(value.cpu()[real])
+            else:
+                others.setdefault(str(key), []).extend(value)
+    return fingerprint([lengths, {key: torch.cat(parts) for key, parts in tokens.items()}, others])
 
 
 def _plan(tokens: Sequence[int], shard_rows: int) -> list[tuple[int, int]]:
