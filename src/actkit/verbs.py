@@ -137,7 +137,7 @@ def analyze(
     """
     found = parse_analysis(analysis)
     for name, path in (("html", html), ("out", out)):
-        _refuse_existing(name, path, overwrite)
+        _prepare_file(name, path, overwrite)
     opening, reading = _sorted(options)
     opened, tokenizer = open_model(model, **opening)
     if found.reader is None:
@@ -153,9 +153,12 @@ def analyze(
     return result
 
 
-def _refuse_existing(name: str, path: str | Path | None, overwrite: bool) -> None:
+def _prepare_file(name: str, path: str | Path | None, overwrite: bool) -> None:
+    """Refuse a file that exists, and make the folder of a new one, before anything is measured."""
     if path is not None and Path(path).exists() and not overwrite:
         raise ValueError(f"{name}: {path} exists already; choose another file, or pass overwrite=True, --overwrite.")
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 @dataclass(frozen=True)
@@ -327,7 +330,7 @@ def latents(
     from actkit.interpretation.sparse_autoencoder.contexts import latent_contexts
     from actkit.interpretation.sparse_autoencoder.files import read_autoencoder
 
-    _refuse_existing("html", html, overwrite)
+    _prepare_file("html", html, overwrite)
     text = None if text_of is None else load_tokenizer(text_of).decode
     opened, kept = read_autoencoder(autoencoder), ActivationStore.open(store)
     found = latent_contexts(opened, kept, site, count=count, longest=longest, text=text, progress=progress)

@@ -163,6 +163,8 @@ def test_analyze(run, folder, tmp_path):
     assert found["threshold"] == 0.1 and json.loads(out.read_text()) == found
     written = html.read_text()
     assert "<html lang=" in written and "plotly" not in written and len(written) < 100_000
+    new = tmp_path / "not" / "there" / "a.json"
+    assert run("analyze", folder, "neuron_activity", *data, "--out", new)[0] == 0 and new.is_file()
     code, _, err = run("analyze", folder, "neuron_activity", *data, "--out", out)
     assert code == 1 and "out: " in err and "exists already" in err
     code, text, _ = run("analyze", folder, "neuron_activity", *data, "--out", out, "--overwrite")
