@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from actkit.compression.flashsvd.flash_block import FlashBlock
 from actkit.compression.flashsvd.flashsvd import FlashSvd
@@ -257,6 +257,11 @@ def wide_llama() -> Any:
     return LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=1, vocab_size=60)).eval()
 
 
+def wide_gemma(key_heads: int = 1) -> Any:
+    shape = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": key_heads, "intermediate_size": 384}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**shape, head_dim=64, num_hidden_layers=1, vocab_size=60)).eval()
+
+
 RANKS = {"query": 8, "key": 8, "value": 8, "output": 40, "gate": 40, "up": 40, "down": 40}
 
 
@@ -277,6 +282,21 @@ def test_the_peak_falls_and_counts_agree_with_the_meter(make: Any, per_head: boo
         assert each.tiled < 0.7 * each.plain
         assert each.plain_count == pytest.approx(each.plain, rel=0.1)
         assert each.tiled_count == pytest.approx(each.tiled, rel=0.1)
+
+
+@pytest.mark.parametrize("length", [50, 75, 128])  # with 64 rows a last tile is whole, or has 22 rows more
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_counts_know_norms_of_heads_and_a_single_key_head(key_heads: int, length: int) -> None:
+    torch.manual_seed(0)
+    model = wide_gemma(key_heads)
+    apply(model, Svd(per_head=True, rank=RANKS), progress=False)
+    ids = torch.randint(60, (2, length))
+    mask = torch.ones_like(ids)
+    mask[1, length // 2 :] = 0
+    apply(model, FlashSvd(tile=32, rows=64), progress=False)
+    for each in activation_bytes(model, {"input_ids": ids, "attention_mask": mask}).parts:
+        assert each.plain_count == pytest.approx(each.plain, rel=0.02)
+        assert each.tiled_count == pytest.approx(each.tiled, rel=0.02)
 
 
 def test_the_meter_needs_blocks_in_tiles() -> None:

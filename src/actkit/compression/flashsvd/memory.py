@@ -4,8 +4,8 @@
         plain   max(r_up + d_ff, 2 d_ff, d_ff + r_down)     gated: 3 d_ff
         tiled   d + (r_up + r_down + 2 tile) rows / tokens, or the last rows' outputs beside it     gated: 3 tile
     attention, q queries and k keys wide:
-        plain   q + 2 k + max(q + tokens of a row if some are masked, of rotary embedding 3 q)
-                with grouped queries 2 q more, as keys and values are repeated; or q + 3 k + r_v, as values are made
+        plain   q + 2 k + max(q + tokens of a row if some are masked, of rotary embedding 3 q, or q + 3 k)
+                with queries in groups 2 q more, as keys and values are repeated; or q + 3 k + r_v, as values are made
         tiled   r_out + the same of one head;  at the end r_out + d, and what stands behind, for some rows
 
 Inputs are left out, as whoever calls holds them, and so are weights. Both ways use the model's attention function; the
@@ -238,10 +238,11 @@ def _mlp(block: FlashBlock, paths: MlpPaths, tokens: int) -> tuple[int, int]:
     plain = max(r_up + units, (3 if gated else 2) * units, units + (0 if down.left is None else r_down) + out)
     r_up *= 2 if paths.gate is not None else 1
     rows, tile = min(block.rows, tokens), min(block.tile, units)
-    whole = out if tokens > rows else 0  # of the outputs, where the rows' go
-    working = r_up + r_down + (3 if gated else 2) * tile
-    tiled = whole * tokens + max(working, r_down + out) * rows
-    return plain * tokens, tiled
+    working = max(r_up + r_down + (3 if gated else 2) * tile, r_down + out)
+    if tokens == rows:
+        return plain * tokens, working * rows
+    whole, later = out * tokens, min(rows, tokens - rows)  # where the rows' outputs go, from those of the first on
+    return plain * tokens, max(working * rows, whole + out * rows, whole + working * later)
 
 
 def _attention(block: FlashBlock, paths: AttentionPaths, tokens: int, rotary: bool, masked: int) -> tuple[int, int]:
@@ -252,15 +253,20 @@ def _attention(block: FlashBlock, paths: AttentionPaths, tokens: int, rotary: bo
 
     def held(heads: int, key_heads: int, more: int) -> int:
         query, key = heads * size, key_heads * size
-        return query + 2 * key + max(more + query + masked + heads, 3 * query if rotary else 0)
+        turning = max(3 * query, query + 3 * key) if rotary else 0
+        return query + 2 * key + max(more + query + masked + heads, turning)
 
-    # keys and values are repeated for each query head, or those of a head kept as they were before they turned
-    plain = held(paths.heads, paths.key_heads, 2 * paths.heads * size if grouped else 0)
+    # keys and values are repeated for each query head (a single one is only seen so), or those of a head kept as they
+    # were before they turned
+    plain = held(paths.heads, paths.key_heads, 2 * paths.heads * size if 1 < paths.key_heads < paths.heads else 0)
     last = layers[paths.value or paths.query]  # is made beside those before it, by head in two steps
     wide = paths.key_heads * size + (0 if paths.value else (paths.heads + paths.key_heads) * size)
     before = (paths.heads + paths.key_heads) * size if paths.value else 0
     plain = max(plain, before + _rank(last) + (2 if last.heads > 1 else 1) * wide)
+    normed = any(name.endswith("norm.weight") and len(each) == size for name, each in inner.named_parameters())
     turn = held(1, 1, size if grouped and rotary else 0)
+    if grouped and rotary and normed:  # the key that is kept is not the one that turns
+        turn = max(turn, 8 * size)
     r_out = _rank(output, True)
     assert output.right is not None
     out = len(output.right) if output.left is None else len(output.left)
