@@ -498,7 +498,7 @@ class Saved:
             found.add_row(method, f"{sum(m == method for _, m in self.report.changed)} edits")
         for path, method, reason in self.report.skipped:
             found.add_row(method, f"left {path} alone: {reason}")
-        for note in self.report.notes:
+        for note in alike(self.report.notes):
             found.add_row("note", note)
         found.add_row("on disk", format_bytes(self.disk_bytes))
         found.add_row("time", f"{self.report.seconds:.1f} s")
@@ -514,6 +514,29 @@ class Saved:
             "report": self.report.to_dict(),
             "proof": proof,
         }
+
+
+def alike(notes: Sequence[str]) -> list[str]:
+    """Say once what notes say of many modules.
+
+    Args:
+        notes: such as 'model.layers.0.mlp: rounded without a scale'.
+
+    Returns:
+        Each text once, with the first module that it is about and how many more there are.
+    """
+    modules: dict[str, list[str]] = {}
+    for note in notes:
+        path, separator, text = note.partition(": ")
+        if separator and "." in path and " " not in path:
+            modules.setdefault(text, []).append(path)
+        else:
+            modules.setdefault(note, [])
+    found = []
+    for text, paths in modules.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        found.append(f"{paths[0]}{more}: {text}" if paths else text)
+    return found
 
 
 def apply_and_save(

@@ -186,3 +186,8 @@ def test_one_stage_is_the_old_recipe(folder, tmp_path):
         actkit.apply(folder, new, out=tmp_path / "third", resume=True)
     with pytest.raises(RecipeError, match=r"it has stages \(train\), and actkit.optimize takes one list"):
         actkit.optimize(folder, out=tmp_path / "report", recipes=[[Train(steps=1)]])
+
+
+def test_notes_that_are_alike_are_one():
+    notes = ["blocks.0.mlp: rounded", "model: 3 of 4 units stay", "blocks.0.act: none", "blocks.1.mlp: rounded"]
+    assert verbs.alike(notes) == ["blocks.0.mlp and 1 more: rounded", "model: 3 of 4 units stay", "blocks.0.act: none"]
