@@ -59,8 +59,8 @@ def main() -> None:
     seconds, peak = time.perf_counter() - started, memory("VmHWM") - loaded
     result = {"seconds": seconds, "peak MB": peak, "losses": losses(model, job["held_out"])}
     folder = Path(job["folder"])  # written last: packing may change the weights in memory
-    if job["method"] == "autoround":
-        rounding.save_quantized(str(folder), format="auto_round")
+    if job["method"] == "autoround":  # its own format has no 4 bits with zero points in 0.15.1: a TypeError
+        rounding.save_quantized(str(folder), format="auto_gptq")
     else:
         model.save_pretrained(folder, save_compressed=True)
     result["weights MB"] = weights(folder)
