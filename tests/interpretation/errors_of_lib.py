@@ -42,6 +42,9 @@ def in_training_mode(p: Place) -> None:
 proof(lambda p: mlp_sections(tiny_model("mixtral"), 0))
 
 
+proof(lambda p: mlp_sections(tiny_model("llama"), 9))
+
+
 proof(lambda p: local_interaction_basis(sections_of(net(), X), X, kind="ica"))  # type: ignore[arg-type]
 
 

@@ -144,10 +144,13 @@ def mlp_sections(model: nn.Module, block: int) -> Sections:
         Two sections; the node layers are the MLP's input, its hidden values and its output.
 
     Raises:
+        ValueError: there is no such block.
         UnsupportedModelError: the block has no plain MLP, or its first layer is one with the gate.
     """
     view = anatomy(model)
-    mlps = dict(view.block(block).mlps()) if 0 <= block < len(view.blocks) else {}
+    if view.blocks and not 0 <= block < len(view.blocks):
+        raise ValueError(f"block: {block} was given, and the model has 0 to {len(view.blocks) - 1}; give one of these.")
+    mlps = dict(view.block(block).mlps()) if view.blocks else {}
     mlp = mlps.get(None)
     if mlp is None or mlp.up_rows is not None or view.architecture == "traced":
         raise UnsupportedModelError(
