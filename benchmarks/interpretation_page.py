@@ -21,6 +21,7 @@ TITLES = {
     "steps": "A step of a TopK autoencoder, k 32",
     "kinds": "A step of the other kinds",
     "relp": "Effects of all (block, position) of three sites, `swiglu`",
+    "relp-smollm2": "The same, SmolLM2-135M",
 }
 
 
